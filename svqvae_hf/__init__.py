@@ -1,0 +1,13 @@
+"""SVQVAE, a multi-scale vector-quantized image tokenizer, as a library of the Hugging Face ecosystem."""
+
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+from svqvae_hf.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput, VQLosses
+
+__version__ = "0.1.0"
+__all__ = ["SVQVAE", "ModelMixin", "SVQVAEEncoderOutput", "SVQVAEOutput", "VQLosses"]
+
+# A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
+# package is in its table and has the base class in its namespace.
+LOADABLE_CLASSES["svqvae_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}

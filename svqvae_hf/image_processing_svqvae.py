@@ -1,0 +1,245 @@
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import BaseImageProcessor, BatchFeature
+
+# diffusers loads a pipeline's component only if the base class that it knows is a name of the component's module.
+from transformers import ImageProcessingMixin as ImageProcessingMixin
+
+ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image file as 8-bit RGB; of a file with several frames or pages, the first.
+
+    Args:
+        path (`str` or `os.PathLike`): File in any format that Pillow reads.
+
+    Returns:
+        `PIL.Image.Image`: The image as [`to_rgb`] gives it.
+
+    Raises:
+        OSError: The file cannot be opened, as `open` raises it (`FileNotFoundError`, `PermissionError`, ...).
+        ValueError: It is not an image, is broken or cut short, or has more pixels than Pillow's limit.
+    """
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file) as image:
+                return to_rgb(image)
+        except UnidentifiedImageError as error:
+            size = os.fstat(file.fileno()).st_size
+            raise ValueError(
+                f"`{path}` must be an image, but its {size} bytes are of no format that Pillow reads."
+            ) from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"`{path}` must have at most {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression "
+                "bombs, but has more. Make it smaller or, if you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+            ) from error
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
+            raise ValueError(f"`{path}` cannot be read as an image, it may be broken or cut short: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn any Pillow image upright and into 8-bit RGB, transparent parts on white.
+
+    Args:
+        image (`PIL.Image.Image`): Image of any mode. The EXIF orientation is applied. Integer modes (`"I"`, `"I;16"`,
+            ...) are grey in 16 bits, range [0, 65535]; `"F"` is grey in the range [0, 1].
+
+    Returns:
+        `PIL.Image.Image`: Image of mode `"RGB"`.
+
+    Raises:
+        ValueError: A 16-bit or float image has values outside its range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _grey_to_8_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion of these modes clips at 255 instead of scaling.
+    values = np.asarray(image)
+    top = 1 if image.mode == "F" else 65535
+    if not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(
+            f"an image of mode {image.mode!r} must have values in [0, {top}], but has [{values.min()}, "
+            f"{values.max()}]. Scale them to the whole of that range."
+        )
+    grey = np.rint(values * (255 / top))
+    if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+class SVQVAEImageProcessorKwargs(TypedDict, total=False):
+    """What `SVQVAEImageProcessor.from_pretrained` lets a caller override."""
+
+    pixel_range: tuple[float, float]
+
+
+class SVQVAEImageProcessor(BaseImageProcessor):
+    """Images in, the model's samples out, and back: the one place for value range, padding and crop.
+
+    An image of 8 bits comes back exactly as it went in. The dtype alone decides what a value means: integers are 8-bit
+    in [0, 255], floats are in [0, 1]; nothing is guessed from the values.
+
+    Args:
+        pixel_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Values of black and white in `pixel_values`: the
+            model's `config["pixel_range"]`.
+
+    Raises:
+        ValueError: `pixel_range` is not two finite numbers, the lower one first.
+
+    Example:
+        >>> processor = SVQVAEImageProcessor(pixel_range=(-1.0, 1.0))
+        >>> batch = processor(["wide.jpg", "tall.png"])
+        >>> images = processor.postprocess(batch["pixel_values"], batch["image_sizes"])
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = SVQVAEImageProcessorKwargs
+
+    def __init__(self, pixel_range: tuple[float, float] = (0.0, 1.0), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if len(pixel_range) != 2 or not -math.inf < pixel_range[0] < pixel_range[1] < math.inf:
+            raise ValueError(
+                f"`pixel_range` must be two finite numbers, black then white, but is {pixel_range}. Pass the model's "
+                '`config["pixel_range"]`.'
+            )
+        self.pixel_range = tuple(pixel_range)
+
+    def preprocess(
+        self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = None
+    ) -> BatchFeature:
+        """Turn images of any kind and size into one batch.
+
+        Args:
+            images: One image or a list that may mix kinds and sizes. Pillow images and paths of files are read by
+                [`to_rgb`] and [`load_image`]. NumPy arrays are `(height, width)`, `(height, width, channels)` or
+                `(batch, height, width, channels)`; torch tensors `(height, width)`, `(channels, height, width)` or
+                `(batch, channels, height, width)`; both with 3 channels (RGB) or 1 (grey), uint8 in [0, 255] or
+                floating point in [0, 1].
+            return_tensors (`str`, *optional*): `"np"` gives `pixel_values` as a NumPy array; `"pt"` is the default.
+
+        Returns:
+            `BatchFeature`: `pixel_values`, float32 of shape `(batch, 3, height, width)` in `pixel_range`, and
+            `image_sizes`, one `(height, width)` per image. Smaller images of a list are padded at the bottom and at
+            the right by repeating their last row and column.
+
+        Raises:
+            OSError: A file cannot be opened.
+            TypeError: An image is of another type or dtype.
+            ValueError: No image, an unreadable file, a wrong shape, or floats outside [0, 1].
+        """
+        items = images if isinstance(images, list | tuple) else [images]
+        pixels = [image for item in items for image in _unit_pixels(item)]
+        if not pixels:
+            raise ValueError("`images` must hold at least one image, but is empty.")
+        sizes = [(image.shape[-2], image.shape[-1]) for image in pixels]
+        height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+        batch = torch.stack(
+            [
+                F.pad(image, (0, width - w, 0, height - h), mode="replicate")
+                for image, (h, w) in zip(pixels, sizes, strict=True)
+            ]
+        )
+        black, white = self.pixel_range
+        features = BatchFeature({"pixel_values": black + batch * (white - black)}, tensor_type=return_tensors)
+        features["image_sizes"] = sizes
+        return features
+
+    def postprocess(
+        self,
+        sample: torch.Tensor,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        output_type: str = "pil",
+    ) -> list[Image.Image] | list[np.ndarray] | list[torch.Tensor]:
+        """Turn a batch of samples into images, cropped to their sizes.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Samples in `pixel_range`; what lies outside
+                is clamped.
+            image_sizes (sequence of `(height, width)`, *optional*): Size of each image, as `preprocess` gives them;
+                by default nothing is cropped.
+            output_type (`str`, defaults to `"pil"`): `"pil"` for 8-bit RGB images, `"np"` for float32 arrays
+                `(height, width, 3)`, `"pt"` for float32 tensors `(3, height, width)`, both in [0, 1].
+
+        Returns:
+            `list`: One image for each sample.
+
+        Raises:
+            ValueError: `sample`, `image_sizes` or `output_type` is not as described.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', but is {output_type!r}.")
+        if sample.ndim != 4 or sample.shape[1] != 3:
+            raise ValueError(f"`sample` must have shape (batch, 3, height, width), but has {tuple(sample.shape)}.")
+        sizes = [tuple(sample.shape[-2:])] * len(sample) if image_sizes is None else image_sizes
+        if len(sizes) != len(sample):
+            raise ValueError(
+                f"`image_sizes` must hold one (height, width) per sample, but holds {len(sizes)} for {len(sample)}."
+            )
+        black, white = self.pixel_range
+        unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
+        images = [image[:, :height, :width] for image, (height, width) in zip(unit, sizes, strict=True)]
+        if output_type == "pt":
+            return images
+        arrays = [image.movedim(0, -1).cpu().numpy() for image in images]  # (height, width, 3)
+        if output_type == "np":
+            return arrays
+        return [Image.fromarray(np.rint(array * 255).astype(np.uint8)) for array in arrays]
+
+
+def _unit_pixels(image: ImageInput) -> torch.Tensor:
+    """One item of `preprocess` as float32 in [0, 1], (batch, 3, height, width)."""
+    if isinstance(image, str | os.PathLike):
+        image = load_image(image)
+    if isinstance(image, Image.Image):
+        image = np.asarray(to_rgb(image))
+    if isinstance(image, np.ndarray):
+        layout = "(height, width), (height, width, channels) or (batch, height, width, channels)"
+        pixels = torch.from_numpy(np.array(image, order="C"))  # a copy: torch wants it writable, in one piece
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, -3)
+    elif isinstance(image, torch.Tensor):
+        layout = "(height, width), (channels, height, width) or (batch, channels, height, width)"
+        pixels = image[None] if image.ndim == 2 else image
+    else:
+        raise TypeError(
+            "an image must be a PIL image, a NumPy array, a torch tensor or the path of a file, "
+            f"but is of type {type(image).__name__}."
+        )
+    if pixels.ndim not in (3, 4) or pixels.shape[-3] not in (1, 3) or 0 in pixels.shape:
+        raise ValueError(
+            f"a {type(image).__name__} image must have shape {layout} with 3 channels (RGB) or 1 (grey), "
+            f"but has {tuple(image.shape)}."
+        )
+    pixels = _to_unit_range(pixels)
+    return pixels.expand(*pixels.shape[:-3], 3, -1, -1).reshape(-1, 3, *pixels.shape[-2:])
+
+
+def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    if pixels.dtype == torch.uint8:
+        return pixels.float() / 255
+    if not pixels.is_floating_point():
+        raise TypeError(f"an image must be uint8 in [0, 255] or floating point in [0, 1], but is {pixels.dtype}.")
+    low, high = pixels.min().item(), pixels.max().item()
+    if not (low >= 0 and high <= 1):  # also when they are NaN
+        raise ValueError(
+            f"a floating point image must have values in [0, 1], but has [{low:g}, {high:g}]. Scale or clip it, "
+            "or pass uint8."
+        )
+    return pixels.float()

@@ -1,0 +1,984 @@
+"""SVQVAE: encoder, vector quantizer with one L2-normalised codebook, decoder; any image size, several scales.
+
+The architecture and the parameter names are those of the Open Model Initiative's SVQVAE (`modules.py`, `svqvae.py`),
+which follows LlamaGen (arXiv 2406.06525) and FlexVAR (arXiv 2502.20313).
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from huggingface_hub import HfApi
+from torch import nn
+
+from svqvae_hf.tiling import map_tiles
+
+NORM_EPS = 1e-6
+SEARCH_SCORES = 1 << 22  # cosines held at once by the nearest-code search: 16 MiB in float32
+ENTROPY_TEMPERATURE = 0.01
+DERIVED_CONFIG = ("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook")
+
+
+@dataclass
+class SVQVAEEncoderOutput(BaseOutput):
+    """Output of [`SVQVAE.encode`].
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
+    """
+
+    latents: torch.Tensor
+
+
+class VQLosses(NamedTuple):
+    """Losses of one quantisation, scalar tensors in float32, and what it used of the codebook.
+
+    Args:
+        vq (`torch.Tensor`): `mean((q - sg[z])^2)`, moves the codes to the latents.
+        commit (`torch.Tensor`): `commit_loss_beta * mean((sg[q] - z)^2)`, moves the latents to the codes.
+        entropy (`torch.Tensor`): `entropy_loss_ratio` times the entropy term; 0 without it.
+        usage (`torch.Tensor`): Share of the codebook in use since the counts were reset in training, in this call
+            otherwise.
+    """
+
+    vq: torch.Tensor
+    commit: torch.Tensor
+    entropy: torch.Tensor
+    usage: torch.Tensor
+
+
+@dataclass
+class SVQVAEOutput(BaseOutput):
+    """Output of [`SVQVAE.forward`]; lists, in the caller's order, where scales were asked for.
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, out_channels, height, width)` or a list of them): Reconstruction in
+            `pixel_range`.
+        losses ([`VQLosses`] or a list of them): Losses of the quantisation.
+    """
+
+    sample: torch.Tensor | list[torch.Tensor]
+    losses: VQLosses | list[VQLosses]
+
+
+class GroupStatistics:
+    """Mean and variance of each group at each [`GroupNorm`] of a network, over all tiles of an image.
+
+    While `gathering`, every norm uses the statistics of its own tile and adds them here, weighted by pixels; after
+    that every norm uses what was gathered, so that all tiles of an image are normalised alike.
+    """
+
+    def __init__(self) -> None:
+        self.gathering = True
+        self._moments: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor]] = {}
+
+    def add(self, norm: nn.Module, hidden: torch.Tensor, num_groups: int) -> None:
+        """Adds a tile's activations at `norm`."""
+        groups = hidden.reshape(hidden.shape[0], num_groups, -1).float()
+        pixels = hidden.shape[-2] * hidden.shape[-1]
+        variance, mean = torch.var_mean(groups, dim=-1, correction=0)  # (batch, groups)
+        if norm in self._moments:
+            pixels_before, mean_before, variance_before = self._moments[norm]
+            share = pixels / (pixels_before + pixels)
+            shift = mean - mean_before
+            mean = mean_before + shift * share
+            variance = torch.lerp(variance_before, variance, share) + shift.square() * share * (1 - share)
+            pixels += pixels_before
+        self._moments[norm] = (pixels, mean, variance)
+
+    def __getitem__(self, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance at `norm`, each `(batch, groups)` in float32."""
+        return self._moments[norm][1:]
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, with the statistics of the activations at hand or with those of the whole image."""
+
+    def __init__(self, num_groups: int, num_channels: int):
+        super().__init__(num_groups, num_channels, eps=NORM_EPS)
+
+    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Normalises `(batch, channels, h, w)`."""
+        if torch.is_grad_enabled() and hidden.device.type == "cpu":
+            hidden = hidden.contiguous()  # in channels_last the backward takes half of a CPU training step
+        if statistics is not None and not statistics.gathering:
+            return self._normalise(hidden, *statistics[self])
+        if statistics is not None:
+            statistics.add(self, hidden, self.num_groups)
+        # `F.group_norm` refuses one value a group, which a 1 x 1 image can come to; the operator does not.
+        return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
+
+    def _normalise(self, hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = hidden.shape
+        per_group = channels // self.num_groups
+        # Normalisation by given statistics is what batch normalisation does in evaluation, fused and in mixed
+        # precision.
+        normed = F.batch_norm(
+            hidden.reshape(1, batch * channels, height, width),
+            mean.repeat_interleave(per_group, dim=1).flatten(),
+            variance.repeat_interleave(per_group, dim=1).flatten(),
+            self.weight.float().repeat(batch),
+            self.bias.float().repeat(batch),
+            eps=self.eps,
+        )
+        return normed.view(batch, channels, height, width)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, dropout: float):
+        super().__init__()
+        self.norm1 = GroupNorm(num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Maps `(batch, in_channels, h, w)` to `(batch, out_channels, h, w)`."""
+        residual = hidden if self.nin_shortcut is None else self.nin_shortcut(hidden)
+        hidden = self.conv1(F.silu(self.norm1(hidden, statistics)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden, statistics))))
+        return residual + hidden
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over all positions, one head."""
+
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.norm = GroupNorm(num_groups, channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Maps `(batch, channels, h, w)` to the same shape."""
+        normed = self.norm(hidden, statistics)
+        query, key, value = (
+            project(normed).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.q, self.k, self.v)
+        )  # (batch, 1, h * w, channels)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return hidden + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(hidden.shape))
+
+
+class Downsample(nn.Module):
+    """Halves both sides by a strided convolution, padded at the bottom and at the right only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Maps `(batch, channels, h, w)` to `(batch, channels, h / 2, w / 2)`."""
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles both sides by repetition, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Maps `(batch, channels, h, w)` to `(batch, channels, 2 * h, 2 * w)`."""
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks at one resolution: residual, attention after each if asked for, then a change of resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        num_groups: int,
+        dropout: float,
+        attention: bool = False,
+        downsample: bool = False,
+        upsample: bool = False,
+    ):
+        super().__init__()
+        self.res = nn.ModuleList(
+            ResnetBlock(out_channels if i else in_channels, out_channels, num_groups, dropout)
+            for i in range(num_blocks)
+        )
+        self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0))
+        self.downsample = Downsample(out_channels) if downsample else None
+        self.upsample = Upsample(out_channels) if upsample else None
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor]
+
+    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Maps `(batch, in_channels, h, w)` to `(batch, out_channels, h', w')`, the sides halved, doubled or kept."""
+        for i, res in enumerate(self.res):
+            hidden = self._run(res, hidden, statistics)
+            if self.attn:
+                hidden = self._run(self.attn[i], hidden, statistics)
+        if self.downsample is not None:
+            hidden = self.downsample(hidden)
+        if self.upsample is not None:
+            hidden = self.upsample(hidden)
+        return hidden
+
+    def _run(self, block: nn.Module, hidden: torch.Tensor, statistics: GroupStatistics | None) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden, statistics)
+        return block(hidden, statistics)
+
+
+class Middle(nn.ModuleList):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, num_groups: int, dropout: float):
+        super().__init__(
+            [
+                ResnetBlock(channels, channels, num_groups, dropout),
+                AttnBlock(channels, num_groups),
+                ResnetBlock(channels, channels, num_groups, dropout),
+            ]
+        )
+
+    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Maps `(batch, channels, h, w)` to the same shape."""
+        for block in self:
+            hidden = block(hidden, statistics)
+        return hidden
+
+
+class Encoder(nn.Module):
+    """Image to features, `2 ** (len(ch_mult) - 1)` pixels a feature along each side."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        base_channels: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        num_groups: int,
+        dropout: float,
+        z_channels: int,
+    ):
+        super().__init__()
+        channels = [base_channels * mult for mult in ch_mult]
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                channels[i - 1] if i else base_channels,
+                channels[i],
+                num_res_blocks,
+                num_groups,
+                dropout,
+                attention=i == last,
+                downsample=i != last,
+            )
+            for i in range(len(channels))
+        )
+        self.mid = Middle(channels[last], num_groups, dropout)
+        self.norm_out = GroupNorm(num_groups, channels[last])
+        self.conv_out = nn.Conv2d(channels[last], z_channels, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Maps `(batch, in_channels, height, width)` to `(batch, z_channels, h, w)`."""
+        hidden = self.conv_in(sample)
+        for level in self.conv_blocks:
+            hidden = level(hidden, statistics)
+        hidden = self.mid(hidden, statistics)
+        return self.conv_out(F.silu(self.norm_out(hidden, statistics)))
+
+
+class Decoder(nn.Module):
+    """Features to image; one residual block more a level than the encoder."""
+
+    def __init__(
+        self,
+        out_channels: int,
+        base_channels: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        num_groups: int,
+        dropout: float,
+        z_channels: int,
+    ):
+        super().__init__()
+        channels = [base_channels * mult for mult in reversed(ch_mult)]
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(z_channels, channels[0], 3, padding=1)
+        self.mid = Middle(channels[0], num_groups, dropout)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                channels[i - 1] if i else channels[0],
+                channels[i],
+                num_res_blocks + 1,
+                num_groups,
+                dropout,
+                attention=i == 0,
+                upsample=i != last,
+            )
+            for i in range(len(channels))
+        )
+        self.norm_out = GroupNorm(num_groups, channels[last])
+        self.conv_out = nn.Conv2d(channels[last], out_channels, 3, padding=1)
+
+    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`."""
+        hidden = self.mid(self.conv_in(hidden), statistics)
+        for level in self.conv_blocks:
+            hidden = level(hidden, statistics)
+        return self.conv_out(F.silu(self.norm_out(hidden, statistics)))
+
+
+class Codebook(nn.Module):
+    """The code vectors.
+
+    Everything that reads the weight happens in `forward`: hooks that offload weights hold them only there.
+    """
+
+    def __init__(self, size: int, dim: int, l2_norm: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dim))
+        nn.init.normal_(self.weight)  # uniform on the sphere once normalised
+        self.l2_norm = l2_norm
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """Looks up ids, or finds the ids of the nearest codes of latents.
+
+        Args:
+            query (`torch.Tensor`): Ids of any shape, an integer type; or latents of shape `(n, dim)` in float32,
+                normalised if the codebook is.
+
+        Returns:
+            `torch.Tensor`: Codes `(*shape, dim)` in float32 for ids; ids `(n,)` in int64 for latents, the lowest on a
+            tie.
+        """
+        codes = self.weight.float()
+        if self.l2_norm:
+            codes = F.normalize(codes, dim=-1)
+        if not query.is_floating_point():
+            return F.embedding(query, codes)
+        # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest score, for unit vectors the largest
+        # cosine.
+        offset = None if self.l2_norm else codes.square().sum(-1) / 2
+        rows = max(1, SEARCH_SCORES // codes.shape[0])
+        ids = []
+        for latents in query.detach().split(rows):
+            scores = latents @ codes.detach().T
+            ids.append((scores if offset is None else scores - offset).argmax(-1))
+        return torch.cat(ids)
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each latent by its nearest code. Always in float32, outside autocast.
+
+    With `l2_norm`, latents and codes are put on the unit sphere first (LlamaGen, section 3.1).
+    """
+
+    def __init__(self, size: int, dim: int, commit_loss_beta: float, entropy_loss_ratio: float, l2_norm: bool):
+        super().__init__()
+        self.size = size
+        self.commit_loss_beta = commit_loss_beta
+        self.entropy_loss_ratio = entropy_loss_ratio
+        self.l2_norm = l2_norm
+        self.embedding = Codebook(size, dim, l2_norm)
+        self.code_counts: torch.Tensor
+        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.int64), persistent=False)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, VQLosses, tuple[torch.Tensor, None, torch.Tensor]]:
+        """Quantises latents; gradients pass straight through.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Output of [`SVQVAE.encode`].
+
+        Returns:
+            `tuple`: Quantised latents in the shape and type of `latents`; [`VQLosses`]; and `(perplexity, None, ids)`
+            with flat ids `(batch * h * w,)` in int64.
+        """
+        with torch.autocast(latents.device.type, enabled=False):
+            flat = self._flatten(latents)
+            ids = self.embedding(flat)
+            codes = self.embedding(ids)
+            quantized = flat + (codes - flat).detach()
+            counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
+            losses = VQLosses(
+                vq=F.mse_loss(codes, flat.detach()),
+                commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
+                entropy=self._entropy_loss(flat),
+                usage=self._usage(counts),
+            )
+            share = counts / ids.numel()
+            perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
+        return self._unflatten(quantized, latents), losses, (perplexity, None, ids)
+
+    def search(self, latents: torch.Tensor) -> torch.Tensor:
+        """Ids `(batch, h, w)`, int64, of the codes nearest to latents `(batch, codebook_embed_dim, h, w)`."""
+        with torch.autocast(latents.device.type, enabled=False):
+            ids = self.embedding(self._flatten(latents))
+        return ids.view(latents.shape[0], *latents.shape[-2:])
+
+    def get_codebook_entry(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None = None) -> torch.Tensor:
+        """Looks up codes.
+
+        Args:
+            ids (`torch.Tensor`): Integers in `[0, codebook_size)`, of any shape.
+            shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)`.
+
+        Returns:
+            `torch.Tensor`: Codes in float32, `(batch, codebook_embed_dim, h, w)` with a shape, `(*ids.shape,
+            codebook_embed_dim)` without.
+        """
+        codes = self.embedding(ids)
+        return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()
+
+    def reset_counts(self) -> None:
+        """Starts the count of used codes anew."""
+        self.code_counts.zero_()
+
+    def _flatten(self, latents: torch.Tensor) -> torch.Tensor:
+        flat = latents.permute(0, 2, 3, 1).flatten(0, 2).float()  # (batch * h * w, dim)
+        return F.normalize(flat, dim=-1) if self.l2_norm else flat
+
+    @staticmethod
+    def _unflatten(flat: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        batch, dim, height, width = latents.shape
+        return flat.view(batch, height, width, dim).permute(0, 3, 1, 2).to(latents.dtype).contiguous()
+
+    def _usage(self, counts: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            counts = self.code_counts.add_(counts)
+        return (counts > 0).float().mean()
+
+    def _entropy_loss(self, flat: torch.Tensor) -> torch.Tensor:
+        """Low entropy of each latent, high entropy of their mean (LlamaGen, `compute_entropy_loss`)."""
+        if self.entropy_loss_ratio == 0:
+            return flat.new_zeros(())
+        codes = self.embedding(torch.arange(self.size, device=flat.device))
+        log_probs = F.log_softmax(-torch.cdist(flat, codes).square() / ENTROPY_TEMPERATURE, dim=-1)
+        probs = log_probs.exp()
+        mean_probs = probs.mean(0)
+        entropy = -(probs * log_probs).sum(-1).mean()
+        return self.entropy_loss_ratio * (entropy + torch.special.xlogy(mean_probs, mean_probs).sum())
+
+
+class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """Scalable vector-quantized VAE: tokenizes images of any size, at several scales, with one codebook.
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the image.
+        out_channels (`int`, defaults to 3): Channels of the reconstruction.
+        base_channels (`int`, defaults to 128): Channels at multiplier 1.
+        encoder_ch_mult (`tuple[int, ...]`, defaults to `(1, 1, 2, 2, 4)`): Channel multiplier of each encoder level,
+            full resolution first. Each level but the last halves the sides.
+        decoder_ch_mult (`tuple[int, ...]`, defaults to `(1, 1, 2, 2, 4)`): The same for the decoder, in the same
+            order.
+        num_res_blocks (`int`, defaults to 2): Residual blocks of an encoder level; a decoder level has one more.
+        norm_num_groups (`int`, defaults to 32): Groups of each normalisation.
+        z_channels (`int`, defaults to 256): Channels between the networks and the 1 x 1 convolutions around the
+            quantizer.
+        dropout_p (`float`, defaults to 0.0): Dropout probability in residual blocks.
+        codebook_size (`int`, defaults to 16384): Number of codes.
+        codebook_embed_dim (`int`, defaults to 8): Dimension of a code.
+        codebook_l2_norm (`bool`, defaults to `True`): Latents and codes on the unit sphere.
+        commit_loss_beta (`float`, defaults to 0.25): Weight of the commitment loss.
+        entropy_loss_ratio (`float`, defaults to 0.0): Weight of the entropy loss; at 0 it is not computed.
+        pixel_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Range of the images that callers give and get.
+        network_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Range that the weights were trained on.
+        sample_size (`int`, defaults to 256): Side, in pixels, of the images that the weights were trained on.
+        scaling_factor (`float`, defaults to 1.0): What a latent diffusion model multiplies latents by.
+        force_upcast (`bool`, defaults to `False`): Whether pipelines should run the model in float32.
+
+    Raises:
+        ValueError: If values do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock", "AttnBlock", "VectorQuantizer"]
+    _repeated_blocks = ["ResnetBlock", "AttnBlock"]
+    _skip_layerwise_casting_patterns = ["quantize", "norm"]
+    _keep_in_fp32_modules = ["quantize"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"quantize\.codebook_used"
+    ]  # a usage log in every original file, not a weight
+    _group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv", "quantize", "embedding"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        base_channels: int = 128,
+        encoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        decoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        norm_num_groups: int = 32,
+        z_channels: int = 256,
+        dropout_p: float = 0.0,
+        codebook_size: int = 16384,
+        codebook_embed_dim: int = 8,
+        codebook_l2_norm: bool = True,
+        commit_loss_beta: float = 0.25,
+        entropy_loss_ratio: float = 0.0,
+        pixel_range: tuple[float, float] = (0.0, 1.0),
+        network_range: tuple[float, float] = (0.0, 1.0),
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+        force_upcast: bool = False,
+    ):
+        super().__init__()
+        _check_config(base_channels, encoder_ch_mult, decoder_ch_mult, norm_num_groups, pixel_range, network_range)
+        self.encoder = Encoder(
+            in_channels, base_channels, encoder_ch_mult, num_res_blocks, norm_num_groups, dropout_p, z_channels
+        )
+        self.decoder = Decoder(
+            out_channels, base_channels, decoder_ch_mult, num_res_blocks, norm_num_groups, dropout_p, z_channels
+        )
+        self.quantize = VectorQuantizer(
+            codebook_size, codebook_embed_dim, commit_loss_beta, entropy_loss_ratio, codebook_l2_norm
+        )
+        self.quant_conv = nn.Conv2d(z_channels, codebook_embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(codebook_embed_dim, z_channels, 1)
+        # The names that diffusers' pipelines read.
+        self.register_to_config(
+            block_out_channels=[base_channels * mult for mult in encoder_ch_mult],
+            latent_channels=codebook_embed_dim,
+            vq_embed_dim=codebook_embed_dim,
+            num_vq_embeddings=codebook_size,
+            lookup_from_codebook=True,
+        )
+        self.f = 2 ** (len(encoder_ch_mult) - 1)
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_size = 256
+        self.overlap = 32
+        self.on_tile: Callable[[int, int], None] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "SVQVAE":
+        """Loads a model from a folder or from the Hub, strictly.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): Folder, or `org/name` on the Hub.
+            **kwargs: Those of [`~diffusers.ModelMixin.from_pretrained`], and config values that replace the stored
+                ones, such as `pixel_range=(-1, 1)`.
+
+        Raises:
+            ValueError: If weights are missing or not expected.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        faults = {kind: sorted(loaded[1][f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+        if any(faults.values()):
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} must have exactly the keys that its config asks for, but "
+                f"{'; '.join(f'{kind}: ' + ', '.join(keys) for kind, keys in faults.items() if keys)}. "
+                "Restore the files, or correct config.json."
+            )
+        return loaded if with_info else loaded[0]
+
+    @classmethod
+    def from_single_file(cls, source: str | Path, **kwargs: Any) -> "SVQVAE":
+        """Loads an original checkpoint; see [`~svqvae_hf.checkpoints.load_single_file`].
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            **kwargs: `use_ema`, and config values that replace those read from the file.
+        """
+        from svqvae_hf.checkpoints import load_single_file
+
+        return load_single_file(source, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As in the base class, without the config values that the constructor derives."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in DERIVED_CONFIG}, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload SVQVAE",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        **card: Any,
+    ) -> str:
+        """Uploads the model with its card.
+
+        Args:
+            repo_id (`str`): `org/name`; created if it does not exist.
+            commit_message (`str`, defaults to `"Upload SVQVAE"`): Title of the commit.
+            private (`bool`, *optional*): Visibility of a new repository; the organization's default if not given.
+            token (`str`, *optional*): Access token; the stored one if not given.
+            create_pr (`bool`, defaults to `False`): Open a pull request instead of a commit.
+            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`.
+            **card: Facts for [`~svqvae_hf.model_cards.model_card`].
+
+        Returns:
+            `str`: Address of the commit or of the pull request.
+        """
+        from svqvae_hf.model_cards import model_card
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            Path(folder, "README.md").write_text(model_card(self.config, repo_id=repo_id, **card), encoding="utf-8")
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+            )
+        return commit.pr_url or commit.commit_url
+
+    def codebook_fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of the codebook's float32 bytes, little-endian: ids have meaning only with it."""
+        weight = self.quantize.embedding.weight.detach().float().cpu().contiguous()
+        return hashlib.sha256(weight.numpy().astype("<f4").tobytes()).hexdigest()
+
+    def enable_tiling(
+        self, tile_size: int = 256, overlap: int = 32, on_tile: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
+
+        All tiles of an image share their normalisation statistics, gathered in a first pass.
+
+        Args:
+            tile_size (`int`, defaults to 256): Largest side, in pixels, of what the networks read at once, a multiple
+                of `f`.
+            overlap (`int`, defaults to 32): Halo on each side of a tile, in pixels: read, but not kept. A multiple of
+                `f`, less than half of `tile_size`.
+            on_tile (`Callable`, *optional*): Called with the tiles done and their number after each tile, for a
+                progress bar.
+
+        Raises:
+            ValueError: If `tile_size` or `overlap` does not fit.
+        """
+        self._check_tiles(tile_size, overlap)
+        super().enable_tiling()
+        self.tile_size, self.overlap, self.on_tile = tile_size, overlap, on_tile
+
+    @apply_forward_hook
+    def encode(self, sample: torch.Tensor, return_dict: bool = True) -> SVQVAEEncoderOutput | tuple[torch.Tensor]:
+        """Encodes images.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
+                `pixel_range`. Sides that are no multiple of `f` are padded by repeating the last row and column.
+            return_dict (`bool`, defaults to `True`): Whether to give an output object or a tuple.
+
+        Returns:
+            [`SVQVAEEncoderOutput`] or `tuple`: Latents `(batch, codebook_embed_dim, ceil(height / f), ceil(width /
+            f))`, before quantisation.
+
+        Raises:
+            ValueError: If `sample` has another shape.
+            TypeError: If `sample` is not of a floating type.
+        """
+        latents = self._encode(sample, self._tiles())
+        return SVQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        h: torch.Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: tuple[int, int, int, int] | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Decodes ids or latents.
+
+        The type says which: integers are looked up, floats are quantised unless told not to.
+
+        Args:
+            h (`torch.Tensor`): Ids `(batch, h, w)`, or of any shape if `shape` is given; or latents
+                `(batch, codebook_embed_dim, h, w)`.
+            force_not_quantize (`bool`, defaults to `False`): Whether float latents are decoded as they are.
+            return_dict (`bool`, defaults to `True`): Whether to give an output object or a tuple.
+            shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)` of ids.
+
+        Returns:
+            [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: Sample, not clamped, of shape
+            `(batch, out_channels, h * f, w * f)`.
+
+        Raises:
+            ValueError: If `h` has another shape.
+        """
+        if not h.is_floating_point():
+            quantized = self._look_up(h, shape)
+        else:
+            self._check_latents(h)
+            quantized = h if force_not_quantize else self.quantize(h)[0]
+        sample = self._decode(quantized, self._tiles())
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def encode_tokens(
+        self, sample: torch.Tensor, scales: Sequence[float] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Encodes images to ids.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
+                `pixel_range`.
+            scales (`Sequence[float]`, *optional*): Scales, each more than 0; one id grid each, in this order.
+
+        Returns:
+            `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64, a list of them if scales are given.
+        """
+        latents = self._encode(sample, self._tiles())
+        if scales is None:
+            return self.quantize.search(latents)
+        return [self.quantize.search(_resize_latents(latents, scale)) for scale in _check_scales(scales)]
+
+    @apply_forward_hook
+    def decode_tokens(self, ids: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """Decodes ids to images.
+
+        Args:
+            ids (`torch.Tensor` of shape `(batch, h, w)` or a list of them): Integers in `[0, codebook_size)`.
+
+        Returns:
+            `torch.Tensor` or `list[torch.Tensor]`: Images `(batch, out_channels, h * f, w * f)`, clamped to
+            `pixel_range`; a list for a list.
+
+        Raises:
+            ValueError: If an id is out of range, or the shape is another.
+        """
+        if isinstance(ids, list):
+            return [self.decode_tokens(each) for each in ids]
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config["codebook_size"]:
+            raise ValueError(
+                f"ids must lie in [0, {self.config['codebook_size']}) (`codebook_size`), but lie in "
+                f"[{ids.min()}, {ids.max()}]. Pass ids of this codebook, without special tokens."
+            )
+        return self._clamp(self._decode(self._look_up(ids, None), self._tiles()))
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        scales: Sequence[float] | None = None,
+        patch_nums: Sequence[int] | None = None,
+        tile_size: int | None = None,
+        overlap: int | None = None,
+        return_dict: bool = True,
+    ) -> SVQVAEOutput | tuple[torch.Tensor | list[torch.Tensor], VQLosses | list[VQLosses]]:
+        """Reconstructs images, at one or several scales. The encoder runs once.
+
+        In evaluation the reconstruction is clamped to `pixel_range`, in training it is not.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
+                `pixel_range`.
+            scales (`Sequence[float]`, *optional*): Output side over input side of each reconstruction.
+            patch_nums (`Sequence[int]`, *optional*): The original's way to give scales: latent cells along a tile of
+                `tile_size` pixels, so that a scale is `patch_num * f / tile_size`.
+            tile_size (`int`, *optional*): As in [`~SVQVAE.enable_tiling`], whose value is the default. Given here, or
+                with `patch_nums`, it switches tiling on for this call.
+            overlap (`int`, *optional*): Likewise.
+            return_dict (`bool`, defaults to `True`): Whether to give an output object or a tuple.
+
+        Returns:
+            [`SVQVAEOutput`] or `tuple`: Reconstruction `(batch, out_channels, round(scale * height), round(scale *
+            width))`, at least one pixel a side, and [`VQLosses`]; lists in the order of the scales if scales or
+            `patch_nums` are given.
+
+        Raises:
+            ValueError: If a value does not fit.
+        """
+        if scales is not None and patch_nums is not None:
+            raise ValueError("Either `scales` or `patch_nums` must be given, but both were. Leave one out.")
+        if patch_nums is not None:
+            tile_size = tile_size or self.tile_size
+            scales = [patch_num * self.f / tile_size for patch_num in patch_nums]
+        tiles = self._tiles(tile_size, overlap)
+        latents = self._encode(sample, tiles)
+        reconstructions: list[torch.Tensor] = []
+        losses: list[VQLosses] = []
+        for scale in [1.0] if scales is None else _check_scales(scales):
+            quantized, loss, _ = self.quantize(_resize_latents(latents, scale))
+            decoded = self._decode(quantized, tiles)
+            reconstructions.append(self._fit(decoded, latents.shape[-2:], sample.shape[-2:], scale))
+            losses.append(loss)
+        output = (reconstructions[0], losses[0]) if scales is None else (reconstructions, losses)
+        return SVQVAEOutput(*output) if return_dict else output
+
+    def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
+        self._check_sample(sample)
+
+        def network(window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+            window = _map_range(window, self.config["pixel_range"], self.config["network_range"])
+            return self.quant_conv(self.encoder(window, statistics))
+
+        height, width = sample.shape[-2:]
+        sample = F.pad(sample, (0, -width % self.f, 0, -height % self.f), mode="replicate")
+        return self._run(network, sample, tiles, source_cell=self.f, result_cell=1)
+
+    def _decode(self, quantized: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
+        def network(window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+            decoded = self.decoder(self.post_quant_conv(window), statistics)
+            return _map_range(decoded, self.config["network_range"], self.config["pixel_range"])
+
+        return self._run(network, quantized, tiles, source_cell=1, result_cell=self.f)
+
+    def _run(
+        self,
+        network: Callable[..., torch.Tensor],
+        source: torch.Tensor,
+        tiles: tuple[int, int] | None,
+        source_cell: int,
+        result_cell: int,
+    ) -> torch.Tensor:
+        """Runs a network over a batch: slices outside, tiles inside."""
+        if self.use_slicing and source.shape[0] > 1:
+            return torch.cat([self._run(network, part, tiles, source_cell, result_cell) for part in source.split(1)])
+        if tiles is None or max(source.shape[-2:]) <= tiles[0] * source_cell:
+            return network(source)
+        tile, overlap = tiles
+        statistics = GroupStatistics()
+        with torch.no_grad():
+            map_tiles(
+                lambda window: network(window, statistics), source, tile, 0, source_cell, result_cell, self.on_tile
+            )
+        statistics.gathering = False
+        return map_tiles(
+            lambda window: network(window, statistics), source, tile, overlap, source_cell, result_cell, self.on_tile
+        )
+
+    def _fit(
+        self, decoded: torch.Tensor, latent_size: Sequence[int], sample_size: Sequence[int], scale: float
+    ) -> torch.Tensor:
+        """Crops a decoded grid to the image at this scale.
+
+        The grid stands for the whole padded image. Where it could not be `scale` times the image's own grid, because
+        that is no whole number of latents, it is first resized, so that the content keeps its place.
+        """
+        size = [max(1, round(scale * side * self.f)) for side in latent_size]
+        if list(decoded.shape[-2:]) != size:
+            decoded = F.interpolate(decoded.float(), size, mode="bilinear", antialias=True).to(decoded.dtype)
+        height, width = (max(1, round(scale * side)) for side in sample_size)
+        decoded = decoded[..., :height, :width]
+        return decoded if self.training else self._clamp(decoded)
+
+    def _clamp(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample.clamp(*self.config["pixel_range"])
+
+    def _look_up(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None) -> torch.Tensor:
+        if shape is None:
+            if ids.ndim != 3:
+                raise ValueError(
+                    f"ids must have shape (batch, h, w), but have shape {tuple(ids.shape)}. Reshape them to the grid, "
+                    f"or pass `shape`."
+                )
+            shape = (*ids.shape, self.config["codebook_embed_dim"])
+        return self.quantize.get_codebook_entry(ids, shape).to(self.dtype)
+
+    def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
+        """Tile and halo in latents, or `None` where no tiles are asked for."""
+        if not self.use_tiling and tile_size is None and overlap is None:
+            return None
+        tile_size = self.tile_size if tile_size is None else tile_size
+        overlap = self.overlap if overlap is None else overlap
+        self._check_tiles(tile_size, overlap)
+        return tile_size // self.f, overlap // self.f
+
+    def _check_tiles(self, tile_size: int, overlap: int) -> None:
+        f = self.f
+        if tile_size % f or tile_size < f:
+            fitting = max(1, round(tile_size / f)) * f
+            raise ValueError(
+                f"`tile_size` must be a positive multiple of f = {f}, but is {tile_size}. The nearest that fits is "
+                f"{fitting}."
+            )
+        largest = (tile_size // f - 1) // 2 * f
+        if overlap % f or not 0 <= overlap <= largest:
+            fitting = min(max(0, round(overlap / f) * f), largest)
+            raise ValueError(
+                f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, but is "
+                f"{overlap}. "
+                f"The nearest that fits is {fitting}."
+            )
+
+    def _check_sample(self, sample: torch.Tensor) -> None:
+        if not sample.is_floating_point():
+            raise TypeError(
+                f"`sample` must be of a floating type with values in {tuple(self.config['pixel_range'])} "
+                f"(`pixel_range`), but is "
+                f"{sample.dtype}. Prepare images with SVQVAEImageProcessor."
+            )
+        if sample.ndim != 4 or sample.shape[1] != self.config["in_channels"] or 0 in sample.shape:
+            raise ValueError(
+                f"`sample` must have shape (batch, {self.config['in_channels']}, height, width), none of them 0, but "
+                f"has shape "
+                f"{tuple(sample.shape)}. Prepare images with SVQVAEImageProcessor."
+            )
+
+    def _check_latents(self, latents: torch.Tensor) -> None:
+        if latents.ndim != 4 or latents.shape[1] != self.config["codebook_embed_dim"]:
+            raise ValueError(
+                f"`latents` must have {self.config['codebook_embed_dim']} channels (`codebook_embed_dim`), but has "
+                f"shape "
+                f"{tuple(latents.shape)}. Pass the output of `encode`, not an image."
+            )
+
+
+def _resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
+    size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
+    if list(latents.shape[-2:]) == size:
+        return latents
+    mode = "area" if scale < 1 else "bilinear"
+    return F.interpolate(latents.float(), size, mode=mode).to(latents.dtype)
+
+
+def _map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:
+    if list(source) == list(target):
+        return values
+    gain = (target[1] - target[0]) / (source[1] - source[0])
+    return values * gain + (target[0] - source[0] * gain)
+
+
+def _check_scales(scales: Sequence[float]) -> Sequence[float]:
+    for scale in scales:
+        if not 0 < scale < float("inf"):
+            raise ValueError(
+                f"Each scale must be a finite number more than 0, but one is {scale}. 1 is the size of the input."
+            )
+    return scales
+
+
+def _check_config(
+    base_channels: int,
+    encoder_ch_mult: Sequence[int],
+    decoder_ch_mult: Sequence[int],
+    norm_num_groups: int,
+    pixel_range: Sequence[float],
+    network_range: Sequence[float],
+) -> None:
+    if len(encoder_ch_mult) != len(decoder_ch_mult):
+        raise ValueError(
+            "`encoder_ch_mult` and `decoder_ch_mult` must have as many levels, so that both have the same f, but have "
+            f"{len(encoder_ch_mult)} and {len(decoder_ch_mult)}."
+        )
+    for channels in sorted({base_channels, *(base_channels * mult for mult in (*encoder_ch_mult, *decoder_ch_mult))}):
+        if channels % norm_num_groups:
+            raise ValueError(
+                f"`norm_num_groups` must divide the channels of each level, but {norm_num_groups} does not divide "
+                f"{channels}."
+            )
+    for name, bounds in (("pixel_range", pixel_range), ("network_range", network_range)):
+        if len(bounds) != 2 or not bounds[0] < bounds[1]:
+            raise ValueError(f"`{name}` must be (low, high) with low < high, but is {tuple(bounds)}.")
