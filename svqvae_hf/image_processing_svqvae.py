@@ -123,7 +123,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         self.pixel_range = tuple(pixel_range)
 
     def preprocess(
-        self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = None
+        self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
     ) -> BatchFeature:
         """Turn images of any kind and size into one batch.
 
@@ -211,24 +211,27 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
     if isinstance(image, Image.Image):
         image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):
-        layout = "(height, width), (height, width, channels) or (batch, height, width, channels)"
-        pixels = torch.from_numpy(np.array(image, order="C"))  # a copy: torch wants it writable, in one piece
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.movedim(-1, -3)
+        _check_shape(image, "height, width, channels", channels=-1)
+        pixels = torch.from_numpy(np.array(image, order="C"))  # a copy: torch wants it writable and in one piece
+        pixels = pixels.movedim(-1, -3) if pixels.ndim > 2 else pixels
     elif isinstance(image, torch.Tensor):
-        layout = "(height, width), (channels, height, width) or (batch, channels, height, width)"
-        pixels = image[None] if image.ndim == 2 else image
+        _check_shape(image, "channels, height, width", channels=-3)
+        pixels = image
     else:
         raise TypeError(
             "an image must be a PIL image, a NumPy array, a torch tensor or the path of a file, "
             f"but is of type {type(image).__name__}."
         )
-    if pixels.ndim not in (3, 4) or pixels.shape[-3] not in (1, 3) or 0 in pixels.shape:
-        raise ValueError(
-            f"a {type(image).__name__} image must have shape {layout} with 3 channels (RGB) or 1 (grey), "
-            f"but has {tuple(image.shape)}."
-        )
-    pixels = _to_unit_range(pixels)
+    pixels = _to_unit_range(pixels if pixels.ndim > 2 else pixels[None])
     return pixels.expand(*pixels.shape[:-3], 3, -1, -1).reshape(-1, 3, *pixels.shape[-2:])
+
+
+def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -> None:
+    if not 2 <= image.ndim <= 4 or 0 in image.shape or (image.ndim > 2 and image.shape[channels] not in (1, 3)):
+        raise ValueError(
+            f"a {type(image).__name__} image must have shape (height, width), ({layout}) or (batch, {layout}), with 3 "
+            f"channels (RGB) or 1 (grey), but has {tuple(image.shape)}."
+        )
 
 
 def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ which follows LlamaGen (arXiv 2406.06525) and FlexVAR (arXiv 2502.20313).
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,13 @@ class SVQVAEOutput(BaseOutput):
     """
 
     sample: torch.Tensor | list[torch.Tensor]
-    losses: VQLosses | list[VQLosses]
+    losses: VQLosses | list[VQLosses] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Takes the fields from one mapping too, as accelerate's hooks rebuild an output on another device."""
+        if isinstance(self.sample, dict):
+            self.sample, self.losses = self.sample["sample"], self.sample["losses"]
+        super().__post_init__()
 
 
 class GroupStatistics:
@@ -242,23 +248,15 @@ class Level(nn.Module):
         return block(hidden, statistics)
 
 
-class Middle(nn.ModuleList):
+def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
     """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels: int, num_groups: int, dropout: float):
-        super().__init__(
-            [
-                ResnetBlock(channels, channels, num_groups, dropout),
-                AttnBlock(channels, num_groups),
-                ResnetBlock(channels, channels, num_groups, dropout),
-            ]
-        )
-
-    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
-        """Maps `(batch, channels, h, w)` to the same shape."""
-        for block in self:
-            hidden = block(hidden, statistics)
-        return hidden
+    return nn.ModuleList(
+        [
+            ResnetBlock(channels, channels, num_groups, dropout),
+            AttnBlock(channels, num_groups),
+            ResnetBlock(channels, channels, num_groups, dropout),
+        ]
+    )
 
 
 class Encoder(nn.Module):
@@ -290,16 +288,15 @@ class Encoder(nn.Module):
             )
             for i in range(len(channels))
         )
-        self.mid = Middle(channels[last], num_groups, dropout)
+        self.mid = middle_blocks(channels[last], num_groups, dropout)
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = nn.Conv2d(channels[last], z_channels, 3, padding=1)
 
     def forward(self, sample: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
         """Maps `(batch, in_channels, height, width)` to `(batch, z_channels, h, w)`."""
         hidden = self.conv_in(sample)
-        for level in self.conv_blocks:
-            hidden = level(hidden, statistics)
-        hidden = self.mid(hidden, statistics)
+        for block in (*self.conv_blocks, *self.mid):
+            hidden = block(hidden, statistics)
         return self.conv_out(F.silu(self.norm_out(hidden, statistics)))
 
 
@@ -320,7 +317,7 @@ class Decoder(nn.Module):
         channels = [base_channels * mult for mult in reversed(ch_mult)]
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(z_channels, channels[0], 3, padding=1)
-        self.mid = Middle(channels[0], num_groups, dropout)
+        self.mid = middle_blocks(channels[0], num_groups, dropout)
         self.conv_blocks = nn.ModuleList(
             Level(
                 channels[i - 1] if i else channels[0],
@@ -338,9 +335,9 @@ class Decoder(nn.Module):
 
     def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
         """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`."""
-        hidden = self.mid(self.conv_in(hidden), statistics)
-        for level in self.conv_blocks:
-            hidden = level(hidden, statistics)
+        hidden = self.conv_in(hidden)
+        for block in (*self.mid, *self.conv_blocks):
+            hidden = block(hidden, statistics)
         return self.conv_out(F.silu(self.norm_out(hidden, statistics)))
 
 
@@ -475,6 +472,23 @@ class VectorQuantizer(nn.Module):
         return self.entropy_loss_ratio * (entropy + torch.special.xlogy(mean_probs, mean_probs).sum())
 
 
+def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
+    """Resizes latents to a scale, by area below 1 and bilinearly above.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, channels, h, w)`): Latents before quantisation.
+        scale (`float`): More than 0.
+
+    Returns:
+        `torch.Tensor`: Latents `(batch, channels, max(1, round(scale * h)), max(1, round(scale * w)))`.
+    """
+    size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
+    if list(latents.shape[-2:]) == size:
+        return latents
+    mode = "area" if scale < 1 else "bilinear"
+    return F.interpolate(latents.float(), size, mode=mode).to(latents.dtype)
+
+
 class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """Scalable vector-quantized VAE: tokenizes images of any size, at several scales, with one codebook.
 
@@ -568,9 +582,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.on_tile: Callable[[int, int], None] | None = None
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
-    ) -> "SVQVAE":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SVQVAE":
         """Loads a model from a folder or from the Hub, strictly.
 
         Args:
@@ -586,7 +598,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         faults = {kind: sorted(loaded[1][f"{kind}_keys"]) for kind in ("missing", "unexpected")}
         if any(faults.values()):
             raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} must have exactly the keys that its config asks for, but "
+                f"The weights of {pretrained_model_name_or_path} must have exactly the keys that its config asks for, "
+                f"but "
                 f"{'; '.join(f'{kind}: ' + ', '.join(keys) for kind, keys in faults.items() if keys)}. "
                 "Restore the files, or correct config.json."
             )
@@ -743,7 +756,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents = self._encode(sample, self._tiles())
         if scales is None:
             return self.quantize.search(latents)
-        return [self.quantize.search(_resize_latents(latents, scale)) for scale in _check_scales(scales)]
+        return [self.quantize.search(resize_latents(latents, scale)) for scale in _check_scales(scales)]
 
     @apply_forward_hook
     def decode_tokens(self, ids: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -810,7 +823,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         reconstructions: list[torch.Tensor] = []
         losses: list[VQLosses] = []
         for scale in [1.0] if scales is None else _check_scales(scales):
-            quantized, loss, _ = self.quantize(_resize_latents(latents, scale))
+            quantized, loss, _ = self.quantize(resize_latents(latents, scale))
             decoded = self._decode(quantized, tiles)
             reconstructions.append(self._fit(decoded, latents.shape[-2:], sample.shape[-2:], scale))
             losses.append(loss)
@@ -934,14 +947,6 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"shape "
                 f"{tuple(latents.shape)}. Pass the output of `encode`, not an image."
             )
-
-
-def _resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
-    size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
-    if list(latents.shape[-2:]) == size:
-        return latents
-    mode = "area" if scale < 1 else "bilinear"
-    return F.interpolate(latents.float(), size, mode=mode).to(latents.dtype)
 
 
 def _map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:

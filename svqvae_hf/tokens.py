@@ -1,7 +1,8 @@
-import hashlib
+import dataclasses
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-FORMAT = "svqvae-tokens"
-FORMAT_VERSION = "1"
-UINT16_CODES = 2**16  # a codebook of at most so many rows has ids that fit 16 bits
+METADATA_KEY = (
+    "svqvae_tokens"  # all metadata is one JSON document under this key, so that equal tokens are equal files
+)
+FORMAT_VERSION = 1
+UINT16_CODES = 2**16  # the largest codebook whose ids fit 16 bits
+ID_DTYPES = (torch.uint16, torch.int32)
+FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +28,14 @@ class ImageTokens:
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
         scales (`tuple[float, ...]`): Output side over input side, one per grid, in the order of `ids`.
-        f (`int`): Pixels per latent side of the model that made the ids.
-        tile_size (`int`, *optional*): Side in pixels of the tiles the image was read by; `None` if it was read whole.
-        overlap (`int`, *optional*): Pixels that a tile reads beyond each side of its core; `None` without tiles.
+        f (`int`): Pixels per latent side of the model that gave the ids.
+        tile_size (`int`, *optional*): Side in pixels of the tiles that the image was encoded by; `None` without tiles.
+        overlap (`int`, *optional*): Halo of those tiles in pixels; `None` without tiles.
         codebook_size (`int`): Rows of the codebook.
-        codebook_fingerprint (`str`): [`codebook_fingerprint`] of the codebook that the ids are rows of.
+        codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
 
     Raises:
-        ValueError: A value is out of its range, or the ids do not fit the image, the scales or the codebook.
+        ValueError: A value is out of its range, or the ids do not fit the image, the scale or the codebook.
     """
 
     ids: list[torch.Tensor]
@@ -45,31 +50,136 @@ class ImageTokens:
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "f", "codebook_size"):
-            _check_integer(name, getattr(self, name), minimum=1)
-        if self.tile_size is not None:
-            _check_integer("tile_size", self.tile_size, minimum=1)
-            _check_integer("overlap", self.overlap, minimum=0)
-        if len(self.codebook_fingerprint) != 64:
-            raise ValueError(f"`codebook_fingerprint` must be a sha256 in hex, but is {self.codebook_fingerprint!r}.")
-        if not self.ids or len(self.ids) != len(self.scales):
+            self._check_integer(name, minimum=1)
+        if self.tile_size is not None or self.overlap is not None:
+            self._check_integer("tile_size", minimum=1)
+            self._check_integer("overlap", minimum=0)
+        if not FINGERPRINT.fullmatch(str(self.codebook_fingerprint)):
             raise ValueError(
-                f"there must be one grid of ids per scale, but there are {len(self.ids)} for {len(self.scales)} scales."
+                f"`codebook_fingerprint` must be 64 hexadecimal digits, but is {self.codebook_fingerprint!r}."
             )
+        if not self.ids or len(self.ids) != len(self.scales):
+            raise ValueError(f"each scale must have one grid of ids, but {self.scales} have {len(self.ids)}.")
         for ids, scale in zip(self.ids, self.scales, strict=True):
             self._check_ids(ids, scale)
 
+    def bits_per_pixel(self, index: int) -> float:
+        """Bits that the ids of one scale take, all ids being equally likely, per pixel of the original image."""
+        return self.ids[index].numel() * math.log2(self.codebook_size) / (self.height * self.width)
+
+    def _check_integer(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"`{name}` must be an integer of at least {minimum}, but is {value!r}.")
+
     def _check_ids(self, ids: torch.Tensor, scale: float) -> None:
-        if not 0 < scale < math.inf:
-            raise ValueError(f"a scale must be finite and above 0, but is {scale}.")
-        latent = math.ceil(self.height / self.f), math.ceil(self.width / self.f)
-        expected = tuple(max(1, round(scale * side)) for side in latent)
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ValueError(f"a scale must be a finite number above 0, but is {scale!r}.")
+        expected = tuple(max(1, round(scale * math.ceil(side / self.f))) for side in (self.height, self.width))
         if tuple(ids.shape) != expected:
             raise ValueError(
-                f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x {self.width} "
-                f"with f = {self.f}, but have {tuple(ids.shape)}."
+                f"the ids of scale {scale:g} must have shape {expected}, for an image of {self.height} x {self.width} "
+                f"pixels and f = {self.f}, but have {tuple(ids.shape)}."
             )
-        if ids.min() < 0 or ids.max() >= self.codebook_size:
+        lowest, highest = ids.min().item(), ids.max().item()
+        if lowest < 0 or highest >= self.codebook_size:
             raise ValueError(
-                f"ids must lie in [0, {self.codebook_size - 1}], but those of scale {scale:g} lie in "
-                f"[{ids.min().item()}, {ids.max().item()}]."
+                f"ids must be in [0, {self.codebook_size - 1}], but those of scale {scale:g} are in "
+                f"[{lowest}, {highest}]."
             )
+
+
+def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
+    """Write a token file: a safetensors file with `ids_0`, `ids_1`, ..., one for each scale.
+
+    Ids are stored in 16 bits where the codebook has at most 65,536 rows, else in 32. Equal tokens give equal bytes.
+
+    Args:
+        path (`str` or `os.PathLike`): File to write, in a folder that exists. It is whole or not there at all.
+        tokens (`ImageTokens`): What to store.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
+    grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
+    record = {name: getattr(tokens, name) for name in _record_names()} | {"format_version": FORMAT_VERSION}
+    write_file(path, safetensors.torch.save(grids, {METADATA_KEY: json.dumps(record, sort_keys=True)}))
+
+
+def load_tokens(path: str | os.PathLike) -> ImageTokens:
+    """Read a token file and check all of it.
+
+    Args:
+        path (`str` or `os.PathLike`): File that [`save_tokens`] wrote.
+
+    Returns:
+        `ImageTokens`: Its content, the ids in int64 on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a token file, is cut short, or holds values that do not fit each other.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no token file `{path}`.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            grids = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` must be a safetensors file, but is another kind or cut short: {error}.") from error
+    try:
+        return _tokens_from(metadata, grids)
+    except (ValueError, OverflowError) as error:  # the latter from sides and scales that no image can have
+        raise ValueError(f"`{path}` is not a token file that can be decoded: {error}") from error
+
+
+def check_codebook(tokens: ImageTokens, fingerprint: str) -> None:
+    """Refuse ids that are rows of another codebook.
+
+    Args:
+        tokens (`ImageTokens`): The ids.
+        fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the model that is to decode them.
+
+    Raises:
+        ValueError: The fingerprints differ.
+    """
+    if tokens.codebook_fingerprint != fingerprint:
+        raise ValueError(
+            f"the ids must be of the model's codebook, with fingerprint {fingerprint}, but are of one with "
+            f"{tokens.codebook_fingerprint}. Decode them with the model that encoded them."
+        )
+
+
+def write_file(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file beside its place, then move it there, so that it is whole or not there at all."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _record_names() -> list[str]:
+    return [field.name for field in dataclasses.fields(ImageTokens) if field.name != "ids"]
+
+
+def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, but has {sorted(metadata)}.")
+    record = json.loads(metadata[METADATA_KEY])  # its error is a ValueError
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"its metadata must be of format version {FORMAT_VERSION}, but are {record!r:.200}.")
+    missing = sorted(set(_record_names()) - set(record))
+    if missing:
+        raise ValueError(f"its metadata must also have {missing}.")
+    if not isinstance(record["scales"], list):
+        raise ValueError(f"its scales must be a list, but are {record['scales']!r}.")
+    names = [f"ids_{i}" for i in range(len(record["scales"]))]
+    if sorted(grids) != sorted(names) or any(grid.dtype not in ID_DTYPES for grid in grids.values()):
+        found = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
+        raise ValueError(f"it must have the tensors {names} of type uint16 or int32, one per scale, but has {found}.")
+    values = {name: record[name] for name in _record_names()} | {"scales": tuple(record["scales"])}
+    return ImageTokens(ids=[grids[name].long() for name in names], **values)

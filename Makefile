@@ -1,0 +1,23 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install reconstruct test lint
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+# The bundled photograph by the bundled model: images and a side-by-side picture in outputs/, PSNR on the terminal.
+reconstruct: install
+	$(BIN)/svqvae reconstruct docs/images/chelsea.png --scales 0.5 1 2 --side-by-side --output outputs
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy

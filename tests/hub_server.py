@@ -1,0 +1,208 @@
+"""A stand-in for the Hugging Face Hub, for tests: repositories are folders on this machine.
+
+    with serve_hub(tmp_path) as env:
+        run_python("from svqvae_hf import SVQVAE; SVQVAE.from_pretrained('org/name')", env)
+
+Of `org/name`, `tmp_path/hub/org/name/main` holds the files of the main branch, `.../refs/pr/1` those of the first pull
+request, and `.../settings.json` what the repository was created with; write `{"gated": true}` there to gate it. The
+client reads its endpoint when it is imported, so it runs in a process of its own.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+REPO = r"(?P<repo>[^/]+/[^/]+)"
+
+
+class HubError(Exception):
+    """An answer other than 200, with the code that the client tells errors by."""
+
+    def __init__(self, status: int, code: str):
+        super().__init__(status, code)
+        self.status, self.code = status, code
+
+
+@contextmanager
+def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
+    """Serves the repositories in `folder/hub`; gives the environment of a process that is to see them as the Hub."""
+    root = folder / "hub"
+    root.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"root": root}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(folder / "hf_home"),
+            "HF_TOKEN": "hf_stand_in",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def run_python(code: str, env: Mapping[str, str]) -> str:
+    """Runs code in a new process with this environment; gives what it printed."""
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    root: Path
+
+    def do_GET(self) -> None:
+        self._route(
+            {
+                rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)": self._resolve,
+                rf"/api/models/{REPO}(/revision/(?P<revision>[^/]+))?": self._info,
+                rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)": self._tree,
+            }
+        )
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        self._route(
+            {
+                r"/api/repos/create": self._create,
+                r"/api/validate-yaml": self._validate_card,
+                rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)": self._preupload,
+                rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)": self._commit,
+            }
+        )
+
+    def _route(self, routes: Mapping[str, Callable[..., None]]) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = urlsplit(self.path).path
+        try:
+            for pattern, answer in routes.items():
+                if match := re.fullmatch(pattern, path):
+                    return answer(**{name: unquote(value or "main") for name, value in match.groupdict().items()})
+            raise HubError(404, "RouteNotFound")
+        except HubError as error:
+            self._send(b"{}", error.status, {"X-Error-Code": error.code, "X-Error-Message": error.code})
+
+    def _create(self) -> None:
+        self._check_login()
+        settings = json.loads(self.body)
+        repo = f"{settings['organization'] or 'user'}/{settings['name']}"
+        if (self.root / repo).exists():
+            raise HubError(409, "RepoExists")
+        (self.root / repo / "main").mkdir(parents=True)
+        (self.root / repo / "settings.json").write_text(json.dumps(settings))
+        self._send_json({"url": f"{self._endpoint}/{repo}", "id": repo})
+
+    def _validate_card(self) -> None:
+        has_metadata = json.loads(self.body)["content"].startswith("---\n")
+        self._send_json({"errors": [], "warnings": [] if has_metadata else [{"message": "empty metadata"}]})
+
+    def _preupload(self, repo: str, revision: str) -> None:
+        self._check_login()
+        self._branch(repo, revision)
+        files = json.loads(self.body)["files"]
+        self._send_json(
+            {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+        )
+
+    def _commit(self, repo: str, revision: str) -> None:
+        self._check_login()
+        branch = self._branch(repo, revision)
+        answer = {}
+        if "create_pr=1" in urlsplit(self.path).query:
+            number = len(list((self.root / repo).glob("refs/pr/*"))) + 1
+            branch = Path(shutil.copytree(branch, self.root / repo / f"refs/pr/{number}"))
+            answer = {"pullRequestUrl": f"{self._endpoint}/{repo}/discussions/{number}"}
+        for line in map(json.loads, self.body.splitlines()):
+            if line["key"] == "file":
+                file = branch / line["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(line["value"]["content"]))
+        sha = self._sha(branch)
+        self._send_json({"commitUrl": f"{self._endpoint}/{repo}/commit/{sha}", "commitOid": sha, **answer})
+
+    def _info(self, repo: str, revision: str) -> None:
+        branch = self._branch(repo, revision)
+        siblings = [{"rfilename": name} for name in self._files(branch)]
+        self._send_json({"id": repo, "sha": self._sha(branch), "siblings": siblings, "tags": []})
+
+    def _tree(self, repo: str, revision: str) -> None:
+        branch = self._branch(repo, revision)
+        self._send_json(
+            [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": self._sha(branch)}
+                for name, file in self._files(branch).items()
+            ]
+        )
+
+    def _resolve(self, repo: str, revision: str, path: str) -> None:
+        branch = self._branch(repo, revision)
+        file = self._files(branch).get(path)
+        if file is None:
+            raise HubError(404, "EntryNotFound")
+        content = file.read_bytes()
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        self._send(content, headers={"X-Repo-Commit": self._sha(branch), "ETag": etag})
+
+    def _check_login(self) -> None:
+        if "Authorization" not in self.headers:
+            raise HubError(401, "Unauthorized")
+
+    def _branch(self, repo: str, revision: str) -> Path:
+        """Folder of a branch, named as it is or by its commit."""
+        if not (self.root / repo).is_dir():
+            raise HubError(404, "RepoNotFound")
+        if json.loads((self.root / repo / "settings.json").read_text()).get("gated"):
+            raise HubError(403, "GatedRepo")
+        branches = [self.root / repo / "main", *(self.root / repo).glob("refs/pr/*")]
+        for branch in branches:
+            if revision in (branch.relative_to(self.root / repo).as_posix(), self._sha(branch)):
+                return branch
+        raise HubError(404, "RevisionNotFound")
+
+    @staticmethod
+    def _files(branch: Path) -> dict[str, Path]:
+        files = sorted(file for file in branch.rglob("*") if file.is_file())
+        return {file.relative_to(branch).as_posix(): file for file in files}
+
+    def _sha(self, branch: Path) -> str:
+        content = hashlib.sha1(str(branch).encode())
+        for name, file in self._files(branch).items():
+            content.update(name.encode() + file.read_bytes())
+        return content.hexdigest()
+
+    @property
+    def _endpoint(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    def _send_json(self, content: object) -> None:
+        self._send(json.dumps(content).encode())
+
+    def _send(self, content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Keeps the tests' output clean."""

@@ -1,0 +1,549 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import cpu_offload
+from conftest import make_tiny
+from safetensors.torch import load_file, save_file
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.modeling_svqvae import SEARCH_SCORES, Codebook, GroupNorm, GroupStatistics, VectorQuantizer
+
+SIZES = [(1, 1), (3, 200), (65, 64), (257, 300)]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def psnr(output, target):
+    return -10 * F.mse_loss(output.float(), target.float()).log10().item()
+
+
+def smooth_images(*size, batch=1):
+    """Images with content at many scales, which a random network answers more evenly than noise."""
+    torch.manual_seed(1)
+    return F.interpolate(torch.rand(batch, 3, 9, 9), size, mode="bicubic").clamp(0, 1)
+
+
+# Config
+
+
+def test_config_round_trip(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    loaded = SVQVAE.from_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["block_out_channels"] == [8, 16, 16]
+    ours = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
+    assert ours == {key: stored[key] for key in ours}
+    for key, weight in tiny_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight)
+
+
+def test_config_gives_the_names_that_pipelines_read():
+    config = make_tiny(codebook_embed_dim=4).config
+    assert (config.latent_channels, config.vq_embed_dim, config.num_vq_embeddings) == (4, 4, 64)
+    assert config.lookup_from_codebook
+    assert 2 ** (len(config.block_out_channels) - 1) == 4
+
+
+def test_loading_a_saved_model_does_not_warn(tiny_model, tmp_path, caplog):
+    tiny_model.save_pretrained(tmp_path)
+    SVQVAE.from_pretrained(tmp_path, pixel_range=(-1, 1))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"norm_num_groups": 3}, "`norm_num_groups` must divide .* 3 does not divide 8"),
+        ({"decoder_ch_mult": (1, 2)}, "as many levels, .* 3 and 2"),
+        ({"pixel_range": (1, 0)}, r"`pixel_range` must be \(low, high\)"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_tiny(**config)
+
+
+@pytest.mark.parametrize("shards", [None, "40KB"])
+def test_save_and_load_is_bit_equal(tiny_model, tmp_path, shards):
+    tiny_model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shards
+    loaded = SVQVAE.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == tiny_model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[key], weight) for key, weight in tiny_model.state_dict().items())
+
+
+def test_loading_in_half_precision_keeps_the_codebook(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    half = SVQVAE.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert half.dtype == torch.float16
+    assert half.codebook_fingerprint() == tiny_model.codebook_fingerprint()
+    half.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").stat().st_size < (tmp_path / WEIGHTS).stat().st_size
+    assert SVQVAE.from_pretrained(tmp_path, variant="fp16").codebook_fingerprint() == half.codebook_fingerprint()
+
+
+def test_loading_is_strict(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    del weights["encoder.conv_in.bias"], weights["decoder.conv_in.bias"]
+    weights["surplus"] = torch.zeros(1)
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="missing: decoder.conv_in.bias, encoder.conv_in.bias; unexpected: surplus"):
+        SVQVAE.from_pretrained(tmp_path)
+
+
+def test_usage_log_of_original_files_is_no_weight(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS) | {"quantize.codebook_used": torch.zeros(65536)}, tmp_path / WEIGHTS)
+    loaded = SVQVAE.from_pretrained(tmp_path)
+    assert "quantize.codebook_used" not in loaded.state_dict()
+
+
+# Encoding and decoding
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("scales", [None, [2, 0.5, 1, 0.3]])
+def test_every_size_passes(tiny_model, size, tiled, scales):
+    if tiled:
+        tiny_model.enable_tiling(64, 8)
+    outputs = tiny_model(torch.rand(1, 3, *size), scales=scales).sample
+    for output, scale in zip(outputs if scales else [outputs], scales or [1], strict=True):
+        assert output.shape == (1, 3, *(max(1, round(scale * side)) for side in size))
+        assert output.min() >= 0
+        assert output.max() <= 1
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("tiled", [False, True])
+def test_decoding_the_tokens_is_the_reconstruction(tiny_model, tiled):
+    if tiled:
+        tiny_model.enable_tiling(32, 8)
+    images = torch.rand(2, 3, 48, 72)
+    ids = tiny_model.encode_tokens(images)
+    assert ids.shape == (2, 12, 18)
+    assert ids.dtype == torch.int64
+    torch.testing.assert_close(tiny_model.decode_tokens(ids), tiny_model(images).sample)
+    scales = [0.5, 2]
+    pairs = zip(
+        tiny_model.decode_tokens(tiny_model.encode_tokens(images, scales)),
+        tiny_model(images, scales).sample,
+        strict=True,
+    )
+    for decoded, reconstruction in pairs:
+        torch.testing.assert_close(decoded, reconstruction)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_decode_tells_ids_from_latents_by_type(tiny_model):
+    latents = tiny_model.encode(torch.rand(2, 3, 16, 24)).latents
+    quantized, _, (_, _, flat) = tiny_model.quantize(latents)
+    expected = tiny_model.decode(quantized, force_not_quantize=True).sample
+    torch.testing.assert_close(tiny_model.decode(latents).sample, expected)
+    for ids, shape in [(flat.view(2, 4, 6), None), (flat, (2, 4, 6, 8)), (flat.view(2, 24), (2, 4, 6, 8))]:
+        torch.testing.assert_close(tiny_model.decode(ids, shape=shape, force_not_quantize=True).sample, expected)
+    assert not torch.allclose(tiny_model.decode(latents, force_not_quantize=True).sample, expected)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_outputs_are_objects_mappings_and_tuples(tiny_model):
+    images = torch.rand(1, 3, 16, 16)
+    encoded = tiny_model.encode(images)
+    assert encoded.latents is encoded["latents"]
+    assert torch.equal(tiny_model.encode(images, return_dict=False)[0], encoded.latents)
+    decoded = tiny_model.decode(encoded.latents)
+    assert torch.equal(tiny_model.decode(encoded.latents, return_dict=False)[0], decoded["sample"])
+    sample, (vq, commit, entropy, usage) = tiny_model(images, return_dict=False)
+    assert torch.equal(sample, tiny_model(images).sample)
+    torch.testing.assert_close(commit, 0.25 * vq)
+    assert entropy == 0
+    assert 0 < usage <= 1
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_pixel_range_is_the_callers(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 20, 20)
+    signed = SVQVAE.from_pretrained(tmp_path, pixel_range=(-1, 1)).eval()
+    torch.testing.assert_close(signed(images * 2 - 1).sample, tiny_model(images).sample * 2 - 1)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_slices_are_the_batch(tiny_model):
+    images = torch.rand(3, 3, 40, 24)
+    whole = tiny_model(images).sample
+    tiny_model.enable_slicing()
+    torch.testing.assert_close(tiny_model(images).sample, whole)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.encode(torch.rand(1, 1, 8, 8)), ValueError, r"\(batch, 3, height, width\).*\(1, 1, 8, 8\)"),
+        (lambda m: m.encode(torch.rand(3, 8, 8)), ValueError, r"has shape \(3, 8, 8\)"),
+        (lambda m: m.encode(torch.rand(0, 3, 8, 8)), ValueError, "none of them 0"),
+        (lambda m: m.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), TypeError, "is torch.uint8"),
+        (lambda m: m.decode(torch.rand(1, 3, 4, 4)), ValueError, "Pass the output of `encode`, not an image"),
+        (lambda m: m.decode(torch.zeros(4, dtype=torch.int64)), ValueError, r"\(batch, h, w\).*\(4,\)"),
+        (lambda m: m.decode_tokens(torch.full((1, 2, 2), 64)), ValueError, r"\[0, 64\).*\[64, 64\]"),
+        (lambda m: m.decode_tokens(torch.full((1, 2, 2), -1)), ValueError, r"\[-1, -1\]"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[0]), ValueError, "more than 0, but one is 0"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.nan]), ValueError, "finite .* nan"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.inf]), ValueError, "finite .* inf"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[1], patch_nums=[1]), ValueError, "both were"),
+        (lambda m: m.enable_tiling(62, 8), ValueError, "f = 4, but is 62. The nearest that fits is 64"),
+        (lambda m: m.enable_tiling(0, 0), ValueError, "positive .* fits is 4"),
+        (lambda m: m.enable_tiling(64, 6), ValueError, "f = 4 .* but is 6. The nearest that fits is 8"),
+        (lambda m: m.enable_tiling(64, 32), ValueError, "less than half .* fits is 28"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), tile_size=30), ValueError, "fits is 32"),
+    ],
+)
+def test_wrong_calls_say_what_to_do(tiny_model, call, error, message):
+    with pytest.raises(error, match=message):
+        call(tiny_model)
+
+
+# Scales
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_scales_keep_the_callers_order(tiny_model):
+    images = torch.rand(1, 3, 32, 32)
+    sides = [sample.shape[-1] for sample in tiny_model(images, scales=[1, 4, 0.25, 2]).sample]
+    assert sides == [32, 128, 8, 64]
+    assert [ids.shape[-1] for ids in tiny_model.encode_tokens(images, scales=[1, 4, 0.25, 2])] == [8, 32, 2, 16]
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_patch_nums_are_latents_along_a_tile(tiny_model):
+    images = torch.rand(1, 3, 32, 32)
+    by_patches = tiny_model(images, patch_nums=[4, 1, 2], tile_size=32, overlap=4).sample
+    by_scales = tiny_model(images, scales=[0.5, 0.125, 0.25]).sample
+    assert [sample.shape[-1] for sample in by_patches] == [16, 4, 8]
+    for one, other in zip(by_patches, by_scales, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("scale", [0.3, 0.77, 1.37])
+def test_content_keeps_its_place_at_every_scale(tiny_model, scale, monkeypatch):
+    """With networks that only resample, a scaled reconstruction is the scaled image, to its last column."""
+    f = tiny_model.f
+    monkeypatch.setattr(tiny_model, "_encode", lambda sample, tiles: F.avg_pool2d(sample, f).repeat(1, 3, 1, 1)[:, :8])
+    monkeypatch.setattr(tiny_model.quantize, "forward", lambda latents: (latents, None, None))
+    monkeypatch.setattr(tiny_model, "_decode", lambda latents, tiles: F.interpolate(latents[:, :3], scale_factor=f))
+    ramp = torch.linspace(0, 1, 160).expand(1, 3, 120, 160).contiguous()
+    (scaled,) = tiny_model(ramp, scales=[scale]).sample
+    expected = torch.linspace(0, 1, scaled.shape[-1])
+    assert (scaled[0, 0, 0] - expected).abs().max() < 2.5 * f / 160
+
+
+# Tiles
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_tiles_agree_with_the_whole_where_context_is_local():
+    """Without attention's global view and with wide halos, tiles differ from the whole by their statistics alone."""
+    model = make_tiny(norm_num_groups=1)
+    images = smooth_images(200, 168)
+    whole = model.encode(images).latents
+    model.enable_tiling(96, 32)
+    assert psnr(model.encode(images).latents, whole) - psnr(torch.zeros_like(whole), whole) > 20
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_image_of_one_tile_is_not_tiled(tiny_model):
+    images = torch.rand(1, 3, 61, 64)
+    whole = tiny_model(images).sample
+    tiny_model.enable_tiling(64, 8)
+    assert torch.equal(tiny_model(images).sample, whole)
+    tiny_model.disable_tiling()
+    assert torch.equal(tiny_model(images).sample, whole)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
+    tiny_model.save_pretrained(tmp_path)
+    model = SVQVAE.from_pretrained(tmp_path, torch_dtype=dtype).eval()
+    images = smooth_images(70, 90)
+    expected = tiny_model(images, tile_size=32, overlap=8).sample
+    output = model(images.to(dtype), tile_size=32, overlap=8).sample
+    assert output.dtype == dtype
+    assert psnr(output, expected) > 25
+
+
+def test_gathered_statistics_are_those_of_the_whole():
+    norm = GroupNorm(2, 6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    hidden = torch.randn(2, 6, 10, 12) * 3 + 20
+    statistics = GroupStatistics()
+    for tile in (hidden[..., :5, :], hidden[..., 5:, :3], hidden[..., 5:, 3:]):
+        norm(tile, statistics)
+    statistics.gathering = False
+    torch.testing.assert_close(norm(hidden, statistics), norm(hidden), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm(hidden[..., :4], statistics), norm(hidden)[..., :4], rtol=1e-4, atol=1e-4)
+
+
+# The original's faults (facts of the field): each failed there
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_tiles_leave_no_dark_border_and_no_dead_latents(tiny_model):
+    for layer, value in [(tiny_model.decoder.conv_out, 0.5), (tiny_model.quant_conv, 0.3)]:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, value)
+    images = torch.rand(1, 3, 90, 101)
+    for sample in tiny_model(images, tile_size=32, overlap=8, scales=[0.5, 1, 2]).sample:
+        torch.testing.assert_close(sample, torch.full_like(sample, 0.5))
+    tiny_model.enable_tiling(32, 8)
+    latents = tiny_model.encode(images).latents
+    torch.testing.assert_close(latents, torch.full_like(latents, 0.3))
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_scales_work_on_images_smaller_than_a_tile_and_above_one(tiny_model):
+    assert tiny_model(torch.rand(1, 3, 20, 20), patch_nums=[32, 64], tile_size=128).sample[1].shape[-1] == 40
+    assert tiny_model(torch.rand(1, 3, 80, 80), scales=[2.5], tile_size=32, overlap=4).sample[0].shape[-1] == 200
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_one_image_has_one_id_grid_however_it_is_tiled(tiny_model):
+    tiny_model.enable_tiling(32, 8)
+    images = smooth_images(72, 100)
+    ids = tiny_model.encode_tokens(images)
+    assert ids.shape == (1, 18, 25)
+    torch.testing.assert_close(tiny_model.decode_tokens(ids), tiny_model(images).sample)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_sides_that_are_no_multiple_of_f_do_not_shrink(tiny_model):
+    assert tiny_model(torch.rand(1, 3, 9, 14)).sample.shape == (1, 3, 9, 14)
+
+
+def test_constructor_runs_no_network(monkeypatch):
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("the constructor ran a convolution"))
+    with torch.device("meta"):
+        assert make_tiny().f == 4
+
+
+def test_usage_counts_are_exact_integers_outside_the_weights(tiny_model):
+    model = tiny_model.to(torch.bfloat16).train()
+    assert model.quantize.code_counts.dtype == torch.int64
+    assert not any("count" in key or "used" in key for key in model.state_dict())
+    for _ in range(2):
+        _, losses, (_, _, ids) = model.quantize(torch.randn(1, 8, 400, 400))
+    assert model.quantize.code_counts.sum() == 2 * ids.numel()
+    assert losses.usage == 1
+    model.quantize.reset_counts()
+    assert model.quantize(torch.randn(1, 8, 1, 1))[1].usage == 1 / 64
+
+
+# The quantizer
+
+
+def exhaustive_ids(latents, codes):
+    return torch.cdist(latents.double(), codes.double()).argmin(-1)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_search_finds_the_nearest_code(l2_norm):
+    torch.manual_seed(0)
+    codebook, latents = Codebook(100, 8, l2_norm), torch.randn(5000, 8)
+    codes = codebook.weight.detach()
+    if l2_norm:
+        latents, codes = F.normalize(latents, dim=-1), F.normalize(codes, dim=-1)
+    assert torch.equal(codebook(latents), exhaustive_ids(latents, codes))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 999, 4000])
+def test_search_in_chunks_is_bit_equal_to_the_unchunked(rows, monkeypatch):
+    torch.manual_seed(0)
+    codebook, latents = Codebook(300, 8, l2_norm=True), F.normalize(torch.randn(4000, 8), dim=-1)
+    unchunked = codebook(latents)
+    monkeypatch.setattr("svqvae_hf.modeling_svqvae.SEARCH_SCORES", rows * 300)
+    assert torch.equal(codebook(latents), unchunked)
+
+
+def test_search_holds_a_bounded_number_of_scores(monkeypatch):
+    largest = []
+    argmax = torch.Tensor.argmax
+
+    def watched(scores, dim):
+        largest.append(scores.numel())
+        return argmax(scores, dim)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", watched)
+    Codebook(16384, 8, l2_norm=True)(torch.randn(1000, 8))
+    assert max(largest) <= SEARCH_SCORES
+    assert len(largest) > 1
+
+
+def test_lowest_id_wins_a_tie():
+    codebook = Codebook(6, 4, l2_norm=True)
+    codebook.weight.data[:] = torch.eye(4)[[0, 1, 1, 2, 2, 2]]
+    assert codebook(torch.eye(4)[[2, 1, 0]]).tolist() == [3, 1, 0]
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_losses_and_straight_through_gradient(l2_norm):
+    quantizer = VectorQuantizer(32, 4, commit_loss_beta=0.25, entropy_loss_ratio=0.0, l2_norm=l2_norm)
+    latents = torch.randn(2, 4, 3, 5, requires_grad=True)
+    quantized, losses, (perplexity, _, ids) = quantizer(latents)
+    flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
+    codes = quantizer.embedding.weight.detach()
+    if l2_norm:
+        flat, codes = F.normalize(flat, dim=-1), F.normalize(codes, dim=-1)
+    distance = (codes[ids] - flat).square().mean()
+    torch.testing.assert_close(losses.vq.detach(), distance)
+    torch.testing.assert_close(losses.commit.detach(), 0.25 * distance)
+    torch.testing.assert_close(quantized.detach().permute(0, 2, 3, 1).flatten(0, 2), codes[ids])
+    share = torch.bincount(ids, minlength=32) / len(ids)
+    assert perplexity.item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in share.tolist() if p)), rel=1e-4)
+    upstream = torch.randn_like(quantized)
+    (gradient,) = torch.autograd.grad(quantized, latents, upstream)
+    normed = F.normalize(latents, dim=1) if l2_norm else latents * 1
+    torch.testing.assert_close(gradient, torch.autograd.grad(normed, latents, upstream)[0])
+
+
+def test_vq_loss_moves_codes_and_commitment_moves_latents():
+    quantizer = VectorQuantizer(32, 4, commit_loss_beta=0.25, entropy_loss_ratio=0.0, l2_norm=True)
+    latents = torch.randn(1, 4, 3, 5, requires_grad=True)
+    losses = quantizer(latents)[1]
+    inputs = (quantizer.embedding.weight, latents)
+    vq = torch.autograd.grad(losses.vq, inputs, allow_unused=True, retain_graph=True)
+    commit = torch.autograd.grad(losses.commit, inputs, allow_unused=True)
+    assert vq[0].abs().sum() > 0
+    assert vq[1] is None
+    assert commit[0] is None
+    assert commit[1].abs().sum() > 0
+
+
+def test_entropy_loss_rewards_sure_and_even_use():
+    quantizer = VectorQuantizer(4, 4, commit_loss_beta=0.25, entropy_loss_ratio=1.0, l2_norm=True)
+    quantizer.embedding.weight.data.copy_(torch.eye(4))
+    even = quantizer(torch.eye(4).view(1, 4, 4, 1))[1].entropy
+    one_code = quantizer(torch.eye(4)[:1].expand(4, 4).T.reshape(1, 4, 4, 1))[1].entropy
+    unsure = quantizer(torch.ones(1, 4, 4, 1))[1].entropy
+    assert even < one_code
+    assert even < unsure
+    assert even.item() == pytest.approx(-math.log(4), abs=1e-3)
+
+
+def test_quantizer_stays_in_float32_under_autocast(tiny_model):
+    images = torch.rand(1, 3, 32, 32)
+    latents = tiny_model.encode(images).latents
+    expected = tiny_model.quantize.search(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny_model.quantize.search(latents), expected)
+        assert torch.equal(tiny_model.quantize(latents)[2][2], expected.flatten())
+
+
+def test_fingerprint_is_that_of_the_float32_bytes(tiny_model):
+    fingerprint = tiny_model.codebook_fingerprint()
+    tiny_model.quantize.embedding.weight.data[3, 2] += 1e-3
+    assert tiny_model.codebook_fingerprint() != fingerprint
+    assert len(fingerprint) == 64
+
+
+# Training
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_parameter_gets_a_finite_gradient(autocast, checkpointing):
+    model = make_tiny(dropout_p=0.1).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(images, scales=[0.5, 1])
+    loss = sum(sample.float().square().mean() for sample in output.sample)
+    loss = loss + sum(losses.vq + losses.commit for losses in output.losses)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_tiny().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)).sample.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_training_output_is_not_clamped():
+    model = make_tiny().train()
+    torch.nn.init.constant_(model.decoder.conv_out.bias, 3.0)
+    images = torch.rand(1, 3, 16, 16)
+    assert model(images).sample.max() > 1
+    assert model.eval()(images).sample.max() == 1
+
+
+def test_tiles_are_differentiable():
+    model = make_tiny().train()
+    model(torch.rand(1, 3, 48, 48), tile_size=32, overlap=8).sample.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.encoder.parameters())
+
+
+# What diffusers offers for every model
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_compiles_without_graph_breaks(tiny_model):
+    images = torch.rand(1, 3, 32, 32)
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).sample, tiny_model(images).sample)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_device_map(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 32, 32)
+    loaded = SVQVAE.from_pretrained(tmp_path, device_map="auto").eval()
+    torch.testing.assert_close(loaded(images).sample, tiny_model(images).sample)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_layerwise_casting(tiny_model):
+    images = torch.rand(1, 3, 32, 32)
+    expected = tiny_model(images).sample
+    tiny_model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert tiny_model.encoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert tiny_model.quantize.embedding.weight.dtype == torch.float32
+    assert psnr(tiny_model(images).sample, expected) > 20
+
+
+def use_everything(model, images):
+    reconstruction = model(images, scales=[0.5, 1]).sample
+    return [
+        *reconstruction,
+        model.decode_tokens(model.encode_tokens(images)),
+        model.decode(model.encode(images).latents).sample,
+    ]
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "sequential"])
+def test_offloading_changes_no_result(tiny_model, kind):
+    images = torch.rand(1, 3, 32, 32)
+    expected = use_everything(tiny_model, images)
+    if kind == "sequential":
+        cpu_offload(tiny_model, torch.device("cpu"))
+    else:
+        tiny_model.enable_group_offload(torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
+    for output, wanted in zip(use_everything(tiny_model, images), expected, strict=True):
+        torch.testing.assert_close(output, wanted)

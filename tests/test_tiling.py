@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from svqvae_hf.tiling import map_tiles, tile_axis
+
+GEOMETRIES = [(8, 0), (8, 2), (9, 4), (5, 1), (3, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(("tile", "overlap"), GEOMETRIES)
+@pytest.mark.parametrize("length", range(1, 40))
+def test_windows_fit_the_tile_and_cores_partition_the_axis(length, tile, overlap):
+    tiles = tile_axis(length, tile, overlap)
+    assert [axis.core_start for axis in tiles] == [0, *(axis.core_stop for axis in tiles[:-1])]
+    assert tiles[-1].core_stop == length
+    for axis in tiles:
+        assert 0 <= axis.start <= axis.core_start < axis.core_stop <= axis.stop <= length
+        assert axis.stop - axis.start <= tile
+        assert axis.core_start - axis.start >= min(overlap, axis.core_start)
+        assert axis.stop - axis.core_stop >= min(overlap, length - axis.core_stop)
+    assert len({axis.stop - axis.start for axis in tiles}) == 1
+
+
+def test_axis_little_longer_than_a_tile_costs_little():
+    tiles = tile_axis(300 // 4, 256 // 4, 32 // 4)
+    assert sum(axis.stop - axis.start for axis in tiles) <= 1.25 * 75
+
+
+@pytest.mark.parametrize(("tile", "overlap"), GEOMETRIES)
+@pytest.mark.parametrize("size", [(1, 1), (1, 20), (8, 8), (9, 7), (17, 24)])
+def test_tiled_identity_is_the_identity(size, tile, overlap):
+    image = torch.rand(2, 3, *size)
+    assert torch.equal(map_tiles(lambda window: window, image, tile, overlap), image)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 11), (10, 10)])
+def test_cells_of_source_and_result_may_differ(size):
+    image = torch.rand(1, 2, *size)
+
+    def up(window):
+        return window.repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+    enlarged = map_tiles(up, image, 4, 1, result_cell=4)
+    assert torch.equal(enlarged, up(image))
+    assert torch.equal(map_tiles(lambda window: window[..., ::4, ::4], enlarged, 4, 1, source_cell=4), image)
+
+
+def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
+    image, kernel = torch.rand(1, 1, 23, 30), torch.rand(1, 1, 5, 5)
+
+    def smooth(window):
+        return torch.nn.functional.conv2d(window, kernel, padding=2)
+
+    torch.testing.assert_close(map_tiles(smooth, image, 9, 2), smooth(image))
+    assert not torch.allclose(map_tiles(smooth, image, 9, 1), smooth(image))
+
+
+def test_gradient_passes_through_tiles():
+    image = torch.rand(1, 1, 9, 9, requires_grad=True)
+    map_tiles(lambda window: window * 2, image, 4, 1).sum().backward()
+    assert torch.equal(image.grad, torch.full_like(image, 2))
+
+
+def test_progress_counts_every_tile():
+    seen = []
+    map_tiles(lambda window: window, torch.rand(1, 1, 10, 10), 4, 1, on_tile=lambda *count: seen.append(count))
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    assert len(seen) > 1

