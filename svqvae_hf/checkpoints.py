@@ -266,8 +266,12 @@ def read_checkpoint(source: str | Path, *, use_ema: bool = False, **config: Any)
     num_levels = _count(weights, family.levels)
     _check_attention(family, weights, num_levels, source)
     config = {**_infer_config(family, weights, num_levels, source), **config}
-    with torch.device("meta"):
-        expected = SVQVAE(**config).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = SVQVAE(**config).state_dict()
+    except ValueError as error:
+        sizes = ", ".join(f"{key} {config[key]} from {weight}" for key, (weight, _) in CONFIG_AXES.items())
+        raise ValueError(f"`{source}` must have the shapes of an SVQVAE, but gives {sizes}: {error}") from error
     original_names = {key: family.original_name(key, num_levels) for key in expected}
     _check_weights(weights, {name: expected[key].shape for key, name in original_names.items()}, source)
     state_dict = {key: weights[name].float() for key, name in original_names.items()}

@@ -17,7 +17,7 @@ ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file as 8-bit RGB; of a file with several frames or pages, the first.
+    """Reads an image file as 8-bit RGB; of a file with several frames or pages, the first.
 
     Args:
         path (`str` or `os.PathLike`): File in any format that Pillow reads.
@@ -49,7 +49,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any Pillow image upright and into 8-bit RGB, transparent parts on white.
+    """Turns any Pillow image upright and into 8-bit RGB, transparent parts on white.
 
     Args:
         image (`PIL.Image.Image`): Image of any mode. The EXIF orientation is applied. Integer modes (`"I"`, `"I;16"`,
@@ -125,7 +125,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
     def preprocess(
         self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
     ) -> BatchFeature:
-        """Turn images of any kind and size into one batch.
+        """Turns images of any kind and size into one batch.
 
         Args:
             images: One image or a list that may mix kinds and sizes. Pillow images and paths of files are read by
@@ -167,8 +167,8 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         sample: torch.Tensor,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         output_type: str = "pil",
-    ) -> list[Image.Image] | list[np.ndarray] | list[torch.Tensor]:
-        """Turn a batch of samples into images, cropped to their sizes.
+    ) -> list[Any]:
+        """Turns a batch of samples into images, cropped to their sizes.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Samples in `pixel_range`; what lies outside
@@ -179,7 +179,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 `(height, width, 3)`, `"pt"` for float32 tensors `(3, height, width)`, both in [0, 1].
 
         Returns:
-            `list`: One image for each sample.
+            `list` of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: One image for each sample.
 
         Raises:
             ValueError: `sample`, `image_sizes` or `output_type` is not as described.

@@ -90,7 +90,7 @@ class ImageTokens:
 
 
 def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
-    """Write a token file: a safetensors file with `ids_0`, `ids_1`, ..., one for each scale.
+    """Writes a token file: a safetensors file with `ids_0`, `ids_1`, ..., one for each scale.
 
     Ids are stored in 16 bits where the codebook has at most 65,536 rows, else in 32. Equal tokens give equal bytes.
 
@@ -108,7 +108,7 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
 
 
 def load_tokens(path: str | os.PathLike) -> ImageTokens:
-    """Read a token file and check all of it.
+    """Reads a token file and checks all of it.
 
     Args:
         path (`str` or `os.PathLike`): File that [`save_tokens`] wrote.
@@ -134,8 +134,17 @@ def load_tokens(path: str | os.PathLike) -> ImageTokens:
         raise ValueError(f"`{path}` is not a token file that can be decoded: {error}") from error
 
 
+def is_token_file(path: str | os.PathLike) -> bool:
+    """Whether `path` is a safetensors file that says that it holds tokens; [`load_tokens`] checks the rest."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def check_codebook(tokens: ImageTokens, fingerprint: str) -> None:
-    """Refuse ids that are rows of another codebook.
+    """Refuses ids that are rows of another codebook.
 
     Args:
         tokens (`ImageTokens`): The ids.
@@ -152,7 +161,7 @@ def check_codebook(tokens: ImageTokens, fingerprint: str) -> None:
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file beside its place, then move it there, so that it is whole or not there at all."""
+    """Writes a file beside its place, then moves it there, so that it is whole or not there at all."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

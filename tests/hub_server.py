@@ -58,9 +58,10 @@ def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
         server.server_close()
 
 
-def run_python(code: str, env: Mapping[str, str]) -> str:
-    """Runs code in a new process with this environment; gives what it printed."""
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+def run_python(code: str, env: Mapping[str, str], *args: str | Path) -> str:
+    """Runs code in a new process with this environment and these arguments; gives what it printed."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -105,11 +106,11 @@ class HubHandler(BaseHTTPRequestHandler):
         self._check_login()
         settings = json.loads(self.body)
         repo = f"{settings['organization'] or 'user'}/{settings['name']}"
-        if (self.root / repo).exists():
-            raise HubError(409, "RepoExists")
-        (self.root / repo / "main").mkdir(parents=True)
-        (self.root / repo / "settings.json").write_text(json.dumps(settings))
-        self._send_json({"url": f"{self._endpoint}/{repo}", "id": repo})
+        status = 409 if (self.root / repo).exists() else 200
+        if status == 200:
+            (self.root / repo / "main").mkdir(parents=True)
+            (self.root / repo / "settings.json").write_text(json.dumps(settings))
+        self._send_json({"url": f"{self._endpoint}/{repo}", "id": repo}, status)
 
     def _validate_card(self) -> None:
         has_metadata = json.loads(self.body)["content"].startswith("---\n")
@@ -193,8 +194,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def _endpoint(self) -> str:
         return f"http://{self.headers['Host']}"
 
-    def _send_json(self, content: object) -> None:
-        self._send(json.dumps(content).encode())
+    def _send_json(self, content: object, status: int = 200) -> None:
+        self._send(json.dumps(content).encode(), status)
 
     def _send(self, content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

@@ -1,0 +1,156 @@
+"""Compares this package with the original code on the same weights.
+
+python conversion/compare.py ORIGINAL_CHECKOUT CHECKPOINT [--images photo.jpg ...]
+
+ORIGINAL_CHECKOUT is a checkout of Open-Model-Initiative/SVQVAE, whose code is run as it is. Exits 1 if the two differ
+by more than rounding.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.checkpoints import Checkpoint, read_checkpoint
+from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
+
+SCALES = (1.0, 0.5, 0.25, 2.0)
+CELL_LATENTS = 4  # sides are multiples of it, so that each scale gives whole latents
+RANDOM_LATENTS = ((32, 32), (12, 20))
+MAX_LATENTS = 48  # images are cropped to it: untiled, the original's attention takes memory by the fourth power
+LATENT_TOLERANCE = 1e-4
+TIE = 1e-5  # difference of two cosines that rounding can turn round
+SAMPLE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two models are apart on one image at one scale.
+
+    Args:
+        latents (`float`): Largest difference of latents.
+        ids (`int`): Number of ids.
+        ties (`int`): Unequal ids of codes that are as near, by `TIE`.
+        unequal (`int`): Other unequal ids.
+        sample (`float`): Largest difference of the samples decoded from the original's ids.
+    """
+
+    latents: float
+    ids: int
+    ties: int
+    unequal: int
+    sample: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two differ by no more than rounding."""
+        return self.latents <= LATENT_TOLERANCE and self.unequal == 0 and self.sample <= SAMPLE_TOLERANCE
+
+    def __str__(self) -> str:
+        equal = 1 - (self.ties + self.unequal) / self.ids
+        return (
+            f"latents {self.latents:.1e}  ids {equal:8.3%} equal, {self.ties} near ties, {self.unequal} others  "
+            f"sample {self.sample:.1e}  {'ok' if self.passed else 'DIFFERS'}"
+        )
+
+
+def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
+    """Loads a checkpoint of the svqvae family with the original code."""
+    if not (checkout / "svqvae.py").is_file():
+        raise FileNotFoundError(
+            f"`{checkout}` must be a checkout of Open-Model-Initiative/SVQVAE, but has no svqvae.py."
+        )
+    if checkpoint.family.name != "svqvae":
+        raise ValueError(f"`{checkpoint.path}` must be of family svqvae, but is of {checkpoint.family.name}.")
+    sys.path.insert(0, str(checkout))
+    original = importlib.import_module("svqvae")
+    config = checkpoint.config
+    # The original's constructor leaves these two at their defaults.
+    sizes = {"ch": config["base_channels"], "num_res_blocks": config["num_res_blocks"]}
+    original.Encoder, original.Decoder = partial(original.Encoder, **sizes), partial(original.Decoder, **sizes)
+    args = original.ModelArgs(
+        codebook_size=config["codebook_size"],
+        codebook_embed_dim=config["codebook_embed_dim"],
+        encoder_ch_mult=config["encoder_ch_mult"],
+        decoder_ch_mult=config["decoder_ch_mult"],
+        z_channels=config["z_channels"],
+    )
+    return original.ScalableVQVAE.load(str(checkpoint.path), args)
+
+
+def samples(images: list[Path], f: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Named samples `(1, 3, height, width)` in [0, 1]: the images, cropped, or random ones."""
+    processor = SVQVAEImageProcessor()
+    cell = CELL_LATENTS * f
+    for image in images:
+        sample = processor(image)["pixel_values"]
+        height, width = (min(side // cell * cell, MAX_LATENTS * f) for side in sample.shape[-2:])
+        if 0 in (height, width):
+            raise ValueError(f"Images must have sides of at least {cell} pixels, but `{image}` is smaller.")
+        yield image.name, sample[..., :height, :width]
+    if not images:
+        generator = torch.Generator().manual_seed(0)
+        for h, w in RANDOM_LATENTS:
+            yield f"random {w * f} x {h * f}", torch.rand(1, 3, h * f, w * f, generator=generator)
+
+
+def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: float) -> Comparison:
+    """Compares the two on one sample `(1, 3, height, width)` in [0, 1], untiled."""
+    latents = ours.encode(sample).latents
+    original_latents = original.quant_conv(original.encoder(sample))
+    difference = (latents - original_latents).abs().max().item()
+    if scale != 1:
+        size = [round(scale * side) for side in original_latents.shape[-2:]]
+        original_latents = F.interpolate(original_latents, size, mode="area" if scale < 1 else "bilinear")
+    quantized, _, (_, _, original_ids) = original.quantize(original_latents)
+    original_sample = original.decode(quantized).clamp(0, 1)
+
+    ids = ours.encode_tokens(sample, scales=[scale])[0]
+    original_ids = original_ids.view(ids.shape)
+    unequal = ids != original_ids
+    directions = F.normalize(original_latents, dim=1).movedim(1, -1)[unequal]  # (unequal, codebook_embed_dim)
+    codes, original_codes = (ours.quantize.get_codebook_entry(each[unequal]) for each in (ids, original_ids))
+    ties = ((directions * (codes - original_codes)).sum(-1).abs() < TIE).sum().item()
+    return Comparison(
+        latents=difference,
+        ids=ids.numel(),
+        ties=ties,
+        unequal=unequal.sum().item() - ties,
+        sample=(ours.decode_tokens(original_ids) - original_sample).abs().max().item(),
+    )
+
+
+@torch.no_grad()
+def main() -> int:
+    """Runs the script; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("original_checkout", type=Path, help="folder with the original's svqvae.py and modules.py")
+    parser.add_argument("checkpoint", help="its .safetensors file, local or `org/repo:file` on the Hub")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", default=[], help="compare on these, cropped, not on random images"
+    )
+    args = parser.parse_args()
+    try:
+        checkpoint = read_checkpoint(args.checkpoint)
+        original, ours = load_original(args.original_checkout, checkpoint), checkpoint.model()
+        passed = True
+        for name, sample in samples(args.images, ours.f):
+            for scale in SCALES:
+                comparison = compare(original, ours, sample, scale)
+                print(f"{name}  scale {scale:<4}  {comparison}")
+                passed &= comparison.passed
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

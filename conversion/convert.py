@@ -1,0 +1,11 @@
+"""`svqvae convert` for a checkout.
+
+python conversion/convert.py SOURCE OUT [--push-to-hub ORG/NAME --private --create-pr]
+"""
+
+import sys
+
+from svqvae_hf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,0 +1,106 @@
+"""One image to the content of a token file and back."""
+
+import math
+from collections.abc import Sequence
+
+import psutil
+import torch
+from PIL import Image
+
+from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens import ImageTokens, check_codebook
+
+GIB = 2**30
+
+# Memory at the peak, in bytes, measured in float32 on the CPU.
+PIXEL_BYTES = 64  # a pixel of the input when encoding, of the output when decoding
+LATENT_BYTES = 128  # a latent that is quantised
+TILE_BYTES = 64  # a pixel of a tile, for each of the base channels
+
+
+def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> ImageTokens:
+    """Encodes an image to ids at each scale.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode.
+        image (`PIL.Image.Image`): Image of any size.
+        scales (`Sequence[float]`): Output side over input side, each more than 0.
+
+    Returns:
+        [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
+    """
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    with torch.inference_mode():
+        grids = model.encode_tokens(processor(image)["pixel_values"].to(model.device, model.dtype), scales)
+    return ImageTokens(
+        ids=[grid[0].cpu() for grid in grids],
+        height=image.height,
+        width=image.width,
+        scales=tuple(scales),
+        f=model.f,
+        tile_size=model.tile_size if model.use_tiling else None,
+        overlap=model.overlap if model.use_tiling else None,
+        codebook_size=model.config["codebook_size"],
+        codebook_fingerprint=model.codebook_fingerprint(),
+    )
+
+
+def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
+    """Decodes ids to images, as `model(image, scales)` gives them.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode.
+        tokens ([`ImageTokens`]): Ids of one image, of the model's codebook.
+
+    Returns:
+        `list[PIL.Image.Image]`: One image per scale, `round(scale * side)` pixels a side.
+
+    Raises:
+        ValueError: If the ids are of another codebook, or their f is another.
+    """
+    check_codebook(tokens, model.codebook_fingerprint())
+    if tokens.f != model.f:
+        raise ValueError(f"the ids must be of a model with f = {model.f}, but are of one with f = {tokens.f}.")
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    image_size = tokens.height, tokens.width
+    latent_size = [math.ceil(side / model.f) for side in image_size]
+    images: list[Image.Image] = []
+    with torch.inference_mode():
+        for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
+            decoded = model.decode(ids[None].to(model.device)).sample
+            images += processor.postprocess(model._fit(decoded, latent_size, image_size, scale))
+    return images
+
+
+def check_memory(
+    model: SVQVAE, height: int, width: int, scales: Sequence[float], encodes: bool = True, decodes: bool = True
+) -> None:
+    """Refuses, before anything is computed, what would take more memory than is free.
+
+    Args:
+        model ([`SVQVAE`]): Model, on its device and with its tiles set.
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+        scales (`Sequence[float]`): Scales to encode or decode, each more than 0.
+        encodes (`bool`, defaults to `True`): Whether the image is going to be encoded.
+        decodes (`bool`, defaults to `True`): Whether the scales are going to be decoded.
+
+    Raises:
+        ValueError: If it would; the figures are an estimate.
+    """
+    pixels = height * width
+    output = max(scale * scale for scale in scales) * pixels
+    latents = sum(scale * scale for scale in scales) * pixels / model.f**2
+    tile = TILE_BYTES * model.config["base_channels"]
+    encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(model.tile_size**2, pixels)
+    decoding = PIXEL_BYTES * output + tile * min(model.tile_size**2, output)
+    needed = max(encodes * encoding, decodes * decoding)
+    on_gpu = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"an image of {width} x {height} pixels at scales {', '.join(f'{scale:g}' for scale in scales)}, in tiles "
+            f"of {model.tile_size} pixels, would take about {needed / GIB:.3g} GiB of memory, but {free / GIB:.3g} "
+            "GiB are free. Use smaller scales, smaller tiles or a smaller image."
+        )

@@ -1,0 +1,430 @@
+import argparse
+import hashlib
+import os
+import pickle
+import zipfile
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.checkpoints import FAMILIES, _rename, convert, load_single_file, read_checkpoint
+
+UNIT, SIGNED = (0.0, 1.0), (-1.0, 1.0)
+# file: family, encoder and decoder multipliers, residual blocks, z_channels, codebook, L2 norm, network range
+GOLDEN = {
+    "svqvae_tiny.safetensors": ("svqvae", (1, 2), (1, 2), 1, 8, (256, 8), True, UNIT),
+    "llamagen_tiny.pt": ("llamagen", (1, 2), (1, 1), 1, 16, (128, 8), True, SIGNED),
+    "flexvar_tiny.pth": ("flexvar", (1, 1, 2), (1, 1, 2), 1, 8, (200, 16), True, SIGNED),
+    "lightning_tiny.ckpt": ("lightning", (1, 2), (1, 2), 1, 8, (256, 8), True, UNIT),
+    "taming_tiny.ckpt": ("taming", (1, 2), (1, 2), 1, 16, (64, 12), False, SIGNED),
+    "svqvae_small.safetensors": ("svqvae", (1, 2, 2, 4), (1, 2, 2, 4), 2, 32, (1024, 8), True, UNIT),
+}
+MULTI_SCALE = ["svqvae_tiny.safetensors", "flexvar_tiny.pth", "svqvae_small.safetensors"]
+
+
+def locate(name: str, golden_dir: Path) -> Path:
+    if (golden_dir / name).exists():
+        return golden_dir / name
+    if not SHARED.exists():
+        pytest.skip(f"{name} is not part of the project, and there is no ../shared")
+    return SHARED / "golden" / name
+
+
+def outputs(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path.with_name(f"{path.stem}.outputs.safetensors"))
+
+
+def unpickle(path: Path) -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def assert_same_ids(model: SVQVAE, latents: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """Ids may differ only where two codes are as near: the squared distances of two cosines 1e-5 apart."""
+    gaps = model.quantize._flatten(latents) - model.quantize.embedding(ids).flatten(0, -2)
+    expected_gaps = model.quantize._flatten(latents) - model.quantize.embedding(expected).flatten(0, -2)
+    ties = (gaps.square().sum(-1) - expected_gaps.square().sum(-1)).abs() < 2e-5
+    assert ids.shape == expected.shape
+    assert torch.all((ids == expected).flatten() | ties)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_family_and_config_are_read_from_the_file(name, golden_dir):
+    checkpoint = read_checkpoint(locate(name, golden_dir))
+    family, encoder, decoder, num_res_blocks, z_channels, codebook, l2_norm, network_range = GOLDEN[name]
+    assert checkpoint.family.name == family
+    assert checkpoint.config == {
+        "in_channels": 3,
+        "out_channels": 3,
+        "base_channels": 32,
+        "encoder_ch_mult": encoder,
+        "decoder_ch_mult": decoder,
+        "num_res_blocks": num_res_blocks,
+        "norm_num_groups": 32,
+        "z_channels": z_channels,
+        "codebook_size": codebook[0],
+        "codebook_embed_dim": codebook[1],
+        "codebook_l2_norm": l2_norm,
+        "network_range": network_range,
+    }
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_equals_the_original_code(name, golden_dir):
+    path = locate(name, golden_dir)
+    model = SVQVAE.from_single_file(path, pixel_range=GOLDEN[name][-1])
+    expected = outputs(path)
+    latents = model.encode(expected["x"]).latents
+    torch.testing.assert_close(latents, expected["latents"], atol=1e-4, rtol=0)
+    assert_same_ids(model, latents, model.encode_tokens(expected["x"]), expected["ids"])
+    reconstruction = model.decode(expected["ids"]).sample
+    torch.testing.assert_close(reconstruction, expected["reconstruction"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("name", MULTI_SCALE)
+def test_equals_the_original_code_at_smaller_scales(name, golden_dir):
+    path = locate(name, golden_dir)
+    model = SVQVAE.from_single_file(path)
+    expected = outputs(path)
+    low, high = GOLDEN[name][-1]
+    sample = (expected["x"] - low) / (high - low)
+    sizes = [key.removeprefix("ids_") for key in expected if key.startswith("ids_")]
+    assert len(sizes) == 2
+    for size in sizes:
+        ids = expected[f"ids_{size}"]
+        scale = ids.shape[-1] / expected["ids"].shape[-1]
+        latents = torch.nn.functional.interpolate(expected["latents"], ids.shape[-2:], mode="area")
+        assert_same_ids(model, latents, model.encode_tokens(sample, scales=[scale])[0], ids)
+        reconstruction = model.decode(ids).sample * (high - low) + low
+        torch.testing.assert_close(reconstruction, expected[f"reconstruction_{size}"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_names_of_weights_are_mapped_one_to_one(name, golden_dir):
+    path = locate(name, golden_dir)
+    checkpoint = read_checkpoint(path)
+    family, num_levels = checkpoint.family, len(checkpoint.config["encoder_ch_mult"])
+    theirs = {key: family.original_name(key, num_levels) for key in checkpoint.state_dict}
+    content = {None: load_file(path)} if path.suffix == ".safetensors" else unpickle(path)
+    assert set(theirs.values()) == {
+        key for key in content[family.container] if not key.startswith(family.training_keys)
+    }
+    back = [(new, old) for old, new in family.name_pairs(num_levels)]
+    assert all(_rename(name.removeprefix(family.prefix), back) == key for key, name in theirs.items())
+
+
+def test_training_keys_are_dropped(golden_dir):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")["state_dict"]
+    assert any(key.startswith("loss.") for key in content)
+    assert not any(key.startswith("loss.") for key in read_checkpoint(golden_dir / "taming_tiny.ckpt").state_dict)
+    assert "quantize.codebook_used" not in read_checkpoint(golden_dir / "llamagen_tiny.pt").state_dict
+
+
+def test_config_values_can_be_replaced(golden_dir):
+    model = load_single_file(golden_dir / "flexvar_tiny.pth", network_range=(0, 1), scaling_factor=0.5)
+    assert tuple(model.config["network_range"]) == (0, 1)
+    assert model.config["scaling_factor"] == 0.5
+    assert tuple(model.config["pixel_range"]) == (0, 1)
+    assert not model.training
+
+
+def test_averaged_weights_only_when_asked_for(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "llamagen_tiny.pt")
+    content["ema"]["quant_conv.bias"] += 1
+    torch.save(content, tmp_path / "file.pt")
+    for use_ema, part in [(False, "model"), (True, "ema")]:
+        bias = read_checkpoint(tmp_path / "file.pt", use_ema=use_ema).state_dict["quant_conv.bias"]
+        assert torch.equal(bias, content[part]["quant_conv.bias"])
+    with pytest.raises(ValueError, match="must hold averaged weights"):
+        read_checkpoint(golden_dir / "flexvar_tiny.pth", use_ema=True)
+
+
+def test_bare_dict_beside_training_state_is_llamagen(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    torch.save({**content, "optimizer": {}}, tmp_path / "file.pt")
+    assert read_checkpoint(tmp_path / "file.pt").family.name == "llamagen"
+
+
+def test_half_precision_is_read_as_float32(golden_dir, tmp_path):
+    weights = {key: tensor.half() for key, tensor in load_file(golden_dir / "svqvae_tiny.safetensors").items()}
+    save_file(weights, tmp_path / "half.safetensors")
+    state_dict = read_checkpoint(tmp_path / "half.safetensors").state_dict
+    assert all(torch.equal(tensor, weights[key].float()) for key, tensor in state_dict.items())
+
+
+# Faults of the file
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("dump", ["torch", "torch, old format", "pickle"])
+def test_code_in_a_pickle_is_refused_and_not_run(dump, tmp_path):
+    content = {"model": Payload(tmp_path / "ran")}
+    with (tmp_path / "file.pt").open("wb") as file:
+        if dump == "pickle":
+            pickle.dump(content, file, protocol=2)
+        else:
+            torch.save(content, file, _use_new_zipfile_serialization=dump == "torch")
+    with pytest.raises(
+        ValueError, match=r"must hold weights only, but is a pickle that calls for `\w+.mkdir`"
+    ) as error:
+        read_checkpoint(tmp_path / "file.pt")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_namespaces_are_let_through(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "llamagen_tiny.pt")
+    torch.save({**content, "args": argparse.Namespace(lr=Fraction(1, 2))}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"calls for `fractions.Fraction`"):
+        read_checkpoint(tmp_path / "file.pt")
+
+
+def cut(source: str):
+    def write(path: Path, golden_dir: Path) -> None:
+        content = (golden_dir / source).read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+
+    return write
+
+
+def zip_archive(path: Path, _: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "no checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("empty.safetensors", lambda path, _: path.touch(), "must be a whole safetensors file"),
+        ("text.safetensors", lambda path, _: path.write_text("a line\n" * 99), "must be a whole safetensors file"),
+        ("cut.safetensors", cut("svqvae_tiny.safetensors"), "must be a whole safetensors file"),
+        ("pickle.safetensors", lambda path, _: torch.save({}, path), "must be a whole safetensors file"),
+        ("empty.pt", lambda path, _: path.touch(), "must be a whole PyTorch checkpoint"),
+        ("text.ckpt", lambda path, _: path.write_text("a line\n" * 99), "must be a whole PyTorch checkpoint"),
+        ("cut.ckpt", cut("taming_tiny.ckpt"), "must be a whole PyTorch checkpoint"),
+        ("archive.pt", zip_archive, "must be a whole PyTorch checkpoint"),
+        ("list.pt", lambda path, _: torch.save([1], path), r"no known family.*Found no keys\."),
+        ("other.pt", lambda path, _: torch.save({"weights": {}}, path), r"no known family.*Found weights\."),
+        ("other.safetensors", lambda path, _: save_file({"a": torch.ones(1)}, path), "`encoder.conv_blocks.0.*` in a"),
+    ],
+)
+def test_no_checkpoint(name, write, message, golden_dir, tmp_path):
+    write(tmp_path / name, golden_dir)
+    with pytest.raises(ValueError, match=message) as error:
+        read_checkpoint(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file `.*gone.pt`.*`org/repo:file`"):
+        read_checkpoint(tmp_path / "gone.pt")
+    with pytest.raises(IsADirectoryError, match=r"is a folder.*from_pretrained"):
+        read_checkpoint(tmp_path)
+
+
+def broken(golden_dir: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+    """The golden svqvae file with weights replaced, added or (`None`) removed."""
+    weights = load_file(golden_dir / "svqvae_tiny.safetensors") | changes
+    save_file({key: value for key, value in weights.items() if value is not None}, tmp_path / "broken.safetensors")
+    return tmp_path / "broken.safetensors"
+
+
+def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
+    path = broken(
+        golden_dir,
+        tmp_path,
+        {
+            "quant_conv.weight": None,
+            "encoder.mid.1.q.bias": None,
+            "surplus.b": torch.ones(1),
+            "discriminator.a": torch.ones(1),
+            "post_quant_conv.bias": torch.ones(5),
+            "quant_conv.bias": torch.ones(8, dtype=torch.int64),
+            "encoder.norm_out.bias": torch.full((64,), torch.nan),
+        },
+    )
+    with pytest.raises(ValueError, match="must hold exactly") as error:
+        read_checkpoint(path)
+    assert (
+        "missing: encoder.mid.1.q.bias, quant_conv.weight; unexpected: discriminator.a, surplus.b; "
+        "misshapen: post_quant_conv.bias (5,) instead of (8,); "
+        "not in float32, float16 or bfloat16: quant_conv.bias torch.int64; not finite: encoder.norm_out.bias."
+    ) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantize.embedding.weight": None, "decoder.conv_out.weight": None},
+            "missing: decoder.conv_out.weight, quantize.embedding.weight",
+        ),
+        ({"quantize.embedding.weight": torch.ones(256)}, r"misshapen: quantize.embedding.weight \(256,\)"),
+        ({"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)}, r"misshapen \(33 channels, as encoder.conv_in.weight"),
+        (
+            {"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)},
+            "base_channels 16 from encoder.conv_in.weight.*divide 16",
+        ),
+        (
+            {"quantize.embedding.weight": torch.ones(256, 4)},
+            r"misshapen: post_quant_conv.weight \(8, 8, 1, 1\) instead",
+        ),
+    ],
+)
+def test_faults_in_what_gives_the_config(changes, message, golden_dir, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(broken(golden_dir, tmp_path, changes))
+
+
+def test_replaced_config_values_must_fit_the_weights(golden_dir):
+    with pytest.raises(ValueError, match=r"embedding.weight \(256, 8\) instead of \(512, 8\).*config values"):
+        load_single_file(golden_dir / "svqvae_tiny.safetensors", codebook_size=512)
+    with pytest.raises(TypeError, match="colour"):
+        load_single_file(golden_dir / "svqvae_tiny.safetensors", colour="red")
+
+
+def test_weights_must_be_tensors(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    content["model"]["quant_conv.bias"] = [1.0, 2.0]
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"not tensors: quant_conv.bias"):
+        read_checkpoint(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("level", ["encoder.down.0.attn.", "decoder.up.0.attn."])
+def test_attention_at_other_levels_is_refused(level, golden_dir, tmp_path):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")
+    content["state_dict"][f"{level}0.q.weight"] = torch.ones(32, 32, 1, 1)
+    torch.save(content, tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match=rf"attention at the lowest resolution only.*{level}\*\. It cannot"):
+        read_checkpoint(tmp_path / "file.ckpt")
+
+
+def test_faults_are_named_as_in_the_file(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")
+    del content["state_dict"]["decoder.up.1.block.0.conv2.bias"]
+    torch.save(content, tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match=r"missing: decoder.up.1.block.0.conv2.bias\."):
+        read_checkpoint(tmp_path / "file.ckpt")
+
+
+# Conversion
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN if "tiny" in name])
+def test_convert_makes_a_repository(name, golden_dir, tmp_path):
+    report = convert(golden_dir / name, tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+    assert report.files == ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
+    assert report.sha256 == hashlib.sha256((golden_dir / name).read_bytes()).hexdigest()
+    assert str(report).count("\n") == 3
+
+    checkpoint = read_checkpoint(golden_dir / name)
+    written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert written.keys() == checkpoint.state_dict.keys()
+    assert all(torch.equal(tensor, checkpoint.state_dict[key]) for key, tensor in written.items())
+    model = SVQVAE.from_pretrained(tmp_path / "out")
+    for key, value in checkpoint.config.items():
+        assert model.config[key] == (list(value) if isinstance(value, tuple) else value)
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ModelCard(card).data.license == ("apache-2.0" if name.startswith("svqvae") else "unknown")
+    assert f"`{name}`" in card
+    assert report.sha256 in card
+    assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
+
+
+def test_convert_into_an_empty_folder(golden_dir, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert convert(golden_dir / "svqvae_tiny.safetensors", "out").out == tmp_path / "out"
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_half_precision_variant_keeps_the_codebook(variant, dtype, golden_dir, tmp_path):
+    convert(golden_dir / "taming_tiny.ckpt", tmp_path / "out", variant=variant, license="mit")
+    full = SVQVAE.from_pretrained(tmp_path / "out")
+    half = SVQVAE.from_pretrained(tmp_path / "out", variant=variant, torch_dtype=dtype)
+    assert half.codebook_fingerprint() == full.codebook_fingerprint()
+    assert torch.equal(half.encoder.conv_in.weight, full.encoder.conv_in.weight.to(dtype))
+    size = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
+    assert size[f"diffusion_pytorch_model.{variant}.safetensors"] < 0.6 * size["diffusion_pytorch_model.safetensors"]
+    assert f'variant="{variant}"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_half_precision_must_hold_the_weights(golden_dir, tmp_path):
+    path = broken(golden_dir, tmp_path, {"quant_conv.bias": torch.full((8,), 1e6)})
+    with pytest.raises(ValueError, match=r"range of fp16, but quant_conv.bias do not.*bf16"):
+        convert(path, tmp_path / "out", variant="fp16")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_nothing_stays_of_a_failed_conversion(error, golden_dir, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(SVQVAE, "from_pretrained", fail)
+    with pytest.raises(error):
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_differs_is_no_success(golden_dir, tmp_path, monkeypatch):
+    other = load_single_file(golden_dir / "svqvae_tiny.safetensors")
+    other.quant_conv.bias.data[0] += 1
+    monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(OSError, match=r"differs in quant_conv.bias\."):
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_reconstructs_otherwise_is_no_success(golden_dir, tmp_path, monkeypatch):
+    other = load_single_file(golden_dir / "svqvae_tiny.safetensors", network_range=(-1, 1))
+    monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(OSError, match="differs in its reconstruction"):
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"variant": "fp8"}, ValueError, "must be one of fp16, bf16, but is 'fp8'"),
+        ({"create_pr": True}, ValueError, "need `push_to_hub`"),
+        ({"private": True}, ValueError, "need `push_to_hub`"),
+        ({"push_to_hub": "name"}, ValueError, "must be `org/name`, but is 'name'"),
+        ({"out": "occupied"}, FileExistsError, r"`.*occupied` must be a new or an empty folder"),
+        ({"out": "occupied/file"}, FileExistsError, "must be a new or an empty folder"),
+        ({"out": "occupied/file/out"}, OSError, "file"),
+    ],
+)
+def test_faulty_arguments(arguments, error, message, golden_dir, tmp_path):
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "file").touch()
+    out = tmp_path / arguments.pop("out", "out")
+    with pytest.raises(error, match=message):
+        convert(golden_dir / "svqvae_tiny.safetensors", out, **arguments)
+    assert [file.name for file in tmp_path.rglob("*")] == ["occupied", "file"]
+
+
+def test_five_families():
+    assert [family.name for family in FAMILIES] == ["svqvae", "llamagen", "flexvar", "lightning", "taming"]

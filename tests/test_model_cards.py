@@ -1,0 +1,55 @@
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from svqvae_hf.model_cards import model_card
+
+
+def test_metadata(tiny_model):
+    data = ModelCard(
+        model_card(
+            tiny_model.config, repo_id="org/name", license="mit", base_model="org/source", datasets=["org/photos"]
+        )
+    ).data
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "image-to-image"
+    assert data.license == "mit"
+    assert data.base_model == "org/source"
+    assert data.datasets == ["org/photos"]
+    assert "svqvae" in data.tags
+
+
+def test_unknown_licence_is_said(tiny_model):
+    card = model_card(tiny_model.config, repo_id="org/name")
+    assert ModelCard(card).data.license == "unknown"
+    assert "Not stated: ask the authors" in card
+
+
+def test_facts(tiny_model):
+    card = model_card(tiny_model.config, repo_id="org/name", provenance={"source": "`file.pt`"})
+    assert "\n# name\n" in card
+    assert "| f, pixels per id along each side | 4 |" in card
+    assert "| codebook | 64 x 8, L2-normalised |" in card
+    assert "| source | `file.pt` |" in card
+    assert "half precision" not in card
+    assert card.endswith("\n")
+    assert "{" not in card
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("fp16", "torch.float16"), ("bf16", "torch.bfloat16")])
+def test_half_precision_is_said(variant, dtype, tiny_model):
+    card = model_card(tiny_model.config, repo_id="org/name", variant=variant)
+    assert f'`SVQVAE.from_pretrained("org/name", variant="{variant}", torch_dtype={dtype})`' in card
+
+
+def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo.crop((0, 0, 45, 34)).save("photo.jpg")
+    tiny_model.save_pretrained("org/name")
+    code = re.search(r"```python\n(.*?)```", model_card(tiny_model.config, repo_id="org/name"), re.DOTALL)[1]
+    found = {}
+    exec(code, found)
+    assert found["ids"].shape == (1, 9, 12)
+    assert found["images"][0].size == (45, 34)
+    assert (tmp_path / "reconstruction.png").exists()
