@@ -2,12 +2,25 @@
 
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from transformers.image_processing_utils import ImageProcessingMixin
 
+from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput, VQLosses
 
 __version__ = "0.1.0"
-__all__ = ["SVQVAE", "ModelMixin", "SVQVAEEncoderOutput", "SVQVAEOutput", "VQLosses"]
+__all__ = [
+    "SVQVAE",
+    "ImageProcessingMixin",
+    "ModelMixin",
+    "SVQVAEEncoderOutput",
+    "SVQVAEImageProcessor",
+    "SVQVAEOutput",
+    "VQLosses",
+]
 
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
-# package is in its table and has the base class in its namespace.
-LOADABLE_CLASSES["svqvae_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+# package is in its table and has the base class in its namespace; the same goes for the image processor.
+LOADABLE_CLASSES["svqvae_hf"] = {
+    "ModelMixin": ["save_pretrained", "from_pretrained"],
+    "ImageProcessingMixin": ["save_pretrained", "from_pretrained"],
+}

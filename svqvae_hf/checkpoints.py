@@ -274,7 +274,7 @@ def read_checkpoint(source: str | Path, *, use_ema: bool = False, **config: Any)
         raise ValueError(f"`{source}` must have the shapes of an SVQVAE, but gives {sizes}: {error}") from error
     original_names = {key: family.original_name(key, num_levels) for key in expected}
     _check_weights(weights, {name: expected[key].shape for key, name in original_names.items()}, source)
-    state_dict = {key: weights[name].float() for key, name in original_names.items()}
+    state_dict = {key: weights[name].detach().float() for key, name in original_names.items()}
     return Checkpoint(path, family, config, state_dict)
 
 
@@ -475,7 +475,7 @@ def _infer_config(family: Family, weights: Mapping[str, Any], num_levels: int, s
             "misshapen": {
                 f"{name} {tuple(weights[name].shape)}"
                 for name in names.values()
-                if name in weights and weights[name].ndim < 2
+                if name in weights and (weights[name].ndim < 2 or 0 in weights[name].shape)
             },
         },
     )
@@ -506,20 +506,20 @@ def _infer_config(family: Family, weights: Mapping[str, Any], num_levels: int, s
 
 def _check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str | Path) -> None:
     known = {name: weights[name] for name in shapes if name in weights}
+    misshapen = {name for name, tensor in known.items() if tensor.shape != shapes[name]}
+    odd = {
+        name
+        for name, tensor in known.items()
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided or tensor.is_meta
+    }
     _refuse(
         source,
         {
             "missing": shapes.keys() - weights.keys(),
             "unexpected": weights.keys() - shapes.keys(),
-            "misshapen": {
-                f"{name} {tuple(tensor.shape)} instead of {tuple(shapes[name])}"
-                for name, tensor in known.items()
-                if tensor.shape != shapes[name]
-            },
-            "not in float32, float16 or bfloat16": {
-                f"{name} {tensor.dtype}" for name, tensor in known.items() if tensor.dtype not in WEIGHT_DTYPES
-            },
-            "not finite": {name for name, tensor in known.items() if not tensor.isfinite().all()},
+            "misshapen": {f"{name} {tuple(known[name].shape)} instead of {tuple(shapes[name])}" for name in misshapen},
+            "not dense float32, float16 or bfloat16": {f"{name} {known[name].dtype}" for name in odd},
+            "not finite": {name for name in known.keys() - misshapen - odd if not known[name].isfinite().all()},
         },
     )
 

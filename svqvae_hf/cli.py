@@ -72,9 +72,9 @@ def reconstruct(args: argparse.Namespace) -> None:
     _check_targets(inputs, args.output, [*endings, "_side_by_side.png"])
     model = _load_model(args.model, args.device, args.dtype)
     name_width = max(len(path.name) for path in inputs)
-    print(_row(name_width, "image", "scale", "size", "tokens", "bits/pixel", "PSNR dB", "codes used"))
     results = []
     with _progress(inputs, model, args) as paths:
+        tqdm.write(_row(name_width, "image", "scale", "size", "tokens", "bits/pixel", "PSNR dB", "codes used"))
         for path in paths:
             original = load_image(path)
             with _naming(path):
@@ -215,13 +215,18 @@ def _check_targets(inputs: Sequence[Path], output: Path, endings: Sequence[str])
 
 def _load_model(source: str, device: str | None, dtype: str) -> "SVQVAE":
     import torch
+    from diffusers.utils import logging
 
     from svqvae_hf.modeling_svqvae import SVQVAE
 
-    if not Path(source).is_dir() and (Path(source).exists() or not re.fullmatch(HUB_ID, source)):
+    logging.set_verbosity_error()  # what is wrong with a model is said once, by the error
+    if Path(source).is_file():
         raise ValueError(
-            f"a model must be a folder or a Hub id (org/name), but `{source}` is neither. If it is an original "
-            "checkpoint, use `svqvae convert` first."
+            f"a model must be a folder or a Hub id, but `{source}` is a file. Use `svqvae convert` first."
+        )
+    if not Path(source).is_dir() and not re.fullmatch(HUB_ID, source):
+        raise ValueError(
+            f"there is no file or folder `{source}`, and a model on the Hub has an id of the form org/name."
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -229,7 +234,8 @@ def _load_model(source: str, device: str | None, dtype: str) -> "SVQVAE":
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    return SVQVAE.from_pretrained(source, torch_dtype=getattr(torch, dtype)).to(device).eval()
+    model = SVQVAE.from_pretrained(source, torch_dtype=getattr(torch, dtype), use_safetensors=True)
+    return model.to(device).eval()
 
 
 @contextmanager
@@ -337,6 +343,11 @@ def _model_facts(model: "SVQVAE") -> dict[str, Any]:
     }
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Leaves the printing to `main`, in one line."""
@@ -344,7 +355,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="svqvae", description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.")
+    parser = _Parser(
+        prog="svqvae",
+        description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.",
+        epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` shows one for each.",
+        formatter_class=_HelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(run: Callable[[argparse.Namespace], None], summary: str, details: str, example: str) -> _Parser:
@@ -353,7 +369,7 @@ def _parser() -> argparse.ArgumentParser:
             help=summary,
             description=f"{summary}.\n{details}",
             epilog=f"example:\n  svqvae {run.__name__} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         command.set_defaults(run=run)
         return command

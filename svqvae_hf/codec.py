@@ -1,6 +1,5 @@
 """One image to the content of a token file and back."""
 
-import math
 from collections.abc import Sequence
 
 import psutil
@@ -64,12 +63,11 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
         raise ValueError(f"the ids must be of a model with f = {model.f}, but are of one with f = {tokens.f}.")
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     image_size = tokens.height, tokens.width
-    latent_size = [math.ceil(side / model.f) for side in image_size]
     images: list[Image.Image] = []
     with torch.inference_mode():
         for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
             decoded = model.decode(ids[None].to(model.device)).sample
-            images += processor.postprocess(model._fit(decoded, latent_size, image_size, scale))
+            images += processor.postprocess(model.fit(decoded, image_size, scale))
     return images
 
 

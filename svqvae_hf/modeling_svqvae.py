@@ -640,7 +640,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             private (`bool`, *optional*): Visibility of a new repository; the organization's default if not given.
             token (`str`, *optional*): Access token; the stored one if not given.
             create_pr (`bool`, defaults to `False`): Open a pull request instead of a commit.
-            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`.
+            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. They join a repository that has
+                its card already.
             **card: Facts for [`~svqvae_hf.model_cards.model_card`].
 
         Returns:
@@ -652,7 +653,9 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
-            Path(folder, "README.md").write_text(model_card(self.config, repo_id=repo_id, **card), encoding="utf-8")
+            if variant is None:
+                text = model_card(self.config, repo_id=repo_id, **card)
+                Path(folder, "README.md").write_text(text, encoding="utf-8")
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
             )
@@ -825,10 +828,33 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         for scale in [1.0] if scales is None else _check_scales(scales):
             quantized, loss, _ = self.quantize(resize_latents(latents, scale))
             decoded = self._decode(quantized, tiles)
-            reconstructions.append(self._fit(decoded, latents.shape[-2:], sample.shape[-2:], scale))
+            reconstructions.append(self.fit(decoded, sample.shape[-2:], scale))
             losses.append(loss)
         output = (reconstructions[0], losses[0]) if scales is None else (reconstructions, losses)
         return SVQVAEOutput(*output) if return_dict else output
+
+    def fit(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:
+        """Brings what `decode` gives for the ids of an image at a scale to the image's own size at that scale.
+
+        The ids stand for the whole image, padded to multiples of `f`. Where `scale` times its latents is no whole
+        number, they are of a little more or less than `scale`; the sample is then resized first, so that the content
+        keeps its place.
+
+        Args:
+            decoded (`torch.Tensor` of shape `(batch, out_channels, h * f, w * f)`): Decoded ids.
+            image_size (`tuple[int, int]`): Height and width of the image that was encoded.
+            scale (`float`): Scale that it was encoded at.
+
+        Returns:
+            `torch.Tensor`: `(batch, out_channels, round(scale * height), round(scale * width))`, at least one pixel a
+            side; clamped to `pixel_range` in evaluation.
+        """
+        padded = [max(1, round(scale * -(-side // self.f) * self.f)) for side in image_size]
+        if list(decoded.shape[-2:]) != padded:
+            decoded = F.interpolate(decoded.float(), padded, mode="bilinear", antialias=True).to(decoded.dtype)
+        height, width = (max(1, round(scale * side)) for side in image_size)
+        decoded = decoded[..., :height, :width]
+        return decoded if self.training else self._clamp(decoded)
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
         self._check_sample(sample)
@@ -871,21 +897,6 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return map_tiles(
             lambda window: network(window, statistics), source, tile, overlap, source_cell, result_cell, self.on_tile
         )
-
-    def _fit(
-        self, decoded: torch.Tensor, latent_size: Sequence[int], sample_size: Sequence[int], scale: float
-    ) -> torch.Tensor:
-        """Crops a decoded grid to the image at this scale.
-
-        The grid stands for the whole padded image. Where it could not be `scale` times the image's own grid, because
-        that is no whole number of latents, it is first resized, so that the content keeps its place.
-        """
-        size = [max(1, round(scale * side * self.f)) for side in latent_size]
-        if list(decoded.shape[-2:]) != size:
-            decoded = F.interpolate(decoded.float(), size, mode="bilinear", antialias=True).to(decoded.dtype)
-        height, width = (max(1, round(scale * side)) for side in sample_size)
-        decoded = decoded[..., :height, :width]
-        return decoded if self.training else self._clamp(decoded)
 
     def _clamp(self, sample: torch.Tensor) -> torch.Tensor:
         return sample.clamp(*self.config["pixel_range"])

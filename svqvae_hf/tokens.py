@@ -104,7 +104,7 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
     dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
     grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
     record = {name: getattr(tokens, name) for name in _record_names()} | {"format_version": FORMAT_VERSION}
-    write_file(path, safetensors.torch.save(grids, {METADATA_KEY: json.dumps(record, sort_keys=True)}))
+    write_file(path, safetensors.torch.save(grids, {METADATA_KEY: json.dumps(record)}))
 
 
 def load_tokens(path: str | os.PathLike) -> ImageTokens:

@@ -121,6 +121,21 @@ def test_names_of_weights_are_mapped_one_to_one(name, golden_dir):
     assert all(_rename(name.removeprefix(family.prefix), back) == key for key, name in theirs.items())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"encoder_ch_mult": (1,), "decoder_ch_mult": (2,), "num_res_blocks": 3},
+        {"encoder_ch_mult": (2, 1, 3), "decoder_ch_mult": (1, 3, 2), "num_res_blocks": 2, "base_channels": 64},
+        {"in_channels": 1, "out_channels": 4, "z_channels": 5, "codebook_size": 7, "codebook_embed_dim": 3},
+    ],
+)
+def test_config_of_any_model_is_read_back(config, tmp_path):
+    config = {"base_channels": 32, "encoder_ch_mult": (1, 2), "decoder_ch_mult": (2, 1), "num_res_blocks": 1} | config
+    save_file(SVQVAE(**config).state_dict(), tmp_path / "file.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "file.safetensors")
+    assert checkpoint.config | config == checkpoint.config
+
+
 def test_training_keys_are_dropped(golden_dir):
     content = unpickle(golden_dir / "taming_tiny.ckpt")["state_dict"]
     assert any(key.startswith("loss.") for key in content)
@@ -138,7 +153,7 @@ def test_config_values_can_be_replaced(golden_dir):
 
 def test_averaged_weights_only_when_asked_for(golden_dir, tmp_path):
     content = unpickle(golden_dir / "llamagen_tiny.pt")
-    content["ema"]["quant_conv.bias"] += 1
+    content["ema"]["quant_conv.bias"] = content["model"]["quant_conv.bias"] + 1  # one tensor in the file
     torch.save(content, tmp_path / "file.pt")
     for use_ema, part in [(False, "model"), (True, "ema")]:
         bias = read_checkpoint(tmp_path / "file.pt", use_ema=use_ema).state_dict["quant_conv.bias"]
@@ -266,7 +281,7 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
     assert (
         "missing: encoder.mid.1.q.bias, quant_conv.weight; unexpected: discriminator.a, surplus.b; "
         "misshapen: post_quant_conv.bias (5,) instead of (8,); "
-        "not in float32, float16 or bfloat16: quant_conv.bias torch.int64; not finite: encoder.norm_out.bias."
+        "not dense float32, float16 or bfloat16: quant_conv.bias torch.int64; not finite: encoder.norm_out.bias."
     ) in str(error.value)
 
 
@@ -278,6 +293,7 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
             "missing: decoder.conv_out.weight, quantize.embedding.weight",
         ),
         ({"quantize.embedding.weight": torch.ones(256)}, r"misshapen: quantize.embedding.weight \(256,\)"),
+        ({"encoder.conv_in.weight": torch.ones(0, 3, 3, 3)}, r"misshapen: encoder.conv_in.weight \(0, 3, 3, 3\)"),
         ({"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)}, r"misshapen \(33 channels, as encoder.conv_in.weight"),
         (
             {"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)},
@@ -306,6 +322,26 @@ def test_weights_must_be_tensors(golden_dir, tmp_path):
     content["model"]["quant_conv.bias"] = [1.0, 2.0]
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=r"not tensors: quant_conv.bias"):
+        read_checkpoint(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.Tensor.to_sparse,
+        lambda bias: bias.to("meta"),
+        torch.Tensor.double,
+        lambda bias: bias.to(torch.float8_e4m3fn),
+    ],
+    ids=["sparse", "without data", "float64", "float8"],
+)
+def test_odd_tensors_are_refused(make, golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    content["model"]["quant_conv.bias"] = make(content["model"]["quant_conv.bias"])
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(
+        ValueError, match=r"are not dense float32, float16 or bfloat16: quant_conv.bias torch.float\d+"
+    ):
         read_checkpoint(tmp_path / "file.pth")
 
 

@@ -4,6 +4,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
@@ -313,3 +314,15 @@ def test_pixel_ranges_that_are_refused(pixel_range):
 def test_samples_that_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SVQVAEImageProcessor().postprocess(**arguments)
+
+
+def test_processor_is_a_pipeline_component(tmp_path):
+    class Holder(DiffusionPipeline):
+        def __init__(self, processor):
+            super().__init__()
+            self.register_modules(processor=processor)
+
+    Holder(SVQVAEImageProcessor(pixel_range=(-1.0, 1.0))).save_pretrained(tmp_path)
+    loaded = Holder.from_pretrained(tmp_path).processor
+    assert isinstance(loaded, SVQVAEImageProcessor)
+    assert tuple(loaded.pixel_range) == (-1.0, 1.0)

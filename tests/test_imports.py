@@ -1,4 +1,4 @@
-"""The direction of imports: modeling, tiling, image processing, tokens <- checkpoints <- pipelines <- demo <- cli."""
+"""The direction of imports: what stands alone <- checkpoints, codec <- pipelines <- demo <- cli."""
 
 import ast
 from pathlib import Path
@@ -12,8 +12,10 @@ LAYERS = {
     "modeling_svqvae": {"tiling"},
     "image_processing_svqvae": set(),
     "tokens": set(),
+    "contact_sheet": set(),
     "model_cards": set(),
     "checkpoints": {"modeling_svqvae", "model_cards"},
+    "codec": {"image_processing_svqvae", "modeling_svqvae", "tokens"},
 }
 # A class method of the model that needs a file of a later layer imports it when it is called.
 LATE = {"modeling_svqvae": {"checkpoints", "model_cards"}}

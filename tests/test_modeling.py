@@ -107,7 +107,7 @@ def test_usage_log_of_original_files_is_no_weight(tiny_model, tmp_path):
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("scales", [None, [2, 0.5, 1, 0.3]])
+@pytest.mark.parametrize("scales", [None, [1.5, 0.5, 1, 0.3]])
 def test_every_size_passes(tiny_model, size, tiled, scales):
     if tiled:
         tiny_model.enable_tiling(64, 8)
@@ -116,6 +116,17 @@ def test_every_size_passes(tiny_model, size, tiled, scales):
         assert output.shape == (1, 3, *(max(1, round(scale * side)) for side in size))
         assert output.min() >= 0
         assert output.max() <= 1
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("tiled", [False, True])
+def test_photo_of_three_megapixels_passes(tiled):
+    model = make_tiny(encoder_ch_mult=(1, 1, 1, 1, 1), decoder_ch_mult=(1, 1, 1, 1, 1))
+    if tiled:
+        model.enable_tiling(256, 32)
+    half, whole = model(smooth_images(1536, 2048), scales=[0.5, 1]).sample
+    assert half.shape == (1, 3, 768, 1024)
+    assert whole.shape == (1, 3, 1536, 2048)
 
 
 @pytest.mark.usefixtures("no_grad")

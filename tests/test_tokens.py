@@ -85,7 +85,7 @@ def test_bits_per_pixel():
         ({"tile_size": None}, "`tile_size` must be an integer of at least 1, but is None"),
         ({"overlap": None}, "`overlap` must be an integer of at least 0, but is None"),
         ({"codebook_fingerprint": "abc"}, "`codebook_fingerprint` must be 64 hexadecimal digits, but is 'abc'"),
-        ({"codebook_size": 20}, r"ids must be in \[0, 19\], but those of scale 1 are in \[0, 23\]"),
+        ({"codebook_size": 23}, r"ids must be in \[0, 22\], but those of scale 1 are in \[0, 23\]"),
         ({"scales": (1.0,)}, "each scale must have one grid of ids"),
         ({"scales": (), "ids": []}, "each scale must have one grid of ids"),
         ({"scales": (0.5, float("nan"))}, "a scale must be a finite number above 0, but is nan"),

@@ -24,10 +24,11 @@ class Objective(nn.Module):
     def forward(
         self, sample: torch.Tensor, scales: list[float], quantize: bool
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of one batch, the mean over its scales.
+        """Loss of one batch.
 
-        The reconstruction loss is the mean squared error, in units of the pixel range, against the image resized by
-        area.
+        The reconstruction loss is the mean squared error over the pixels of all scales, in units of the pixel range,
+        against the image resized by area. The losses of the codebook are likewise means over the latents of all
+        scales.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in the model's `pixel_range`.
@@ -39,7 +40,7 @@ class Objective(nn.Module):
         """
         low, high = self.vqvae.config["pixel_range"]
         latents = self.vqvae.encode(sample).latents
-        losses = []
+        loss = sample.new_zeros(())
         for scale in scales:
             scaled = resize_latents(latents, scale)
             logs = {}
@@ -50,9 +51,10 @@ class Objective(nn.Module):
                 scaled = F.normalize(scaled.float(), dim=1)
             output = self.vqvae.decode(scaled, force_not_quantize=True).sample.float()
             mse = F.mse_loss(output, F.interpolate(sample, output.shape[-2:], mode="area")) / (high - low) ** 2
-            losses.append(mse)
+            share = scale**2 / sum(each**2 for each in scales)
+            loss = loss + share * mse
             if quantize:
                 codebook_loss = quantizer_losses.vq + quantizer_losses.commit + quantizer_losses.entropy
-                losses[-1] = mse + self.vq_loss_weight * codebook_loss
+                loss = loss + share * self.vq_loss_weight * codebook_loss
         logs["psnr"] = -10 * mse.log10()
-        return torch.stack(losses).mean(), {name: value.detach() for name, value in logs.items()}
+        return loss, {name: value.detach() for name, value in logs.items()}

@@ -22,6 +22,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock
+
+RESIDUAL_GAIN = 0.1  # of the last layer of each residual branch at the start
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -87,11 +90,18 @@ class TrainConfig:
 
 
 def load_model(config: TrainConfig) -> SVQVAE:
-    """A new or a pretrained model, with the crop side as its sample size."""
+    """A new or a pretrained model, with the crop side as its sample size.
+
+    A new one starts with its residual branches turned down, which speeds up its first steps.
+    """
     if config.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(config.pretrained_model_name_or_path)
     else:
         vqvae = SVQVAE.from_config(SVQVAE.load_config(config.model_config_name_or_path))
+        for block in vqvae.modules():
+            if isinstance(block, ResnetBlock | AttnBlock):
+                last = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
+                last.weight.data.mul_(RESIDUAL_GAIN)
     vqvae.register_to_config(sample_size=config.resolution)
     for side in (config.resolution, *config.crop_sizes):
         if side % vqvae.f:
@@ -228,7 +238,7 @@ def train(config: TrainConfig) -> None:
         range(first_step, config.max_train_steps),
         initial=first_step,
         total=config.max_train_steps,
-        disable=not accelerator.is_local_main_process,
+        disable=not accelerator.is_local_main_process or not sys.stderr.isatty(),
     )
     for step in progress:
         if step == config.codebook_start_step and step > 0:
@@ -267,7 +277,8 @@ def main() -> None:
         (config,) = HfArgumentParser(TrainConfig).parse_args_into_dataclasses()
         train(config)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
+        sys.stderr.write(f"train.py: error: {error}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,427 @@
+import io
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from svqvae_hf import SVQVAE, cli, codec
+from svqvae_hf.cli import main
+from svqvae_hf.tokens import load_tokens
+
+GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
+COMMANDS = ("reconstruct", "encode", "decode", "convert", "info")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a saved model, f = 4."""
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def inputs(tmp_path, photo):
+    """Folder of two images, `a.png` of 57 x 35 and `b.jpg` of 40 x 24 pixels, beside a text file."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    photo.crop((100, 100, 157, 135)).save(folder / "a.png")
+    photo.crop((200, 100, 240, 124)).save(folder / "b.jpg", quality=95)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fails(capsys, *argv):
+    """The one line of a user's mistake, by which nothing was written on stdout."""
+    assert main([str(each) for each in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("svqvae: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err
+
+
+def test_reconstruct(inputs, out, model, capsys):
+    argv = [
+        "reconstruct",
+        str(inputs / "a.png"),
+        "--output",
+        str(out / "new"),
+        "--model",
+        model,
+        "--scales",
+        "0.5",
+        "1",
+        "2",
+    ]
+    assert main(argv) == 0
+    assert names(out / "new") == ["a_x0.5.png", "a_x1.png", "a_x2.png"]
+    sizes = [Image.open(out / "new" / name).size for name in names(out / "new")]
+    assert sizes == [(28, 18), (57, 35), (114, 70)]
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["image", "scale", "size", "tokens", "bits/pixel", "PSNR", "dB", "codes", "used"]
+    original, image = (np.asarray(Image.open(path), float) for path in (inputs / "a.png", out / "new" / "a_x1.png"))
+    psnr = 10 * np.log10(255**2 / np.mean((original - image) ** 2))
+    name, scale, size, tokens, bits, decibels, used = rows[1].split()
+    assert (name, scale, size, tokens) == ("a.png", "1", "57x35", str(15 * 9))
+    assert float(bits) == pytest.approx(15 * 9 * 6 / (57 * 35), abs=1e-4)
+    assert float(decibels) == pytest.approx(psnr, abs=0.01)
+    assert 1 / 64 <= float(used.rstrip("%")) / 100 <= 1
+    assert len({len(row) for row in (head, *rows)}) == 1
+
+
+def test_side_by_side_holds_the_original(inputs, out, model):
+    argv = ["reconstruct", str(inputs / "a.png"), "--output", str(out), "--model", model, "--side-by-side"]
+    assert main(argv) == 0
+    assert names(out) == ["a_side_by_side.png", "a_x1.png"]
+    sheet = Image.open(out / "a_side_by_side.png")
+    shown = sheet.crop((24, 24, 24 + 256, 24 + 157)).resize((57, 35), Image.Resampling.BOX)
+    original = np.asarray(Image.open(inputs / "a.png"), float)
+    assert np.abs(np.asarray(shown, float) - original).mean() < 8
+
+
+def test_a_perfect_reconstruction_has_no_error(photo, monkeypatch, inputs, out, model, capsys):
+    monkeypatch.setattr(codec, "decode_image", lambda model, tokens: [Image.open(inputs / "a.png")])
+    assert main(["reconstruct", str(inputs / "a.png"), "--output", str(out), "--model", model]) == 0
+    assert capsys.readouterr().out.split()[-2] == "inf"
+
+
+def test_folders_globs_and_files_name_each_input_once(inputs, out, model, capsys):
+    argv = [str(inputs), str(inputs / "*.jpg"), str(inputs / "a.png"), "--output", str(out), "--model", model]
+    assert main(["reconstruct", *argv]) == 0
+    assert names(out) == ["a_x1.png", "b_x1.png"]
+    _, first, second, total = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert total[:4] == ["2", "images", "1", str(int(first[3]) + int(second[3]))]
+    assert float(total[-2]) == pytest.approx((float(first[-2]) + float(second[-2])) / 2, abs=0.01)
+    assert float(total[-1].rstrip("%")) >= max(float(row[-1].rstrip("%")) for row in (first, second))
+
+
+def test_decoding_the_encoded_is_the_reconstruction(inputs, out, model):
+    options = ["--model", model, "--tile-size", "32", "--overlap", "8"]
+    scales = ["--scales", "1", "0.5"]
+    assert main(["reconstruct", str(inputs), "--output", str(out / "images"), *options, *scales]) == 0
+    assert main(["encode", str(inputs), "--output", str(out / "tokens"), *options, *scales]) == 0
+    assert names(out / "tokens") == ["a.safetensors", "b.safetensors"]
+    tokens = load_tokens(out / "tokens" / "a.safetensors")
+    assert tokens.scales == (1.0, 0.5)
+    assert (tokens.tile_size, tokens.overlap) == (32, 8)
+    assert main(["decode", str(out / "tokens"), "--output", str(out / "decoded"), *options]) == 0
+    assert names(out / "decoded") == names(out / "images") == ["a_x0.5.png", "a_x1.png", "b_x0.5.png", "b_x1.png"]
+    for name in names(out / "images"):
+        assert (out / "decoded" / name).read_bytes() == (out / "images" / name).read_bytes()
+
+
+def test_the_bundled_model_is_the_default(inputs, out, model, monkeypatch):
+    assert cli.DEFAULT_MODEL == ROOT / "svqvae_hf" / "pretrained"
+    monkeypatch.setattr(cli, "DEFAULT_MODEL", model)
+    assert main(["encode", str(inputs / "a.png"), "--output", str(out)]) == 0
+    assert load_tokens(out / "a.safetensors").f == 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tokens_of_half_precision_decode_in_float32(inputs, out, model, dtype):
+    assert main(["encode", str(inputs / "a.png"), "--output", str(out), "--model", model, "--dtype", dtype]) == 0
+    assert main(["decode", str(out / "a.safetensors"), "--output", str(out), "--model", model]) == 0
+    assert Image.open(out / "a_x1.png").size == (57, 35)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (200, 3), (65, 64)])
+def test_sizes(tmp_path, out, model, size):
+    Image.new("RGB", size, "teal").save(tmp_path / "a.png")
+    argv = [str(tmp_path / "a.png"), "--output", str(out), "--model", model, "--scales", "0.1", "2", "--side-by-side"]
+    assert main(["reconstruct", *argv]) == 0
+    assert Image.open(out / "a_x2.png").size == (2 * size[0], 2 * size[1])
+
+
+def test_convert_and_info(tmp_path, capsys):
+    assert main(["convert", str(GOLDEN), str(tmp_path / "repo"), "--variant", "fp16", "--license", "mit"]) == 0
+    assert "svqvae" in capsys.readouterr().out
+    assert {"README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"} <= set(names(tmp_path / "repo"))
+    assert main(["info", str(tmp_path / "repo")]) == 0
+    facts = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["kind"] == "SVQVAE model"
+    assert facts["f"] == "2"
+    assert SVQVAE.from_pretrained(tmp_path / "repo").codebook_fingerprint() in facts["codebook"]
+    assert main(["info", str(GOLDEN)]) == 0
+    facts = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["kind"].startswith("original checkpoint, SVQVAE")
+    assert facts["encoder_ch_mult"] == "(1, 2)"
+
+
+def test_info_of_a_token_file(inputs, out, model, capsys):
+    main(["encode", str(inputs / "a.png"), "--output", str(out), "--model", model, "--scales", "2", "1"])
+    assert main(["info", str(out / "a.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split(None, 1) == ["kind", "token file"]
+    assert any("57 x 35 pixels" in line for line in lines)
+    assert lines[-2].startswith("scale 2")
+    assert "30 x 18 = 540 tokens" in lines[-2]
+    assert f"{15 * 9 * 6 / (57 * 35):.4f} bits/pixel" in lines[-1]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main([command, "--help"] if command else ["--help"])
+    assert exit_code.value.code == 0
+    assert re.search(rf"\nexample:\n  svqvae {command or 'reconstruct'} \S", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_the_help_is_a_command(command, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    example = capsys.readouterr().out.split("example:\n  svqvae ")[1].split()
+    assert cli._parser().parse_args(example).run is getattr(cli, command)
+
+
+def test_progress_bars_over_images_and_tiles_on_a_terminal(inputs, out, model, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    bars = []
+
+    class Bar(cli.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(cli, "tqdm", Bar)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    options = ["--model", model, "--tile-size", "32", "--overlap", "8"]
+    assert main(["encode", str(inputs), "--output", str(out), *options]) == 0
+    images, tiles = bars
+    assert (images.n, images.total) == (2, 2)
+    assert tiles.n == tiles.total > 1
+    assert "2/2" in sys.stderr.getvalue()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "1e999", "half"])
+def test_scales_that_cannot_be(inputs, out, model, capsys, scale):
+    error = fails(capsys, "reconstruct", inputs, "--output", out, "--model", model, "--scales", "1", scale)
+    assert f"argument --scales: a scale must be a finite number more than 0, but is '{scale}'" in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode"])
+def test_scale_too_large_for_memory(inputs, out, model, capsys, command):
+    error = fails(capsys, command, inputs / "a.png", "--output", out, "--model", model, "--scales", "100000")
+    assert re.search(
+        r"a.png`: an image of 57 x 35 pixels at scales 100000, .* would take about \S+ GiB of memory", error
+    )
+    assert not out.exists()
+
+
+def test_scales_that_name_the_same_file(inputs, out, model, capsys):
+    error = fails(capsys, "reconstruct", inputs, "--output", out, "--model", model, "--scales", "1", "1.0")
+    assert "scales must differ" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--tile-size", "250"],
+            "`tile_size` must be a positive multiple of f = 4, but is 250. The nearest that fits is 248",
+        ),
+        (
+            ["--overlap", "30"],
+            "`overlap` must be a multiple of f = 4 and less than half of `tile_size` = 256, but is 30",
+        ),
+        (["--tile-size", "32", "--overlap", "16"], "The nearest that fits is 12"),
+        (["--tile-size", "0"], "`tile_size` must be a positive multiple of f = 4, but is 0"),
+        (["--tile-size", "big"], "argument --tile-size: invalid int value: 'big'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--device", "abacus"], "--device abacus cannot be used here"),
+        (["--model", "/no/such/folder"], "there is no file or folder `/no/such/folder`, and a model on the Hub has"),
+        (["--model", str(GOLDEN)], f"but `{GOLDEN}` is a file. Use `svqvae convert` first"),
+        (["--model", str(GOLDEN.parent)], "no file named config.json"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate (see `svqvae --help`)"),
+    ],
+)
+def test_options_that_do_not_fit(inputs, out, model, capsys, options, message):
+    assert message in fails(capsys, "reconstruct", inputs, "--output", out, "--model", model, *options)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"Dear diary,", "cut"])
+def test_a_file_that_is_no_image_stops_and_leaves_whole_what_came_before(inputs, out, model, capsys, content):
+    whole = (inputs / "a.png").read_bytes()
+    (inputs / "aa.png").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
+    error = fails(capsys, "encode", inputs, "--output", out, "--model", model)
+    assert "aa.png` " in error
+    assert names(out) == ["a.safetensors"]
+    load_tokens(out / "a.safetensors")
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
+def test_missing_input(tmp_path, out, model, capsys, command):
+    for missing in (tmp_path / "none.png", tmp_path / "*.png"):
+        error = fails(capsys, command, missing, "--output", out, "--model", model)
+        assert f"there is no file, folder or match `{missing}`" in error
+    (tmp_path / "empty").mkdir()
+    assert "has no file that ends in" in fails(capsys, command, tmp_path / "empty", "--output", out, "--model", model)
+    assert not out.exists()
+
+
+def test_inputs_of_one_stem(inputs, out, model, capsys):
+    Image.open(inputs / "a.png").save(inputs / "a.bmp")
+    error = fails(capsys, "encode", inputs, "--output", out, "--model", model)
+    assert f"`{inputs / 'a.bmp'}` and `{inputs / 'a.png'}` would write the same files" in error
+
+
+def test_inputs_are_not_overwritten(inputs, model, capsys):
+    Image.open(inputs / "a.png").save(inputs / "a_x1.png")
+    before = (inputs / "a_x1.png").read_bytes()
+    error = fails(capsys, "reconstruct", inputs, "--output", inputs, "--model", model)
+    assert f"the input `{inputs / 'a_x1.png'}` would be overwritten" in error
+    assert (inputs / "a_x1.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode"])
+def test_output_that_cannot_be_written(inputs, out, model, capsys, command):
+    file = inputs / "notes.txt"
+    for output in (file, file / "under"):
+        error = fails(capsys, command, inputs, "--output", output, "--model", model)
+        assert f"--output must be a folder that can be written, but `{file}` is not" in error
+    ending = "_x1.png" if command == "reconstruct" else ".safetensors"
+    (out / f"a{ending}").mkdir(parents=True)
+    assert "Is a directory" in fails(capsys, command, inputs, "--output", out, "--model", model)
+    assert names(out) == [f"a{ending}"]
+    assert names(inputs) == ["a.png", "b.jpg", "notes.txt"]
+
+
+@pytest.fixture
+def tokens(inputs, out, model):
+    main(["encode", str(inputs / "a.png"), "--output", str(out), "--model", model])
+    return out / "a.safetensors"
+
+
+def test_tokens_cut_short(tokens, tmp_path, model, capsys):
+    tokens.write_bytes(tokens.read_bytes()[:-7])
+    error = fails(capsys, "decode", tokens, "--output", tmp_path / "images", "--model", model)
+    assert "a.safetensors` must be a safetensors file, but is another kind or cut short" in error
+    assert not (tmp_path / "images").exists()
+
+
+def test_ids_out_of_range(tokens, tmp_path, model, capsys):
+    with safe_open(tokens, framework="pt") as file:
+        ids, metadata = file.get_tensor("ids_0"), file.metadata()
+    save_file({"ids_0": torch.full_like(ids, 64)}, tokens, metadata)
+    error = fails(capsys, "decode", tokens, "--output", tmp_path / "images", "--model", model)
+    assert "a.safetensors` is not a token file that can be decoded: ids must be in [0, 63]" in error
+    assert not (tmp_path / "images").exists()
+
+
+def test_tokens_of_another_codebook(tokens, tmp_path, model, capsys):
+    other = make_tiny()
+    torch.nn.init.normal_(other.quantize.embedding.weight)
+    other.save_pretrained(tmp_path / "other")
+    error = fails(capsys, "decode", tokens, "--output", tmp_path / "images", "--model", tmp_path / "other")
+    assert "a.safetensors`: the ids must be of the model's codebook" in error
+    assert other.codebook_fingerprint() in error
+    assert SVQVAE.from_pretrained(model).codebook_fingerprint() in error
+    assert not (tmp_path / "images").exists()
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch HACKED",)
+
+
+@pytest.mark.parametrize("command", ["convert", "info"])
+def test_checkpoint_with_code_in_it(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps({"model": Code()}))
+    torch.save({"model": Code()}, tmp_path / "worse.pt")
+    for name in ("bad.pt", "worse.pt"):
+        assert name in fails(capsys, command, name, *(["repo"] if command == "convert" else []))
+    assert names(tmp_path) == ["bad.pt", "worse.pt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("quantize.embedding.weight"), r"missing: .*quantize\.embedding\.weight"),
+        (lambda weights: weights.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (
+            lambda weights: weights.update({"quant_conv.bias": torch.zeros(3)}),
+            r"misshapen: quant_conv\.bias \(3,\) instead of \(8,\)",
+        ),
+    ],
+)
+def test_checkpoint_whose_keys_do_not_fit(tmp_path, capsys, change, message):
+    weights = load_file(GOLDEN)
+    change(weights)
+    save_file(weights, tmp_path / "changed.safetensors")
+    assert re.search(message, fails(capsys, "convert", tmp_path / "changed.safetensors", tmp_path / "repo"))
+    assert names(tmp_path) == ["changed.safetensors"]
+
+
+@pytest.mark.parametrize("source", ["none.pt", "empty.pt", "text.pt", "cut.safetensors", "folder"])
+def test_sources_that_are_no_checkpoints(tmp_path, capsys, source):
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("Dear diary,")
+    (tmp_path / "cut.safetensors").write_bytes(GOLDEN.read_bytes()[:1000])
+    (tmp_path / "folder").mkdir()
+    before = names(tmp_path)
+    assert source in fails(capsys, "convert", tmp_path / source, tmp_path / "repo")
+    assert source in fails(capsys, "info", tmp_path / source)
+    assert names(tmp_path) == before
+
+
+def test_convert_to_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "under"):
+        fails(capsys, "convert", GOLDEN, out)
+    assert names(tmp_path) == ["file"]
+
+
+def test_ctrl_c_ends_in_one_line_and_leaves_nothing_half_written(inputs, out, model, capsys, monkeypatch):
+    def interrupt(path, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", interrupt)
+    assert main(["encode", str(inputs), "--output", str(out), "--model", model]) == 130
+    assert capsys.readouterr().err == "svqvae: interrupted\n"
+    assert names(out) == []
+
+
+def test_errors_keep_to_one_line(out, model, capsys):
+    assert "match `no such file`" in fails(capsys, "encode", "no\nsuch\n file", "--output", out, "--model", model)
+
+
+def test_as_a_process_with_a_model_that_lacks_weights(inputs, out, model, tmp_path):
+    config = Path(model, "config.json").read_text().replace('"num_res_blocks": 1', '"num_res_blocks": 2')
+    shutil.copytree(model, tmp_path / "changed")
+    (tmp_path / "changed" / "config.json").write_text(config)
+    argv = ["encode", inputs, "--output", out, "--model", tmp_path / "changed"]
+    run = subprocess.run([sys.executable, "-m", "svqvae_hf.cli", *argv], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert re.fullmatch("svqvae: error: .*missing: decoder.*\n", run.stderr)
+    assert not out.exists()
