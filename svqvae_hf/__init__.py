@@ -1,5 +1,7 @@
 """SVQVAE, a multi-scale vector-quantized image tokenizer, as a library of the Hugging Face ecosystem."""
 
+from pathlib import Path
+
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.image_processing_utils import ImageProcessingMixin
@@ -9,6 +11,7 @@ from svqvae_hf.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput,
 
 __version__ = "0.1.0"
 __all__ = [
+    "DEFAULT_MODEL",
     "SVQVAE",
     "ImageProcessingMixin",
     "ModelMixin",
@@ -17,6 +20,8 @@ __all__ = [
     "SVQVAEOutput",
     "VQLosses",
 ]
+
+DEFAULT_MODEL = Path(__file__).parent / "pretrained"  # folder of the small bundled model
 
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
 # package is in its table and has the base class in its namespace; the same goes for the image processor.

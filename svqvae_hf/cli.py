@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from svqvae_hf import DEFAULT_MODEL
+
 if TYPE_CHECKING:
     from svqvae_hf.modeling_svqvae import SVQVAE
     from svqvae_hf.tokens import ImageTokens
 
-DEFAULT_MODEL = Path(__file__).parent / "pretrained"
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TOKEN_SUFFIX = ".safetensors"
 HUB_ID = r"\w[\w.-]*/[\w.-]+"

@@ -174,8 +174,10 @@ class AttnBlock(nn.Module):
     def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
         """Maps `(batch, channels, h, w)` to the same shape."""
         normed = self.norm(hidden, statistics)
+        # Contiguous, since the fused kernels, which never hold all pairs of positions, take no other layout.
         query, key, value = (
-            project(normed).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.q, self.k, self.v)
+            project(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+            for project in (self.q, self.k, self.v)
         )  # (batch, 1, h * w, channels)
         attended = F.scaled_dot_product_attention(query, key, value)
         return hidden + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(hidden.shape))

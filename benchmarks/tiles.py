@@ -1,0 +1,74 @@
+"""What tiles cost in quality: `python benchmarks/tiles.py IMAGES [--model MODEL]`.
+
+Prints, as means over the images: PSNR whole and by tiles, agreement of the two, the share of ids that they have in
+common, and the squared error along tile borders and along the image border, each relative to elsewhere.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.tiling import tile_axis
+
+BAND = 4  # pixels on each side of a border
+
+
+def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
+    """PSNR in dB of values in [0, 1]."""
+    return -10 * (output - target).square().mean().log10().item()
+
+
+def border_bands(length: int, model: SVQVAE) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pixels of an axis lie along a tile border, and along the end of the image."""
+    f = model.f
+    tiles = tile_axis(-(-length // f), model.tile_size // f, model.overlap // f)
+    places = torch.arange(length)
+    along_tiles = torch.zeros(length, dtype=torch.bool)
+    for tile in tiles[:-1]:
+        along_tiles |= (places >= tile.core_stop * f - BAND) & (places < tile.core_stop * f + BAND)
+    return along_tiles, (places < BAND) | (places >= length - BAND)
+
+
+@torch.inference_mode()
+def measure(model: SVQVAE, image: torch.Tensor) -> dict[str, float]:
+    """Figures of one image `(1, 3, height, width)`."""
+    model.disable_tiling()
+    whole, whole_ids = model(image).sample, model.encode_tokens(image)
+    model.enable_tiling(model.tile_size, model.overlap)
+    tiled, tiled_ids = model(image).sample, model.encode_tokens(image)
+    (rows, top), (columns, left) = (border_bands(length, model) for length in image.shape[-2:])
+    along_tiles, along_image = rows[:, None] | columns, top[:, None] | left
+    error = (tiled - image).square().mean((0, 1))
+    elsewhere = error[~along_tiles & ~along_image].mean()
+    return {
+        "PSNR whole, dB": psnr(whole, image),
+        "PSNR tiled, dB": psnr(tiled, image),
+        "agreement, dB": psnr(tiled, whole),
+        "ids kept": (tiled_ids == whole_ids).float().mean().item(),
+        "error along tile borders": (error[along_tiles & ~along_image].mean() / elsewhere).item(),
+        "error along image border": (error[along_image].mean() / elsewhere).item(),
+    }
+
+
+def main() -> None:
+    """Reads the arguments and prints the means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder of PNG images larger than a tile")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model folder or Hub id (default: the bundled model)")
+    parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS")
+    parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS")
+    options = parser.parse_args()
+    model = SVQVAE.from_pretrained(options.model).eval()
+    model.enable_tiling(options.tile_size, options.overlap)
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    figures = [measure(model, processor(path)["pixel_values"]) for path in tqdm(sorted(options.images.glob("*.png")))]
+    for name in figures[0]:
+        print(f"{name:26} {np.mean([each[name] for each in figures]):.3f}")
+
+
+if __name__ == "__main__":
+    main()
