@@ -6,7 +6,7 @@ which follows LlamaGen (arXiv 2406.06525) and FlexVAR (arXiv 2502.20313).
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class VQLosses(NamedTuple):
     Args:
         vq (`torch.Tensor`): `mean((q - sg[z])^2)`, moves the codes to the latents.
         commit (`torch.Tensor`): `commit_loss_beta * mean((sg[q] - z)^2)`, moves the latents to the codes.
-        entropy (`torch.Tensor`): `entropy_loss_ratio` times the entropy term; 0 without it.
+        entropy (`torch.Tensor`): `entropy_loss_ratio` times the entropy term; 0 without it and in evaluation.
         usage (`torch.Tensor`): Share of the codebook in use since the counts were reset in training, in this call
             otherwise.
     """
@@ -78,7 +78,7 @@ class SVQVAEOutput(BaseOutput):
 
 
 class GroupStatistics:
-    """Mean and variance of each group at each [`GroupNorm`] of a network, over all tiles of an image.
+    """Mean and variance of each group at each [`GroupNorm`] of a network, over tiles of an image.
 
     While `gathering`, every norm uses the statistics of its own tile and adds them here, weighted by pixels; after
     that every norm uses what was gathered, so that all tiles of an image are normalised alike.
@@ -125,19 +125,11 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
 
     def _normalise(self, hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = hidden.shape
-        per_group = channels // self.num_groups
-        # Normalisation by given statistics is what batch normalisation does in evaluation, fused and in mixed
-        # precision.
-        normed = F.batch_norm(
-            hidden.reshape(1, batch * channels, height, width),
-            mean.repeat_interleave(per_group, dim=1).flatten(),
-            variance.repeat_interleave(per_group, dim=1).flatten(),
-            self.weight.float().repeat(batch),
-            self.bias.float().repeat(batch),
-            eps=self.eps,
-        )
-        return normed.view(batch, channels, height, width)
+        per_group = hidden.shape[1] // self.num_groups
+        mean, variance = (each.repeat_interleave(per_group, dim=1) for each in (mean, variance))  # (batch, channels)
+        scale = self.weight.float() * torch.rsqrt(variance + self.eps)
+        shift = self.bias.float() - mean * scale
+        return (hidden * scale[..., None, None] + shift[..., None, None]).to(hidden.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -355,17 +347,19 @@ class Codebook(nn.Module):
         nn.init.normal_(self.weight)  # uniform on the sphere once normalised
         self.l2_norm = l2_norm
 
-    def forward(self, query: torch.Tensor) -> torch.Tensor:
-        """Looks up ids, or finds the ids of the nearest codes of latents.
+    def forward(self, query: torch.Tensor | None = None) -> torch.Tensor:
+        """Looks up ids, or finds the ids of the nearest codes of latents, or gives the codes as they are stored.
 
         Args:
-            query (`torch.Tensor`): Ids of any shape, an integer type; or latents of shape `(n, dim)` in float32,
-                normalised if the codebook is.
+            query (`torch.Tensor`, *optional*): Ids of any shape, an integer type; or latents of shape `(n, dim)` in
+                float32, normalised if the codebook is.
 
         Returns:
             `torch.Tensor`: Codes `(*shape, dim)` in float32 for ids; ids `(n,)` in int64 for latents, the lowest on a
-            tie.
+            tie; the codes as stored, `(size, dim)`, without a query.
         """
+        if query is None:
+            return self.weight.clone()
         codes = self.weight.float()
         if self.l2_norm:
             codes = F.normalize(codes, dim=-1)
@@ -380,6 +374,15 @@ class Codebook(nn.Module):
             scores = latents @ codes.detach().T
             ids.append((scores if offset is None else scores - offset).argmax(-1))
         return torch.cat(ids)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Codebook":
+        """Moves with the model, but keeps its type: a rounded codebook would be another one."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 class VectorQuantizer(nn.Module):
@@ -464,7 +467,7 @@ class VectorQuantizer(nn.Module):
 
     def _entropy_loss(self, flat: torch.Tensor) -> torch.Tensor:
         """Low entropy of each latent, high entropy of their mean (LlamaGen, `compute_entropy_loss`)."""
-        if self.entropy_loss_ratio == 0:
+        if self.entropy_loss_ratio == 0 or not self.training:
             return flat.new_zeros(())
         codes = self.embedding(torch.arange(self.size, device=flat.device))
         log_probs = F.log_softmax(-torch.cdist(flat, codes).square() / ENTROPY_TEMPERATURE, dim=-1)
@@ -665,7 +668,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def codebook_fingerprint(self) -> str:
         """SHA-256 in hexadecimal of the codebook's float32 bytes, little-endian: ids have meaning only with it."""
-        weight = self.quantize.embedding.weight.detach().float().cpu().contiguous()
+        weight = self.quantize.embedding().detach().float().cpu()
         return hashlib.sha256(weight.numpy().astype("<f4").tobytes()).hexdigest()
 
     def enable_tiling(
@@ -673,15 +676,16 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
-        All tiles of an image share their normalisation statistics, gathered in a first pass.
+        All tiles of an image share their normalisation statistics, gathered in a first pass over the image at half its
+        size.
 
         Args:
             tile_size (`int`, defaults to 256): Largest side, in pixels, of what the networks read at once, a multiple
                 of `f`.
             overlap (`int`, defaults to 32): Halo on each side of a tile, in pixels: read, but not kept. A multiple of
                 `f`, less than half of `tile_size`.
-            on_tile (`Callable`, *optional*): Called with the tiles done and their number after each tile, for a
-                progress bar.
+            on_tile (`Callable`, *optional*): Called after each tile with the tiles done and their number, of each
+                pass anew.
 
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
@@ -740,7 +744,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             quantized = self._look_up(h, shape)
         else:
             self._check_latents(h)
-            quantized = h if force_not_quantize else self.quantize(h)[0]
+            quantized = (h if force_not_quantize else self.quantize(h)[0]).to(self.dtype)
         sample = self._decode(quantized, self._tiles())
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -758,10 +762,11 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64, a list of them if scales are given.
         """
+        checked = None if scales is None else _check_scales(scales)
         latents = self._encode(sample, self._tiles())
-        if scales is None:
+        if checked is None:
             return self.quantize.search(latents)
-        return [self.quantize.search(resize_latents(latents, scale)) for scale in _check_scales(scales)]
+        return [self.quantize.search(resize_latents(latents, scale)) for scale in checked]
 
     @apply_forward_hook
     def decode_tokens(self, ids: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -777,13 +782,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: If an id is out of range, or the shape is another.
         """
-        if isinstance(ids, list):
+        if isinstance(ids, list | tuple):
             return [self.decode_tokens(each) for each in ids]
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config["codebook_size"]:
-            raise ValueError(
-                f"ids must lie in [0, {self.config['codebook_size']}) (`codebook_size`), but lie in "
-                f"[{ids.min()}, {ids.max()}]. Pass ids of this codebook, without special tokens."
-            )
         return self._clamp(self._decode(self._look_up(ids, None), self._tiles()))
 
     def forward(
@@ -807,7 +807,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 `tile_size` pixels, so that a scale is `patch_num * f / tile_size`.
             tile_size (`int`, *optional*): As in [`~SVQVAE.enable_tiling`], whose value is the default. Given here, or
                 with `patch_nums`, it switches tiling on for this call.
-            overlap (`int`, *optional*): Likewise.
+            overlap (`int`, *optional*): Likewise; less where the tile is too small for it.
             return_dict (`bool`, defaults to `True`): Whether to give an output object or a tuple.
 
         Returns:
@@ -821,13 +821,15 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if scales is not None and patch_nums is not None:
             raise ValueError("Either `scales` or `patch_nums` must be given, but both were. Leave one out.")
         if patch_nums is not None:
-            tile_size = tile_size or self.tile_size
+            tile_size = self.tile_size if tile_size is None else tile_size
+            self._check_tiles(tile_size, 0)
             scales = [patch_num * self.f / tile_size for patch_num in patch_nums]
+        checked = [1.0] if scales is None else _check_scales(scales)
         tiles = self._tiles(tile_size, overlap)
         latents = self._encode(sample, tiles)
         reconstructions: list[torch.Tensor] = []
         losses: list[VQLosses] = []
-        for scale in [1.0] if scales is None else _check_scales(scales):
+        for scale in checked:
             quantized, loss, _ = self.quantize(resize_latents(latents, scale))
             decoded = self._decode(quantized, tiles)
             reconstructions.append(self.fit(decoded, sample.shape[-2:], scale))
@@ -865,8 +867,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             window = _map_range(window, self.config["pixel_range"], self.config["network_range"])
             return self.quant_conv(self.encoder(window, statistics))
 
-        height, width = sample.shape[-2:]
-        sample = F.pad(sample, (0, -width % self.f, 0, -height % self.f), mode="replicate")
+        bottom, right = (-(-side // self.f) * self.f - side for side in sample.shape[-2:])
+        sample = F.pad(sample, (0, right, 0, bottom), mode="replicate")
         return self._run(network, sample, tiles, source_cell=self.f, result_cell=1)
 
     def _decode(self, quantized: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
@@ -889,28 +891,45 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             return torch.cat([self._run(network, part, tiles, source_cell, result_cell) for part in source.split(1)])
         if tiles is None or max(source.shape[-2:]) <= tiles[0] * source_cell:
             return network(source)
+        if torch.is_grad_enabled() and self.is_gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing runs the network again, for which the statistics that tiles share are no "
+                "longer "
+                "those of the first run. Disable one of the two, or gradients."
+            )
         tile, overlap = tiles
         statistics = GroupStatistics()
-        with torch.no_grad():
-            map_tiles(
-                lambda window: network(window, statistics), source, tile, 0, source_cell, result_cell, self.on_tile
-            )
+
+        def normalised(window: torch.Tensor) -> torch.Tensor:
+            return network(window, statistics)
+
+        half_size = [-(-side // (2 * source_cell)) * source_cell for side in source.shape[-2:]]
+        half = F.interpolate(source.float(), half_size, mode="area").to(source.dtype)
+        map_tiles(normalised, half, tile, 0, source_cell, result_cell, self.on_tile)
         statistics.gathering = False
-        return map_tiles(
-            lambda window: network(window, statistics), source, tile, overlap, source_cell, result_cell, self.on_tile
-        )
+        return map_tiles(normalised, source, tile, overlap, source_cell, result_cell, self.on_tile)
 
     def _clamp(self, sample: torch.Tensor) -> torch.Tensor:
         return sample.clamp(*self.config["pixel_range"])
 
     def _look_up(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None) -> torch.Tensor:
+        if ids.is_floating_point():
+            raise TypeError(f"ids must be of an integer type, but are {ids.dtype}. Latents are for `decode`.")
+        ids = ids.long()
         if shape is None:
             if ids.ndim != 3:
                 raise ValueError(
                     f"ids must have shape (batch, h, w), but have shape {tuple(ids.shape)}. Reshape them to the grid, "
-                    f"or pass `shape`."
+                    "or pass `shape`."
                 )
             shape = (*ids.shape, self.config["codebook_embed_dim"])
+        size = self.config["codebook_size"]
+        # A compiled graph has no place for a check that depends on values.
+        if not torch.compiler.is_compiling() and ids.numel() and not 0 <= ids.min() <= ids.max() < size:
+            raise ValueError(
+                f"ids must lie in [0, {size}) (`codebook_size`), but lie in [{ids.min()}, {ids.max()}]. Pass ids of "
+                "this codebook, without special tokens."
+            )
         return self.quantize.get_codebook_entry(ids, shape).to(self.dtype)
 
     def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
@@ -918,7 +937,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not self.use_tiling and tile_size is None and overlap is None:
             return None
         tile_size = self.tile_size if tile_size is None else tile_size
-        overlap = self.overlap if overlap is None else overlap
+        if overlap is None:
+            overlap = max(0, min(self.overlap, (tile_size // self.f - 1) // 2 * self.f))
         self._check_tiles(tile_size, overlap)
         return tile_size // self.f, overlap // self.f
 
@@ -969,12 +989,11 @@ def _map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[f
     return values * gain + (target[0] - source[0] * gain)
 
 
-def _check_scales(scales: Sequence[float]) -> Sequence[float]:
+def _check_scales(scales: Iterable[float]) -> list[float]:
+    scales = list(scales)
     for scale in scales:
         if not 0 < scale < float("inf"):
-            raise ValueError(
-                f"Each scale must be a finite number more than 0, but one is {scale}. 1 is the size of the input."
-            )
+            raise ValueError(f"Each scale must be finite and more than 0, but one is {scale}. 1 is the input's size.")
     return scales
 
 

@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.modeling_svqvae import SEARCH_SCORES, Codebook, GroupNorm, GroupStatistics, VectorQuantizer
+from svqvae_hf.modeling_svqvae import (
+    SEARCH_SCORES,
+    Codebook,
+    GroupNorm,
+    GroupStatistics,
+    Level,
+    VectorQuantizer,
+    resize_latents,
+)
 
 SIZES = [(1, 1), (3, 200), (65, 64), (257, 300)]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -184,12 +192,36 @@ def test_pixel_range_is_the_callers(tiny_model, tmp_path):
     torch.testing.assert_close(signed(images * 2 - 1).sample, tiny_model(images).sample * 2 - 1)
 
 
+@pytest.fixture
+def encoder_inputs(tiny_model, monkeypatch):
+    """Shapes of all that the encoder is given."""
+    shapes = []
+    tiny_model.encoder.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    return shapes
+
+
 @pytest.mark.usefixtures("no_grad")
-def test_slices_are_the_batch(tiny_model):
+def test_slices_are_the_batch(tiny_model, encoder_inputs):
     images = torch.rand(3, 3, 40, 24)
     whole = tiny_model(images).sample
     tiny_model.enable_slicing()
     torch.testing.assert_close(tiny_model(images).sample, whole)
+    assert [shape[0] for shape in encoder_inputs] == [3, 1, 1, 1]
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_half_precision_model_decodes_its_codes(tiny_model):
+    codes = tiny_model.quantize.get_codebook_entry(torch.arange(4).view(1, 2, 2), (1, 2, 2, 8))
+    assert codes.dtype == torch.float32
+    sample = tiny_model.to(torch.bfloat16).decode(codes, force_not_quantize=True).sample
+    assert sample.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+def test_ids_may_be_of_any_integer_type(tiny_model, dtype):
+    ids = torch.randint(64, (1, 3, 4))
+    assert torch.equal(tiny_model.decode_tokens(ids.to(dtype)), tiny_model.decode_tokens(ids))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +235,9 @@ def test_slices_are_the_batch(tiny_model):
         (lambda m: m.decode(torch.zeros(4, dtype=torch.int64)), ValueError, r"\(batch, h, w\).*\(4,\)"),
         (lambda m: m.decode_tokens(torch.full((1, 2, 2), 64)), ValueError, r"\[0, 64\).*\[64, 64\]"),
         (lambda m: m.decode_tokens(torch.full((1, 2, 2), -1)), ValueError, r"\[-1, -1\]"),
+        (lambda m: m.decode(torch.full((1, 2, 2), 64)), ValueError, r"\[0, 64\).*\[64, 64\]"),
+        (lambda m: m.decode_tokens(torch.rand(1, 8, 2, 2)), TypeError, "integer type, but are torch.float32"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), patch_nums=[1], tile_size=0), ValueError, "positive multiple"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[0]), ValueError, "more than 0, but one is 0"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.nan]), ValueError, "finite .* nan"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.inf]), ValueError, "finite .* inf"),
@@ -228,6 +263,21 @@ def test_scales_keep_the_callers_order(tiny_model):
     sides = [sample.shape[-1] for sample in tiny_model(images, scales=[1, 4, 0.25, 2]).sample]
     assert sides == [32, 128, 8, 64]
     assert [ids.shape[-1] for ids in tiny_model.encode_tokens(images, scales=[1, 4, 0.25, 2])] == [8, 32, 2, 16]
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_latents_are_resized_by_area_and_bilinearly():
+    latents = torch.rand(1, 8, 6, 8)
+    torch.testing.assert_close(resize_latents(latents, 0.5), F.avg_pool2d(latents, 2))
+    torch.testing.assert_close(resize_latents(latents, 2), F.interpolate(latents, (12, 16), mode="bilinear"))
+    assert resize_latents(latents, 1) is latents
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_encoder_runs_once_for_all_scales(tiny_model, encoder_inputs):
+    tiny_model(torch.rand(1, 3, 32, 32), scales=(scale for scale in (0.5, 1, 2)))
+    tiny_model.encode_tokens(torch.rand(1, 3, 32, 32), scales=[0.5, 1, 2])
+    assert encoder_inputs == [(1, 3, 32, 32)] * 2
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -275,6 +325,29 @@ def test_image_of_one_tile_is_not_tiled(tiny_model):
     assert torch.equal(tiny_model(images).sample, whole)
     tiny_model.disable_tiling()
     assert torch.equal(tiny_model(images).sample, whole)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_networks_see_no_more_than_a_tile(tiny_model, encoder_inputs):
+    tiny_model.enable_tiling(64, 8)
+    tiny_model.encode(torch.rand(1, 3, 200, 300))
+    assert len(encoder_inputs) > 20
+    assert max(max(shape[-2:]) for shape in encoder_inputs) <= 64
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_small_tile_takes_a_smaller_overlap(tiny_model, encoder_inputs):
+    tiny_model(torch.rand(1, 3, 200, 300), tile_size=32)
+    assert max(max(shape[-2:]) for shape in encoder_inputs) <= 32
+
+
+def test_tiles_keep_results_on_the_device():
+    with torch.device("meta"):
+        model = make_tiny()
+        latents = model.encode(torch.rand(1, 3, 100, 100)).latents
+        model.enable_tiling(32, 8)
+        assert model.encode(torch.rand(1, 3, 100, 100)).latents.device.type == "meta"
+        assert model.decode(latents, force_not_quantize=True).sample.device.type == "meta"
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -445,7 +518,7 @@ def test_vq_loss_moves_codes_and_commitment_moves_latents():
 
 
 def test_entropy_loss_rewards_sure_and_even_use():
-    quantizer = VectorQuantizer(4, 4, commit_loss_beta=0.25, entropy_loss_ratio=1.0, l2_norm=True)
+    quantizer = VectorQuantizer(4, 4, commit_loss_beta=0.25, entropy_loss_ratio=1.0, l2_norm=True).train()
     quantizer.embedding.weight.data.copy_(torch.eye(4))
     even = quantizer(torch.eye(4).view(1, 4, 4, 1))[1].entropy
     one_code = quantizer(torch.eye(4)[:1].expand(4, 4).T.reshape(1, 4, 4, 1))[1].entropy
@@ -462,6 +535,16 @@ def test_quantizer_stays_in_float32_under_autocast(tiny_model):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tiny_model.quantize.search(latents), expected)
         assert torch.equal(tiny_model.quantize(latents)[2][2], expected.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_codebook_keeps_its_type_when_the_model_is_cast(tiny_model, dtype):
+    fingerprint = tiny_model.codebook_fingerprint()
+    tiny_model.to(dtype)
+    assert tiny_model.encoder.conv_in.weight.dtype == dtype
+    assert tiny_model.codebook_fingerprint() == fingerprint
+    assert tiny_model.half().codebook_fingerprint() == fingerprint
+    assert tiny_model.to("meta").quantize.embedding.weight.device.type == "meta"
 
 
 def test_fingerprint_is_that_of_the_float32_bytes(tiny_model):
@@ -493,16 +576,24 @@ def test_every_parameter_gets_a_finite_gradient(autocast, checkpointing):
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
+    gradients, recomputed = [], []
+
+    def checkpoint_and_count(block, *args):
+        recomputed.append(block)
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+
     for checkpointing in (False, True):
         model = make_tiny().train()
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing(checkpoint_and_count)
         model(torch.linspace(0, 1, 3 * 32 * 32).view(1, 3, 32, 32)).sample.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         if gradient is not None:
             torch.testing.assert_close(gradients[1][name], gradient)
+    assert len(recomputed) == sum(
+        len(level.res) + len(level.attn) for level in model.modules() if isinstance(level, Level)
+    )
 
 
 def test_training_output_is_not_clamped():
@@ -513,10 +604,34 @@ def test_training_output_is_not_clamped():
     assert model.eval()(images).sample.max() == 1
 
 
-def test_tiles_are_differentiable():
+@pytest.mark.parametrize("name", ["encoder.conv_in.weight", "encoder.norm_out.weight", "decoder.conv_in.weight"])
+def test_gradient_through_tiles_is_that_of_finite_differences(name):
+    model = make_tiny().double()
+    model.enable_tiling(32, 8)
+    images = smooth_images(48, 48).double()
+    parameter = dict(model.named_parameters())[name]
+    direction = torch.randn_like(parameter)
+
+    def loss():
+        return model.decode(model.encode(images).latents, force_not_quantize=True).sample.square().mean()
+
+    (gradient,) = torch.autograd.grad(loss(), parameter)
+    change = 0
+    with torch.no_grad():
+        for sign in (1, -1):
+            parameter += sign * 1e-3 * direction
+            change += sign * loss() / 2e-3
+            parameter -= sign * 1e-3 * direction
+    torch.testing.assert_close((gradient * direction).sum(), change, rtol=1e-2, atol=1e-5)
+
+
+def test_tiles_and_gradient_checkpointing_exclude_each_other():
     model = make_tiny().train()
-    model(torch.rand(1, 3, 48, 48), tile_size=32, overlap=8).sample.square().mean().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.encoder.parameters())
+    model.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="Disable one of the two"):
+        model(torch.rand(1, 3, 48, 48), tile_size=32)
+    with torch.no_grad():
+        model(torch.rand(1, 3, 48, 48), tile_size=32)
 
 
 # What diffusers offers for every model
@@ -524,9 +639,13 @@ def test_tiles_are_differentiable():
 
 @pytest.mark.usefixtures("no_grad")
 def test_compiles_without_graph_breaks(tiny_model):
-    images = torch.rand(1, 3, 32, 32)
     compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images).sample, tiny_model(images).sample)
+    for size in [(32, 32), (48, 36), (30, 41)]:
+        images = torch.rand(1, 3, *size)
+        torch.testing.assert_close(compiled(images).sample, tiny_model(images).sample)
+    ids = torch.randint(64, (1, 5, 6))
+    decode = torch.compile(tiny_model.decode_tokens, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(decode(ids), tiny_model.decode_tokens(ids))
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -544,11 +663,13 @@ def test_layerwise_casting(tiny_model):
     tiny_model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert tiny_model.encoder.conv_in.weight.dtype == torch.float8_e4m3fn
     assert tiny_model.quantize.embedding.weight.dtype == torch.float32
+    assert tiny_model.encoder.norm_out.weight.dtype == torch.float32
     assert psnr(tiny_model(images).sample, expected) > 20
 
 
 def use_everything(model, images):
     reconstruction = model(images, scales=[0.5, 1]).sample
+    assert model.codebook_fingerprint() == make_tiny().codebook_fingerprint()
     return [
         *reconstruction,
         model.decode_tokens(model.encode_tokens(images)),
@@ -558,12 +679,15 @@ def use_everything(model, images):
 
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level", "sequential"])
-def test_offloading_changes_no_result(tiny_model, kind):
+def test_offloading_changes_no_result(tiny_model, tmp_path, kind):
     images = torch.rand(1, 3, 32, 32)
     expected = use_everything(tiny_model, images)
     if kind == "sequential":
         cpu_offload(tiny_model, torch.device("cpu"))
     else:
-        tiny_model.enable_group_offload(torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
+        # To disk, since weights that go from the CPU to the CPU never move, and a wrong read of them would pass.
+        tiny_model.enable_group_offload(
+            torch.device("cpu"), offload_type=kind, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+        )
     for output, wanted in zip(use_everything(tiny_model, images), expected, strict=True):
         torch.testing.assert_close(output, wanted)

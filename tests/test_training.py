@@ -35,31 +35,31 @@ def image_folder(tmp_path, photo):
     return folder
 
 
-def launch(image_folder, output_dir, *options, check=True):
+def launch(image_folder, output_dir, *options, processes=1):
     config = output_dir.parent / "model.json"
-    tiny = {key: value for key, value in make_tiny().config.items() if not key.startswith("_")}
+    tiny = {key: value for key, value in make_tiny(dropout_p=0.1).config.items() if not key.startswith("_")}
     config.write_text(json.dumps({**tiny, "_class_name": "SVQVAE"}))
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"),
-        *(
-            "--mixed_precision=no",
-            "--dynamo_backend=no",
-            "--num_cpu_threads_per_process=1",
-            str(ROOT / "training" / "train.py"),
-        ),
-        *(f"--train_data_dir={image_folder}", f"--output_dir={output_dir}", f"--model_config_name_or_path={config}"),
-        *("--resolution=32", "--crop_sizes=16", "--train_batch_size=4", "--num_scales=2", "--lr_warmup_steps=2"),
-        *("--dataloader_num_workers=1", "--logging_steps=1", "--kmeans_batches=2", *options),
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"),
+        *(str(ROOT / "training" / "train.py"), f"--train_data_dir={image_folder}", f"--output_dir={output_dir}"),
+        *(f"--model_config_name_or_path={config}", "--resolution=32", "--crop_sizes=16", "--train_batch_size=4"),
+        *("--num_scales=2", "--lr_warmup_steps=2", "--dataloader_num_workers=1", "--logging_steps=1"),
+        *("--kmeans_batches=2", *options),
     ]
-    environment = {**os.environ, "HF_HOME": str(output_dir.parent / "hf"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=check)
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HOME": str(output_dir.parent / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
 
 
 def test_resumed_run_equals_an_unbroken_one_and_its_model_loads(image_folder, tmp_path):
     options = (
         "--max_train_steps=6",
         "--checkpointing_steps=2",
-        "--codebook_start_step=3",
+        "--kmeans_steps=3",
         "--checkpoints_total_limit=2",
     )
     launch(image_folder, tmp_path / "whole", *options)
@@ -81,12 +81,19 @@ def test_resumed_run_equals_an_unbroken_one_and_its_model_loads(image_folder, tm
     assert all(key.endswith(".k.bias") for key in kept), "softmax hides a shift of all keys, and nothing else"
 
 
+def test_two_processes_train_one_model(image_folder, tmp_path):
+    run = launch(image_folder, tmp_path / "out", "--max_train_steps=4", "--kmeans_steps=2", processes=2)
+    assert "[RANK 0] step 4" in run.stderr
+    assert SVQVAE.from_pretrained(tmp_path / "out").config["sample_size"] == 32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--crop_sizes=24"], "`--crop_sizes` must divide `--resolution` = 32, but 24 does not"),
         (["--max_train_steps=0"], "`--max_train_steps` must be at least 1, but is 0"),
-        (["--resume_from_checkpoint=nowhere"], "must be a checkpoint folder or 'latest', but is 'nowhere'"),
+        (["--kmeans_steps=7", "--kmeans_batches=2"], "16384, but `--kmeans_batches` = 2 give 256 in each process"),
+        (["--resume_from_checkpoint=nowhere"], "or 'latest', but is 'nowhere'"),
     ],
 )
 def test_mistakes_are_one_line(image_folder, tmp_path, options, message):
@@ -116,12 +123,21 @@ def test_sources_and_columns_are_checked(image_folder):
         TrainConfig(output_dir="out")
 
 
+def test_broken_image_is_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    dataset = CropDataset(load_images(None, None, str(tmp_path), "image"), pixel_range=(0, 1))
+    with pytest.raises(ValueError, match="row 0 of the image set cannot be read as an image"):
+        dataset[Crop(0, 16, seed=0)]
+
+
 def test_latest_checkpoint_is_the_newest_whole_one(tmp_path):
     config = TrainConfig(str(tmp_path), model_config_name_or_path="x", resume_from_checkpoint="latest")
     assert find_checkpoint(config) is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial"):
         (tmp_path / name).mkdir()
     assert find_checkpoint(config).name == "checkpoint-10"
+    config.resume_from_checkpoint = "checkpoint-9"
+    assert find_checkpoint(config) == tmp_path / "checkpoint-9"
 
 
 # Data

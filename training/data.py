@@ -119,8 +119,15 @@ class CropDataset(TorchDataset):
         self.processor = SVQVAEImageProcessor(pixel_range=pixel_range)
 
     def __getitem__(self, crop: Crop) -> torch.Tensor:
-        """Cuts one crop: `(3, side, side)` in `pixel_range`."""
-        image = to_rgb(self.images[crop.row][self.column])
+        """Cuts one crop: `(3, side, side)` in `pixel_range`.
+
+        Raises:
+            ValueError: If the image cannot be read.
+        """
+        try:
+            image = to_rgb(self.images[crop.row][self.column])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"row {crop.row} of the image set cannot be read as an image: {error}") from error
         growth = crop.side / min(image.size)
         if growth > 1:
             image = image.resize([max(crop.side, round(growth * length)) for length in image.size])
@@ -132,11 +139,14 @@ class CropDataset(TorchDataset):
 
 
 def crop_loader(dataset: CropDataset, sampler: CropSampler, num_workers: int) -> DataLoader:
-    """Loader of batches `(batch, 3, side, side)`, read ahead by `num_workers` processes."""
+    """Loader of batches `(batch, 3, side, side)`, read ahead by `num_workers` processes.
+
+    It has a random generator of its own, so that it leaves the global one, which a checkpoint holds, alone.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        persistent_workers=False,
+        generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )

@@ -36,7 +36,8 @@ class Objective(nn.Module):
             quantize (`bool`): Whether latents are quantised, or only normalised as the quantizer would.
 
         Returns:
-            `tuple`: Loss, and what to log of scale 1; scalar tensors.
+            `tuple`: Loss, and what to log of scale 1, all scalar tensors; `usage` is of all scales since the counts
+            were reset.
         """
         low, high = self.vqvae.config["pixel_range"]
         latents = self.vqvae.encode(sample).latents

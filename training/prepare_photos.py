@@ -9,6 +9,7 @@ Squares are stored as BMP, since decoding takes a good part of a training step o
 
 import argparse
 import csv
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,10 @@ def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
     for archive in folder.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True)
     pypi = sorted({row["package"] for row in rows if row["registry"] == "pypi"})
-    subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), *pypi], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *pypi],
+        check=True,
+    )
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
@@ -64,14 +68,17 @@ def main() -> None:
     options = parser.parse_args()
     with options.list.open(newline="") as file:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row["licence"] != "not stated"]
-    options.out.mkdir(parents=True)
+    partial = options.out.with_name(options.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as packages:
         fetch_packages(rows, Path(packages))
         paths = [Path(packages, row["path"].lstrip("/")) for row in rows]
         paths += sorted(options.folder.glob("*.png")) if options.folder else []
         for number, path in enumerate(tqdm([path for path in paths if path.name not in HELD_OUT], unit="photo")):
             for part, square in enumerate(squares(load_image(path))):
-                square.save(options.out / f"{number:04d}-{part:02d}.bmp")
+                square.save(partial / f"{number:04d}-{part:02d}.bmp")
+    partial.rename(options.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from codebook import initialise_codebook
 from data import CropDataset, CropSampler, crop_loader, load_images
 from diffusers.optimization import get_scheduler
@@ -24,6 +24,10 @@ from transformers import HfArgumentParser
 from svqvae_hf import SVQVAE
 from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock
 
+POSITIVE = (
+    *("resolution", "num_scales", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
+    *("kmeans_batches", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"),
+)
 RESIDUAL_GAIN = 0.1  # of the last layer of each residual branch at the start
 
 logger = get_logger(__name__, log_level="INFO")
@@ -61,9 +65,11 @@ class TrainConfig:
     adam_weight_decay: float = option(0.05, "AdamW's weight decay, on convolution weights alone.")
     max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
     vq_loss_weight: float = option(1.0, "Weight of the vq and commitment losses beside the mean squared error.")
-    codebook_start_step: int = option(0, "First steps without quantisation; then k-means sets the codebook.")
+    kmeans_steps: list[int] = option(
+        [], "Steps at which k-means of latents sets the codebook anew; before the first, nothing is quantised."
+    )
     kmeans_batches: int = option(64, "Batches of each process whose latents k-means sees.")
-    mixed_precision: str = option("no", "no, bf16 or fp16.")
+    mixed_precision: str | None = option(None, "no, bf16 or fp16; accelerate's setting if not given.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     dataloader_num_workers: int = option(2, "Processes that cut crops.")
     checkpointing_steps: int = option(1000, "Steps between checkpoints.")
@@ -79,9 +85,15 @@ class TrainConfig:
             raise ValueError(
                 "Exactly one of `--model_config_name_or_path` and `--pretrained_model_name_or_path` must be given."
             )
-        for name in ("resolution", "num_scales", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
-            if getattr(self, name) < 1:
+        for name in POSITIVE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, but is {getattr(self, name)}.")
+        for step in self.kmeans_steps:
+            if not 0 < step < self.max_train_steps:
+                raise ValueError(
+                    f"`--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, but one "
+                    f"is {step}."
+                )
         for side in self.crop_sizes:
             if side < 1 or self.resolution % side:
                 raise ValueError(
@@ -106,6 +118,12 @@ def load_model(config: TrainConfig) -> SVQVAE:
     for side in (config.resolution, *config.crop_sizes):
         if side % vqvae.f:
             raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
+    num_latents = config.kmeans_batches * config.train_batch_size * (config.resolution // vqvae.f) ** 2
+    if config.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
+        raise ValueError(
+            f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
+            f"`--kmeans_batches` = {config.kmeans_batches} give {num_latents} in each process. Raise it."
+        )
     if config.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
     return vqvae.train()
@@ -143,6 +161,7 @@ def start_codebook(config: TrainConfig, accelerator: Accelerator, vqvae: SVQVAE,
             encoded = vqvae.encode(sample.to(accelerator.device)).latents
         latents.append(encoded.float().permute(0, 2, 3, 1).flatten(0, 2))
     initialise_codebook(vqvae.quantize, accelerator.gather(torch.cat(latents)), config.seed)
+    broadcast(vqvae.quantize.embedding.weight.data)  # sums of floats may differ in their last bits between processes
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -151,10 +170,14 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         return None
     if config.resume_from_checkpoint == "latest":
         return max(Path(config.output_dir).glob("checkpoint-*[0-9]"), key=checkpoint_step, default=None)
-    path = Path(config.resume_from_checkpoint)
-    if not path.is_dir():
-        raise ValueError(f"`--resume_from_checkpoint` must be a checkpoint folder or 'latest', but is {str(path)!r}.")
-    return path
+    for path in (Path(config.resume_from_checkpoint), Path(config.output_dir, config.resume_from_checkpoint)):
+        if path.is_dir():
+            return path
+    raise ValueError(
+        "`--resume_from_checkpoint` must be a checkpoint folder, the name of one in `--output_dir`, or 'latest', but "
+        "is "
+        f"{config.resume_from_checkpoint!r}."
+    )
 
 
 def checkpoint_step(path: Path) -> int:
@@ -186,6 +209,10 @@ def train(config: TrainConfig) -> None:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=config.report_to,
         project_dir=config.output_dir,
+        kwargs_handlers=[
+            # Codes get no gradient before they are used; each process counts its own use of them.
+            DistributedDataParallelKwargs(find_unused_parameters=bool(config.kmeans_steps), broadcast_buffers=False)
+        ],
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     set_seed(config.seed)
@@ -241,13 +268,13 @@ def train(config: TrainConfig) -> None:
         disable=not accelerator.is_local_main_process or not sys.stderr.isatty(),
     )
     for step in progress:
-        if step == config.codebook_start_step and step > 0:
+        if step in config.kmeans_steps:
             start_codebook(config, accelerator, vqvae, dataset)
         for _ in range(config.gradient_accumulation_steps):
             sample = next(batches).to(accelerator.device)
             scales = step_scales(sample.shape[-1] // vqvae.f, config.num_scales, config.seed, step)
             with accelerator.accumulate(objective):
-                loss, logs = objective(sample, scales, quantize=step >= config.codebook_start_step)
+                loss, logs = objective(sample, scales, quantize=step >= min(config.kmeans_steps, default=0))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
@@ -277,7 +304,8 @@ def main() -> None:
         (config,) = HfArgumentParser(TrainConfig).parse_args_into_dataclasses()
         train(config)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"train.py: error: {error}\n")
+        message = str(error).splitlines()[-1]  # a loader's process puts its traceback before it
+        sys.stderr.write(f"train.py: error: {message}\n")
         sys.exit(2)
 
 

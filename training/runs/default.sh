@@ -14,7 +14,7 @@ accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no 
     --model_config_name_or_path training/runs/default_config.json \
     --output_dir "$work/default" \
     --resolution 256 --crop_sizes 64 128 --train_batch_size 1 --num_scales 2 \
-    --max_train_steps 9000 --codebook_start_step 3000 --kmeans_batches 256 --vq_loss_weight 0.1 \
+    --max_train_steps 9000 --kmeans_steps 3000 7000 --kmeans_batches 256 --vq_loss_weight 0.1 \
     --learning_rate 5e-4 --lr_warmup_steps 200 --mixed_precision bf16 \
     --checkpointing_steps 500 --dataloader_num_workers 1 --resume_from_checkpoint latest
 
