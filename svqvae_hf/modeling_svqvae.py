@@ -6,7 +6,7 @@ which follows LlamaGen (arXiv 2406.06525) and FlexVAR (arXiv 2502.20313).
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,10 @@ from svqvae_hf.tiling import map_tiles
 NORM_EPS = 1e-6
 SEARCH_SCORES = 1 << 22  # cosines held at once by the nearest-code search: 16 MiB in float32
 ENTROPY_TEMPERATURE = 0.01
+SIZES = (
+    *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
+    *("codebook_size", "codebook_embed_dim", "sample_size"),
+)
 DERIVED_CONFIG = ("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook")
 
 
@@ -559,7 +563,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         force_upcast: bool = False,
     ):
         super().__init__()
-        _check_config(base_channels, encoder_ch_mult, decoder_ch_mult, norm_num_groups, pixel_range, network_range)
+        _check_config(self.config)
         self.encoder = Encoder(
             in_channels, base_channels, encoder_ch_mult, num_res_blocks, norm_num_groups, dropout_p, z_channels
         )
@@ -997,25 +1001,32 @@ def _check_scales(scales: Iterable[float]) -> list[float]:
     return scales
 
 
-def _check_config(
-    base_channels: int,
-    encoder_ch_mult: Sequence[int],
-    decoder_ch_mult: Sequence[int],
-    norm_num_groups: int,
-    pixel_range: Sequence[float],
-    network_range: Sequence[float],
-) -> None:
-    if len(encoder_ch_mult) != len(decoder_ch_mult):
+def _check_config(config: Mapping[str, Any]) -> None:
+    numbers = {key: [config[key]] for key in SIZES} | {
+        key: config[key] for key in ("encoder_ch_mult", "decoder_ch_mult")
+    }
+    for key, values in numbers.items():
+        if not isinstance(values, list | tuple) or not all(type(value) is int and value > 0 for value in values):
+            raise ValueError(f"`{key}` must be made of whole numbers above 0, but is {config[key]!r}.")
+    if len(config["encoder_ch_mult"]) != len(config["decoder_ch_mult"]):
         raise ValueError(
             "`encoder_ch_mult` and `decoder_ch_mult` must have as many levels, so that both have the same f, but have "
-            f"{len(encoder_ch_mult)} and {len(decoder_ch_mult)}."
+            f"{len(config['encoder_ch_mult'])} and {len(config['decoder_ch_mult'])}."
         )
-    for channels in sorted({base_channels, *(base_channels * mult for mult in (*encoder_ch_mult, *decoder_ch_mult))}):
-        if channels % norm_num_groups:
+    groups, base = config["norm_num_groups"], config["base_channels"]
+    for channels in sorted(
+        {base, *(base * mult for mult in (*config["encoder_ch_mult"], *config["decoder_ch_mult"]))}
+    ):
+        if channels % groups:
             raise ValueError(
-                f"`norm_num_groups` must divide the channels of each level, but {norm_num_groups} does not divide "
-                f"{channels}."
+                f"`norm_num_groups` must divide the channels of each level, but {groups} does not divide {channels}."
             )
-    for name, bounds in (("pixel_range", pixel_range), ("network_range", network_range)):
-        if len(bounds) != 2 or not bounds[0] < bounds[1]:
-            raise ValueError(f"`{name}` must be (low, high) with low < high, but is {tuple(bounds)}.")
+    for key in ("pixel_range", "network_range"):
+        bounds = config[key]
+        if (
+            not isinstance(bounds, list | tuple)
+            or len(bounds) != 2
+            or not all(isinstance(bound, int | float) and abs(bound) < float("inf") for bound in bounds)
+            or not bounds[0] < bounds[1]
+        ):
+            raise ValueError(f"`{key}` must be two finite numbers (low, high) with low < high, but is {bounds!r}.")

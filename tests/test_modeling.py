@@ -66,7 +66,14 @@ def test_loading_a_saved_model_does_not_warn(tiny_model, tmp_path, caplog):
     [
         ({"norm_num_groups": 3}, "`norm_num_groups` must divide .* 3 does not divide 8"),
         ({"decoder_ch_mult": (1, 2)}, "as many levels, .* 3 and 2"),
-        ({"pixel_range": (1, 0)}, r"`pixel_range` must be \(low, high\)"),
+        ({"pixel_range": (1, 0)}, r"`pixel_range` must be two finite numbers \(low, high\).*\(1, 0\)"),
+        ({"network_range": "ab"}, "`network_range` must be two finite numbers .* but is 'ab'"),
+        ({"network_range": (0, float("nan"))}, "`network_range` must be two finite numbers"),
+        ({"base_channels": "eight"}, "`base_channels` must be made of whole numbers above 0, but is 'eight'"),
+        ({"z_channels": -3}, "`z_channels` .* but is -3"),
+        ({"norm_num_groups": 0}, "`norm_num_groups` .* but is 0"),
+        ({"encoder_ch_mult": None}, "`encoder_ch_mult` .* but is None"),
+        ({"encoder_ch_mult": (1, 0, 2)}, r"`encoder_ch_mult` .* but is \(1, 0, 2\)"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(config, message):
