@@ -897,9 +897,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             return network(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
-                "Gradient checkpointing runs the network again, for which the statistics that tiles share are no "
-                "longer "
-                "those of the first run. Disable one of the two, or gradients."
+                "Gradient checkpointing runs the network again, when the statistics that its tiles share are no "
+                "longer those of the first run. Disable it, tiling or gradients."
             )
         tile, overlap = tiles
         statistics = GroupStatistics()
