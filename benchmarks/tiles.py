@@ -34,14 +34,20 @@ def border_bands(length: int, model: SVQVAE) -> tuple[torch.Tensor, torch.Tensor
     return along_tiles, (places < BAND) | (places >= length - BAND)
 
 
+def reconstruct(model: SVQVAE, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of an image, and what they decode to."""
+    ids = model.encode_tokens(image)
+    return ids, model.fit(model.decode(ids).sample, image.shape[-2:], scale=1)
+
+
 @torch.inference_mode()
 def measure(model: SVQVAE, image: torch.Tensor) -> dict[str, float]:
     """Figures of one image `(1, 3, height, width)`, without its frame."""
     image = image[..., FRAME:-FRAME, FRAME:-FRAME]
     model.disable_tiling()
-    whole, whole_ids = model(image).sample, model.encode_tokens(image)
+    whole_ids, whole = reconstruct(model, image)
     model.enable_tiling(model.tile_size, model.overlap)
-    tiled, tiled_ids = model(image).sample, model.encode_tokens(image)
+    tiled_ids, tiled = reconstruct(model, image)
     (rows, top), (columns, left) = (border_bands(length, model) for length in image.shape[-2:])
     along_tiles, along_image = rows[:, None] | columns, top[:, None] | left
     error = (tiled - image).square().mean((0, 1))

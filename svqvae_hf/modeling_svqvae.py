@@ -419,7 +419,9 @@ class VectorQuantizer(nn.Module):
             flat = self._flatten(latents)
             ids = self.embedding(flat)
             codes = self.embedding(ids)
-            quantized = flat + (codes - flat).detach()
+            quantized = codes.detach() + (
+                flat - flat.detach()
+            )  # the codes, bit by bit, with the gradient of the latents
             counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
             losses = VQLosses(
                 vq=F.mse_loss(codes, flat.detach()),

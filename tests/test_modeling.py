@@ -154,7 +154,7 @@ def test_decoding_the_tokens_is_the_reconstruction(tiny_model, tiled):
     ids = tiny_model.encode_tokens(images)
     assert ids.shape == (2, 12, 18)
     assert ids.dtype == torch.int64
-    torch.testing.assert_close(tiny_model.decode_tokens(ids), tiny_model(images).sample)
+    assert torch.equal(tiny_model.decode_tokens(ids), tiny_model(images).sample)
     scales = [0.5, 2]
     pairs = zip(
         tiny_model.decode_tokens(tiny_model.encode_tokens(images, scales)),
