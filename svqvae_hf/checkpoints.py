@@ -1,21 +1,22 @@
-"""Original checkpoints of five families: read, checked, and made a model or a whole Hub repository."""
+"""Original checkpoints, local or on the Hub: read, checked, and made a model."""
 
 import argparse
 import hashlib
 import pickle
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -23,14 +24,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from svqvae_hf.model_cards import model_card
+from svqvae_hf.families import FAMILIES, Family, count_numbers
 from svqvae_hf.modeling_svqvae import SVQVAE
 
-REPO_ID = r"[\w.-]+/[\w.-]+"
+REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NORM_NUM_GROUPS = 32  # in all families
-CHECK_CELLS = 8  # side, in latents, of the random image that a written model is compared on
 
 # Config values that are sizes of weights, with their axes.
 CONFIG_AXES = {
@@ -42,6 +41,15 @@ CONFIG_AXES = {
     "codebook_embed_dim": ("quantize.embedding.weight", 1),
 }
 
+# Beside weights and plain values a pickle may hold an `argparse.Namespace`, which only stores attributes. Lightning's
+# files name callbacks by their classes, too: those names stand for empty classes of ours, so that such a file can be
+# read, and still imports and runs nothing but torch's rebuilding of tensors.
+SAFE_GLOBALS = (
+    argparse.Namespace,
+    type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"}),
+    type("EarlyStopping", (), {"__module__": "pytorch_lightning.callbacks.early_stopping"}),
+)
+
 HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
     (RepositoryNotFoundError, "the repository does not exist, or is private. Check its name, or `hf auth login`."),
@@ -51,129 +59,30 @@ HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
 
 
 @dataclass(frozen=True)
-class Family:
-    """Layout of the checkpoints of one code base, and what their shapes do not tell.
-
-    Args:
-        name (`str`): Short name.
-        title (`str`): Name and origin, for people.
-        container (`str`, *optional*): Key of the pickled dict that holds the weights. `None`: a safetensors file,
-            which holds nothing else.
-        levels (`str`): Prefix, up to the number, of the keys of an encoder level; tells the family, and f.
-        beside (`frozenset[str]`): Keys of the pickled dict, one of which must be there as well.
-        prefix (`str`): What stands before each key.
-        names (`tuple[tuple[str, str], ...]`): Beginnings of keys, ours and the family's. `{level}` stands for each
-            level, `{flipped}` for the same counted from the other end.
-        training_keys (`tuple[str, ...]`): Beginnings of keys that only training needs; they are dropped.
-        network_range (`tuple[float, float]`): Range of the images that the family trains on.
-        codebook_l2_norm (`bool`): Whether latents and codes are on the unit sphere.
-        license (`str`, *optional*): Licence of the released weights, where there is one release.
-    """
-
-    name: str
-    title: str
-    container: str | None
-    levels: str
-    beside: frozenset[str] = frozenset()
-    prefix: str = ""
-    names: tuple[tuple[str, str], ...] = ()
-    training_keys: tuple[str, ...] = ("quantize.codebook_used",)  # a log of used ids, 65,536 floats
-    network_range: tuple[float, float] = (0.0, 1.0)
-    codebook_l2_norm: bool = True
-    license: str | None = None
-
-    def holds(self, content: Mapping[str | None, Any]) -> bool:
-        """Whether a file of this content is of this family."""
-        weights = content.get(self.container)
-        return (
-            isinstance(weights, dict)
-            and _count(weights, self.levels) > 0
-            and (not self.beside or bool(self.beside & content.keys()))
-        )
-
-    def original_name(self, key: str, num_levels: int) -> str:
-        """What the family calls a parameter of ours."""
-        return self.prefix + _rename(key, self.name_pairs(num_levels))
-
-    def name_pairs(self, num_levels: int) -> list[tuple[str, str]]:
-        """`names`, one pair for each level."""
-        return [
-            (ours.format(level=level), theirs.format(level=level, flipped=num_levels - 1 - level))
-            for ours, theirs in self.names
-            for level in range(num_levels)
-        ]
-
-
-FAMILIES = (
-    Family(
-        name="svqvae",
-        title="SVQVAE of the Open Model Initiative",
-        container=None,
-        levels="encoder.conv_blocks.",
-        license="apache-2.0",
-    ),
-    Family(
-        name="llamagen",
-        title="LlamaGen",
-        container="model",
-        levels="encoder.conv_blocks.",
-        beside=frozenset({"args", "ema", "optimizer"}),
-        network_range=(-1.0, 1.0),
-    ),
-    Family(
-        name="flexvar",
-        title="FlexVAR, whose layout is also that of LlamaGen's files without training state",
-        container="model",
-        levels="encoder.conv_blocks.",
-        network_range=(-1.0, 1.0),
-    ),
-    Family(
-        name="lightning",
-        title="multi-scale VQVAE trained with Lightning",
-        container="state_dict",
-        levels="vqvae.encoder.conv_blocks.",
-        prefix="vqvae.",
-        training_keys=("vqvae.quantize.codebook_used", "lpips_fn."),
-    ),
-    Family(
-        name="taming",
-        title="VQGAN of taming-transformers",
-        container="state_dict",
-        levels="encoder.down.",
-        names=(
-            ("encoder.conv_blocks.{level}.res.", "encoder.down.{level}.block."),
-            ("encoder.conv_blocks.{level}.", "encoder.down.{level}."),
-            ("encoder.mid.0.", "encoder.mid.block_1."),
-            ("encoder.mid.1.", "encoder.mid.attn_1."),
-            ("encoder.mid.2.", "encoder.mid.block_2."),
-            ("decoder.mid.0.", "decoder.mid.block_1."),
-            ("decoder.mid.1.", "decoder.mid.attn_1."),
-            ("decoder.mid.2.", "decoder.mid.block_2."),
-            ("decoder.conv_blocks.{level}.res.", "decoder.up.{flipped}.block."),
-            ("decoder.conv_blocks.{level}.", "decoder.up.{flipped}."),
-        ),
-        training_keys=("loss.",),
-        network_range=(-1.0, 1.0),
-        codebook_l2_norm=False,
-    ),
-)
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """An original checkpoint, as a model of ours takes it.
 
     Args:
+        source (`str`): As given.
         path (`Path`): The file, after a download if it is on the Hub.
+        use_ema (`bool`): Whether the weights are the averaged ones.
         family ([`Family`]): Code base that it comes from.
         config (`dict[str, Any]`): Config of the [`SVQVAE`].
         state_dict (`dict[str, torch.Tensor]`): Weights by our names, in float32.
     """
 
+    source: str
     path: Path
+    use_ema: bool
     family: Family
     config: dict[str, Any]
     state_dict: dict[str, torch.Tensor]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def model(self) -> SVQVAE:
         """The model, in evaluation mode."""
@@ -182,53 +91,22 @@ class Checkpoint:
         return model.eval()
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """What [`convert`] did; `str` gives it in lines.
-
-    Args:
-        source (`str`): As given.
-        sha256 (`str`): SHA-256 of the source file, in hexadecimal.
-        family (`str`): Name of the [`Family`].
-        config (`dict[str, Any]`): Config of the model.
-        tensors (`int`): Number of tensors, each found bit-equal after loading the result again.
-        out (`Path`): The repository's folder.
-        files (`tuple[str, ...]`): What is in it.
-        url (`str`, *optional*): Address of the commit or pull request, if the result was pushed.
-    """
-
-    source: str
-    sha256: str
-    family: str
-    config: dict[str, Any]
-    tensors: int
-    out: Path
-    files: tuple[str, ...]
-    url: str | None
-
-    def __str__(self) -> str:
-        config = ", ".join(f"{key}={value}" for key, value in self.config.items())
-        lines = [
-            f"read     {self.source} ({self.family}, sha256 {self.sha256})",
-            f"config   {config}",
-            f"checked  {self.tensors} tensors bit-equal after loading again, and the reconstruction of a random image",
-            f"written  {self.out}: {', '.join(self.files)}",
-        ]
-        return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
-
-
-def load_single_file(source: str | Path, *, use_ema: bool = False, **config: Any) -> SVQVAE:
+def load_single_file(
+    source: str | Path, *, use_ema: bool = False, torch_dtype: torch.dtype | None = None, **config: Any
+) -> SVQVAE:
     """Loads a model from an original checkpoint; see [`read_checkpoint`].
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
         use_ema (`bool`, defaults to `False`): Take the averaged weights, which LlamaGen's files may have.
+        torch_dtype (`torch.dtype`, *optional*): Type of the weights, float32 if not given. The codebook is always in
+            float32.
         **config: Config values that replace those read from the file, such as `network_range`.
 
     Returns:
-        [`SVQVAE`]: The model in float32 and in evaluation mode.
+        [`SVQVAE`]: The model in evaluation mode.
     """
-    return read_checkpoint(source, use_ema=use_ema, **config).model()
+    return read_checkpoint(source, use_ema=use_ema, **config).model().to(torch_dtype or torch.float32)
 
 
 def read_checkpoint(source: str | Path, *, use_ema: bool = False, **config: Any) -> Checkpoint:
@@ -262,8 +140,10 @@ def read_checkpoint(source: str | Path, *, use_ema: bool = False, **config: Any)
                 f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Leave it out."
             )
     weights = {str(key): value for key, value in weights.items() if not str(key).startswith(family.training_keys)}
-    _refuse(source, {"not tensors": {key for key, value in weights.items() if not isinstance(value, torch.Tensor)}})
-    num_levels = _count(weights, family.levels)
+    not_tensors = {key for key, value in weights.items() if not isinstance(value, torch.Tensor)}
+    not_dense = {key for key in weights.keys() - not_tensors if not _is_dense(weights[key])}
+    _refuse(source, {"not tensors": not_tensors, "not dense": not_dense})
+    num_levels = count_numbers(weights, family.levels)
     _check_attention(family, weights, num_levels, source)
     config = {**_infer_config(family, weights, num_levels, source), **config}
     try:
@@ -275,86 +155,10 @@ def read_checkpoint(source: str | Path, *, use_ema: bool = False, **config: Any)
     original_names = {key: family.original_name(key, num_levels) for key in expected}
     _check_weights(weights, {name: expected[key].shape for key, name in original_names.items()}, source)
     state_dict = {key: weights[name].detach().float() for key, name in original_names.items()}
-    return Checkpoint(path, family, config, state_dict)
+    return Checkpoint(str(source), path, use_ema, family, config, state_dict)
 
 
-def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    use_ema: bool = False,
-    variant: str | None = None,
-    license: str | None = None,
-    push_to_hub: str | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
-    **config: Any,
-) -> ConversionReport:
-    """Makes a whole Hub repository of an original checkpoint: card, config and safetensors.
-
-    The result is written beside `out`, loaded again, compared with the source tensor by tensor and by one forward
-    pass, and only then named `out`.
-
-    Args:
-        source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-        out (`str` or `Path`): Folder to make; an empty one may be there.
-        use_ema (`bool`, defaults to `False`): Take the averaged weights, which LlamaGen's files may have.
-        variant (`str`, *optional*): `fp16` or `bf16`: the weights in half precision, too. The codebook stays in
-            float32, so that ids keep their meaning.
-        license (`str`, *optional*): Licence of the source, as the Hub names it. Not needed for `svqvae`, which was
-            released under Apache-2.0.
-        push_to_hub (`str`, *optional*): `org/name` on the Hub to upload the result to.
-        private (`bool`, *optional*): Visibility of the repository, if it is a new one.
-        create_pr (`bool`, defaults to `False`): Open a pull request there instead of a commit.
-        **config: Config values that replace those read from the file, such as `network_range`.
-
-    Returns:
-        [`ConversionReport`]: What was done.
-
-    Raises:
-        OSError: If the source cannot be read, `out` cannot be written, or the Hub refuses.
-        ValueError: If the source is not a whole checkpoint of a known family, or an argument does not fit.
-    """
-    out = Path(out).resolve()
-    _check_arguments(out, variant, push_to_hub, private, create_pr)
-    checkpoint = read_checkpoint(source, use_ema=use_ema, **config)
-    with checkpoint.path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    model = checkpoint.model()
-    base_model = _hub_repo(source)
-    card = model_card(
-        model.config,
-        repo_id=push_to_hub or out.name,
-        license=license or checkpoint.family.license,
-        base_model=base_model,
-        provenance={
-            "family": checkpoint.family.title,
-            "source": f"`{source if base_model else checkpoint.path.name}`{', `ema`' if use_ema else ''}",
-            "sha256 of the source": f"`{sha256}`",
-        },
-        variant=variant,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-        folder = Path(beside, out.name)
-        _save(model, folder)
-        if variant is not None:
-            _save(_halve(model, variant), folder, variant)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        folder.replace(out)
-    return ConversionReport(
-        source=str(source),
-        sha256=sha256,
-        family=checkpoint.family.name,
-        config=checkpoint.config,
-        tensors=len(checkpoint.state_dict),
-        out=out,
-        files=tuple(sorted(file.name for file in out.iterdir())),
-        url=_push(out, push_to_hub, private, create_pr) if push_to_hub else None,
-    )
-
-
-def _hub_repo(source: str | Path) -> str | None:
+def hub_repo(source: str | Path) -> str | None:
     """The repository of a source on the Hub, `None` for a local file."""
     match = re.fullmatch(rf"({REPO_ID}):(.+)", str(source))
     return match[1] if match and not Path(source).exists() else None
@@ -368,25 +172,28 @@ def _fetch(source: str | Path) -> Path:
             f"`{source}` must be a checkpoint file, but is a folder. Name the file in it; a folder with config.json "
             "is for `SVQVAE.from_pretrained`."
         )
-    repo_id = _hub_repo(source)
+    repo_id = hub_repo(source)
     if repo_id is None:
         raise FileNotFoundError(f"There is no file `{source}`. Pass an existing one, or `org/repo:file` on the Hub.")
     try:
         return Path(hf_hub_download(repo_id, str(source).removeprefix(f"{repo_id}:")))
     except (HTTPError, EntryNotFoundError, OSError) as error:
-        raise OSError(f"`{source}` cannot be had from the Hub: {_hub_reason(error)}") from error
+        raise OSError(f"`{source}` cannot be had from the Hub: {hub_reason(error)}") from error
 
 
-def _hub_reason(error: Exception) -> str:
+def hub_reason(error: Exception) -> str:
+    """Why the Hub did not do what it was asked for, and what to do; ends with a full stop."""
     for kind, reason in HUB_REASONS:
         if isinstance(error, kind):
             return reason
-    return " ".join(str(error).split())
+    if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
+        return "the Hub does not know you. Log in with `hf auth login`."
+    return f"{' '.join(str(error).split()).removesuffix('.')}."
 
 
 def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
     """Content of a file: a pickled dict, or `{None: weights}` of a safetensors file."""
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             return {None: load_file(path)}
         except SafetensorError as error:
@@ -395,7 +202,7 @@ def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
                 "again."
             ) from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(list(SAFE_GLOBALS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they announce makes the read fail
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -410,7 +217,8 @@ def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
             ) from None
         raise ValueError(
             f"`{source}` must be a whole PyTorch checkpoint that holds weights only, but cannot be read as one; it "
-            "may be empty, cut short, or of another format. Download it again."
+            "may be empty, cut short, of another format, or a pickle with code in it. Download it again, or ask for a "
+            "safetensors file."
         ) from error
     return content if isinstance(content, dict) else {}
 
@@ -432,18 +240,6 @@ def _find_family(content: Mapping[str | None, Any], source: str | Path) -> Famil
     )
 
 
-def _rename(key: str, pairs: list[tuple[str, str]]) -> str:
-    for old, new in pairs:
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
-
-
-def _count(weights: Mapping[Any, Any], prefix: str) -> int:
-    """How many numbers follow `prefix` in the keys."""
-    return len({match[1] for key in weights if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", str(key)))})
-
-
 def _check_attention(family: Family, weights: Mapping[str, Any], num_levels: int, source: str | Path) -> None:
     allowed = {"encoder": num_levels - 1, "decoder": 0}
     elsewhere = sorted(
@@ -451,7 +247,7 @@ def _check_attention(family: Family, weights: Mapping[str, Any], num_levels: int
         for network, lowest in allowed.items()
         for level in range(num_levels)
         if level != lowest
-        and _count(weights, prefix := family.original_name(f"{network}.conv_blocks.{level}.attn.", num_levels))
+        and count_numbers(weights, prefix := family.original_name(f"{network}.conv_blocks.{level}.attn.", num_levels))
     )
     if elsewhere:
         raise ValueError(
@@ -485,7 +281,7 @@ def _infer_config(family: Family, weights: Mapping[str, Any], num_levels: int, s
     _refuse(
         source,
         {
-            f"misshapen ({base_channels} channels, as {names['encoder.conv_in.weight']}, or a multiple)": {
+            f"not of {base_channels} channels, as {names['encoder.conv_in.weight']}, or a multiple": {
                 f"{names[key]} {tuple(weights[names[key]].shape)}"
                 for network, keys in level_keys.items()
                 for key, number in zip(keys, channels[network], strict=True)
@@ -497,28 +293,33 @@ def _infer_config(family: Family, weights: Mapping[str, Any], num_levels: int, s
         **sizes,
         "encoder_ch_mult": tuple(number // base_channels for number in channels["encoder"]),
         "decoder_ch_mult": tuple(number // base_channels for number in channels["decoder"]),
-        "num_res_blocks": _count(weights, family.original_name("encoder.conv_blocks.0.res.", num_levels)),
+        "num_res_blocks": count_numbers(weights, family.original_name("encoder.conv_blocks.0.res.", num_levels)),
         "norm_num_groups": NORM_NUM_GROUPS,
         "codebook_l2_norm": family.codebook_l2_norm,
         "network_range": family.network_range,
     }
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether each element has data of its own: a small file can claim any shape by sparse or expanded tensors."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_meta
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+    )
+
+
 def _check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str | Path) -> None:
     known = {name: weights[name] for name in shapes if name in weights}
     misshapen = {name for name, tensor in known.items() if tensor.shape != shapes[name]}
-    odd = {
-        name
-        for name, tensor in known.items()
-        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided or tensor.is_meta
-    }
+    odd = {name for name, tensor in known.items() if tensor.dtype not in WEIGHT_DTYPES}
     _refuse(
         source,
         {
             "missing": shapes.keys() - weights.keys(),
             "unexpected": weights.keys() - shapes.keys(),
             "misshapen": {f"{name} {tuple(known[name].shape)} instead of {tuple(shapes[name])}" for name in misshapen},
-            "not dense float32, float16 or bfloat16": {f"{name} {known[name].dtype}" for name in odd},
+            "not float32, float16 or bfloat16": {f"{name} {known[name].dtype}" for name in odd},
             "not finite": {name for name in known.keys() - misshapen - odd if not known[name].isfinite().all()},
         },
     )
@@ -526,73 +327,13 @@ def _check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tor
 
 def _refuse(source: str | Path, faults: Mapping[str, Set[str]]) -> None:
     """Raises if there are faults: all of them, by kind, sorted."""
-    found = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in faults.items() if names)
+    found = "; ".join(
+        f"{kind}{f' ({len(names)})' if len(names) > 1 else ''}: {', '.join(sorted(names))}"
+        for kind, names in faults.items()
+        if names
+    )
     if found:
         raise ValueError(
             f"`{source}` must hold exactly the weights that its config asks for, but there are {found}. Restore the "
             "file; config values that replace those read from it must fit it, too."
         )
-
-
-def _check_arguments(
-    out: Path, variant: str | None, push_to_hub: str | None, private: bool | None, create_pr: bool
-) -> None:
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, but is {variant!r}.")
-    if push_to_hub is None and (private is not None or create_pr):
-        raise ValueError("`private` and `create_pr` need `push_to_hub`, but it was not given. Pass `org/name`.")
-    if push_to_hub is not None and not re.fullmatch(REPO_ID, push_to_hub):
-        raise ValueError(f"`push_to_hub` must be `org/name`, but is {push_to_hub!r}.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"`{out}` must be a new or an empty folder, but is not. Choose another or remove it.")
-
-
-def _save(model: SVQVAE, folder: Path, variant: str | None = None) -> None:
-    """Writes a model, loads it again, and compares the two."""
-    model.save_pretrained(folder, variant=variant)
-    copy = SVQVAE.from_pretrained(folder, variant=variant, torch_dtype=model.dtype)
-    found = copy.state_dict()
-    differing = sorted(
-        key
-        for key, tensor in model.state_dict().items()
-        if tensor.dtype != found[key].dtype or not torch.equal(tensor, found[key])
-    )
-    side = CHECK_CELLS * model.f
-    sample = torch.rand((1, model.config["in_channels"], side, side), generator=torch.Generator().manual_seed(0))
-    low, high = model.config["pixel_range"]
-    sample = (low + (high - low) * sample).to(model.dtype)
-    with torch.no_grad():
-        same = torch.equal(model(sample).sample, copy(sample).sample)
-    if differing or not same:
-        raise OSError(
-            "The written model must equal the source, but differs in "
-            f"{', '.join(differing) or 'its reconstruction'}. Check the disk, and convert again."
-        )
-
-
-def _halve(model: SVQVAE, variant: str) -> SVQVAE:
-    """Casts a model in place, all but the codebook."""
-    for name, module in model.named_children():
-        if name not in model._keep_in_fp32_modules:
-            module.to(VARIANTS[variant])
-    overflown = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
-    if overflown:
-        raise ValueError(
-            f"Weights must lie in the range of {variant}, but {', '.join(overflown)} do not. Choose bf16."
-        )
-    return model
-
-
-def _push(out: Path, repo_id: str, private: bool | None, create_pr: bool) -> str:
-    api = HfApi()
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=out, commit_message="Upload converted SVQVAE", create_pr=create_pr
-        )
-    except (HTTPError, OSError) as error:
-        raise OSError(
-            f"`{out}` is complete, but could not be pushed to {repo_id}: {_hub_reason(error)} Push it by `hf upload "
-            f"{repo_id} {out}`."
-        ) from error
-    return commit.pr_url or commit.commit_url

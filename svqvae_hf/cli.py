@@ -1,32 +1,37 @@
-"""The command `svqvae`. Modules that need torch are imported late: a mistake in the arguments is answered at once."""
+"""The command `svqvae`."""
 
 import argparse
-import glob
 import io
+import logging
 import math
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
-import numpy as np
-from PIL import Image
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from svqvae_hf import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    from svqvae_hf.modeling_svqvae import SVQVAE
-    from svqvae_hf.tokens import ImageTokens
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, __version__, conversion
+from svqvae_hf.checkpoints import REPO_ID, hub_reason, read_checkpoint
+from svqvae_hf.codec import check_memory, decode_image, encode_image
+from svqvae_hf.files import check_output, check_targets, find_files, save_png, scale_endings
+from svqvae_hf.image_processing_svqvae import load_image
+from svqvae_hf.results import Result, header, measure, side_by_side, table_row, token_count
+from svqvae_hf.tokens import ImageTokens, is_token_file, load_tokens, save_tokens
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TOKEN_SUFFIX = ".safetensors"
-HUB_ID = r"\w[\w.-]*/[\w.-]+"
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cuda", "mps", "xpu")  # beside the CPU; the first that is there is the default
+NO_MEMORY = "allocate|out of memory"  # what torch's errors say then
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,46 +41,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Arguments; those of the process if not given.
 
     Returns:
-        `int`: Exit code: 0; 2 after a user's mistake, which one line on stderr explains; 130 after Ctrl-C.
+        `int`: Exit code: 0; 2 after a user's mistake or too little memory, which one line on stderr explains; 130
+        after Ctrl-C; 141 if nobody reads stdout any more.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes temporary files on its way out
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # other libraries' advice to those who call them
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     try:
-        args = _parser().parse_args(argv)
+        args = _parse(argv)
         args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("svqvae: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except (ValueError, OSError) as error:
-        print(f"svqvae: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        return _fail("there is not enough memory. Use smaller scales, smaller tiles or smaller images.")
     return 0
-
-
-class Result(NamedTuple):
-    """What one image came to at one scale."""
-
-    scale: float
-    width: int
-    height: int
-    ids: np.ndarray
-    bits_per_pixel: float
-    psnr: float
 
 
 def reconstruct(args: argparse.Namespace) -> None:
     """Writes each image as the model gives it back, at each scale, and prints how close it comes."""
-    from svqvae_hf.codec import check_memory, decode_image, encode_image
-    from svqvae_hf.image_processing_svqvae import load_image
-
-    endings = _scale_endings(args.scales)
-    inputs = _find_files(args.inputs, IMAGE_SUFFIXES)
-    _check_targets(inputs, args.output, [*endings, "_side_by_side.png"])
+    endings = scale_endings(args.scales)
+    inputs = find_files(args.inputs, IMAGE_SUFFIXES)
+    check_output(inputs, args.output)
+    check_targets(inputs, inputs, args.output, [*endings, *(["_side_by_side.png"] if args.side_by_side else [])])
     model = _load_model(args.model, args.device, args.dtype)
-    name_width = max(len(path.name) for path in inputs)
-    results = []
-    with _progress(inputs, model, args) as paths:
-        tqdm.write(_row(name_width, "image", "scale", "size", "tokens", "bits/pixel", "PSNR dB", "codes used"))
+    total_name = f"{len(inputs)} images"
+    name_width = max(len(name) for name in [total_name, *(path.name for path in inputs)])
+    results: list[list[Result]] = []
+    with _progress(inputs) as (paths, on_tile):
+        model.enable_tiling(args.tile_size, args.overlap, on_tile)
         for path in paths:
             original = load_image(path)
             with _naming(path):
@@ -83,27 +87,27 @@ def reconstruct(args: argparse.Namespace) -> None:
             tokens = encode_image(model, original, args.scales)
             images = decode_image(model, tokens)
             for image, ending in zip(images, endings, strict=True):
-                _save_png(image, args.output / f"{path.stem}{ending}")
-            results.append([_result(original, tokens, images, index) for index in range(len(images))])
+                save_png(image, args.output / f"{path.stem}{ending}")
+            if not results:
+                tqdm.write(header(name_width))
+            results.append(measure(original, tokens, images))
             if args.side_by_side:
-                _save_png(_side_by_side(original, images, results[-1]), args.output / f"{path.stem}_side_by_side.png")
+                save_png(side_by_side(original, images, results[-1]), args.output / f"{path.stem}_side_by_side.png")
             for result in results[-1]:
-                tqdm.write(_result_row(name_width, path.name, [result], tokens.codebook_size))
+                tqdm.write(table_row(name_width, path.name, [result], tokens.codebook_size))
     if len(inputs) > 1:
         for of_scale in zip(*results, strict=True):
-            print(_result_row(name_width, f"{len(inputs)} images", of_scale, model.config["codebook_size"]))
+            print(table_row(name_width, total_name, of_scale, model.config["codebook_size"]))
 
 
 def encode(args: argparse.Namespace) -> None:
     """Writes each image as a token file."""
-    from svqvae_hf.codec import check_memory, encode_image
-    from svqvae_hf.image_processing_svqvae import load_image
-    from svqvae_hf.tokens import save_tokens
-
-    inputs = _find_files(args.inputs, IMAGE_SUFFIXES)
-    _check_targets(inputs, args.output, [TOKEN_SUFFIX])
+    inputs = find_files(args.inputs, IMAGE_SUFFIXES)
+    check_output(inputs, args.output)
+    check_targets(inputs, inputs, args.output, [TOKEN_SUFFIX])
     model = _load_model(args.model, args.device, args.dtype)
-    with _progress(inputs, model, args) as paths:
+    with _progress(inputs) as (paths, on_tile):
+        model.enable_tiling(args.tile_size, args.overlap, on_tile)
         for path in paths:
             image = load_image(path)
             with _naming(path):
@@ -114,29 +118,30 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def decode(args: argparse.Namespace) -> None:
-    """Writes the images of token files."""
-    from svqvae_hf.codec import check_memory, decode_image
-    from svqvae_hf.tokens import load_tokens
-
-    inputs = _find_files(args.inputs, (TOKEN_SUFFIX,))
-    _check_targets(inputs, args.output, [".png"])
+    """Writes the images of token files, in the tiles that they were encoded by."""
+    inputs = find_files(args.inputs, (TOKEN_SUFFIX,))
+    check_output(inputs, args.output)
     model = _load_model(args.model, args.device, args.dtype)
-    with _progress(inputs, model, args) as paths:
+    with _progress(inputs) as (paths, on_tile):
         for path in paths:
             tokens = load_tokens(path)
             with _naming(path):
+                endings = scale_endings(tokens.scales)
+                check_targets([path], inputs, args.output, endings)
+                _set_tiles(model, tokens, args, on_tile)
                 check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
-                endings = _scale_endings(tokens.scales)
                 images = decode_image(model, tokens)
             for image, ending in zip(images, endings, strict=True):
-                _save_png(image, args.output / f"{path.stem}{ending}")
+                save_png(image, args.output / f"{path.stem}{ending}")
 
 
 def convert(args: argparse.Namespace) -> None:
     """Makes a Hub repository of an original checkpoint."""
-    from svqvae_hf import checkpoints
-
-    report = checkpoints.convert(
+    config = {
+        "network_range": args.network_range and tuple(args.network_range),
+        "codebook_l2_norm": args.codebook_l2_norm,
+    }
+    report = conversion.convert(
         args.source,
         args.out,
         use_ema=args.use_ema,
@@ -145,19 +150,16 @@ def convert(args: argparse.Namespace) -> None:
         push_to_hub=args.push_to_hub,
         private=args.private,
         create_pr=args.create_pr,
+        **{key: value for key, value in config.items() if value is not None},
     )
     print(report)
 
 
 def info(args: argparse.Namespace) -> None:
     """Prints what a model, an original checkpoint or a token file is."""
-    from svqvae_hf.tokens import is_token_file, load_tokens
-
     if is_token_file(args.path):
         facts = _token_facts(load_tokens(args.path))
-    elif Path(args.path).is_file() or re.fullmatch(f"{HUB_ID}:.+", args.path):
-        from svqvae_hf.checkpoints import read_checkpoint
-
+    elif Path(args.path).is_file() or re.fullmatch(f"{REPO_ID}:.+", args.path):
         checkpoint = read_checkpoint(args.path)
         facts = {"kind": f"original checkpoint, {checkpoint.family.title}", **checkpoint.config}
     else:
@@ -167,80 +169,68 @@ def info(args: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def _find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """Files that the arguments name: files, folders (files of these kinds right in them) and globs."""
-    found: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            files = [
-                each for each in sorted(path.iterdir()) if each.suffix.lower() in suffixes and each.name[0] != "."
-            ]
-            missing = f"the folder `{pattern}` has no file that ends in {', '.join(suffixes)}."
-        elif path.exists():
-            files = [path]
-        else:
-            files = [Path(each) for each in sorted(glob.glob(pattern, recursive=True)) if Path(each).is_file()]
-            missing = f"there is no file, folder or match `{pattern}`."
-        if not files:
-            raise ValueError(missing)
-        found += files
-    return list(dict.fromkeys(found))
+def _fail(message: str) -> int:
+    print(f"svqvae: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
-def _scale_endings(scales: Sequence[float]) -> list[str]:
-    endings = [f"_x{scale:g}.png" for scale in scales]
-    if len(set(endings)) < len(endings):
-        raise ValueError(
-            f"scales must differ in six digits, since they name files, but are {', '.join(map(str, scales))}."
-        )
-    return endings
-
-
-def _check_targets(inputs: Sequence[Path], output: Path, endings: Sequence[str]) -> None:
-    """Refuses an output folder that cannot be, and files that would overwrite an input or each other."""
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"--output must be a folder that can be written, but `{nearest}` is not.")
-    sources = {path.resolve() for path in inputs}
-    writers: dict[str, Path] = {}
-    for path in inputs:
-        other = writers.setdefault(path.stem, path)
-        if other != path:
-            raise ValueError(f"`{other}` and `{path}` would write the same files. Rename one, or use two --output.")
-        for ending in endings:
-            target = output / f"{path.stem}{ending}"
-            if target.resolve() in sources:
-                raise ValueError(f"the input `{target}` would be overwritten. Use another --output.")
-
-
-def _load_model(source: str, device: str | None, dtype: str) -> "SVQVAE":
-    import torch
-    from diffusers.utils import logging
-
-    from svqvae_hf.modeling_svqvae import SVQVAE
-
-    logging.set_verbosity_error()  # what is wrong with a model is said once, by the error
-    if Path(source).is_file():
+def _load_model(source: str, device: str | None, dtype: str) -> SVQVAE:
+    path = Path(source)
+    if path.is_file():
         raise ValueError(
             f"a model must be a folder or a Hub id, but `{source}` is a file. Use `svqvae convert` first."
         )
-    if not Path(source).is_dir() and not re.fullmatch(HUB_ID, source):
+    if not path.is_dir() and not re.fullmatch(REPO_ID, source):
         raise ValueError(
-            f"there is no file or folder `{source}`, and a model on the Hub has an id of the form org/name."
+            f"there is no file or folder `{source}`. On the Hub, a model is `org/repo`, and a checkpoint, which "
+            "`convert` and `info` read, `org/repo:file`."
         )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    place = _find_device(device)
+    for library in ("diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what is wrong is said once, by the error
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without it
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    model = SVQVAE.from_pretrained(source, torch_dtype=getattr(torch, dtype), use_safetensors=True)
-    return model.to(device).eval()
+        model = SVQVAE.from_pretrained(source, torch_dtype=getattr(torch, dtype), use_safetensors=True)
+    except OSError as error:
+        raise OSError(f"the model `{source}` cannot be loaded: {_loading_fault(error)}") from error
+    return model.to(place).eval()
+
+
+def _loading_fault(error: OSError) -> str:
+    """What is behind an error of diffusers, which guesses."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SafetensorError):
+            return f"its weight file is empty, cut short or of another kind ({cause}). Download it again."
+        if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError):
+            return hub_reason(cause)
+        cause = cause.__context__
+    return str(error)
+
+
+def _find_device(name: str | None) -> torch.device:
+    counts = {kind: getattr(torch, kind).device_count() for kind in DEVICES}
+    usable = [*(kind for kind in DEVICES if counts[kind]), "cpu"]
+    single = [f"{kind}:{index}" for kind in usable[:-1] for index in range(counts[kind])]
+    if name is not None and name not in usable + single:
+        raise ValueError(f"--device must be one that torch finds here, {', '.join(usable + single)}, but is `{name}`.")
+    return torch.device(name or usable[0])
+
+
+def _set_tiles(
+    model: SVQVAE, tokens: ImageTokens, args: argparse.Namespace, on_tile: Callable[[int, int], None]
+) -> None:
+    """The tiles of the command line or, where it says nothing, of the token file."""
+    tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
+    overlap = tokens.overlap if args.overlap is None else args.overlap
+    chosen = {key: value for key, value in (("tile_size", tile_size), ("overlap", overlap)) if value is not None}
+    if chosen:
+        model.enable_tiling(**chosen, on_tile=on_tile)
+    else:
+        model.disable_tiling()
 
 
 @contextmanager
-def _progress(inputs: Sequence[Path], model: "SVQVAE", args: argparse.Namespace) -> Iterator[Iterator[Path]]:
+def _progress(inputs: Sequence[Path]) -> Iterator[tuple[Iterable[Path], Callable[[int, int], None]]]:
     """A bar over the inputs and, below it, one over the tiles at work; on a terminal only."""
     with (
         tqdm(inputs, unit="image", disable=None) as images,
@@ -252,8 +242,7 @@ def _progress(inputs: Sequence[Path], model: "SVQVAE", args: argparse.Namespace)
                 tiles.reset(total)
             tiles.update()
 
-        model.enable_tiling(args.tile_size, args.overlap, on_tile)
-        yield iter(images)
+        yield images, on_tile
 
 
 @contextmanager
@@ -265,75 +254,23 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"`{path}`: {error}") from error
 
 
-def _save_png(image: Image.Image, path: Path) -> None:
-    from svqvae_hf.tokens import write_file
-
-    content = io.BytesIO()
-    image.save(content, "png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, content.getvalue())
-
-
-def _result(original: Image.Image, tokens: "ImageTokens", images: Sequence[Image.Image], index: int) -> Result:
-    scale, image = tokens.scales[index], images[index]
-    resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    reference = original.resize(image.size, resampling)
-    error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
-    psnr = 10 * math.log10(255**2 / error) if error else math.inf
-    return Result(scale, *image.size, tokens.ids[index].numpy(), tokens.bits_per_pixel(index), psnr)
-
-
-def _result_row(name_width: int, name: str, results: Sequence[Result], codebook_size: int) -> str:
-    """One line for results of one scale: tokens in all, means of bits and PSNR, codes that any of them uses."""
-    sizes = {f"{result.width}x{result.height}" for result in results}
-    used = np.unique(np.concatenate([result.ids.ravel() for result in results])).size / codebook_size
-    return _row(
-        name_width,
-        name,
-        f"{results[0].scale:g}",
-        sizes.pop() if len(sizes) == 1 else "",
-        str(sum(result.ids.size for result in results)),
-        f"{np.mean([result.bits_per_pixel for result in results]):.4f}",
-        f"{np.mean([result.psnr for result in results]):.2f}",
-        f"{used:.1%}",
-    )
-
-
-def _row(name_width: int, name: str, *cells: str) -> str:
-    return "  ".join([f"{name:<{name_width}}", *(f"{cell:>10}" for cell in cells)])
-
-
-def _side_by_side(original: Image.Image, images: Sequence[Image.Image], results: Sequence[Result]) -> Image.Image:
-    from svqvae_hf.contact_sheet import Panel, contact_sheet
-
-    panels = [Panel(original, "original", f"{original.width} x {original.height}")]
-    for image, result in zip(images, results, strict=True):
-        facts = [
-            f"{result.width} x {result.height}",
-            f"{result.ids.size} tokens",
-            f"{result.bits_per_pixel:.3f} bits/pixel",
-            f"{result.psnr:.2f} dB",
-        ]
-        panels.append(Panel(image, f"scale {result.scale:g}", " · ".join(facts)))
-    return contact_sheet(panels)
-
-
-def _token_facts(tokens: "ImageTokens") -> dict[str, Any]:
+def _token_facts(tokens: ImageTokens) -> dict[str, Any]:
+    rows = max(-(-max(tokens.height, tokens.width) // tokens.f), *(max(ids.shape) for ids in tokens.ids))
+    tiled = tokens.tile_size is not None and rows * tokens.f > tokens.tile_size
     facts = {
         "kind": "token file",
         "image": f"{tokens.width} x {tokens.height} pixels (width x height)",
         "f": tokens.f,
-        "tiles": f"{tokens.tile_size} pixels, overlap {tokens.overlap}" if tokens.tile_size else "none",
+        "tiles": f"{tokens.tile_size} pixels, overlap {tokens.overlap}" if tiled else "none",
         "codebook": f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}",
     }
     for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
-        facts[f"scale {scale:g}"] = (
-            f"{ids.shape[1]} x {ids.shape[0]} = {ids.numel()} tokens, {tokens.bits_per_pixel(index):.4f} bits/pixel"
-        )
+        grid = f"{ids.shape[1]} x {ids.shape[0]} = {token_count(ids.numel())}"
+        facts[f"scale {scale:g}"] = f"{grid}, {tokens.bits_per_pixel(index):.4f} bits/pixel"
     return facts
 
 
-def _model_facts(model: "SVQVAE") -> dict[str, Any]:
+def _model_facts(model: SVQVAE) -> dict[str, Any]:
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     return {
         "kind": "SVQVAE model",
@@ -355,6 +292,16 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="svqvae",
@@ -362,20 +309,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` shows one for each.",
         formatter_class=_HelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"svqvae {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_reconstruct, _add_encode, _add_decode, _add_convert, _add_info):
+        add(commands)
+    return parser
 
-    def add(run: Callable[[argparse.Namespace], None], summary: str, details: str, example: str) -> _Parser:
-        command = commands.add_parser(
-            run.__name__,
-            help=summary,
-            description=f"{summary}.\n{details}",
-            epilog=f"example:\n  svqvae {run.__name__} {example}",
-            formatter_class=_HelpFormatter,
-        )
-        command.set_defaults(run=run)
-        return command
 
-    command = add(
+def _add_reconstruct(commands: Commands) -> None:
+    command = _add_command(
+        commands,
         reconstruct,
         "pass images through the model and write what comes back",
         "Writes NAME_x0.5.png and so on, one per scale, and prints for each: tokens, bits\n"
@@ -384,24 +327,26 @@ def _parser() -> argparse.ArgumentParser:
         "sum, means and the share that any of them uses.",
         "photo.jpg --output out --scales 0.5 1 2 --side-by-side",
     )
-    _add_files(command, "image files, folders of them, or globs")
-    _add_scales(command)
+    _add_images(command)
     command.add_argument(
         "--side-by-side", action="store_true", help="also write NAME_side_by_side.png with the original and all scales"
     )
-    _add_model(command)
 
-    command = add(
+
+def _add_encode(commands: Commands) -> None:
+    command = _add_command(
+        commands,
         encode,
         "write images as token files",
         "Writes NAME.safetensors with the ids at all scales.",
         "'photos/*.jpg' --output tokens --scales 1",
     )
-    _add_files(command, "image files, folders of them, or globs")
-    _add_scales(command)
-    _add_model(command)
+    _add_images(command)
 
-    command = add(
+
+def _add_decode(commands: Commands) -> None:
+    command = _add_command(
+        commands,
         decode,
         "write the images of token files",
         "Writes NAME_x1.png and so on, one per scale in the file. The model must have the\n"
@@ -409,35 +354,71 @@ def _parser() -> argparse.ArgumentParser:
         "tokens --output out",
     )
     _add_files(command, "token files, folders of them, or globs")
-    _add_model(command)
+    _add_model(command, tile_size=None, overlap=None)
 
-    command = add(
+
+def _add_convert(commands: Commands) -> None:
+    command = _add_command(
+        commands,
         convert,
         "make a Hub repository of an original checkpoint",
-        "Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training and\n"
-        "taming-transformers; writes card, config and safetensors, and checks them.",
+        "Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training\n"
+        "and taming-transformers; writes card, config and safetensors, and checks them.",
         "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
     )
-    _add_conversion(command)
-
-    command = add(
-        info,
-        "print what a model, an original checkpoint or a token file is",
-        "",
-        "photo.safetensors",
+    command.add_argument("source", metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub")
+    command.add_argument("out", type=_path, metavar="OUT", help="folder to make")
+    command.add_argument("--use-ema", action="store_true", help="take the averaged weights of a LlamaGen file")
+    command.add_argument(
+        "--network-range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="black and white of the images that it was trained on (default: those of its family)",
     )
+    command.add_argument(
+        "--no-codebook-l2-norm",
+        dest="codebook_l2_norm",
+        action="store_false",
+        default=None,
+        help="its codebook is not normalised (default: as in its family)",
+    )
+    command.add_argument("--variant", choices=tuple(conversion.VARIANTS), help="also write half precision weights")
+    command.add_argument(
+        "--license",
+        help="licence of the source, as the Hub names it, for the card (default: unknown; not needed for the release "
+        "in the Hub repository of the Open Model Initiative)",
+    )
+    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result")
+    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
+
+
+def _add_info(commands: Commands) -> None:
+    summary = "print what a model, an original checkpoint or a token file is"
+    command = _add_command(commands, info, summary, "", "photo.safetensors")
     command.add_argument(
         "path", metavar="PATH", help="model folder, Hub id, checkpoint file, org/repo:file, or token file"
     )
-    return parser
 
 
-def _add_files(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help=what)
-    command.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write to")
+def _add_command(
+    commands: Commands, run: Callable[[argparse.Namespace], None], summary: str, details: str, example: str
+) -> _Parser:
+    command = commands.add_parser(
+        run.__name__,
+        help=summary,
+        description=f"{summary}.\n{details}",
+        epilog=f"example:\n  svqvae {run.__name__} {example}",
+        formatter_class=_HelpFormatter,
+    )
+    command.set_defaults(run=run, command=command)
+    return command
 
 
-def _add_scales(command: argparse.ArgumentParser) -> None:
+def _add_images(command: _Parser) -> None:
+    """Arguments of what encodes images."""
+    _add_files(command, "image files, folders of them, or globs")
     command.add_argument(
         "--scales",
         nargs="+",
@@ -446,35 +427,45 @@ def _add_scales(command: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help="output side over input side, one or more (default: 1)",
     )
+    _add_model(command, tile_size=256, overlap=32)
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
+def _add_files(command: _Parser, what: str) -> None:
+    command.add_argument("inputs", nargs="+", type=_not_empty, metavar="INPUT", help=what)
+    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
+
+
+def _add_model(command: _Parser, tile_size: int | None, overlap: int | None) -> None:
+    """The model and how it works; with `None`, tiles are those of the token file."""
     command.add_argument(
         "--model", default=str(DEFAULT_MODEL), help="model folder or Hub id (default: the small bundled model)"
     )
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     command.add_argument(
-        "--tile-size", type=int, default=256, metavar="PIXELS", help="side of a tile, a multiple of f (default: 256)"
+        "--tile-size",
+        type=int,
+        default=tile_size,
+        metavar="PIXELS",
+        help=f"side of a tile, a multiple of f (default: {tile_size or 'as encoded'})",
     )
     command.add_argument(
         "--overlap",
         type=int,
-        default=32,
+        default=overlap,
         metavar="PIXELS",
-        help="what a tile sees beyond each of its sides, a multiple of f (default: 32)",
+        help=f"what a tile sees beyond each of its sides, a multiple of f (default: {overlap or 'as encoded'})",
     )
-    command.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
 
 
-def _add_conversion(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub")
-    command.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    command.add_argument("--use-ema", action="store_true", help="take the averaged weights of a LlamaGen file")
-    command.add_argument("--variant", choices=("fp16", "bf16"), help="also write the weights in half precision")
-    command.add_argument("--license", help="licence of the source, as the Hub names it, for the card")
-    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result")
-    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    command.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
+def _path(text: str) -> Path:
+    return Path(_not_empty(text))
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty. Use `.` for the folder that you are in")
+    return text
 
 
 def _scale(text: str) -> float:

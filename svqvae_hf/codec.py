@@ -1,5 +1,6 @@
 """One image to the content of a token file and back."""
 
+import math
 from collections.abc import Sequence
 
 import psutil
@@ -56,11 +57,16 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
         `list[PIL.Image.Image]`: One image per scale, `round(scale * side)` pixels a side.
 
     Raises:
-        ValueError: If the ids are of another codebook, or their f is another.
+        ValueError: If the ids are of another codebook, or their f or the size of their codebook is another.
     """
     check_codebook(tokens, model.codebook_fingerprint())
     if tokens.f != model.f:
         raise ValueError(f"the ids must be of a model with f = {model.f}, but are of one with f = {tokens.f}.")
+    if tokens.codebook_size != model.config["codebook_size"]:
+        raise ValueError(
+            f"the ids must be of a codebook of {model.config['codebook_size']} codes, the model's, but are of one of "
+            f"{tokens.codebook_size}."
+        )
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     image_size = tokens.height, tokens.width
     images: list[Image.Image] = []
@@ -91,14 +97,16 @@ def check_memory(
     output = max(scale * scale for scale in scales) * pixels
     latents = sum(scale * scale for scale in scales) * pixels / model.f**2
     tile = TILE_BYTES * model.config["base_channels"]
-    encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(model.tile_size**2, pixels)
-    decoding = PIXEL_BYTES * output + tile * min(model.tile_size**2, output)
+    tile_pixels = model.tile_size**2 if model.use_tiling else math.inf
+    encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(tile_pixels, pixels)
+    decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)
     needed = max(encodes * encoding, decodes * decoding)
     on_gpu = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
+        tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
         raise ValueError(
-            f"an image of {width} x {height} pixels at scales {', '.join(f'{scale:g}' for scale in scales)}, in tiles "
-            f"of {model.tile_size} pixels, would take about {needed / GIB:.3g} GiB of memory, but {free / GIB:.3g} "
-            "GiB are free. Use smaller scales, smaller tiles or a smaller image."
+            f"an image of {width} x {height} pixels at scales {', '.join(f'{scale:g}' for scale in scales)}, {tiles}, "
+            f"would take about {needed / GIB:.3g} GiB of memory, but {free / GIB:.3g} GiB are free. Use smaller "
+            "scales, smaller tiles or a smaller image."
         )

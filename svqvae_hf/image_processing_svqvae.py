@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, BatchFeature
 # diffusers loads a pipeline's component only if the base class that it knows is a name of the component's module.
 from transformers import ImageProcessingMixin as ImageProcessingMixin
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # JPEG is MPO as well
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
@@ -20,32 +21,41 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     """Reads an image file as 8-bit RGB; of a file with several frames or pages, the first.
 
     Args:
-        path (`str` or `os.PathLike`): File in any format that Pillow reads.
+        path (`str` or `os.PathLike`): File in one of the formats of `IMAGE_FORMATS`, which its content tells, not its
+            name. Pillow's other formats are refused: some of them start another program.
 
     Returns:
         `PIL.Image.Image`: The image as [`to_rgb`] gives it.
 
     Raises:
         OSError: The file cannot be opened, as `open` raises it (`FileNotFoundError`, `PermissionError`, ...).
-        ValueError: It is not an image, is broken or cut short, or has more pixels than Pillow's limit.
+        ValueError: It is not an image, is broken or cut short, has values outside the range of its mode, or more
+            pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 million by default.
     """
     with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the limit
         try:
-            with Image.open(file) as image:
-                return to_rgb(image)
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                upright = ImageOps.exif_transpose(image)  # decodes it, too
         except UnidentifiedImageError as error:
             size = os.fstat(file.fileno()).st_size
             raise ValueError(
-                f"`{path}` must be an image, but its {size} bytes are of no format that Pillow reads."
+                f"`{path}` must be an image, but its {size} bytes are of none of the formats "
+                f"{', '.join(IMAGE_FORMATS)}."
             ) from error
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError as error:
             raise ValueError(
-                f"`{path}` must have at most {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression "
-                "bombs, but has more. Make it smaller or, if you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+                f"`{path}` must keep to Pillow's limit against decompression bombs, but does not: {error} Make it "
+                "smaller or, if you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
             ) from error
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
             raise ValueError(f"`{path}` cannot be read as an image, it may be broken or cut short: {error}") from error
+    try:
+        return to_rgb(upright)
+    except ValueError as error:
+        raise ValueError(f"`{path}`: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

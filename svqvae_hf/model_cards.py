@@ -46,11 +46,8 @@ images[0].save("reconstruction.png")
 """
 
 HALF_PRECISION = """
-The weights are there in half precision, too: `SVQVAE.from_pretrained("{repo_id}", variant="{variant}", \
-torch_dtype={dtype})`. The codebook stays in float32, so ids mean the same in both.
+The weights are there in half precision, too: {calls}. The codebook stays in float32, so ids mean the same.
 """
-
-DTYPES = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
 
 
 def model_card(
@@ -61,7 +58,7 @@ def model_card(
     base_model: str | None = None,
     datasets: Sequence[str] = (),
     provenance: Mapping[str, str] | None = None,
-    variant: str | None = None,
+    variants: Mapping[str, Any] | None = None,
 ) -> str:
     """Writes the card of a repository that holds an SVQVAE.
 
@@ -73,7 +70,8 @@ def model_card(
         base_model (`str`, *optional*): Repository on the Hub that the weights come from.
         datasets (`Sequence[str]`, *optional*): Data sets on the Hub that the model was trained on.
         provenance (`Mapping[str, str]`, *optional*): Where the weights come from, as rows of a table.
-        variant (`str`, *optional*): `fp16` or `bf16` if the repository holds the weights in that precision, too.
+        variants (`Mapping[str, torch.dtype]`, *optional*): Names and types of the weights in half precision, such as
+            `{"fp16": torch.float16}`, that the repository holds, too.
 
     Returns:
         `str`: The text of `README.md`, metadata first.
@@ -87,6 +85,10 @@ def model_card(
         datasets=list(datasets) or None,
     )
     rows = "".join(f"| {name} | {value} |\n" for name, value in (provenance or {}).items())
+    calls = " or ".join(
+        f'`SVQVAE.from_pretrained("{repo_id}", variant="{variant}", torch_dtype={dtype})`'
+        for variant, dtype in (variants or {}).items()
+    )
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
         name=repo_id.rpartition("/")[2],
@@ -102,9 +104,7 @@ def model_card(
         base_channels=config["base_channels"],
         encoder_ch_mult=tuple(config["encoder_ch_mult"]),
         decoder_ch_mult=tuple(config["decoder_ch_mult"]),
-        half_precision=HALF_PRECISION.format(repo_id=repo_id, variant=variant, dtype=DTYPES[variant])
-        if variant
-        else "",
+        half_precision=HALF_PRECISION.format(calls=calls) if calls else "",
         provenance=f"| | |\n|---|---|\n{rows}" if rows else "Not stated.\n",
         licence=license or "Not stated: ask the authors of the weights before you use or share them.",
     )

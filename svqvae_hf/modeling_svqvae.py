@@ -622,7 +622,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Args:
             source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-            **kwargs: `use_ema`, and config values that replace those read from the file.
+            **kwargs: `use_ema`, `torch_dtype`, and config values that replace those read from the file.
         """
         from svqvae_hf.checkpoints import load_single_file
 

@@ -10,11 +10,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from svqvae_hf.files import write_file
+
 METADATA_KEY = (
     "svqvae_tokens"  # all metadata is one JSON document under this key, so that equal tokens are equal files
 )
 FORMAT_VERSION = 1
 UINT16_CODES = 2**16  # the largest codebook whose ids fit 16 bits
+INTEGER_LIMIT = 2**31  # ids fit 32 bits
 ID_DTYPES = (torch.uint16, torch.int32)
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 
@@ -56,10 +59,10 @@ class ImageTokens:
             self._check_integer("overlap", minimum=0)
         if not FINGERPRINT.fullmatch(str(self.codebook_fingerprint)):
             raise ValueError(
-                f"`codebook_fingerprint` must be 64 hexadecimal digits, but is {self.codebook_fingerprint!r}."
+                f"`codebook_fingerprint` must be 64 hexadecimal digits, but is {_short(self.codebook_fingerprint)}."
             )
         if not self.ids or len(self.ids) != len(self.scales):
-            raise ValueError(f"each scale must have one grid of ids, but {self.scales} have {len(self.ids)}.")
+            raise ValueError(f"each scale must have one grid of ids, but {len(self.scales)} have {len(self.ids)}.")
         for ids, scale in zip(self.ids, self.scales, strict=True):
             self._check_ids(ids, scale)
 
@@ -69,12 +72,14 @@ class ImageTokens:
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
-        if type(value) is not int or value < minimum:
-            raise ValueError(f"`{name}` must be an integer of at least {minimum}, but is {value!r}.")
+        if type(value) is not int or not minimum <= value < INTEGER_LIMIT:
+            raise ValueError(
+                f"`{name}` must be an integer of at least {minimum} and under 2**31, but is {_short(value)}."
+            )
 
     def _check_ids(self, ids: torch.Tensor, scale: float) -> None:
         if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise ValueError(f"a scale must be a finite number above 0, but is {scale!r}.")
+            raise ValueError(f"a scale must be a finite number above 0, but is {_short(scale)}.")
         expected = tuple(max(1, round(scale * math.ceil(side / self.f))) for side in (self.height, self.width))
         if tuple(ids.shape) != expected:
             raise ValueError(
@@ -130,7 +135,7 @@ def load_tokens(path: str | os.PathLike) -> ImageTokens:
         raise ValueError(f"`{path}` must be a safetensors file, but is another kind or cut short: {error}.") from error
     try:
         return _tokens_from(metadata, grids)
-    except (ValueError, OverflowError) as error:  # the latter from sides and scales that no image can have
+    except (ValueError, OverflowError, RecursionError) as error:  # the latter two from values made to harm
         raise ValueError(f"`{path}` is not a token file that can be decoded: {error}") from error
 
 
@@ -160,15 +165,9 @@ def check_codebook(tokens: ImageTokens, fingerprint: str) -> None:
         )
 
 
-def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file beside its place, then moves it there, so that it is whole or not there at all."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+def _short(value: object) -> str:
+    """A value from a file for a message, whatever its length."""
+    return f"{value!r:.80}"
 
 
 def _record_names() -> list[str]:
@@ -177,18 +176,21 @@ def _record_names() -> list[str]:
 
 def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:
     if METADATA_KEY not in metadata:
-        raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, but has {sorted(metadata)}.")
+        raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, but has {_short(sorted(metadata))}.")
     record = json.loads(metadata[METADATA_KEY])  # its error is a ValueError
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"its metadata must be of format version {FORMAT_VERSION}, but are {record!r:.200}.")
+        raise ValueError(f"its metadata must be of format version {FORMAT_VERSION}, but are {_short(record)}.")
     missing = sorted(set(_record_names()) - set(record))
     if missing:
         raise ValueError(f"its metadata must also have {missing}.")
     if not isinstance(record["scales"], list):
-        raise ValueError(f"its scales must be a list, but are {record['scales']!r}.")
+        raise ValueError(f"its scales must be a list, but are {_short(record['scales'])}.")
     names = [f"ids_{i}" for i in range(len(record["scales"]))]
     if sorted(grids) != sorted(names) or any(grid.dtype not in ID_DTYPES for grid in grids.values()):
         found = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
-        raise ValueError(f"it must have the tensors {names} of type uint16 or int32, one per scale, but has {found}.")
+        raise ValueError(
+            f"it must have the tensors {_short(names)} of type uint16 or int32, one per scale, but has "
+            f"{_short(found)}."
+        )
     values = {name: record[name] for name in _record_names()} | {"scales": tuple(record["scales"])}
     return ImageTokens(ids=[grids[name].long() for name in names], **values)

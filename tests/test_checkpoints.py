@@ -1,19 +1,20 @@
 import argparse
-import hashlib
 import os
 import pickle
+import shutil
+import sys
 import zipfile
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from conftest import SHARED
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.checkpoints import FAMILIES, _rename, convert, load_single_file, read_checkpoint
+from svqvae_hf.checkpoints import load_single_file, read_checkpoint
 
 UNIT, SIGNED = (0.0, 1.0), (-1.0, 1.0)
 # file: family, encoder and decoder multipliers, residual blocks, z_channels, codebook, L2 norm, network range
@@ -107,20 +108,6 @@ def test_equals_the_original_code_at_smaller_scales(name, golden_dir):
         torch.testing.assert_close(reconstruction, expected[f"reconstruction_{size}"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_names_of_weights_are_mapped_one_to_one(name, golden_dir):
-    path = locate(name, golden_dir)
-    checkpoint = read_checkpoint(path)
-    family, num_levels = checkpoint.family, len(checkpoint.config["encoder_ch_mult"])
-    theirs = {key: family.original_name(key, num_levels) for key in checkpoint.state_dict}
-    content = {None: load_file(path)} if path.suffix == ".safetensors" else unpickle(path)
-    assert set(theirs.values()) == {
-        key for key in content[family.container] if not key.startswith(family.training_keys)
-    }
-    back = [(new, old) for old, new in family.name_pairs(num_levels)]
-    assert all(_rename(name.removeprefix(family.prefix), back) == key for key, name in theirs.items())
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -168,6 +155,21 @@ def test_bare_dict_beside_training_state_is_llamagen(golden_dir, tmp_path):
     assert read_checkpoint(tmp_path / "file.pt").family.name == "llamagen"
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_type_of_the_weights_can_be_asked_for(dtype, golden_dir):
+    path = golden_dir / "taming_tiny.ckpt"
+    model = SVQVAE.from_single_file(path, torch_dtype=dtype)
+    types = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    assert types.pop("quantize.embedding.weight") == torch.float32
+    assert set(types.values()) == {dtype or torch.float32}
+    assert model.codebook_fingerprint() == SVQVAE.from_single_file(path).codebook_fingerprint()
+
+
+def test_suffix_in_capitals(golden_dir, tmp_path):
+    shutil.copy(golden_dir / "svqvae_tiny.safetensors", tmp_path / "FILE.SAFETENSORS")
+    assert read_checkpoint(tmp_path / "FILE.SAFETENSORS").family.name == "svqvae"
+
+
 def test_half_precision_is_read_as_float32(golden_dir, tmp_path):
     weights = {key: tensor.half() for key, tensor in load_file(golden_dir / "svqvae_tiny.safetensors").items()}
     save_file(weights, tmp_path / "half.safetensors")
@@ -209,6 +211,45 @@ def test_only_namespaces_are_let_through(golden_dir, tmp_path):
     torch.save({**content, "args": argparse.Namespace(lr=Fraction(1, 2))}, tmp_path / "file.pt")
     with pytest.raises(ValueError, match=r"calls for `fractions.Fraction`"):
         read_checkpoint(tmp_path / "file.pt")
+
+
+def stand_in(monkeypatch, path: str) -> type:
+    """A class that pickles as that of a package which is not here."""
+    module, _, name = path.rpartition(".")
+    for dot in [index for index, letter in enumerate(path) if letter == "."]:
+        monkeypatch.setitem(sys.modules, path[:dot], ModuleType(path[:dot]))
+    cls = type(name, (), {"__module__": module})
+    setattr(sys.modules[module], name, cls)
+    return cls
+
+
+def test_callbacks_of_lightning_are_let_through_and_not_imported(golden_dir, tmp_path, monkeypatch):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")
+    content["callbacks"] = {}
+    with monkeypatch.context() as patch:
+        for path in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping"):
+            callback = stand_in(patch, f"pytorch_lightning.callbacks.{path}")
+            content["callbacks"][callback] = {"best_model_score": torch.ones(()), "callback": callback()}
+        torch.save(content, tmp_path / "last.ckpt")
+    (tmp_path / "pytorch_lightning").mkdir()
+    (tmp_path / "pytorch_lightning" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_checkpoint(tmp_path / "last.ckpt").family.name == "taming"
+    assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
+
+
+def test_other_classes_of_lightning_are_refused(golden_dir, tmp_path, monkeypatch):
+    timer = stand_in(monkeypatch, "pytorch_lightning.callbacks.timer.Timer")
+    torch.save({**unpickle(golden_dir / "taming_tiny.ckpt"), "callbacks": {timer: {}}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="calls for `pytorch_lightning.callbacks.timer.Timer`"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_code_in_a_pickle_of_another_protocol_is_refused_and_not_run(tmp_path):
+    (tmp_path / "file.pt").write_bytes(pickle.dumps({"model": Payload(tmp_path / "ran")}))
+    with pytest.raises(ValueError, match="or a pickle with code in it"):
+        read_checkpoint(tmp_path / "file.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 def cut(source: str):
@@ -279,9 +320,9 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
     with pytest.raises(ValueError, match="must hold exactly") as error:
         read_checkpoint(path)
     assert (
-        "missing: encoder.mid.1.q.bias, quant_conv.weight; unexpected: discriminator.a, surplus.b; "
+        "missing (2): encoder.mid.1.q.bias, quant_conv.weight; unexpected (2): discriminator.a, surplus.b; "
         "misshapen: post_quant_conv.bias (5,) instead of (8,); "
-        "not dense float32, float16 or bfloat16: quant_conv.bias torch.int64; not finite: encoder.norm_out.bias."
+        "not float32, float16 or bfloat16: quant_conv.bias torch.int64; not finite: encoder.norm_out.bias."
     ) in str(error.value)
 
 
@@ -290,18 +331,21 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
     [
         (
             {"quantize.embedding.weight": None, "decoder.conv_out.weight": None},
-            "missing: decoder.conv_out.weight, quantize.embedding.weight",
+            r"missing \(2\): decoder.conv_out.weight, quantize.embedding.weight",
         ),
         ({"quantize.embedding.weight": torch.ones(256)}, r"misshapen: quantize.embedding.weight \(256,\)"),
         ({"encoder.conv_in.weight": torch.ones(0, 3, 3, 3)}, r"misshapen: encoder.conv_in.weight \(0, 3, 3, 3\)"),
-        ({"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)}, r"misshapen \(33 channels, as encoder.conv_in.weight"),
+        (
+            {"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)},
+            r"not of 33 channels, as encoder.conv_in.weight, or a multiple \(\d+\): dec",
+        ),
         (
             {"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)},
             "base_channels 16 from encoder.conv_in.weight.*divide 16",
         ),
         (
             {"quantize.embedding.weight": torch.ones(256, 4)},
-            r"misshapen: post_quant_conv.weight \(8, 8, 1, 1\) instead",
+            r"misshapen \(3\): post_quant_conv.weight \(8, 8, 1, 1\) instead",
         ),
     ],
 )
@@ -326,22 +370,33 @@ def test_weights_must_be_tensors(golden_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "fault"),
     [
-        torch.Tensor.to_sparse,
-        lambda bias: bias.to("meta"),
-        torch.Tensor.double,
-        lambda bias: bias.to(torch.float8_e4m3fn),
+        (torch.Tensor.to_sparse, "not dense: quant_conv.bias"),
+        (lambda bias: bias.to("meta"), "not dense: quant_conv.bias"),
+        (lambda _: torch.ones(1).expand(16), "not dense: quant_conv.bias"),
+        (lambda _: torch.ones(1).expand(1 << 60), "not dense: quant_conv.bias"),
+        (torch.Tensor.double, "not float32, float16 or bfloat16: quant_conv.bias torch.float64"),
+        (
+            lambda bias: bias.to(torch.float8_e4m3fn),
+            "not float32, float16 or bfloat16: quant_conv.bias torch.float8_e4m3fn",
+        ),
     ],
-    ids=["sparse", "without data", "float64", "float8"],
+    ids=["sparse", "without data", "expanded", "expanded without end", "float64", "float8"],
 )
-def test_odd_tensors_are_refused(make, golden_dir, tmp_path):
+def test_odd_tensors_are_refused(make, fault, golden_dir, tmp_path):
     content = unpickle(golden_dir / "flexvar_tiny.pth")
     content["model"]["quant_conv.bias"] = make(content["model"]["quant_conv.bias"])
     torch.save(content, tmp_path / "file.pth")
-    with pytest.raises(
-        ValueError, match=r"are not dense float32, float16 or bfloat16: quant_conv.bias torch.float\d+"
-    ):
+    with pytest.raises(ValueError, match=f"but there are {fault}"):
+        read_checkpoint(tmp_path / "file.pth")
+
+
+def test_an_expanded_codebook_does_not_set_the_config(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    content["model"]["quantize.embedding.weight"] = torch.ones(1).expand(1 << 58, 16)
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="not dense: quantize.embedding.weight"):
         read_checkpoint(tmp_path / "file.pth")
 
 
@@ -360,107 +415,3 @@ def test_faults_are_named_as_in_the_file(golden_dir, tmp_path):
     torch.save(content, tmp_path / "file.ckpt")
     with pytest.raises(ValueError, match=r"missing: decoder.up.1.block.0.conv2.bias\."):
         read_checkpoint(tmp_path / "file.ckpt")
-
-
-# Conversion
-
-
-@pytest.mark.parametrize("name", [name for name in GOLDEN if "tiny" in name])
-def test_convert_makes_a_repository(name, golden_dir, tmp_path):
-    report = convert(golden_dir / name, tmp_path / "out")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
-    assert report.files == ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
-    assert report.sha256 == hashlib.sha256((golden_dir / name).read_bytes()).hexdigest()
-    assert str(report).count("\n") == 3
-
-    checkpoint = read_checkpoint(golden_dir / name)
-    written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-    assert written.keys() == checkpoint.state_dict.keys()
-    assert all(torch.equal(tensor, checkpoint.state_dict[key]) for key, tensor in written.items())
-    model = SVQVAE.from_pretrained(tmp_path / "out")
-    for key, value in checkpoint.config.items():
-        assert model.config[key] == (list(value) if isinstance(value, tuple) else value)
-
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert ModelCard(card).data.license == ("apache-2.0" if name.startswith("svqvae") else "unknown")
-    assert f"`{name}`" in card
-    assert report.sha256 in card
-    assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
-
-
-def test_convert_into_an_empty_folder(golden_dir, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert convert(golden_dir / "svqvae_tiny.safetensors", "out").out == tmp_path / "out"
-    assert (tmp_path / "out" / "config.json").exists()
-
-
-@pytest.mark.parametrize(("variant", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_half_precision_variant_keeps_the_codebook(variant, dtype, golden_dir, tmp_path):
-    convert(golden_dir / "taming_tiny.ckpt", tmp_path / "out", variant=variant, license="mit")
-    full = SVQVAE.from_pretrained(tmp_path / "out")
-    half = SVQVAE.from_pretrained(tmp_path / "out", variant=variant, torch_dtype=dtype)
-    assert half.codebook_fingerprint() == full.codebook_fingerprint()
-    assert torch.equal(half.encoder.conv_in.weight, full.encoder.conv_in.weight.to(dtype))
-    size = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
-    assert size[f"diffusion_pytorch_model.{variant}.safetensors"] < 0.6 * size["diffusion_pytorch_model.safetensors"]
-    assert f'variant="{variant}"' in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_half_precision_must_hold_the_weights(golden_dir, tmp_path):
-    path = broken(golden_dir, tmp_path, {"quant_conv.bias": torch.full((8,), 1e6)})
-    with pytest.raises(ValueError, match=r"range of fp16, but quant_conv.bias do not.*bf16"):
-        convert(path, tmp_path / "out", variant="fp16")
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_nothing_stays_of_a_failed_conversion(error, golden_dir, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(SVQVAE, "from_pretrained", fail)
-    with pytest.raises(error):
-        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_copy_that_differs_is_no_success(golden_dir, tmp_path, monkeypatch):
-    other = load_single_file(golden_dir / "svqvae_tiny.safetensors")
-    other.quant_conv.bias.data[0] += 1
-    monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
-    with pytest.raises(OSError, match=r"differs in quant_conv.bias\."):
-        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_copy_that_reconstructs_otherwise_is_no_success(golden_dir, tmp_path, monkeypatch):
-    other = load_single_file(golden_dir / "svqvae_tiny.safetensors", network_range=(-1, 1))
-    monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
-    with pytest.raises(OSError, match="differs in its reconstruction"):
-        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"variant": "fp8"}, ValueError, "must be one of fp16, bf16, but is 'fp8'"),
-        ({"create_pr": True}, ValueError, "need `push_to_hub`"),
-        ({"private": True}, ValueError, "need `push_to_hub`"),
-        ({"push_to_hub": "name"}, ValueError, "must be `org/name`, but is 'name'"),
-        ({"out": "occupied"}, FileExistsError, r"`.*occupied` must be a new or an empty folder"),
-        ({"out": "occupied/file"}, FileExistsError, "must be a new or an empty folder"),
-        ({"out": "occupied/file/out"}, OSError, "file"),
-    ],
-)
-def test_faulty_arguments(arguments, error, message, golden_dir, tmp_path):
-    (tmp_path / "occupied").mkdir()
-    (tmp_path / "occupied" / "file").touch()
-    out = tmp_path / arguments.pop("out", "out")
-    with pytest.raises(error, match=message):
-        convert(golden_dir / "svqvae_tiny.safetensors", out, **arguments)
-    assert [file.name for file in tmp_path.rglob("*")] == ["occupied", "file"]
-
-
-def test_five_families():
-    assert [family.name for family in FAMILIES] == ["svqvae", "llamagen", "flexvar", "lightning", "taming"]

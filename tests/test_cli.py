@@ -1,8 +1,10 @@
 import io
+import logging
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +13,29 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svqvae_hf import SVQVAE, cli, codec
+from svqvae_hf import SVQVAE, __version__, cli
 from svqvae_hf.cli import main
-from svqvae_hf.tokens import load_tokens
+from svqvae_hf.codec import encode_image
+from svqvae_hf.tokens import load_tokens, save_tokens
 
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
 COMMANDS = ("reconstruct", "encode", "decode", "convert", "info")
+
+
+@pytest.fixture(autouse=True)
+def process():
+    """What a command sets for its process is set back."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    handler, levels = signal.getsignal(signal.SIGTERM), [logger.level for logger in loggers]
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +73,7 @@ def fails(capsys, *argv):
     assert captured.err.startswith("svqvae: error: ")
     assert captured.err.count("\n") == 1
     assert captured.err.endswith("\n")
+    assert captured.out == ""
     return captured.err
 
 
@@ -101,7 +117,7 @@ def test_side_by_side_holds_the_original(inputs, out, model):
 
 
 def test_a_perfect_reconstruction_has_no_error(photo, monkeypatch, inputs, out, model, capsys):
-    monkeypatch.setattr(codec, "decode_image", lambda model, tokens: [Image.open(inputs / "a.png")])
+    monkeypatch.setattr(cli, "decode_image", lambda model, tokens: [Image.open(inputs / "a.png")])
     assert main(["reconstruct", str(inputs / "a.png"), "--output", str(out), "--model", model]) == 0
     assert capsys.readouterr().out.split()[-2] == "inf"
 
@@ -125,7 +141,7 @@ def test_decoding_the_encoded_is_the_reconstruction(inputs, out, model):
     tokens = load_tokens(out / "tokens" / "a.safetensors")
     assert tokens.scales == (1.0, 0.5)
     assert (tokens.tile_size, tokens.overlap) == (32, 8)
-    assert main(["decode", str(out / "tokens"), "--output", str(out / "decoded"), *options]) == 0
+    assert main(["decode", str(out / "tokens"), "--output", str(out / "decoded"), "--model", model]) == 0
     assert names(out / "decoded") == names(out / "images") == ["a_x0.5.png", "a_x1.png", "b_x0.5.png", "b_x1.png"]
     for name in names(out / "images"):
         assert (out / "decoded" / name).read_bytes() == (out / "images" / name).read_bytes()
@@ -177,6 +193,71 @@ def test_info_of_a_token_file(inputs, out, model, capsys):
     assert lines[-2].startswith("scale 2")
     assert "30 x 18 = 540 tokens" in lines[-2]
     assert f"{15 * 9 * 6 / (57 * 35):.4f} bits/pixel" in lines[-1]
+
+
+def test_info_tells_tiles_only_where_there_are_some(inputs, out, model, capsys):
+    for tile_size, tiles in (("60", "none"), ("56", "56 pixels, overlap 8")):
+        argv = ["--model", model, "--tile-size", tile_size, "--overlap", "8"]
+        main(["encode", str(inputs / "a.png"), "--output", str(out), *argv])
+        assert main(["info", str(out / "a.safetensors")]) == 0
+        assert f"tiles     {tiles}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "tiles"),
+    [
+        ([], (32, 8)),
+        (["--overlap", "4"], (32, 4)),
+        (["--tile-size", "40"], (40, 8)),
+        (["--tile-size", "64", "--overlap", "0"], (64, 0)),
+    ],
+)
+def test_decode_takes_the_tiles_of_the_file_unless_told_otherwise(inputs, out, model, monkeypatch, options, tiles):
+    argv = ["--output", str(out), "--model", model]
+    main(["encode", str(inputs / "a.png"), *argv, "--tile-size", "32", "--overlap", "8"])
+    used = []
+
+    def spy(model, tokens):
+        used.append((model.tile_size, model.overlap))
+        return [Image.new("RGB", (1, 1))]
+
+    monkeypatch.setattr(cli, "decode_image", spy)
+    assert main(["decode", str(out / "a.safetensors"), *argv, *options]) == 0
+    assert used == [tiles]
+
+
+def test_tokens_encoded_without_tiles_are_decoded_without(inputs, out, model, monkeypatch):
+    out.mkdir()
+    plain = SVQVAE.from_pretrained(model).eval()
+    save_tokens(out / "a.safetensors", encode_image(plain, Image.open(inputs / "a.png"), [1.0]))
+    used = []
+    monkeypatch.setattr(
+        cli, "decode_image", lambda model, tokens: used.append(model.use_tiling) or [Image.new("RGB", (1, 1))]
+    )
+    assert main(["decode", str(out / "a.safetensors"), "--output", str(out), "--model", model]) == 0
+    assert used == [False]
+
+
+def test_convert_with_what_the_shapes_do_not_tell(tmp_path):
+    argv = ["--network-range", "-1", "1", "--no-codebook-l2-norm"]
+    assert main(["convert", str(GOLDEN), str(tmp_path / "repo"), *argv]) == 0
+    config = SVQVAE.from_pretrained(tmp_path / "repo").config
+    assert tuple(config["network_range"]) == (-1, 1)
+    assert config["codebook_l2_norm"] is False
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"svqvae {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_fits_a_terminal(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"] if command else ["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -256,11 +337,14 @@ def test_scales_that_name_the_same_file(inputs, out, model, capsys):
         (["--tile-size", "0"], "`tile_size` must be a positive multiple of f = 4, but is 0"),
         (["--tile-size", "big"], "argument --tile-size: invalid int value: 'big'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
-        (["--device", "abacus"], "--device abacus cannot be used here"),
-        (["--model", "/no/such/folder"], "there is no file or folder `/no/such/folder`, and a model on the Hub has"),
+        (["--device", "abacus"], "--device must be one that torch finds here, "),
+        (["--device", "meta"], "but is `meta`"),
+        (["--device", "cuda:99"], "but is `cuda:99`"),
+        (["--device", "cpu:0"], "but is `cpu:0`"),
+        (["--model", "/no/such/folder"], "there is no file or folder `/no/such/folder`. On the Hub, a model is `org/"),
         (["--model", str(GOLDEN)], f"but `{GOLDEN}` is a file. Use `svqvae convert` first"),
         (["--model", str(GOLDEN.parent)], "no file named config.json"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate (see `svqvae --help`)"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate (see `svqvae reconstruct --help`)"),
     ],
 )
 def test_options_that_do_not_fit(inputs, out, model, capsys, options, message):
@@ -310,7 +394,9 @@ def test_output_that_cannot_be_written(inputs, out, model, capsys, command):
         assert f"--output must be a folder that can be written, but `{file}` is not" in error
     ending = "_x1.png" if command == "reconstruct" else ".safetensors"
     (out / f"a{ending}").mkdir(parents=True)
-    assert "Is a directory" in fails(capsys, command, inputs, "--output", out, "--model", model)
+    assert f"`{out / f'a{ending}'}` cannot be written: Is a directory." in fails(
+        capsys, command, inputs, "--output", out, "--model", model
+    )
     assert names(out) == [f"a{ending}"]
     assert names(inputs) == ["a.png", "b.jpg", "notes.txt"]
 
@@ -409,6 +495,114 @@ def test_ctrl_c_ends_in_one_line_and_leaves_nothing_half_written(inputs, out, mo
     assert main(["encode", str(inputs), "--output", str(out), "--model", model]) == 130
     assert capsys.readouterr().err == "svqvae: interrupted\n"
     assert names(out) == []
+
+
+def test_sigterm_leaves_nothing_half_written(inputs, out, model, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.replace", lambda path, target: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as exit_code:
+        main(["encode", str(inputs), "--output", str(out), "--model", model])
+    assert exit_code.value.code == 143
+    assert names(out) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("MPS backend out of memory"),
+    ],
+)
+def test_too_little_memory(inputs, out, model, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "encode_image", fail)
+    assert "there is not enough memory" in fails(capsys, "encode", inputs, "--output", out, "--model", model)
+
+
+def test_other_errors_are_not_hidden(inputs, out, model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(cli, "encode_image", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["encode", str(inputs), "--output", str(out), "--model", model])
+
+
+@pytest.mark.parametrize("length", [0, 1000, -1000])
+def test_weights_cut_short(inputs, out, model, tmp_path, capsys, length):
+    shutil.copytree(model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    error = fails(capsys, "encode", inputs, "--output", out, "--model", tmp_path / "cut")
+    assert "cannot be loaded: its weight file is empty, cut short or of another kind" in error
+
+
+def test_a_model_when_the_hub_is_away(inputs, out, capsys, monkeypatch):
+    def fail(*_, **__):
+        try:
+            raise LocalEntryNotFoundError("away")
+        except LocalEntryNotFoundError:
+            raise OSError("org/name does not appear to have a file named config.json.")  # noqa: B904 # as diffusers does
+
+    monkeypatch.setattr(SVQVAE, "from_pretrained", fail)
+    error = fails(capsys, "encode", inputs, "--output", out, "--model", "org/name")
+    assert "the model `org/name` cannot be loaded: the Hub cannot be reached" in error
+
+
+def test_empty_paths(inputs, out, model, capsys, monkeypatch):
+    monkeypatch.chdir(inputs)
+    for argv in (["encode", "", "--output", out], ["encode", inputs, "--output", ""], ["convert", GOLDEN, ""]):
+        assert "a path must not be empty" in fails(capsys, *argv)
+
+
+def test_info_of_what_is_not_there(capsys):
+    error = fails(capsys, "info", "none.pt")
+    assert "there is no file or folder `none.pt`" in error
+    assert "`org/repo:file`" in error
+    assert "(see `svqvae info --help`)" in fails(capsys, "info")
+
+
+def test_the_table_begins_with_its_first_row(inputs, out, model, capsys):
+    (inputs / "a.png").write_bytes(b"")
+    fails(capsys, "reconstruct", inputs, "--output", out, "--model", model)
+
+
+def test_a_side_by_side_that_is_not_asked_for_is_in_nobodys_way(inputs, model):
+    Image.open(inputs / "a.png").save(inputs / "a_side_by_side.png")
+    argv = ["reconstruct", str(inputs / "a.png"), str(inputs / "a_side_by_side.png")]
+    assert main([*argv, "--output", str(inputs), "--model", model]) == 0
+
+
+def test_decode_does_not_overwrite_an_input(tokens, model, capsys):
+    other = shutil.copy(tokens, tokens.parent / "a_x1.png")
+    error = fails(capsys, "decode", tokens, other, "--output", tokens.parent, "--model", model)
+    assert f"the input `{other}` would be overwritten" in error
+    load_tokens(other)
+
+
+def run_process(*argv, **options):
+    argv = [sys.executable, "-m", "svqvae_hf.cli", *map(os.fsencode, argv)]
+    return subprocess.run(argv, check=False, stderr=subprocess.PIPE, **options)
+
+
+def test_a_name_of_any_bytes(inputs, out, model):
+    name = os.fsdecode(b"\xff.png")
+    (inputs / "a.png").rename(inputs / name)
+    argv = ["reconstruct", inputs / name, "--output", out, "--model", model]
+    run = run_process(*argv, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert run.returncode == 0
+    assert b"\\udcff.png" in run.stdout
+
+
+def test_a_reader_who_has_left(tokens):
+    read, write = os.pipe()
+    os.close(read)
+    run = run_process("info", tokens, stdout=write)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, b"")
 
 
 def test_errors_keep_to_one_line(out, model, capsys):

@@ -53,6 +53,8 @@ def test_ids_of_another_model_are_refused(tiny_model, crop):
     finer = dataclasses.replace(tokens, f=2, ids=[torch.zeros(18, 29, dtype=torch.int64)])
     with pytest.raises(ValueError, match="a model with f = 4, but are of one with f = 2"):
         decode_image(tiny_model, finer)
+    with pytest.raises(ValueError, match="a codebook of 64 codes, the model's, but are of one of 65"):
+        decode_image(tiny_model, dataclasses.replace(tokens, codebook_size=65))
     with torch.no_grad():
         tiny_model.quantize.embedding.weight[0, 0] += 1
     with pytest.raises(ValueError, match="Decode them with the model that encoded them"):
@@ -79,6 +81,15 @@ def test_memory_is_checked_for_what_is_going_to_happen(tiny_model, monkeypatch, 
     else:
         with pytest.raises(ValueError, match=r"would take about \S+ GiB of memory, but 8 GiB are free"):
             check_memory(tiny_model, *size, scales, **uses)
+
+
+def test_without_tiles_the_image_is_one_tile(tiny_model, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**30}))
+    tiny_model.enable_tiling(256, 32)
+    check_memory(tiny_model, 2000, 2000, [1.0])
+    tiny_model.disable_tiling()
+    with pytest.raises(ValueError, match="without tiles, would take about"):
+        check_memory(tiny_model, 2000, 2000, [1.0])
 
 
 def test_a_tile_too_large_for_memory(tiny_model):

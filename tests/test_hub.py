@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from svqvae_hf import SVQVAE
-from svqvae_hf.checkpoints import convert
+from svqvae_hf.conversion import convert
 
 golden, work = Path(sys.argv[1]), Path(sys.argv[2])
 seen = {"errors": {}}
@@ -54,6 +54,7 @@ error("no file", SVQVAE.from_single_file, "org/raw:gone.pt")
 error("gated", SVQVAE.from_single_file, "org/gated:file.pt")
 del os.environ["HF_TOKEN"]
 error("no login", convert, file, work / "no_login", push_to_hub="org/new")
+seen["written without a login"] = (work / "no_login").exists()
 print(json.dumps(seen))
 """
 
@@ -135,7 +136,10 @@ def test_pull_request_leaves_main_alone(hub, seen):
         ),
         ("no file", "`org/raw:gone.pt` cannot be had from the Hub: the repository has no such file."),
         ("gated", "`org/gated:file.pt` cannot be had from the Hub: access is restricted. Accept the terms"),
-        ("no login", "no_login` is complete, but could not be pushed to org/new: "),
+        (
+            "no login",
+            "org/new cannot be made on the Hub: the Hub does not know you. Log in with `hf auth login`.",
+        ),
     ],
 )
 def test_faults_are_one_line(fault, message, seen):
@@ -143,6 +147,10 @@ def test_faults_are_one_line(fault, message, seen):
     assert kind == "OSError"
     assert message in text
     assert "\n" not in text
+
+
+def test_missing_login_is_found_before_anything_is_written(seen):
+    assert not seen["written without a login"]
 
 
 def test_offline_serves_what_was_downloaded(hub, seen):

@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
 
@@ -201,7 +202,7 @@ def test_float_grey_is_scaled(tmp_path):
     ],
 )
 def test_values_outside_the_range_of_a_mode(tmp_path, values, message):
-    with pytest.raises(ValueError, match=f"a.tif` .*{message}"):
+    with pytest.raises(ValueError, match=f"a.tif`: .*{message}"):
         load_image(save(Image.fromarray(values), tmp_path / "a.tif"))
 
 
@@ -227,8 +228,8 @@ def test_first_frame_of_an_animation(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must be an image, but its 0 bytes are of no format that Pillow reads"),
-        (b"Dear diary, ...", "must be an image, but its 15 bytes are of no format that Pillow reads"),
+        (b"", "must be an image, but its 0 bytes are of none of the formats BMP, GIF"),
+        (b"Dear diary, ...", "must be an image, but its 15 bytes are of none of the formats BMP, GIF"),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as an image|must be an image"),
     ],
 )
@@ -262,12 +263,42 @@ def test_missing_file(tmp_path):
         SVQVAEImageProcessor()(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("limit", [100, 500])  # Pillow raises an error at 768 pixels for the one, warns for the other
-def test_more_pixels_than_the_limit(pixels, tmp_path, monkeypatch, limit):
+def test_more_pixels_than_the_limit(pixels, tmp_path, monkeypatch):
     path = save(Image.fromarray(pixels), tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=f"a.png` must have at most {limit} pixels, .* raise `PIL.Image.MAX_IMAGE"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 383)
+    with pytest.raises(ValueError, match=r"a.png` must keep to Pillow's limit .* of 766 pixels.* `PIL.Image.MAX"):
         load_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 384)  # Pillow allows twice as many, with a warning
+    assert load_image(path).size == (24, 32)
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path):
+    header = struct.pack(">IIBBBBB", 2**17, 2**17, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 2**20) + b"IDAT")
+    with pytest.raises(ValueError, match="a.png` must keep to Pillow's limit"):
+        load_image(tmp_path / "a.png")
+
+
+def test_no_other_program_is_started(tmp_path, monkeypatch):
+    """Pillow gives EPS files to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/STARTED'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path = tmp_path / "a.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    with pytest.raises(ValueError, match=r"a.png` must be an image, .* none of the formats"):
+        load_image(path)
+    assert not (tmp_path / "STARTED").exists()
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".bmp", ".gif", ".jpg", ".mpo", ".png", ".ppm", ".tiff", ".webp"])
+def test_formats(pixels, tmp_path, suffix):
+    path = save(Image.fromarray(pixels), tmp_path / f"a{suffix}")
+    assert load_image(path).size == (24, 32)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The direction of imports: what stands alone <- checkpoints, codec <- pipelines <- demo <- cli."""
+"""The direction of imports: what stands alone <- checkpoints, codec <- conversion, pipelines <- demo <- cli."""
 
 import ast
 from pathlib import Path
@@ -11,10 +11,14 @@ LAYERS = {
     "tiling": set(),
     "modeling_svqvae": {"tiling"},
     "image_processing_svqvae": set(),
-    "tokens": set(),
+    "files": set(),
+    "tokens": {"files"},
+    "results": {"contact_sheet", "tokens"},
     "contact_sheet": set(),
     "model_cards": set(),
-    "checkpoints": {"modeling_svqvae", "model_cards"},
+    "families": set(),
+    "checkpoints": {"families", "modeling_svqvae"},
+    "conversion": {"checkpoints", "model_cards", "modeling_svqvae"},
     "codec": {"image_processing_svqvae", "modeling_svqvae", "tokens"},
 }
 # A class method of the model that needs a file of a later layer imports it when it is called.
