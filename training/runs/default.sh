@@ -24,5 +24,7 @@ import sys
 import torch
 from svqvae_hf import DEFAULT_MODEL, SVQVAE
 
-SVQVAE.from_pretrained(sys.argv[1], torch_dtype=torch.float16).save_pretrained(DEFAULT_MODEL)
+model = SVQVAE.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
+model.register_to_config(_name_or_path="svqvae-default")
+model.save_pretrained(DEFAULT_MODEL)
 PY
