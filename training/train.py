@@ -18,6 +18,7 @@ from codebook import initialise_codebook
 from data import CropDataset, CropSampler, crop_loader, load_images
 from diffusers.optimization import get_scheduler
 from losses import Objective
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -202,8 +203,8 @@ def save_checkpoint(config: TrainConfig, accelerator: Accelerator, step: int) ->
     accelerator.wait_for_everyone()
 
 
-def train(config: TrainConfig) -> None:
-    """Trains, and leaves the model in `output_dir`."""
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerator, log and tracker."""
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -215,14 +216,15 @@ def train(config: TrainConfig) -> None:
         ],
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    set_seed(config.seed)
     if accelerator.is_main_process:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     if config.report_to is not None:
         accelerator.init_trackers("svqvae")
+    return accelerator
 
-    vqvae = load_model(config)
-    objective = Objective(vqvae, config.vq_loss_weight)
+
+def make_optimizer(config: TrainConfig, vqvae: SVQVAE) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW and its learning rate schedule, which counts updates whatever the number of processes."""
     optimizer = torch.optim.AdamW(
         parameter_groups(vqvae, config.adam_weight_decay),
         lr=config.learning_rate,
@@ -234,7 +236,27 @@ def train(config: TrainConfig) -> None:
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps,
     )
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    return optimizer, lr_scheduler
+
+
+def report(accelerator: Accelerator, done: int, logs: dict[str, float]) -> None:
+    """Logs a step, and stops a run that has diverged."""
+    accelerator.log(logs, step=done)
+    logger.info(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in logs.items()))
+    if not math.isfinite(logs["loss"]):
+        raise ValueError(
+            f"The loss must stay finite, but is {logs['loss']} at step {done}. Lower `--learning_rate` and resume "
+            "from a checkpoint before it."
+        )
+
+
+def train(config: TrainConfig) -> None:
+    """Trains, and leaves the model in `output_dir`."""
+    accelerator = make_accelerator(config)
+    set_seed(config.seed)
+    vqvae = load_model(config)
+    optimizer, lr_scheduler = make_optimizer(config, vqvae)
+    objective, optimizer = accelerator.prepare(Objective(vqvae, config.vq_loss_weight), optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
 
     first_step = 0
@@ -258,16 +280,12 @@ def train(config: TrainConfig) -> None:
         num_processes=accelerator.num_processes,
         seed=config.seed,
     )
+    batches = iter(crop_loader(dataset, sampler, config.dataloader_num_workers))
     logger.info(f"{len(dataset.images)} images, {vqvae.num_parameters():,} parameters")
 
-    batches = iter(crop_loader(dataset, sampler, config.dataloader_num_workers))
-    progress = tqdm(
-        range(first_step, config.max_train_steps),
-        initial=first_step,
-        total=config.max_train_steps,
-        disable=not accelerator.is_local_main_process or not sys.stderr.isatty(),
-    )
-    for step in progress:
+    on_terminal = accelerator.is_local_main_process and sys.stderr.isatty()
+    steps = range(first_step, config.max_train_steps)
+    for step in tqdm(steps, initial=first_step, total=config.max_train_steps, disable=not on_terminal):
         if step in config.kmeans_steps:
             start_codebook(config, accelerator, vqvae, dataset)
         for _ in range(config.gradient_accumulation_steps):
@@ -283,13 +301,9 @@ def train(config: TrainConfig) -> None:
         lr_scheduler.step()
         done = step + 1
         if done % config.logging_steps == 0:
-            logs = {name: value.item() for name, value in logs.items()}
-            logs |= {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0], "grad_norm": float(grad_norm)}
-            accelerator.log(logs, step=done)
-            logger.info(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in logs.items()))
+            logs |= {"loss": loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
+            report(accelerator, done, {name: float(value) for name, value in logs.items()})
             vqvae.quantize.reset_counts()
-            if not math.isfinite(logs["loss"]):
-                raise ValueError(f"The loss must stay finite, but is {logs['loss']} at step {done}. Lower the rate.")
         if done % config.checkpointing_steps == 0:
             save_checkpoint(config, accelerator, done)
 
