@@ -23,11 +23,11 @@ from svqvae_hf import DEFAULT_MODEL, SVQVAE, __version__, conversion
 from svqvae_hf.checkpoints import REPO_ID, hub_reason, read_checkpoint
 from svqvae_hf.codec import check_memory, decode_image, encode_image
 from svqvae_hf.files import check_output, check_targets, find_files, save_png, scale_endings
-from svqvae_hf.image_processing_svqvae import load_image
+from svqvae_hf.image_processing_svqvae import IMAGE_FORMATS, load_image
 from svqvae_hf.results import Result, header, measure, side_by_side, table_row, token_count
 from svqvae_hf.tokens import ImageTokens, is_token_file, load_tokens, save_tokens
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 TOKEN_SUFFIX = ".safetensors"
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cuda", "mps", "xpu")  # beside the CPU; the first that is there is the default

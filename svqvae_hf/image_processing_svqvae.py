@@ -13,7 +13,17 @@ from transformers import BaseImageProcessor, BatchFeature
 # diffusers loads a pipeline's component only if the base class that it knows is a name of the component's module.
 from transformers import ImageProcessingMixin as ImageProcessingMixin
 
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # JPEG is MPO as well
+# Pillow's names of the formats that are read, with the endings of their files. JPEG is MPO as well.
+IMAGE_FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "PPM": (".ppm", ".pgm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+}
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
@@ -35,7 +45,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the limit
         try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
+            with Image.open(file, formats=tuple(IMAGE_FORMATS)) as image:
                 upright = ImageOps.exif_transpose(image)  # decodes it, too
         except UnidentifiedImageError as error:
             size = os.fstat(file.fileno()).st_size

@@ -558,6 +558,13 @@ def test_empty_paths(inputs, out, model, capsys, monkeypatch):
         assert "a path must not be empty" in fails(capsys, *argv)
 
 
+def test_a_folder_gives_every_format_that_is_read(tmp_path, out, model):
+    for ending in (".ppm", ".bmp", ".webp"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{ending[1:]}{ending}")
+    assert main(["encode", str(tmp_path), "--output", str(out), "--model", model]) == 0
+    assert sorted(path.stem for path in out.iterdir()) == ["bmp", "ppm", "webp"]
+
+
 def test_info_of_what_is_not_there(capsys):
     error = fails(capsys, "info", "none.pt")
     assert "there is no file or folder `none.pt`" in error
