@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -133,6 +134,42 @@ def decode(args: argparse.Namespace) -> None:
                 images = decode_image(model, tokens)
             for image, ending in zip(images, endings, strict=True):
                 save_png(image, args.output / f"{path.stem}{ending}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures a model on a set of images, and writes numbers, tables and plots."""
+    try:
+        from svqvae_hf import evaluation, evaluation_report, image_sets, perceptual
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"`evaluate` needs the package {error.name}. Install the extra that has it: pip install 'svqvae-hf[eval]'."
+        ) from error
+    check_output([], args.output)
+    state = PartialState(cpu=_find_device(args.device).type == "cpu")
+    given = {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
+    lpips = perceptual.load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
+    inception = perceptual.load_inception(args.inception_weights) if args.inception_weights else None
+    report = evaluation.evaluate(
+        _load_model(args.model, args.device or str(state.device), "float32"),
+        image_sets.open_images(args.data, **given),
+        scales=args.scales,
+        modes=args.modes,
+        tile_size=args.tile_size,
+        overlap=args.overlap,
+        resolution=args.resolution,
+        lpips=lpips,
+        inception=inception,
+    )
+    if state.is_main_process:
+        report.settings |= {"model": args.model, "data": args.data, **given}
+        report.settings |= {
+            "lpips_net": args.lpips_net,
+            "lpips_weights": args.lpips_weights and args.lpips_weights.name,
+            "inception_weights": args.inception_weights and args.inception_weights.name,
+        }
+        evaluation_report.write_report(report, args.output)
+        print(evaluation_report.summary(report))
+    state.destroy_process_group()
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -311,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"svqvae {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_reconstruct, _add_encode, _add_decode, _add_convert, _add_info):
+    for add in (_add_reconstruct, _add_encode, _add_decode, _add_evaluate, _add_convert, _add_info):
         add(commands)
     return parser
 
@@ -355,6 +392,57 @@ def _add_decode(commands: Commands) -> None:
     )
     _add_files(command, "token files, folders of them, or globs")
     _add_model(command, tile_size=None, overlap=None)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        evaluate,
+        "measure a model on a set of images",
+        "Writes report.json, report.md, plots and metadata of a card. On several GPUs:\n"
+        "  accelerate launch -m svqvae_hf.cli evaluate MODEL DATA --output DIR",
+        "org/svqvae photos --output report --scales 1 0.5 0.25",
+    )
+    command.add_argument("model", type=_not_empty, metavar="MODEL", help="model folder or Hub id")
+    command.add_argument(
+        "data",
+        nargs="+",
+        type=_not_empty,
+        metavar="DATA",
+        help="image files, folders of them, or globs; or the name of a set on the Hub, which is streamed",
+    )
+    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
+    command.add_argument("--config", metavar="NAME", help="configuration of the set")
+    command.add_argument("--split", metavar="NAME", help="split of the set, needed if it has several")
+    command.add_argument(
+        "--image-column", default="image", metavar="NAME", help="column of the set that holds images (default: image)"
+    )
+    command.add_argument("--max-images", type=int, metavar="N", help="stop after so many (default: all)")
+    command.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="resize the shorter side and crop the centre to this side (default: images as they are)",
+    )
+    _add_scales(command, [1.0, 0.5, 0.25])
+    command.add_argument(
+        "--modes",
+        nargs="+",
+        choices=("plain", "tiled"),
+        default=["plain", "tiled"],
+        help="images as a whole, by tiles, or both (default: both)",
+    )
+    _add_tiles(command, ("the model's sample_size", "32, or less where the tile is too small"))
+    command.add_argument(
+        "--lpips-weights", type=_path, metavar="FILE", help="weights of LPIPS's network, for LPIPS to be computed"
+    )
+    command.add_argument(
+        "--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex", help="which one it is (default: alex)"
+    )
+    command.add_argument(
+        "--inception-weights", type=_path, metavar="FILE", help="weights of FID's network, for rFID to be computed"
+    )
+    _add_device(command)
 
 
 def _add_convert(commands: Commands) -> None:
@@ -419,15 +507,19 @@ def _add_command(
 def _add_images(command: _Parser) -> None:
     """Arguments of what encodes images."""
     _add_files(command, "image files, folders of them, or globs")
+    _add_scales(command, [1.0])
+    _add_model(command, tile_size=256, overlap=32)
+
+
+def _add_scales(command: _Parser, default: list[float]) -> None:
     command.add_argument(
         "--scales",
         nargs="+",
         type=_scale,
-        default=[1.0],
+        default=default,
         metavar="SCALE",
-        help="output side over input side, one or more (default: 1)",
+        help=f"output side over input side, one or more (default: {' '.join(f'{scale:g}' for scale in default)})",
     )
-    _add_model(command, tile_size=256, overlap=32)
 
 
 def _add_files(command: _Parser, what: str) -> None:
@@ -440,21 +532,32 @@ def _add_model(command: _Parser, tile_size: int | None, overlap: int | None) -> 
     command.add_argument(
         "--model", default=str(DEFAULT_MODEL), help="model folder or Hub id (default: the small bundled model)"
     )
-    command.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)")
+    _add_device(command)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    _add_tiles(command, (tile_size or "as encoded", overlap or "as encoded"), tile_size, overlap)
+
+
+def _add_device(command: _Parser) -> None:
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)")
+
+
+def _add_tiles(
+    command: _Parser, defaults: tuple[object, object], tile_size: int | None = None, overlap: int | None = None
+) -> None:
+    """The tiles; `defaults` says what the defaults come to."""
     command.add_argument(
         "--tile-size",
         type=int,
         default=tile_size,
         metavar="PIXELS",
-        help=f"side of a tile, a multiple of f (default: {tile_size or 'as encoded'})",
+        help=f"side of a tile, a multiple of f (default: {defaults[0]})",
     )
     command.add_argument(
         "--overlap",
         type=int,
         default=overlap,
         metavar="PIXELS",
-        help=f"what a tile sees beyond each of its sides, a multiple of f (default: {overlap or 'as encoded'})",
+        help=f"what a tile sees beyond each of its sides, a multiple of f (default: {defaults[1]})",
     )
 
 

@@ -2,7 +2,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import torch
@@ -27,12 +27,13 @@ IMAGE_FORMATS = {
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
+def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
     """Reads an image file as 8-bit RGB; of a file with several frames or pages, the first.
 
     Args:
-        path (`str` or `os.PathLike`): File in one of the formats of `IMAGE_FORMATS`, which its content tells, not its
-            name. Pillow's other formats are refused: some of them start another program.
+        file (`str`, `os.PathLike` or binary file object): Path of a file, or an open one (`io.BytesIO(encoded)` for
+            bytes in memory), in one of the formats of `IMAGE_FORMATS`, which its content tells, not its name. Pillow's
+            other formats are refused: some of them start another program.
 
     Returns:
         `PIL.Image.Image`: The image as [`to_rgb`] gives it.
@@ -42,30 +43,36 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         ValueError: It is not an image, is broken or cut short, has values outside the range of its mode, or more
             pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 million by default.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return _decode(opened, f"`{os.fspath(file)}`")
+    return _decode(file, "the image")
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the limit
         try:
             with Image.open(file, formats=tuple(IMAGE_FORMATS)) as image:
                 upright = ImageOps.exif_transpose(image)  # decodes it, too
         except UnidentifiedImageError as error:
-            size = os.fstat(file.fileno()).st_size
+            size = file.seek(0, os.SEEK_END)
             raise ValueError(
-                f"`{path}` must be an image, but its {size} bytes are of none of the formats "
-                f"{', '.join(IMAGE_FORMATS)}."
+                f"{name} must be an image, but its {size} bytes are of none of the formats {', '.join(IMAGE_FORMATS)}."
             ) from error
         except Image.DecompressionBombError as error:
             raise ValueError(
-                f"`{path}` must keep to Pillow's limit against decompression bombs, but does not: {error} Make it "
+                f"{name} must keep to Pillow's limit against decompression bombs, but does not: {error} Make it "
                 "smaller or, if you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
             ) from error
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-            raise ValueError(f"`{path}` cannot be read as an image, it may be broken or cut short: {error}") from error
+            raise ValueError(f"{name} cannot be read as an image, it may be broken or cut short: {error}") from error
     try:
         return to_rgb(upright)
     except ValueError as error:
-        raise ValueError(f"`{path}`: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

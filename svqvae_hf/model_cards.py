@@ -1,7 +1,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
 
@@ -59,6 +59,7 @@ def model_card(
     datasets: Sequence[str] = (),
     provenance: Mapping[str, str] | None = None,
     variants: Mapping[str, Any] | None = None,
+    eval_results: Sequence[EvalResult] = (),
 ) -> str:
     """Writes the card of a repository that holds an SVQVAE.
 
@@ -72,10 +73,13 @@ def model_card(
         provenance (`Mapping[str, str]`, *optional*): Where the weights come from, as rows of a table.
         variants (`Mapping[str, torch.dtype]`, *optional*): Names and types of the weights in half precision, such as
             `{"fp16": torch.float16}`, that the repository holds, too.
+        eval_results (`Sequence[EvalResult]`, *optional*): Numbers for the card's metadata, such as those of
+            [`~svqvae_hf.evaluation_report.eval_results`].
 
     Returns:
         `str`: The text of `README.md`, metadata first.
     """
+    name = repo_id.rpartition("/")[2]
     metadata = ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
@@ -83,6 +87,8 @@ def model_card(
         tags=TAGS,
         base_model=base_model,
         datasets=list(datasets) or None,
+        model_name=name if eval_results else None,
+        eval_results=list(eval_results) or None,
     )
     rows = "".join(f"| {name} | {value} |\n" for name, value in (provenance or {}).items())
     calls = " or ".join(
@@ -91,7 +97,7 @@ def model_card(
     )
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
-        name=repo_id.rpartition("/")[2],
+        name=name,
         repo_id=repo_id,
         f=2 ** (len(config["encoder_ch_mult"]) - 1),
         codebook_size=config["codebook_size"],

@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import HfApi
-from torch import nn
+from torch import distributed, nn
 
 from svqvae_hf.tiling import map_tiles
 
@@ -472,15 +472,30 @@ class VectorQuantizer(nn.Module):
         return (counts > 0).float().mean()
 
     def _entropy_loss(self, flat: torch.Tensor) -> torch.Tensor:
-        """Low entropy of each latent, high entropy of their mean (LlamaGen, `compute_entropy_loss`)."""
+        """Low entropy of each latent, high entropy of their mean (LlamaGen, `compute_entropy_loss`).
+
+        The mean is over the latents of all processes, which have as many each, so that their mean gradient is that of
+        the joined batch.
+        """
         if self.entropy_loss_ratio == 0 or not self.training:
             return flat.new_zeros(())
         codes = self.embedding(torch.arange(self.size, device=flat.device))
         log_probs = F.log_softmax(-torch.cdist(flat, codes).square() / ENTROPY_TEMPERATURE, dim=-1)
         probs = log_probs.exp()
-        mean_probs = probs.mean(0)
+        mean_probs = _mean_over_processes(probs.mean(0))
         entropy = -(probs * log_probs).sum(-1).mean()
-        return self.entropy_loss_ratio * (entropy + torch.special.xlogy(mean_probs, mean_probs).sum())
+        log_mean_probs = mean_probs.clamp(min=torch.finfo(mean_probs.dtype).tiny).log()  # finite for unused codes, too
+        return self.entropy_loss_ratio * (entropy + (mean_probs * log_mean_probs).sum())
+
+
+def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean, with the gradient of this process's own value."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return value
+    mean = value.detach().clone()
+    distributed.all_reduce(mean)
+    mean /= distributed.get_world_size()
+    return value + (mean - value.detach())
 
 
 def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:

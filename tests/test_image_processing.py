@@ -1,3 +1,4 @@
+import io
 import os
 import struct
 import zlib
@@ -217,6 +218,13 @@ def test_exif_orientation_is_applied_once(pixels, tmp_path):
     assert values.shape == (2, 3, 24, 32)
 
 
+def test_bytes_in_memory_are_read_as_their_file_is(pixels, tmp_path):
+    path = save(Image.fromarray(pixels), tmp_path / "a.png")
+    assert load_image(io.BytesIO(path.read_bytes())).tobytes() == load_image(path).tobytes()
+    with path.open("rb") as file:
+        assert np.array_equal(load_image(file), pixels)
+
+
 def test_first_frame_of_an_animation(tmp_path):
     first, second = (Image.new("RGB", (2, 2), colour) for colour in ("white", "black"))
     assert read(save(first, tmp_path / "a.gif", save_all=True, append_images=[second])).min() == 255
@@ -247,6 +255,14 @@ def test_files_cut_short_are_named(pixels, tmp_path, name, share):
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(ValueError, match=f"{name}` (cannot be read as an image, it may be broken|must be an image)"):
         load_image(path)
+
+
+def test_broken_bytes_are_refused(pixels, tmp_path):
+    encoded = save(Image.fromarray(pixels), tmp_path / "a.png").read_bytes()
+    with pytest.raises(ValueError, match="^the image cannot be read as an image, it may be broken or cut short"):
+        load_image(io.BytesIO(encoded[:-40]))
+    with pytest.raises(ValueError, match="^the image must be an image, but its 5 bytes are of none of the formats"):
+        load_image(io.BytesIO(b"hello"))
 
 
 def test_broken_content_is_named(pixels, tmp_path):

@@ -1,4 +1,4 @@
-"""The direction of imports: what stands alone <- checkpoints, codec <- conversion, pipelines <- demo <- cli."""
+"""The direction of imports: what stands alone <- checkpoints, codec <- conversion, pipelines, evaluation <- cli."""
 
 import ast
 from pathlib import Path
@@ -20,6 +20,14 @@ LAYERS = {
     "checkpoints": {"families", "modeling_svqvae"},
     "conversion": {"checkpoints", "model_cards", "modeling_svqvae"},
     "codec": {"image_processing_svqvae", "modeling_svqvae", "tokens"},
+    "metrics": set(),
+    "perceptual": set(),
+    "image_sets": {"files", "image_processing_svqvae"},
+    "comparison": {"metrics", "perceptual"},
+    "evaluation": {
+        *("codec", "comparison", "image_processing_svqvae", "image_sets", "metrics", "modeling_svqvae", "perceptual"),
+    },
+    "evaluation_report": {"contact_sheet", "evaluation", "files", "image_sets"},
 }
 # A class method of the model that needs a file of a later layer imports it when it is called.
 LATE = {"modeling_svqvae": {"checkpoints", "model_cards"}}

@@ -1,7 +1,7 @@
 import re
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from svqvae_hf.model_cards import model_card
 
@@ -44,6 +44,17 @@ def test_half_precision_is_said(tiny_model):
         'too: `SVQVAE.from_pretrained("org/name", variant="fp16", torch_dtype=torch.float16)` or '
         '`SVQVAE.from_pretrained("org/name", variant="bf16", torch_dtype=torch.bfloat16)`.'
     ) in card
+
+
+def test_numbers_of_an_evaluation(tiny_model):
+    results = [
+        EvalResult("image-to-image", "org/photos", "photos", "psnr", 23.5, metric_args={"scale": scale})
+        for scale in (1.0, 0.5)
+    ]
+    data = ModelCard(model_card(tiny_model.config, repo_id="org/name", eval_results=results)).data
+    assert data.model_name == "name"
+    assert data.eval_results == results
+    assert ModelCard(model_card(tiny_model.config, repo_id="org/name")).data.eval_results is None
 
 
 def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):

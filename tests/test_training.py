@@ -1,26 +1,45 @@
+import contextlib
+import itertools
 import json
+import logging
+import math
 import os
-import shutil
+import random
+import re
+import signal
+import socket
 import subprocess
 import sys
+import tarfile
+from functools import partial
 
-import numpy as np
+import psutil
 import pytest
 import torch
-import torch.nn.functional as F
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, make_tiny
-from PIL import Image
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "training"))
 
-from codebook import initialise_codebook
-from data import Crop, CropDataset, CropSampler, load_images
-from losses import Objective
-from train import TrainConfig, find_checkpoint, parameter_groups, step_scales
+from accelerate import Accelerator
+from config import TrainConfig
+from discriminator import PatchDiscriminator
+from losses import MultiScaleForward, Objective
+from train import Trainer, main
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.modeling_svqvae import VectorQuantizer
+from svqvae_hf.perceptual import LPIPS
+
+# Every part of the objective and of the engine, on crops so small that LPIPS leaves the smaller scales out.
+EVERYTHING = {
+    **{"resolution": 48, "crop_sizes": [24], "train_batch_size": 2, "num_scales": 2, "resize_range": [0.5, 1.0]},
+    **{"l1_weight": 0.5, "lpips_weight": 0.1, "lpips_net": "squeeze", "spread_weight": 0.01, "entropy_weight": 0.01},
+    **{"adversarial_weight": 0.5, "adversarial_start": 5, "adversarial_adaptive": True, "lecam_weight": 0.01},
+    **{"kmeans_steps": [3], "kmeans_batches": 2, "revival_steps": 2, "use_ema": True, "lr_warmup_steps": 2},
+    **{"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "logging_steps": 1, "learning_rate": 1e-3},
+}
 
 
 @pytest.fixture
@@ -35,241 +54,342 @@ def image_folder(tmp_path, photo):
     return folder
 
 
-def launch(image_folder, output_dir, *options, processes=1):
-    config = output_dir.parent / "model.json"
+@pytest.fixture
+def shards(tmp_path, image_folder):
+    """PNG files as a webdataset of two shards."""
+    for shard, name in enumerate(["colour.png", "alpha.png"]):
+        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
+            for index in range(3):
+                tar.add(image_folder / name, f"{index}.png")
+    return str(tmp_path / "shard-*.tar")
+
+
+@pytest.fixture
+def options(tmp_path, image_folder):
+    """Options of a tiny run."""
+    model = tmp_path / "model.json"
     tiny = {key: value for key, value in make_tiny(dropout_p=0.1).config.items() if not key.startswith("_")}
-    config.write_text(json.dumps({**tiny, "_class_name": "SVQVAE"}))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"),
-        *(str(ROOT / "training" / "train.py"), f"--train_data_dir={image_folder}", f"--output_dir={output_dir}"),
-        *(f"--model_config_name_or_path={config}", "--resolution=32", "--crop_sizes=16", "--train_batch_size=4"),
-        *("--num_scales=2", "--lr_warmup_steps=2", "--dataloader_num_workers=1", "--logging_steps=1"),
-        *("--kmeans_batches=2", *options),
-    ]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HOME": str(output_dir.parent / "hf"),
-        "HF_HUB_OFFLINE": "1",
+    model.write_text(json.dumps({**tiny, "_class_name": "SVQVAE"}))
+    return {
+        "model_config_name_or_path": str(model),
+        "train_data_dir": str(image_folder),
+        "output_dir": str(tmp_path / "out"),
     }
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
 
 
-def test_resumed_run_equals_an_unbroken_one_and_its_model_loads(image_folder, tmp_path):
-    options = (
-        "--max_train_steps=6",
-        "--checkpointing_steps=2",
-        "--kmeans_steps=3",
-        "--checkpoints_total_limit=2",
-    )
-    launch(image_folder, tmp_path / "whole", *options)
-    assert sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
-    model = SVQVAE.from_pretrained(tmp_path / "whole")
-    assert model.config["sample_size"] == 32
+@pytest.fixture
+def lpips_weights(tmp_path):
+    """Random weights of LPIPS's network, as torchvision names them."""
+    torch.manual_seed(0)
+    state_dict = LPIPS("squeeze").net.state_dict()
+    path = tmp_path / "squeeze.pth"
+    torch.save({f"features.{name.partition('.')[2]}": value for name, value in state_dict.items()}, path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator():
+    """Each run sets up accelerate anew, and leaves the log as it was."""
+    handlers = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def run(**options):
+    with cpu():
+        Trainer(TrainConfig(**options)).run()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@contextlib.contextmanager
+def cpu():
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    yield
+    del os.environ["ACCELERATE_USE_CPU"]
+
+
+def start(config, processes=1):
+    """The same run as a command, in a session of its own."""
+    path = f"{config['output_dir']}.yaml"
+    with open(path, "w") as file:
+        yaml.safe_dump(config, file)
+    command = [sys.executable, str(ROOT / "training" / "train.py"), path]
+    if processes > 1:
+        # `accelerate launch --cpu` starts one process only where there is no MPI.
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def wait_for_step(process, step):
+    """Reads the log until a step; gives what was read."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if f"step {step}: train" in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def logged(caplog, name):
+    """Values of a number by step."""
+    found = re.findall(rf"step (\d+): .*?{re.escape(name)} (\S+?)(?:,|$)", caplog.text, re.MULTILINE)
+    return {int(step): float(value) for step, value in found}
+
+
+def weights(output_dir):
+    return load_file(f"{output_dir}/diffusion_pytorch_model.safetensors")
+
+
+def assert_equal_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# The whole
+
+
+def test_run_with_everything_on_stays_finite_and_leaves_a_model_that_loads(options, lpips_weights, caplog):
+    caplog.set_level(logging.INFO)
+    options |= EVERYTHING | {"lpips_weights": lpips_weights, "gradient_accumulation_steps": 1}
+    options |= {"max_train_steps": 200, "logging_steps": 20, "kmeans_steps": [10], "revival_steps": 25}
+    options |= {"adversarial_start": 50, "entropy_start": 20, "lpips_start": 30, "l1_start": 40}
+    options |= {"validation_data_dir": options["train_data_dir"], "validation_steps": 100}
+    run(**options, report_to="tensorboard", gradient_checkpointing=True)
+    for name in ("loss", "l2", "l1", "lpips", "vq", "commitment", "entropy", "spread", "adversarial", "lecam"):
+        values = logged(caplog, f"train/{name}")
+        assert 200 in values, name
+        assert all(map(math.isfinite, values.values())), name
+    assert 40 not in logged(caplog, "train/adversarial")
+    assert all(norm > 0 for norm in logged(caplog, "train/discriminator_grad_norm").values())
+    assert not any(logged(caplog, "train/skipped").values())
+    validation = logged(caplog, "validation/psnr@1")
+    assert validation[200] > validation[100] > 5
+    for name in ("usage@1", "perplexity@1", "encoder_grad_norm", "images_per_second", "mean_cosine", "lr", "revived"):
+        assert 200 in logged(caplog, f"train/{name}"), name
+    output_dir = options["output_dir"]
+    model = SVQVAE.from_pretrained(output_dir)
+    assert model.config["sample_size"] == 48
     assert model(torch.rand(1, 3, 40, 40)).sample.isfinite().all()
-
-    (tmp_path / "broken").mkdir()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
-    resumed = launch(image_folder, tmp_path / "broken", "--resume_from_checkpoint=latest", *options)
-    assert "Resumed from" in resumed.stderr
-    weights, expected = (
-        load_file(tmp_path / run / "diffusion_pytorch_model.safetensors") for run in ("broken", "whole")
-    )
-    assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
     untrained = make_tiny().state_dict()
-    kept = {key for key, tensor in expected.items() if torch.equal(tensor, untrained[key])}
-    assert all(key.endswith(".k.bias") for key in kept), "softmax hides a shift of all keys, and nothing else"
+    kept = {name for name, tensor in weights(output_dir).items() if torch.equal(tensor, untrained[name])}
+    assert all(name.endswith(".k.bias") for name in kept), "softmax hides a shift of all keys, and nothing else"
+    files = {path.name for path in (ROOT / output_dir).iterdir()}
+    assert {"README.md", "config.json", "train_config.yaml", "checkpoint-200", "samples"} <= files
+    assert len(list((ROOT / output_dir / "samples").iterdir())) == 2
+    with open(f"{output_dir}/train_config.yaml") as file:
+        assert TrainConfig(**yaml.safe_load(file)).max_train_steps == 200
 
 
-def test_two_processes_train_one_model(image_folder, tmp_path):
-    run = launch(image_folder, tmp_path / "out", "--max_train_steps=4", "--kmeans_steps=2", processes=2)
-    assert "[RANK 0] step 4" in run.stderr
-    assert SVQVAE.from_pretrained(tmp_path / "out").config["sample_size"] == 32
+# Breaks
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "processes"), [("folder", 1), ("stream", 1), ("folder", 2)], ids=["folder", "stream", "two-processes"]
+)
+def test_killed_and_resumed_run_equals_an_unbroken_one(options, lpips_weights, shards, tmp_path, kind, processes):
+    options |= EVERYTHING | {"lpips_weights": lpips_weights, "max_train_steps": 10, "checkpointing_steps": 2}
+    if kind == "stream":
+        options |= {"train_data_dir": None, "dataset_name": "webdataset", "data_files": [shards], "streaming": True}
+        options |= {"image_column": "png", "shuffle_buffer": 2}
+    whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
+    killed = start(broken, processes)
+    wait_for_step(killed, random.randint(3, 9))
+    for each in (*psutil.Process(killed.pid).children(recursive=True), killed):  # workers have sessions of their own
+        each.kill()
+    killed.communicate()
+    assert not os.path.exists(f"{broken['output_dir']}/config.json")
+    for config in (whole, broken | {"resume_from_checkpoint": "latest"}):
+        if processes == 1:
+            run(**config)
+        else:
+            finished = start(config, processes)
+            log = finished.communicate()[1]
+            assert finished.returncode == 0, log
+    assert_equal_weights(whole["output_dir"], broken["output_dir"])
+
+
+def test_signal_saves_first_and_nothing_is_lost(options, tmp_path):
+    options |= {"resolution": 32, "train_batch_size": 2, "dataloader_num_workers": 1, "logging_steps": 1}
+    options |= {"max_train_steps": 40, "checkpointing_steps": 1000, "lr_warmup_steps": 2}
+    stopped = start(options)
+    log = "".join(wait_for_step(stopped, 3))
+    os.killpg(stopped.pid, signal.SIGTERM)  # the loader's process gets it, too
+    log += stopped.communicate()[1]
+    assert stopped.returncode == 128 + signal.SIGTERM, log
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    done = int(checkpoint.name.split("-")[1])
+    assert f"Stopped by a signal at step {done}" in log
+    assert f"step {done}: train" in log
+    assert f"step {done + 1}: train" not in log
+    run(**(options | {"resume_from_checkpoint": "latest"}))
+    run(**(options | {"output_dir": str(tmp_path / "whole")}))
+    assert_equal_weights(tmp_path / "out", tmp_path / "whole")
+
+
+def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(options, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    options |= {"resolution": 32, "train_batch_size": 2, "dataloader_num_workers": 0, "logging_steps": 1}
+    options |= {"max_train_steps": 6, "max_skipped_steps": 1, "lr_warmup_steps": 0}
+    call, seen = Objective.__call__, []
+
+    def poisoned(self, pairs, output, step):
+        loss, parts = call(self, pairs, output, step)
+        seen.append(self.last_weight.detach().clone())
+        return loss * (float("nan") if step in poison else 1.0), parts
+
+    monkeypatch.setattr(Objective, "__call__", poisoned)
+    poison = (1, 3)
+    run(**options)
+    skipped = logged(caplog, "train/skipped")
+    assert {step for step, share in skipped.items() if share} == {2, 4}
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[2], seen[3])
+    poison = (3, 4)
+    with pytest.raises(ValueError, match="not for 2 steps in a row. Lower `--learning_rate`"):
+        run(**(options | {"output_dir": options["output_dir"] + "2"}))
+
+
+# Two processes
+
+
+def spawn(worker, *args):
+    """Runs `worker(rank, *args)` in two processes that know each other."""
+    port = free_port()
+    torch.multiprocessing.spawn(partial(_rank, worker, port), args=args, nprocs=2)
+
+
+def _rank(worker, port, rank, *args):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    worker(rank, *args)
+
+
+def gradients(sample):
+    """Gradients of all parts of the objective, and of the discriminator, for the part of `sample` of this process."""
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    options = EVERYTHING | {"adversarial_start": 0}
+    config = TrainConfig(output_dir="out", train_data_dir="x", model_config_name_or_path="y", **options)
+    vqvae = make_tiny(entropy_loss_ratio=1.0).train()
+    judge = PatchDiscriminator()
+    model, discriminator = accelerator.prepare(MultiScaleForward(vqvae), judge)
+    objective = Objective(config, vqvae, LPIPS("squeeze"), judge, partial(accelerator.reduce, reduction="mean"))
+    sample = sample.tensor_split(accelerator.num_processes)[accelerator.process_index]
+    output = model(sample, [0.5, 1.0], True)
+    pairs = objective.pairs(sample, output)
+    judge.requires_grad_(False)
+    objective(pairs, output, step=0)[0].backward()
+    judge.requires_grad_(True)
+    objective.discriminator_loss(pairs, discriminator)[0].backward()
+    parameters = itertools.chain(vqvae.named_parameters(), judge.named_parameters())
+    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+
+
+def save_gradients(rank, sample, folder):
+    torch.save(gradients(sample), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(tmp_path):
+    torch.manual_seed(3)
+    sample = torch.rand(4, 3, 48, 48)
+    spawn(save_gradients, sample, tmp_path)
+    expected = gradients(sample)
+    assert any(name.startswith("layers") for name in expected)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+def save_codebook(rank, config, folder):
+    trainer = Trainer(config)
+    trainer.run()
+    torch.save(trainer.vqvae.state_dict(), f"{folder}/{rank}.pt")
+
+
+def test_codebook_is_equal_on_both_processes(options, tmp_path):
+    config = TrainConfig(
+        **options,
+        **{"resolution": 32, "train_batch_size": 2, "max_train_steps": 100, "kmeans_steps": [5], "revival_steps": 5},
+        **{"kmeans_batches": 2, "dataloader_num_workers": 0, "logging_steps": 5, "learning_rate": 1e-3},
+    )
+    spawn(save_codebook, config, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Data, decoder, mistakes
+
+
+def test_unreadable_files_are_left_out_and_named(options, photo, tmp_path, caplog):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(57):
+        photo.crop((index, index, index + 40, index + 40)).save(folder / f"{index:02}.jpg")
+    whole = (folder / "00.jpg").read_bytes()
+    broken = {"truncated.jpg": whole[: len(whole) // 2], "empty.jpg": b"", "text.jpg": b"no image"}
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+    options |= {"train_data_dir": str(folder), "resolution": 32, "train_batch_size": 10, "dataloader_num_workers": 1}
+    options |= {"lr_warmup_steps": 0}
+    run(**options, max_train_steps=30)
+    named = {name for name in broken if f"cannot be read as an image: {folder / name}" in caplog.text}
+    assert named == set(broken)
+    assert caplog.text.count("cannot be read as an image") == len(broken)
+    options |= {"output_dir": options["output_dir"] + "2", "max_unreadable_share": 0.01}
+    with pytest.raises(ValueError, match=r"At most 1.0% of the images may be unreadable, but [4-9]\.\d% of the"):
+        run(**options, max_train_steps=30)
+
+
+def test_decoder_training_keeps_all_ids(options, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    before = make_tiny(dropout_p=0.1)
+    before.save_pretrained(tmp_path / "pretrained")
+    options |= {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(tmp_path / "pretrained")}
+    options |= {"resolution": 32, "train_batch_size": 2, "max_train_steps": 5, "dataloader_num_workers": 0}
+    run(**options, train="decoder", validation_data_dir=options["train_data_dir"], lr_warmup_steps=0)
+    assert "All ids of the validation images are as before" in caplog.text
+    after = SVQVAE.from_pretrained(options["output_dir"])
+    changed = {
+        name.split(".")[0]
+        for name, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    assert changed == {"decoder", "post_quant_conv"}
+    sample = torch.rand(3, 3, 52, 40)
+    assert torch.equal(after.encode_tokens(sample), before.encode_tokens(sample))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
     [
-        (["--crop_sizes=24"], "`--crop_sizes` must divide `--resolution` = 32, but 24 does not"),
-        (["--max_train_steps=0"], "`--max_train_steps` must be at least 1, but is 0"),
-        (["--kmeans_steps=7", "--kmeans_batches=2"], "16384, but `--kmeans_batches` = 2 give 256 in each process"),
-        (["--resume_from_checkpoint=nowhere"], "or 'latest', but is 'nowhere'"),
+        ({"crop_sizes": [24]}, "`--crop_sizes` must divide `--resolution` = 256, but 24 does not"),
+        ({"resume_from_checkpoint": "nowhere"}, "or 'latest', but is 'nowhere'"),
+        ({"train_data_dir": "/nowhere"}, "must be a folder of images"),
+        ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),
     ],
 )
-def test_mistakes_are_one_line(image_folder, tmp_path, options, message):
-    run = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "training" / "train.py"), f"--train_data_dir={image_folder}"),
-            *(
-                f"--output_dir={tmp_path / 'out'}",
-                f"--model_config_name_or_path={ROOT / 'training' / 'runs' / 'default_config.json'}",
-            ),
-            *("--resolution=32", *options),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert message in run.stderr.splitlines()[-1]
-    assert "Traceback" not in run.stderr
-
-
-def test_sources_and_columns_are_checked(image_folder):
-    with pytest.raises(ValueError, match="Exactly one of `--dataset_name` and `--train_data_dir`"):
-        load_images(None, None, None, "image")
-    with pytest.raises(ValueError, match=r"must be one of \['image'\], but is 'picture'"):
-        load_images(None, None, str(image_folder), "picture")
-    with pytest.raises(ValueError, match="Exactly one of `--model_config_name_or_path`"):
-        TrainConfig(output_dir="out")
-
-
-def test_broken_image_is_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    dataset = CropDataset(load_images(None, None, str(tmp_path), "image"), pixel_range=(0, 1))
-    with pytest.raises(ValueError, match="row 0 of the image set cannot be read as an image"):
-        dataset[Crop(0, 16, seed=0)]
-
-
-def test_latest_checkpoint_is_the_newest_whole_one(tmp_path):
-    config = TrainConfig(str(tmp_path), model_config_name_or_path="x", resume_from_checkpoint="latest")
-    assert find_checkpoint(config) is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial"):
-        (tmp_path / name).mkdir()
-    assert find_checkpoint(config).name == "checkpoint-10"
-    config.resume_from_checkpoint = "checkpoint-9"
-    assert find_checkpoint(config) == tmp_path / "checkpoint-9"
-
-
-# Data
-
-
-def sampler(**options):
-    return CropSampler(**({"num_rows": 10, "sides": [64, 32, 16], "batch_size": 2, "num_batches": 30} | options))
-
-
-def test_sampler_resumes_anywhere():
-    batches = list(sampler())
-    assert list(sampler(first_batch=13)) == batches[13:]
-    assert len(sampler(first_batch=13)) == 17
-    assert list(sampler(seed=1)) != batches
-
-
-def test_batches_have_one_side_and_equal_pixels():
-    for batch in sampler():
-        (side,) = {crop.side for crop in batch}
-        assert len(batch) * side**2 == 2 * 64**2
-
-
-def test_processes_share_the_batch_and_never_a_row_of_a_pass():
-    joined = list(sampler(sides=[64], batch_size=1, num_rows=12, num_batches=6, num_processes=2))
-    first, second = (
-        [
-            crop
-            for batch in sampler(
-                sides=[64], batch_size=1, num_rows=12, num_batches=6, num_processes=2, process_index=i
-            )
-            for crop in batch
-        ]
-        for i in range(2)
-    )
-    assert sorted(crop.row for crop in first + second) == list(range(12))
-    assert len({crop.seed for crop in first + second}) == 12
-    assert joined[0][0] == first[0]
-
-
-def test_every_row_is_seen_as_often():
-    rows = [crop.row for batch in sampler(sides=[64], num_batches=25) for crop in batch]
-    assert np.bincount(rows).tolist() == [5] * 10
-
-
-def test_crops_are_reproducible_of_every_kind_and_in_range(image_folder):
-    images = load_images(None, None, str(image_folder), "image")
-    assert len(images) == 4
-    dataset = CropDataset(images, pixel_range=(-1, 1))
-    for row in range(4):
-        crop = dataset[Crop(row, 32, seed=5)]
-        assert crop.shape == (3, 32, 32)
-        assert -1 <= crop.min() < 0 < crop.max() <= 1
-        assert torch.equal(crop, dataset[Crop(row, 32, seed=5)])
-        assert any(not torch.equal(crop, dataset[Crop(row, 32, seed=seed)]) for seed in range(3))
-
-
-def test_crop_is_cut_from_the_image(tmp_path):
-    ramp = np.arange(48 * 60).reshape(48, 60)
-    Image.fromarray(np.stack([ramp // 256, ramp % 256, 0 * ramp], -1).astype(np.uint8)).save(tmp_path / "ramp.png")
-    dataset = CropDataset(load_images(None, None, str(tmp_path), "image"), pixel_range=(0, 1))
-    flipped = []
-    for seed in range(8):
-        red, green, _ = (dataset[Crop(0, 16, seed)] * 255).round().long()
-        places = red * 256 + green
-        steps = {tuple(np.unique(np.diff(places.numpy(), axis=axis))) for axis in (0, 1)}
-        assert steps in ({(60,), (1,)}, {(60,), (-1,)})
-        flipped.append((-1,) in steps)
-    assert len(set(flipped)) == 2
-
-
-# Losses
-
-
-@pytest.mark.parametrize("quantize", [False, True])
-def test_loss_is_the_mean_over_the_pixels_of_all_scales(quantize):
-    model = make_tiny(pixel_range=(-1, 1)).train()
-    sample = torch.rand(2, 3, 32, 32) * 2 - 1
-    loss, logs = Objective(model, vq_loss_weight=0.5)(sample, [0.25, 1.0], quantize)
-    expected = []
-    latents = model.encode(sample).latents
-    for side in (2, 8):
-        scaled = F.adaptive_avg_pool2d(latents, side)
-        quantized, losses, _ = model.quantize(scaled)
-        decoded = model.decode(quantized if quantize else F.normalize(scaled, dim=1), force_not_quantize=True).sample
-        mse = (decoded - F.adaptive_avg_pool2d(sample, side * 4)).square().mean() / 4
-        expected.append((mse + 0.5 * (losses.vq + losses.commit) * quantize) * side**2 / (2**2 + 8**2))
-    torch.testing.assert_close(loss, torch.stack(expected).sum())
-    assert logs["psnr"].item() == pytest.approx(-10 * mse.log10().item(), rel=1e-4)
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        reached = parameter.grad is not None and parameter.grad.isfinite().all()
-        assert reached == (quantize or name != "quantize.embedding.weight"), name
-
-
-def test_scales_of_a_step_hold_the_full_one_last_and_differ():
-    seen = [step_scales(8, num_scales=4, seed=0, step=step) for step in range(50)]
-    for scales in seen:
-        assert scales[-1] == 1
-        assert scales == sorted(set(scales))
-        assert all(scale * 8 == round(scale * 8) for scale in scales)
-    assert {round(scale * 8) for scales in seen for scale in scales} == set(range(1, 9))
-    assert step_scales(8, 4, seed=0, step=7) == seen[7]
-    assert step_scales(2, num_scales=9, seed=0, step=0) == [0.5, 1.0]
-
-
-def test_weight_decay_leaves_norms_biases_and_codes_alone():
-    model = make_tiny()
-    decayed, others = parameter_groups(model, 0.1)
-    assert {parameter.ndim for parameter in decayed["params"]} == {4}
-    assert any(parameter is model.quantize.embedding.weight for parameter in others["params"])
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
-
-
-# Codebook
-
-
-@pytest.mark.parametrize("l2_norm", [True, False])
-def test_kmeans_finds_planted_centres(l2_norm):
-    torch.manual_seed(0)
-    centres = torch.randn(16, 8)
-    centres = F.normalize(centres, dim=-1) if l2_norm else centres * 3
-    latents = centres.repeat(200, 1) + 0.01 * torch.randn(3200, 8)
-    quantizer = VectorQuantizer(64, 8, 0.25, 0.0, l2_norm)
-    initialise_codebook(quantizer, latents, seed=0)
-    codes = quantizer.embedding.weight.detach()
-    assert torch.cdist(centres, codes).min(1).values.max() < 0.05
-    assert quantizer.embedding(F.normalize(latents, dim=-1) if l2_norm else latents).unique().numel() > 48
-    again = VectorQuantizer(64, 8, 0.25, 0.0, l2_norm)
-    initialise_codebook(again, latents, seed=0)
-    assert torch.equal(again.embedding.weight, codes)
-
-
-def test_kmeans_needs_as_many_latents_as_codes():
-    with pytest.raises(ValueError, match="as many latents as codes, 64, but has 63"):
-        initialise_codebook(VectorQuantizer(64, 8, 0.25, 0.0, True), torch.randn(63, 8), seed=0)
+def test_mistakes_are_one_line(options, changes, message, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(options | changes))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
+    with cpu(), pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ")
+    assert message in line

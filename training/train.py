@@ -1,210 +1,462 @@
-"""Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT`."""
+"""Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
+import dataclasses
 import logging
-import math
 import os
-import shutil
+import signal
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
-from codebook import initialise_codebook
-from data import CropDataset, CropSampler, crop_loader, load_images
-from diffusers.optimization import get_scheduler
-from losses import Objective
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, set_seed
+from checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, save_checkpoint
+from codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
+from config import TrainConfig, read_config
+from data import CropBatch, CropLoader, CropPolicy, centre_crops, load_images
+from diffusers.training_utils import EMAModel
+from discriminator import PatchDiscriminator
+from huggingface_hub import HfApi
+from losses import MultiScaleForward, Objective, Pair, step_scales
+from model import gradient_norm, load_model, make_optimizer, training_mode, whiten_latents
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from tqdm.contrib.logging import logging_redirect_tqdm
+from tracking import Means, ScaleStatistics, Throughput, image_grid, log_image
 
-from svqvae_hf import SVQVAE
-from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock
+from svqvae_hf import SVQVAE, __version__
+from svqvae_hf.metrics import count_codes
+from svqvae_hf.model_cards import model_card
+from svqvae_hf.perceptual import load_lpips
 
-POSITIVE = (
-    *("resolution", "num_scales", "train_batch_size", "gradient_accumulation_steps", "max_train_steps"),
-    *("kmeans_batches", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"),
-)
-RESIDUAL_GAIN = 0.1  # of the last layer of each residual branch at the start
+JUDGED_IMAGES = 200  # read before the share of unreadable ones is judged
+SHOWN_IMAGES = 4
+WHITENING_BATCHES = 16
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+PUBLISHED = ("README.md", "config.json", "*.safetensors", "train_config.yaml", "samples/*")
 
 logger = get_logger(__name__, log_level="INFO")
 
 
-def option(default: Any, text: str) -> Any:
-    """A command-line option: its default and its help."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+class Interruption:
+    """Turns SIGTERM and Ctrl-C into a request that all processes see at the end of a step.
 
-
-@dataclass
-class TrainConfig:
-    """Options, named as in diffusers' example scripts."""
-
-    output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, the trained model."})
-    model_config_name_or_path: str | None = option(None, "Config of a new model: a config.json, its folder or Hub id.")
-    pretrained_model_name_or_path: str | None = option(None, "Model to start from instead: folder or Hub id.")
-    dataset_name: str | None = option(None, "Image set on the Hub, or a local data set folder.")
-    dataset_config_name: str | None = option(None, "Configuration of the image set.")
-    train_data_dir: str | None = option(None, "Folder of images, instead of --dataset_name.")
-    image_column: str = option("image", "Column of the image set that holds the images.")
-    resolution: int = option(256, "Side of the largest crops, in pixels; stored as sample_size.")
-    crop_sizes: list[int] = option([], "Smaller crop sides that take turns with --resolution, at equal pixels a step.")
-    num_scales: int = option(3, "Scales of a step: the full one and random smaller ones.")
-    train_batch_size: int = option(8, "Crops of side --resolution in a step of one process.")
-    gradient_accumulation_steps: int = option(1, "Batches added up before the weights are updated.")
-    max_train_steps: int = option(100_000, "Updates of the weights.")
-    learning_rate: float = option(1e-4, "Peak learning rate.")
-    lr_scheduler: str = option("cosine", "Learning rate schedule, one of diffusers'.")
-    lr_warmup_steps: int = option(500, "Steps over which the learning rate rises from 0.")
-    adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.")
-    adam_beta2: float = option(0.95, "Decay of AdamW's mean of squared gradients.")
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay, on convolution weights alone.")
-    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
-    vq_loss_weight: float = option(1.0, "Weight of the vq and commitment losses beside the mean squared error.")
-    kmeans_steps: list[int] = option(
-        [], "Steps at which k-means of latents sets the codebook anew; before the first, nothing is quantised."
-    )
-    kmeans_batches: int = option(64, "Batches of each process whose latents k-means sees.")
-    mixed_precision: str | None = option(None, "no, bf16 or fp16; accelerate's setting if not given.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    dataloader_num_workers: int = option(2, "Processes that cut crops.")
-    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Newest checkpoints to keep; all if not given.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' in --output_dir if any.")
-    logging_steps: int = option(50, "Steps between log lines.")
-    report_to: str | None = option(None, "Tracker, such as tensorboard.")
-    seed: int = option(0, "Seed of weights, crops, scales and k-means.")
-
-    def __post_init__(self) -> None:
-        """Checks what can be checked without data or model."""
-        if (self.model_config_name_or_path is None) == (self.pretrained_model_name_or_path is None):
-            raise ValueError(
-                "Exactly one of `--model_config_name_or_path` and `--pretrained_model_name_or_path` must be given."
-            )
-        for name in POSITIVE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`--{name}` must be at least 1, but is {getattr(self, name)}.")
-        for step in self.kmeans_steps:
-            if not 0 < step < self.max_train_steps:
-                raise ValueError(
-                    f"`--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, but one "
-                    f"is {step}."
-                )
-        for side in self.crop_sizes:
-            if side < 1 or self.resolution % side:
-                raise ValueError(
-                    f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but {side} does not."
-                )
-
-
-def load_model(config: TrainConfig) -> SVQVAE:
-    """A new or a pretrained model, with the crop side as its sample size.
-
-    A new one starts with its residual branches turned down, which speeds up its first steps.
+    A second signal ends the process at once.
     """
-    if config.pretrained_model_name_or_path is not None:
-        vqvae = SVQVAE.from_pretrained(config.pretrained_model_name_or_path)
-    else:
-        vqvae = SVQVAE.from_config(SVQVAE.load_config(config.model_config_name_or_path))
-        for block in vqvae.modules():
-            if isinstance(block, ResnetBlock | AttnBlock):
-                last = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
-                last.weight.data.mul_(RESIDUAL_GAIN)
-    vqvae.register_to_config(sample_size=config.resolution)
-    for side in (config.resolution, *config.crop_sizes):
-        if side % vqvae.f:
-            raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
-    num_latents = config.kmeans_batches * config.train_batch_size * (config.resolution // vqvae.f) ** 2
-    if config.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
-        raise ValueError(
-            f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
-            f"`--kmeans_batches` = {config.kmeans_batches} give {num_latents} in each process. Raise it."
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.exit_code = 128 + signal.SIGTERM
+
+    def __enter__(self) -> "Interruption":
+        self.handlers = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.__exit__()
+        self.exit_code = 128 + number
+        self.accelerator.set_trigger()
+
+
+class Trainer:
+    """A run: what it holds, and its steps.
+
+    Args:
+        config ([`TrainConfig`]): Options.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.accelerator = accelerator = make_accelerator(config)
+        self.output_dir = Path(config.output_dir)
+        self.checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        set_seed(config.seed)
+        self.vqvae = load_model(config).to(accelerator.device)
+        self.quantize_from = min(config.kmeans_steps, default=0)
+
+        self.images = load_images(
+            config.dataset_name,
+            config.dataset_config_name,
+            config.data_files,
+            config.train_data_dir,
+            config.image_column,
+            config.split,
+            config.streaming,
         )
-    if config.gradient_checkpointing:
-        vqvae.enable_gradient_checkpointing()
-    return vqvae.train()
+        self.loader = self._loader(
+            [config.resolution, *config.crop_sizes],
+            config.max_train_steps * config.gradient_accumulation_steps,
+            config.seed,
+        )
+        if config.model_config_name_or_path is not None and self.checkpoint is None:
+            whiten_latents(self.vqvae, self._samples(WHITENING_BATCHES))
 
+        optimizer, self.lr_scheduler = make_optimizer(config, self.vqvae, config.learning_rate, config.max_train_steps)
+        self.model, self.optimizer = accelerator.prepare(MultiScaleForward(self.vqvae), optimizer)
+        lpips = judge = None
+        if config.lpips_weight:
+            lpips = load_lpips(config.lpips_net, config.lpips_weights).to(accelerator.device)
+        if config.adversarial_weight:
+            judge = PatchDiscriminator()
+            optimizer, self.discriminator_lr_scheduler = make_optimizer(
+                config, judge, config.discriminator_learning_rate, config.max_train_steps - config.adversarial_start
+            )
+            self.discriminator, self.discriminator_optimizer = accelerator.prepare(judge, optimizer)
+            judge.requires_grad_(False)
+        self.trained = [self.model] if judge is None else [self.model, self.discriminator]
+        self.objective = Objective(config, self.vqvae, lpips, judge, partial(accelerator.reduce, reduction="mean"))
+        self.ema = EMAModel(self.vqvae.parameters(), decay=config.ema_decay) if config.use_ema else None
+        self.revival = CodeRevival(self.vqvae.config["codebook_size"]).to(accelerator.device)
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for convolution weights; none for norms, biases and codes."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim == 4]
-    others = [parameter for parameter in model.parameters() if parameter.ndim != 4]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.validation_batches = self._validation_batches()
+        self.validation: dict[str, float] = {}
+        self.repo_id = self._repo_id()
+        self.skipped = self.num_read = self.num_unreadable = 0
+        self.unreadable: set[str] = set()
+        self.means, self.scales, self.throughput = Means(), ScaleStatistics(self.revival.counts.numel()), Throughput()
 
+    def run(self) -> None:
+        """Trains, and leaves the model with its card in the output folder.
 
-def step_scales(latent_side: int, num_scales: int, seed: int, step: int) -> list[float]:
-    """The scales of a step, the full one last; the smaller ones are random latent sides (FlexVAR, section 3.3)."""
-    rng = np.random.default_rng((seed, step))
-    count = min(num_scales - 1, latent_side - 1)
-    sides = rng.choice(np.arange(1, latent_side), size=count, replace=False)
-    return [*(int(side) / latent_side for side in sorted(sides)), 1.0]
+        Raises:
+            ValueError: If images or gradients are beyond what the options allow.
+            SystemExit: After a signal, once a checkpoint is saved.
+        """
+        config, accelerator = self.config, self.accelerator
+        first_step = self._resume()
+        ids = self._validation_ids() if config.train == "decoder" else []
+        steps = range(first_step, config.max_train_steps)
+        on_terminal = accelerator.is_local_main_process and sys.stderr.isatty()
+        bar = tqdm(steps, initial=first_step, total=config.max_train_steps, unit="step", disable=not on_terminal)
+        batches = iter(self.loader)
+        with logging_redirect_tqdm(), Interruption(accelerator) as interruption:
+            for step in bar:
+                if step in config.kmeans_steps:
+                    self._start_codebook()
+                self._train_step(step, batches)
+                done = step + 1
+                if done % config.logging_steps == 0:
+                    self._report(done)
+                if self.validation_batches and (done % config.validation_steps == 0 or done == config.max_train_steps):
+                    self._validate(done)
+                interrupted = accelerator.check_trigger()
+                if interrupted or done % config.checkpointing_steps == 0 or done == config.max_train_steps:
+                    self._save_checkpoint(done)
+                if interrupted:
+                    logger.info(f"Stopped by a signal at step {done}. Go on with `--resume_from_checkpoint latest`.")
+                    sys.exit(interruption.exit_code)
+        self._finish(ids)
 
+    # A step
 
-def start_codebook(config: TrainConfig, accelerator: Accelerator, vqvae: SVQVAE, dataset: CropDataset) -> None:
-    """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
-    sampler = CropSampler(
-        len(dataset.images),
-        [config.resolution],
-        config.train_batch_size,
-        num_batches=config.kmeans_batches,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        seed=config.seed + 1,
-    )
-    latents = []
-    for sample in crop_loader(dataset, sampler, config.dataloader_num_workers):
-        with torch.no_grad(), accelerator.autocast():
-            encoded = vqvae.encode(sample.to(accelerator.device)).latents
-        latents.append(encoded.float().permute(0, 2, 3, 1).flatten(0, 2))
-    initialise_codebook(vqvae.quantize, accelerator.gather(torch.cat(latents)), config.seed)
-    broadcast(vqvae.quantize.embedding.weight.data)  # sums of floats may differ in their last bits between processes
+    def _train_step(self, step: int, batches: Iterator[CropBatch]) -> None:
+        config, accelerator, objective = self.config, self.accelerator, self.objective
+        quantize = step >= self.quantize_from
+        self.vqvae.quantize.entropy_loss_ratio = float(objective.weight("entropy", step) > 0)
+        for _ in range(config.gradient_accumulation_steps):
+            batch = next(batches)
+            self._watch_unreadable(batch)
+            sample = batch.sample.to(accelerator.device, non_blocking=True)
+            scales = step_scales(config, sample.shape[-1] // self.vqvae.f, step)
+            with accelerator.accumulate(*self.trained):
+                output = self.model(sample, scales, quantize)
+                pairs = objective.pairs(sample, output)
+                with accelerator.autocast():
+                    loss, numbers = objective(pairs, output, step)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    numbers |= self._update_model()
+                if objective.weight("adversarial", step):
+                    numbers |= self._train_discriminator(pairs)
+            self.means.add(numbers | {"loss": loss})
+            self.scales.add(scales, pairs, output.ids)
+            self.throughput.add(sample)
+            if config.revival_steps and quantize:
+                counts = sum(count_codes(ids, self.vqvae.config["codebook_size"]) for ids in output.ids)
+                self.revival.observe(accelerator.reduce(counts, "sum"))
+        if config.revival_steps and quantize and (step + 1) % config.revival_steps == 0:
+            self._revive(output.latents, step)
 
+    def _update_model(self) -> dict[str, torch.Tensor]:
+        norms = {
+            f"{name}_grad_norm": gradient_norm(part.parameters())
+            for name, part in (("encoder", self.vqvae.encoder), ("decoder", self.vqvae.decoder))
+            if self.accelerator.distributed_type not in SHARDED and next(part.parameters()).requires_grad
+        }
+        norm = self._update(self.model, self.optimizer, self.lr_scheduler)
+        self.skipped = 0 if norm.isfinite() else self.skipped + 1
+        if self.skipped > self.config.max_skipped_steps:
+            raise ValueError(
+                f"Gradients must be finite, but were not for {self.skipped} steps in a row. Lower `--learning_rate` "
+                "and resume from an earlier checkpoint."
+            )
+        if self.ema is not None:
+            self.ema.step(self.vqvae.parameters())
+        return norms | {"grad_norm": norm, "skipped": (~norm.isfinite()).float()}
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any."""
-    if config.resume_from_checkpoint is None:
-        return None
-    if config.resume_from_checkpoint == "latest":
-        return max(Path(config.output_dir).glob("checkpoint-*[0-9]"), key=checkpoint_step, default=None)
-    for path in (Path(config.resume_from_checkpoint), Path(config.output_dir, config.resume_from_checkpoint)):
-        if path.is_dir():
-            return path
-    raise ValueError(
-        "`--resume_from_checkpoint` must be a checkpoint folder, the name of one in `--output_dir`, or 'latest', but "
-        "is "
-        f"{config.resume_from_checkpoint!r}."
-    )
+    def _update(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr_scheduler: LambdaLR
+    ) -> torch.Tensor:
+        """Clips the gradients and, if they are finite, updates the weights. Gives the norm before it."""
+        if self.accelerator.distributed_type in SHARDED:
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        else:
+            # Not by accelerate's function, which with fp16 takes the scale off the other network's gradients, too.
+            self.accelerator.unscale_gradients(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.max_grad_norm)
+        norm = torch.as_tensor(norm)
+        if norm.isfinite() or self.accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
+            optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        return norm
 
+    def _train_discriminator(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
+        self.discriminator.requires_grad_(True)
+        with self.accelerator.autocast():
+            loss, parts = self.objective.discriminator_loss(pairs, self.discriminator)
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            parts["discriminator_grad_norm"] = self._update(
+                self.discriminator, self.discriminator_optimizer, self.discriminator_lr_scheduler
+            )
+        self.discriminator.requires_grad_(False)  # in the model's step gradients only pass through it
+        return parts
 
-def checkpoint_step(path: Path) -> int:
-    """Steps that were done when a checkpoint was written."""
-    return int(path.name.rsplit("-", 1)[1])
+    def _watch_unreadable(self, batch: CropBatch) -> None:
+        """Names the images that could not be read, and stops the run if there are too many."""
+        self.num_read += batch.num_read
+        self.num_unreadable += len(batch.unreadable)
+        for name in batch.unreadable:
+            if name not in self.unreadable:
+                self.unreadable.add(name)
+                logger.warning(f"Left out, since it cannot be read as an image: {name}", main_process_only=False)
+        share = self.num_unreadable / self.num_read
+        if self.num_read >= JUDGED_IMAGES and share > self.config.max_unreadable_share:
+            raise ValueError(
+                f"At most {self.config.max_unreadable_share:.1%} of the images may be unreadable, but {share:.1%} of "
+                f"the {self.num_read:,} read so far are, {min(self.unreadable)} among them. Mend or remove them, or "
+                "raise `--max_unreadable_share`."
+            )
 
+    # Codebook
 
-def save_checkpoint(config: TrainConfig, accelerator: Accelerator, step: int) -> None:
-    """Writes `checkpoint-STEP` beside and renames it; removes the oldest ones over the limit."""
-    path = Path(config.output_dir, f"checkpoint-{step}")
-    partial = path.with_name(path.name + ".partial")
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        if config.checkpoints_total_limit is not None:
-            checkpoints = sorted(Path(config.output_dir).glob("checkpoint-*[0-9]"), key=checkpoint_step)
-            for old in checkpoints[: -config.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    def _start_codebook(self) -> None:
+        """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
+        config, accelerator = self.config, self.accelerator
+        latents = []
+        for sample in self._samples(config.kmeans_batches):
+            with torch.no_grad(), accelerator.autocast():
+                latents.append(self._flat(self.vqvae.encode(sample).latents))
+        initialise_codebook(self.vqvae.quantize, accelerator.gather(torch.cat(latents)), config.seed)
+        codes = self.vqvae.quantize.embedding.weight
+        broadcast(codes.data)  # sums of floats may differ in their last bits between processes
+        self._forget_codes(torch.arange(len(codes), device=codes.device))
+
+    def _revive(self, latents: torch.Tensor, step: int) -> None:
+        gathered = self.accelerator.gather(self._flat(latents.detach()))
+        replaced = self.revival.revive(self.vqvae.quantize, gathered, self.config.seed, step)
+        self._forget_codes(replaced)
+        self.means.add({"revived": torch.tensor(float(len(replaced)), device=self.accelerator.device)})
+
+    def _forget_codes(self, replaced: torch.Tensor) -> None:
+        """Clears what optimizer and average remember of codes that were replaced."""
+        codes = self.vqvae.quantize.embedding.weight
+        reset_code_state(self.optimizer, codes, replaced)
+        if self.ema is not None:
+            copy_codes_to_ema(self.ema, self.vqvae, codes, replaced)
+
+    @staticmethod
+    def _flat(latents: torch.Tensor) -> torch.Tensor:
+        return latents.float().permute(0, 2, 3, 1).flatten(0, 2)
+
+    # Data
+
+    def _loader(self, sides: list[int], num_batches: int, seed: int) -> CropLoader:
+        config, accelerator = self.config, self.accelerator
+        policy = CropPolicy(
+            sides=sides,
+            batch_size=config.train_batch_size,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            resize_range=tuple(config.resize_range),
+        )
+        return CropLoader(
+            self.images,
+            policy,
+            self.vqvae.config["pixel_range"],
+            seed=seed,
+            num_workers=config.dataloader_num_workers,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            num_batches=num_batches,
+            shuffle_buffer=config.shuffle_buffer,
+        )
+
+    def _samples(self, num_batches: int) -> Iterator[torch.Tensor]:
+        """Batches of the largest crops, other ones than those that are trained on."""
+        for batch in self._loader([self.config.resolution], num_batches, self.config.seed + 1):
+            yield batch.sample.to(self.accelerator.device)
+
+    def _validation_batches(self) -> list[torch.Tensor]:
+        config = self.config
+        if config.validation_data_dir is None:
+            return []
+        images = load_images(None, None, [], config.validation_data_dir, "image", "train", streaming=False)
+        crops = centre_crops(images, config.num_validation_images, config.resolution, self.vqvae.config["pixel_range"])
+        return list(crops.split(config.train_batch_size))
+
+    # Validation, log and checkpoints
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, with the averaged weights if there are any."""
+        self.vqvae.eval()
+        if self.ema is not None:
+            self.ema.store(self.vqvae.parameters())
+            self.ema.copy_to(self.vqvae.parameters())
+        with torch.no_grad():
+            yield
+        if self.ema is not None:
+            self.ema.restore(self.vqvae.parameters())
+        training_mode(self.config, self.vqvae)
+
+    def _validation_ids(self) -> list[torch.Tensor]:
+        """Ids of the validation images, batch by batch, scale by scale."""
+        with self._evaluating():
+            batches = [batch.to(self.accelerator.device) for batch in self.validation_batches]
+            return [ids for batch in batches for ids in self.vqvae.encode_tokens(batch, self.config.validation_scales)]
+
+    def _validate(self, done: int) -> None:
+        """Every process passes over all validation images, so that any engine can; the main one reports."""
+        config = self.config
+        statistics = ScaleStatistics(self.vqvae.config["codebook_size"])
+        shown: list[Pair] = []
+        with self._evaluating():
+            for batch in self.validation_batches:
+                sample = batch.to(self.accelerator.device)
+                output = self.model(sample, config.validation_scales, done > self.quantize_from)
+                pairs = [pair.clamped() for pair in self.objective.pairs(sample, output)]
+                statistics.add(config.validation_scales, pairs, output.ids)
+                shown = shown or pairs
+        self.validation = statistics.summary(self.accelerator.reduce)
+        self._log(done, {f"validation/{name}": value for name, value in self.validation.items()})
+        if self.accelerator.is_main_process:
+            grid = image_grid([pair.first(SHOWN_IMAGES) for pair in shown])
+            log_image(self.accelerator, grid, self.output_dir / "samples", done)
+
+    def _report(self, done: int) -> None:
+        reduce = self.accelerator.reduce
+        numbers = self.means.summary(reduce) | self.scales.summary(reduce)
+        if self.config.spread_weight:
+            numbers["mean_cosine"] = self.objective.spread.mean_cosine.item()
+        numbers["lr"] = self.lr_scheduler.get_last_lr()[0]
+        numbers |= self.throughput.summary(self.accelerator.num_processes)
+        self._log(done, {f"train/{name}": value for name, value in numbers.items()})
+
+    def _log(self, done: int, numbers: dict[str, float]) -> None:
+        self.accelerator.log(numbers, step=done)
+        logger.info(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside what accelerate saves."""
+        holders = {"lr_scheduler": self.lr_scheduler, "ema": self.ema, "revival": self.revival}
+        holders |= {"spread": self.objective.spread, "lecam": self.objective.lecam}
+        if self.config.adversarial_weight:
+            holders["discriminator_lr_scheduler"] = self.discriminator_lr_scheduler
+        return {name: holder for name, holder in holders.items() if holder is not None}
+
+    def _save_checkpoint(self, done: int) -> None:
+        save_checkpoint(
+            self.accelerator,
+            self.output_dir,
+            done,
+            {name: holder.state_dict() for name, holder in self._state().items()},
+            {"loader": self.loader.state_dict(), "skipped": self.skipped},
+            self.config.checkpoints_total_limit,
+        )
+
+    def _resume(self) -> int:
+        """Goes on from the checkpoint, if there is one. Gives the first step to do."""
+        if self.checkpoint is None:
+            return 0
+        run_state, rank_state = load_checkpoint(self.accelerator, self.checkpoint)
+        for name, holder in self._state().items():
+            holder.load_state_dict(run_state[name])
+        self.loader.load_state_dict(rank_state["loader"])
+        self.skipped = rank_state["skipped"]
+        logger.info(f"Resumed from {self.checkpoint}")
+        return checkpoint_step(self.checkpoint)
+
+    # The end
+
+    def _repo_id(self) -> str | None:
+        """The repository on the Hub for the model, made before the run, so that an error comes before it."""
+        if not self.config.push_to_hub or not self.accelerator.is_main_process:
+            return None
+        return HfApi().create_repo(self.config.hub_model_id or self.output_dir.name, exist_ok=True).repo_id
+
+    def _finish(self, ids_before: list[torch.Tensor]) -> None:
+        config, accelerator = self.config, self.accelerator
+        if self.ema is not None:
+            self.ema.copy_to(self.vqvae.parameters())
+        if config.train == "decoder":
+            same = map(torch.equal, ids_before, self._validation_ids())
+            if not all(same):
+                raise RuntimeError("Training the decoder must keep all ids, but ids of validation images changed.")
+            logger.info("All ids of the validation images are as before.")
+        state_dict = accelerator.get_state_dict(self.model)
+        if accelerator.is_main_process:
+            vqvae = SVQVAE.from_config(self.vqvae.config)
+            vqvae.load_state_dict({name.removeprefix("vqvae."): weight for name, weight in state_dict.items()})
+            vqvae.save_pretrained(self.output_dir)
+            card = model_card(
+                vqvae.config,
+                repo_id=self.repo_id or str(self.output_dir),
+                base_model=config.pretrained_model_name_or_path,
+                datasets=[config.dataset_name] if config.dataset_name else [],
+                provenance=self._provenance(),
+            )
+            (self.output_dir / "README.md").write_text(card, encoding="utf-8")
+            if self.repo_id is not None:
+                HfApi().upload_folder(
+                    repo_id=self.repo_id,
+                    folder_path=self.output_dir,
+                    allow_patterns=list(PUBLISHED),
+                    commit_message="Upload SVQVAE",
+                )
+        accelerator.end_training()
+
+    def _provenance(self) -> dict[str, str]:
+        config = self.config
+        rows = {
+            "trained by": f"`training/train.py` of svqvae-hf {__version__}, options in `train_config.yaml`",
+            "steps": f"{config.max_train_steps:,} of {config.train_batch_size} x {config.resolution}² pixels",
+        }
+        if self.validation_batches:
+            count = sum(map(len, self.validation_batches))
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.validation.items())
+            rows["validation"] = f"{count} images, centre crops: {numbers}"
+        return rows
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerator, log and tracker."""
+    """Accelerator, log and trackers; the options of the run as `train_config.yaml` in its folder.
+
+    Raises:
+        ValueError: If the engine cannot do what the options ask for.
+    """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -216,107 +468,32 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         ],
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"The launcher started {started} processes, but accelerate would let each of them train for itself. On "
+            "CPUs set ACCELERATE_USE_CPU=true and start them with torchrun."
+        )
+    if accelerator.distributed_type in SHARDED:
+        for name in ("kmeans_steps", "revival_steps", "use_ema", "adversarial_weight"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"`--{name}` needs whole weights on each process, but {accelerator.distributed_type.value} shards "
+                    "them. Use DDP, or leave it out."
+                )
     if accelerator.is_main_process:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        output_dir = Path(config.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "train_config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     if config.report_to is not None:
         accelerator.init_trackers("svqvae")
     return accelerator
 
 
-def make_optimizer(config: TrainConfig, vqvae: SVQVAE) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW and its learning rate schedule, which counts updates whatever the number of processes."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(vqvae, config.adam_weight_decay),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-    )
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    return optimizer, lr_scheduler
-
-
-def report(accelerator: Accelerator, done: int, logs: dict[str, float]) -> None:
-    """Logs a step, and stops a run that has diverged."""
-    accelerator.log(logs, step=done)
-    logger.info(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in logs.items()))
-    if not math.isfinite(logs["loss"]):
-        raise ValueError(
-            f"The loss must stay finite, but is {logs['loss']} at step {done}. Lower `--learning_rate` and resume "
-            "from a checkpoint before it."
-        )
-
-
-def train(config: TrainConfig) -> None:
-    """Trains, and leaves the model in `output_dir`."""
-    accelerator = make_accelerator(config)
-    set_seed(config.seed)
-    vqvae = load_model(config)
-    optimizer, lr_scheduler = make_optimizer(config, vqvae)
-    objective, optimizer = accelerator.prepare(Objective(vqvae, config.vq_loss_weight), optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)
-
-    first_step = 0
-    checkpoint = find_checkpoint(config)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        first_step = checkpoint_step(checkpoint)
-        logger.info(f"Resumed from {checkpoint}")
-
-    dataset = CropDataset(
-        load_images(config.dataset_name, config.dataset_config_name, config.train_data_dir, config.image_column),
-        vqvae.config["pixel_range"],
-    )
-    sampler = CropSampler(
-        len(dataset.images),
-        [config.resolution, *config.crop_sizes],
-        config.train_batch_size,
-        num_batches=config.max_train_steps * config.gradient_accumulation_steps,
-        first_batch=first_step * config.gradient_accumulation_steps,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        seed=config.seed,
-    )
-    batches = iter(crop_loader(dataset, sampler, config.dataloader_num_workers))
-    logger.info(f"{len(dataset.images)} images, {vqvae.num_parameters():,} parameters")
-
-    on_terminal = accelerator.is_local_main_process and sys.stderr.isatty()
-    steps = range(first_step, config.max_train_steps)
-    for step in tqdm(steps, initial=first_step, total=config.max_train_steps, disable=not on_terminal):
-        if step in config.kmeans_steps:
-            start_codebook(config, accelerator, vqvae, dataset)
-        for _ in range(config.gradient_accumulation_steps):
-            sample = next(batches).to(accelerator.device)
-            scales = step_scales(sample.shape[-1] // vqvae.f, config.num_scales, config.seed, step)
-            with accelerator.accumulate(objective):
-                loss, logs = objective(sample, scales, quantize=step >= min(config.kmeans_steps, default=0))
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        lr_scheduler.step()
-        done = step + 1
-        if done % config.logging_steps == 0:
-            logs |= {"loss": loss, "lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm}
-            report(accelerator, done, {name: float(value) for name, value in logs.items()})
-            vqvae.quantize.reset_counts()
-        if done % config.checkpointing_steps == 0:
-            save_checkpoint(config, accelerator, done)
-
-    if accelerator.is_main_process:
-        vqvae.save_pretrained(config.output_dir)
-    accelerator.end_training()
-
-
 def main() -> None:
     """Reads the options and trains; a user's mistake is one line."""
     try:
-        (config,) = HfArgumentParser(TrainConfig).parse_args_into_dataclasses()
-        train(config)
+        Trainer(read_config(sys.argv[1:])).run()
     except (ValueError, OSError) as error:
         message = str(error).splitlines()[-1]  # a loader's process puts its traceback before it
         sys.stderr.write(f"train.py: error: {message}\n")

@@ -1,0 +1,104 @@
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from svqvae_hf import image_sets
+from svqvae_hf.image_sets import image_name, open_images, read_image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and none on the Hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def photos(photo):
+    return [photo.crop((20 * i, 0, 20 * i + 40, 30)) for i in range(3)]
+
+
+@pytest.fixture
+def parquet(photos, tmp_path):
+    """Folder of a set with two splits, its images in a column `photo`."""
+    encoded = []
+    for i, image in enumerate(photos):
+        file = io.BytesIO()
+        image.save(file, "png")
+        encoded.append({"bytes": file.getvalue(), "path": f"{i}.png"})
+    features = datasets.Features({"photo": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"photo": encoded, "label": [0, 1, 2]}, features=features)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, number in (("train", 3), ("test", 2)):
+        rows.select(range(number)).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def same(found, photos):
+    return all(
+        np.array_equal(np.array(read_image(each)), np.array(image)) for each, image in zip(found, photos, strict=True)
+    )
+
+
+def test_folder_and_files(photos, tmp_path):
+    for i, image in enumerate(photos):
+        image.save(tmp_path / f"{i}.png")
+    found = open_images([str(tmp_path)])
+    assert [image_name(each, i) for i, each in enumerate(found)] == ["0.png", "1.png", "2.png"]
+    assert same(found, photos)
+    assert open_images([str(tmp_path / "2.png"), str(tmp_path / "*.png")], max_images=2) == [found[2], found[0]]
+
+
+def test_a_set_is_streamed(parquet, photos, cache):
+    found = open_images([parquet], split="train", image_column="photo")
+    rows = list(found)
+    assert [image_name(row, i) for i, row in enumerate(rows)] == ["0.png", "1.png", "2.png"]
+    assert same(rows, photos)
+    assert len(list(open_images([parquet], split="test", image_column="photo"))) == 2
+    assert len(list(open_images([parquet], split="train", image_column="photo", max_images=1))) == 1
+    assert not list(cache.rglob("*.arrow"))
+
+
+def test_folders_of_folders_are_a_set(photos, tmp_path):
+    for i, image in enumerate(photos):
+        (tmp_path / "photos" / str(i)).mkdir(parents=True)
+        image.save(tmp_path / "photos" / str(i) / f"{i}.png")
+    (tmp_path / "photos" / "1" / "1.png").write_bytes(b"broken")
+    rows = list(open_images([str(tmp_path / "photos")]))
+    assert same([rows[0], rows[2]], photos[::2])
+    with pytest.raises(ValueError, match="must be an image"):
+        read_image(rows[1])
+
+
+def test_images_at_hand(photos):
+    assert same(photos, photos)
+    assert image_name(photos[0], 7) == "image 7"
+    assert image_name({"bytes": b"", "path": None}, 7) == "image 7"
+
+
+def test_what_a_set_does_not_have(parquet, tmp_path):
+    with pytest.raises(ValueError, match=r"has the splits train, test. Choose one by --split"):
+        open_images([parquet], image_column="photo")
+    with pytest.raises(ValueError, match="--image-column must be one of photo, label, but is `image`"):
+        open_images([parquet], split="train")
+    with pytest.raises(ValueError, match="there is no file, folder or match"):
+        open_images([str(tmp_path / "none" / "*.png")])
+    with pytest.raises(ValueError, match="`max_images` must be at least 1, but is 0"):
+        open_images([parquet], max_images=0)
+    with pytest.raises(OSError, match="org/none"):
+        open_images(["org/none"], split="train")
+
+
+def test_names_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert [image_sets.is_hub_set(name) for name in ("org/set", "set", "here", "*.png", "/a/b", "a/b/c")] == [
+        *(True, True, False, False, False, False)
+    ]
+    Image.new("RGB", (1, 1)).save(tmp_path / "set", "png")
+    assert not image_sets.is_hub_set("set")

@@ -1,0 +1,65 @@
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "training"))
+
+from checkpoints import RUN_STATE, find_checkpoint, load_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def test_latest_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    assert find_checkpoint(tmp_path, None) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial"):
+        (tmp_path / name).mkdir()
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
+    assert find_checkpoint(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
+    assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    with pytest.raises(ValueError, match="or 'latest', but is 'nowhere'"):
+        find_checkpoint(tmp_path, "nowhere")
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()
+    with pytest.raises(ValueError, match="has checkpoint-9. Go on from it with `--resume_from_checkpoint latest`"):
+        find_checkpoint(tmp_path, None)
+
+
+def test_oldest_are_removed_and_what_was_left_half_written_is_replaced(tmp_path, accelerator):
+    (tmp_path / "checkpoint-3.partial").mkdir()
+    (tmp_path / "checkpoint-3.partial" / "stale").touch()
+    for step in (1, 2, 10, 3):
+        save_checkpoint(accelerator, tmp_path, step, {"mean": torch.ones(2)}, {"place": step}, total_limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-3"]
+    assert not (tmp_path / "checkpoint-3" / "stale").exists()
+    run_state, rank_state = load_checkpoint(accelerator, tmp_path / "checkpoint-3")
+    assert run_state["mean"].tolist() == [1, 1]
+    assert rank_state == {"place": 3}
+
+
+def test_another_number_of_processes_is_refused(tmp_path, accelerator):
+    save_checkpoint(accelerator, tmp_path, 1, {}, {}, total_limit=None)
+    torch.save({"num_processes": 2}, tmp_path / "checkpoint-1" / RUN_STATE)
+    with pytest.raises(ValueError, match="as many processes as wrote it, 2, but there are 1"):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1")
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, accelerator, capsys):
+    save_checkpoint(accelerator, tmp_path, 1, {}, {}, total_limit=None)
+    torch.save({"num_processes": 1, "bad": Malicious()}, tmp_path / "checkpoint-1" / RUN_STATE)
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1")
+    assert "executed" not in capsys.readouterr().out

@@ -1,0 +1,91 @@
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "training"))
+
+from config import TrainConfig, read_config
+
+NEEDED = {"output_dir": "out", "model_config_name_or_path": "model.json", "train_data_dir": "photos"}
+
+
+def test_flags_and_file_give_the_same_and_flags_replace_the_file(tmp_path):
+    options = {
+        "crop_sizes": [64, 128],
+        "learning_rate": 1e-3,
+        "use_ema": True,
+        "random_flip": False,
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(NEEDED | options | {"checkpoints_total_limit": None}))
+    flags = [f"--{name}={value}" for name, value in NEEDED.items()]
+    flags += ["--crop_sizes", "64", "128", "--learning_rate=1e-3", "--use_ema", "--no_random_flip"]
+    assert read_config([str(file)]) == read_config(flags) == TrainConfig(**NEEDED, **options)
+    assert read_config([str(file), "--learning_rate", "1e-4"]).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "must have only options of train.py, but has lerning_rate"),
+        ("- output_dir", "must map options to values, but is list"),
+        ("a: [", "must be a YAML file, but is not"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config([str(file)])
+
+
+@pytest.mark.parametrize("flag", ["--lerning_rate=1", "--learning=1"])
+def test_unknown_flags_are_refused(flag):
+    with pytest.raises(ValueError, match=flag):
+        read_config([*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet"])
+def test_wrong_values_of_flags_are_refused(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_config([*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
+    assert stop.value.code == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_sizes": [24]}, "`--crop_sizes` must divide `--resolution` = 256, but 24 does not"),
+        ({"max_train_steps": 0}, "`--max_train_steps` must be more than 0, but is 0"),
+        ({"lpips_weight": -1.0}, "`--lpips_weight` must not be negative, but is -1.0"),
+        ({"max_unreadable_share": 2.0}, r"must lie in \[0, 1\], but is 2.0"),
+        ({"scales": [0.5]}, "`--scales` must contain 1"),
+        ({"validation_scales": [0.0]}, "`--validation_scales` must be more than 0"),
+        ({"token_budget": 0.5}, "at least 1, but is 0.5"),
+        ({"resize_range": [2.0, 1.0]}, "the smaller first"),
+        ({"l2_start": 5}, "One of `--l2_weight` and `--l1_weight`"),
+        ({"kmeans_steps": [100_000]}, "but one is 100000"),
+        ({"kmeans_steps": [5], "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
+        ({"revival_steps": 5, "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
+        ({"adversarial_weight": 1.0, "crop_sizes": [16]}, "at least 24 pixels, but one is 16"),
+        ({"train": "decoder"}, "needs `--pretrained_model_name_or_path`"),
+        ({"train_data_dir": None}, "Exactly one of `--dataset_name` and `--train_data_dir`"),
+        ({"pretrained_model_name_or_path": "x"}, "Exactly one of `--model_config_name_or_path`"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**(NEEDED | options))
+
+
+def test_decoder_training_needs_images_to_compare_ids_of():
+    with pytest.raises(ValueError, match="`--train decoder` needs `--validation_data_dir`"):
+        TrainConfig("out", pretrained_model_name_or_path="x", train_data_dir="y", train="decoder")
+
+
+def test_configs_of_the_repository_are_read():
+    for path in (ROOT / "training" / "configs").glob("train_*.yaml"):
+        assert read_config([str(path), "--output_dir=out", "--train_data_dir=photos"])

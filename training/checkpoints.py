@@ -1,0 +1,107 @@
+"""Checkpoints of a run, `checkpoint-N` in its folder: whole, or not there."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+RUN_STATE = "run_state.pt"
+
+
+def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Args:
+        output_dir (`str` or `Path`): Folder of the run.
+        wanted (`str`, *optional*): A checkpoint folder, the name of one in `output_dir`, or `latest`.
+
+    Raises:
+        ValueError: If it is not there, or if none is wanted though `output_dir` has some.
+    """
+    newest = max(_checkpoints(output_dir), key=checkpoint_step, default=None)
+    if wanted is None and newest is not None:
+        raise ValueError(
+            f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Go on from "
+            "it with `--resume_from_checkpoint latest`, or choose another folder."
+        )
+    if wanted in (None, "latest"):
+        return newest
+    for path in (Path(wanted), Path(output_dir, wanted)):
+        if path.is_dir():
+            return path
+    raise ValueError(
+        "`--resume_from_checkpoint` must be a checkpoint folder, the name of one in `--output_dir`, or 'latest', but "
+        f"is {wanted!r}."
+    )
+
+
+def checkpoint_step(path: Path) -> int:
+    """Steps that were done when a checkpoint was written."""
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    run_state: Mapping[str, Any],
+    rank_state: Mapping[str, Any],
+    total_limit: int | None,
+) -> None:
+    """Writes `checkpoint-STEP` beside, renames it, and removes the oldest over the limit. Called by all processes.
+
+    Args:
+        accelerator (`Accelerator`): Its models, optimizers and random states are saved.
+        output_dir (`str` or `Path`): Folder of the run, seen by all processes.
+        step (`int`): Steps done.
+        run_state (`Mapping`): What else the run needs, alike on all processes: tensors and plain values.
+        rank_state (`Mapping`): What each process needs for itself.
+        total_limit (`int`, *optional*): Newest checkpoints to keep; all if not given.
+    """
+    path = Path(output_dir, f"checkpoint-{step}")
+    partial = path.with_name(path.name + ".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    torch.save(dict(rank_state), partial / _rank_file(accelerator))
+    if accelerator.is_main_process:
+        torch.save({**run_state, "num_processes": accelerator.num_processes}, partial / RUN_STATE)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        if total_limit is not None:
+            for old in sorted(_checkpoints(output_dir), key=checkpoint_step)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads models, optimizers and random states, and gives the run's state and this process's own.
+
+    Raises:
+        ValueError: If another number of processes wrote it.
+    """
+    run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
+    if run_state["num_processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"`{path}` goes on with as many processes as wrote it, {run_state['num_processes']}, but there are "
+            f"{accelerator.num_processes}. Start as many, or start anew from the model with "
+            "`--pretrained_model_name_or_path`."
+        )
+    accelerator.load_state(str(path))
+    return run_state, torch.load(path / _rank_file(accelerator), map_location="cpu", weights_only=True)
+
+
+def _rank_file(accelerator: Accelerator) -> str:
+    return f"rank_state_{accelerator.process_index}.pt"
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    return list(Path(output_dir).glob("checkpoint-*[0-9]"))

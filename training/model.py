@@ -1,0 +1,133 @@
+"""The model that is trained: where it starts, which part of it learns, and its optimizer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from config import TrainConfig
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock
+
+RESIDUAL_GAIN = 0.1
+VARIANCE_EPS = 1e-6
+
+
+def load_model(config: TrainConfig) -> SVQVAE:
+    """A new or a pretrained model in training mode, with the crop side as its sample size, its frozen parts frozen.
+
+    Raises:
+        ValueError: If a crop side is no multiple of f, or k-means would have fewer latents than codes.
+    """
+    if config.pretrained_model_name_or_path is not None:
+        vqvae = SVQVAE.from_pretrained(config.pretrained_model_name_or_path, torch_dtype=torch.float32)
+    else:
+        vqvae = SVQVAE.from_config(SVQVAE.load_config(config.model_config_name_or_path))
+        initialise(vqvae)
+    for side in (config.resolution, *config.crop_sizes):
+        if side % vqvae.f:
+            raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
+    num_latents = config.kmeans_batches * config.train_batch_size * (config.resolution // vqvae.f) ** 2
+    if config.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
+        raise ValueError(
+            f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
+            f"`--kmeans_batches` = {config.kmeans_batches} give {num_latents} in each process. Raise it."
+        )
+    vqvae.register_to_config(sample_size=config.resolution)
+    if config.gradient_checkpointing:
+        vqvae.enable_gradient_checkpointing()
+    if config.torch_compile:
+        for block in vqvae.modules():
+            if isinstance(block, ResnetBlock):
+                block.compile(dynamic=True)
+    for part in frozen_parts(config, vqvae):
+        part.requires_grad_(False)
+    return training_mode(config, vqvae)
+
+
+def initialise(vqvae: SVQVAE) -> None:
+    """Starts a new model with convolutions that keep the variance, and residual branches turned down.
+
+    Biases are 0 and weights have the gain 1 (He et al., arXiv 1502.01852, without the factor for the ReLU), since the
+    way past the residual branches is linear. With PyTorch's defaults, whose gain is 0.58, an image fades from level to
+    level, and biases take its place.
+    """
+    for layer in vqvae.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            nn.init.zeros_(layer.bias)
+    for block in vqvae.modules():
+        if isinstance(block, ResnetBlock | AttnBlock):
+            last = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
+            last.weight.data.mul_(RESIDUAL_GAIN)
+
+
+@torch.no_grad()
+def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
+    """Starts a new model's latents as the principal components of the encoder's features, of mean 0 and variance 1.
+
+    A random projection leaves them in a narrow cone of the sphere, of which training then uses a few dimensions only.
+
+    Args:
+        vqvae ([`SVQVAE`]): Its `quant_conv` is set.
+        samples (`Iterable[torch.Tensor]`): Batches of images `(batch, 3, height, width)` in `pixel_range`.
+    """
+    features: list[torch.Tensor] = []
+    hook = vqvae.quant_conv.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    for sample in samples:
+        vqvae.encode(sample)
+    hook.remove()
+    flat = torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in features])  # (n, z_channels)
+    variances, components = torch.linalg.eigh(flat.T.cov())
+    dim = vqvae.config["codebook_embed_dim"]
+    weight = (components[:, -dim:] * variances[-dim:].clamp(min=VARIANCE_EPS).rsqrt()).T
+    vqvae.quant_conv.weight.copy_(weight[..., None, None])
+    vqvae.quant_conv.bias.copy_(-weight @ flat.mean(0))
+
+
+def frozen_parts(config: TrainConfig, vqvae: SVQVAE) -> list[nn.Module]:
+    """What keeps its weights."""
+    if config.train == "decoder":
+        return [vqvae.encoder, vqvae.quant_conv, vqvae.quantize]
+    return [vqvae.quantize] if config.freeze_codebook else []
+
+
+def training_mode(config: TrainConfig, vqvae: SVQVAE) -> SVQVAE:
+    """Training mode for what is trained; with the decoder alone, evaluation mode for what makes the ids."""
+    vqvae.train()
+    if config.train == "decoder":
+        for part in frozen_parts(config, vqvae):
+            part.eval()
+    return vqvae
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that are trained: weight decay for convolution weights; none for norms, biases and codes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [each for each in trained if each.ndim == 4], "weight_decay": weight_decay},
+        {"params": [each for each in trained if each.ndim != 4], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(
+    config: TrainConfig, model: nn.Module, learning_rate: float, num_steps: int
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW and its learning rate schedule over `num_steps`, which counts steps whatever the number of processes."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.adam_weight_decay),
+        lr=learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
+    )
+    return optimizer, lr_scheduler
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Norm of the gradients of some parameters, a scalar."""
+    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])

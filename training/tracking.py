@@ -1,0 +1,136 @@
+"""What a run says of itself: numbers of each scale, throughput, and pictures."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from losses import Pair
+from PIL import Image
+from torchvision.utils import make_grid
+
+from svqvae_hf.metrics import count_codes, perplexity, psnr, usage
+
+
+class ScaleStatistics:
+    """PSNR, usage and perplexity of each scale. Scales that are drawn at random are put with the nearest power of two.
+
+    Args:
+        codebook_size (`int`): Number of codes.
+    """
+
+    def __init__(self, codebook_size: int):
+        self.codebook_size = codebook_size
+        self._psnr: dict[float, list[torch.Tensor]] = defaultdict(list)
+        self._counts: dict[float, torch.Tensor] = {}
+
+    def add(self, scales: Sequence[float], pairs: Sequence[Pair], ids: Sequence[torch.Tensor]) -> None:
+        """Adds a batch.
+
+        Args:
+            scales (`Sequence[float]`): Its scales.
+            pairs (`Sequence[Pair]`): Reconstruction and target at each.
+            ids (`Sequence[torch.Tensor]`): Ids at each; empty if nothing was quantised.
+        """
+        for scale, pair in zip(scales, pairs, strict=True):
+            with torch.no_grad():
+                self._psnr[_octave(scale)].append(psnr(pair.output, pair.target, data_range=1.0).mean())
+        for scale, each in zip(scales, ids, strict=False):
+            counts = count_codes(each, self.codebook_size)
+            self._counts[_octave(scale)] = self._counts.get(_octave(scale), 0) + counts
+
+    def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
+        """The numbers over all processes, which have seen the same scales, since the last call.
+
+        Args:
+            reduce (`Callable`): Reduces a tensor over processes, by `"mean"` or `"sum"`.
+        """
+        numbers = {}
+        for octave in sorted(self._psnr):
+            numbers[f"psnr@{octave:g}"] = reduce(torch.stack(self._psnr[octave]).mean(), "mean").item()
+        for octave in sorted(self._counts):
+            counts = reduce(self._counts[octave], "sum")
+            numbers[f"usage@{octave:g}"] = usage(counts)
+            numbers[f"perplexity@{octave:g}"] = perplexity(counts)
+        self._psnr.clear()
+        self._counts.clear()
+        return numbers
+
+
+def _octave(scale: float) -> float:
+    return 2.0 ** round(math.log2(scale))
+
+
+class Means:
+    """Means of scalars by name, each over the batches that had it."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Adds the scalars of a batch."""
+        for name, value in values.items():
+            self._values[name].append(value.detach())
+
+    def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
+        """Means over all processes, which have added the same names, since the last call."""
+        means = {name: reduce(torch.stack(values).mean(), "mean").item() for name, values in self._values.items()}
+        self._values.clear()
+        return means
+
+
+class Throughput:
+    """Images and pixels per second since it was last asked."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = time.monotonic()
+        self._images = self._pixels = 0
+
+    def add(self, sample: torch.Tensor) -> None:
+        """Adds a batch `(batch, 3, height, width)`."""
+        self._images += sample.shape[0]
+        self._pixels += sample.shape[0] * sample.shape[-2] * sample.shape[-1]
+
+    def summary(self, num_processes: int) -> dict[str, float]:
+        """Rates of all processes, which do alike, since the last call."""
+        seconds = time.monotonic() - self._start
+        rates = {
+            "images_per_second": num_processes * self._images / seconds,
+            "megapixels_per_second": num_processes * self._pixels / seconds / 1e6,
+        }
+        self._restart()
+        return rates
+
+
+def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
+    """Images beside their reconstructions: a row for each image, the original first, then each scale.
+
+    Args:
+        pairs (`Sequence[Pair]`): One batch of images at several scales, the full one last.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`: uint8; smaller scales are enlarged without smoothing.
+    """
+    size = pairs[-1].target.shape[-2:]
+    columns = [pairs[-1].target, *(F.interpolate(pair.output, size, mode="nearest") for pair in pairs)]
+    tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)  # (batch * columns, 3, height, width)
+    grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0)
+    return (grid.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+
+def log_image(accelerator: Accelerator, grid: np.ndarray, folder: Path, step: int) -> None:
+    """Writes a picture to `folder` as PNG, and sends it to the trackers that take pictures."""
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(grid).save(folder / f"step-{step:07}.png")
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": grid[None]}, step=step, **layout)
