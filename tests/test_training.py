@@ -19,15 +19,16 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, make_tiny
+from hub_server import serve_hub
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "training"))
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from config import TrainConfig
 from discriminator import PatchDiscriminator
 from losses import MultiScaleForward, Objective
-from train import Trainer, main
+from train import Trainer, main, make_accelerator
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.perceptual import LPIPS
@@ -111,7 +112,7 @@ def cpu():
     del os.environ["ACCELERATE_USE_CPU"]
 
 
-def start(config, processes=1):
+def start(config, processes=1, **environment):
     """The same run as a command, in a session of its own."""
     path = f"{config['output_dir']}.yaml"
     with open(path, "w") as file:
@@ -120,7 +121,7 @@ def start(config, processes=1):
     if processes > 1:
         # `accelerate launch --cpu` starts one process only where there is no MPI.
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
@@ -372,6 +373,40 @@ def test_decoder_training_keeps_all_ids(options, tmp_path, caplog):
     assert changed == {"decoder", "post_quant_conv"}
     sample = torch.rand(3, 3, 52, 40)
     assert torch.equal(after.encode_tokens(sample), before.encode_tokens(sample))
+
+
+def test_model_is_uploaded_with_its_card_numbers_and_options(options, tmp_path):
+    options |= {"resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "dataloader_num_workers": 0}
+    options |= {"validation_data_dir": options["train_data_dir"], "push_to_hub": True, "hub_model_id": "org/trained"}
+    with serve_hub(tmp_path) as hub:
+        pushed = start(options, **hub, HF_HUB_OFFLINE="0")
+        log = pushed.communicate()[1]
+    assert pushed.returncode == 0, log
+    repository = tmp_path / "hub" / "org" / "trained" / "main"
+    assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
+        *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "train_config.yaml"),
+        "samples/step-0000002.png",
+    }
+    assert_equal_weights(repository, options["output_dir"])
+    card = (repository / "README.md").read_text()
+    assert 'from_pretrained("org/trained")' in card
+    assert re.search(r"validation \| 4 images, centre crops: psnr@0.25 \d+\.\d+", card)
+
+
+def test_what_needs_whole_weights_is_refused_where_they_are_shared(options, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    for name, value in {"kmeans_steps": [5], "revival_steps": 5, "use_ema": True, "adversarial_weight": 1.0}.items():
+        with cpu(), pytest.raises(ValueError, match=f"`--{name}` needs whole weights on each process, but FSDP"):
+            make_accelerator(TrainConfig(**options, **{name: value}))
+
+
+def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="started 2 processes, but accelerate would let each of them"
+    ):
+        make_accelerator(TrainConfig(**options))
+    assert not os.path.exists(options["output_dir"])
 
 
 @pytest.mark.parametrize(

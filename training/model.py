@@ -14,6 +14,7 @@ from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock
 
 RESIDUAL_GAIN = 0.1
 VARIANCE_EPS = 1e-6
+RECOMPILES = 4  # of a block: with and without gradients, in training and evaluation
 
 
 def load_model(config: TrainConfig) -> SVQVAE:
@@ -40,9 +41,10 @@ def load_model(config: TrainConfig) -> SVQVAE:
     if config.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
     if config.torch_compile:
-        for block in vqvae.modules():
-            if isinstance(block, ResnetBlock):
-                block.compile(dynamic=True)
+        blocks = [block for block in vqvae.modules() if isinstance(block, ResnetBlock)]
+        torch._dynamo.config.recompile_limit = RECOMPILES * len(blocks)  # all of them are one function to the compiler
+        for block in blocks:
+            block.compile(dynamic=True)
     for part in frozen_parts(config, vqvae):
         part.requires_grad_(False)
     return training_mode(config, vqvae)

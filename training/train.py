@@ -40,7 +40,7 @@ JUDGED_IMAGES = 200  # read before the share of unreadable ones is judged
 SHOWN_IMAGES = 4
 WHITENING_BATCHES = 16
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-PUBLISHED = ("README.md", "config.json", "*.safetensors", "train_config.yaml", "samples/*")
+PUBLISHED = ("README.md", "config.json", "diffusion_pytorch_model*", "train_config.yaml", "samples/*")
 
 logger = get_logger(__name__, log_level="INFO")
 

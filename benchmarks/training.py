@@ -1,0 +1,113 @@
+"""Throughput of a training step: `python benchmarks/training.py [--threads N] [--output FILE]`.
+
+Times a step of training/train.py (two scales, mean squared error, losses of the codebook, AdamW) on the same model and
+crops by each recipe, one step of each in turn, so that all meet the same machine. The plain recipe is eager float32 in
+PyTorch's own memory format. Prints a table; `--output` also writes all times as JSON.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+from config import TrainConfig  # noqa: E402
+from losses import MultiScaleForward, Objective  # noqa: E402
+from model import load_model, make_optimizer  # noqa: E402
+
+SCALES = [0.5, 1.0]
+RECIPES = {
+    "plain: eager, float32": {},
+    "channels_last": {"channels_last": True},
+    "compiled": {"compiled": True},
+    "bfloat16": {"bfloat16": True},
+    "bfloat16, channels_last": {"bfloat16": True, "channels_last": True},
+    "bfloat16, compiled": {"bfloat16": True, "compiled": True},
+}
+
+
+def make_step(
+    model_config: str,
+    sample: torch.Tensor,
+    bfloat16: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
+) -> Callable[[], None]:
+    """One training step as a function."""
+    config = TrainConfig(
+        output_dir="out",
+        train_data_dir="none",
+        model_config_name_or_path=model_config,
+        resolution=sample.shape[-1],
+        torch_compile=compiled,
+    )
+    torch.manual_seed(0)
+    vqvae = load_model(config).to(sample.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    vqvae.to(memory_format=layout)
+    model = MultiScaleForward(vqvae)
+    objective = Objective(config, vqvae, None, None, lambda value: value)
+    optimizer, _ = make_optimizer(config, vqvae, config.learning_rate, config.max_train_steps)
+    sample = sample.contiguous(memory_format=layout)
+
+    def step() -> None:
+        with torch.autocast(sample.device.type, torch.bfloat16) if bfloat16 else nullcontext():
+            output = model(sample, SCALES, True)
+            loss, _ = objective(objective.pairs(sample, output), output, step=0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vqvae.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if sample.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def main() -> None:
+    """Reads the arguments, times the recipes and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_config", default=str(ROOT / "training" / "runs" / "default_config.json"))
+    parser.add_argument("--batch_size", type=int, default=1, help="crops a step")
+    parser.add_argument("--side", type=int, default=256, help="side of a crop in pixels")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each recipe")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sample = torch.rand(options.batch_size, 3, options.side, options.side, device=options.device)
+    steps = {name: make_step(options.model_config, sample, **recipe) for name, recipe in RECIPES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(2):  # compiles and warms up
+        for step in steps.values():
+            step()
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    plain = next(iter(medians.values()))
+    crops = f"{options.batch_size} x {options.side}² pixels"
+    print(f"{crops}, {options.device}, {options.threads} threads, torch {torch.__version__}\n")
+    print("| recipe | seconds a step | times as fast as plain |\n|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {median:.3f} | {plain / median:.2f} |")
+    if options.output:
+        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        content = vars(options) | machine | {"seconds": seconds, "output": str(options.output)}
+        options.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
