@@ -1,12 +1,17 @@
+import re
+import shlex
 import sys
 
 import pytest
 import yaml
+from accelerate.commands.config import load_config_from_file
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "training"))
 
 from config import TrainConfig, read_config
+
+from svqvae_hf import SVQVAE
 
 NEEDED = {"output_dir": "out", "model_config_name_or_path": "model.json", "train_data_dir": "photos"}
 
@@ -86,6 +91,30 @@ def test_decoder_training_needs_images_to_compare_ids_of():
         TrainConfig("out", pretrained_model_name_or_path="x", train_data_dir="y", train="decoder")
 
 
-def test_configs_of_the_repository_are_read():
-    for path in (ROOT / "training" / "configs").glob("train_*.yaml"):
-        assert read_config([str(path), "--output_dir=out", "--train_data_dir=photos"])
+COMMANDS = sorted((ROOT / "training" / "configs").glob("train_*.yaml"))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_command_in_a_recipe_is_read_and_names_files_that_exist(path):
+    (command,) = re.findall(r"^#   (.*)$", path.read_text(), re.MULTILINE)
+    _, _, options = command.partition("training/train.py ")
+    arguments = shlex.split(options)
+    assert arguments[0] == path.relative_to(ROOT).as_posix()
+    config = read_config([str(path), *arguments[1:]])
+    if config.model_config_name_or_path is not None:
+        SVQVAE.load_config(str(ROOT / config.model_config_name_or_path))
+    launcher = re.search(r"--config_file (\S+)", command)
+    assert launcher is None or (ROOT / launcher[1]).is_file()
+
+
+def test_new_model_quantises_from_its_first_kmeans_and_a_trained_one_at_once():
+    assert TrainConfig(**NEEDED, kmeans_steps=[7, 5]).quantize_from == 5
+    assert TrainConfig(**NEEDED).quantize_from == 0
+    trained = NEEDED | {"model_config_name_or_path": None, "pretrained_model_name_or_path": "org/svqvae"}
+    assert TrainConfig(**trained, kmeans_steps=[7, 5]).quantize_from == 0
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_launcher_settings_are_known_to_accelerate(name):
+    settings = load_config_from_file(str(ROOT / "training" / "configs" / f"{name}.yaml"))
+    assert settings.num_processes == 8

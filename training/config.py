@@ -99,7 +99,8 @@ class TrainConfig:
 
     # Codebook
     kmeans_steps: list[int] = option(
-        [], "Steps at which k-means of latents sets the codebook anew; before the first, nothing is quantised."
+        [],
+        "Steps at which k-means of latents sets the codebook anew; a new model quantises nothing before the first.",
     )
     kmeans_batches: int = option(64, "Batches of each process whose latents k-means sees.")
     revival_steps: int = option(0, "Steps after which codes without use become random latents; 0: never.")
@@ -158,6 +159,11 @@ class TrainConfig:
             raise ValueError("One of `--l2_weight` and `--l1_weight` must be more than 0 and start at step 0.")
         self._check_scales_and_crops()
         self._check_codebook()
+
+    @property
+    def quantize_from(self) -> int:
+        """The first step that quantises: a new model's codebook means nothing before its first k-means."""
+        return 0 if self.pretrained_model_name_or_path is not None else min(self.kmeans_steps, default=0)
 
     def _check_scales_and_crops(self) -> None:
         for side in self.crop_sizes:

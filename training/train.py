@@ -83,7 +83,6 @@ class Trainer:
         self.checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         set_seed(config.seed)
         self.vqvae = load_model(config).to(accelerator.device)
-        self.quantize_from = min(config.kmeans_steps, default=0)
 
         self.images = load_images(
             config.dataset_name,
@@ -162,7 +161,7 @@ class Trainer:
 
     def _train_step(self, step: int, batches: Iterator[CropBatch]) -> None:
         config, accelerator, objective = self.config, self.accelerator, self.objective
-        quantize = step >= self.quantize_from
+        quantize = step >= config.quantize_from
         self.vqvae.quantize.entropy_loss_ratio = float(objective.weight("entropy", step) > 0)
         for _ in range(config.gradient_accumulation_steps):
             batch = next(batches)
@@ -346,7 +345,7 @@ class Trainer:
         with self._evaluating():
             for batch in self.validation_batches:
                 sample = batch.to(self.accelerator.device)
-                output = self.model(sample, config.validation_scales, done > self.quantize_from)
+                output = self.model(sample, config.validation_scales, done > config.quantize_from)
                 pairs = [pair.clamped() for pair in self.objective.pairs(sample, output)]
                 statistics.add(config.validation_scales, pairs, output.ids)
                 shown = shown or pairs
@@ -464,7 +463,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=[
             # Codes get no gradient before they are used; each process counts its own use of them.
-            DistributedDataParallelKwargs(find_unused_parameters=bool(config.kmeans_steps), broadcast_buffers=False)
+            DistributedDataParallelKwargs(find_unused_parameters=bool(config.quantize_from), broadcast_buffers=False)
         ],
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
