@@ -14,7 +14,7 @@ from PIL import Image
 from svqvae_hf.files import find_files
 from svqvae_hf.image_processing_svqvae import IMAGE_FORMATS, load_image, to_rgb
 
-ImageSource = Image.Image | str | Path | Mapping[str, Any]
+ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
 SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
 
@@ -67,14 +67,16 @@ def read_image(source: ImageSource) -> Image.Image:
 
     Args:
         source (`PIL.Image.Image`, path or `Mapping`): An image, a file, or an undecoded row of `datasets`, which has
-            `"bytes"` or else a `"path"` that `fsspec` opens.
+            `"bytes"` or else a `"path"` that `fsspec` opens, or is empty.
 
     Raises:
         OSError: It cannot be opened.
-        ValueError: It is not an image, or is broken; as [`load_image`] tells.
+        ValueError: It is not an image, is broken, as [`load_image`] tells, or is an empty row.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
+    if source is None or (isinstance(source, Mapping) and source["bytes"] is None and source["path"] is None):
+        raise ValueError("the row must hold an image, but is empty.")
     if not isinstance(source, Mapping):
         return load_image(source)
     content = source["bytes"]

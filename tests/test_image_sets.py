@@ -81,6 +81,13 @@ def test_images_at_hand(photos):
     assert image_name({"bytes": b"", "path": None}, 7) == "image 7"
 
 
+@pytest.mark.parametrize("row", [None, {"bytes": None, "path": None}])
+def test_empty_rows_of_a_set(row):
+    assert image_name(row, 3) == "image 3"
+    with pytest.raises(ValueError, match="the row must hold an image, but is empty"):
+        read_image(row)
+
+
 def test_what_a_set_does_not_have(parquet, tmp_path):
     with pytest.raises(ValueError, match=r"has the splits train, test. Choose one by --split"):
         open_images([parquet], image_column="photo")

@@ -261,6 +261,33 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(opti
         run(**(options | {"output_dir": options["output_dir"] + "2"}))
 
 
+def test_scaled_gradients_train_as_plain_ones(options, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    options |= {"resolution": 24, "train_batch_size": 1, "num_scales": 2, "max_train_steps": 4, "logging_steps": 1}
+    options |= {"adversarial_weight": 0.5, "adversarial_start": 0, "lecam_weight": 0.01, "lr_warmup_steps": 0}
+    options |= {"gradient_accumulation_steps": 2, "dataloader_num_workers": 0}
+    names = ("encoder_grad_norm", "decoder_grad_norm", "train/grad_norm", "discriminator_grad_norm")
+    run(**options)
+    expected = [logged(caplog, name) for name in names]
+    caplog.clear()
+
+    def scaled_accelerator(config):
+        """In float32, since float16 needs a GPU; by powers of 2, so that nothing is rounded."""
+        accelerator = make_accelerator(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+
+        def unscale_gradients(optimizer):
+            accelerator.scaler.unscale_(optimizer.optimizer)
+
+        monkeypatch.setattr(accelerator, "unscale_gradients", unscale_gradients)
+        return accelerator
+
+    monkeypatch.setattr("train.make_accelerator", scaled_accelerator)
+    run(**(options | {"output_dir": str(tmp_path / "scaled")}))
+    assert [logged(caplog, name) for name in names] == expected
+    assert_equal_weights(options["output_dir"], tmp_path / "scaled")
+
+
 # Two processes
 
 
@@ -393,6 +420,48 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, tmp_path):
     assert re.search(r"validation \| 4 images, centre crops: psnr@0.25 \d+\.\d+", card)
 
 
+def test_run_that_goes_on_after_its_last_step_leaves_the_same(options, caplog):
+    options |= {"resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "dataloader_num_workers": 0}
+    options |= {"validation_data_dir": options["train_data_dir"], "use_ema": True}
+    folder = ROOT / options["output_dir"]
+    run(**options)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert len(before) == 4
+    run(**options, resume_from_checkpoint="latest")
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    del before["train_config.yaml"], after["train_config.yaml"]  # the same but for what was resumed
+    assert after == before
+
+
+def test_what_a_run_cannot_go_on_with_is_refused(options):
+    options |= {"resolution": 32, "train_batch_size": 2, "max_train_steps": 1, "dataloader_num_workers": 0}
+    run(**options, gradient_accumulation_steps=2)
+    written = (ROOT / options["output_dir"] / "train_config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="needs an `--output_dir` without checkpoints"):
+        run(**options)
+    assert (ROOT / options["output_dir"] / "train_config.yaml").read_bytes() == written
+    options |= {"resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="`--gradient_accumulation_steps` must be 2 as in the run that wrote"):
+        run(**options)
+
+
+@pytest.mark.parametrize(
+    ("part", "needed"),
+    [({}, False), ({"vq_weight": 0.0}, True), ({"vq_start": 5}, True), ({"kmeans_steps": [5]}, True)],
+)
+def test_codes_without_a_gradient_are_looked_for(options, part, needed):
+    with cpu():
+        handler = make_accelerator(TrainConfig(**options, **part)).ddp_handler
+    assert handler.find_unused_parameters == needed
+
+
+def test_trackers_that_are_not_installed_are_refused(options, monkeypatch):
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    with cpu(), pytest.warns(UserWarning, match="no supported trackers"), pytest.raises(ValueError, match="needs the"):
+        make_accelerator(TrainConfig(**options, report_to="wandb"))
+    assert not os.path.exists(options["output_dir"])
+
+
 def test_what_needs_whole_weights_is_refused_where_they_are_shared(options, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     for name, value in {"kmeans_steps": [5], "revival_steps": 5, "use_ema": True, "adversarial_weight": 1.0}.items():
@@ -402,9 +471,7 @@ def test_what_needs_whole_weights_is_refused_where_they_are_shared(options, monk
 
 def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match="started 2 processes, but accelerate would let each of them"
-    ):
+    with pytest.raises(ValueError, match="started 2 processes, but accelerate would let each of them"):
         make_accelerator(TrainConfig(**options))
     assert not os.path.exists(options["output_dir"])
 

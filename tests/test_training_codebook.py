@@ -56,6 +56,16 @@ def test_kmeans_finds_planted_centres(l2_norm):
     assert not torch.equal(other.embedding.weight, codes)
 
 
+def test_kmeans_leaves_out_latents_that_are_not_finite():
+    torch.manual_seed(0)
+    latents = torch.randn(200, DIM)
+    expected, found = make_quantizer(), make_quantizer()
+    initialise_codebook(expected, latents, seed=0)
+    broken = torch.full((1, DIM), torch.nan), torch.full((1, DIM), torch.inf)
+    initialise_codebook(found, torch.cat([broken[0], latents, broken[1]]), seed=0)
+    assert torch.equal(found.embedding.weight, expected.embedding.weight)
+
+
 def test_codes_of_kmeans_are_the_means_of_their_latents():
     torch.manual_seed(0)
     centres = F.one_hot(torch.arange(DIM), DIM).repeat(SIZE // DIM, 1) * torch.arange(1.0, SIZE + 1)[:, None]
@@ -75,7 +85,7 @@ def test_code_without_latents_starts_again_at_a_latent():
 
 
 def test_kmeans_needs_as_many_latents_as_codes():
-    with pytest.raises(ValueError, match="as many latents as codes, 64, but has 63"):
+    with pytest.raises(ValueError, match="as many finite latents as codes, 64, but has 63"):
         initialise_codebook(make_quantizer(), torch.randn(63, DIM), seed=0)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shlex
 import sys
@@ -31,6 +32,12 @@ def test_flags_and_file_give_the_same_and_flags_replace_the_file(tmp_path):
     assert read_config([str(file), "--learning_rate", "1e-4"]).learning_rate == 1e-4
 
 
+def test_options_that_a_run_has_written_are_read(tmp_path):
+    file = tmp_path / "train_config.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(TrainConfig(**NEEDED, crop_sizes=[64]))))
+    assert read_config([str(file)]) == TrainConfig(**NEEDED, crop_sizes=[64])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -52,7 +59,7 @@ def test_unknown_flags_are_refused(flag):
         read_config([*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
 
 
-@pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet"])
+@pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet", "--lr_scheduler=piecewise_constant"])
 def test_wrong_values_of_flags_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as stop:
         read_config([*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
@@ -69,6 +76,15 @@ def test_wrong_values_of_flags_are_refused(flag, capsys):
         ({"max_unreadable_share": 2.0}, r"must lie in \[0, 1\], but is 2.0"),
         ({"scales": [0.5]}, "`--scales` must contain 1"),
         ({"validation_scales": [0.0]}, "`--validation_scales` must be more than 0"),
+        ({"max_grad_norm": 0.0}, "`--max_grad_norm` must be more than 0, but is 0.0"),
+        ({"seed": -1}, "`--seed` must not be negative, but is -1"),
+        (
+            {"lpips_weight": 1.0, "lpips_start": 9, "max_train_steps": 9},
+            "`--lpips_start` must be less than .* = 9, but",
+        ),
+        ({"data_files": ["x"]}, "`--data_files` belongs to `--dataset_name`"),
+        ({"scales": [1.0], "token_budget": 2.0}, "`--token_budget` leaves out random scales"),
+        ({"spread_weight": 1.0, "train": "decoder"}, "`--spread_weight` moves latents or codes"),
         ({"token_budget": 0.5}, "at least 1, but is 0.5"),
         ({"resize_range": [2.0, 1.0]}, "the smaller first"),
         ({"l2_start": 5}, "One of `--l2_weight` and `--l1_weight`"),

@@ -33,6 +33,11 @@ def test_an_image_does_not_fade_on_its_way_through_a_new_model():
     assert all(not layer.bias.any() for layer in model.modules() if isinstance(layer, torch.nn.Conv2d))
 
 
+def test_latents_of_more_dimensions_than_features_are_refused():
+    with pytest.raises(ValueError, match="of at most its `z_channels` = 4, but it is 8"):
+        whiten_latents(make_tiny(z_channels=4), [])
+
+
 def test_whitened_latents_have_mean_0_and_variance_1_and_are_principal_components():
     model = make_tiny(z_channels=16)
     initialise(model)

@@ -1,8 +1,9 @@
 """Checkpoints of a run, `checkpoint-N` in its folder: whole, or not there."""
 
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 RUN_STATE = "run_state.pt"
+NAME = re.compile(r"checkpoint-\d+")
 
 
 def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
@@ -20,7 +22,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
         wanted (`str`, *optional*): A checkpoint folder, the name of one in `output_dir`, or `latest`.
 
     Raises:
-        ValueError: If it is not there, or if none is wanted though `output_dir` has some.
+        ValueError: If it is not there, if none is wanted though `output_dir` has some, or if that has newer ones.
     """
     newest = max(_checkpoints(output_dir), key=checkpoint_step, default=None)
     if wanted is None and newest is not None:
@@ -31,7 +33,13 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
     if wanted in (None, "latest"):
         return newest
     for path in (Path(wanted), Path(output_dir, wanted)):
-        if path.is_dir():
+        if path.is_dir() and NAME.fullmatch(path.name):
+            if newest is not None and checkpoint_step(path) < checkpoint_step(newest):
+                raise ValueError(  # `latest` and the limit go by the step
+                    f"A run that goes on from {path.name} needs an `--output_dir` without newer checkpoints, but "
+                    f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
+                    f"`{path}`."
+                )
             return path
     raise ValueError(
         "`--resume_from_checkpoint` must be a checkpoint folder, the name of one in `--output_dir`, or 'latest', but "
@@ -82,11 +90,18 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(
+    accelerator: Accelerator, path: Path, names: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads models, optimizers and random states, and gives the run's state and this process's own.
 
+    Args:
+        accelerator (`Accelerator`): Its models, optimizers and random states are loaded.
+        path (`Path`): Folder of the checkpoint.
+        names (`Iterable[str]`): What the run's state must hold.
+
     Raises:
-        ValueError: If another number of processes wrote it.
+        ValueError: If another number of processes wrote it, or a run without some of the parts that this one has.
     """
     run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
     if run_state["num_processes"] != accelerator.num_processes:
@@ -94,6 +109,12 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[dict[str, Any
             f"`{path}` goes on with as many processes as wrote it, {run_state['num_processes']}, but there are "
             f"{accelerator.num_processes}. Start as many, or start anew from the model with "
             "`--pretrained_model_name_or_path`."
+        )
+    missing = sorted(set(names) - run_state.keys())
+    if missing:
+        raise ValueError(
+            f"`{path}` must hold the state of all parts of the run, but has none of {', '.join(missing)}. Give the "
+            "options of the run that wrote it, or start anew from its model with `--pretrained_model_name_or_path`."
         )
     accelerator.load_state(str(path))
     return run_state, torch.load(path / _rank_file(accelerator), map_location="cpu", weights_only=True)
@@ -104,4 +125,4 @@ def _rank_file(accelerator: Accelerator) -> str:
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
-    return list(Path(output_dir).glob("checkpoint-*[0-9]"))
+    return [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]

@@ -15,7 +15,8 @@ KMEANS_ITERATIONS = 20
 def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed: int) -> None:
     """Sets the codes to the k-means centres of latents, on the unit sphere if the codebook is normalised.
 
-    A code without latents starts again at a random latent. On a CPU the same latents and seed give the same codes.
+    A code without latents starts again at a random latent. Latents that are not finite are left out. On a CPU the same
+    latents and seed give the same codes.
 
     Args:
         quantizer ([`VectorQuantizer`]): Its codes are replaced.
@@ -26,9 +27,10 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
         ValueError: If there are fewer latents than codes.
     """
     size = quantizer.size
+    latents = latents[latents.isfinite().all(-1)]
     if len(latents) < size:
         raise ValueError(
-            f"k-means needs at least as many latents as codes, {size}, but has {len(latents)}. Raise "
+            f"k-means needs at least as many finite latents as codes, {size}, but has {len(latents)}. Raise "
             f"`--kmeans_batches`."
         )
     generator = torch.Generator().manual_seed(seed)

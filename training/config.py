@@ -1,7 +1,7 @@
 """The options of `train.py`, from flags or from a YAML file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,18 @@ import yaml
 from discriminator import MIN_SIDE
 from transformers import HfArgumentParser
 
+PARTS = ("l2", "l1", "lpips", "adversarial", "vq", "commitment", "entropy", "spread")  # of the objective
 POSITIVE = (
     *("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "kmeans_batches"),
     *("num_scales", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps"),
     *("num_validation_images", "shuffle_buffer", "learning_rate", "discriminator_learning_rate", "token_budget"),
+    "max_grad_norm",
 )
+SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 NOT_NEGATIVE = (
-    *("l2_weight", "l1_weight", "lpips_weight", "adversarial_weight", "lecam_weight"),
-    *("vq_weight", "commitment_weight", "entropy_weight", "spread_weight"),
-    *("l2_start", "l1_start", "lpips_start", "adversarial_start", "vq_start", "commitment_start"),
-    *("entropy_start", "spread_start", "revival_steps", "max_skipped_steps", "dataloader_num_workers"),
+    *(f"{part}_{end}" for part in PARTS for end in ("weight", "start")),
+    *("lecam_weight", "revival_steps", "max_skipped_steps", "dataloader_num_workers"),
+    *("lr_warmup_steps", "adam_weight_decay", "seed"),
 )
 
 
@@ -106,18 +108,20 @@ class TrainConfig:
     revival_steps: int = option(0, "Steps after which codes without use become random latents; 0: never.")
 
     # Optimisation
-    train_batch_size: int = option(8, "Crops of side --resolution in a step of one process.")
-    gradient_accumulation_steps: int = option(1, "Batches added up before the weights are updated.")
+    train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
+    gradient_accumulation_steps: int = option(1, "Batches whose mean gradient updates the weights.")
     max_train_steps: int = option(100_000, "Updates of the weights.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
     discriminator_learning_rate: float = option(1e-4, "Peak learning rate of the discriminator.")
-    lr_scheduler: str = option("cosine", "Learning rate schedule, one of diffusers'.")
+    lr_scheduler: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
     lr_warmup_steps: int = option(500, "Steps over which the learning rate rises from 0.")
     adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.")
     adam_beta2: float = option(0.95, "Decay of AdamW's mean of squared gradients.")
     adam_weight_decay: float = option(0.05, "AdamW's weight decay, on convolution weights alone.")
     max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
-    max_skipped_steps: int = option(10, "Steps skipped for a gradient that is not finite before the run stops.")
+    max_skipped_steps: int = option(
+        10, "Steps in a row skipped for a gradient that is not finite before the run stops."
+    )
     use_ema: bool = option(False, "Keep a moving average of the weights, which is what is saved and validated.")
     ema_decay: float = option(0.999, "Decay of that average.")
     mixed_precision: str | None = option(None, "Instead of accelerate's setting.", ("no", "bf16", "fp16"))
@@ -146,6 +150,11 @@ class TrainConfig:
         ):
             if (getattr(self, one) is None) == (getattr(self, other) is None):
                 raise ValueError(f"Exactly one of `--{one}` and `--{other}` must be given.")
+        for name in ("dataset_config_name", "data_files"):
+            if getattr(self, name) and self.train_data_dir is not None:
+                raise ValueError(
+                    f"`--{name}` belongs to `--dataset_name`, but `--train_data_dir` is given. Leave one out."
+                )
         for name in POSITIVE:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`--{name}` must be more than 0, but is {getattr(self, name)}.")
@@ -157,6 +166,12 @@ class TrainConfig:
                 raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
         if not any(getattr(self, f"{part}_weight") and not getattr(self, f"{part}_start") for part in ("l2", "l1")):
             raise ValueError("One of `--l2_weight` and `--l1_weight` must be more than 0 and start at step 0.")
+        for part in PARTS:
+            if getattr(self, f"{part}_weight") and getattr(self, f"{part}_start") >= self.max_train_steps:
+                raise ValueError(
+                    f"`--{part}_start` must be less than `--max_train_steps` = {self.max_train_steps}, but is "
+                    f"{getattr(self, f'{part}_start')}. Lower it, or leave `--{part}_weight` at 0."
+                )
         self._check_scales_and_crops()
         self._check_codebook()
 
@@ -185,6 +200,8 @@ class TrainConfig:
             )
         if self.scales and 1 not in self.scales:
             raise ValueError(f"`--scales` must contain 1, but are {self.scales}.")
+        if self.scales and self.token_budget is not None:
+            raise ValueError("`--token_budget` leaves out random scales, but `--scales` fixes them. Leave one out.")
         if self.token_budget is not None and self.token_budget < 1:
             raise ValueError(
                 f"`--token_budget` must leave room for the full scale, at least 1, but is {self.token_budget}."
@@ -202,6 +219,11 @@ class TrainConfig:
                 raise ValueError(
                     f"`--{name}` changes the codebook, but `--freeze_codebook` or `--train decoder` keeps it. Leave "
                     "one out."
+                )
+        for name in ("entropy_weight", "spread_weight"):
+            if getattr(self, name) and self.train == "decoder":
+                raise ValueError(
+                    f"`--{name}` moves latents or codes, but `--train decoder` keeps them. Leave one out."
                 )
         if self.train == "decoder" and self.pretrained_model_name_or_path is None:
             raise ValueError("`--train decoder` needs `--pretrained_model_name_or_path`: it keeps that model's ids.")
@@ -235,13 +257,14 @@ def _flags(path: Path) -> list[str]:
         raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
-    known = {each.name for each in fields(TrainConfig)}
+    known = {each.name: each.default_factory for each in fields(TrainConfig)}
     unknown = sorted(str(key) for key in entries if key not in known)
     if unknown:
         raise ValueError(f"`{path}` must have only options of train.py, but has {', '.join(unknown)}.")
     flags = []
     for name, value in entries.items():
-        if value is not None:
+        empty = value == [] and known[name] is not MISSING and known[name]() == []  # a flag cannot say so
+        if value is not None and not empty:
             values = value if isinstance(value, list) else [value]
             flags += [f"--{name}", *map(str, values)]
     return flags

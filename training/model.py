@@ -76,7 +76,16 @@ def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
     Args:
         vqvae ([`SVQVAE`]): Its `quant_conv` is set.
         samples (`Iterable[torch.Tensor]`): Batches of images `(batch, 3, height, width)` in `pixel_range`.
+
+    Raises:
+        ValueError: If latents have more dimensions than features.
     """
+    features_dim, dim = vqvae.config["z_channels"], vqvae.config["codebook_embed_dim"]
+    if dim > features_dim:
+        raise ValueError(
+            f"A new model must have a `codebook_embed_dim` of at most its `z_channels` = {features_dim}, but it is "
+            f"{dim}. Change its config."
+        )
     features: list[torch.Tensor] = []
     hook = vqvae.quant_conv.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     for sample in samples:
@@ -84,7 +93,6 @@ def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
     hook.remove()
     flat = torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in features])  # (n, z_channels)
     variances, components = torch.linalg.eigh(flat.T.cov())
-    dim = vqvae.config["codebook_embed_dim"]
     weight = (components[:, -dim:] * variances[-dim:].clamp(min=VARIANCE_EPS).rsqrt()).T
     vqvae.quant_conv.weight.copy_(weight[..., None, None])
     vqvae.quant_conv.bias.copy_(-weight @ flat.mean(0))

@@ -14,6 +14,7 @@ from losses import Pair
 from PIL import Image
 from torchvision.utils import make_grid
 
+from svqvae_hf.files import save_png
 from svqvae_hf.metrics import count_codes, perplexity, psnr, usage
 
 
@@ -114,13 +115,14 @@ def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
     """Images beside their reconstructions: a row for each image, the original first, then each scale.
 
     Args:
-        pairs (`Sequence[Pair]`): One batch of images at several scales, the full one last.
+        pairs (`Sequence[Pair]`): One batch of images at several scales.
 
     Returns:
         `np.ndarray` of shape `(height, width, 3)`: uint8; smaller scales are enlarged without smoothing.
     """
-    size = pairs[-1].target.shape[-2:]
-    columns = [pairs[-1].target, *(F.interpolate(pair.output, size, mode="nearest") for pair in pairs)]
+    largest = max((pair.target for pair in pairs), key=torch.Tensor.numel)
+    size = largest.shape[-2:]
+    columns = [largest, *(F.interpolate(pair.output, size, mode="nearest") for pair in pairs)]
     tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)  # (batch * columns, 3, height, width)
     grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0)
     return (grid.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
@@ -128,8 +130,7 @@ def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
 
 def log_image(accelerator: Accelerator, grid: np.ndarray, folder: Path, step: int) -> None:
     """Writes a picture to `folder` as PNG, and sends it to the trackers that take pictures."""
-    folder.mkdir(exist_ok=True)
-    Image.fromarray(grid).save(folder / f"step-{step:07}.png")
+    save_png(Image.fromarray(grid), folder / f"step-{step:07}.png")
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -32,6 +33,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tracking import Means, ScaleStatistics, Throughput, image_grid, log_image
 
 from svqvae_hf import SVQVAE, __version__
+from svqvae_hf.files import write_file
 from svqvae_hf.metrics import count_codes
 from svqvae_hf.model_cards import model_card
 from svqvae_hf.perceptual import load_lpips
@@ -78,9 +80,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.accelerator = accelerator = make_accelerator(config)
         self.output_dir = Path(config.output_dir)
         self.checkpoint = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        self.accelerator = accelerator = make_accelerator(config)
         set_seed(config.seed)
         self.vqvae = load_model(config).to(accelerator.device)
 
@@ -188,12 +190,19 @@ class Trainer:
             self._revive(output.latents, step)
 
     def _update_model(self) -> dict[str, torch.Tensor]:
+        scaler = self.accelerator.scaler
+        loss_scale = 1.0 if scaler is None else scaler.get_scale()  # still in the gradients
         norms = {
-            f"{name}_grad_norm": gradient_norm(part.parameters())
+            f"{name}_grad_norm": gradient_norm(part.parameters()) / loss_scale
             for name, part in (("encoder", self.vqvae.encoder), ("decoder", self.vqvae.decoder))
             if self.accelerator.distributed_type not in SHARDED and next(part.parameters()).requires_grad
         }
         norm = self._update(self.model, self.optimizer, self.lr_scheduler)
+        if scaler is not None and self.config.adversarial_weight:
+            # The update may change the scale, which the discriminator's gradients of earlier batches still have.
+            for each in self.discriminator.parameters():
+                if each.grad is not None:
+                    each.grad *= scaler.get_scale() / loss_scale
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
         if self.skipped > self.config.max_skipped_steps:
             raise ValueError(
@@ -390,13 +399,21 @@ class Trainer:
         """Goes on from the checkpoint, if there is one. Gives the first step to do."""
         if self.checkpoint is None:
             return 0
-        run_state, rank_state = load_checkpoint(self.accelerator, self.checkpoint)
-        for name, holder in self._state().items():
+        holders, done = self._state(), checkpoint_step(self.checkpoint)
+        run_state, rank_state = load_checkpoint(self.accelerator, self.checkpoint, holders)
+        for name, holder in holders.items():
             holder.load_state_dict(run_state[name])
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # its state is loaded to the CPU
         self.loader.load_state_dict(rank_state["loader"])
+        if self.loader.batch != done * self.config.gradient_accumulation_steps:
+            raise ValueError(
+                f"`--gradient_accumulation_steps` must be {self.loader.batch // done} as in the run that wrote "
+                f"`{self.checkpoint}`, but is {self.config.gradient_accumulation_steps}."
+            )
         self.skipped = rank_state["skipped"]
         logger.info(f"Resumed from {self.checkpoint}")
-        return checkpoint_step(self.checkpoint)
+        return done
 
     # The end
 
@@ -408,6 +425,8 @@ class Trainer:
 
     def _finish(self, ids_before: list[torch.Tensor]) -> None:
         config, accelerator = self.config, self.accelerator
+        if self.validation_batches and not self.validation:  # a run that went on after its last step
+            self._validate(config.max_train_steps)
         if self.ema is not None:
             self.ema.copy_to(self.vqvae.parameters())
         if config.train == "decoder":
@@ -419,7 +438,10 @@ class Trainer:
         if accelerator.is_main_process:
             vqvae = SVQVAE.from_config(self.vqvae.config)
             vqvae.load_state_dict({name.removeprefix("vqvae."): weight for name, weight in state_dict.items()})
-            vqvae.save_pretrained(self.output_dir)
+            with TemporaryDirectory(dir=self.output_dir) as folder:
+                vqvae.save_pretrained(folder)
+                for path in sorted(Path(folder).iterdir(), reverse=True):  # weights before their config
+                    path.replace(self.output_dir / path.name)
             card = model_card(
                 vqvae.config,
                 repo_id=self.repo_id or str(self.output_dir),
@@ -427,7 +449,7 @@ class Trainer:
                 datasets=[config.dataset_name] if config.dataset_name else [],
                 provenance=self._provenance(),
             )
-            (self.output_dir / "README.md").write_text(card, encoding="utf-8")
+            write_file(self.output_dir / "README.md", card.encode())
             if self.repo_id is not None:
                 HfApi().upload_folder(
                     repo_id=self.repo_id,
@@ -439,9 +461,10 @@ class Trainer:
 
     def _provenance(self) -> dict[str, str]:
         config = self.config
+        crops = config.train_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         rows = {
             "trained by": f"`training/train.py` of svqvae-hf {__version__}, options in `train_config.yaml`",
-            "steps": f"{config.max_train_steps:,} of {config.train_batch_size} x {config.resolution}² pixels",
+            "steps": f"{config.max_train_steps:,} of {crops} x {config.resolution}² pixels",
         }
         if self.validation_batches:
             count = sum(map(len, self.validation_batches))
@@ -462,8 +485,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         log_with=config.report_to,
         project_dir=config.output_dir,
         kwargs_handlers=[
-            # Codes get no gradient before they are used; each process counts its own use of them.
-            DistributedDataParallelKwargs(find_unused_parameters=bool(config.quantize_from), broadcast_buffers=False)
+            # Codes get no gradient before they are used, nor without their loss; each process counts its own use.
+            DistributedDataParallelKwargs(
+                find_unused_parameters=bool(config.quantize_from or config.vq_start or not config.vq_weight),
+                broadcast_buffers=False,
+            )
         ],
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
@@ -480,10 +506,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                     f"`--{name}` needs whole weights on each process, but {accelerator.distributed_type.value} shards "
                     "them. Use DDP, or leave it out."
                 )
+    if config.report_to is not None and not accelerator.log_with:
+        raise ValueError(
+            f"`--report_to {config.report_to}` needs the package of that tracker. Install it, or choose another."
+        )
     if accelerator.is_main_process:
         output_dir = Path(config.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "train_config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        options = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        write_file(output_dir / "train_config.yaml", options.encode())
     if config.report_to is not None:
         accelerator.init_trackers("svqvae")
     return accelerator
