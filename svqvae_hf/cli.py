@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, __version__, conversion
 from svqvae_hf.checkpoints import REPO_ID, hub_reason, read_checkpoint
-from svqvae_hf.codec import check_memory, decode_image, encode_image
+from svqvae_hf.codec import check_memory, check_model, decode_image, encode_image
 from svqvae_hf.files import check_output, check_targets, find_files, save_png, scale_endings
 from svqvae_hf.image_processing_svqvae import IMAGE_FORMATS, load_image
 from svqvae_hf.results import Result, header, measure, side_by_side, table_row, token_count
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reconstruct(args: argparse.Namespace) -> None:
     """Writes each image as the model gives it back, at each scale, and prints how close it comes."""
+    if _is_large(args):
+        return _run_large(args)
     endings = scale_endings(args.scales)
     inputs = find_files(args.inputs, IMAGE_SUFFIXES)
     check_output(inputs, args.output)
@@ -103,6 +105,8 @@ def reconstruct(args: argparse.Namespace) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     """Writes each image as a token file."""
+    if _is_large(args):
+        return _run_large(args)
     inputs = find_files(args.inputs, IMAGE_SUFFIXES)
     check_output(inputs, args.output)
     check_targets(inputs, inputs, args.output, [TOKEN_SUFFIX])
@@ -120,6 +124,8 @@ def encode(args: argparse.Namespace) -> None:
 
 def decode(args: argparse.Namespace) -> None:
     """Writes the images of token files, in the tiles that they were encoded by."""
+    if _is_large(args):
+        return _run_large(args)
     inputs = find_files(args.inputs, (TOKEN_SUFFIX,))
     check_output(inputs, args.output)
     model = _load_model(args.model, args.device, args.dtype)
@@ -192,6 +198,19 @@ def convert(args: argparse.Namespace) -> None:
     print(report)
 
 
+def export(args: argparse.Namespace) -> None:
+    """Writes a model as two graphs, and prints how close they are to it."""
+    from svqvae_hf.export import export_graphs
+
+    model = _load_model(args.model, "cpu", "float32")
+    try:
+        print(export_graphs(model, args.output, format=args.format, dtype=args.dtype))
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"`export` needs the package {error.name}. Install the extra that has it: pip install 'svqvae-hf[export]'."
+        ) from error
+
+
 def info(args: argparse.Namespace) -> None:
     """Prints what a model, an original checkpoint or a token file is."""
     if is_token_file(args.path):
@@ -204,6 +223,77 @@ def info(args: argparse.Namespace) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _is_large(args: argparse.Namespace) -> bool:
+    decodes = args.run is not encode
+    if not args.large and (args.resume or (decodes and args.format)):
+        raise ValueError("--resume and --format are for large images. Add --large, or leave them out.")
+    if args.large and args.run is not decode and args.scales != [1.0]:
+        raise ValueError("--large works at scale 1 alone. Leave out --scales, or --large.")
+    if args.large and args.run is reconstruct and args.side_by_side:
+        raise ValueError("--side-by-side is for images that fit memory. Leave it out, or --large.")
+    return args.large
+
+
+def _run_large(args: argparse.Namespace) -> None:
+    """Encodes, decodes or reconstructs by rows of tiles, from files to files."""
+    try:
+        from svqvae_hf import large_images
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"`--large` needs the package {error.name}. Install the extra that has it: pip install 'svqvae-hf[large]'."
+        ) from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # as for diffusers
+    work = {
+        encode: large_images.encode_large,
+        decode: large_images.decode_large,
+        reconstruct: large_images.reconstruct_large,
+    }[args.run]
+    decodes = args.run is decode
+    inputs = find_files(args.inputs, (TOKEN_SUFFIX,)) if decodes else large_images.find_large_images(args.inputs)
+    ending = TOKEN_SUFFIX if args.run is encode else f"_x1.{args.format or 'tif'}"
+    check_output(inputs, args.output)
+    check_targets(inputs, inputs, args.output, [ending])
+    model = _load_model(args.model, args.device, args.dtype)
+    name_width = max(len(path.name) for path in inputs)
+    rows = [] if args.run is not reconstruct else [header(name_width)]
+    with _progress(inputs) as (paths, on_tile):
+        for path in paths:
+            target = args.output / f"{path.stem}{ending}"
+            if args.resume and target.exists() and not large_images.record_path(target).exists():
+                continue  # it was whole before the run was interrupted
+            _set_large_tiles(model, path, args)
+            args.output.mkdir(parents=True, exist_ok=True)
+            with _interruption(target):
+                result = work(model, path, target, args.resume, on_tile)
+            if result is not None:
+                rows.append(table_row(name_width, path.name, [result], model.config["codebook_size"]))
+                tqdm.write("\n".join(rows))
+                rows.clear()
+
+
+def _set_large_tiles(model: SVQVAE, path: Path, args: argparse.Namespace) -> None:
+    """The tiles of the command line or, where it says nothing, of the token file, or the model's own."""
+    if args.run is not decode:
+        model.enable_tiling(args.tile_size, args.overlap)
+        return
+    tokens = load_tokens(path, mapped=True)
+    with _naming(path):
+        check_model(model, tokens)
+        _set_tiles(model, tokens, args, None)
+    if not model.use_tiling:
+        model.enable_tiling()
+
+
+@contextmanager
+def _interruption(target: Path) -> Iterator[None]:
+    """Says how to go on with an output whose run is interrupted."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(f"svqvae: `{target}` is not whole yet. The same command with --resume goes on with it.", file=sys.stderr)
+        raise
 
 
 def _fail(message: str) -> int:
@@ -254,7 +344,7 @@ def _find_device(name: str | None) -> torch.device:
 
 
 def _set_tiles(
-    model: SVQVAE, tokens: ImageTokens, args: argparse.Namespace, on_tile: Callable[[int, int], None]
+    model: SVQVAE, tokens: ImageTokens, args: argparse.Namespace, on_tile: Callable[[int, int], None] | None
 ) -> None:
     """The tiles of the command line or, where it says nothing, of the token file."""
     tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
@@ -275,8 +365,9 @@ def _progress(inputs: Sequence[Path]) -> Iterator[tuple[Iterable[Path], Callable
     ):
 
         def on_tile(done: int, total: int) -> None:
-            if done == 1:
+            if done != tiles.n + 1 or tiles.total != total:
                 tiles.reset(total)
+                tiles.initial = tiles.n = done - 1  # what an interrupted run did took no time of this one
             tiles.update()
 
         yield images, on_tile
@@ -348,7 +439,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"svqvae {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_reconstruct, _add_encode, _add_decode, _add_evaluate, _add_convert, _add_info):
+    for add in (_add_reconstruct, _add_encode, _add_decode, _add_evaluate, _add_convert, _add_export, _add_info):
         add(commands)
     return parser
 
@@ -368,6 +459,7 @@ def _add_reconstruct(commands: Commands) -> None:
     command.add_argument(
         "--side-by-side", action="store_true", help="also write NAME_side_by_side.png with the original and all scales"
     )
+    _add_large(command, decodes=True)
 
 
 def _add_encode(commands: Commands) -> None:
@@ -379,6 +471,7 @@ def _add_encode(commands: Commands) -> None:
         "'photos/*.jpg' --output tokens --scales 1",
     )
     _add_images(command)
+    _add_large(command, decodes=False)
 
 
 def _add_decode(commands: Commands) -> None:
@@ -392,6 +485,7 @@ def _add_decode(commands: Commands) -> None:
     )
     _add_files(command, "token files, folders of them, or globs")
     _add_model(command, tile_size=None, overlap=None)
+    _add_large(command, decodes=True)
 
 
 def _add_evaluate(commands: Commands) -> None:
@@ -482,6 +576,25 @@ def _add_convert(commands: Commands) -> None:
     command.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
 
 
+def _add_export(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        export,
+        "write a model as graphs for ONNX or torch.export",
+        "Writes one graph from images to ids and one from ids to images, for any batch,\n"
+        "height and width, and compares them with the model before they are kept.",
+        "org/svqvae --output graphs --dtype float16",
+    )
+    command.add_argument("model", type=_not_empty, metavar="MODEL", help="model folder or Hub id")
+    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to make")
+    command.add_argument(
+        "--format", choices=("onnx", "torch"), default="onnx", help="encoder.onnx or encoder.pt2 (default: onnx)"
+    )
+    command.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of weights and images (default: float32)"
+    )
+
+
 def _add_info(commands: Commands) -> None:
     summary = "print what a model, an original checkpoint or a token file is"
     command = _add_command(commands, info, summary, "", "photo.safetensors")
@@ -519,6 +632,24 @@ def _add_scales(command: _Parser, default: list[float]) -> None:
         default=default,
         metavar="SCALE",
         help=f"output side over input side, one or more (default: {' '.join(f'{scale:g}' for scale in default)})",
+    )
+
+
+def _add_large(command: _Parser, decodes: bool) -> None:
+    """Arguments of images larger than memory."""
+    command.add_argument(
+        "--large",
+        action="store_true",
+        help="go by rows of tiles, in little memory whatever the size; images are TIFF files or Zarr arrays",
+    )
+    if decodes:
+        command.add_argument(
+            "--format", choices=("tif", "zarr"), help="with --large: BigTIFF or Zarr to write (default: tif)"
+        )
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --large: go on where an interrupted run of the same command stopped",
     )
 
 

@@ -33,10 +33,25 @@ def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> 
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     with torch.inference_mode():
         grids = model.encode_tokens(processor(image)["pixel_values"].to(model.device, model.dtype), scales)
+    return image_tokens(model, [grid[0].cpu() for grid in grids], image.height, image.width, scales)
+
+
+def image_tokens(
+    model: SVQVAE, ids: list[torch.Tensor], height: int, width: int, scales: Sequence[float]
+) -> ImageTokens:
+    """Ids of an image with what the model says of them.
+
+    Args:
+        model ([`SVQVAE`]): The model that gave the ids, with its tiles set as they were.
+        ids (`list[torch.Tensor]`, each of shape `(h, w)`): One grid per scale.
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+        scales (`Sequence[float]`): Output side over input side, one per grid.
+    """
     return ImageTokens(
-        ids=[grid[0].cpu() for grid in grids],
-        height=image.height,
-        width=image.width,
+        ids=ids,
+        height=height,
+        width=width,
         scales=tuple(scales),
         f=model.f,
         tile_size=model.tile_size if model.use_tiling else None,
@@ -59,14 +74,7 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
     Raises:
         ValueError: If the ids are of another codebook, or their f or the size of their codebook is another.
     """
-    check_codebook(tokens, model.codebook_fingerprint())
-    if tokens.f != model.f:
-        raise ValueError(f"the ids must be of a model with f = {model.f}, but are of one with f = {tokens.f}.")
-    if tokens.codebook_size != model.config["codebook_size"]:
-        raise ValueError(
-            f"the ids must be of a codebook of {model.config['codebook_size']} codes, the model's, but are of one of "
-            f"{tokens.codebook_size}."
-        )
+    check_model(model, tokens)
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     image_size = tokens.height, tokens.width
     images: list[Image.Image] = []
@@ -75,6 +83,26 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
             decoded = model.decode(ids[None].to(model.device)).sample
             images += processor.postprocess(model.fit(decoded, image_size, scale))
     return images
+
+
+def check_model(model: SVQVAE, tokens: ImageTokens) -> None:
+    """Refuses ids that the model cannot decode.
+
+    Args:
+        model ([`SVQVAE`]): The model that is to decode them.
+        tokens ([`ImageTokens`]): The ids.
+
+    Raises:
+        ValueError: If the ids are of another codebook, or their f or the size of their codebook is another.
+    """
+    check_codebook(tokens, model.codebook_fingerprint())
+    if tokens.f != model.f:
+        raise ValueError(f"the ids must be of a model with f = {model.f}, but are of one with f = {tokens.f}.")
+    if tokens.codebook_size != model.config["codebook_size"]:
+        raise ValueError(
+            f"the ids must be of a codebook of {model.config['codebook_size']} codes, the model's, but are of one of "
+            f"{tokens.codebook_size}."
+        )
 
 
 def check_memory(
@@ -108,5 +136,5 @@ def check_memory(
         raise ValueError(
             f"an image of {width} x {height} pixels at scales {', '.join(f'{scale:g}' for scale in scales)}, {tiles}, "
             f"would take about {needed / GIB:.3g} GiB of memory, but {free / GIB:.3g} GiB are free. Use smaller "
-            "scales, smaller tiles or a smaller image."
+            "scales, smaller tiles or a smaller image, or `--large` on the command line."
         )

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from svqvae_hf.checkpoints import REPO_ID, Checkpoint, hub_reason, hub_repo, read_checkpoint
+from svqvae_hf.files import check_new_folder
 from svqvae_hf.model_cards import model_card
 from svqvae_hf.modeling_svqvae import SVQVAE
 
@@ -95,7 +96,7 @@ def convert(
         ValueError: If the source is not a whole checkpoint of a known family, or an argument does not fit.
     """
     _check_arguments(variant, push_to_hub, private, create_pr)
-    out = _check_out(Path(out))
+    out = check_new_folder(Path(out))
     checkpoint = read_checkpoint(source, use_ema=use_ema, **config)
     if push_to_hub is not None:
         _create_repo(push_to_hub, private)
@@ -121,23 +122,6 @@ def _check_arguments(variant: str | None, push_to_hub: str | None, private: bool
         if not re.fullmatch(REPO_ID, push_to_hub):
             raise ValueError(f"`push_to_hub` must be `org/name`, but is {push_to_hub!r}.")
         validate_repo_id(push_to_hub)
-
-
-def _check_out(out: Path) -> Path:
-    """The folder to make, in full, if it can be made."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
-    fault = None
-    if existing.is_symlink() and not existing.exists():
-        fault = f"`{existing}` is a link to nothing"
-    elif not existing.is_dir():
-        fault = f"`{existing}` is a file"
-    elif out.resolve() == Path.cwd():
-        fault = "it is the folder you are in, which cannot be replaced"
-    elif out.exists() and any(out.iterdir()):
-        fault = "it has something in it"
-    if fault:
-        raise ValueError(f"`{out}` must be a new or an empty folder, but {fault}. Choose another.")
-    return out.resolve()
 
 
 def _create_repo(repo_id: str, private: bool | None) -> None:

@@ -87,6 +87,23 @@ def check_output(inputs: Sequence[Path], output: Path) -> None:
             raise ValueError(f"`{other}` and `{path}` would write the same files. Rename one, or use two --output.")
 
 
+def check_new_folder(out: Path) -> Path:
+    """The folder to make, in full, if it can be made."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
+    fault = None
+    if existing.is_symlink() and not existing.exists():
+        fault = f"`{existing}` is a link to nothing"
+    elif not existing.is_dir():
+        fault = f"`{existing}` is a file"
+    elif out.resolve() == Path.cwd():
+        fault = "it is the folder you are in, which cannot be replaced"
+    elif out.exists() and any(out.iterdir()):
+        fault = "it has something in it"
+    if fault:
+        raise ValueError(f"`{out}` must be a new or an empty folder, but {fault}. Choose another.")
+    return out.resolve()
+
+
 def check_targets(paths: Sequence[Path], inputs: Sequence[Path], output: Path, endings: Sequence[str]) -> None:
     """Refuses to write what comes of `paths` over any of the inputs."""
     sources = {path.resolve() for path in inputs}

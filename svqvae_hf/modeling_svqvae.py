@@ -86,29 +86,31 @@ class GroupStatistics:
 
     While `gathering`, every norm uses the statistics of its own tile and adds them here, weighted by pixels; after
     that every norm uses what was gathered, so that all tiles of an image are normalised alike.
+
+    `moments` has, for each norm, the number of pixels and the mean and variance `(batch, groups)` in float32.
     """
 
     def __init__(self) -> None:
         self.gathering = True
-        self._moments: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self.moments: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
     def add(self, norm: nn.Module, hidden: torch.Tensor, num_groups: int) -> None:
         """Adds a tile's activations at `norm`."""
         groups = hidden.reshape(hidden.shape[0], num_groups, -1).float()
         pixels = hidden.shape[-2] * hidden.shape[-1]
         variance, mean = torch.var_mean(groups, dim=-1, correction=0)  # (batch, groups)
-        if norm in self._moments:
-            pixels_before, mean_before, variance_before = self._moments[norm]
+        if norm in self.moments:
+            pixels_before, mean_before, variance_before = self.moments[norm]
             share = pixels / (pixels_before + pixels)
             shift = mean - mean_before
             mean = mean_before + shift * share
             variance = torch.lerp(variance_before, variance, share) + shift.square() * share * (1 - share)
             pixels += pixels_before
-        self._moments[norm] = (pixels, mean, variance)
+        self.moments[norm] = (pixels, mean, variance)
 
     def __getitem__(self, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance at `norm`, each `(batch, groups)` in float32."""
-        return self._moments[norm][1:]
+        return self.moments[norm][1:]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -374,7 +376,7 @@ class Codebook(nn.Module):
         offset = None if self.l2_norm else codes.square().sum(-1) / 2
         rows = max(1, SEARCH_SCORES // codes.shape[0])
         ids = []
-        for latents in query.detach().split(rows):
+        for latents in query.detach().tensor_split(-(-query.shape[0] // rows)):  # no small rest, which rounds apart
             scores = latents @ codes.detach().T
             ids.append((scores if offset is None else scores - offset).argmax(-1))
         return torch.cat(ids)
@@ -881,23 +883,40 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoded = decoded[..., :height, :width]
         return decoded if self.training else self._clamp(decoded)
 
+    def encode_window(self, window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Latents of a window of an image, for those who do the tiling.
+
+        Args:
+            window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
+            statistics ([`GroupStatistics`], *optional*): Those of the image, to be added to or to normalise by.
+
+        Returns:
+            `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)`, before quantisation.
+        """
+        window = map_range(window, self.config["pixel_range"], self.config["network_range"])
+        return self.quant_conv(self.encoder(window, statistics))
+
+    def decode_window(self, window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+        """Pixels of a window of quantised latents, for those who do the tiling.
+
+        Args:
+            window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
+            statistics ([`GroupStatistics`], *optional*): Those of the image, to be added to or to normalise by.
+
+        Returns:
+            `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` in `pixel_range`, not clamped.
+        """
+        decoded = self.decoder(self.post_quant_conv(window), statistics)
+        return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
+
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
         self._check_sample(sample)
-
-        def network(window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
-            window = _map_range(window, self.config["pixel_range"], self.config["network_range"])
-            return self.quant_conv(self.encoder(window, statistics))
-
         bottom, right = (-(-side // self.f) * self.f - side for side in sample.shape[-2:])
         sample = F.pad(sample, (0, right, 0, bottom), mode="replicate")
-        return self._run(network, sample, tiles, source_cell=self.f, result_cell=1)
+        return self._run(self.encode_window, sample, tiles, source_cell=self.f, result_cell=1)
 
     def _decode(self, quantized: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
-        def network(window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
-            decoded = self.decoder(self.post_quant_conv(window), statistics)
-            return _map_range(decoded, self.config["network_range"], self.config["pixel_range"])
-
-        return self._run(network, quantized, tiles, source_cell=1, result_cell=self.f)
+        return self._run(self.decode_window, quantized, tiles, source_cell=1, result_cell=self.f)
 
     def _run(
         self,
@@ -1002,7 +1021,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             )
 
 
-def _map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:
+def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:
+    """Maps values linearly, `source` (low, high) to `target` (low, high); nothing is clamped."""
     if list(source) == list(target):
         return values
     gain = (target[1] - target[0]) / (source[1] - source[0])

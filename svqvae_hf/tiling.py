@@ -1,12 +1,14 @@
-"""Tiles of an image: the grid, and a function mapped over it.
+"""Tiles of an image: the grid, and a function mapped over it or over one tile of an image that is read by windows.
 
 Lengths are in cells, so that pixels and latents share one grid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
+Read = Callable[[slice, slice], torch.Tensor]
 
 
 class Tile(NamedTuple):
@@ -69,16 +71,76 @@ def map_tiles(
     grid = [(y, x) for y in tile_axis(rows, tile, overlap) for x in tile_axis(columns, tile, overlap)]
     joined = source
     for done, (y, x) in enumerate(grid, start=1):
-        result = function(source[..., _span(y.start, y.stop, source_cell), _span(x.start, x.stop, source_cell)])
+        core = map_tile(function, lambda rows, columns: source[..., rows, columns], y, x, source_cell, result_cell)
         if done == 1:
-            joined = result.new_empty(*result.shape[:-2], rows * result_cell, columns * result_cell)
-        core_y = _span(y.core_start - y.start, y.core_stop - y.start, result_cell)
-        core_x = _span(x.core_start - x.start, x.core_stop - x.start, result_cell)
+            joined = core.new_empty(*core.shape[:-2], rows * result_cell, columns * result_cell)
         kept_y, kept_x = (_span(axis.core_start, axis.core_stop, result_cell) for axis in (y, x))
-        joined[..., kept_y, kept_x] = result[..., core_y, core_x]
+        joined[..., kept_y, kept_x] = core
         if on_tile is not None:
             on_tile(done, len(grid))
     return joined
+
+
+def map_tile(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    read: Read,
+    y: Tile,
+    x: Tile,
+    source_cell: int = 1,
+    result_cell: int = 1,
+) -> torch.Tensor:
+    """Maps a function over one tile of an image, which may be of any size: only the tile is read.
+
+    Args:
+        function (`Callable`): As in [`map_tiles`].
+        read (`Callable`): Gives the source `(batch, channels, rows, columns)` at two slices, in samples.
+        y (`Tile`): The tile along the vertical axis.
+        x (`Tile`): The tile along the horizontal axis.
+        source_cell (`int`, defaults to 1): Samples of the source along a side of a cell.
+        result_cell (`int`, defaults to 1): Samples of the result along a side of a cell.
+
+    Returns:
+        `torch.Tensor`: The core of the result.
+    """
+    result = function(read(_span(y.start, y.stop, source_cell), _span(x.start, x.stop, source_cell)))
+    core_y = _span(y.core_start - y.start, y.core_stop - y.start, result_cell)
+    core_x = _span(x.core_start - x.start, x.core_stop - x.start, result_cell)
+    return result[..., core_y, core_x]
+
+
+def read_resized(
+    read: Read, source_size: Sequence[int], size: Sequence[int], rows: slice, columns: slice
+) -> torch.Tensor:
+    """Reads a window of an image that is made smaller by area, as `torch.nn.functional.interpolate` does it.
+
+    Only what the window needs is read; the values are those of the whole image resized, bit by bit on the CPU.
+
+    Args:
+        read (`Callable`): Gives the source `(batch, channels, rows, columns)` at two slices, in samples.
+        source_size (`tuple[int, int]`): Height and width of the source.
+        size (`tuple[int, int]`): Height and width of the resized image, at most those of the source.
+        rows (`slice`): Rows of the resized image.
+        columns (`slice`): Columns of it.
+    """
+    (y, height), (x, width) = (
+        _areas(span, source, target) for span, source, target in zip((rows, columns), source_size, size, strict=True)
+    )
+    source = read(*(slice(int(start[0]), int(start[-1] + length[-1])) for start, length in ((y, height), (x, width))))
+    y, x = y - y[0], x - x[0]
+    total = torch.zeros((), device=source.device)
+    for i in range(int(height.max())):
+        for j in range(int(width.max())):
+            last_y, last_x = (side - 1 for side in source.shape[-2:])
+            values = source[..., (y + i).clamp(max=last_y), :][..., (x + j).clamp(max=last_x)].float()
+            total = total + values * ((i < height)[:, None] & (j < width)).to(source.device)
+    return (total / height[:, None].to(source.device) / width.to(source.device)).to(source.dtype)
+
+
+def _areas(span: slice, source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First sample and number of samples of the source for each resized sample in a span."""
+    index = torch.arange(span.start, span.stop)
+    start = index * source // target
+    return start, -(-(index + 1) * source // target) - start
 
 
 def _span(start: int, stop: int, cell: int) -> slice:

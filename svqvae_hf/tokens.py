@@ -86,7 +86,8 @@ class ImageTokens:
                 f"the ids of scale {scale:g} must have shape {expected}, for an image of {self.height} x {self.width} "
                 f"pixels and f = {self.f}, but have {tuple(ids.shape)}."
             )
-        lowest, highest = ids.min().item(), ids.max().item()
+        values = ids.numpy()  # PyTorch has no minimum of uint16
+        lowest, highest = int(values.min()), int(values.max())
         if lowest < 0 or highest >= self.codebook_size:
             raise ValueError(
                 f"ids must be in [0, {self.codebook_size - 1}], but those of scale {scale:g} are in "
@@ -108,15 +109,35 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
     """
     dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
     grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
-    record = {name: getattr(tokens, name) for name in _record_names()} | {"format_version": FORMAT_VERSION}
-    write_file(path, safetensors.torch.save(grids, {METADATA_KEY: json.dumps(record)}))
+    write_file(path, safetensors.torch.save(grids, _metadata(tokens)))
 
 
-def load_tokens(path: str | os.PathLike) -> ImageTokens:
+def token_file_header(tokens: ImageTokens) -> bytes:
+    """What [`save_tokens`] writes before the ids of one scale, for those who write them themselves, row by row.
+
+    Args:
+        tokens (`ImageTokens`): What to store, of one scale; of its ids only the shape counts.
+    """
+    wide = tokens.codebook_size > UINT16_CODES
+    (ids,) = tokens.ids
+    grid = {
+        "dtype": "I32" if wide else "U16",
+        "shape": list(ids.shape),
+        "data_offsets": [0, ids.numel() * (2 + 2 * wide)],
+    }
+    header = {"__metadata__": _metadata(tokens), "ids_0": grid}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    padded = encoded.ljust(-(-len(encoded) // 8) * 8)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def load_tokens(path: str | os.PathLike, mapped: bool = False) -> ImageTokens:
     """Reads a token file and checks all of it.
 
     Args:
         path (`str` or `os.PathLike`): File that [`save_tokens`] wrote.
+        mapped (`bool`, defaults to `False`): Whether the ids stay in the file, in its type, uint16 or int32, and are
+            read where they are used.
 
     Returns:
         `ImageTokens`: Its content, the ids in int64 on the CPU.
@@ -134,7 +155,7 @@ def load_tokens(path: str | os.PathLike) -> ImageTokens:
     except SafetensorError as error:
         raise ValueError(f"`{path}` must be a safetensors file, but is another kind or cut short: {error}.") from error
     try:
-        return _tokens_from(metadata, grids)
+        return _tokens_from(metadata, grids, mapped)
     except (ValueError, OverflowError, RecursionError) as error:  # the latter two from values made to harm
         raise ValueError(f"`{path}` is not a token file that can be decoded: {error}") from error
 
@@ -170,11 +191,16 @@ def _short(value: object) -> str:
     return f"{value!r:.80}"
 
 
+def _metadata(tokens: ImageTokens) -> dict[str, str]:
+    record = {name: getattr(tokens, name) for name in _record_names()} | {"format_version": FORMAT_VERSION}
+    return {METADATA_KEY: json.dumps(record)}
+
+
 def _record_names() -> list[str]:
     return [field.name for field in dataclasses.fields(ImageTokens) if field.name != "ids"]
 
 
-def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:
+def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor], mapped: bool) -> ImageTokens:
     if METADATA_KEY not in metadata:
         raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, but has {_short(sorted(metadata))}.")
     record = json.loads(metadata[METADATA_KEY])  # its error is a ValueError
@@ -193,4 +219,4 @@ def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> Im
             f"{_short(found)}."
         )
     values = {name: record[name] for name in _record_names()} | {"scales": tuple(record["scales"])}
-    return ImageTokens(ids=[grids[name].long() for name in names], **values)
+    return ImageTokens(ids=[grids[name] if mapped else grids[name].long() for name in names], **values)

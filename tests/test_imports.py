@@ -18,8 +18,12 @@ LAYERS = {
     "model_cards": set(),
     "families": set(),
     "checkpoints": {"families", "modeling_svqvae"},
-    "conversion": {"checkpoints", "model_cards", "modeling_svqvae"},
+    "conversion": {"checkpoints", "files", "model_cards", "modeling_svqvae"},
+    "export": {"files", "modeling_svqvae"},
     "codec": {"image_processing_svqvae", "modeling_svqvae", "tokens"},
+    "large_images": {
+        *("codec", "files", "image_processing_svqvae", "modeling_svqvae", "results", "tiling", "tokens"),
+    },
     "metrics": set(),
     "perceptual": set(),
     "image_sets": {"files", "image_processing_svqvae"},

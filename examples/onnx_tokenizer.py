@@ -1,0 +1,59 @@
+"""Encodes and decodes images with graphs of `svqvae export`, by onnxruntime and NumPy alone; Pillow reads the files.
+
+svqvae export MODEL --output graphs
+python examples/onnx_tokenizer.py graphs photo.jpg back.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+class OnnxTokenizer:
+    """Images to ids and back.
+
+    Args:
+        folder (`str` or `Path`): Folder that `svqvae export` made, with `encoder.onnx` and `decoder.onnx`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.encoder, self.decoder = (
+            onnxruntime.InferenceSession(Path(folder, name), providers=onnxruntime.get_available_providers())
+            for name in ("encoder.onnx", "decoder.onnx")
+        )
+        facts = self.encoder.get_modelmeta().custom_metadata_map
+        self.f = json.loads(facts["f"])
+        self.black, self.white = json.loads(facts["pixel_range"])
+        self.dtype = np.float16 if self.encoder.get_inputs()[0].type == "tensor(float16)" else np.float32
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Maps pixels `(height, width, 3)` in uint8 to ids `(ceil(height / f), ceil(width / f))` in int64."""
+        bottom, right = (-side % self.f for side in pixels.shape[:2])
+        padded = np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge").astype(np.float32) / 255
+        sample = self.black + padded * (self.white - self.black)
+        batch = sample.transpose(2, 0, 1)[None].astype(self.dtype)  # (1, 3, height, width)
+        return self.encoder.run(["ids"], {"sample": batch})[0][0]
+
+    def decode(self, ids: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Maps ids to pixels `(height, width, 3)` in uint8, cropped to the size of the image that was encoded."""
+        sample = self.decoder.run(["sample"], {"ids": ids[None]})[0][0].astype(np.float32)
+        unit = (sample - self.black) / (self.white - self.black)
+        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)[:height, :width]
+
+
+def main(folder: str, source: str, target: str) -> None:
+    """Encodes an image file and writes what its ids decode to."""
+    tokenizer = OnnxTokenizer(folder)
+    with Image.open(source) as image:
+        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    ids = tokenizer.encode(pixels)
+    Image.fromarray(tokenizer.decode(ids, *pixels.shape[:2])).save(target)
+    print(f"{pixels.shape[1]} x {pixels.shape[0]} pixels, {ids.size} ids, the first {ids.flat[:8].tolist()}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
