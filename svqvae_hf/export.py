@@ -264,17 +264,13 @@ def _load_torch(path: Path) -> Graph:
 
 
 def _name_dims(proto: "onnx.ModelProto", names: list[str]) -> None:
-    """Names the free sides, and drops what else the exporter noted: it names files of this machine."""
+    """Names the free sides, which the exporter numbers."""
     dims = {"sample": ("batch", "channels", "height", "width"), "ids": ("batch", "rows", "columns")}
     for value, name in zip((*proto.graph.input, *proto.graph.output), names, strict=True):
         for dim, label in zip(value.type.tensor_type.shape.dim, dims[name], strict=True):
             if dim.dim_param:
                 dim.dim_param = label
-        value.ClearField("metadata_props")
-    for node in proto.graph.node:
-        node.ClearField("metadata_props")
-    proto.graph.ClearField("value_info")
-    proto.graph.ClearField("metadata_props")
+    proto.graph.ClearField("value_info")  # by the numbers
 
 
 def _compare(model: SVQVAE, encode: Graph, decode: Graph, dtype: str) -> tuple[int, float]:
