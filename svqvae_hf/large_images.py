@@ -22,9 +22,9 @@ from tifffile import COMPRESSION, PHOTOMETRIC
 from svqvae_hf.codec import check_model, image_tokens
 from svqvae_hf.files import find_files, write_file
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor, to_rgb
-from svqvae_hf.modeling_svqvae import SVQVAE, GroupStatistics
+from svqvae_hf.modeling_svqvae import SVQVAE, gather_context
 from svqvae_hf.results import Result
-from svqvae_hf.tiling import Read, Tile, map_tile, read_resized, tile_axis
+from svqvae_hf.tiling import Read, map_tile, tile_axis
 from svqvae_hf.tokens import UINT16_CODES, ImageTokens, load_tokens, token_file_header
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -239,12 +239,12 @@ class _Run:
         self.partial_ids = target.with_name(f"{target.name}.partial.safetensors")
         self._record_path = record_path(target)
         self._facts = {"input": _identity(source), **_model_facts(model)}
-        self._passes: dict[str, dict[str, Any]] = {}
+        self._bands: dict[str, int] = {}  # rows of tiles that are done, of each pass
         self._read_record(resume)
-        self._tile, self._overlap = model.tile_size // model.f, model.overlap // model.f
+        self._tile = model.tile_size // model.f
         self._cells = [-(-side // model.f) for side in size]
-        self._half = [-(-side // 2) for side in self._cells]
-        self._tiles = passes * sum(math.prod(map(len, self._grid(statistics))) for statistics in (True, False))
+        self._rows, self._columns = (tile_axis(cells, self._tile, model.overlap // model.f) for cells in self._cells)
+        self._tiles = passes * len(self._rows) * len(self._columns)
         self._done = 0
         self._on_tile = on_tile
 
@@ -253,7 +253,7 @@ class _Run:
         placeholder = torch.zeros((), dtype=torch.int64).expand(*self._cells)
         header = token_file_header(image_tokens(self.model, [placeholder], *self.size, [1.0]))
         dtype = np.dtype("<i4" if self.model.config["codebook_size"] > UINT16_CODES else "<u2")
-        if "encode" not in self._passes:
+        if "encode" not in self._bands:
             with path.open("wb") as empty:
                 empty.write(header)
                 empty.truncate(len(header) + math.prod(self._cells) * dtype.itemsize)
@@ -274,7 +274,7 @@ class _Run:
         f, dim = self.model.f, self.model.config["codebook_embed_dim"]
         processor = SVQVAEImageProcessor(pixel_range=self.model.config["pixel_range"])
         output = _ZarrOutput if self.target.suffix == ".zarr" else _TiffOutput
-        if "decode" not in self._passes:
+        if "decode" not in self._bands:
             output.create(path, *self.size)
 
         def read(rows: slice, columns: slice) -> torch.Tensor:
@@ -306,14 +306,6 @@ class _Run:
         self.partial_ids.unlink(missing_ok=True)
         self._record_path.unlink(missing_ok=True)
 
-    def _grid(self, statistics: bool) -> tuple[list[Tile], list[Tile]]:
-        """Tiles along both axes, of the half image that gives the statistics or of the image."""
-        if statistics and max(self._cells) <= self._tile:
-            return [], []
-        cells, overlap = (self._half, 0) if statistics else (self._cells, self._overlap)
-        rows, columns = (tile_axis(length, self._tile, overlap) for length in cells)
-        return rows, columns
-
     def _map(
         self,
         name: str,
@@ -325,36 +317,17 @@ class _Run:
         result_cell: int,
     ) -> None:
         """Maps a network over the tiles, as `SVQVAE` does it in memory; `write` gets the cell where a core begins."""
-        done = self._passes.setdefault(name, {"statistics": None, "bands": 0})
+        done = self._bands.setdefault(name, 0)
         self._write_record()
-        statistics = None
-        rows, columns = self._grid(statistics=True)
-        if rows:
-            statistics = GroupStatistics()
-            if done["statistics"] is None:
-                source_size, half_size = (
-                    [side * source_cell for side in cells] for cells in (self._cells, self._half)
-                )
-                read_half = partial(read_resized, read, source_size, half_size)
-                for y in rows:
-                    for x in columns:
-                        map_tile(partial(network, statistics=statistics), read_half, y, x, source_cell, result_cell)
-                        self._count()
-                done["statistics"] = _pack(statistics, self.model)
-                self._write_record()
-            else:
-                _unpack(done["statistics"], statistics, self.model)
-                self._done += len(rows) * len(columns)
-            statistics.gathering = False
-        rows, columns = self._grid(statistics=False)
-        self._done += done["bands"] * len(columns)
-        for y in rows[done["bands"] :]:
-            for x in columns:
-                core = map_tile(partial(network, statistics=statistics), read, y, x, source_cell, result_cell)
-                write(y.core_start, x.core_start, core)
+        if max(self._cells) > self._tile:
+            network = partial(network, context=gather_context(network, read, self._cells, self._tile, source_cell))
+        self._done += done * len(self._columns)
+        for band, y in enumerate(self._rows[done:], start=done + 1):
+            for x in self._columns:
+                write(y.core_start, x.core_start, map_tile(network, read, y, x, source_cell, result_cell))
                 self._count()
             flush()
-            done["bands"] += 1
+            self._bands[name] = band
             self._write_record()
 
     def _count(self) -> None:
@@ -374,7 +347,7 @@ class _Run:
             raise ValueError(f"`{self.target}` was begun by a run that was interrupted. Go on by --resume, {remedy}")
         try:
             record = json.loads(self._record_path.read_bytes())
-            facts, self._passes = record["facts"], record["passes"]
+            facts, self._bands = record["facts"], record["bands"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`{self._record_path}` must be the record of a run, but is not. Remove it.") from error
         differing = [name for name, value in self._facts.items() if facts.get(name) != value]
@@ -385,7 +358,7 @@ class _Run:
             )
 
     def _write_record(self) -> None:
-        write_file(self._record_path, json.dumps({"facts": self._facts, "passes": self._passes}).encode())
+        write_file(self._record_path, json.dumps({"facts": self._facts, "bands": self._bands}).encode())
 
 
 class _TiffOutput:
@@ -547,20 +520,6 @@ def _model_facts(model: SVQVAE) -> dict[str, Any]:
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _pack(statistics: GroupStatistics, model: SVQVAE) -> dict[str, list[Any]]:
-    names = {module: name for name, module in model.named_modules()}
-    return {
-        names[norm]: [pixels, mean.tolist(), variance.tolist()]
-        for norm, (pixels, mean, variance) in statistics.moments.items()
-    }
-
-
-def _unpack(packed: dict[str, list[Any]], statistics: GroupStatistics, model: SVQVAE) -> None:
-    for name, (pixels, *moments) in packed.items():
-        mean, variance = (torch.tensor(moment, device=model.device) for moment in moments)
-        statistics.moments[model.get_submodule(name)] = pixels, mean, variance
 
 
 def _measure(original: LargeImage, reconstruction: LargeImage, tokens: ImageTokens) -> Result:

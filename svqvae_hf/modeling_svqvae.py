@@ -8,6 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,12 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import HfApi
 from torch import distributed, nn
 
-from svqvae_hf.tiling import map_tiles
+from svqvae_hf.tiling import Read, map_tiles, sample_windows
 
 NORM_EPS = 1e-6
+SAMPLE_WINDOWS = 32  # of an image, which give what its tiles share
+SAMPLE_SIDE = 12  # of such a window, in latents
+SAMPLE_MARGIN = 3  # of it next to a cut, in latents
 SEARCH_SCORES = 1 << 22  # cosines held at once by the nearest-code search: 16 MiB in float32
 ENTROPY_TEMPERATURE = 0.01
 SIZES = (
@@ -81,61 +85,64 @@ class SVQVAEOutput(BaseOutput):
         super().__post_init__()
 
 
-class GroupStatistics:
-    """Mean and variance of each group at each [`GroupNorm`] of a network, over tiles of an image.
+class TileContext:
+    """What all tiles of an image share: the statistics of each norm, the keys and values of each attention.
 
-    While `gathering`, every norm uses the statistics of its own tile and adds them here, weighted by pixels; after
-    that every norm uses what was gathered, so that all tiles of an image are normalised alike.
+    A sample of windows, spread over the image, gives them. While `gathering`, the windows pass through the network
+    together: each norm takes the statistics of all of them, and in each attention all of them see each other. Only
+    their interior counts, since a window is cut where the image goes on. After that every tile is normalised alike and
+    attends to the same positions, wherever it lies.
 
-    `moments` has, for each norm, the number of pixels and the mean and variance `(batch, groups)` in float32.
+    Args:
+        batch (`int`): Number of images.
+        window (`tuple[int, int]`): Height and width of a window in latents.
+        margin (`tuple[int, int]`): What does not count at each end of its height and width, in latents.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int, window: Sequence[int], margin: Sequence[int]):
+        self.batch = batch
+        self.window = window
+        self.margin = margin
         self.gathering = True
-        self.moments: dict[nn.Module, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self.moments: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.keys: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(self, norm: nn.Module, hidden: torch.Tensor, num_groups: int) -> None:
-        """Adds a tile's activations at `norm`."""
-        groups = hidden.reshape(hidden.shape[0], num_groups, -1).float()
-        pixels = hidden.shape[-2] * hidden.shape[-1]
-        variance, mean = torch.var_mean(groups, dim=-1, correction=0)  # (batch, groups)
-        if norm in self.moments:
-            pixels_before, mean_before, variance_before = self.moments[norm]
-            share = pixels / (pixels_before + pixels)
-            shift = mean - mean_before
-            mean = mean_before + shift * share
-            variance = torch.lerp(variance_before, variance, share) + shift.square() * share * (1 - share)
-            pixels += pixels_before
-        self.moments[norm] = (pixels, mean, variance)
-
-    def __getitem__(self, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance at `norm`, each `(batch, groups)` in float32."""
-        return self.moments[norm][1:]
+    def interior(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The interior of the windows: `(batch, windows, channels, h, w)` of `(batch * windows, channels, h', w')`."""
+        lengths = zip(hidden.shape[-2:], self.window, self.margin, strict=True)
+        rows, columns = (
+            slice(margin * side // window, side - margin * side // window) for side, window, margin in lengths
+        )
+        return hidden[..., rows, columns].unflatten(0, (self.batch, -1))
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, with the statistics of the activations at hand or with those of the whole image."""
+    """Group normalisation, with the statistics of the activations at hand or with those that tiles share."""
 
     def __init__(self, num_groups: int, num_channels: int):
         super().__init__(num_groups, num_channels, eps=NORM_EPS)
 
-    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Normalises `(batch, channels, h, w)`."""
         if torch.is_grad_enabled() and hidden.device.type == "cpu":
             hidden = hidden.contiguous()  # in channels_last the backward takes half of a CPU training step
-        if statistics is not None and not statistics.gathering:
-            return self._normalise(hidden, *statistics[self])
-        if statistics is not None:
-            statistics.add(self, hidden, self.num_groups)
-        # `F.group_norm` refuses one value a group, which a 1 x 1 image can come to; the operator does not.
-        return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
+        if context is None:
+            # `F.group_norm` refuses one value a group, which a 1 x 1 image can come to; the operator does not.
+            return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
+        if context.gathering:
+            groups = context.interior(hidden).float().unflatten(2, (self.num_groups, -1))
+            variance, mean = torch.var_mean(groups, dim=(1, 3, 4, 5), correction=0)  # (images, groups)
+            context.moments[self] = mean, variance
+        return self._normalise(hidden, *context.moments[self])
 
     def _normalise(self, hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         per_group = hidden.shape[1] // self.num_groups
-        mean, variance = (each.repeat_interleave(per_group, dim=1) for each in (mean, variance))  # (batch, channels)
+        mean, variance = (each.repeat_interleave(per_group, dim=1) for each in (mean, variance))  # (images, channels)
         scale = self.weight.float() * torch.rsqrt(variance + self.eps)
         shift = self.bias.float() - mean * scale
-        return (hidden * scale[..., None, None] + shift[..., None, None]).to(hidden.dtype)
+        of_images = hidden.unflatten(0, (len(mean), -1))  # (images, windows, channels, h, w)
+        normed = of_images * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+        return normed.flatten(0, 1).to(hidden.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -150,16 +157,16 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, in_channels, h, w)` to `(batch, out_channels, h, w)`."""
         residual = hidden if self.nin_shortcut is None else self.nin_shortcut(hidden)
-        hidden = self.conv1(F.silu(self.norm1(hidden, statistics)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden, statistics))))
+        hidden = self.conv1(F.silu(self.norm1(hidden, context)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden, context))))
         return residual + hidden
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over all positions, one head."""
+    """Self-attention over all positions, one head; in a tile, attention over the positions that tiles share."""
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
@@ -169,16 +176,28 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, channels, h, w)` to the same shape."""
-        normed = self.norm(hidden, statistics)
-        # Contiguous, since the fused kernels, which never hold all pairs of positions, take no other layout.
-        query, key, value = (
-            project(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
-            for project in (self.q, self.k, self.v)
-        )  # (batch, 1, h * w, channels)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return hidden + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(hidden.shape))
+        normed = self.norm(hidden, context)
+        if context is None:
+            key, value = (_positions(project(normed).unsqueeze(1)) for project in (self.k, self.v))
+        elif context.gathering:
+            key, value = (_positions(context.interior(project(normed))) for project in (self.k, self.v))
+            context.keys[self] = key, value
+        else:
+            key, value = context.keys[self]
+        query = _positions(self.q(normed).unflatten(0, (len(key), -1)))
+        attended = F.scaled_dot_product_attention(query, key, value)  # (images, 1, positions, channels)
+        attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
+        return hidden + self.proj_out(attended)
+
+
+def _positions(windows: torch.Tensor) -> torch.Tensor:
+    """Maps `(images, windows, channels, h, w)` to `(images, 1, windows * h * w, channels)`.
+
+    Contiguous, since the fused kernels of attention, which never hold all pairs of positions, take no other layout.
+    """
+    return windows.movedim(2, -1).flatten(1, 3).unsqueeze(1).contiguous()
 
 
 class Downsample(nn.Module):
@@ -230,22 +249,22 @@ class Level(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
-    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, in_channels, h, w)` to `(batch, out_channels, h', w')`, the sides halved, doubled or kept."""
         for i, res in enumerate(self.res):
-            hidden = self._run(res, hidden, statistics)
+            hidden = self._run(res, hidden, context)
             if self.attn:
-                hidden = self._run(self.attn[i], hidden, statistics)
+                hidden = self._run(self.attn[i], hidden, context)
         if self.downsample is not None:
             hidden = self.downsample(hidden)
         if self.upsample is not None:
             hidden = self.upsample(hidden)
         return hidden
 
-    def _run(self, block: nn.Module, hidden: torch.Tensor, statistics: GroupStatistics | None) -> torch.Tensor:
+    def _run(self, block: nn.Module, hidden: torch.Tensor, context: TileContext | None) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, hidden, statistics)
-        return block(hidden, statistics)
+            return self._gradient_checkpointing_func(block, hidden, context)
+        return block(hidden, context)
 
 
 def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
@@ -292,12 +311,12 @@ class Encoder(nn.Module):
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = nn.Conv2d(channels[last], z_channels, 3, padding=1)
 
-    def forward(self, sample: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, in_channels, height, width)` to `(batch, z_channels, h, w)`."""
         hidden = self.conv_in(sample)
         for block in (*self.conv_blocks, *self.mid):
-            hidden = block(hidden, statistics)
-        return self.conv_out(F.silu(self.norm_out(hidden, statistics)))
+            hidden = block(hidden, context)
+        return self.conv_out(F.silu(self.norm_out(hidden, context)))
 
 
 class Decoder(nn.Module):
@@ -333,12 +352,12 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = nn.Conv2d(channels[last], out_channels, 3, padding=1)
 
-    def forward(self, hidden: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`."""
         hidden = self.conv_in(hidden)
         for block in (*self.mid, *self.conv_blocks):
-            hidden = block(hidden, statistics)
-        return self.conv_out(F.silu(self.norm_out(hidden, statistics)))
+            hidden = block(hidden, context)
+        return self.conv_out(F.silu(self.norm_out(hidden, context)))
 
 
 class Codebook(nn.Module):
@@ -699,16 +718,15 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
-        All tiles of an image share their normalisation statistics, gathered in a first pass over the image at half its
-        size.
+        All tiles of an image share their normalisation statistics and what they attend to, which a sample of windows
+        gives: 32 of 12 x 12 latents, spread over the image, take the memory of some four tiles of 256 pixels.
 
         Args:
             tile_size (`int`, defaults to 256): Largest side, in pixels, of what the networks read at once, a multiple
                 of `f`.
             overlap (`int`, defaults to 32): Halo on each side of a tile, in pixels: read, but not kept. A multiple of
                 `f`, less than half of `tile_size`.
-            on_tile (`Callable`, *optional*): Called after each tile with the tiles done and their number, of each
-                pass anew.
+            on_tile (`Callable`, *optional*): Called after each tile with the tiles done and their number.
 
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
@@ -883,30 +901,30 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoded = decoded[..., :height, :width]
         return decoded if self.training else self._clamp(decoded)
 
-    def encode_window(self, window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def encode_window(self, window: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Latents of a window of an image, for those who do the tiling.
 
         Args:
             window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
-            statistics ([`GroupStatistics`], *optional*): Those of the image, to be added to or to normalise by.
+            context ([`TileContext`], *optional*): That of the image.
 
         Returns:
             `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)`, before quantisation.
         """
         window = map_range(window, self.config["pixel_range"], self.config["network_range"])
-        return self.quant_conv(self.encoder(window, statistics))
+        return self.quant_conv(self.encoder(window, context))
 
-    def decode_window(self, window: torch.Tensor, statistics: GroupStatistics | None = None) -> torch.Tensor:
+    def decode_window(self, window: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Pixels of a window of quantised latents, for those who do the tiling.
 
         Args:
             window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
-            statistics ([`GroupStatistics`], *optional*): Those of the image, to be added to or to normalise by.
+            context ([`TileContext`], *optional*): That of the image.
 
         Returns:
             `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` in `pixel_range`, not clamped.
         """
-        decoded = self.decoder(self.post_quant_conv(window), statistics)
+        decoded = self.decoder(self.post_quant_conv(window), context)
         return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
@@ -933,20 +951,14 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             return network(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
-                "Gradient checkpointing runs the network again, when the statistics that its tiles share are no "
-                "longer those of the first run. Disable it, tiling or gradients."
+                "Gradient checkpointing runs the network again, when what its tiles share is no longer that of the "
+                "first run. Disable it, tiling or gradients."
             )
-        tile, overlap = tiles
-        statistics = GroupStatistics()
-
-        def normalised(window: torch.Tensor) -> torch.Tensor:
-            return network(window, statistics)
-
-        half_size = [-(-side // (2 * source_cell)) * source_cell for side in source.shape[-2:]]
-        half = F.interpolate(source.float(), half_size, mode="area").to(source.dtype)
-        map_tiles(normalised, half, tile, 0, source_cell, result_cell, self.on_tile)
-        statistics.gathering = False
-        return map_tiles(normalised, source, tile, overlap, source_cell, result_cell, self.on_tile)
+        size = [side // source_cell for side in source.shape[-2:]]
+        context = gather_context(
+            network, lambda rows, columns: source[..., rows, columns], size, tiles[0], source_cell
+        )
+        return map_tiles(partial(network, context=context), source, *tiles, source_cell, result_cell, self.on_tile)
 
     def _clamp(self, sample: torch.Tensor) -> torch.Tensor:
         return sample.clamp(*self.config["pixel_range"])
@@ -1019,6 +1031,27 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"shape "
                 f"{tuple(latents.shape)}. Pass the output of `encode`, not an image."
             )
+
+
+def gather_context(
+    network: Callable[..., torch.Tensor], read: Read, size: Sequence[int], tile: int, source_cell: int
+) -> TileContext:
+    """What the tiles of an image share, from a sample of its windows.
+
+    Args:
+        network (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
+        read (`Callable`): Gives the source `(batch, channels, rows, columns)` at two slices, in samples.
+        size (`tuple[int, int]`): Height and width of the image in latents.
+        tile (`int`): Largest side of a window in latents.
+        source_cell (`int`): Samples of the source along a side of a latent.
+    """
+    side = min(SAMPLE_SIDE, tile)
+    windows = sample_windows(size, side, min(SAMPLE_MARGIN, (side - 1) // 2), SAMPLE_WINDOWS)
+    source = windows.read(read, source_cell)
+    context = TileContext(len(source) // len(windows.places), windows.window, windows.margin)
+    network(source, context)
+    context.gathering = False
+    return context
 
 
 def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Tiles of an image: the grid, and a function mapped over it or over one tile of an image that is read by windows.
+"""Tiles of an image: the grid, a function mapped over it or over one tile of it, and a sample of windows.
 
 Lengths are in cells, so that pixels and latents share one grid.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,59 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[Tile]:
     starts = [round(i * (length - window) / (count - 1)) for i in range(count)]
     cuts = [0, *((left + window + right) // 2 for left, right in zip(starts, starts[1:], strict=False)), length]
     return [Tile(start, start + window, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
+
+
+class WindowSample(NamedTuple):
+    """Windows of one size, spread over an image, in cells.
+
+    Args:
+        places (`list[tuple[int, int]]`): Top and left of each.
+        window (`tuple[int, int]`): Height and width of each.
+        margin (`tuple[int, int]`): Cells at the top and the bottom, at the left and the right, that are next to a cut;
+            0 along an axis that a window spans.
+    """
+
+    places: list[tuple[int, int]]
+    window: tuple[int, int]
+    margin: tuple[int, int]
+
+    def read(self, read: Read, cell: int) -> torch.Tensor:
+        """The windows of each image one after the other, `(batch * windows, channels, height, width)`.
+
+        Args:
+            read (`Callable`): Gives the source `(batch, channels, rows, columns)` at two slices, in samples.
+            cell (`int`): Samples of the source along a side of a cell.
+        """
+        height, width = self.window
+        windows = [read(_span(y, y + height, cell), _span(x, x + width, cell)) for y, x in self.places]
+        return torch.stack(windows, dim=1).flatten(0, 1)
+
+
+def sample_windows(size: Sequence[int], side: int, margin: int, count: int) -> WindowSample:
+    """Spreads windows evenly over an image, in rows and columns as its sides are to each other.
+
+    Args:
+        size (`tuple[int, int]`): Height and width of the image, in cells.
+        side (`int`): Side of a window where the image is as long, in cells.
+        margin (`int`): Cells next to a cut, less than half of `side`.
+        count (`int`): Windows at most; fewer where they cover the image.
+    """
+    height, width = size
+    most_down, most_across = (-(-length // side) for length in size)
+    down = min(max(1, round(math.sqrt(count * height / width))), most_down, count)
+    across = min(count // down, most_across)
+    rows, columns = _spread(height, side, down), _spread(width, side, across)
+    return WindowSample(
+        places=[(y, x) for y in rows for x in columns],
+        window=(min(side, height), min(side, width)),
+        margin=(margin if height > side else 0, margin if width > side else 0),
+    )
+
+
+def _spread(length: int, side: int, count: int) -> list[int]:
+    """Starts of `count` windows along an axis, from its one end to its other; of one window, in its middle."""
+    room = max(0, length - side)
+    return [room // 2] if count == 1 else [round(i * room / (count - 1)) for i in range(count)]
 
 
 def map_tiles(
@@ -106,41 +160,6 @@ def map_tile(
     core_y = _span(y.core_start - y.start, y.core_stop - y.start, result_cell)
     core_x = _span(x.core_start - x.start, x.core_stop - x.start, result_cell)
     return result[..., core_y, core_x]
-
-
-def read_resized(
-    read: Read, source_size: Sequence[int], size: Sequence[int], rows: slice, columns: slice
-) -> torch.Tensor:
-    """Reads a window of an image that is made smaller by area, as `torch.nn.functional.interpolate` does it.
-
-    Only what the window needs is read; the values are those of the whole image resized, bit by bit on the CPU.
-
-    Args:
-        read (`Callable`): Gives the source `(batch, channels, rows, columns)` at two slices, in samples.
-        source_size (`tuple[int, int]`): Height and width of the source.
-        size (`tuple[int, int]`): Height and width of the resized image, at most those of the source.
-        rows (`slice`): Rows of the resized image.
-        columns (`slice`): Columns of it.
-    """
-    (y, height), (x, width) = (
-        _areas(span, source, target) for span, source, target in zip((rows, columns), source_size, size, strict=True)
-    )
-    source = read(*(slice(int(start[0]), int(start[-1] + length[-1])) for start, length in ((y, height), (x, width))))
-    y, x = y - y[0], x - x[0]
-    total = torch.zeros((), device=source.device)
-    for i in range(int(height.max())):
-        for j in range(int(width.max())):
-            last_y, last_x = (side - 1 for side in source.shape[-2:])
-            values = source[..., (y + i).clamp(max=last_y), :][..., (x + j).clamp(max=last_x)].float()
-            total = total + values * ((i < height)[:, None] & (j < width)).to(source.device)
-    return (total / height[:, None].to(source.device) / width.to(source.device)).to(source.dtype)
-
-
-def _areas(span: slice, source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First sample and number of samples of the source for each resized sample in a span."""
-    index = torch.arange(span.start, span.stop)
-    start = index * source // target
-    return start, -(-(index + 1) * source // target) - start
 
 
 def _span(start: int, stop: int, cell: int) -> slice:

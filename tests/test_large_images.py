@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import torch.nn.functional as F
 import zarr
 from conftest import ROOT, make_tiny
 from PIL import Image
@@ -25,7 +24,6 @@ from svqvae_hf.large_images import (
     record_path,
 )
 from svqvae_hf.results import measure
-from svqvae_hf.tiling import read_resized
 from svqvae_hf.tokens import load_tokens, save_tokens, token_file_header
 
 # Height and width, tile and overlap: sides that are no multiples of a tile, of f, or as small as can be.
@@ -49,7 +47,7 @@ def model():
 
 @pytest.fixture
 def tiff(tmp_path, photo):
-    """A TIFF of 70 x 90 pixels: six tiles for statistics, twenty for the image."""
+    """A TIFF of 70 x 90 pixels: twenty tiles."""
     return save_tiff(tmp_path / "photo.tif", np.asarray(photo)[100:190, 100:170])
 
 
@@ -122,7 +120,7 @@ def test_output_of_several_tiles_each_way(tmp_path):
         assert np.array_equal(read_image(path), values)
 
 
-def test_no_window_is_larger_than_the_statistics_need(model, tmp_path, photo, monkeypatch):
+def test_no_window_is_larger_than_a_tile(model, tmp_path, photo, monkeypatch):
     source = save_tiff(tmp_path / "a.tif", np.asarray(photo)[:150, :200])
     sides = []
     read = large_images.LargeImage.read
@@ -133,17 +131,7 @@ def test_no_window_is_larger_than_the_statistics_need(model, tmp_path, photo, mo
 
     monkeypatch.setattr(large_images.LargeImage, "read", spy)
     encode_large(model, source, tmp_path / "a.safetensors")
-    assert max(sides) <= 2 * model.tile_size  # the statistics are of the image at half size
-
-
-@pytest.mark.parametrize("size", [(64, 64), (24, 40), (8, 56), (200, 8), (9, 7), (1, 3)])
-def test_window_of_the_resized_image_is_that_of_the_whole(size):
-    image = torch.rand(1, 3, *size)
-    half = [-(-side // 2) for side in size]
-    whole = F.interpolate(image, half, mode="area")
-    window = slice(half[0] // 3, half[0]), slice(0, -(-half[1] // 2))
-    resized = read_resized(lambda rows, columns: image[..., rows, columns], size, half, *window)
-    assert torch.equal(resized, whole[..., window[0], window[1]])
+    assert max(sides) <= model.tile_size
 
 
 @pytest.mark.parametrize("codebook_size", [64, 2**16, 2**16 + 1])

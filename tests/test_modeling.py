@@ -12,13 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from svqvae_hf import SVQVAE
 from svqvae_hf.modeling_svqvae import (
     SEARCH_SCORES,
+    AttnBlock,
     Codebook,
-    GroupNorm,
-    GroupStatistics,
     Level,
+    TileContext,
     VectorQuantizer,
     resize_latents,
 )
+from svqvae_hf.tiling import WindowSample
 
 SIZES = [(1, 1), (3, 200), (65, 64), (257, 300)]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -369,17 +370,51 @@ def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
     assert psnr(output, expected) > 25
 
 
-def test_gathered_statistics_are_those_of_the_whole():
-    norm = GroupNorm(2, 6)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
+@pytest.mark.usefixtures("no_grad")
+def test_tiles_are_the_whole_where_the_sample_is(monkeypatch):
+    """If the sample is the whole image, tiles differ from it only by what their halo does not reach."""
+
+    def whole(size, *_):
+        return WindowSample([(0, 0)], tuple(size), (0, 0))
+
+    monkeypatch.setattr("svqvae_hf.modeling_svqvae.sample_windows", whole)
+    model = make_tiny()
+    images = torch.stack([smooth_images(200, 168)[0], torch.rand(3, 200, 168)])
+    latents = model.encode(images).latents
+    sample = model.decode(latents, force_not_quantize=True).sample
+    model.enable_tiling(160, 72)
+    assert psnr(model.encode(images).latents, latents) - psnr(torch.zeros_like(latents), latents) > 60
+    assert psnr(model.decode(latents, force_not_quantize=True).sample, sample) > 60
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_windows_pass_through_norm_and_attention_as_the_whole_does():
+    block = AttnBlock(6, 2)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
     hidden = torch.randn(2, 6, 10, 12) * 3 + 20
-    statistics = GroupStatistics()
-    for tile in (hidden[..., :5, :], hidden[..., 5:, :3], hidden[..., 5:, 3:]):
-        norm(tile, statistics)
-    statistics.gathering = False
-    torch.testing.assert_close(norm(hidden, statistics), norm(hidden), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(norm(hidden[..., :4], statistics), norm(hidden)[..., :4], rtol=1e-4, atol=1e-4)
+    expected = block(hidden)
+    context = TileContext(batch=2, window=(10, 4), margin=(0, 0))
+    windows = torch.stack(hidden.split(4, dim=-1), dim=1).flatten(0, 1)
+    gathered = block(windows, context).unflatten(0, (2, 3))
+    torch.testing.assert_close(torch.cat(gathered.unbind(1), dim=-1), expected, rtol=1e-4, atol=1e-4)
+    context.gathering = False
+    torch.testing.assert_close(block(hidden[..., 2:9, 3:], context), expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_what_is_next_to_a_cut_does_not_count():
+    block = AttnBlock(6, 2)
+    contexts = []
+    windows = torch.randn(3, 6, 24, 12)
+    for border in (0.0, 100.0):
+        padded = F.pad(windows[..., 4:-4, :], (0, 0, 4, 4), value=border)
+        contexts.append(TileContext(batch=1, window=(12, 12), margin=(2, 0)))
+        block(padded, contexts[-1])
+    (one, other) = ([*context.moments[block.norm], *context.keys[block]] for context in contexts)
+    assert one[2].shape == (1, 1, 3 * 16 * 12, 6)
+    for before, after in zip(one, other, strict=True):
+        torch.testing.assert_close(before, after)
 
 
 # The original's faults (facts of the field): each failed there

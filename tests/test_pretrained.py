@@ -24,12 +24,12 @@ def test_it_is_small_and_of_the_documented_kind(model):
     assert all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
-def test_tiles_cost_about_a_decibel_and_leave_no_seams(model, photo):
+def test_tiles_cost_nothing_that_is_seen(model, photo):
     figures = measure(model, SVQVAEImageProcessor()(photo)["pixel_values"])
     assert figures["PSNR whole, dB"] > 25
-    assert figures["PSNR tiled, dB"] > figures["PSNR whole, dB"] - 1.2
-    assert figures["agreement, dB"] > 30
-    assert figures["error along tile borders"] < 1.2
+    assert figures["PSNR tiled, dB"] > figures["PSNR whole, dB"] - 0.1
+    assert figures["agreement, dB"] > 36
+    assert figures["error along tile borders"] < 1.1
     assert figures["error along image border"] < 1.3
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from svqvae_hf.tiling import map_tiles, tile_axis
+from svqvae_hf.tiling import map_tiles, sample_windows, tile_axis
 
 GEOMETRIES = [(8, 0), (8, 2), (9, 4), (5, 1), (3, 1), (1, 0)]
 
@@ -65,3 +65,33 @@ def test_progress_counts_every_tile():
     map_tiles(lambda window: window, torch.rand(1, 1, 10, 10), 4, 1, on_tile=lambda *count: seen.append(count))
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 12), (13, 13), (38, 57), (1, 4000), (4000, 30), (192, 256)])
+def test_sample_is_spread_over_the_image(size):
+    sample = sample_windows(size, 12, 3, 32)
+    assert 1 <= len(sample.places) == len(set(sample.places)) <= 32
+    for axis, length in enumerate(size):
+        starts = sorted({place[axis] for place in sample.places})
+        window = sample.window[axis]
+        assert window == min(12, length)
+        assert sample.margin[axis] == (3 if length > 12 else 0)
+        assert all(0 <= start <= length - window for start in starts)
+        gaps = {later - earlier for earlier, later in zip(starts, starts[1:], strict=False)}
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        assert len(starts) == 1 or (starts[0], starts[-1]) == (0, length - window)
+
+
+def test_sample_has_as_many_rows_to_columns_as_the_image():
+    for size, grid in [((300, 300), (6, 5)), ((192, 256), (5, 6)), ((100, 3200), (1, 32)), ((14, 14), (2, 2))]:
+        places = sample_windows(size, 12, 3, 32).places
+        assert (len({y for y, _ in places}), len({x for _, x in places})) == grid
+
+
+def test_windows_of_a_sample_are_those_of_the_images_in_order():
+    images = torch.rand(2, 3, 60, 40)
+    sample = sample_windows((30, 20), 6, 1, 8)
+    windows = sample.read(lambda rows, columns: images[..., rows, columns], cell=2).unflatten(0, (2, -1))
+    assert windows.shape == (2, len(sample.places), 3, 12, 12)
+    for index, (y, x) in enumerate(sample.places):
+        assert torch.equal(windows[:, index], images[..., 2 * y : 2 * y + 12, 2 * x : 2 * x + 12])
