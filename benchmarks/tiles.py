@@ -14,15 +14,11 @@ import torch
 from tqdm import tqdm
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.metrics import psnr
 from svqvae_hf.tiling import tile_axis
 
 BAND = 4  # pixels on each side of a border
 FRAME = 16  # pixels cut off each side first: scans such as Kodak's have dark lines there, which would pass for errors
-
-
-def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
-    """PSNR in dB of values in [0, 1]."""
-    return -10 * (output - target).square().mean().log10().item()
 
 
 def border_bands(length: int, model: SVQVAE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,9 +51,9 @@ def measure(model: SVQVAE, image: torch.Tensor) -> dict[str, float]:
     inside = ~along_tiles & ~along_image
     error, whole_error = ((output - image).square().mean((0, 1)) for output in (tiled, whole))
     return {
-        "PSNR whole, dB": psnr(whole, image),
-        "PSNR tiled, dB": psnr(tiled, image),
-        "agreement, dB": psnr(tiled, whole),
+        "PSNR whole, dB": psnr(whole, image, data_range=1.0).item(),
+        "PSNR tiled, dB": psnr(tiled, image, data_range=1.0).item(),
+        "agreement, dB": psnr(tiled, whole, data_range=1.0).item(),
         "ids kept": (tiled_ids == whole_ids).float().mean().item(),
         "error along tile borders": (error[along_tiles & ~along_image].mean() / error[inside].mean()).item(),
         "the same pixels, whole": (whole_error[along_tiles & ~along_image].mean() / whole_error[inside].mean()).item(),

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+from config import TrainConfig
+from losses import MultiScaleForward, Objective
+from model import load_model, make_optimizer
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-
-from config import TrainConfig  # noqa: E402
-from losses import MultiScaleForward, Objective  # noqa: E402
-from model import load_model, make_optimizer  # noqa: E402
-
 SCALES = [0.5, 1.0]
 RECIPES = {
     "plain: eager, float32": {},

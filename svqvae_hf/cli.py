@@ -24,11 +24,10 @@ from svqvae_hf import DEFAULT_MODEL, SVQVAE, __version__, conversion
 from svqvae_hf.checkpoints import REPO_ID, hub_reason, read_checkpoint
 from svqvae_hf.codec import check_memory, check_model, decode_image, encode_image
 from svqvae_hf.files import check_output, check_targets, find_files, save_png, scale_endings
-from svqvae_hf.image_processing_svqvae import IMAGE_FORMATS, load_image
+from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.results import Result, header, measure, side_by_side, table_row, token_count
 from svqvae_hf.tokens import ImageTokens, is_token_file, load_tokens, save_tokens
 
-IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 TOKEN_SUFFIX = ".safetensors"
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cuda", "mps", "xpu")  # beside the CPU; the first that is there is the default
@@ -144,12 +143,8 @@ def decode(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measures a model on a set of images, and writes numbers, tables and plots."""
-    try:
+    with _needing("evaluate", "eval"):
         from svqvae_hf import evaluation, evaluation_report, image_sets, perceptual
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"`evaluate` needs the package {error.name}. Install the extra that has it: pip install 'svqvae-hf[eval]'."
-        ) from error
     check_output([], args.output)
     state = PartialState(cpu=_find_device(args.device).type == "cpu")
     given = {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
@@ -203,12 +198,8 @@ def export(args: argparse.Namespace) -> None:
     from svqvae_hf.export import export_graphs
 
     model = _load_model(args.model, "cpu", "float32")
-    try:
+    with _needing("export", "export"):
         print(export_graphs(model, args.output, format=args.format, dtype=args.dtype))
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"`export` needs the package {error.name}. Install the extra that has it: pip install 'svqvae-hf[export]'."
-        ) from error
 
 
 def info(args: argparse.Namespace) -> None:
@@ -225,6 +216,18 @@ def info(args: argparse.Namespace) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+@contextmanager
+def _needing(what: str, extra: str) -> Iterator[None]:
+    """Says which extra has a package that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"`{what}` needs the package {error.name}. Install the extra that has it: "
+            f"pip install 'svqvae-hf[{extra}]'."
+        ) from error
+
+
 def _is_large(args: argparse.Namespace) -> bool:
     decodes = args.run is not encode
     if not args.large and (args.resume or (decodes and args.format)):
@@ -238,12 +241,8 @@ def _is_large(args: argparse.Namespace) -> bool:
 
 def _run_large(args: argparse.Namespace) -> None:
     """Encodes, decodes or reconstructs by rows of tiles, from files to files."""
-    try:
-        from svqvae_hf import large_images
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"`--large` needs the package {error.name}. Install the extra that has it: pip install 'svqvae-hf[large]'."
-        ) from error
+    with _needing("--large", "large"):
+        from svqvae_hf import large_files, large_images
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # as for diffusers
     work = {
         encode: large_images.encode_large,
@@ -251,7 +250,7 @@ def _run_large(args: argparse.Namespace) -> None:
         reconstruct: large_images.reconstruct_large,
     }[args.run]
     decodes = args.run is decode
-    inputs = find_files(args.inputs, (TOKEN_SUFFIX,)) if decodes else large_images.find_large_images(args.inputs)
+    inputs = find_files(args.inputs, (TOKEN_SUFFIX,)) if decodes else large_files.find_large_images(args.inputs)
     ending = TOKEN_SUFFIX if args.run is encode else f"_x1.{args.format or 'tif'}"
     check_output(inputs, args.output)
     check_targets(inputs, inputs, args.output, [ending])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.modeling_svqvae import SVQVAE
+from svqvae_hf.modeling_svqvae import SAMPLE_SIDE, SAMPLE_WINDOWS, SVQVAE
 from svqvae_hf.tokens import ImageTokens, check_codebook
 
 GIB = 2**30
@@ -16,7 +16,7 @@ GIB = 2**30
 # Memory at the peak, in bytes, measured in float32 on the CPU.
 PIXEL_BYTES = 64  # a pixel of the input when encoding, of the output when decoding
 LATENT_BYTES = 128  # a latent that is quantised
-TILE_BYTES = 64  # a pixel of a tile, for each of the base channels
+TILE_BYTES = 64  # a pixel of what the networks read at once, for each of the base channels
 
 
 def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> ImageTokens:
@@ -125,7 +125,8 @@ def check_memory(
     output = max(scale * scale for scale in scales) * pixels
     latents = sum(scale * scale for scale in scales) * pixels / model.f**2
     tile = TILE_BYTES * model.config["base_channels"]
-    tile_pixels = model.tile_size**2 if model.use_tiling else math.inf
+    sample_pixels = SAMPLE_WINDOWS * (SAMPLE_SIDE * model.f) ** 2
+    tile_pixels = max(model.tile_size**2, sample_pixels) if model.use_tiling else math.inf
     encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(tile_pixels, pixels)
     decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)
     needed = max(encodes * encoding, decodes * decoding)

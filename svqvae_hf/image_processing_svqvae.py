@@ -24,6 +24,7 @@ IMAGE_FORMATS = {
     "WEBP": (".webp",),
     "AVIF": (".avif",),
 }
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 

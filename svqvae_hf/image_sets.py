@@ -12,10 +12,9 @@ import fsspec
 from PIL import Image
 
 from svqvae_hf.files import find_files
-from svqvae_hf.image_processing_svqvae import IMAGE_FORMATS, load_image, to_rgb
+from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image, to_rgb
 
 ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
-SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
 
 
@@ -47,7 +46,7 @@ def open_images(
     if max_images is not None and max_images < 1:
         raise ValueError(f"`max_images` must be at least 1, but is {max_images}.")
     if len(data) > 1 or not _is_set(data[0]):
-        return find_files(data, SUFFIXES)[:max_images]
+        return find_files(data, IMAGE_SUFFIXES)[:max_images]
     if split is None:
         names = datasets.get_dataset_split_names(data[0], config)
         if len(names) > 1:
@@ -100,5 +99,5 @@ def is_hub_set(name: str) -> bool:
 def _is_set(name: str) -> bool:
     path = Path(name)
     if path.is_dir():
-        return not any(each.suffix.lower() in SUFFIXES for each in path.iterdir())
+        return not any(each.suffix.lower() in IMAGE_SUFFIXES for each in path.iterdir())
     return is_hub_set(name)

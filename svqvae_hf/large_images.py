@@ -1,129 +1,28 @@
-"""Images larger than memory: TIFF and Zarr in and out, by rows of tiles, each written when it is whole."""
+"""Images larger than memory, from file to file by rows of tiles, each written when it is whole."""
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import tifffile
 import torch
 import torch.nn.functional as F
-import zarr
-from PIL import Image
-from tifffile import COMPRESSION, PHOTOMETRIC
 
 from svqvae_hf.codec import check_model, image_tokens
-from svqvae_hf.files import find_files, write_file
-from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor, to_rgb
+from svqvae_hf.files import write_file
+from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.large_files import OUTPUT_TILE, LargeImage, TiffOutput, ZarrOutput, file_identity, open_large_image
 from svqvae_hf.modeling_svqvae import SVQVAE, gather_context
-from svqvae_hf.results import Result
+from svqvae_hf.results import Result, psnr_of_error
 from svqvae_hf.tiling import Read, map_tile, tile_axis
 from svqvae_hf.tokens import UINT16_CODES, ImageTokens, load_tokens, token_file_header
 
-TIFF_SUFFIXES = (".tif", ".tiff")
-ZARR_METADATA = ("zarr.json", ".zarray")
-OUTPUT_TILE = 256  # side of the tiles or chunks that are written, in pixels
-CHUNK_LIMIT = 1 << 28  # bytes of a strip, tile or chunk, which is decoded as a whole: 256 MiB
-LAYOUTS = {  # channels and what those beyond the colours are, in TIFF's numbers, to Pillow's names
-    (1,): "L",
-    (3,): "RGB",
-    (4,): "RGBA",
-    (4, 0): "RGBX",
-    (4, 1): "RGBa",
-    (4, 2): "RGBA",
-}
-
 OnTile = Callable[[int, int], None]
-
-
-def find_large_images(patterns: Sequence[str]) -> list[Path]:
-    """TIFF files and Zarr arrays that the arguments name, each once: files, arrays, folders of files, and globs."""
-    found = []
-    for pattern in patterns:
-        path = Path(pattern)
-        found += [path] if _is_zarr(path) else find_files([pattern], TIFF_SUFFIXES)
-    return list({path.resolve(): path for path in found}.values())
-
-
-@dataclass
-class LargeImage:
-    """An image in a file, read by windows.
-
-    Args:
-        path (`Path`): The file, or the folder of a Zarr array.
-        height (`int`): Height in pixels.
-        width (`int`): Width in pixels.
-        chunk_width (`int`): Pixels along a row that are decoded together.
-        layout (`str`): Pillow's name of the layout of a pixel, one of `LAYOUTS`.
-        values (`Callable`): Gives the stored values `(rows, columns)` or `(rows, columns, channels)` at two slices.
-    """
-
-    path: Path
-    height: int
-    width: int
-    chunk_width: int
-    layout: str
-    values: Callable[[slice, slice], np.ndarray]
-
-    def __post_init__(self) -> None:
-        self._block: tuple[slice, slice, np.ndarray] | None = None
-
-    def read(self, rows: slice, columns: slice) -> np.ndarray:
-        """Pixels `(rows, columns, 3)` in uint8, as [`~svqvae_hf.image_processing_svqvae.load_image`] gives them."""
-        values = self._read_block(rows, columns)
-        if self.layout == "L":
-            image = Image.fromarray(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
-        else:
-            if values.dtype.itemsize == 2:
-                values = values >> 8  # as Pillow reads colours of 16 bits
-            mode, size = "RGBA" if self.layout in ("RGBA", "RGBa") else "RGB", (values.shape[1], values.shape[0])
-            image = Image.frombytes(mode, size, values.astype(np.uint8).tobytes(), "raw", self.layout)
-        return np.asarray(to_rgb(image))
-
-    def _read_block(self, rows: slice, columns: slice) -> np.ndarray:
-        """The stored values, of whole chunks along the rows, kept for the next window to the right."""
-        if self._block is not None:
-            held_rows, held, values = self._block
-            if held_rows == rows and held.start <= columns.start and columns.stop <= held.stop:
-                return values[:, columns.start - held.start : columns.stop - held.start]
-        chunk = self.chunk_width
-        held = slice(columns.start // chunk * chunk, min(-(-columns.stop // chunk) * chunk, self.width))
-        self._block = None  # before the next one is read
-        with _reading(self.path):
-            self._block = rows, held, self.values(rows, held)
-        return self._read_block(rows, columns)
-
-
-@contextmanager
-def open_large_image(path: Path) -> Iterator[LargeImage]:
-    """Opens an image for reading by windows.
-
-    Args:
-        path (`Path`): TIFF or BigTIFF, its first page grey, RGB or RGBA of 8 or 16 bits; or the folder of a Zarr array
-            `(height, width, 3)` of uint8.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is of another kind.
-    """
-    if path.is_dir():
-        with _reading(path):
-            array = zarr.open_array(path, mode="r")
-        yield _zarr_image(path, array)
-        return
-    with _reading(path):
-        file = tifffile.TiffFile(path)
-    with file:
-        with _reading(path):
-            page = file.pages[0]
-        yield _tiff_image(path, page)
 
 
 def record_path(target: Path) -> Path:
@@ -238,7 +137,7 @@ class _Run:
         self.partial = target.with_name(f"{target.name}.partial")
         self.partial_ids = target.with_name(f"{target.name}.partial.safetensors")
         self._record_path = record_path(target)
-        self._facts = {"input": _identity(source), **_model_facts(model)}
+        self._facts = {"input": file_identity(source), **_model_facts(model)}
         self._bands: dict[str, int] = {}  # rows of tiles that are done, of each pass
         self._read_record(resume)
         self._tile = model.tile_size // model.f
@@ -273,7 +172,7 @@ class _Run:
         """Writes the image of ids `(h, w)` to `path`."""
         f, dim = self.model.f, self.model.config["codebook_embed_dim"]
         processor = SVQVAEImageProcessor(pixel_range=self.model.config["pixel_range"])
-        output = _ZarrOutput if self.target.suffix == ".zarr" else _TiffOutput
+        output = ZarrOutput if self.target.suffix == ".zarr" else TiffOutput
         if "decode" not in self._bands:
             output.create(path, *self.size)
 
@@ -361,139 +260,6 @@ class _Run:
         write_file(self._record_path, json.dumps({"facts": self._facts, "bands": self._bands}).encode())
 
 
-class _TiffOutput:
-    """An uncompressed tiled BigTIFF, whose tiles have their place in the file before they are written."""
-
-    @staticmethod
-    def create(path: Path, height: int, width: int) -> None:
-        tile = (OUTPUT_TILE, OUTPUT_TILE)
-        with tifffile.TiffWriter(path, bigtiff=True) as file:
-            file.write(shape=(height, width, 3), dtype=np.uint8, tile=tile, photometric="rgb", metadata=None)
-
-    def __init__(self, path: Path):
-        with tifffile.TiffFile(path) as file:
-            self._offsets = file.pages[0].dataoffsets
-            self._across = -(-file.pages[0].imagewidth // OUTPUT_TILE)
-        self._file = path.open("r+b")
-        self.flush = self._file.flush
-
-    def write(self, top: int, left: int, pixels: np.ndarray) -> None:
-        bottom, right = top + pixels.shape[0], left + pixels.shape[1]
-        for y in range(top, bottom):
-            for tile in range(left // OUTPUT_TILE, -(-right // OUTPUT_TILE)):
-                start, stop = max(left, tile * OUTPUT_TILE), min(right, (tile + 1) * OUTPUT_TILE)
-                within = y % OUTPUT_TILE * OUTPUT_TILE + start % OUTPUT_TILE
-                self._file.seek(self._offsets[y // OUTPUT_TILE * self._across + tile] + within * 3)
-                self._file.write(pixels[y - top, start - left : stop - left].tobytes())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-class _ZarrOutput:
-    """A Zarr array `(height, width, 3)` of uint8, whose chunks are written at once."""
-
-    @staticmethod
-    def create(path: Path, height: int, width: int) -> None:
-        shape, chunks = (height, width, 3), (OUTPUT_TILE, OUTPUT_TILE, 3)
-        zarr.create_array(path, shape=shape, chunks=chunks, dtype="uint8", overwrite=True)
-
-    def __init__(self, path: Path):
-        self._array = zarr.open_array(path, mode="r+")
-
-    def write(self, top: int, left: int, pixels: np.ndarray) -> None:
-        self._array[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-
-    def flush(self) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # decoders raise errors of many kinds
-        raise ValueError(f"`{path}` cannot be read as TIFF or Zarr, it may be broken or cut short: {error}") from error
-
-
-def _is_zarr(path: Path) -> bool:
-    return any((path / name).is_file() for name in ZARR_METADATA)
-
-
-def _zarr_image(path: Path, array: Any) -> LargeImage:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ValueError(
-            f"`{path}` must be a Zarr array (height, width, 3) of uint8, but is {array.shape} of {array.dtype}."
-        )
-    _check_chunk(path, array)
-    height, width, _ = array.shape
-    return LargeImage(path, height, width, array.chunks[1], "RGB", lambda rows, columns: array[rows, columns])
-
-
-def _tiff_image(path: Path, page: Any) -> LargeImage:
-    grey, jpeg = page.photometric == PHOTOMETRIC.MINISBLACK, page.compression == COMPRESSION.JPEG
-    coloured = page.photometric == PHOTOMETRIC.RGB or (page.photometric == PHOTOMETRIC.YCBCR and jpeg)
-    layout = LAYOUTS.get((page.samplesperpixel, *page.extrasamples))
-    orientation = page.tags.valueof("Orientation", 1)
-    if (
-        not (grey or coloured)
-        or layout is None
-        or grey != (layout == "L")
-        or page.bitspersample not in (8, 16)
-        or page.dtype not in (np.uint8, np.uint16)
-        or page.axes not in ("YX", "YXS", "SYX")
-        or orientation != 1
-    ):
-        kind = getattr(page.photometric, "name", page.photometric)
-        raise ValueError(
-            f"`{path}` must be grey, RGB or RGBA of 8 or 16 bits and stored upright, but is {kind} of "
-            f"{page.samplesperpixel} channels and {page.bitspersample} bits, orientation {orientation}. Convert it."
-        )
-    if page.is_memmappable:
-        array, chunk_width = _Uncompressed(path, page), 1
-    else:
-        with _reading(path):
-            array = zarr.open_array(page.aszarr(), mode="r")
-        _check_chunk(path, array)
-        chunk_width = array.chunks[page.axes.index("X")]
-
-    def values(rows: slice, columns: slice) -> np.ndarray:
-        return np.moveaxis(array[:, rows, columns], 0, -1) if page.axes == "SYX" else array[rows, columns]
-
-    return LargeImage(path, page.imagelength, page.imagewidth, chunk_width, layout, values)
-
-
-def _check_chunk(path: Path, array: Any) -> None:
-    size = math.prod(array.chunks) * array.dtype.itemsize
-    if size > CHUNK_LIMIT:
-        raise ValueError(
-            f"`{path}` must be stored in strips, tiles or chunks of at most {CHUNK_LIMIT >> 20} MiB, since each is "
-            f"decoded as a whole, but has some of {size >> 20} MiB. Store it in tiles."
-        )
-
-
-class _Uncompressed:
-    """The values of a TIFF that are stored in one piece. Each window maps the file anew, so that none stays mapped."""
-
-    def __init__(self, path: Path, page: Any):
-        dtype = page.dtype.newbyteorder(page.parent.byteorder)
-        self._map = partial(np.memmap, path, dtype, "r", page.dataoffsets[0], page.shape)
-
-    def __getitem__(self, window: tuple[slice, ...]) -> np.ndarray:
-        return np.array(self._map()[window])
-
-
 def _read_sample(model: SVQVAE, image: LargeImage, rows: slice, columns: slice) -> torch.Tensor:
     """A window of the sample `(1, 3, rows, columns)`, beyond the image its last row and column."""
     bottom, right = max(0, rows.stop - image.height), max(0, columns.stop - image.width)
@@ -503,23 +269,13 @@ def _read_sample(model: SVQVAE, image: LargeImage, rows: slice, columns: slice) 
     return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
 
-def _identity(path: Path) -> list[Any]:
-    """What tells an input from another: name, size and time of change, of a Zarr array those of its metadata."""
-    file = next(path / name for name in ZARR_METADATA if (path / name).is_file()) if path.is_dir() else path
-    status = file.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
-
-
 def _model_facts(model: SVQVAE) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps(_public(model.config), sort_keys=True).encode())
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     options = {"tile_size": model.tile_size, "overlap": model.overlap, "dtype": str(model.dtype)}
     return {"model": digest.hexdigest(), **options, "device": model.device.type}
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _measure(original: LargeImage, reconstruction: LargeImage, tokens: ImageTokens) -> Result:
@@ -541,5 +297,5 @@ def _measure(original: LargeImage, reconstruction: LargeImage, tokens: ImageToke
         tokens=ids.numel(),
         codes=np.flatnonzero(used),
         bits_per_pixel=tokens.bits_per_pixel(0),
-        psnr=10 * math.log10(255**2 * 3 * original.height * original.width / error) if error else math.inf,
+        psnr=psnr_of_error(error / (3 * original.height * original.width)),
     )

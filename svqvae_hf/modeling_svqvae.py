@@ -479,7 +479,7 @@ class VectorQuantizer(nn.Module):
         self.code_counts.zero_()
 
     def _flatten(self, latents: torch.Tensor) -> torch.Tensor:
-        flat = latents.permute(0, 2, 3, 1).flatten(0, 2).float()  # (batch * h * w, dim)
+        flat = flatten_latents(latents).float()
         return F.normalize(flat, dim=-1) if self.l2_norm else flat
 
     @staticmethod
@@ -517,6 +517,11 @@ def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
     distributed.all_reduce(mean)
     mean /= distributed.get_world_size()
     return value + (mean - value.detach())
+
+
+def flatten_latents(latents: torch.Tensor) -> torch.Tensor:
+    """One row a latent: `(batch * h * w, channels)` of `(batch, channels, h, w)`."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:

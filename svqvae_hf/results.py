@@ -80,11 +80,16 @@ def side_by_side(original: Image.Image, images: Sequence[Image.Image], results: 
     return contact_sheet(panels)
 
 
+def psnr_of_error(mean_squared_error: float) -> float:
+    """PSNR in dB of a mean squared error of 8-bit values; infinite without one."""
+    return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else math.inf
+
+
 def _psnr(original: Image.Image, image: Image.Image, scale: float) -> float:
     resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
     reference = original.resize(image.size, resampling)
     error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    return psnr_of_error(error)
 
 
 def _row(name_width: int, name: str, cells: Sequence[str]) -> str:

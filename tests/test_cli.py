@@ -24,7 +24,7 @@ from svqvae_hf.codec import encode_image
 from svqvae_hf.tokens import load_tokens, save_tokens
 
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
-COMMANDS = ("reconstruct", "encode", "decode", "evaluate", "convert", "info")
+COMMANDS = ("reconstruct", "encode", "decode", "evaluate", "convert", "export", "info")
 
 
 @pytest.fixture(autouse=True)

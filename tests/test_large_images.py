@@ -12,17 +12,11 @@ import zarr
 from conftest import ROOT, make_tiny
 from PIL import Image
 
-from svqvae_hf import cli, large_images
+from svqvae_hf import cli, large_files, large_images
 from svqvae_hf.codec import decode_image, encode_image, image_tokens
 from svqvae_hf.image_processing_svqvae import load_image
-from svqvae_hf.large_images import (
-    decode_large,
-    encode_large,
-    find_large_images,
-    open_large_image,
-    reconstruct_large,
-    record_path,
-)
+from svqvae_hf.large_files import find_large_images, open_large_image
+from svqvae_hf.large_images import decode_large, encode_large, reconstruct_large, record_path
 from svqvae_hf.results import measure
 from svqvae_hf.tokens import load_tokens, save_tokens, token_file_header
 
@@ -109,8 +103,8 @@ def test_output_is_a_tiled_bigtiff_that_others_read(model, tiff, tmp_path):
 def test_output_of_several_tiles_each_way(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
     for output, path in (
-        (large_images._TiffOutput, tmp_path / "a.tif"),
-        (large_images._ZarrOutput, tmp_path / "a.zarr"),
+        (large_files.TiffOutput, tmp_path / "a.tif"),
+        (large_files.ZarrOutput, tmp_path / "a.zarr"),
     ):
         output.create(path, 300, 530)
         with output(path) as opened:
@@ -123,13 +117,13 @@ def test_output_of_several_tiles_each_way(tmp_path):
 def test_no_window_is_larger_than_a_tile(model, tmp_path, photo, monkeypatch):
     source = save_tiff(tmp_path / "a.tif", np.asarray(photo)[:150, :200])
     sides = []
-    read = large_images.LargeImage.read
+    read = large_files.LargeImage.read
 
     def spy(image, rows, columns):
         sides.append(max(rows.stop - rows.start, columns.stop - columns.start))
         return read(image, rows, columns)
 
-    monkeypatch.setattr(large_images.LargeImage, "read", spy)
+    monkeypatch.setattr(large_files.LargeImage, "read", spy)
     encode_large(model, source, tmp_path / "a.safetensors")
     assert max(sides) <= model.tile_size
 
@@ -278,7 +272,7 @@ def test_zarr_whose_chunks_are_pickles_is_refused_and_not_run(filters, compresso
 
 
 def test_chunk_that_is_too_large_to_decode_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(large_images, "CHUNK_LIMIT", 50 * 70 * 3 - 1)
+    monkeypatch.setattr(large_files, "CHUNK_LIMIT", 50 * 70 * 3 - 1)
     path = save_tiff(tmp_path / "a.tif", colours((3,)), compression="zlib", rowsperstrip=50)
     with pytest.raises(ValueError, match="Store it in tiles"):
         encode_large(model, path, tmp_path / "a.safetensors")

@@ -20,8 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.image_sets import SUFFIXES, read_image
+from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, SVQVAEImageProcessor
+from svqvae_hf.image_sets import read_image
 
 FORMATS = ("webdataset", "parquet")  # names of loaders, not of image sets: they need files
 CENTRE = (0.5, 0.5)
@@ -127,9 +127,9 @@ def _load_folder(folder: str) -> datasets.Dataset:
     if not Path(folder).is_dir():
         raise ValueError(f"{folder!r} must be a folder of images, but is none.")
     names = glob.glob("**", root_dir=folder, recursive=True)
-    paths = [str(Path(folder, name).absolute()) for name in sorted(names) if name.lower().endswith(SUFFIXES)]
+    paths = [str(Path(folder, name).absolute()) for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)]
     if not paths:
-        raise ValueError(f"The folder {folder!r} must hold images ({', '.join(SUFFIXES)}), but has none.")
+        raise ValueError(f"The folder {folder!r} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none.")
     return datasets.Dataset.from_dict(
         {"image": paths}, features=datasets.Features({"image": datasets.Image(decode=False)})
     )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock
+from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock, flatten_latents
 
 RESIDUAL_GAIN = 0.1
 VARIANCE_EPS = 1e-6
@@ -91,7 +91,7 @@ def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
     for sample in samples:
         vqvae.encode(sample)
     hook.remove()
-    flat = torch.cat([each.permute(0, 2, 3, 1).flatten(0, 2) for each in features])  # (n, z_channels)
+    flat = torch.cat([flatten_latents(each) for each in features])  # (n, z_channels)
     variances, components = torch.linalg.eigh(flat.T.cov())
     weight = (components[:, -dim:] * variances[-dim:].clamp(min=VARIANCE_EPS).rsqrt()).T
     vqvae.quant_conv.weight.copy_(weight[..., None, None])

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from moving_average import MovingAverage
 from torch import nn
 
+from svqvae_hf.modeling_svqvae import flatten_latents
+
 DECAY = 0.98
 
 
@@ -46,7 +48,7 @@ class LatentSpread(nn.Module):
             `torch.Tensor`: Scalar loss of the latents of this process.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            flat = F.normalize(latents.float().permute(0, 2, 3, 1).flatten(0, 2), dim=-1)  # (n, dim)
+            flat = F.normalize(flatten_latents(latents.float()), dim=-1)  # (n, dim)
             detached = flat.detach()
             self.moments.update(reduce(torch.cat([detached.mean(0, keepdim=True), detached.T @ detached / len(flat)])))
             mean, second = self.moments.mean[0], self.moments.mean[1:]

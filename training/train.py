@@ -36,6 +36,7 @@ from svqvae_hf import SVQVAE, __version__
 from svqvae_hf.files import write_file
 from svqvae_hf.metrics import count_codes
 from svqvae_hf.model_cards import model_card
+from svqvae_hf.modeling_svqvae import flatten_latents
 from svqvae_hf.perceptual import load_lpips
 
 JUDGED_IMAGES = 200  # read before the share of unreadable ones is judged
@@ -266,14 +267,14 @@ class Trainer:
         latents = []
         for sample in self._samples(config.kmeans_batches):
             with torch.no_grad(), accelerator.autocast():
-                latents.append(self._flat(self.vqvae.encode(sample).latents))
+                latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
         initialise_codebook(self.vqvae.quantize, accelerator.gather(torch.cat(latents)), config.seed)
         codes = self.vqvae.quantize.embedding.weight
         broadcast(codes.data)  # sums of floats may differ in their last bits between processes
         self._forget_codes(torch.arange(len(codes), device=codes.device))
 
     def _revive(self, latents: torch.Tensor, step: int) -> None:
-        gathered = self.accelerator.gather(self._flat(latents.detach()))
+        gathered = self.accelerator.gather(flatten_latents(latents.detach().float()))
         replaced = self.revival.revive(self.vqvae.quantize, gathered, self.config.seed, step)
         self._forget_codes(replaced)
         self.means.add({"revived": torch.tensor(float(len(replaced)), device=self.accelerator.device)})
@@ -284,10 +285,6 @@ class Trainer:
         reset_code_state(self.optimizer, codes, replaced)
         if self.ema is not None:
             copy_codes_to_ema(self.ema, self.vqvae, codes, replaced)
-
-    @staticmethod
-    def _flat(latents: torch.Tensor) -> torch.Tensor:
-        return latents.float().permute(0, 2, 3, 1).flatten(0, 2)
 
     # Data
 
