@@ -263,7 +263,6 @@ def _run_large(args: argparse.Namespace) -> None:
             if args.resume and target.exists() and not large_images.record_path(target).exists():
                 continue  # it was whole before the run was interrupted
             _set_large_tiles(model, path, args)
-            args.output.mkdir(parents=True, exist_ok=True)
             with _interruption(target):
                 result = work(model, path, target, args.resume, on_tile)
             if result is not None:

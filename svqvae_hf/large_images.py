@@ -39,7 +39,7 @@ def encode_large(
     Args:
         model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
         source (`Path`): Image, see [`open_large_image`].
-        target (`Path`): Token file to write, in a folder that exists. It is there only once it is whole.
+        target (`Path`): Token file to write, its folder made if need be. It is there only once it is whole.
         resume (`bool`, defaults to `False`): Whether to go on where an interrupted run stopped.
         on_tile (`Callable`, *optional*): Called after each tile with the tiles done and their number.
 
@@ -140,6 +140,7 @@ class _Run:
         self._facts = {"input": file_identity(source), **_model_facts(model)}
         self._bands: dict[str, int] = {}  # rows of tiles that are done, of each pass
         self._read_record(resume)
+        target.parent.mkdir(parents=True, exist_ok=True)
         self._tile = model.tile_size // model.f
         self._cells = [-(-side // model.f) for side in size]
         self._rows, self._columns = (tile_axis(cells, self._tile, model.overlap // model.f) for cells in self._cells)

@@ -482,6 +482,11 @@ def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch)
         ({"crop_sizes": [24]}, "`--crop_sizes` must divide `--resolution` = 256, but 24 does not"),
         ({"resume_from_checkpoint": "nowhere"}, "or 'latest', but is 'nowhere'"),
         ({"train_data_dir": "/nowhere"}, "must be a folder of images"),
+        ({"model_config_name_or_path": "runs/nowhere.json"}, "but there is no 'runs/nowhere.json'"),
+        (
+            {"model_config_name_or_path": None, "pretrained_model_name_or_path": "/nowhere"},
+            "but there is no '/nowhere'",
+        ),
         ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),
     ],
 )

@@ -1,6 +1,8 @@
 """The model that is trained: where it starts, which part of it learns, and its optimizer."""
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.checkpoints import REPO_ID
 from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock, flatten_latents
 
 RESIDUAL_GAIN = 0.1
@@ -21,8 +24,15 @@ def load_model(config: TrainConfig) -> SVQVAE:
     """A new or a pretrained model in training mode, with the crop side as its sample size, its frozen parts frozen.
 
     Raises:
-        ValueError: If a crop side is no multiple of f, or k-means would have fewer latents than codes.
+        ValueError: If there is no such model, a crop side is no multiple of f, or k-means would have fewer latents than codes.
     """
+    for name in ("model_config_name_or_path", "pretrained_model_name_or_path"):
+        source = getattr(config, name)
+        if source is not None and not Path(source).exists():
+            if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
+                raise ValueError(
+                    f"`--{name}` must be a file, a folder or a Hub id (org/name), but there is no {source!r}."
+                )
     if config.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(config.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:
