@@ -24,7 +24,8 @@ def load_model(config: TrainConfig) -> SVQVAE:
     """A new or a pretrained model in training mode, with the crop side as its sample size, its frozen parts frozen.
 
     Raises:
-        ValueError: If there is no such model, a crop side is no multiple of f, or k-means would have fewer latents than codes.
+        ValueError: If there is no such model, a crop side is no multiple of f, or k-means would have fewer latents
+            than codes.
     """
     for name in ("model_config_name_or_path", "pretrained_model_name_or_path"):
         source = getattr(config, name)
