@@ -186,7 +186,7 @@ class AttnBlock(nn.Module):
             context.keys[self] = key, value
         else:
             key, value = context.keys[self]
-        query = _positions(self.q(normed).unflatten(0, (len(key), -1)))
+        query = _positions(self.q(normed).unflatten(0, (key.shape[0], -1)))
         attended = F.scaled_dot_product_attention(query, key, value)  # (images, 1, positions, channels)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)
