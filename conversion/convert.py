@@ -5,7 +5,7 @@ python conversion/convert.py SOURCE OUT [--push-to-hub ORG/NAME --private --crea
 
 import sys
 
-from svqvae_hf.cli import main
+from svqvae_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svqvae_hf import SVQVAE, __version__, cli
-from svqvae_hf.cli import main
+import svqvae_cli
+from svqvae_cli import main
+from svqvae_hf import SVQVAE, __version__, commands
 from svqvae_hf.codec import encode_image
 from svqvae_hf.tokens import load_tokens, save_tokens
 
@@ -117,7 +118,7 @@ def test_side_by_side_holds_the_original(inputs, out, model):
 
 
 def test_a_perfect_reconstruction_has_no_error(photo, monkeypatch, inputs, out, model, capsys):
-    monkeypatch.setattr(cli, "decode_image", lambda model, tokens: [Image.open(inputs / "a.png")])
+    monkeypatch.setattr(commands, "decode_image", lambda model, tokens: [Image.open(inputs / "a.png")])
     assert main(["reconstruct", str(inputs / "a.png"), "--output", str(out), "--model", model]) == 0
     assert capsys.readouterr().out.split()[-2] == "inf"
 
@@ -148,8 +149,8 @@ def test_decoding_the_encoded_is_the_reconstruction(inputs, out, model):
 
 
 def test_the_bundled_model_is_the_default(inputs, out, model, monkeypatch):
-    assert cli.DEFAULT_MODEL == ROOT / "svqvae_hf" / "pretrained"
-    monkeypatch.setattr(cli, "DEFAULT_MODEL", model)
+    assert commands.DEFAULT_MODEL == ROOT / "svqvae_hf" / "pretrained"
+    monkeypatch.setattr(commands, "DEFAULT_MODEL", model)
     assert main(["encode", str(inputs / "a.png"), "--output", str(out)]) == 0
     assert load_tokens(out / "a.safetensors").f == 4
 
@@ -221,7 +222,7 @@ def test_decode_takes_the_tiles_of_the_file_unless_told_otherwise(inputs, out, m
         used.append((model.tile_size, model.overlap))
         return [Image.new("RGB", (1, 1))]
 
-    monkeypatch.setattr(cli, "decode_image", spy)
+    monkeypatch.setattr(commands, "decode_image", spy)
     assert main(["decode", str(out / "a.safetensors"), *argv, *options]) == 0
     assert used == [tiles]
 
@@ -232,7 +233,7 @@ def test_tokens_encoded_without_tiles_are_decoded_without(inputs, out, model, mo
     save_tokens(out / "a.safetensors", encode_image(plain, Image.open(inputs / "a.png"), [1.0]))
     used = []
     monkeypatch.setattr(
-        cli, "decode_image", lambda model, tokens: used.append(model.use_tiling) or [Image.new("RGB", (1, 1))]
+        commands, "decode_image", lambda model, tokens: used.append(model.use_tiling) or [Image.new("RGB", (1, 1))]
     )
     assert main(["decode", str(out / "a.safetensors"), "--output", str(out), "--model", model]) == 0
     assert used == [False]
@@ -273,7 +274,7 @@ def test_the_example_of_the_help_is_a_command(command, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     example = capsys.readouterr().out.split("example:\n  svqvae ")[1].split()
-    assert cli._parser().parse_args(example).run is getattr(cli, command)
+    assert svqvae_cli._parser().parse_args(example).run == command
 
 
 def test_progress_bars_over_images_and_tiles_on_a_terminal(inputs, out, model, monkeypatch):
@@ -283,12 +284,12 @@ def test_progress_bars_over_images_and_tiles_on_a_terminal(inputs, out, model, m
 
     bars = []
 
-    class Bar(cli.tqdm):
+    class Bar(commands.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             bars.append(self)
 
-    monkeypatch.setattr(cli, "tqdm", Bar)
+    monkeypatch.setattr(commands, "tqdm", Bar)
     monkeypatch.setattr(sys, "stderr", Terminal())
     options = ["--model", model, "--tile-size", "32", "--overlap", "8"]
     assert main(["encode", str(inputs), "--output", str(out), *options]) == 0
@@ -518,7 +519,7 @@ def test_too_little_memory(inputs, out, model, capsys, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "encode_image", fail)
+    monkeypatch.setattr(commands, "encode_image", fail)
     assert "there is not enough memory" in fails(capsys, "encode", inputs, "--output", out, "--model", model)
 
 
@@ -526,7 +527,7 @@ def test_other_errors_are_not_hidden(inputs, out, model, monkeypatch):
     def fail(*_):
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(cli, "encode_image", fail)
+    monkeypatch.setattr(commands, "encode_image", fail)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         main(["encode", str(inputs), "--output", str(out), "--model", model])
 
@@ -592,7 +593,7 @@ def test_decode_does_not_overwrite_an_input(tokens, model, capsys):
 
 
 def run_process(*argv, **options):
-    argv = [sys.executable, "-m", "svqvae_hf.cli", *map(os.fsencode, argv)]
+    argv = [sys.executable, "-m", "svqvae_cli", *map(os.fsencode, argv)]
     return subprocess.run(argv, check=False, stderr=subprocess.PIPE, **options)
 
 
@@ -622,8 +623,26 @@ def test_as_a_process_with_a_model_that_lacks_weights(inputs, out, model, tmp_pa
     shutil.copytree(model, tmp_path / "changed")
     (tmp_path / "changed" / "config.json").write_text(config)
     argv = ["encode", inputs, "--output", out, "--model", tmp_path / "changed"]
-    run = subprocess.run([sys.executable, "-m", "svqvae_hf.cli", *argv], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-m", "svqvae_cli", *argv], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stdout == ""
     assert re.fullmatch("svqvae: error: .*missing: decoder.*\n", run.stderr)
     assert not out.exists()
+
+
+def test_help_and_faults_of_the_command_line_import_nothing_slow():
+    for argv in (["--help"], ["reconstruct", "--help"], ["reconstruct"]):
+        code = f"""
+import sys, svqvae_cli
+try:
+    svqvae_cli.main({argv!r})
+except SystemExit:
+    pass
+assert "torch" not in sys.modules and "svqvae_hf" not in sys.modules
+"""
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_every_command_has_its_work():
+    for command in COMMANDS:
+        assert callable(getattr(commands, command))

@@ -9,7 +9,7 @@ from conftest import make_tiny
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from svqvae_hf.cli import main
+from svqvae_cli import main
 from svqvae_hf.evaluation import evaluate
 from svqvae_hf.evaluation_report import (
     METRICS,

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from conftest import ROOT, make_tiny
 from PIL import Image
 
+import svqvae_cli
 import svqvae_hf
-from svqvae_hf import SVQVAE, SVQVAEImageProcessor, cli, export, modeling_svqvae
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor, export, modeling_svqvae
 from svqvae_hf.export import CHECKED_GRIDS, TIE, TRACED_GRID, export_graphs
 
 EXAMPLE = ROOT / "examples" / "onnx_tokenizer.py"
@@ -302,16 +303,16 @@ def folder(small, tmp_path):
 
 def test_command(folder, tmp_path, capsys):
     argv = ["export", folder, "--output", str(tmp_path / "a" / "out"), "--format", "torch"]
-    assert cli.main(argv) == 0
+    assert svqvae_cli.main(argv) == 0
     assert names(tmp_path / "a") == ["out"]
     assert names(tmp_path / "a" / "out") == ["decoder.pt2", "encoder.pt2"]
     assert capsys.readouterr().out.startswith("checked  10 sizes")
-    assert cli.main(argv) == 2
+    assert svqvae_cli.main(argv) == 2
     assert "has something in it" in capsys.readouterr().err
 
 
 def test_command_without_the_extra(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert cli.main(["export", folder, "--output", str(tmp_path / "out")]) == 2
+    assert svqvae_cli.main(["export", folder, "--output", str(tmp_path / "out")]) == 2
     assert "needs the package onnxruntime. Install the extra that has it: pip install" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

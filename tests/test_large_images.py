@@ -12,7 +12,8 @@ import zarr
 from conftest import ROOT, make_tiny
 from PIL import Image
 
-from svqvae_hf import cli, large_files, large_images
+import svqvae_cli
+from svqvae_hf import large_files, large_images
 from svqvae_hf.codec import decode_image, encode_image, image_tokens
 from svqvae_hf.image_processing_svqvae import load_image
 from svqvae_hf.large_files import find_large_images, open_large_image
@@ -385,11 +386,11 @@ TILES = ["--tile-size", "32", "--overlap", "8"]
 
 def test_command_line_goes_to_tokens_and_back(saved, model, tiff, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(["encode", str(tiff), "--large", "--output", str(out), *saved, *TILES]) == 0
-    assert cli.main(["decode", str(out / "photo.safetensors"), "--large", "--output", str(out), *saved]) == 0
+    assert svqvae_cli.main(["encode", str(tiff), "--large", "--output", str(out), *saved, *TILES]) == 0
+    assert svqvae_cli.main(["decode", str(out / "photo.safetensors"), "--large", "--output", str(out), *saved]) == 0
     assert capsys.readouterr().out == ""
     argv = ["reconstruct", str(tiff), "--large", "--format", "zarr", "--output", str(out), *saved, *TILES]
-    assert cli.main(argv) == 0
+    assert svqvae_cli.main(argv) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "image"
     assert row.split()[:4] == ["photo.tif", "1", "70x90", "414"]
@@ -410,14 +411,14 @@ def test_command_line_resumes_and_leaves_what_is_whole(saved, tiff, tmp_path, ca
         encode(model, source, target, resume, stop_at(9) if source.name == "second.tif" else on_tile)
 
     monkeypatch.setattr(large_images, "encode_large", interrupted)
-    assert cli.main(argv) == 130
+    assert svqvae_cli.main(argv) == 130
     line, last = capsys.readouterr().err.splitlines()
     assert f"`{out / 'second.safetensors'}` is not whole yet" in line
     assert "--resume" in line
     assert last == "svqvae: interrupted"
     monkeypatch.setattr(large_images, "encode_large", encode)
     before = (out / "photo.safetensors").stat().st_mtime_ns
-    assert cli.main([*argv, "--resume"]) == 0
+    assert svqvae_cli.main([*argv, "--resume"]) == 0
     assert (out / "photo.safetensors").stat().st_mtime_ns == before
     assert names(out) == ["photo.safetensors", "second.safetensors"]
 
@@ -435,7 +436,7 @@ def test_mistakes_on_the_command_line_are_one_line(saved, tiff, tmp_path, capsys
         (["encode", tiff, "--large", "--tile-size", "31"], "multiple of f"),
     ):
         out = tmp_path / "out"
-        assert cli.main([*map(str, argv), "--output", str(out), *saved]) == 2
+        assert svqvae_cli.main([*map(str, argv), "--output", str(out), *saved]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1

@@ -1,18 +1,13 @@
-"""The command `svqvae`."""
+"""What the commands of `svqvae` do, one function each; `svqvae_cli` reads their arguments."""
 
 import argparse
-import io
 import logging
-import math
-import os
 import re
-import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -20,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from svqvae_hf import DEFAULT_MODEL, SVQVAE, __version__, conversion
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, conversion
 from svqvae_hf.checkpoints import REPO_ID, hub_reason, read_checkpoint
 from svqvae_hf.codec import check_memory, check_model, decode_image, encode_image
 from svqvae_hf.files import check_output, check_targets, find_files, save_png, scale_endings
@@ -29,43 +24,7 @@ from svqvae_hf.results import Result, header, measure, side_by_side, table_row, 
 from svqvae_hf.tokens import ImageTokens, is_token_file, load_tokens, save_tokens
 
 TOKEN_SUFFIX = ".safetensors"
-DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cuda", "mps", "xpu")  # beside the CPU; the first that is there is the default
-NO_MEMORY = "allocate|out of memory"  # what torch's errors say then
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): Arguments; those of the process if not given.
-
-    Returns:
-        `int`: Exit code: 0; 2 after a user's mistake or too little memory, which one line on stderr explains; 130
-        after Ctrl-C; 141 if nobody reads stdout any more.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes temporary files on its way out
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")  # other libraries' advice to those who call them
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
-    try:
-        args = _parse(argv)
-        args.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("svqvae: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 141
-    except (ValueError, OSError) as error:
-        return _fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
-            raise
-        return _fail("there is not enough memory. Use smaller scales, smaller tiles or smaller images.")
-    return 0
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -229,12 +188,12 @@ def _needing(what: str, extra: str) -> Iterator[None]:
 
 
 def _is_large(args: argparse.Namespace) -> bool:
-    decodes = args.run is not encode
+    decodes = args.run != "encode"
     if not args.large and (args.resume or (decodes and args.format)):
         raise ValueError("--resume and --format are for large images. Add --large, or leave them out.")
-    if args.large and args.run is not decode and args.scales != [1.0]:
+    if args.large and args.run != "decode" and args.scales != [1.0]:
         raise ValueError("--large works at scale 1 alone. Leave out --scales, or --large.")
-    if args.large and args.run is reconstruct and args.side_by_side:
+    if args.large and args.run == "reconstruct" and args.side_by_side:
         raise ValueError("--side-by-side is for images that fit memory. Leave it out, or --large.")
     return args.large
 
@@ -245,18 +204,18 @@ def _run_large(args: argparse.Namespace) -> None:
         from svqvae_hf import large_files, large_images
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # as for diffusers
     work = {
-        encode: large_images.encode_large,
-        decode: large_images.decode_large,
-        reconstruct: large_images.reconstruct_large,
+        "encode": large_images.encode_large,
+        "decode": large_images.decode_large,
+        "reconstruct": large_images.reconstruct_large,
     }[args.run]
-    decodes = args.run is decode
+    decodes = args.run == "decode"
     inputs = find_files(args.inputs, (TOKEN_SUFFIX,)) if decodes else large_files.find_large_images(args.inputs)
-    ending = TOKEN_SUFFIX if args.run is encode else f"_x1.{args.format or 'tif'}"
+    ending = TOKEN_SUFFIX if args.run == "encode" else f"_x1.{args.format or 'tif'}"
     check_output(inputs, args.output)
     check_targets(inputs, inputs, args.output, [ending])
     model = _load_model(args.model, args.device, args.dtype)
     name_width = max(len(path.name) for path in inputs)
-    rows = [] if args.run is not reconstruct else [header(name_width)]
+    rows = [] if args.run != "reconstruct" else [header(name_width)]
     with _progress(inputs) as (paths, on_tile):
         for path in paths:
             target = args.output / f"{path.stem}{ending}"
@@ -273,7 +232,7 @@ def _run_large(args: argparse.Namespace) -> None:
 
 def _set_large_tiles(model: SVQVAE, path: Path, args: argparse.Namespace) -> None:
     """The tiles of the command line or, where it says nothing, of the token file, or the model's own."""
-    if args.run is not decode:
+    if args.run != "decode":
         model.enable_tiling(args.tile_size, args.overlap)
         return
     tokens = load_tokens(path, mapped=True)
@@ -294,12 +253,9 @@ def _interruption(target: Path) -> Iterator[None]:
         raise
 
 
-def _fail(message: str) -> int:
-    print(f"svqvae: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-def _load_model(source: str, device: str | None, dtype: str) -> SVQVAE:
+def _load_model(source: str | None, device: str | None, dtype: str) -> SVQVAE:
+    """The model of a folder or a Hub id; by default the small bundled one."""
+    source = source or str(DEFAULT_MODEL)
     path = Path(source)
     if path.is_file():
         raise ValueError(
@@ -405,310 +361,3 @@ def _model_facts(model: SVQVAE) -> dict[str, Any]:
         "codebook sha256": model.codebook_fingerprint(),
         **config,
     }
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Leaves the printing to `main`, in one line."""
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
-
-
-Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    args, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        args.command.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return args
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="svqvae",
-        description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.",
-        epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` shows one for each.",
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"svqvae {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_reconstruct, _add_encode, _add_decode, _add_evaluate, _add_convert, _add_export, _add_info):
-        add(commands)
-    return parser
-
-
-def _add_reconstruct(commands: Commands) -> None:
-    command = _add_command(
-        commands,
-        reconstruct,
-        "pass images through the model and write what comes back",
-        "Writes NAME_x0.5.png and so on, one per scale, and prints for each: tokens, bits\n"
-        "per pixel of the original, PSNR against the original resized to that scale, and\n"
-        "the share of the codebook that is used. For several images the last lines give\n"
-        "sum, means and the share that any of them uses.",
-        "photo.jpg --output out --scales 0.5 1 2 --side-by-side",
-    )
-    _add_images(command)
-    command.add_argument(
-        "--side-by-side", action="store_true", help="also write NAME_side_by_side.png with the original and all scales"
-    )
-    _add_large(command, decodes=True)
-
-
-def _add_encode(commands: Commands) -> None:
-    command = _add_command(
-        commands,
-        encode,
-        "write images as token files",
-        "Writes NAME.safetensors with the ids at all scales.",
-        "'photos/*.jpg' --output tokens --scales 1",
-    )
-    _add_images(command)
-    _add_large(command, decodes=False)
-
-
-def _add_decode(commands: Commands) -> None:
-    command = _add_command(
-        commands,
-        decode,
-        "write the images of token files",
-        "Writes NAME_x1.png and so on, one per scale in the file. The model must have the\n"
-        "codebook that the file was encoded with.",
-        "tokens --output out",
-    )
-    _add_files(command, "token files, folders of them, or globs")
-    _add_model(command, tile_size=None, overlap=None)
-    _add_large(command, decodes=True)
-
-
-def _add_evaluate(commands: Commands) -> None:
-    command = _add_command(
-        commands,
-        evaluate,
-        "measure a model on a set of images",
-        "Writes report.json, report.md, plots and metadata of a card. On several GPUs:\n"
-        "  accelerate launch -m svqvae_hf.cli evaluate MODEL DATA --output DIR",
-        "org/svqvae photos --output report --scales 1 0.5 0.25",
-    )
-    command.add_argument("model", type=_not_empty, metavar="MODEL", help="model folder or Hub id")
-    command.add_argument(
-        "data",
-        nargs="+",
-        type=_not_empty,
-        metavar="DATA",
-        help="image files, folders of them, or globs; or the name of a set on the Hub, which is streamed",
-    )
-    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
-    command.add_argument("--config", metavar="NAME", help="configuration of the set")
-    command.add_argument("--split", metavar="NAME", help="split of the set, needed if it has several")
-    command.add_argument(
-        "--image-column", default="image", metavar="NAME", help="column of the set that holds images (default: image)"
-    )
-    command.add_argument("--max-images", type=int, metavar="N", help="stop after so many (default: all)")
-    command.add_argument(
-        "--resolution",
-        type=int,
-        metavar="PIXELS",
-        help="resize the shorter side and crop the centre to this side (default: images as they are)",
-    )
-    _add_scales(command, [1.0, 0.5, 0.25])
-    command.add_argument(
-        "--modes",
-        nargs="+",
-        choices=("plain", "tiled"),
-        default=["plain", "tiled"],
-        help="images as a whole, by tiles, or both (default: both)",
-    )
-    _add_tiles(command, ("the model's sample_size", "32, or less where the tile is too small"))
-    command.add_argument(
-        "--lpips-weights", type=_path, metavar="FILE", help="weights of LPIPS's network, for LPIPS to be computed"
-    )
-    command.add_argument(
-        "--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex", help="which one it is (default: alex)"
-    )
-    command.add_argument(
-        "--inception-weights", type=_path, metavar="FILE", help="weights of FID's network, for rFID to be computed"
-    )
-    _add_device(command)
-
-
-def _add_convert(commands: Commands) -> None:
-    command = _add_command(
-        commands,
-        convert,
-        "make a Hub repository of an original checkpoint",
-        "Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training\n"
-        "and taming-transformers; writes card, config and safetensors, and checks them.",
-        "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
-    )
-    command.add_argument("source", metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub")
-    command.add_argument("out", type=_path, metavar="OUT", help="folder to make")
-    command.add_argument("--use-ema", action="store_true", help="take the averaged weights of a LlamaGen file")
-    command.add_argument(
-        "--network-range",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        help="black and white of the images that it was trained on (default: those of its family)",
-    )
-    command.add_argument(
-        "--no-codebook-l2-norm",
-        dest="codebook_l2_norm",
-        action="store_false",
-        default=None,
-        help="its codebook is not normalised (default: as in its family)",
-    )
-    command.add_argument("--variant", choices=tuple(conversion.VARIANTS), help="also write half precision weights")
-    command.add_argument(
-        "--license",
-        help="licence of the source, as the Hub names it, for the card (default: unknown; not needed for the release "
-        "in the Hub repository of the Open Model Initiative)",
-    )
-    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result")
-    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    command.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
-
-
-def _add_export(commands: Commands) -> None:
-    command = _add_command(
-        commands,
-        export,
-        "write a model as graphs for ONNX or torch.export",
-        "Writes one graph from images to ids and one from ids to images, for any batch,\n"
-        "height and width, and compares them with the model before they are kept.",
-        "org/svqvae --output graphs --dtype float16",
-    )
-    command.add_argument("model", type=_not_empty, metavar="MODEL", help="model folder or Hub id")
-    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to make")
-    command.add_argument(
-        "--format", choices=("onnx", "torch"), default="onnx", help="encoder.onnx or encoder.pt2 (default: onnx)"
-    )
-    command.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="of weights and images (default: float32)"
-    )
-
-
-def _add_info(commands: Commands) -> None:
-    summary = "print what a model, an original checkpoint or a token file is"
-    command = _add_command(commands, info, summary, "", "photo.safetensors")
-    command.add_argument(
-        "path", metavar="PATH", help="model folder, Hub id, checkpoint file, org/repo:file, or token file"
-    )
-
-
-def _add_command(
-    commands: Commands, run: Callable[[argparse.Namespace], None], summary: str, details: str, example: str
-) -> _Parser:
-    command = commands.add_parser(
-        run.__name__,
-        help=summary,
-        description=f"{summary}.\n{details}",
-        epilog=f"example:\n  svqvae {run.__name__} {example}",
-        formatter_class=_HelpFormatter,
-    )
-    command.set_defaults(run=run, command=command)
-    return command
-
-
-def _add_images(command: _Parser) -> None:
-    """Arguments of what encodes images."""
-    _add_files(command, "image files, folders of them, or globs")
-    _add_scales(command, [1.0])
-    _add_model(command, tile_size=256, overlap=32)
-
-
-def _add_scales(command: _Parser, default: list[float]) -> None:
-    command.add_argument(
-        "--scales",
-        nargs="+",
-        type=_scale,
-        default=default,
-        metavar="SCALE",
-        help=f"output side over input side, one or more (default: {' '.join(f'{scale:g}' for scale in default)})",
-    )
-
-
-def _add_large(command: _Parser, decodes: bool) -> None:
-    """Arguments of images larger than memory."""
-    command.add_argument(
-        "--large",
-        action="store_true",
-        help="go by rows of tiles, in little memory whatever the size; images are TIFF files or Zarr arrays",
-    )
-    if decodes:
-        command.add_argument(
-            "--format", choices=("tif", "zarr"), help="with --large: BigTIFF or Zarr to write (default: tif)"
-        )
-    command.add_argument(
-        "--resume",
-        action="store_true",
-        help="with --large: go on where an interrupted run of the same command stopped",
-    )
-
-
-def _add_files(command: _Parser, what: str) -> None:
-    command.add_argument("inputs", nargs="+", type=_not_empty, metavar="INPUT", help=what)
-    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
-
-
-def _add_model(command: _Parser, tile_size: int | None, overlap: int | None) -> None:
-    """The model and how it works; with `None`, tiles are those of the token file."""
-    command.add_argument(
-        "--model", default=str(DEFAULT_MODEL), help="model folder or Hub id (default: the small bundled model)"
-    )
-    _add_device(command)
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    _add_tiles(command, (tile_size or "as encoded", overlap or "as encoded"), tile_size, overlap)
-
-
-def _add_device(command: _Parser) -> None:
-    command.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)")
-
-
-def _add_tiles(
-    command: _Parser, defaults: tuple[object, object], tile_size: int | None = None, overlap: int | None = None
-) -> None:
-    """The tiles; `defaults` says what the defaults come to."""
-    command.add_argument(
-        "--tile-size",
-        type=int,
-        default=tile_size,
-        metavar="PIXELS",
-        help=f"side of a tile, a multiple of f (default: {defaults[0]})",
-    )
-    command.add_argument(
-        "--overlap",
-        type=int,
-        default=overlap,
-        metavar="PIXELS",
-        help=f"what a tile sees beyond each of its sides, a multiple of f (default: {defaults[1]})",
-    )
-
-
-def _path(text: str) -> Path:
-    return Path(_not_empty(text))
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty. Use `.` for the folder that you are in")
-    return text
-
-
-def _scale(text: str) -> float:
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not 0 < scale < math.inf:
-        raise argparse.ArgumentTypeError(f"a scale must be a finite number more than 0, but is {text!r}")
-    return scale
-
-
-if __name__ == "__main__":
-    sys.exit(main())
