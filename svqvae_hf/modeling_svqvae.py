@@ -130,7 +130,7 @@ class GroupNorm(nn.GroupNorm):
             # `F.group_norm` refuses one value a group, which a 1 x 1 image can come to; the operator does not.
             return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
         if context.gathering:
-            groups = context.interior(hidden).float().unflatten(2, (self.num_groups, -1))
+            groups = context.interior(hidden).to(_sum_type(hidden)).unflatten(2, (self.num_groups, -1))
             variance, mean = torch.var_mean(groups, dim=(1, 3, 4, 5), correction=0)  # (images, groups)
             context.moments[self] = mean, variance
         return self._normalise(hidden, *context.moments[self])
@@ -138,11 +138,23 @@ class GroupNorm(nn.GroupNorm):
     def _normalise(self, hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         per_group = hidden.shape[1] // self.num_groups
         mean, variance = (each.repeat_interleave(per_group, dim=1) for each in (mean, variance))  # (images, channels)
-        scale = self.weight.float() * torch.rsqrt(variance + self.eps)
-        shift = self.bias.float() - mean * scale
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        if len(mean) == 1 and not torch.is_grad_enabled():  # a fused kernel, without gradients for the statistics
+            return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
+        scale = weight * torch.rsqrt(variance + self.eps)
+        shift = bias - mean * scale
         of_images = hidden.unflatten(0, (len(mean), -1))  # (images, windows, channels, h, w)
         normed = of_images * scale[:, None, :, None, None] + shift[:, None, :, None, None]
         return normed.flatten(0, 1).to(hidden.dtype)
+
+
+def _sum_type(values: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def silu(normed: torch.Tensor) -> torch.Tensor:
+    """Activation of a norm's output; without gradients in its memory, since on CPU fresh memory costs more than it."""
+    return F.silu(normed, inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
@@ -160,9 +172,9 @@ class ResnetBlock(nn.Module):
     def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, in_channels, h, w)` to `(batch, out_channels, h, w)`."""
         residual = hidden if self.nin_shortcut is None else self.nin_shortcut(hidden)
-        hidden = self.conv1(F.silu(self.norm1(hidden, context)))
-        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden, context))))
-        return residual + hidden
+        hidden = self.conv1(silu(self.norm1(hidden, context)))
+        hidden = self.conv2(self.dropout(silu(self.norm2(hidden, context))))
+        return hidden.add_(residual)
 
 
 class AttnBlock(nn.Module):
@@ -212,16 +224,35 @@ class Downsample(nn.Module):
         return self.conv(F.pad(hidden, (0, 1, 0, 1)))
 
 
+class RepeatConv2d(nn.Conv2d):
+    """A 3 x 3 convolution of the input with each pixel repeated to 2 x 2, computed at the input's resolution.
+
+    Of the nine repeated pixels below the kernel only four are different, so that sums of its weights do, in 4 / 9 of
+    the arithmetic: a transposed convolution of stride 2, whose 4 x 4 kernel is the sum of four shifted 3 x 3 ones.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Maps `(batch, channels, h, w)` to `(batch, channels, 2 * h, 2 * w)`."""
+        kernel = F.pad(self.weight.to(_sum_type(self.weight)), (1, 1, 1, 1))
+        kernel = kernel[..., 1:] + kernel[..., :-1]
+        kernel = kernel[..., 1:, :] + kernel[..., :-1, :]
+        kernel = kernel.flip(-2, -1).transpose(0, 1).to(self.weight.dtype)
+        return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
+
+
 class Upsample(nn.Module):
     """Doubles both sides by repetition, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = RepeatConv2d(channels)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Maps `(batch, channels, h, w)` to `(batch, channels, 2 * h, 2 * w)`."""
-        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        return self.conv(hidden)
 
 
 class Level(nn.Module):
@@ -278,6 +309,17 @@ def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleLi
     )
 
 
+def fast_layout(hidden: torch.Tensor) -> torch.Tensor:
+    """The memory format that the networks are fastest in.
+
+    On CPU channels_last without gradients, and with them not, since the norms' backward is slow in it. On other
+    devices it is for the caller to choose, by `model.to(memory_format=torch.channels_last)`.
+    """
+    if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+        return hidden.contiguous(memory_format=torch.channels_last)
+    return hidden
+
+
 class Encoder(nn.Module):
     """Image to features, `2 ** (len(ch_mult) - 1)` pixels a feature along each side."""
 
@@ -313,10 +355,10 @@ class Encoder(nn.Module):
 
     def forward(self, sample: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, in_channels, height, width)` to `(batch, z_channels, h, w)`."""
-        hidden = self.conv_in(sample)
+        hidden = self.conv_in(fast_layout(sample))
         for block in (*self.conv_blocks, *self.mid):
             hidden = block(hidden, context)
-        return self.conv_out(F.silu(self.norm_out(hidden, context)))
+        return self.conv_out(silu(self.norm_out(hidden, context)))
 
 
 class Decoder(nn.Module):
@@ -354,10 +396,10 @@ class Decoder(nn.Module):
 
     def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`."""
-        hidden = self.conv_in(hidden)
+        hidden = self.conv_in(fast_layout(hidden))
         for block in (*self.mid, *self.conv_blocks):
             hidden = block(hidden, context)
-        return self.conv_out(F.silu(self.norm_out(hidden, context)))
+        return self.conv_out(silu(self.norm_out(hidden, context)))
 
 
 class Codebook(nn.Module):
@@ -440,9 +482,8 @@ class VectorQuantizer(nn.Module):
             flat = self._flatten(latents)
             ids = self.embedding(flat)
             codes = self.embedding(ids)
-            quantized = codes.detach() + (
-                flat - flat.detach()
-            )  # the codes, bit by bit, with the gradient of the latents
+            # The codes, bit by bit, with the gradient of the latents.
+            quantized = codes.detach() + (flat - flat.detach())
             counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
             losses = VQLosses(
                 vq=F.mse_loss(codes, flat.detach()),
@@ -917,7 +958,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)`, before quantisation.
         """
         window = map_range(window, self.config["pixel_range"], self.config["network_range"])
-        return self.quant_conv(self.encoder(window, context))
+        return self.quant_conv(self.encoder(window, context)).contiguous()
 
     def decode_window(self, window: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Pixels of a window of quantised latents, for those who do the tiling.
@@ -929,7 +970,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` in `pixel_range`, not clamped.
         """
-        decoded = self.decoder(self.post_quant_conv(window), context)
+        decoded = self.decoder(self.post_quant_conv(window), context).contiguous()
         return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from svqvae_hf.modeling_svqvae import (
     AttnBlock,
     Codebook,
     Level,
+    RepeatConv2d,
     TileContext,
     VectorQuantizer,
     resize_latents,
@@ -469,6 +470,42 @@ def test_usage_counts_are_exact_integers_outside_the_weights(tiny_model):
     assert losses.usage == 1
     model.quantize.reset_counts()
     assert model.quantize(torch.randn(1, 8, 1, 1))[1].usage == 1 / 64
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 7)])
+def test_convolution_of_repeated_pixels_is_the_plain_one_with_its_gradients(size):
+    torch.manual_seed(0)
+    fast = RepeatConv2d(6).double()
+    plain = torch.nn.Conv2d(6, 6, 3, padding=1).double()
+    plain.load_state_dict(fast.state_dict())
+    hidden = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    outputs = fast(hidden), plain(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(*outputs)
+    weight = torch.randn_like(outputs[0])
+    gradients = (
+        torch.autograd.grad((output * weight).sum(), [hidden, *module.parameters()])
+        for output, module in zip(outputs, (fast, plain), strict=True)
+    )
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_what_makes_inference_fast_changes_no_result(tiny_model, tiled):
+    """Without gradients: channels_last, activations in place, norms of tiles in one kernel."""
+    sample = torch.rand(1, 3, 44, 100)
+    if tiled:
+        tiny_model.enable_tiling(32, 8)
+    with torch.enable_grad():
+        latents, ids = tiny_model.encode(sample).latents, tiny_model.encode_tokens(sample)
+        decoded = tiny_model.decode(ids).sample
+    with torch.no_grad():
+        fast_latents, fast_ids = tiny_model.encode(sample).latents, tiny_model.encode_tokens(sample)
+        fast_decoded = tiny_model.decode(ids).sample
+    assert fast_latents.is_contiguous()
+    assert fast_decoded.is_contiguous()
+    assert torch.equal(fast_ids, ids)
+    torch.testing.assert_close(fast_latents, latents.detach())
+    torch.testing.assert_close(fast_decoded, decoded.detach())
 
 
 @pytest.mark.usefixtures("no_grad")
