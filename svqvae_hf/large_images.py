@@ -17,7 +17,7 @@ from svqvae_hf.codec import check_model, image_tokens
 from svqvae_hf.files import write_file
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.large_files import OUTPUT_TILE, LargeImage, TiffOutput, ZarrOutput, file_identity, open_large_image
-from svqvae_hf.modeling_svqvae import SVQVAE, gather_context
+from svqvae_hf.modeling_svqvae import SVQVAE, fits_whole, gather_context
 from svqvae_hf.results import Result, psnr_of_error
 from svqvae_hf.tiling import Read, map_tile, tile_axis
 from svqvae_hf.tokens import UINT16_CODES, ImageTokens, load_tokens, token_file_header
@@ -143,7 +143,9 @@ class _Run:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._tile = model.tile_size // model.f
         self._cells = [-(-side // model.f) for side in size]
-        self._rows, self._columns = (tile_axis(cells, self._tile, model.overlap // model.f) for cells in self._cells)
+        self._whole = fits_whole(self._cells, self._tile)
+        largest = max(self._cells) if self._whole else self._tile
+        self._rows, self._columns = (tile_axis(cells, largest, model.overlap // model.f) for cells in self._cells)
         self._tiles = passes * len(self._rows) * len(self._columns)
         self._done = 0
         self._on_tile = on_tile
@@ -219,7 +221,7 @@ class _Run:
         """Maps a network over the tiles, as `SVQVAE` does it in memory; `write` gets the cell where a core begins."""
         done = self._bands.setdefault(name, 0)
         self._write_record()
-        if max(self._cells) > self._tile:
+        if not self._whole:
             network = partial(network, context=gather_context(network, read, self._cells, self._tile, source_cell))
         self._done += done * len(self._columns)
         for band, y in enumerate(self._rows[done:], start=done + 1):

@@ -5,6 +5,7 @@ which follows LlamaGen (arXiv 2406.06525) and FlexVAR (arXiv 2502.20313).
 """
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,10 +172,11 @@ class ResnetBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
         """Maps `(batch, in_channels, h, w)` to `(batch, out_channels, h, w)`."""
-        residual = hidden if self.nin_shortcut is None else self.nin_shortcut(hidden)
-        hidden = self.conv1(silu(self.norm1(hidden, context)))
-        hidden = self.conv2(self.dropout(silu(self.norm2(hidden, context))))
-        return hidden.add_(residual)
+        # One expression and the shortcut last: a name, or a shortcut at hand, would hold memory at the peak.
+        residual = self.conv2(
+            self.dropout(silu(self.norm2(self.conv1(silu(self.norm1(hidden, context))), context))),
+        )
+        return residual.add_(hidden if self.nin_shortcut is None else self.nin_shortcut(hidden))
 
 
 class AttnBlock(nn.Module):
@@ -765,7 +767,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
         All tiles of an image share their normalisation statistics and what they attend to, which a sample of windows
-        gives: 32 of 12 x 12 latents, spread over the image, take the memory of some four tiles of 256 pixels.
+        gives: 32 of 12 x 12 latents, spread over the image. An image of no more latents than the sample or a tile has
+        is not tiled, since it takes no more memory whole: up to 543 x 543 pixels at f = 8.
 
         Args:
             tile_size (`int`, defaults to 256): Largest side, in pixels, of what the networks read at once, a multiple
@@ -993,14 +996,14 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Runs a network over a batch: slices outside, tiles inside."""
         if self.use_slicing and source.shape[0] > 1:
             return torch.cat([self._run(network, part, tiles, source_cell, result_cell) for part in source.split(1)])
-        if tiles is None or max(source.shape[-2:]) <= tiles[0] * source_cell:
+        size = [side // source_cell for side in source.shape[-2:]]
+        if tiles is None or fits_whole(size, tiles[0]):
             return network(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
                 "Gradient checkpointing runs the network again, when what its tiles share is no longer that of the "
                 "first run. Disable it, tiling or gradients."
             )
-        size = [side // source_cell for side in source.shape[-2:]]
         context = gather_context(
             network, lambda rows, columns: source[..., rows, columns], size, tiles[0], source_cell
         )
@@ -1077,6 +1080,16 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"shape "
                 f"{tuple(latents.shape)}. Pass the output of `encode`, not an image."
             )
+
+
+def fits_whole(size: Sequence[int], tile: int) -> bool:
+    """Whether an image takes no more memory whole than by tiles, of which there is then no need.
+
+    Args:
+        size (`tuple[int, int]`): Height and width of the image in latents.
+        tile (`int`): Largest side of a window in latents.
+    """
+    return math.prod(size) <= max(tile**2, SAMPLE_WINDOWS * min(SAMPLE_SIDE, tile) ** 2)
 
 
 def gather_context(

@@ -34,6 +34,12 @@ def tiny_model() -> SVQVAE:
 
 
 @pytest.fixture
+def small_sample(monkeypatch):
+    """What tiles share comes from two windows, so that small images are cut into tiles, too."""
+    monkeypatch.setattr("svqvae_hf.modeling_svqvae.SAMPLE_WINDOWS", 2)
+
+
+@pytest.fixture
 def golden_dir() -> Path:
     return ROOT / "tests" / "golden"
 

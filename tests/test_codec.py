@@ -8,6 +8,7 @@ import torch
 from svqvae_hf.codec import check_memory, decode_image, encode_image
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
 
+pytestmark = pytest.mark.usefixtures("small_sample")
 SCALES = (0.5, 1.0, 1.3)
 
 

@@ -55,6 +55,7 @@ def reconstruct(model, image, scales, tiled):
     return ids, latents, [processor.postprocess(each)[0] for each in samples]
 
 
+@pytest.mark.usefixtures("small_sample")
 @pytest.mark.parametrize(("number", "mode"), [(0, "plain"), (1, "tiled")])
 def test_values_of_each_image(tiny_model, photos, number, mode):
     report = evaluate(tiny_model, photos, scales=SCALES, tile_size=32, overlap=8)

@@ -21,6 +21,7 @@ from svqvae_hf.large_images import decode_large, encode_large, reconstruct_large
 from svqvae_hf.results import measure
 from svqvae_hf.tokens import load_tokens, save_tokens, token_file_header
 
+pytestmark = pytest.mark.usefixtures("small_sample")
 # Height and width, tile and overlap: sides that are no multiples of a tile, of f, or as small as can be.
 GEOMETRIES = [
     ((75, 49), (32, 8)),

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.modeling_svqvae import (
+    SAMPLE_WINDOWS,
     SEARCH_SCORES,
     AttnBlock,
     Codebook,
@@ -22,6 +23,7 @@ from svqvae_hf.modeling_svqvae import (
 )
 from svqvae_hf.tiling import WindowSample
 
+pytestmark = pytest.mark.usefixtures("small_sample")
 SIZES = [(1, 1), (3, 200), (65, 64), (257, 300)]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -316,11 +318,16 @@ def test_content_keeps_its_place_at_every_scale(tiny_model, scale, monkeypatch):
 # Tiles
 
 
-@pytest.mark.usefixtures("no_grad")
+@pytest.fixture
+def full_sample(small_sample, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.modeling_svqvae.SAMPLE_WINDOWS", SAMPLE_WINDOWS)
+
+
+@pytest.mark.usefixtures("no_grad", "full_sample")
 def test_tiles_agree_with_the_whole_where_context_is_local():
     """Without attention's global view and with wide halos, tiles differ from the whole by their statistics alone."""
     model = make_tiny(norm_num_groups=1)
-    images = smooth_images(200, 168)
+    images = smooth_images(280, 296)
     whole = model.encode(images).latents
     model.enable_tiling(96, 32)
     assert psnr(model.encode(images).latents, whole) - psnr(torch.zeros_like(whole), whole) > 20
@@ -350,6 +357,16 @@ def test_small_tile_takes_a_smaller_overlap(tiny_model, encoder_inputs):
     assert max(max(shape[-2:]) for shape in encoder_inputs) <= 32
 
 
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize(
+    ("size", "whole"), [((72, 64), True), ((16, 288), True), ((76, 64), False), ((16, 292), False)]
+)
+def test_tiles_begin_where_an_image_has_more_latents_than_the_sample(tiny_model, encoder_inputs, size, whole):
+    tiny_model.enable_tiling(64, 8)  # 16 latents a side; the sample is 2 windows of 12 latents a side, 288 in all
+    tiny_model.encode_tokens(torch.rand(1, 3, *size))
+    assert (encoder_inputs == [(1, 3, *size)]) == whole
+
+
 def test_tiles_keep_results_on_the_device():
     with torch.device("meta"):
         model = make_tiny()
@@ -359,12 +376,12 @@ def test_tiles_keep_results_on_the_device():
         assert model.decode(latents, force_not_quantize=True).sample.device.type == "meta"
 
 
-@pytest.mark.usefixtures("no_grad")
+@pytest.mark.usefixtures("no_grad", "full_sample")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
     tiny_model.save_pretrained(tmp_path)
     model = SVQVAE.from_pretrained(tmp_path, torch_dtype=dtype).eval()
-    images = smooth_images(70, 90)
+    images = smooth_images(200, 230)
     expected = tiny_model(images, tile_size=32, overlap=8).sample
     output = model(images.to(dtype), tile_size=32, overlap=8).sample
     assert output.dtype == dtype

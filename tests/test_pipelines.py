@@ -54,7 +54,7 @@ for name in {names!r}:
     (folder / name / "images.pickle").write_bytes(pickle.dumps(images))
 """
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "small_sample")
 
 
 def make_pipeline(cls, **config):
@@ -167,7 +167,7 @@ def switch_tiling(model, tiling):
     """Switches tiling on if asked for; the list given gets an entry for each tile."""
     tiles = []
     if tiling:
-        model.enable_tiling(32, 8, on_tile=lambda done, total: tiles.append(done))
+        model.enable_tiling(16, 4, on_tile=lambda done, total: tiles.append(done))
     return tiles
 
 
