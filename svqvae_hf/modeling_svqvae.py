@@ -29,7 +29,8 @@ NORM_EPS = 1e-6
 SAMPLE_WINDOWS = 32  # of an image, which give what its tiles share
 SAMPLE_SIDE = 12  # of such a window, in latents
 SAMPLE_MARGIN = 3  # of it next to a cut, in latents
-SEARCH_SCORES = 1 << 22  # cosines held at once by the nearest-code search: 16 MiB in float32
+SEARCH_SCORES = 1 << 21  # cosines held at once by the nearest-code search on CPU, where they stay in the cache: 8 MiB
+SEARCH_SCORES_GPU = 1 << 24  # on other devices, where each chunk costs a launch: 64 MiB
 ENTROPY_TEMPERATURE = 0.01
 SIZES = (
     *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
@@ -437,7 +438,8 @@ class Codebook(nn.Module):
         # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest score, for unit vectors the largest
         # cosine.
         offset = None if self.l2_norm else codes.square().sum(-1) / 2
-        rows = max(1, SEARCH_SCORES // codes.shape[0])
+        scores_at_once = SEARCH_SCORES if query.device.type == "cpu" else SEARCH_SCORES_GPU
+        rows = max(1, scores_at_once // codes.shape[0])
         ids = []
         for latents in query.detach().tensor_split(-(-query.shape[0] // rows)):  # no small rest, which rounds apart
             scores = latents @ codes.detach().T
