@@ -745,6 +745,20 @@ def test_compiles_without_graph_breaks(tiny_model):
 
 
 @pytest.mark.usefixtures("no_grad")
+def test_compiles_two_graphs_for_images_of_any_size(tiny_model):
+    """One for square images and one for others."""
+    graphs = []
+    torch.compiler.reset()
+    encode = torch.compile(
+        tiny_model.encode_tokens, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    for size in [(32, 32), (48, 36), (30, 41), (64, 64), (17, 90), (100, 72)]:
+        images = torch.rand(2, 3, *size)
+        assert torch.equal(encode(images), tiny_model.encode_tokens(images))
+    assert len(graphs) == 2
+
+
+@pytest.mark.usefixtures("no_grad")
 def test_device_map(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     images = torch.rand(1, 3, 32, 32)
