@@ -26,12 +26,15 @@ from torch import distributed, nn
 from svqvae_hf.tiling import Read, map_tiles, sample_windows
 
 NORM_EPS = 1e-6
-SAMPLE_WINDOWS = 32  # of an image, which give what its tiles share
+SAMPLE_WINDOWS = 64  # of an image at most, which give what its tiles share
+SAMPLE_SHARE = 1 / 4  # of an image at most that they are
 SAMPLE_SIDE = 12  # of such a window, in latents
 SAMPLE_MARGIN = 3  # of it next to a cut, in latents
 SEARCH_SCORES = 1 << 21  # cosines held at once by the nearest-code search on CPU, where they stay in the cache: 8 MiB
 SEARCH_SCORES_GPU = 1 << 24  # on other devices, where each chunk costs a launch: 64 MiB
 ENTROPY_TEMPERATURE = 0.01
+MAX_LEVELS = 16  # far more than any model has: a file that claims thousands of levels or blocks would never load
+MAX_BLOCKS = 64  # of a level
 SIZES = (
     *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
     *("codebook_size", "codebook_embed_dim", "sample_size"),
@@ -500,7 +503,17 @@ class VectorQuantizer(nn.Module):
         return self._unflatten(quantized, latents), losses, (perplexity, None, ids)
 
     def search(self, latents: torch.Tensor) -> torch.Tensor:
-        """Ids `(batch, h, w)`, int64, of the codes nearest to latents `(batch, codebook_embed_dim, h, w)`."""
+        """Ids `(batch, h, w)`, int64, of the codes nearest to latents `(batch, codebook_embed_dim, h, w)`.
+
+        Raises:
+            ValueError: If latents are NaN or infinite, which have no nearest code: one such pixel makes all latents of
+                its image so, and float16 may overflow in the networks. A compiled graph does not look.
+        """
+        if not torch.compiler.is_compiling() and not latents.isfinite().all():
+            raise ValueError(
+                "latents must be finite to have ids, but some are NaN or infinite. Pass images without such values, "
+                "or load the model in float32 or bfloat16 if float16 is too small for it."
+            )
         with torch.autocast(latents.device.type, enabled=False):
             ids = self.embedding(self._flatten(latents))
         return ids.view(latents.shape[0], *latents.shape[-2:])
@@ -769,8 +782,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
         All tiles of an image share their normalisation statistics and what they attend to, which a sample of windows
-        gives: 32 of 12 x 12 latents, spread over the image. An image of no more latents than the sample or a tile has
-        is not tiled, since it takes no more memory whole: up to 543 x 543 pixels at f = 8.
+        gives: a quarter of the image, at most 64 of 12 x 12 latents, spread over it. An image of no more latents than
+        these or a tile have is not tiled, since it takes no more memory whole: up to 768 x 768 pixels at f = 8.
 
         Args:
             tile_size (`int`, defaults to 256): Largest side, in pixels, of what the networks read at once, a multiple
@@ -1015,7 +1028,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return sample.clamp(*self.config["pixel_range"])
 
     def _look_up(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None) -> torch.Tensor:
-        if ids.is_floating_point():
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"ids must be of an integer type, but are {ids.dtype}. Latents are for `decode`.")
         ids = ids.long()
         if shape is None:
@@ -1025,9 +1038,14 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                     "or pass `shape`."
                 )
             shape = (*ids.shape, self.config["codebook_embed_dim"])
+        if not ids.numel() or math.prod(shape[:-1]) != ids.numel():
+            raise ValueError(
+                f"ids must be at least one and fit `shape`, but are {ids.numel()} for {tuple(shape)}. Reshape them to "
+                "the grid."
+            )
         size = self.config["codebook_size"]
         # A compiled graph has no place for a check that depends on values.
-        if not torch.compiler.is_compiling() and ids.numel() and not 0 <= ids.min() <= ids.max() < size:
+        if not torch.compiler.is_compiling() and not 0 <= ids.min() <= ids.max() < size:
             raise ValueError(
                 f"ids must lie in [0, {size}) (`codebook_size`), but lie in [{ids.min()}, {ids.max()}]. Pass ids of "
                 "this codebook, without special tokens."
@@ -1062,11 +1080,16 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             )
 
     def _check_sample(self, sample: torch.Tensor) -> None:
-        if not sample.is_floating_point():
+        if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
+            kind = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
             raise TypeError(
-                f"`sample` must be of a floating type with values in {tuple(self.config['pixel_range'])} "
-                f"(`pixel_range`), but is "
-                f"{sample.dtype}. Prepare images with SVQVAEImageProcessor."
+                f"`sample` must be a tensor of a floating type with values in {tuple(self.config['pixel_range'])} "
+                f"(`pixel_range`), but is {kind}. Prepare images with SVQVAEImageProcessor."
+            )
+        if sample.dtype != self.dtype and not torch.is_autocast_enabled(sample.device.type):
+            raise TypeError(
+                f"`sample` must be of the model's type {self.dtype}, but is {sample.dtype}. Pass "
+                "`sample.to(model.dtype)`."
             )
         if sample.ndim != 4 or sample.shape[1] != self.config["in_channels"] or 0 in sample.shape:
             raise ValueError(
@@ -1076,11 +1099,10 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             )
 
     def _check_latents(self, latents: torch.Tensor) -> None:
-        if latents.ndim != 4 or latents.shape[1] != self.config["codebook_embed_dim"]:
+        if latents.ndim != 4 or latents.shape[1] != self.config["codebook_embed_dim"] or 0 in latents.shape:
             raise ValueError(
-                f"`latents` must have {self.config['codebook_embed_dim']} channels (`codebook_embed_dim`), but has "
-                f"shape "
-                f"{tuple(latents.shape)}. Pass the output of `encode`, not an image."
+                f"`latents` must have {self.config['codebook_embed_dim']} channels (`codebook_embed_dim`) and no "
+                f"side of 0, but has shape {tuple(latents.shape)}. Pass the output of `encode`, not an image."
             )
 
 
@@ -1107,7 +1129,8 @@ def gather_context(
         source_cell (`int`): Samples of the source along a side of a latent.
     """
     side = min(SAMPLE_SIDE, tile)
-    windows = sample_windows(size, side, min(SAMPLE_MARGIN, (side - 1) // 2), SAMPLE_WINDOWS)
+    count = min(SAMPLE_WINDOWS, max(1, round(SAMPLE_SHARE * math.prod(size) / side**2)))
+    windows = sample_windows(size, side, min(SAMPLE_MARGIN, (side - 1) // 2), count)
     source = windows.read(read, source_cell)
     context = TileContext(len(source) // len(windows.places), windows.window, windows.margin)
     network(source, context)
@@ -1142,6 +1165,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(
             "`encoder_ch_mult` and `decoder_ch_mult` must have as many levels, so that both have the same f, but have "
             f"{len(config['encoder_ch_mult'])} and {len(config['decoder_ch_mult'])}."
+        )
+    if len(config["encoder_ch_mult"]) > MAX_LEVELS or config["num_res_blocks"] > MAX_BLOCKS:
+        raise ValueError(
+            f"There must be at most {MAX_LEVELS} levels and {MAX_BLOCKS} residual blocks (`num_res_blocks`), but "
+            f"there are {len(config['encoder_ch_mult'])} and {config['num_res_blocks']}."
         )
     groups, base = config["norm_num_groups"], config["base_channels"]
     for channels in sorted(

@@ -327,7 +327,7 @@ def full_sample(small_sample, monkeypatch):
 def test_tiles_agree_with_the_whole_where_context_is_local():
     """Without attention's global view and with wide halos, tiles differ from the whole by their statistics alone."""
     model = make_tiny(norm_num_groups=1)
-    images = smooth_images(280, 296)
+    images = smooth_images(392, 400)
     whole = model.encode(images).latents
     model.enable_tiling(96, 32)
     assert psnr(model.encode(images).latents, whole) - psnr(torch.zeros_like(whole), whole) > 20
@@ -381,7 +381,7 @@ def test_tiles_keep_results_on_the_device():
 def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
     tiny_model.save_pretrained(tmp_path)
     model = SVQVAE.from_pretrained(tmp_path, torch_dtype=dtype).eval()
-    images = smooth_images(200, 230)
+    images = smooth_images(264, 260)
     expected = tiny_model(images, tile_size=32, overlap=8).sample
     output = model(images.to(dtype), tile_size=32, overlap=8).sample
     assert output.dtype == dtype

@@ -25,11 +25,12 @@ def test_it_is_small_and_of_the_documented_kind(model):
 
 
 def test_tiles_cost_nothing_that_is_seen(model, photo):
-    figures = measure(model, SVQVAEImageProcessor()(photo)["pixel_values"])
+    large = photo.resize((1056, 704))  # one as large as a tile's sample is taken whole
+    figures = measure(model, SVQVAEImageProcessor()(large)["pixel_values"])
     assert figures["PSNR whole, dB"] > 25
-    assert figures["PSNR tiled, dB"] > figures["PSNR whole, dB"] - 0.1
-    assert figures["agreement, dB"] > 36
-    assert figures["error along tile borders"] < 1.1
+    assert figures["PSNR tiled, dB"] > figures["PSNR whole, dB"] - 0.4
+    assert figures["agreement, dB"] > 38
+    assert figures["error along tile borders"] < 1.2
     assert figures["error along image border"] < 1.3
 
 
