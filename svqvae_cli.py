@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 DTYPES = ("float32", "bfloat16", "float16")
+VIEWS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # of `svqvae_hf.token_sets`
 NO_MEMORY = "allocate|out of memory"  # what torch's errors say then
 
 
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"svqvae: error: {' '.join(message.split())}", file=sys.stderr)
+    # A broken file may put anything into a message, what a terminal obeys, too.
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    print(f"svqvae: error: {line}", file=sys.stderr)
     return 2
 
 
@@ -92,7 +95,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"svqvae {version('svqvae-hf')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_reconstruct, _add_encode, _add_decode, _add_evaluate, _add_convert, _add_export, _add_info):
+    for add in (
+        _add_reconstruct,
+        _add_encode,
+        _add_decode,
+        _add_tokenize,
+        _add_detokenize,
+        _add_evaluate,
+        _add_convert,
+        _add_export,
+        _add_generate,
+        _add_info,
+        _add_demo,
+    ):
         add(commands)
     return parser
 
@@ -141,6 +156,69 @@ def _add_decode(commands: Commands) -> None:
     _add_large(command, decodes=True)
 
 
+def _add_tokenize(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "tokenize",
+        "make a token set of an image set",
+        "Writes the ids of all images as Parquet, which `datasets` reads. A run that was\n"
+        "killed goes on when it is started again. On several GPUs:\n"
+        "  accelerate launch -m svqvae_cli tokenize DATA OUT",
+        "photos tokens --views centre --resolution 256 --scales 0.5 1",
+    )
+    _add_image_set(command)
+    command.add_argument("out", type=_path, metavar="OUT", help="folder to make")
+    _add_scales(command, [1.0])
+    command.add_argument(
+        "--views",
+        choices=VIEWS,
+        default="whole",
+        help="what of an image becomes a row: the whole or a crop, also flipped, or ten crops (default: whole)",
+    )
+    command.add_argument("--resolution", type=int, metavar="PIXELS", help="side of crops")
+    command.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="more columns of the set to keep (default: label, caption and text, where they are there)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="views of equal size encoded together; with more than 1 a few ids may differ, by rounding (default: 1)",
+    )
+    command.add_argument(
+        "--shard-size", type=int, default=1000, metavar="N", help="images in a Parquet file (default: 1000)"
+    )
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images (default: one a core, at most 4)"
+    )
+    command.add_argument("--license", help="licence of the images, as the Hub names it, for the card")
+    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the set")
+    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    _add_model(command, tile_size=256, overlap=32)
+
+
+def _add_detokenize(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "detokenize",
+        "write the images of a token set",
+        "Writes 00000000_x1.png and so on, one per row and scale. The model must have the\n"
+        "codebook that the set was made with.",
+        "tokens --output out --max-images 16",
+    )
+    command.add_argument(
+        "tokens", type=_not_empty, metavar="TOKENS", help="folder of the token set, or its name on the Hub"
+    )
+    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
+    command.add_argument("--max-images", type=int, metavar="N", help="stop after so many rows (default: all)")
+    _add_model_choice(command)
+
+
 def _add_evaluate(commands: Commands) -> None:
     command = _add_command(
         commands,
@@ -151,20 +229,8 @@ def _add_evaluate(commands: Commands) -> None:
         "org/svqvae photos --output report --scales 1 0.5 0.25",
     )
     command.add_argument("model", type=_not_empty, metavar="MODEL", help="model folder or Hub id")
-    command.add_argument(
-        "data",
-        nargs="+",
-        type=_not_empty,
-        metavar="DATA",
-        help="image files, folders of them, or globs; or the name of a set on the Hub, which is streamed",
-    )
+    _add_image_set(command)
     command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
-    command.add_argument("--config", metavar="NAME", help="configuration of the set")
-    command.add_argument("--split", metavar="NAME", help="split of the set, needed if it has several")
-    command.add_argument(
-        "--image-column", default="image", metavar="NAME", help="column of the set that holds images (default: image)"
-    )
-    command.add_argument("--max-images", type=int, metavar="N", help="stop after so many (default: all)")
     command.add_argument(
         "--resolution",
         type=int,
@@ -248,12 +314,78 @@ def _add_export(commands: Commands) -> None:
     )
 
 
+def _add_generate(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "generate",
+        "make new images by an autoregressive pipeline",
+        "Writes class_N_0_x1.png and so on, or image_0_x1.png without --class, and all of\n"
+        "them on sheet.png, a row for each class. All images are sampled as one batch.",
+        "org/dreams --class 3 7 --num-images 4 --output out",
+    )
+    command.add_argument("model", type=_not_empty, metavar="MODEL", help="folder or Hub id of the pipeline")
+    command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
+    command.add_argument(
+        "--class",
+        dest="class_labels",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="labels, each for a row of images (default: images of no class)",
+    )
+    command.add_argument(
+        "--num-images", type=int, default=1, metavar="COUNT", help="images of each class (default: 1)"
+    )
+    command.add_argument(
+        "--scales", nargs="+", type=_scale, metavar="SCALE", help="of those trained (default: the finest)"
+    )
+    command.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="of classifier-free guidance (default: 1)",
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="of sampling; 0 takes the most likely ids (default: 1)",
+    )
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="likely ids to sample from (default: all)")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="SHARE", help="of the probability to sample from (default: 1)"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the first image; the next has the next (default: 0)"
+    )
+    _add_device(command)
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+
+
 def _add_info(commands: Commands) -> None:
     summary = "print what a model, an original checkpoint or a token file is"
     command = _add_command(commands, "info", summary, "", "photo.safetensors")
     command.add_argument(
         "path", metavar="PATH", help="model folder, Hub id, checkpoint file, org/repo:file, or token file"
     )
+
+
+def _add_demo(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "demo",
+        "show a page where photographs are encoded and decoded",
+        "Original and result under one slider, the ids as a picture, token files up and\n"
+        "down. The page needs no network.",
+        "--model org/svqvae",
+    )
+    _add_model_choice(command)
+    command.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at (default: 127.0.0.1)"
+    )
+    command.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
 
 
 def _add_command(commands: Commands, run: str, summary: str, details: str, example: str) -> _Parser:
@@ -304,6 +436,22 @@ def _add_large(command: _Parser, decodes: bool) -> None:
     )
 
 
+def _add_image_set(command: _Parser) -> None:
+    command.add_argument(
+        "data",
+        nargs="+",
+        type=_not_empty,
+        metavar="DATA",
+        help="image files, folders of them, or globs; or the name of a set on the Hub, which is streamed",
+    )
+    command.add_argument("--config", metavar="NAME", help="configuration of the set")
+    command.add_argument("--split", metavar="NAME", help="split of the set, needed if it has several")
+    command.add_argument(
+        "--image-column", default="image", metavar="NAME", help="column of the set that holds images (default: image)"
+    )
+    command.add_argument("--max-images", type=int, metavar="N", help="stop after so many (default: all)")
+
+
 def _add_files(command: _Parser, what: str) -> None:
     command.add_argument("inputs", nargs="+", type=_not_empty, metavar="INPUT", help=what)
     command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
@@ -311,10 +459,14 @@ def _add_files(command: _Parser, what: str) -> None:
 
 def _add_model(command: _Parser, tile_size: int | None, overlap: int | None) -> None:
     """The model and how it works; with `None`, tiles are those of the token file."""
+    _add_model_choice(command)
+    _add_tiles(command, (tile_size or "as encoded", overlap or "as encoded"), tile_size, overlap)
+
+
+def _add_model_choice(command: _Parser) -> None:
     command.add_argument("--model", help="model folder or Hub id (default: the small bundled model)")
     _add_device(command)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    _add_tiles(command, (tile_size or "as encoded", overlap or "as encoded"), tile_size, overlap)
 
 
 def _add_device(command: _Parser) -> None:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput, VQLosses
+from svqvae_hf.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "SVQVAE",
     "ImageProcessingMixin",
     "ModelMixin",
+    "SVQVAEAutoregressivePipeline",
     "SVQVAEEncoderOutput",
     "SVQVAEImageProcessor",
     "SVQVAEOutput",
@@ -29,3 +32,6 @@ LOADABLE_CLASSES["svqvae_hf"] = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "ImageProcessingMixin": ["save_pretrained", "from_pretrained"],
 }
+
+# `DiffusionPipeline.from_pretrained` looks for a pipeline's class among the names of diffusers.
+diffusers.SVQVAEAutoregressivePipeline = SVQVAEAutoregressivePipeline

@@ -9,7 +9,7 @@ from PIL import Image
 
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.modeling_svqvae import SAMPLE_SIDE, SAMPLE_WINDOWS, SVQVAE
-from svqvae_hf.tokens import ImageTokens, check_codebook
+from svqvae_hf.tokens import ImageTokens, TokenOrigin, check_codebook
 
 GIB = 2**30
 
@@ -85,12 +85,12 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
     return images
 
 
-def check_model(model: SVQVAE, tokens: ImageTokens) -> None:
+def check_model(model: SVQVAE, tokens: TokenOrigin) -> None:
     """Refuses ids that the model cannot decode.
 
     Args:
         model ([`SVQVAE`]): The model that is to decode them.
-        tokens ([`ImageTokens`]): The ids.
+        tokens ([`TokenOrigin`]): The ids, or the settings of a token set.
 
     Raises:
         ValueError: If the ids are of another codebook, or their f or the size of their codebook is another.

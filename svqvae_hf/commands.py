@@ -2,28 +2,35 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from svqvae_hf import DEFAULT_MODEL, SVQVAE, conversion
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, conversion
 from svqvae_hf.checkpoints import REPO_ID, hub_reason, read_checkpoint
 from svqvae_hf.codec import check_memory, check_model, decode_image, encode_image
-from svqvae_hf.files import check_output, check_targets, find_files, save_png, scale_endings
+from svqvae_hf.files import check_new_folder, check_output, check_targets, find_files, save_png, scale_endings
 from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.results import Result, header, measure, side_by_side, table_row, token_count
 from svqvae_hf.tokens import ImageTokens, is_token_file, load_tokens, save_tokens
 
 TOKEN_SUFFIX = ".safetensors"
+MAX_WORKERS = 4  # by default
 DEVICES = ("cuda", "mps", "xpu")  # beside the CPU; the first that is there is the default
 
 
@@ -100,6 +107,44 @@ def decode(args: argparse.Namespace) -> None:
                 save_png(image, args.output / f"{path.stem}{ending}")
 
 
+def tokenize(args: argparse.Namespace) -> None:
+    """Makes a token set of an image set."""
+    from svqvae_hf.image_sets import is_hub_set, open_rows
+    from svqvae_hf.token_set_writer import LABEL_COLUMNS, tokenize_set
+
+    check_new_folder(args.out)
+    # Processes wait for each other at the end, which may be hours apart.
+    state = PartialState(cpu=_find_device(args.device).type == "cpu", timeout=timedelta(weeks=1))
+    given = {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
+    images = open_rows(args.data, columns=args.keep, optional_columns=LABEL_COLUMNS, **given)
+    model = _load_model(args.model, _process_device(args.device, state), args.dtype)
+    model.enable_tiling(args.tile_size, args.overlap)
+    path = Path(args.model or DEFAULT_MODEL)
+    options = ("scales", "views", "resolution", "batch_size", "shard_size", "license", "push_to_hub", "private")
+    report = tokenize_set(
+        model,
+        images,
+        args.out,
+        model_name=path.resolve().name if path.exists() else args.model,  # no folder of the user's in a public set
+        source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
+        num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
+        **{key: getattr(args, key) for key in options},
+    )
+    if state.is_main_process:
+        print(report)
+    state.destroy_process_group()
+
+
+def detokenize(args: argparse.Namespace) -> None:
+    """Writes the images of a token set, in the tiles that they were encoded by."""
+    from svqvae_hf.token_sets import detokenize_set, read_settings
+
+    check_output([], args.output)
+    read_settings(args.tokens)  # before the model is loaded
+    model = _load_model(args.model, args.device, args.dtype)
+    detokenize_set(model, args.tokens, args.output, max_images=args.max_images)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Measures a model on a set of images, and writes numbers, tables and plots."""
     with _needing("evaluate", "eval"):
@@ -110,7 +155,7 @@ def evaluate(args: argparse.Namespace) -> None:
     lpips = perceptual.load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
     inception = perceptual.load_inception(args.inception_weights) if args.inception_weights else None
     report = evaluation.evaluate(
-        _load_model(args.model, args.device or str(state.device), "float32"),
+        _load_model(args.model, _process_device(args.device, state), "float32"),
         image_sets.open_images(args.data, **given),
         scales=args.scales,
         modes=args.modes,
@@ -161,6 +206,35 @@ def export(args: argparse.Namespace) -> None:
         print(export_graphs(model, args.output, format=args.format, dtype=args.dtype))
 
 
+def generate(args: argparse.Namespace) -> None:
+    """Samples images, and puts them on one sheet, a row for each class."""
+    check_output([], args.output)
+    for bars in (diffusers.utils.logging, transformers.utils.logging):
+        bars.disable_progress_bar()  # of loading
+    pipeline = _load(SVQVAEAutoregressivePipeline, args.model, args.device, args.dtype)
+    pipeline.set_progress_bar_config(unit="row", disable=None)
+    scales = args.scales or pipeline.layout.scales[-1:]
+    endings = scale_endings(scales)
+    labels = args.class_labels
+    names = ["image"] if labels is None else [f"class_{label}" for label in labels]
+    count = args.num_images
+    images = pipeline(
+        labels,
+        scales=scales,
+        guidance_scale=args.guidance_scale,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=[torch.Generator().manual_seed(args.seed + index) for index in range(len(names) * count)],
+        num_images_per_prompt=count,
+    ).images
+    for of_scale, ending in zip(images, endings, strict=True):
+        for index, image in enumerate(of_scale):
+            save_png(image, args.output / f"{names[index // count]}_{index % count}{ending}")
+    finest = images[scales.index(max(scales))]
+    save_png(diffusers.utils.make_image_grid(finest, rows=len(names), cols=count), args.output / "sheet.png")
+
+
 def info(args: argparse.Namespace) -> None:
     """Prints what a model, an original checkpoint or a token file is."""
     if is_token_file(args.path):
@@ -173,6 +247,16 @@ def info(args: argparse.Namespace) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Serves the page, until it is interrupted."""
+    with _needing("demo", "demo"):
+        from svqvae_hf.demo import serving
+    load = partial(_load_model, device=args.device, dtype=args.dtype)
+    with serving(load, args.model or "", args.host, args.port) as address:
+        print(f"{address} shows the page until Ctrl-C", flush=True)
+        threading.Event().wait()
 
 
 @contextmanager
@@ -255,7 +339,11 @@ def _interruption(target: Path) -> Iterator[None]:
 
 def _load_model(source: str | None, device: str | None, dtype: str) -> SVQVAE:
     """The model of a folder or a Hub id; by default the small bundled one."""
-    source = source or str(DEFAULT_MODEL)
+    return _load(SVQVAE, source or str(DEFAULT_MODEL), device, dtype).eval()
+
+
+def _load(cls: Any, source: str, device: str | None, dtype: str) -> Any:
+    """A model, or a pipeline, of a folder or a Hub id."""
     path = Path(source)
     if path.is_file():
         raise ValueError(
@@ -267,13 +355,13 @@ def _load_model(source: str | None, device: str | None, dtype: str) -> SVQVAE:
             "`convert` and `info` read, `org/repo:file`."
         )
     place = _find_device(device)
-    for library in ("diffusers", "huggingface_hub"):
+    for library in ("diffusers", "huggingface_hub", "transformers"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what is wrong is said once, by the error
     try:
-        model = SVQVAE.from_pretrained(source, torch_dtype=getattr(torch, dtype), use_safetensors=True)
+        model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
     except OSError as error:
         raise OSError(f"the model `{source}` cannot be loaded: {_loading_fault(error)}") from error
-    return model.to(place).eval()
+    return model.to(place)
 
 
 def _loading_fault(error: OSError) -> str:
@@ -286,6 +374,11 @@ def _loading_fault(error: OSError) -> str:
             return hub_reason(cause)
         cause = cause.__context__
     return str(error)
+
+
+def _process_device(name: str | None, state: PartialState) -> str:
+    """Name of the device that was asked for, or of that of this process."""
+    return name or ("cpu" if state.device.type == "cpu" else str(state.device))  # accelerate numbers CPUs, too
 
 
 def _find_device(name: str | None) -> torch.device:

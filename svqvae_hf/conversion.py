@@ -99,7 +99,7 @@ def convert(
     out = check_new_folder(Path(out))
     checkpoint = read_checkpoint(source, use_ema=use_ema, **config)
     if push_to_hub is not None:
-        _create_repo(push_to_hub, private)
+        create_repo(push_to_hub, private)
     _write(checkpoint, out, push_to_hub or out.name, license, variant)
     return ConversionReport(
         source=checkpoint.source,
@@ -109,7 +109,7 @@ def convert(
         tensors=len(checkpoint.state_dict),
         out=out,
         files=tuple(sorted(file.name for file in out.iterdir())),
-        url=_push(out, push_to_hub, create_pr) if push_to_hub else None,
+        url=push_folder(out, push_to_hub, "Upload converted SVQVAE", create_pr=create_pr) if push_to_hub else None,
     )
 
 
@@ -119,14 +119,24 @@ def _check_arguments(variant: str | None, push_to_hub: str | None, private: bool
     if push_to_hub is None and (private is not None or create_pr):
         raise ValueError("`private` and `create_pr` need `push_to_hub`, but it was not given. Pass `org/name`.")
     if push_to_hub is not None:
-        if not re.fullmatch(REPO_ID, push_to_hub):
-            raise ValueError(f"`push_to_hub` must be `org/name`, but is {push_to_hub!r}.")
-        validate_repo_id(push_to_hub)
+        check_repo_id(push_to_hub)
 
 
-def _create_repo(repo_id: str, private: bool | None) -> None:
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what cannot be the name of a repository to push to."""
+    if not re.fullmatch(REPO_ID, repo_id):
+        raise ValueError(f"`push_to_hub` must be `org/name`, but is {repo_id!r}.")
+    validate_repo_id(repo_id)
+
+
+def create_repo(repo_id: str, private: bool | None, repo_type: str = "model") -> None:
+    """Makes a repository on the Hub, or finds that it is there.
+
+    Raises:
+        OSError: The Hub refuses or cannot be reached.
+    """
     try:
-        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        HfApi().create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
     except (HTTPError, OSError) as error:
         raise OSError(f"{repo_id} cannot be made on the Hub: {hub_reason(error)}") from error
 
@@ -198,14 +208,23 @@ def _halve(model: SVQVAE, variant: str) -> SVQVAE:
     return model
 
 
-def _push(out: Path, repo_id: str, create_pr: bool) -> str:
+def push_folder(out: Path, repo_id: str, message: str, repo_type: str = "model", create_pr: bool = False) -> str:
+    """Uploads a whole folder to a repository that is there.
+
+    Returns:
+        `str`: Address of the commit, or of the pull request.
+
+    Raises:
+        OSError: The Hub refuses or cannot be reached.
+    """
     try:
         commit = HfApi().upload_folder(
-            repo_id=repo_id, folder_path=out, commit_message="Upload converted SVQVAE", create_pr=create_pr
+            repo_id=repo_id, folder_path=out, repo_type=repo_type, commit_message=message, create_pr=create_pr
         )
     except (HTTPError, OSError) as error:
+        option = "" if repo_type == "model" else f" --repo-type {repo_type}"
         raise OSError(
             f"`{out}` is complete, but could not be pushed to {repo_id}: {hub_reason(error)} Push it by `hf upload "
-            f"{repo_id} {out}`."
+            f"{repo_id} {out}{option}`."
         ) from error
     return commit.pr_url or commit.commit_url

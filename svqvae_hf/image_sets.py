@@ -1,11 +1,15 @@
 """Images to go through once: files, or a streamed set of `datasets`."""
 
+import hashlib
 import io
 import itertools
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
@@ -16,6 +20,34 @@ from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image, to_rgb
 
 ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images, for `datasets`
+NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # where a set on the Hub is, and that it is an archive
+
+
+class ImageRow(NamedTuple):
+    """An image of a set: its key, what [`read_image`] takes, and the values of other columns by name."""
+
+    key: str
+    source: ImageSource
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """An image set with its keys, in parts that are read apart.
+
+    Args:
+        parts (`list[Iterable[ImageRow]]`): The set in its order, one part for each of its files (all image files
+            being one part), each to be gone through once.
+        features (`datasets.Features`): Types of the columns in `ImageRow.values`.
+        fingerprint (`str`): SHA-256 in hexadecimal of the files' names and times, or of their revision on the Hub.
+        length (`int`, *optional*): Number of images, if it is known before all are read.
+    """
+
+    parts: list[Iterable[ImageRow]]
+    features: datasets.Features
+    fingerprint: str
+    length: int | None
 
 
 def open_images(
@@ -43,22 +75,60 @@ def open_images(
         OSError: The set cannot be found or reached.
         ValueError: There is no image, or the split, the column or the number is not there.
     """
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"`max_images` must be at least 1, but is {max_images}.")
+    _check_max_images(max_images)
     if len(data) > 1 or not _is_set(data[0]):
         return find_files(data, IMAGE_SUFFIXES)[:max_images]
-    if split is None:
-        names = datasets.get_dataset_split_names(data[0], config)
-        if len(names) > 1:
-            raise ValueError(f"the set `{data[0]}` has the splits {', '.join(names)}. Choose one by --split.")
-        split = names[0]
-    rows = datasets.load_dataset(data[0], config, split=split, streaming=True)
-    if image_column not in (rows.column_names or ()):
-        raise ValueError(
-            f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, but is `{image_column}`."
-        )
-    rows = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    rows = _open_set(data[0], config, split, image_column)[0].select_columns(image_column)
     return (row[image_column] for row in itertools.islice(rows, max_images))
+
+
+def open_rows(
+    data: Sequence[str],
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    image_column: str = "image",
+    columns: Sequence[str] = (),
+    optional_columns: Sequence[str] = (),
+    max_images: int | None = None,
+) -> ImageRows:
+    """Finds the images of a set with other columns; none is read or copied yet.
+
+    Args:
+        data (`Sequence[str]`): As for [`open_images`].
+        config (`str`, *optional*): Likewise.
+        split (`str`, *optional*): Likewise.
+        image_column (`str`, defaults to `"image"`): Likewise.
+        columns (`Sequence[str]`): Other columns of the set to give.
+        optional_columns (`Sequence[str]`): Other columns to give where they are there.
+        max_images (`int`, *optional*): As for [`open_images`].
+
+    Raises:
+        OSError: The set cannot be found or reached.
+        ValueError: There is no image, or the split, a column or the number is not there.
+    """
+    _check_max_images(max_images)
+    if len(data) > 1 or not _is_set(data[0]):
+        if columns:
+            raise ValueError(f"image files have no columns, but {', '.join(columns)} must be kept. Leave them out.")
+        return _file_rows(find_files(data, IMAGE_SUFFIXES)[:max_images])
+    rows, origin = _open_set(data[0], config, split, image_column)
+    missing = sorted(set(columns) - set(rows.features))
+    if missing:
+        raise ValueError(f"columns must be of {', '.join(rows.features)}, but {', '.join(missing)} are not.")
+    chosen = [name for name in rows.features if name in (*columns, *optional_columns) and name != image_column]
+    features = datasets.Features({name: rows.features[name] for name in chosen})
+    rows = rows.select_columns([image_column, *chosen])
+    rows = rows if max_images is None else rows.take(max_images)
+    count = 1 if max_images is not None else rows.num_shards
+    splits = rows.info.splits or {}
+    known = splits[rows.split].num_examples if rows.split in splits else None
+    return ImageRows(
+        parts=[_set_rows(rows, image_column, data[0], part, count) for part in range(count)],
+        features=features,
+        fingerprint=_digest([origin, image_column, max_images]),
+        length=min(known, max_images or known) if known else max_images,
+    )
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -99,5 +169,55 @@ def is_hub_set(name: str) -> bool:
 def _is_set(name: str) -> bool:
     path = Path(name)
     if path.is_dir():
-        return not any(each.suffix.lower() in IMAGE_SUFFIXES for each in path.iterdir())
+        names = [each.name for each in path.iterdir()]
+        has_images = any(Path(each).suffix.lower() in IMAGE_SUFFIXES for each in names)
+        return not has_images or any(each in names for each in METADATA_FILES)
     return is_hub_set(name)
+
+
+def _check_max_images(max_images: int | None) -> None:
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"`max_images` must be at least 1, but is {max_images}.")
+
+
+def _open_set(
+    name: str, config: str | None, split: str | None, image_column: str
+) -> tuple[datasets.IterableDataset, list[Any]]:
+    """A split of a set as a stream, its images not decoded, and what says where its files come from."""
+    if split is None:
+        names = datasets.get_dataset_split_names(name, config)
+        if len(names) > 1:
+            raise ValueError(f"the set `{name}` has the splits {', '.join(names)}. Choose one by --split.")
+        split = names[0]
+    builder = datasets.load_dataset_builder(name, config)
+    rows = builder.as_streaming_dataset(split)
+    if image_column not in (rows.column_names or ()):
+        raise ValueError(
+            f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, but is `{image_column}`."
+        )
+    rows = rows.decode(False)  # else image folders on the Hub are decoded ahead, and a broken image ends the stream
+    files = builder.config.data_files[split]
+    return rows.cast_column(image_column, datasets.Image(decode=False)), [split, list(files), files.origin_metadata]
+
+
+def _file_rows(paths: Sequence[Path]) -> ImageRows:
+    absolute = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    keys = [os.path.relpath(path, root) for path in absolute]
+    times = [(key, os.stat(path).st_size, os.stat(path).st_mtime_ns) for key, path in zip(keys, absolute, strict=True)]
+    rows = (ImageRow(key, {"path": path, "bytes": None}, {}) for key, path in zip(keys, absolute, strict=True))
+    return ImageRows(parts=[rows], features=datasets.Features(), fingerprint=_digest(times), length=len(keys))
+
+
+def _set_rows(
+    rows: datasets.IterableDataset, image_column: str, root: str, part: int, num_parts: int
+) -> Iterator[ImageRow]:
+    for index, row in enumerate(rows.shard(num_parts, part)):
+        source = row.pop(image_column)
+        path = source and source["path"]
+        key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{part}-{index}"
+        yield ImageRow(os.path.relpath(key, root) if os.path.isabs(key) else key, source, row)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -20,6 +21,22 @@ UINT16_CODES = 2**16  # the largest codebook whose ids fit 16 bits
 INTEGER_LIMIT = 2**31  # ids fit 32 bits
 ID_DTYPES = (torch.uint16, torch.int32)
 FINGERPRINT = re.compile("[0-9a-f]{64}")
+
+
+class TokenOrigin(Protocol):
+    """What says which model ids are of."""
+
+    @property
+    def f(self) -> int:
+        """Pixels per latent side."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Rows of the codebook."""
+
+    @property
+    def codebook_fingerprint(self) -> str:
+        """[`SVQVAE.codebook_fingerprint`] of the codebook."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +97,7 @@ class ImageTokens:
     def _check_ids(self, ids: torch.Tensor, scale: float) -> None:
         if not isinstance(scale, int | float) or not 0 < scale < math.inf:
             raise ValueError(f"a scale must be a finite number above 0, but is {_short(scale)}.")
-        expected = tuple(max(1, round(scale * math.ceil(side / self.f))) for side in (self.height, self.width))
+        expected = grid_shape(self.height, self.width, self.f, scale)
         if tuple(ids.shape) != expected:
             raise ValueError(
                 f"the ids of scale {scale:g} must have shape {expected}, for an image of {self.height} x {self.width} "
@@ -93,6 +110,19 @@ class ImageTokens:
                 f"ids must be in [0, {self.codebook_size - 1}], but those of scale {scale:g} are in "
                 f"[{lowest}, {highest}]."
             )
+
+
+def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]:
+    """Rows and columns of the ids of an image at a scale.
+
+    Args:
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+        f (`int`): Pixels per latent side of the model.
+        scale (`float`): Output side over input side, more than 0.
+    """
+    rows, columns = (max(1, round(scale * math.ceil(side / f))) for side in (height, width))
+    return rows, columns
 
 
 def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
@@ -169,11 +199,11 @@ def is_token_file(path: str | os.PathLike) -> bool:
         return False
 
 
-def check_codebook(tokens: ImageTokens, fingerprint: str) -> None:
+def check_codebook(tokens: TokenOrigin, fingerprint: str) -> None:
     """Refuses ids that are rows of another codebook.
 
     Args:
-        tokens (`ImageTokens`): The ids.
+        tokens ([`TokenOrigin`]): The ids, or the settings of a token set.
         fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the model that is to decode them.
 
     Raises:

@@ -3,9 +3,9 @@
     with serve_hub(tmp_path) as env:
         run_python("from svqvae_hf import SVQVAE; SVQVAE.from_pretrained('org/name')", env)
 
-Of `org/name`, `tmp_path/hub/org/name/main` holds the files of the main branch, `.../refs/pr/1` those of the first pull
-request, and `.../settings.json` what the repository was created with; write `{"gated": true}` there to gate it. The
-client reads its endpoint when it is imported, so it runs in a process of its own.
+Of `org/name`, a model or a data set, `tmp_path/hub/org/name/main` holds the files of the main branch, `.../refs/pr/1`
+those of the first pull request, and `.../settings.json` what the repository was created with; write `{"gated": true}`
+there to gate it. The client reads its endpoint when it is imported, so it runs in a process of its own.
 """
 
 import base64
@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
+API = rf"/api/(models|datasets)/{REPO}"
 
 
 class HubError(Exception):
@@ -73,9 +74,10 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route(
             {
-                rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)": self._resolve,
-                rf"/api/models/{REPO}(/revision/(?P<revision>[^/]+))?": self._info,
-                rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)": self._tree,
+                rf"(/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)": self._resolve,
+                rf"{API}(/revision/(?P<revision>[^/]+))?": self._info,
+                rf"{API}/tree/(?P<revision>[^/]+)": self._tree,
+                rf"{API}/tree/(?P<revision>[^/]+)/(?P<folder>.+)": self._tree,
             }
         )
 
@@ -86,8 +88,8 @@ class HubHandler(BaseHTTPRequestHandler):
             {
                 r"/api/repos/create": self._create,
                 r"/api/validate-yaml": self._validate_card,
-                rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)": self._preupload,
-                rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)": self._commit,
+                rf"{API}/preupload/(?P<revision>[^/]+)": self._preupload,
+                rf"{API}/commit/(?P<revision>[^/]+)": self._commit,
             }
         )
 
@@ -145,14 +147,15 @@ class HubHandler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in self._files(branch)]
         self._send_json({"id": repo, "sha": self._sha(branch), "siblings": siblings, "tags": []})
 
-    def _tree(self, repo: str, revision: str) -> None:
+    def _tree(self, repo: str, revision: str, folder: str = "") -> None:
         branch = self._branch(repo, revision)
-        self._send_json(
-            [
-                {"type": "file", "path": name, "size": file.stat().st_size, "oid": self._sha(branch)}
-                for name, file in self._files(branch).items()
-            ]
-        )
+        recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        entries = []
+        for path in sorted((branch / folder).rglob("*") if recursive else (branch / folder).glob("*")):
+            about = {"path": path.relative_to(branch).as_posix(), "oid": self._sha(branch)}
+            size = {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory"}
+            entries.append(about | size)
+        self._send_json(entries)
 
     def _resolve(self, repo: str, revision: str, path: str) -> None:
         branch = self._branch(repo, revision)

@@ -24,14 +24,27 @@ from svqvae_hf import SVQVAE, __version__, commands
 from svqvae_hf.codec import encode_image
 from svqvae_hf.tokens import load_tokens, save_tokens
 
+pytestmark = pytest.mark.usefixtures("small_sample")
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
-COMMANDS = ("reconstruct", "encode", "decode", "evaluate", "convert", "export", "info")
+COMMANDS = (
+    "reconstruct",
+    "encode",
+    "decode",
+    "tokenize",
+    "detokenize",
+    "evaluate",
+    "convert",
+    "export",
+    "generate",
+    "info",
+    "demo",
+)
 
 
 @pytest.fixture(autouse=True)
 def process():
     """What a command sets for its process is set back."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
     handler, levels = signal.getsignal(signal.SIGTERM), [logger.level for logger in loggers]
     yield
     signal.signal(signal.SIGTERM, handler)

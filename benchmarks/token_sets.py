@@ -1,0 +1,216 @@
+"""Token sets: speed against the bare encoder, memory as they grow, and runs that are killed.
+
+    python benchmarks/token_sets.py IMAGES speed     # crops of 256 pixels; `tokenize_set` against `encode_tokens`
+    python benchmarks/token_sets.py IMAGES memory    # peak at 200 and 2,000 small images
+    python benchmarks/token_sets.py IMAGES killed    # 2,000 images of mixed sizes, one in fifty broken
+
+The bare encoder is a loop over tensors in memory, of the same batch size, in the same turns. `killed` runs the command
+and kills it twice, runs it again on two processes, and compares the files with those of one unbroken run, and the ids
+with `encode_tokens` of one image at a time.
+"""
+
+import argparse
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
+from PIL import Image, ImageOps
+
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.files import find_files
+from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+from svqvae_hf.image_sets import open_rows
+from svqvae_hf.token_set_writer import tokenize_set
+from svqvae_hf.token_sets import read_settings, row_tokens
+
+SMALL = 64  # side in pixels of the images whose number grows
+MIXED = (32, 160)  # sides in pixels of images of mixed sizes
+BROKEN_EVERY = 50
+KILLED_AT = (0.2, 0.6)  # of the shards
+
+
+def load_model(device: str) -> SVQVAE:
+    """The bundled model, with tiles as on the command line."""
+    model = SVQVAE.from_pretrained(DEFAULT_MODEL).to(device).eval()
+    model.enable_tiling()
+    return model
+
+
+def write_images(paths: Sequence[Path], folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
+    """Writes a folder of images, one per size, cut from the middle of those given in turn."""
+    folder.mkdir()
+    images = [load_image(path) for path in paths]
+    for index, size in enumerate(sizes):
+        ImageOps.fit(images[index % len(images)], size, Image.Resampling.BOX).save(folder / f"{index:05}.png")
+
+
+def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Images a second of crops, from files and from tensors in memory."""
+    paths = find_files([str(options.images)], IMAGE_SUFFIXES)
+    model = load_model(options.device)
+    images = [load_image(paths[index % len(paths)]) for index in range(options.count)]
+    side = options.resolution
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:05}.jpg", quality=95)
+    crops = [ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC) for image in images]
+    del images
+    sample = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])(crops)["pixel_values"].to(options.device)
+    outputs = iter(range(sys.maxsize))
+
+    def encode() -> None:
+        with torch.inference_mode():
+            for batch in sample.split(options.batch_size):
+                model.encode_tokens(batch, [1.0])
+
+    def tokenize(workers: int) -> Callable[[], None]:
+        return lambda: tokenize_set(
+            model,
+            open_rows([str(folder)]),
+            folder.with_name(f"tokens-{next(outputs)}"),
+            model_name="bundled",
+            views="centre",
+            resolution=side,
+            batch_size=options.batch_size,
+            num_workers=workers,
+        )
+
+    bare = "bare encoder, tensors in memory"
+    runs = {bare: encode} | {f"tokenize_set, {n} workers": tokenize(n) for n in options.workers}
+    for run in runs.values():
+        run()
+    seconds = take_turns(runs, options.rounds, options.device)
+    return [
+        {
+            "way": name,
+            "images a second": options.count / statistics.median(times),
+            "times as fast as the bare encoder": statistics.median(seconds[bare]) / statistics.median(times),
+            "best of each": min(seconds[bare]) / min(times),
+            "rounds": times,
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def prepare_small(device: str, folder: Path, out: Path, workers: int) -> Callable[[], Any]:
+    """A run over a folder, for a process of its own."""
+    model = load_model(device)
+    images = open_rows([str(folder)])
+    with torch.inference_mode():
+        model.encode_tokens(torch.zeros(1, 3, SMALL, SMALL, device=device), [1.0])
+    return lambda: tokenize_set(model, images, out, model_name="bundled", shard_size=100, num_workers=workers)
+
+
+def measure_memory(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Peak memory of the process that encodes, above the loaded model."""
+    paths = find_files([str(options.images)], IMAGE_SUFFIXES)[:20]
+    rows = []
+    for count in options.counts:
+        images = folder / f"images-{count}"
+        write_images(paths, images, [(SMALL, SMALL)] * count)
+        arguments = (options.device, images, folder / f"tokens-{count}", options.workers[-1])
+        cost = in_own_process(options.device, options.threads, prepare_small, *arguments)
+        rows.append({"images": count, "peak memory, MiB": cost.peak_mib, "seconds": cost.seconds})
+    return rows
+
+
+def run_killed(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Kills a run twice, ends it on two processes, and checks all of the set."""
+    paths = find_files([str(options.images)], IMAGE_SUFFIXES)[:20]
+    choose = random.Random(0)
+    write_images(
+        paths, folder / "images", [(choose.randint(*MIXED), choose.randint(*MIXED)) for _ in range(options.count)]
+    )
+    broken = sorted((folder / "images").iterdir())[::BROKEN_EVERY]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shard_size = max(1, options.count // 40)
+    num_shards = -(-options.count // shard_size)
+    options_given = ["--shard-size", str(shard_size), "--scales", "0.5", "1"]
+
+    def command(out: str) -> list[str]:
+        return ["-m", "svqvae_cli", "tokenize", str(folder / "images"), str(folder / out), *options_given]
+
+    steps = []
+    for share in KILLED_AT:
+        run = subprocess.Popen([sys.executable, *command("killed")])
+        while len(list((folder / "killed.partial" / "data").glob("*.parquet"))) < share * num_shards:
+            time.sleep(0.05)
+            if run.poll() is not None:
+                raise RuntimeError("the run ended before it was killed")
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        steps.append(len(list((folder / "killed.partial" / "data").glob("*.parquet"))))
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([sys.executable, *two, *command("killed")], check=True)
+    subprocess.run([sys.executable, *command("unbroken")], check=True)
+    killed, unbroken = (
+        {path.name: path.read_bytes() for path in (folder / name / "data").iterdir()}
+        for name in ("killed", "unbroken")
+    )
+    rows = datasets.load_dataset(str(folder / "killed"), split="train", cache_dir=str(folder / "cache"))
+    return [
+        {
+            "images": options.count,
+            "broken": len(broken),
+            "rows": len(rows),
+            "rows twice": len(rows) - len(set(rows["key"])),
+            "shards when killed": " and ".join(map(str, steps)),
+            "shards": len(killed),
+            "shards that differ from those of one run": sum(killed[name] != unbroken.get(name) for name in killed),
+            "ids that differ from encode_tokens": count_differing(rows, folder),
+        }
+    ]
+
+
+def count_differing(rows: datasets.Dataset, folder: Path) -> int:
+    """Ids of a set that are not those of its images encoded one at a time."""
+    model, settings = load_model("cpu"), read_settings(folder / "killed")
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    differing = 0
+    with torch.inference_mode():
+        for row in rows:
+            expected = model.encode_tokens(
+                processor(str(folder / "images" / row["key"]))["pixel_values"], settings.scales
+            )
+            found = row_tokens(row, settings).ids
+            differing += sum(int((one[0] != other).sum()) for one, other in zip(expected, found, strict=True))
+    return differing
+
+
+MODES = {"speed": measure_speed, "memory": measure_memory, "killed": run_killed}
+COUNTS = {"speed": 64, "memory": 0, "killed": 2000}
+
+
+def main() -> None:
+    """Reads the arguments, runs and reports."""
+    parser = make_parser(__doc__, rounds=5)
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images to cut from")
+    parser.add_argument("mode", choices=tuple(MODES))
+    parser.add_argument("--count", type=int, help="images of `speed` (default: 64) and `killed` (default: 2000)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[200, 2000], help="of `memory` (default: 200 2000)")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crops of `speed` (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=1, help="of `speed` (default: 1)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="that read images (default: 0 2)")
+    options = parser.parse_args()
+    options.count = options.count or COUNTS[options.mode]
+    torch.set_num_threads(options.threads)
+    machine = describe_machine(options.device, options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder, "work")
+        work.mkdir()
+        rows = MODES[options.mode](options, work)
+    report(options, machine, {f"token sets, {options.mode}": rows})
+
+
+if __name__ == "__main__":
+    main()
