@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
 from config import TrainConfig
 from losses import MultiScaleForward, Objective
-from model import load_model, make_optimizer
+from model import load_model
+from session import make_optimizer, parameter_groups
+from train import CONVOLUTION_NDIM
 
 ROOT = Path(__file__).parent.parent
 SCALES = [0.5, 1.0]
@@ -56,7 +58,8 @@ def make_step(
     vqvae.to(memory_format=layout)
     model = MultiScaleForward(vqvae)
     objective = Objective(config, vqvae, None, None, lambda value: value)
-    optimizer, _ = make_optimizer(config, vqvae, config.learning_rate, config.max_train_steps)
+    groups = parameter_groups(vqvae, config.adam_weight_decay, CONVOLUTION_NDIM)
+    optimizer, _ = make_optimizer(config, groups, config.learning_rate, config.max_train_steps)
     sample = sample.contiguous(memory_format=layout)
 
     def step() -> None:

@@ -1,4 +1,3 @@
-import contextlib
 import itertools
 import json
 import logging
@@ -16,11 +15,12 @@ from functools import partial
 import psutil
 import pytest
 import torch
+import training_runs
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, make_tiny
 from hub_server import serve_hub
 from safetensors.torch import load_file
+from training_runs import _one_accelerator, cpu, logged  # noqa: F401
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -28,7 +28,8 @@ from accelerate import Accelerator, DistributedType
 from config import TrainConfig
 from discriminator import PatchDiscriminator
 from losses import MultiScaleForward, Objective
-from train import Trainer, main, make_accelerator
+from session import make_accelerator, run_script
+from train import Trainer
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.perceptual import LPIPS
@@ -88,28 +89,8 @@ def lpips_weights(tmp_path):
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator():
-    """Each run sets up accelerate anew, and leaves the log as it was."""
-    handlers = logging.root.handlers[:]
-    yield
-    logging.root.handlers[:] = handlers
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-def run(**options):
-    with cpu():
-        Trainer(TrainConfig(**options)).run()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@contextlib.contextmanager
-def cpu():
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    yield
-    del os.environ["ACCELERATE_USE_CPU"]
+pytestmark = pytest.mark.usefixtures("_one_accelerator")
+run = partial(training_runs.run, Trainer, TrainConfig)
 
 
 def start(config, processes=1, **environment):
@@ -139,12 +120,6 @@ def wait_for_step(process, step):
         if f"step {step}: train" in line:
             return lines
     raise AssertionError("".join(lines))
-
-
-def logged(caplog, name):
-    """Values of a number by step."""
-    found = re.findall(rf"step (\d+): .*?{re.escape(name)} (\S+?)(?:,|$)", caplog.text, re.MULTILINE)
-    return {int(step): float(value) for step, value in found}
 
 
 def weights(output_dir):
@@ -283,7 +258,7 @@ def test_scaled_gradients_train_as_plain_ones(options, tmp_path, monkeypatch, ca
         monkeypatch.setattr(accelerator, "unscale_gradients", unscale_gradients)
         return accelerator
 
-    monkeypatch.setattr("train.make_accelerator", scaled_accelerator)
+    monkeypatch.setattr("session.make_accelerator", scaled_accelerator)
     run(**(options | {"output_dir": str(tmp_path / "scaled")}))
     assert [logged(caplog, name) for name in names] == expected
     assert_equal_weights(options["output_dir"], tmp_path / "scaled")
@@ -496,7 +471,7 @@ def test_mistakes_are_one_line(options, changes, message, tmp_path, monkeypatch,
     path.write_text(yaml.safe_dump(options | changes))
     monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
     with cpu(), pytest.raises(SystemExit) as stop:
-        main()
+        run_script(Trainer, TrainConfig)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train.py: error: ")

@@ -10,7 +10,11 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "training"))
 
-from config import TrainConfig, read_config
+from config import TrainConfig
+from options import read_options
+from train_autoregressive import AutoregressiveConfig
+from train_latent_diffusion import DiffusionConfig
+from train_masked import MaskedConfig
 
 from svqvae_hf import SVQVAE
 
@@ -28,20 +32,22 @@ def test_flags_and_file_give_the_same_and_flags_replace_the_file(tmp_path):
     file.write_text(yaml.safe_dump(NEEDED | options | {"checkpoints_total_limit": None}))
     flags = [f"--{name}={value}" for name, value in NEEDED.items()]
     flags += ["--crop_sizes", "64", "128", "--learning_rate=1e-3", "--use_ema", "--no_random_flip"]
-    assert read_config([str(file)]) == read_config(flags) == TrainConfig(**NEEDED, **options)
-    assert read_config([str(file), "--learning_rate", "1e-4"]).learning_rate == 1e-4
+    assert (
+        read_options(TrainConfig, [str(file)]) == read_options(TrainConfig, flags) == TrainConfig(**NEEDED, **options)
+    )
+    assert read_options(TrainConfig, [str(file), "--learning_rate", "1e-4"]).learning_rate == 1e-4
 
 
 def test_options_that_a_run_has_written_are_read(tmp_path):
     file = tmp_path / "train_config.yaml"
     file.write_text(yaml.safe_dump(dataclasses.asdict(TrainConfig(**NEEDED, crop_sizes=[64]))))
-    assert read_config([str(file)]) == TrainConfig(**NEEDED, crop_sizes=[64])
+    assert read_options(TrainConfig, [str(file)]) == TrainConfig(**NEEDED, crop_sizes=[64])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate: 1", "must have only options of train.py, but has lerning_rate"),
+        ("lerning_rate: 1", "must have only options of the script, but has lerning_rate"),
         ("- output_dir", "must map options to values, but is list"),
         ("a: [", "must be a YAML file, but is not"),
     ],
@@ -50,19 +56,19 @@ def test_wrong_files_are_refused(tmp_path, text, message):
     file = tmp_path / "config.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_config([str(file)])
+        read_options(TrainConfig, [str(file)])
 
 
 @pytest.mark.parametrize("flag", ["--lerning_rate=1", "--learning=1"])
 def test_unknown_flags_are_refused(flag):
     with pytest.raises(ValueError, match=flag):
-        read_config([*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
+        read_options(TrainConfig, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
 
 
 @pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet", "--lr_scheduler=piecewise_constant"])
 def test_wrong_values_of_flags_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as stop:
-        read_config([*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
+        read_options(TrainConfig, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
     assert stop.value.code == 2
     assert flag.split("=")[0] in capsys.readouterr().err
 
@@ -108,17 +114,23 @@ def test_decoder_training_needs_images_to_compare_ids_of():
 
 
 COMMANDS = sorted((ROOT / "training" / "configs").glob("train_*.yaml"))
+OPTIONS = {
+    "train": TrainConfig,
+    "train_autoregressive": AutoregressiveConfig,
+    "train_latent_diffusion": DiffusionConfig,
+    "train_masked": MaskedConfig,
+}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_command_in_a_recipe_is_read_and_names_files_that_exist(path):
     (command,) = re.findall(r"^#   (.*)$", path.read_text(), re.MULTILINE)
-    _, _, options = command.partition("training/train.py ")
+    script, options = re.search(r"training/(\w+)\.py (.*)", command).groups()
     arguments = shlex.split(options)
     assert arguments[0] == path.relative_to(ROOT).as_posix()
-    config = read_config([str(path), *arguments[1:]])
+    config = read_options(OPTIONS[script], [str(path), *arguments[1:]])
     if config.model_config_name_or_path is not None:
-        SVQVAE.load_config(str(ROOT / config.model_config_name_or_path))
+        assert SVQVAE.load_config(str(ROOT / config.model_config_name_or_path))
     launcher = re.search(r"--config_file (\S+)", command)
     assert launcher is None or (ROOT / launcher[1]).is_file()
 

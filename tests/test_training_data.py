@@ -336,6 +336,36 @@ def test_images_of_every_kind_are_read_as_the_processor_reads_them(tmp_path, pho
     assert torch.equal(centre_crops(images, 7, 32, pixel_range), expected)
 
 
+# Labels
+
+
+@pytest.mark.parametrize(("streaming", "num_workers"), [(False, 2), (True, 0)])
+def test_labels_are_those_of_the_images_also_where_broken_ones_are_replaced(tmp_path, streaming, num_workers):
+    contents = [BROKEN.get(number, encode(numbered(number))) for number in range(NUM_IMAGES)]
+    rows = [{"bytes": content, "path": None} for content in contents]
+    Dataset.from_dict({"label": list(range(NUM_IMAGES)), "png": rows}).to_parquet(tmp_path / "set.parquet")
+    images = load_images("parquet", None, [f"{tmp_path}/*.parquet"], None, "png", "train", streaming, "label")
+    batches = list(crop_loader(images, num_workers=num_workers, num_batches=NUM_IMAGES // 2))
+    assert any(batch.unreadable for batch in batches)
+    assert all(batch.labels == numbers(batch) for batch in batches)
+
+
+def test_labels_of_a_folder_are_the_folders_in_it(tmp_path):
+    for number, name in enumerate(("b", "a/c", "b")):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        numbered(number).save(tmp_path / name / f"{number}.png")
+    images = load_images(None, None, [], str(tmp_path), "image", "train", False, "label")
+    assert images.features["label"].names == ["a/c", "b"]
+    for batch in crop_loader(images):
+        assert batch.labels == [(1, 0, 1)[number] for number in numbers(batch)]
+
+
+def test_label_columns_that_are_not_there_are_refused(tmp_path):
+    numbered(0).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="`--label_column` must be one of .*'label'.*, but is 'caption'"):
+        load_images(None, None, [], str(tmp_path), "image", "train", False, "caption")
+
+
 # Unreadable images
 
 
@@ -450,7 +480,10 @@ def test_sets_are_copied_to_disk_unless_streamed(sets, tmp_path, monkeypatch):
     [
         ({"train_data_dir": "{root}/nowhere"}, "nowhere' must be a folder of images, but is none"),
         ({"train_data_dir": "{root}/empty"}, r"empty' must hold images \(.bmp, .gif, .*\), but has none"),
-        ({"train_data_dir": "{root}/images", "image_column": "photo"}, r"must be one of \['image'\], but is 'photo'"),
+        (
+            {"train_data_dir": "{root}/images", "image_column": "photo"},
+            r"must be one of \['image', 'label'\], but is 'photo'",
+        ),
         ({"dataset_name": "parquet"}, "`--dataset_name parquet` needs `--data_files`"),
         ({"dataset_name": "webdataset", "data_files": ["{root}/no*.tar"]}, "must name files that exist, but .* match"),
         ({"dataset_name": "webdataset", "data_files": ["{root}/bad.tar"]}, "'webdataset' cannot be loaded: "),

@@ -8,7 +8,9 @@ from conftest import ROOT, make_tiny
 sys.path.insert(0, str(ROOT / "training"))
 
 from config import TrainConfig
-from model import frozen_parts, initialise, load_model, parameter_groups, training_mode, whiten_latents
+from model import frozen_parts, initialise, load_model, training_mode, whiten_latents
+from session import parameter_groups
+from train import CONVOLUTION_NDIM
 
 
 def make_config(**options):
@@ -54,7 +56,7 @@ def test_whitened_latents_have_mean_0_and_variance_1_and_are_principal_component
 
 def test_weight_decay_leaves_norms_biases_and_codes_alone():
     model = make_tiny()
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, 0.1, CONVOLUTION_NDIM)
     assert {parameter.ndim for parameter in decayed["params"]} == {4}
     assert any(parameter is model.quantize.embedding.weight for parameter in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
@@ -77,7 +79,7 @@ def test_what_is_frozen_gets_no_gradient_and_no_optimizer(tmp_path, options, fro
     kept = {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert kept == frozen
     assert len(frozen_parts(config, model)) == len(frozen)
-    optimized = {id(each) for group in parameter_groups(model, 0.1) for each in group["params"]}
+    optimized = {id(each) for group in parameter_groups(model, 0.1, CONVOLUTION_NDIM) for each in group["params"]}
     assert optimized == {id(each) for each in model.parameters() if each.requires_grad}
     assert model.config["sample_size"] == 64
     if options.get("train") == "decoder":

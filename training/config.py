@@ -1,46 +1,23 @@
-"""The options of `train.py`, from flags or from a YAML file."""
+"""The options of `train.py`."""
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-import yaml
 from discriminator import MIN_SIDE
-from transformers import HfArgumentParser
+from options import ImageOptions, option
 
 PARTS = ("l2", "l1", "lpips", "adversarial", "vq", "commitment", "entropy", "spread")  # of the objective
-POSITIVE = (
-    *("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "kmeans_batches"),
-    *("num_scales", "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps"),
-    *("num_validation_images", "shuffle_buffer", "learning_rate", "discriminator_learning_rate", "token_budget"),
-    "max_grad_norm",
-)
-SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
-NOT_NEGATIVE = (
-    *(f"{part}_{end}" for part in PARTS for end in ("weight", "start")),
-    *("lecam_weight", "revival_steps", "max_skipped_steps", "dataloader_num_workers"),
-    *("lr_warmup_steps", "adam_weight_decay", "seed"),
-)
-
-
-def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """A command-line option: its default, its help and, where it has them, its choices."""
-    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
-class TrainConfig:
-    """Options, named as in diffusers' example scripts.
+class TrainConfig(ImageOptions):
+    """Options of training an SVQVAE.
 
     Raises:
         ValueError: If a value is out of its range, or two do not fit each other.
     """
 
-    output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, the trained model."})
+    needs_whole_weights: ClassVar[tuple[str, ...]] = ("kmeans_steps", "revival_steps", "use_ema", "adversarial_weight")
 
     # Model
     model_config_name_or_path: str | None = option(None, "Config of a new model: a config.json, its folder or Hub id.")
@@ -51,21 +28,7 @@ class TrainConfig:
     freeze_codebook: bool = option(False, "Keep the codes as they are.")
 
     # Data
-    dataset_name: str | None = option(None, "Image set on the Hub, a local one, or a format such as webdataset.")
-    dataset_config_name: str | None = option(None, "Configuration of the image set.")
-    data_files: list[str] = option([], "Files of the image set, or globs of them: tar or Parquet shards.")
-    train_data_dir: str | None = option(None, "Folder of images, instead of --dataset_name.")
-    split: str = option("train", "Split of the image set.")
-    streaming: bool = option(False, "Read the image set as a stream, without a copy on disk.")
-    shuffle_buffer: int = option(1000, "Images of a stream that are shuffled at a time.")
-    image_column: str = option("image", "Column of the image set that holds the images.")
-    max_unreadable_share: float = option(0.1, "Share of images that may be unreadable before the run stops.")
-    resolution: int = option(256, "Side of the largest crops, in pixels; stored as sample_size.")
     crop_sizes: list[int] = option([], "Smaller crop sides that take turns with --resolution, at equal pixels a step.")
-    center_crop: bool = option(False, "Cut crops from the centre, not at random places.")
-    random_flip: bool = option(True, "Flip half of the crops.")
-    resize_range: list[float] = option([1.0, 1.0], "Range of the random factor that resizes an image before its crop.")
-    dataloader_num_workers: int = option(2, "Processes that cut crops.")
 
     # Objective: each part has its weight and the step from which it counts.
     scales: list[float] = option([], "Scales of each step, instead of random ones; 1 must be among them.")
@@ -108,62 +71,23 @@ class TrainConfig:
     revival_steps: int = option(0, "Steps after which codes without use become random latents; 0: never.")
 
     # Optimisation
-    train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
-    gradient_accumulation_steps: int = option(1, "Batches whose mean gradient updates the weights.")
-    max_train_steps: int = option(100_000, "Updates of the weights.")
-    learning_rate: float = option(1e-4, "Peak learning rate.")
     discriminator_learning_rate: float = option(1e-4, "Peak learning rate of the discriminator.")
-    lr_scheduler: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
-    lr_warmup_steps: int = option(500, "Steps over which the learning rate rises from 0.")
-    adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.")
-    adam_beta2: float = option(0.95, "Decay of AdamW's mean of squared gradients.")
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay, on convolution weights alone.")
-    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
-    max_skipped_steps: int = option(
-        10, "Steps in a row skipped for a gradient that is not finite before the run stops."
-    )
-    use_ema: bool = option(False, "Keep a moving average of the weights, which is what is saved and validated.")
-    ema_decay: float = option(0.999, "Decay of that average.")
-    mixed_precision: str | None = option(None, "Instead of accelerate's setting.", ("no", "bf16", "fp16"))
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = option(False, "Compile the residual blocks.")
 
-    # Checkpoints, validation, log
-    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Newest checkpoints to keep; all if not given.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' in --output_dir if any.")
+    # Validation
     validation_data_dir: str | None = option(None, "Folder of images that are not trained on.")
-    validation_steps: int = option(1000, "Steps between validations.")
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
     num_validation_images: int = option(16, "Images of a validation at most: the centre of each.")
-    logging_steps: int = option(50, "Steps between log lines.")
-    report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none if not given.")
-    push_to_hub: bool = option(False, "Upload the model, with its card, at the end.")
-    hub_model_id: str | None = option(None, "Where to: org/name; the name of --output_dir if not given.")
-    seed: int = option(0, "Seed of weights, crops, scales and k-means.")
 
     def __post_init__(self) -> None:
         """Checks what can be checked without data or model."""
-        for one, other in (
-            ("model_config_name_or_path", "pretrained_model_name_or_path"),
-            ("dataset_name", "train_data_dir"),
-        ):
-            if (getattr(self, one) is None) == (getattr(self, other) is None):
-                raise ValueError(f"Exactly one of `--{one}` and `--{other}` must be given.")
-        for name in ("dataset_config_name", "data_files"):
-            if getattr(self, name) and self.train_data_dir is not None:
-                raise ValueError(
-                    f"`--{name}` belongs to `--dataset_name`, but `--train_data_dir` is given. Leave one out."
-                )
-        for name in POSITIVE:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"`--{name}` must be more than 0, but is {getattr(self, name)}.")
-        for name in NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`--{name}` must not be negative, but is {getattr(self, name)}.")
-        for name in ("max_unreadable_share", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
+        super().__post_init__()
+        self.check_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
+        self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
+        self.check_positive("discriminator_learning_rate")
+        self.check_not_negative(*(f"{part}_{end}" for part in PARTS for end in ("weight", "start")))
+        self.check_not_negative("lecam_weight", "revival_steps")
         if not any(getattr(self, f"{part}_weight") and not getattr(self, f"{part}_start") for part in ("l2", "l1")):
             raise ValueError("One of `--l2_weight` and `--l1_weight` must be more than 0 and start at step 0.")
         for part in PARTS:
@@ -180,16 +104,17 @@ class TrainConfig:
         """The first step that quantises: a new model's codebook means nothing before its first k-means."""
         return 0 if self.pretrained_model_name_or_path is not None else min(self.kmeans_steps, default=0)
 
+    @property
+    def find_unused_parameters(self) -> bool:
+        """Codes get no gradient before they are used, nor without their loss."""
+        return bool(self.quantize_from or self.vq_start or not self.vq_weight)
+
     def _check_scales_and_crops(self) -> None:
         for side in self.crop_sizes:
             if side < 1 or self.resolution % side:
                 raise ValueError(
                     f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but {side} does not."
                 )
-        if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
-            raise ValueError(
-                f"`--resize_range` must be two factors above 0, the smaller first, but is {self.resize_range}."
-            )
         for name in ("scales", "validation_scales"):
             if not all(scale > 0 for scale in getattr(self, name)):
                 raise ValueError(f"`--{name}` must be more than 0, but are {getattr(self, name)}.")
@@ -229,42 +154,3 @@ class TrainConfig:
             raise ValueError("`--train decoder` needs `--pretrained_model_name_or_path`: it keeps that model's ids.")
         if self.train == "decoder" and self.validation_data_dir is None:
             raise ValueError("`--train decoder` needs `--validation_data_dir`: its ids are compared before and after.")
-
-
-def read_config(arguments: Sequence[str]) -> TrainConfig:
-    """Reads flags, or a YAML file, whose entries flags after it replace.
-
-    Args:
-        arguments (`Sequence[str]`): What follows the name of the script: `[config.yaml] [--name value ...]`.
-
-    Raises:
-        ValueError: If an option is not known, or the file is no mapping of options.
-        SystemExit: If a value is of the wrong type, as argparse does.
-    """
-    arguments = list(arguments)
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        arguments[:1] = _flags(Path(arguments[0]))
-    parser = HfArgumentParser(TrainConfig, prog="train.py", allow_abbrev=False)
-    (config,) = parser.parse_args_into_dataclasses(arguments)
-    return config
-
-
-def _flags(path: Path) -> list[str]:
-    """The entries of a YAML file as flags."""
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
-    known = {each.name: each.default_factory for each in fields(TrainConfig)}
-    unknown = sorted(str(key) for key in entries if key not in known)
-    if unknown:
-        raise ValueError(f"`{path}` must have only options of train.py, but has {', '.join(unknown)}.")
-    flags = []
-    for name, value in entries.items():
-        empty = value == [] and known[name] is not MISSING and known[name]() == []  # a flag cannot say so
-        if value is not None and not empty:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
-    return flags

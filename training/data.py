@@ -57,11 +57,13 @@ class CropBatch:
 
     Args:
         sample (`torch.Tensor` of shape `(batch, 3, side, side)`): Crops in the loader's `pixel_range`, float32.
+        labels (`list`): Value of the label column of each crop's image; None where the set was loaded without one.
         unreadable (`list[str]`): Names of the images that could not be read and were replaced by the next ones.
         num_read (`int`): Images tried, the unreadable ones too.
     """
 
     sample: torch.Tensor
+    labels: list[Any]
     unreadable: list[str]
     num_read: int
 
@@ -71,6 +73,14 @@ class Encoded(NamedTuple):
 
     name: str
     content: bytes | None
+    label: Any
+
+
+class Crop(NamedTuple):
+    """A crop `(3, side, side)`, and the label of its image."""
+
+    pixels: torch.Tensor
+    label: Any
 
 
 class Job(NamedTuple):
@@ -89,8 +99,9 @@ def load_images(
     image_column: str,
     split: str,
     streaming: bool,
+    label_column: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Loads an image set as one column of images that are not decoded yet.
+    """Loads an image set as one column of images that are not decoded yet, and one of labels if asked for.
 
     Args:
         dataset_name (`str`, *optional*): Image set on the Hub, a local one, or the format of `data_files`, such as
@@ -102,6 +113,8 @@ def load_images(
         image_column (`str`): Column that holds the images; `"image"` in a folder.
         split (`str`): Split of the image set.
         streaming (`bool`): Give a stream, which is read from the files as it goes, without a copy on disk.
+        label_column (`str`, *optional*): Column that holds the labels or captions. In a folder, `"label"` is the name
+            of the folder that an image is in.
 
     Raises:
         ValueError: If there is no such set, folder, file or column, or no image in it.
@@ -120,7 +133,10 @@ def load_images(
         or (isinstance(feature, dict) and "bytes" in feature)
     ):
         raise ValueError(f"`--image_column` must hold images, but {image_column!r} holds {feature}.")
-    return images.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    if label_column is not None and label_column not in images.column_names:
+        raise ValueError(f"`--label_column` must be one of {images.column_names}, but is {label_column!r}.")
+    columns = [image_column] if label_column is None else [image_column, label_column]
+    return images.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
 
 
 def _load_folder(folder: str) -> datasets.Dataset:
@@ -130,9 +146,9 @@ def _load_folder(folder: str) -> datasets.Dataset:
     paths = [str(Path(folder, name).absolute()) for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)]
     if not paths:
         raise ValueError(f"The folder {folder!r} must hold images ({', '.join(IMAGE_SUFFIXES)}), but has none.")
-    return datasets.Dataset.from_dict(
-        {"image": paths}, features=datasets.Features({"image": datasets.Image(decode=False)})
-    )
+    labels = [Path(path).parent.relative_to(Path(folder).absolute()).as_posix() for path in paths]
+    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=sorted(set(labels)))}
+    return datasets.Dataset.from_dict({"image": paths, "label": labels}, features=datasets.Features(features))
 
 
 def _load_set(
@@ -239,14 +255,14 @@ class CropLoader:
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
-        for sample, failed in loader:
+        for sample, labels, failed in loader:
             job, spares, reader_state = pending.popleft()
             unreadable = [name for _, name in failed]
             for slot, _ in failed:
-                sample[slot] = self._replacement(job, slot, spares, unreadable)
+                sample[slot], labels[slot] = self._replacement(job, slot, spares, unreadable)
             self.batch, self.reader_state = self.batch + 1, reader_state
             # Each slot in `failed`, and each later failure, took one more try.
-            yield CropBatch(sample, unreadable, num_read=len(job.items) + len(unreadable))
+            yield CropBatch(sample, labels, unreadable, num_read=len(job.items) + len(unreadable))
 
     def _jobs(self, pending: deque[tuple[Job, Iterator[Any], dict[str, Any]]]) -> Iterator[Job]:
         """Gives the jobs to the workers, and keeps what the batch needs when it comes back."""
@@ -268,10 +284,10 @@ class CropLoader:
         # A copy: where a stream is read is kept in it, and loaders may share one.
         return StreamReader(deepcopy(images), self.seed, self.shuffle_buffer, self.reader_state)
 
-    def _replacement(self, job: Job, slot: int, spares: Iterator[Any], unreadable: list[str]) -> torch.Tensor:
+    def _replacement(self, job: Job, slot: int, spares: Iterator[Any], unreadable: list[str]) -> Crop:
         for spare in itertools.islice(spares, MAX_IN_A_ROW):
             crop = self.cutter.cut(spare, job.side, job.seeds[slot])
-            if isinstance(crop, torch.Tensor):
+            if isinstance(crop, Crop):
                 return crop
             unreadable.append(crop)
         raise ValueError(
@@ -370,7 +386,6 @@ class StreamReader:
         self, images: datasets.IterableDataset, index: int, position: int, source: dict[str, Any] | None
     ) -> Iterator[Streamed]:
         """The images of pass after pass, from a position on."""
-        (column,) = images.column_names
         while True:
             # The epoch seeds the order of shards, which is the same in all processes; at epoch 0 there is none.
             images.set_epoch(int(np.random.default_rng((ORDER, self.seed, index)).integers(1, 2**62)))
@@ -383,7 +398,7 @@ class StreamReader:
                 row = next(rows, None)
                 if row is None:
                     break
-                yield Streamed(_encoded(row[column], f"image {position} of pass {index}"), index, start)
+                yield Streamed(_encoded(row, f"image {position} of pass {index}"), index, start)
                 position += 1
             if position == 0:
                 raise ValueError(
@@ -406,23 +421,23 @@ class Cutter(TorchDataset):
         self.policy = policy
         self.processor = SVQVAEImageProcessor(pixel_range=pixel_range)
 
-    def __getitem__(self, job: Job) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-        """Crops `(batch, 3, side, side)`; slots of those whose image cannot be read, with its name."""
+    def __getitem__(self, job: Job) -> tuple[torch.Tensor, list[Any], list[tuple[int, str]]]:
+        """Crops `(batch, 3, side, side)`, their labels; slots of those whose image cannot be read, with its name."""
         sample = torch.zeros(len(job.items), 3, job.side, job.side)
+        labels: list[Any] = [None] * len(job.items)
         failed = []
         for slot, (item, seed) in enumerate(zip(job.items, job.seeds, strict=True)):
             crop = self.cut(item, job.side, seed)
-            if isinstance(crop, torch.Tensor):
-                sample[slot] = crop
+            if isinstance(crop, Crop):
+                sample[slot], labels[slot] = crop
             else:
                 failed.append((slot, crop))
-        return sample, failed
+        return sample, labels, failed
 
-    def cut(self, item: int | Encoded, side: int, seed: tuple[int, ...]) -> torch.Tensor | str:
-        """A crop `(3, side, side)`, or the name of an image that cannot be read."""
+    def cut(self, item: int | Encoded, side: int, seed: tuple[int, ...]) -> Crop | str:
+        """A crop, or the name of an image that cannot be read."""
         if self.images is not None:
-            (value,) = self.images[item].values()
-            item = _encoded(value, f"row {item}")
+            item = _encoded(self.images[item], f"row {item}")
         try:
             image = _read_image(item)
         except (OSError, ValueError):
@@ -432,7 +447,7 @@ class Cutter(TorchDataset):
         crop = _crop(image, side, factor, CENTRE if self.policy.center_crop else place)
         if flip and self.policy.random_flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.processor.preprocess(crop)["pixel_values"][0]
+        return Crop(self.processor.preprocess(crop)["pixel_values"][0], item.label)
 
 
 def centre_crops(
@@ -452,11 +467,10 @@ def centre_crops(
     Raises:
         ValueError: If no image can be read.
     """
-    (column,) = images.column_names
     crops = []
     for index, row in enumerate(images):
         try:
-            crops.append(_crop(_read_image(_encoded(row[column], f"image {index}")), side, 1.0, CENTRE))
+            crops.append(_crop(_read_image(_encoded(row, f"image {index}")), side, 1.0, CENTRE))
         except (OSError, ValueError):
             continue
         if len(crops) == count:
@@ -466,10 +480,11 @@ def centre_crops(
     return SVQVAEImageProcessor(pixel_range=pixel_range).preprocess(crops)["pixel_values"]
 
 
-def _encoded(value: Mapping[str, Any] | None, name: str) -> Encoded:
-    """A value of an image column, which may be empty; `name` is for one without a path."""
+def _encoded(row: Mapping[str, Any], name: str) -> Encoded:
+    """A row of an image, which may be empty, and its label if there are any; `name` is for one without a path."""
+    value, *labels = row.values()
     path, content = (value["path"], value["bytes"]) if value else (None, None)
-    return Encoded(path or name, b"" if path is None and content is None else content)
+    return Encoded(path or name, b"" if path is None and content is None else content, *(labels or [None]))
 
 
 def _read_image(encoded: Encoded) -> Image.Image:

@@ -1,18 +1,12 @@
-"""The model that is trained: where it starts, which part of it learns, and its optimizer."""
+"""The model that is trained: where it starts, and which part of it learns."""
 
-import re
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import torch
 from config import TrainConfig
-from diffusers.optimization import get_scheduler
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.checkpoints import REPO_ID
 from svqvae_hf.modeling_svqvae import AttnBlock, ResnetBlock, flatten_latents
 
 RESIDUAL_GAIN = 0.1
@@ -27,13 +21,7 @@ def load_model(config: TrainConfig) -> SVQVAE:
         ValueError: If there is no such model, a crop side is no multiple of f, or k-means would have fewer latents
             than codes.
     """
-    for name in ("model_config_name_or_path", "pretrained_model_name_or_path"):
-        source = getattr(config, name)
-        if source is not None and not Path(source).exists():
-            if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
-                raise ValueError(
-                    f"`--{name}` must be a file, a folder or a Hub id (org/name), but there is no {source!r}."
-                )
+    config.check_sources("model_config_name_or_path", "pretrained_model_name_or_path")
     if config.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(config.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:
@@ -123,30 +111,6 @@ def training_mode(config: TrainConfig, vqvae: SVQVAE) -> SVQVAE:
         for part in frozen_parts(config, vqvae):
             part.eval()
     return vqvae
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that are trained: weight decay for convolution weights; none for norms, biases and codes."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [each for each in trained if each.ndim == 4], "weight_decay": weight_decay},
-        {"params": [each for each in trained if each.ndim != 4], "weight_decay": 0.0},
-    ]
-
-
-def make_optimizer(
-    config: TrainConfig, model: nn.Module, learning_rate: float, num_steps: int
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW and its learning rate schedule over `num_steps`, which counts steps whatever the number of processes."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.adam_weight_decay),
-        lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-    )
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=num_steps
-    )
-    return optimizer, lr_scheduler
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -86,27 +86,24 @@ class Means:
 
 
 class Throughput:
-    """Images and pixels per second since it was last asked."""
+    """Amounts per second since it was last asked."""
 
     def __init__(self) -> None:
         self._restart()
 
     def _restart(self) -> None:
         self._start = time.monotonic()
-        self._images = self._pixels = 0
+        self._amounts: dict[str, float] = defaultdict(float)
 
-    def add(self, sample: torch.Tensor) -> None:
-        """Adds a batch `(batch, 3, height, width)`."""
-        self._images += sample.shape[0]
-        self._pixels += sample.shape[0] * sample.shape[-2] * sample.shape[-1]
+    def add(self, **amounts: float) -> None:
+        """Adds what a batch has, by name, such as `images=8, megapixels=0.5`."""
+        for name, amount in amounts.items():
+            self._amounts[name] += amount
 
     def summary(self, num_processes: int) -> dict[str, float]:
         """Rates of all processes, which do alike, since the last call."""
         seconds = time.monotonic() - self._start
-        rates = {
-            "images_per_second": num_processes * self._images / seconds,
-            "megapixels_per_second": num_processes * self._pixels / seconds / 1e6,
-        }
+        rates = {f"{name}_per_second": num_processes * amount / seconds for name, amount in self._amounts.items()}
         self._restart()
         return rates
 

@@ -1,0 +1,86 @@
+"""Measures `scaling_factor` over an image set, and stores it in the model's config.
+
+python training/measure_scaling_factor.py MODEL DATA [--num_images 1000] [--resolution 256]
+
+It is 1 / the standard deviation, over all channels and places, of the latents as `encode` gives them, before
+quantisation: what a denoiser is trained on, times this factor, has a variance near 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from data import CropLoader, CropPolicy, load_images
+from tqdm import tqdm
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.files import write_file
+
+BATCH_SIZE = 8
+
+
+@torch.no_grad()
+def measure_scaling_factor(vqvae: SVQVAE, batches: Iterable[torch.Tensor]) -> float:
+    """1 / the standard deviation of the latents of images.
+
+    Args:
+        vqvae ([`SVQVAE`]): Model that encodes them.
+        batches (`Iterable[torch.Tensor]`): Images `(batch, 3, height, width)` in the model's `pixel_range`.
+
+    Raises:
+        ValueError: If all latents are equal.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for batch in batches:
+        latents = vqvae.encode(batch.to(vqvae.device)).latents.double()
+        count += latents.numel()
+        total += latents.sum().item()
+        squares += latents.square().sum().item()
+    variance = squares / count - (total / count) ** 2
+    if not variance > 0:
+        raise ValueError("Latents must differ, but are all equal. Give other images, or a trained model.")
+    return variance**-0.5
+
+
+def read_crops(data: str, num_images: int, resolution: int, pixel_range: tuple[float, float]) -> CropLoader:
+    """Centres of images of a folder, or of a set of `datasets`, which is streamed."""
+    if min(num_images, resolution) < 1:
+        raise ValueError(f"`--num_images` and `--resolution` must be at least 1, but are {num_images}, {resolution}.")
+    folder = data if Path(data).is_dir() else None
+    images = load_images(None if folder else data, None, [], folder, "image", "train", streaming=folder is None)
+    count = num_images if folder is None else min(num_images, len(images))
+    batch_size = min(BATCH_SIZE, count)
+    policy = CropPolicy([resolution], batch_size, center_crop=True, random_flip=False, resize_range=(1.0, 1.0))
+    workers = {"num_workers": 2, "process_index": 0, "num_processes": 1}
+    return CropLoader(images, policy, pixel_range, seed=0, num_batches=count // batch_size, **workers)
+
+
+def main() -> None:
+    """Measures, prints and stores the factor; a user's mistake is one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="folder of the model, whose config.json is changed")
+    parser.add_argument("data", metavar="DATA", help="folder of images, or image set on the Hub, which is streamed")
+    parser.add_argument("--num_images", type=int, default=1000, help="images at most; the centre of each")
+    parser.add_argument("--resolution", type=int, default=256, help="side of these centres in pixels")
+    args = parser.parse_args()
+    config_file = Path(args.model, "config.json")
+    try:
+        if not config_file.is_file():
+            raise ValueError(f"MODEL must be the folder of a model, but `{args.model}` has no config.json.")
+        vqvae = SVQVAE.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+        loader = read_crops(args.data, args.num_images, args.resolution, vqvae.config["pixel_range"])
+        progress = tqdm(loader, total=loader.num_batches, unit="batch", disable=not sys.stderr.isatty())
+        factor = measure_scaling_factor(vqvae, (batch.sample for batch in progress))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"measure_scaling_factor.py: error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    config = json.loads(config_file.read_text(encoding="utf-8")) | {"scaling_factor": factor}
+    write_file(config_file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    print(f"scaling_factor {factor:.6g}, over {loader.num_batches * loader.policy.batch_size:,} images")
+
+
+if __name__ == "__main__":
+    main()
