@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install reconstruct test lint
+.PHONY: install reconstruct browser test lint
 
 install: .venv/installed
 
@@ -13,6 +13,11 @@ install: .venv/installed
 # The bundled photograph by the bundled model: images and a side-by-side picture in outputs/, PSNR on the terminal.
 reconstruct: install
 	$(BIN)/svqvae reconstruct docs/images/chelsea.png --scales 0.5 1 2 --side-by-side --output outputs
+
+# Chromium, for the test of the demo's page, from Debian's packages; as root.
+browser:
+	apt-get update -qq
+	apt-get install -qq --yes --no-install-recommends chromium-headless-shell
 
 test: install
 	$(BIN)/pytest

@@ -85,9 +85,13 @@ def psnr_of_error(mean_squared_error: float) -> float:
     return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else math.inf
 
 
+def resized_original(original: Image.Image, size: tuple[int, int], scale: float) -> Image.Image:
+    """The original in the size of its image at a scale: what that is measured against."""
+    return original.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
+
+
 def _psnr(original: Image.Image, image: Image.Image, scale: float) -> float:
-    resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    reference = original.resize(image.size, resampling)
+    reference = resized_original(original, image.size, scale)
     error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
     return psnr_of_error(error)
 

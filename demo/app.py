@@ -1,0 +1,7 @@
+"""The page of `svqvae demo` as a Space of the Hugging Face Hub."""
+
+import sys
+
+from svqvae_cli import main
+
+sys.exit(main(["demo", "--host", "0.0.0.0", "--port", "7860"]))
