@@ -1,0 +1,131 @@
+"""How time and memory grow with the image's area: `python benchmarks/growth.py [--model MODEL]`.
+
+Encodes an image to ids and decodes them: whole, by tiles in memory, and from TIFF to token file to TIFF as `--large`
+does it. Each run is in a process of its own; peak memory is that above the loaded model and the image, files aside.
+"""
+
+import argparse
+import functools
+import itertools
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+from measuring import Cost, Row, describe_machine, in_own_process, make_parser, median_cost, report
+
+from svqvae_hf import DEFAULT_MODEL, SVQVAE
+from svqvae_hf.large_images import decode_large, encode_large
+
+WHOLE, TILES, FILES = "whole", "tiles", "tiles, TIFF to TIFF"
+SCAN_TILE = 256
+Size = tuple[int, int]
+
+
+def read_size(text: str) -> Size:
+    """Width and height of `WIDTHxHEIGHT`."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be a size such as 2048x1024, but is {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def write_scan(path: Path, size: Size) -> None:
+    """Writes a TIFF in tiles, one of noise over and over, without holding the image."""
+    width, height = size
+    tile = np.random.default_rng(0).integers(256, size=(SCAN_TILE, SCAN_TILE, 3), dtype=np.uint8)
+    count = -(-width // SCAN_TILE) * -(-height // SCAN_TILE)
+    tifffile.imwrite(
+        path,
+        itertools.repeat(tile, count),
+        shape=(height, width, 3),
+        dtype=np.uint8,
+        tile=(SCAN_TILE, SCAN_TILE),
+        photometric="rgb",
+        bigtiff=True,
+    )
+
+
+def through_files(model: SVQVAE, scan: Path) -> None:
+    """TIFF to ids to TIFF."""
+    ids = scan.with_suffix(".safetensors")
+    encode_large(model, scan, ids)
+    decode_large(model, ids, scan.with_name("decoded.tif"))
+    ids.unlink()
+    scan.with_name("decoded.tif").unlink()
+
+
+@torch.inference_mode()
+def in_memory(model: SVQVAE, sample: torch.Tensor) -> None:
+    """Pixels to ids to pixels."""
+    model.decode_tokens(model.encode_tokens(sample))
+
+
+def prepare(way: str, size: Size, scan: Path, options: argparse.Namespace) -> Callable[[], None]:
+    """The work on an image of a size as a function, after that on a small one."""
+    model = SVQVAE.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype)).eval().to(options.device)
+    in_memory(model, torch.rand(1, 3, model.f, model.f).to(model.device, model.dtype))
+    if way != WHOLE:
+        model.enable_tiling(options.tile_size, options.overlap)
+    if way == FILES:
+        return functools.partial(through_files, model, scan)
+    width, height = size
+    return functools.partial(in_memory, model, torch.rand(1, 3, height, width).to(model.device, model.dtype))
+
+
+def main() -> None:
+    """Reads the arguments, runs and reports."""
+    sides = [f"{side}x{side}" for side in (256, 512, 1024, 2048, 4096)]
+    files = ["2048x2048", "8192x8192", "32768x2048"]
+    parser = make_parser(__doc__, rounds=1)
+    for name, default in (("whole", sides[:3]), ("tiles", sides), ("files", files)):
+        parser.add_argument(
+            f"--{name}",
+            type=read_size,
+            nargs="*",
+            default=[read_size(each) for each in default],
+            metavar="WxH",
+            help=f"images to take that way (default: {' '.join(default)})",
+        )
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: the bundled model)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS", help="default: 256")
+    parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")
+    options = parser.parse_args()
+    machine = describe_machine(options.device, options.threads)
+    runs = [
+        *((way, size) for way, sizes in ((WHOLE, options.whole), (TILES, options.tiles)) for size in sizes),
+        *((FILES, size) for size in options.files),
+    ]
+    costs: dict[tuple[str, Size], list[Cost]] = {run: [] for run in runs}
+    with tempfile.TemporaryDirectory() as folder:
+        scans = {size: Path(folder, f"{size[0]}x{size[1]}.tif") for _, size in runs}
+        for size in options.files:
+            write_scan(scans[size], size)
+        for _ in range(options.rounds):
+            for way, size in runs:
+                cost = in_own_process(options.device, options.threads, prepare, way, size, scans[size], options)
+                costs[way, size].append(cost)
+    rows: list[Row] = []
+    for (way, size), each in costs.items():
+        width, height = size
+        seconds, cpu_seconds, peak_mib = median_cost(each)
+        rows.append(
+            {
+                "way": way,
+                "image": f"{width} x {height}",
+                "seconds": seconds,
+                "microseconds a pixel": seconds / (width * height) * 1e6,
+                "CPU microseconds a pixel": cpu_seconds / (width * height) * 1e6,
+                "peak memory, MiB": peak_mib,
+                "rounds": [cost._asdict() for cost in each],
+            }
+        )
+    report(options, machine, {"Pixels to ids to pixels": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What all benchmarks do alike: contestants timed in turn, peak memory, the machine in words, JSON and Markdown."""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import psutil
+import torch
+
+from svqvae_hf.files import write_file
+
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+MIB = 1 << 20
+# Imported once, by the process that all measured ones are forks of. Files of this folder are not found there.
+PRELOADED = [
+    "svqvae_hf.checkpoints",
+    *(f"diffusers.models.autoencoders.{name}" for name in ("autoencoder_kl", "vq_model")),
+]
+RSS_PEAK_RESET = "5"  # see proc(5), /proc/pid/clear_refs
+
+Row = Mapping[str, Any]
+
+
+class Cost(NamedTuple):
+    """What one run took.
+
+    Args:
+        seconds (`float`): By the clock.
+        cpu_seconds (`float`): Of all threads together.
+        peak_mib (`float`): Most memory held at once above what was held before, in MiB: resident memory of the process
+            on a CPU, allocated memory on a GPU.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
+
+
+def median_cost(costs: Sequence[Cost]) -> Cost:
+    """The median of each figure."""
+    return Cost(*map(statistics.median, zip(*costs, strict=True)))
+
+
+def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="timed runs of each contestant (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="JSON to write, and the tables as .md beside it"
+    )
+    return parser
+
+
+def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Times contestants, one run of each in turn, so that all meet the same machine.
+
+    Args:
+        contestants (`Mapping[str, Callable]`): What to run, by name, warmed up.
+        rounds (`int`): Runs of each.
+        device (`str`): Where they run.
+
+    Returns:
+        `dict[str, list[float]]`: Seconds of each run by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            seconds[name].append(time_once(run, device))
+    return seconds
+
+
+def time_once(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one run; on a GPU those between two events on its stream."""
+    if torch.device(device).type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def in_own_process(device: str, threads: int, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> Cost:
+    """Measures one run in a process of its own, so that nothing of another contestant is in its memory.
+
+    Args:
+        device (`str`): Where it runs.
+        threads (`int`): Of PyTorch.
+        prepare (`Callable`): A function of a module, called there with the arguments. It loads the model, warms up on
+            something small, and gives the run to measure.
+        *arguments: Of `prepare`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, device, threads, prepare, arguments).result()
+
+
+def _measure(device: str, threads: int, prepare: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> Cost:
+    torch.set_num_threads(threads)
+    run = prepare(*arguments)
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what loading left to the allocator is not the model's
+        Path("/proc/self/clear_refs").write_text(RSS_PEAK_RESET)
+        before = _resident("VmRSS")
+    begun, cpu_begun = time.perf_counter(), time.process_time()
+    run()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
+    return Cost(seconds, cpu_seconds, (peak - before) / MIB)
+
+
+def _resident(name: str) -> int:
+    """Resident memory of this process in bytes: now (`VmRSS`), or its peak (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def describe_machine(device: str, threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    instructions = [flag for flag in BFLOAT16_FLAGS if flag in fields["flags"].split()]
+    return {
+        "processor": fields["model name"],
+        "cores": psutil.cpu_count(logical=False),
+        "threads": threads,
+        "bfloat16 instructions": ", ".join(instructions) or "none",
+        "memory, GiB": round(psutil.virtual_memory().total / (1 << 30)),
+        "GPU": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "none",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "load at the start": round(os.getloadavg()[0], 1),
+    }
+
+
+def report(options: argparse.Namespace, machine: Row, tables: Mapping[str, Sequence[Row]]) -> None:
+    """Prints the tables in Markdown; with `--output`, writes them as JSON, and the Markdown beside it.
+
+    Args:
+        options (`argparse.Namespace`): Those of [`make_parser`].
+        machine (`Mapping`): From [`describe_machine`], before the run.
+        tables (`Mapping[str, Sequence[Mapping]]`): Rows by title, in full precision. A list, such as the seconds of
+            all rounds, is for the JSON alone.
+    """
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_relative, sys.argv[1:])])
+    words = ", ".join(f"{name}: {value}" for name, value in machine.items())
+    parts = [f"`{command}`", words, *(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables.items())]
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        content = {"command": command, "machine": machine, "tables": tables}
+        write_file(options.output, (json.dumps(content, indent=2) + "\n").encode())
+        write_file(options.output.with_suffix(".md"), text.encode())
+
+
+def _relative(argument: str) -> str:
+    """The last part of an absolute path: where a file lies here helps nobody else."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    columns = [name for name in rows[0] if not isinstance(rows[0][name], list)]
+    lines = [columns, ["---"] * len(columns), *([_cell(row[name]) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)

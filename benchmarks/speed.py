@@ -1,0 +1,119 @@
+"""Speed and memory of encoding and decoding, untiled: `python benchmarks/speed.py --original CHECKOUT`.
+
+The networks that SVQVAE was released with, 68 M parameters at f = 8, filled at random: ours and the original with the
+same weights, and of the same widths diffusers' VQModel (weight by weight the same network) and AutoencoderKL. The
+share of the matmul rate is counted with the plain network's arithmetic, against 2048 x 2048 matrices multiplied in the
+same turns. Agreement is that of the output with the float32 output of the original (without it, with our own).
+
+`--layers` shows instead where the time goes.
+"""
+
+import argparse
+import functools
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from contestants import (
+    KL,
+    ORIGINAL,
+    OURS,
+    VQ_MODEL,
+    Contestant,
+    count_operations,
+    make_checkpoint,
+    prepare_reconstruction,
+)
+from layers import profile_layers
+from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
+
+DTYPES = (torch.float32, torch.bfloat16)
+MATMUL_SIDE = 2048
+MATMULS = 5  # a run
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Matrix products, one after the other."""
+    for _ in range(MATMULS):
+        left @ right
+
+
+def matmuls(device: str) -> dict[str, Callable[[], None]]:
+    """Products of random square matrices by type, as contestants."""
+    matrices = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=device)
+    return {f"matmul, {dtype}": functools.partial(multiply, *matrices.to(dtype)) for dtype in DTYPES}
+
+
+def compare_at(side: int, contestants: list[Contestant], base_channels: int, options: argparse.Namespace) -> list[Row]:
+    """One row a contestant, at one size of the image."""
+    runs = {each.label: prepare_reconstruction(each, side, side) for each in contestants}
+    outputs = {label: run() for label, run in runs.items()}
+    seconds = take_turns(runs | matmuls(options.device), options.rounds, options.device)
+    del runs
+    medians = {label: statistics.median(times) for label, times in seconds.items()}
+    reference = next((each for each in contestants if each.name == ORIGINAL), contestants[0]).label
+    rows = []
+    for each in contestants:
+        rate = MATMULS * 2 * MATMUL_SIDE**3 / medians[f"matmul, {each.dtype}"]
+        operations = count_operations(base_channels, side, side)
+        cost = in_own_process(options.device, options.threads, prepare_reconstruction, each, side, side)
+        same_weights = each.name in (OURS, ORIGINAL)
+        error = (outputs[each.label].float() - outputs[reference].float()).square().mean().item()
+        rows.append(
+            {
+                "contestant": each.label,
+                "seconds": medians[each.label],
+                f"times as fast as {reference}": medians[reference] / medians[each.label],
+                "share of the matmul rate": operations / medians[each.label] / rate,
+                "matmul, GFLOP/s": rate / 1e9,
+                "peak memory, MiB": cost.peak_mib,
+                "agreement, dB": -10 * math.log10(error) if same_weights and error else None,
+                "rounds": seconds[each.label],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Reads the arguments, runs and reports."""
+    parser = make_parser(__doc__, rounds=5)
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], metavar="PIXELS", help="default: 256 512")
+    parser.add_argument("--original", type=Path, metavar="CHECKOUT", help="folder with the original's svqvae.py")
+    parser.add_argument("--base-channels", type=int, default=128, help="128 as released; a multiple of 32")
+    parser.add_argument("--channels-last", action="store_true", help="convert all models to that memory format")
+    parser.add_argument("--compile", action="store_true", help="compile all models")
+    parser.add_argument("--layers", action="store_true", help="show where our time and the original's goes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine = describe_machine(options.device, options.threads)
+    names = [OURS] + ([ORIGINAL] if options.original else []) + ([] if options.layers else [VQ_MODEL, KL])
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder, "svqvae.safetensors")
+        make_checkpoint(checkpoint, options.base_channels)
+        contestants = [
+            Contestant(
+                *(name, dtype, checkpoint, options.original, options.device, options.channels_last, options.compile)
+            )
+            for dtype in DTYPES
+            for name in names
+        ]
+        tables: dict[str, list[Row]] = {}
+        for side in options.sides:
+            if options.layers:
+                tables |= {
+                    f"{each.label}, {side} x {side}: milliseconds by layer and operation": profile_layers(
+                        each, side, options.rounds
+                    )
+                    for each in contestants
+                }
+            else:
+                rows = compare_at(side, contestants, options.base_channels, options)
+                tables[f"{side} x {side}, encoded and decoded"] = rows
+    report(options, machine, tables)
+
+
+if __name__ == "__main__":
+    main()

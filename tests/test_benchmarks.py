@@ -1,0 +1,236 @@
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from svqvae_hf import modeling_svqvae
+from svqvae_hf.tiling import tile_axis
+
+BENCHMARKS = str(ROOT / "benchmarks")
+# A checkout with the same names as the original's, which runs our own model.
+CHECKOUT = """
+from functools import partial
+from svqvae_hf.checkpoints import load_single_file
+
+Encoder = Decoder = ModelArgs = dict
+
+class ScalableVQVAE:
+    @staticmethod
+    def load(path, args):
+        model = load_single_file(path)
+        model.forward = partial(model.forward, return_dict=False)
+        return model
+"""
+SMALL = ["--threads", "1", "--device", "cpu", "--rounds", "1"]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a file of benchmarks/."""
+    monkeypatch.setattr(sys, "path", [BENCHMARKS, *sys.path])
+    yield importlib.import_module
+    sys.modules.pop("svqvae", None)
+
+
+@pytest.fixture
+def run(load, monkeypatch, tmp_path):
+    """Runs a benchmark and gives its tables, a list of them in the order of their titles."""
+
+    def run(name: str, *options: str | Path) -> list[list[dict]]:
+        module, output = load(name), tmp_path / "results" / f"{name}.json"
+        arguments = [*map(str, options), *SMALL, "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", [f"{BENCHMARKS}/{name}.py", *arguments])
+        module.main()
+        content = json.loads(output.read_text())
+        assert content["machine"]["torch"] == torch.__version__
+        text = output.with_suffix(".md").read_text()
+        assert text.startswith(f"`{content['command']}`\n")
+        assert content["command"].startswith(f"python benchmarks/{name}.py ")
+        assert str(tmp_path) not in text
+        for title, rows in content["tables"].items():
+            assert f"## {title}\n\n| {next(iter(rows[0]))} |" in text
+        return list(content["tables"].values())
+
+    return run
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    folder = tmp_path / "original"
+    folder.mkdir()
+    (folder / "svqvae.py").write_text(CHECKOUT)
+    return folder
+
+
+def test_contestants_take_turns(load):
+    calls = []
+
+    def contestant(name, seconds):
+        calls.append(name)
+        time.sleep(seconds)
+
+    runs = {"slow": lambda: contestant("slow", 0.05), "fast": lambda: contestant("fast", 0.01)}
+    seconds = load("measuring").take_turns(runs, 3, "cpu")
+    assert calls == ["slow", "fast"] * 3
+    assert 0.05 <= min(seconds["slow"]) <= max(seconds["slow"]) < 0.05 + 1
+    assert 0.01 <= min(seconds["fast"]) < 0.05
+
+
+def test_the_network_of_diffusers_that_is_counted_is_ours(load):
+    contestants = load("contestants")
+    with torch.device("meta"):
+        theirs = contestants.make_diffusers_model(contestants.VQ_MODEL, 128)
+        ours = contestants.SVQVAE(encoder_ch_mult=(1, 2, 2, 4), decoder_ch_mult=(1, 2, 2, 4), z_channels=32)
+    count, same = (sum(weight.numel() for weight in model.parameters()) for model in (theirs, ours))
+    assert count == same
+    operations = contestants.count_operations(128, 256, 256)
+    assert 0.69e12 < operations < 0.71e12
+    attention = 7 * 4 * (256 // 8) ** 4 * 512  # the part that grows with the square of the area
+    assert contestants.count_operations(128, 512, 512) == 4 * operations + 12 * attention
+
+
+def test_speed(run, checkout):
+    (rows,) = run("speed", "--original", checkout, "--base-channels", "32", "--sides", "32")
+    assert [row["contestant"] for row in rows] == [
+        f"{name}, {dtype}"
+        for dtype in ("float32", "bfloat16")
+        for name in ("svqvae-hf", "the original", "diffusers VQModel", "diffusers AutoencoderKL")
+    ]
+    original = rows[1]
+    for row in rows:
+        assert row["peak memory, MiB"] > 0.1
+        assert row["rounds"] == [row["seconds"]]
+        ratio = row["times as fast as the original, float32"]
+        assert ratio * row["seconds"] == pytest.approx(original["seconds"])
+    assert rows[0]["agreement, dB"] is None  # the stand-in is our own model: no difference
+    assert 5 < rows[4]["agreement, dB"] < 60
+    operations = {row["share of the matmul rate"] * row["matmul, GFLOP/s"] * row["seconds"] for row in rows}
+    assert max(operations) == pytest.approx(min(operations))
+
+
+def test_layers(run, checkout):
+    tables = run("speed", "--layers", "--original", checkout, "--base-channels", "32", "--sides", "32")
+    assert len(tables) == 4
+    for rows in tables:
+        layers = {row["layer"]: row for row in rows}
+        assert layers["encoder.conv_blocks.0.res"]["convolution"] > 0
+        assert layers["decoder.mid"]["all"] > 0
+        assert sum(row["all"] for row in rows[:-1]) == pytest.approx(rows[-1]["all"])
+        assert layers["elsewhere"]["all"] < rows[-1]["all"] / 2
+        for row in rows:
+            assert sum(
+                row[kind] for kind in ("convolution", "norm", "activation", "attention", "matmul", "copy", "other")
+            ) == pytest.approx(row["all"])
+
+
+def test_tiled(run, checkout):
+    small = ["--side", "48", "--tile-size", "32", "--overlap", "8", "--patch-nums", "2", "4"]
+    scales, *diffusers, ratio, ratio_bfloat16 = run("tiled", "--original", checkout, "--base-channels", "32", *small)
+    assert [row["contestant"] for row in scales] == [
+        "the original, float32",
+        "svqvae-hf, float32",
+        "svqvae-hf, bfloat16",
+    ]
+    assert [len(rows) for rows in diffusers] == [5, 5]
+    assert [row["side"] for row in ratio] == [row["side"] for row in ratio_bfloat16] == [32, 37]
+    for row in [*scales, *ratio, *(row for rows in diffusers for row in rows)]:
+        assert row["microseconds a pixel"] * row["side"] ** 2 == pytest.approx(row["seconds"] * 1e6)
+        assert row["peak memory, MiB"] > 0.1
+
+
+def allocate_twice(mib: int):
+    kept = torch.ones(mib << 18)  # float32
+
+    def run():
+        for _ in range(2):
+            assert torch.ones(mib << 18).sum() == kept.sum()
+
+    return run
+
+
+def test_peak_memory_is_that_above_what_is_loaded(load):
+    cost = load("measuring").in_own_process("cpu", 1, allocate_twice, 64)
+    assert 64 <= cost.peak_mib < 72  # and some code that is loaded when it is first called
+    assert 0 < cost.cpu_seconds < cost.seconds + 0.1
+
+
+def test_growth(run):
+    pytest.importorskip("tifffile", reason="the extra `large` is not installed")
+    small = ["--tile-size", "64", "--overlap", "8"]
+    (rows,) = run("growth", "--whole", "64x64", "--tiles", "96x64", "--files", "96x64", *small)
+    assert [(row["way"], row["image"]) for row in rows] == [
+        ("whole", "64 x 64"),
+        ("tiles", "96 x 64"),
+        ("tiles, TIFF to TIFF", "96 x 64"),
+    ]
+    assert all(row["peak memory, MiB"] > 0.1 for row in rows)
+    assert rows[1]["microseconds a pixel"] == pytest.approx(rows[1]["seconds"] / (96 * 64) * 1e6)
+
+
+def test_search(run, load, monkeypatch):
+    pytest.importorskip("vector_quantize_pytorch", reason="the extra `bench` is not installed")
+    (rows,) = run("search", "--latents", "4096", "--codes", "2048")
+    ours, matrix, lucidrains = rows
+    assert {row["ids as ours"] for row in rows} == {"100.000%"}
+    assert matrix["peak memory, MiB"] == pytest.approx(4096 * 2048 * 12 / 2**20, rel=0.1)
+    assert lucidrains["peak memory, MiB"] == pytest.approx(4096 * 2048 * 16 / 2**20, rel=0.1)
+    assert ours["peak memory, MiB"] < matrix["peak memory, MiB"]
+    monkeypatch.setattr(load("search"), "MEMORY_SHARE", 0)
+    (rows,) = run("search", "--latents", "65536", "--codes", "1024")
+    assert rows[0]["peak memory, MiB"] < 64
+    assert [row["note"] for row in rows] == [None, "not run: needs about 1 GiB", "not run: needs about 1 GiB"]
+
+
+def test_tiles(run, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling_svqvae, "SAMPLE_WINDOWS", 2)  # so that a small image is tiled
+    folder = tmp_path / "images"
+    folder.mkdir()
+    photo.crop((100, 50, 260, 178)).save(folder / "cat.jpg")
+    quality, cost = run("tiles", folder, "--tile-size", "64", "--overlap", "16")
+    figures = {row["figure"]: row["mean"] for row in quality}
+    assert figures["PSNR tiled, dB"] == pytest.approx(figures["PSNR whole, dB"], abs=1)
+    assert 0.5 < figures["ids kept"] < figures["ids kept when the grid moves"] < 1
+    assert figures["agreement, dB"] < figures["agreement when the grid moves, dB"] < 80
+    assert [row["way"] for row in cost] == ["whole", "tiles"]
+    (tiled,) = run("tiles", folder, "--tile-size", "64", "--overlap", "16", "--tiled-only")[1]
+    assert tiled["way"] == "tiles"
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap"), [(11, 10, 2), (96, 32, 4), (97, 32, 0), (57, 16, 4)])
+def test_the_moved_grid_has_other_borders_and_the_same_halo(load, length, tile, overlap):
+    moved = load("tiles").moved_axis(length, tile, overlap)
+    borders = {each.core_stop for each in moved[:-1]}
+    assert not borders & {each.core_stop for each in tile_axis(length, tile, overlap)}
+    assert [each.core_start for each in moved[1:]] == [each.core_stop for each in moved[:-1]]
+    assert (moved[0].core_start, moved[-1].core_stop) == (0, length)
+    assert len({each.stop - each.start for each in moved}) == 1
+    for each in moved:
+        assert each.start <= max(0, each.core_start - overlap)
+        assert each.stop >= min(length, each.core_stop + overlap)
+
+
+def test_an_image_that_fits_a_tile_has_no_grid_to_move(load):
+    assert load("tiles").moved_axis(10, 10, 2) == tile_axis(10, 10, 2)
+
+
+def test_token_sets(run, photo, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    photo.crop((100, 50, 260, 178)).save(folder / "cat.jpg")
+    (rows,) = run("token_sets", folder, "speed", "--count", "2", "--resolution", "32", "--workers", "0")
+    assert [row["way"] for row in rows] == ["bare encoder, tensors in memory", "tokenize_set, 0 workers"]
+    assert all(row["images a second"] * row["rounds"][0] == pytest.approx(2) for row in rows)
+
+
+@pytest.mark.parametrize("guidance_scale", ["1", "2"])
+def test_generation(run, guidance_scale):
+    sizes = ["--sides", "4", "--batch", "2", "--hidden-size", "64", "--layers", "1"]
+    (rows,) = run("generation", *sizes, "--guidance-scale", guidance_scale)
+    assert [row["way"] for row in rows] == ["with cache", "without cache"]
+    assert all(row["share of ids as without"] == 1 for row in rows)
+    assert all(row["different ids"] > 16 for row in rows)
