@@ -116,7 +116,7 @@ def main() -> None:
     """Reads the arguments, runs and reports."""
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--side", type=int, default=640, metavar="PIXELS", help="of the image (default: 640)")
+    parser.add_argument("--side", type=int, default=1024, metavar="PIXELS", help="of the image (default: 1024)")
     parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")
     parser.add_argument("--patch-nums", type=int, nargs="+", default=[4, 8, 16, 32], help="default: 4 8 16 32")

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "training"))
 from sequence_source import SequenceLoader, TokenSource
 from train_autoregressive import AutoregressiveConfig, AutoregressiveTrainer
 
+from svqvae_cli import main
 from svqvae_hf import SVQVAE
 from svqvae_hf.image_sets import open_rows
 from svqvae_hf.pipeline_autoregressive import SVQVAEAutoregressivePipeline
@@ -120,6 +121,19 @@ def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
         assert np.array_equal(coarse[label].flatten().numpy(), rows["ids_1"][index])
     (half,) = pipeline(0, temperature=0, scales=[0.5], output_type="pt").images
     torch.testing.assert_close(half, pipeline.vqvae.decode_tokens(coarse[:1]))
+
+
+def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
+    """The commands of docs/generation.md."""
+    tokens, out = tmp_path / "token-set", tmp_path / "new"
+    crops = ["--views", "centre-flip", "--resolution", str(CROP), "--scales", "0.5", "1"]
+    model = ["--model", str(parts / "vqvae"), "--device", "cpu"]
+    assert main(["tokenize", str(parts / "photos"), str(tokens), *crops, *model]) == 0
+    train(**(options | {"token_set": str(tokens)}))
+    call = ["--class", "0", "1", "--num-images", "3", "--guidance-scale", "2"]
+    assert main(["generate", options["output_dir"], *call, "--output", str(out), "--device", "cpu"]) == 0
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.size == (3 * CROP, 2 * CROP)
 
 
 def test_resumed_run_equals_an_unbroken_one(options):
