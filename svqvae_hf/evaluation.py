@@ -337,7 +337,7 @@ class _Evaluator:
                 model.disable_tiling()
 
     def _encode(self, model: SVQVAE, sample: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return model.encode(sample.to(model.device, dtype)).latents
+        return model.encode(sample.to(model.device, dtype).to(model.dtype)).latents
 
     def _keep(self, example: Example) -> None:
         for image in (example.original, *example.reconstructions):

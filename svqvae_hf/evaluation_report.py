@@ -86,7 +86,7 @@ def markdown(report: Report) -> str:
         f"# Evaluation of `{settings['model']}`",
         "",
         f"On {len(report.images)} images of {', '.join(f'`{name}`' for name in settings['data'])}"
-        + "".join(f", {key} `{settings[key]}`" for key in ("config", "split") if settings[key])
+        + "".join(f", {key} `{settings[key]}`" for key in ("config", "split") if settings.get(key))
         + (f", resized and cropped to {settings['resolution']} pixels a side." if settings["resolution"] else "."),
         f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions; "
         + f"the mean cosine of a code and the nearest other is {_cell(codebook['redundancy'], '.3f')}.",
@@ -143,8 +143,8 @@ def eval_results(report: Report) -> list[EvalResult]:
             task_type="image-to-image",
             dataset_type=data if is_hub_set(data) else "imagefolder",
             dataset_name=Path(data).name,
-            dataset_config=settings["config"],
-            dataset_split=settings["split"],
+            dataset_config=settings.get("config"),
+            dataset_split=settings.get("split"),
             metric_type=key,
             metric_name=f"{METRICS[key].title.partition(',')[0]} at scale {result.scale:g}",
             metric_value=round(value, 4),

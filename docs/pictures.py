@@ -1,0 +1,164 @@
+"""Makes the pictures of the pages from the bundled photograph and model: `python docs/pictures.py [FOLDER]`."""
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.codec import decode_image, encode_image
+from svqvae_hf.contact_sheet import Panel, contact_sheet
+from svqvae_hf.image_processing_svqvae import load_image
+from svqvae_hf.metrics import psnr
+from svqvae_hf.modeling_svqvae import gather_context
+from svqvae_hf.tiling import map_tiles, tile_axis
+from svqvae_hf.views import draw_codes
+
+IMAGES = Path(__file__).parent / "images"
+LARGE = (1000, 665)  # pixels: more than is taken whole
+TILE, HALO = 32, 4  # latents: 256 and 32 pixels
+GAIN = 6  # of differences, around grey
+GREEN, ORANGE, WHITE = "#00d0a0", "#ff7a00", "#ffffff"
+
+
+def main(folder: Path = IMAGES) -> None:
+    """Writes each picture to a folder."""
+    model = SVQVAE.from_pretrained(DEFAULT_MODEL).eval()
+    photo = load_image(IMAGES / "chelsea.png")
+    large = photo.resize(LARGE, Image.Resampling.BICUBIC)
+    pictures = {
+        "way": picture_of_the_way(model, photo),
+        "scales": picture_of_scales(model, photo),
+        "tiles": picture_of_tiles(model, large),
+        "seams": picture_of_seams(model, large),
+    }
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.jpg", quality=88, subsampling=0, optimize=True)
+
+
+def picture_of_the_way(model: SVQVAE, photo: Image.Image) -> Image.Image:
+    """Pixels to latents to ids and back."""
+    tokens = encode_image(model, photo, [1])
+    with torch.inference_mode():
+        latents = model.encode(SVQVAEImageProcessor()(photo)["pixel_values"]).latents[0, :3]
+    low, high = latents.amin((1, 2), keepdim=True), latents.amax((1, 2), keepdim=True)
+    height, width = tokens.ids[0].shape
+    panels = [
+        Panel(photo, "image", f"{photo.width} x {photo.height} x 3 numbers"),
+        Panel(_enlarged(_pixels((latents - low) / (high - low)), photo), "latents", f"{width} x {height} x 8 numbers"),
+        Panel(_mosaic(model, tokens.ids[0], photo), "ids", f"{width} x {height} numbers of 14 bits"),
+        Panel(decode_image(model, tokens)[0], "reconstruction", f"{photo.width} x {photo.height} x 3 numbers"),
+    ]
+    return contact_sheet(panels)
+
+
+def picture_of_scales(model: SVQVAE, photo: Image.Image) -> Image.Image:
+    """Ids and reconstructions at three scales."""
+    tokens = encode_image(model, photo, [1, 0.5, 0.25])
+    ids, reconstructions = [], []
+    for grid, scale, image in zip(tokens.ids, tokens.scales, decode_image(model, tokens), strict=True):
+        height, width = grid.shape
+        ids.append(Panel(_mosaic(model, grid, photo), f"ids at scale {scale:g}", f"{width} x {height}"))
+        caption = f"{image.width} x {image.height} pixels{', shown enlarged' if scale < 1 else ''}"
+        reconstructions.append(Panel(image, "decoded", caption))
+    sheets = [contact_sheet(ids), contact_sheet(reconstructions)]
+    both = Image.new("RGB", (sheets[0].width, sheets[0].height + sheets[1].height))
+    both.paste(sheets[0], (0, 0))
+    both.paste(sheets[1], (0, sheets[0].height))
+    return both
+
+
+def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
+    """The grid of tiles, one of them with its halo, and the sample of windows."""
+    size = [-(-side // model.f) for side in (photo.height, photo.width)]
+    rows, columns = (tile_axis(side, TILE, HALO) for side in size)
+    tiles, sample = (photo.copy() for _ in range(2))
+    draw = ImageDraw.Draw(tiles)
+    for y in rows:
+        for x in columns:
+            _box(draw, model.f, (y.core_start, y.core_stop), (x.core_start, x.core_stop), WHITE, 2)
+    y, x = rows[len(rows) // 2], columns[len(columns) // 2]
+    _box(draw, model.f, (y.start, y.stop), (x.start, x.stop), ORANGE, 5)
+    _box(draw, model.f, (y.core_start, y.core_stop), (x.core_start, x.core_stop), GREEN, 5)
+    draw = ImageDraw.Draw(sample)
+    windows = _sample_windows(size)
+    for window in windows:
+        _box(draw, model.f, *window, GREEN, 4)
+    half = photo.width * 2 // 3, photo.height * 2 // 3
+    panels = [
+        Panel(
+            tiles.resize(half, Image.Resampling.LANCZOS),
+            "tiles of 256 pixels",
+            "orange: what one tile reads; green: what is kept of it",
+        ),
+        Panel(
+            sample.resize(half, Image.Resampling.LANCZOS),
+            "the sample",
+            f"{len(windows)} windows of 96 x 96 pixels, which give what all tiles share",
+        ),
+    ]
+    return contact_sheet(panels)
+
+
+def _sample_windows(size: list[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns, in latents, of each window of the sample of an image."""
+    windows = []
+
+    def read(rows: slice, columns: slice) -> torch.Tensor:
+        windows.append(((rows.start, rows.stop), (columns.start, columns.stop)))
+        return torch.zeros(1, 1, rows.stop - rows.start, columns.stop - columns.start)
+
+    gather_context(lambda windows, context: windows, read, size, TILE, source_cell=1)
+    return windows
+
+
+@torch.inference_mode()
+def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
+    """An image as a whole, and how it differs by tiles that share nothing and by tiles that share."""
+    sample = SVQVAEImageProcessor()(photo)["pixel_values"]
+    whole = model(sample).sample
+    shared = model(sample, tile_size=TILE * model.f, overlap=HALO * model.f).sample
+    height, width = (-(-side // model.f) * model.f for side in sample.shape[-2:])
+    padded = torch.nn.functional.pad(
+        sample, (0, width - sample.shape[-1], 0, height - sample.shape[-2]), mode="replicate"
+    )
+    latents = map_tiles(model.encode_window, padded, TILE, HALO, source_cell=model.f)
+    decoded = map_tiles(model.decode_window, model.quantize(latents)[0], TILE, HALO, result_cell=model.f)
+    apart = model.fit(decoded, sample.shape[-2:], scale=1)
+    shown = _pixels(whole[0]).resize((photo.width * 2 // 3, photo.height * 2 // 3), Image.Resampling.LANCZOS)
+    panels = [Panel(shown, "decoded as a whole", _decibels(whole, sample))]
+    for title, image in {"tiles, each for itself": apart, "tiles that share": shared}.items():
+        difference = 0.5 + GAIN * (image - whole)[0]
+        panels.append(Panel(_pixels(difference), f"{title}: difference from it", _decibels(image, sample)))
+    return contact_sheet(panels)
+
+
+def _decibels(image: torch.Tensor, sample: torch.Tensor) -> str:
+    return f"{psnr(image, sample, data_range=1).item():.2f} dB"
+
+
+def _mosaic(model: SVQVAE, ids: torch.Tensor, photo: Image.Image) -> Image.Image:
+    """Ids in the size of a photo, each as its code looks."""
+    looks = torch.from_numpy(draw_codes(model, ids.flatten())).unflatten(0, ids.shape)  # (h, w, f, f, 3)
+    joined = looks.float().mean((2, 3), keepdim=True).movedim(2, 1).flatten(2, 3).flatten(0, 1)  # (h, w, 3)
+    return _enlarged(Image.fromarray(joined.byte().numpy()), photo)
+
+
+def _enlarged(image: Image.Image, photo: Image.Image) -> Image.Image:
+    return image.resize(photo.size, Image.Resampling.NEAREST)
+
+
+def _pixels(sample: torch.Tensor) -> Image.Image:
+    """`(3, height, width)` in [0, 1] as an image."""
+    return SVQVAEImageProcessor().postprocess(sample[None])[0]
+
+
+def _box(
+    draw: ImageDraw.ImageDraw, f: int, rows: tuple[int, int], columns: tuple[int, int], colour: str, width: int
+) -> None:
+    draw.rectangle((columns[0] * f, rows[0] * f, columns[1] * f - 1, rows[1] * f - 1), outline=colour, width=width)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
