@@ -13,8 +13,7 @@ from conftest import ROOT, make_tiny
 from hub_server import run_python, serve_hub
 from huggingface_hub import HfApi
 from PIL import Image
-from safetensors.torch import load_file
-from training_runs import _one_accelerator, cpu, logged, run  # noqa: F401
+from training_runs import _one_accelerator, check_resumption, cpu, logged, run  # noqa: F401
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -137,17 +136,7 @@ def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
 
 
 def test_resumed_run_equals_an_unbroken_one(options):
-    options |= {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "gradient_accumulation_steps": 2}
-    train(**options)
-    output_dir = ROOT / options["output_dir"]
-    weights = output_dir / "language_model" / "model.safetensors"
-    whole = load_file(weights)
-    shutil.rmtree(output_dir / "checkpoint-4")
-    weights.unlink()
-    train(**options, resume_from_checkpoint="latest")
-    resumed = load_file(weights)
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    check_resumption(train, "language_model/model.safetensors", options)
 
 
 def test_bf16_run_with_everything_on_learns_and_shows_samples(options, caplog):

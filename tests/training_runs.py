@@ -4,10 +4,14 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
 
 @contextlib.contextmanager
@@ -44,3 +48,18 @@ def logged(caplog: pytest.LogCaptureFixture, name: str) -> dict[int, float]:
     """Values of a number by step."""
     found = re.findall(rf"step (\d+): .*?{re.escape(name)} (\S+?)(?:,|$)", caplog.text, re.MULTILINE)
     return {int(step): float(value) for step, value in found}
+
+
+def check_resumption(train, weights, options):
+    """Trains with everything that has a state, at once and in two parts, and compares the weights bit by bit."""
+    options = options | {"max_train_steps": 4, "checkpointing_steps": 2}
+    options |= {"use_ema": True, "gradient_accumulation_steps": 2}
+    train(**options)
+    output_dir = Path(options["output_dir"])
+    whole = load_file(output_dir / weights)
+    shutil.rmtree(output_dir / "checkpoint-4")
+    (output_dir / weights).unlink()
+    train(**options, resume_from_checkpoint="latest")
+    resumed = load_file(output_dir / weights)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
