@@ -188,6 +188,7 @@ def test_search(run, load, monkeypatch):
 
 def test_tiles(run, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(modeling_svqvae, "SAMPLE_WINDOWS", 2)  # so that a small image is tiled
+    monkeypatch.setattr(modeling_svqvae, "SAMPLE_SHARE", 1)
     folder = tmp_path / "images"
     folder.mkdir()
     photo.crop((100, 50, 260, 178)).save(folder / "cat.jpg")
