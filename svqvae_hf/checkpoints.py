@@ -4,7 +4,9 @@ import argparse
 import hashlib
 import pickle
 import re
+import threading
 import warnings
+import zipfile
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,11 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from svqvae_hf.families import FAMILIES, Family, count_numbers
-from svqvae_hf.modeling_svqvae import SVQVAE
+from svqvae_hf.modeling_svqvae import MAX_BLOCKS, MAX_LEVELS, SVQVAE
 
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORM_NUM_GROUPS = 32  # in all families
+READING = threading.Lock()  # what torch lets through, and warnings, are settings of the whole process
+ARCHIVE_START = b"PK\3\4"  # PyTorch's files but the oldest are zip archives
 
 # Config values that are sizes of weights, with their axes.
 CONFIG_AXES = {
@@ -139,11 +143,13 @@ def read_checkpoint(source: str | Path, *, use_ema: bool = False, **config: Any)
             raise ValueError(
                 f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Leave it out."
             )
-    weights = {str(key): value for key, value in weights.items() if not str(key).startswith(family.training_keys)}
+    weights = {_text(key): value for key, value in weights.items()}
+    weights = {key: value for key, value in weights.items() if not key.startswith(family.training_keys)}
     not_tensors = {key for key, value in weights.items() if not isinstance(value, torch.Tensor)}
     not_dense = {key for key in weights.keys() - not_tensors if not _is_dense(weights[key])}
     _refuse(source, {"not tensors": not_tensors, "not dense": not_dense})
     num_levels = count_numbers(weights, family.levels)
+    _check_depth(family, weights, num_levels, source)
     _check_attention(family, weights, num_levels, source)
     config = {**_infer_config(family, weights, num_levels, source), **config}
     try:
@@ -202,7 +208,8 @@ def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
                 "again."
             ) from error
     try:
-        with torch.serialization.safe_globals(list(SAFE_GLOBALS)), warnings.catch_warnings():
+        _check_archive(path)
+        with READING, torch.serialization.safe_globals(list(SAFE_GLOBALS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they announce makes the read fail
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -217,10 +224,21 @@ def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
             ) from None
         raise ValueError(
             f"`{source}` must be a whole PyTorch checkpoint that holds weights only, but cannot be read as one; it "
-            "may be empty, cut short, of another format, or a pickle with code in it. Download it again, or ask for a "
-            "safetensors file."
+            "may be empty, cut short, compressed, of another format, or a pickle with code in it. Download it again, "
+            "or ask for a safetensors file."
         ) from error
     return content if isinstance(content, dict) else {}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses an archive that would take more memory than the file has bytes: PyTorch compresses nothing."""
+    with path.open("rb") as file:
+        if file.read(len(ARCHIVE_START)) != ARCHIVE_START:
+            return
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise pickle.UnpicklingError(f"the archive unpacks to {unpacked} bytes")
 
 
 def _find_family(content: Mapping[str | None, Any], source: str | Path) -> Family:
@@ -233,11 +251,22 @@ def _find_family(content: Mapping[str | None, Any], source: str | Path) -> Famil
         + (f" beside {' or '.join(sorted(family.beside))}" if family.beside else "")
         for family in FAMILIES
     )
-    keys = sorted(str(key) for key in content.get(None, content))
+    keys = sorted(_text(key) for key in content.get(None, content))
     raise ValueError(
         f"`{source}` is a checkpoint of no known family. Looked for {looked_for}. Found {', '.join(keys[:5])}"
         f"{' and others' if keys[5:] else '' if keys else 'no keys'}."
     )
+
+
+def _check_depth(family: Family, weights: Mapping[str, Any], num_levels: int, source: str | Path) -> None:
+    blocks = 0
+    if num_levels <= MAX_LEVELS:
+        blocks = count_numbers(weights, family.original_name("encoder.conv_blocks.0.res.", num_levels))
+    if num_levels > MAX_LEVELS or blocks > MAX_BLOCKS:
+        raise ValueError(
+            f"`{source}` must have at most {MAX_LEVELS} levels and {MAX_BLOCKS} residual blocks a level, but has "
+            f"{num_levels} levels{f' and {blocks} blocks' if blocks else ''}. It is no SVQVAE."
+        )
 
 
 def _check_attention(family: Family, weights: Mapping[str, Any], num_levels: int, source: str | Path) -> None:
@@ -300,10 +329,16 @@ def _infer_config(family: Family, weights: Mapping[str, Any], num_levels: int, s
     }
 
 
+def _text(key: Any) -> str:
+    """A key of a pickled dict, which may be anything; a nest of tuples may have a text as large as the memory."""
+    return key if isinstance(key, str) else f"a key of type {type(key).__name__}"
+
+
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether each element has data of its own: a small file can claim any shape by sparse or expanded tensors."""
     return (
         tensor.layout == torch.strided
+        and not tensor.is_nested
         and not tensor.is_meta
         and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
     )

@@ -1,6 +1,7 @@
 """A model as two graphs, image to ids and ids to image, for programs without this package or without Python."""
 
 import copy
+import io
 import json
 import math
 import tempfile
@@ -256,7 +257,9 @@ def _load_onnx(path: Path) -> Graph:
 
 
 def _save_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
-    torch.export.save(program, path, extra_files={FACTS_FILE: json.dumps(facts)})
+    content = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(program, content, extra_files={FACTS_FILE: json.dumps(facts)})
+    path.write_bytes(content.getbuffer())
 
 
 def _load_torch(path: Path) -> Graph:

@@ -16,7 +16,8 @@ def rename(key: str, pairs: list[tuple[str, str]]) -> str:
 
 def count_numbers(keys: Iterable[Any], prefix: str) -> int:
     """How many different numbers follow `prefix` in the keys."""
-    return len({match[1] for key in keys if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", str(key)))})
+    number = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    return len({match[1] for key in keys if isinstance(key, str) and (match := number.match(key))})
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import os
 import warnings
@@ -25,6 +26,8 @@ IMAGE_FORMATS = {
     "AVIF": (".avif",),
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BLOCK = 1 << 10  # side in pixels of what is turned into RGB at once
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
@@ -55,7 +58,8 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the limit
         try:
             with Image.open(file, formats=tuple(IMAGE_FORMATS)) as image:
-                upright = ImageOps.exif_transpose(image)  # decodes it, too
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
         except UnidentifiedImageError as error:
             size = file.seek(0, os.SEEK_END)
             raise ValueError(
@@ -70,10 +74,10 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
             raise ValueError(f"{name} cannot be read as an image, it may be broken or cut short: {error}") from error
-    try:
-        return to_rgb(upright)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        try:
+            return _convert(image)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -89,25 +93,45 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: A 16-bit or float image has values outside its range.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _grey_to_8_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    image = ImageOps.exif_transpose(image)  # a copy
+    return image if image.mode == "RGB" and not image.has_transparency_data else _convert(image)
 
 
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion of these modes clips at 255 instead of scaling.
+def _convert(image: Image.Image) -> Image.Image:
+    """RGB of an upright image, by blocks, so that the memory beside the image and its result is small."""
+    is_wide = image.mode == "F" or image.mode.startswith("I")
+    if is_wide:
+        _check_grey(image)
+    result = Image.new("RGB", image.size)
+    for top, left in itertools.product(range(0, image.height, BLOCK), range(0, image.width, BLOCK)):
+        block = image.crop((left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)))
+        if is_wide:
+            block = _grey_to_8_bit(block)
+        elif block.has_transparency_data:
+            white = Image.new("RGBA", block.size, "white")
+            block = Image.alpha_composite(white, block.convert("RGBA"))
+        result.paste(block.convert("RGB"), (left, top))
+    return result
+
+
+def _check_grey(image: Image.Image) -> None:
     values = np.asarray(image)
-    top = 1 if image.mode == "F" else 65535
+    top = _grey_top(image)
     if not (values.min() >= 0 and values.max() <= top):
         raise ValueError(
             f"an image of mode {image.mode!r} must have values in [0, {top}], but has [{values.min()}, "
             f"{values.max()}]. Scale them to the whole of that range."
         )
-    grey = np.rint(values * (255 / top))
+
+
+def _grey_top(image: Image.Image) -> int:
+    return 1 if image.mode == "F" else 65535
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion of these modes clips at 255 instead of scaling.
+    values = np.asarray(image)
+    grey = np.rint(values * (255 / _grey_top(image)))
     if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey.astype(np.uint8))
@@ -221,6 +245,8 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             raise ValueError(
                 f"`image_sizes` must hold one (height, width) per sample, but holds {len(sizes)} for {len(sample)}."
             )
+        if sample.isnan().any():
+            raise ValueError("`sample` must be made of numbers, but has NaN. Decode in float32 or bfloat16.")
         black, white = self.pixel_range
         unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
         images = [image[:, :height, :width] for image, (height, width) in zip(unit, sizes, strict=True)]
@@ -265,7 +291,7 @@ def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -
 def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
-    if not pixels.is_floating_point():
+    if pixels.dtype not in FLOAT_DTYPES:
         raise TypeError(f"an image must be uint8 in [0, 255] or floating point in [0, 1], but is {pixels.dtype}.")
     low, high = pixels.min().item(), pixels.max().item()
     if not (low >= 0 and high <= 1):  # also when they are NaN

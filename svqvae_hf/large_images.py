@@ -1,5 +1,6 @@
 """Images larger than memory, from file to file by rows of tiles, each written when it is whole."""
 
+import errno
 import hashlib
 import json
 import math
@@ -195,8 +196,13 @@ class _Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Gives a whole output its name, keeps an interrupted one, and removes one that cannot become whole."""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise OSError(
+                f"`{self.target}` cannot be written: No space left on device. With more, the same run with `resume` "
+                "goes on."
+            ) from error
         if kind is not None and not issubclass(kind, ValueError):
             return
         if kind is None:
@@ -249,8 +255,8 @@ class _Run:
             raise ValueError(f"`{self.target}` was begun by a run that was interrupted. Go on by --resume, {remedy}")
         try:
             record = json.loads(self._record_path.read_bytes())
-            facts, self._bands = record["facts"], record["bands"]
-        except (ValueError, KeyError, TypeError) as error:
+            facts, self._bands = dict(record["facts"]), {name: int(done) for name, done in record["bands"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"`{self._record_path}` must be the record of a run, but is not. Remove it.") from error
         differing = [name for name, value in self._facts.items() if facts.get(name) != value]
         if differing:

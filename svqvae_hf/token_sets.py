@@ -123,11 +123,13 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
             file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset")
         except (HfHubHTTPError, OSError) as error:
             raise OSError(f"the token set `{name}` cannot be had from the Hub: {hub_reason(error)}") from error
-        text = Path(file).read_text()
+        content = Path(file).read_bytes()
     elif name.endswith(".parquet"):
         try:
-            text = (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null").decode()
-        except pa.ArrowInvalid as error:
+            content = (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null")
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # without a number it is of the content
+                raise
             raise ValueError(f"`{name}` must be a Parquet file, but is another kind or cut short.") from error
     else:
         if not Path(name, SETTINGS_FILE).is_file():
@@ -135,9 +137,9 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
                 f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is none. Make "
                 "one by `svqvae tokenize`."
             )
-        text = Path(name, SETTINGS_FILE).read_text()
+        content = Path(name, SETTINGS_FILE).read_bytes()
     try:
-        return _settings_from(json.loads(text))
+        return _settings_from(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{name}` is not a token set that can be read: {error}") from error
 

@@ -1,0 +1,54 @@
+"""Feeds mutated files to a reader; see README.md."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["svqvae_hf", "PIL"]):
+    from PIL import Image
+    from readers import READERS
+
+    Image.init()  # imports the decoders
+
+from torch._weights_only_unpickler import Unpickler
+
+FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "socket.connect",
+    "ctypes.dlopen",
+)
+
+
+CPU_SECONDS = 10  # for one input; libFuzzer's own limit counts the time that other programs take, too
+
+
+def refuse_to_run(event: str, args: tuple) -> None:
+    """No file may start a program or reach a network."""
+    if event in FORBIDDEN:
+        raise SystemExit(f"a file ran {event} {args}")
+
+
+def main() -> None:
+    """`fuzz.py READER [libFuzzer's options and folders of inputs]`."""
+    read = READERS[sys.argv.pop(1)]
+    with tempfile.TemporaryDirectory() as folder:
+        sys.addaudithook(refuse_to_run)
+        atheris.instrument_func(Unpickler.load)
+
+        def read_in_time(content: bytes) -> None:
+            start = time.process_time()
+            read(content, Path(folder))
+            assert time.process_time() - start < CPU_SECONDS
+
+        atheris.Setup(sys.argv, read_in_time)
+        atheris.Fuzz()
+
+
+main()

@@ -1,0 +1,114 @@
+"""What the readers of files may do with any bytes: give a right answer, or refuse them by an error that names it.
+
+Each function here takes an input of the fuzzer and raises if its reader does anything else.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.checkpoints import read_checkpoint
+from svqvae_hf.image_processing_svqvae import load_image
+from svqvae_hf.token_sets import SETTINGS_FILE, TokenSettings, read_settings
+from svqvae_hf.tokens import is_token_file, load_tokens, save_tokens
+
+REFUSALS = (ValueError, OSError, TypeError)
+ZEROS = 32 * 32 * 3 * 3 * 4  # bytes of the storage that all tensors of a packed pickle share
+MAX_ZEROS = 1 << 22
+Result = TypeVar("Result")
+
+
+def read_any_checkpoint(content: bytes, folder: Path) -> None:
+    """The first byte tells what the rest is: `z` a pickled file, `p` its pickle, `s` safetensors, `h` its header."""
+    kind, content = content[:1], content[1:]
+    path = folder / ("fuzz.safetensors" if kind in b"sh" else "fuzz.pt")
+    path.write_bytes(pack(content) if kind == b"p" else with_data(content) if kind == b"h" else content)
+    checkpoint = answer_or_refusal(lambda: read_checkpoint(path), path)
+    if checkpoint is not None:
+        weights = checkpoint.model().state_dict()
+        assert all(weight.isfinite().all() for weight in weights.values())
+        assert SVQVAE(**checkpoint.config).state_dict().keys() == weights.keys()
+
+
+def read_any_tokens(content: bytes, folder: Path) -> None:
+    """The first byte tells what the rest is: `h` the header of a token file, which zeros follow, else a file."""
+    path = folder / "fuzz.safetensors"
+    path.write_bytes(with_data(content[1:]) if content[:1] == b"h" else content[1:])
+    says_tokens = is_token_file(path)
+    tokens = answer_or_refusal(lambda: load_tokens(path), path)
+    mapped = answer_or_refusal(lambda: load_tokens(path, mapped=True), path)
+    assert (tokens is None) == (mapped is None)
+    if tokens is not None and mapped is not None:
+        assert says_tokens
+        assert all(torch.equal(ids, mapped.ids[i].long()) for i, ids in enumerate(tokens.ids))
+        save_tokens(folder / "again.safetensors", tokens)
+        again = load_tokens(folder / "again.safetensors")
+        assert all(torch.equal(ids, other) for ids, other in zip(tokens.ids, again.ids, strict=True))
+        assert vars(tokens).keys() == vars(again).keys()
+        assert all(vars(tokens)[key] == vars(again)[key] for key in vars(tokens) if key != "ids")
+
+
+def read_any_image(content: bytes, folder: Path) -> None:
+    """All of the input is the file."""
+    path = folder / "fuzz.image"
+    path.write_bytes(content)
+    image = answer_or_refusal(lambda: load_image(path), path)
+    if image is not None:
+        assert image.mode == "RGB"
+        assert 0 < image.width * image.height
+        image.tobytes()
+
+
+def read_any_token_set(content: bytes, folder: Path) -> None:
+    """The first byte tells what the rest is: `j` the settings of a folder, else a Parquet file."""
+    path = folder if content[:1] == b"j" else folder / "fuzz.parquet"
+    (folder / SETTINGS_FILE if path == folder else path).write_bytes(content[1:])
+    settings = answer_or_refusal(lambda: read_settings(path), path)
+    if settings is not None:
+        assert isinstance(settings, TokenSettings)
+        (folder / SETTINGS_FILE).write_text(settings.to_json())
+        assert read_settings(folder) == settings
+
+
+def answer_or_refusal(read: Callable[[], Result], path: Path) -> Result | None:
+    """What `read` gives, or `None` where it refuses the file by an error that names it."""
+    try:
+        return read()
+    except REFUSALS as error:
+        message = str(error)
+    assert str(path) in message, ascii(message)
+    return None
+
+
+def pack(pickled: bytes) -> bytes:
+    """A PyTorch file of this pickle."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("data/0", bytes(ZEROS))):
+            archive.writestr(f"fuzz/{name}", content)
+    return packed.getvalue()
+
+
+def with_data(header: bytes) -> bytes:
+    """A safetensors file of this header, with zeros as data, as many as it asks for."""
+    try:
+        entries = json.loads(header)
+        size = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+        data = bytes(min(int(size), MAX_ZEROS))
+    except Exception:  # no header
+        data = b""
+    return len(header).to_bytes(8, "little") + header + data
+
+
+READERS = {
+    "checkpoint": read_any_checkpoint,
+    "tokens": read_any_tokens,
+    "image": read_any_image,
+    "token_set": read_any_token_set,
+}
