@@ -134,8 +134,9 @@ def test_a_compressed_checkpoint_does_not_unpack(tmp_path):
         content = {name: file.read(name) for name in file.namelist()}
     content = {name: bytes(1 << 24) if "/data/" in name else each for name, each in content.items()}
     archive(tmp_path / "bomb.pt", content, zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"bomb.pt` must be a whole PyTorch checkpoint .* compressed"):
+    with pytest.raises(ValueError, match=r"bomb.pt` must be a whole PyTorch checkpoint .* compressed") as error:
         read_checkpoint(tmp_path / "bomb.pt")
+    assert "the archive unpacks to 167" in str(error.value.__cause__)
 
 
 def test_records_that_share_their_bytes_do_not_unpack(tmp_path):
@@ -147,8 +148,9 @@ def test_records_that_share_their_bytes_do_not_unpack(tmp_path):
     (tmp_path / "a.pt").write_bytes(content[:start] + directory + last)
     with zipfile.ZipFile(tmp_path / "a.pt") as file:
         assert len(file.namelist()) == 101
-    with pytest.raises(ValueError, match=r"a.pt` must be a whole PyTorch checkpoint .* compressed"):
+    with pytest.raises(ValueError, match=r"a.pt` must be a whole PyTorch checkpoint .* compressed") as error:
         read_checkpoint(tmp_path / "a.pt")
+    assert "the archive unpacks to 1000" in str(error.value.__cause__)
 
 
 @pytest.mark.parametrize(
