@@ -8,7 +8,6 @@ import argparse
 import io
 import math
 import os
-import re
 import signal
 import sys
 import warnings
@@ -19,7 +18,6 @@ from typing import NoReturn, TypeAlias
 
 DTYPES = ("float32", "bfloat16", "float16")
 VIEWS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # of `svqvae_hf.token_sets`
-NO_MEMORY = "allocate|out of memory"  # what torch's errors say then
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        from svqvae_hf.codec import lacks_memory
+
+        if not lacks_memory(error):
             raise
         return _fail("there is not enough memory. Use smaller scales, smaller tiles or smaller images.")
     return 0

@@ -1,7 +1,8 @@
 """One image to the content of a token file and back."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
@@ -103,6 +104,35 @@ def check_model(model: SVQVAE, tokens: TokenOrigin) -> None:
             f"the ids must be of a codebook of {model.config['codebook_size']} codes, the model's, but are of one of "
             f"{tokens.codebook_size}."
         )
+
+
+def set_tiles(
+    model: SVQVAE,
+    tile_size: int | None,
+    overlap: int | None,
+    on_tile: Callable[[int, int], None] | None = None,
+) -> None:
+    """Switches tiling on if a size or an overlap is given, and off otherwise.
+
+    Args:
+        model ([`SVQVAE`]): The model.
+        tile_size (`int`, *optional*): As of [`SVQVAE.enable_tiling`], whose default stands in.
+        overlap (`int`, *optional*): Likewise.
+        on_tile (`Callable`, *optional*): Likewise.
+
+    Raises:
+        ValueError: If a value does not fit the model.
+    """
+    given = {key: value for key, value in (("tile_size", tile_size), ("overlap", overlap)) if value is not None}
+    if given:
+        model.enable_tiling(**given, on_tile=on_tile)
+    else:
+        model.disable_tiling()
+
+
+def lacks_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether an error says that there is not enough memory, as torch's do by their text alone."""
+    return isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)) is not None
 
 
 def check_memory(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, conversion
 from svqvae_hf.checkpoints import REPO_ID, hub_reason, read_checkpoint
-from svqvae_hf.codec import check_memory, check_model, decode_image, encode_image
+from svqvae_hf.codec import check_memory, check_model, decode_image, encode_image, set_tiles
 from svqvae_hf.files import check_new_folder, check_output, check_targets, find_files, save_png, scale_endings
 from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.results import Result, header, measure, side_by_side, table_row, token_count
@@ -396,11 +396,7 @@ def _set_tiles(
     """The tiles of the command line or, where it says nothing, of the token file."""
     tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
     overlap = tokens.overlap if args.overlap is None else args.overlap
-    chosen = {key: value for key, value in (("tile_size", tile_size), ("overlap", overlap)) if value is not None}
-    if chosen:
-        model.enable_tiling(**chosen, on_tile=on_tile)
-    else:
-        model.disable_tiling()
+    set_tiles(model, tile_size, overlap, on_tile)
 
 
 @contextmanager

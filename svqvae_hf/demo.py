@@ -2,7 +2,6 @@
 
 import functools
 import html
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from gradio.processing_utils import save_bytes_to_cache, save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from svqvae_hf.codec import check_memory, check_model, encode_image
+from svqvae_hf.codec import check_memory, check_model, encode_image, lacks_memory, set_tiles
 from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens import ImageTokens, load_tokens, save_tokens
@@ -32,7 +31,7 @@ SCALES = (0.25, 0.5, 1.0, 2.0)
 FIRST_SCALES = [0.25, 0.5, 1.0]
 TILE_SIZES = [("none", 0), ("128", 128), ("256", 256), ("512", 512), ("1024", 1024)]
 OVERLAPS = [0, 16, 32, 64]
-NO_MEMORY = "allocate|out of memory"  # what torch's errors say then
+PROGRESS = gr.Progress()  # as a default, it asks Gradio for the progress of a call
 
 # Of the fonts that Gradio brings; its file of the weight that its theme takes for bold, 600, lacks most letters.
 FONTS = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
@@ -51,7 +50,7 @@ def _answering(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         except (ValueError, OSError) as error:
             return _refusal(str(error).replace(path, Path(path).name) if path else str(error))
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            if not lacks_memory(error):
                 raise
             return _refusal("there is not enough memory. Use smaller scales, smaller tiles or a smaller image.")
 
@@ -76,7 +75,7 @@ class Page:
         tile_size: int,
         overlap: int,
         source: str,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
+        progress: gr.Progress = PROGRESS,
     ) -> list[Any]:
         """Encodes a photograph and shows what its ids decode to beside it."""
         if photograph is None:
@@ -86,7 +85,7 @@ class Page:
         original = load_image(photograph)
         _check_size(original.width, original.height, scales)
         model = self.load(source.strip())
-        _set_tiles(model, tile_size, overlap, progress)
+        set_tiles(model, tile_size or None, overlap if tile_size else None, _counting_tiles(progress))
         check_memory(model, original.height, original.width, scales)
         progress(0, desc="encoding")
         start = time.perf_counter()
@@ -97,7 +96,7 @@ class Page:
         return _results(Path(photograph).name, facts, tokens, shown, original)
 
     @_answering
-    def decode(self, token_file: str, source: str, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+    def decode(self, token_file: str, source: str, progress: gr.Progress = PROGRESS) -> list[Any]:
         """Shows what the ids of a token file decode to."""
         tokens = load_tokens(token_file)
         if len(tokens.scales) > MAX_SCALES:
@@ -105,7 +104,7 @@ class Page:
         _check_size(tokens.width, tokens.height, tokens.scales)
         model = self.load(source.strip())
         check_model(model, tokens)
-        _set_tiles(model, tokens.tile_size or 0, tokens.overlap or 0, progress)
+        set_tiles(model, tokens.tile_size, tokens.overlap, _counting_tiles(progress))
         check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
         shown = _show(model, tokens, None, progress)
         facts = f"{tokens.width} × {tokens.height} pixels, decoded from ids alone"
@@ -274,11 +273,8 @@ def _figures(figures: dict[str, str]) -> str:
     return f"<dl class='figures'>{''.join(cells)}</dl>"
 
 
-def _set_tiles(model: SVQVAE, tile_size: int, overlap: int, progress: gr.Progress) -> None:
-    if not tile_size:
-        model.disable_tiling()
-        return
-    model.enable_tiling(tile_size, overlap, lambda *done_and_total: progress(done_and_total, "tiles", unit="tiles"))
+def _counting_tiles(progress: gr.Progress) -> Callable[[int, int], None]:
+    return lambda *done_and_total: progress(done_and_total, "tiles", unit="tiles")
 
 
 def _check_size(width: int, height: int, scales: Sequence[float]) -> None:

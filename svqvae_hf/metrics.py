@@ -11,6 +11,7 @@ from torchmetrics.functional.image import (
 )
 
 SSIM_SIDE = 11  # pixels of the shorter side that SSIM needs: its window
+SSIM_BAND = 256  # rows of places measured at once, for the memory that they take
 MS_SSIM_SIDE = 176  # likewise, for five scales, as torchmetrics counts
 SEARCH_SCORES = 1 << 22  # cosines held at once: 16 MiB in float32
 
@@ -44,11 +45,22 @@ def ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) 
 
     Source: Wang et al., Image quality assessment, 2004, with its constants 0.01 and 0.03.
     """
-    values = structural_similarity_index_measure(
-        sample.float(), target.float(), sigma=1.5, data_range=data_range, reduction="none", return_full_image=True
-    )[1]
     border = SSIM_SIDE // 2
-    return values[..., border : values.shape[-2] - border, border : values.shape[-1] - border].mean((1, 2, 3))
+    places = sample.shape[-2] - 2 * border
+    total = torch.zeros(len(sample), device=sample.device)
+    for top in range(0, places, SSIM_BAND):
+        rows = slice(top, min(top + SSIM_BAND, places) + 2 * border)
+        values = structural_similarity_index_measure(
+            sample[..., rows, :].float(),
+            target[..., rows, :].float(),
+            sigma=1.5,
+            data_range=data_range,
+            reduction="none",
+            return_full_image=True,
+        )[1]
+        inside = values[..., border : values.shape[-2] - border, border : values.shape[-1] - border]
+        total += inside.mean((1, 2, 3)) * inside.shape[-2]
+    return total / places
 
 
 def ms_ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) -> torch.Tensor:

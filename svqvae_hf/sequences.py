@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from transformers import LogitsProcessor
 
+from svqvae_hf.tokens import grid_shape
+
 
 @dataclass(frozen=True)
 class SequenceLayout:
@@ -53,9 +55,7 @@ class SequenceLayout:
     @cached_property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns of the ids of each scale."""
-        sides = [math.ceil(side / self.f) for side in (self.height, self.width)]
-        rows, columns = ([max(1, round(scale * side)) for scale in self.scales] for side in sides)
-        return tuple(zip(rows, columns, strict=True))
+        return tuple(grid_shape(self.height, self.width, self.f, scale) for scale in self.scales)
 
     @cached_property
     def spans(self) -> tuple[slice, ...]:

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from svqvae_hf.checkpoints import hub_reason
-from svqvae_hf.codec import check_memory, check_model, decode_image
+from svqvae_hf.codec import check_memory, check_model, decode_image, set_tiles
 from svqvae_hf.files import save_png, scale_endings
 from svqvae_hf.image_sets import is_hub_set
 from svqvae_hf.modeling_svqvae import SVQVAE
@@ -198,10 +198,7 @@ def detokenize_set(
     settings = read_settings(data)
     check_model(model, settings)
     endings = scale_endings(settings.scales)
-    if settings.tile_size is not None and settings.overlap is not None:
-        model.enable_tiling(settings.tile_size, settings.overlap)
-    else:
-        model.disable_tiling()
+    set_tiles(model, settings.tile_size, settings.overlap)
     rows = datasets.load_dataset(os.fspath(data), split="train", streaming=True)
     for index, row in enumerate(tqdm(itertools.islice(rows, max_images), unit="image", disable=None)):
         tokens = row_tokens(row, settings)

@@ -20,7 +20,6 @@ from svqvae_hf.results import measure, resized_original
 from svqvae_hf.tokens import ImageTokens
 
 CODES_AT_ONCE = 256  # that are drawn by one pass of the decoder
-SSIM_BAND = 256  # rows of places that are measured at once
 SHEET_CODES = 64  # in a row of the sheet of drawn codes
 
 
@@ -93,18 +92,11 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
 
 
 def _ssim(original: Image.Image, image: Image.Image, scale: float) -> str:
-    """Mean over the places of SSIM's window, band by band, for its memory."""
-    places = image.height - SSIM_SIDE + 1
     if min(image.size) < SSIM_SIDE:
         return f"needs {SSIM_SIDE} pixels"
     pair = [image, resized_original(original, image.size, scale)]
     sample, target = (torch.from_numpy(np.array(each)).movedim(-1, 0)[None] for each in pair)
-    total = 0.0
-    for top in range(0, places, SSIM_BAND):
-        rows = slice(top, min(top + SSIM_BAND, places) + SSIM_SIDE - 1)
-        band = ssim(sample[:, :, rows], target[:, :, rows]).item()
-        total += band * (rows.stop - rows.start - SSIM_SIDE + 1)
-    return f"{total / places:.3f}"
+    return f"{ssim(sample, target).item():.3f}"
 
 
 def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:

@@ -1,10 +1,15 @@
+import logging
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
+import diffusers
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from svqvae_hf import SVQVAE
@@ -37,6 +42,29 @@ def tiny_model() -> SVQVAE:
 def small_sample(monkeypatch):
     """What tiles share comes from two windows, so that small images are cut into tiles, too."""
     monkeypatch.setattr("svqvae_hf.modeling_svqvae.SAMPLE_WINDOWS", 2)
+
+
+@pytest.fixture
+def process():
+    """What a command sets for its process is set back."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
+    handler, levels = signal.getsignal(signal.SIGTERM), [logger.level for logger in loggers]
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    for bars in (diffusers.utils.logging, transformers.utils.logging):
+        bars.enable_progress_bar()
+
+
+@pytest.fixture
+def one_accelerator():
+    """Each run sets up accelerate anew, and leaves the log as it was."""
+    handlers = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 @pytest.fixture

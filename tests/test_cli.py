@@ -1,5 +1,4 @@
 import io
-import logging
 import os
 import pickle
 import re
@@ -24,7 +23,7 @@ from svqvae_hf import SVQVAE, __version__, commands
 from svqvae_hf.codec import encode_image
 from svqvae_hf.tokens import load_tokens, save_tokens
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("small_sample", "process")
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
 COMMANDS = (
     "reconstruct",
@@ -39,17 +38,6 @@ COMMANDS = (
     "info",
     "demo",
 )
-
-
-@pytest.fixture(autouse=True)
-def process():
-    """What a command sets for its process is set back."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
-    handler, levels = signal.getsignal(signal.SIGTERM), [logger.level for logger in loggers]
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")

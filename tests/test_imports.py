@@ -34,7 +34,7 @@ LAYERS = {
             "tokens",
         ),
     },
-    "sequences": set(),
+    "sequences": {"tokens"},
     "pipeline_autoregressive": {"image_processing_svqvae", "modeling_svqvae", "sequences"},
     "metrics": set(),
     "views": {"codec", "image_processing_svqvae", "metrics", "modeling_svqvae", "results", "tokens"},

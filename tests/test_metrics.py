@@ -32,6 +32,14 @@ def test_psnr_and_ssim_are_those_of_scikit_image(photo, width, height, blur):
     assert metrics.psnr(*pair).item() == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("band", [1, 7, 31])
+def test_ssim_is_the_same_by_bands(photo, band, monkeypatch):
+    pair = [torch.cat([to_tensor(photo.crop((x, 0, x + 40, 50))) for x in places]) for places in ((0, 60), (5, 90))]
+    whole = metrics.ssim(*pair)
+    monkeypatch.setattr(metrics, "SSIM_BAND", band)
+    torch.testing.assert_close(metrics.ssim(*pair), whole)
+
+
 def test_each_image_of_a_batch_has_its_own_value(photo):
     image = to_tensor(photo.crop((0, 0, 200, 180)))
     darker = torch.cat([image // 2, image // 3])

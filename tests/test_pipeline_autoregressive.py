@@ -1,16 +1,12 @@
 """The autoregressive pipeline with small random language models of several families."""
 
-import logging
 import pickle
 import re
 import shutil
-import signal
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
 from hub_server import run_python, serve_hub
@@ -397,19 +393,6 @@ def test_sizes_are_those_of_the_model_unless_given():
 
 
 # svqvae generate
-
-
-@pytest.fixture
-def process():
-    """What the command sets for its process is set back."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
-    handler, levels = signal.getsignal(signal.SIGTERM), [logger.level for logger in loggers]
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-    for bars in (diffusers.utils.logging, transformers.utils.logging):
-        bars.enable_progress_bar()
 
 
 @pytest.mark.usefixtures("process")

@@ -20,7 +20,7 @@ import yaml
 from conftest import ROOT, make_tiny
 from hub_server import serve_hub
 from safetensors.torch import load_file
-from training_runs import _one_accelerator, cpu, logged  # noqa: F401
+from training_runs import cpu, logged
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -89,7 +89,7 @@ def lpips_weights(tmp_path):
     return str(path)
 
 
-pytestmark = pytest.mark.usefixtures("_one_accelerator")
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 run = partial(training_runs.run, Trainer, TrainConfig)
 
 

@@ -17,7 +17,7 @@ from hub_server import run_python, serve_hub
 from huggingface_hub import HfApi
 from PIL import Image
 from test_pipelines import amused_parts
-from training_runs import _one_accelerator, check_resumption, cpu, logged, run  # noqa: F401
+from training_runs import cpu, logged, run, train_at_once_and_resumed
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -43,7 +43,7 @@ TINY_RUN = {
 }
 
 pytestmark = [
-    pytest.mark.usefixtures("_one_accelerator"),
+    pytest.mark.usefixtures("one_accelerator"),
 ]
 diffuse = partial(run, DiffusionTrainer, DiffusionConfig)
 fill_masks = partial(run, MaskedTrainer, MaskedConfig)
@@ -131,7 +131,8 @@ def test_resumed_run_equals_an_unbroken_one(request, kind):
     options = request.getfixturevalue({"unet": "options", "dit": "dit_options", "masked": "masked_options"}[kind])
     part = "unet" if kind == "unet" else "transformer"
     train = fill_masks if kind == "masked" else diffuse
-    check_resumption(train, f"{part}/diffusion_pytorch_model.safetensors", options)
+    whole, resumed = train_at_once_and_resumed(train, f"{part}/diffusion_pytorch_model.safetensors", options)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
 def test_bf16_run_with_everything_on_learns_and_shows_samples(dit_options, caplog):
