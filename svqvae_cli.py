@@ -385,7 +385,7 @@ def _add_demo(commands: Commands) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at (default: 127.0.0.1)"
     )
-    command.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860)")
+    command.add_argument("--port", type=_port, help="port to listen at (default: the first free one from 7860)")
 
 
 def _add_command(commands: Commands, run: str, summary: str, details: str, example: str) -> _Parser:
@@ -511,6 +511,12 @@ def _scale(text: str) -> float:
     if not 0 < scale < math.inf:
         raise argparse.ArgumentTypeError(f"a scale must be a finite number more than 0, but is {text!r}")
     return scale
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"a port must be a whole number from 1 to 65535, but is {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,12 @@ def _open_set(
 ) -> tuple[datasets.IterableDataset, list[Any]]:
     """A split of a set as a stream, its images not decoded, and what says where its files come from."""
     if split is None:
-        names = datasets.get_dataset_split_names(name, config)
+        try:
+            names = datasets.get_dataset_split_names(name, config)
+        except datasets.data_files.EmptyDatasetError as error:
+            raise FileNotFoundError(
+                f"a set must hold images, but `{name}` holds none. Give a folder of images, or the name of a set."
+            ) from error
         if len(names) > 1:
             raise ValueError(f"the set `{name}` has the splits {', '.join(names)}. Choose one by --split.")
         split = names[0]

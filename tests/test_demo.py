@@ -12,6 +12,7 @@ from huggingface_hub import metadata_load
 from packaging.requirements import Requirement
 from PIL import Image
 
+import svqvae_cli
 from svqvae_hf import demo
 from svqvae_hf.codec import decode_image, encode_image
 from svqvae_hf.demo import EXAMPLE, MAX_SCALES, Page, serving
@@ -231,3 +232,10 @@ def test_the_space_is_whole():
     assert 'main(["demo"' in (ROOT / "demo" / metadata["app_file"]).read_text()
     (needed,) = map(Requirement, (ROOT / "demo" / "requirements.txt").read_text().split())
     assert (needed.name, needed.extras) == ("svqvae-hf", {"demo"})
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "many", "\u0663"])
+def test_a_port_that_is_none_is_one_line(port, capsys):
+    assert svqvae_cli.main(["demo", "--port", port]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a port must be a whole number from 1 to 65535" in line

@@ -109,3 +109,8 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     ]
     Image.new("RGB", (1, 1)).save(tmp_path / "set", "png")
     assert not image_sets.is_hub_set("set")
+
+
+def test_a_folder_with_nothing_in_it_is_no_set(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must hold images, but .* holds none. Give a folder of images"):
+        image_sets.open_images([str(tmp_path)])
