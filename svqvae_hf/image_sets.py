@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import fsspec
@@ -19,6 +19,7 @@ from svqvae_hf.files import find_files
 from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image, to_rgb
 
 ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
+Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images, for `datasets`
 NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # where a set on the Hub is, and that it is an archive
@@ -131,6 +132,13 @@ def open_rows(
     )
 
 
+def undecoded(rows: Rows, image_column: str) -> Rows:
+    """The set with its images as they are stored, for [`read_image`]: a broken one is then found where it is read."""
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows.decode(False)  # else folders on the Hub are decoded ahead, and a broken image ends the stream
+    return rows.cast_column(image_column, datasets.Image(decode=False))
+
+
 def read_image(source: ImageSource) -> Image.Image:
     """Reads an image as 8-bit RGB.
 
@@ -200,9 +208,8 @@ def _open_set(
         raise ValueError(
             f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, but is `{image_column}`."
         )
-    rows = rows.decode(False)  # else image folders on the Hub are decoded ahead, and a broken image ends the stream
     files = builder.config.data_files[split]
-    return rows.cast_column(image_column, datasets.Image(decode=False)), [split, list(files), files.origin_metadata]
+    return undecoded(rows, image_column), [split, list(files), files.origin_metadata]
 
 
 def _file_rows(paths: Sequence[Path]) -> ImageRows:

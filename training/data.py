@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, SVQVAEImageProcessor
-from svqvae_hf.image_sets import read_image
+from svqvae_hf.image_sets import read_image, undecoded
 
 FORMATS = ("webdataset", "parquet")  # names of loaders, not of image sets: they need files
 CENTRE = (0.5, 0.5)
@@ -136,7 +136,7 @@ def load_images(
     if label_column is not None and label_column not in images.column_names:
         raise ValueError(f"`--label_column` must be one of {images.column_names}, but is {label_column!r}.")
     columns = [image_column] if label_column is None else [image_column, label_column]
-    return images.select_columns(columns).cast_column(image_column, datasets.Image(decode=False))
+    return undecoded(images.select_columns(columns), image_column)
 
 
 def _load_folder(folder: str) -> datasets.Dataset:
