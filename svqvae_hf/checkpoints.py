@@ -4,9 +4,6 @@ import argparse
 import hashlib
 import pickle
 import re
-import threading
-import warnings
-import zipfile
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,12 +25,11 @@ from safetensors.torch import load_file
 
 from svqvae_hf.families import FAMILIES, Family, count_numbers
 from svqvae_hf.modeling_svqvae import MAX_BLOCKS, MAX_LEVELS, SVQVAE
+from svqvae_hf.pickles import load_pickle
 
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORM_NUM_GROUPS = 32  # in all families
-READING = threading.Lock()  # what torch lets through, and warnings, are settings of the whole process
-ARCHIVE_START = b"PK\3\4"  # PyTorch's files but the oldest are zip archives
 
 # Config values that are sizes of weights, with their axes.
 CONFIG_AXES = {
@@ -208,10 +204,7 @@ def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
                 "again."
             ) from error
     try:
-        _check_archive(path)
-        with READING, torch.serialization.safe_globals(list(SAFE_GLOBALS)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they announce makes the read fail
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_pickle(path, SAFE_GLOBALS)
     except OSError:
         raise
     except Exception as error:  # a broken pickle makes the reader raise almost anything
@@ -228,17 +221,6 @@ def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
             "or ask for a safetensors file."
         ) from error
     return content if isinstance(content, dict) else {}
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses an archive that would take more memory than the file has bytes: PyTorch compresses nothing."""
-    with path.open("rb") as file:
-        if file.read(len(ARCHIVE_START)) != ARCHIVE_START:
-            return
-        with zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > path.stat().st_size:
-        raise pickle.UnpicklingError(f"the archive unpacks to {unpacked} bytes")
 
 
 def _find_family(content: Mapping[str | None, Any], source: str | Path) -> Family:

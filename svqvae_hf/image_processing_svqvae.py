@@ -37,7 +37,8 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
     Args:
         file (`str`, `os.PathLike` or binary file object): Path of a file, or an open one (`io.BytesIO(encoded)` for
             bytes in memory), in one of the formats of `IMAGE_FORMATS`, which its content tells, not its name. Pillow's
-            other formats are refused: some of them start another program.
+            other formats are refused: some of them start another program. So is a BMP of run lengths: a few bytes of
+            one can take any time and memory.
 
     Returns:
         `PIL.Image.Image`: The image as [`to_rgb`] gives it.
@@ -58,12 +59,15 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the limit
         try:
             with Image.open(file, formats=tuple(IMAGE_FORMATS)) as image:
+                if any(tile.codec_name == "bmp_rle" for tile in image.tile):  # decoded in Python, without any limit
+                    raise UnidentifiedImageError
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
         except UnidentifiedImageError as error:
             size = file.seek(0, os.SEEK_END)
             raise ValueError(
-                f"{name} must be an image, but its {size} bytes are of none of the formats {', '.join(IMAGE_FORMATS)}."
+                f"{name} must be an image, but its {size} bytes are of none of the formats {', '.join(IMAGE_FORMATS)} "
+                "(BMP without run lengths)."
             ) from error
         except Image.DecompressionBombError as error:
             raise ValueError(

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchvision.models import get_weight
 
+from svqvae_hf.pickles import load_pickle
+
 
 class Backbone(NamedTuple):
     """A network of LPIPS: the name of torchvision's weights, and the smallest image side it takes, in pixels."""
@@ -152,7 +154,7 @@ def _read(path: Path, what: str) -> Mapping[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = load_pickle(path)
         if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()):
             raise TypeError("not names and tensors alone")
     except OSError:

@@ -232,6 +232,10 @@ def test_first_frame_of_an_animation(tmp_path):
 
 # Errors
 
+# A whole bitmap, 4 x 1, of one run and the end. Pillow decodes these in Python, and has no limit for them.
+RUN_LENGTHS = struct.pack("<2s3I", b"BM", 62, 0, 58) + struct.pack("<3I2H6I4x", 40, 4, 1, 1, 8, 1, 4, 0, 0, 1, 0)
+RUN_LENGTHS += b"\4\0\0\1"
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -239,6 +243,7 @@ def test_first_frame_of_an_animation(tmp_path):
         (b"", "must be an image, but its 0 bytes are of none of the formats BMP, GIF"),
         (b"Dear diary, ...", "must be an image, but its 15 bytes are of none of the formats BMP, GIF"),
         (b"\x89PNG\r\n\x1a\n", "cannot be read as an image|must be an image"),
+        (RUN_LENGTHS, r"must be an image, but its 62 bytes are of none of the formats .* \(BMP without run lengths\)"),
     ],
 )
 def test_files_that_are_no_images_are_named(tmp_path, content, message):
