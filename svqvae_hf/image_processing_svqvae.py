@@ -2,7 +2,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
@@ -107,24 +107,30 @@ def _convert(image: Image.Image) -> Image.Image:
     if is_wide:
         _check_grey(image)
     result = Image.new("RGB", image.size)
-    for top, left in itertools.product(range(0, image.height, BLOCK), range(0, image.width, BLOCK)):
-        block = image.crop((left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)))
+    for place, block in _blocks(image):
         if is_wide:
             block = _grey_to_8_bit(block)
         elif block.has_transparency_data:
             white = Image.new("RGBA", block.size, "white")
             block = Image.alpha_composite(white, block.convert("RGBA"))
-        result.paste(block.convert("RGB"), (left, top))
+        result.paste(block.convert("RGB"), place)
     return result
 
 
+def _blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
+    """Left and top of each block, and the block."""
+    for top, left in itertools.product(range(0, image.height, BLOCK), range(0, image.width, BLOCK)):
+        yield (left, top), image.crop((left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)))
+
+
 def _check_grey(image: Image.Image) -> None:
-    values = np.asarray(image)
-    top = _grey_top(image)
-    if not (values.min() >= 0 and values.max() <= top):
+    values = (np.asarray(block) for _, block in _blocks(image))
+    ends = np.array([(block.min(), block.max()) for block in values])
+    low, high, top = ends[:, 0].min(), ends[:, 1].max(), _grey_top(image)  # a NaN is both
+    if not (low >= 0 and high <= top):
         raise ValueError(
-            f"an image of mode {image.mode!r} must have values in [0, {top}], but has [{values.min()}, "
-            f"{values.max()}]. Scale them to the whole of that range."
+            f"an image of mode {image.mode!r} must have values in [0, {top}], but has [{low}, {high}]. Scale them to "
+            "the whole of that range."
         )
 
 
