@@ -12,7 +12,7 @@ from svqvae_hf.contact_sheet import Panel, contact_sheet
 from svqvae_hf.image_processing_svqvae import load_image
 from svqvae_hf.metrics import psnr
 from svqvae_hf.modeling_svqvae import gather_context
-from svqvae_hf.tiling import map_tiles, tile_axis
+from svqvae_hf.tiling import Core, map_tiles, tile_axis, trim, zoom
 from svqvae_hf.views import draw_codes
 
 IMAGES = Path(__file__).parent / "images"
@@ -123,8 +123,12 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
     padded = torch.nn.functional.pad(
         sample, (0, width - sample.shape[-1], 0, height - sample.shape[-2]), mode="replicate"
     )
+
+    def decode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
+        return trim(model.decode_window(window), zoom(core, model.f), margin=0)[0]
+
     latents = map_tiles(model.encode_window, padded, TILE, HALO, source_cell=model.f)
-    decoded = map_tiles(model.decode_window, model.quantize(latents)[0], TILE, HALO, result_cell=model.f)
+    decoded = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, result_cell=model.f)
     apart = model.fit(decoded, sample.shape[-2:], scale=1)
     shown = _pixels(whole[0]).resize((photo.width * 2 // 3, photo.height * 2 // 3), Image.Resampling.LANCZOS)
     panels = [Panel(shown, "decoded as a whole", _decibels(whole, sample))]

@@ -23,7 +23,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import HfApi
 from torch import distributed, nn
 
-from svqvae_hf.tiling import Read, map_tiles, sample_windows
+from svqvae_hf.tiling import Core, Read, map_tiles, sample_windows, trim, zoom
 
 NORM_EPS = 1e-6
 SAMPLE_WINDOWS = 64  # of an image at most, which give what its tiles share
@@ -383,6 +383,11 @@ class Decoder(nn.Module):
         super().__init__()
         channels = [base_channels * mult for mult in reversed(ch_mult)]
         last = len(channels) - 1
+        # Positions around a core that each level reads, at its own resolution: the last ones less than a tile's halo.
+        reach = 2 * (num_res_blocks + 1)
+        self.margins = [reach + 1]
+        for _ in range(last):
+            self.margins.insert(0, reach + 1 + self.margins[0] // 2)
         self.conv_in = nn.Conv2d(z_channels, channels[0], 3, padding=1)
         self.mid = middle_blocks(channels[0], num_groups, dropout)
         self.conv_blocks = nn.ModuleList(
@@ -400,12 +405,20 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = nn.Conv2d(channels[last], out_channels, 3, padding=1)
 
-    def forward(self, hidden: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
-        """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`."""
+    def forward(
+        self, hidden: torch.Tensor, context: TileContext | None = None, core: Core | None = None
+    ) -> torch.Tensor:
+        """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`, or to that of a core of it."""
         hidden = self.conv_in(fast_layout(hidden))
-        for block in (*self.mid, *self.conv_blocks):
+        for block in self.mid:
             hidden = block(hidden, context)
-        return self.conv_out(silu(self.norm_out(hidden, context)))
+        for level, margin in zip(self.conv_blocks, self.margins, strict=True):
+            if core is not None:
+                hidden, core = trim(hidden, core, margin)
+                hidden, core = fast_layout(hidden), core if level.upsample is None else zoom(core, 2)
+            hidden = level(hidden, context)
+        sample = self.conv_out(silu(self.norm_out(hidden, context)))
+        return sample if core is None else trim(sample, core, 0)[0]
 
 
 class Codebook(nn.Module):
@@ -965,30 +978,38 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoded = decoded[..., :height, :width]
         return decoded if self.training else self._clamp(decoded)
 
-    def encode_window(self, window: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
+    def encode_window(
+        self, window: torch.Tensor, context: TileContext | None = None, core: Core | None = None
+    ) -> torch.Tensor:
         """Latents of a window of an image, for those who do the tiling.
 
         Args:
             window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
             context ([`TileContext`], *optional*): That of the image.
+            core (`tuple[slice, slice]`, *optional*): Rows and columns of the window to give, in latents.
 
         Returns:
             `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)`, before quantisation.
         """
         window = map_range(window, self.config["pixel_range"], self.config["network_range"])
-        return self.quant_conv(self.encoder(window, context)).contiguous()
+        latents = self.quant_conv(self.encoder(window, context))
+        return (latents if core is None else trim(latents, core, 0)[0]).contiguous()
 
-    def decode_window(self, window: torch.Tensor, context: TileContext | None = None) -> torch.Tensor:
+    def decode_window(
+        self, window: torch.Tensor, context: TileContext | None = None, core: Core | None = None
+    ) -> torch.Tensor:
         """Pixels of a window of quantised latents, for those who do the tiling.
 
         Args:
             window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
             context ([`TileContext`], *optional*): That of the image.
+            core (`tuple[slice, slice]`, *optional*): Rows and columns of the window to give, in latents. What they do
+                not depend on is left out; without `context`, of what the norms see as well.
 
         Returns:
             `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` in `pixel_range`, not clamped.
         """
-        decoded = self.decoder(self.post_quant_conv(window), context).contiguous()
+        decoded = self.decoder(self.post_quant_conv(window), context, core).contiguous()
         return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 
 Read = Callable[[slice, slice], torch.Tensor]
+Core = tuple[slice, slice]  # rows and columns of a window, in its cells
 
 
 class Tile(NamedTuple):
     """One tile along one axis, in cells.
 
-    The function reads `start:stop`, the core with its halo; of the result only `core_start:core_stop` is kept.
+    The function reads `start:stop`, the core with its halo, and gives `core_start:core_stop`.
     """
 
     start: int
@@ -99,7 +100,7 @@ def _spread(length: int, side: int, count: int) -> list[int]:
 
 
 def map_tiles(
-    function: Callable[[torch.Tensor], torch.Tensor],
+    function: Callable[..., torch.Tensor],
     source: torch.Tensor,
     tile: int,
     overlap: int,
@@ -112,8 +113,9 @@ def map_tiles(
     Memory beyond the source and the result is that of one tile.
 
     Args:
-        function (`Callable`): Takes a window `(batch, channels, h, w)` of the source and gives `(batch, channels, h',
-            w')`, where `h' = h / source_cell * result_cell`, and the same for `w'`.
+        function (`Callable`): Takes a window `(batch, channels, h, w)` of the source and its `core`, rows and columns
+            of the window in cells; gives the result there, `(batch, channels, rows * result_cell, columns *
+            result_cell)`.
         source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `source_cell`.
         tile (`int`): Largest window, in cells.
         overlap (`int`): Halo on each side, in cells.
@@ -136,7 +138,7 @@ def map_tiles(
 
 
 def map_tile(
-    function: Callable[[torch.Tensor], torch.Tensor],
+    function: Callable[..., torch.Tensor],
     read: Read,
     y: Tile,
     x: Tile,
@@ -156,10 +158,26 @@ def map_tile(
     Returns:
         `torch.Tensor`: The core of the result.
     """
-    result = function(read(_span(y.start, y.stop, source_cell), _span(x.start, x.stop, source_cell)))
-    core_y = _span(y.core_start - y.start, y.core_stop - y.start, result_cell)
-    core_x = _span(x.core_start - x.start, x.core_stop - x.start, result_cell)
-    return result[..., core_y, core_x]
+    core = slice(y.core_start - y.start, y.core_stop - y.start), slice(x.core_start - x.start, x.core_stop - x.start)
+    return function(read(_span(y.start, y.stop, source_cell), _span(x.start, x.stop, source_cell)), core=core)
+
+
+def trim(window: torch.Tensor, core: Core, margin: int) -> tuple[torch.Tensor, Core]:
+    """Cuts off what is more than `margin` cells from the core of a window; gives what is left, and its core."""
+    kept = [
+        slice(max(0, span.start - margin), min(side, span.stop + margin))
+        for side, span in zip(window.shape[-2:], core, strict=True)
+    ]
+    rows, columns = (
+        slice(span.start - around.start, span.stop - around.start) for span, around in zip(core, kept, strict=True)
+    )
+    return window[..., kept[0], kept[1]], (rows, columns)
+
+
+def zoom(core: Core, cell: int) -> Core:
+    """The same core where a cell has become `cell` ones along each side."""
+    rows, columns = (_span(span.start, span.stop, cell) for span in core)
+    return rows, columns
 
 
 def _span(start: int, stop: int, cell: int) -> slice:

@@ -19,6 +19,7 @@ from svqvae_hf.modeling_svqvae import (
     RepeatConv2d,
     TileContext,
     VectorQuantizer,
+    gather_context,
     resize_latents,
 )
 from svqvae_hf.tiling import WindowSample
@@ -321,6 +322,17 @@ def test_content_keeps_its_place_at_every_scale(tiny_model, scale, monkeypatch):
 @pytest.fixture
 def full_sample(small_sample, monkeypatch):
     monkeypatch.setattr("svqvae_hf.modeling_svqvae.SAMPLE_WINDOWS", SAMPLE_WINDOWS)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("core", [((13, 14), (20, 27)), ((0, 9), (30, 40)), ((0, 40), (0, 40))])
+def test_core_of_a_decoded_window_does_not_depend_on_what_is_left_out(tiny_model, core):
+    codes = tiny_model.quantize(torch.randn(1, 8, 40, 40))[0]
+    context = gather_context(tiny_model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, source_cell=1)
+    whole = tiny_model.decode_window(codes, context)
+    decoded = tiny_model.decode_window(codes, context, tuple(slice(*span) for span in core))
+    rows, columns = (slice(4 * start, 4 * stop) for start, stop in core)
+    torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("no_grad", "full_sample")

@@ -1,9 +1,14 @@
 import pytest
 import torch
 
-from svqvae_hf.tiling import map_tiles, sample_windows, tile_axis
+from svqvae_hf.tiling import map_tiles, sample_windows, tile_axis, trim, zoom
 
 GEOMETRIES = [(8, 0), (8, 2), (9, 4), (5, 1), (3, 1), (1, 0)]
+
+
+def kept(function=lambda window: window, cell=1):
+    """A function of a window whose result is cut to the core, a cell of which is `cell` of it along each side."""
+    return lambda window, core: trim(function(window), zoom(core, cell), margin=0)[0]
 
 
 @pytest.mark.parametrize(("tile", "overlap"), GEOMETRIES)
@@ -29,7 +34,7 @@ def test_axis_little_longer_than_a_tile_costs_little():
 @pytest.mark.parametrize("size", [(1, 1), (1, 20), (8, 8), (9, 7), (17, 24)])
 def test_tiled_identity_is_the_identity(size, tile, overlap):
     image = torch.rand(2, 3, *size)
-    assert torch.equal(map_tiles(lambda window: window, image, tile, overlap), image)
+    assert torch.equal(map_tiles(kept(), image, tile, overlap), image)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 11), (10, 10)])
@@ -39,9 +44,9 @@ def test_cells_of_source_and_result_may_differ(size):
     def up(window):
         return window.repeat_interleave(4, -1).repeat_interleave(4, -2)
 
-    enlarged = map_tiles(up, image, 4, 1, result_cell=4)
+    enlarged = map_tiles(kept(up, 4), image, 4, 1, result_cell=4)
     assert torch.equal(enlarged, up(image))
-    assert torch.equal(map_tiles(lambda window: window[..., ::4, ::4], enlarged, 4, 1, source_cell=4), image)
+    assert torch.equal(map_tiles(kept(lambda window: window[..., ::4, ::4]), enlarged, 4, 1, source_cell=4), image)
 
 
 def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
@@ -50,19 +55,28 @@ def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
     def smooth(window):
         return torch.nn.functional.conv2d(window, kernel, padding=2)
 
-    torch.testing.assert_close(map_tiles(smooth, image, 9, 2), smooth(image))
-    assert not torch.allclose(map_tiles(smooth, image, 9, 1), smooth(image))
+    torch.testing.assert_close(map_tiles(kept(smooth), image, 9, 2), smooth(image))
+    assert not torch.allclose(map_tiles(kept(smooth), image, 9, 1), smooth(image))
+
+
+def test_trimming_keeps_the_core_with_its_margin():
+    window = torch.rand(2, 3, 12, 20)
+    core = slice(2, 7), slice(5, 20)
+    trimmed, within = trim(window, core, margin=3)
+    assert torch.equal(trimmed, window[..., :10, 2:])
+    assert within == (slice(2, 7), slice(3, 18))
+    assert torch.equal(trimmed[..., *within], window[..., *core])
 
 
 def test_gradient_passes_through_tiles():
     image = torch.rand(1, 1, 9, 9, requires_grad=True)
-    map_tiles(lambda window: window * 2, image, 4, 1).sum().backward()
+    map_tiles(kept(lambda window: window * 2), image, 4, 1).sum().backward()
     assert torch.equal(image.grad, torch.full_like(image, 2))
 
 
 def test_progress_counts_every_tile():
     seen = []
-    map_tiles(lambda window: window, torch.rand(1, 1, 10, 10), 4, 1, on_tile=lambda *count: seen.append(count))
+    map_tiles(kept(), torch.rand(1, 1, 10, 10), 4, 1, on_tile=lambda *count: seen.append(count))
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
     assert len(seen) > 1
 
