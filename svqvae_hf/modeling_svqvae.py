@@ -858,7 +858,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: If `h` has another shape.
         """
-        if not h.is_floating_point():
+        if not isinstance(h, torch.Tensor) or not h.is_floating_point():
             quantized = self._look_up(h, shape)
         else:
             self._check_latents(h)
@@ -899,6 +899,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Raises:
             ValueError: If an id is out of range, or the shape is another.
+            TypeError: If ids are no tensor of an integer type.
         """
         if isinstance(ids, list | tuple):
             return [self.decode_tokens(each) for each in ids]
@@ -1049,8 +1050,10 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return sample.clamp(*self.config["pixel_range"])
 
     def _look_up(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None) -> torch.Tensor:
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"ids must be of an integer type, but are {ids.dtype}. Latents are for `decode`.")
+        is_tensor = isinstance(ids, torch.Tensor)
+        if not is_tensor or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            kind = ids.dtype if is_tensor else type(ids).__name__
+            raise TypeError(f"ids must be a tensor of an integer type, but are {kind}. Latents are for `decode`.")
         ids = ids.long()
         if shape is None:
             if ids.ndim != 3:

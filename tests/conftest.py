@@ -1,6 +1,8 @@
 import logging
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
@@ -82,3 +84,22 @@ def photo() -> Image.Image:
 def no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leaves one page of the disk."""
+    with (disk / "ballast").open("wb") as file:
+        free = shutil.disk_usage(disk).free
+        file.write(bytes(max(0, free - 4096)))

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import struct
 import subprocess
 import threading
@@ -17,7 +16,7 @@ import encoding_process
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny
+from conftest import ROOT, fill, make_tiny
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -256,6 +255,8 @@ IMAGE, IDS, LATENTS = torch.rand(2, 3, 8, 12), torch.zeros(2, 2, 3, dtype=torch.
         (lambda model: model.encode(IMAGE.numpy()), TypeError, "must be a tensor .* but is ndarray"),
         (lambda model: model.decode_tokens(IDS.bool()), TypeError, "an integer type, but are torch.bool"),
         (lambda model: model.decode_tokens(IDS.to(torch.complex64)), TypeError, "but are torch.complex64"),
+        (lambda model: model.decode_tokens(IDS.numpy()), TypeError, "must be a tensor .* but are ndarray"),
+        (lambda model: model.decode(IDS.numpy()), TypeError, "must be a tensor .* but are ndarray"),
         (lambda _: SVQVAEImageProcessor()(IMAGE.to(torch.float8_e4m3fn)), TypeError, "but is torch.float8_e4m3fn"),
         (lambda _: SVQVAEImageProcessor()(IMAGE.long()), TypeError, "but is torch.int64"),
     ],
@@ -441,25 +442,6 @@ def test_two_processes_use_one_model(tiny_model, no_grad):
 
 
 # A full disk
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A disk of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """Leaves one page of the disk."""
-    with (disk / "ballast").open("wb") as file:
-        free = shutil.disk_usage(disk).free
-        file.write(bytes(max(0, free - 4096)))
 
 
 def tokens_of(side: int) -> ImageTokens:

@@ -55,6 +55,19 @@ def test_oldest_are_removed_and_what_was_left_half_written_is_replaced(tmp_path,
     assert rank_state == {"place": 3}
 
 
+@pytest.mark.parametrize("too_large", ["weights", "state of the run", "state of the process"])
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(disk, accelerator, too_large):
+    save_checkpoint(accelerator, disk, 1, {}, {}, total_limit=None)
+    if too_large == "weights":
+        accelerator.prepare(torch.nn.Linear(300, 300))
+    run_state, rank_state = (
+        {"values": torch.zeros(100_000 if too_large == f"state of the {of}" else 1)} for of in ("run", "process")
+    )
+    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: .+ Older checkpoints are whole: go on"):
+        save_checkpoint(accelerator, disk, 2, run_state, rank_state, total_limit=1)
+    assert [path.name for path in disk.iterdir()] == ["checkpoint-1"]
+
+
 def test_another_number_of_processes_is_refused(tmp_path, accelerator):
     save_checkpoint(accelerator, tmp_path, 1, {}, {}, total_limit=None)
     torch.save({"num_processes": 2}, tmp_path / "checkpoint-1" / RUN_STATE)

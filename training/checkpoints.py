@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 RUN_STATE = "run_state.pt"
 NAME = re.compile(r"checkpoint-\d+")
@@ -69,16 +70,26 @@ def save_checkpoint(
         run_state (`Mapping`): What else the run needs, alike on all processes: tensors and plain values.
         rank_state (`Mapping`): What each process needs for itself.
         total_limit (`int`, *optional*): Newest checkpoints to keep; all if not given.
+
+    Raises:
+        OSError: If it cannot be written; nothing of it is left.
     """
     path = Path(output_dir, f"checkpoint-{step}")
     partial = path.with_name(path.name + ".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    torch.save(dict(rank_state), partial / _rank_file(accelerator))
-    if accelerator.is_main_process:
-        torch.save({**run_state, "num_processes": accelerator.num_processes}, partial / RUN_STATE)
+    try:
+        accelerator.save_state(str(partial))
+        torch.save(dict(rank_state), partial / _rank_file(accelerator))
+        if accelerator.is_main_process:
+            torch.save({**run_state, "num_processes": accelerator.num_processes}, partial / RUN_STATE)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"`{path}` cannot be written: {' '.join(str(error).split())}. Older checkpoints are whole: go on from "
+            "them with `--resume_from_checkpoint latest`."
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if path.exists():
