@@ -33,9 +33,11 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
             where it calls for other classes.
     """
     with path.open("rb") as file:
-        is_archive = file.peek(len(ARCHIVE_START)).startswith(ARCHIVE_START)
-        if is_archive:
-            _check_archive(file, path.stat().st_size)
+        if file.peek(len(ARCHIVE_START)).startswith(ARCHIVE_START):
+            try:
+                _check_archive(file, path.stat().st_size)
+            except OSError as error:  # it names places before its start
+                raise pickle.UnpicklingError("the archive is broken") from error
         else:
             for _ in range(OLD_PICKLES):
                 if file.peek(1):
