@@ -287,8 +287,7 @@ def _add_convert(commands: Commands) -> None:
     command.add_argument("--variant", choices=("fp16", "bf16"), help="also write half precision weights")
     command.add_argument(
         "--license",
-        help="licence of the source, as the Hub names it, for the card (default: unknown; not needed for the release "
-        "in the Hub repository of the Open Model Initiative)",
+        help="licence of the source, as the Hub names it, for the card (default: unknown)",
     )
     command.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result")
     command.add_argument("--private", action="store_true", default=None, help="make a new repository private")

@@ -1,7 +1,7 @@
 """The search for the nearest codes: `python benchmarks/search.py`.
 
 Latents and codes of 8 dimensions on the unit sphere: ours, the full distance matrix as the original has it, and the
-cosine codebook of vector-quantize-pytorch (`pip install "svqvae-hf[bench]"`). Peak memory is that above latents and
+cosine codebook of vector-quantize-pytorch (the extra `bench`). Peak memory is that above latents and
 codebook. What would need more than four fifths of the memory that is free is not run.
 """
 

@@ -267,7 +267,7 @@ def _needing(what: str, extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"`{what}` needs the package {error.name}. Install the extra that has it: "
-            f"pip install 'svqvae-hf[{extra}]'."
+            f"pip install 'svqvae-hf[{extra}]' or, in a checkout, '.[{extra}]'."
         ) from error
 
 

@@ -26,8 +26,11 @@ An image tokenizer: SVQVAE turns images of any size into ids of one codebook, at
 With the package `svqvae-hf`:
 
 ```python
+import torch
+
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 
+torch.set_grad_enabled(False)  # else PyTorch keeps all activations
 vqvae = SVQVAE.from_pretrained("{repo_id}")
 processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 

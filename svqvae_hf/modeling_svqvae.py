@@ -867,10 +867,11 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
+    @torch.no_grad()
     def encode_tokens(
         self, sample: torch.Tensor, scales: Sequence[float] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Encodes images to ids.
+        """Encodes images to ids, which have no gradient.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+import torch
 from conftest import ROOT, make_tiny
 from diffusers import AmusedPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LDMPipeline
 from PIL import Image
@@ -42,6 +43,7 @@ def run(page: Path, folder: Path, files: Path) -> str:
     """Runs the blocks of a page; gives the traceback of the first error, empty without one."""
     shutil.copytree(files, folder, symlinks=True)
     os.chdir(folder)
+    torch.set_grad_enabled(True)  # which pages may turn off
     names: dict[str, object] = {"__name__": "__main__"}
     for lines, code in python_blocks(page.read_text()):
         try:

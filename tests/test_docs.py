@@ -1,7 +1,9 @@
 """What README and docs say runs: Python blocks, commands, the site."""
 
+import argparse
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -77,7 +79,7 @@ def commands(text: str) -> list[list[str]]:
     """Arguments of the commands of a page, in indented or fenced lines or, with arguments, within a line."""
     joined = text.replace("\\\n", " ")
     indented = re.findall(r"^(?: {4})?(?:\.venv/bin/)?((?:svqvae|accelerate|\S* ?torchrun|python) .*)$", joined, re.M)
-    inline = re.findall(r"`(svqvae(?: [^`\s]+){2,})`", joined)
+    inline = re.findall(r"`((?:svqvae|python)(?: [^`\s]+){2,})`", joined)
     return [shlex.split(command, comments=True) for command in indented + inline]
 
 
@@ -96,17 +98,43 @@ def check_command(words: list[str]) -> None:
         svqvae_cli._parse(words[words.index("svqvae_cli") + 1 :])
     else:
         index = next(index for index, word in enumerate(words) if word.endswith(".py"))
-        assert (ROOT / words[index]).is_file()
+        script, arguments = ROOT / words[index], words[index + 1 :]
+        assert script.is_file()
         if words[index] in OPTIONS:
-            read_options(OPTIONS[words[index]], words[index + 1 :])
+            read_options(OPTIONS[words[index]], arguments)
+        elif "parse_args()" in script.read_text():
+            parse_as(script, arguments)
+
+
+class ParsedError(Exception):
+    """The arguments are parsed; the rest of the script is not run."""
+
+
+def parse_as(script: Path, arguments: list[str]) -> None:
+    def parse(parser: argparse.ArgumentParser) -> None:
+        raise ParsedError(parse_args(parser, arguments))
+
+    parse_args = argparse.ArgumentParser.parse_args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(script.parent)
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        main = runpy.run_path(str(script), run_name="parsed")["main"]
+        with pytest.raises(ParsedError):
+            main()
 
 
 @pytest.mark.parametrize(
-    "command", ["svqvae reconstruct a.png", "accelerate launch -m svqvae_cli decode --out x", "python training/no.py"]
+    "command",
+    [
+        "svqvae reconstruct a.png",
+        "accelerate launch -m svqvae_cli decode --out x",
+        "python training/no.py",
+        "python conversion/compare.py a.safetensors --original b",
+    ],
 )
 def test_wrong_commands_are_found(command):
     (words,) = commands(f"    {command}\n")
-    with pytest.raises((ValueError, AssertionError)):
+    with pytest.raises((ValueError, AssertionError, SystemExit)):
         check_command(words)
 
 

@@ -316,6 +316,13 @@ def test_content_keeps_its_place_at_every_scale(tiny_model, scale, monkeypatch):
     assert (scaled[0, 0, 0] - expected).abs().max() < 2.5 * f / 160
 
 
+def test_ids_keep_no_activations_for_a_backward_pass(tiny_model):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        tiny_model.encode_tokens(torch.rand(1, 3, 16, 16))
+    assert not kept
+
+
 # Tiles
 
 

@@ -136,7 +136,7 @@ class ImageOptions(RunOptions):
     train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
     resolution: int = option(256, "Side of the largest crops, in pixels; stored as sample_size.")
     center_crop: bool = option(False, "Cut crops from the centre, not at random places.")
-    random_flip: bool = option(True, "Flip half of the crops.")
+    random_flip: bool = option(True, "Flip half of the crops, left to right; with --no_random_flip none.")
     resize_range: list[float] = option([1.0, 1.0], "Range of the random factor that resizes an image before its crop.")
     dataloader_num_workers: int = option(2, "Processes that cut crops.")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bundled model, svqvae_hf/pretrained: about two hours on one core of a CPU with bfloat16 instructions.
+# The bundled model, svqvae_hf/pretrained: about an hour and a half on one core of a CPU with bfloat16 instructions.
 #   training/runs/default.sh CID22_TRAIN WORK
 # CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for photographs and checkpoints.
 # Run it again to go on from the latest checkpoint.
