@@ -212,8 +212,8 @@ def _read(path: Path, source: str | Path) -> dict[str | None, Any]:
         if code is not None:
             raise ValueError(
                 f"`{source}` must hold weights only, but is a pickle that calls for `{code[1]}`, which could run any "
-                'code. Ask for a safetensors file, or, where it was made, save the weights alone: `torch.save({"'
-                'state_dict": ...}, file)`.'
+                "code or take any memory. Ask for a safetensors file, or, where it was made, save the weights alone: "
+                '`torch.save({"state_dict": ...}, file)`.'
             ) from None
         raise ValueError(
             f"`{source}` must be a whole PyTorch checkpoint that holds weights only, but cannot be read as one; it "

@@ -2,6 +2,7 @@
 
 import pickle
 import pickletools
+import re
 import threading
 import warnings
 import zipfile
@@ -15,6 +16,9 @@ READING = threading.Lock()  # what torch lets through, and warnings, are setting
 ARCHIVE_START = b"PK\3\4"  # PyTorch's files but the oldest are zip archives
 OLD_PICKLES = 5  # in one of the oldest: two numbers, the machine, the content, the names of its storages
 MAX_TUPLE = 10_000
+# What torch lets through and what takes as much memory as its arguments say. Honest files name an UntypedStorage for
+# types that have no storage of their own, such as float8, of which no model is made here.
+GREEDY = re.compile(r"(__builtin__|builtins)\.bytearray|_codecs\.encode|torch(\.\w+)*\.(\w*Tensor|(Unt|T)ypedStorage)")
 
 
 def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
@@ -41,7 +45,7 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
         else:
             for _ in range(OLD_PICKLES):
                 if file.peek(1):
-                    _check_tuples(file)
+                    _check_pickle(file)
     with READING, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they announce makes the read fail
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -54,13 +58,13 @@ def _check_archive(file: IO[bytes], size: int) -> None:
         if unpacked > size:
             raise pickle.UnpicklingError(f"the archive unpacks to {unpacked} bytes")
         for entry in archive.infolist():
-            if entry.filename.endswith("data.pkl"):
+            if entry.filename.lower().endswith("data.pkl"):
                 with archive.open(entry) as pickled:
-                    _check_tuples(pickled)
+                    _check_pickle(pickled)
 
 
-def _check_tuples(pickled: IO[bytes]) -> None:
-    """Refuses a nest of tuples whose hash, as a key, would take the whole of the stack or time without end.
+def _check_pickle(pickled: IO[bytes]) -> None:
+    """Refuses calls of what allocates at will, and nests of tuples whose hash, as a key, takes the stack or no end.
 
     A tuple may hold another many times, by its number in the memo, and that one a third: each counts as often as it
     is hashed. The stack is the unpickler's, with these counts in place of values and `None` for a mark.
@@ -68,6 +72,8 @@ def _check_tuples(pickled: IO[bytes]) -> None:
     stack: list[int | None] = []
     memo: dict[Any, int | None] = {}
     for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL" and GREEDY.fullmatch(name := argument.replace(" ", ".")):
+            raise pickle.UnpicklingError(f"GLOBAL {name} can take any memory")
         count = 1
         if pickletools.markobject in opcode.stack_before:
             while (above := stack.pop()) is not None:

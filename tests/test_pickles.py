@@ -20,9 +20,9 @@ NESTS = {
 def write(path: Path, key: bytes, form: str) -> Path:
     """A file of `{key: 1}`, in the form of today's files or of the oldest."""
     pickled = b"\x80\x02}" + key + b"K\x01s."
-    if form == "archive":
+    if form != "legacy":
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("file/data.pkl", pickled)
+            archive.writestr("file/data.pkl" if form == "archive" else "file/Data.PKL", pickled)
             archive.writestr("file/version", b"3\n")
     else:
         before = b"".join(pickle.dumps(each, 2) for each in (MAGIC_NUMBER, PROTOCOL_VERSION, {}))
@@ -30,7 +30,7 @@ def write(path: Path, key: bytes, form: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", ["archive", "legacy"])
+@pytest.mark.parametrize("form", ["archive", "archive in capitals", "legacy"])
 @pytest.mark.parametrize("nest", NESTS)
 def test_nests_of_tuples_are_refused(nest, form, tmp_path):
     path = write(tmp_path / "file.pt", NESTS[nest], form)
@@ -39,6 +39,17 @@ def test_nests_of_tuples_are_refused(nest, form, tmp_path):
     for read in (read_checkpoint, lambda path: load_lpips("alex", path)):
         with pytest.raises(ValueError, match=r"`.*file.pt` must be .*cannot be read as one"):
             read(path)
+
+
+@pytest.mark.parametrize("form", ["archive", "legacy"])
+@pytest.mark.parametrize(
+    "name",
+    ["__builtin__ bytearray", "torch FloatTensor", "torch.cuda HalfTensor", "torch Tensor", "torch UntypedStorage"],
+)
+def test_calls_that_take_any_memory_are_refused(name, form, tmp_path):
+    call = b"c" + name.replace(" ", "\n").encode() + b"\nK\x05\x85R"  # of the number 5
+    with pytest.raises(pickle.UnpicklingError, match=f"GLOBAL {name.replace(' ', '.')} can take any memory"):
+        load_pickle(write(tmp_path / "file.pt", call, form))
 
 
 @pytest.mark.parametrize("form", ["archive", "legacy"])
