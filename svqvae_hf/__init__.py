@@ -33,5 +33,6 @@ LOADABLE_CLASSES["svqvae_hf"] = {
     "ImageProcessingMixin": ["save_pretrained", "from_pretrained"],
 }
 
-# `DiffusionPipeline.from_pretrained` looks for a pipeline's class among the names of diffusers.
+# `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look for classes among the names of diffusers.
+diffusers.SVQVAE = SVQVAE
 diffusers.SVQVAEAutoregressivePipeline = SVQVAEAutoregressivePipeline

@@ -92,21 +92,28 @@ class Checkpoint:
 
 
 def load_single_file(
-    source: str | Path, *, use_ema: bool = False, torch_dtype: torch.dtype | None = None, **config: Any
+    source: str | Path,
+    *,
+    use_ema: bool = False,
+    dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None,
+    **config: Any,
 ) -> SVQVAE:
     """Loads a model from an original checkpoint; see [`read_checkpoint`].
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
         use_ema (`bool`, defaults to `False`): Take the averaged weights, which LlamaGen's files may have.
-        torch_dtype (`torch.dtype`, *optional*): Type of the weights, float32 if not given. The codebook is always in
+        dtype (`torch.dtype`, *optional*): Type of the weights, float32 if not given. The codebook is always in
             float32.
+        torch_dtype (`torch.dtype`, *optional*): The same, under its older name.
         **config: Config values that replace those read from the file, such as `network_range`.
 
     Returns:
         [`SVQVAE`]: The model in evaluation mode.
     """
-    return read_checkpoint(source, use_ema=use_ema, **config).model().to(torch_dtype or torch.float32)
+    model, dtype = read_checkpoint(source, use_ema=use_ema, **config).model(), dtype or torch_dtype
+    return model if dtype is None else model.to(dtype)
 
 
 def read_checkpoint(source: str | Path, *, use_ema: bool = False, **config: Any) -> Checkpoint:

@@ -5,11 +5,14 @@ which follows LlamaGen (arXiv 2406.06525) and FlexVAR (arXiv 2502.20313).
 """
 
 import hashlib
+import inspect
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +33,7 @@ SAMPLE_WINDOWS = 64  # of an image at most, which give what its tiles share
 SAMPLE_SHARE = 1 / 4  # of an image at most that they are
 SAMPLE_SIDE = 12  # of such a window, in latents
 SAMPLE_MARGIN = 3  # of it next to a cut, in latents
+OVERLAP = 32  # halo of a tile in pixels, where it fits
 SEARCH_SCORES = 1 << 21  # cosines held at once by the nearest-code search on CPU, where they stay in the cache: 8 MiB
 SEARCH_SCORES_GPU = 1 << 24  # on other devices, where each chunk costs a launch: 64 MiB
 ENTROPY_TEMPERATURE = 0.01
@@ -383,11 +387,12 @@ class Decoder(nn.Module):
         super().__init__()
         channels = [base_channels * mult for mult in reversed(ch_mult)]
         last = len(channels) - 1
-        # Positions around a core that each level reads, at its own resolution: the last ones less than a tile's halo.
+        # Positions around a core that each level and what follows read, at its own resolution.
         reach = 2 * (num_res_blocks + 1)
-        self.margins = [reach + 1]
+        margins = [reach + 1]
         for _ in range(last):
-            self.margins.insert(0, reach + 1 + self.margins[0] // 2)
+            margins.append(reach + 1 + margins[-1] // 2)
+        self.margins = margins[::-1]
         self.conv_in = nn.Conv2d(z_channels, channels[0], 3, padding=1)
         self.mid = middle_blocks(channels[0], num_groups, dropout)
         self.conv_blocks = nn.ModuleList(
@@ -408,14 +413,20 @@ class Decoder(nn.Module):
     def forward(
         self, hidden: torch.Tensor, context: TileContext | None = None, core: Core | None = None
     ) -> torch.Tensor:
-        """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`, or to that of a core of it."""
+        """Maps `(batch, z_channels, h, w)` to `(batch, out_channels, height, width)`, or to that of a core of it.
+
+        Compiled, it gives the whole all the same: it would have a graph for each size of what is left.
+        """
+        core = None if torch.compiler.is_compiling() else core
         hidden = self.conv_in(fast_layout(hidden))
         for block in self.mid:
             hidden = block(hidden, context)
         for level, margin in zip(self.conv_blocks, self.margins, strict=True):
             if core is not None:
                 hidden, core = trim(hidden, core, margin)
-                hidden, core = fast_layout(hidden), core if level.upsample is None else zoom(core, 2)
+                hidden = fast_layout(hidden)
+                if level.upsample is not None:
+                    core = zoom(core, 2)
             hidden = level(hidden, context)
         sample = self.conv_out(silu(self.norm_out(hidden, context)))
         return sample if core is None else trim(sample, core, 0)[0]
@@ -498,7 +509,7 @@ class VectorQuantizer(nn.Module):
             `tuple`: Quantised latents in the shape and type of `latents`; [`VQLosses`]; and `(perplexity, None, ids)`
             with flat ids `(batch * h * w,)` in int64.
         """
-        with torch.autocast(latents.device.type, enabled=False):
+        with _without_autocast(latents):
             flat = self._flatten(latents)
             ids = self.embedding(flat)
             codes = self.embedding(ids)
@@ -527,7 +538,7 @@ class VectorQuantizer(nn.Module):
                 "latents must be finite to have ids, but some are NaN or infinite. Pass images without such values, "
                 "or load the model in float32 or bfloat16 if float16 is too small for it."
             )
-        with torch.autocast(latents.device.type, enabled=False):
+        with _without_autocast(latents):
             ids = self.embedding(self._flatten(latents))
         return ids.view(latents.shape[0], *latents.shape[-2:])
 
@@ -578,6 +589,11 @@ class VectorQuantizer(nn.Module):
         entropy = -(probs * log_probs).sum(-1).mean()
         log_mean_probs = mean_probs.clamp(min=torch.finfo(mean_probs.dtype).tiny).log()  # finite for unused codes, too
         return self.entropy_loss_ratio * (entropy + (mean_probs * log_mean_probs).sum())
+
+
+def _without_autocast(latents: torch.Tensor) -> AbstractContextManager:
+    device = latents.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
@@ -701,7 +717,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_slicing = False
         self.use_tiling = False
         self.tile_size = 256
-        self.overlap = 32
+        self.overlap = OVERLAP
         self.on_tile: Callable[[int, int], None] | None = None
 
     @classmethod
@@ -714,17 +730,18 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 ones, such as `pixel_range=(-1, 1)`.
 
         Raises:
-            ValueError: If weights are missing or not expected.
+            ValueError: If weights are missing, not expected or of another shape, or the folder is of another class.
+            TypeError: If an argument is none of these.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
         loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        faults = {kind: sorted(loaded[1][f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+        faults = {kind: sorted(loaded[1][f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
         if any(faults.values()):
+            listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in faults.items() if keys)
             raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} must have exactly the keys that its config asks for, "
-                f"but "
-                f"{'; '.join(f'{kind}: ' + ', '.join(keys) for kind, keys in faults.items() if keys)}. "
-                "Restore the files, or correct config.json."
+                f"The weights of {pretrained_model_name_or_path} must be exactly those that its config asks for, but "
+                f"are not: {listed}. Restore the files, or correct config.json."
             )
         return loaded if with_info else loaded[0]
 
@@ -734,7 +751,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Args:
             source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-            **kwargs: `use_ema`, `torch_dtype`, and config values that replace those read from the file.
+            **kwargs: `use_ema`, `dtype`, and config values that replace those read from the file.
         """
         from svqvae_hf.checkpoints import load_single_file
 
@@ -742,7 +759,18 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """As in the base class, without the config values that the constructor derives."""
+        """As in the base class, without the config values that the constructor derives; other ones are refused."""
+        if config_dict.get("_class_name", cls.__name__) != cls.__name__:
+            raise ValueError(
+                f"The config must be of an {cls.__name__}, but is of a {config_dict['_class_name']}. Load it by that "
+                "class, or an original checkpoint by `from_single_file`."
+            )
+        unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters
+        if unknown:
+            raise TypeError(
+                f"Arguments must be those of diffusers' `from_pretrained` or config values of {cls.__name__}, but "
+                f"these are neither: {', '.join(sorted(unknown))}. Correct their names."
+            )
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in DERIVED_CONFIG}, **kwargs)
 
     def push_to_hub(
@@ -790,7 +818,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return hashlib.sha256(weight.numpy().astype("<f4").tobytes()).hexdigest()
 
     def enable_tiling(
-        self, tile_size: int = 256, overlap: int = 32, on_tile: Callable[[int, int], None] | None = None
+        self, tile_size: int = 256, overlap: int | None = None, on_tile: Callable[[int, int], None] | None = None
     ) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
@@ -801,14 +829,16 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             tile_size (`int`, defaults to 256): Largest side, in pixels, of what the networks read at once, a multiple
                 of `f`.
-            overlap (`int`, defaults to 32): Halo on each side of a tile, in pixels: read, but not kept. A multiple of
-                `f`, less than half of `tile_size`.
+            overlap (`int`, *optional*, 32 if not given): Halo on each side of a tile, in pixels: read, but not kept. A
+                multiple of `f`, less than half of `tile_size`. Where 32 does not fit, the default is the largest that
+                does.
             on_tile (`Callable`, *optional*): Called after each tile with the tiles done and their number.
 
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
         """
         self._check_tiles(tile_size, overlap)
+        overlap = self._fit_overlap(OVERLAP, tile_size) if overlap is None else overlap
         super().enable_tiling()
         self.tile_size, self.overlap, self.on_tile = tile_size, overlap, on_tile
 
@@ -827,7 +857,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Raises:
             ValueError: If `sample` has another shape.
-            TypeError: If `sample` is not of a floating type.
+            TypeError: If `sample` is not of the model's type.
         """
         latents = self._encode(sample, self._tiles())
         return SVQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
@@ -856,7 +886,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             `(batch, out_channels, h * f, w * f)`.
 
         Raises:
-            ValueError: If `h` has another shape.
+            ValueError: If `h` has another shape, or an id is out of range.
+            TypeError: If `h` is no tensor of integers or floats.
         """
         if not isinstance(h, torch.Tensor) or not h.is_floating_point():
             quantized = self._look_up(h, shape)
@@ -942,8 +973,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError("Either `scales` or `patch_nums` must be given, but both were. Leave one out.")
         if patch_nums is not None:
             tile_size = self.tile_size if tile_size is None else tile_size
-            self._check_tiles(tile_size, 0)
-            scales = [patch_num * self.f / tile_size for patch_num in patch_nums]
+            self._check_tiles(tile_size, None)
+            scales = [patch_num * self.f / tile_size for patch_num in _check_scales(patch_nums)]
         checked = [1.0] if scales is None else _check_scales(scales)
         tiles = self._tiles(tile_size, overlap)
         latents = self._encode(sample, tiles)
@@ -991,7 +1022,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             core (`tuple[slice, slice]`, *optional*): Rows and columns of the window to give, in latents.
 
         Returns:
-            `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)`, before quantisation.
+            `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)`, or those of the core, before quantisation.
         """
         window = map_range(window, self.config["pixel_range"], self.config["network_range"])
         latents = self.quant_conv(self.encoder(window, context))
@@ -1009,10 +1040,15 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 not depend on is left out; without `context`, of what the norms see as well.
 
         Returns:
-            `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` in `pixel_range`, not clamped.
+            `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)`, or those of the core, in `pixel_range`, not
+            clamped.
         """
-        decoded = self.decoder(self.post_quant_conv(window), context, core).contiguous()
-        return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
+        decoded = self.decoder(self.post_quant_conv(window), context, core)
+        if core is not None:
+            kept = zoom(core, self.f)
+            if list(decoded.shape[-2:]) != [span.stop - span.start for span in kept]:  # the decoder is compiled
+                decoded, _ = trim(decoded, kept, 0)
+        return map_range(decoded.contiguous(), self.config["network_range"], self.config["pixel_range"])
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
         self._check_sample(sample)
@@ -1063,10 +1099,11 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                     "or pass `shape`."
                 )
             shape = (*ids.shape, self.config["codebook_embed_dim"])
-        if not ids.numel() or math.prod(shape[:-1]) != ids.numel():
+        dim = self.config["codebook_embed_dim"]
+        if not ids.numel() or len(shape) != 4 or math.prod(shape[:-1]) != ids.numel() or shape[-1] != dim:
             raise ValueError(
-                f"ids must be at least one and fit `shape`, but are {ids.numel()} for {tuple(shape)}. Reshape them to "
-                "the grid."
+                f"ids must be at least one and `shape` must be (batch, h, w, {dim}) of as many ids, but there are "
+                f"{ids.numel()} for {tuple(shape)}. Reshape them to the grid."
             )
         size = self.config["codebook_size"]
         # A compiled graph has no place for a check that depends on values.
@@ -1082,13 +1119,19 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not self.use_tiling and tile_size is None and overlap is None:
             return None
         tile_size = self.tile_size if tile_size is None else tile_size
-        if overlap is None:
-            overlap = max(0, min(self.overlap, (tile_size // self.f - 1) // 2 * self.f))
         self._check_tiles(tile_size, overlap)
+        overlap = self._fit_overlap(self.overlap, tile_size) if overlap is None else overlap
         return tile_size // self.f, overlap // self.f
 
-    def _check_tiles(self, tile_size: int, overlap: int) -> None:
+    def _fit_overlap(self, overlap: int, tile_size: int) -> int:
+        """The overlap, or the largest that fits where the tile is too small for it."""
+        return max(0, min(overlap // self.f, (tile_size // self.f - 1) // 2)) * self.f
+
+    def _check_tiles(self, tile_size: int, overlap: int | None) -> None:
         f = self.f
+        for name, value in {"tile_size": tile_size, "overlap": 0 if overlap is None else overlap}.items():
+            if type(value) is not int:
+                raise ValueError(f"`{name}` must be a whole number of pixels, but is {value!r}.")
         if tile_size % f or tile_size < f:
             fitting = max(1, round(tile_size / f)) * f
             raise ValueError(
@@ -1096,12 +1139,11 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"{fitting}."
             )
         largest = (tile_size // f - 1) // 2 * f
-        if overlap % f or not 0 <= overlap <= largest:
+        if overlap is not None and (overlap % f or not 0 <= overlap <= largest):
             fitting = min(max(0, round(overlap / f) * f), largest)
             raise ValueError(
                 f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, but is "
-                f"{overlap}. "
-                f"The nearest that fits is {fitting}."
+                f"{overlap}. The nearest that fits is {fitting}."
             )
 
     def _check_sample(self, sample: torch.Tensor) -> None:
@@ -1119,8 +1161,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if sample.ndim != 4 or sample.shape[1] != self.config["in_channels"] or 0 in sample.shape:
             raise ValueError(
                 f"`sample` must have shape (batch, {self.config['in_channels']}, height, width), none of them 0, but "
-                f"has shape "
-                f"{tuple(sample.shape)}. Prepare images with SVQVAEImageProcessor."
+                f"has shape {tuple(sample.shape)}. Prepare images with SVQVAEImageProcessor."
             )
 
     def _check_latents(self, latents: torch.Tensor) -> None:
@@ -1172,11 +1213,13 @@ def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[fl
 
 
 def _check_scales(scales: Iterable[float]) -> list[float]:
-    scales = list(scales)
-    for scale in scales:
+    checked = list(scales) if isinstance(scales, Iterable) else [None]
+    if not all(isinstance(scale, Real) for scale in checked):
+        raise TypeError(f"Scales must be a list of numbers, but are {scales!r}. Pass `[1.0]` for one.")
+    for scale in checked:
         if not 0 < scale < float("inf"):
             raise ValueError(f"Each scale must be finite and more than 0, but one is {scale}. 1 is the input's size.")
-    return scales
+    return checked
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -1204,6 +1247,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"`norm_num_groups` must divide the channels of each level, but {groups} does not divide {channels}."
             )
+    if not isinstance(config["codebook_l2_norm"], bool):
+        raise ValueError(f"`codebook_l2_norm` must be True or False, but is {config['codebook_l2_norm']!r}.")
     for key in ("pixel_range", "network_range"):
         bounds = config[key]
         if (

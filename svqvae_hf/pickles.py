@@ -72,7 +72,7 @@ def _check_pickle(pickled: IO[bytes]) -> None:
     stack: list[int | None] = []
     memo: dict[Any, int | None] = {}
     for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name == "GLOBAL" and GREEDY.fullmatch(name := argument.replace(" ", ".")):
+        if opcode.name == "GLOBAL" and GREEDY.fullmatch(name := str(argument).replace(" ", ".")):
             raise pickle.UnpicklingError(f"GLOBAL {name} can take any memory")
         count = 1
         if pickletools.markobject in opcode.stack_before:

@@ -354,6 +354,13 @@ def test_faults_in_what_gives_the_config(changes, message, golden_dir, tmp_path)
         read_checkpoint(broken(golden_dir, tmp_path, changes))
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_type_of_the_weights(name, golden_dir):
+    model = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", **{name: torch.bfloat16})
+    assert model.dtype == torch.bfloat16
+    assert model.quantize.embedding.weight.dtype == torch.float32
+
+
 def test_replaced_config_values_must_fit_the_weights(golden_dir):
     with pytest.raises(ValueError, match=r"embedding.weight \(256, 8\) instead of \(512, 8\).*config values"):
         load_single_file(golden_dir / "svqvae_tiny.safetensors", codebook_size=512)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from conftest import make_tiny
+from diffusers import AutoModel, VQModel
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -113,6 +114,56 @@ def test_loading_is_strict(tiny_model, tmp_path):
     save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="missing: decoder.conv_in.bias, encoder.conv_in.bias; unexpected: surplus"):
         SVQVAE.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused_always(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    for options in ({}, {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}):
+        with pytest.raises(ValueError, match="expected shape|mismatched: .*quantize.embedding.weight"):
+            SVQVAE.from_pretrained(tmp_path, codebook_size=128, **options)
+
+
+def test_loading_takes_no_argument_that_means_nothing(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="config values of SVQVAE, but these are neither: pixel_rang"):
+        SVQVAE.from_pretrained(tmp_path, pixel_rang=(-1, 1))
+    loaded = SVQVAE.from_pretrained(
+        tmp_path,
+        pixel_range=(-1, 1),
+        torch_dtype=torch.float16,
+        device_map=None,
+        low_cpu_mem_usage=False,
+        local_files_only=True,
+        use_safetensors=True,
+        revision="main",
+        token=None,
+        subfolder="",
+        cache_dir=tmp_path / "cache",
+    )
+    assert loaded.config["pixel_range"] == (-1, 1)
+    assert loaded.quantize.embedding.weight.dtype == torch.float32
+
+
+def test_auto_model_finds_the_class(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(str(tmp_path)), SVQVAE)
+
+
+def test_a_folder_of_another_class_is_named(tmp_path):
+    VQModel(block_out_channels=(32,)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be of an SVQVAE, but is of a VQModel. Load it by that class"):
+        SVQVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_default_overlap_fits_any_tile(tiny_model):
+    tiny_model.enable_tiling(tile_size=64)
+    assert (tiny_model.tile_size, tiny_model.overlap) == (64, 28)
+    deep = make_tiny(encoder_ch_mult=(1,) * 7, decoder_ch_mult=(1,) * 7)  # f = 64
+    deep.enable_tiling()
+    assert (deep.tile_size, deep.overlap) == (256, 0)
+    images = torch.rand(1, 3, 400, 300)
+    assert deep(images, tile_size=256).sample.shape == images.shape
 
 
 def test_usage_log_of_original_files_is_no_weight(tiny_model, tmp_path):
@@ -259,6 +310,14 @@ def test_ids_may_be_of_any_integer_type(tiny_model, dtype):
         (lambda m: m.enable_tiling(64, 6), ValueError, "f = 4 .* but is 6. The nearest that fits is 8"),
         (lambda m: m.enable_tiling(64, 32), ValueError, "less than half .* fits is 28"),
         (lambda m: m(torch.rand(1, 3, 8, 8), tile_size=30), ValueError, "fits is 32"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), tile_size="16"), ValueError, "whole number of pixels, but is '16'"),
+        (lambda m: m.enable_tiling(64.0), ValueError, "`tile_size` must be a whole number of pixels, but is 64.0"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=0.5), TypeError, "a list of numbers, but are 0.5"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales="1"), TypeError, "a list of numbers, but are '1'"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), patch_nums=3), TypeError, "a list of numbers, but are 3"),
+        (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6)), ValueError, r"be \(batch, h, w, 8\) of as"),
+        (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6, 4)), ValueError, r"30 for \(1, 5, 6, 4\)"),
+        (lambda _: make_tiny(codebook_l2_norm="false"), ValueError, "must be True or False, but is 'false'"),
     ],
 )
 def test_wrong_calls_say_what_to_do(tiny_model, call, error, message):
@@ -775,6 +834,26 @@ def test_compiles_two_graphs_for_images_of_any_size(tiny_model):
         images = torch.rand(2, 3, *size)
         assert torch.equal(encode(images), tiny_model.encode_tokens(images))
     assert len(graphs) == 2
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_compiled_decoder_has_two_graphs_for_all_tiles(tiny_model):
+    """One for the sample of windows and one for tiles."""
+    graphs = []
+    torch.compiler.reset()
+    tiny_model.enable_tiling(80, 24)
+    ids = torch.randint(64, (1, 47, 60))
+    expected = tiny_model.decode_tokens(ids)
+    tiny_model.decoder.forward = torch.compile(
+        tiny_model.decoder.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    torch.testing.assert_close(tiny_model.decode_tokens(ids), expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2
+
+
+def test_forward_without_data(tiny_model):
+    images = torch.rand(1, 3, 16, 20, device="meta")
+    assert tiny_model.to("meta")(images).sample.shape == images.shape
 
 
 @pytest.mark.usefixtures("no_grad")
