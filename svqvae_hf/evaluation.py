@@ -267,7 +267,7 @@ class _Evaluator:
             if mode == next(iter(self.passes)):
                 psnr = [values["psnr"] for values, _ in of_mode]
                 reconstructions = [reconstruction for _, reconstruction in of_mode]
-                self._keep(Example(psnr, place, name, image.size, image.copy(), reconstructions))
+                self._keep(Example(psnr, place, name, image.size, image, reconstructions))
         return {
             "width": image.width,
             "height": image.height,
@@ -340,10 +340,12 @@ class _Evaluator:
         return model.encode(sample.to(model.device, dtype).to(model.dtype)).latents
 
     def _keep(self, example: Example) -> None:
-        for image in (example.original, *example.reconstructions):
-            image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
         self.worst = _first([*self.worst, example], 1)
         self.best = _first([*self.best, example], -1)
+        if any(each is example for each in (*self.worst, *self.best)):
+            example.original = example.original.copy()  # the caller's goes on
+            for image in (example.original, *example.reconstructions):
+                image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
 
 
 def _half_model(model: SVQVAE, dtype: torch.dtype) -> SVQVAE:

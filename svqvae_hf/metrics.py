@@ -88,12 +88,13 @@ def count_codes(ids: torch.Tensor, codebook_size: int) -> torch.Tensor:
 
 def usage(counts: torch.Tensor) -> float:
     """Share of the codebook that occurs at all, from the counts of [`count_codes`]."""
-    return (counts > 0).double().mean().item()
+    return (counts > 0).sum().item() / counts.numel()
 
 
 def entropy(counts: torch.Tensor) -> float:
     """Bits per id, `-sum(p log2 p)` with p the shares of the codes: what an ideal code by their frequency takes."""
-    share = counts.double() / counts.sum()
+    share = counts.cpu().double()  # some devices have no float64
+    share /= share.sum()
     return abs(torch.special.xlogy(share, share).sum().item()) / math.log(2)
 
 
@@ -119,7 +120,7 @@ def redundancy(codes: torch.Tensor) -> float:
         cosines = unit[rows] @ unit.T
         cosines[torch.arange(len(rows)), rows] = -math.inf
         nearest.append(cosines.amax(-1))
-    return torch.cat(nearest).double().mean().item()
+    return torch.cat(nearest).cpu().double().mean().item()
 
 
 def mean_cosine(latent_sum: torch.Tensor, count: int) -> float:
@@ -132,9 +133,9 @@ def mean_cosine(latent_sum: torch.Tensor, count: int) -> float:
     Returns:
         `float`: 0 for latents spread evenly over the sphere, 1 for equal ones.
     """
-    return (latent_sum.double() / count).square().sum().item()
+    return (latent_sum.cpu().double() / count).square().sum().item()
 
 
 def share_changed(ids: torch.Tensor, reference: torch.Tensor) -> float:
     """Share of ids that differ from those of a reference of the same shape."""
-    return (ids != reference).double().mean().item()
+    return (ids != reference).sum().item() / ids.numel()

@@ -1,9 +1,9 @@
 """New images from a causal language model over the ids of an SVQVAE."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from transformers import (
 
 from svqvae_hf.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.modeling_svqvae import SVQVAE
-from svqvae_hf.sequences import LayoutLogitsProcessor, SequenceLayout
+from svqvae_hf.sequences import LayoutLogitsProcessor, SequenceLayout, to_int64
 
 CACHE_NAMES = ("cache", "past_key_values")  # of transformers from 5.24 or so, and before
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LARGEST_FACTOR = 1e6  # of logits, which stay finite in float32
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -41,11 +42,15 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             if not given.
         width (`int`, *optional*): Their width; likewise.
         scales (`list[float]`, defaults to `(1.0,)`): Scales that it was trained on, from coarse to fine.
+        codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] of the codebook whose ids it was
+            trained on; that of `vqvae` if not given. It is stored with the pipeline.
 
-    `layout`, a [`~svqvae_hf.sequences.SequenceLayout`], says what stands where in its sequences.
+    Both models are put into evaluation mode. `layout`, a [`~svqvae_hf.sequences.SequenceLayout`], says what stands
+    where in the sequences.
 
     Raises:
-        ValueError: If the vocabulary or the context of the language model does not fit the layout.
+        ValueError: If the vocabulary or the context of the language model does not fit the layout, or `vqvae` has
+            another codebook.
 
     Example:
         >>> pipe = SVQVAEAutoregressivePipeline.from_pretrained("org/name")
@@ -62,6 +67,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         scales: list[float] | tuple[float, ...] = (1.0,),
+        codebook_fingerprint: str | None = None,
     ):
         super().__init__()
         side = vqvae.config["sample_size"]
@@ -70,16 +76,23 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             f=vqvae.f,
             height=side if height is None else height,
             width=side if width is None else width,
-            scales=tuple(scales),
+            scales=scales,
             num_classes=num_classes,
         )
         _check_language_model(language_model, self.layout)
-        self.register_modules(vqvae=vqvae, language_model=language_model)
+        found = vqvae.codebook_fingerprint()
+        if codebook_fingerprint not in (None, found):
+            raise ValueError(
+                "`vqvae` must have the codebook whose ids the language model was trained on, with fingerprint "
+                f"{codebook_fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
+            )
+        self.register_modules(vqvae=vqvae.eval(), language_model=language_model.eval())
         self.register_to_config(
             num_classes=num_classes,
             height=self.layout.height,
             width=self.layout.width,
             scales=list(self.layout.scales),
+            codebook_fingerprint=found,
         )
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
@@ -95,8 +108,10 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
 
         Raises:
             OSError: If there is no such pipeline, or it has no safetensors files.
-            ValueError: If it is of another class, or weights of the language model are missing or not expected.
+            ValueError: If it is of another class, weights of the language model are missing or not expected, a
+                `vqvae` given has another codebook, or `use_safetensors` is `False`.
         """
+        _check_safetensors("use_safetensors", kwargs.get("use_safetensors"))
         kwargs["use_safetensors"] = True
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
@@ -112,6 +127,23 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Saves the pipeline, its weights to safetensors files.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            safe_serialization (`bool`, defaults to `True`): Only `True` is taken.
+            *args: The others of [`~diffusers.DiffusionPipeline.save_pretrained`].
+            **kwargs: Likewise.
+
+        Raises:
+            ValueError: If `safe_serialization` is `False`.
+        """
+        _check_safetensors("safe_serialization", safe_serialization)
+        super().save_pretrained(save_directory, True, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -145,8 +177,8 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                 each label, as [`SVQVAEImageProcessor`] takes them: as wide as the image, and a whole number of rows of
                 ids high at each scale. At each scale its ids stay as they are, and the rows below are sampled.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional +
-                guidance_scale * (conditional - unconditional)`. At 1 there is none.
-            temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely token.
+                guidance_scale * (conditional - unconditional)`. At 1 there is none. In [-1e6, 1e6].
+            temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely token.
             top_k (`int`, defaults to 0): Sample from so many of the most likely tokens; 0 means all.
             top_p (`float`, defaults to 1.0): Sample from the most likely tokens that together have this probability.
             generator (`torch.Generator` or a list of them, *optional*): Source of randomness, one for all images or
@@ -165,12 +197,12 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             `scales` is given.
 
         Raises:
-            ValueError: If a value does not fit.
+            ValueError: If a value does not fit, or the language model gives logits that cannot be sampled from.
         """
         layout = self._layout(height, width)
         asked = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
         last = max(layout.scales.index(scale) for scale in asked)
-        _check_sampling(temperature, top_k, top_p, num_images_per_prompt, output_type)
+        _check_sampling(guidance_scale, temperature, top_k, top_p, generator, num_images_per_prompt, output_type)
         top = [] if image is None else self._encode_top(image, layout)
         labels = self._labels(class_labels, len(top[0]) if top else 1)
         if guidance_scale != 1 and class_labels is None:
@@ -187,11 +219,14 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         model = _CachedModel(self.language_model)
         rows = _free_rows(layout, top, last)
         for step, (index, row) in enumerate(self.progress_bar(rows)):
+            highest = []
             for position in range(row.start, row.stop):
                 logits = _guide(model.next_logits(sequences[:, :position]), guidance_scale)
                 scores = processors(sequences[:count, :position], logits)
+                highest.append(scores.amax(-1))
                 tokens = scores.argmax(-1) if temperature == 0 else _draw(scores, generator)
                 sequences[:, position] = tokens.repeat(len(sequences) // count)
+            _check_scores(torch.stack(highest), self.language_model)
             if callback_on_step_end is not None:
                 ids = sequences[:count, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
                 callback_on_step_end(self, step, layout.scales[index], {"ids": ids})
@@ -222,11 +257,14 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         device = self._execution_device
         if class_labels is None:
             return torch.full((images,), num_classes, device=device)
-        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
-        if labels.is_floating_point() or not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
+        try:
+            labels = to_int64("labels", torch.as_tensor(class_labels, device=device)).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):  # of text, of lists of several lengths, of large numbers
+            labels = torch.empty(0)
+        if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(
                 f"`class_labels` must be whole numbers in [0, {num_classes}), the classes that the language model was "
-                f"trained on, but are {class_labels}."
+                f"trained on, but are {class_labels!r}."
             )
         if images not in (1, len(labels)):
             raise ValueError(f"there must be one `image`, or one for each of {len(labels)} labels, but are {images}.")
@@ -292,6 +330,13 @@ def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -
         )
 
 
+def _check_safetensors(name: str, value: bool | None) -> None:
+    if value is False:
+        raise ValueError(
+            f"`{name}` must be True, since weights are in safetensors files only, but is False. Leave it out."
+        )
+
+
 def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayout) -> None:
     config = language_model.config
     if config.vocab_size != layout.vocab_size:
@@ -309,25 +354,57 @@ def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayou
 
 
 def _check_scales(scales: Sequence[float], layout: SequenceLayout) -> Sequence[float]:
-    if not scales or len(set(scales)) < len(scales) or not set(scales) <= set(layout.scales):
+    known = isinstance(scales, Sequence) and len(scales) > 0 and all(scale in layout.scales for scale in scales)
+    if not known or len(set(scales)) < len(scales):
         raise ValueError(
             f"`scales` must be among {list(layout.scales)}, those that the language model was trained on, each once, "
-            f"but are {list(scales)}."
+            f"but are {scales!r}. Give a list of such."
         )
     return scales
 
 
-def _check_sampling(temperature: float, top_k: int, top_p: float, count: int, output_type: str) -> None:
+def _check_sampling(
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: Generators,
+    count: int,
+    output_type: str,
+) -> None:
+    limit = LARGEST_FACTOR
+    sources = generator if isinstance(generator, list) else [generator]
+    known = generator is None or all(isinstance(each, torch.Generator) for each in sources)
     rules = {
-        "temperature": (temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
-        "top_k": (top_k, isinstance(top_k, int) and top_k >= 0, "a whole number of at least 0"),
-        "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        "num_images_per_prompt": (count, isinstance(count, int) and count > 0, "a whole number above 0"),
+        "guidance_scale": (guidance_scale, _is_number(guidance_scale, -limit, limit), f"in [-{limit:g}, {limit:g}]"),
+        "temperature": (
+            temperature,
+            _is_number(temperature, 1 / limit, limit) or _is_number(temperature, 0, 0),
+            f"0 or in [{1 / limit:g}, {limit:g}]",
+        ),
+        "top_k": (top_k, type(top_k) is int and top_k >= 0, "a whole number of at least 0"),
+        "top_p": (top_p, _is_number(top_p, 0, 1) and top_p > 0, "above 0 and at most 1"),
+        "generator": (generator, known, "a `torch.Generator`, or a list of them, one for each image"),
+        "num_images_per_prompt": (count, type(count) is int and count > 0, "a whole number above 0"),
         "output_type": (output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
     }
     for name, (value, holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"`{name}` must be {rule}, but is {value!r}.")
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
+
+
+def _check_scores(highest: torch.Tensor, language_model: PreTrainedModel) -> None:
+    """Refuses those that cannot be drawn from, by the highest score of each draw: NaN if one is, or infinite."""
+    if not highest.isfinite().all():
+        raise ValueError(
+            "the language model must give finite logits, without NaN, but those of "
+            f"{type(language_model).__name__} in {language_model.dtype} are not. Load it in another `dtype`, such as "
+            "torch.float32, or use one whose weights are finite."
+        )
 
 
 def _prompt(layout: SequenceLayout, labels: torch.Tensor, top: list[torch.Tensor]) -> torch.Tensor:

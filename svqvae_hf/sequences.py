@@ -11,6 +11,11 @@ from transformers import LogitsProcessor
 
 from svqvae_hf.tokens import grid_shape
 
+INTEGER_TYPES = {
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
+
 
 @dataclass(frozen=True)
 class SequenceLayout:
@@ -27,7 +32,7 @@ class SequenceLayout:
         f (`int`): Pixels per latent side.
         height (`int`): Height in pixels of the images that the sequences stand for.
         width (`int`): Width in pixels.
-        scales (`tuple[float, ...]`, defaults to `(1.0,)`): Output side over image side, rising.
+        scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over image side, rising; kept as a tuple.
         num_classes (`int`, defaults to 0): Number of labels, which are `0, ..., num_classes - 1`. The label
             `num_classes` is that of an image of no class.
 
@@ -39,7 +44,7 @@ class SequenceLayout:
     f: int
     height: int
     width: int
-    scales: tuple[float, ...] = (1.0,)
+    scales: Sequence[float] = (1.0,)
     num_classes: int = 0
 
     def __post_init__(self) -> None:
@@ -47,10 +52,16 @@ class SequenceLayout:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value!r}.")
-        object.__setattr__(self, "scales", tuple(map(float, self.scales)))  # a list, where it comes from a config
-        bounds = (0.0, *self.scales, math.inf)
-        if len(bounds) == 2 or not all(low < high for low, high in zip(bounds, bounds[1:], strict=False)):
-            raise ValueError(f"`scales` must be above 0, finite and rise, but are {list(self.scales)}. Sort them.")
+        try:
+            scales = tuple(map(float, self.scales))  # a list, where it comes from a config
+        except (TypeError, ValueError):
+            scales = ()
+        bounds = (0.0, *scales, math.inf)
+        if not scales or not all(low < high for low, high in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(
+                f"`scales` must be above 0, finite and rise, but are {self.scales!r}. Give them as a sorted list."
+            )
+        object.__setattr__(self, "scales", scales)
 
     @cached_property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -115,23 +126,26 @@ class SequenceLayout:
             `torch.Tensor`: Tokens `(length,)` or `(batch, length)`, int64.
 
         Raises:
+            TypeError: If ids or labels are no integers.
             ValueError: If grids have another shape, or ids or labels are out of range.
         """
         if not 1 <= len(ids) <= len(self.scales):
             raise ValueError(f"there must be one grid for each of the scales {list(self.scales)}, but are {len(ids)}.")
-        shape = ids[0].shape[:-2]
-        labels = torch.as_tensor(self.num_classes if labels is None else labels, device=ids[0].device)
+        grids = [to_int64("ids", grid) for grid in ids]
+        shape = grids[0].shape[:-2]
+        labels = self.num_classes if labels is None else labels
+        labels = to_int64("labels", torch.tensor(labels) if isinstance(labels, int) else labels).to(grids[0].device)
         if labels.shape not in (torch.Size(), shape):
             raise ValueError(f"labels must have shape {tuple(shape)}, one each, but have {tuple(labels.shape)}.")
         _check_range("labels", labels, self.num_classes + 1, "`num_classes`, which stands for no class, included")
-        parts = [(self.codebook_size + labels.long()).expand(shape)[..., None]]
-        for index, (grid, size) in enumerate(zip(ids, self.grids, strict=False)):
+        parts = [(self.codebook_size + labels).expand(shape)[..., None]]
+        for index, (grid, size) in enumerate(zip(grids, self.grids, strict=False)):
             if grid.shape != (*shape, *size):
                 raise ValueError(
                     f"the ids of scale {self.scales[index]:g} must have shape {(*shape, *size)}, but have "
                     f"{tuple(grid.shape)}. Encode images of {self.height} x {self.width} pixels (height x width)."
                 )
-            tokens = grid.long().flatten(-2)  # first of all: uint16 has no minimum
+            tokens = grid.flatten(-2)
             _check_range("ids", tokens, self.codebook_size, "`codebook_size`")
             if index:
                 parts.append(tokens.new_full((*shape, 1), self.unconditional_token + index))
@@ -147,11 +161,13 @@ class SequenceLayout:
 
         Returns:
             `tuple[list[torch.Tensor], torch.Tensor]`: Grids of ids `(h, w)` or `(batch, h, w)`, one for each scale
-            that is there, and the labels `()` or `(batch,)`.
+            that is there, and the labels `()` or `(batch,)`, int64.
 
         Raises:
+            TypeError: If the tokens are no integers.
             ValueError: If a sequence ends within a scale, or holds a token where it cannot stand.
         """
+        sequences = to_int64("sequences", sequences)
         length = sequences.shape[-1]
         ends = [span.stop for span in self.spans]
         if length not in ends:
@@ -200,6 +216,22 @@ class LayoutLogitsProcessor(LogitsProcessor):
         masked = torch.full_like(scores, -math.inf)
         masked[:, allowed.start : allowed.stop] = scores[:, allowed.start : allowed.stop]
         return masked
+
+
+def to_int64(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Integers of any type as int64, of which all operations are there.
+
+    Args:
+        name (`str`): What the values are, for the error.
+        values (`torch.Tensor`): Integers of any shape.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    found = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+    if found not in INTEGER_TYPES:
+        raise TypeError(f"{name} must be tensors of integers, but are of type {found}. Give int64 tensors.")
+    return values.long()
 
 
 def _check_range(name: str, values: torch.Tensor, end: int, what: str) -> None:

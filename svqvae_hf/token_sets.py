@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
         ValueError: It is not a token set, or one of another format version.
     """
     name = os.fspath(path)
-    if is_hub_set(name):
+    if is_hub_set(name) and "/" in name:  # the Hub has sets without an owner, but none of tokens
         try:
             file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset")
         except (HfHubHTTPError, OSError) as error:
@@ -152,12 +153,20 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         settings ([`TokenSettings`]): Those of the set.
 
     Raises:
-        ValueError: The ids do not fit the row's height and width or the codebook.
+        ValueError: The row lacks something, or its ids do not fit its height and width or the codebook.
     """
-    height, width = int(row["height"]), int(row["width"])
+    names = [f"ids_{index}" for index in range(len(settings.scales))]
+    try:
+        height, width = operator.index(row["height"]), operator.index(row["width"])
+        columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
+    except (KeyError, TypeError, ValueError) as error:
+        found = ", ".join(f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names))
+        raise ValueError(
+            f"a row must have integers as height, width, {', '.join(names)}, as the settings of the set say, but has "
+            f"{found}. Make the set anew by `svqvae tokenize`."
+        ) from error
     grids = []
-    for index, scale in enumerate(settings.scales):
-        ids = torch.as_tensor(np.asarray(row[f"ids_{index}"], np.int64))
+    for ids, scale in zip(map(torch.as_tensor, columns), settings.scales, strict=True):
         shape = settings.grid(scale, height, width)
         if ids.shape != (math.prod(shape),):
             raise ValueError(
@@ -253,7 +262,7 @@ def is_whole(views: object) -> bool:
 
 
 def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
+    return isinstance(value, int | float) and 0 < value < INTEGER_LIMIT
 
 
 def _is_integer(value: object, least: int) -> bool:

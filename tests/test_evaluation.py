@@ -196,6 +196,15 @@ def test_examples_are_the_worst_and_the_best(tiny_model, photo):
     assert [image.size for image in report.worst[0].reconstructions] == [(40, 32), (20, 16)]
 
 
+def test_only_examples_that_are_kept_are_made_small(tiny_model, photo, monkeypatch):
+    made_small = []
+    monkeypatch.setattr(Image.Image, "thumbnail", lambda image, size: made_small.append(image))
+    image = photo.crop((0, 0, 40, 32))
+    report = evaluate(tiny_model, [image] * 9, scales=[1.0, 0.5], modes=["plain"])
+    assert [example.place for example in report.worst] == [0, 1, 2, 3]
+    assert len(made_small) == 4 * 3
+
+
 def test_codecs_rise_with_quality(tiny_model, photos):
     report = evaluate(tiny_model, photos[-1:], scales=[1.0], modes=["plain"])
     for codec in ("JPEG", "WebP"):

@@ -111,5 +111,30 @@ def test_mean_cosine_is_that_of_all_pairs():
     assert metrics.mean_cosine(latents.sum(0), 20) == pytest.approx((latents @ latents.T).mean().item(), abs=1e-6)
 
 
+class OnSmallDevice(torch.Tensor):
+    """As on a device without float64: only a copy on the CPU can have it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        result = super().__torch_function__(function, types, arguments, keywords)
+        if function is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        assert getattr(result, "dtype", None) != torch.float64
+        return result
+
+
+def test_devices_without_float64():
+    counts, codes = torch.tensor([2, 1, 1, 0]), torch.randn(4, 3)
+    for function, *arguments in (
+        (metrics.usage, counts),
+        (metrics.entropy, counts),
+        (metrics.redundancy, codes),
+        (metrics.mean_cosine, codes[0], 4),
+        (metrics.share_changed, counts, counts.flip(0)),
+    ):
+        first, *others = arguments
+        assert function(first.as_subclass(OnSmallDevice), *others) == function(*arguments)
+
+
 def test_share_changed():
     assert metrics.share_changed(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]])) == 0.25

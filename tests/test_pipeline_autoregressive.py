@@ -1,5 +1,7 @@
 """The autoregressive pipeline with small random language models of several families."""
 
+import json
+import math
 import pickle
 import re
 import shutil
@@ -245,6 +247,16 @@ def test_half_precision(pipeline, dtype):
     assert np.array_equal(images, again)
 
 
+def test_it_samples_in_evaluation_mode():
+    pipeline = make_pipeline(attention_dropout=0.5)
+    ids = sample_ids(pipeline, [0, 1], temperature=0)
+    parts = {"num_classes": 3, "height": 32, "width": 16, "scales": SCALES}
+    trained = SVQVAEAutoregressivePipeline(pipeline.vqvae.train(), pipeline.language_model.train(), **parts)
+    trained.set_progress_bar_config(disable=True)
+    assert all(map(torch.equal, ids, sample_ids(trained, [0, 1], temperature=0)))
+    assert not trained.vqvae.training
+
+
 def test_a_compiled_language_model(tmp_path):
     pipeline = make_pipeline()
     ids = sample_ids(pipeline, [0, 1], generator=seeded())
@@ -385,6 +397,34 @@ def test_weights_are_read_strictly_and_from_safetensors_only(saved, tmp_path):
         SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "pickled")
 
 
+def test_another_codebook_is_refused(saved, tmp_path):
+    other = make_tiny()
+    with torch.no_grad():
+        other.decoder.conv_out.weight.mul_(2)
+    for cls in (SVQVAEAutoregressivePipeline, DiffusionPipeline):
+        assert cls.from_pretrained(saved, vqvae=other).vqvae is other  # its ids are the same
+    with torch.no_grad():
+        other.quantize.embedding.weight[3] *= -1
+    for cls in (SVQVAEAutoregressivePipeline, DiffusionPipeline):
+        with pytest.raises(ValueError, match="must have the codebook whose ids .* but has one with .* Use the SVQVAE"):
+            cls.from_pretrained(saved, vqvae=other)
+    old = shutil.copytree(saved, tmp_path / "old") / "model_index.json"
+    index = json.loads(old.read_text())
+    assert index.pop("codebook_fingerprint") == make_tiny().codebook_fingerprint()
+    old.write_text(json.dumps(index))
+    for cls in (SVQVAEAutoregressivePipeline, DiffusionPipeline):
+        loaded = cls.from_pretrained(old.parent, vqvae=other)
+        assert loaded.config["codebook_fingerprint"] == other.codebook_fingerprint()
+
+
+def test_weights_of_another_kind_are_neither_read_nor_written(saved, pipeline, tmp_path):
+    with pytest.raises(ValueError, match="`use_safetensors` must be True, since .* is False. Leave it out"):
+        SVQVAEAutoregressivePipeline.from_pretrained(saved, use_safetensors=False)
+    with pytest.raises(ValueError, match="`safe_serialization` must be True, since .* is False. Leave it out"):
+        pipeline.save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sizes_are_those_of_the_model_unless_given():
     layout = SequenceLayout(64, 4, 16, 16)
     pipeline = SVQVAEAutoregressivePipeline(make_tiny(sample_size=16), make_language_model(layout=layout))
@@ -455,13 +495,40 @@ def test_generate_answers_a_mistake_in_one_line(saved, tmp_path, capsys, argumen
         ({"class_labels": [0, -1]}, "`class_labels` must be whole numbers in [0, 3)"),
         ({"class_labels": [0.5]}, "`class_labels` must be whole numbers in [0, 3)"),
         ({"class_labels": []}, "`class_labels` must be whole numbers in [0, 3)"),
+        ({"class_labels": "cat"}, "the classes that the language model was trained on, but are 'cat'."),
+        ({"class_labels": True}, "`class_labels` must be whole numbers in [0, 3)"),
+        ({"class_labels": [[0], [1, 2]]}, "`class_labels` must be whole numbers in [0, 3)"),
+        ({"class_labels": 2**70}, "`class_labels` must be whole numbers in [0, 3)"),
+        ({"class_labels": [None]}, "`class_labels` must be whole numbers in [0, 3)"),
+        ({"scales": 0.5}, "`scales` must be among [0.25, 0.5, 1.0], those that the language model was trained on"),
+        ({"scales": [[0.5]]}, "`scales` must be among [0.25, 0.5, 1.0], those that the language model was trained on"),
+        ({"scales": "0.5"}, "each once, but are '0.5'. Give a list of such."),
         ({"scales": [2.0]}, "`scales` must be among [0.25, 0.5, 1.0], those that the language model was trained on"),
         ({"scales": []}, "`scales` must be among [0.25, 0.5, 1.0]"),
         ({"scales": [1.0, 1.0]}, "`scales` must be among [0.25, 0.5, 1.0]"),
         ({"height": 64}, "`height` and `width` must be 32 and 16, those that the language model was trained on"),
         ({"width": 0}, "`width` must be a whole number of at least 1"),
         ({"guidance_scale": 2.0}, "`guidance_scale` = 2.0 needs `class_labels`"),
-        ({"temperature": -1.0}, "`temperature` must be a finite number of at least 0, but is -1.0"),
+        *(
+            (
+                {"guidance_scale": value, "class_labels": 0},
+                f"`guidance_scale` must be in [-1e+06, 1e+06], but is {value!r}",
+            )
+            for value in (math.nan, math.inf, -math.inf, 1e38, None, "2", True)
+        ),
+        *(
+            ({"temperature": value}, f"`temperature` must be 0 or in [1e-06, 1e+06], but is {value!r}.")
+            for value in (-1.0, 1e-40, 1e300, math.nan, math.inf, None, "1", False)
+        ),
+        ({"top_k": True}, "`top_k` must be a whole number of at least 0, but is True"),
+        ({"top_p": None}, "`top_p` must be above 0 and at most 1, but is None"),
+        ({"top_p": math.nan}, "`top_p` must be above 0 and at most 1, but is nan"),
+        ({"num_images_per_prompt": True}, "`num_images_per_prompt` must be a whole number above 0, but is True"),
+        (
+            {"generator": 5},
+            "`generator` must be a `torch.Generator`, or a list of them, one for each image, but is 5.",
+        ),
+        ({"generator": [None]}, "`generator` must be a `torch.Generator`, or a list of them"),
         ({"top_k": 0.5}, "`top_k` must be a whole number of at least 0, but is 0.5"),
         ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, but is 0.0"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a whole number above 0, but is 0"),
@@ -495,6 +562,41 @@ def test_one_clear_error_for_parts_that_do_not_fit():
         SVQVAEAutoregressivePipeline(make_tiny(), short, **parts)
     with pytest.raises(ValueError, match="`scales` must be above 0, finite and rise"):
         SVQVAEAutoregressivePipeline(make_tiny(), other, **parts | {"scales": [1.0, 0.5]})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}, {"class_labels": 0, "guidance_scale": 2.0}],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_clear_error_for_logits_that_cannot_be_sampled_from(pipeline, call, value):
+    with torch.no_grad():
+        pipeline.language_model.lm_head.weight[5] = value
+    steps = []
+    with pytest.raises(
+        ValueError, match=r"but those of LlamaForCausalLM in torch.float32 are not\. Load it in another"
+    ):
+        pipeline(**call, callback_on_step_end=lambda *step: steps.append(step))
+    assert not steps
+
+
+def test_logits_of_tokens_that_are_not_allowed_do_not_matter(pipeline):
+    ids = sample_ids(pipeline, generator=seeded())
+    with torch.no_grad():
+        pipeline.language_model.lm_head.weight[64:] = math.nan
+    assert all(map(torch.equal, ids, sample_ids(pipeline, generator=seeded())))
+
+
+def test_some_logits_of_minus_infinity_are_never_drawn(pipeline):
+    forward = pipeline.language_model.forward
+
+    def forward_half(**call):
+        output = forward(**call)
+        output.logits[..., ::2] = -math.inf
+        return output
+
+    pipeline.language_model.forward = forward_half
+    assert all((grid % 2).all() for grid in sample_ids(pipeline, num_images_per_prompt=50, generator=seeded()))
 
 
 def test_one_clear_error_for_a_language_model_without_a_cache(pipeline, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from conftest import make_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from svqvae_hf.sequences import LayoutLogitsProcessor, SequenceLayout
+from svqvae_hf.sequences import INTEGER_TYPES, LayoutLogitsProcessor, SequenceLayout
 
 LAYOUTS = [
     SequenceLayout(64, 4, 32, 32),
@@ -95,10 +95,30 @@ def test_it_takes_what_the_model_gives_at_any_size():
         assert all(map(torch.equal, layout.decode(layout.encode(ids))[0], ids))
 
 
-def test_ids_of_16_bits():
-    ids = random_ids(SMALL, 2)
-    short = [grid.to(torch.uint16) for grid in ids]
-    assert torch.equal(SMALL.encode(short, torch.tensor([0, 3])), SMALL.encode(ids, torch.tensor([0, 3])))
+@pytest.mark.parametrize("dtype", sorted(INTEGER_TYPES, key=str))
+def test_integers_of_any_type(dtype):
+    ids, labels = random_ids(SMALL, 2), torch.tensor([0, 3])
+    sequences = SMALL.encode(ids, labels)
+    assert torch.equal(SMALL.encode([grid.to(dtype) for grid in ids], labels.to(dtype)), sequences)
+    decoded, decoded_labels = SMALL.decode(sequences.to(dtype))
+    assert all(map(torch.equal, decoded, ids))
+    assert torch.equal(decoded_labels, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64, torch.bool, None])
+def test_what_is_no_tensor_of_integers(dtype):
+    def spoil(values):
+        return values.numpy() if dtype is None else values.to(dtype)
+
+    ids, labels = random_ids(SMALL, 2), torch.tensor([0, 3])
+    ends = f"must be tensors of integers, but are of type {dtype or 'ndarray'}. Give int64 tensors."
+    for name, call in {
+        "ids": lambda: SMALL.encode([ids[0], spoil(ids[1])], labels),
+        "labels": lambda: SMALL.encode(ids, spoil(labels)),
+        "sequences": lambda: SMALL.decode(spoil(SMALL.encode(ids, labels))),
+    }.items():
+        with pytest.raises(TypeError, match=re.escape(f"{name} {ends}")):
+            call()
 
 
 def test_a_thousand_samples_of_an_untrained_model_all_decode():
@@ -137,7 +157,9 @@ def test_the_processor_leaves_the_scores_of_what_is_allowed():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scales": (1.0, 0.5)}, "`scales` must be above 0, finite and rise, but are [1.0, 0.5]"),
+        ({"scales": (1.0, 0.5)}, "`scales` must be above 0, finite and rise, but are (1.0, 0.5). Give them as a"),
+        ({"scales": 1.0}, "`scales` must be above 0, finite and rise, but are 1.0. Give them as a sorted list."),
+        ({"scales": ["a"]}, "`scales` must be above 0, finite and rise, but are ['a']"),
         ({"scales": (0.5, 0.5)}, "`scales` must be above 0, finite and rise"),
         ({"scales": ()}, "`scales` must be above 0, finite and rise"),
         ({"scales": (0.0, 1.0)}, "`scales` must be above 0, finite and rise"),

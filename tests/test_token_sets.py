@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 import svqvae_cli
 from svqvae_cli import main
-from svqvae_hf import SVQVAEImageProcessor, token_set_writer
+from svqvae_hf import SVQVAEImageProcessor, token_set_writer, token_sets
 from svqvae_hf.codec import check_model, decode_image, encode_image
 from svqvae_hf.image_sets import ImageRow, open_rows
 from svqvae_hf.token_set_writer import LABEL_COLUMNS, tokenize_set
@@ -401,6 +401,7 @@ def test_what_is_no_token_set(token_set, photos, parquet, tmp_path):
     for change, message in (
         ({"format_version": 2}, "must be of format version 1"),
         ({"scales": [1e999]}, "`scales` of a token set is out of its range"),
+        ({"scales": [1e308]}, "`scales` of a token set is out of its range"),
         ({"scales": "1"}, "`scales` of a token set is out of its range"),
         ({"codebook_size": 0}, "`codebook_size` of a token set is out of its range"),
         ({"views": ["whole"]}, "`views` of a token set is out of its range"),
@@ -423,6 +424,23 @@ def test_rows_that_do_not_fit(token_set):
         row_tokens({**row, "ids_1": row["ids_1"][1:]}, settings)
     with pytest.raises(ValueError, match=r"ids must be in \[0, 63\]"):
         row_tokens({**row, "ids_1": [64] * 45}, settings)
+    rule = "a row must have integers as height, width, ids_0, ids_1, as the settings of the set say, but has "
+    for name, value in (
+        *(("ids_1", value) for value in (None, [0.5] * 45, [[1], [2, 3]], "1")),
+        *(("height", value) for value in (None, 20.0, "20")),
+    ):
+        with pytest.raises(ValueError, match=rf"{rule}.*\b{name} = {re.escape(f'{value!r:.40}')}"):
+            row_tokens({**row, name: value}, settings)
+    del row["ids_0"]
+    with pytest.raises(ValueError, match="but has height = 20, width = 33, ids_0 = None, ids_1 = "):
+        row_tokens(row, settings)
+
+
+def test_a_name_without_an_owner_is_not_looked_for_on_the_hub(monkeypatch):
+    monkeypatch.setattr(token_sets, "hf_hub_download", None)
+    for name in ("nope", "nope.parquet"):
+        with pytest.raises(FileNotFoundError, match=name):
+            read_settings(name)
 
 
 def test_commands(photos, tiled_model, tmp_path, capsys):

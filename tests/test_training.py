@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT, make_tiny
 from hub_server import serve_hub
 from safetensors.torch import load_file
+from torch._utils import ExceptionWrapper
 from training_runs import cpu, logged
 
 sys.path.insert(0, str(ROOT / "training"))
@@ -476,3 +477,41 @@ def test_mistakes_are_one_line(options, changes, message, tmp_path, monkeypatch,
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train.py: error: ")
     assert message in line
+
+
+def raise_as_worker(error):
+    """Raises it as a loader does of which a process met it while it handled another."""
+    try:
+        try:
+            raise KeyError("before")
+        except KeyError as cause:
+            raise error from cause
+    except (ValueError, OSError):
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    wrapper.reraise()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("first\n  second"), "first second"),
+        (OSError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
+        (ValueError(), "ValueError()"),
+    ],
+)
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_nothing_of_a_message_is_lost(monkeypatch, capsys, error, line, in_worker):
+    monkeypatch.setattr("session.read_options", lambda *_: None)
+
+    def fail(_):
+        if in_worker:
+            raise_as_worker(error)
+        raise error
+
+    with pytest.raises(SystemExit):
+        run_script(fail, TrainConfig)
+    written = capsys.readouterr().err
+    name = type(error).__name__
+    expected = line if not in_worker else f"{name}: {line}".removesuffix(f": {name}()")
+    assert written.endswith(f": error: {expected}\n")
+    assert written.count("\n") == 1

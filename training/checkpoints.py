@@ -72,7 +72,8 @@ def save_checkpoint(
         total_limit (`int`, *optional*): Newest checkpoints to keep; all if not given.
 
     Raises:
-        OSError: If it cannot be written; nothing of it is left.
+        OSError: If it cannot be written. There is no `checkpoint-STEP` then; a `.partial` may be left, which the next
+            save of this step removes.
     """
     path = Path(output_dir, f"checkpoint-{step}")
     partial = path.with_name(path.name + ".partial")

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import re
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -34,6 +35,7 @@ from tracking import Means, Throughput
 from svqvae_hf import __version__
 from svqvae_hf.files import write_file
 
+TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 logger = get_logger(__name__, log_level="INFO")
@@ -416,6 +418,7 @@ def run_script(session_class: Callable[[Any], Session], options_class: type[RunO
     try:
         session_class(read_options(options_class, sys.argv[1:])).run()
     except (ValueError, OSError) as error:
-        message = str(error).splitlines()[-1]  # a loader's process puts its traceback before it
+        message = re.sub(TRACEBACK, "", str(error)) or repr(error)  # a loader's process puts its traceback before it
+        message = " ".join(message.split())
         sys.stderr.write(f"{script_name()}: error: {message}\n")
         sys.exit(2)
