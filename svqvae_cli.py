@@ -179,6 +179,7 @@ def _add_tokenize(commands: Commands) -> None:
     command.add_argument(
         "--keep",
         nargs="+",
+        type=_not_empty,
         default=[],
         metavar="NAME",
         help="more columns of the set to keep (default: label, caption and text, where they are there)",
@@ -196,8 +197,8 @@ def _add_tokenize(commands: Commands) -> None:
     command.add_argument(
         "--workers", type=int, metavar="N", help="processes that read images (default: one a core, at most 4)"
     )
-    command.add_argument("--license", help="licence of the images, as the Hub names it, for the card")
-    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the set")
+    command.add_argument("--license", type=_not_empty, help="licence of the images, as the Hub names it, for the card")
+    command.add_argument("--push-to-hub", type=_not_empty, metavar="ORG/NAME", help="upload the set")
     command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     _add_model(command, tile_size=256, overlap=32)
 
@@ -267,7 +268,9 @@ def _add_convert(commands: Commands) -> None:
         "and taming-transformers; writes card, config and safetensors, and checks them.",
         "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
     )
-    command.add_argument("source", metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub")
+    command.add_argument(
+        "source", type=_not_empty, metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub"
+    )
     command.add_argument("out", type=_path, metavar="OUT", help="folder to make")
     command.add_argument("--use-ema", action="store_true", help="take the averaged weights of a LlamaGen file")
     command.add_argument(
@@ -287,9 +290,10 @@ def _add_convert(commands: Commands) -> None:
     command.add_argument("--variant", choices=("fp16", "bf16"), help="also write half precision weights")
     command.add_argument(
         "--license",
+        type=_not_empty,
         help="licence of the source, as the Hub names it, for the card (default: unknown)",
     )
-    command.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result")
+    command.add_argument("--push-to-hub", type=_not_empty, metavar="ORG/NAME", help="upload the result")
     command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     command.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
 
@@ -367,7 +371,10 @@ def _add_info(commands: Commands) -> None:
     summary = "print what a model, an original checkpoint or a token file is"
     command = _add_command(commands, "info", summary, "", "photo.safetensors")
     command.add_argument(
-        "path", metavar="PATH", help="model folder, Hub id, checkpoint file, org/repo:file, or token file"
+        "path",
+        type=_not_empty,
+        metavar="PATH",
+        help="model folder, Hub id, checkpoint file, org/repo:file, or token file",
     )
 
 
@@ -382,7 +389,11 @@ def _add_demo(commands: Commands) -> None:
     )
     _add_model_choice(command)
     command.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen at (default: 127.0.0.1)"
+        "--host",
+        type=_not_empty,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen at (default: 127.0.0.1)",
     )
     command.add_argument("--port", type=_port, help="port to listen at (default: the first free one from 7860)")
 
@@ -443,10 +454,14 @@ def _add_image_set(command: _Parser) -> None:
         metavar="DATA",
         help="image files, folders of them, or globs; or the name of a set on the Hub, which is streamed",
     )
-    command.add_argument("--config", metavar="NAME", help="configuration of the set")
-    command.add_argument("--split", metavar="NAME", help="split of the set, needed if it has several")
+    command.add_argument("--config", type=_not_empty, metavar="NAME", help="configuration of the set")
+    command.add_argument("--split", type=_not_empty, metavar="NAME", help="split of the set, needed if it has several")
     command.add_argument(
-        "--image-column", default="image", metavar="NAME", help="column of the set that holds images (default: image)"
+        "--image-column",
+        type=_not_empty,
+        default="image",
+        metavar="NAME",
+        help="column of the set that holds images (default: image)",
     )
     command.add_argument("--max-images", type=int, metavar="N", help="stop after so many (default: all)")
 
@@ -463,13 +478,15 @@ def _add_model(command: _Parser, tile_size: int | None, overlap: int | None) -> 
 
 
 def _add_model_choice(command: _Parser) -> None:
-    command.add_argument("--model", help="model folder or Hub id (default: the small bundled model)")
+    command.add_argument("--model", type=_not_empty, help="model folder or Hub id (default: the small bundled model)")
     _add_device(command)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
 
 
 def _add_device(command: _Parser) -> None:
-    command.add_argument("--device", help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)")
+    command.add_argument(
+        "--device", type=_not_empty, help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)"
+    )
 
 
 def _add_tiles(
@@ -498,7 +515,9 @@ def _path(text: str) -> Path:
 
 def _not_empty(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty. Use `.` for the folder that you are in")
+        raise argparse.ArgumentTypeError(
+            "it must not be empty. If it is a variable of the shell, set it; the folder that you are in is `.`"
+        )
     return text
 
 

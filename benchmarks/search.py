@@ -10,12 +10,12 @@ import functools
 import statistics
 from collections.abc import Callable
 
-import psutil
 import torch
 import torch.nn.functional as F
 from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
 from vector_quantize_pytorch import VectorQuantize
 
+from svqvae_hf.codec import free_memory
 from svqvae_hf.modeling_svqvae import VectorQuantizer
 
 DIM = 8
@@ -109,8 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
-    on_gpu = torch.device(options.device).type == "cuda"
-    free = torch.cuda.mem_get_info(options.device)[0] if on_gpu else psutil.virtual_memory().available
+    free = free_memory(torch.device(options.device))
     rows = [
         row for latents in options.latents for codes in options.codes for row in compare(latents, codes, free, options)
     ]

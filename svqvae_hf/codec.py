@@ -32,9 +32,11 @@ def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> 
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    batch = processor(image)
+    ((height, width),) = batch["image_sizes"]
     with torch.inference_mode():
-        grids = model.encode_tokens(processor(image)["pixel_values"].to(model.device, model.dtype), scales)
-    return image_tokens(model, [grid[0].cpu() for grid in grids], image.height, image.width, scales)
+        grids = model.encode_tokens(batch["pixel_values"].to(model.device, model.dtype), scales)
+    return image_tokens(model, [grid[0].cpu() for grid in grids], height, width, scales)
 
 
 def image_tokens(
@@ -135,6 +137,14 @@ def lacks_memory(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)) is not None
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that torch can allocate on a device: those that are free, and on a GPU those that it holds unused."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def check_memory(
     model: SVQVAE, height: int, width: int, scales: Sequence[float], encodes: bool = True, decodes: bool = True
 ) -> None:
@@ -160,8 +170,7 @@ def check_memory(
     encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(tile_pixels, pixels)
     decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)
     needed = max(encodes * encoding, decodes * decoding)
-    on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    free = free_memory(model.device)
     if needed > free:
         tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
         raise ValueError(

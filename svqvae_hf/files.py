@@ -5,7 +5,7 @@ import glob
 import io
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -27,10 +27,17 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
         beside.write_bytes(content)
         beside.replace(path)
     except OSError as error:
-        raise OSError(f"`{path}` cannot be written: {error.strerror}.") from error
+        raise os_error(f"`{path}` cannot be written: {error.strerror}.", error) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def os_error(message: str, cause: OSError) -> OSError:
+    """An error of this message alone, with the number of its cause."""
+    error = OSError(message)
+    error.errno = cause.errno
+    return error
 
 
 def save_png(image: Image.Image, path: Path) -> None:
@@ -59,9 +66,14 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
         if not files:
             raise ValueError(missing)
         found += files
+    return distinct_files(found)
+
+
+def distinct_files(paths: Iterable[Path]) -> list[Path]:
+    """The first path of each name in each folder. Links of other names to one file, as on the Hub, are all kept."""
     unique: dict[Path, Path] = {}
-    for path in found:
-        unique.setdefault(path.resolve(), path)
+    for path in paths:
+        unique.setdefault(path.parent.resolve() / path.name, path)
     return list(unique.values())
 
 

@@ -28,6 +28,7 @@ IMAGE_FORMATS = {
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BLOCK = 1 << 10  # side in pixels of what is turned into RGB at once
+TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}  # of its configs
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
@@ -164,6 +165,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             model's `config["pixel_range"]`.
 
     Raises:
+        TypeError: Another keyword is given.
         ValueError: `pixel_range` is not two finite numbers, the lower one first.
 
     Example:
@@ -176,13 +178,19 @@ class SVQVAEImageProcessor(BaseImageProcessor):
     valid_kwargs = SVQVAEImageProcessorKwargs
 
     def __init__(self, pixel_range: tuple[float, float] = (0.0, 1.0), **kwargs: Any) -> None:
+        unknown = sorted(kwargs.keys() - TRANSFORMERS_KEYS)
+        if unknown:
+            raise TypeError(
+                f"an image processor takes `pixel_range` alone, but got {', '.join(unknown)}. Leave it out."
+            )
         super().__init__(**kwargs)
-        if len(pixel_range) != 2 or not -math.inf < pixel_range[0] < pixel_range[1] < math.inf:
+        ends = np.asarray(pixel_range)
+        if ends.shape != (2,) or ends.dtype.kind not in "iuf" or not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(
                 f"`pixel_range` must be two finite numbers, black then white, but is {pixel_range}. Pass the model's "
                 '`config["pixel_range"]`.'
             )
-        self.pixel_range = tuple(pixel_range)
+        self.pixel_range = tuple(ends.tolist())
 
     def preprocess(
         self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
@@ -226,40 +234,58 @@ class SVQVAEImageProcessor(BaseImageProcessor):
 
     def postprocess(
         self,
-        sample: torch.Tensor,
+        sample: torch.Tensor | np.ndarray,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         output_type: str = "pil",
+        scale: float = 1.0,
     ) -> list[Any]:
         """Turns a batch of samples into images, cropped to their sizes.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Samples in `pixel_range`; what lies outside
-                is clamped.
+            sample (`torch.Tensor` or `np.ndarray` of shape `(batch, 3, height, width)`): Samples in `pixel_range`;
+                what lies outside is clamped.
             image_sizes (sequence of `(height, width)`, *optional*): Size of each image, as `preprocess` gives them;
                 by default nothing is cropped.
             output_type (`str`, defaults to `"pil"`): `"pil"` for 8-bit RGB images, `"np"` for float32 arrays
                 `(height, width, 3)`, `"pt"` for float32 tensors `(3, height, width)`, both in [0, 1].
+            scale (`float`, defaults to `1.0`): Scale of the sample, by which each side of `image_sizes` is multiplied
+                and rounded, to at least one pixel.
 
         Returns:
             `list` of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: One image for each sample.
 
         Raises:
-            ValueError: `sample`, `image_sizes` or `output_type` is not as described.
+            TypeError: `sample` is of another type.
+            ValueError: `sample`, `image_sizes`, `output_type` or `scale` is not as described.
         """
+        if isinstance(sample, np.ndarray):
+            sample = _as_tensor(sample)
+        if not isinstance(sample, torch.Tensor):
+            raise TypeError(
+                f"`sample` must be a tensor or array, but is of type {type(sample).__name__}. Pass the output's "
+                "`.sample`, of several scales one by one."
+            )
+        if not 0 < scale < math.inf:
+            raise ValueError(f"`scale` must be a finite number more than 0, but is {scale}.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', but is {output_type!r}.")
         if sample.ndim != 4 or sample.shape[1] != 3:
             raise ValueError(f"`sample` must have shape (batch, 3, height, width), but has {tuple(sample.shape)}.")
-        sizes = [tuple(sample.shape[-2:])] * len(sample) if image_sizes is None else image_sizes
-        if len(sizes) != len(sample):
+        if image_sizes is not None and len(image_sizes) != len(sample):
             raise ValueError(
-                f"`image_sizes` must hold one (height, width) per sample, but holds {len(sizes)} for {len(sample)}."
+                "`image_sizes` must hold one (height, width) per sample, but holds "
+                f"{len(image_sizes)} for {len(sample)}."
             )
+        height, width = sample.shape[-2:]
+        if image_sizes is None:
+            sizes = [(height, width)] * len(sample)
+        else:
+            sizes = [_scaled_size(size, scale, height, width) for size in image_sizes]
         if sample.isnan().any():
             raise ValueError("`sample` must be made of numbers, but has NaN. Decode in float32 or bfloat16.")
         black, white = self.pixel_range
         unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
-        images = [image[:, :height, :width] for image, (height, width) in zip(unit, sizes, strict=True)]
+        images = [image[:, :h, :w] for image, (h, w) in zip(unit, sizes, strict=True)]
         if output_type == "pt":
             return images
         arrays = [image.movedim(0, -1).cpu().numpy() for image in images]  # (height, width, 3)
@@ -276,7 +302,7 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
         image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):
         _check_shape(image, "height, width, channels", channels=-1)
-        pixels = torch.from_numpy(np.array(image, order="C"))  # a copy: torch wants it writable and in one piece
+        pixels = _as_tensor(image)
         pixels = pixels.movedim(-1, -3) if pixels.ndim > 2 else pixels
     elif isinstance(image, torch.Tensor):
         _check_shape(image, "channels, height, width", channels=-3)
@@ -288,6 +314,25 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
         )
     pixels = _to_unit_range(pixels if pixels.ndim > 2 else pixels[None])
     return pixels.expand(*pixels.shape[:-3], 3, -1, -1).reshape(-1, 3, *pixels.shape[-2:])
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    # A copy: torch wants it writable, in one piece and in the machine's order of bytes.
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+
+
+def _scaled_size(size: Sequence[int], scale: float, max_height: int, max_width: int) -> tuple[int, int]:
+    """An image's height and width at a scale, if they fit the sample."""
+    sides = np.asarray(size)
+    if sides.shape == (2,) and sides.dtype.kind in "iu" and sides.min() >= 1:
+        height, width = (max(1, round(scale * side)) for side in sides.tolist())
+        if height <= max_height and width <= max_width:
+            return height, width
+    raise ValueError(
+        "`image_sizes` must hold whole numbers (height, width) from 1 to those of the sample, "
+        f"{max_height} x {max_width}, but has {size!r} at scale {scale:g}. For a sample of another scale, pass its "
+        "`scale`; decoded ids are brought to it by `SVQVAE.fit`."
+    )
 
 
 def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -> None:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,9 @@ def open_images(
     _check_max_images(max_images)
     if len(data) > 1 or not _is_set(data[0]):
         return find_files(data, IMAGE_SUFFIXES)[:max_images]
-    rows = _open_set(data[0], config, split, image_column)[0].select_columns(image_column)
-    return (row[image_column] for row in itertools.islice(rows, max_images))
+    rows, repository, _ = _open_set(data[0], config, split, image_column)
+    sources = (row[image_column] for row in rows.select_columns(image_column))
+    return (_confine(source, repository) for source in itertools.islice(sources, max_images))
 
 
 def open_rows(
@@ -113,7 +115,7 @@ def open_rows(
         if columns:
             raise ValueError(f"image files have no columns, but {', '.join(columns)} must be kept. Leave them out.")
         return _file_rows(find_files(data, IMAGE_SUFFIXES)[:max_images])
-    rows, origin = _open_set(data[0], config, split, image_column)
+    rows, repository, origin = _open_set(data[0], config, split, image_column)
     missing = sorted(set(columns) - set(rows.features))
     if missing:
         raise ValueError(f"columns must be of {', '.join(rows.features)}, but {', '.join(missing)} are not.")
@@ -125,7 +127,7 @@ def open_rows(
     splits = rows.info.splits or {}
     known = splits[rows.split].num_examples if rows.split in splits else None
     return ImageRows(
-        parts=[_set_rows(rows, image_column, data[0], part, count) for part in range(count)],
+        parts=[_set_rows(rows, image_column, data[0], repository, part, count) for part in range(count)],
         features=features,
         fingerprint=_digest([origin, image_column, max_images]),
         length=min(known, max_images or known) if known else max_images,
@@ -148,7 +150,8 @@ def read_image(source: ImageSource) -> Image.Image:
 
     Raises:
         OSError: It cannot be opened.
-        ValueError: It is not an image, is broken, as [`load_image`] tells, or is an empty row.
+        ValueError: It is not an image, is broken, as [`load_image`] tells, or is a row that is empty or, on the Hub,
+            names a file that is not of its set.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
@@ -156,6 +159,8 @@ def read_image(source: ImageSource) -> Image.Image:
         raise ValueError("the row must hold an image, but is empty.")
     if not isinstance(source, Mapping):
         return load_image(source)
+    if "outside" in source:
+        raise ValueError(f"the row must hold an image of its set, but names `{source['path']}`, which is not of it.")
     content = source["bytes"]
     if content is None:
         with fsspec.open(source["path"], "rb") as file:
@@ -190,8 +195,8 @@ def _check_max_images(max_images: int | None) -> None:
 
 def _open_set(
     name: str, config: str | None, split: str | None, image_column: str
-) -> tuple[datasets.IterableDataset, list[Any]]:
-    """A split of a set as a stream, its images not decoded, and what says where its files come from."""
+) -> tuple[datasets.IterableDataset, str | None, list[Any]]:
+    """A split of a set as a stream, its images not decoded, its repository, and where its files come from."""
     if split is None:
         try:
             names = datasets.get_dataset_split_names(name, config)
@@ -209,7 +214,19 @@ def _open_set(
             f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, but is `{image_column}`."
         )
     files = builder.config.data_files[split]
-    return undecoded(rows, image_column), [split, list(files), files.origin_metadata]
+    return undecoded(rows, image_column), builder.repo_id, [split, list(files), files.origin_metadata]
+
+
+def _confine(source: ImageSource, repository: str | None) -> ImageSource:
+    """Marks a row of a set on the Hub that names a file not of it: it could be any of the user's own."""
+    if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
+        return source
+    *archives, file = source["path"].split("::")
+    place = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
+    escapes = place is None or posixpath.normpath(place[1]).startswith(("..", "/"))
+    return (
+        {**source, "outside": True} if escapes or not all(each.startswith("zip://") for each in archives) else source
+    )
 
 
 def _file_rows(paths: Sequence[Path]) -> ImageRows:
@@ -222,11 +239,16 @@ def _file_rows(paths: Sequence[Path]) -> ImageRows:
 
 
 def _set_rows(
-    rows: datasets.IterableDataset, image_column: str, root: str, part: int, num_parts: int
+    rows: datasets.IterableDataset,
+    image_column: str,
+    root: str,
+    repository: str | None,
+    part: int,
+    num_parts: int,
 ) -> Iterator[ImageRow]:
     for index, row in enumerate(rows.shard(num_parts, part)):
-        source = row.pop(image_column)
-        path = source and source["path"]
+        source = _confine(row.pop(image_column), repository)
+        path = source["path"] if isinstance(source, Mapping) else None
         key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{part}-{index}"
         yield ImageRow(os.path.relpath(key, root) if os.path.isabs(key) else key, source, row)
 

@@ -1,5 +1,6 @@
 """Images in files that are read and written by windows: TIFF and Zarr."""
 
+import errno
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ import zarr
 from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC
 
-from svqvae_hf.files import find_files
+from svqvae_hf.bounded_zarr import open_bounded
+from svqvae_hf.files import distinct_files, find_files, os_error
 from svqvae_hf.image_processing_svqvae import to_rgb
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -37,7 +39,7 @@ def find_large_images(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         found += [path] if _is_zarr(path) else find_files([pattern], TIFF_SUFFIXES)
-    return list({path.resolve(): path for path in found}.values())
+    return distinct_files(found)
 
 
 @dataclass
@@ -103,7 +105,7 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
     """
     if path.is_dir():
         with _reading(path):
-            array = zarr.open_array(path, mode="r")
+            array = open_bounded(path)
         yield _zarr_image(path, array)
         return
     with _reading(path):
@@ -188,6 +190,8 @@ def _reading(path: Path) -> Iterator[None]:
     except (MemoryError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # decoders raise errors of many kinds
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, which may pass
+            raise os_error(f"`{path}` cannot be read: {error.strerror}.", error) from error
         raise ValueError(f"`{path}` cannot be read as TIFF or Zarr, it may be broken or cut short: {error}") from error
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -244,7 +245,7 @@ class _Run:
             self._on_tile(self._done, self._tiles)
 
     def _read_record(self, resume: bool) -> None:
-        if self.target.is_dir():
+        if self.target.is_dir() or (self.target.suffix == ".zarr" and os.path.lexists(self.target)):
             raise ValueError(
                 f"`{self.target}` must be new, but is there already. Remove it, or choose another output."
             )

@@ -554,10 +554,23 @@ def test_a_model_when_the_hub_is_away(inputs, out, capsys, monkeypatch):
     assert "the model `org/name` cannot be loaded: the Hub cannot be reached" in error
 
 
-def test_empty_paths(inputs, out, model, capsys, monkeypatch):
+def test_empty_arguments(inputs, out, capsys, monkeypatch):
     monkeypatch.chdir(inputs)
-    for argv in (["encode", "", "--output", out], ["encode", inputs, "--output", ""], ["convert", GOLDEN, ""]):
-        assert "a path must not be empty" in fails(capsys, *argv)
+    tokenize, convert = ["tokenize", inputs, out], ["convert", GOLDEN, out]
+    for argv in (
+        ["encode", "", "--output", out],
+        ["encode", inputs, "--output", ""],
+        ["convert", GOLDEN, ""],
+        ["convert", "", out],
+        ["info", ""],
+        ["encode", inputs, "--output", out, "--model", ""],
+        ["encode", inputs, "--output", out, "--device", ""],
+        *([*tokenize, name, ""] for name in ("--config", "--split", "--image-column", "--keep")),
+        *([*command, name, ""] for command in (tokenize, convert) for name in ("--license", "--push-to-hub")),
+        ["demo", "--host", ""],
+    ):
+        assert "must not be empty. If it is a variable of the shell" in fails(capsys, *argv)
+    assert not out.exists()
 
 
 def test_a_folder_gives_every_format_that_is_read(tmp_path, out, model):

@@ -4,8 +4,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
-from svqvae_hf.codec import check_memory, decode_image, encode_image
+from svqvae_hf.codec import check_memory, decode_image, encode_image, free_memory
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
 
 pytestmark = pytest.mark.usefixtures("small_sample")
@@ -40,6 +41,14 @@ def test_the_pixel_range_of_the_model_changes_nothing(tiny_model, crop):
     shifted = encode_image(tiny_model, crop, [1.0])
     assert (plain.ids[0] == shifted.ids[0]).float().mean() > 0.99  # rounding may move a latent to another code
     assert decode_image(tiny_model, plain)[0].size == crop.size
+
+
+def test_an_image_that_is_to_be_turned(tiny_model, crop):
+    crop.getexif()[0x0112] = 6  # by a quarter
+    tokens = encode_image(tiny_model, crop, [1.0])
+    assert (tokens.height, tokens.width) == (57, 35)
+    upright = crop.transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(tokens.ids[0], encode_image(tiny_model, upright, [1.0]).ids[0])
 
 
 def test_half_precision_keeps_the_codebook(tiny_model, crop, tmp_path):
@@ -82,6 +91,12 @@ def test_memory_is_checked_for_what_is_going_to_happen(tiny_model, monkeypatch, 
     else:
         with pytest.raises(ValueError, match=r"would take about \S+ GiB of memory, but 8 GiB are free"):
             check_memory(tiny_model, *size, scales, **uses)
+
+
+def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (1000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
+        monkeypatch.setattr(torch.cuda, name, {torch.device("cuda", 1): value}.get)
+    assert free_memory(torch.device("cuda", 1)) == 1000 + 500 - 200
 
 
 def test_without_tiles_the_image_is_one_tile(tiny_model, monkeypatch):

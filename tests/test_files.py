@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -20,8 +21,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
-    with pytest.raises(OSError, match=r"a.safetensors` cannot be written: No space left on device\.$"):
+    with pytest.raises(OSError, match=r"^`.*a.safetensors` cannot be written: No space left on device\.$") as caught:
         write_file(path, b"new")
+    assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.safetensors"]
 
@@ -53,13 +55,24 @@ def test_a_png_in_a_new_folder(tmp_path):
 def test_each_file_is_found_once(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "b.PNG").touch()
-    (tmp_path / "link.png").symlink_to("a.png")
     for ignored in ("c.txt", ".d.png"):
         (tmp_path / ignored).touch()
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "fifo.png")
-    found = find_files([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.png"], (".png",))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path)
+    found = find_files([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.png", f"{tmp_path}/in/link"], (".png",))
     assert found == [tmp_path / "a.png", tmp_path / "b.PNG"]
+
+
+def test_links_to_one_file_are_files_of_their_own(tmp_path):
+    (tmp_path / "blob").touch()
+    for folder in ("snapshot", "other"):
+        (tmp_path / folder).mkdir()
+    links = [tmp_path / "snapshot" / "a.png", tmp_path / "snapshot" / "b.png", tmp_path / "other" / "a.png"]
+    for link in links:
+        link.symlink_to("../blob")
+    assert find_files([str(tmp_path / "snapshot"), str(tmp_path / "other")], (".png",)) == links
 
 
 def test_what_is_neither_file_nor_folder_is_refused(tmp_path):

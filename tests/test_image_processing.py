@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import struct
 import zlib
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import EpsImagePlugin, Image
 
 from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
+from svqvae_hf.modeling_svqvae import SVQVAEOutput
 
 WHITE = (255, 255, 255)
 RED = (200, 10, 20)
@@ -53,6 +55,7 @@ def test_all_kinds_of_input_agree(pixels, tmp_path):
         pixels[::-1][::-1],
         pixels / 255,
         (pixels / 255).astype(np.float32),
+        (pixels / 255).astype(">f4"),
         chw,
         chw[None],
         chw / 255,
@@ -100,6 +103,29 @@ def test_mixed_sizes_are_padded_by_their_edge_and_cropped_back():
     for image, back in zip(images, processor.postprocess(values, batch["image_sizes"]), strict=True):
         assert image.size == back.size
         assert image.tobytes() == back.tobytes()
+
+
+def test_sizes_are_scaled_as_the_model_scales_images(tiny_model):
+    processor = SVQVAEImageProcessor()
+    batch = processor([np.zeros((*size, 3), np.uint8) for size in ((5, 9), (8, 2), (1, 1))])
+    scales = [0.4, 1.0, 1.5]
+    with torch.no_grad():
+        samples = tiny_model(batch["pixel_values"], scales=scales).sample
+    for sample, scale in zip(samples, scales, strict=True):
+        images = processor.postprocess(sample, batch["image_sizes"], scale=scale)
+        expected = [(max(1, round(scale * w)), max(1, round(scale * h))) for h, w in batch["image_sizes"]]
+        assert [image.size for image in images] == expected
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_sizes_of_any_kind(kind):
+    assert SVQVAEImageProcessor().postprocess(torch.zeros(2, 3, 4, 4), kind([(3, 2), (4, 1)]))[0].size == (2, 3)
+
+
+def test_samples_may_be_arrays(pixels):
+    batch = SVQVAEImageProcessor()(pixels, return_tensors="np")
+    (image,) = SVQVAEImageProcessor().postprocess(batch["pixel_values"])
+    assert np.array_equal(np.asarray(image), pixels)
 
 
 def test_output_types():
@@ -345,10 +371,40 @@ def test_images_that_are_refused(image, error, message):
         SVQVAEImageProcessor()(image)
 
 
-@pytest.mark.parametrize("pixel_range", [(1, 0), (0, 0), (0,), (0, float("inf")), (float("nan"), 1)])
+@pytest.mark.parametrize(
+    "pixel_range", [(1, 0), (0, 0), (0,), (0, float("inf")), (float("nan"), 1), None, 5, ("0", "1"), (0, None)]
+)
 def test_pixel_ranges_that_are_refused(pixel_range):
     with pytest.raises(ValueError, match="`pixel_range` must be two finite numbers"):
         SVQVAEImageProcessor(pixel_range=pixel_range)
+
+
+def test_keywords_that_nothing_reads_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="takes `pixel_range` alone, but got pixel_rnage"):
+        SVQVAEImageProcessor(pixel_rnage=(-1, 1))
+    config = {"image_processor_type": "SVQVAEImageProcessor", "processor_class": "P", "feature_extractor_type": "F"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"auto_map": {}, "pixel_range": [-1, 1]}))
+    assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_scales_of_sizes_that_are_refused(scale):
+    with pytest.raises(ValueError, match="`scale` must be a finite number more than 0"):
+        SVQVAEImageProcessor().postprocess(torch.zeros(1, 3, 8, 8), [(8, 8)], scale=scale)
+
+
+@pytest.mark.parametrize(
+    "size", [(9, 8), (8, 9), (0, 8), (8, -1), (4.0, 4), (8,), (8, 8, 8), 8, None, "88", ("8", "8")]
+)
+def test_sizes_that_are_refused(size):
+    with pytest.raises(ValueError, match=r"whole numbers .* from 1 to those of the sample, 8 x 8, but has .* `scale`"):
+        SVQVAEImageProcessor().postprocess(torch.zeros(2, 3, 8, 8), [(8, 8), size])
+
+
+@pytest.mark.parametrize("sample", [SVQVAEOutput(torch.zeros(1, 3, 8, 8)), [torch.zeros(1, 3, 8, 8)], None])
+def test_what_is_no_sample_is_refused(sample):
+    with pytest.raises(TypeError, match=r"`sample` must be a tensor or array, but is of type \w+. Pass .* `.sample`"):
+        SVQVAEImageProcessor().postprocess(sample)
 
 
 @pytest.mark.parametrize(

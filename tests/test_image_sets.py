@@ -1,12 +1,13 @@
 import io
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from svqvae_hf import image_sets
-from svqvae_hf.image_sets import image_name, open_images, read_image
+from svqvae_hf.image_sets import image_name, open_images, open_rows, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,56 @@ def test_what_a_set_does_not_have(parquet, tmp_path):
         open_images([parquet], max_images=0)
     with pytest.raises(OSError, match="org/none"):
         open_images(["org/none"], split="train")
+
+
+REPO = "hf://datasets/org/set@1a2b/"
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        (f"{REPO}train/a.png", True),
+        (f"{REPO}train/../images/a.png", True),
+        (f"zip://train/a.png::{REPO}train.zip", True),
+        ("a.png", False),
+        ("/home/someone/private.png", False),
+        ("file:///home/someone/private.png", False),
+        (f"file:///home/someone/private.png::{REPO}train.zip", False),
+        (f"zip://a.png::/home/someone/private.zip::{REPO}train.zip", False),
+        (f"zip://private.png::/home/someone/{REPO}train.zip", False),
+        (f"simplecache::{REPO}a.png", False),
+        ("https://localhost/private.png", False),
+        ("hf://datasets/org/private@1a2b/a.png", False),
+        ("hf://datasets/org/set@1a2b/../../../private/resolve/main/a.png", False),
+        ("hf://org/set@1a2b/a.png", False),
+    ],
+)
+def test_a_set_on_the_hub_names_no_images_but_its_own(path, inside, monkeypatch, photos):
+    """Else whoever makes a set has private images of its users encoded, and published with the ids."""
+    encoded = io.BytesIO()
+    photos[0].save(encoded, "png")
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = [{"image": {"bytes": None, "path": path}}, {"image": {"bytes": encoded.getvalue(), "path": path}}]
+    stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
+    origin = datasets.data_files.DataFilesList([f"{REPO}train.parquet"], [("org/set", "1a2b")])
+    config = type("Config", (), {"data_files": {"train": origin}})
+    builder = type(
+        "Builder", (), {"repo_id": "org/set", "config": config, "as_streaming_dataset": lambda self, split: stream}
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder())
+    opened = []
+    monkeypatch.setattr(fsspec, "open", lambda name, mode: opened.append(name) or io.BytesIO(encoded.getvalue()))
+    for named, whole in (
+        open_images(["org/set"], split="train"),
+        [row.source for part in open_rows(["org/set"], split="train").parts for row in part],
+    ):
+        assert same([whole], photos[:1])
+        if inside:
+            assert same([named], photos[:1])
+        else:
+            with pytest.raises(ValueError, match="the row must hold an image of its set, but names"):
+                read_image(named)
+    assert opened == ([path] * 2 if inside else [])
 
 
 def test_names_on_the_hub(tmp_path, monkeypatch):

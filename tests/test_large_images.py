@@ -1,9 +1,12 @@
+import errno
 import json
 import os
 import pickle
 import re
 import shutil
+import tracemalloc
 
+import numcodecs
 import numpy as np
 import pytest
 import tifffile
@@ -15,6 +18,7 @@ from PIL import Image
 import svqvae_cli
 from svqvae_hf import large_files, large_images
 from svqvae_hf.codec import decode_image, encode_image, image_tokens
+from svqvae_hf.files import os_error
 from svqvae_hf.image_processing_svqvae import load_image
 from svqvae_hf.large_files import find_large_images, open_large_image
 from svqvae_hf.large_images import decode_large, encode_large, reconstruct_large, record_path
@@ -273,6 +277,91 @@ def test_zarr_whose_chunks_are_pickles_is_refused_and_not_run(filters, compresso
     assert names(tmp_path) == ["a.zarr"]
 
 
+COMPRESSORS = {
+    "zstd": (zarr.codecs.ZstdCodec(), numcodecs.Zstd()),
+    "gzip": (zarr.codecs.GzipCodec(), numcodecs.GZip()),
+    "blosc": (zarr.codecs.BloscCodec(), numcodecs.Blosc()),
+    "none": (None, None),
+    "zlib": (None, numcodecs.Zlib()),
+    "lz4": (None, numcodecs.LZ4()),
+}
+LAYOUTS = {"version 2": {"zarr_format": 2}, "version 3": {}, "shards": {"shards": (32, 64, 3)}}
+
+
+def make_zarr(path, compressor, layout):
+    return zarr.create_array(
+        path,
+        shape=(50, 70, 3),
+        chunks=(16, 32, 3),
+        dtype="uint8",
+        compressors=COMPRESSORS[compressor][layout == "version 2"],
+        **LAYOUTS[layout],
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_zarr_of_other_tools_is_read(compressor, layout, tmp_path):
+    pixels = colours((3,))
+    make_zarr(tmp_path / "a.zarr", compressor, layout)[:] = pixels
+    with open_large_image(tmp_path / "a.zarr") as image:
+        assert np.array_equal(image.read(slice(3, 40), slice(10, 60)), pixels[3:40, 10:60])
+
+
+def test_filters_that_keep_the_size_are_read(tmp_path):
+    options = {"shape": (50, 70, 3), "chunks": (16, 32, 3), "dtype": "uint8"}
+    filters = {2: [numcodecs.Shuffle(1)], 3: [zarr.codecs.TransposeCodec(order=(2, 0, 1))]}
+    for version, of_version in filters.items():
+        path = tmp_path / f"{version}.zarr"
+        zarr.create_array(path, filters=of_version, zarr_format=version, **options)[:] = colours((3,))
+        with open_large_image(path) as image:
+            assert np.array_equal(image.read(slice(0, 50), slice(0, 70)), colours((3,)))
+
+
+@pytest.mark.parametrize(
+    ("compressor", "layout"),
+    [*((name, "version 2") for name in COMPRESSORS if name != "none"), ("zstd", "version 3"), ("zstd", "shards")],
+)
+def test_chunk_takes_no_more_memory_than_it_is_declared_to(compressor, layout, tmp_path):
+    path = tmp_path / "a.zarr"
+    make_zarr(path, compressor, layout)[:] = 1
+    bomb = COMPRESSORS[compressor][1].encode(np.zeros(1 << 26, np.uint8))
+    if layout == "version 2":
+        (path / "0.0.0").write_bytes(bomb)
+    else:
+        shard = path / "c" / "0" / "0" / "0"
+        index = np.full((2, 2, 2), 2**64 - 1, "<u8")  # of the shard's chunks, where each is; none but the first
+        index[0, 0] = 0, len(bomb)
+        checksum = numcodecs.CRC32C(location="end").encode(index.ravel().view(np.uint8))[-4:]
+        tail = b"" if layout == "version 3" else index.tobytes() + bytes(checksum)
+        shard.write_bytes(bytes(bomb) + tail)
+    tracemalloc.start()
+    try:
+        with open_large_image(path) as image, pytest.raises(ValueError, match="cannot be read"):
+            image.read(slice(0, 16), slice(0, 32))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_chunk_compressed_twice_is_refused(version, tmp_path):
+    options = {"shape": (9, 9, 3), "dtype": "uint8", "zarr_format": version}
+    if version == 2:
+        zarr.create_array(tmp_path / "a", filters=[numcodecs.Zlib()], compressors=numcodecs.Zlib(), **options)
+    else:
+        zarr.create_array(tmp_path / "a", compressors=[zarr.codecs.ZstdCodec(), zarr.codecs.GzipCodec()], **options)
+    with pytest.raises(ValueError, match=r"compressed once at most, .* encoded by"), open_large_image(tmp_path / "a"):
+        pass
+
+
+def test_chunk_of_another_compressor_is_refused(tmp_path):
+    options = {"shape": (9, 9, 3), "dtype": "uint8", "zarr_format": 2}
+    zarr.create_array(tmp_path / "a", compressors=numcodecs.LZMA(), **options)
+    with pytest.raises(ValueError, match="encoded by `lzma`"), open_large_image(tmp_path / "a"):
+        pass
+
+
 def test_chunk_that_is_too_large_to_decode_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(large_files, "CHUNK_LIMIT", 50 * 70 * 3 - 1)
     path = save_tiff(tmp_path / "a.tif", colours((3,)), compression="zlib", rowsperstrip=50)
@@ -303,6 +392,46 @@ def stop_at(tile):
             raise KeyboardInterrupt
 
     return on_tile
+
+
+def test_run_whose_disk_fails_for_a_while_goes_on(model, tiff, tmp_path, monkeypatch):
+    reads = []
+    read = large_files.LargeImage.read
+
+    def fail_once(image, rows, columns):
+        reads.append(rows)
+        if len(reads) == 15:
+            image.values = unreadable
+            image._block = None
+        return read(image, rows, columns)
+
+    def unreadable(rows, columns):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(large_files.LargeImage, "read", fail_once)
+    target = tmp_path / "a.safetensors"
+    with pytest.raises(OSError, match=r"^`.*photo.tif` cannot be read: Input/output error\.$") as caught:
+        encode_large(model, tiff, target)
+    assert caught.value.errno == errno.EIO
+    rest = []
+    encode_large(model, tiff, target, resume=True, on_tile=lambda *count: rest.append(count))
+    assert len(rest) < rest[-1][1]
+
+
+def test_full_disk_names_the_way_on(model, tiff, tmp_path, monkeypatch):
+    write = large_images.write_file
+    records = []
+
+    def full_disk(path, content):
+        records.append(content)
+        if len(records) == 3:
+            raise os_error("no space", OSError(errno.ENOSPC, "No space left on device"))
+        write(path, content)
+
+    monkeypatch.setattr(large_images, "write_file", full_disk)
+    with pytest.raises(OSError, match=r"a.safetensors` cannot be written: No space .* `resume` goes on"):
+        encode_large(model, tiff, tmp_path / "a.safetensors")
+    encode_large(model, tiff, tmp_path / "a.safetensors", resume=True)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".zarr"])
@@ -372,6 +501,12 @@ def test_folder_is_not_overwritten(model, tiff, tmp_path):
     (tmp_path / "a.zarr").mkdir()
     with pytest.raises(ValueError, match="must be new"):
         reconstruct_large(model, tiff, tmp_path / "a.zarr")
+
+
+def test_file_in_the_place_of_a_zarr_array_is_refused_before_the_work(model, tiff, tmp_path):
+    (tmp_path / "a.zarr").touch()
+    with pytest.raises(ValueError, match="must be new"):
+        reconstruct_large(model, tiff, tmp_path / "a.zarr", on_tile=lambda *_: pytest.fail("it has begun"))
 
 
 @pytest.fixture
