@@ -69,18 +69,18 @@ def test_python_blocks_run(page, failures):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_is_in_blocks_that_run(page):
-    assert not re.findall(r"^    (?:import|from) .*", page.read_text(), re.MULTILINE)
+    assert not re.findall(r"^    (?:import|from|svqvae|python|pip|accelerate) .*", page.read_text(), re.MULTILINE)
 
 
 # Commands
 
 
 def commands(text: str) -> list[list[str]]:
-    """Arguments of the commands of a page, in indented or fenced lines or, with arguments, within a line."""
+    """Arguments of the commands of a page, in lines of their own or, with arguments, within a line."""
     joined = text.replace("\\\n", " ")
-    indented = re.findall(r"^(?: {4})?(?:\.venv/bin/)?((?:svqvae|accelerate|\S* ?torchrun|python) .*)$", joined, re.M)
+    lines = re.findall(r"^(?:\.venv/bin/)?((?:svqvae|accelerate|\S* ?torchrun|python) .*)$", joined, re.M)
     inline = re.findall(r"`((?:svqvae|python)(?: [^`\s]+){2,})`", joined)
-    return [shlex.split(command, comments=True) for command in indented + inline]
+    return [shlex.split(command, comments=True) for command in lines + inline]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -133,7 +133,7 @@ def parse_as(script: Path, arguments: list[str]) -> None:
     ],
 )
 def test_wrong_commands_are_found(command):
-    (words,) = commands(f"    {command}\n")
+    (words,) = commands(f"{command}\n")
     with pytest.raises((ValueError, AssertionError, SystemExit)):
         check_command(words)
 
@@ -143,9 +143,9 @@ def test_extras_and_targets_are_there():
     makefile = (ROOT / "Makefile").read_text()
     for page in PAGES:
         text = page.read_text()
-        for names in re.findall(r"^    pip install .*\[([\w,]+)\]", text, re.MULTILINE):
+        for names in re.findall(r"^pip install .*\[([\w,]+)\]", text, re.MULTILINE):
             assert set(names.split(",")) <= set(extras), page
-        for target in re.findall(r"^    make (\w+)", text, re.MULTILINE):
+        for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
             assert f"\n{target}:" in makefile, page
 
 
