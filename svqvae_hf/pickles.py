@@ -15,10 +15,14 @@ import torch
 READING = threading.Lock()  # what torch lets through, and warnings, are settings of the whole process
 ARCHIVE_START = b"PK\3\4"  # PyTorch's files but the oldest are zip archives
 OLD_PICKLES = 5  # in one of the oldest: two numbers, the machine, the content, the names of its storages
-MAX_TUPLE = 10_000
-# What torch lets through and what takes as much memory as its arguments say. Honest files name an UntypedStorage for
-# types that have no storage of their own, such as float8, of which no model is made here.
-GREEDY = re.compile(r"(__builtin__|builtins)\.bytearray|_codecs\.encode|torch(\.\w+)*\.(\w*Tensor|(Unt|T)ypedStorage)")
+MAX_TUPLES = 10_000  # in one, within others
+# What torch lets through and what takes as much memory as its arguments say.
+GREEDY = re.compile(r"(__builtin__|builtins)\.bytearray|torch(\.\w+)*\.(\w*Tensor|TypedStorage)")
+# Two of that kind are in honest files: the first in the place of a type, for float8 and others that have no storage of
+# their own; the second called with text and "latin1", which is how bytes are stored.
+STORAGE, ENCODE = "torch.storage.UntypedStorage", "_codecs.encode"
+UNTYPED = r"torch(\.storage)?\.UntypedStorage"
+LATIN1 = "latin1"
 
 
 def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
@@ -59,6 +63,7 @@ def _check_archive(file: IO[bytes], size: int) -> None:
             raise pickle.UnpicklingError(f"the archive unpacks to {unpacked} bytes")
         for entry in archive.infolist():
             if entry.filename.lower().endswith("data.pkl"):
+                entry.CRC = None  # type: ignore[assignment]  # torch may have left it out, and does not look
                 with archive.open(entry) as pickled:
                     _check_pickle(pickled)
 
@@ -66,28 +71,41 @@ def _check_archive(file: IO[bytes], size: int) -> None:
 def _check_pickle(pickled: IO[bytes]) -> None:
     """Refuses calls of what allocates at will, and nests of tuples whose hash, as a key, takes the stack or no end.
 
-    A tuple may hold another many times, by its number in the memo, and that one a third: each counts as often as it
-    is hashed. The stack is the unpickler's, with these counts in place of values and `None` for a mark.
+    The stack is the unpickler's. In place of a value it has the number of tuples in it, each as often as it is hashed,
+    since a tuple may hold another many times by its number in the memo; `None` for a mark; and the names above for
+    themselves and for tuples that hold them.
     """
-    stack: list[int | None] = []
-    memo: dict[Any, int | None] = {}
+    stack: list[int | str | None] = []
+    memo: dict[Any, int | str | None] = {}
     for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name == "GLOBAL" and GREEDY.fullmatch(name := str(argument).replace(" ", ".")):
-            raise pickle.UnpicklingError(f"GLOBAL {name} can take any memory")
-        count = 1
-        if pickletools.markobject in opcode.stack_before:
+        name, before = opcode.name, opcode.stack_before
+        taken: list[int | str | None] = []
+        if pickletools.markobject in before:
+            before = before[: before.index(pickletools.markobject)]
             while (above := stack.pop()) is not None:
-                count += above
-        for taken in opcode.stack_before:
-            if taken is pickletools.markobject:
-                break
-            count += stack.pop() or 0
-        if "PUT" in opcode.name:
+                taken.append(above)
+        taken += [stack.pop() for _ in before]
+        value: int | str | None = 0
+        if name == "GLOBAL":
+            called = str(argument).replace(" ", ".")
+            if GREEDY.fullmatch(called):
+                raise pickle.UnpicklingError(f"GLOBAL {called} can take any memory")
+            value = STORAGE if re.fullmatch(UNTYPED, called) else ENCODE if called == ENCODE else 0
+        elif "GET" in name:
+            value = memo[argument]
+        elif "PUT" in name:
             memo[argument] = stack[-1]
-        elif "GET" in opcode.name:
-            count = memo[argument] or 0
-        elif "TUPLE" not in opcode.name:
-            count = 1
-        if count > MAX_TUPLE:
-            raise pickle.UnpicklingError(f"a nest of tuples holds more than {MAX_TUPLE} values")
-        stack += [None if value is pickletools.markobject else count for value in opcode.stack_after]
+        elif argument == LATIN1:
+            value = LATIN1
+        elif "TUPLE" in name and ENCODE not in taken:
+            if STORAGE in taken:
+                value = STORAGE
+            elif taken[:1] == [LATIN1] and len(taken) == 2:
+                value = LATIN1
+            else:
+                value = 1 + sum(each for each in taken if isinstance(each, int))
+                if value > MAX_TUPLES:
+                    raise pickle.UnpicklingError(f"a nest of tuples has more than {MAX_TUPLES} of them")
+        elif name != "BINPERSID" and (ENCODE in taken or STORAGE in taken) and taken != [LATIN1, ENCODE]:
+            raise pickle.UnpicklingError(f"GLOBAL {STORAGE if STORAGE in taken else ENCODE} can take any memory")
+        stack += [None if each is pickletools.markobject else value for each in opcode.stack_after]
