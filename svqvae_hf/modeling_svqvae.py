@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -727,7 +727,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             pretrained_model_name_or_path (`str` or `Path`): Folder, or `org/name` on the Hub.
             **kwargs: Those of [`~diffusers.ModelMixin.from_pretrained`], and config values that replace the stored
-                ones, such as `pixel_range=(-1, 1)`.
+                ones, such as `pixel_range=(-1, 1)`. `low_cpu_mem_usage` is always `True`.
 
         Raises:
             ValueError: If weights are missing, not expected or of another shape, or the folder is of another class.
@@ -746,6 +746,23 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return loaded if with_info else loaded[0]
 
     @classmethod
+    def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in the base class, but keyword arguments that mean nothing are refused unless they are asked for.
+
+        Raises:
+            ValueError: If the config is of another class.
+            TypeError: If a keyword argument is no config value.
+        """
+        known = {*inspect.signature(cls.__init__).parameters, "trust_remote_code"}
+        unknown = sorted(name for name in kwargs.keys() - known if not name.startswith("_"))
+        if unknown and not return_unused_kwargs:
+            raise TypeError(
+                f"Arguments must be those of diffusers' method or config values of {cls.__name__}, but these are "
+                f"neither: {', '.join(unknown)}. Correct their names."
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
     def from_single_file(cls, source: str | Path, **kwargs: Any) -> "SVQVAE":
         """Loads an original checkpoint; see [`~svqvae_hf.checkpoints.load_single_file`].
 
@@ -759,17 +776,11 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """As in the base class, without the config values that the constructor derives; other ones are refused."""
-        if config_dict.get("_class_name", cls.__name__) != cls.__name__:
+        """As in the base class, without the config values that the constructor derives."""
+        if config_dict.get("_class_name", cls.__name__) not in {each.__name__ for each in cls.__mro__}:
             raise ValueError(
-                f"The config must be of an {cls.__name__}, but is of a {config_dict['_class_name']}. Load it by that "
+                f"The config must be of class {cls.__name__}, but is of {config_dict['_class_name']}. Load it by that "
                 "class, or an original checkpoint by `from_single_file`."
-            )
-        unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters
-        if unknown:
-            raise TypeError(
-                f"Arguments must be those of diffusers' `from_pretrained` or config values of {cls.__name__}, but "
-                f"these are neither: {', '.join(sorted(unknown))}. Correct their names."
             )
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in DERIVED_CONFIG}, **kwargs)
 
@@ -974,7 +985,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if patch_nums is not None:
             tile_size = self.tile_size if tile_size is None else tile_size
             self._check_tiles(tile_size, None)
-            scales = [patch_num * self.f / tile_size for patch_num in _check_scales(patch_nums)]
+            scales = [patch_num * self.f / tile_size for patch_num in _check_scales(patch_nums, "`patch_nums`")]
         checked = [1.0] if scales is None else _check_scales(scales)
         tiles = self._tiles(tile_size, overlap)
         latents = self._encode(sample, tiles)
@@ -1130,7 +1141,7 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _check_tiles(self, tile_size: int, overlap: int | None) -> None:
         f = self.f
         for name, value in {"tile_size": tile_size, "overlap": 0 if overlap is None else overlap}.items():
-            if type(value) is not int:
+            if not isinstance(value, Integral) or isinstance(value, bool):
                 raise ValueError(f"`{name}` must be a whole number of pixels, but is {value!r}.")
         if tile_size % f or tile_size < f:
             fitting = max(1, round(tile_size / f)) * f
@@ -1212,13 +1223,13 @@ def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[fl
     return values * gain + (target[0] - source[0] * gain)
 
 
-def _check_scales(scales: Iterable[float]) -> list[float]:
+def _check_scales(scales: Iterable[float], name: str = "`scales`") -> list[float]:
     checked = list(scales) if isinstance(scales, Iterable) else [None]
     if not all(isinstance(scale, Real) for scale in checked):
-        raise TypeError(f"Scales must be a list of numbers, but are {scales!r}. Pass `[1.0]` for one.")
+        raise TypeError(f"{name} must be a list of numbers, but are {scales!r}. Put a single one in a list.")
     for scale in checked:
         if not 0 < scale < float("inf"):
-            raise ValueError(f"Each scale must be finite and more than 0, but one is {scale}. 1 is the input's size.")
+            raise ValueError(f"Each of {name} must be finite and more than 0, but one is {scale}.")
     return checked
 
 

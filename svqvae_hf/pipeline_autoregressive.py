@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] of the codebook whose ids it was
             trained on; that of `vqvae` if not given. It is stored with the pipeline.
 
-    Both models are put into evaluation mode. `layout`, a [`~svqvae_hf.sequences.SequenceLayout`], says what stands
-    where in the sequences.
+    `layout`, a [`~svqvae_hf.sequences.SequenceLayout`], says what stands where in the sequences. While it samples,
+    both models are in evaluation mode.
 
     Raises:
         ValueError: If the vocabulary or the context of the language model does not fit the layout, or `vqvae` has
@@ -86,7 +87,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                 "`vqvae` must have the codebook whose ids the language model was trained on, with fingerprint "
                 f"{codebook_fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
             )
-        self.register_modules(vqvae=vqvae.eval(), language_model=language_model.eval())
+        self.register_modules(vqvae=vqvae, language_model=language_model)
         self.register_to_config(
             num_classes=num_classes,
             height=self.layout.height,
@@ -203,36 +204,39 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         asked = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
         last = max(layout.scales.index(scale) for scale in asked)
         _check_sampling(guidance_scale, temperature, top_k, top_p, generator, num_images_per_prompt, output_type)
-        top = [] if image is None else self._encode_top(image, layout)
-        labels = self._labels(class_labels, len(top[0]) if top else 1)
-        if guidance_scale != 1 and class_labels is None:
-            raise ValueError(f"`guidance_scale` = {guidance_scale} needs `class_labels`. Give them, or leave it at 1.")
-        sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
-        count = len(sequences)
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"there must be one generator for each of {count} images, but are {len(generator)}.")
-        if guidance_scale != 1:
-            sequences = sequences.repeat(2, 1)  # the second half without the label
-            sequences[count:, 0] = layout.unconditional_token
+        with _evaluating(self.vqvae, self.language_model):
+            top = [] if image is None else self._encode_top(image, layout)
+            labels = self._labels(class_labels, len(top[0]) if top else 1)
+            if guidance_scale != 1 and class_labels is None:
+                raise ValueError(
+                    f"`guidance_scale` = {guidance_scale} needs `class_labels`. Give them, or leave it at 1."
+                )
+            sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
+            count = len(sequences)
+            if isinstance(generator, list) and len(generator) != count:
+                raise ValueError(f"there must be one generator for each of {count} images, but are {len(generator)}.")
+            if guidance_scale != 1:
+                sequences = sequences.repeat(2, 1)  # the second half without the label
+                sequences[count:, 0] = layout.unconditional_token
 
-        processors = _processors(layout, temperature, top_k, top_p)
-        model = _CachedModel(self.language_model)
-        rows = _free_rows(layout, top, last)
-        for step, (index, row) in enumerate(self.progress_bar(rows)):
-            highest = []
-            for position in range(row.start, row.stop):
-                logits = _guide(model.next_logits(sequences[:, :position]), guidance_scale)
-                scores = processors(sequences[:count, :position], logits)
-                highest.append(scores.amax(-1))
-                tokens = scores.argmax(-1) if temperature == 0 else _draw(scores, generator)
-                sequences[:, position] = tokens.repeat(len(sequences) // count)
-            _check_scores(torch.stack(highest), self.language_model)
-            if callback_on_step_end is not None:
-                ids = sequences[:count, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
-                callback_on_step_end(self, step, layout.scales[index], {"ids": ids})
+            processors = _processors(layout, temperature, top_k, top_p)
+            model = _CachedModel(self.language_model)
+            rows = _free_rows(layout, top, last)
+            for step, (index, row) in enumerate(self.progress_bar(rows)):
+                highest = []
+                for position in range(row.start, row.stop):
+                    logits = _guide(model.next_logits(sequences[:, :position]), guidance_scale)
+                    scores = processors(sequences[:count, :position], logits)
+                    highest.append(scores.amax(-1))
+                    tokens = scores.argmax(-1) if temperature == 0 else _draw(scores, generator)
+                    sequences[:, position] = tokens.repeat(len(sequences) // count)
+                _check_scores(torch.stack(highest), self.language_model)
+                if callback_on_step_end is not None:
+                    ids = sequences[:count, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
+                    callback_on_step_end(self, step, layout.scales[index], {"ids": ids})
 
-        grids, _ = layout.decode(sequences[:count, : layout.spans[last].stop])
-        results = [self._images(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in asked]
+            grids, _ = layout.decode(sequences[:count, : layout.spans[last].stop])
+            results = [self._images(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in asked]
         images = results[0] if scales is None else results
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -294,6 +298,18 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         if output_type == "pil":
             return images
         return np.stack(images) if output_type == "np" else torch.stack(images)
+
+
+@contextmanager
+def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class _CachedModel:

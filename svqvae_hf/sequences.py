@@ -134,7 +134,7 @@ class SequenceLayout:
         grids = [to_int64("ids", grid) for grid in ids]
         shape = grids[0].shape[:-2]
         labels = self.num_classes if labels is None else labels
-        labels = to_int64("labels", torch.tensor(labels) if isinstance(labels, int) else labels).to(grids[0].device)
+        labels = to_int64("labels", torch.as_tensor(labels)).to(grids[0].device)
         if labels.shape not in (torch.Size(), shape):
             raise ValueError(f"labels must have shape {tuple(shape)}, one each, but have {tuple(labels.shape)}.")
         _check_range("labels", labels, self.num_classes + 1, "`num_classes`, which stands for no class, included")

@@ -9,6 +9,7 @@ from conftest import make_tiny
 from diffusers import AutoModel, VQModel
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.modeling_svqvae import (
@@ -118,9 +119,10 @@ def test_loading_is_strict(tiny_model, tmp_path):
 
 def test_weights_of_another_shape_are_refused_always(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
-    for options in ({}, {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}):
-        with pytest.raises(ValueError, match="expected shape|mismatched: .*quantize.embedding.weight"):
-            SVQVAE.from_pretrained(tmp_path, codebook_size=128, **options)
+    with pytest.raises(ValueError, match=r"expected shape torch.Size\(\[128, 8\]\), but got torch.Size\(\[64, 8\]\)"):
+        SVQVAE.from_pretrained(tmp_path, codebook_size=128)
+    with pytest.raises(ValueError, match=r"mismatched: \('quantize.embedding.weight', "):
+        SVQVAE.from_pretrained(tmp_path, codebook_size=128, ignore_mismatched_sizes=True, low_cpu_mem_usage=False)
 
 
 def test_loading_takes_no_argument_that_means_nothing(tiny_model, tmp_path):
@@ -144,6 +146,20 @@ def test_loading_takes_no_argument_that_means_nothing(tiny_model, tmp_path):
     assert loaded.quantize.embedding.weight.dtype == torch.float32
 
 
+def test_a_subclass_loads_it(tiny_model, tmp_path):
+    class Subclass(SVQVAE):
+        """Of a user."""
+
+    tiny_model.save_pretrained(tmp_path)
+    assert isinstance(Subclass.from_pretrained(tmp_path), Subclass)
+
+
+def test_unused_arguments_are_given_back(tiny_model):
+    model, unused = SVQVAE.from_config(tiny_model.config, return_unused_kwargs=True, codebook_size=32, surplus=1)
+    assert unused["surplus"] == 1
+    assert model.config["codebook_size"] == 32
+
+
 def test_auto_model_finds_the_class(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     assert isinstance(AutoModel.from_pretrained(str(tmp_path)), SVQVAE)
@@ -151,7 +167,7 @@ def test_auto_model_finds_the_class(tiny_model, tmp_path):
 
 def test_a_folder_of_another_class_is_named(tmp_path):
     VQModel(block_out_channels=(32,)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must be of an SVQVAE, but is of a VQModel. Load it by that class"):
+    with pytest.raises(ValueError, match="must be of class SVQVAE, but is of VQModel. Load it by that class"):
         SVQVAE.from_pretrained(tmp_path)
 
 
@@ -392,13 +408,20 @@ def full_sample(small_sample, monkeypatch):
 
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("core", [((13, 14), (20, 27)), ((0, 9), (30, 40)), ((0, 40), (0, 40))])
-def test_core_of_a_decoded_window_does_not_depend_on_what_is_left_out(tiny_model, core):
-    codes = tiny_model.quantize(torch.randn(1, 8, 40, 40))[0]
-    context = gather_context(tiny_model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, source_cell=1)
-    whole = tiny_model.decode_window(codes, context)
-    decoded = tiny_model.decode_window(codes, context, tuple(slice(*span) for span in core))
-    rows, columns = (slice(4 * start, 4 * stop) for start, stop in core)
-    torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("config", [{}, {"decoder_ch_mult": (1, 2, 2, 4), "encoder_ch_mult": (1, 1, 1, 1)}])
+@pytest.mark.parametrize("num_res_blocks", [1, 3])
+def test_core_of_a_decoded_window_does_not_depend_on_what_is_left_out(config, num_res_blocks, core):
+    model = make_tiny(num_res_blocks=num_res_blocks, **config)
+    codes = model.quantize(torch.randn(1, 8, 40, 40))[0]
+    context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, source_cell=1)
+    rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
+    with FlopCounterMode(display=False) as of_window:
+        whole = model.decode_window(codes, context)
+    with FlopCounterMode(display=False) as of_core:
+        decoded = model.decode_window(codes, context, tuple(slice(*span) for span in core))
+    torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
+    share = of_core.get_total_flops() / of_window.get_total_flops()
+    assert share == 1 if core[0] == (0, 40) else share < 0.9
 
 
 @pytest.mark.usefixtures("no_grad", "full_sample")

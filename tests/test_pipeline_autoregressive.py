@@ -254,7 +254,7 @@ def test_it_samples_in_evaluation_mode():
     trained = SVQVAEAutoregressivePipeline(pipeline.vqvae.train(), pipeline.language_model.train(), **parts)
     trained.set_progress_bar_config(disable=True)
     assert all(map(torch.equal, ids, sample_ids(trained, [0, 1], temperature=0)))
-    assert not trained.vqvae.training
+    assert all(module.training for module in (*trained.vqvae.modules(), *trained.language_model.modules()))
 
 
 def test_a_compiled_language_model(tmp_path):
