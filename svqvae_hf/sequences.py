@@ -113,14 +113,16 @@ class SequenceLayout:
         separator = self.unconditional_token + self.heads.index(position)
         return range(separator, separator + 1)
 
-    def encode(self, ids: Sequence[torch.Tensor], labels: torch.Tensor | int | None = None) -> torch.Tensor:
+    def encode(
+        self, ids: Sequence[torch.Tensor], labels: torch.Tensor | Sequence[int] | int | None = None
+    ) -> torch.Tensor:
         """Joins the ids of an image, or of a batch of them, to sequences.
 
         Args:
             ids (`Sequence[torch.Tensor]`, of shape `(h, w)` or `(batch, h, w)`, integers): One grid per scale, as
                 `vqvae.encode_tokens(sample, scales)` gives them. Fewer than the layout has give a prefix.
-            labels (`torch.Tensor` of shape `(batch,)` or `int`, *optional*): In `[0, num_classes]`; no class if not
-                given.
+            labels (`torch.Tensor` of shape `(batch,)`, `Sequence[int]` or `int`, *optional*): In `[0, num_classes]`;
+                no class if not given.
 
         Returns:
             `torch.Tensor`: Tokens `(length,)` or `(batch, length)`, int64.
