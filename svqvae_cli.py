@@ -213,7 +213,7 @@ def _add_detokenize(commands: Commands) -> None:
         "tokens --output out --max-images 16",
     )
     command.add_argument(
-        "tokens", type=_not_empty, metavar="TOKENS", help="folder of the token set, or its name on the Hub"
+        "tokens", type=_path_or_name, metavar="TOKENS", help="folder of the token set, or its name on the Hub"
     )
     command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
     command.add_argument("--max-images", type=int, metavar="N", help="stop after so many rows (default: all)")
@@ -229,7 +229,7 @@ def _add_evaluate(commands: Commands) -> None:
         "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
         "org/svqvae photos --output report --scales 1 0.5 0.25",
     )
-    command.add_argument("model", type=_not_empty, metavar="MODEL", help="model folder or Hub id")
+    command.add_argument("model", type=_path_or_name, metavar="MODEL", help="model folder or Hub id")
     _add_image_set(command)
     command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
     command.add_argument(
@@ -269,7 +269,7 @@ def _add_convert(commands: Commands) -> None:
         "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
     )
     command.add_argument(
-        "source", type=_not_empty, metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub"
+        "source", type=_path_or_name, metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub"
     )
     command.add_argument("out", type=_path, metavar="OUT", help="folder to make")
     command.add_argument("--use-ema", action="store_true", help="take the averaged weights of a LlamaGen file")
@@ -307,7 +307,7 @@ def _add_export(commands: Commands) -> None:
         "height and width, and compares them with the model before they are kept.",
         "org/svqvae --output graphs --dtype float16",
     )
-    command.add_argument("model", type=_not_empty, metavar="MODEL", help="model folder or Hub id")
+    command.add_argument("model", type=_path_or_name, metavar="MODEL", help="model folder or Hub id")
     command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to make")
     command.add_argument(
         "--format", choices=("onnx", "torch"), default="onnx", help="encoder.onnx or encoder.pt2 (default: onnx)"
@@ -326,7 +326,7 @@ def _add_generate(commands: Commands) -> None:
         "them on sheet.png, a row for each class. All images are sampled as one batch.",
         "org/dreams --class 3 7 --num-images 4 --output out",
     )
-    command.add_argument("model", type=_not_empty, metavar="MODEL", help="folder or Hub id of the pipeline")
+    command.add_argument("model", type=_path_or_name, metavar="MODEL", help="folder or Hub id of the pipeline")
     command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
     command.add_argument(
         "--class",
@@ -372,7 +372,7 @@ def _add_info(commands: Commands) -> None:
     command = _add_command(commands, "info", summary, "", "photo.safetensors")
     command.add_argument(
         "path",
-        type=_not_empty,
+        type=_path_or_name,
         metavar="PATH",
         help="model folder, Hub id, checkpoint file, org/repo:file, or token file",
     )
@@ -384,7 +384,8 @@ def _add_demo(commands: Commands) -> None:
         "demo",
         "show a page where photographs are encoded and decoded",
         "Original and result under one slider, the ids as a picture, token files up and\n"
-        "down. The page needs no network.",
+        "down. The page needs no network. At a --host that is not of this machine alone,\n"
+        "visitors may choose public models of the Hub, not folders or private models.",
         "--model org/svqvae",
     )
     _add_model_choice(command)
@@ -450,7 +451,7 @@ def _add_image_set(command: _Parser) -> None:
     command.add_argument(
         "data",
         nargs="+",
-        type=_not_empty,
+        type=_path_or_name,
         metavar="DATA",
         help="image files, folders of them, or globs; or the name of a set on the Hub, which is streamed",
     )
@@ -467,7 +468,7 @@ def _add_image_set(command: _Parser) -> None:
 
 
 def _add_files(command: _Parser, what: str) -> None:
-    command.add_argument("inputs", nargs="+", type=_not_empty, metavar="INPUT", help=what)
+    command.add_argument("inputs", nargs="+", type=_path_or_name, metavar="INPUT", help=what)
     command.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder to write to")
 
 
@@ -478,7 +479,9 @@ def _add_model(command: _Parser, tile_size: int | None, overlap: int | None) -> 
 
 
 def _add_model_choice(command: _Parser) -> None:
-    command.add_argument("--model", type=_not_empty, help="model folder or Hub id (default: the small bundled model)")
+    command.add_argument(
+        "--model", type=_path_or_name, help="model folder or Hub id (default: the small bundled model)"
+    )
     _add_device(command)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
 
@@ -510,14 +513,16 @@ def _add_tiles(
 
 
 def _path(text: str) -> Path:
-    return Path(_not_empty(text))
+    return Path(_path_or_name(text))
 
 
-def _not_empty(text: str) -> str:
+def _path_or_name(text: str) -> str:
+    return _not_empty(text, "; the folder that you are in is `.`")
+
+
+def _not_empty(text: str, of_paths: str = "") -> str:
     if not text:
-        raise argparse.ArgumentTypeError(
-            "it must not be empty. If it is a variable of the shell, set it; the folder that you are in is `.`"
-        )
+        raise argparse.ArgumentTypeError(f"it must not be empty. If it is a variable of the shell, set it{of_paths}")
     return text
 
 

@@ -4,7 +4,6 @@ import asyncio
 import math
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numcodecs
@@ -14,20 +13,28 @@ from numcodecs.abc import Codec
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec
 
+from svqvae_hf.files import UnsupportedError
+
 COMPRESSORS = ("blosc", "gzip", "lz4", "zlib", "zstd")
+ZLIB_FORMATS = {"gzip": 31, "zlib": 15}  # `wbits` of each
+CHECKSUM = 4  # bytes of a CRC-32C
 
 
-def open_bounded(path: Path) -> zarr.Array:
-    """Opens an array for reading, each chunk decompressed once and only if that gives no more than its declared bytes.
+def bound(array: Any) -> zarr.Array:
+    """The array, to read from. A chunk that decompresses to more bytes than it is declared to have is refused.
+
+    Chunks of gzip and zlib are decompressed once. Those of the other compressors are decompressed twice: first into as
+    many bytes as are declared, which is how these compressors refuse more.
 
     Args:
-        path (`Path`): Folder of an array of uint8 in version 2 or 3, its chunks compressed by one of `COMPRESSORS` or
-            not; in version 2 perhaps shuffled, in version 3 perhaps in shards.
+        array (`zarr.Array`): Array of uint8 in a folder, in version 2 or 3, its chunks compressed once at most, by one
+            of `COMPRESSORS`; in version 2 perhaps shuffled; in version 3 perhaps transposed, with checksums and in
+            shards.
 
     Raises:
-        ValueError: If its chunks are encoded in another way. What is wrong with a chunk is raised when it is read.
+        UnsupportedError: If its chunks are encoded in another way. What is wrong with a chunk is raised when it is
+            read.
     """
-    array: Any = zarr.open_array(path, mode="r")
     metadata = array.metadata
     if metadata.zarr_format == 2:
         for codec in metadata.filters or ():
@@ -54,7 +61,8 @@ def _bound(codecs: Any) -> list[Any]:
             name = codec.to_dict()["name"].removeprefix("numcodecs.")
             if any(isinstance(other, _BytesCompressor | ShardingCodec) for other in bounded):
                 raise _refusal(name)
-            bounded.append(_BytesCompressor(_check_name(name)))
+            checksums = sum(isinstance(other, Crc32cCodec) for other in bounded)
+            bounded.append(_BytesCompressor(_check_name(name), checksums * CHECKSUM))
     return bounded
 
 
@@ -64,18 +72,20 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _refusal(name: str) -> ValueError:
-    return ValueError(
-        f"chunks must be compressed once at most, by {', '.join(COMPRESSORS)}, but these are encoded by `{name}`. "
-        "Store the array anew."
+def _refusal(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"chunks must be compressed once at most, by {', '.join(COMPRESSORS)}, and otherwise encoded by shuffle "
+        "(version 2), transpose, crc32c or sharding_indexed (version 3) alone, but these are encoded by "
+        f"`{name}`. Store the array anew."
     )
 
 
 def _decompress(name: str, content: Any, size: int) -> Any:
-    if name == "zlib":
-        result = zlib.decompressobj().decompress(content, size + 1)
-        if len(result) > size:
-            raise ValueError(f"a chunk must have {size} bytes, but has more.")
+    if name in ZLIB_FORMATS:
+        stream = zlib.decompressobj(ZLIB_FORMATS[name])
+        result = stream.decompress(content, size + 1)
+        if len(result) > size or stream.unused_data or not stream.eof:
+            raise ValueError(f"a chunk must be one whole stream of {name} of {size} bytes at most, but is not.")
         return result
     codec = numcodecs.get_codec({"id": name})
     codec.decode(content, out=np.empty(size, np.uint8))  # refuses more; of less it says nothing
@@ -103,12 +113,13 @@ class _BytesCompressor(BytesBytesCodec):
     """One of `COMPRESSORS` in version 3, to read by."""
 
     name: str
+    checksums: int  # bytes of those that the compressed content holds
     is_fixed_size = False
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
         raise NotImplementedError
 
     async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
-        size = math.prod(chunk_spec.shape)
+        size = math.prod(chunk_spec.shape) + self.checksums
         content = await asyncio.to_thread(_decompress, self.name, chunk_bytes.to_bytes(), size)
         return chunk_spec.prototype.buffer.from_bytes(bytes(content))

@@ -1,5 +1,6 @@
 import itertools
 import math
+import numbers
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -178,19 +179,36 @@ class SVQVAEImageProcessor(BaseImageProcessor):
     valid_kwargs = SVQVAEImageProcessorKwargs
 
     def __init__(self, pixel_range: tuple[float, float] = (0.0, 1.0), **kwargs: Any) -> None:
-        unknown = sorted(kwargs.keys() - TRANSFORMERS_KEYS)
-        if unknown:
-            raise TypeError(
-                f"an image processor takes `pixel_range` alone, but got {', '.join(unknown)}. Leave it out."
-            )
+        _check_keywords(kwargs.keys() - TRANSFORMERS_KEYS)
         super().__init__(**kwargs)
-        ends = np.asarray(pixel_range)
+        try:
+            ends = np.asarray(pixel_range)
+        except ValueError:  # rows of several lengths
+            ends = np.empty(0)
         if ends.shape != (2,) or ends.dtype.kind not in "iuf" or not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(
                 f"`pixel_range` must be two finite numbers, black then white, but is {pixel_range}. Pass the model's "
                 '`config["pixel_range"]`.'
             )
         self.pixel_range = tuple(ends.tolist())
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a processor of what a file holds, of which only `pixel_range` is used, and of keywords.
+
+        Args:
+            image_processor_dict (`dict[str, Any]`): Content of `preprocessor_config.json`.
+            kwargs: `pixel_range`, which goes before that of the file, and `return_unused_kwargs`.
+
+        Raises:
+            TypeError: Another keyword is given.
+            ValueError: `pixel_range` is not as described.
+        """
+        options = {"pixel_range", "return_unused_kwargs"}
+        if not kwargs.get("return_unused_kwargs"):
+            _check_keywords(kwargs.keys() - options)
+        known = {"pixel_range", *TRANSFORMERS_KEYS}
+        return super().from_dict({key: value for key, value in image_processor_dict.items() if key in known}, **kwargs)
 
     def preprocess(
         self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
@@ -265,8 +283,8 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 f"`sample` must be a tensor or array, but is of type {type(sample).__name__}. Pass the output's "
                 "`.sample`, of several scales one by one."
             )
-        if not 0 < scale < math.inf:
-            raise ValueError(f"`scale` must be a finite number more than 0, but is {scale}.")
+        if not isinstance(scale, numbers.Real) or not 0 < scale < math.inf:
+            raise ValueError(f"`scale` must be a finite number more than 0, but is {scale!r}.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', but is {output_type!r}.")
         if sample.ndim != 4 or sample.shape[1] != 3:
@@ -292,6 +310,13 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         if output_type == "np":
             return arrays
         return [Image.fromarray(np.rint(array * 255).astype(np.uint8)) for array in arrays]
+
+
+def _check_keywords(unknown: set[str]) -> None:
+    if unknown:
+        raise TypeError(
+            f"an image processor takes `pixel_range` alone, but got {', '.join(sorted(unknown))}. Leave it out."
+        )
 
 
 def _unit_pixels(image: ImageInput) -> torch.Tensor:

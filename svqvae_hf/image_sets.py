@@ -23,6 +23,7 @@ ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: a
 Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images, for `datasets`
+ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files in a file, as fsspec names them
 NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # where a set on the Hub is, and that it is an archive
 
 
@@ -160,7 +161,10 @@ def read_image(source: ImageSource) -> Image.Image:
     if not isinstance(source, Mapping):
         return load_image(source)
     if "outside" in source:
-        raise ValueError(f"the row must hold an image of its set, but names `{source['path']}`, which is not of it.")
+        raise ValueError(
+            f"the row must hold an image of its set, but names `{source['path']}`, which is not of it. Store the set "
+            "anew, with its images embedded."
+        )
     content = source["bytes"]
     if content is None:
         with fsspec.open(source["path"], "rb") as file:
@@ -223,10 +227,10 @@ def _confine(source: ImageSource, repository: str | None) -> ImageSource:
         return source
     *archives, file = source["path"].split("::")
     place = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
-    escapes = place is None or posixpath.normpath(place[1]).startswith(("..", "/"))
-    return (
-        {**source, "outside": True} if escapes or not all(each.startswith("zip://") for each in archives) else source
-    )
+    path = "/" if place is None else posixpath.normpath(place[1])
+    outside = path == ".." or path.startswith(("../", "/"))
+    outside = outside or not all(re.fullmatch(ARCHIVES, each, re.DOTALL) for each in archives)
+    return {**source, "outside": True} if outside else source
 
 
 def _file_rows(paths: Sequence[Path]) -> ImageRows:

@@ -15,14 +15,15 @@ import zarr
 from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC
 
-from svqvae_hf.bounded_zarr import open_bounded
-from svqvae_hf.files import distinct_files, find_files, os_error
+from svqvae_hf.bounded_zarr import bound
+from svqvae_hf.files import UnsupportedError, distinct_files, find_files, os_error
 from svqvae_hf.image_processing_svqvae import to_rgb
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 ZARR_METADATA = ("zarr.json", ".zarray")
 OUTPUT_TILE = 256  # side of the tiles or chunks that are written, in pixels
 CHUNK_LIMIT = 1 << 28  # bytes of a strip, tile or chunk, which is decoded as a whole: 256 MiB
+BLOCK_LIMIT = 1 << 27  # pixels of a row of chunks that are kept beside a window
 LAYOUTS = {  # channels and what those beyond the colours are, in TIFF's numbers, to Pillow's names
     (1,): "L",
     (3,): "RGB",
@@ -87,6 +88,13 @@ class LargeImage:
         held = slice(columns.start // chunk * chunk, min(-(-columns.stop // chunk) * chunk, self.width))
         self._block = None  # before the next one is read
         with _reading(self.path):
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+            limit = width + BLOCK_LIMIT // height
+            if held.stop - held.start > limit:
+                raise UnsupportedError(
+                    f"an image must be stored in strips, tiles or chunks of at most {limit} pixels a row, since "
+                    f"{height} rows of them are kept, but has {chunk}. Store it in tiles."
+                )
             self._block = rows, held, self.values(rows, held)
         return self._read_block(rows, columns)
 
@@ -101,19 +109,20 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
 
     Raises:
         FileNotFoundError: If it is not there.
-        ValueError: If it is of another kind.
+        UnsupportedError: If it is of another kind.
+        ValueError: If it is broken or cut short.
     """
     if path.is_dir():
         with _reading(path):
-            array = open_bounded(path)
-        yield _zarr_image(path, array)
+            image = _zarr_image(path)
+        yield image
         return
     with _reading(path):
         file = tifffile.TiffFile(path)
     with file:
         with _reading(path):
-            page = file.pages[0]
-        yield _tiff_image(path, page)
+            image = _tiff_image(path, file.pages[0])
+        yield image
 
 
 def file_identity(path: Path) -> list[Any]:
@@ -189,6 +198,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (MemoryError, FileNotFoundError, PermissionError):
         raise
+    except UnsupportedError as error:
+        raise UnsupportedError(f"`{path}`: {error}") from error
     except Exception as error:  # decoders raise errors of many kinds
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, which may pass
             raise os_error(f"`{path}` cannot be read: {error.strerror}.", error) from error
@@ -199,12 +210,14 @@ def _is_zarr(path: Path) -> bool:
     return any((path / name).is_file() for name in ZARR_METADATA)
 
 
-def _zarr_image(path: Path, array: Any) -> LargeImage:
+def _zarr_image(path: Path) -> LargeImage:
+    array = zarr.open_array(path, mode="r")
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ValueError(
-            f"`{path}` must be a Zarr array (height, width, 3) of uint8, but is {array.shape} of {array.dtype}."
+        raise UnsupportedError(
+            f"an array must be (height, width, 3) of uint8, but is {array.shape} of {array.dtype}. Convert it."
         )
-    _check_chunk(path, array)
+    _check_chunk(array)
+    array = bound(array)
     height, width, _ = array.shape
     return LargeImage(path, height, width, array.chunks[1], "RGB", lambda rows, columns: array[rows, columns])
 
@@ -224,16 +237,20 @@ def _tiff_image(path: Path, page: Any) -> LargeImage:
         or orientation != 1
     ):
         kind = getattr(page.photometric, "name", page.photometric)
-        raise ValueError(
-            f"`{path}` must be grey, RGB or RGBA of 8 or 16 bits and stored upright, but is {kind} of "
+        raise UnsupportedError(
+            f"a TIFF must be grey, RGB or RGBA of 8 or 16 bits and stored upright, but is {kind} of "
             f"{page.samplesperpixel} channels and {page.bitspersample} bits, orientation {orientation}. Convert it."
         )
+    if not all(isinstance(side, int) and side > 0 for side in page.shape):
+        raise ValueError("its sides must be whole numbers of at least 1.")
+    sizes = page.databytecounts
+    if len(sizes) < math.prod(page.chunked) or not 0 <= min(sizes) <= max(sizes) <= path.stat().st_size:
+        raise ValueError("its strips or tiles are missing, or larger than the file.")
     if page.is_memmappable:
         array, chunk_width = _Uncompressed(path, page), 1
     else:
-        with _reading(path):
-            array = zarr.open_array(page.aszarr(), mode="r")
-        _check_chunk(path, array)
+        array = zarr.open_array(page.aszarr(), mode="r")
+        _check_chunk(array)
         chunk_width = array.chunks[page.axes.index("X")]
 
     def values(rows: slice, columns: slice) -> np.ndarray:
@@ -242,11 +259,11 @@ def _tiff_image(path: Path, page: Any) -> LargeImage:
     return LargeImage(path, page.imagelength, page.imagewidth, chunk_width, layout, values)
 
 
-def _check_chunk(path: Path, array: Any) -> None:
+def _check_chunk(array: Any) -> None:
     size = math.prod(array.chunks) * array.dtype.itemsize
     if size > CHUNK_LIMIT:
-        raise ValueError(
-            f"`{path}` must be stored in strips, tiles or chunks of at most {CHUNK_LIMIT >> 20} MiB, since each is "
+        raise UnsupportedError(
+            f"an image must be stored in strips, tiles or chunks of at most {CHUNK_LIMIT >> 20} MiB, since each is "
             f"decoded as a whole, but has some of {size >> 20} MiB. Store it in tiles."
         )
 

@@ -557,6 +557,7 @@ def test_a_model_when_the_hub_is_away(inputs, out, capsys, monkeypatch):
 def test_empty_arguments(inputs, out, capsys, monkeypatch):
     monkeypatch.chdir(inputs)
     tokenize, convert = ["tokenize", inputs, out], ["convert", GOLDEN, out]
+    advice = "it must not be empty. If it is a variable of the shell, set it"
     for argv in (
         ["encode", "", "--output", out],
         ["encode", inputs, "--output", ""],
@@ -564,12 +565,15 @@ def test_empty_arguments(inputs, out, capsys, monkeypatch):
         ["convert", "", out],
         ["info", ""],
         ["encode", inputs, "--output", out, "--model", ""],
+    ):
+        assert f"{advice}; the folder that you are in is `.` (see" in fails(capsys, *argv)
+    for argv in (
         ["encode", inputs, "--output", out, "--device", ""],
         *([*tokenize, name, ""] for name in ("--config", "--split", "--image-column", "--keep")),
         *([*command, name, ""] for command in (tokenize, convert) for name in ("--license", "--push-to-hub")),
         ["demo", "--host", ""],
     ):
-        assert "must not be empty. If it is a variable of the shell" in fails(capsys, *argv)
+        assert f"{advice} (see" in fails(capsys, *argv)
     assert not out.exists()
 
 

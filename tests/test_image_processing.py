@@ -372,7 +372,8 @@ def test_images_that_are_refused(image, error, message):
 
 
 @pytest.mark.parametrize(
-    "pixel_range", [(1, 0), (0, 0), (0,), (0, float("inf")), (float("nan"), 1), None, 5, ("0", "1"), (0, None)]
+    "pixel_range",
+    [(1, 0), (0, 0), (0,), (0, float("inf")), (float("nan"), 1), None, 5, ("0", "1"), (0, None), [[0], [1, 2]]],
 )
 def test_pixel_ranges_that_are_refused(pixel_range):
     with pytest.raises(ValueError, match="`pixel_range` must be two finite numbers"):
@@ -385,9 +386,25 @@ def test_keywords_that_nothing_reads_are_refused(tmp_path):
     config = {"image_processor_type": "SVQVAEImageProcessor", "processor_class": "P", "feature_extractor_type": "F"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"auto_map": {}, "pixel_range": [-1, 1]}))
     assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
+    with pytest.raises(TypeError, match="takes `pixel_range` alone, but got pixel_rnage"):
+        SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_rnage=(0, 1))
+    assert SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_range=(0, 1), subfolder="").pixel_range == (0, 1)
+    _, unused = SVQVAEImageProcessor.from_pretrained(tmp_path, other=1, return_unused_kwargs=True)
+    assert unused == {"other": 1}
 
 
-@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_keys_of_a_file_that_nothing_reads_are_left(tmp_path):
+    processor = SVQVAEImageProcessor((-1, 1))
+    processor.size = {"height": 8}
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "9", "do_convert_rgb": True}))
+    loaded = SVQVAEImageProcessor.from_pretrained(tmp_path)
+    assert loaded.pixel_range == (-1, 1)
+    assert not hasattr(loaded, "size")
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "a", None, 1j])
 def test_scales_of_sizes_that_are_refused(scale):
     with pytest.raises(ValueError, match="`scale` must be a finite number more than 0"):
         SVQVAEImageProcessor().postprocess(torch.zeros(1, 3, 8, 8), [(8, 8)], scale=scale)

@@ -22,7 +22,7 @@ LAYERS = {
     "conversion": {"checkpoints", "files", "model_cards", "modeling_svqvae"},
     "export": {"files", "modeling_svqvae"},
     "codec": {"image_processing_svqvae", "modeling_svqvae", "tokens"},
-    "bounded_zarr": set(),
+    "bounded_zarr": {"files"},
     "large_files": {"bounded_zarr", "files", "image_processing_svqvae"},
     "large_images": {
         *(
@@ -40,7 +40,7 @@ LAYERS = {
     "pipeline_autoregressive": {"image_processing_svqvae", "modeling_svqvae", "sequences"},
     "metrics": set(),
     "views": {"codec", "image_processing_svqvae", "metrics", "modeling_svqvae", "results", "tokens"},
-    "demo": {"codec", "image_processing_svqvae", "modeling_svqvae", "tokens", "views"},
+    "demo": {"checkpoints", "codec", "image_processing_svqvae", "modeling_svqvae", "tokens", "views"},
     "perceptual": {"pickles"},
     "image_sets": {"files", "image_processing_svqvae"},
     "token_sets": {"checkpoints", "codec", "files", "image_sets", "modeling_svqvae", "tokens"},

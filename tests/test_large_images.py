@@ -18,7 +18,7 @@ from PIL import Image
 import svqvae_cli
 from svqvae_hf import large_files, large_images
 from svqvae_hf.codec import decode_image, encode_image, image_tokens
-from svqvae_hf.files import os_error
+from svqvae_hf.files import UnsupportedError, os_error
 from svqvae_hf.image_processing_svqvae import load_image
 from svqvae_hf.large_files import find_large_images, open_large_image
 from svqvae_hf.large_images import decode_large, encode_large, reconstruct_large, record_path
@@ -233,6 +233,10 @@ def broken_images(folder):
     for name, options in (("whole", {}), ("tiled", {"tile": (16, 16)}), ("lzw", {"compression": "lzw"})):
         cut_short(save_tiff(folder / f"{name}.tif", rgb, **options))
         yield folder / f"{name}.tif", "cannot be read"
+    path = save_tiff(folder / "missing.tif", rgb, compression="zlib", rowsperstrip=50)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages[0].tags["RowsPerStrip"].overwrite(10)
+    yield path, "strips or tiles are missing"
     zarr.create_array(folder / "grey.zarr", shape=(9, 9), dtype="uint8")
     yield folder / "grey.zarr", r"\(9, 9\) of uint8"
     zarr.create_array(folder / "wide.zarr", shape=(9, 9, 3), dtype="uint16")
@@ -318,6 +322,15 @@ def test_filters_that_keep_the_size_are_read(tmp_path):
             assert np.array_equal(image.read(slice(0, 50), slice(0, 70)), colours((3,)))
 
 
+@pytest.mark.parametrize("compressor", [zarr.codecs.ZstdCodec(), zarr.codecs.GzipCodec()])
+def test_checksums_within_and_around_a_compressor_are_read(compressor, tmp_path):
+    codecs = [zarr.codecs.Crc32cCodec(), compressor, zarr.codecs.Crc32cCodec()]
+    values = colours((3,))
+    zarr.create_array(tmp_path / "a", data=values, chunks=(16, 32, 3), compressors=codecs)
+    with open_large_image(tmp_path / "a") as image:
+        assert np.array_equal(image.read(slice(0, 50), slice(0, 70)), values)
+
+
 @pytest.mark.parametrize(
     ("compressor", "layout"),
     [*((name, "version 2") for name in COMPRESSORS if name != "none"), ("zstd", "version 3"), ("zstd", "shards")],
@@ -358,8 +371,30 @@ def test_chunk_compressed_twice_is_refused(version, tmp_path):
 def test_chunk_of_another_compressor_is_refused(tmp_path):
     options = {"shape": (9, 9, 3), "dtype": "uint8", "zarr_format": 2}
     zarr.create_array(tmp_path / "a", compressors=numcodecs.LZMA(), **options)
-    with pytest.raises(ValueError, match="encoded by `lzma`"), open_large_image(tmp_path / "a"):
+    with pytest.raises(UnsupportedError, match="encoded by `lzma`"), open_large_image(tmp_path / "a"):
         pass
+
+
+def test_what_is_whole_but_unsupported_is_not_called_broken(tmp_path):
+    path = tmp_path / "a.zarr"
+    options = {"shape": (9, 9, 3), "zarr_format": 2, "filters": [numcodecs.Delta("u1")]}
+    zarr.create_array(path, dtype="uint8", **options)
+    filters = r"^`.*a.zarr`: chunks must be compressed .* by shuffle .* transpose.* encoded by `delta`\. Store .*\.$"
+    with pytest.raises(UnsupportedError, match=filters), open_large_image(path):
+        pass
+    zarr.create_array(path, dtype="uint16", overwrite=True, **options)
+    with pytest.raises(UnsupportedError, match=r"^`.*a.zarr`: an array must be .* of uint16"), open_large_image(path):
+        pass
+
+
+@pytest.mark.parametrize("change", [lambda chunk: chunk + b"more", lambda chunk: chunk[:-1]])
+@pytest.mark.parametrize("compressor", ["gzip", "zlib"])
+def test_chunk_is_one_whole_stream(compressor, change, tmp_path):
+    make_zarr(tmp_path, compressor, "version 2")[:] = 1
+    chunk = tmp_path / "0.0.0"
+    chunk.write_bytes(change(chunk.read_bytes()))
+    with open_large_image(tmp_path) as image, pytest.raises(ValueError, match=f"one whole stream of {compressor}"):
+        image.read(slice(0, 16), slice(0, 32))
 
 
 def test_chunk_that_is_too_large_to_decode_is_refused(model, tmp_path, monkeypatch):
@@ -367,6 +402,15 @@ def test_chunk_that_is_too_large_to_decode_is_refused(model, tmp_path, monkeypat
     path = save_tiff(tmp_path / "a.tif", colours((3,)), compression="zlib", rowsperstrip=50)
     with pytest.raises(ValueError, match="Store it in tiles"):
         encode_large(model, path, tmp_path / "a.safetensors")
+
+
+def test_strips_that_are_too_wide_to_keep_are_refused(model, tmp_path, monkeypatch):
+    path = save_tiff(tmp_path / "a.tif", colours((3,)), compression="zlib", rowsperstrip=8)
+    monkeypatch.setattr(large_files, "BLOCK_LIMIT", 20 * 62)
+    with open_large_image(path) as image:
+        image.read(slice(0, 20), slice(0, 8))
+        with pytest.raises(UnsupportedError, match=r"^`.*a.tif`: .* at most 67 pixels a row, since 21 .* has 70\."):
+            image.read(slice(0, 21), slice(0, 8))
 
 
 def test_tokens_that_cannot_be_decoded_are_refused(model, tiff, tmp_path):

@@ -1,5 +1,6 @@
 """Feeds mutated files to a reader; see README.md."""
 
+import logging
 import sys
 import tempfile
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["svqvae_hf", "PIL"]):
+with atheris.instrument_imports(include=["svqvae_hf", "PIL", "tifffile"]):
     from PIL import Image
     from readers import READERS
 
@@ -40,6 +41,7 @@ def main() -> None:
     read = READERS[sys.argv.pop(1)]
     with tempfile.TemporaryDirectory() as folder:
         sys.addaudithook(refuse_to_run)
+        logging.disable(logging.CRITICAL)  # of tifffile, on what is broken
         atheris.instrument_func(Unpickler.load)
 
         def read_in_time(content: bytes) -> None:

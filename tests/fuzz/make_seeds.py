@@ -9,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import tifffile
 import torch
 from PIL import Image
 from readers import ZEROS
@@ -38,6 +39,17 @@ IMAGES = {
     "TIFF": ("1", "L", "P", "RGB", "RGBA", "CMYK", "LAB", "I;16", "F"),
     "WEBP": ("RGB", "RGBA"),
     "AVIF": ("RGB", "RGBA"),
+}
+LARGE_IMAGES = {
+    "one_piece": {},
+    "strips": {"rowsperstrip": 16, "compression": "packbits"},
+    "tiles": {"tile": (16, 32)},
+    "lzw": {"compression": "lzw", "rowsperstrip": 16},
+    "deflate_predictor": {"compression": "zlib", "predictor": True, "tile": (16, 16)},
+    "planes": {"planarconfig": "separate", "compression": "zlib"},
+    "bigtiff": {"bigtiff": True, "compression": "zlib"},
+    "grey_16": {"photometric": "minisblack", "byteorder": ">", "compression": "zlib"},
+    "jpeg": {"compression": "jpeg"},
 }
 
 
@@ -104,13 +116,31 @@ def images() -> dict[str, bytes]:
     return seeds
 
 
+def large_images() -> dict[str, bytes]:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    seeds = {}
+    for name, options in LARGE_IMAGES.items():
+        values = pixels[..., 0].astype(np.uint16) * 257 if name == "grey_16" else pixels
+        values = np.moveaxis(pixels, -1, 0) if name == "planes" else values
+        file = io.BytesIO()
+        tifffile.imwrite(file, values // 64 * 64, metadata=None, **{"photometric": "rgb"} | options)
+        seeds[name] = file.getvalue()
+    return seeds
+
+
 def token_sets() -> dict[str, bytes]:
     settings = TokenSettings("model", (1.0, 0.5), 8, 300, FINGERPRINT, 256, 32, "centre", 64)
     return {"settings": b"j" + settings.to_json().encode()}
 
 
 def main() -> None:
-    seeds = {"checkpoint": checkpoints(), "tokens": tokens(), "image": images(), "token_set": token_sets()}
+    seeds = {
+        "checkpoint": checkpoints(),
+        "tokens": tokens(),
+        "image": images(),
+        "large": large_images(),
+        "token_set": token_sets(),
+    }
     for reader, inputs in seeds.items():
         folder = Path(sys.argv[1], reader)
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,17 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.checkpoints import read_checkpoint
 from svqvae_hf.image_processing_svqvae import load_image
+from svqvae_hf.large_files import open_large_image
 from svqvae_hf.token_sets import SETTINGS_FILE, TokenSettings, read_settings
 from svqvae_hf.tokens import is_token_file, load_tokens, save_tokens
 
 REFUSALS = (ValueError, OSError, TypeError)
 ZEROS = 32 * 32 * 3 * 3 * 4  # bytes of the storage that all tensors of a packed pickle share
 MAX_ZEROS = 1 << 22
+WINDOW = 64  # side in pixels of what is read of a large image
 Result = TypeVar("Result")
 
 
@@ -63,6 +66,22 @@ def read_any_image(content: bytes, folder: Path) -> None:
         assert image.mode == "RGB"
         assert 0 < image.width * image.height
         image.getextrema()
+
+
+def read_any_large(content: bytes, folder: Path) -> None:
+    """All of the input is the TIFF, of which the first and the last window are read."""
+    path = folder / "fuzz.tif"
+    path.write_bytes(content)
+    answer_or_refusal(lambda: read_corners(path), path)
+
+
+def read_corners(path: Path) -> None:
+    with open_large_image(path) as image:
+        height, width = min(image.height, WINDOW), min(image.width, WINDOW)
+        for top, left in ((0, 0), (image.height - height, image.width - width)):
+            pixels = image.read(slice(top, top + height), slice(left, left + width))
+            assert pixels.shape == (height, width, 3)
+            assert pixels.dtype == np.uint8
 
 
 def read_any_token_set(content: bytes, folder: Path) -> None:
@@ -110,5 +129,6 @@ READERS = {
     "checkpoint": read_any_checkpoint,
     "tokens": read_any_tokens,
     "image": read_any_image,
+    "large": read_any_large,
     "token_set": read_any_token_set,
 }
