@@ -23,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 API = rf"/api/(models|datasets)/{REPO}"
 
@@ -115,8 +117,18 @@ class HubHandler(BaseHTTPRequestHandler):
         self._send_json({"url": f"{self._endpoint}/{repo}", "id": repo}, status)
 
     def _validate_card(self) -> None:
-        has_metadata = json.loads(self.body)["content"].startswith("---\n")
-        self._send_json({"errors": [], "warnings": [] if has_metadata else [{"message": "empty metadata"}]})
+        _, *parts = json.loads(self.body)["content"].split("---\n", 2)
+        metadata = yaml.safe_load(parts[0]) if parts else {}
+        fields = {"base_model": [metadata["base_model"]] if "base_model" in metadata else []}
+        fields["datasets"] = metadata.get("datasets", [])
+        errors = [
+            {"message": f'"{field}" with value "{name}" is not valid.'}
+            for field, names in fields.items()
+            for name in names
+            if not re.fullmatch(REPO, name)
+        ]
+        warnings = [] if metadata else [{"message": "empty metadata"}]
+        self._send_json({"errors": errors, "warnings": warnings}, 400 if errors else 200)
 
     def _preupload(self, repo: str, revision: str) -> None:
         self._check_login()

@@ -19,14 +19,17 @@ import training_runs
 import yaml
 from conftest import ROOT, make_tiny
 from hub_server import serve_hub
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch._utils import ExceptionWrapper
-from training_runs import cpu, logged
+from training_runs import assert_says_nothing_of, cpu, logged
 
 sys.path.insert(0, str(ROOT / "training"))
 
 from accelerate import Accelerator, DistributedType
 from config import TrainConfig
+from data import load_images
+from diffusers.training_utils import EMAModel
 from discriminator import PatchDiscriminator
 from losses import MultiScaleForward, Objective
 from session import make_accelerator, run_script
@@ -228,7 +231,11 @@ def test_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(opti
 
     monkeypatch.setattr(Objective, "__call__", poisoned)
     poison = (1, 3)
-    run(**options)
+    averages = []
+    step_average = EMAModel.step
+    monkeypatch.setattr(EMAModel, "step", lambda *args: averages.append(len(seen)) or step_average(*args))
+    run(**options, use_ema=True)
+    assert averages == [1, 3, 5, 6]
     skipped = logged(caplog, "train/skipped")
     assert {step for step, share in skipped.items() if share} == {2, 4}
     assert torch.equal(seen[1], seen[2])
@@ -337,6 +344,32 @@ def test_codebook_is_equal_on_both_processes(options, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def save_projection(rank, config, folder):
+    # In place of the engine, some of which bring the weights of all processes together themselves.
+    Trainer.prepare = lambda self, network, *_: torch.save(network.quant_conv.state_dict(), f"{folder}/{rank}.pt")
+    Trainer(config)
+    torch.distributed.destroy_process_group()
+
+
+def test_both_processes_start_from_one_projection(options, tmp_path):
+    config = TrainConfig(**options, resolution=32, train_batch_size=2, dataloader_num_workers=0)
+    spawn(save_projection, config, tmp_path)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_kmeans_sees_latents_without_dropout(options, monkeypatch):
+    options |= {"resolution": 32, "train_batch_size": 4, "dataloader_num_workers": 0, "kmeans_batches": 1}
+    with cpu():
+        trainer = Trainer(TrainConfig(**options, kmeans_steps=[1]))
+    seen = []
+    monkeypatch.setattr("train.initialise_codebook", lambda quantizer, latents, seed: seen.append(latents))
+    trainer._start_codebook()
+    trainer._start_codebook()
+    assert torch.equal(*seen)
+    assert trainer.vqvae.training
+
+
 # Data, decoder, mistakes
 
 
@@ -382,6 +415,11 @@ def test_decoder_training_keeps_all_ids(options, tmp_path, caplog):
 def test_model_is_uploaded_with_its_card_numbers_and_options(options, tmp_path):
     options |= {"resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "dataloader_num_workers": 0}
     options |= {"validation_data_dir": options["train_data_dir"], "push_to_hub": True, "hub_model_id": "org/trained"}
+    make_tiny().save_pretrained(tmp_path / "start")
+    options |= {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(tmp_path / "start")}
+    shard = tmp_path / "set.parquet"
+    load_images(None, None, [], options["train_data_dir"], "image", "train", False).to_parquet(shard)
+    options |= {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(shard)]}
     with serve_hub(tmp_path) as hub:
         pushed = start(options, **hub, HF_HUB_OFFLINE="0")
         log = pushed.communicate()[1]
@@ -395,6 +433,21 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, tmp_path):
     card = (repository / "README.md").read_text()
     assert 'from_pretrained("org/trained")' in card
     assert re.search(r"validation \| 4 images, centre crops: psnr@0.25 \d+\.\d+", card)
+    assert "started from | `start`" in card
+    assert not {"base_model", "datasets"} & ModelCard(card).data.to_dict().keys()
+    assert_says_nothing_of(tmp_path, repository)
+    uploaded = yaml.safe_load((repository / "train_config.yaml").read_text())
+    assert uploaded["data_files"] == ["set.parquet"]
+    assert uploaded["validation_data_dir"] == "images"
+    assert uploaded["resolution"] == 32
+
+
+def test_card_names_what_is_on_the_hub(options):
+    with cpu():
+        trainer = Trainer(TrainConfig(**options, resolution=32, dataloader_num_workers=0))
+    trainer.config.pretrained_model_name_or_path, trainer.config.dataset_name = "org/model", "org/photos"
+    data = ModelCard(trainer.card("org/trained")).data
+    assert (data.base_model, data.datasets) == ("org/model", ["org/photos"])
 
 
 def test_run_that_goes_on_after_its_last_step_leaves_the_same(options, caplog):
@@ -420,6 +473,13 @@ def test_what_a_run_cannot_go_on_with_is_refused(options):
     options |= {"resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match="`--gradient_accumulation_steps` must be 2 as in the run that wrote"):
         run(**options)
+
+
+def test_a_run_of_fewer_steps_than_were_done_is_refused(options):
+    options |= {"resolution": 32, "train_batch_size": 2, "dataloader_num_workers": 0}
+    run(**options, max_train_steps=2)
+    with pytest.raises(ValueError, match="`--max_train_steps` must be at least 2, .*checkpoint-2`, but is 1"):
+        run(**options, max_train_steps=1, resume_from_checkpoint="latest")
 
 
 @pytest.mark.parametrize(

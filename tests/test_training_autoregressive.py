@@ -6,6 +6,7 @@ import shutil
 import sys
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import ROOT, make_tiny
 from hub_server import run_python, serve_hub
 from huggingface_hub import HfApi
 from PIL import Image
-from training_runs import cpu, logged, run, train_at_once_and_resumed
+from training_runs import assert_says_nothing_of, cpu, logged, run, train_at_once_and_resumed
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -97,6 +98,33 @@ def test_every_epoch_has_each_row_once_over_all_processes(parts):
     assert first != second
     one = SequenceLoader(source, 4, 3, 7, 0, 1)  # batches go over the ends of epochs
     assert [rows[tuple(sequence)] for batch in one for sequence in batch.tolist()] == order
+
+
+def test_rows_of_an_epoch_are_ordered_once(parts, monkeypatch):
+    source, calls = TokenSource(str(parts / "tokens"), None), []
+    make = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: calls.append(seed) or make(seed))
+    assert len(list(SequenceLoader(source, 1, IMAGES, 8, 0, 1))) == IMAGES
+    assert calls == [(8, 0)]
+
+
+def test_states_of_another_token_set_are_refused(parts, monkeypatch):
+    loader = SequenceLoader(TokenSource(str(parts / "tokens"), None), 1, 3, 7, 0, 1)
+    state = loader.state_dict()
+    loader.source.rows = loader.source.rows.take(IMAGES - 1)
+    with pytest.raises(ValueError, match="must have 6 rows as when the state was saved, but has 5"):
+        loader.load_state_dict(state)
+
+
+def test_rows_without_a_label_are_refused(parts, tmp_path):
+    shutil.copytree(parts / "tokens", tmp_path / "tokens")
+    for path in (tmp_path / "tokens").rglob("*.parquet"):
+        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        labels = [None, *rows["label"][1:]]
+        rows = rows.remove_columns("label").add_column("label", labels, feature=rows.features["label"])
+        rows.to_parquet(path)
+    with pytest.raises(ValueError, match="must hold a label in each row, but 'label' has empty rows"):
+        TokenSource(str(tmp_path / "tokens"), "label")
 
 
 def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
@@ -196,10 +224,12 @@ print(type(pipeline).__name__, pipeline(class_labels=[1], output_type="np").imag
 """
 
 
-def test_pipeline_loads_by_hub_id_in_a_new_process(options, tmp_path, monkeypatch):
+def test_pipeline_loads_by_hub_id_in_a_new_process(options, parts, tmp_path, monkeypatch):
     with serve_hub(tmp_path) as hub:
         monkeypatch.setattr("session.HfApi", partial(HfApi, endpoint=hub["HF_ENDPOINT"], token=hub["HF_TOKEN"]))
         train(**(options | {"max_train_steps": 1}), push_to_hub=True, hub_model_id="org/dreams")
         assert run_python(LOAD, hub).splitlines() == [f"SVQVAEAutoregressivePipeline (1, {CROP}, {CROP}, 3)"]
-    card = (tmp_path / "hub" / "org" / "dreams" / "main" / "README.md").read_text()
+    repository = tmp_path / "hub" / "org" / "dreams" / "main"
+    assert_says_nothing_of(parts, repository)
+    card = (repository / "README.md").read_text()
     assert "from svqvae_hf import SVQVAEAutoregressivePipeline" in card

@@ -251,6 +251,18 @@ def test_states_of_another_order_are_refused(sets, other, message):
         crop_loader(open_set(sets[kind, "whole"], kind), **other).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("kind", "count"), [("folder", "`num_rows` must be 6"), ("parquet", "`num_shards` must be 1")]
+)
+def test_states_of_a_smaller_set_are_refused(tmp_path, kind, count):
+    contents = [encode(numbered(number)) for number in range(SHARD_SIZE + 1)]
+    write_set(tmp_path / "small", kind, contents[:SHARD_SIZE])
+    write_set(tmp_path / "large", kind, contents)
+    state = crop_loader(open_set(tmp_path / "small", kind)).state_dict()
+    with pytest.raises(ValueError, match=f"{count} as when the state was saved"):
+        crop_loader(open_set(tmp_path / "large", kind)).load_state_dict(state)
+
+
 # Crops
 
 
@@ -364,6 +376,8 @@ def test_label_columns_that_are_not_there_are_refused(tmp_path):
     numbered(0).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match="`--label_column` must be one of .*'label'.*, but is 'caption'"):
         load_images(None, None, [], str(tmp_path), "image", "train", False, "caption")
+    with pytest.raises(ValueError, match="must be another than `--image_column`, but both are 'image'"):
+        load_images(None, None, [], str(tmp_path), "image", "train", False, "image")
 
 
 # Unreadable images

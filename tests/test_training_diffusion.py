@@ -17,7 +17,7 @@ from hub_server import run_python, serve_hub
 from huggingface_hub import HfApi
 from PIL import Image
 from test_pipelines import amused_parts
-from training_runs import cpu, logged, run, train_at_once_and_resumed
+from training_runs import assert_says_nothing_of, cpu, logged, run, train_at_once_and_resumed
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -188,6 +188,18 @@ def test_masked_model_learns(masked_options, caplog):
     assert pipeline("cat", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
+def test_each_masked_id_counts_alike_on_all_processes(masked_options, monkeypatch):
+    with cpu():
+        trainer = MaskedTrainer(MaskedConfig(**masked_options))
+    batch = next(iter(trainer.loader))
+    monkeypatch.setattr(trainer, "descend", lambda loss: loss)
+    trainer.model.eval()
+    alone = trainer.train_on(batch, 0)
+    # As with another process that masked nothing.
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda count, reduction: count / 2)
+    torch.testing.assert_close(trainer.train_on(batch, 0), 2 * alone)
+
+
 def test_captions_are_names_of_classes_some_left_empty(masked_options):
     with cpu():
         trainer = MaskedTrainer(MaskedConfig(**masked_options, label_dropout=0.5))
@@ -214,7 +226,7 @@ for name, call in eval(sys.argv[1]).items():
 
 
 def test_pipelines_load_by_folder_as_documented_and_by_hub_id_in_a_new_process(
-    options, dit_options, masked_options, tmp_path, monkeypatch
+    options, dit_options, masked_options, parts, tmp_path, monkeypatch
 ):
     runs = {
         "out-ldm": (diffuse, options),
@@ -231,6 +243,7 @@ def test_pipelines_load_by_folder_as_documented_and_by_hub_id_in_a_new_process(
     assert printed.splitlines() == [
         f"{name} (1, 16, 16, 3)" for name in ("LDMPipeline", "DiTPipeline", "AmusedPipeline")
     ]
+    assert_says_nothing_of(parts, tmp_path / "hub")
     repository = tmp_path / "hub" / "org" / "out-ldm" / "main"
     assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
         *("README.md", "model_index.json", "train_config.yaml", "scheduler/scheduler_config.json"),

@@ -41,10 +41,12 @@ def test_latents_of_more_dimensions_than_features_are_refused():
 
 
 def test_whitened_latents_have_mean_0_and_variance_1_and_are_principal_components():
-    model = make_tiny(z_channels=16)
+    model = make_tiny(z_channels=16, dropout_p=0.5).train()
     initialise(model)
     samples = [torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)]
     whiten_latents(model, iter(samples))
+    assert model.training
+    model.eval()
     latents = torch.cat([model.encode(sample).latents for sample in samples]).permute(0, 2, 3, 1).flatten(0, 2)
     torch.testing.assert_close(latents.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.T.cov(), torch.eye(8), atol=1e-2, rtol=0)

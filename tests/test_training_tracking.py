@@ -6,8 +6,34 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "training"))
 
-from losses import compare
-from tracking import image_grid
+from losses import Pair, compare
+from tracking import ScaleStatistics, image_grid
+
+
+def add_images(statistics, scale, num_images, decibels):
+    target = torch.zeros(num_images, 3, 8, 8)
+    statistics.add([scale], [Pair(target, target + 10 ** (-decibels / 20), 1.0)], [torch.zeros(4, dtype=torch.int64)])
+
+
+def summary(statistics):
+    return {name: round(value, 2) for name, value in statistics.summary(lambda value, _: value).items()}
+
+
+def test_psnr_is_the_mean_over_images():
+    statistics = ScaleStatistics(4, by_octave=False)
+    add_images(statistics, 1.0, 3, 40)
+    add_images(statistics, 1.0, 1, 20)
+    assert summary(statistics)["psnr@1"] == 35
+
+
+def test_only_random_scales_are_put_together():
+    for by_octave, expected in ((False, {"psnr@0.75": 40, "psnr@1": 20}), (True, {"psnr@1": 30})):
+        statistics = ScaleStatistics(4, by_octave)
+        for scale, decibels in ((0.75, 40), (1.0, 20)):
+            add_images(statistics, scale, 2, decibels)
+        numbers = summary(statistics)
+        assert {name: value for name, value in numbers.items() if name.startswith("psnr")} == expected
+        assert {f"usage@{name.partition('@')[2]}" for name in expected} < numbers.keys()
 
 
 def test_grid_begins_with_the_image_whatever_the_order_of_the_scales():

@@ -39,6 +39,12 @@ def logged(caplog: pytest.LogCaptureFixture, name: str) -> dict[int, float]:
     return {int(step): float(value) for step, value in found}
 
 
+def assert_says_nothing_of(folder: Path, repository: Path) -> None:
+    """That no text of a repository names a place on this machine."""
+    texts = [path for path in repository.rglob("*.*") if path.suffix in (".md", ".yaml", ".json", ".txt")]
+    assert not [path.name for path in texts if str(folder) in path.read_text()]
+
+
 def train_at_once_and_resumed(train, weights, options):
     """Trains with everything that has a state, at once and in two parts, and gives the weights of both."""
     options = options | {"max_train_steps": 4, "checkpointing_steps": 2}

@@ -87,10 +87,10 @@ def save_checkpoint(
             torch.save({**run_state, "num_processes": accelerator.num_processes}, partial / RUN_STATE)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"`{path}` cannot be written: {' '.join(str(error).split())}. Older checkpoints are whole: go on from "
-            "them with `--resume_from_checkpoint latest`."
-        ) from error
+        message = f"`{path}` cannot be written: {' '.join(str(error).split())}."
+        if _checkpoints(output_dir):
+            message += " Older checkpoints are whole: go on from them with `--resume_from_checkpoint latest`."
+        raise OSError(message) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if path.exists():

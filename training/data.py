@@ -117,7 +117,7 @@ def load_images(
             of the folder that an image is in.
 
     Raises:
-        ValueError: If there is no such set, folder, file or column, or no image in it.
+        ValueError: If there is no such set, folder, file or column, or no image in it, or both columns are one.
     """
     if train_data_dir is not None:
         images = _load_folder(train_data_dir)
@@ -135,6 +135,8 @@ def load_images(
         raise ValueError(f"`--image_column` must hold images, but {image_column!r} holds {feature}.")
     if label_column is not None and label_column not in images.column_names:
         raise ValueError(f"`--label_column` must be one of {images.column_names}, but is {label_column!r}.")
+    if label_column == image_column:
+        raise ValueError(f"`--label_column` must be another than `--image_column`, but both are {image_column!r}.")
     columns = [image_column] if label_column is None else [image_column, label_column]
     return undecoded(images.select_columns(columns), image_column)
 
@@ -218,7 +220,13 @@ class CropLoader:
         self.shuffle_buffer = shuffle_buffer
         streaming = isinstance(images, datasets.IterableDataset)
         self.cutter = Cutter(None if streaming else images, policy, pixel_range)
-        self.order = {"seed": seed, "streaming": streaming, "shuffle_buffer": shuffle_buffer if streaming else None}
+        self.order = {
+            "seed": seed,
+            "streaming": streaming,
+            "shuffle_buffer": shuffle_buffer if streaming else None,
+            "num_shards": images.num_shards if streaming else None,
+            "num_rows": None if streaming else len(images),
+        }
         self.batch = 0
         self.reader_state: dict[str, Any] | None = None
 
@@ -230,7 +238,8 @@ class CropLoader:
         """Sets the place from which iterating goes on.
 
         Raises:
-            ValueError: If the loader whose state it is gave images in another order.
+            ValueError: If the loader whose state it is gave images in another order, or its set had another number of
+                rows, or of shards in a stream.
         """
         for name, value in self.order.items():
             if state["order"][name] != value:

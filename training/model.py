@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from config import TrainConfig
+from options import public_name
 from torch import nn
 
 from svqvae_hf import SVQVAE
@@ -36,7 +37,8 @@ def load_model(config: TrainConfig) -> SVQVAE:
             f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
             f"`--kmeans_batches` = {config.kmeans_batches} give {num_latents} in each process. Raise it."
         )
-    vqvae.register_to_config(sample_size=config.resolution)
+    source = config.pretrained_model_name_or_path or config.model_config_name_or_path
+    vqvae.register_to_config(sample_size=config.resolution, _name_or_path=public_name(source))
     if config.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
     if config.torch_compile:
@@ -86,10 +88,13 @@ def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
             f"{dim}. Change its config."
         )
     features: list[torch.Tensor] = []
+    was_training = vqvae.training
+    vqvae.eval()  # without dropout
     hook = vqvae.quant_conv.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     for sample in samples:
         vqvae.encode(sample)
     hook.remove()
+    vqvae.train(was_training)
     flat = torch.cat([flatten_latents(each) for each in features])  # (n, z_channels)
     variances, components = torch.linalg.eigh(flat.T.cov())
     weight = (components[:, -dim:] * variances[-dim:].clamp(min=VARIANCE_EPS).rsqrt()).T

@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +13,12 @@ from transformers import HfArgumentParser
 from svqvae_hf.checkpoints import REPO_ID
 
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
+
+PATHS = (  # options that may name what is on this machine alone
+    *("output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "model_config_name_or_path"),
+    *("vqvae_name_or_path", "text_encoder_name_or_path", "lpips_weights", "dataset_name", "data_files"),
+    *("train_data_dir", "validation_data_dir", "token_set"),
+)
 
 Options = TypeVar("Options", bound="RunOptions")
 
@@ -196,6 +202,26 @@ def read_options(options_class: type[Options], arguments: Sequence[str]) -> Opti
     parser = HfArgumentParser(options_class, prog=script_name(), allow_abbrev=False)
     (options,) = parser.parse_args_into_dataclasses(arguments)
     return options
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this is `org/name` on the Hub, and no file or folder here."""
+    return re.fullmatch(REPO_ID, source) is not None and not Path(source).exists()
+
+
+def public_name(source: str) -> str:
+    """What others may read of a source: its name on the Hub, or the last part of a path."""
+    return source if is_hub_id(source) else Path(source).absolute().name
+
+
+def public_options(options: RunOptions) -> dict[str, Any]:
+    """Options by name, for others to read: paths as their last part."""
+    entries = asdict(options)
+    for name in entries.keys() & set(PATHS):
+        value = entries[name]
+        if value is not None:
+            entries[name] = [*map(public_name, value)] if isinstance(value, list) else public_name(value)
+    return entries
 
 
 def script_name() -> str:

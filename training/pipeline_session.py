@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCardData
-from options import PipelineOptions
+from options import PipelineOptions, public_name
 from session import Session
 from torch import nn
 from torchvision.utils import make_grid
@@ -67,6 +67,7 @@ class PipelineSession(Session):
         super().__init__(config)
         config.check_sources("vqvae_name_or_path", "model_config_name_or_path")
         vqvae = SVQVAE.from_pretrained(config.vqvae_name_or_path, pixel_range=pixel_range, torch_dtype=torch.float32)
+        vqvae.register_to_config(_name_or_path=public_name(config.vqvae_name_or_path))
         self.vqvae = vqvae.to(self.accelerator.device).requires_grad_(False)
 
     @property
@@ -117,7 +118,7 @@ class PipelineSession(Session):
     def card(self, repo_id: str) -> str:
         """The card of the pipeline."""
         config = self.config
-        rows = {"SVQVAE": f"`{config.vqvae_name_or_path}`"} | self.provenance("images")
+        rows = {"SVQVAE": f"`{public_name(config.vqvae_name_or_path)}`"} | self.provenance("images")
         pipeline_class = type(self.make_pipeline(self.network))
         metadata = ModelCardData(
             license="unknown",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import datasets
@@ -61,10 +62,15 @@ class TokenSource:
 
     def _num_classes(self, column: str) -> int:
         feature = self.rows.features.get(column)
-        if isinstance(feature, datasets.ClassLabel):
-            return feature.num_classes
-        if isinstance(feature, datasets.Value) and "int" in feature.dtype and min(self.rows.unique(column)) >= 0:
-            return int(max(self.rows.unique(column))) + 1
+        has_names = isinstance(feature, datasets.ClassLabel)
+        if has_names or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
+            labels = self.rows.unique(column)
+            if None in labels:
+                raise ValueError(
+                    f"`--label_column` must hold a label in each row, but {column!r} has empty rows. Remove them."
+                )
+            if min(labels) >= 0:
+                return feature.num_classes if has_names else int(max(labels)) + 1
         raise ValueError(
             f"`--label_column` must hold classes, or integers of at least 0, but {column!r} holds {feature}. The "
             f"columns are {', '.join(self.rows.features)}."
@@ -102,16 +108,31 @@ class SequenceLoader:
             yield self.source.sequences(self._order(first, first + self.batch_size))
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches that were given."""
-        return {"batch": self.batch}
+        """The number of batches that were given, and that of rows."""
+        return {"batch": self.batch, "num_rows": len(self.source.rows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the number of batches that were given."""
+        """Sets the number of batches that were given.
+
+        Raises:
+            ValueError: If the set had another number of rows.
+        """
+        num_rows = len(self.source.rows)
+        if state["num_rows"] != num_rows:
+            raise ValueError(
+                f"The token set must have {state['num_rows']} rows as when the state was saved, but has {num_rows}."
+            )
         self.batch = state["batch"]
 
     def _order(self, start: int, stop: int) -> np.ndarray:
         """Rows at some places of the order."""
         count = len(self.source.rows)
         epochs = range(start // count, -(-stop // count))
-        order = np.concatenate([np.random.default_rng((self.seed, epoch)).permutation(count) for epoch in epochs])
+        order = np.concatenate([_row_order(count, self.seed, epoch) for epoch in epochs])
         return order[start - epochs.start * count : stop - epochs.start * count]
+
+
+@lru_cache(maxsize=2)
+def _row_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of rows in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)

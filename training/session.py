@@ -24,8 +24,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set
 from checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, save_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import HfApi
-from options import RunOptions, read_options, script_name
+from huggingface_hub import CommitOperationAdd, HfApi
+from options import RunOptions, public_options, read_options, script_name
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -217,7 +217,7 @@ class Session(ABC):
                 f"Gradients must be finite, but were not for {self.skipped} steps in a row. Lower `--learning_rate` "
                 "and resume from an earlier checkpoint."
             )
-        if self.ema is not None:
+        if self.ema is not None and norm.isfinite():
             self.ema.step(self.network.parameters())
         return {"grad_norm": norm, "skipped": (~norm.isfinite()).float()}
 
@@ -281,6 +281,11 @@ class Session(ABC):
         if self.checkpoint is None:
             return 0
         holders, done = self.state(), checkpoint_step(self.checkpoint)
+        if done > self.config.max_train_steps:
+            raise ValueError(
+                f"`--max_train_steps` must be at least {done}, the steps of `{self.checkpoint}`, but is "
+                f"{self.config.max_train_steps}. Raise it, or go on from an older checkpoint in another folder."
+            )
         run_state, rank_state = load_checkpoint(self.accelerator, self.checkpoint, holders)
         for name, holder in holders.items():
             holder.load_state_dict(run_state[name])
@@ -313,12 +318,14 @@ class Session(ABC):
             with TemporaryDirectory(dir=self.output_dir) as folder:
                 self.save(Path(folder), state_dict)
                 saved = move_files(Path(folder), self.output_dir)
-            write_file(self.output_dir / "README.md", self.card(repo_id or str(self.output_dir)).encode())
+            write_file(self.output_dir / "README.md", self.card(repo_id or self.output_dir.absolute().name).encode())
             if repo_id is not None:
-                HfApi().upload_folder(
-                    repo_id=repo_id,
-                    folder_path=self.output_dir,
-                    allow_patterns=[*saved, "README.md", "train_config.yaml", "samples/*"],
+                samples = [f"samples/{path.name}" for path in self.output_dir.glob("samples/*.png")]
+                files = [CommitOperationAdd(name, self.output_dir / name) for name in (*saved, "README.md", *samples)]
+                options = yaml.safe_dump(public_options(self.config), sort_keys=False)
+                HfApi().create_commit(
+                    repo_id,
+                    [*files, CommitOperationAdd("train_config.yaml", options.encode())],
                     commit_message="Upload what was trained",
                 )
         self.accelerator.end_training()

@@ -19,14 +19,16 @@ from svqvae_hf.metrics import count_codes, perplexity, psnr, usage
 
 
 class ScaleStatistics:
-    """PSNR, usage and perplexity of each scale. Scales that are drawn at random are put with the nearest power of two.
+    """PSNR, the mean over images, usage and perplexity of each scale.
 
     Args:
         codebook_size (`int`): Number of codes.
+        by_octave (`bool`): Put each scale with the nearest power of two, where scales are drawn at random.
     """
 
-    def __init__(self, codebook_size: int):
+    def __init__(self, codebook_size: int, by_octave: bool):
         self.codebook_size = codebook_size
+        self.by_octave = by_octave
         self._psnr: dict[float, list[torch.Tensor]] = defaultdict(list)
         self._counts: dict[float, torch.Tensor] = {}
 
@@ -38,12 +40,12 @@ class ScaleStatistics:
             pairs (`Sequence[Pair]`): Reconstruction and target at each.
             ids (`Sequence[torch.Tensor]`): Ids at each; empty if nothing was quantised.
         """
-        for scale, pair in zip(scales, pairs, strict=True):
+        keys = [2.0 ** round(math.log2(scale)) if self.by_octave else scale for scale in scales]
+        for key, pair in zip(keys, pairs, strict=True):
             with torch.no_grad():
-                self._psnr[_octave(scale)].append(psnr(pair.output, pair.target, data_range=1.0).mean())
-        for scale, each in zip(scales, ids, strict=False):
-            counts = count_codes(each, self.codebook_size)
-            self._counts[_octave(scale)] = self._counts.get(_octave(scale), 0) + counts
+                self._psnr[key].append(psnr(pair.output, pair.target, data_range=1.0))
+        for key, each in zip(keys, ids, strict=False):
+            self._counts[key] = self._counts.get(key, 0) + count_codes(each, self.codebook_size)
 
     def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
         """The numbers over all processes, which have seen the same scales, since the last call.
@@ -52,19 +54,15 @@ class ScaleStatistics:
             reduce (`Callable`): Reduces a tensor over processes, by `"mean"` or `"sum"`.
         """
         numbers = {}
-        for octave in sorted(self._psnr):
-            numbers[f"psnr@{octave:g}"] = reduce(torch.stack(self._psnr[octave]).mean(), "mean").item()
-        for octave in sorted(self._counts):
-            counts = reduce(self._counts[octave], "sum")
-            numbers[f"usage@{octave:g}"] = usage(counts)
-            numbers[f"perplexity@{octave:g}"] = perplexity(counts)
+        for key in sorted(self._psnr):
+            numbers[f"psnr@{key:g}"] = reduce(torch.cat(self._psnr[key]).mean(), "mean").item()
+        for key in sorted(self._counts):
+            counts = reduce(self._counts[key], "sum")
+            numbers[f"usage@{key:g}"] = usage(counts)
+            numbers[f"perplexity@{key:g}"] = perplexity(counts)
         self._psnr.clear()
         self._counts.clear()
         return numbers
-
-
-def _octave(scale: float) -> float:
-    return 2.0 ** round(math.log2(scale))
 
 
 class Means:

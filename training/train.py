@@ -15,6 +15,7 @@ from discriminator import PatchDiscriminator
 from image_source import ImageSource
 from losses import MultiScaleForward, Objective, Pair, step_scales
 from model import gradient_norm, load_model, training_mode, whiten_latents
+from options import is_hub_id, public_name
 from session import SHARDED, Session, make_optimizer, parameter_groups, run_script
 from tracking import ScaleStatistics, image_grid, log_image
 
@@ -51,6 +52,8 @@ class Trainer(Session):
         )
         if config.model_config_name_or_path is not None and self.checkpoint is None:
             whiten_latents(self.vqvae, self._samples(WHITENING_BATCHES))
+            for each in self.vqvae.quant_conv.parameters():
+                broadcast(each.data)  # each process has crops of its own
 
         self.prepare(self.vqvae, MultiScaleForward(self.vqvae), CONVOLUTION_NDIM)
         lpips = judge = None
@@ -69,7 +72,7 @@ class Trainer(Session):
             judge.requires_grad_(False)
         self.objective = Objective(config, self.vqvae, lpips, judge, partial(accelerator.reduce, reduction="mean"))
         self.revival = CodeRevival(self.vqvae.config["codebook_size"]).to(accelerator.device)
-        self.scales = ScaleStatistics(self.revival.counts.numel())
+        self.scales = ScaleStatistics(self.revival.counts.numel(), by_octave=not config.scales)
         self.validation_batches = self._validation_batches()
         self.ids = self._validation_ids() if config.train == "decoder" else []
 
@@ -139,9 +142,11 @@ class Trainer(Session):
         """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
         config, accelerator = self.config, self.accelerator
         latents = []
+        self.vqvae.eval()  # without dropout
         for sample in self._samples(config.kmeans_batches):
             with torch.no_grad(), accelerator.autocast():
                 latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
+        self.training_mode()
         initialise_codebook(self.vqvae.quantize, accelerator.gather(torch.cat(latents)), config.seed)
         codes = self.vqvae.quantize.embedding.weight
         broadcast(codes.data)  # sums of floats may differ in their last bits between processes
@@ -186,7 +191,7 @@ class Trainer(Session):
         if not self.validation_batches:
             return
         config = self.config
-        statistics = ScaleStatistics(self.vqvae.config["codebook_size"])
+        statistics = ScaleStatistics(self.vqvae.config["codebook_size"], by_octave=False)
         shown: list[Pair] = []
         with self.evaluating():
             for batch in self.validation_batches:
@@ -239,6 +244,10 @@ class Trainer(Session):
         """The model's card, with the numbers of the last validation."""
         config = self.config
         provenance = self.provenance(f"crops of {config.resolution}² pixels")
+        model, images = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
+        if model is not None:
+            provenance["started from"] = f"`{public_name(model)}`"
+        provenance["images"] = f"`{public_name(images)}`"
         if self.validation_batches:
             count = sum(map(len, self.validation_batches))
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.validation.items())
@@ -246,8 +255,8 @@ class Trainer(Session):
         return model_card(
             self.vqvae.config,
             repo_id=repo_id,
-            base_model=config.pretrained_model_name_or_path,
-            datasets=[config.dataset_name] if config.dataset_name else [],
+            base_model=model if model is not None and is_hub_id(model) else None,
+            datasets=[images] if config.dataset_name is not None and is_hub_id(images) else [],
             provenance=provenance,
         )
 

@@ -91,7 +91,10 @@ class MaskedTrainer(PipelineSession):
         return [caption if keep else "" for caption, keep in zip(captions, kept.tolist(), strict=True)]
 
     def train_on(self, batch: CropBatch, step: int) -> dict[str, torch.Tensor]:
-        """Masks a random share of the ids of the crops, and trains the transformer to find them."""
+        """Masks a random share of the ids of the crops, and trains the transformer to find them.
+
+        The loss is the mean over the masked ids of all processes. Accumulated batches count alike, whatever is masked.
+        """
         sample, generator = self.source.receive(batch), self.batch_generator()
         texts = self.tokenizer(
             self._captions(batch, generator), return_tensors="pt", padding="max_length", truncation=True
@@ -108,7 +111,9 @@ class MaskedTrainer(PipelineSession):
             pooled_text_emb=text.text_embeds,
             micro_conds=conditions.expand(len(ids), -1),
         )
-        loss = F.cross_entropy(logits.float(), ids.masked_fill(~masked, IGNORED), ignore_index=IGNORED)
+        targets = ids.masked_fill(~masked, IGNORED)
+        loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        loss = loss / self.accelerator.reduce(masked.sum().float(), "mean")  # a process's own count may be another
         self.throughput.add(images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
         return self.descend(loss)
 
