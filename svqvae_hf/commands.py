@@ -337,13 +337,13 @@ def _interruption(target: Path) -> Iterator[None]:
         raise
 
 
-def _load_model(source: str | None, device: str | None, dtype: str) -> SVQVAE:
+def _load_model(source: str | None, device: str | None, dtype: str, **hub: Any) -> SVQVAE:
     """The model of a folder or a Hub id; by default the small bundled one."""
-    return _load(SVQVAE, source or str(DEFAULT_MODEL), device, dtype).eval()
+    return _load(SVQVAE, source or str(DEFAULT_MODEL), device, dtype, **hub).eval()
 
 
-def _load(cls: Any, source: str, device: str | None, dtype: str) -> Any:
-    """A model, or a pipeline, of a folder or a Hub id."""
+def _load(cls: Any, source: str, device: str | None, dtype: str, **hub: Any) -> Any:
+    """A model, or a pipeline, of a folder or a Hub id, with what `from_pretrained` takes for the latter."""
     path = Path(source)
     if path.is_file():
         raise ValueError(
@@ -358,7 +358,7 @@ def _load(cls: Any, source: str, device: str | None, dtype: str) -> Any:
     for library in ("diffusers", "huggingface_hub", "transformers"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what is wrong is said once, by the error
     try:
-        model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
+        model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **hub)
     except OSError as error:
         raise OSError(f"the model `{source}` cannot be loaded: {_loading_fault(error)}") from error
     return model.to(place)

@@ -2,8 +2,11 @@
 
 import functools
 import html
+import ipaddress
+import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +17,9 @@ from gradio.processing_utils import save_bytes_to_cache, save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from svqvae_hf.checkpoints import REPO_ID
 from svqvae_hf.codec import check_memory, check_model, encode_image, lacks_memory, set_tiles
-from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+from svqvae_hf.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens import ImageTokens, load_tokens, save_tokens
 from svqvae_hf.views import View, views
@@ -30,7 +34,7 @@ MAX_SCALES = 8  # of a token file: tabs of the page
 SCALES = (0.25, 0.5, 1.0, 2.0)
 FIRST_SCALES = [0.25, 0.5, 1.0]
 TILE_SIZES = [("none", 0), ("128", 128), ("256", 256), ("512", 512), ("1024", 1024)]
-OVERLAPS = [0, 16, 32, 64]
+OVERLAPS = [0, 16, 32, 48]  # each fits the smallest tile at f = 4, 8 and 16
 PROGRESS = gr.Progress()  # as a default, it asks Gradio for the progress of a call
 
 # Of the fonts that Gradio brings; its file of the weight that its theme takes for bold, 600, lacks most letters.
@@ -61,11 +65,41 @@ class Page:
     """What the page does for those who visit it.
 
     Args:
-        load (`Callable[[str], SVQVAE]`): Gives the model of a folder or a Hub id, the default of an empty string.
+        load (`Callable[..., SVQVAE]`): Gives the model of a folder or a Hub id, the default of an empty string; passes
+            keyword arguments on to `from_pretrained`.
+        source (`str`, defaults to the default model): Model that the page opens with.
+        public (`bool`, defaults to `False`): Whether its visitors are others than the user of this machine. Beside the
+            default model and that of `source` they get those that anyone gets from the Hub, and nothing of this
+            machine: no file, no token, no download of before.
     """
 
-    def __init__(self, load: Callable[[str], SVQVAE]) -> None:
-        self.load = functools.lru_cache(maxsize=1)(load)  # the model at work stays in memory
+    def __init__(self, load: Callable[..., SVQVAE], source: str = "", public: bool = False) -> None:
+        self.source, self.public = source.strip(), public
+        self._load = load
+        self._models: dict[str, SVQVAE] = {}  # the one at work
+
+    def model(self, source: str) -> SVQVAE:
+        """Gives the model of a source, after it drops the one before: memory may not hold both.
+
+        Args:
+            source (`str`): As visitors write it.
+
+        Raises:
+            OSError: It cannot be loaded.
+            ValueError: It is not there, or not for visitors of a public page.
+        """
+        source = source.strip()
+        if source not in self._models:
+            foreign = self.public and source not in ("", self.source)
+            if foreign and (not re.fullmatch(REPO_ID, source) or Path(source).exists()):
+                raise ValueError("a model must be a public one of the Hub on this page. Write its name, `org/name`.")
+            self._models.clear()
+            self._models[source] = self._load_foreign(source) if foreign else self._load(source)
+        return self._models[source]
+
+    def _load_foreign(self, source: str) -> SVQVAE:
+        with tempfile.TemporaryDirectory() as empty:  # the cache of this machine may hold private models
+            return self._load(source, token=False, cache_dir=empty)
 
     @_answering
     def encode(
@@ -82,9 +116,11 @@ class Page:
             raise ValueError("there is no photograph yet. Drop one, or choose the example.")
         if not scales:
             raise ValueError("at least one scale must be chosen, but none is.")
+        if not Path(photograph).exists():
+            raise ValueError("the photograph is no longer kept here. Drop it again.")
+        _check_header(photograph, scales)
         original = load_image(photograph)
-        _check_size(original.width, original.height, scales)
-        model = self.load(source.strip())
+        model = self.model(source)
         set_tiles(model, tile_size or None, overlap if tile_size else None, _counting_tiles(progress))
         check_memory(model, original.height, original.width, scales)
         progress(0, desc="encoding")
@@ -102,7 +138,7 @@ class Page:
         if len(tokens.scales) > MAX_SCALES:
             raise ValueError(f"this page shows at most {MAX_SCALES} scales, but the file has {len(tokens.scales)}.")
         _check_size(tokens.width, tokens.height, tokens.scales)
-        model = self.load(source.strip())
+        model = self.model(source)
         check_model(model, tokens)
         set_tiles(model, tokens.tile_size, tokens.overlap, _counting_tiles(progress))
         check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
@@ -111,12 +147,11 @@ class Page:
         return _results(Path(token_file).name, facts, tokens, shown, None)
 
 
-def build(page: Page, source: str) -> gr.Blocks:
+def build(page: Page) -> gr.Blocks:
     """Lays the page out.
 
     Args:
         page ([`Page`]): What it does.
-        source (`str`): Model that is named when the page opens; empty for the default.
     """
     with gr.Blocks(title="SVQVAE", analytics_enabled=False, fill_width=True, delete_cache=(KEPT, KEPT)) as blocks:
         gr.HTML(HEADING, elem_classes="heading")
@@ -135,10 +170,10 @@ def build(page: Page, source: str) -> gr.Blocks:
                     tile_size = gr.Dropdown(TILE_SIZES, value=256, label="Tile, pixels", min_width=100)
                     overlap = gr.Dropdown(OVERLAPS, value=32, label="Overlap, pixels", min_width=100)
                 model = gr.Textbox(
-                    source,
+                    page.source,
                     label="Model",
                     placeholder="the small bundled one",
-                    info="Folder or Hub id",
+                    info="org/name on the Hub" if page.public else "Folder or Hub id",
                     elem_id="model",
                 )
                 run = gr.Button("Encode and decode", variant="primary", elem_id="run")
@@ -164,13 +199,13 @@ def build(page: Page, source: str) -> gr.Blocks:
 
 
 @contextmanager
-def serving(load: Callable[[str], SVQVAE], source: str, host: str, port: int | None) -> Iterator[str]:
+def serving(load: Callable[..., SVQVAE], source: str, host: str, port: int | None) -> Iterator[str]:
     """Serves the page while the context lasts.
 
     Args:
-        load (`Callable[[str], SVQVAE]`): Gives the model of a folder or a Hub id, the default of an empty string.
+        load (`Callable[..., SVQVAE]`): As of [`Page`].
         source (`str`): Model that the page opens with; empty for the default.
-        host (`str`): Address to listen at.
+        host (`str`): Address to listen at. Unless it is one of loopback, the page is public, see [`Page`].
         port (`int`, *optional*): Port to listen at; the first free one from 7860 if not given.
 
     Yields:
@@ -180,9 +215,9 @@ def serving(load: Callable[[str], SVQVAE], source: str, host: str, port: int | N
         OSError: The model cannot be loaded, or the port is taken.
         ValueError: The model is not there.
     """
-    page = Page(load)
-    page.load(source)  # its faults are said before the page opens
-    blocks = build(page, source)
+    page = Page(load, source, public=not _is_loopback(host))
+    page.model(source)  # its faults are said before the page opens
+    blocks = build(page)
     try:
         try:
             _, address, _ = blocks.launch(
@@ -198,6 +233,7 @@ def serving(load: Callable[[str], SVQVAE], source: str, host: str, port: int | N
                 footer_links=[],
                 theme=gr.themes.Default(primary_hue="teal", font=FONTS),
                 css_paths=FOLDER / "page.css",
+                allowed_paths=[str(EXAMPLE)],
             )
         except OSError as error:
             place = f"`{host}`, port {port or 'from 7860'}"
@@ -275,6 +311,25 @@ def _figures(figures: dict[str, str]) -> str:
 
 def _counting_tiles(progress: gr.Progress) -> Callable[[int, int], None]:
     return lambda *done_and_total: progress(done_and_total, "tiles", unit="tiles")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_header(path: str, scales: Sequence[float]) -> None:
+    """Refuses an image before its pixels are read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            with Image.open(path, formats=tuple(IMAGE_FORMATS)) as image:
+                width, height = image.size
+    except Exception:  # Pillow raises almost anything; `load_image` says what is wrong
+        return
+    _check_size(width, height, scales)
 
 
 def _check_size(width: int, height: int, scales: Sequence[float]) -> None:

@@ -104,7 +104,6 @@ def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
     return {
         "width": ids.shape[1],
         "height": ids.shape[0],
-        "codebook_size": model.config["codebook_size"],
         "codes": codes.tolist(),
         "cells": base64.b64encode(cells.numpy().astype("<u4").tobytes()).decode(),
         "looks": _sheet(draw_codes(model, codes)),

@@ -1,21 +1,24 @@
 import base64
 import io
 import json
+import re
 import tomllib
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from hub_server import HubError, HubHandler, run_python, serve_hub
 from huggingface_hub import metadata_load
 from packaging.requirements import Requirement
 from PIL import Image
 
 import svqvae_cli
 from svqvae_hf import demo
-from svqvae_hf.codec import decode_image, encode_image
-from svqvae_hf.demo import EXAMPLE, MAX_SCALES, Page, serving
+from svqvae_hf.codec import decode_image, encode_image, set_tiles
+from svqvae_hf.demo import EXAMPLE, FOLDER, MAX_SCALES, OVERLAPS, TILE_SIZES, Page, serving
 from svqvae_hf.metrics import ssim
 from svqvae_hf.results import measure
 from svqvae_hf.tokens import load_tokens, save_tokens
@@ -97,6 +100,7 @@ def test_the_grid_holds_the_ids_and_what_they_look_like(tiny_model, picture):
     for view, ids in zip(views(tiny_model, tokens, picture), tokens.ids, strict=True):
         grid = json.loads(json.dumps(view.code_grid))  # it goes to the browser
         cells = np.frombuffer(base64.b64decode(grid["cells"]), "<u4").reshape(grid["height"], grid["width"])
+        assert grid.keys() <= set(re.findall(r"\w+", (FOLDER / "code_grid.js").read_text()))
         codes = np.array(grid["codes"])
         np.testing.assert_array_equal(codes[cells], ids)
         side, columns = grid["look_px"], grid["columns"]
@@ -154,6 +158,15 @@ def test_tiles_are_optional(page, photograph):
     assert (saved.tile_size, saved.overlap) == (None, None)
 
 
+@pytest.mark.parametrize("levels", [3, 4, 5])
+def test_each_tile_goes_with_each_overlap(levels):
+    widths = (1,) * levels
+    model = make_tiny(encoder_ch_mult=widths, decoder_ch_mult=widths)
+    for _, tile_size in TILE_SIZES[1:]:
+        for overlap in OVERLAPS:
+            set_tiles(model, tile_size, overlap)
+
+
 def test_mistakes_are_said_in_a_sentence_without_folders(page, photograph, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<b>no image</b>")
@@ -178,6 +191,77 @@ def test_a_model_that_is_not_there_is_said(photograph):
     assert "there is no model `org/none`." in said(encode(Page(load), photograph, source=" org/none "))
 
 
+def test_the_model_before_is_dropped_before_the_next_is_loaded(photograph):
+    loaded = []
+
+    def load(source):
+        assert not any(model() for model in loaded)
+        model = make_tiny()
+        loaded.append(weakref.ref(model))
+        return model
+
+    page = Page(load)
+    for source in ("", "other", " other ", "", ""):
+        encode(page, photograph, source=source)
+    assert len(loaded) == 3
+
+
+LOCAL = ["/etc", "/etc/passwd", "..", "nowhere", "org/local", "org/local/deeper", "../org/name", "org/name:file.pt"]
+
+
+@pytest.mark.parametrize("source", LOCAL)
+def test_visitors_of_a_public_page_do_not_learn_what_is_on_the_machine(source, tmp_path, monkeypatch, photograph):
+    (tmp_path / "org" / "local" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    page = Page(lambda source, **_: pytest.fail(f"loaded {source}"), public=True)
+    assert said(encode(page, photograph, source=source)) == (
+        "<p class='fault' role='alert'>a model must be a public one of the Hub on this page. Write its name, "
+        "`org/name`.</p>"
+    )
+
+
+def test_a_public_page_has_the_models_that_it_was_started_with(tiny_model, photograph, tmp_path):
+    page = Page({"": tiny_model, str(tmp_path): make_tiny()}.__getitem__, str(tmp_path), public=True)
+    for source in ("", str(tmp_path)):
+        assert "64 × 41 pixels" in encode(page, photograph, source=source)[0]
+
+
+# Prints what a public page says of each model, on a machine whose token and cache know the private one.
+HUB_VISITOR = """
+import sys
+from functools import partial
+from svqvae_hf import SVQVAE
+from svqvae_hf.commands import _load_model
+from svqvae_hf.demo import Page
+
+SVQVAE.from_pretrained("org/private")
+page = Page(partial(_load_model, device="cpu", dtype="float32"), public=True)
+for name in ("org/public", "org/private"):
+    print(page.encode(sys.argv[1], [1.0], 0, 0, name)[0])
+"""
+
+
+def test_visitors_of_a_public_page_get_public_models_alone(tiny_model, photograph, tmp_path, monkeypatch):
+    branch = HubHandler._branch
+
+    def asking_who(self, repo, revision):
+        if repo == "org/private" and "Authorization" not in self.headers:
+            raise HubError(401, "RepoNotFound")
+        return branch(self, repo, revision)
+
+    monkeypatch.setattr(HubHandler, "_branch", asking_who)
+    with serve_hub(tmp_path) as environment:
+        for name in ("public", "private"):
+            folder = tmp_path / "hub" / "org" / name
+            tiny_model.save_pretrained(folder / "main")
+            (folder / "settings.json").write_text("{}")
+        environment["GRADIO_TEMP_DIR"] = str(tmp_path / "gradio")
+        public, private = run_python(HUB_VISITOR, environment, photograph).splitlines()
+    assert "64 × 41 pixels" in public
+    assert "the model `org/private` cannot be loaded: the repository does not exist, or is private" in private
+    assert not list((tmp_path / "hf_home").rglob("*public*"))
+
+
 def test_ids_of_another_codebook_are_refused(page, photograph):
     assert "codebook" in said(page.decode(encode(page, photograph)[1].value["path"], "other"))
 
@@ -186,6 +270,18 @@ def test_what_browsers_cannot_show_is_refused_before_it_is_encoded(page, tmp_pat
     path = tmp_path / "wide.png"
     Image.new("RGB", (4200, 1001)).save(path)
     assert "at most 17 million pixels" in said(encode(page, str(path), scales=[2.0]))
+
+
+def test_what_is_too_large_is_refused_before_it_is_decoded(page, tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (11000, 11000)).save(path)
+    path.write_bytes(path.read_bytes()[:60])  # a decoder would say that it is cut short
+    assert "at most 17 million pixels" in said(encode(page, str(path)))
+
+
+def test_a_photograph_that_has_expired_is_asked_for_again(page, photograph):
+    Path(photograph).unlink()
+    assert "the photograph is no longer kept here. Drop it again." in said(encode(page, photograph))
 
 
 def test_more_scales_than_tabs_are_refused(page, tiny_model, picture, tmp_path):
@@ -205,7 +301,20 @@ def test_too_little_memory_is_said_and_other_faults_are_not_hidden(page, photogr
         encode(page, photograph)
 
 
-def test_a_place_that_is_taken_is_said_in_a_sentence(tiny_model, monkeypatch):
+@pytest.mark.parametrize(
+    ("host", "public"),
+    [
+        ("127.0.0.1", False),
+        ("127.8.8.8", False),
+        ("localhost", False),
+        ("[::1]", False),
+        ("0.0.0.0", True),
+        ("[::]", True),
+        ("192.168.0.2", True),
+        ("localhost.example.org", True),
+    ],
+)
+def test_a_place_that_is_taken_is_said_and_others_than_loopback_are_public(tiny_model, monkeypatch, host, public):
     class Taken:
         def launch(self, **_):
             raise OSError("Cannot find empty port")
@@ -213,10 +322,12 @@ def test_a_place_that_is_taken_is_said_in_a_sentence(tiny_model, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(demo, "build", lambda *_: Taken())
-    message = "cannot be served at `127.0.0.1`, port 7860. Choose another --host or --port."
-    with pytest.raises(OSError, match=message), serving(lambda _: tiny_model, "", "127.0.0.1", 7860):
+    pages = []
+    monkeypatch.setattr(demo, "build", lambda page: pages.append(page) or Taken())
+    message = f"cannot be served at `{re.escape(host)}`, port 7860. Choose another --host or --port."
+    with pytest.raises(OSError, match=message), serving(lambda _: tiny_model, "", host, 7860):
         pass
+    assert [page.public for page in pages] == [public]
 
 
 def test_the_example_is_the_photograph_of_the_readme(photo):

@@ -10,13 +10,14 @@ import urllib.request
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE
-from svqvae_hf.codec import decode_image, encode_image
+from svqvae_hf.codec import decode_image, encode_image, image_tokens
 from svqvae_hf.results import measure
-from svqvae_hf.tokens import load_tokens
+from svqvae_hf.tokens import load_tokens, save_tokens
 from svqvae_hf.views import draw_codes
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -51,9 +52,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(browser, tmp_path_factory):
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio")), "HF_HUB_OFFLINE": "1"}
+    folder = tmp_path_factory.mktemp("gradio")
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "svqvae_cli", "demo", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as server:
         line = server.stdout.readline()
         assert "shows the page" in line
         yield line.split()[0]
@@ -189,6 +191,8 @@ def see_codes(page, model, ids):
     grid = page.locator(".code-grid:visible")
     cells = grid.locator(".cells")
     box = cells.bounding_box()
+    side = min(box["width"] / ids.shape[1], box["height"] / ids.shape[0])
+    left, top = ((box[name] - side * count) / 2 for name, count in (("width", ids.shape[1]), ("height", ids.shape[0])))
 
     def check(row, column):
         code = ids[row, column]
@@ -199,7 +203,7 @@ def see_codes(page, model, ids):
         assert np.abs(look - draw_codes(model, code[None])[0])[1:-1, 1:-1].mean() < 2  # its corners are round
 
     def centre(row, column):
-        return {"x": (column + 0.5) * box["width"] / ids.shape[1], "y": (row + 0.5) * box["height"] / ids.shape[0]}
+        return {"x": left + (column + 0.5) * side, "y": top + (row + 0.5) * side}
 
     cells.hover(position=centre(0, 1))
     check(0, 1)
@@ -208,6 +212,36 @@ def see_codes(page, model, ids):
     check(2, 3)
     page.keyboard.press("ArrowLeft")
     check(2, 2)
+
+
+def open_ids(page, model, ids, folder):
+    """Opens a token file of an image that ids fill."""
+    model.disable_tiling()
+    height, width = ids.shape
+    path = folder / f"{height}_{width}.safetensors"
+    save_tokens(path, image_tokens(model, [ids], height * model.f, width * model.f, [1.0]))
+    choose(page, "#upload", path)
+    wait_for(page, f"{path.name} {width * model.f} × {height * model.f} pixels")
+    page.locator(".alone img:visible").wait_for()
+
+
+def test_ids_of_any_shape_are_drawn_or_said_not_to_be(page, model, tmp_path):
+    codes = model.config["codebook_size"]
+    open_ids(page, model, torch.arange(120).view(30, 4) % codes, tmp_path)
+    see_codes(page, model, torch.arange(120).view(30, 4) % codes)
+    open_ids(page, model, torch.arange(3000).view(3000, 1) % 7, tmp_path)
+    cells = page.locator(".code-grid:visible .cells")
+    page.locator(".place:visible", has_text="row 1501, column 1").wait_for()
+    read = "canvas => [canvas.height, ...canvas.getContext('2d').getImageData(0, 0, 1, canvas.height).data]"
+    height, *colours = cells.evaluate(read)
+    assert height % 3000 == 0
+    assert min(colours[3::4]) == 255
+    open_ids(page, model, torch.zeros(16385, 1, dtype=torch.int64), tmp_path)
+    page.locator(".undrawn:visible").wait_for()
+    assert not cells.is_visible()
+    open_ids(page, model, torch.zeros(2, 2, dtype=torch.int64), tmp_path)
+    cells.wait_for()
+    assert not page.locator(".undrawn").is_visible()
 
 
 def test_mistakes_are_said_in_the_page(page, photograph, tmp_path):

@@ -44,7 +44,7 @@ LAYERS = {
     "perceptual": {"pickles"},
     "image_sets": {"files", "image_processing_svqvae"},
     "token_sets": {"checkpoints", "codec", "files", "image_sets", "modeling_svqvae", "tokens"},
-    "token_set_cards": set(),
+    "token_set_cards": {"model_cards"},
     "token_set_writer": {
         *("codec", "conversion", "files", "image_processing_svqvae", "image_sets", "modeling_svqvae"),
         *("token_set_cards", "token_sets", "tokens"),

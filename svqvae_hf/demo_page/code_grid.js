@@ -1,6 +1,8 @@
 // Draws the ids of one scale, and names the code of the cell that is pointed at. `element`, `props` and `watch` are
 // Gradio's; `props.value` is `View.code_grid`, null while there is none.
 const WIDTH = 1120; // pixels of the canvas, about; CSS scales it
+const HEIGHT = 8192; // likewise
+const MAX_SIDE = 16384; // pixels of a canvas, in all browsers
 const LOOK_SIDE = 192;
 const MARK = "#ffffff";
 const DIMMED = "rgb(0 0 0 / 0.5)"; // over cells of other codes
@@ -11,12 +13,15 @@ let grid = null;
 async function show() {
   const value = props.value;
   if (!value) return;
+  const tooLarge = Math.max(value.width, value.height) > MAX_SIDE;
+  find("code-grid").classList.toggle("too-large", tooLarge);
+  if (tooLarge) return;
   const bytes = Uint8Array.from(atob(value.cells), (character) => character.charCodeAt(0));
   const looks = new Image();
   looks.src = value.looks;
   await looks.decode();
   if (props.value !== value) return;
-  const side = Math.max(1, Math.min(32, Math.round(WIDTH / value.width)));
+  const side = Math.max(1, Math.round(Math.min(32, WIDTH / value.width, HEIGHT / value.height)));
   grid = { ...value, side, looks, cells: new Uint32Array(bytes.buffer), at: 0, pointed: false, held: false };
   grid.picture = document.createElement("canvas");
   for (const canvas of [grid.picture, find("cells")]) {
@@ -68,9 +73,11 @@ function choose(cell) {
 
 function cellAt(event) {
   const box = find("cells").getBoundingClientRect();
-  const inside = (share, count) => Math.max(0, Math.min(count - 1, Math.floor(share * count)));
-  const column = inside((event.clientX - box.left) / box.width, grid.width);
-  return inside((event.clientY - box.top) / box.height, grid.height) * grid.width + column;
+  const side = Math.min(box.width / grid.width, box.height / grid.height); // page.css centres the picture in the box
+  const nearest = (offset, length, count) =>
+    Math.max(0, Math.min(count - 1, Math.floor((offset - (length - side * count) / 2) / side)));
+  const column = nearest(event.clientX - box.left, box.width, grid.width);
+  return nearest(event.clientY - box.top, box.height, grid.height) * grid.width + column;
 }
 
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
