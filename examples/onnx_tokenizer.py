@@ -26,15 +26,12 @@ class OnnxTokenizer:
             for name in ("encoder.onnx", "decoder.onnx")
         )
         facts = self.encoder.get_modelmeta().custom_metadata_map
-        self.f = json.loads(facts["f"])
         self.black, self.white = json.loads(facts["pixel_range"])
         self.dtype = np.float16 if self.encoder.get_inputs()[0].type == "tensor(float16)" else np.float32
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Maps pixels `(height, width, 3)` in uint8 to ids `(ceil(height / f), ceil(width / f))` in int64."""
-        bottom, right = (-side % self.f for side in pixels.shape[:2])
-        padded = np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge").astype(np.float32) / 255
-        sample = self.black + padded * (self.white - self.black)
+        sample = self.black + pixels.astype(np.float32) / 255 * (self.white - self.black)
         batch = sample.transpose(2, 0, 1)[None].astype(self.dtype)  # (1, 3, height, width)
         return self.encoder.run(["ids"], {"sample": batch})[0][0]
 
@@ -45,11 +42,21 @@ class OnnxTokenizer:
         return np.rint(unit.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)[:height, :width]
 
 
+def read_rgb(source: str | Path) -> np.ndarray:
+    """Reads an image file of 8 bits, upright, as pixels `(height, width, 3)` in uint8, transparent parts on white."""
+    with Image.open(source) as image:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):  # which Pillow would clip at 255
+        raise ValueError(f"`{source}` must be an image of 8 bits, but is of mode {image.mode}. Convert it first.")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
+
+
 def main(folder: str, source: str, target: str) -> None:
     """Encodes an image file and writes what its ids decode to."""
     tokenizer = OnnxTokenizer(folder)
-    with Image.open(source) as image:
-        pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = read_rgb(source)
     ids = tokenizer.encode(pixels)
     Image.fromarray(tokenizer.decode(ids, *pixels.shape[:2])).save(target)
     print(f"{pixels.shape[1]} x {pixels.shape[0]} pixels, {ids.size} ids, the first {ids.flat[:8].tolist()}")

@@ -84,7 +84,7 @@ class Report:
         codebook (`dict[str, Any]`): `size`, `dim`, `fingerprint`, and `redundancy` of [`metrics.redundancy`].
         results (`list[Result]`): One per mode and scale, scales of the first mode first.
         codecs (`list[dict[str, Any]]`): Means of JPEG and WebP at each quality: `codec`, `quality`, `bits_per_pixel`,
-            `psnr`, `ssim`.
+            `psnr`, `ssim`, and `exact`, how many images came back exactly.
         images (`list[dict[str, Any]]`): Each image that was read, in the order of the set: `place`, `name`, `width`,
             `height`, `results` and `codecs`.
         skipped (`list[dict[str, Any]]`): Each image that could not be read: `place`, `name`, `reason`.
@@ -372,8 +372,10 @@ def _gather(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is there; of PSNR, without images that came back exactly unless all did."""
     present = [value for value in values if value is not None]
-    return math.fsum(present) / len(present) if present else None
+    counted = [value for value in present if value != math.inf] or present
+    return math.fsum(counted) / len(counted) if counted else None
 
 
 def _codec_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -383,6 +385,7 @@ def _codec_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"codec": codec, "quality": quality}
         | {key: _mean([each[key] for each in group]) for key in ("bits_per_pixel", "psnr", "ssim")}
+        | {"exact": sum(each["psnr"] == math.inf for each in group)}
         for (codec, quality), group in results.items()
     ]
 
@@ -410,6 +413,15 @@ def _notes(
                     f"{title} at scale {result.scale:g} is of {fitting} of {len(records)} images: it needs sides of "
                     f"at least {side} pixels."
                 )
+    for number, result in enumerate(results):
+        exact, at_full_size = (
+            sum(record["results"][number][key] == math.inf for record in records) for key in ("psnr", "psnr_full_size")
+        )
+        if exact or at_full_size:
+            notes.append(
+                f"PSNR ({result.mode}, scale {result.scale:g}) is infinite for {exact} of {len(records)} images, at "
+                f"full size for {at_full_size}: they came back exactly. The means are of the others, if there are any."
+            )
     few = [f"{each.scale:g}" for each in of_mode if each.counts.sum() < IDS_PER_CODE * len(each.counts)]
     if few:
         notes.append(

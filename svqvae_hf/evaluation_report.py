@@ -142,7 +142,7 @@ def eval_results(report: Report) -> list[EvalResult]:
         EvalResult(
             task_type="image-to-image",
             dataset_type=data if is_hub_set(data) else "imagefolder",
-            dataset_name=Path(data).name,
+            dataset_name=_name(data),
             dataset_config=settings.get("config"),
             dataset_split=settings.get("split"),
             metric_type=key,
@@ -188,7 +188,7 @@ def rate_figure(report: Report) -> Figure:
     results = sorted(_first_mode(report), key=lambda result: result.values["bits_per_pixel"] or 0)
     for axes, key, label in zip(figure.subplots(1, 2), ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
         for codec, (colour, style) in GREYS.items():
-            points = [each for each in report.codecs if each["codec"] == codec and each[key] is not None]
+            points = [each for each in report.codecs if each["codec"] == codec and _finite(each[key])]
             axes.plot(
                 [each["bits_per_pixel"] for each in points],
                 [each[key] for each in points],
@@ -265,13 +265,18 @@ def _plain(value: Any) -> Any:
 
 
 def _model_index(report: Report) -> str:
-    return ModelCardData(model_name=Path(report.settings["model"]).name, eval_results=eval_results(report)).to_yaml()
+    return ModelCardData(model_name=_name(report.settings["model"]), eval_results=eval_results(report)).to_yaml()
+
+
+def _name(source: str) -> str:
+    """The last part of a path or Hub id; that of the folder meant, where it is `.` or `..`."""
+    return Path(source).resolve().name
 
 
 def _codec_table(report: Report) -> list[str]:
-    formats = {"quality": "d", "bits_per_pixel": ".4f", "psnr": ".2f", "ssim": ".4f"}
+    formats = {"quality": "d", "bits_per_pixel": ".4f", "psnr": ".2f", "ssim": ".4f", "exact": "d"}
     rows = [[each["codec"], *(_cell(each[key], form) for key, form in formats.items())] for each in report.codecs]
-    return _table(["codec", "quality", "bits per pixel", "PSNR, dB", "SSIM"], rows)
+    return _table(["codec", "quality", "bits per pixel", "PSNR, dB", "SSIM", "exact images"], rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -55,6 +55,7 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(model.encoder).to(dtype)
         self.quant_conv = copy.deepcopy(model.quant_conv).to(dtype)
+        self.f = model.f
         self.ranges = model.config["pixel_range"], model.config["network_range"]
         self.l2_norm = model.config["codebook_l2_norm"]
         self.codes: torch.Tensor
@@ -64,7 +65,11 @@ class EncoderGraph(nn.Module):
         self.register_buffer("offset", None if self.l2_norm else codes.square().sum(-1) / 2)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """Maps `(batch, in_channels, h * f, w * f)` to ids `(batch, h, w)` in int64."""
+        """Maps `(batch, in_channels, height, width)` to ids `(batch, ceil(height / f), ceil(width / f))` in int64."""
+        rows, columns = ((side + self.f - 1) // self.f for side in sample.shape[-2:])
+        # Padded by as much as any size needs, then cut: how much one size needs is not known to the graph.
+        sample = F.pad(sample, (0, self.f - 1, 0, self.f - 1), mode="replicate")
+        sample = sample[..., : rows * self.f, : columns * self.f]
         latents = self.quant_conv(self.encoder(map_range(sample, *self.ranges)))
         latents = latents.permute(0, 2, 3, 1).float()  # (batch, h, w, codebook_embed_dim)
         if self.l2_norm:
@@ -128,10 +133,9 @@ class ExportReport:
 def export_graphs(model: SVQVAE, out: str | Path, *, format: str = "onnx", dtype: str = "float32") -> ExportReport:
     """Writes `encoder.onnx` and `decoder.onnx`, or `.pt2` for `torch.export.load`, and checks them.
 
-    Batch, height and width are free. The encoder takes images in `pixel_range` whose sides are multiples of f; a
-    caller pads others by repeating their last row and column, as [`SVQVAE.encode`] does. An image is read as a whole,
-    never by tiles. Each file holds the facts that its callers need, as JSON: `f`, `pixel_range`, `codebook_size`,
-    `codebook_fingerprint`.
+    Batch, height and width are free. The encoder takes images in `pixel_range` of any size, and pads them as
+    [`SVQVAE.encode`] does. An image is read as a whole, never by tiles. Each file holds the facts that its callers
+    need, as JSON: `f`, `pixel_range`, `codebook_size`, `codebook_fingerprint`.
 
     The files are written beside `out`, loaded again, and compared with the model on ten sizes; only then the folder is
     named `out`. In float32 all ids must be the model's, up to ties, and pixels within 2/255. In float16, where ids do
@@ -206,20 +210,22 @@ def _trace(model: SVQVAE, dtype: torch.dtype) -> tuple[ExportedProgram, Exported
     overflown = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
     if overflown:
         raise ValueError(f"weights must lie in the range of float16, but {', '.join(overflown)} do not. Use float32.")
-    batch, rows, columns = Dim("batch"), Dim("rows"), Dim("columns")
     return (
-        _export(encoder, _sample(model, TRACED_GRID).to(dtype), {0: batch, 2: model.f * rows, 3: model.f * columns}),
-        _export(decoder, torch.zeros(TRACED_GRID, dtype=torch.int64), {0: batch, 1: rows, 2: columns}),
+        _export(encoder, _sample(model, TRACED_GRID).to(dtype), (0, 2, 3)),
+        _export(decoder, torch.zeros(TRACED_GRID, dtype=torch.int64), (0, 1, 2)),
     )
 
 
-def _export(graph: nn.Module, example: torch.Tensor, dims: dict[int, Dim]) -> ExportedProgram:
+def _export(graph: nn.Module, example: torch.Tensor, free: Sequence[int]) -> ExportedProgram:
+    dims = dict.fromkeys(free, Dim.DYNAMIC)
     program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names files of this machine
-    # The tracer's guards ask for two rows and columns of ids at least, though nothing in the graph does: the check
+    # The tracer asks for two images, rows and columns of ids at least, though nothing in the graph does: the check
     # runs it on less.
     program._guards_code = []
+    for symbol, sides in program.range_constraints.items():
+        program.range_constraints[symbol] = type(sides)(1, sides.upper)
     return program
 
 
@@ -281,9 +287,9 @@ def _compare(model: SVQVAE, encode: Graph, decode: Graph, dtype: str) -> tuple[i
     changed, largest = 0, 0.0
     exact = dtype == "float32"
     low, high = model.config["pixel_range"]
-    for grid in CHECKED_GRIDS:
-        size = f"{grid[2] * model.f} x {grid[1] * model.f} pixels (width x height), batch {grid[0]}"
-        sample = _sample(model, grid)
+    for number, grid in enumerate(CHECKED_GRIDS):
+        sample = _sample(model, grid)[..., number % model.f :, 3 * number % model.f :]  # many no multiples of f
+        size = _size(sample)
         expected = model.encode_tokens(sample)
         ids = _run(encode, sample.to(DTYPES[dtype]), expected, f"encoder at {size}")
         changed += int((ids != expected).sum())
@@ -294,6 +300,7 @@ def _compare(model: SVQVAE, encode: Graph, decode: Graph, dtype: str) -> tuple[i
                 f"others and no ties. {ADVICE}"
             )
         image = model.decode_tokens(expected)
+        size = _size(image)
         pixels = _run(decode, expected, image, f"decoder at {size}")
         difference = float((pixels.float() - image).abs().max() / (high - low))
         if not difference <= (PIXEL_TOLERANCE if exact else math.inf):  # also when it is NaN
@@ -303,6 +310,11 @@ def _compare(model: SVQVAE, encode: Graph, decode: Graph, dtype: str) -> tuple[i
             )
         largest = max(largest, difference)
     return changed, largest
+
+
+def _size(sample: torch.Tensor) -> str:
+    batch, _, height, width = sample.shape
+    return f"{width} x {height} pixels (width x height), batch {batch}"
 
 
 def _run(graph: Graph, value: torch.Tensor, expected: torch.Tensor, name: str) -> torch.Tensor:

@@ -1,4 +1,5 @@
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -31,7 +32,7 @@ import torch
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 
 torch.set_grad_enabled(False)  # else PyTorch keeps all activations
-vqvae = SVQVAE.from_pretrained("{repo_id}")
+vqvae = SVQVAE.from_pretrained({repo_id})
 processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
 batch = processor("photo.jpg")
@@ -82,7 +83,7 @@ def model_card(
     Returns:
         `str`: The text of `README.md`, metadata first.
     """
-    name = repo_id.rpartition("/")[2]
+    name, quoted = one_line(repo_id.rpartition("/")[2]), quote(repo_id)
     metadata = ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
@@ -93,15 +94,15 @@ def model_card(
         model_name=name if eval_results else None,
         eval_results=list(eval_results) or None,
     )
-    rows = "".join(f"| {name} | {value} |\n" for name, value in (provenance or {}).items())
+    rows = table_rows((provenance or {}).items())
     calls = " or ".join(
-        f'`SVQVAE.from_pretrained("{repo_id}", variant="{variant}", torch_dtype={dtype})`'
+        f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
         for variant, dtype in (variants or {}).items()
     )
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
         name=name,
-        repo_id=repo_id,
+        repo_id=quoted,
         f=2 ** (len(config["encoder_ch_mult"]) - 1),
         codebook_size=config["codebook_size"],
         codebook_embed_dim=config["codebook_embed_dim"],
@@ -115,5 +116,21 @@ def model_card(
         decoder_ch_mult=tuple(config["decoder_ch_mult"]),
         half_precision=HALF_PRECISION.format(calls=calls) if calls else "",
         provenance=f"| | |\n|---|---|\n{rows}" if rows else "Not stated.\n",
-        licence=license or "Not stated: ask the authors of the weights before you use or share them.",
+        licence=one_line(license or "Not stated: ask the authors of the weights before you use or share them."),
     )
+
+
+def one_line(text: object) -> str:
+    """Text with each run of white space, such as a line break, made one space."""
+    return " ".join(str(text).split())
+
+
+def quote(text: str) -> str:
+    """A string as code, in Python and JSON alike."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def table_rows(rows: Iterable[tuple[object, object]]) -> str:
+    """Rows of a Markdown table with two columns, a line each."""
+    lines = ((one_line(cell).replace("|", r"\|") for cell in row) for row in rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,9 +1,12 @@
 """The card of a token set."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import DatasetCardData
+
+from svqvae_hf.model_cards import one_line, quote, table_rows
 
 TAGS = ["svqvae", "image-tokens"]
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
@@ -36,12 +39,12 @@ Images as ids of the codebook of an SVQVAE, an image tokenizer. Made by `svqvae 
 import datasets
 from svqvae_hf.token_sets import read_settings, row_tokens
 
-settings = read_settings("{repo_id}")  # scales, codebook and so on
-row = datasets.load_dataset("{repo_id}", split="train")[0]
+settings = read_settings({quoted})  # scales, codebook and so on
+row = datasets.load_dataset({quoted}, split="train")[0]
 tokens = row_tokens(row, settings)  # ids as grids; `svqvae_hf.codec.decode_image(vqvae, tokens)` gives images
 ```
 
-`svqvae detokenize {repo_id} --model {model} --output DIR` writes the images.
+`{command}` writes the images.
 
 ## Licence
 
@@ -93,12 +96,13 @@ def token_set_card(
     }
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(scales)}
     meanings = {**ids, **COLUMNS}
+    command = shlex.join(["svqvae", "detokenize", repo_id, "--model", settings["model"], "--output", "DIR"])
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
-        name=repo_id.rpartition("/")[2],
-        repo_id=repo_id,
-        model=settings["model"],
-        facts="".join(f"| {name} | {value} |\n" for name, value in facts.items()),
-        columns="".join(f"| `{name}` | {meanings.get(name, 'as in the image set')} |\n" for name in columns),
-        licence=license or "Not stated: ask the authors of the images before you use or share it.",
+        name=one_line(repo_id.rpartition("/")[2]),
+        quoted=quote(repo_id),
+        command=one_line(command),
+        facts=table_rows(facts.items()),
+        columns=table_rows((f"`{name}`", meanings.get(name, "as in the image set")) for name in columns),
+        licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
     )

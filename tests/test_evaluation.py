@@ -218,6 +218,39 @@ def test_codecs_rise_with_quality(tiny_model, photos):
     assert jpeg["bits_per_pixel"] == 8 * len(file.getvalue()) / (photos[-1].width * photos[-1].height)
 
 
+def test_means_of_psnr_leave_out_what_came_back_exactly(tiny_model, photos):
+    plain = Image.new("RGB", (32, 32))
+    alone, report, exact = (
+        evaluate(tiny_model, images, scales=[1.0], modes=["plain"]).codecs
+        for images in (photos[:2], [*photos[:2], plain], [plain])
+    )
+    assert any(point["exact"] for point in report)
+    assert [point["exact"] for point in report] == [point["exact"] for point in exact]
+    for point, without in zip(report, alone, strict=True):
+        if point["exact"]:
+            assert point["psnr"] == without["psnr"]
+            assert point["bits_per_pixel"] != without["bits_per_pixel"]
+    assert all(point["psnr"] == math.inf for point in exact if point["exact"])
+
+
+def test_reconstructions_that_came_back_exactly_are_counted(tiny_model, photos, monkeypatch):
+    evaluator = evaluation._Evaluator.measure
+
+    def measure(self, image, place, name):
+        record = evaluator(self, image, place, name)
+        if place == 1:
+            record["results"][1]["psnr"] = record["results"][1]["psnr_full_size"] = math.inf
+        return record
+
+    monkeypatch.setattr(evaluation._Evaluator, "measure", measure)
+    report = evaluate(tiny_model, photos[:3], scales=[1.0], tile_size=32)
+    psnr = [record["results"][1]["psnr"] for record in report.images]
+    assert report.results[1].values["psnr"] == pytest.approx((psnr[0] + psnr[2]) / 2)
+    notes = [note for note in report.notes if "came back exactly" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("PSNR (tiled, scale 1) is infinite for 1 of 3 images, at full size for 1: ")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from conftest import make_tiny
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -93,6 +94,22 @@ def test_metadata_of_the_card(report, tmp_path):
     report.settings["data"] = [str(tmp_path)]
     (result, *_) = eval_results(report)
     assert (result.dataset_type, result.dataset_name) == ("imagefolder", tmp_path.name)
+
+
+def test_a_folder_named_by_dots_has_its_name_in_the_metadata(report, tmp_path, monkeypatch):
+    (tmp_path / "model" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "photos")
+    report.settings |= {"model": "..", "data": ["."]}
+    write_report(report, tmp_path / "out")
+    (index,) = yaml.safe_load((tmp_path / "out" / "model-index.yaml").read_text())["model-index"]
+    assert index["name"] == "model"
+    assert {result["dataset"]["name"] for result in index["results"]} == {"photos"}
+
+
+def test_the_plot_leaves_out_infinite_values(report):
+    report.codecs[0]["psnr"] = math.inf
+    psnr, ssim = rate_figure(report).axes
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in (psnr, ssim)] == [5, 6]
 
 
 def test_one_point_per_scale_and_codec_quality(report):

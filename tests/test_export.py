@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ import svqvae_cli
 import svqvae_hf
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor, export, modeling_svqvae
 from svqvae_hf.export import CHECKED_GRIDS, TIE, TRACED_GRID, export_graphs
+from svqvae_hf.image_processing_svqvae import load_image
 
 EXAMPLE = ROOT / "examples" / "onnx_tokenizer.py"
 PIXEL_RANGE = (-1, 3)  # no model's own
@@ -69,6 +71,11 @@ def run_onnx(path, value):
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: value.numpy()})[0])
 
 
+def cut(sample, corner):
+    """A sample without rows and columns at its top and left, so that its sides are no multiples of f."""
+    return sample[..., corner[0] :, corner[1] :]
+
+
 def close(pixels, expected, tolerance=2 / 255):
     return pixels.shape == expected.shape and (pixels - expected).abs().max() <= tolerance
 
@@ -80,10 +87,13 @@ def test_ten_sizes_are_checked():
     assert max(rows * columns for _, rows, columns in CHECKED_GRIDS) * 16384 > 2 * modeling_svqvae.SEARCH_SCORES
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 9, 6), (1, 24, 30)])
-def test_onnx_gives_what_the_model_gives(grid, model, onnx_report):
+@pytest.mark.parametrize(
+    ("grid", "corner"),
+    [((1, 1, 1), (0, 0)), ((3, 1, 1), (7, 7)), ((2, 9, 6), (0, 5)), ((1, 2, 13), (1, 2)), ((1, 24, 30), (0, 0))],
+)
+def test_onnx_gives_what_the_model_gives(grid, corner, model, onnx_report):
     assert tuple(model.config["network_range"]) != PIXEL_RANGE  # the graphs map one to the other
-    sample = image(grid, model.f, PIXEL_RANGE)
+    sample = cut(image(grid, model.f, PIXEL_RANGE), corner)
     ids = run_onnx(onnx_report.out / "encoder.onnx", sample)
     assert ids.dtype == torch.int64
     assert (ids != model.encode_tokens(sample)).float().mean() < 0.01  # ties
@@ -91,10 +101,12 @@ def test_onnx_gives_what_the_model_gives(grid, model, onnx_report):
     assert close(run_onnx(onnx_report.out / "decoder.onnx", ids), decoded, 4 * 2 / 255)
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 9, 6), (1, 24, 30)])
-def test_exported_program_gives_what_the_model_gives(grid, small, programs, monkeypatch):
+@pytest.mark.parametrize(
+    ("grid", "corner"), [((1, 1, 1), (0, 0)), ((3, 1, 1), (1, 1)), ((2, 9, 6), (0, 1)), ((1, 24, 30), (1, 0))]
+)
+def test_exported_program_gives_what_the_model_gives(grid, corner, small, programs, monkeypatch):
     monkeypatch.setattr(modeling_svqvae, "SEARCH_SCORES", 7 * 64)  # the model's chunks are none of the graph's
-    sample = image(grid, small.f)
+    sample = cut(image(grid, small.f), corner)
     encode, decode = programs
     ids = encode(sample)
     assert torch.equal(ids, small.encode_tokens(sample))
@@ -184,6 +196,27 @@ def test_example_needs_onnxruntime_and_numpy_alone(model, onnx_report, photo, tm
     assert difference.max() <= 2
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16", "F"])
+def test_example_reads_files_as_the_library_does(mode, photo, tmp_path):
+    read_rgb = runpy.run_path(str(EXAMPLE))["read_rgb"]
+    picture = photo.crop((100, 50, 132, 82)).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    path = tmp_path / ("photo.tif" if mode in ("CMYK", "F") else "photo.png")
+    if mode == "I;16":
+        Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64).save(path)
+    else:
+        source = picture if "A" in mode else picture.convert("RGB")
+        source = source.quantize(8) if mode == "P" else source.convert(mode)
+        source.save(path, exif=exif, **({"transparency": 3} if mode == "P" else {}))
+    if mode in ("I;16", "F"):
+        with pytest.raises(ValueError, match=f"`{re.escape(str(path))}` must be an image of 8 bits, but is of mode"):
+            read_rgb(path)
+    else:
+        assert np.array_equal(read_rgb(path), np.asarray(load_image(path)))
+
+
 def test_documented_code_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -215,6 +248,14 @@ def set_corner(tensor, value):
     if tensor.shape[-1] == 32:
         tensor[0, 0, 0, 0] = value
     return tensor
+
+
+def test_sides_that_are_no_multiples_of_f_are_checked(small):
+    fake = Fake(small)
+    encode = fake.encode
+    fake.encode = lambda sample: encode(F.pad(sample, (0, sample.shape[-1] % 2, 0, sample.shape[-2] % 2)))
+    with pytest.raises(ValueError, match=r"encoder at \d*[13579] x .* are others and no ties"):  # zeros, no repetition
+        fake.compare()
 
 
 def test_a_wrong_id_fails(small):

@@ -1,3 +1,4 @@
+import ast
 import re
 
 import torch
@@ -35,6 +36,21 @@ def test_facts(tiny_model):
     assert "half precision" not in card
     assert card.endswith("\n")
     assert "{" not in card
+
+
+def test_text_of_a_user_breaks_nothing(tiny_model):
+    card = model_card(
+        tiny_model.config,
+        repo_id='org/a"b\n# c',
+        license="mit\n# d",
+        provenance={"source": "`a|b\nc.pt`"},
+        variants={"fp16": torch.float16},
+    )
+    headings = [line for line in card.split("---\n", 2)[2].splitlines() if re.match("#+ ", line)]
+    assert headings == ['# a"b # c', "## Use", "## Origin", "## Licence"]
+    assert r"| source | `a\|b c.pt` |" in card
+    calls = re.findall(r"from_pretrained\((.*?)[,)]", card)
+    assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 2
 
 
 def test_half_precision_is_said(tiny_model):
