@@ -1,5 +1,6 @@
 """PyTorch files of any origin, read as weights and plain values only."""
 
+import errno
 import pickle
 import pickletools
 import re
@@ -40,19 +41,21 @@ def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
         Exception: It is none of `torch.save`, or broken, or hostile; of almost any type, `pickle.UnpicklingError`
             where it calls for other classes.
     """
-    with path.open("rb") as file:
-        if file.peek(len(ARCHIVE_START)).startswith(ARCHIVE_START):
-            try:
+    try:
+        with path.open("rb") as file:
+            if file.peek(len(ARCHIVE_START)).startswith(ARCHIVE_START):
                 _check_archive(file, path.stat().st_size)
-            except OSError as error:  # it names places before its start
-                raise pickle.UnpicklingError("the archive is broken") from error
-        else:
-            for _ in range(OLD_PICKLES):
-                if file.peek(1):
-                    _check_pickle(file)
-    with READING, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they announce makes the read fail
-        return torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                for _ in range(OLD_PICKLES):
+                    if file.peek(1):
+                        _check_pickle(file)
+        with READING, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they announce makes the read fail
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # of a seek to before the file's start
+            raise pickle.UnpicklingError("the archive names places that are not there") from error
+        raise
 
 
 def _check_archive(file: IO[bytes], size: int) -> None:
