@@ -79,7 +79,8 @@ def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):
     tiny_model.save_pretrained("org/name")
     code = re.search(r"```python\n(.*?)```", model_card(tiny_model.config, repo_id="org/name"), re.DOTALL)[1]
     found = {}
-    exec(code, found)
+    with torch.enable_grad():  # the example turns gradients off, for the whole process
+        exec(code, found)
     assert found["ids"].shape == (1, 9, 12)
     assert found["images"][0].size == (45, 34)
     assert (tmp_path / "reconstruction.png").exists()

@@ -173,7 +173,7 @@ def test_a_config_of_many_levels_is_refused_at_once(config):
 
 def test_keys_that_are_nests_are_not_spelled_out(tmp_path):
     nest = ()
-    for _ in range(18):
+    for _ in range(12):  # more are refused before
         nest = (nest, nest)
     torch.save({"model": load_file(GOLDEN / "svqvae_tiny.safetensors") | {nest: torch.zeros(1)}}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="unexpected: a key of type tuple") as error:
