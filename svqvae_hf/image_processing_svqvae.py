@@ -1,9 +1,9 @@
 import itertools
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
@@ -283,7 +283,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 f"`sample` must be a tensor or array, but is of type {type(sample).__name__}. Pass the output's "
                 "`.sample`, of several scales one by one."
             )
-        if not isinstance(scale, numbers.Real) or not 0 < scale < math.inf:
+        if not isinstance(scale, Real) or not 0 < scale < math.inf:
             raise ValueError(f"`scale` must be a finite number more than 0, but is {scale!r}.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', but is {output_type!r}.")

@@ -736,12 +736,11 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
         loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        faults = {kind: sorted(loaded[1][f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
-        if any(faults.values()):
-            listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in faults.items() if keys)
+        faults = list_faults(loaded[1])
+        if faults:
             raise ValueError(
                 f"The weights of {pretrained_model_name_or_path} must be exactly those that its config asks for, but "
-                f"are not: {listed}. Restore the files, or correct config.json."
+                f"are not: {faults}. Restore the files, or correct config.json."
             )
         return loaded if with_info else loaded[0]
 
@@ -1213,6 +1212,12 @@ def gather_context(
     network(source, context)
     context.gathering = False
     return context
+
+
+def list_faults(loading_info: Mapping[str, Any]) -> str:
+    """The weights that a loader found missing, not expected or of another shape; empty if there are none."""
+    faults = {kind: sorted(map(str, loading_info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
 
 
 def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from svqvae_hf.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
-from svqvae_hf.modeling_svqvae import SVQVAE
+from svqvae_hf.modeling_svqvae import SVQVAE, list_faults
 from svqvae_hf.sequences import LayoutLogitsProcessor, SequenceLayout, to_int64
 
 CACHE_NAMES = ("cache", "past_key_values")  # of transformers from 5.24 or so, and before
@@ -338,11 +338,11 @@ def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -
     _, info = AutoModelForCausalLM.from_pretrained(
         folder, device_map="meta", use_safetensors=True, variant=variant, output_loading_info=True
     )
-    faults = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
-    if any(faults.values()):
+    faults = list_faults(info)
+    if faults:
         raise ValueError(
-            f"The language model of {name} must have exactly the weights that its config asks for, but "
-            f"{'; '.join(f'{kind}: ' + ', '.join(keys) for kind, keys in faults.items() if keys)}. Restore its files."
+            f"The language model of {name} must have exactly the weights that its config asks for, but {faults}. "
+            "Restore its files."
         )
 
 

@@ -165,6 +165,7 @@ def test_each_tile_goes_with_each_overlap(levels):
     for _, tile_size in TILE_SIZES[1:]:
         for overlap in OVERLAPS:
             set_tiles(model, tile_size, overlap)
+            assert (model.tile_size, model.overlap) == (tile_size, overlap)
 
 
 def test_mistakes_are_said_in_a_sentence_without_folders(page, photograph, tmp_path):

@@ -18,6 +18,7 @@ from training_runs import assert_says_nothing_of, cpu, logged, run, train_at_onc
 
 sys.path.insert(0, str(ROOT / "training"))
 
+from data import ORDER
 from sequence_source import SequenceLoader, TokenSource
 from train_autoregressive import AutoregressiveConfig, AutoregressiveTrainer
 
@@ -105,7 +106,7 @@ def test_rows_of_an_epoch_are_ordered_once(parts, monkeypatch):
     make = np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: calls.append(seed) or make(seed))
     assert len(list(SequenceLoader(source, 1, IMAGES, 8, 0, 1))) == IMAGES
-    assert calls == [(8, 0)]
+    assert calls == [(ORDER, 8, 0)]
 
 
 def test_states_of_another_token_set_are_refused(parts, monkeypatch):

@@ -332,12 +332,12 @@ class RowReader:
 
     def _row(self, position: int) -> int:
         index, offset = divmod(position, self.num_rows)
-        return int(_row_order(self.num_rows, self.seed, index)[offset])
+        return int(row_order(self.num_rows, self.seed, index)[offset])
 
 
 @lru_cache(maxsize=2)
-def _row_order(num_rows: int, seed: int, index: int) -> np.ndarray:
-    """The order of rows in a pass."""
+def row_order(num_rows: int, seed: int, index: int) -> np.ndarray:
+    """The order of `num_rows` rows in pass `index`."""
     return np.random.default_rng((ORDER, seed, index)).permutation(num_rows)
 
 

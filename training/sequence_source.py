@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from data import row_order
 
 from svqvae_hf.sequences import SequenceLayout
 from svqvae_hf.token_sets import read_settings
@@ -128,11 +128,5 @@ class SequenceLoader:
         """Rows at some places of the order."""
         count = len(self.source.rows)
         epochs = range(start // count, -(-stop // count))
-        order = np.concatenate([_row_order(count, self.seed, epoch) for epoch in epochs])
+        order = np.concatenate([row_order(count, self.seed, epoch) for epoch in epochs])
         return order[start - epochs.start * count : stop - epochs.start * count]
-
-
-@lru_cache(maxsize=2)
-def _row_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of rows in an epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
