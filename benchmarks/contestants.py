@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.checkpoints import read_checkpoint
+from svqvae_hf.loaders.checkpoints import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "conversion"))
 
@@ -60,9 +60,9 @@ class Contestant:
         if self.name == OURS:
             model = SVQVAE.from_single_file(self.checkpoint)
         elif self.name == ORIGINAL:
-            model = load_original(self.original, read_checkpoint(self.checkpoint))
+            model = load_original(self.original, read_checkpoint(self.checkpoint, SVQVAE))
         else:
-            base_channels = read_checkpoint(self.checkpoint).config["base_channels"]
+            base_channels = read_checkpoint(self.checkpoint, SVQVAE).config["base_channels"]
             model = make_diffusers_model(self.name, base_channels).eval()
         model.requires_grad_(False).to(self.device, self.dtype)
         if self.channels_last:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline
-from svqvae_hf.sequences import SequenceLayout
+from svqvae_hf.pipelines.sequences import SequenceLayout
 
 NUM_CLASSES = 10
 INITIALIZER_RANGE = 0.1  # large enough for a token to depend on those before it

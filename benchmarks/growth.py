@@ -18,7 +18,7 @@ import torch
 from measuring import Cost, Row, describe_machine, in_own_process, make_parser, median_cost, report
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE
-from svqvae_hf.large_images import decode_large, encode_large
+from svqvae_hf.large.large_images import decode_large, encode_large
 
 WHOLE, TILES, FILES = "whole", "tiles", "tiles, TIFF to TIFF"
 SCAN_TILE = 256

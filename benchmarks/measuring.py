@@ -18,13 +18,13 @@ import diffusers
 import psutil
 import torch
 
-from svqvae_hf.files import write_file
+from svqvae_hf.atomic_io import write_file
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 MIB = 1 << 20
 # Imported once, by the process that all measured ones are forks of. Files of this folder are not found there.
 PRELOADED = [
-    "svqvae_hf.checkpoints",
+    "svqvae_hf.loaders.checkpoints",
     *(f"diffusers.models.autoencoders.{name}" for name in ("autoencoder_kl", "vq_model")),
 ]
 RSS_PEAK_RESET = "5"  # see proc(5), /proc/pid/clear_refs

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
 from vector_quantize_pytorch import VectorQuantize
 
-from svqvae_hf.codec import free_memory
-from svqvae_hf.modeling_svqvae import VectorQuantizer
+from svqvae_hf.models.modeling_svqvae import VectorQuantizer
+from svqvae_hf.tokens.image_tokens import free_memory
 
 DIM = 8
 MEMORY_SHARE = 0.8

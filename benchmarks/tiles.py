@@ -19,10 +19,10 @@ from measuring import Cost, Row, describe_machine, in_own_process, make_parser, 
 from tqdm import tqdm
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.files import find_files
-from svqvae_hf.image_processing_svqvae import IMAGE_SUFFIXES
-from svqvae_hf.metrics import psnr
-from svqvae_hf.tiling import Tile, tile_axis
+from svqvae_hf.atomic_io import find_files
+from svqvae_hf.evaluation.metrics import psnr
+from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+from svqvae_hf.models.tiling import Tile, tile_axis
 
 BAND = 4  # pixels on each side of a border
 FRAME = 16  # pixels cut off each side first: scans such as Kodak's have dark lines there, which would pass for errors
@@ -74,7 +74,7 @@ def measure(model: SVQVAE, image: torch.Tensor, with_whole: bool = True) -> dict
 
     model.enable_tiling(model.tile_size, model.overlap)
     ids, tiled = reconstruct(model, image)
-    with patch("svqvae_hf.tiling.tile_axis", moved_axis):
+    with patch("svqvae_hf.models.tiling.tile_axis", moved_axis):
         moved_ids, moved = reconstruct(model, image)
     figures = {
         "PSNR tiled, dB": agreement(tiled, image),

@@ -19,11 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
-from config import TrainConfig
-from losses import MultiScaleForward, Objective
-from model import load_model
-from session import make_optimizer, parameter_groups
 from train import CONVOLUTION_NDIM
+
+from svqvae_hf.trainer.losses.objective import MultiScaleForward, Objective
+from svqvae_hf.trainer.model import load_model
+from svqvae_hf.trainer.run import make_optimizer, parameter_groups
+from svqvae_hf.trainer.train_options import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SCALES = [0.5, 1.0]

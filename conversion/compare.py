@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.checkpoints import Checkpoint, read_checkpoint
-from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 SCALES = (1.0, 0.5, 0.25, 2.0)
 CELL_LATENTS = 4  # sides are multiples of it, so that each scale gives whole latents
@@ -139,7 +139,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        checkpoint = read_checkpoint(args.checkpoint)
+        checkpoint = read_checkpoint(args.checkpoint, SVQVAE)
         original, ours = load_original(args.original_checkout, checkpoint), checkpoint.model()
         passed = True
         for name, sample in samples(args.images, ours.f):

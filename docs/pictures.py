@@ -7,13 +7,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.codec import decode_image, encode_image
-from svqvae_hf.contact_sheet import Panel, contact_sheet
-from svqvae_hf.image_processing_svqvae import load_image
-from svqvae_hf.metrics import psnr
-from svqvae_hf.modeling_svqvae import gather_context
-from svqvae_hf.tiling import Core, map_tiles, tile_axis, trim, zoom
-from svqvae_hf.views import draw_codes
+from svqvae_hf.demo.previews import draw_codes
+from svqvae_hf.evaluation.contact_sheet import Panel, contact_sheet
+from svqvae_hf.evaluation.metrics import psnr
+from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.modeling_svqvae import gather_context
+from svqvae_hf.models.tiling import Core, map_tiles, tile_axis, trim, zoom
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 IMAGES = Path(__file__).parent / "images"
 LARGE = (1000, 665)  # pixels: more than is taken whole

@@ -7,9 +7,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.image_processing_utils import ImageProcessingMixin
 
-from svqvae_hf.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput, VQLosses
-from svqvae_hf.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput, VQLosses
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 
 __version__ = "0.1.0"
 __all__ = [

@@ -43,7 +43,7 @@ def tiny_model() -> SVQVAE:
 @pytest.fixture
 def small_sample(monkeypatch):
     """What tiles share comes from two windows, so that small images are cut into tiles, too."""
-    monkeypatch.setattr("svqvae_hf.modeling_svqvae.SAMPLE_WINDOWS", 2)
+    monkeypatch.setattr("svqvae_hf.models.modeling_svqvae.SAMPLE_WINDOWS", 2)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, make_tiny
 from diffusers import AmusedPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LDMPipeline
 from PIL import Image
-from test_pipelines import make_pipeline
+from pipeline_parts import make_pipeline
 
 import svqvae_hf
 

@@ -8,21 +8,20 @@ import pytest
 import torch
 from conftest import ROOT
 
-from svqvae_hf import modeling_svqvae
-from svqvae_hf.tiling import tile_axis
+from svqvae_hf.models import modeling_svqvae
+from svqvae_hf.models.tiling import tile_axis
 
 BENCHMARKS = str(ROOT / "benchmarks")
 # A checkout with the same names as the original's, which runs our own model.
 CHECKOUT = """
 from functools import partial
-from svqvae_hf.checkpoints import load_single_file
 
 Encoder = Decoder = ModelArgs = dict
 
 class ScalableVQVAE:
     @staticmethod
     def load(path, args):
-        model = load_single_file(path)
+        model = SVQVAE.from_single_file(path)
         model.forward = partial(model.forward, return_dict=False)
         return model
 """

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import svqvae_cli
-from svqvae_cli import main
-from svqvae_hf import SVQVAE, __version__, commands
-from svqvae_hf.codec import encode_image
-from svqvae_hf.tokens import load_tokens, save_tokens
+from svqvae_cli import commands, main
+from svqvae_cli.parser import _parser
+from svqvae_hf import SVQVAE, __version__
+from svqvae_hf.tokens.image_tokens import encode_image
+from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("small_sample", "process")
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
@@ -275,7 +275,7 @@ def test_the_example_of_the_help_is_a_command(command, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     example = capsys.readouterr().out.split("example:\n  svqvae ")[1].split()
-    assert svqvae_cli._parser().parse_args(example).run == command
+    assert _parser().parse_args(example).run == command
 
 
 def test_progress_bars_over_images_and_tiles_on_a_terminal(inputs, out, model, monkeypatch):

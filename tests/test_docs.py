@@ -11,24 +11,20 @@ import tomllib
 from pathlib import Path
 
 import griffe
+import pictures
 import pytest
 from conftest import ROOT
 from hub_server import serve_hub
-from page_runner import python_blocks
-
-import svqvae_cli
-from svqvae_hf.image_processing_svqvae import load_image
-
-sys.path.insert(0, str(ROOT / "training"))
-sys.path.insert(0, str(ROOT / "docs"))
-
-import pictures
-from config import TrainConfig
 from hugging_face_docstrings import HuggingFaceDocstrings, to_markdown
-from options import read_options
+from page_runner import python_blocks
 from train_autoregressive import AutoregressiveConfig
 from train_latent_diffusion import DiffusionConfig
 from train_masked import MaskedConfig
+
+from svqvae_cli.parser import _parse
+from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.trainer.options import read_options
+from svqvae_hf.trainer.train_options import TrainConfig
 
 PAGES = [ROOT / "README.md", ROOT / "model_card.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = [page for page in PAGES if python_blocks(page.read_text())]
@@ -93,9 +89,9 @@ def test_commands_parse(page, monkeypatch):
 def check_command(words: list[str]) -> None:
     """Parses a command of ours; of others, checks that their script is there."""
     if words[0] == "svqvae":
-        svqvae_cli._parse(words[1:])
+        _parse(words[1:])
     elif "svqvae_cli" in words:
-        svqvae_cli._parse(words[words.index("svqvae_cli") + 1 :])
+        _parse(words[words.index("svqvae_cli") + 1 :])
     else:
         index = next(index for index, word in enumerate(words) if word.endswith(".py"))
         script, arguments = ROOT / words[index], words[index + 1 :]

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from data import CropLoader, CropPolicy, load_images
 from tqdm import tqdm
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.files import write_file
+from svqvae_hf.atomic_io import write_file
+from svqvae_hf.trainer.data.crops import CropLoader, CropPolicy, load_images
 
 BATCH_SIZE = 8
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from svqvae_hf.image_processing_svqvae import load_image
+from svqvae_hf.models.image_processing_svqvae import load_image
 
 SQUARE = 512  # pixels
 SHORT_SIDES = (512, 1024)  # pixels

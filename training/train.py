@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
-from codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
-from config import TrainConfig
-from data import CropBatch, centre_crops, load_images
-from discriminator import PatchDiscriminator
-from image_source import ImageSource
-from losses import MultiScaleForward, Objective, Pair, step_scales
-from model import gradient_norm, load_model, training_mode, whiten_latents
-from options import is_hub_id, public_name
-from session import SHARDED, Session, make_optimizer, parameter_groups, run_script
-from tracking import ScaleStatistics, image_grid, log_image
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.metrics import count_codes
-from svqvae_hf.model_cards import model_card
-from svqvae_hf.modeling_svqvae import flatten_latents
-from svqvae_hf.perceptual import load_lpips
+from svqvae_hf.evaluation.metrics import count_codes
+from svqvae_hf.evaluation.perceptual import load_lpips
+from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.models.modeling_svqvae import flatten_latents
+from svqvae_hf.trainer.codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
+from svqvae_hf.trainer.data.crops import CropBatch, centre_crops, load_images
+from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
+from svqvae_hf.trainer.losses.objective import MultiScaleForward, Objective, Pair, step_scales
+from svqvae_hf.trainer.model import gradient_norm, load_model, training_mode, whiten_latents
+from svqvae_hf.trainer.options import is_hub_id, public_name
+from svqvae_hf.trainer.run import SHARDED, Session, make_optimizer, parameter_groups, run_script
+from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image
+from svqvae_hf.trainer.train_options import TrainConfig
 
 SHOWN_IMAGES = 4
 WHITENING_BATCHES = 16

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from options import PipelineOptions, option, required
-from pipeline_session import PipelineSession
-from sequence_source import SequenceLoader, TokenSource
-from session import run_script
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from svqvae_hf.codec import check_model
-from svqvae_hf.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.tokens.image_tokens import check_model
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+from svqvae_hf.trainer.options import PipelineOptions, option, required
+from svqvae_hf.trainer.pipeline_run import PipelineSession
+from svqvae_hf.trainer.run import run_script
 
 PIXEL_RANGE = (0.0, 1.0)
 IGNORED = -100  # by the loss

@@ -10,13 +10,14 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import CropBatch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from image_source import ImageSource
-from options import ImageOptions, PipelineOptions, option
-from pipeline_session import PipelineSession
-from session import run_script
+
+from svqvae_hf.trainer.data.crops import CropBatch
+from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option
+from svqvae_hf.trainer.pipeline_run import PipelineSession
+from svqvae_hf.trainer.run import run_script
 
 PIXEL_RANGE = (-1.0, 1.0)  # of both pipelines
 DENOISERS = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel)}

@@ -11,13 +11,14 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import CropBatch
 from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
-from image_source import ImageSource
-from options import ImageOptions, PipelineOptions, option, required
-from pipeline_session import PipelineSession
-from session import run_script
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from svqvae_hf.trainer.data.crops import CropBatch
+from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, required
+from svqvae_hf.trainer.pipeline_run import PipelineSession
+from svqvae_hf.trainer.run import run_script
 
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
 AESTHETIC_SCORE = 6  # what the pipeline says of each image, beside its size and where it was cropped

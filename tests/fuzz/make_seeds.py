@@ -15,9 +15,9 @@ from PIL import Image
 from readers import ZEROS
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.families import FAMILIES, Family
-from svqvae_hf.token_sets import TokenSettings
-from svqvae_hf.tokens import ImageTokens, token_file_header
+from svqvae_hf.data.token_sets import TokenSettings
+from svqvae_hf.loaders.checkpoint_formats import FAMILIES, Family
+from svqvae_hf.tokens.token_files import ImageTokens, token_file_header
 
 CONFIG = {
     "base_channels": 32,

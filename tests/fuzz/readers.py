@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.checkpoints import read_checkpoint
-from svqvae_hf.image_processing_svqvae import load_image
-from svqvae_hf.large_files import open_large_image
-from svqvae_hf.token_sets import SETTINGS_FILE, TokenSettings, read_settings
-from svqvae_hf.tokens import is_token_file, load_tokens, save_tokens
+from svqvae_hf.data.token_sets import SETTINGS_FILE, TokenSettings, read_settings
+from svqvae_hf.large.large_files import open_large_image
+from svqvae_hf.loaders.checkpoints import read_checkpoint
+from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.tokens.token_files import is_token_file, load_tokens, save_tokens
 
 REFUSALS = (ValueError, OSError, TypeError)
 ZEROS = 32 * 32 * 3 * 3 * 4  # bytes of the storage that all tensors of a packed pickle share
@@ -32,7 +32,7 @@ def read_any_checkpoint(content: bytes, folder: Path) -> None:
     kind, content = content[:1], content[1:]
     path = folder / ("fuzz.safetensors" if kind in b"sh" else "fuzz.pt")
     path.write_bytes(pack(content) if kind == b"p" else with_data(content) if kind == b"h" else content)
-    checkpoint = answer_or_refusal(lambda: read_checkpoint(path), path)
+    checkpoint = answer_or_refusal(lambda: read_checkpoint(path, SVQVAE), path)
     if checkpoint is not None:
         weights = checkpoint.model().state_dict()
         assert all(weight.isfinite().all() for weight in weights.values())

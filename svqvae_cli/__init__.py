@@ -1,0 +1,5 @@
+"""The command `svqvae`."""
+
+from svqvae_cli.parser import main
+
+__all__ = ["main"]

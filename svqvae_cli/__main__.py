@@ -1,0 +1,5 @@
+import sys
+
+from svqvae_cli.parser import main
+
+sys.exit(main())

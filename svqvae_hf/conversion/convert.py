@@ -1,0 +1,186 @@
+"""An original checkpoint made a whole Hub repository: card, config and safetensors, checked and pushed."""
+
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from svqvae_hf.atomic_io import check_new_folder
+from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.hub.repositories import check_repo_id, create_repo, hub_repo, push_folder
+from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CHECK_CELLS = 8  # side, in latents, of the random image that a written model is compared on
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What [`convert`] did; `str` gives it in lines.
+
+    Args:
+        source (`str`): As given.
+        sha256 (`str`): SHA-256 of the source file, in hexadecimal.
+        family (`str`): Name of the [`Family`].
+        config (`dict[str, Any]`): Config of the model.
+        tensors (`int`): Number of tensors, each found bit-equal after loading the result again.
+        out (`Path`): The repository's folder.
+        files (`tuple[str, ...]`): What is in it.
+        url (`str`, *optional*): Address of the commit or pull request, if the result was pushed.
+    """
+
+    source: str
+    sha256: str
+    family: str
+    config: dict[str, Any]
+    tensors: int
+    out: Path
+    files: tuple[str, ...]
+    url: str | None
+
+    def __str__(self) -> str:
+        config = ", ".join(f"{key}={value}" for key, value in self.config.items())
+        lines = [
+            f"read     {self.source} ({self.family}, sha256 {self.sha256})",
+            f"config   {config}",
+            f"checked  {self.tensors} tensors bit-equal after loading again, and the reconstruction of a random image",
+            f"written  {self.out}: {', '.join(self.files)}",
+        ]
+        return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    use_ema: bool = False,
+    variant: str | None = None,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    **config: Any,
+) -> ConversionReport:
+    """Makes a whole Hub repository of an original checkpoint: card, config and safetensors.
+
+    The result is written beside `out`, loaded again, compared with the source tensor by tensor and by one forward
+    pass, and only then named `out`. A process that is killed meanwhile leaves it there, as `.{out}-*`.
+
+    Args:
+        source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+        out (`str` or `Path`): Folder to make; an empty one may be there.
+        use_ema (`bool`, defaults to `False`): Take the averaged weights, which LlamaGen's files may have.
+        variant (`str`, *optional*): `fp16` or `bf16`: the weights in half precision, too. The codebook stays in
+            float32, so that ids keep their meaning.
+        license (`str`, *optional*): Licence of the weights, as the Hub names it; `unknown` if not given, since no
+            checkpoint tells it.
+        push_to_hub (`str`, *optional*): `org/name` on the Hub to upload the result to; made, if it is new, once the
+            source is read, so that a missing login is found before the work is done.
+        private (`bool`, *optional*): Visibility of the repository, if it is a new one.
+        create_pr (`bool`, defaults to `False`): Open a pull request there instead of a commit.
+        **config: Config values that replace those read from the file, such as `network_range`.
+
+    Returns:
+        [`ConversionReport`]: What was done.
+
+    Raises:
+        OSError: If the source cannot be read, `out` cannot be written, or the Hub refuses.
+        ValueError: If the source is not a whole checkpoint of a known family, or an argument does not fit.
+    """
+    _check_arguments(variant, push_to_hub, private, create_pr)
+    out = check_new_folder(Path(out))
+    checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
+    if push_to_hub is not None:
+        create_repo(push_to_hub, private)
+    _write(checkpoint, out, push_to_hub or out.name, license, variant)
+    return ConversionReport(
+        source=checkpoint.source,
+        sha256=checkpoint.sha256,
+        family=checkpoint.family.name,
+        config=checkpoint.config,
+        tensors=len(checkpoint.state_dict),
+        out=out,
+        files=tuple(sorted(file.name for file in out.iterdir())),
+        url=push_folder(out, push_to_hub, "Upload converted SVQVAE", create_pr=create_pr) if push_to_hub else None,
+    )
+
+
+def _check_arguments(variant: str | None, push_to_hub: str | None, private: bool | None, create_pr: bool) -> None:
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, but is {variant!r}.")
+    if push_to_hub is None and (private is not None or create_pr):
+        raise ValueError("`private` and `create_pr` need `push_to_hub`, but it was not given. Pass `org/name`.")
+    if push_to_hub is not None:
+        check_repo_id(push_to_hub)
+
+
+def _write(checkpoint: Checkpoint, out: Path, repo_id: str, license: str | None, variant: str | None) -> None:
+    """Writes a repository beside `out`, with all its checks, then names it `out`."""
+    model = checkpoint.model()
+    base_model = hub_repo(checkpoint.source)
+    file = checkpoint.source if base_model else checkpoint.path.name  # no folder of the user's in a public card
+    card = model_card(
+        model.config,
+        repo_id=repo_id,
+        license=license,
+        base_model=base_model,
+        provenance={
+            "layout": checkpoint.family.title,
+            "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
+            "sha256 of the source": f"`{checkpoint.sha256}`",
+        },
+        variants={variant: VARIANTS[variant]} if variant else None,
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+            folder = Path(beside, out.name)
+            _save(model, folder)
+            if variant is not None:
+                _save(_halve(model, variant), folder, variant)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
+            for path in folder.iterdir():
+                path.chmod(mode)  # safetensors makes its files readable by their owner only
+            folder.replace(out)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"`{out}` cannot be written: {error}") from error
+
+
+def _save(model: SVQVAE, folder: Path, variant: str | None = None) -> None:
+    """Writes a model, loads it again, and compares the two."""
+    model.save_pretrained(folder, variant=variant)
+    copy = SVQVAE.from_pretrained(folder, variant=variant, torch_dtype=model.dtype)
+    found = copy.state_dict()
+    differing = sorted(
+        key
+        for key, tensor in model.state_dict().items()
+        if tensor.dtype != found[key].dtype or not torch.equal(tensor, found[key])
+    )
+    side = CHECK_CELLS * model.f
+    sample = torch.rand((1, model.config["in_channels"], side, side), generator=torch.Generator().manual_seed(0))
+    low, high = model.config["pixel_range"]
+    sample = (low + (high - low) * sample).to(model.dtype)
+    with torch.no_grad():
+        same = torch.equal(model(sample).sample, copy(sample).sample)
+    if differing or not same:
+        raise OSError(
+            "the written model must equal the source, but differs in "
+            f"{', '.join(differing) or 'its reconstruction'}. Check the disk, and convert again."
+        )
+
+
+def _halve(model: SVQVAE, variant: str) -> SVQVAE:
+    """Casts a model in place, all but its codebook, which keeps its type by itself."""
+    model.to(VARIANTS[variant])
+    overflown = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
+    if overflown:
+        raise ValueError(
+            f"Weights must lie in the range of {variant}, but {', '.join(overflown)} do not. Choose bf16."
+        )
+    return model

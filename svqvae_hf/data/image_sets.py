@@ -1,0 +1,261 @@
+"""Images to go through once: files, or a streamed set of `datasets`."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import datasets
+import fsspec
+from PIL import Image
+
+from svqvae_hf.atomic_io import find_files
+from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image, to_rgb
+
+ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
+Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
+SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images, for `datasets`
+ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files in a file, as fsspec names them
+NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # where a set on the Hub is, and that it is an archive
+
+
+class ImageRow(NamedTuple):
+    """An image of a set: its key, what [`read_image`] takes, and the values of other columns by name."""
+
+    key: str
+    source: ImageSource
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """An image set with its keys, in parts that are read apart.
+
+    Args:
+        parts (`list[Iterable[ImageRow]]`): The set in its order, one part for each of its files (all image files
+            being one part), each to be gone through once.
+        features (`datasets.Features`): Types of the columns in `ImageRow.values`.
+        fingerprint (`str`): SHA-256 in hexadecimal of the files' names and times, or of their revision on the Hub.
+        length (`int`, *optional*): Number of images, if it is known before all are read.
+    """
+
+    parts: list[Iterable[ImageRow]]
+    features: datasets.Features
+    fingerprint: str
+    length: int | None
+
+
+def open_images(
+    data: Sequence[str],
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    image_column: str = "image",
+    max_images: int | None = None,
+) -> Iterable[ImageSource]:
+    """Finds the images of a set; none is read or copied yet.
+
+    Args:
+        data (`Sequence[str]`): Image files, folders that hold some, and globs; or one set of `datasets`: its name on
+            the Hub, or a folder without images right in it. A set is streamed.
+        config (`str`, *optional*): Configuration of the set, needed if it has several.
+        split (`str`, *optional*): Split of the set, needed if it has several.
+        image_column (`str`, defaults to `"image"`): Column of the set that holds the images.
+        max_images (`int`, *optional*): Number of images after which to stop; all if not given.
+
+    Returns:
+        `Iterable`: For [`read_image`], one per image: a list of paths, or rows of the set.
+
+    Raises:
+        OSError: The set cannot be found or reached.
+        ValueError: There is no image, or the split, the column or the number is not there.
+    """
+    _check_max_images(max_images)
+    if len(data) > 1 or not _is_set(data[0]):
+        return find_files(data, IMAGE_SUFFIXES)[:max_images]
+    rows, repository, _ = _open_set(data[0], config, split, image_column)
+    sources = (row[image_column] for row in rows.select_columns(image_column))
+    return (_confine(source, repository) for source in itertools.islice(sources, max_images))
+
+
+def open_rows(
+    data: Sequence[str],
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    image_column: str = "image",
+    columns: Sequence[str] = (),
+    optional_columns: Sequence[str] = (),
+    max_images: int | None = None,
+) -> ImageRows:
+    """Finds the images of a set with other columns; none is read or copied yet.
+
+    Args:
+        data (`Sequence[str]`): As for [`open_images`].
+        config (`str`, *optional*): Likewise.
+        split (`str`, *optional*): Likewise.
+        image_column (`str`, defaults to `"image"`): Likewise.
+        columns (`Sequence[str]`): Other columns of the set to give.
+        optional_columns (`Sequence[str]`): Other columns to give where they are there.
+        max_images (`int`, *optional*): As for [`open_images`].
+
+    Raises:
+        OSError: The set cannot be found or reached.
+        ValueError: There is no image, or the split, a column or the number is not there.
+    """
+    _check_max_images(max_images)
+    if len(data) > 1 or not _is_set(data[0]):
+        if columns:
+            raise ValueError(f"image files have no columns, but {', '.join(columns)} must be kept. Leave them out.")
+        return _file_rows(find_files(data, IMAGE_SUFFIXES)[:max_images])
+    rows, repository, origin = _open_set(data[0], config, split, image_column)
+    missing = sorted(set(columns) - set(rows.features))
+    if missing:
+        raise ValueError(f"columns must be of {', '.join(rows.features)}, but {', '.join(missing)} are not.")
+    chosen = [name for name in rows.features if name in (*columns, *optional_columns) and name != image_column]
+    features = datasets.Features({name: rows.features[name] for name in chosen})
+    rows = rows.select_columns([image_column, *chosen])
+    rows = rows if max_images is None else rows.take(max_images)
+    count = 1 if max_images is not None else rows.num_shards
+    splits = rows.info.splits or {}
+    known = splits[rows.split].num_examples if rows.split in splits else None
+    return ImageRows(
+        parts=[_set_rows(rows, image_column, data[0], repository, part, count) for part in range(count)],
+        features=features,
+        fingerprint=_digest([origin, image_column, max_images]),
+        length=min(known, max_images or known) if known else max_images,
+    )
+
+
+def undecoded(rows: Rows, image_column: str) -> Rows:
+    """The set with its images as they are stored, for [`read_image`]: a broken one is then found where it is read."""
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows.decode(False)  # else folders on the Hub are decoded ahead, and a broken image ends the stream
+    return rows.cast_column(image_column, datasets.Image(decode=False))
+
+
+def read_image(source: ImageSource) -> Image.Image:
+    """Reads an image as 8-bit RGB.
+
+    Args:
+        source (`PIL.Image.Image`, path or `Mapping`): An image, a file, or an undecoded row of `datasets`, which has
+            `"bytes"` or else a `"path"` that `fsspec` opens, or is empty.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is not an image, is broken, as [`load_image`] tells, or is a row that is empty or, on the Hub,
+            names a file that is not of its set.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if source is None or (isinstance(source, Mapping) and source["bytes"] is None and source["path"] is None):
+        raise ValueError("the row must hold an image, but is empty.")
+    if not isinstance(source, Mapping):
+        return load_image(source)
+    if "outside" in source:
+        raise ValueError(
+            f"the row must hold an image of its set, but names `{source['path']}`, which is not of it. Store the set "
+            "anew, with its images embedded."
+        )
+    content = source["bytes"]
+    if content is None:
+        with fsspec.open(source["path"], "rb") as file:
+            content = file.read()
+    return load_image(io.BytesIO(content))
+
+
+def image_name(source: ImageSource, index: int) -> str:
+    """The file's name, or the image's place in the set, from 0, if it has none."""
+    path = source.get("path") if isinstance(source, Mapping) else source
+    return Path(path).name if path and isinstance(path, str | Path) else f"image {index}"
+
+
+def is_hub_set(name: str) -> bool:
+    """Whether this is the name of a set on the Hub, and of no file or folder here."""
+    return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
+
+
+def _is_set(name: str) -> bool:
+    path = Path(name)
+    if path.is_dir():
+        names = [each.name for each in path.iterdir()]
+        has_images = any(Path(each).suffix.lower() in IMAGE_SUFFIXES for each in names)
+        return not has_images or any(each in names for each in METADATA_FILES)
+    return is_hub_set(name)
+
+
+def _check_max_images(max_images: int | None) -> None:
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"`max_images` must be at least 1, but is {max_images}.")
+
+
+def _open_set(
+    name: str, config: str | None, split: str | None, image_column: str
+) -> tuple[datasets.IterableDataset, str | None, list[Any]]:
+    """A split of a set as a stream, its images not decoded, its repository, and where its files come from."""
+    if split is None:
+        try:
+            names = datasets.get_dataset_split_names(name, config)
+        except datasets.data_files.EmptyDatasetError as error:
+            raise FileNotFoundError(
+                f"a set must hold images, but `{name}` holds none. Give a folder of images, or the name of a set."
+            ) from error
+        if len(names) > 1:
+            raise ValueError(f"the set `{name}` has the splits {', '.join(names)}. Choose one by --split.")
+        split = names[0]
+    builder = datasets.load_dataset_builder(name, config)
+    rows = builder.as_streaming_dataset(split)
+    if image_column not in (rows.column_names or ()):
+        raise ValueError(
+            f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, but is `{image_column}`."
+        )
+    files = builder.config.data_files[split]
+    return undecoded(rows, image_column), builder.repo_id, [split, list(files), files.origin_metadata]
+
+
+def _confine(source: ImageSource, repository: str | None) -> ImageSource:
+    """Marks a row of a set on the Hub that names a file not of it: it could be any of the user's own."""
+    if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
+        return source
+    *archives, file = source["path"].split("::")
+    place = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
+    path = "/" if place is None else posixpath.normpath(place[1])
+    outside = path == ".." or path.startswith(("../", "/"))
+    outside = outside or not all(re.fullmatch(ARCHIVES, each, re.DOTALL) for each in archives)
+    return {**source, "outside": True} if outside else source
+
+
+def _file_rows(paths: Sequence[Path]) -> ImageRows:
+    absolute = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    keys = [os.path.relpath(path, root) for path in absolute]
+    times = [(key, os.stat(path).st_size, os.stat(path).st_mtime_ns) for key, path in zip(keys, absolute, strict=True)]
+    rows = (ImageRow(key, {"path": path, "bytes": None}, {}) for key, path in zip(keys, absolute, strict=True))
+    return ImageRows(parts=[rows], features=datasets.Features(), fingerprint=_digest(times), length=len(keys))
+
+
+def _set_rows(
+    rows: datasets.IterableDataset,
+    image_column: str,
+    root: str,
+    repository: str | None,
+    part: int,
+    num_parts: int,
+) -> Iterator[ImageRow]:
+    for index, row in enumerate(rows.shard(num_parts, part)):
+        source = _confine(row.pop(image_column), repository)
+        path = source["path"] if isinstance(source, Mapping) else None
+        key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{part}-{index}"
+        yield ImageRow(os.path.relpath(key, root) if os.path.isabs(key) else key, source, row)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

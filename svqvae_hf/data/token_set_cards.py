@@ -1,0 +1,108 @@
+"""The card of a token set."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+
+from svqvae_hf.hub.model_cards import one_line, quote, table_rows
+
+TAGS = ["svqvae", "image-tokens"]
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+COLUMNS = {
+    "height": "height of the view in pixels",
+    "width": "width of the view in pixels",
+    "key": "the image in its set: path of its file, or part and row",
+    "view": "which view of the image it is",
+}
+
+TEMPLATE = """---
+{metadata}
+---
+
+# {name}
+
+Images as ids of the codebook of an SVQVAE, an image tokenizer. Made by `svqvae tokenize`.
+
+| | |
+|---|---|
+{facts}
+## Columns
+
+| column | holds |
+|---|---|
+{columns}
+## Use
+
+```python
+import datasets
+from svqvae_hf.data.token_sets import read_settings, row_tokens
+
+settings = read_settings({quoted})  # scales, codebook and so on
+row = datasets.load_dataset({quoted}, split="train")[0]
+tokens = row_tokens(row, settings)  # ids as grids, for `svqvae_hf.tokens.image_tokens.decode_image`
+```
+
+`{command}` writes the images.
+
+## Licence
+
+{licence}
+"""
+
+
+def token_set_card(
+    *,
+    repo_id: str,
+    settings: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    images: int,
+    rows: int,
+    license: str | None = None,
+    source_set: str | None = None,
+) -> str:
+    """Writes the card of a token set.
+
+    Args:
+        repo_id (`str`): What `load_dataset` of the card's example gets: `org/name`, or a folder.
+        settings (`Mapping[str, Any]`): Fields of the [`~svqvae_hf.data.token_sets.TokenSettings`].
+        columns (`Mapping[str, Any]`): Features of the columns by name.
+        images (`int`): Images that the rows were made of.
+        rows (`int`): Rows of the set.
+        license (`str`, *optional*): Licence of the images, an identifier of the Hub; `unknown` if not given.
+        source_set (`str`, *optional*): Image set on the Hub that the tokens were made of.
+
+    Returns:
+        `str`: The text of `README.md`, metadata first.
+    """
+    power = len(str(max(rows, 1) - 1))  # of ten, that is at least the number of rows
+    metadata = DatasetCardData(
+        license=license or "unknown",
+        tags=TAGS,
+        size_categories=[SIZES[min(max(power - 3, 0), len(SIZES) - 1)]],
+        source_datasets=[source_set] if source_set else None,
+    )
+    tile_size, scales = settings["tile_size"], settings["scales"]
+    facts = {
+        "images, rows": f"{images}, {rows}",
+        "image set": source_set or "not on the Hub",
+        "model": settings["model"],
+        "codebook": f"{settings['codebook_size']} codes, sha256 `{settings['codebook_fingerprint']}`",
+        "f, pixels per id along each side": settings["f"],
+        "scales, output side over input side": ", ".join(f"{scale:g}" for scale in scales),
+        "views": settings["views"] + (f", {settings['resolution']} pixels" if settings["resolution"] else ""),
+        "tiles": f"{tile_size} pixels, overlap {settings['overlap']}" if tile_size else "none",
+    }
+    ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(scales)}
+    meanings = {**ids, **COLUMNS}
+    command = shlex.join(["svqvae", "detokenize", repo_id, "--model", settings["model"], "--output", "DIR"])
+    return TEMPLATE.format(
+        metadata=metadata.to_yaml(),
+        name=one_line(repo_id.rpartition("/")[2]),
+        quoted=quote(repo_id),
+        command=one_line(command),
+        facts=table_rows(facts.items()),
+        columns=table_rows((f"`{name}`", meanings.get(name, "as in the image set")) for name in columns),
+        licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
+    )

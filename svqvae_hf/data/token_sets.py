@@ -1,0 +1,276 @@
+"""Token sets: what holds of all rows, their ids, and back to images; `token_set_writer` makes them."""
+
+import dataclasses
+import itertools
+import json
+import math
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from svqvae_hf.atomic_io import save_png, scale_endings
+from svqvae_hf.data.image_sets import is_hub_set
+from svqvae_hf.hub.repositories import hub_reason
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.image_tokens import check_memory, check_model, decode_image, set_tiles
+from svqvae_hf.tokens.token_files import (
+    FINGERPRINT,
+    INTEGER_LIMIT,
+    METADATA_KEY,
+    UINT16_CODES,
+    ImageTokens,
+    grid_shape,
+)
+
+FORMAT_VERSION = 1
+SETTINGS_FILE = f"{METADATA_KEY}.json"
+FLIPPED = "-flipped"
+PLACES = {  # of crops: 0 is left or top, 1 right or bottom
+    "centre": (0.5, 0.5),
+    "top-left": (0.0, 0.0),
+    "top-right": (1.0, 0.0),
+    "bottom-left": (0.0, 1.0),
+    "bottom-right": (1.0, 1.0),
+}
+VIEWS = {
+    "whole": ("whole",),
+    "whole-flip": ("whole", f"whole{FLIPPED}"),
+    "centre": ("centre",),
+    "centre-flip": ("centre", f"centre{FLIPPED}"),
+    "ten-crop": tuple(f"{place}{ending}" for place in PLACES for ending in ("", FLIPPED)),
+}
+TEN_CROP_MARGIN = 1.1  # side of the square that ten crops are cut from over their own (LlamaGen's `crop_range`)
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """What holds of all rows of a token set.
+
+    Args:
+        model (`str`): Hub id of the model that gave the ids, or the name of its folder.
+        scales (`tuple[float, ...]`): Output side over input side; those of the columns `ids_0`, `ids_1`, ...
+        f (`int`): Pixels per latent side.
+        codebook_size (`int`): Rows of the codebook.
+        codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
+        tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded by; `None` without tiles.
+        overlap (`int`, *optional*): Halo of those tiles in pixels; `None` without tiles.
+        views (`str`): Which views of an image are rows, a key of `VIEWS`.
+        resolution (`int`, *optional*): Side in pixels of the crops; `None` where views are whole images.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    model: str
+    scales: tuple[float, ...]
+    f: int
+    codebook_size: int
+    codebook_fingerprint: str
+    tile_size: int | None
+    overlap: int | None
+    views: str
+    resolution: int | None
+
+    def __post_init__(self) -> None:
+        scales = self.scales
+        fits = {
+            "model": isinstance(self.model, str),
+            "scales": isinstance(scales, tuple) and len(scales) > 0 and all(map(_is_scale, scales)),
+            "f": _is_integer(self.f, 1),
+            "codebook_size": _is_integer(self.codebook_size, 1),
+            "codebook_fingerprint": FINGERPRINT.fullmatch(str(self.codebook_fingerprint)) is not None,
+            "tile_size": self.tile_size is None or _is_integer(self.tile_size, 1),
+            "overlap": self.overlap is None if self.tile_size is None else _is_integer(self.overlap, 0),
+            "views": self.views in tuple(VIEWS),
+            "resolution": self.resolution is None if is_whole(self.views) else _is_integer(self.resolution, 1),
+        }
+        for name, fit in fits.items():
+            if not fit:
+                raise ValueError(f"`{name}` of a token set is out of its range: {getattr(self, name)!r:.80}.")
+
+    @property
+    def id_dtype(self) -> str:
+        """Type of the ids in the columns: 16 bits where the codebook allows it."""
+        return "uint16" if self.codebook_size <= UINT16_CODES else "int32"
+
+    def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the ids at a scale, for a row of this `height` and `width`."""
+        return grid_shape(height, width, self.f, scale)
+
+    def to_json(self) -> str:
+        """What [`read_settings`] reads."""
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+
+def read_settings(path: str | os.PathLike) -> TokenSettings:
+    """Reads what holds of all rows of a token set.
+
+    Args:
+        path (`str` or `os.PathLike`): Folder of the set, its name on the Hub, or one of its Parquet files.
+
+    Raises:
+        OSError: There is no such set, or it cannot be reached.
+        ValueError: It is not a token set, or one of another format version.
+    """
+    name = os.fspath(path)
+    if is_hub_set(name) and "/" in name:  # the Hub has sets without an owner, but none of tokens
+        try:
+            file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset")
+        except (HfHubHTTPError, OSError) as error:
+            raise OSError(f"the token set `{name}` cannot be had from the Hub: {hub_reason(error)}") from error
+        content = Path(file).read_bytes()
+    elif name.endswith(".parquet"):
+        try:
+            content = (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null")
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # without a number it is of the content
+                raise
+            raise ValueError(f"`{name}` must be a Parquet file, but is another kind or cut short.") from error
+    else:
+        if not Path(name, SETTINGS_FILE).is_file():
+            raise FileNotFoundError(
+                f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is none. Make "
+                "one by `svqvae tokenize`."
+            )
+        content = Path(name, SETTINGS_FILE).read_bytes()
+    try:
+        return _settings_from(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` is not a token set that can be read: {error}") from error
+
+
+def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
+    """Ids of a row, as grids, with all that decoding needs.
+
+    Args:
+        row (`Mapping[str, Any]`): Row of the set, as `datasets` gives it.
+        settings ([`TokenSettings`]): Those of the set.
+
+    Raises:
+        ValueError: The row lacks something, or its ids do not fit its height and width or the codebook.
+    """
+    names = [f"ids_{index}" for index in range(len(settings.scales))]
+    try:
+        height, width = operator.index(row["height"]), operator.index(row["width"])
+        columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
+    except (KeyError, TypeError, ValueError) as error:
+        found = ", ".join(f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names))
+        raise ValueError(
+            f"a row must have integers as height, width, {', '.join(names)}, as the settings of the set say, but has "
+            f"{found}. Make the set anew by `svqvae tokenize`."
+        ) from error
+    grids = []
+    for ids, scale in zip(map(torch.as_tensor, columns), settings.scales, strict=True):
+        shape = settings.grid(scale, height, width)
+        if ids.shape != (math.prod(shape),):
+            raise ValueError(
+                f"a row of {height} x {width} pixels must have {math.prod(shape)} ids at scale {scale:g}, but has "
+                f"{ids.numel()}."
+            )
+        grids.append(ids.view(shape))
+    return ImageTokens(
+        ids=grids,
+        height=height,
+        width=width,
+        scales=settings.scales,
+        f=settings.f,
+        tile_size=settings.tile_size,
+        overlap=settings.overlap,
+        codebook_size=settings.codebook_size,
+        codebook_fingerprint=settings.codebook_fingerprint,
+    )
+
+
+def detokenize_set(
+    model: SVQVAE, data: str | os.PathLike, output: str | os.PathLike, *, max_images: int | None = None
+) -> None:
+    """Writes the images of a token set: of row 12 at scale 1 `00000012_x1.png`.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiles are set to those of the
+            set.
+        data (`str` or `os.PathLike`): Folder of the set, or its name on the Hub, which is streamed.
+        output (`str` or `os.PathLike`): Folder to write to.
+        max_images (`int`, *optional*): Number of rows after which to stop; all if not given.
+
+    Raises:
+        OSError: The set cannot be reached, or `output` cannot be written.
+        ValueError: The set is of another codebook or does not hold what its settings say, or a row would take more
+            memory than is free.
+    """
+    settings = read_settings(data)
+    check_model(model, settings)
+    endings = scale_endings(settings.scales)
+    set_tiles(model, settings.tile_size, settings.overlap)
+    rows = datasets.load_dataset(os.fspath(data), split="train", streaming=True)
+    for index, row in enumerate(tqdm(itertools.islice(rows, max_images), unit="image", disable=None)):
+        tokens = row_tokens(row, settings)
+        check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
+        for image, ending in zip(decode_image(model, tokens), endings, strict=True):
+            save_png(image, Path(output, f"{index:08}{ending}"))
+
+
+def cut_views(image: Image.Image, views: str, resolution: int | None) -> list[Image.Image]:
+    """Cuts the views of an image.
+
+    Args:
+        image (`PIL.Image.Image`): Image of any size.
+        views (`str`): A key of `VIEWS`. `"centre"` resizes the shorter side to `resolution` (bicubic) and cuts the
+            centre; `"ten-crop"` resizes the centre square to 1.1 times `resolution` and cuts the centre and the
+            corners, each also flipped.
+        resolution (`int`, *optional*): Side of crops in pixels.
+
+    Returns:
+        `list[PIL.Image.Image]`: One for each name in `VIEWS[views]`, all of one size.
+    """
+    if resolution is not None:
+        side = round(TEN_CROP_MARGIN * resolution) if views == "ten-crop" else resolution
+        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+    cut = []
+    for name in VIEWS[views]:
+        view = image
+        if resolution is not None:
+            x, y = PLACES[name.removesuffix(FLIPPED)]
+            left, top = round(x * (image.width - resolution)), round(y * (image.height - resolution))
+            view = image.crop((left, top, left + resolution, top + resolution))
+        cut.append(ImageOps.mirror(view) if name.endswith(FLIPPED) else view)
+    return cut
+
+
+def _settings_from(record: Any) -> TokenSettings:
+    names = [field.name for field in dataclasses.fields(TokenSettings)]
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"its settings must be of format version {FORMAT_VERSION}, but are {record!r:.80}.")
+    missing = sorted(set(names) - set(record))
+    if missing:
+        raise ValueError(f"its settings must also have {', '.join(missing)}.")
+    values = {name: record[name] for name in names}
+    if isinstance(values["scales"], list):
+        values["scales"] = tuple(values["scales"])
+    return TokenSettings(**values)
+
+
+def is_whole(views: object) -> bool:
+    """Whether these views are whole images, not crops."""
+    return views in ("whole", "whole-flip")
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < INTEGER_LIMIT
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < INTEGER_LIMIT

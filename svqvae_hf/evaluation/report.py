@@ -1,0 +1,320 @@
+"""The files that tell what `evaluate` found: numbers, tables, plots and metadata of a card."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from PIL import Image
+
+from svqvae_hf.atomic_io import save_png, write_file
+from svqvae_hf.data.image_sets import is_hub_set
+from svqvae_hf.evaluation.contact_sheet import Panel, contact_sheet
+from svqvae_hf.evaluation.evaluate import Example, Report, Result
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: told apart by all
+GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":")}
+DPI = 150
+BACKGROUND = "#ffffff"
+
+
+class Metric(NamedTuple):
+    """How a number of a [`Result`] is shown."""
+
+    title: str
+    format: str
+
+
+METRICS = {
+    "psnr": Metric("PSNR, dB", ".2f"),
+    "ssim": Metric("SSIM", ".4f"),
+    "ms_ssim": Metric("MS-SSIM", ".4f"),
+    "lpips": Metric("LPIPS", ".4f"),
+    "rfid": Metric("rFID", ".2f"),
+    "psnr_full_size": Metric("PSNR at full size, dB", ".2f"),
+    "ssim_full_size": Metric("SSIM at full size", ".4f"),
+    "ids": Metric("ids an image", ".0f"),
+    "bits_per_pixel": Metric("bits per pixel", ".4f"),
+    "bits_per_pixel_entropy": Metric("bits per pixel, entropy-coded", ".4f"),
+    "usage": Metric("codes used", ".1%"),
+    "perplexity": Metric("perplexity", ".0f"),
+    "entropy": Metric("entropy, bits an id", ".2f"),
+    "latent_cosine": Metric("mean cosine of latents", ".3f"),
+    "ids_changed_bfloat16": Metric("ids changed in bfloat16", ".1%"),
+    "ids_changed_float16": Metric("ids changed in float16", ".1%"),
+}
+TABLES = {
+    "Reconstructions": ("psnr", "ssim", "ms_ssim", "lpips", "rfid"),
+    "Rate": ("ids", "bits_per_pixel", "bits_per_pixel_entropy", "psnr_full_size", "ssim_full_size"),
+    "Ids": ("usage", "perplexity", "entropy", "latent_cosine", "ids_changed_bfloat16", "ids_changed_float16"),
+}
+CARD_METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "rfid", "usage", "perplexity", "bits_per_pixel")
+MODE_NAMES = {"plain": "whole image", "tiled": "tiles of {tile_size} pixels"}
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes `report.json`, `report.md`, `model-index.yaml` and four pictures.
+
+    Args:
+        report ([`Report`]): What was found; `settings` also has `model` and `data`.
+        folder (`Path`): Folder to write to; made if need be.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "report.json", (json.dumps(_document(report), allow_nan=False) + "\n").encode())
+    write_file(folder / "report.md", markdown(report).encode())
+    write_file(folder / "model-index.yaml", (_model_index(report) + "\n").encode())
+    _save_figure(codebook_figure(report), folder / "codebook.png")
+    _save_figure(rate_figure(report), folder / "rate_distortion.png")
+    for name, examples in (("worst", report.worst), ("best", report.best)):
+        save_png(examples_sheet(examples, report.settings["scales"]), folder / f"{name}.png")
+
+
+def markdown(report: Report) -> str:
+    """The report as text with tables."""
+    settings, codebook = report.settings, report.codebook
+    lines = [
+        f"# Evaluation of `{settings['model']}`",
+        "",
+        f"On {len(report.images)} images of {', '.join(f'`{name}`' for name in settings['data'])}"
+        + "".join(f", {key} `{settings[key]}`" for key in ("config", "split") if settings.get(key))
+        + (f", resized and cropped to {settings['resolution']} pixels a side." if settings["resolution"] else "."),
+        f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions; "
+        + f"the mean cosine of a code and the nearest other is {_cell(codebook['redundancy'], '.3f')}.",
+    ]
+    for title, keys in TABLES.items():
+        lines += ["", f"## {title}", "", *results_table(report, keys)]
+    lines += ["", "## Other codecs", "", *_codec_table(report)]
+    if report.notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
+    if report.skipped:
+        lines += ["", f"## Skipped: {len(report.skipped)} that could not be read", ""]
+        lines += [f"- `{each['name']}` (place {each['place']}): {each['reason']}" for each in report.skipped]
+    lines += ["", "## Pictures", ""]
+    lines += [
+        "![Bits per pixel against PSNR and SSIM](rate_distortion.png)",
+        "![How often codes occur](codebook.png)",
+        "![Images of the lowest PSNR with their reconstructions](worst.png)",
+        "![Images of the highest PSNR with their reconstructions](best.png)",
+        "",
+        "Made with " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: Report) -> str:
+    """The main numbers, for a terminal."""
+    lines = results_table(report, ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel"))
+    if len(report.skipped) == 1:
+        lines.append("1 image could not be read; the report names it.")
+    elif report.skipped:
+        lines.append(f"{len(report.skipped)} images could not be read; the report names them.")
+    return "\n".join([*lines, *report.notes])
+
+
+def results_table(report: Report, keys: Sequence[str]) -> list[str]:
+    """Lines of a Markdown table: a row per mode and scale, a column per metric."""
+    rows = [
+        [
+            _mode_name(report, result),
+            f"{result.scale:g}",
+            *(_cell(result.values[key], METRICS[key].format) for key in keys),
+        ]
+        for result in report.results
+    ]
+    return _table(["images", "scale", *(METRICS[key].title for key in keys)], rows)
+
+
+def eval_results(report: Report) -> list[EvalResult]:
+    """The numbers of the first mode as metadata of a model card: for [`~svqvae_hf.hub.model_cards.model_card`]."""
+    settings = report.settings
+    data = settings["data"][0]
+    return [
+        EvalResult(
+            task_type="image-to-image",
+            dataset_type=data if is_hub_set(data) else "imagefolder",
+            dataset_name=_name(data),
+            dataset_config=settings.get("config"),
+            dataset_split=settings.get("split"),
+            metric_type=key,
+            metric_name=f"{METRICS[key].title.partition(',')[0]} at scale {result.scale:g}",
+            metric_value=round(value, 4),
+            metric_args={"scale": result.scale, "mode": result.mode, "images": len(report.images)},
+        )
+        for result in report.results
+        if result.mode == report.results[0].mode
+        for key in CARD_METRICS
+        if (value := result.values[key]) is not None and math.isfinite(value)
+    ]
+
+
+def codebook_figure(report: Report) -> Figure:
+    """How often codes occur, most frequent first, a line per scale of the first mode."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    size = report.codebook["size"]
+    for colour, result in zip(_colours(report), _first_mode(report), strict=True):
+        counts = np.sort(result.counts[result.counts > 0])[::-1]
+        label = (
+            f"scale {result.scale:g}: {result.values['usage']:.1%} used, perplexity {result.values['perplexity']:,.0f}"
+        )
+        axes.step(np.arange(1, len(counts) + 1), counts, where="mid", color=colour, linewidth=1.8, label=label)
+        axes.plot([len(counts)] * 2, [counts[-1], 0.8], color=colour, linewidth=1, linestyle=":")
+    axes.set(
+        xlim=(0, size * 1.02),
+        yscale="log",
+        xlabel=f"codes, most frequent first (of {size:,})",
+        ylabel="ids in the set",
+    )
+    axes.set_ylim(bottom=0.8)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_title(f"Codes by frequency, {len(report.images)} images", loc="left")
+    _finish(axes)
+    return figure
+
+
+def rate_figure(report: Report) -> Figure:
+    """Bits per pixel against PSNR and SSIM at full size, beside JPEG and WebP."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    results = sorted(_first_mode(report), key=lambda result: result.values["bits_per_pixel"] or 0)
+    for axes, key, label in zip(figure.subplots(1, 2), ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
+        for codec, (colour, style) in GREYS.items():
+            points = [each for each in report.codecs if each["codec"] == codec and _finite(each[key])]
+            axes.plot(
+                [each["bits_per_pixel"] for each in points],
+                [each[key] for each in points],
+                color=colour,
+                linestyle=style,
+                marker=".",
+                label=codec,
+            )
+        shown = [result for result in results if _finite(result.values[f"{key}_full_size"])]
+        values = [result.values[f"{key}_full_size"] for result in shown]
+        for rate, fill, name in (
+            ("bits_per_pixel", "white", "ids, plain"),
+            ("bits_per_pixel_entropy", COLOURS[0], "ids, entropy-coded"),
+        ):
+            rates = [result.values[rate] for result in shown]
+            axes.plot(rates, values, color=COLOURS[0], marker="o", markerfacecolor=fill, linewidth=1.2, label=name)
+        for result, value in zip(shown, values, strict=True):
+            axes.annotate(
+                f"scale {result.scale:g}",
+                (result.values["bits_per_pixel"], value),
+                xytext=(4, -12),
+                textcoords="offset points",
+                fontsize=8,
+                color=COLOURS[0],
+            )
+        axes.set(xscale="log", xlabel="bits per pixel of the image", ylabel=f"{label}, at the image's size")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _finish(axes)
+    figure.suptitle(f"Rate and distortion, means over {len(report.images)} images", x=0.01, ha="left")
+    return figure
+
+
+def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Image.Image:
+    """A row per image: the original, then its reconstructions."""
+    rows = []
+    for example in examples:
+        panels = [Panel(example.original, example.name, "{} x {} pixels".format(*example.size))]
+        for scale, image, psnr in zip(scales, example.reconstructions, example.psnr, strict=True):
+            panels.append(Panel(image, f"scale {scale:g}", f"{psnr:.2f} dB"))
+        rows.append(contact_sheet(panels))
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), BACKGROUND)
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def _document(report: Report) -> dict[str, Any]:
+    """The content of `report.json`: a value that is infinite is the text "inf"."""
+    return _plain(
+        {
+            "settings": report.settings,
+            "versions": report.versions,
+            "codebook": report.codebook,
+            "results": [
+                {"mode": each.mode, "scale": each.scale, **each.values, "counts": each.counts.tolist()}
+                for each in report.results
+            ],
+            "codecs": report.codecs,
+            "notes": report.notes,
+            "skipped": report.skipped,
+            "images": report.images,
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _model_index(report: Report) -> str:
+    return ModelCardData(model_name=_name(report.settings["model"]), eval_results=eval_results(report)).to_yaml()
+
+
+def _name(source: str) -> str:
+    """The last part of a path or Hub id; that of the folder meant, where it is `.` or `..`."""
+    return Path(source).resolve().name
+
+
+def _codec_table(report: Report) -> list[str]:
+    formats = {"quality": "d", "bits_per_pixel": ".4f", "psnr": ".2f", "ssim": ".4f", "exact": "d"}
+    rows = [[each["codec"], *(_cell(each[key], form) for key, form in formats.items())] for each in report.codecs]
+    return _table(["codec", "quality", "bits per pixel", "PSNR, dB", "SSIM", "exact images"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
+    return [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _mode_name(report: Report, result: Result) -> str:
+    return MODE_NAMES[result.mode].format(**report.settings)
+
+
+def _first_mode(report: Report) -> list[Result]:
+    return [result for result in report.results if result.mode == report.results[0].mode]
+
+
+def _colours(report: Report) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(len(_first_mode(report)))]
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    write_file(path, content.getvalue())

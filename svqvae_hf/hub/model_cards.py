@@ -1,0 +1,136 @@
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
+
+TEMPLATE = """---
+{metadata}
+---
+
+# {name}
+
+An image tokenizer: SVQVAE turns images of any size into ids of one codebook, at one or several scales, and back.
+
+| | |
+|---|---|
+| f, pixels per id along each side | {f} |
+| codebook | {codebook_size} x {codebook_embed_dim}{normalised} |
+| pixel range of images in and out | [{pixel_low}, {pixel_high}] |
+| range that the weights were trained on | [{network_low}, {network_high}] |
+| encoder, decoder | {base_channels} channels times {encoder_ch_mult}, {decoder_ch_mult} |
+
+## Use
+
+With the package `svqvae-hf`:
+
+```python
+import torch
+
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor
+
+torch.set_grad_enabled(False)  # else PyTorch keeps all activations
+vqvae = SVQVAE.from_pretrained({repo_id})
+processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+
+batch = processor("photo.jpg")
+ids = vqvae.encode_tokens(batch["pixel_values"])  # (1, h, w), one id for {f} x {f} pixels
+images = processor.postprocess(vqvae.decode_tokens(ids), batch["image_sizes"])
+images[0].save("reconstruction.png")
+```
+{half_precision}
+## Origin
+
+{provenance}
+## Licence
+
+{licence}
+"""
+
+HALF_PRECISION = """
+The weights are there in half precision, too: {calls}. The codebook stays in float32, so ids mean the same.
+"""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    *,
+    repo_id: str,
+    license: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    provenance: Mapping[str, str] | None = None,
+    variants: Mapping[str, Any] | None = None,
+    eval_results: Sequence[EvalResult] = (),
+) -> str:
+    """Writes the card of a repository that holds an SVQVAE.
+
+    Args:
+        config (`Mapping[str, Any]`): Config of the model.
+        repo_id (`str`): What `from_pretrained` of the card's example gets: `org/name`, or a folder.
+        license (`str`, *optional*): Licence of the weights, an identifier of the Hub such as `apache-2.0`; `unknown`
+            if not given.
+        base_model (`str`, *optional*): Repository on the Hub that the weights come from.
+        datasets (`Sequence[str]`, *optional*): Data sets on the Hub that the model was trained on.
+        provenance (`Mapping[str, str]`, *optional*): Where the weights come from, as rows of a table.
+        variants (`Mapping[str, torch.dtype]`, *optional*): Names and types of the weights in half precision, such as
+            `{"fp16": torch.float16}`, that the repository holds, too.
+        eval_results (`Sequence[EvalResult]`, *optional*): Numbers for the card's metadata, such as those of
+            [`~svqvae_hf.evaluation.report.eval_results`].
+
+    Returns:
+        `str`: The text of `README.md`, metadata first.
+    """
+    name, quoted = one_line(repo_id.rpartition("/")[2]), quote(repo_id)
+    metadata = ModelCardData(
+        license=license or "unknown",
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=TAGS,
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        model_name=name if eval_results else None,
+        eval_results=list(eval_results) or None,
+    )
+    rows = table_rows((provenance or {}).items())
+    calls = " or ".join(
+        f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
+        for variant, dtype in (variants or {}).items()
+    )
+    return TEMPLATE.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        repo_id=quoted,
+        f=2 ** (len(config["encoder_ch_mult"]) - 1),
+        codebook_size=config["codebook_size"],
+        codebook_embed_dim=config["codebook_embed_dim"],
+        normalised=", L2-normalised" if config["codebook_l2_norm"] else "",
+        pixel_low=config["pixel_range"][0],
+        pixel_high=config["pixel_range"][1],
+        network_low=config["network_range"][0],
+        network_high=config["network_range"][1],
+        base_channels=config["base_channels"],
+        encoder_ch_mult=tuple(config["encoder_ch_mult"]),
+        decoder_ch_mult=tuple(config["decoder_ch_mult"]),
+        half_precision=HALF_PRECISION.format(calls=calls) if calls else "",
+        provenance=f"| | |\n|---|---|\n{rows}" if rows else "Not stated.\n",
+        licence=one_line(license or "Not stated: ask the authors of the weights before you use or share them."),
+    )
+
+
+def one_line(text: object) -> str:
+    """Text with each run of white space, such as a line break, made one space."""
+    return " ".join(str(text).split())
+
+
+def quote(text: str) -> str:
+    """A string as code, in Python and JSON alike."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def table_rows(rows: Iterable[tuple[object, object]]) -> str:
+    """Rows of a Markdown table with two columns, a line each."""
+    lines = ((one_line(cell).replace("|", r"\|") for cell in row) for row in rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

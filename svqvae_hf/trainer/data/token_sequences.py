@@ -1,0 +1,132 @@
+"""Sequences of a token set, in batches."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from svqvae_hf.data.token_sets import read_settings
+from svqvae_hf.pipelines.sequences import SequenceLayout
+from svqvae_hf.trainer.data.crops import row_order
+
+
+class TokenSource:
+    """A token set whose rows are of one size: its rows, and the layout of their sequences.
+
+    Args:
+        data (`str`): Folder of the set, or its name on the Hub.
+        label_column (`str`, *optional*): Column of the labels; images of no class without it.
+
+    Raises:
+        OSError: If there is no such set.
+        ValueError: If its rows have several sizes, or its labels are no classes.
+    """
+
+    def __init__(self, data: str, label_column: str | None):
+        self.settings = read_settings(data)
+        self.rows = datasets.load_dataset(os.fspath(data), split="train").with_format("numpy")
+        height, width = (self._only(name) for name in ("height", "width"))
+        order = np.argsort(self.settings.scales)  # of the columns, to go from coarse to fine
+        self.id_columns = [f"ids_{index}" for index in order]
+        self.label_column = label_column
+        self.layout = SequenceLayout(
+            codebook_size=self.settings.codebook_size,
+            f=self.settings.f,
+            height=height,
+            width=width,
+            scales=tuple(self.settings.scales[index] for index in order),
+            num_classes=0 if label_column is None else self._num_classes(label_column),
+        )
+
+    def sequences(self, indices: np.ndarray) -> torch.Tensor:
+        """The sequences of some rows, `(rows, length)`, int64."""
+        rows = self.rows[indices]
+        ids = [
+            torch.from_numpy(rows[column].astype(np.int64)).unflatten(1, grid)
+            for column, grid in zip(self.id_columns, self.layout.grids, strict=True)
+        ]
+        labels = None if self.label_column is None else torch.from_numpy(rows[self.label_column])
+        return self.layout.encode(ids, labels)
+
+    def _only(self, column: str) -> int:
+        values = self.rows.unique(column)
+        if len(values) != 1:
+            raise ValueError(
+                f"All rows of the token set must be of one size, but it has {len(values)} of `{column}`. Tokenize "
+                "crops: `svqvae tokenize --views centre --resolution 256`."
+            )
+        return int(values[0])
+
+    def _num_classes(self, column: str) -> int:
+        feature = self.rows.features.get(column)
+        has_names = isinstance(feature, datasets.ClassLabel)
+        if has_names or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
+            labels = self.rows.unique(column)
+            if None in labels:
+                raise ValueError(
+                    f"`--label_column` must hold a label in each row, but {column!r} has empty rows. Remove them."
+                )
+            if min(labels) >= 0:
+                return feature.num_classes if has_names else int(max(labels)) + 1
+        raise ValueError(
+            f"`--label_column` must hold classes, or integers of at least 0, but {column!r} holds {feature}. The "
+            f"columns are {', '.join(self.rows.features)}."
+        )
+
+
+class SequenceLoader:
+    """Batches of one process. All processes read one order: each epoch the rows, shuffled anew, without a rest.
+
+    Args:
+        source ([`TokenSource`]): The sequences.
+        batch_size (`int`): Sequences in a batch of one process.
+        num_batches (`int`): Batches after which it ends.
+        seed (`int`): Of the order.
+        process (`int`): Number of this process.
+        num_processes (`int`): Number of processes.
+    """
+
+    def __init__(
+        self, source: TokenSource, batch_size: int, num_batches: int, seed: int, process: int, num_processes: int
+    ):
+        self.source = source
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.seed = seed
+        self.process = process
+        self.num_processes = num_processes
+        self.batch = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yields the batches that are left, sequences `(batch_size, length)`, int64."""
+        while self.batch < self.num_batches:
+            first = (self.batch * self.num_processes + self.process) * self.batch_size
+            self.batch += 1
+            yield self.source.sequences(self._order(first, first + self.batch_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches that were given, and that of rows."""
+        return {"batch": self.batch, "num_rows": len(self.source.rows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the number of batches that were given.
+
+        Raises:
+            ValueError: If the set had another number of rows.
+        """
+        num_rows = len(self.source.rows)
+        if state["num_rows"] != num_rows:
+            raise ValueError(
+                f"The token set must have {state['num_rows']} rows as when the state was saved, but has {num_rows}."
+            )
+        self.batch = state["batch"]
+
+    def _order(self, start: int, stop: int) -> np.ndarray:
+        """Rows at some places of the order."""
+        count = len(self.source.rows)
+        epochs = range(start // count, -(-stop // count))
+        order = np.concatenate([row_order(count, self.seed, epoch) for epoch in epochs])
+        return order[start - epochs.start * count : stop - epochs.start * count]

@@ -1,0 +1,137 @@
+"""The adversarial part of the objective: discriminator, hinge losses, their regulariser and their weight."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from svqvae_hf.trainer.losses.moving_average import MovingAverage
+
+MIN_SIDE = 24  # pixels, of which the last layer makes one logit
+NUM_GROUPS = 32
+INIT_STD = 0.02
+LECAM_DECAY = 0.999
+MAX_ADAPTIVE_WEIGHT = 1e4
+GRADIENT_NORM_EPS = 1e-4  # as in taming-transformers; the paper has 1e-6
+GRADIENT_SCALE = 2.0**10  # keeps gradients of losses that are means over pixels above 0 in float16
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN of three strided layers: one logit for each patch of 70 pixels, high where it looks real.
+
+    Group normalisation in place of batch normalisation: beside its patch, a logit depends on statistics of its own
+    image, but neither on the rest of the batch nor on the number of processes.
+
+    Source: pix2pix (arXiv 1611.07004, section 3.2.2), in the form of taming-transformers' `NLayerDiscriminator`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for in_channels, out_channels, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            layers += [
+                nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1),
+                nn.GroupNorm(NUM_GROUPS, out_channels),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d | nn.GroupNorm):
+                nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.GroupNorm) else 0.0, INIT_STD)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """Judges images.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1], sides at least `MIN_SIDE`.
+
+        Returns:
+            `torch.Tensor`: Logits `(batch, 1, height // 8 - 2, width // 8 - 2)`.
+        """
+        return self.layers(sample)
+
+
+def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """Loss of the discriminator: logits above 1 for real images and below -1 for fake ones cost nothing.
+
+    Args:
+        real_logits (`torch.Tensor`): Logits of real images, of any shape.
+        fake_logits (`torch.Tensor`): Logits of reconstructions, detached from the model.
+
+    Returns:
+        `torch.Tensor`: Scalar in float32, half the sum of the two means (taming-transformers, `hinge_d_loss`).
+    """
+    return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
+
+
+def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """Loss of the model: minus the mean logit of its reconstructions, a scalar in float32."""
+    return -fake_logits.float().mean()
+
+
+class LeCAM(nn.Module):
+    """Keeps the logits of real images near the past ones of fake images, and the reverse.
+
+    A regulariser of the discriminator for little data. It is a mean over logits, so the mean of its gradients over
+    processes is the gradient of their joined batch.
+
+    Source: arXiv 2104.03310, section 3.2, with the hinges of the authors' code (`lecam_reg`).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.means = MovingAverage((2,), LECAM_DECAY)  # of real logits, of fake logits
+
+    def update(self, real_mean: torch.Tensor, fake_mean: torch.Tensor) -> None:
+        """Adds a step's mean logits, before its `loss`. If one is not finite, both are left out.
+
+        Args:
+            real_mean (`torch.Tensor`): Mean logit of real images over all processes, a scalar.
+            fake_mean (`torch.Tensor`): The same of reconstructions.
+        """
+        self.means.update(torch.stack([real_mean, fake_mean]))
+
+    def loss(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+        """Mean square of what real logits exceed the past fake ones by, and past real ones the fake logits.
+
+        Args:
+            real_logits (`torch.Tensor`): Logits of real images, of any shape.
+            fake_logits (`torch.Tensor`): Logits of reconstructions, detached from the model.
+
+        Returns:
+            `torch.Tensor`: Scalar in float32.
+        """
+        real_mean, fake_mean = self.means.mean
+        real_excess = F.relu(real_logits.float() - fake_mean)
+        fake_excess = F.relu(real_mean - fake_logits.float())
+        return real_excess.square().mean() + fake_excess.square().mean()
+
+
+def adaptive_weight(
+    reconstruction_loss: torch.Tensor,
+    generator_loss: torch.Tensor,
+    last_weight: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Weight that makes the generator loss pull the decoder's last layer as hard as the reconstruction loss does.
+
+    The graph is kept for the backward pass.
+
+    Args:
+        reconstruction_loss (`torch.Tensor`): Scalar, a mean over the batch of this process.
+        generator_loss (`torch.Tensor`): Likewise.
+        last_weight (`torch.Tensor`): Weight of the decoder's last convolution.
+        reduce (`Callable`): Means a tensor over processes, so that the weight is that of their joined batch:
+            `partial(accelerator.reduce, reduction="mean")`.
+
+    Returns:
+        `torch.Tensor`: Scalar in [0, 1e4] in float32, without gradient (VQGAN, arXiv 2012.09841, equation 7).
+    """
+    gradients = [
+        torch.autograd.grad(GRADIENT_SCALE * loss, last_weight, retain_graph=True)[0].float() / GRADIENT_SCALE
+        for loss in (reconstruction_loss, generator_loss)
+    ]
+    of_reconstruction, of_generator = reduce(torch.stack(gradients)).flatten(1).norm(dim=1)
+    return (of_reconstruction / (of_generator + GRADIENT_NORM_EPS)).clamp(max=MAX_ADAPTIVE_WEIGHT)

@@ -1,0 +1,250 @@
+"""Options of training scripts: those that each has, those of image sets, and how flags and YAML files are read."""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from svqvae_hf.hub.repositories import REPO_ID
+
+SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
+
+PATHS = (  # options that may name what is on this machine alone
+    *("output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "model_config_name_or_path"),
+    *("vqvae_name_or_path", "text_encoder_name_or_path", "lpips_weights", "dataset_name", "data_files"),
+    *("train_data_dir", "validation_data_dir", "token_set"),
+)
+
+Options = TypeVar("Options", bound="RunOptions")
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A command-line option: its default, its help and, where it has them, its choices."""
+    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(text: str) -> Any:
+    """An option of a script's own that must be given."""
+    return field(kw_only=True, metadata={"help": text})
+
+
+@dataclass
+class RunOptions:
+    """Options of every run, named as in diffusers' example scripts. A script's own class adds to them.
+
+    Raises:
+        ValueError: If a value is out of its range, or two do not fit each other.
+    """
+
+    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema",)
+    """Options that engines which shard weights cannot serve."""
+
+    output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, what was trained."})
+
+    # Optimisation
+    train_batch_size: int = option(8, "Examples in a batch of one process.")
+    gradient_accumulation_steps: int = option(1, "Batches whose mean gradient updates the weights.")
+    max_train_steps: int = option(100_000, "Updates of the weights.")
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    lr_scheduler: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
+    lr_warmup_steps: int = option(500, "Steps over which the learning rate rises from 0.")
+    adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.")
+    adam_beta2: float = option(0.95, "Decay of AdamW's mean of squared gradients.")
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay, on weights of convolutions and matrices alone.")
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
+    max_skipped_steps: int = option(
+        10, "Steps in a row skipped for a gradient that is not finite before the run stops."
+    )
+    use_ema: bool = option(False, "Keep a moving average of the weights, which is what is saved and validated.")
+    ema_decay: float = option(0.999, "Decay of that average.")
+    mixed_precision: str | None = option(None, "Instead of accelerate's setting.", ("no", "bf16", "fp16"))
+
+    # Checkpoints, validation, log
+    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = option(None, "Newest checkpoints to keep; all if not given.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' in --output_dir if any.")
+    validation_steps: int = option(1000, "Steps between validations.")
+    logging_steps: int = option(50, "Steps between log lines.")
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none if not given.")
+    push_to_hub: bool = option(False, "Upload what was trained, with its card, at the end.")
+    hub_model_id: str | None = option(None, "Where to: org/name; the name of --output_dir if not given.")
+    seed: int = option(0, "Seed of everything random.")
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without data or model."""
+        self.check_positive(
+            *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "max_grad_norm"),
+            *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
+        )
+        self.check_not_negative("lr_warmup_steps", "adam_weight_decay", "max_skipped_steps", "seed")
+        self.check_shares("ema_decay")
+
+    @property
+    def find_unused_parameters(self) -> bool:
+        """Whether a step may leave parameters without a gradient, which several processes must know."""
+        return False
+
+    def check_positive(self, *names: str) -> None:
+        """Refuses values of 0 or less."""
+        for name in names:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"`--{name}` must be more than 0, but is {getattr(self, name)}.")
+
+    def check_not_negative(self, *names: str) -> None:
+        """Refuses values below 0."""
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`--{name}` must not be negative, but is {getattr(self, name)}.")
+
+    def check_shares(self, *names: str) -> None:
+        """Refuses values outside [0, 1]."""
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
+
+    def check_sources(self, *names: str) -> None:
+        """Refuses what is neither here nor can be the name of something on the Hub."""
+        for name in names:
+            source = getattr(self, name)
+            if source is not None and not Path(source).exists():
+                if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
+                    raise ValueError(
+                        f"`--{name}` must be a file, a folder or a Hub id (org/name), but there is no {source!r}."
+                    )
+
+    def check_one_of(self, one: str, other: str) -> None:
+        """Refuses neither and both."""
+        if (getattr(self, one) is None) == (getattr(self, other) is None):
+            raise ValueError(f"Exactly one of `--{one}` and `--{other}` must be given.")
+
+
+@dataclass
+class ImageOptions(RunOptions):
+    """Options of runs that read images: which ones, and how crops are cut."""
+
+    dataset_name: str | None = option(None, "Image set on the Hub, a local one, or a format such as webdataset.")
+    dataset_config_name: str | None = option(None, "Configuration of the image set.")
+    data_files: list[str] = option([], "Files of the image set, or globs of them: tar or Parquet shards.")
+    train_data_dir: str | None = option(None, "Folder of images, instead of --dataset_name.")
+    split: str = option("train", "Split of the image set.")
+    streaming: bool = option(False, "Read the image set as a stream, without a copy on disk.")
+    shuffle_buffer: int = option(1000, "Images of a stream that are shuffled at a time.")
+    image_column: str = option("image", "Column of the image set that holds the images.")
+    max_unreadable_share: float = option(0.1, "Share of images that may be unreadable before the run stops.")
+    train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
+    resolution: int = option(256, "Side of the largest crops, in pixels; stored as sample_size.")
+    center_crop: bool = option(False, "Cut crops from the centre, not at random places.")
+    random_flip: bool = option(True, "Flip half of the crops, left to right; with --no_random_flip none.")
+    resize_range: list[float] = option([1.0, 1.0], "Range of the random factor that resizes an image before its crop.")
+    dataloader_num_workers: int = option(2, "Processes that cut crops.")
+
+    def __post_init__(self) -> None:
+        """As in the base class, and the options of images."""
+        super().__post_init__()
+        self.check_one_of("dataset_name", "train_data_dir")
+        for name in ("dataset_config_name", "data_files"):
+            if getattr(self, name) and self.train_data_dir is not None:
+                raise ValueError(
+                    f"`--{name}` belongs to `--dataset_name`, but `--train_data_dir` is given. Leave one out."
+                )
+        self.check_positive("resolution", "shuffle_buffer")
+        self.check_not_negative("dataloader_num_workers")
+        self.check_shares("max_unreadable_share")
+        if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
+            raise ValueError(
+                f"`--resize_range` must be two factors above 0, the smaller first, but is {self.resize_range}."
+            )
+
+
+@dataclass
+class PipelineOptions(RunOptions):
+    """Options of runs that train a network on what an SVQVAE makes of images, and leave a pipeline."""
+
+    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema", "num_validation_images")
+
+    vqvae_name_or_path: str = required("SVQVAE of the pipeline, which is not trained: folder or Hub id.")
+    model_config_name_or_path: str = required("Config of the network to train: a config.json, its folder or Hub id.")
+    label_column: str | None = option(
+        None, "Column of the set that holds labels or captions; in a folder of folders of images, 'label' names these."
+    )
+    label_dropout: float = option(0.1, "Share of examples trained without their label, for guidance.")
+    num_validation_images: int = option(4, "Images sampled at a validation.")
+
+    def __post_init__(self) -> None:
+        """As in the base class, and the options of pipelines."""
+        super().__post_init__()
+        self.check_not_negative("num_validation_images")
+        self.check_shares("label_dropout")
+
+
+def read_options(options_class: type[Options], arguments: Sequence[str]) -> Options:
+    """Reads flags, or a YAML file, whose entries flags after it replace.
+
+    Args:
+        options_class (`type[RunOptions]`): Options of the script.
+        arguments (`Sequence[str]`): What follows the name of the script: `[config.yaml] [--name value ...]`.
+
+    Raises:
+        ValueError: If an option is not known, or the file is no mapping of options.
+        SystemExit: If a value is of the wrong type, as argparse does.
+    """
+    arguments = list(arguments)
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        arguments[:1] = _flags(options_class, Path(arguments[0]))
+    parser = HfArgumentParser(options_class, prog=script_name(), allow_abbrev=False)
+    (options,) = parser.parse_args_into_dataclasses(arguments)
+    return options
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this is `org/name` on the Hub, and no file or folder here."""
+    return re.fullmatch(REPO_ID, source) is not None and not Path(source).exists()
+
+
+def public_name(source: str) -> str:
+    """What others may read of a source: its name on the Hub, or the last part of a path."""
+    return source if is_hub_id(source) else Path(source).absolute().name
+
+
+def public_options(options: RunOptions) -> dict[str, Any]:
+    """Options by name, for others to read: paths as their last part."""
+    entries = asdict(options)
+    for name in entries.keys() & set(PATHS):
+        value = entries[name]
+        if value is not None:
+            entries[name] = [*map(public_name, value)] if isinstance(value, list) else public_name(value)
+    return entries
+
+
+def script_name() -> str:
+    """File name of the script that runs."""
+    return Path(sys.argv[0]).name
+
+
+def _flags(options_class: type[RunOptions], path: Path) -> Iterable[str]:
+    """The entries of a YAML file as flags."""
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
+    known = {each.name: each.default_factory for each in fields(options_class)}
+    unknown = sorted(str(key) for key in entries if key not in known)
+    if unknown:
+        raise ValueError(f"`{path}` must have only options of the script, but has {', '.join(unknown)}.")
+    flags = []
+    for name, value in entries.items():
+        empty = value == [] and known[name] is not MISSING and known[name]() == []  # a flag cannot say so
+        if value is not None and not empty:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags

@@ -1,0 +1,132 @@
+"""What a run says of itself: numbers of each scale, throughput, and pictures."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torchvision.utils import make_grid
+
+from svqvae_hf.atomic_io import save_png
+from svqvae_hf.evaluation.metrics import count_codes, perplexity, psnr, usage
+from svqvae_hf.trainer.losses.objective import Pair
+
+
+class ScaleStatistics:
+    """PSNR, the mean over images, usage and perplexity of each scale.
+
+    Args:
+        codebook_size (`int`): Number of codes.
+        by_octave (`bool`): Put each scale with the nearest power of two, where scales are drawn at random.
+    """
+
+    def __init__(self, codebook_size: int, by_octave: bool):
+        self.codebook_size = codebook_size
+        self.by_octave = by_octave
+        self._psnr: dict[float, list[torch.Tensor]] = defaultdict(list)
+        self._counts: dict[float, torch.Tensor] = {}
+
+    def add(self, scales: Sequence[float], pairs: Sequence[Pair], ids: Sequence[torch.Tensor]) -> None:
+        """Adds a batch.
+
+        Args:
+            scales (`Sequence[float]`): Its scales.
+            pairs (`Sequence[Pair]`): Reconstruction and target at each.
+            ids (`Sequence[torch.Tensor]`): Ids at each; empty if nothing was quantised.
+        """
+        keys = [2.0 ** round(math.log2(scale)) if self.by_octave else scale for scale in scales]
+        for key, pair in zip(keys, pairs, strict=True):
+            with torch.no_grad():
+                self._psnr[key].append(psnr(pair.output, pair.target, data_range=1.0))
+        for key, each in zip(keys, ids, strict=False):
+            self._counts[key] = self._counts.get(key, 0) + count_codes(each, self.codebook_size)
+
+    def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
+        """The numbers over all processes, which have seen the same scales, since the last call.
+
+        Args:
+            reduce (`Callable`): Reduces a tensor over processes, by `"mean"` or `"sum"`.
+        """
+        numbers = {}
+        for key in sorted(self._psnr):
+            numbers[f"psnr@{key:g}"] = reduce(torch.cat(self._psnr[key]).mean(), "mean").item()
+        for key in sorted(self._counts):
+            counts = reduce(self._counts[key], "sum")
+            numbers[f"usage@{key:g}"] = usage(counts)
+            numbers[f"perplexity@{key:g}"] = perplexity(counts)
+        self._psnr.clear()
+        self._counts.clear()
+        return numbers
+
+
+class Means:
+    """Means of scalars by name, each over the batches that had it."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Adds the scalars of a batch."""
+        for name, value in values.items():
+            self._values[name].append(value.detach())
+
+    def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
+        """Means over all processes, which have added the same names, since the last call."""
+        means = {name: reduce(torch.stack(values).mean(), "mean").item() for name, values in self._values.items()}
+        self._values.clear()
+        return means
+
+
+class Throughput:
+    """Amounts per second since it was last asked."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = time.monotonic()
+        self._amounts: dict[str, float] = defaultdict(float)
+
+    def add(self, **amounts: float) -> None:
+        """Adds what a batch has, by name, such as `images=8, megapixels=0.5`."""
+        for name, amount in amounts.items():
+            self._amounts[name] += amount
+
+    def summary(self, num_processes: int) -> dict[str, float]:
+        """Rates of all processes, which do alike, since the last call."""
+        seconds = time.monotonic() - self._start
+        rates = {f"{name}_per_second": num_processes * amount / seconds for name, amount in self._amounts.items()}
+        self._restart()
+        return rates
+
+
+def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
+    """Images beside their reconstructions: a row for each image, the original first, then each scale.
+
+    Args:
+        pairs (`Sequence[Pair]`): One batch of images at several scales.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`: uint8; smaller scales are enlarged without smoothing.
+    """
+    largest = max((pair.target for pair in pairs), key=torch.Tensor.numel)
+    size = largest.shape[-2:]
+    columns = [largest, *(F.interpolate(pair.output, size, mode="nearest") for pair in pairs)]
+    tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)  # (batch * columns, 3, height, width)
+    grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0)
+    return (grid.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+
+def log_image(accelerator: Accelerator, grid: np.ndarray, folder: Path, step: int) -> None:
+    """Writes a picture to `folder` as PNG, and sends it to the trackers that take pictures."""
+    save_png(Image.fromarray(grid), folder / f"step-{step:07}.png")
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": grid[None]}, step=step, **layout)

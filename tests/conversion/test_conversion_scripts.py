@@ -1,0 +1,81 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A checkout with the same names as the original's, which runs our own model, changed or not.
+CHECKOUT = """
+from types import SimpleNamespace
+
+Encoder = Decoder = ModelArgs = dict
+
+class ScalableVQVAE:
+    @staticmethod
+    def load(path, args):
+        model = SVQVAE.from_single_file(path)
+        {change}
+        return SimpleNamespace(
+            encoder=model.encoder,
+            quant_conv=model.quant_conv,
+            quantize=model.quantize,
+            decode=lambda quantized: model.decode(quantized, force_not_quantize=True).sample,
+        )
+"""
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def run_script(name: str, *args: str | Path) -> int:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / "conversion" / name), run_name="__main__")
+        sys.modules.pop("svqvae", None)
+        return exit_.value.code
+
+    return run_script
+
+
+def checkout(folder: Path, change: str) -> Path:
+    (folder / "svqvae.py").write_text(CHECKOUT.format(change=change))
+    return folder
+
+
+def test_the_same_model_passes(run, golden_dir, tmp_path, capsys):
+    assert run("compare.py", checkout(tmp_path, "pass"), golden_dir / "svqvae_tiny.safetensors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert all(line.endswith("ok") for line in lines)
+    assert "scale 0.25  latents 0.0e+00  ids 100.000% equal, 0 near ties, 0 others" in lines[2]
+
+
+@pytest.mark.parametrize("change", ["model.quant_conv.bias.data += 0.1", "model.decoder.conv_out.bias.data += 0.01"])
+def test_another_model_does_not(change, run, golden_dir, tmp_path, capsys):
+    assert run("compare.py", checkout(tmp_path, change), golden_dir / "svqvae_tiny.safetensors") == 1
+    assert all(line.endswith("DIFFERS") for line in capsys.readouterr().out.splitlines())
+
+
+def test_images_of_the_user(run, golden_dir, tmp_path, photo, capsys):
+    photo.crop((0, 0, 50, 40)).save(tmp_path / "photo.png")
+    model = golden_dir / "svqvae_tiny.safetensors"
+    assert run("compare.py", checkout(tmp_path, "pass"), model, "--images", tmp_path / "photo.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == ["photo.png"] * 4
+
+
+def test_user_errors(run, golden_dir, tmp_path, photo, capsys):
+    assert run("compare.py", tmp_path, golden_dir / "svqvae_tiny.safetensors") == 2
+    assert "has no svqvae.py" in capsys.readouterr().err
+    checkout(tmp_path, "pass")
+    assert run("compare.py", tmp_path, golden_dir / "taming_tiny.ckpt") == 2
+    assert "must be of family svqvae, but is of taming" in capsys.readouterr().err
+    photo.crop((0, 0, 5, 40)).save(tmp_path / "photo.png")
+    assert run("compare.py", tmp_path, golden_dir / "svqvae_tiny.safetensors", "--images", tmp_path / "photo.png") == 2
+    assert "sides of at least 8 pixels" in capsys.readouterr().err
+
+
+def test_convert_is_the_command(run, golden_dir, tmp_path):
+    assert run("convert.py", golden_dir / "svqvae_tiny.safetensors", tmp_path / "out") in (None, 0)
+    assert (tmp_path / "out" / "README.md").exists()

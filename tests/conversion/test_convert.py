@@ -1,0 +1,165 @@
+import hashlib
+import os
+import stat
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.conversion.convert import VARIANTS, convert
+from svqvae_hf.loaders.checkpoints import read_checkpoint
+
+GOLDEN = ["svqvae_tiny.safetensors", "llamagen_tiny.pt", "flexvar_tiny.pth", "lightning_tiny.ckpt", "taming_tiny.ckpt"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_convert_makes_a_repository(name, golden_dir, tmp_path):
+    report = convert(golden_dir / name, tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+    assert report.files == ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
+    assert report.sha256 == hashlib.sha256((golden_dir / name).read_bytes()).hexdigest()
+    assert str(report).count("\n") == 3
+
+    checkpoint = read_checkpoint(golden_dir / name, SVQVAE)
+    written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert written.keys() == checkpoint.state_dict.keys()
+    assert all(torch.equal(tensor, checkpoint.state_dict[key]) for key, tensor in written.items())
+    model = SVQVAE.from_pretrained(tmp_path / "out")
+    for key, value in checkpoint.config.items():
+        assert model.config[key] == (list(value) if isinstance(value, tuple) else value)
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ModelCard(card).data.license == "unknown"
+    assert f"| layout | {checkpoint.family.title} |" in card
+    assert f"`{name}`" in card
+    assert report.sha256 in card
+    assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
+
+
+def test_convert_into_an_empty_folder(golden_dir, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert convert(golden_dir / "svqvae_tiny.safetensors", "out").out == tmp_path / "out"
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_facts_of_the_user(golden_dir, tmp_path):
+    path = golden_dir / "svqvae_tiny.safetensors"
+    convert(path, tmp_path / "out", license="mit", network_range=(-1.0, 1.0), codebook_l2_norm=False)
+    model = SVQVAE.from_pretrained(tmp_path / "out")
+    assert model.config["network_range"] == [-1, 1]
+    assert not model.config["codebook_l2_norm"]
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_permissions_of_any_new_file(umask, golden_dir, tmp_path):
+    before = os.umask(umask)
+    try:
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
+
+
+@pytest.mark.parametrize(("variant", "dtype"), VARIANTS.items())
+def test_half_precision_variant_keeps_the_codebook(variant, dtype, golden_dir, tmp_path):
+    convert(golden_dir / "taming_tiny.ckpt", tmp_path / "out", variant=variant, license="mit")
+    full = SVQVAE.from_pretrained(tmp_path / "out")
+    half = SVQVAE.from_pretrained(tmp_path / "out", variant=variant, torch_dtype=dtype)
+    assert half.codebook_fingerprint() == full.codebook_fingerprint()
+    assert torch.equal(half.encoder.conv_in.weight, full.encoder.conv_in.weight.to(dtype))
+    size = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
+    assert size[f"diffusion_pytorch_model.{variant}.safetensors"] < 0.6 * size["diffusion_pytorch_model.safetensors"]
+    assert f'variant="{variant}"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_half_precision_must_hold_the_weights(golden_dir, tmp_path):
+    path = tmp_path / "large.safetensors"
+    weights = load_file(golden_dir / "svqvae_tiny.safetensors")
+    save_file(weights | {"quant_conv.bias": torch.full((8,), 1e6)}, path)
+    with pytest.raises(ValueError, match=r"range of fp16, but quant_conv.bias do not.*bf16"):
+        convert(path, tmp_path / "out", variant="fp16")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_nothing_stays_of_a_failed_conversion(error, golden_dir, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(SVQVAE, "from_pretrained", fail)
+    with pytest.raises(error):
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
+def test_a_full_disk_is_said(error, golden_dir, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(SVQVAE, "save_pretrained", fail)
+    with pytest.raises(OSError, match=r"`.*out` cannot be written: .*No space left on device"):
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_differs_is_no_success(golden_dir, tmp_path, monkeypatch):
+    other = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors")
+    other.quant_conv.bias.data[0] += 1
+    monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(OSError, match=r"differs in quant_conv.bias\."):
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_reconstructs_otherwise_is_no_success(golden_dir, tmp_path, monkeypatch):
+    other = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", network_range=(-1, 1))
+    monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(OSError, match="differs in its reconstruction"):
+        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "fp8"}, "must be one of fp16, bf16, but is 'fp8'"),
+        ({"create_pr": True}, "need `push_to_hub`"),
+        ({"private": True}, "need `push_to_hub`"),
+        ({"push_to_hub": "name"}, "must be `org/name`, but is 'name'"),
+        ({"push_to_hub": "org/a--b"}, r"-- or \.\..*'org/a--b'"),
+        ({"out": "occupied"}, r"`.*occupied` must be a new or an empty folder, but it has something in it"),
+        ({"out": "occupied/file"}, "`.*occupied/file` is a file"),
+        ({"out": "occupied/file/out"}, "file/out` must be a new.*`.*occupied/file` is a file"),
+    ],
+)
+def test_faulty_arguments(arguments, message, golden_dir, tmp_path):
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "file").touch()
+    out = tmp_path / arguments.pop("out", "out")
+    with pytest.raises(ValueError, match=message):
+        convert(golden_dir / "svqvae_tiny.safetensors", out, **arguments)
+    assert [file.name for file in tmp_path.rglob("*")] == ["occupied", "file"]
+
+
+def test_folders_that_cannot_be_replaced(golden_dir, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to("gone")
+    for out in (tmp_path / "link", tmp_path / "link" / "out"):
+        with pytest.raises(ValueError, match="`.*link` is a link to nothing"):
+            convert(golden_dir / "svqvae_tiny.safetensors", out)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "here"):
+        with pytest.raises(ValueError, match="it is the folder you are in"):
+            convert(golden_dir / "svqvae_tiny.safetensors", out)
+
+
+def test_nothing_is_made_on_the_hub_for_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.hub.repositories.HfApi", lambda: pytest.fail("asked the Hub"))
+    with pytest.raises(FileNotFoundError):
+        convert(tmp_path / "gone.pt", tmp_path / "out", push_to_hub="org/name")

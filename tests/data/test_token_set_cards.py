@@ -1,0 +1,49 @@
+import ast
+import re
+import shlex
+
+from huggingface_hub import DatasetCard
+
+from svqvae_hf.data.token_set_cards import token_set_card
+
+SETTINGS = {
+    "model": "org/name",
+    "codebook_size": 64,
+    "codebook_fingerprint": "0" * 64,
+    "f": 4,
+    "scales": [1.0, 0.5],
+    "views": "whole",
+    "resolution": None,
+    "tile_size": None,
+    "overlap": None,
+}
+
+
+def card(repo_id, columns=(), **settings):
+    return token_set_card(
+        repo_id=repo_id, settings={**SETTINGS, **settings}, columns=dict.fromkeys(columns), images=3, rows=3
+    )
+
+
+def test_facts():
+    text = card("org/tokens", ["ids_1", "key", "label"])
+    assert DatasetCard(text).data.size_categories == ["n<1K"]
+    assert "\n# tokens\n" in text
+    assert "| `ids_1` | ids at scale 0.5, row by row |\n" in text
+    assert "| `label` | as in the image set |\n" in text
+    assert 'read_settings("org/tokens")' in text
+    assert "`svqvae detokenize org/tokens --model org/name --output DIR`" in text
+    assert "{" not in text
+
+
+def test_text_of_a_user_breaks_nothing():
+    repo_id = 'org/a"b\n# c'
+    text = card(repo_id, ["a|b"], model="my|models/best one")
+    headings = [line for line in text.split("---\n", 2)[2].splitlines() if re.match("#+ ", line)]
+    assert headings == ['# a"b # c', "## Columns", "## Use", "## Licence"]
+    assert r"| `a\|b` | as in the image set |" in text
+    assert r"| model | my\|models/best one |" in text
+    calls = re.findall(r"(?:read_settings|load_dataset)\((.*?)[,)]", text)
+    assert [ast.literal_eval(call) for call in calls] == [repo_id] * 2
+    command = re.search(r"`(svqvae detokenize .*?)`", text)[1]
+    assert shlex.split(command)[3:5] == ["--model", "my|models/best one"]

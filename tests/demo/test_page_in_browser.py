@@ -1,0 +1,279 @@
+"""`svqvae demo` in headless Chromium, as a visitor uses it; screenshots are left in outputs/screenshots."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from svqvae_hf import DEFAULT_MODEL, SVQVAE
+from svqvae_hf.demo.previews import draw_codes
+from svqvae_hf.evaluation.reconstruction_table import measure
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
+from svqvae_hf.tokens.token_files import load_tokens, save_tokens
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+PATIENCE = 90_000  # milliseconds: the machine may be busy
+SCREENSHOTS = ROOT / "outputs" / "screenshots"
+SCALES = (0.25, 0.5, 1.0)  # that the page opens with
+
+
+def needed(what):
+    """Where a browser is demanded, as in CI, its absence is a fault."""
+    (pytest.fail if os.environ.get("SVQVAE_BROWSER_TESTS") == "required" else pytest.skip)(
+        f"{what}: run `make browser`"
+    )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        needed("the package playwright is missing")
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        needed(f"none of {', '.join(BROWSERS)} is installed")
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def address(browser, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradio")
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "svqvae_cli", "demo", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as server:
+        line = server.stdout.readline()
+        assert "shows the page" in line
+        yield line.split()[0]
+        server.terminate()
+
+
+@pytest.fixture
+def page(browser, address):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    elsewhere, errors = [], []
+    page.on("request", lambda request: elsewhere.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    page.locator("#run").wait_for()
+    yield page
+    page.close()
+    assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
+    assert errors == []
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SVQVAE.from_pretrained(DEFAULT_MODEL).eval()
+
+
+@pytest.fixture
+def picture(photo):
+    return photo.crop((150, 70, 310, 190))  # 160 x 120
+
+
+@pytest.fixture
+def photograph(picture, tmp_path):
+    path = tmp_path / "cat.png"
+    picture.save(path)
+    return path
+
+
+def choose(page, button, path):
+    """Chooses a file in the window that a button opens."""
+    with page.expect_file_chooser() as chooser:
+        page.locator(button).click()
+    chooser.value.set_files(path)
+
+
+def wait_for(page, text):
+    page.locator("#summary p:not(.empty)", has_text=text).wait_for()
+
+
+def fetched(page, locator):
+    """The picture that an element of the page shows, as it was sent."""
+    url = page.locator(f"{locator}:visible").get_attribute("src")
+    with Image.open(io.BytesIO(page.request.get(url).body())) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def seen(locator, size):
+    """What an image in the page looks like, without the margins beside it."""
+    with Image.open(io.BytesIO(locator.screenshot())) as shown:
+        factor = min(shown.width / size[0], shown.height / size[1])
+        margins = [(side - factor * inner) / 2 for side, inner in zip(shown.size, size, strict=True)]
+        inside = (*margins, shown.width - margins[0], shown.height - margins[1])
+        return shown.convert("RGB").resize(size, Image.Resampling.BOX, inside)
+
+
+def difference(image, other):
+    """Mean over the middle of images of one size."""
+    width, height = image.size
+    middle = (width // 5, height // 5, width - width // 5, height - height // 5)
+    return np.abs(np.asarray(image.crop(middle), float) - np.asarray(other.crop(middle), float)).mean()
+
+
+def drag_slider(page, slider, share):
+    """Moves the slider to a share of the width."""
+    box = slider.bounding_box()
+    handle = slider.locator(".slider-wrap .inner").bounding_box()
+    page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + share * box["width"], handle["y"] + handle["height"] / 2, steps=4)
+    page.mouse.up()
+
+
+def figures(page):
+    names, values = (page.locator(f".figures:visible {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    return dict(zip(names, values, strict=True))
+
+
+def test_a_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path):
+    model.enable_tiling(256, 32)
+    tokens = encode_image(model, picture, SCALES)
+    images = decode_image(model, tokens)
+    results = measure(picture, tokens, images)
+
+    choose(page, "#photograph button", photograph)
+    wait_for(page, "cat.png 160 × 120 pixels, encoded in")
+    assert page.get_by_role("tab", selected=True).inner_text() == "scale 1"
+    for scale, ids, image, result in zip(SCALES, tokens.ids, images, results, strict=True):
+        page.get_by_role("tab", name=f"scale {scale:g}", exact=True).click()
+        slider = page.locator(".compared:visible")
+        slider.locator("img.fixed").wait_for()
+        np.testing.assert_array_equal(fetched(page, ".compared img:not(.fixed)"), picture)
+        np.testing.assert_array_equal(fetched(page, ".compared img.fixed"), image)
+        compared = slider.locator("img:not(.fixed)")  # where both are shown
+        drag_slider(page, slider, 0.02)
+        shown = seen(compared, picture.size)
+        assert difference(shown, image.resize(picture.size)) < 0.5 * difference(shown, picture)
+        drag_slider(page, slider, 0.98)
+        shown = seen(compared, picture.size)
+        assert difference(shown, picture) < 0.5 * difference(shown, image.resize(picture.size))
+        assert figures(page)["PSNR"] == f"{result.psnr:.2f} dB"
+        assert figures(page)["tokens"] == f"{ids.shape[1]} × {ids.shape[0]} = {ids.numel()}"
+        page.screenshot(path=SCREENSHOTS / f"scale_{scale:g}.png", full_page=True)
+        see_codes(page, model, ids)
+
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    assert download.value.suggested_filename == "cat.safetensors"
+    token_file = tmp_path / "again.safetensors"
+    download.value.save_as(token_file)
+    assert all((ids == other).all() for ids, other in zip(load_tokens(token_file).ids, tokens.ids, strict=True))
+    choose(page, "#upload", token_file)
+    wait_for(page, "again.safetensors 160 × 120 pixels, decoded from ids alone")
+    for scale, image in zip(SCALES, images, strict=True):
+        page.get_by_role("tab", name=f"scale {scale:g}", exact=True).click()
+        page.locator(".alone img:visible").wait_for()
+        np.testing.assert_array_equal(fetched(page, ".alone img"), image)
+        assert "PSNR" not in figures(page)
+    page.screenshot(path=SCREENSHOTS / "token_file.png", full_page=True)
+
+
+def see_codes(page, model, ids):
+    """Points at a cell of the grid, holds another, and goes on from there."""
+    grid = page.locator(".code-grid:visible")
+    cells = grid.locator(".cells")
+    box = cells.bounding_box()
+    side = min(box["width"] / ids.shape[1], box["height"] / ids.shape[0])
+    left, top = ((box[name] - side * count) / 2 for name, count in (("width", ids.shape[1]), ("height", ids.shape[0])))
+
+    def check(row, column):
+        code = ids[row, column]
+        grid.locator(".place", has_text=f"row {row + 1}, column {column + 1}").wait_for()
+        assert grid.locator(".name").inner_text() == f"code {code}"
+        assert grid.locator(".uses").inner_text() == f"in {(ids == code).sum()} of {ids.numel()} cells"
+        look = np.asarray(seen(grid.locator(".look"), (model.f, model.f)), float)
+        assert np.abs(look - draw_codes(model, code[None])[0])[1:-1, 1:-1].mean() < 2  # its corners are round
+
+    def centre(row, column):
+        return {"x": left + (column + 0.5) * side, "y": top + (row + 0.5) * side}
+
+    cells.hover(position=centre(0, 1))
+    check(0, 1)
+    cells.click(position=centre(2, 3))
+    cells.hover(position=centre(0, 0))
+    check(2, 3)
+    page.keyboard.press("ArrowLeft")
+    check(2, 2)
+
+
+def open_ids(page, model, ids, folder):
+    """Opens a token file of an image that ids fill."""
+    model.disable_tiling()
+    height, width = ids.shape
+    path = folder / f"{height}_{width}.safetensors"
+    save_tokens(path, image_tokens(model, [ids], height * model.f, width * model.f, [1.0]))
+    choose(page, "#upload", path)
+    wait_for(page, f"{path.name} {width * model.f} × {height * model.f} pixels")
+    page.locator(".alone img:visible").wait_for()
+
+
+def test_ids_of_any_shape_are_drawn_or_said_not_to_be(page, model, tmp_path):
+    codes = model.config["codebook_size"]
+    open_ids(page, model, torch.arange(120).view(30, 4) % codes, tmp_path)
+    see_codes(page, model, torch.arange(120).view(30, 4) % codes)
+    open_ids(page, model, torch.arange(3000).view(3000, 1) % 7, tmp_path)
+    cells = page.locator(".code-grid:visible .cells")
+    page.locator(".place:visible", has_text="row 1501, column 1").wait_for()
+    read = "canvas => [canvas.height, ...canvas.getContext('2d').getImageData(0, 0, 1, canvas.height).data]"
+    height, *colours = cells.evaluate(read)
+    assert height % 3000 == 0
+    assert min(colours[3::4]) == 255
+    open_ids(page, model, torch.zeros(16385, 1, dtype=torch.int64), tmp_path)
+    page.locator(".undrawn:visible").wait_for()
+    assert not cells.is_visible()
+    open_ids(page, model, torch.zeros(2, 2, dtype=torch.int64), tmp_path)
+    cells.wait_for()
+    assert not page.locator(".undrawn").is_visible()
+
+
+def test_mistakes_are_said_in_the_page(page, photograph, tmp_path):
+    for name in ("broken.png", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"neither a picture nor tokens")
+
+    def refused(text):
+        page.get_by_role("alert").filter(has_text=text).wait_for()
+        assert not page.locator("#results").is_visible()
+        assert page.locator("#download").is_disabled()
+        assert "Traceback" not in page.content()
+
+    page.locator("#run").click()
+    refused("there is no photograph yet")
+    choose(page, "#upload", tmp_path / "broken.safetensors")
+    refused("`broken.safetensors` must be a safetensors file")
+    choose(page, "#photograph button", tmp_path / "broken.png")
+    refused("`broken.png` must be an image")
+    page.screenshot(path=SCREENSHOTS / "mistake.png")
+    page.get_by_label("Model").fill("nowhere/to be found")
+    page.locator("#example img").click()
+    refused("there is no file or folder `nowhere/to be found`")
+    page.get_by_label("Model").fill("")
+    page.locator("#run").click()
+    wait_for(page, "example.webp 451 × 300 pixels, encoded in")
+    page.locator(".compared img.fixed:visible").wait_for()
+    page.locator(".code-grid:visible .name", has_text="code").wait_for()
+    page.screenshot(path=SCREENSHOTS / "demo.png", full_page=True)
+
+
+def test_it_tells_nobody_and_offers_no_interface_to_programs(address):
+    with urllib.request.urlopen(f"{address}config") as answer:
+        config = json.load(answer)
+    assert not config["analytics_enabled"]
+    assert {function["api_visibility"] for function in config["dependencies"]} == {"private"}

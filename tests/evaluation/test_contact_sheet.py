@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from svqvae_hf.evaluation.contact_sheet import GAP, Panel, contact_sheet
+
+
+def sheet_of(*sizes):
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    panels = [Panel(Image.new("RGB", size, colour), "t", "c") for size, colour in zip(sizes, colours, strict=False)]
+    return np.asarray(contact_sheet(panels))
+
+
+def box(sheet, colour):
+    """Left, top, width and height of what has this colour."""
+    rows, columns = np.nonzero((sheet == colour).all(-1))
+    return columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
+
+
+def test_all_panels_have_the_size_of_the_first_from_left_to_right():
+    sheet = sheet_of((400, 300), (200, 150), (800, 600))
+    assert box(sheet, (200, 0, 0)) == (GAP, GAP, 400, 300)
+    assert box(sheet, (0, 200, 0)) == (2 * GAP + 400, GAP, 400, 300)
+    assert box(sheet, (0, 0, 200)) == (3 * GAP + 800, GAP, 400, 300)
+    assert sheet.shape[1] == 4 * GAP + 1200
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((1, 1), (256, 256)), ((3, 200), (4, 256)), ((4000, 2000), (1024, 512)), ((5000, 1), (1024, 1))],
+)
+def test_small_and_large_images_are_shown_in_a_size_to_look_at(size, shown):
+    assert box(sheet_of(size), (200, 0, 0))[2:] == shown
+
+
+def test_labels_stand_under_their_panels_and_make_room():
+    panels = [
+        Panel(Image.new("RGB", (2, 256), "red"), "a long title", "a caption that is much longer than the panel")
+    ] * 2
+    sheet = np.asarray(contact_sheet(panels))
+    under = (sheet[GAP + 256 :] < 128).any(-1).any(0)
+    columns = np.nonzero(under)[0]
+    assert columns.min() >= GAP
+    assert columns.max() < sheet.shape[1] - GAP
+    assert (np.diff(columns) >= GAP).sum() == 1  # two labels with a gap between them

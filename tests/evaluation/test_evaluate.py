@@ -1,0 +1,314 @@
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from conftest import ROOT, make_tiny
+from PIL import Image
+from scipy.linalg import sqrtm
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
+
+from svqvae_hf import SVQVAEImageProcessor
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.evaluation import evaluate as evaluation
+from svqvae_hf.evaluation.evaluate import evaluate
+from svqvae_hf.evaluation.perceptual import LPIPS
+
+SCALES = (1.0, 0.5, 2.0)
+
+
+class Features(nn.Module):
+    """Stand-in for Inception: six numbers of an image."""
+
+    num_features = 6
+
+    def forward(self, images):
+        images = images.double()
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+@pytest.fixture
+def photos(photo):
+    """Images of odd sizes."""
+    return [photo.crop((100 + 9 * i, 60 + 5 * i, 157 + 20 * i, 95 + 12 * i)) for i in range(4)]
+
+
+def reconstruct(model, image, scales, tiled):
+    """Ids, latents and 8-bit reconstructions at each scale, straight from the model."""
+    processor = SVQVAEImageProcessor()
+    sample = processor(image)["pixel_values"]
+    if tiled:
+        model.enable_tiling(32, 8)
+    else:
+        model.disable_tiling()
+    with torch.inference_mode():
+        samples = model(sample, scales=scales).sample
+        ids = model.encode_tokens(sample, scales)
+        latents = model.encode(sample).latents
+    return ids, latents, [processor.postprocess(each)[0] for each in samples]
+
+
+@pytest.mark.usefixtures("small_sample")
+@pytest.mark.parametrize(("number", "mode"), [(0, "plain"), (1, "tiled")])
+def test_values_of_each_image(tiny_model, photos, number, mode):
+    report = evaluate(tiny_model, photos, scales=SCALES, tile_size=32, overlap=8)
+    for image, record in zip(photos, report.images, strict=True):
+        ids, _, reconstructions = reconstruct(tiny_model, image, SCALES, mode == "tiled")
+        for i, reconstruction in enumerate(reconstructions):
+            values = record["results"][number * len(SCALES) + i]
+            assert (values["mode"], values["scale"], values["ids"]) == (mode, SCALES[i], ids[i].numel())
+            resampling = Image.Resampling.BOX if SCALES[i] < 1 else Image.Resampling.BICUBIC
+            pair = [np.array(each) for each in (image.resize(reconstruction.size, resampling), reconstruction)]
+            assert values["psnr"] == pytest.approx(peak_signal_noise_ratio(*pair, data_range=255), abs=1e-3)
+            expected = structural_similarity(
+                *pair, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=2
+            )
+            assert values["ssim"] == pytest.approx(expected, abs=1e-4)
+            assert values["ms_ssim"] is None
+            assert values["bits_per_pixel"] == pytest.approx(ids[i].numel() * 6 / (image.width * image.height))
+        assert record["results"][0]["psnr_full_size"] == record["results"][0]["psnr"]
+
+
+def test_values_of_the_set(tiny_model, photos):
+    report = evaluate(tiny_model, photos, scales=[0.5], modes=["plain"])
+    outputs = [reconstruct(tiny_model, image, [0.5], False) for image in photos]
+    ids = torch.cat([ids[0].flatten() for ids, _, _ in outputs])
+    latents = [F.interpolate(latents, ids[0].shape[-2:], mode="area") for ids, latents, _ in outputs]
+    unit = F.normalize(torch.cat([each.flatten(2)[0].T for each in latents]), dim=-1)
+    (result,) = report.results
+    assert result.counts.tolist() == torch.bincount(ids, minlength=64).tolist()
+    share = result.counts[result.counts > 0] / len(ids)
+    entropy = -(share * np.log2(share)).sum()
+    assert result.values["usage"] == len(share) / 64
+    assert result.values["entropy"] == pytest.approx(entropy)
+    assert result.values["perplexity"] == pytest.approx(2**entropy)
+    assert result.values["latent_cosine"] == pytest.approx((unit @ unit.T).mean().item(), abs=1e-5)
+    for key in ("psnr", "ssim", "psnr_full_size", "ids_changed_bfloat16", "bits_per_pixel"):
+        assert result.values[key] == pytest.approx(np.mean([each["results"][0][key] for each in report.images]))
+    ratio = result.values["bits_per_pixel_entropy"] / result.values["bits_per_pixel"]
+    assert ratio == pytest.approx(entropy / 6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_ids_that_change_in_half_precision(tiny_model, photo, dtype):
+    image = photo.crop((0, 0, 200, 160))
+    sample = SVQVAEImageProcessor()(image)["pixel_values"]
+    with torch.inference_mode():
+        ids = tiny_model.encode_tokens(sample)
+        half = nn.Module.to(make_tiny(), getattr(torch, dtype))
+        changed = (half.encode_tokens(sample.to(half.dtype)) != ids).float().mean().item()
+    (result,) = evaluate(tiny_model, [image], scales=[1.0], modes=["plain"]).results
+    assert 0 < changed < 0.2
+    assert result.values[f"ids_changed_{dtype}"] == pytest.approx(changed, abs=0.005)
+
+
+def test_rfid_is_the_closed_form(tiny_model, photo):
+    images = [photo.crop((7 * i, 3 * i, 7 * i + 40, 3 * i + 32)) for i in range(12)]
+    (result,) = evaluate(tiny_model, images, scales=[1.0], modes=["plain"], inception=Features()).results
+    pairs = [(image, reconstruct(tiny_model, image, [1.0], False)[2][0]) for image in images]
+    real, fake = (
+        Features()(torch.stack([torch.from_numpy(np.array(pair[i])).movedim(-1, 0) for pair in pairs])).numpy()
+        for i in (0, 1)
+    )
+    covariances = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    distance = np.square(real.mean(0) - fake.mean(0)).sum()
+    distance += np.trace(covariances[0] + covariances[1] - 2 * sqrtm(covariances[0] @ covariances[1]).real)
+    assert result.values["rfid"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_rfid_of_the_images_themselves_is_none_to_speak_of(tiny_model, photos, monkeypatch):
+    monkeypatch.setattr(evaluation, "resize", lambda image, size: image)
+    monkeypatch.setattr(SVQVAEImageProcessor, "postprocess", lambda self, sample: [image])
+    image = photos[0]
+    (result,) = evaluate(tiny_model, [image] * 2, scales=[1.0], modes=["plain"], inception=Features()).results
+    assert result.values["rfid"] == pytest.approx(0, abs=1e-3)
+    assert result.values["psnr"] == math.inf
+
+
+def test_lpips(tiny_model, photos):
+    torch.manual_seed(0)
+    network = LPIPS("alex")
+    report = evaluate(tiny_model, photos[-1:], scales=[1.0, 0.25], modes=["plain"], lpips=network)
+    reconstruction = reconstruct(tiny_model, photos[-1], [1.0], False)[2][0]
+    pair = [torch.from_numpy(np.array(each)).movedim(-1, 0)[None] / 127.5 - 1 for each in (reconstruction, photos[-1])]
+    assert report.results[0].values["lpips"] == pytest.approx(network(*pair).item(), rel=1e-4)
+    assert report.results[1].values["lpips"] is None
+    assert "LPIPS at scale 0.25 is of 0 of 1 images: it needs sides of at least 31 pixels." in report.notes
+
+
+def test_what_was_not_computed_is_said(tiny_model, photos):
+    report = evaluate(tiny_model, photos[:1], scales=[1.0], modes=["plain"])
+    notes = " ".join(report.notes)
+    assert "LPIPS was not computed: give --lpips-weights" in notes
+    assert "rFID was not computed: give --inception-weights" in notes
+    assert "MS-SSIM at scale 1 is of 0 of 1 images" in notes
+    assert "fewer than 10 ids a code (scale 1)" in notes
+    notes = evaluate(tiny_model, photos[:1], scales=[1.0], modes=["plain"], inception=Features()).notes
+    assert "rFID was not computed: it needs at least two images." in notes
+
+
+def test_unreadable_images_are_skipped_and_named(tiny_model, photos, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"Dear diary")
+    sources = [photos[0], tmp_path / "broken.png", {"bytes": b"", "path": "x/empty.jpg"}, photos[1]]
+    report = evaluate(tiny_model, sources, scales=[1.0], modes=["plain"])
+    assert [(each["place"], each["name"]) for each in report.images] == [(0, "image 0"), (3, "image 3")]
+    assert [(each["place"], each["name"]) for each in report.skipped] == [(1, "broken.png"), (2, "empty.jpg")]
+    assert "must be an image" in report.skipped[0]["reason"]
+    with pytest.raises(ValueError, match=r"none of 1 is. The first, `broken.png`: .* must be an image"):
+        evaluate(tiny_model, sources[1:2])
+
+
+def test_the_model_is_left_as_it_is(tiny_model, photos):
+    tiny_model.train()
+    before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    evaluate(tiny_model, photos[:1], scales=[1.0])
+    assert tiny_model.training
+    assert not tiny_model.use_tiling
+    assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+    assert not tiny_model.quantize.code_counts.any()
+
+
+def test_resolution_resizes_the_shorter_side_and_crops_the_centre(tiny_model, photo):
+    report = evaluate(tiny_model, [photo], scales=[1.0], modes=["plain"], resolution=32)
+    (record,) = report.images
+    assert (record["width"], record["height"], record["results"][0]["ids"]) == (32, 32, 64)
+    assert report.worst[0].size == (32, 32)
+    left = (photo.width - photo.height) / 2
+    box = (left, 0, left + photo.height, photo.height)
+    centre = photo.resize((32, 32), Image.Resampling.BICUBIC, box)
+    assert np.abs(np.array(report.worst[0].original, float) - np.array(centre, float)).max() <= 1
+
+
+def test_examples_are_the_worst_and_the_best(tiny_model, photo):
+    images = [photo.crop((40 * i, 100, 40 * i + 40, 132)) for i in range(9)]
+    report = evaluate(tiny_model, images, scales=[1.0, 0.5], modes=["plain"])
+    psnr = [record["results"][0]["psnr"] for record in report.images]
+    order = np.argsort(psnr).tolist()
+    assert [example.place for example in report.worst] == order[:4]
+    assert [example.place for example in report.best] == order[:-5:-1]
+    assert [image.size for image in report.worst[0].reconstructions] == [(40, 32), (20, 16)]
+
+
+def test_only_examples_that_are_kept_are_made_small(tiny_model, photo, monkeypatch):
+    made_small = []
+    monkeypatch.setattr(Image.Image, "thumbnail", lambda image, size: made_small.append(image))
+    image = photo.crop((0, 0, 40, 32))
+    report = evaluate(tiny_model, [image] * 9, scales=[1.0, 0.5], modes=["plain"])
+    assert [example.place for example in report.worst] == [0, 1, 2, 3]
+    assert len(made_small) == 4 * 3
+
+
+def test_codecs_rise_with_quality(tiny_model, photos):
+    report = evaluate(tiny_model, photos[-1:], scales=[1.0], modes=["plain"])
+    for codec in ("JPEG", "WebP"):
+        points = [each for each in report.codecs if each["codec"] == codec]
+        for key in ("bits_per_pixel", "psnr", "ssim"):
+            values = [each[key] for each in points]
+            assert values[0] < values[-1]
+    file = io.BytesIO()
+    photos[-1].save(file, "JPEG", quality=75)
+    jpeg = next(each for each in report.codecs if (each["codec"], each["quality"]) == ("JPEG", 75))
+    assert jpeg["bits_per_pixel"] == 8 * len(file.getvalue()) / (photos[-1].width * photos[-1].height)
+
+
+def test_means_of_psnr_leave_out_what_came_back_exactly(tiny_model, photos):
+    plain = Image.new("RGB", (32, 32))
+    alone, report, exact = (
+        evaluate(tiny_model, images, scales=[1.0], modes=["plain"]).codecs
+        for images in (photos[:2], [*photos[:2], plain], [plain])
+    )
+    assert any(point["exact"] for point in report)
+    assert [point["exact"] for point in report] == [point["exact"] for point in exact]
+    for point, without in zip(report, alone, strict=True):
+        if point["exact"]:
+            assert point["psnr"] == without["psnr"]
+            assert point["bits_per_pixel"] != without["bits_per_pixel"]
+    assert all(point["psnr"] == math.inf for point in exact if point["exact"])
+
+
+def test_reconstructions_that_came_back_exactly_are_counted(tiny_model, photos, monkeypatch):
+    evaluator = evaluation._Evaluator.measure
+
+    def measure(self, image, place, name):
+        record = evaluator(self, image, place, name)
+        if place == 1:
+            record["results"][1]["psnr"] = record["results"][1]["psnr_full_size"] = math.inf
+        return record
+
+    monkeypatch.setattr(evaluation._Evaluator, "measure", measure)
+    report = evaluate(tiny_model, photos[:3], scales=[1.0], tile_size=32)
+    psnr = [record["results"][1]["psnr"] for record in report.images]
+    assert report.results[1].values["psnr"] == pytest.approx((psnr[0] + psnr[2]) / 2)
+    notes = [note for note in report.notes if "came back exactly" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("PSNR (tiled, scale 1) is infinite for 1 of 3 images, at full size for 1: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": []}, "`scales` must be finite numbers above 0, each once"),
+        ({"scales": [1, 1.0]}, "each once, but are"),
+        ({"scales": [math.nan]}, "must be finite"),
+        ({"modes": ["striped"]}, "`modes` must be of plain, tiled, each once, but are striped"),
+        ({"resolution": 0}, "`resolution` must be at least 1, but is 0"),
+        ({"tile_size": 30}, "`tile_size` must be a positive multiple of f = 4"),
+        ({"overlap": 5}, "`overlap` must be a multiple of f = 4"),
+        ({"scales": [1e5]}, "`image 0`: an image of 57 x 35 pixels at scales 100000.* would take about"),
+    ],
+)
+def test_options_that_do_not_fit(tiny_model, photos, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(tiny_model, photos, **options)
+
+
+def test_default_overlap_fits_small_tiles(tiny_model, photos):
+    report = evaluate(tiny_model, photos[:1], scales=[1.0], modes=["tiled"], tile_size=16)
+    assert report.settings["overlap"] == 4
+
+
+def write_outcome(folder, out):
+    """Evaluates in this process, which may be one of several, and writes all there is of the report."""
+    state = PartialState(cpu=True)
+    report = evaluate(make_tiny(), open_images([folder]), scales=[1.0, 0.5], tile_size=32, inception=Features())
+    examples = [(each.place, each.psnr) for each in (*report.worst, *report.best)]
+    results = [(each.values, each.counts.tolist()) for each in report.results]
+    if state.is_main_process:
+        Path(out).write_text(json.dumps([state.num_processes, report.images, report.skipped, examples, results]))
+    state.destroy_process_group()
+
+
+def test_two_processes_give_the_report_of_one(photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate([*photos, photos[0].resize((33, 20))]):
+        image.save(folder / f"{i}.png")
+    (folder / "2b.png").write_bytes(b"")
+    write_outcome(str(folder), tmp_path / "1.json")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from test_evaluate import write_outcome\n"
+        f"write_outcome({str(folder)!r}, {str(tmp_path / '2.json')!r})\n"
+    )
+    # On one machine without GPUs `accelerate launch` starts one process, whatever it is told.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
+    assert (one[0], two[0]) == (1, 2)
+    assert [each["place"] for each in two[2]] == [3]
+    assert two[1:4] == one[1:4]
+    for (first, first_counts), (second, second_counts) in zip(one[4], two[4], strict=True):
+        assert second_counts == first_counts
+        assert second.pop("rfid") == pytest.approx(first.pop("rfid"), rel=1e-5)
+        assert second.pop("latent_cosine") == pytest.approx(first.pop("latent_cosine"), rel=1e-12)
+        assert second == first

@@ -1,0 +1,240 @@
+import copy
+import os
+import pickle
+from urllib.error import URLError
+
+import lpips
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision.models import get_model
+
+from svqvae_hf.evaluation.perceptual import BACKBONES, load_inception, load_lpips
+
+MODELS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision's names
+
+
+def draw_backbone(net):
+    """torchvision's network with random weights, those of its classifier left out."""
+    with torch.device("meta"):
+        model = get_model(MODELS[net], weights=None)
+    generator = torch.Generator().manual_seed(0)
+    model.features.to_empty(device="cpu")
+    for parameter in model.features.parameters():
+        fan_in = parameter[0].numel()
+        std = (2 / fan_in) ** 0.5 if parameter.ndim == 4 else 0.1
+        nn.init.normal_(parameter, std=std, generator=generator)
+    return model
+
+
+def save_backbone(net, path):
+    state_dict = {f"features.{key}": tensor for key, tensor in draw_backbone(net).features.state_dict().items()}
+    state_dict["classifier.0.weight"] = torch.ones(1)
+    (save_file if path.suffix == ".safetensors" else torch.save)(state_dict, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alex(tmp_path_factory):
+    return load_lpips("alex", save_backbone("alex", tmp_path_factory.mktemp("weights") / "alex.pth"))
+
+
+@pytest.fixture
+def package_lpips(monkeypatch):
+    """The package's own model, with the weights of [`draw_backbone`] where it would download."""
+
+    def make(net):
+        with monkeypatch.context() as patch:
+            patch.setattr(lpips.pretrained_networks.tv, MODELS[net], lambda pretrained: draw_backbone(net))
+            return lpips.LPIPS(net=net, verbose=False)
+
+    return make
+
+
+def draw_images(side=40):
+    torch.manual_seed(0)
+    return (torch.rand(2, 3, side, side + 8) * 2 - 1).requires_grad_(), torch.rand(2, 3, side, side + 8) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("net", "suffix"),
+    [("vgg", ".safetensors"), ("alex", ".safetensors"), ("squeeze", ".safetensors"), ("squeeze", ".pth")],
+)
+def test_distance_and_gradient_are_those_of_the_package(package_lpips, tmp_path, net, suffix):
+    sample, target = draw_images()
+    distance = load_lpips(net, save_backbone(net, tmp_path / f"weights{suffix}"))(sample, target)
+    expected = package_lpips(net)(sample, target).mean()
+    assert distance.shape == ()
+    assert distance > 0.01
+    torch.testing.assert_close(distance, expected)
+    gradients = [torch.autograd.grad(loss, sample)[0] for loss in (distance, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
+
+
+@pytest.mark.parametrize("bias", [-1e-3, 0.0, 1e-25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_is_finite_for_constant_and_identical_images(alex, dtype, bias):
+    silent = copy.deepcopy(alex)  # its features of grey are 0, or so small that their squares are
+    for name, parameter in silent.net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.constant_(parameter, bias)
+    grey = silent.scaling_layer.shift.expand(2, 3, 40, 48)
+    _, target = draw_images()
+    for model, image, reference in ((silent, grey, target), (silent, grey, grey), (alex, grey, target)):
+        sample = image.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(sample, reference)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        assert (loss == 0) == (image is reference)
+        assert sample.grad.isfinite().all()
+
+
+def test_model_is_frozen_and_in_evaluation_mode_whatever_its_parent_does(alex):
+    nn.ModuleList([alex]).train()
+    assert not any(module.training for module in alex.modules())
+    assert not any(parameter.requires_grad for parameter in alex.parameters())
+    sample, target = draw_images()
+    assert torch.equal(alex(sample, target), alex(sample, target))
+    reference = alex(target, sample.detach())
+    assert not reference.requires_grad
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_min_side_is_the_smallest_that_works(package_lpips, net):
+    network = package_lpips(net).net.to("meta")
+
+    def works(height, width):
+        try:
+            network(torch.empty(1, 3, height, width, device="meta"))
+        except RuntimeError:
+            return False
+        return True
+
+    side = BACKBONES[net].min_side
+    assert works(side, side)
+    assert not any(works(smaller, 64) or works(64, smaller) for smaller in range(1, side))
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_file_of_another_network_is_refused(tmp_path, suffix):
+    path = save_backbone("squeeze", tmp_path / f"weights{suffix}")
+    with pytest.raises(ValueError, match=r"must hold torchvision's AlexNet, but these .*features\.0\.weight.*another"):
+        load_lpips("alex", path)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "misshapen"])
+def test_faulty_weights_are_named(tmp_path, fault):
+    state_dict = torch.load(save_backbone("squeeze", tmp_path / "weights.pth"), weights_only=True)
+    key = "features.20.weight" if fault == "unexpected" else "features.0.weight"
+    if fault == "missing":
+        del state_dict[key]
+    else:
+        state_dict[key] = torch.ones(1)
+    torch.save(state_dict, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"another shape: {key}\. Pass"):
+        load_lpips("squeeze", tmp_path / "weights.pth")
+
+
+def test_unknown_network_is_refused():
+    with pytest.raises(ValueError, match="must be one of vgg, alex, squeeze, but is 'resnet'"):
+        load_lpips("resnet")
+
+
+def test_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "nowhere.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"`{path}` is not one"):
+            load_lpips("alex", path)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("load", [load_inception, lambda path: load_lpips("alex", path)])
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
+def test_pickle_with_code_is_refused_and_does_not_run(tmp_path, save, load):
+    save({"features.0.weight": Malicious(tmp_path / "ran")}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="a pickle with weights only, but cannot be read as one"):
+        load(tmp_path / "weights.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [torch.ones(2), {"state_dict": {"features.0.weight": torch.ones(2)}}, {0: torch.ones(1)}]
+)
+def test_pickle_of_anything_but_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="must be a state dict"):
+        load_lpips("alex", tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"no weights"])
+def test_broken_file_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as one"):
+        load_lpips("alex", tmp_path / name)
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_weights_are_downloaded_from_where_torchvision_has_them(monkeypatch, net):
+    asked = []
+
+    def no_network(url, **options):
+        asked.append((url.rpartition("/")[2].partition("-")[0], options["check_hash"], options["weights_only"]))
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    with pytest.raises(OSError, match=r"cannot be downloaded: .*no network.* pass its path"):
+        load_lpips(net)
+    assert asked == [(MODELS[net], True, True)]
+
+
+def test_downloaded_weights_are_loaded(monkeypatch, alex, tmp_path):
+    path = save_backbone("alex", tmp_path / "weights.pth")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: torch.load(path, weights_only=True))
+    sample, target = draw_images()
+    assert torch.equal(load_lpips("alex")(sample, target), alex(sample, target))
+
+
+# Inception
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """The file of a network with weights as they are drawn."""
+    path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        patch.setattr(torch, "load", lambda *_, **__: None)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], "")
+    save_file(network.state_dict(), path)
+    return network, path
+
+
+def test_inception_is_that_of_the_file(inception):
+    network, path = inception
+    loaded = load_inception(path)
+    images = torch.randint(256, (2, 3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(images), network(images)[0])
+    assert loaded(images).shape == (2, loaded.num_features)
+
+
+def test_another_network(tmp_path):
+    save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="must hold the weights of torch-fidelity's Inception network"):
+        load_inception(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="The weights of FID's Inception network must be a file"):
+        load_inception(tmp_path / "none.pth")

@@ -1,0 +1,44 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from svqvae_hf.evaluation.reconstruction_table import header, measure, side_by_side, table_row, token_count
+from svqvae_hf.tokens.token_files import ImageTokens
+
+GREY, LIGHTER = Image.new("RGB", (8, 4), (100, 100, 100)), Image.new("RGB", (8, 4), (110, 110, 110))
+
+
+def tokens(ids, scales=(1.0,)):
+    return ImageTokens(ids, 4, 8, scales, 4, None, None, 64, "0" * 64)
+
+
+def test_numbers_of_an_image():
+    (result,) = measure(GREY, tokens([torch.tensor([[5, 9]])]), [LIGHTER])
+    assert result.codes.tolist() == [5, 9]
+    assert (result.scale, result.width, result.height, result.tokens) == (1, 8, 4, 2)
+    assert result.bits_per_pixel == 2 * 6 / 32
+    assert result.psnr == pytest.approx(10 * math.log10(255**2 / 100))
+
+
+def test_a_row_of_several_images_has_sum_means_and_union():
+    ids = [torch.tensor([[5, 9]]), torch.tensor([[9, 9]])]
+    results = [measure(GREY, tokens([each]), [LIGHTER])[0] for each in ids]
+    assert table_row(9, "2 images", results, 64).split() == ["2", "images", "1", "8x4", "4", "0.3750", "28.13", "3.1%"]
+
+
+def test_rows_of_names_up_to_twenty_letters_fit_a_terminal():
+    results = measure(GREY, tokens([torch.tensor([[5, 9]])]), [GREY])
+    assert len(header(20)) == len(table_row(20, "n" * 20, results, 64)) == 80
+
+
+def test_one_token_is_singular():
+    assert [token_count(number) for number in (1, 2)] == ["1 token", "2 tokens"]
+
+
+def test_side_by_side_is_wider_than_its_images():
+    images = [GREY, GREY.resize((16, 8))]
+    results = measure(GREY, tokens([torch.tensor([[5, 9]]), torch.zeros(2, 4).long()], (1.0, 2.0)), images)
+    assert np.asarray(side_by_side(GREY, images, results)).shape[1] > 3 * 256

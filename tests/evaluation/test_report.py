@@ -1,0 +1,204 @@
+import copy
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_tiny
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from svqvae_cli import main
+from svqvae_hf.evaluation.evaluate import evaluate
+from svqvae_hf.evaluation.report import (
+    METRICS,
+    TABLES,
+    codebook_figure,
+    eval_results,
+    examples_sheet,
+    markdown,
+    rate_figure,
+    write_report,
+)
+from svqvae_hf.hub.model_cards import model_card
+
+PICTURES = ["best.png", "codebook.png", "rate_distortion.png", "worst.png"]
+FILES = sorted([*PICTURES, "model-index.yaml", "report.json", "report.md"])
+COMMAND_LINE = {"model": "org/name", "data": ["org/photos"], "config": None, "split": "test"}
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    generator = np.random.default_rng(0)
+    noise = [generator.integers(256, size=(6, 8, 3), dtype=np.uint8) for _ in range(3)]
+    images = [Image.fromarray(each).resize((40, 30)) for each in noise]
+    return evaluate(make_tiny(), [*images, {"bytes": b"", "path": "broken.png"}], scales=[1.0, 0.5])
+
+
+@pytest.fixture
+def report(evaluated):
+    report = copy.deepcopy(evaluated)
+    report.settings |= COMMAND_LINE
+    return report
+
+
+def test_files(report, tmp_path):
+    write_report(report, tmp_path / "new" / "out")
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == FILES
+    for name in PICTURES:
+        with Image.open(tmp_path / "new" / "out" / name) as image:
+            assert min(image.size) >= 300
+
+
+def test_json_holds_everything(report, tmp_path):
+    report.images[0]["results"][0]["psnr"] = report.results[0].values["psnr"] = math.inf
+    write_report(report, tmp_path)
+    document = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert document["images"][0]["results"][0]["psnr"] == document["results"][0]["psnr"] == "inf"
+    assert document["images"][1:] == report.images[1:]
+    assert document["settings"] == report.settings
+    assert document["versions"]["svqvae-hf"]
+    assert document["results"][2]["lpips"] is None
+    assert document["results"][2]["counts"] == report.results[2].counts.tolist()
+    assert document["skipped"][0]["name"] == "broken.png"
+
+
+def test_every_number_is_in_a_table(report):
+    assert sorted(key for keys in TABLES.values() for key in keys) == sorted(METRICS)
+    assert set(METRICS) == set(report.results[0].values)
+    text = markdown(report)
+    for result in report.results:
+        assert f"{result.values['psnr']:.2f}" in text
+        assert f"{result.values['ids_changed_bfloat16']:.1%}" in text
+    assert "On 3 images of `org/photos`, split `test`." in text
+    assert "- LPIPS was not computed: give --lpips-weights" in text
+    assert "- `broken.png` (place 3): the image must be an image" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert sum("tiles of 256 pixels" in row for row in rows) == 3 * 2
+    tables = [block.splitlines() for block in text.split("\n\n") if block[0] == "|"]
+    assert all(len({row.count("|") for row in table}) == 1 for table in tables)
+
+
+def test_metadata_of_the_card(report, tmp_path):
+    report.results[0].values["psnr"] = math.inf
+    results = eval_results(report)
+    assert {result.metric_args["mode"] for result in results} == {"plain"}
+    assert [result.metric_name for result in results if result.metric_type == "psnr"] == ["PSNR at scale 0.5"]
+    assert (results[0].dataset_type, results[0].dataset_split) == ("org/photos", "test")
+    card = ModelCard(model_card(make_tiny().config, repo_id="org/name", eval_results=results))
+    assert card.data.eval_results == results
+    write_report(report, tmp_path)
+    assert (tmp_path / "model-index.yaml").read_text().strip() in card.data.to_yaml()
+    report.settings["data"] = [str(tmp_path)]
+    (result, *_) = eval_results(report)
+    assert (result.dataset_type, result.dataset_name) == ("imagefolder", tmp_path.name)
+
+
+def test_a_folder_named_by_dots_has_its_name_in_the_metadata(report, tmp_path, monkeypatch):
+    (tmp_path / "model" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "photos")
+    report.settings |= {"model": "..", "data": ["."]}
+    write_report(report, tmp_path / "out")
+    (index,) = yaml.safe_load((tmp_path / "out" / "model-index.yaml").read_text())["model-index"]
+    assert index["name"] == "model"
+    assert {result["dataset"]["name"] for result in index["results"]} == {"photos"}
+
+
+def test_the_plot_leaves_out_infinite_values(report):
+    report.codecs[0]["psnr"] = math.inf
+    psnr, ssim = rate_figure(report).axes
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in (psnr, ssim)] == [5, 6]
+
+
+def test_one_point_per_scale_and_codec_quality(report):
+    for axes, key in zip(rate_figure(report).axes, ("psnr", "ssim"), strict=True):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert list(lines) == ["JPEG", "WebP", "ids, plain", "ids, entropy-coded"]
+        from_the_left = report.results[1::-1]
+        for label, rate in (("ids, plain", "bits_per_pixel"), ("ids, entropy-coded", "bits_per_pixel_entropy")):
+            assert list(lines[label].get_xdata()) == [each.values[rate] for each in from_the_left]
+            assert list(lines[label].get_ydata()) == [each.values[f"{key}_full_size"] for each in from_the_left]
+        assert len(lines["JPEG"].get_xdata()) == 6
+        assert axes.get_xlabel() == "bits per pixel of the image"
+        assert key.upper() in axes.get_ylabel()
+
+
+def test_a_line_of_codes_per_scale(report):
+    (axes,) = codebook_figure(report).axes
+    lines = [line for line in axes.get_lines() if line.get_label().startswith("scale")]
+    for line, result in zip(lines, report.results[:2], strict=True):
+        counts = line.get_ydata()
+        assert (np.diff(counts) <= 0).all()
+        assert counts.sum() == result.counts.sum()
+    assert axes.get_yscale() == "log"
+
+
+def test_a_sheet_has_a_row_per_image(report):
+    one = examples_sheet(report.worst[:1], [1.0, 0.5])
+    assert examples_sheet(report.worst, [1.0, 0.5]).height == 3 * one.height
+    assert one.width > 3 * 256
+
+
+# The command
+
+
+@pytest.fixture
+def model(tmp_path):
+    make_tiny(sample_size=32).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def photos(photo, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo.crop((100, 100, 157, 135)).save(folder / "a.png")
+    photo.crop((200, 100, 240, 124)).save(folder / "b.jpg")
+    (folder / "c.jpg").write_text("not an image")
+    return str(folder)
+
+
+def test_command(model, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--scales", "1", "0.5", "--modes", "tiled", "--max-images", "3", "--device", "cpu"]
+    assert main(["evaluate", model, photos, "--output", str(out), *options]) == 0
+    captured = capsys.readouterr()
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    document = json.loads((out / "report.json").read_text())
+    assert [each["name"] for each in document["images"]] == ["a.png", "b.jpg"]
+    assert document["settings"]["tile_size"] == 32
+    assert document["settings"]["data"] == [photos]
+    assert f"{document['results'][0]['psnr']:.2f}" in captured.out
+    assert "1 image could not be read; the report names it." in captured.out
+    assert captured.err == ""
+
+
+def fails(capsys, *argv):
+    assert main([str(each) for each in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_mistakes_are_told_in_one_line(model, photos, tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    assert "there is no file or folder `/no/model`" in fails(capsys, "evaluate", "/no/model", photos, *out)
+    assert "no file, folder or match `/no/data`" in fails(capsys, "evaluate", model, "/no/data", *out)
+    assert "must be a file, but" in fails(capsys, "evaluate", model, photos, *out, "--lpips-weights", "none.pth")
+    assert "must be a file, but" in fails(capsys, "evaluate", model, photos, *out, "--inception-weights", "none.pth")
+    assert "none of 1 is" in fails(capsys, "evaluate", model, f"{photos}/c.jpg", *out)
+    assert "`tile_size` must be" in fails(capsys, "evaluate", model, photos, *out, "--tile-size", 33)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_extra(model, photos, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("svqvae_hf.evaluation.evaluate")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("svqvae_hf.evaluation.evaluate")
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    error = fails(capsys, "evaluate", model, photos, "--output", tmp_path / "out")
+    assert "`evaluate` needs the package torchmetrics" in error
+    assert "pip install 'svqvae-hf[eval]'" in error

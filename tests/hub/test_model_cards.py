@@ -1,0 +1,86 @@
+import ast
+import re
+
+import torch
+from huggingface_hub import EvalResult, ModelCard
+
+from svqvae_hf.hub.model_cards import model_card
+
+
+def test_metadata(tiny_model):
+    data = ModelCard(
+        model_card(
+            tiny_model.config, repo_id="org/name", license="mit", base_model="org/source", datasets=["org/photos"]
+        )
+    ).data
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "image-to-image"
+    assert data.license == "mit"
+    assert data.base_model == "org/source"
+    assert data.datasets == ["org/photos"]
+    assert "svqvae" in data.tags
+
+
+def test_unknown_licence_is_said(tiny_model):
+    card = model_card(tiny_model.config, repo_id="org/name")
+    assert ModelCard(card).data.license == "unknown"
+    assert "Not stated: ask the authors" in card
+
+
+def test_facts(tiny_model):
+    card = model_card(tiny_model.config, repo_id="org/name", provenance={"source": "`file.pt`"})
+    assert "\n# name\n" in card
+    assert "| f, pixels per id along each side | 4 |" in card
+    assert "| codebook | 64 x 8, L2-normalised |" in card
+    assert "| source | `file.pt` |" in card
+    assert "half precision" not in card
+    assert card.endswith("\n")
+    assert "{" not in card
+
+
+def test_text_of_a_user_breaks_nothing(tiny_model):
+    card = model_card(
+        tiny_model.config,
+        repo_id='org/a"b\n# c',
+        license="mit\n# d",
+        provenance={"source": "`a|b\nc.pt`"},
+        variants={"fp16": torch.float16},
+    )
+    headings = [line for line in card.split("---\n", 2)[2].splitlines() if re.match("#+ ", line)]
+    assert headings == ['# a"b # c', "## Use", "## Origin", "## Licence"]
+    assert r"| source | `a\|b c.pt` |" in card
+    calls = re.findall(r"from_pretrained\((.*?)[,)]", card)
+    assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 2
+
+
+def test_half_precision_is_said(tiny_model):
+    variants = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    card = model_card(tiny_model.config, repo_id="org/name", variants=variants)
+    assert (
+        'too: `SVQVAE.from_pretrained("org/name", variant="fp16", torch_dtype=torch.float16)` or '
+        '`SVQVAE.from_pretrained("org/name", variant="bf16", torch_dtype=torch.bfloat16)`.'
+    ) in card
+
+
+def test_numbers_of_an_evaluation(tiny_model):
+    results = [
+        EvalResult("image-to-image", "org/photos", "photos", "psnr", 23.5, metric_args={"scale": scale})
+        for scale in (1.0, 0.5)
+    ]
+    data = ModelCard(model_card(tiny_model.config, repo_id="org/name", eval_results=results)).data
+    assert data.model_name == "name"
+    assert data.eval_results == results
+    assert ModelCard(model_card(tiny_model.config, repo_id="org/name")).data.eval_results is None
+
+
+def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo.crop((0, 0, 45, 34)).save("photo.jpg")
+    tiny_model.save_pretrained("org/name")
+    code = re.search(r"```python\n(.*?)```", model_card(tiny_model.config, repo_id="org/name"), re.DOTALL)[1]
+    found = {}
+    with torch.enable_grad():  # the example turns gradients off, for the whole process
+        exec(code, found)
+    assert found["ids"].shape == (1, 9, 12)
+    assert found["images"][0].size == (45, 34)
+    assert (tmp_path / "reconstruction.png").exists()

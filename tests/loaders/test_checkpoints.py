@@ -1,0 +1,426 @@
+import argparse
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import load_file, save_file
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.loaders.checkpoints import read_checkpoint
+
+UNIT, SIGNED = (0.0, 1.0), (-1.0, 1.0)
+# file: family, encoder and decoder multipliers, residual blocks, z_channels, codebook, L2 norm, network range
+GOLDEN = {
+    "svqvae_tiny.safetensors": ("svqvae", (1, 2), (1, 2), 1, 8, (256, 8), True, UNIT),
+    "llamagen_tiny.pt": ("llamagen", (1, 2), (1, 1), 1, 16, (128, 8), True, SIGNED),
+    "flexvar_tiny.pth": ("flexvar", (1, 1, 2), (1, 1, 2), 1, 8, (200, 16), True, SIGNED),
+    "lightning_tiny.ckpt": ("lightning", (1, 2), (1, 2), 1, 8, (256, 8), True, UNIT),
+    "taming_tiny.ckpt": ("taming", (1, 2), (1, 2), 1, 16, (64, 12), False, SIGNED),
+    "svqvae_small.safetensors": ("svqvae", (1, 2, 2, 4), (1, 2, 2, 4), 2, 32, (1024, 8), True, UNIT),
+}
+MULTI_SCALE = ["svqvae_tiny.safetensors", "flexvar_tiny.pth", "svqvae_small.safetensors"]
+
+
+def locate(name: str, golden_dir: Path) -> Path:
+    if (golden_dir / name).exists():
+        return golden_dir / name
+    if not SHARED.exists():
+        pytest.skip(f"{name} is not part of the project, and there is no ../shared")
+    return SHARED / "golden" / name
+
+
+def outputs(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path.with_name(f"{path.stem}.outputs.safetensors"))
+
+
+def unpickle(path: Path) -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def assert_same_ids(model: SVQVAE, latents: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """Ids may differ only where two codes are as near: the squared distances of two cosines 1e-5 apart."""
+    gaps = model.quantize._flatten(latents) - model.quantize.embedding(ids).flatten(0, -2)
+    expected_gaps = model.quantize._flatten(latents) - model.quantize.embedding(expected).flatten(0, -2)
+    ties = (gaps.square().sum(-1) - expected_gaps.square().sum(-1)).abs() < 2e-5
+    assert ids.shape == expected.shape
+    assert torch.all((ids == expected).flatten() | ties)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_family_and_config_are_read_from_the_file(name, golden_dir):
+    checkpoint = read_checkpoint(locate(name, golden_dir), SVQVAE)
+    family, encoder, decoder, num_res_blocks, z_channels, codebook, l2_norm, network_range = GOLDEN[name]
+    assert checkpoint.family.name == family
+    assert checkpoint.config == {
+        "in_channels": 3,
+        "out_channels": 3,
+        "base_channels": 32,
+        "encoder_ch_mult": encoder,
+        "decoder_ch_mult": decoder,
+        "num_res_blocks": num_res_blocks,
+        "norm_num_groups": 32,
+        "z_channels": z_channels,
+        "codebook_size": codebook[0],
+        "codebook_embed_dim": codebook[1],
+        "codebook_l2_norm": l2_norm,
+        "network_range": network_range,
+    }
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_equals_the_original_code(name, golden_dir):
+    path = locate(name, golden_dir)
+    model = SVQVAE.from_single_file(path, pixel_range=GOLDEN[name][-1])
+    expected = outputs(path)
+    latents = model.encode(expected["x"]).latents
+    torch.testing.assert_close(latents, expected["latents"], atol=1e-4, rtol=0)
+    assert_same_ids(model, latents, model.encode_tokens(expected["x"]), expected["ids"])
+    reconstruction = model.decode(expected["ids"]).sample
+    torch.testing.assert_close(reconstruction, expected["reconstruction"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("name", MULTI_SCALE)
+def test_equals_the_original_code_at_smaller_scales(name, golden_dir):
+    path = locate(name, golden_dir)
+    model = SVQVAE.from_single_file(path)
+    expected = outputs(path)
+    low, high = GOLDEN[name][-1]
+    sample = (expected["x"] - low) / (high - low)
+    sizes = [key.removeprefix("ids_") for key in expected if key.startswith("ids_")]
+    assert len(sizes) == 2
+    for size in sizes:
+        ids = expected[f"ids_{size}"]
+        scale = ids.shape[-1] / expected["ids"].shape[-1]
+        latents = torch.nn.functional.interpolate(expected["latents"], ids.shape[-2:], mode="area")
+        assert_same_ids(model, latents, model.encode_tokens(sample, scales=[scale])[0], ids)
+        reconstruction = model.decode(ids).sample * (high - low) + low
+        torch.testing.assert_close(reconstruction, expected[f"reconstruction_{size}"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"encoder_ch_mult": (1,), "decoder_ch_mult": (2,), "num_res_blocks": 3},
+        {"encoder_ch_mult": (2, 1, 3), "decoder_ch_mult": (1, 3, 2), "num_res_blocks": 2, "base_channels": 64},
+        {"in_channels": 1, "out_channels": 4, "z_channels": 5, "codebook_size": 7, "codebook_embed_dim": 3},
+    ],
+)
+def test_config_of_any_model_is_read_back(config, tmp_path):
+    config = {"base_channels": 32, "encoder_ch_mult": (1, 2), "decoder_ch_mult": (2, 1), "num_res_blocks": 1} | config
+    save_file(SVQVAE(**config).state_dict(), tmp_path / "file.safetensors")
+    checkpoint = read_checkpoint(tmp_path / "file.safetensors", SVQVAE)
+    assert checkpoint.config | config == checkpoint.config
+
+
+def test_training_keys_are_dropped(golden_dir):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")["state_dict"]
+    assert any(key.startswith("loss.") for key in content)
+    assert not any(
+        key.startswith("loss.") for key in read_checkpoint(golden_dir / "taming_tiny.ckpt", SVQVAE).state_dict
+    )
+    assert "quantize.codebook_used" not in read_checkpoint(golden_dir / "llamagen_tiny.pt", SVQVAE).state_dict
+
+
+def test_config_values_can_be_replaced(golden_dir):
+    model = SVQVAE.from_single_file(golden_dir / "flexvar_tiny.pth", network_range=(0, 1), scaling_factor=0.5)
+    assert tuple(model.config["network_range"]) == (0, 1)
+    assert model.config["scaling_factor"] == 0.5
+    assert tuple(model.config["pixel_range"]) == (0, 1)
+    assert not model.training
+
+
+def test_averaged_weights_only_when_asked_for(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "llamagen_tiny.pt")
+    content["ema"]["quant_conv.bias"] = content["model"]["quant_conv.bias"] + 1  # one tensor in the file
+    torch.save(content, tmp_path / "file.pt")
+    for use_ema, part in [(False, "model"), (True, "ema")]:
+        bias = read_checkpoint(tmp_path / "file.pt", SVQVAE, use_ema=use_ema).state_dict["quant_conv.bias"]
+        assert torch.equal(bias, content[part]["quant_conv.bias"])
+    with pytest.raises(ValueError, match="must hold averaged weights"):
+        read_checkpoint(golden_dir / "flexvar_tiny.pth", SVQVAE, use_ema=True)
+
+
+def test_bare_dict_beside_training_state_is_llamagen(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    torch.save({**content, "optimizer": {}}, tmp_path / "file.pt")
+    assert read_checkpoint(tmp_path / "file.pt", SVQVAE).family.name == "llamagen"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_type_of_the_weights_can_be_asked_for(dtype, golden_dir):
+    path = golden_dir / "taming_tiny.ckpt"
+    model = SVQVAE.from_single_file(path, torch_dtype=dtype)
+    types = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    assert types.pop("quantize.embedding.weight") == torch.float32
+    assert set(types.values()) == {dtype or torch.float32}
+    assert model.codebook_fingerprint() == SVQVAE.from_single_file(path).codebook_fingerprint()
+
+
+def test_suffix_in_capitals(golden_dir, tmp_path):
+    shutil.copy(golden_dir / "svqvae_tiny.safetensors", tmp_path / "FILE.SAFETENSORS")
+    assert read_checkpoint(tmp_path / "FILE.SAFETENSORS", SVQVAE).family.name == "svqvae"
+
+
+def test_half_precision_is_read_as_float32(golden_dir, tmp_path):
+    weights = {key: tensor.half() for key, tensor in load_file(golden_dir / "svqvae_tiny.safetensors").items()}
+    save_file(weights, tmp_path / "half.safetensors")
+    state_dict = read_checkpoint(tmp_path / "half.safetensors", SVQVAE).state_dict
+    assert all(torch.equal(tensor, weights[key].float()) for key, tensor in state_dict.items())
+
+
+# Faults of the file
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("dump", ["torch", "torch, old format", "pickle"])
+def test_code_in_a_pickle_is_refused_and_not_run(dump, tmp_path):
+    content = {"model": Payload(tmp_path / "ran")}
+    with (tmp_path / "file.pt").open("wb") as file:
+        if dump == "pickle":
+            pickle.dump(content, file, protocol=2)
+        else:
+            torch.save(content, file, _use_new_zipfile_serialization=dump == "torch")
+    with pytest.raises(
+        ValueError, match=r"must hold weights only, but is a pickle that calls for `\w+.mkdir`"
+    ) as error:
+        read_checkpoint(tmp_path / "file.pt", SVQVAE)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_only_namespaces_are_let_through(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "llamagen_tiny.pt")
+    torch.save({**content, "args": argparse.Namespace(lr=Fraction(1, 2))}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"calls for `fractions.Fraction`"):
+        read_checkpoint(tmp_path / "file.pt", SVQVAE)
+
+
+def stand_in(monkeypatch, path: str) -> type:
+    """A class that pickles as that of a package which is not here."""
+    module, _, name = path.rpartition(".")
+    for dot in [index for index, letter in enumerate(path) if letter == "."]:
+        monkeypatch.setitem(sys.modules, path[:dot], ModuleType(path[:dot]))
+    cls = type(name, (), {"__module__": module})
+    setattr(sys.modules[module], name, cls)
+    return cls
+
+
+def test_callbacks_of_lightning_are_let_through_and_not_imported(golden_dir, tmp_path, monkeypatch):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")
+    content["callbacks"] = {}
+    with monkeypatch.context() as patch:
+        for path in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping"):
+            callback = stand_in(patch, f"pytorch_lightning.callbacks.{path}")
+            content["callbacks"][callback] = {"best_model_score": torch.ones(()), "callback": callback()}
+        torch.save(content, tmp_path / "last.ckpt")
+    (tmp_path / "pytorch_lightning").mkdir()
+    (tmp_path / "pytorch_lightning" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_checkpoint(tmp_path / "last.ckpt", SVQVAE).family.name == "taming"
+    assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
+
+
+def test_other_classes_of_lightning_are_refused(golden_dir, tmp_path, monkeypatch):
+    timer = stand_in(monkeypatch, "pytorch_lightning.callbacks.timer.Timer")
+    torch.save({**unpickle(golden_dir / "taming_tiny.ckpt"), "callbacks": {timer: {}}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="calls for `pytorch_lightning.callbacks.timer.Timer`"):
+        read_checkpoint(tmp_path / "last.ckpt", SVQVAE)
+
+
+def test_code_in_a_pickle_of_another_protocol_is_refused_and_not_run(tmp_path):
+    (tmp_path / "file.pt").write_bytes(pickle.dumps({"model": Payload(tmp_path / "ran")}))
+    with pytest.raises(ValueError, match="or a pickle with code in it"):
+        read_checkpoint(tmp_path / "file.pt", SVQVAE)
+    assert not (tmp_path / "ran").exists()
+
+
+def cut(source: str):
+    def write(path: Path, golden_dir: Path) -> None:
+        content = (golden_dir / source).read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+
+    return write
+
+
+def zip_archive(path: Path, _: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "no checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("empty.safetensors", lambda path, _: path.touch(), "must be a whole safetensors file"),
+        ("text.safetensors", lambda path, _: path.write_text("a line\n" * 99), "must be a whole safetensors file"),
+        ("cut.safetensors", cut("svqvae_tiny.safetensors"), "must be a whole safetensors file"),
+        ("pickle.safetensors", lambda path, _: torch.save({}, path), "must be a whole safetensors file"),
+        ("empty.pt", lambda path, _: path.touch(), "must be a whole PyTorch checkpoint"),
+        ("text.ckpt", lambda path, _: path.write_text("a line\n" * 99), "must be a whole PyTorch checkpoint"),
+        ("cut.ckpt", cut("taming_tiny.ckpt"), "must be a whole PyTorch checkpoint"),
+        ("archive.pt", zip_archive, "must be a whole PyTorch checkpoint"),
+        ("list.pt", lambda path, _: torch.save([1], path), r"no known family.*Found no keys\."),
+        ("other.pt", lambda path, _: torch.save({"weights": {}}, path), r"no known family.*Found weights\."),
+        ("other.safetensors", lambda path, _: save_file({"a": torch.ones(1)}, path), "`encoder.conv_blocks.0.*` in a"),
+    ],
+)
+def test_no_checkpoint(name, write, message, golden_dir, tmp_path):
+    write(tmp_path / name, golden_dir)
+    with pytest.raises(ValueError, match=message) as error:
+        read_checkpoint(tmp_path / name, SVQVAE)
+    assert str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file `.*gone.pt`.*`org/repo:file`"):
+        read_checkpoint(tmp_path / "gone.pt", SVQVAE)
+    with pytest.raises(IsADirectoryError, match=r"is a folder.*from_pretrained"):
+        read_checkpoint(tmp_path, SVQVAE)
+
+
+def broken(golden_dir: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+    """The golden svqvae file with weights replaced, added or (`None`) removed."""
+    weights = load_file(golden_dir / "svqvae_tiny.safetensors") | changes
+    save_file({key: value for key, value in weights.items() if value is not None}, tmp_path / "broken.safetensors")
+    return tmp_path / "broken.safetensors"
+
+
+def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
+    path = broken(
+        golden_dir,
+        tmp_path,
+        {
+            "quant_conv.weight": None,
+            "encoder.mid.1.q.bias": None,
+            "surplus.b": torch.ones(1),
+            "discriminator.a": torch.ones(1),
+            "post_quant_conv.bias": torch.ones(5),
+            "quant_conv.bias": torch.ones(8, dtype=torch.int64),
+            "encoder.norm_out.bias": torch.full((64,), torch.nan),
+        },
+    )
+    with pytest.raises(ValueError, match="must hold exactly") as error:
+        read_checkpoint(path, SVQVAE)
+    assert (
+        "missing (2): encoder.mid.1.q.bias, quant_conv.weight; unexpected (2): discriminator.a, surplus.b; "
+        "misshapen: post_quant_conv.bias (5,) instead of (8,); "
+        "not float32, float16 or bfloat16: quant_conv.bias torch.int64; not finite: encoder.norm_out.bias."
+    ) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantize.embedding.weight": None, "decoder.conv_out.weight": None},
+            r"missing \(2\): decoder.conv_out.weight, quantize.embedding.weight",
+        ),
+        ({"quantize.embedding.weight": torch.ones(256)}, r"misshapen: quantize.embedding.weight \(256,\)"),
+        ({"encoder.conv_in.weight": torch.ones(0, 3, 3, 3)}, r"misshapen: encoder.conv_in.weight \(0, 3, 3, 3\)"),
+        (
+            {"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)},
+            r"not of 33 channels, as encoder.conv_in.weight, or a multiple \(\d+\): dec",
+        ),
+        (
+            {"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)},
+            "base_channels 16 from encoder.conv_in.weight.*divide 16",
+        ),
+        (
+            {"quantize.embedding.weight": torch.ones(256, 4)},
+            r"misshapen \(3\): post_quant_conv.weight \(8, 8, 1, 1\) instead",
+        ),
+    ],
+)
+def test_faults_in_what_gives_the_config(changes, message, golden_dir, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(broken(golden_dir, tmp_path, changes), SVQVAE)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_type_of_the_weights(name, golden_dir):
+    model = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", **{name: torch.bfloat16})
+    assert model.dtype == torch.bfloat16
+    assert model.quantize.embedding.weight.dtype == torch.float32
+
+
+def test_replaced_config_values_must_fit_the_weights(golden_dir):
+    with pytest.raises(ValueError, match=r"embedding.weight \(256, 8\) instead of \(512, 8\).*config values"):
+        SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", codebook_size=512)
+    with pytest.raises(TypeError, match="colour"):
+        SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", colour="red")
+
+
+def test_weights_must_be_tensors(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    content["model"]["quant_conv.bias"] = [1.0, 2.0]
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"not tensors: quant_conv.bias"):
+        read_checkpoint(tmp_path / "file.pth", SVQVAE)
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (torch.Tensor.to_sparse, "not dense: quant_conv.bias"),
+        (lambda bias: bias.to("meta"), "not dense: quant_conv.bias"),
+        (lambda _: torch.ones(1).expand(16), "not dense: quant_conv.bias"),
+        (lambda _: torch.ones(1).expand(1 << 60), "not dense: quant_conv.bias"),
+        (torch.Tensor.double, "not float32, float16 or bfloat16: quant_conv.bias torch.float64"),
+        (
+            lambda bias: bias.to(torch.float8_e4m3fn),
+            "not float32, float16 or bfloat16: quant_conv.bias torch.float8_e4m3fn",
+        ),
+    ],
+    ids=["sparse", "without data", "expanded", "expanded without end", "float64", "float8"],
+)
+def test_odd_tensors_are_refused(make, fault, golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    content["model"]["quant_conv.bias"] = make(content["model"]["quant_conv.bias"])
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=f"but there are {fault}"):
+        read_checkpoint(tmp_path / "file.pth", SVQVAE)
+
+
+def test_an_expanded_codebook_does_not_set_the_config(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "flexvar_tiny.pth")
+    content["model"]["quantize.embedding.weight"] = torch.ones(1).expand(1 << 58, 16)
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="not dense: quantize.embedding.weight"):
+        read_checkpoint(tmp_path / "file.pth", SVQVAE)
+
+
+@pytest.mark.parametrize("level", ["encoder.down.0.attn.", "decoder.up.0.attn."])
+def test_attention_at_other_levels_is_refused(level, golden_dir, tmp_path):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")
+    content["state_dict"][f"{level}0.q.weight"] = torch.ones(32, 32, 1, 1)
+    torch.save(content, tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match=rf"attention at the lowest resolution only.*{level}\*\. It cannot"):
+        read_checkpoint(tmp_path / "file.ckpt", SVQVAE)
+
+
+def test_faults_are_named_as_in_the_file(golden_dir, tmp_path):
+    content = unpickle(golden_dir / "taming_tiny.ckpt")
+    del content["state_dict"]["decoder.up.1.block.0.conv2.bias"]
+    torch.save(content, tmp_path / "file.ckpt")
+    with pytest.raises(ValueError, match=r"missing: decoder.up.1.block.0.conv2.bias\."):
+        read_checkpoint(tmp_path / "file.ckpt", SVQVAE)

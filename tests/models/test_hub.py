@@ -1,0 +1,161 @@
+import json
+
+import pytest
+from hub_server import run_python, serve_hub
+
+# Everything that speaks to the Hub runs in one process, which prints what the tests look at.
+CLIENT = """
+import json, os, sys
+from pathlib import Path
+import torch
+from huggingface_hub import HfApi
+from svqvae_hf import SVQVAE
+from svqvae_hf.conversion.convert import convert
+
+golden, work = Path(sys.argv[1]), Path(sys.argv[2])
+seen = {"errors": {}}
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+def error(name, call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        seen["errors"][name] = [type(error).__name__, str(error)]
+
+file = golden / "svqvae_tiny.safetensors"
+model = SVQVAE.from_single_file(file)
+seen["converted"] = str(convert(file, work / "out", variant="fp16", push_to_hub="org/converted", private=True))
+seen["from_pretrained"] = same(model, SVQVAE.from_pretrained("org/converted"))
+seen["variant"] = same(
+    SVQVAE.from_pretrained("org/converted", variant="fp16", torch_dtype=torch.float16),
+    SVQVAE.from_pretrained(work / "out", variant="fp16", torch_dtype=torch.float16),
+)
+seen["pushed"] = model.push_to_hub("org/pushed")
+seen["from_push"] = same(model, SVQVAE.from_pretrained("org/pushed"))
+
+HfApi().create_repo("org/raw")
+HfApi().upload_folder(repo_id="org/raw", folder_path=golden, allow_patterns=["*tiny.*"], path_in_repo="files")
+seen["from_single_file"] = same(model, SVQVAE.from_single_file("org/raw:files/svqvae_tiny.safetensors"))
+llamagen = SVQVAE.from_single_file("org/raw:files/llamagen_tiny.pt")
+seen["from_pickle"] = same(llamagen, SVQVAE.from_single_file(golden / "llamagen_tiny.pt"))
+
+source = "org/raw:files/taming_tiny.ckpt"
+seen["requested"] = convert(source, work / "pr", push_to_hub="org/converted", create_pr=True).url
+taming = SVQVAE.from_single_file(source)
+seen["from_request"] = same(taming, SVQVAE.from_pretrained("org/converted", revision="refs/pr/1"))
+seen["main_unchanged"] = same(model, SVQVAE.from_pretrained("org/converted"))
+seen["model_request"] = taming.push_to_hub("org/converted", create_pr=True, license="mit")
+
+error("no repository", SVQVAE.from_single_file, "org/gone:file.pt")
+error("no file", SVQVAE.from_single_file, "org/raw:gone.pt")
+error("gated", SVQVAE.from_single_file, "org/gated:file.pt")
+del os.environ["HF_TOKEN"]
+error("no login", convert, file, work / "no_login", push_to_hub="org/new")
+seen["written without a login"] = (work / "no_login").exists()
+print(json.dumps(seen))
+"""
+
+OFFLINE = """
+import sys
+from svqvae_hf import SVQVAE
+
+SVQVAE.from_single_file("org/raw:files/svqvae_tiny.safetensors")
+SVQVAE.from_pretrained("org/pushed")
+try:
+    SVQVAE.from_single_file("org/raw:files/taming_tiny.pt")
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    with serve_hub(folder) as env:
+        gated = folder / "hub" / "org" / "gated"
+        (gated / "main").mkdir(parents=True)
+        (gated / "settings.json").write_text('{"gated": true}')
+        yield folder, env
+
+
+@pytest.fixture(scope="module")
+def seen(hub, request):
+    folder, env = hub
+    golden = request.config.rootpath / "tests" / "golden"
+    return json.loads(run_python(CLIENT, env, golden, folder))
+
+
+def test_conversion_pushed_and_loaded_is_bit_equal(hub, seen):
+    assert seen["from_pretrained"]
+    assert seen["variant"]
+    assert sorted(file.name for file in (hub[0] / "hub" / "org" / "converted" / "main").iterdir()) == [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert f"pushed   {hub[1]['HF_ENDPOINT']}/org/converted/commit/" in seen["converted"]
+    settings = json.loads((hub[0] / "hub" / "org" / "converted" / "settings.json").read_text())
+    assert settings["visibility"] == "private"
+    card = (hub[0] / "hub" / "org" / "converted" / "main" / "README.md").read_text()
+    assert 'from_pretrained("org/converted")' in card
+
+
+def test_model_pushed_and_loaded_is_bit_equal(hub, seen):
+    assert seen["from_push"]
+    assert "/org/pushed/commit/" in seen["pushed"]
+    card = (hub[0] / "hub" / "org" / "pushed" / "main" / "README.md").read_text()
+    assert 'from_pretrained("org/pushed")' in card
+    assert "library_name: diffusers" in card
+
+
+def test_checkpoint_file_on_the_hub(seen):
+    assert seen["from_single_file"]
+    assert seen["from_pickle"]
+
+
+def test_pull_request_leaves_main_alone(hub, seen):
+    assert seen["requested"].endswith("/org/converted/discussions/1")
+    assert seen["from_request"]
+    assert seen["main_unchanged"]
+    assert seen["model_request"].endswith("/org/converted/discussions/2")
+    requests = hub[0] / "hub" / "org" / "converted" / "refs" / "pr"
+    assert "base_model: org/raw" in (requests / "1" / "README.md").read_text()
+    assert "license: mit" in (requests / "2" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            "no repository",
+            "`org/gone:file.pt` cannot be had from the Hub: the repository does not exist",
+        ),
+        ("no file", "`org/raw:gone.pt` cannot be had from the Hub: the repository has no such file."),
+        ("gated", "`org/gated:file.pt` cannot be had from the Hub: access is restricted. Accept the terms"),
+        (
+            "no login",
+            "org/new cannot be made on the Hub: the Hub does not know you. Log in with `hf auth login`.",
+        ),
+    ],
+)
+def test_faults_are_one_line(fault, message, seen):
+    kind, text = seen["errors"][fault]
+    assert kind == "OSError"
+    assert message in text
+    assert "\n" not in text
+
+
+def test_missing_login_is_found_before_anything_is_written(seen):
+    assert not seen["written without a login"]
+
+
+def test_offline_serves_what_was_downloaded(hub, seen):
+    message = run_python(OFFLINE, {**hub[1], "HF_HUB_OFFLINE": "1"})
+    assert message == (
+        "`org/raw:files/taming_tiny.pt` cannot be had from the Hub: the Hub cannot be reached, and the cache has no "
+        "copy. Check the network and HF_HUB_*.\n"
+    )

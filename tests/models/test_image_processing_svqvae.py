@@ -1,0 +1,453 @@
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import EpsImagePlugin, Image
+
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
+from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
+
+WHITE = (255, 255, 255)
+RED = (200, 10, 20)
+
+
+@pytest.fixture
+def pixels():
+    """Every 8-bit value, in three channels of 32 x 24."""
+    return np.random.default_rng(0).permutation(np.arange(32 * 24 * 3) % 256).astype(np.uint8).reshape(32, 24, 3)
+
+
+def save(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def read(path):
+    return np.asarray(load_image(path))
+
+
+@pytest.mark.parametrize("pixel_range", [(0, 1), (-1, 1), (0, 255), (-0.5, 0.5), (0.2, 0.3), (-3, 100.5)])
+def test_8_bit_images_come_back_as_they_went_in(pixels, pixel_range):
+    processor = SVQVAEImageProcessor(pixel_range=pixel_range)
+    batch = processor(Image.fromarray(pixels))
+    assert batch["pixel_values"].shape == (1, 3, 32, 24)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].min().item() == pytest.approx(pixel_range[0], rel=1e-6)
+    assert batch["pixel_values"].max().item() == pytest.approx(pixel_range[1], rel=1e-6)
+    (image,) = processor.postprocess(batch["pixel_values"], batch["image_sizes"])
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_all_kinds_of_input_agree(pixels, tmp_path):
+    path = save(Image.fromarray(pixels), tmp_path / "a.png")
+    chw = torch.from_numpy(pixels).permute(2, 0, 1)
+    kinds = [
+        Image.fromarray(pixels),
+        pixels,
+        pixels[None],
+        pixels[::-1][::-1],
+        pixels / 255,
+        (pixels / 255).astype(np.float32),
+        (pixels / 255).astype(">f4"),
+        chw,
+        chw[None],
+        chw / 255,
+        chw.double() / 255,
+        path,
+        str(path),
+    ]
+    batch = SVQVAEImageProcessor()(kinds)
+    assert batch["pixel_values"].shape == (len(kinds), 3, 32, 24)
+    for values in batch["pixel_values"]:
+        torch.testing.assert_close(values, chw / 255, rtol=0, atol=1e-7)
+
+
+def test_grey_arrays_become_rgb(pixels):
+    grey = pixels[..., 0]
+    batch = SVQVAEImageProcessor()([grey, grey[..., None], torch.from_numpy(grey), torch.from_numpy(grey)[None]])
+    expected = torch.from_numpy(grey / 255).float().expand(4, 3, -1, -1)
+    assert torch.equal(batch["pixel_values"], expected)
+
+
+def test_the_dtype_decides_what_a_value_means():
+    dark = np.ones((4, 4, 3), np.uint8)
+    values = SVQVAEImageProcessor()([dark, dark.astype(np.float32)])["pixel_values"]
+    assert values[0].unique().tolist() == pytest.approx([1 / 255])
+    assert values[1].unique().tolist() == [1]
+
+
+def test_half_precision_floats():
+    values = SVQVAEImageProcessor()(torch.full((3, 2, 2), 0.5, dtype=torch.bfloat16))["pixel_values"]
+    assert values.dtype == torch.float32
+    assert values.unique().tolist() == [0.5]
+
+
+def test_mixed_sizes_are_padded_by_their_edge_and_cropped_back():
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((5, 9), (8, 2), (1, 1))]
+    processor = SVQVAEImageProcessor(pixel_range=(-1, 1))
+    batch = processor(images)
+    assert batch["image_sizes"] == [(5, 9), (8, 2), (1, 1)]
+    values = batch["pixel_values"]
+    assert values.shape == (3, 3, 8, 9)
+    assert torch.equal(values[0, :, 5:], values[0, :, 4:5].expand(-1, 3, -1))
+    assert torch.equal(values[1, :, :, 2:], values[1, :, :, 1:2].expand(-1, -1, 7))
+    assert torch.equal(values[2], values[2, :, :1, :1].expand(-1, 8, 9))
+    for image, back in zip(images, processor.postprocess(values, batch["image_sizes"]), strict=True):
+        assert image.size == back.size
+        assert image.tobytes() == back.tobytes()
+
+
+def test_sizes_are_scaled_as_the_model_scales_images(tiny_model):
+    processor = SVQVAEImageProcessor()
+    batch = processor([np.zeros((*size, 3), np.uint8) for size in ((5, 9), (8, 2), (1, 1))])
+    scales = [0.4, 1.0, 1.5]
+    with torch.no_grad():
+        samples = tiny_model(batch["pixel_values"], scales=scales).sample
+    for sample, scale in zip(samples, scales, strict=True):
+        images = processor.postprocess(sample, batch["image_sizes"], scale=scale)
+        expected = [(max(1, round(scale * w)), max(1, round(scale * h))) for h, w in batch["image_sizes"]]
+        assert [image.size for image in images] == expected
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_sizes_of_any_kind(kind):
+    assert SVQVAEImageProcessor().postprocess(torch.zeros(2, 3, 4, 4), kind([(3, 2), (4, 1)]))[0].size == (2, 3)
+
+
+def test_samples_may_be_arrays(pixels):
+    batch = SVQVAEImageProcessor()(pixels, return_tensors="np")
+    (image,) = SVQVAEImageProcessor().postprocess(batch["pixel_values"])
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_output_types():
+    sample = torch.tensor([-2.0, 0.0, 3.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
+    processor = SVQVAEImageProcessor(pixel_range=(-1, 1))
+    tensors, arrays, images = (processor.postprocess(sample, output_type=kind) for kind in ("pt", "np", "pil"))
+    assert [len(each) for each in (tensors, arrays, images)] == [2, 2, 2]
+    assert tensors[0].shape == (3, 4, 5)
+    assert tensors[0][:, 0, 0].tolist() == [0, 0.5, 1]
+    assert arrays[0].shape == (4, 5, 3)
+    assert arrays[0].dtype == np.float32
+    assert images[0].size == (5, 4)
+    assert images[0].getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_postprocess_takes_half_precision_with_a_gradient():
+    sample = torch.full((1, 3, 2, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
+    assert SVQVAEImageProcessor().postprocess(sample)[0].getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_numpy_on_request(pixels):
+    batch = SVQVAEImageProcessor()(pixels, return_tensors="np")
+    assert isinstance(batch["pixel_values"], np.ndarray)
+    assert batch["image_sizes"] == [(32, 24)]
+
+
+def test_saves_and_loads_as_a_component(tmp_path):
+    SVQVAEImageProcessor(pixel_range=(-1, 1)).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["preprocessor_config.json"]
+    assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
+    assert SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_range=(0, 1)).pixel_range == (0, 1)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa"])
+def test_alpha_goes_on_white(mode, tmp_path):
+    image = Image.new("RGBA", (3, 1))
+    image.putdata([(90, 90, 90, 255), (90, 90, 90, 0), (0, 0, 0, 128)])
+    if mode == "PA":
+        image = Image.merge("PA", (image.convert("L"), image.getchannel("A")))
+        image.putpalette([grey for grey in range(256) for _ in range(3)])
+    else:
+        image = image.convert(mode)
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [90, 255, 127]
+
+
+def test_transparent_palette_colours_go_on_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    expected = [[RED, WHITE]]
+    for name, options in {"index.gif": {"transparency": 1}, "bytes.png": {"transparency": b"\xff\x00"}}.items():
+        assert read(save(image, tmp_path / name, **options)).tolist() == np.array(expected).tolist()
+
+
+@pytest.mark.parametrize(("mode", "colour", "clear"), [("RGB", RED, (1, 2, 3)), ("L", 90, 7), ("I;16", 90 * 257, 8)])
+def test_a_transparent_colour_goes_on_white(tmp_path, mode, colour, clear):
+    image = Image.new(mode, (2, 1), colour)
+    image.putpixel((1, 0), clear)
+    path = tmp_path / "a.png"
+    save(image, path) if mode == "I;16" else save(image, path, transparency=clear)
+    if mode == "I;16":  # Pillow cannot write this chunk
+        data = path.read_bytes()
+        chunk = b"tRNS" + struct.pack(">H", clear)
+        where = data.index(b"IDAT") - 4
+        path.write_bytes(
+            data[:where] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[where:]
+        )
+    expected = [RED if mode == "RGB" else (90, 90, 90), WHITE]
+    assert [tuple(pixel) for pixel in read(path)[0].tolist()] == expected
+
+
+@pytest.mark.parametrize(("mode", "name"), [("1", "a.png"), ("L", "a.png"), ("P", "a.gif"), ("CMYK", "a.tif")])
+def test_other_8_bit_modes(tmp_path, mode, name):
+    image = Image.new("RGB", (4, 2), "white")
+    image.paste((0, 0, 0), (0, 0, 2, 2))
+    assert read(save(image.convert(mode), tmp_path / name))[0, :, 0].tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I;16", "a.png"), ("I;16", "a.tif"), ("I;16B", "a.tif"), ("I", "a.tif")])
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, mode, name):
+    values = np.array([[0, 128, 257, 32768, 65535]])
+    image = Image.fromarray(values.astype({"I;16": "<u2", "I;16B": ">u2", "I": np.int32}[mode]))
+    assert image.mode == mode
+    assert read(save(image, tmp_path / name))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_float_grey_is_scaled(tmp_path):
+    image = Image.fromarray(np.array([[0, 0.25, 1]], np.float32))
+    assert read(save(image, tmp_path / "a.tif"))[0, :, 2].tolist() == [0, 64, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 255]], np.float32), r"mode 'F' must have values in \[0, 1\], but has \[0.0, 255.0\]"),
+        (np.array([[0, np.nan]], np.float32), r"mode 'F' must have values in \[0, 1\]"),
+        (np.array([[0, 65536]], np.int32), r"mode 'I' must have values in \[0, 65535\], but has \[0, 65536\]"),
+    ],
+)
+def test_values_outside_the_range_of_a_mode(tmp_path, values, message):
+    with pytest.raises(ValueError, match=f"a.tif`: .*{message}"):
+        load_image(save(Image.fromarray(values), tmp_path / "a.tif"))
+
+
+def test_exif_orientation_is_applied_once(pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    path = save(Image.fromarray(pixels), tmp_path / "a.png", exif=exif)
+    upright = np.rot90(pixels, -1)
+    assert np.array_equal(read(path), upright)
+    values = SVQVAEImageProcessor()([path, Image.open(path)])["pixel_values"]
+    assert torch.equal(values[0], values[1])
+    assert values.shape == (2, 3, 24, 32)
+
+
+def test_bytes_in_memory_are_read_as_their_file_is(pixels, tmp_path):
+    path = save(Image.fromarray(pixels), tmp_path / "a.png")
+    assert load_image(io.BytesIO(path.read_bytes())).tobytes() == load_image(path).tobytes()
+    with path.open("rb") as file:
+        assert np.array_equal(load_image(file), pixels)
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    first, second = (Image.new("RGB", (2, 2), colour) for colour in ("white", "black"))
+    assert read(save(first, tmp_path / "a.gif", save_all=True, append_images=[second])).min() == 255
+
+
+# Errors
+
+# A whole bitmap, 4 x 1, of one run and the end. Pillow decodes these in Python, and has no limit for them.
+RUN_LENGTHS = struct.pack("<2s3I", b"BM", 62, 0, 58) + struct.pack("<3I2H6I4x", 40, 4, 1, 1, 8, 1, 4, 0, 0, 1, 0)
+RUN_LENGTHS += b"\4\0\0\1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must be an image, but its 0 bytes are of none of the formats BMP, GIF"),
+        (b"Dear diary, ...", "must be an image, but its 15 bytes are of none of the formats BMP, GIF"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be read as an image|must be an image"),
+        (RUN_LENGTHS, r"must be an image, but its 62 bytes are of none of the formats .* \(BMP without run lengths\)"),
+    ],
+)
+def test_files_that_are_no_images_are_named(tmp_path, content, message):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.png` ({message})"):
+        SVQVAEImageProcessor()(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp", "a.gif"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_files_cut_short_are_named(pixels, tmp_path, name, share):
+    path = save(Image.fromarray(pixels), tmp_path / name)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ValueError, match=f"{name}` (cannot be read as an image, it may be broken|must be an image)"):
+        load_image(path)
+
+
+def test_broken_bytes_are_refused(pixels, tmp_path):
+    encoded = save(Image.fromarray(pixels), tmp_path / "a.png").read_bytes()
+    with pytest.raises(ValueError, match="^the image cannot be read as an image, it may be broken or cut short"):
+        load_image(io.BytesIO(encoded[:-40]))
+    with pytest.raises(ValueError, match="^the image must be an image, but its 5 bytes are of none of the formats"):
+        load_image(io.BytesIO(b"hello"))
+
+
+def test_broken_content_is_named(pixels, tmp_path):
+    path = save(Image.fromarray(pixels), tmp_path / "a.png")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="a.png` cannot be read as an image"):
+        load_image(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a.png"):
+        SVQVAEImageProcessor()(tmp_path / "a.png")
+
+
+def test_more_pixels_than_the_limit(pixels, tmp_path, monkeypatch):
+    path = save(Image.fromarray(pixels), tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 383)
+    with pytest.raises(ValueError, match=r"a.png` must keep to Pillow's limit .* of 766 pixels.* `PIL.Image.MAX"):
+        load_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 384)  # Pillow allows twice as many, with a warning
+    assert load_image(path).size == (24, 32)
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path):
+    header = struct.pack(">IIBBBBB", 2**17, 2**17, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 2**20) + b"IDAT")
+    with pytest.raises(ValueError, match="a.png` must keep to Pillow's limit"):
+        load_image(tmp_path / "a.png")
+
+
+def test_no_other_program_is_started(tmp_path, monkeypatch):
+    """Pillow gives EPS files to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/STARTED'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path = tmp_path / "a.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    with pytest.raises(ValueError, match=r"a.png` must be an image, .* none of the formats"):
+        load_image(path)
+    assert not (tmp_path / "STARTED").exists()
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".bmp", ".gif", ".jpg", ".mpo", ".png", ".ppm", ".tiff", ".webp"])
+def test_formats(pixels, tmp_path, suffix):
+    path = save(Image.fromarray(pixels), tmp_path / f"a{suffix}")
+    assert load_image(path).size == (24, 32)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (7, TypeError, "must be a PIL image, a NumPy array, a torch tensor or the path of a file, but is of type int"),
+        ([], ValueError, "must hold at least one image"),
+        (np.zeros((3, 8, 8), np.uint8), ValueError, r"ndarray image must have shape .* but has \(3, 8, 8\)"),
+        (np.zeros((8, 8, 4), np.uint8), ValueError, r"3 channels \(RGB\) or 1 \(grey\), but has \(8, 8, 4\)"),
+        (np.zeros((0, 8, 3), np.uint8), ValueError, r"but has \(0, 8, 3\)"),
+        (np.zeros((1, 1, 8, 8, 3), np.uint8), ValueError, r"but has \(1, 1, 8, 8, 3\)"),
+        (np.zeros(3, np.uint8), ValueError, r"but has \(3,\)"),
+        (torch.zeros(8, 8, 3), ValueError, r"Tensor image must have shape .* but has \(8, 8, 3\)"),
+        (np.zeros((8, 8, 3), np.int64), TypeError, "must be uint8 .* or floating point .* but is torch.int64"),
+        (np.zeros((8, 8, 3), bool), TypeError, "but is torch.bool"),
+        (np.full((8, 8, 3), 255.0), ValueError, r"must have values in \[0, 1\], but has \[255, 255\]"),
+        (torch.full((3, 8, 8), -1.0), ValueError, r"but has \[-1, -1\]. Scale or clip it, or pass uint8"),
+        (torch.full((3, 8, 8), float("nan")), ValueError, r"but has \[nan, nan\]"),
+    ],
+)
+def test_images_that_are_refused(image, error, message):
+    with pytest.raises(error, match=message):
+        SVQVAEImageProcessor()(image)
+
+
+@pytest.mark.parametrize(
+    "pixel_range",
+    [(1, 0), (0, 0), (0,), (0, float("inf")), (float("nan"), 1), None, 5, ("0", "1"), (0, None), [[0], [1, 2]]],
+)
+def test_pixel_ranges_that_are_refused(pixel_range):
+    with pytest.raises(ValueError, match="`pixel_range` must be two finite numbers"):
+        SVQVAEImageProcessor(pixel_range=pixel_range)
+
+
+def test_keywords_that_nothing_reads_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="takes `pixel_range` alone, but got pixel_rnage"):
+        SVQVAEImageProcessor(pixel_rnage=(-1, 1))
+    config = {"image_processor_type": "SVQVAEImageProcessor", "processor_class": "P", "feature_extractor_type": "F"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"auto_map": {}, "pixel_range": [-1, 1]}))
+    assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
+    with pytest.raises(TypeError, match="takes `pixel_range` alone, but got pixel_rnage"):
+        SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_rnage=(0, 1))
+    assert SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_range=(0, 1), subfolder="").pixel_range == (0, 1)
+    _, unused = SVQVAEImageProcessor.from_pretrained(tmp_path, other=1, return_unused_kwargs=True)
+    assert unused == {"other": 1}
+
+
+def test_keys_of_a_file_that_nothing_reads_are_left(tmp_path):
+    processor = SVQVAEImageProcessor((-1, 1))
+    processor.size = {"height": 8}
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "9", "do_convert_rgb": True}))
+    loaded = SVQVAEImageProcessor.from_pretrained(tmp_path)
+    assert loaded.pixel_range == (-1, 1)
+    assert not hasattr(loaded, "size")
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "a", None, 1j])
+def test_scales_of_sizes_that_are_refused(scale):
+    with pytest.raises(ValueError, match="`scale` must be a finite number more than 0"):
+        SVQVAEImageProcessor().postprocess(torch.zeros(1, 3, 8, 8), [(8, 8)], scale=scale)
+
+
+@pytest.mark.parametrize(
+    "size", [(9, 8), (8, 9), (0, 8), (8, -1), (4.0, 4), (8,), (8, 8, 8), 8, None, "88", ("8", "8")]
+)
+def test_sizes_that_are_refused(size):
+    with pytest.raises(ValueError, match=r"whole numbers .* from 1 to those of the sample, 8 x 8, but has .* `scale`"):
+        SVQVAEImageProcessor().postprocess(torch.zeros(2, 3, 8, 8), [(8, 8), size])
+
+
+@pytest.mark.parametrize("sample", [SVQVAEOutput(torch.zeros(1, 3, 8, 8)), [torch.zeros(1, 3, 8, 8)], None])
+def test_what_is_no_sample_is_refused(sample):
+    with pytest.raises(TypeError, match=r"`sample` must be a tensor or array, but is of type \w+. Pass .* `.sample`"):
+        SVQVAEImageProcessor().postprocess(sample)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"sample": torch.zeros(3, 8, 8)},
+            r"`sample` must have shape \(batch, 3, height, width\), but has \(3, 8, 8\)",
+        ),
+        ({"sample": torch.zeros(1, 4, 8, 8)}, r"but has \(1, 4, 8, 8\)"),
+        ({"sample": torch.zeros(2, 3, 8, 8), "image_sizes": [(8, 8)]}, "one .* per sample, but holds 1 for 2"),
+        ({"sample": torch.zeros(2, 3, 8, 8), "output_type": "jpg"}, "must be 'pil', 'np' or 'pt', but is 'jpg'"),
+    ],
+)
+def test_samples_that_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SVQVAEImageProcessor().postprocess(**arguments)
+
+
+def test_processor_is_a_pipeline_component(tmp_path):
+    class Holder(DiffusionPipeline):
+        def __init__(self, processor):
+            super().__init__()
+            self.register_modules(processor=processor)
+
+    Holder(SVQVAEImageProcessor(pixel_range=(-1.0, 1.0))).save_pretrained(tmp_path)
+    loaded = Holder.from_pretrained(tmp_path).processor
+    assert isinstance(loaded, SVQVAEImageProcessor)
+    assert tuple(loaded.pixel_range) == (-1.0, 1.0)

@@ -1,0 +1,297 @@
+"""What holds for every size, scale, tile, type and config, on inputs that hypothesis chooses."""
+
+import dataclasses
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.data.token_sets import SETTINGS_FILE, TokenSettings, read_settings
+from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.tiling import Core, map_tiles, tile_axis, trim
+from svqvae_hf.tokens.token_files import (
+    METADATA_KEY,
+    ImageTokens,
+    grid_shape,
+    load_tokens,
+    save_tokens,
+    token_file_header,
+)
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+FINGERPRINT = "0123456789abcdef" * 4
+JUNK = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
+)
+
+scales = st.lists(st.sampled_from([0.01, 0.3, 0.5, 1.0, 1.7, 2.0]), min_size=1, max_size=2)
+sides = st.integers(1, 40)
+tiles = st.none() | st.sampled_from([(8, 0), (16, 4), (20, 8), (32, 12)])  # f = 4
+
+
+def examples(count: int):
+    """The same inputs in every run."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+
+@cache
+def model_of(dtype: torch.dtype) -> SVQVAE:
+    return make_tiny().to(dtype)
+
+
+def set_tiles(model: SVQVAE, tile: tuple[int, int] | None) -> None:
+    if tile is None:
+        model.disable_tiling()
+    else:
+        model.enable_tiling(*tile)
+
+
+@examples(30)
+@given(st.integers(1, 2), sides, sides, scales, tiles, st.sampled_from(list(DTYPES)), st.integers(0, 9))
+def test_ids_decode_to_the_reconstruction(batch, height, width, scales, tile, dtype, seed):
+    model = model_of(dtype)
+    set_tiles(model, tile)
+    sample = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with torch.no_grad():
+        grids = model.encode_tokens(sample, scales)
+        reconstructions = model(sample, scales=scales).sample
+        decoded = [model.decode(ids).sample for ids in grids]
+    for scale, ids, reconstruction, image in zip(scales, grids, reconstructions, decoded, strict=True):
+        assert tuple(ids.shape) == (batch, *grid_shape(height, width, model.f, scale))
+        assert ids.dtype == torch.int64
+        assert 0 <= ids.min() <= ids.max() < model.config["codebook_size"]
+        assert tuple(image.shape) == (batch, 3, ids.shape[1] * model.f, ids.shape[2] * model.f)
+        assert reconstruction.shape == (batch, 3, *(max(1, round(scale * side)) for side in (height, width)))
+        assert reconstruction.dtype == dtype
+        assert 0 <= reconstruction.min() <= reconstruction.max() <= 1
+        fitted = model.fit(image, (height, width), scale)
+        torch.testing.assert_close(fitted, reconstruction, rtol=0, atol=DTYPES[dtype])
+
+
+@examples(25)
+@given(sides, sides, tiles, st.integers(0, 9))
+def test_images_of_a_batch_do_not_see_each_other(height, width, tile, seed):
+    model = model_of(torch.float32)
+    set_tiles(model, tile)
+    pair = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        together = model.encode(pair).latents
+        apart = torch.cat([model.encode(image[None]).latents for image in pair])
+    torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
+
+
+@examples(60)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 20), st.data())
+def test_tiles_are_the_whole_where_the_halo_covers_what_is_seen(height, width, tile, data):
+    overlap = data.draw(st.integers(0, (tile - 1) // 2))
+    source = torch.arange(height * width, dtype=torch.float32).view(1, 1, height, width)
+    reach = 2 * overlap + 1
+
+    def widest(window: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.max_pool2d(window, reach, stride=1, padding=overlap)
+
+    def widest_of_core(window: torch.Tensor, core: Core) -> torch.Tensor:
+        return trim(widest(window), core, margin=0)[0]
+
+    assert torch.equal(map_tiles(widest_of_core, source, tile, overlap), widest(source))
+    axis = tile_axis(height, tile, overlap)
+    assert [each.core_start for each in axis] == [0, *(each.core_stop for each in axis[:-1])]
+    assert axis[-1].core_stop == height
+
+
+@examples(15)
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([(8, 0), (16, 4), (32, 12)]), st.floats(0, 1))
+def test_tiles_are_the_whole_on_constant_images(height, width, tile, value):
+    """Without padding at the image's own borders a constant image has one code, whatever the tiles."""
+    model = borderless()
+    sample = torch.full((1, 3, height, width), value)
+    with torch.no_grad():
+        model.disable_tiling()
+        whole = model.encode_tokens(sample), model(sample).sample
+        model.enable_tiling(*tile)
+        tiled = model.encode_tokens(sample), model(sample).sample
+    assert torch.equal(tiled[0], whole[0])
+    torch.testing.assert_close(tiled[1], whole[1], rtol=0, atol=1e-4)
+
+
+@cache
+def borderless() -> SVQVAE:
+    """A model whose convolutions see their own pixel alone, so that padding has no say."""
+    model = make_tiny()
+    with torch.no_grad():
+        for convolution in [each for each in model.modules() if isinstance(each, torch.nn.Conv2d)]:
+            side = convolution.kernel_size[0]
+            kept = torch.zeros(side, side)
+            kept[side // 2, side // 2] = 1
+            convolution.weight *= kept
+    return model
+
+
+@examples(30)
+@given(
+    arrays(np.uint8, st.tuples(sides, sides, st.just(3))),
+    st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (-3.0, 0.5)]),
+    st.integers(0, 1),
+)
+def test_8_bit_images_come_back(pixels, pixel_range, as_tensor):
+    processor = SVQVAEImageProcessor(pixel_range=pixel_range)
+    batch = processor(torch.from_numpy(pixels).movedim(-1, 0) if as_tensor else pixels)
+    (image,) = processor.postprocess(batch["pixel_values"], batch["image_sizes"])
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+@examples(30)
+@given(arrays(np.float32, array_shapes(min_dims=1, max_dims=5, max_side=4), elements=st.floats(width=32)))
+def test_any_array_is_an_image_or_refused(array):
+    try:
+        values = SVQVAEImageProcessor()(array)["pixel_values"]
+    except (ValueError, TypeError):
+        return
+    assert values.isfinite().all()
+
+
+SMALL = {
+    "base_channels": st.sampled_from([4, 8]),
+    "num_res_blocks": st.integers(1, 2),
+    "norm_num_groups": st.sampled_from([1, 2, 4]),
+    "z_channels": st.integers(1, 8),
+    "codebook_size": st.integers(1, 70),
+    "codebook_embed_dim": st.integers(1, 9),
+    "codebook_l2_norm": st.booleans(),
+    "commit_loss_beta": st.floats(0, 1),
+    "pixel_range": st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)]),
+    "network_range": st.sampled_from([(0.0, 1.0), (-1.0, 1.0)]),
+    "scaling_factor": st.floats(0.01, 9),
+}
+multipliers = st.integers(1, 3).flatmap(lambda levels: st.lists(st.integers(1, 3), min_size=levels, max_size=levels))
+
+
+@examples(10)
+@given(st.fixed_dictionaries(SMALL), multipliers, st.data())
+def test_any_config_makes_a_model_that_saves_and_loads(tmp_path, config, encoder, data):
+    decoder = data.draw(st.permutations(encoder))
+    model = make_tiny(encoder_ch_mult=tuple(encoder), decoder_ch_mult=tuple(decoder), **config)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        model.save_pretrained(folder)
+        again = SVQVAE.from_pretrained(folder).eval()
+    kept, loaded = (
+        {key: value for key, value in each.config.items() if not key.startswith("_")} for each in (model, again)
+    )
+    assert json.dumps(loaded, sort_keys=True) == json.dumps(kept, sort_keys=True)
+    low, high = config["pixel_range"]
+    sample = torch.rand(1, 3, 9, 6) * (high - low) + low
+    with torch.no_grad():
+        ids = model.encode_tokens(sample)
+        assert torch.equal(again.encode_tokens(sample), ids)
+        decoded = again.decode_tokens(ids)
+    assert decoded.isfinite().all()
+    assert low <= decoded.min() <= decoded.max() <= high
+
+
+@examples(30)
+@given(
+    st.sampled_from(
+        [*(name for name in SMALL if name not in ("codebook_l2_norm",)), "encoder_ch_mult", "in_channels"]
+    ),
+    JUNK,
+)
+def test_a_config_of_junk_is_refused(name, value):
+    if isinstance(value, int) and 0 < value < 100:
+        return
+    try:
+        with torch.device("meta"):
+            make_tiny(**{name: value})
+    except ValueError:
+        return
+    assert name in ("commit_loss_beta", "scaling_factor") or (isinstance(value, int | list) and value)
+
+
+@st.composite
+def image_tokens(draw) -> ImageTokens:
+    height, width, f = draw(st.integers(1, 99)), draw(st.integers(1, 99)), draw(st.sampled_from([1, 4, 16]))
+    size = draw(st.sampled_from([1, 300, 1 << 16, 1 << 17]))
+    chosen = draw(scales)
+    shapes = [grid_shape(height, width, f, scale) for scale in chosen]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    tile = draw(tiles) or (None, None)
+    ids = [torch.randint(size, shape, generator=generator) for shape in shapes]
+    return ImageTokens(ids, height, width, tuple(chosen), f, *tile, size, FINGERPRINT)
+
+
+@examples(40)
+@given(image_tokens())
+def test_token_files_come_back(tmp_path, tokens):
+    save_tokens(tmp_path / "a.safetensors", tokens)
+    again = load_tokens(tmp_path / "a.safetensors")
+    for name in [field.name for field in dataclasses.fields(ImageTokens) if field.name != "ids"]:
+        assert getattr(again, name) == getattr(tokens, name)
+    assert all(torch.equal(ids, other) for ids, other in zip(again.ids, tokens.ids, strict=True))
+
+
+@examples(80)
+@given(st.data())
+def test_token_files_of_junk_are_refused(tmp_path, data):
+    tokens = ImageTokens([torch.zeros(2, 3, dtype=torch.int64)], 8, 12, (1.0,), 4, 8, 0, 300, FINGERPRINT)
+    header = token_file_header(tokens)
+    document = json.loads(header[8:])
+    record = json.loads(document["__metadata__"][METADATA_KEY])
+    name = data.draw(st.sampled_from(sorted(record)))
+    record[name] = data.draw(JUNK)
+    document["__metadata__"][METADATA_KEY] = json.dumps(record)
+    encoded = json.dumps(document).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(12))
+    try:
+        again = load_tokens(path)
+        assert grid_shape(again.height, again.width, again.f, again.scales[0]) == again.ids[0].shape == (2, 3)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = str(path)
+    assert str(path) in message
+
+
+SETTINGS = TokenSettings("org/name", (1.0, 0.5), 8, 300, FINGERPRINT, 256, 32, "centre", 64)
+
+
+@examples(80)
+@given(st.sampled_from([field.name for field in dataclasses.fields(TokenSettings)]), JUNK)
+def test_settings_of_junk_are_refused(tmp_path, name, value):
+    record = json.loads(SETTINGS.to_json()) | {name: value}
+    Path(tmp_path, SETTINGS_FILE).write_text(json.dumps(record))
+    try:
+        again = read_settings(tmp_path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = str(tmp_path)
+        assert all(type(each) is int for each in (again.f, again.codebook_size, again.tile_size or 1))
+        Path(tmp_path, SETTINGS_FILE).write_text(again.to_json())
+        assert read_settings(tmp_path) == again
+    assert str(tmp_path) in message
+
+
+@examples(60)
+@given(st.binary(max_size=200))
+def test_bytes_are_no_image_and_no_tokens(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    for read in (load_image, load_tokens):
+        with pytest.raises(ValueError, match=r"a\.safetensors`"):
+            read(path)

@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from svqvae_hf.models.tiling import map_tiles, sample_windows, tile_axis, trim, zoom
+
+GEOMETRIES = [(8, 0), (8, 2), (9, 4), (5, 1), (3, 1), (1, 0)]
+
+
+def kept(function=lambda window: window, cell=1):
+    """A function of a window whose result is cut to the core, a cell of which is `cell` of it along each side."""
+    return lambda window, core: trim(function(window), zoom(core, cell), margin=0)[0]
+
+
+@pytest.mark.parametrize(("tile", "overlap"), GEOMETRIES)
+@pytest.mark.parametrize("length", range(1, 40))
+def test_windows_fit_the_tile_and_cores_partition_the_axis(length, tile, overlap):
+    tiles = tile_axis(length, tile, overlap)
+    assert [axis.core_start for axis in tiles] == [0, *(axis.core_stop for axis in tiles[:-1])]
+    assert tiles[-1].core_stop == length
+    for axis in tiles:
+        assert 0 <= axis.start <= axis.core_start < axis.core_stop <= axis.stop <= length
+        assert axis.stop - axis.start <= tile
+        assert axis.core_start - axis.start >= min(overlap, axis.core_start)
+        assert axis.stop - axis.core_stop >= min(overlap, length - axis.core_stop)
+    assert len({axis.stop - axis.start for axis in tiles}) == 1
+
+
+def test_axis_little_longer_than_a_tile_costs_little():
+    tiles = tile_axis(300 // 4, 256 // 4, 32 // 4)
+    assert sum(axis.stop - axis.start for axis in tiles) <= 1.25 * 75
+
+
+@pytest.mark.parametrize(("tile", "overlap"), GEOMETRIES)
+@pytest.mark.parametrize("size", [(1, 1), (1, 20), (8, 8), (9, 7), (17, 24)])
+def test_tiled_identity_is_the_identity(size, tile, overlap):
+    image = torch.rand(2, 3, *size)
+    assert torch.equal(map_tiles(kept(), image, tile, overlap), image)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 11), (10, 10)])
+def test_cells_of_source_and_result_may_differ(size):
+    image = torch.rand(1, 2, *size)
+
+    def up(window):
+        return window.repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+    enlarged = map_tiles(kept(up, 4), image, 4, 1, result_cell=4)
+    assert torch.equal(enlarged, up(image))
+    assert torch.equal(map_tiles(kept(lambda window: window[..., ::4, ::4]), enlarged, 4, 1, source_cell=4), image)
+
+
+def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
+    image, kernel = torch.rand(1, 1, 23, 30), torch.rand(1, 1, 5, 5)
+
+    def smooth(window):
+        return torch.nn.functional.conv2d(window, kernel, padding=2)
+
+    torch.testing.assert_close(map_tiles(kept(smooth), image, 9, 2), smooth(image))
+    assert not torch.allclose(map_tiles(kept(smooth), image, 9, 1), smooth(image))
+
+
+def test_trimming_keeps_the_core_with_its_margin():
+    window = torch.rand(2, 3, 12, 20)
+    core = slice(2, 7), slice(5, 20)
+    trimmed, within = trim(window, core, margin=3)
+    assert torch.equal(trimmed, window[..., :10, 2:])
+    assert within == (slice(2, 7), slice(3, 18))
+    assert torch.equal(trimmed[..., *within], window[..., *core])
+
+
+def test_gradient_passes_through_tiles():
+    image = torch.rand(1, 1, 9, 9, requires_grad=True)
+    map_tiles(kept(lambda window: window * 2), image, 4, 1).sum().backward()
+    assert torch.equal(image.grad, torch.full_like(image, 2))
+
+
+def test_progress_counts_every_tile():
+    seen = []
+    map_tiles(kept(), torch.rand(1, 1, 10, 10), 4, 1, on_tile=lambda *count: seen.append(count))
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 12), (13, 13), (38, 57), (1, 4000), (4000, 30), (192, 256)])
+def test_sample_is_spread_over_the_image(size):
+    sample = sample_windows(size, 12, 3, 32)
+    assert 1 <= len(sample.places) == len(set(sample.places)) <= 32
+    for axis, length in enumerate(size):
+        starts = sorted({place[axis] for place in sample.places})
+        window = sample.window[axis]
+        assert window == min(12, length)
+        assert sample.margin[axis] == (3 if length > 12 else 0)
+        assert all(0 <= start <= length - window for start in starts)
+        gaps = {later - earlier for earlier, later in zip(starts, starts[1:], strict=False)}
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        assert len(starts) == 1 or (starts[0], starts[-1]) == (0, length - window)
+
+
+def test_sample_has_as_many_rows_to_columns_as_the_image():
+    for size, grid in [((300, 300), (6, 5)), ((192, 256), (5, 6)), ((100, 3200), (1, 32)), ((14, 14), (2, 2))]:
+        places = sample_windows(size, 12, 3, 32).places
+        assert (len({y for y, _ in places}), len({x for _, x in places})) == grid
+
+
+def test_windows_of_a_sample_are_those_of_the_images_in_order():
+    images = torch.rand(2, 3, 60, 40)
+    sample = sample_windows((30, 20), 6, 1, 8)
+    windows = sample.read(lambda rows, columns: images[..., rows, columns], cell=2).unflatten(0, (2, -1))
+    assert windows.shape == (2, len(sample.places), 3, 12, 12)
+    for index, (y, x) in enumerate(sample.places):
+        assert torch.equal(windows[:, index], images[..., 2 * y : 2 * y + 12, 2 * x : 2 * x + 12])

@@ -1,0 +1,115 @@
+import dataclasses
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.tokens.image_tokens import check_memory, decode_image, encode_image, free_memory
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+SCALES = (0.5, 1.0, 1.3)
+
+
+@pytest.fixture
+def crop(photo):
+    return photo.crop((100, 100, 157, 135))  # 57 x 35: no multiple of f
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_decoding_the_encoded_is_the_forward_pass(tiny_model, crop, tiled):
+    if tiled:
+        tiny_model.enable_tiling(32, 8)
+    tokens = encode_image(tiny_model, crop, SCALES)
+    assert tokens.scales == SCALES
+    assert (tokens.height, tokens.width, tokens.f) == (35, 57, 4)
+    assert (tokens.tile_size, tokens.overlap) == ((32, 8) if tiled else (None, None))
+    processor = SVQVAEImageProcessor()
+    with torch.no_grad():
+        expected = tiny_model(processor(crop)["pixel_values"], scales=SCALES).sample
+    for image, sample in zip(decode_image(tiny_model, tokens), expected, strict=True):
+        (reference,) = processor.postprocess(sample)
+        assert image.size == reference.size
+        assert np.abs(np.asarray(image, int) - np.asarray(reference, int)).max() <= 1
+
+
+def test_the_pixel_range_of_the_model_changes_nothing(tiny_model, crop):
+    plain = encode_image(tiny_model, crop, [1.0])
+    tiny_model.register_to_config(pixel_range=(-1.0, 1.0))
+    shifted = encode_image(tiny_model, crop, [1.0])
+    assert (plain.ids[0] == shifted.ids[0]).float().mean() > 0.99  # rounding may move a latent to another code
+    assert decode_image(tiny_model, plain)[0].size == crop.size
+
+
+def test_an_image_that_is_to_be_turned(tiny_model, crop):
+    crop.getexif()[0x0112] = 6  # by a quarter
+    tokens = encode_image(tiny_model, crop, [1.0])
+    assert (tokens.height, tokens.width) == (57, 35)
+    upright = crop.transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(tokens.ids[0], encode_image(tiny_model, upright, [1.0]).ids[0])
+
+
+def test_half_precision_keeps_the_codebook(tiny_model, crop, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    half = type(tiny_model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    tokens = encode_image(half, crop, [1.0])
+    assert decode_image(tiny_model, tokens)[0].size == crop.size
+
+
+def test_ids_of_another_model_are_refused(tiny_model, crop):
+    tokens = encode_image(tiny_model, crop, [1.0])
+    finer = dataclasses.replace(tokens, f=2, ids=[torch.zeros(18, 29, dtype=torch.int64)])
+    with pytest.raises(ValueError, match="a model with f = 4, but are of one with f = 2"):
+        decode_image(tiny_model, finer)
+    with pytest.raises(ValueError, match="a codebook of 64 codes, the model's, but are of one of 65"):
+        decode_image(tiny_model, dataclasses.replace(tokens, codebook_size=65))
+    with torch.no_grad():
+        tiny_model.quantize.embedding.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="Decode them with the model that encoded them"):
+        decode_image(tiny_model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("size", "scales", "uses", "fits"),
+    [
+        ((1000, 1000), [1.0], {}, True),
+        ((1000, 1000), [0.5, 20.0], {}, False),
+        ((1000, 1000), [20.0], {"decodes": False}, True),
+        ((1000, 1000), [1000.0], {"decodes": False}, False),
+        ((100_000, 100_000), [0.01], {}, False),
+        ((100_000, 100_000), [0.01], {"encodes": False}, True),
+        ((10, 10), [1e300], {}, False),
+    ],
+)
+def test_memory_is_checked_for_what_is_going_to_happen(tiny_model, monkeypatch, size, scales, uses, fits):
+    free = type("Memory", (), {"available": 8 * 2**30})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    if fits:
+        check_memory(tiny_model, *size, scales, **uses)
+    else:
+        with pytest.raises(ValueError, match=r"would take about \S+ GiB of memory, but 8 GiB are free"):
+            check_memory(tiny_model, *size, scales, **uses)
+
+
+def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (1000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
+        monkeypatch.setattr(torch.cuda, name, {torch.device("cuda", 1): value}.get)
+    assert free_memory(torch.device("cuda", 1)) == 1000 + 500 - 200
+
+
+def test_without_tiles_the_image_is_one_tile(tiny_model, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**30}))
+    tiny_model.enable_tiling(256, 32)
+    check_memory(tiny_model, 2000, 2000, [1.0])
+    tiny_model.disable_tiling()
+    with pytest.raises(ValueError, match="without tiles, would take about"):
+        check_memory(tiny_model, 2000, 2000, [1.0])
+
+
+def test_a_tile_too_large_for_memory(tiny_model):
+    tiny_model.enable_tiling(2**20, 32)
+    check_memory(tiny_model, 64, 64, [1.0])
+    with pytest.raises(ValueError, match="in tiles of 1048576 pixels, would take about"):
+        check_memory(tiny_model, 2**20, 2**20, [0.01], encodes=True)

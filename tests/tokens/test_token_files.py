@@ -1,0 +1,160 @@
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from svqvae_hf.tokens.token_files import METADATA_KEY, ImageTokens, check_codebook, load_tokens, save_tokens
+
+FINGERPRINT = "0123456789abcdef" * 4
+
+
+def make_tokens(**changes):
+    values = {
+        "ids": [torch.arange(2 * 3).reshape(2, 3), torch.arange(4 * 6).reshape(4, 6)],
+        "height": 15,
+        "width": 23,
+        "scales": (0.5, 1.0),
+        "f": 4,
+        "tile_size": 256,
+        "overlap": 32,
+        "codebook_size": 64,
+        "codebook_fingerprint": FINGERPRINT,
+    }
+    return ImageTokens(**values | changes)
+
+
+def write_raw(path, tensors=None, text=None, **changes):
+    """A token file with any content, valid but for the changes."""
+    save_tokens(path, make_tokens())
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()[METADATA_KEY]) | changes
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    record = {name: value for name, value in record.items() if value != "DELETED"}
+    metadata = {METADATA_KEY: json.dumps(record) if text is None else text}
+    safetensors.torch.save_file(stored if tensors is None else tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(("codebook_size", "dtype"), [(64, torch.uint16), (65536, torch.uint16), (65537, torch.int32)])
+def test_a_saved_file_loads_as_it_was(tmp_path, codebook_size, dtype):
+    tokens = make_tokens(codebook_size=codebook_size, ids=[torch.full((2, 3), codebook_size - 1)], scales=(0.5,))
+    save_tokens(tmp_path / "a.safetensors", tokens)
+    loaded = load_tokens(tmp_path / "a.safetensors")
+    assert loaded.ids[0].dtype == torch.int64
+    assert torch.equal(loaded.ids[0], tokens.ids[0])
+    assert {**vars(loaded), "ids": 0} == {**vars(tokens), "ids": 0}
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["ids_0"].dtype == dtype
+
+
+def test_scales_keep_their_order_beyond_ten(tmp_path):
+    scales = tuple(1 + i / 1000 for i in reversed(range(12)))
+    tokens = make_tokens(ids=[torch.full((4, 6), i) for i in range(12)], scales=scales)
+    save_tokens(tmp_path / "a.safetensors", tokens)
+    loaded = load_tokens(str(tmp_path / "a.safetensors"))
+    assert loaded.scales == scales
+    assert [ids[0, 0].item() for ids in loaded.ids] == list(range(12))
+
+
+def test_without_tiles(tmp_path):
+    save_tokens(tmp_path / "a.safetensors", make_tokens(tile_size=None, overlap=None))
+    assert load_tokens(tmp_path / "a.safetensors").tile_size is None
+
+
+def test_equal_tokens_are_equal_files(tmp_path):
+    contents = set()
+    for _ in range(4):
+        save_tokens(tmp_path / "a.safetensors", make_tokens())
+        contents.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
+def test_bits_per_pixel():
+    tokens = make_tokens()
+    assert tokens.bits_per_pixel(0) == 2 * 3 * 6 / (15 * 23)
+    assert tokens.bits_per_pixel(1) == 4 * 6 * 6 / (15 * 23)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 0}, r"`height` must be an integer of at least 1 and under 2\*\*31, but is 0"),
+        ({"width": 2.5}, r"`width` must be an integer of at least 1 and under 2\*\*31, but is 2.5"),
+        ({"f": True}, "`f` must be an integer"),
+        ({"tile_size": None}, r"`tile_size` must be an integer of at least 1 and under 2\*\*31, but is None"),
+        ({"overlap": None}, r"`overlap` must be an integer of at least 0 and under 2\*\*31, but is None"),
+        ({"codebook_fingerprint": "abc"}, "`codebook_fingerprint` must be 64 hexadecimal digits, but is 'abc'"),
+        ({"codebook_size": 23}, r"ids must be in \[0, 22\], but those of scale 1 are in \[0, 23\]"),
+        ({"scales": (1.0,)}, "each scale must have one grid of ids"),
+        ({"scales": (), "ids": []}, "each scale must have one grid of ids"),
+        ({"scales": (0.5, float("nan"))}, "a scale must be a finite number above 0, but is nan"),
+        ({"scales": (0.5, "1")}, "a scale must be a finite number above 0, but is '1'"),
+        ({"scales": (0.0, 1.0)}, "a scale must be a finite number above 0, but is 0.0"),
+        ({"scales": (1.0, 0.5)}, r"the ids of scale 1 must have shape \(4, 6\), .* but have \(2, 3\)"),
+        ({"height": 17}, r"must have shape \(5, 6\), for an image of 17 x 23 pixels and f = 4, but have \(4, 6\)"),
+        ({"ids": [torch.zeros(2, 3), torch.full((4, 6), -1)]}, r"are in \[-1, -1\]"),
+        ({"ids": [torch.zeros(6), torch.zeros(4, 6)]}, r"must have shape \(2, 3\), .* but have \(6,\)"),
+    ],
+)
+def test_values_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_tokens(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "must be of format version 1, but are"),
+        ({"format_version": "DELETED"}, "must be of format version 1"),
+        ({"overlap": "DELETED", "f": "DELETED"}, r"must also have \['f', 'overlap'\]"),
+        ({"scales": 1}, "scales must be a list, but are 1"),
+        ({"scales": [0.5, 1.0, 2.0]}, r"must have the tensors \['ids_0', 'ids_1', 'ids_2'\]"),
+        ({"scales": [0.5, 2.0]}, r"the ids of scale 2 must have shape \(8, 12\)"),
+        ({"codebook_size": 20}, r"ids must be in \[0, 19\]"),
+        ({"scales": [0.5, 1e308]}, "cannot convert float infinity to integer"),
+        ({"height": 10**400}, r"`height` must be an integer .* under 2\*\*31, but is 1000.{0,80}$"),
+        ({"width": 2**31}, "`width` must be an integer .* but is 2147483648"),
+        ({"tile_size": 2**31}, "`tile_size` must be an integer"),
+        ({"codebook_size": 2**31}, "`codebook_size` must be an integer"),
+        ({"scales": [10**400, 1.0]}, "too large"),
+        ({"codebook_fingerprint": "x" * 10**6}, "64 hexadecimal digits, but is 'x{79}.$"),
+        ({"text": "[" * 10**6}, "recursion"),
+        ({"codebook_size": "many"}, "`codebook_size` must be an integer"),
+        ({"tensors": {"ids_0": torch.zeros(2, 3), "ids_1": torch.zeros(4, 6)}}, "of type uint16 or int32"),
+        ({"text": "no json"}, "Expecting value"),
+        ({"text": "[1]"}, r"must be of format version 1, but are \[1\]"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(tmp_path, changes, message):
+    path = write_raw(tmp_path / "a.safetensors", **changes)
+    with pytest.raises(ValueError, match=f"a.safetensors` is not a token file that can be decoded: .*{message}"):
+        load_tokens(path)
+
+
+def test_other_safetensors_file(tmp_path):
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a.safetensors` is not a token file .* must have the key 'svqvae_tokens'"):
+        load_tokens(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_file_cut_short(tmp_path, length):
+    path = tmp_path / "a.safetensors"
+    save_tokens(path, make_tokens())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"a.safetensors` must be a safetensors file, but is another kind or cut"):
+        load_tokens(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no token file `.*a.safetensors`"):
+        load_tokens(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no token file"):
+        load_tokens(tmp_path)
+
+
+def test_another_codebook_is_refused_with_both_fingerprints():
+    check_codebook(make_tokens(), FINGERPRINT)
+    with pytest.raises(ValueError, match=f"with fingerprint {'f' * 64}, but are of one with {FINGERPRINT}"):
+        check_codebook(make_tokens(), "f" * 64)

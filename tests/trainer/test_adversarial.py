@@ -1,0 +1,196 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from svqvae_hf.trainer.losses.adversarial import (
+    MIN_SIDE,
+    LeCAM,
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
+
+
+@pytest.fixture(scope="module")
+def discriminator():
+    torch.manual_seed(0)
+    return PatchDiscriminator().requires_grad_(False)
+
+
+def one_process(tensor):
+    return tensor
+
+
+# Discriminator
+
+
+@pytest.mark.parametrize(("height", "width"), [(MIN_SIDE, MIN_SIDE), (31, 47), (70, 32), (25, 128)])
+def test_logits_stand_8_pixels_apart(discriminator, height, width):
+    assert discriminator(torch.rand(2, 3, height, width)).shape == (2, 1, height // 8 - 2, width // 8 - 2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(MIN_SIDE - 1, 64), (64, MIN_SIDE - 1)])
+def test_smaller_images_have_no_logit(discriminator, height, width):
+    with pytest.raises(RuntimeError):
+        discriminator(torch.rand(1, 3, height, width))
+
+
+def test_a_logit_sees_a_patch_of_70_pixels(discriminator):
+    local = copy.deepcopy(discriminator)
+    for name, layer in local.layers.named_children():
+        if isinstance(layer, nn.GroupNorm):  # sees the whole image
+            local.layers[int(name)] = nn.Identity()
+    sample = torch.rand(1, 3, 160, 160, requires_grad=True)
+    logits = local(sample)
+    for row, column in ((8, 8), (9, 8), (8, 10)):
+        (gradient,) = torch.autograd.grad(logits[0, 0, row, column], sample, retain_graph=True)
+        rows, columns = (gradient[0, 0].ne(0).any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+        assert rows == list(range(8 * row - 23, 8 * row + 47))
+        assert columns == list(range(8 * column - 23, 8 * column + 47))
+
+
+def test_logits_of_an_image_do_not_depend_on_the_batch(discriminator):
+    batch = torch.rand(3, 3, 32, 32) * torch.tensor([1.0, 0.1, 2.0]).view(3, 1, 1, 1)
+    alone = torch.cat([discriminator.train()(sample[None]) for sample in batch])
+    torch.testing.assert_close(discriminator(batch), alone)
+
+
+# Hinge losses
+
+
+def test_hinge_is_zero_beyond_its_margins_and_pushes_within():
+    real = torch.tensor([-1.0, 0.0, 0.9, 1.1, 5.0], requires_grad=True)
+    fake = torch.tensor([-5.0, -1.1, -0.9, 0.0, 1.0], requires_grad=True)
+    loss = hinge_discriminator_loss(real, fake)
+    loss.backward()
+    assert loss.item() == pytest.approx((2 + 1 + 0.1 + 0.1 + 1 + 2) / 5 / 2)
+    torch.testing.assert_close(real.grad, torch.tensor([-1.0, -1, -1, 0, 0]) / 10)
+    torch.testing.assert_close(fake.grad, torch.tensor([0.0, 0, 1, 1, 1]) / 10)
+    assert hinge_discriminator_loss(real[3:], fake[:2]) == 0
+
+
+def test_the_model_raises_the_logits_of_its_reconstructions():
+    fake = torch.randn(2, 1, 3, 3, requires_grad=True)
+    loss = hinge_generator_loss(fake)
+    loss.backward()
+    assert loss.item() == pytest.approx(-fake.mean().item())
+    assert fake.grad.eq(-1 / 18).all()
+
+
+def test_losses_of_half_precision_are_in_float32():
+    logits = torch.randn(4, dtype=torch.float16)
+    assert hinge_generator_loss(logits).dtype == torch.float32
+    assert hinge_discriminator_loss(logits, logits).dtype == torch.float32
+    assert LeCAM().loss(logits, logits).dtype == torch.float32
+
+
+# LeCAM
+
+
+def test_lecam_is_zero_where_logits_agree_with_the_averages():
+    lecam = LeCAM()
+    lecam.update(torch.tensor(0.3), torch.tensor(0.3))
+    agreeing = torch.full((2, 1, 3, 3), 0.3)
+    assert lecam.loss(agreeing, agreeing).item() == pytest.approx(0, abs=1e-12)
+    assert lecam.loss(agreeing - 1, agreeing + 1) == 0, "real logits below past fake ones are as wanted"
+
+
+def test_lecam_draws_real_logits_to_past_fake_ones_and_the_reverse():
+    torch.manual_seed(0)
+    lecam = LeCAM()
+    for real_mean, fake_mean in ((1.0, -2.0), (3.0, -1.0)):
+        lecam.update(torch.tensor(real_mean), torch.tensor(fake_mean))
+    past_real, past_fake = (0.999 * 1 + 3) / 1.999, (0.999 * -2 - 1) / 1.999
+    real, fake = (torch.randn(2, 1, 3, 3) * 3).requires_grad_(), (torch.randn(2, 1, 4, 4) * 3).requires_grad_()
+    loss = lecam.loss(real, fake)
+    loss.backward()
+    expected = (real - past_fake).clamp(min=0).square().mean() + (past_real - fake).clamp(min=0).square().mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(real.grad.sign(), (real > past_fake).float())
+    torch.testing.assert_close(fake.grad.sign(), -(fake < past_real).float())
+
+
+def test_lecam_leaves_out_logits_that_are_not_finite_and_goes_on_from_its_state():
+    lecam, resumed = LeCAM(), LeCAM()
+    lecam.update(torch.tensor(1.0), torch.tensor(-2.0))
+    before = lecam.means.mean.clone()
+    lecam.update(torch.tensor(torch.nan), torch.tensor(0.0))
+    assert torch.equal(lecam.means.mean, before)
+    resumed.load_state_dict(lecam.state_dict())
+    for each in (lecam, resumed):
+        each.update(torch.tensor(5.0), torch.tensor(4.0))
+    logits = torch.randn(8)
+    assert torch.equal(resumed.loss(logits, logits), lecam.loss(logits, logits))
+
+
+# Adaptive weight
+
+
+class LastLayer:
+    """A last convolution and two losses of what it gives."""
+
+    def __init__(self, batch=4, share=1.0):
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(8, 3, 3, padding=1)
+        self.features, self.target, self.weights = (torch.randn(batch, dim, 16, 16) for dim in (8, 3, 3))
+        self.share = share
+
+    def losses(self, rows=slice(None)):
+        output = self.conv(self.features[rows]).float()
+        reconstruction = F.mse_loss(output, self.target[rows])
+        return self.share * reconstruction, self.share * 20 * (output * self.weights[rows]).sum((1, 2, 3)).mean()
+
+    def gradient(self, loss):
+        return torch.autograd.grad(loss, self.conv.weight, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("factor", [1, 1e3, -0.1])
+def test_weighted_generator_loss_pulls_as_hard_as_the_reconstruction_loss(factor):
+    layer = LastLayer()
+    reconstruction, generator = layer.losses()
+    weight = adaptive_weight(reconstruction, factor * generator, layer.conv.weight, one_process)
+    assert not weight.requires_grad
+    pull = layer.gradient(weight * factor * generator).norm()
+    torch.testing.assert_close(pull, layer.gradient(reconstruction).norm(), rtol=1e-4, atol=0)
+    (reconstruction + weight * factor * generator).backward()
+    assert layer.conv.weight.grad.isfinite().all()
+
+
+def test_weight_is_the_ratio_of_norms_with_the_sources_epsilon():
+    layer = LastLayer(share=1e-6)
+    reconstruction, generator = layer.losses()
+    weight = adaptive_weight(reconstruction, generator, layer.conv.weight, one_process)
+    norms = [layer.gradient(loss).norm() for loss in (reconstruction, generator)]
+    torch.testing.assert_close(weight, norms[0] / (norms[1] + 1e-4))
+
+
+def test_weight_is_clamped():
+    layer = LastLayer()
+    reconstruction, generator = layer.losses()
+    assert adaptive_weight(100 * reconstruction, 0 * generator, layer.conv.weight, one_process) == 1e4
+
+
+def test_weight_of_two_processes_is_that_of_their_joined_batch():
+    layer = LastLayer()
+    halves = (slice(0, 2), slice(2, 4))
+    sent = []
+    for rows in halves:
+        adaptive_weight(*layer.losses(rows), layer.conv.weight, lambda gradients: sent.append(gradients) or gradients)
+    joined = adaptive_weight(*layer.losses(), layer.conv.weight, one_process)
+    for rows in halves:
+        weight = adaptive_weight(*layer.losses(rows), layer.conv.weight, lambda _: torch.stack(sent).mean(0))
+        torch.testing.assert_close(weight, joined)
+        alone = adaptive_weight(*layer.losses(rows), layer.conv.weight, one_process)
+        assert abs(alone / joined - 1) > 0.01
+
+
+def test_small_gradients_survive_float16():
+    layer = LastLayer(share=1e-5)  # of a mean over 1e5 times the pixels
+    expected = adaptive_weight(*layer.losses(), layer.conv.weight, one_process)
+    with torch.autocast("cpu", dtype=torch.float16):
+        weight = adaptive_weight(*layer.losses(), layer.conv.weight, one_process)
+    torch.testing.assert_close(weight, expected, rtol=0.02, atol=0)

@@ -1,0 +1,197 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny
+from diffusers.training_utils import EMAModel
+
+from svqvae_hf.models.modeling_svqvae import VectorQuantizer
+from svqvae_hf.trainer.codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
+
+SIZE, DIM = 64, 8
+
+
+def make_quantizer(l2_norm=True):
+    torch.manual_seed(0)
+    return VectorQuantizer(SIZE, DIM, 0.25, 0.0, l2_norm)
+
+
+def revive(dead, latents, l2_norm=True, seed=0, step=0):
+    """Codes before and after a revival, and what it returns."""
+    quantizer, revival = make_quantizer(l2_norm), CodeRevival(SIZE)
+    before = quantizer.embedding.weight.detach().clone()
+    counts = torch.ones(SIZE, dtype=torch.int64)
+    counts[dead] = 0
+    revival.observe(counts)
+    replaced = revival.revive(quantizer, latents, seed, step)
+    assert revival.counts.eq(0).all()
+    return before, quantizer.embedding.weight.detach(), replaced
+
+
+# k-means
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_kmeans_finds_planted_centres(l2_norm):
+    torch.manual_seed(0)
+    centres = torch.randn(16, DIM)
+    centres = F.normalize(centres, dim=-1) if l2_norm else centres * 3
+    latents = centres.repeat(200, 1) + 0.01 * torch.randn(3200, DIM)
+    quantizer = make_quantizer(l2_norm)
+    initialise_codebook(quantizer, latents, seed=0)
+    codes = quantizer.embedding.weight.detach()
+    assert torch.cdist(centres, codes).min(1).values.max() < 0.05
+    assert quantizer.embedding(F.normalize(latents, dim=-1) if l2_norm else latents).unique().numel() > 48
+    if l2_norm:
+        torch.testing.assert_close(codes.norm(dim=-1), torch.ones(SIZE))
+    again, other = make_quantizer(l2_norm), make_quantizer(l2_norm)
+    torch.manual_seed(123)
+    initialise_codebook(again, latents, seed=0)
+    initialise_codebook(other, latents, seed=1)
+    assert torch.equal(again.embedding.weight, codes)
+    assert not torch.equal(other.embedding.weight, codes)
+
+
+def test_kmeans_leaves_out_latents_that_are_not_finite():
+    torch.manual_seed(0)
+    latents = torch.randn(200, DIM)
+    expected, found = make_quantizer(), make_quantizer()
+    initialise_codebook(expected, latents, seed=0)
+    broken = torch.full((1, DIM), torch.nan), torch.full((1, DIM), torch.inf)
+    initialise_codebook(found, torch.cat([broken[0], latents, broken[1]]), seed=0)
+    assert torch.equal(found.embedding.weight, expected.embedding.weight)
+
+
+def test_codes_of_kmeans_are_the_means_of_their_latents():
+    torch.manual_seed(0)
+    centres = F.one_hot(torch.arange(DIM), DIM).repeat(SIZE // DIM, 1) * torch.arange(1.0, SIZE + 1)[:, None]
+    latents = torch.cat([centres - 0.1, centres + 0.1, centres])
+    quantizer = make_quantizer(l2_norm=False)
+    initialise_codebook(quantizer, latents, seed=0)
+    ids = quantizer.embedding(latents)
+    for code in ids.unique():
+        torch.testing.assert_close(quantizer.embedding.weight[code].detach(), latents[ids == code].mean(0))
+
+
+def test_code_without_latents_starts_again_at_a_latent():
+    points = torch.tensor([[1.0] * DIM, [2.0] * DIM])
+    quantizer = make_quantizer(l2_norm=False)
+    initialise_codebook(quantizer, points.repeat(SIZE, 1), seed=0)
+    assert (quantizer.embedding.weight[:, None] == points).all(-1).any(-1).all()
+
+
+def test_kmeans_needs_as_many_latents_as_codes():
+    with pytest.raises(ValueError, match="as many finite latents as codes, 64, but has 63"):
+        initialise_codebook(make_quantizer(), torch.randn(63, DIM), seed=0)
+
+
+# Revival
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_dead_codes_and_only_they_become_latents(l2_norm):
+    dead, latents = [3, 20, 63], 5 * torch.randn(100, DIM)
+    before, after, replaced = revive(dead, latents, l2_norm)
+    assert replaced.tolist() == dead
+    assert (after != before).any(1).nonzero().flatten().tolist() == dead
+    candidates = F.normalize(latents, dim=-1) if l2_norm else latents
+    sources = (after[dead][:, None] == candidates).all(-1).nonzero()[:, 1]
+    assert sources.unique().numel() == len(dead)
+    if l2_norm:
+        torch.testing.assert_close(after[dead].norm(dim=-1), torch.ones(len(dead)))
+
+
+def test_code_is_dead_if_not_found_since_the_last_revival():
+    quantizer, revival = make_quantizer(), CodeRevival(SIZE)
+    latents = torch.randn(100, DIM)
+    found = torch.zeros(SIZE, dtype=torch.int64)
+    found[:60] = 1
+    revival.observe(found)
+    revival.observe(found.flip(0))
+    assert revival.revive(quantizer, latents, seed=0, step=0).tolist() == []
+    revival.observe(found)
+    assert revival.revive(quantizer, latents, seed=0, step=1).tolist() == [60, 61, 62, 63]
+
+
+def test_no_latent_is_used_twice_and_too_few_revive_a_random_part():
+    latents = torch.randn(10, DIM)
+    parts = set()
+    for step in range(20):
+        before, after, replaced = revive(range(8, SIZE), latents, step=step)
+        assert len(replaced) == 10
+        assert replaced.min() >= 8
+        assert (after != before).any(1).nonzero().flatten().tolist() == replaced.tolist()
+        torch.testing.assert_close(
+            after[replaced].sort(0).values, F.normalize(latents, dim=-1).sort(0).values, rtol=0, atol=0
+        )
+        parts |= set(replaced.tolist())
+    assert len(parts) > 50
+
+
+def test_latents_that_are_not_finite_revive_nothing():
+    latents = torch.full((10, DIM), torch.nan)
+    latents[1:4] = torch.randn(3, DIM)
+    latents[3, 5] = torch.inf
+    before, after, replaced = revive(range(30), latents)
+    assert len(replaced) == 2
+    assert after.isfinite().all()
+    before, after, replaced = revive(range(30), latents[4:])
+    assert len(replaced) == 0
+    assert torch.equal(after, before)
+
+
+def test_revival_is_the_same_on_every_process_and_differs_by_step_and_seed():
+    latents = torch.randn(100, DIM)
+    _, after, replaced = revive([1, 2, 3], latents, seed=5, step=7)
+    torch.manual_seed(123)
+    _, again, same = revive([1, 2, 3], latents, seed=5, step=7)
+    assert torch.equal(after, again)
+    assert torch.equal(replaced, same)
+    for seed, step in ((5, 8), (6, 7), (7, 5)):
+        assert not torch.equal(revive([1, 2, 3], latents, seed=seed, step=step)[1], after)
+
+
+def test_counts_go_on_from_their_state():
+    revival, resumed = CodeRevival(3), CodeRevival(3)
+    revival.observe(torch.tensor([0, 2**40, 1]))
+    resumed.load_state_dict(revival.state_dict())
+    resumed.observe(torch.tensor([0, 1, 0]))
+    assert resumed.counts.tolist() == [0, 2**40 + 1, 1]
+
+
+# What remembers replaced codes
+
+
+def test_optimizer_forgets_replaced_codes_and_nothing_else():
+    model = make_tiny().train()
+    weight = model.quantize.embedding.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    replaced = torch.tensor([2, 40])
+    reset_code_state(optimizer, weight, replaced)
+    assert not optimizer.state
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    reset_code_state(optimizer, weight, replaced)
+    for parameter, state in optimizer.state.items():
+        assert state["step"] == 1
+        for name in ("exp_avg", "exp_avg_sq"):
+            cleared = (state[name].flatten(1) if state[name].ndim > 1 else state[name][:, None]).eq(0).any(1)
+            assert cleared.nonzero().flatten().tolist() == (replaced.tolist() if parameter is weight else [])
+
+
+def test_replaced_codes_are_their_own_average():
+    model = make_tiny()
+    weight = model.quantize.embedding.weight
+    ema = EMAModel(model.parameters(), decay=0.9)
+    before = [average.clone() for average in ema.shadow_params]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    copy_codes_to_ema(ema, model, weight, torch.tensor([2, 40]))
+    for parameter, average, old in zip(model.parameters(), ema.shadow_params, before, strict=True):
+        if parameter is weight:
+            changed = (average != old).any(1)
+            assert changed.nonzero().flatten().tolist() == [2, 40]
+            assert torch.equal(average[changed], weight[changed])
+        else:
+            assert torch.equal(average, old)

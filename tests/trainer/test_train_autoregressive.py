@@ -1,0 +1,233 @@
+"""Language models trained on the ids of a tiny SVQVAE, and the pipelines that they become."""
+
+import json
+import logging
+import shutil
+from functools import partial
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from hub_server import run_python, serve_hub
+from huggingface_hub import HfApi
+from PIL import Image
+from train_autoregressive import AutoregressiveConfig, AutoregressiveTrainer
+from training_runs import assert_says_nothing_of, cpu, logged, run, train_at_once_and_resumed
+
+from svqvae_cli import main
+from svqvae_hf import SVQVAE
+from svqvae_hf.data.image_sets import open_rows
+from svqvae_hf.data.token_set_writer import tokenize_set
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.trainer.data.crops import ORDER
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+
+LLAMA = {
+    **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2},
+}
+SCALES = (1.0, 0.5)  # not in the order of the sequence
+CROP = 32
+IMAGES = 6
+
+pytestmark = pytest.mark.usefixtures("one_accelerator")
+train = partial(run, AutoregressiveTrainer, AutoregressiveConfig)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tiny SVQVAE, one of another codebook, a config, and token sets of six photographs in two classes."""
+    folder = tmp_path_factory.mktemp("parts")
+    vqvae = make_tiny()
+    vqvae.save_pretrained(folder / "vqvae")
+    make_tiny(codebook_size=65).save_pretrained(folder / "other")
+    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
+        for index in range(IMAGES):
+            path = folder / "photos" / ("cat", "dog")[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo.convert("RGB").crop((60 * index, 0, 60 * index + 64, 64 + index)).save(path)
+    for name, views in (("tokens", {"views": "centre", "resolution": CROP}), ("mixed", {})):
+        tokenize_set(
+            vqvae,
+            open_rows([str(folder / "photos")], columns=["label"]),
+            folder / name,
+            model_name="vqvae",
+            scales=SCALES,
+            **views,
+        )
+    return folder
+
+
+@pytest.fixture
+def options(parts, tmp_path):
+    """Options of a tiny run."""
+    return {
+        "vqvae_name_or_path": str(parts / "vqvae"),
+        "model_config_name_or_path": str(parts / "llama.json"),
+        "token_set": str(parts / "tokens"),
+        "label_column": "label",
+        "output_dir": str(tmp_path / "out"),
+        **{"train_batch_size": 3, "max_train_steps": 2, "lr_warmup_steps": 0, "logging_steps": 1},
+        "num_validation_images": 2,
+    }
+
+
+def test_sequences_are_the_ids_of_the_images_coarse_to_fine(parts):
+    source = TokenSource(str(parts / "tokens"), "label")
+    assert source.layout.scales == (0.5, 1.0)
+    assert source.layout.num_classes == 2
+    ids, labels = source.layout.decode(source.sequences(np.arange(IMAGES)))
+    assert labels.tolist() == source.rows["label"][:].tolist()
+    for column, grids in zip(("ids_1", "ids_0"), ids, strict=True):
+        assert np.array_equal(grids.flatten(1).numpy(), source.rows[column][:])
+
+
+def test_every_epoch_has_each_row_once_over_all_processes(parts):
+    source = TokenSource(str(parts / "tokens"), None)
+    rows = {tuple(sequence): index for index, sequence in enumerate(source.sequences(np.arange(IMAGES)).tolist())}
+    loaders = [SequenceLoader(source, 1, 2 * IMAGES // 2, 7, process, 2) for process in range(2)]
+    order = [rows[tuple(batch[0].tolist())] for pair in zip(*loaders, strict=True) for batch in pair]
+    first, second = order[:IMAGES], order[IMAGES:]
+    assert sorted(first) == sorted(second) == list(range(IMAGES))
+    assert first != second
+    one = SequenceLoader(source, 4, 3, 7, 0, 1)  # batches go over the ends of epochs
+    assert [rows[tuple(sequence)] for batch in one for sequence in batch.tolist()] == order
+
+
+def test_rows_of_an_epoch_are_ordered_once(parts, monkeypatch):
+    source, calls = TokenSource(str(parts / "tokens"), None), []
+    make = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: calls.append(seed) or make(seed))
+    assert len(list(SequenceLoader(source, 1, IMAGES, 8, 0, 1))) == IMAGES
+    assert calls == [(ORDER, 8, 0)]
+
+
+def test_states_of_another_token_set_are_refused(parts, monkeypatch):
+    loader = SequenceLoader(TokenSource(str(parts / "tokens"), None), 1, 3, 7, 0, 1)
+    state = loader.state_dict()
+    loader.source.rows = loader.source.rows.take(IMAGES - 1)
+    with pytest.raises(ValueError, match="must have 6 rows as when the state was saved, but has 5"):
+        loader.load_state_dict(state)
+
+
+def test_rows_without_a_label_are_refused(parts, tmp_path):
+    shutil.copytree(parts / "tokens", tmp_path / "tokens")
+    for path in (tmp_path / "tokens").rglob("*.parquet"):
+        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        labels = [None, *rows["label"][1:]]
+        rows = rows.remove_columns("label").add_column("label", labels, feature=rows.features["label"])
+        rows.to_parquet(path)
+    with pytest.raises(ValueError, match="must hold a label in each row, but 'label' has empty rows"):
+        TokenSource(str(tmp_path / "tokens"), "label")
+
+
+def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
+    """docs/generation.md has a longer run, of 64 photographs."""
+    for index, path in enumerate(sorted((parts / "photos").rglob("*.png"))):
+        (parts / "classes" / str(index)).mkdir(parents=True)
+        shutil.copy(path, parts / "classes" / str(index))
+    vqvae = SVQVAE.from_pretrained(parts / "vqvae").eval()
+    images = open_rows([str(parts / "classes")], columns=["label"])
+    crops = {"views": "centre", "resolution": CROP}
+    tokenize_set(vqvae, images, parts / "six_tokens", model_name="vqvae", scales=SCALES, **crops)
+    options |= {"token_set": str(parts / "six_tokens"), "max_train_steps": 300, "learning_rate": 5e-3}
+    options |= {"train_batch_size": IMAGES, "label_dropout": 0.0, "logging_steps": 50, "num_validation_images": 0}
+    session = train(**options)
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(options["output_dir"])
+    labels = list(range(IMAGES))
+    coarse, fine = pipeline(labels, temperature=0, scales=[0.5, 1], output_type="latent").images
+    rows = session.source.rows
+    for index, label in enumerate(rows["label"][:].tolist()):
+        assert np.array_equal(fine[label].flatten().numpy(), rows["ids_0"][index])
+        assert np.array_equal(coarse[label].flatten().numpy(), rows["ids_1"][index])
+    (half,) = pipeline(0, temperature=0, scales=[0.5], output_type="pt").images
+    torch.testing.assert_close(half, pipeline.vqvae.decode_tokens(coarse[:1]))
+
+
+def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
+    """The commands of docs/generation.md."""
+    tokens, out = tmp_path / "token-set", tmp_path / "new"
+    crops = ["--views", "centre-flip", "--resolution", str(CROP), "--scales", "0.5", "1"]
+    model = ["--model", str(parts / "vqvae"), "--device", "cpu"]
+    assert main(["tokenize", str(parts / "photos"), str(tokens), *crops, *model]) == 0
+    train(**(options | {"token_set": str(tokens)}))
+    call = ["--class", "0", "1", "--num-images", "3", "--guidance-scale", "2"]
+    assert main(["generate", options["output_dir"], *call, "--output", str(out), "--device", "cpu"]) == 0
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.size == (3 * CROP, 2 * CROP)
+
+
+def test_resumed_run_equals_an_unbroken_one(options):
+    whole, resumed = train_at_once_and_resumed(train, "language_model/model.safetensors", options)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_bf16_run_with_everything_on_learns_and_shows_samples(options, caplog):
+    caplog.set_level(logging.INFO)
+    options |= {"max_train_steps": 20, "learning_rate": 1e-2, "logging_steps": 10, "validation_steps": 20}
+    train(
+        **options, mixed_precision="bf16", use_ema=True, guidance_scale=2.0,
+        report_to="tensorboard",
+    )  # fmt: skip
+    losses = logged(caplog, "train/loss")
+    assert losses[20] < losses[10]
+    output_dir = ROOT / options["output_dir"]
+    with Image.open(output_dir / "samples" / "step-0000020.png") as grid:
+        assert grid.size == (2 * CROP + 3 * 4, CROP + 2 * 4)
+
+
+def test_labels_are_dropped_and_separators_are_not_learned(options):
+    with cpu():
+        trainer = AutoregressiveTrainer(AutoregressiveConfig(**(options | {"label_dropout": 1.0})))
+    trainer.model.train()
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    batch = next(iter(trainer.loader))
+    numbers = trainer.train_on(batch.clone(), 0)
+    layout = trainer.layout
+    assert (seen[0][:, 0] == layout.unconditional_token).all()
+    assert torch.equal(seen[0][:, 1:], batch[:, 1:-1])
+    # A model that has learned nothing is as sure of each of the codes, and of those alone.
+    assert abs(numbers["loss"].item() - np.log(layout.codebook_size)) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_set": "mixed"}, "All rows of the token set must be of one size, but it has 6 of `height`"),
+        ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
+        ({"vqvae_name_or_path": "other"}, "codebook"),
+        ({"label_column": "key"}, "`--label_column` must hold classes, or integers of at least 0, but 'key' holds"),
+        ({"label_column": "none"}, "'none' holds None. The columns are ids_0"),
+        ({"model_config_name_or_path": "nothing.json"}, "there is no 'nothing.json'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, parts, changes, message, monkeypatch):
+    monkeypatch.chdir(parts)
+    with cpu(), pytest.raises((ValueError, OSError), match=message):
+        AutoregressiveTrainer(AutoregressiveConfig(**(options | changes)))
+
+
+LOAD = """
+from diffusers import DiffusionPipeline
+
+import svqvae_hf
+
+pipeline = DiffusionPipeline.from_pretrained("org/dreams")
+print(type(pipeline).__name__, pipeline(class_labels=[1], output_type="np").images.shape)
+"""
+
+
+def test_pipeline_loads_by_hub_id_in_a_new_process(options, parts, tmp_path, monkeypatch):
+    with serve_hub(tmp_path) as hub:
+        local_api = partial(HfApi, endpoint=hub["HF_ENDPOINT"], token=hub["HF_TOKEN"])
+        monkeypatch.setattr("svqvae_hf.trainer.run.HfApi", local_api)
+        train(**(options | {"max_train_steps": 1}), push_to_hub=True, hub_model_id="org/dreams")
+        assert run_python(LOAD, hub).splitlines() == [f"SVQVAEAutoregressivePipeline (1, {CROP}, {CROP}, 3)"]
+    repository = tmp_path / "hub" / "org" / "dreams" / "main"
+    assert_says_nothing_of(parts, repository)
+    card = (repository / "README.md").read_text()
+    assert "from svqvae_hf import SVQVAEAutoregressivePipeline" in card

@@ -1,0 +1,352 @@
+"""Denoisers and masked models trained on tiny SVQVAEs, and the pipelines that they become."""
+
+import json
+import logging
+import re
+import shutil
+import sys
+from functools import partial
+
+import datasets
+import measure_scaling_factor
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from diffusers import AmusedPipeline, DiTPipeline, LDMPipeline
+from hub_server import run_python, serve_hub
+from huggingface_hub import HfApi
+from PIL import Image
+from pipeline_parts import amused_parts
+from train_latent_diffusion import NUM_CLASSES, DiffusionConfig, DiffusionTrainer
+from train_masked import MaskedConfig, MaskedTrainer, draw_mask
+from training_runs import assert_says_nothing_of, cpu, logged, run, train_at_once_and_resumed
+
+import svqvae_hf
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor
+
+UNET = {
+    **{"_class_name": "UNet2DModel", "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
+    **{"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]},
+    **{"add_attention": False, "dropout": 0.1},
+}
+DIT = {
+    **{"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2},
+    "dropout": 0.1,
+}
+TINY_RUN = {
+    **{"resolution": 16, "train_batch_size": 2, "max_train_steps": 2, "lr_warmup_steps": 0},
+    **{"dataloader_num_workers": 0, "num_validation_images": 2, "logging_steps": 1},
+}
+
+pytestmark = [
+    pytest.mark.usefixtures("one_accelerator"),
+]
+diffuse = partial(run, DiffusionTrainer, DiffusionConfig)
+fill_masks = partial(run, MaskedTrainer, MaskedConfig)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a tiny SVQVAE and a tiny CLIP, configs of networks, and photographs in folders of two classes."""
+    folder = tmp_path_factory.mktemp("parts")
+    make_tiny().save_pretrained(folder / "vqvae")
+    amused = amused_parts()
+    amused["tokenizer"].save_pretrained(folder / "clip")
+    amused["text_encoder"].save_pretrained(folder / "clip")
+    amused["transformer"].save_config(folder / "uvit")
+    for name, config in (("unet", UNET), ("dit", DIT)):
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
+        for index in range(4):
+            path = folder / "photos" / ("cat", "dog")[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo.convert("RGB").crop((90 * index, 0, 90 * index + 64, 64)).save(path)
+    return folder
+
+
+@pytest.fixture
+def options(parts, tmp_path):
+    """Options of a tiny run of a UNet."""
+    return TINY_RUN | {
+        "vqvae_name_or_path": str(parts / "vqvae"),
+        "model_config_name_or_path": str(parts / "unet.json"),
+        "train_data_dir": str(parts / "photos"),
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+@pytest.fixture
+def dit_options(options, parts):
+    return options | {"model_config_name_or_path": str(parts / "dit.json"), "label_column": "label"}
+
+
+@pytest.fixture
+def masked_options(options, parts):
+    clip = {"text_encoder_name_or_path": str(parts / "clip"), "label_column": "label"}
+    return options | clip | {"model_config_name_or_path": str(parts / "uvit")}
+
+
+# What is trained
+
+
+def test_denoiser_of_one_image_gives_that_image_back(options, photo, tmp_path):
+    """With the bundled model; docs/diffusion.md has a longer run."""
+    one = tmp_path / "one"
+    one.mkdir()
+    photo.crop((100, 0, 400, 300)).resize((32, 32)).save(one / "chelsea.png")
+    shutil.copytree(svqvae_hf.DEFAULT_MODEL, tmp_path / "vqvae")
+    crops = measure_scaling_factor.read_crops(str(one), 1, 32, (0.0, 1.0))
+    factor = measure_scaling_factor.measure_scaling_factor(
+        SVQVAE.from_pretrained(tmp_path / "vqvae"), (batch.sample for batch in crops)
+    )
+    config = json.loads((tmp_path / "vqvae" / "config.json").read_text()) | {"scaling_factor": factor}
+    (tmp_path / "vqvae" / "config.json").write_text(json.dumps(config))
+    unet = UNET | {"block_out_channels": [32, 64], "norm_num_groups": 8, "dropout": 0.0}
+    (tmp_path / "unet.json").write_text(json.dumps(unet))
+    options |= {
+        "vqvae_name_or_path": str(tmp_path / "vqvae"),
+        "model_config_name_or_path": str(tmp_path / "unet.json"),
+    }
+    options |= {"train_data_dir": str(one), "resolution": 32, "random_flip": False, "num_validation_images": 0}
+    options |= {"max_train_steps": 150, "learning_rate": 3e-3, "train_batch_size": 4, "lr_warmup_steps": 10}
+    diffuse(**options, use_ema=True, ema_decay=0.9)
+    pipeline = LDMPipeline.from_pretrained(options["output_dir"])
+    pipeline.set_progress_bar_config(disable=True)
+    sample = SVQVAEImageProcessor(pixel_range=(-1, 1)).preprocess(Image.open(one / "chelsea.png"))["pixel_values"]
+    with torch.no_grad():
+        reconstruction = pipeline.vqvae.decode(pipeline.vqvae.encode(sample).latents).sample
+    expected = (reconstruction / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    images = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+    for image in images:
+        psnr = -10 * np.log10(np.square(image - expected).mean())
+        assert psnr > 22, psnr
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit", "masked"])
+def test_resumed_run_equals_an_unbroken_one(request, kind):
+    options = request.getfixturevalue({"unet": "options", "dit": "dit_options", "masked": "masked_options"}[kind])
+    part = "unet" if kind == "unet" else "transformer"
+    train = fill_masks if kind == "masked" else diffuse
+    whole, resumed = train_at_once_and_resumed(train, f"{part}/diffusion_pytorch_model.safetensors", options)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_bf16_run_with_everything_on_learns_and_shows_samples(dit_options, caplog):
+    caplog.set_level(logging.INFO)
+    dit_options |= {"max_train_steps": 30, "learning_rate": 3e-3, "logging_steps": 10, "validation_steps": 20}
+    diffuse(**dit_options, mixed_precision="bf16", use_ema=True, gradient_checkpointing=True, report_to="tensorboard")
+    losses = logged(caplog, "train/loss")
+    assert losses[30] < losses[10]
+    assert not any(logged(caplog, "train/skipped").values())
+    output_dir = ROOT / dit_options["output_dir"]
+    assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000020.png", "step-0000030.png"]
+    with Image.open(output_dir / "samples" / "step-0000030.png") as grid:
+        assert grid.size == (2 * 16 + 3 * 4, 16 + 2 * 4)
+
+
+def test_transformer_gets_each_label_or_that_of_no_class_in_all_blocks(dit_options):
+    with cpu():
+        trainer = DiffusionTrainer(DiffusionConfig(**(dit_options | {"label_dropout": 0.5, "train_batch_size": 64})))
+    batch = next(iter(trainer.loader))
+    labels = trainer._labels(batch, torch.Generator().manual_seed(0))
+    kept = labels != NUM_CLASSES
+    assert 16 < kept.sum() < 48
+    assert labels[kept].tolist() == [label for label, keep in zip(batch.labels, kept.tolist(), strict=True) if keep]
+    trainer.network.train()
+    embedders = [block.norm1.emb.class_embedder for block in trainer.network.transformer_blocks]
+    for embedder in embedders:
+        assert torch.equal(embedder(labels), embedder.embedding_table(labels))
+
+
+def test_pipeline_of_classes_knows_their_names(dit_options):
+    diffuse(**dit_options)
+    pipeline = DiTPipeline.from_pretrained(dit_options["output_dir"])
+    assert pipeline.labels == {"cat": 0, "dog": 1}
+    images = pipeline(pipeline.get_label_ids(["dog"]), num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+
+
+def test_mask_covers_one_id_at_least_and_the_share_of_a_cosine():
+    generator = torch.Generator().manual_seed(0)
+    shares = draw_mask(torch.Size((4000, 8, 8)), generator).float().mean((1, 2))
+    assert shares.min() == 1 / 64
+    assert shares.mean() == pytest.approx(2 / torch.pi, abs=0.02)
+    assert (shares > np.cos(np.pi / 4)).float().mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_masked_model_learns(masked_options, caplog):
+    caplog.set_level(logging.INFO)
+    masked_options |= {"max_train_steps": 30, "learning_rate": 3e-3, "logging_steps": 10, "train_batch_size": 4}
+    fill_masks(**masked_options, validation_prompts=["cat", "dog"])
+    losses = logged(caplog, "train/loss")
+    assert losses[30] < losses[10]
+    pipeline = AmusedPipeline.from_pretrained(masked_options["output_dir"])
+    assert pipeline("cat", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+def test_each_masked_id_counts_alike_on_all_processes(masked_options, monkeypatch):
+    with cpu():
+        trainer = MaskedTrainer(MaskedConfig(**masked_options))
+    batch = next(iter(trainer.loader))
+    monkeypatch.setattr(trainer, "descend", lambda loss: loss)
+    trainer.model.eval()
+    alone = trainer.train_on(batch, 0)
+    # As with another process that masked nothing.
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda count, reduction: count / 2)
+    torch.testing.assert_close(trainer.train_on(batch, 0), 2 * alone)
+
+
+def test_captions_are_names_of_classes_some_left_empty(masked_options):
+    with cpu():
+        trainer = MaskedTrainer(MaskedConfig(**masked_options, label_dropout=0.5))
+    batch = next(iter(trainer.loader))
+    for seed in range(8):
+        captions = trainer._captions(batch, torch.Generator().manual_seed(seed))
+        for caption, label in zip(captions, batch.labels, strict=True):
+            assert caption in ("", ("cat", "dog")[label])
+
+
+# The Hub
+
+LOAD = """
+import sys
+from diffusers import DiffusionPipeline
+
+import svqvae_hf
+
+for name, call in eval(sys.argv[1]).items():
+    pipeline = DiffusionPipeline.from_pretrained("org/" + name)
+    images = pipeline(**call, num_inference_steps=2, output_type="np").images
+    print(type(pipeline).__name__, images.shape)
+"""
+
+
+def test_pipelines_load_by_folder_as_documented_and_by_hub_id_in_a_new_process(
+    options, dit_options, masked_options, parts, tmp_path, monkeypatch
+):
+    runs = {
+        "out-ldm": (diffuse, options),
+        "out-dit": (diffuse, dit_options),
+        "out-masked": (fill_masks, masked_options),
+    }
+    with serve_hub(tmp_path) as hub:
+        local_api = partial(HfApi, endpoint=hub["HF_ENDPOINT"], token=hub["HF_TOKEN"])
+        monkeypatch.setattr("svqvae_hf.trainer.run.HfApi", local_api)
+        for name, (train, each) in runs.items():
+            pushed = {"max_train_steps": 1, "output_dir": str(tmp_path / name), "push_to_hub": True}
+            train(**(each | pushed), hub_model_id=f"org/{name}")
+        calls = {"out-ldm": {}, "out-dit": {"class_labels": [1]}, "out-masked": {"prompt": "cat"}}
+        printed = run_python(LOAD, hub, repr(calls))
+    assert printed.splitlines() == [
+        f"{name} (1, 16, 16, 3)" for name in ("LDMPipeline", "DiTPipeline", "AmusedPipeline")
+    ]
+    assert_says_nothing_of(parts, tmp_path / "hub")
+    repository = tmp_path / "hub" / "org" / "out-ldm" / "main"
+    assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
+        *("README.md", "model_index.json", "train_config.yaml", "scheduler/scheduler_config.json"),
+        *(f"{part}/config.json" for part in ("unet", "vqvae")),
+        *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")),
+        "samples/step-0000001.png",
+    }
+    card = (repository / "README.md").read_text()
+    assert 'LDMPipeline.from_pretrained("org/out-ldm")' in card
+    assert "trained by | `training/train_latent_diffusion.py` of svqvae-hf" in card
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(
+        "^```python\n(.*?)^```", (ROOT / "docs" / "diffusion.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert len(blocks) == len(runs)
+    for block in blocks:
+        exec(block, {})
+
+
+# The scaling factor
+
+
+def measure(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["measure_scaling_factor.py", *map(str, arguments)])
+    measure_scaling_factor.main()
+
+
+def test_scaling_factor_is_measured_and_stored(parts, tmp_path, monkeypatch, capsys):
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(parts / "vqvae", model)
+    data.mkdir()
+    for index, path in enumerate(sorted((parts / "photos").rglob("*.png"))):
+        shutil.copy(path, data / f"{index}.png")
+    before = json.loads((model / "config.json").read_text())
+    measure(monkeypatch, model, data, "--resolution", 64)
+    vqvae = SVQVAE.from_pretrained(model)
+    images = [Image.open(path) for path in sorted(data.iterdir())]
+    sample = SVQVAEImageProcessor().preprocess(images)["pixel_values"]
+    with torch.no_grad():
+        expected = 1 / vqvae.encode(sample).latents.std(correction=0).item()
+    assert vqvae.config["scaling_factor"] == pytest.approx(expected, rel=1e-4)
+    assert f"{expected:.4g}"[:4] in capsys.readouterr().out
+    after = json.loads((model / "config.json").read_text())
+    assert after == before | {"scaling_factor": after["scaling_factor"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "photos"), "MODEL must be the folder of a model, but `nowhere` has no config.json"),
+        (("vqvae", "clip"), "The folder 'clip' must hold images"),
+        (("vqvae", "photos", "--num_images", "0"), "must be at least 1, but are 0, 256"),
+    ],
+)
+def test_mistakes_of_the_measurement_are_one_line(parts, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(parts)
+    with pytest.raises(SystemExit) as stop:
+        measure(monkeypatch, *arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_column": "label"}, "and it needs one, but the model is a UNet2DModel, and the column 'label'"),
+        ({"model_config_name_or_path": "dit.json"}, "is a DiTTransformer2DModel, and the column None"),
+        ({"model_config_name_or_path": "vqvae"}, "must be one of UNet2DModel, DiTTransformer2DModel, but is SVQVAE"),
+        ({"model_config_name_or_path": "nowhere.json"}, "but there is no 'nowhere.json'"),
+        ({"vqvae_name_or_path": "no where"}, "`--vqvae_name_or_path` must be a file, a folder or a Hub id"),
+        ({"resolution": 18}, "`--resolution` must be a multiple of f = 4 of the SVQVAE, but is 18"),
+        ({"resolution": 20}, "whose side is a multiple of 2, by `.*unet.json`, but 20 gives 5"),
+        ({"label_dropout": 2.0}, r"`--label_dropout` must lie in \[0, 1\], but is 2.0"),
+        ({"num_inference_steps": 0}, "`--num_inference_steps` must be more than 0, but is 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, parts, changes, message, monkeypatch):
+    monkeypatch.chdir(parts)
+    with cpu(), pytest.raises(ValueError, match=message):
+        DiffusionTrainer(DiffusionConfig(**(options | changes)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([3, 1000], r"Labels must be integers in \[0, 1000\), but one is 1000"),
+        ([3, None], "but one is None"),
+        ([0.5, 1.5], "must hold integers, or at most 1000 classes, but 'label' holds"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(dit_options, tmp_path, photo, labels, message):
+    rows = {"image": [photo.resize((16, 16))] * 2, "label": labels}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "set.parquet")
+    dit_options |= {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(tmp_path / "set.parquet")]}
+    with pytest.raises(ValueError, match=message):
+        diffuse(**dit_options)
+
+
+def test_captions_that_are_no_text_are_refused(masked_options, tmp_path, photo):
+    rows = {"image": [photo.resize((16, 16))] * 2, "label": [1, 2]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "set.parquet")
+    set_options = {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(tmp_path / "set.parquet")]}
+    with pytest.raises(ValueError, match="must hold captions or classes with names, but has [12]"):
+        fill_masks(**(masked_options | set_options))

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from accelerate import Accelerator
+
+from svqvae_hf.trainer.checkpoints import RUN_STATE, find_checkpoint, load_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def test_latest_checkpoint_is_the_newest_whole_one(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    assert find_checkpoint(tmp_path, None) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial"):
+        (tmp_path / name).mkdir()
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
+    assert find_checkpoint(tmp_path, "checkpoint-10") == tmp_path / "checkpoint-10"
+    assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    (tmp_path / "checkpoint-best").mkdir()
+    for name in ("nowhere", "checkpoint-best", "."):
+        with pytest.raises(ValueError, match=f"or 'latest', but is '{name}'"):
+            find_checkpoint(tmp_path, name)
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()
+    with pytest.raises(ValueError, match="has checkpoint-9. Go on from it with `--resume_from_checkpoint latest`"):
+        find_checkpoint(tmp_path, None)
+
+
+def test_a_run_from_an_older_checkpoint_does_not_mix_with_newer_ones(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    for wanted in ("checkpoint-9", str(tmp_path / "checkpoint-9")):
+        with pytest.raises(ValueError, match="without newer checkpoints, but .* has checkpoint-10. Move the newer"):
+            find_checkpoint(tmp_path, wanted)
+
+
+def test_oldest_are_removed_and_what_was_left_half_written_is_replaced(tmp_path, accelerator):
+    (tmp_path / "checkpoint-3.partial").mkdir()
+    (tmp_path / "checkpoint-3.partial" / "stale").touch()
+    for step in (1, 2, 10, 3):
+        save_checkpoint(accelerator, tmp_path, step, {"mean": torch.ones(2)}, {"place": step}, total_limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-3"]
+    assert not (tmp_path / "checkpoint-3" / "stale").exists()
+    run_state, rank_state = load_checkpoint(accelerator, tmp_path / "checkpoint-3", ["mean"])
+    assert run_state["mean"].tolist() == [1, 1]
+    assert rank_state == {"place": 3}
+
+
+@pytest.mark.parametrize("too_large", ["weights", "state of the run", "state of the process"])
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(disk, accelerator, too_large):
+    save_checkpoint(accelerator, disk, 1, {}, {}, total_limit=None)
+    if too_large == "weights":
+        accelerator.prepare(torch.nn.Linear(300, 300))
+    run_state, rank_state = (
+        {"values": torch.zeros(100_000 if too_large == f"state of the {of}" else 1)} for of in ("run", "process")
+    )
+    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: .+ Older checkpoints are whole: go on"):
+        save_checkpoint(accelerator, disk, 2, run_state, rank_state, total_limit=1)
+    assert [path.name for path in disk.iterdir()] == ["checkpoint-1"]
+
+
+def test_older_checkpoints_are_spoken_of_only_where_there_are_some(tmp_path, accelerator, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(accelerator, "save_state", fail)
+    with pytest.raises(OSError, match=r"/checkpoint-1` cannot be written: out of memory\.$"):
+        save_checkpoint(accelerator, tmp_path, 1, {}, {}, total_limit=None)
+
+
+def test_another_number_of_processes_is_refused(tmp_path, accelerator):
+    save_checkpoint(accelerator, tmp_path, 1, {}, {}, total_limit=None)
+    torch.save({"num_processes": 2}, tmp_path / "checkpoint-1" / RUN_STATE)
+    with pytest.raises(ValueError, match="as many processes as wrote it, 2, but there are 1"):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1", [])
+
+
+def test_a_checkpoint_without_a_part_of_the_run_is_refused(tmp_path, accelerator):
+    save_checkpoint(accelerator, tmp_path, 1, {"revival": {}}, {}, total_limit=None)
+    with pytest.raises(ValueError, match="must hold the state of all parts of the run, but has none of ema. Give"):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1", ["revival", "ema"])
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, accelerator, capsys):
+    save_checkpoint(accelerator, tmp_path, 1, {}, {}, total_limit=None)
+    torch.save({"num_processes": 1, "bad": Malicious()}, tmp_path / "checkpoint-1" / RUN_STATE)
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        load_checkpoint(accelerator, tmp_path / "checkpoint-1", [])
+    assert "executed" not in capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""What the fuzzer found, and inputs that reach all of the readers that it reached; see fuzz/README.md."""
+
+import time
+
+import pytest
+from conftest import ROOT
+from readers import READERS
+
+CORPUS = ROOT / "tests" / "fuzz" / "corpus"
+CPU_SECONDS = 10
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_answer_or_refuse(reader, tmp_path):
+    inputs = sorted((CORPUS / reader).iterdir())
+    assert inputs
+    for path in inputs:
+        folder = tmp_path / path.name
+        folder.mkdir()
+        start = time.process_time()
+        READERS[reader](path.read_bytes(), folder)
+        assert time.process_time() - start < CPU_SECONDS, path.name
+
+
+def test_the_check_can_fail(tmp_path, monkeypatch):
+    def broken(path):
+        raise KeyError(path)
+
+    monkeypatch.setattr("readers.load_image", broken)
+    with pytest.raises(KeyError):
+        READERS["image"](b"", tmp_path)
