@@ -20,7 +20,7 @@ browser:
 	apt-get install -qq --yes --no-install-recommends chromium-headless-shell
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal --durations 15
 
 lint: install
 	$(BIN)/ruff check

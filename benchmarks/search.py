@@ -45,7 +45,7 @@ def _ours(codebook: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
     @torch.inference_mode()
     def search(queries: torch.Tensor) -> torch.Tensor:
-        return quantizer.search(queries.T[None, :, :, None]).flatten()  # as one column of an image
+        return quantizer.nearest_ids(queries.T[None, :, :, None]).flatten()  # as one column of an image
 
     return search
 

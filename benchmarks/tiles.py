@@ -54,7 +54,7 @@ def moved_axis(length: int, tile: int, overlap: int) -> list[Tile]:
 def reconstruct(model: SVQVAE, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of an image, and what they decode to."""
     ids = model.encode_tokens(image)
-    return ids, model.fit(model.decode(ids).sample, image.shape[-2:], scale=1)
+    return ids, model.resize_to_image(model.decode(ids).sample, image.shape[-2:], scale=1)
 
 
 @torch.inference_mode()

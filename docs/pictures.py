@@ -129,7 +129,7 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
 
     latents = map_tiles(model.encode_window, padded, TILE, HALO, source_cell=model.f)
     decoded = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, result_cell=model.f)
-    apart = model.fit(decoded, sample.shape[-2:], scale=1)
+    apart = model.resize_to_image(decoded, sample.shape[-2:], scale=1)
     shown = _pixels(whole[0]).resize((photo.width * 2 // 3, photo.height * 2 // 3), Image.Resampling.LANCZOS)
     panels = [Panel(shown, "decoded as a whole", _decibels(whole, sample))]
     for title, image in {"tiles, each for itself": apart, "tiles that share": shared}.items():

@@ -28,7 +28,7 @@ from svqvae_hf.evaluation.reconstruction_table import Result, header, measure, s
 from svqvae_hf.hub.repositories import REPO_ID, hub_reason
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
-from svqvae_hf.tokens.image_tokens import check_memory, check_model, decode_image, encode_image, set_tiles
+from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, decode_image, encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, is_token_file, load_tokens, save_tokens
 
 TOKEN_SUFFIX = ".safetensors"
@@ -401,7 +401,7 @@ def _set_tiles(
     """The tiles of the command line or, where it says nothing, of the token file."""
     tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
     overlap = tokens.overlap if args.overlap is None else args.overlap
-    set_tiles(model, tile_size, overlap, on_tile)
+    configure_tiling(model, tile_size, overlap, on_tile)
 
 
 @contextmanager

@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        from svqvae_hf.tokens.image_tokens import lacks_memory
+        from svqvae_hf.tokens.image_tokens import is_out_of_memory
 
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail("there is not enough memory. Use smaller scales, smaller tiles or smaller images.")
     return 0

@@ -25,7 +25,7 @@ from svqvae_hf.atomic_io import save_png, scale_endings
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.repositories import hub_reason
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_memory, check_model, decode_image, set_tiles
+from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, decode_image
 from svqvae_hf.tokens.token_files import (
     FINGERPRINT,
     INTEGER_LIMIT,
@@ -214,7 +214,7 @@ def detokenize_set(
     settings = read_settings(data)
     check_model(model, settings)
     endings = scale_endings(settings.scales)
-    set_tiles(model, settings.tile_size, settings.overlap)
+    configure_tiling(model, settings.tile_size, settings.overlap)
     rows = datasets.load_dataset(os.fspath(data), split="train", streaming=True)
     for index, row in enumerate(tqdm(itertools.islice(rows, max_images), unit="image", disable=None)):
         tokens = row_tokens(row, settings)

@@ -21,7 +21,7 @@ from svqvae_hf.demo.previews import View, views
 from svqvae_hf.hub.repositories import REPO_ID
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_memory, check_model, encode_image, lacks_memory, set_tiles
+from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, encode_image, is_out_of_memory
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
 FOLDER = Path(__file__).parent / "static"
@@ -54,7 +54,7 @@ def _answering(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         except (ValueError, OSError) as error:
             return _refusal(str(error).replace(path, Path(path).name) if path else str(error))
         except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return _refusal("there is not enough memory. Use smaller scales, smaller tiles or a smaller image.")
 
@@ -121,7 +121,7 @@ class Page:
         _check_header(photograph, scales)
         original = load_image(photograph)
         model = self.model(source)
-        set_tiles(model, tile_size or None, overlap if tile_size else None, _counting_tiles(progress))
+        configure_tiling(model, tile_size or None, overlap if tile_size else None, _counting_tiles(progress))
         check_memory(model, original.height, original.width, scales)
         progress(0, desc="encoding")
         start = time.perf_counter()
@@ -140,7 +140,7 @@ class Page:
         _check_size(tokens.width, tokens.height, tokens.scales)
         model = self.model(source)
         check_model(model, tokens)
-        set_tiles(model, tokens.tile_size, tokens.overlap, _counting_tiles(progress))
+        configure_tiling(model, tokens.tile_size, tokens.overlap, _counting_tiles(progress))
         check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
         shown = _show(model, tokens, None, progress)
         facts = f"{tokens.width} × {tokens.height} pixels, decoded from ids alone"

@@ -280,8 +280,8 @@ class _Evaluator:
     ) -> tuple[dict[str, Any], Image.Image]:
         model, device = self.model, self.model.device
         scaled = resize_latents(latents, each.scale)
-        ids = model.quantize.search(scaled)
-        decoded = model.fit(model.decode(ids).sample, (image.height, image.width), each.scale)
+        ids = model.quantize.nearest_ids(scaled)
+        decoded = model.resize_to_image(model.decode(ids).sample, (image.height, image.width), each.scale)
         reconstruction = self.processor.postprocess(decoded)[0]
         sample, target = (to_tensor(shown, device) for shown in (reconstruction, resize(image, reconstruction.size)))
         each.add(ids, scaled, sample, target)
@@ -290,7 +290,7 @@ class _Evaluator:
         at_full_size = compare_at_full_size(reconstruction, image, device)
         values |= {f"{key}_full_size": value for key, value in at_full_size.items()}
         for key, half in half_latents.items():
-            half_ids = model.quantize.search(resize_latents(half, each.scale))
+            half_ids = model.quantize.nearest_ids(resize_latents(half, each.scale))
             values[f"ids_changed_{key}"] = metrics.share_changed(half_ids, ids)
         bits, pixels = math.log2(model.config["codebook_size"]), image.width * image.height
         values["bits_per_pixel"] = metrics.bits_per_pixel(ids.numel(), bits, pixels)

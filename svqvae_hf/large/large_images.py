@@ -172,7 +172,7 @@ class _Run:
         with path.open("r+b") as file:
 
             def write(y: int, x: int, latents: torch.Tensor) -> None:
-                ids = self.model.quantize.search(latents.contiguous())[0].cpu().numpy().astype(dtype)
+                ids = self.model.quantize.nearest_ids(latents.contiguous())[0].cpu().numpy().astype(dtype)
                 for row, values in enumerate(ids, start=y):
                     file.seek(len(header) + (row * self._cells[1] + x) * dtype.itemsize)
                     file.write(values.tobytes())

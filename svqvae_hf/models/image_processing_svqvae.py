@@ -356,7 +356,7 @@ def _scaled_size(size: Sequence[int], scale: float, max_height: int, max_width: 
     raise ValueError(
         "`image_sizes` must hold whole numbers (height, width) from 1 to those of the sample, "
         f"{max_height} x {max_width}, but has {size!r} at scale {scale:g}. For a sample of another scale, pass its "
-        "`scale`; decoded ids are brought to it by `SVQVAE.fit`."
+        "`scale`; decoded ids are brought to it by `SVQVAE.resize_to_image`."
     )
 
 

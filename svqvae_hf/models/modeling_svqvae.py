@@ -527,7 +527,7 @@ class VectorQuantizer(nn.Module):
             perplexity = torch.exp(-torch.special.xlogy(share, share).sum())
         return self._unflatten(quantized, latents), losses, (perplexity, None, ids)
 
-    def search(self, latents: torch.Tensor) -> torch.Tensor:
+    def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Ids `(batch, h, w)`, int64, of the codes nearest to latents `(batch, codebook_embed_dim, h, w)`.
 
         Raises:
@@ -939,8 +939,8 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         checked = None if scales is None else _check_scales(scales)
         latents = self._encode(sample, self._tiles())
         if checked is None:
-            return self.quantize.search(latents)
-        return [self.quantize.search(resize_latents(latents, scale)) for scale in checked]
+            return self.quantize.nearest_ids(latents)
+        return [self.quantize.nearest_ids(resize_latents(latents, scale)) for scale in checked]
 
     @apply_forward_hook
     def decode_tokens(self, ids: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -1007,12 +1007,12 @@ class SVQVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         for scale in checked:
             quantized, loss, _ = self.quantize(resize_latents(latents, scale))
             decoded = self._decode(quantized, tiles)
-            reconstructions.append(self.fit(decoded, sample.shape[-2:], scale))
+            reconstructions.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
             losses.append(loss)
         output = (reconstructions[0], losses[0]) if scales is None else (reconstructions, losses)
         return SVQVAEOutput(*output) if return_dict else output
 
-    def fit(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:
+    def resize_to_image(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:
         """Brings what `decode` gives for the ids of an image at a scale to the image's own size at that scale.
 
         The ids stand for the whole image, padded to multiples of `f`. Where `scale` times its latents is no whole

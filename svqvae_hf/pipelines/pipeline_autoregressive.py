@@ -293,7 +293,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         """Ids `(batch, h, w)` of a scale as images."""
         if output_type == "latent":
             return ids
-        sample = self.vqvae.fit(self.vqvae.decode(ids).sample, (layout.height, layout.width), scale)
+        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (layout.height, layout.width), scale)
         images = self.image_processor.postprocess(sample, output_type=output_type)
         if output_type == "pil":
             return images

@@ -84,7 +84,7 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
     with torch.inference_mode():
         for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
             decoded = model.decode(ids[None].to(model.device)).sample
-            images += processor.postprocess(model.fit(decoded, image_size, scale))
+            images += processor.postprocess(model.resize_to_image(decoded, image_size, scale))
     return images
 
 
@@ -108,7 +108,7 @@ def check_model(model: SVQVAE, tokens: TokenOrigin) -> None:
         )
 
 
-def set_tiles(
+def configure_tiling(
     model: SVQVAE,
     tile_size: int | None,
     overlap: int | None,
@@ -132,7 +132,7 @@ def set_tiles(
         model.disable_tiling()
 
 
-def lacks_memory(error: MemoryError | RuntimeError) -> bool:
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     """Whether an error says that there is not enough memory, as torch's do by their text alone."""
     return isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)) is not None
 

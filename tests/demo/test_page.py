@@ -21,7 +21,7 @@ from svqvae_hf.demo.page import EXAMPLE, FOLDER, MAX_SCALES, OVERLAPS, TILE_SIZE
 from svqvae_hf.demo.previews import draw_codes, views
 from svqvae_hf.evaluation.metrics import ssim
 from svqvae_hf.evaluation.reconstruction_table import measure
-from svqvae_hf.tokens.image_tokens import decode_image, encode_image, set_tiles
+from svqvae_hf.tokens.image_tokens import configure_tiling, decode_image, encode_image
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
 SCALES = [0.5, 1.0]
@@ -164,7 +164,7 @@ def test_each_tile_goes_with_each_overlap(levels):
     model = make_tiny(encoder_ch_mult=widths, decoder_ch_mult=widths)
     for _, tile_size in TILE_SIZES[1:]:
         for overlap in OVERLAPS:
-            set_tiles(model, tile_size, overlap)
+            configure_tiling(model, tile_size, overlap)
             assert (model.tile_size, model.overlap) == (tile_size, overlap)
 
 

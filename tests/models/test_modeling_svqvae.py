@@ -728,9 +728,9 @@ def test_entropy_loss_rewards_sure_and_even_use():
 def test_quantizer_stays_in_float32_under_autocast(tiny_model):
     images = torch.rand(1, 3, 32, 32)
     latents = tiny_model.encode(images).latents
-    expected = tiny_model.quantize.search(latents)
+    expected = tiny_model.quantize.nearest_ids(latents)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(tiny_model.quantize.search(latents), expected)
+        assert torch.equal(tiny_model.quantize.nearest_ids(latents), expected)
         assert torch.equal(tiny_model.quantize(latents)[2][2], expected.flatten())
 
 

@@ -80,7 +80,7 @@ def test_ids_decode_to_the_reconstruction(batch, height, width, scales, tile, dt
         assert reconstruction.shape == (batch, 3, *(max(1, round(scale * side)) for side in (height, width)))
         assert reconstruction.dtype == dtype
         assert 0 <= reconstruction.min() <= reconstruction.max() <= 1
-        fitted = model.fit(image, (height, width), scale)
+        fitted = model.resize_to_image(image, (height, width), scale)
         torch.testing.assert_close(fitted, reconstruction, rtol=0, atol=DTYPES[dtype])
 
 

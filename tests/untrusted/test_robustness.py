@@ -65,7 +65,7 @@ def test_strips(tiny_model, no_grad, size):
     sample = torch.rand(1, 3, height, width)
     ids = tiny_model.encode_tokens(sample)
     assert tuple(ids.shape) == (1, -(-height // 4), -(-width // 4))
-    decoded = tiny_model.fit(tiny_model.decode(ids).sample, size, 1)
+    decoded = tiny_model.resize_to_image(tiny_model.decode(ids).sample, size, 1)
     assert decoded.shape == sample.shape
     assert decoded.isfinite().all()
 
