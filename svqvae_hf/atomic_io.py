@@ -11,10 +11,6 @@ from pathlib import Path
 from PIL import Image
 
 
-class UnsupportedError(ValueError):
-    """A file that may well be whole, but of a kind that is not read."""
-
-
 def write_file(path: str | os.PathLike, content: bytes) -> None:
     """Writes a file beside its place, then moves it there, so that it is whole or not there at all.
 

@@ -15,7 +15,7 @@ import zarr
 from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC
 
-from svqvae_hf.atomic_io import UnsupportedError, distinct_files, find_files, os_error
+from svqvae_hf.atomic_io import distinct_files, find_files, os_error
 from svqvae_hf.models.image_processing_svqvae import to_rgb
 from svqvae_hf.untrusted.bounded_zarr import bound
 
@@ -32,6 +32,10 @@ LAYOUTS = {  # channels and what those beyond the colours are, in TIFF's numbers
     (4, 1): "RGBa",
     (4, 2): "RGBA",
 }
+
+
+class UnsupportedError(ValueError):
+    """An image file of a kind that is not supported, although it may be intact."""
 
 
 def find_large_images(patterns: Sequence[str]) -> list[Path]:
@@ -217,7 +221,10 @@ def _zarr_image(path: Path) -> LargeImage:
             f"an array must be (height, width, 3) of uint8, but is {array.shape} of {array.dtype}. Convert it."
         )
     _check_chunk(array)
-    array = bound(array)
+    try:
+        array = bound(array)
+    except ValueError as error:  # of its encoding: the content is not read yet
+        raise UnsupportedError(str(error)) from error
     height, width, _ = array.shape
     return LargeImage(path, height, width, array.chunks[1], "RGB", lambda rows, columns: array[rows, columns])
 

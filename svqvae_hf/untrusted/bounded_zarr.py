@@ -13,8 +13,6 @@ from numcodecs.abc import Codec
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec
 
-from svqvae_hf.atomic_io import UnsupportedError
-
 COMPRESSORS = ("blosc", "gzip", "lz4", "zlib", "zstd")
 ZLIB_FORMATS = {"gzip": 31, "zlib": 15}  # `wbits` of each
 CHECKSUM = 4  # bytes of a CRC-32C
@@ -32,8 +30,7 @@ def bound(array: Any) -> zarr.Array:
             shards.
 
     Raises:
-        UnsupportedError: If its chunks are encoded in another way. What is wrong with a chunk is raised when it is
-            read.
+        ValueError: If its chunks are encoded in another way. What is wrong with a chunk is raised when it is read.
     """
     metadata = array.metadata
     if metadata.zarr_format == 2:
@@ -72,8 +69,8 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _refusal(name: str) -> UnsupportedError:
-    return UnsupportedError(
+def _refusal(name: str) -> ValueError:
+    return ValueError(
         f"chunks must be compressed once at most, by {', '.join(COMPRESSORS)}, and otherwise encoded by shuffle "
         "(version 2), transpose, crc32c or sharding_indexed (version 3) alone, but these are encoded by "
         f"`{name}`. Store the array anew."

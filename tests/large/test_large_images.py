@@ -16,10 +16,10 @@ from conftest import ROOT, make_tiny
 from PIL import Image
 
 import svqvae_cli
-from svqvae_hf.atomic_io import UnsupportedError, os_error
+from svqvae_hf.atomic_io import os_error
 from svqvae_hf.evaluation.reconstruction_table import measure
 from svqvae_hf.large import large_files, large_images
-from svqvae_hf.large.large_files import find_large_images, open_large_image
+from svqvae_hf.large.large_files import UnsupportedError, find_large_images, open_large_image
 from svqvae_hf.large.large_images import decode_large, encode_large, reconstruct_large, record_path
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
