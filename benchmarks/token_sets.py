@@ -27,11 +27,11 @@ from measuring import Row, describe_machine, in_own_process, make_parser, report
 from PIL import Image, ImageOps
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.atomic_io import find_files
 from svqvae_hf.data.image_sets import open_rows
 from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.data.token_sets import read_settings, row_tokens
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+from svqvae_hf.paths import find_files
 
 SMALL = 64  # side in pixels of the images whose number grows
 MIXED = (32, 160)  # sides in pixels of images of mixed sizes

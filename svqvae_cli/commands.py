@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline
-from svqvae_hf.atomic_io import check_new_folder, check_output, check_targets, find_files, save_png, scale_endings
+from svqvae_hf.atomic_io import check_new_folder, save_png
 from svqvae_hf.conversion import convert as conversion
 from svqvae_hf.evaluation.reconstruction_table import Result, header, measure, side_by_side, table_row, token_count
 from svqvae_hf.hub.repositories import REPO_ID, hub_reason
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+from svqvae_hf.paths import check_output, check_targets, find_files, scale_endings
 from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, decode_image, encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, is_token_file, load_tokens, save_tokens
 

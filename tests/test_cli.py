@@ -368,7 +368,7 @@ def test_a_file_that_is_no_image_stops_and_leaves_whole_what_came_before(inputs,
 def test_missing_input(tmp_path, out, model, capsys, command):
     for missing in (tmp_path / "none.png", tmp_path / "*.png"):
         error = fails(capsys, command, missing, "--output", out, "--model", model)
-        assert f"there is no file, folder or match `{missing}`" in error
+        assert f"no file or folder matches `{missing}`" in error
     (tmp_path / "empty").mkdir()
     assert "has no file that ends in" in fails(capsys, command, tmp_path / "empty", "--output", out, "--model", model)
     assert not out.exists()
@@ -393,7 +393,7 @@ def test_output_that_cannot_be_written(inputs, out, model, capsys, command):
     file = inputs / "notes.txt"
     for output in (file, file / "under"):
         error = fails(capsys, command, inputs, "--output", output, "--model", model)
-        assert f"--output must be a folder that can be written, but `{file}` is not" in error
+        assert f"--output must be a writable folder, but `{file}` is not" in error
     ending = "_x1.png" if command == "reconstruct" else ".safetensors"
     (out / f"a{ending}").mkdir(parents=True)
     assert f"`{out / f'a{ending}'}` cannot be written: Is a directory." in fails(

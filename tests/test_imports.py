@@ -20,7 +20,7 @@ ROOMS = [
         "loaders",
         "hub",
     ),
-    *("untrusted", "atomic_io"),
+    *("untrusted", "paths", "atomic_io"),
 ]
 TOP_LEVEL = ["training", "svqvae_cli", "svqvae_hf"]  # what a user starts with: nothing below imports it
 

@@ -16,8 +16,8 @@ import datasets
 import fsspec
 from PIL import Image
 
-from svqvae_hf.atomic_io import find_files
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image, to_rgb
+from svqvae_hf.paths import find_files
 
 ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
 Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)

@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-from svqvae_hf.atomic_io import check_new_folder, scale_endings, write_file
+from svqvae_hf.atomic_io import check_new_folder, write_file
 from svqvae_hf.data.image_sets import ImageRow, ImageRows, read_image
 from svqvae_hf.data.token_set_cards import token_set_card
 from svqvae_hf.data.token_sets import SETTINGS_FILE, VIEWS, TokenSettings, cut_views, is_whole
 from svqvae_hf.hub.repositories import check_repo_id, create_repo, push_folder
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.paths import scale_endings
 from svqvae_hf.tokens.image_tokens import check_memory
 from svqvae_hf.tokens.token_files import METADATA_KEY
 

@@ -21,10 +21,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from svqvae_hf.atomic_io import save_png, scale_endings
+from svqvae_hf.atomic_io import save_png
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.repositories import hub_reason
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.paths import scale_endings
 from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, decode_image
 from svqvae_hf.tokens.token_files import (
     FINGERPRINT,

@@ -15,8 +15,9 @@ import zarr
 from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC
 
-from svqvae_hf.atomic_io import distinct_files, find_files, os_error
+from svqvae_hf.atomic_io import os_error
 from svqvae_hf.models.image_processing_svqvae import to_rgb
+from svqvae_hf.paths import distinct_files, find_files
 from svqvae_hf.untrusted.bounded_zarr import bound
 
 TIFF_SUFFIXES = (".tif", ".tiff")

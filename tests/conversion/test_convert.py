@@ -133,7 +133,7 @@ def test_a_copy_that_reconstructs_otherwise_is_no_success(golden_dir, tmp_path, 
         ({"private": True}, "need `push_to_hub`"),
         ({"push_to_hub": "name"}, "must be `org/name`, but is 'name'"),
         ({"push_to_hub": "org/a--b"}, r"-- or \.\..*'org/a--b'"),
-        ({"out": "occupied"}, r"`.*occupied` must be a new or an empty folder, but it has something in it"),
+        ({"out": "occupied"}, r"`.*occupied` must be a new or empty folder, but it is not empty"),
         ({"out": "occupied/file"}, "`.*occupied/file` is a file"),
         ({"out": "occupied/file/out"}, "file/out` must be a new.*`.*occupied/file` is a file"),
     ],
@@ -150,12 +150,12 @@ def test_faulty_arguments(arguments, message, golden_dir, tmp_path):
 def test_folders_that_cannot_be_replaced(golden_dir, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("gone")
     for out in (tmp_path / "link", tmp_path / "link" / "out"):
-        with pytest.raises(ValueError, match="`.*link` is a link to nothing"):
+        with pytest.raises(ValueError, match="`.*link` is a broken link"):
             convert(golden_dir / "svqvae_tiny.safetensors", out)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for out in (".", tmp_path / "here"):
-        with pytest.raises(ValueError, match="it is the folder you are in"):
+        with pytest.raises(ValueError, match="it is the current folder"):
             convert(golden_dir / "svqvae_tiny.safetensors", out)
 
 

@@ -94,7 +94,7 @@ def test_what_a_set_does_not_have(parquet, tmp_path):
         open_images([parquet], image_column="photo")
     with pytest.raises(ValueError, match="--image-column must be one of photo, label, but is `image`"):
         open_images([parquet], split="train")
-    with pytest.raises(ValueError, match="there is no file, folder or match"):
+    with pytest.raises(ValueError, match="no file or folder matches"):
         open_images([str(tmp_path / "none" / "*.png")])
     with pytest.raises(ValueError, match="`max_images` must be at least 1, but is 0"):
         open_images([parquet], max_images=0)

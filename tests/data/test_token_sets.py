@@ -356,7 +356,7 @@ def test_another_codebook_is_refused(token_set, tmp_path):
         ({"batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
         ({"shard_size": 0}, "`shard_size` must be at least 1, but is 0"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, but is -1"),
-        ({"scales": [1, 1]}, "scales must differ in six digits"),
+        ({"scales": [1, 1]}, "scales must differ within six digits"),
         ({"scales": []}, "`scales` of a token set is out of its range"),
         ({"scales": [0]}, "`scales` of a token set is out of its range"),
         ({"push_to_hub": "name"}, "`push_to_hub` must be `org/name`"),
@@ -370,7 +370,7 @@ def test_options_that_do_not_fit(tiny_model, photos, tmp_path, options, message)
 
 
 def test_what_cannot_be_made(tiny_model, photos, parquet, token_set, tmp_path):
-    with pytest.raises(ValueError, match="must be a new or an empty folder, but it has something in it"):
+    with pytest.raises(ValueError, match="must be a new or empty folder, but it is not empty"):
         tokenize(tiny_model, photos, token_set)
     with pytest.raises(ValueError, match="columns must be of image, label, but none are not"):
         open_rows([str(parquet)], columns=["none"])

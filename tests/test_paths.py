@@ -1,0 +1,57 @@
+import os
+
+import pytest
+
+from svqvae_hf.paths import check_output, check_targets, find_files, scale_endings
+
+
+def test_each_file_is_found_once(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.PNG").touch()
+    for ignored in ("c.txt", ".d.png"):
+        (tmp_path / ignored).touch()
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path)
+    found = find_files([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.png", f"{tmp_path}/in/link"], (".png",))
+    assert found == [tmp_path / "a.png", tmp_path / "b.PNG"]
+
+
+def test_links_with_different_names_are_kept(tmp_path):
+    """The cache of the Hub links files with equal content to one blob."""
+    (tmp_path / "blob").touch()
+    for folder in ("snapshot", "other"):
+        (tmp_path / folder).mkdir()
+    links = [tmp_path / "snapshot" / "a.png", tmp_path / "snapshot" / "b.png", tmp_path / "other" / "a.png"]
+    for link in links:
+        link.symlink_to("../blob")
+    assert find_files([str(tmp_path / "snapshot"), str(tmp_path / "other")], (".png",)) == links
+
+
+def test_input_must_be_a_file_or_folder(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(ValueError, match=r"an input must be a file or a folder, but `.*fifo.png` is neither"):
+        find_files([str(tmp_path / "fifo.png")], (".png",))
+
+
+def test_output_must_not_be_a_broken_link(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"--output must be a writable folder, but `.*link` is not"):
+        check_output([], tmp_path / "link")
+    with pytest.raises(ValueError, match=r"but `.*link` is not"):
+        check_output([], tmp_path / "link" / "under")
+
+
+def test_inputs_are_not_overwritten(tmp_path):
+    inputs = [tmp_path / "a.png", tmp_path / "a_x1.png"]
+    check_targets(inputs, inputs, tmp_path / "out", ["_x1.png"])
+    check_targets(inputs, inputs, tmp_path, ["_x2.png"])
+    with pytest.raises(ValueError, match=r"the input `.*a_x1.png` would be overwritten"):
+        check_targets(inputs, inputs, tmp_path, ["_x1.png"])
+
+
+def test_scales_name_files_with_six_digits():
+    assert scale_endings([0.5, 1.0, 1 / 3]) == ["_x0.5.png", "_x1.png", "_x0.333333.png"]
+    with pytest.raises(ValueError, match=r"scales must differ within six digits, .* but are 1, 1.0000001"):
+        scale_endings([1, 1.0000001])
