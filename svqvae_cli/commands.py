@@ -24,7 +24,14 @@ from tqdm import tqdm
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline
 from svqvae_hf.atomic_io import check_new_folder, save_png
 from svqvae_hf.conversion import convert as conversion
-from svqvae_hf.evaluation.reconstruction_table import Result, header, measure, side_by_side, table_row, token_count
+from svqvae_hf.evaluation.reconstruction_table import (
+    ReconstructionFigures,
+    measure_reconstructions,
+    side_by_side,
+    table_header,
+    table_row,
+    token_count,
+)
 from svqvae_hf.hub.repositories import REPO_ID, hub_reason
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
@@ -48,7 +55,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     model = _load_model(args.model, args.device, args.dtype)
     total_name = f"{len(inputs)} images"
     name_width = max(len(name) for name in [total_name, *(path.name for path in inputs)])
-    results: list[list[Result]] = []
+    results: list[list[ReconstructionFigures]] = []
     with _progress(inputs) as (paths, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
         for path in paths:
@@ -60,8 +67,8 @@ def reconstruct(args: argparse.Namespace) -> None:
             for image, ending in zip(images, endings, strict=True):
                 save_png(image, args.output / f"{path.stem}{ending}")
             if not results:
-                tqdm.write(header(name_width))
-            results.append(measure(original, tokens, images))
+                tqdm.write(table_header(name_width))
+            results.append(measure_reconstructions(original, tokens, images))
             if args.side_by_side:
                 save_png(side_by_side(original, images, results[-1]), args.output / f"{path.stem}_side_by_side.png")
             for result in results[-1]:
@@ -305,7 +312,7 @@ def _run_large(args: argparse.Namespace) -> None:
     check_targets(inputs, inputs, args.output, [ending])
     model = _load_model(args.model, args.device, args.dtype)
     name_width = max(len(path.name) for path in inputs)
-    rows = [] if args.run != "reconstruct" else [header(name_width)]
+    rows = [] if args.run != "reconstruct" else [table_header(name_width)]
     with _progress(inputs) as (paths, on_tile):
         for path in paths:
             target = args.output / f"{path.stem}{ending}"

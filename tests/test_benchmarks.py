@@ -16,6 +16,8 @@ BENCHMARKS = str(ROOT / "benchmarks")
 CHECKOUT = """
 from functools import partial
 
+from svqvae_hf import SVQVAE
+
 Encoder = Decoder = ModelArgs = dict
 
 class ScalableVQVAE:

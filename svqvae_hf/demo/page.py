@@ -1,4 +1,4 @@
-"""The page of `svqvae demo`: a photograph to ids and back, to look at."""
+"""The page of `svqvae demo`: a visitor encodes a photograph and compares it with its reconstructions."""
 
 import functools
 import html
@@ -17,82 +17,82 @@ from gradio.processing_utils import save_bytes_to_cache, save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from svqvae_hf.demo.previews import View, views
+from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.hub.repositories import REPO_ID
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, encode_image, is_out_of_memory
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
-FOLDER = Path(__file__).parent / "static"
-EXAMPLE = FOLDER / "example.webp"
-CACHE = get_upload_folder()  # from where Gradio serves files
-KEPT = 3600  # seconds that it keeps those of a visit, at least
-FILE_SIZE = "100mb"  # of an upload
-MAX_PIXELS = 2**24  # of an image, before and after: what browsers show with ease
-MAX_SCALES = 8  # of a token file: tabs of the page
+STATIC = Path(__file__).parent / "static"
+EXAMPLE = STATIC / "example.webp"
+CACHE = get_upload_folder()  # Gradio serves files from here
+CACHE_SECONDS = 3600  # minimum time that Gradio keeps the files of a visit
+UPLOAD_LIMIT = "100mb"
+MAX_PIXELS = 2**24  # largest image and largest reconstruction; browsers show this size with ease
+MAX_SCALES = 8  # tabs of the page
 SCALES = (0.25, 0.5, 1.0, 2.0)
-FIRST_SCALES = [0.25, 0.5, 1.0]
+DEFAULT_SCALES = [0.25, 0.5, 1.0]
 TILE_SIZES = [("none", 0), ("128", 128), ("256", 256), ("512", 512), ("1024", 1024)]
 OVERLAPS = [0, 16, 32, 48]  # each fits the smallest tile at f = 4, 8 and 16
-PROGRESS = gr.Progress()  # as a default, it asks Gradio for the progress of a call
+PROGRESS = gr.Progress()  # as a default argument, it makes Gradio pass the progress bar of the call
 
-# Of the fonts that Gradio brings; its file of the weight that its theme takes for bold, 600, lacks most letters.
+# Gradio brings these fonts. Its theme draws bold text at weight 600, but the file of that weight lacks most letters.
 FONTS = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
 
-HEADING = "<h1>SVQVAE</h1><p>An image to ids of one codebook and back, at several scales.</p>"
+HEADING = "<h1>SVQVAE</h1><p>An image becomes ids of one codebook, and an image again, at several scales.</p>"
 EMPTY = "<p class='empty'>Drop a photograph, or choose the example.</p>"
 
 
-def _answering(work: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Says what a visitor can mend in the page, without the folders of this machine."""
+def _show_errors(handler: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Shows errors that a visitor can correct in the page, without the folders of this machine."""
 
-    @functools.wraps(work)  # Gradio reads its signature
-    def answer(page: "Page", path: str | None, *args: Any) -> list[Any]:
+    @functools.wraps(handler)  # Gradio reads its signature
+    def wrapped(page: "Page", path: str | None, *args: Any) -> list[Any]:
         try:
-            return work(page, path, *args)
+            return handler(page, path, *args)
         except (ValueError, OSError) as error:
-            return _refusal(str(error).replace(path, Path(path).name) if path else str(error))
+            return _error_values(str(error).replace(path, Path(path).name) if path else str(error))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return _refusal("there is not enough memory. Use smaller scales, smaller tiles or a smaller image.")
+            return _error_values("Out of memory. Use smaller scales, smaller tiles or a smaller image.")
 
-    return answer
+    return wrapped
 
 
 class Page:
-    """What the page does for those who visit it.
+    """The handlers behind the page, and the model that they share.
 
     Args:
-        load (`Callable[..., SVQVAE]`): Gives the model of a folder or a Hub id, the default of an empty string; passes
-            keyword arguments on to `from_pretrained`.
+        load (`Callable[..., SVQVAE]`): Loads the model of a folder or Hub id; the default model for an empty string.
+            Passes keyword arguments on to `from_pretrained`.
         source (`str`, defaults to the default model): Model that the page opens with.
-        public (`bool`, defaults to `False`): Whether its visitors are others than the user of this machine. Beside the
-            default model and that of `source` they get those that anyone gets from the Hub, and nothing of this
-            machine: no file, no token, no download of before.
+        public (`bool`, defaults to `False`): Whether people other than the user of this machine can reach the page.
+            They may then choose `source`, the default model and public models of the Hub. They cannot reach anything
+            of this machine: no file, no token, no earlier download.
     """
 
     def __init__(self, load: Callable[..., SVQVAE], source: str = "", public: bool = False) -> None:
         self.source, self.public = source.strip(), public
         self._load = load
-        self._models: dict[str, SVQVAE] = {}  # the one at work
+        self._models: dict[str, SVQVAE] = {}  # at most one
 
     def model(self, source: str) -> SVQVAE:
-        """Gives the model of a source, after it drops the one before: memory may not hold both.
+        """Loads a model, or returns it if it is loaded. Drops the previous one first: memory may not hold both.
 
         Args:
-            source (`str`): As visitors write it.
+            source (`str`): Folder or Hub id, as a visitor writes it.
 
         Raises:
-            OSError: It cannot be loaded.
-            ValueError: It is not there, or not for visitors of a public page.
+            OSError: If it cannot be loaded.
+            ValueError: If it does not exist, or visitors of a public page may not use it.
         """
         source = source.strip()
         if source not in self._models:
             foreign = self.public and source not in ("", self.source)
             if foreign and (not re.fullmatch(REPO_ID, source) or Path(source).exists()):
-                raise ValueError("a model must be a public one of the Hub on this page. Write its name, `org/name`.")
+                raise ValueError("On this page a model must be a public model of the Hub. Write its id, `org/name`.")
             self._models.clear()
             self._models[source] = self._load_foreign(source) if foreign else self._load(source)
         return self._models[source]
@@ -101,7 +101,7 @@ class Page:
         with tempfile.TemporaryDirectory() as empty:  # the cache of this machine may hold private models
             return self._load(source, token=False, cache_dir=empty)
 
-    @_answering
+    @_show_errors
     def encode(
         self,
         photograph: str | None,
@@ -111,49 +111,53 @@ class Page:
         source: str,
         progress: gr.Progress = PROGRESS,
     ) -> list[Any]:
-        """Encodes a photograph and shows what its ids decode to beside it."""
+        """Encodes a photograph and shows it beside its reconstructions."""
         if photograph is None:
-            raise ValueError("there is no photograph yet. Drop one, or choose the example.")
+            raise ValueError("There is no photograph yet. Drop one, or choose the example.")
         if not scales:
-            raise ValueError("at least one scale must be chosen, but none is.")
+            raise ValueError("No scale is chosen. Choose at least one.")
         if not Path(photograph).exists():
-            raise ValueError("the photograph is no longer kept here. Drop it again.")
-        _check_header(photograph, scales)
+            raise ValueError("The photograph is no longer stored here. Drop it again.")
+        _check_image_file(photograph, scales)
         original = load_image(photograph)
         model = self.model(source)
-        configure_tiling(model, tile_size or None, overlap if tile_size else None, _counting_tiles(progress))
+        configure_tiling(model, tile_size or None, overlap if tile_size else None, _tile_progress(progress))
         check_memory(model, original.height, original.width, scales)
         progress(0, desc="encoding")
         start = time.perf_counter()
         tokens = encode_image(model, original, sorted(scales))
         seconds = time.perf_counter() - start
-        shown = _show(model, tokens, original, progress)
+        previews = _decode(model, tokens, original, progress)
         facts = f"{original.width} × {original.height} pixels, encoded in {seconds:.2f} s"
-        return _results(Path(photograph).name, facts, tokens, shown, original)
+        return _result_values(Path(photograph).name, facts, tokens, previews, original)
 
-    @_answering
+    @_show_errors
     def decode(self, token_file: str, source: str, progress: gr.Progress = PROGRESS) -> list[Any]:
-        """Shows what the ids of a token file decode to."""
+        """Decodes a token file and shows its images."""
         tokens = load_tokens(token_file)
         if len(tokens.scales) > MAX_SCALES:
-            raise ValueError(f"this page shows at most {MAX_SCALES} scales, but the file has {len(tokens.scales)}.")
+            raise ValueError(
+                f"A token file must have at most {MAX_SCALES} scales to be shown here, got {len(tokens.scales)}."
+            )
         _check_size(tokens.width, tokens.height, tokens.scales)
         model = self.model(source)
         check_model(model, tokens)
-        configure_tiling(model, tokens.tile_size, tokens.overlap, _counting_tiles(progress))
+        configure_tiling(model, tokens.tile_size, tokens.overlap, _tile_progress(progress))
         check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
-        shown = _show(model, tokens, None, progress)
+        previews = _decode(model, tokens, None, progress)
         facts = f"{tokens.width} × {tokens.height} pixels, decoded from ids alone"
-        return _results(Path(token_file).name, facts, tokens, shown, None)
+        return _result_values(Path(token_file).name, facts, tokens, previews, None)
 
 
 def build(page: Page) -> gr.Blocks:
-    """Lays the page out.
+    """Builds the layout of the page and connects it with its handlers.
 
     Args:
-        page ([`Page`]): What it does.
+        page ([`Page`]): Handlers.
     """
-    with gr.Blocks(title="SVQVAE", analytics_enabled=False, fill_width=True, delete_cache=(KEPT, KEPT)) as blocks:
+    with gr.Blocks(
+        title="SVQVAE", analytics_enabled=False, fill_width=True, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
+    ) as blocks:
         gr.HTML(HEADING, elem_classes="heading")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -164,15 +168,15 @@ def build(page: Page) -> gr.Blocks:
                     label="Example", components=["image"], samples=[[str(EXAMPLE)]], type="index", elem_id="example"
                 )
                 scales = gr.CheckboxGroup(
-                    [(f"{scale:g}", scale) for scale in SCALES], value=FIRST_SCALES, label="Scales", elem_id="scales"
+                    [(f"{scale:g}", scale) for scale in SCALES], value=DEFAULT_SCALES, label="Scales", elem_id="scales"
                 )
                 with gr.Row():
-                    tile_size = gr.Dropdown(TILE_SIZES, value=256, label="Tile, pixels", min_width=100)
+                    tile_size = gr.Dropdown(TILE_SIZES, value=256, label="Tile size, pixels", min_width=100)
                     overlap = gr.Dropdown(OVERLAPS, value=32, label="Overlap, pixels", min_width=100)
                 model = gr.Textbox(
                     page.source,
                     label="Model",
-                    placeholder="the small bundled one",
+                    placeholder="the small bundled model",
                     info="org/name on the Hub" if page.public else "Folder or Hub id",
                     elem_id="model",
                 )
@@ -182,19 +186,19 @@ def build(page: Page) -> gr.Blocks:
             with gr.Column(scale=3, min_width=560):
                 summary = gr.HTML(EMPTY, elem_id="summary")
                 with gr.Tabs(visible=False, elem_id="results") as tabs:
-                    slots = [_slot(index) for index in range(MAX_SCALES)]
-        job = {
-            "outputs": [summary, download, tabs, *(component for slot in slots for component in slot)],
+                    scale_tabs = [_scale_tab(index) for index in range(MAX_SCALES)]
+        event = {
+            "outputs": [summary, download, tabs, *(component for tab in scale_tabs for component in tab)],
             "show_progress_on": summary,
-            "concurrency_id": "model",  # one job at a time: they share its tiles
+            "concurrency_id": "model",  # one event at a time, because tiling is a state of the model
             "concurrency_limit": 1,
             "api_visibility": "private",
         }
-        encode = {"fn": page.encode, "inputs": [photograph, scales, tile_size, overlap, model], **job}
+        encode = {"fn": page.encode, "inputs": [photograph, scales, tile_size, overlap, model], **event}
         run.click(**encode)
         photograph.upload(**encode)
         example.click(lambda _: str(EXAMPLE), example, photograph, api_visibility="private").then(**encode)
-        upload.upload(page.decode, [upload, model], **job)
+        upload.upload(page.decode, [upload, model], **event)
     return blocks
 
 
@@ -203,48 +207,53 @@ def serving(load: Callable[..., SVQVAE], source: str, host: str, port: int | Non
     """Serves the page while the context lasts.
 
     Args:
-        load (`Callable[..., SVQVAE]`): As of [`Page`].
-        source (`str`): Model that the page opens with; empty for the default.
-        host (`str`): Address to listen at. Unless it is one of loopback, the page is public, see [`Page`].
-        port (`int`, *optional*): Port to listen at; the first free one from 7860 if not given.
+        load (`Callable[..., SVQVAE]`): See [`Page`].
+        source (`str`): Model that the page opens with; empty for the default model.
+        host (`str`): Address to listen on. Unless it is a loopback address, the page is public, see [`Page`].
+        port (`int`, *optional*): Port to listen on; the first free one from 7860 on if not given.
 
     Yields:
-        `str`: Where the page is.
+        `str`: Address of the page.
 
     Raises:
-        OSError: The model cannot be loaded, or the port is taken.
-        ValueError: The model is not there.
+        OSError: If the model cannot be loaded, or the port is taken.
+        ValueError: If the model does not exist.
     """
     page = Page(load, source, public=not _is_loopback(host))
-    page.model(source)  # its faults are said before the page opens
+    page.model(source)  # raises before the page opens
     blocks = build(page)
     try:
-        try:
-            _, address, _ = blocks.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                max_file_size=FILE_SIZE,
-                enable_monitoring=False,
-                run_history=False,
-                ssr_mode=False,
-                footer_links=[],
-                theme=gr.themes.Default(primary_hue="teal", font=FONTS),
-                css_paths=FOLDER / "page.css",
-                allowed_paths=[str(EXAMPLE)],
-            )
-        except OSError as error:
-            place = f"`{host}`, port {port or 'from 7860'}"
-            raise OSError(f"the page cannot be served at {place}. Choose another --host or --port.") from error
-        yield address
+        yield _launch(blocks, host, port)
     finally:
         blocks.close()
 
 
-def _slot(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.Image, gr.HTML, gr.HTML]:
-    """A tab for one scale."""
+def _launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=UPLOAD_LIMIT,
+            enable_monitoring=False,
+            run_history=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(primary_hue="teal", font=FONTS),
+            css_paths=STATIC / "page.css",
+            allowed_paths=[str(EXAMPLE)],
+        )
+    except OSError as error:
+        raise OSError(
+            f"Could not serve the page at `{host}`, port {port or 'from 7860'}. Choose another --host or --port."
+        ) from error
+    return address
+
+
+def _scale_tab(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.Image, gr.HTML, gr.HTML]:
+    """Tab for one scale: the slider if there is an original, otherwise the image alone."""
     buttons = ["fullscreen", "download"]
     with gr.Tab(visible=False, id=index) as tab:
         slider = gr.ImageSlider(
@@ -253,63 +262,65 @@ def _slot(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.Image, gr.HTML, gr.HTM
         image = gr.Image(show_label=False, interactive=False, buttons=buttons, elem_classes="alone")
         figures = gr.HTML()
         code_grid = gr.HTML(
-            html_template=(FOLDER / "code_grid.html").read_text(), js_on_load=(FOLDER / "code_grid.js").read_text()
+            html_template=(STATIC / "code_grid.html").read_text(), js_on_load=(STATIC / "code_grid.js").read_text()
         )
     return tab, slider, image, figures, code_grid
 
 
-def _show(model: SVQVAE, tokens: ImageTokens, original: Image.Image | None, progress: gr.Progress) -> list[View]:
-    return list(progress.tqdm(views(model, tokens, original), "decoding", len(tokens.scales), "scales"))
+def _decode(
+    model: SVQVAE, tokens: ImageTokens, original: Image.Image | None, progress: gr.Progress
+) -> list[ScalePreview]:
+    return list(progress.tqdm(preview_scales(model, tokens, original), "decoding", len(tokens.scales), "scales"))
 
 
-def _results(
-    name: str, facts: str, tokens: ImageTokens, shown: Sequence[View], original: Image.Image | None
+def _result_values(
+    name: str, facts: str, tokens: ImageTokens, previews: Sequence[ScalePreview], original: Image.Image | None
 ) -> list[Any]:
-    """Values of the page's outputs."""
+    """Values of the page's outputs after a success."""
     values = [
         f"<p><b>{html.escape(name)}</b> {facts}</p>",
-        gr.DownloadButton(value=_cached(tokens, Path(name).stem), interactive=True),
+        gr.DownloadButton(value=_cache_token_file(tokens, Path(name).stem), interactive=True),
         gr.Tabs(visible=True, selected=tokens.scales.index(1) if 1 in tokens.scales else 0),
     ]
     left = original and save_pil_to_cache(original, CACHE, name="original", format="png")
-    for view in shown:
-        right = save_pil_to_cache(view.image, CACHE, name=f"scale_{view.scale:g}", format="png")
+    for preview in previews:
+        right = save_pil_to_cache(preview.image, CACHE, name=f"scale_{preview.scale:g}", format="png")
         values += [
-            gr.Tab(label=f"scale {view.scale:g}", visible=True),
+            gr.Tab(label=f"scale {preview.scale:g}", visible=True),
             gr.ImageSlider(value=left and (left, right), visible=original is not None),
             gr.Image(value=None if left else right, visible=original is None),
-            _figures(view.figures),
-            view.code_grid,
+            _figures_html(preview.figures),
+            preview.code_grid,
         ]
-    for _ in range(MAX_SCALES - len(shown)):
+    for _ in range(MAX_SCALES - len(previews)):
         values += [gr.Tab(visible=False), None, None, "", None]
     return values
 
 
-def _refusal(message: str) -> list[Any]:
-    """Values of the page's outputs after a mistake."""
+def _error_values(message: str) -> list[Any]:
+    """Values of the page's outputs after an error."""
     return [
-        f"<p class='fault' role='alert'>{html.escape(message)}</p>",
+        f"<p class='error' role='alert'>{html.escape(message)}</p>",
         gr.DownloadButton(interactive=False),
         gr.Tabs(visible=False),
         *[gr.skip()] * (5 * MAX_SCALES),
     ]
 
 
-def _cached(tokens: ImageTokens, stem: str) -> str:
-    """A token file where Gradio can serve it."""
+def _cache_token_file(tokens: ImageTokens, stem: str) -> str:
+    """Writes a token file where Gradio can serve it, and returns its path."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{stem}.safetensors"
         save_tokens(path, tokens)
         return save_bytes_to_cache(path.read_bytes(), path.name, CACHE)
 
 
-def _figures(figures: dict[str, str]) -> str:
+def _figures_html(figures: dict[str, str]) -> str:
     cells = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items()]
     return f"<dl class='figures'>{''.join(cells)}</dl>"
 
 
-def _counting_tiles(progress: gr.Progress) -> Callable[[int, int], None]:
+def _tile_progress(progress: gr.Progress) -> Callable[[int, int], None]:
     return lambda *done_and_total: progress(done_and_total, "tiles", unit="tiles")
 
 
@@ -320,14 +331,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_header(path: str, scales: Sequence[float]) -> None:
-    """Refuses an image before its pixels are read."""
+def _check_image_file(path: str, scales: Sequence[float]) -> None:
+    """Checks the size in an image's header, before its pixels are decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=tuple(IMAGE_FORMATS)) as image:
                 width, height = image.size
-    except Exception:  # Pillow raises almost anything; `load_image` says what is wrong
+    except Exception:  # Pillow raises almost any type; `load_image` then explains the error
         return
     _check_size(width, height, scales)
 
@@ -336,7 +347,7 @@ def _check_size(width: int, height: int, scales: Sequence[float]) -> None:
     largest = max(1, *scales)
     if width * height * largest**2 > MAX_PIXELS:
         raise ValueError(
-            f"an image on this page must have at most {MAX_PIXELS / 1e6:.0f} million pixels, before and after, but "
-            f"{width} x {height} at scale {largest:g} has {width * height * largest**2 / 1e6:.0f}. Choose smaller "
-            "scales or a smaller image, or use `svqvae reconstruct`."
+            f"An image and its reconstructions must have at most {MAX_PIXELS / 1e6:.0f} million pixels on this page, "
+            f"got {width * height * largest**2 / 1e6:.0f} million for {width} x {height} at scale {largest:g}. Choose "
+            "smaller scales or a smaller image, or use `svqvae reconstruct`."
         )

@@ -1,4 +1,4 @@
-"""What the page of `svqvae demo` shows of an image: one view per scale."""
+"""Previews on the page of `svqvae demo`: per scale the decoded image, its figures and the grid of its ids."""
 
 import base64
 import dataclasses
@@ -13,28 +13,29 @@ import torch
 from PIL import Image
 
 from svqvae_hf.evaluation.metrics import SSIM_SIDE, ssim
-from svqvae_hf.evaluation.reconstruction_table import measure, resized_original
+from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
+from svqvae_hf.evaluation.resizing import resize_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.image_tokens import decode_image
 from svqvae_hf.tokens.token_files import ImageTokens
 
-CODES_AT_ONCE = 256  # that are drawn by one pass of the decoder
-SHEET_CODES = 64  # in a row of the sheet of drawn codes
+CODES_AT_ONCE = 256  # codes per pass of the decoder
+SHEET_COLUMNS = 64  # codes per row of the sheet
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """One scale of an image.
+class ScalePreview:
+    """One scale of an image, as the page shows it.
 
     Args:
         scale (`float`): Output side over input side.
-        image (`PIL.Image.Image`): What the ids decode to.
-        figures (`dict[str, str]`): Names and values, to be read.
-        code_grid (`dict[str, Any]`): What `static/code_grid.js` draws: `width` and `height` in cells, `codes`, the
-            ids that occur, each once, `cells`, the place of each cell's id in them (uint32, little-endian, row by row,
-            in base64), and `looks`, a sheet of what they look like (PNG as a data URL), `columns` in a row,
-            `look_px` pixels a side.
+        image (`PIL.Image.Image`): Image decoded from the ids.
+        figures (`dict[str, str]`): Names and values as text.
+        code_grid (`dict[str, Any]`): Input of `static/code_grid.js`: `width` and `height` of the grid in cells;
+            `codes`, the distinct ids; `cells`, per cell the index of its id in `codes` (uint32, little-endian, row by
+            row, in base64); `looks`, a sheet with a picture of each code (PNG as a data URL); `columns`, pictures per
+            row of the sheet; `look_px`, side of a picture in pixels.
     """
 
     scale: float
@@ -43,20 +44,21 @@ class View:
     code_grid: dict[str, Any]
 
 
-def views(model: SVQVAE, tokens: ImageTokens, original: Image.Image | None) -> Iterator[View]:
-    """Decodes each scale and says what it came to.
+def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image | None) -> Iterator[ScalePreview]:
+    """Decodes and measures each scale of an image.
 
     Args:
-        model ([`SVQVAE`]): The model that gave the ids, its tiles set.
-        tokens ([`ImageTokens`]): Ids of an image.
-        original (`PIL.Image.Image`, *optional*): The image itself; without it there are no PSNR and SSIM.
+        model ([`SVQVAE`]): Model that made the ids, with tiling configured.
+        tokens ([`ImageTokens`]): Ids of the image.
+        original (`PIL.Image.Image`, *optional*): The image that was encoded. PSNR and SSIM need it.
 
     Yields:
-        [`View`]: One per scale, in the order of `tokens`, each when it is done.
+        [`ScalePreview`]: One per scale, in the order of `tokens`, as soon as it is decoded.
     """
     for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
+        one_scale = dataclasses.replace(tokens, ids=[ids], scales=(scale,))
         start = time.perf_counter()
-        (image,) = decode_image(model, dataclasses.replace(tokens, ids=[ids], scales=(scale,)))
+        (image,) = decode_image(model, one_scale)
         seconds = time.perf_counter() - start
         height, width = ids.shape
         figures = {
@@ -65,36 +67,37 @@ def views(model: SVQVAE, tokens: ImageTokens, original: Image.Image | None) -> I
             "bits per pixel": f"{tokens.bits_per_pixel(index):.3f}",
         }
         if original is not None:
-            (result,) = measure(original, dataclasses.replace(tokens, ids=[ids], scales=(scale,)), [image])
-            figures |= {"PSNR": f"{result.psnr:.2f} dB", "SSIM": _ssim(original, image, scale)}
+            (measured,) = measure_reconstructions(original, one_scale, [image])
+            figures |= {"PSNR": f"{measured.psnr:.2f} dB", "SSIM": _ssim(original, image)}
         figures["decoded in"] = f"{seconds:.2f} s"
-        yield View(scale, image, figures, _code_grid(model, ids))
+        yield ScalePreview(scale, image, figures, _code_grid(model, ids))
 
 
 def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
-    """What codes look like: the middle of a grid of 2 x 2 cells that all have the code, decoded.
+    """Draws codes: decodes a 2 x 2 grid filled with each code and keeps the middle.
 
     Args:
-        model ([`SVQVAE`]): Model.
-        codes (`torch.Tensor` of shape `(codes,)`): Rows of its codebook.
+        model ([`SVQVAE`]): Model with the codebook.
+        codes (`torch.Tensor` of shape `(codes,)`): Ids to draw.
 
     Returns:
-        `np.ndarray` of shape `(codes, f, f, 3)`, uint8.
+        `np.ndarray` of shape `(codes, f, f, 3)`: Pictures in uint8.
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     low, high = model.f // 2, model.f // 2 + model.f
     looks: list[np.ndarray] = []
     with torch.inference_mode():
-        for some in codes.split(CODES_AT_ONCE):
-            sample = model.decode(some[:, None, None].expand(-1, 2, 2).contiguous().to(model.device)).sample
+        for batch in codes.split(CODES_AT_ONCE):
+            grids = batch[:, None, None].expand(-1, 2, 2).contiguous()  # (codes, 2, 2)
+            sample = model.decode(grids.to(model.device)).sample
             looks += map(np.asarray, processor.postprocess(sample[:, :, low:high, low:high]))
     return np.stack(looks)
 
 
-def _ssim(original: Image.Image, image: Image.Image, scale: float) -> str:
+def _ssim(original: Image.Image, image: Image.Image) -> str:
     if min(image.size) < SSIM_SIDE:
         return f"needs {SSIM_SIDE} pixels"
-    pair = [image, resized_original(original, image.size, scale)]
+    pair = (image, resize_image(original, image.size))
     sample, target = (torch.from_numpy(np.array(each)).movedim(-1, 0)[None] for each in pair)
     return f"{ssim(sample, target).item():.3f}"
 
@@ -106,18 +109,19 @@ def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:
         "height": ids.shape[0],
         "codes": codes.tolist(),
         "cells": base64.b64encode(cells.numpy().astype("<u4").tobytes()).decode(),
-        "looks": _sheet(draw_codes(model, codes)),
-        "columns": SHEET_CODES,
+        "looks": _sheet_url(draw_codes(model, codes)),
+        "columns": SHEET_COLUMNS,
         "look_px": model.f,
     }
 
 
-def _sheet(looks: np.ndarray) -> str:
+def _sheet_url(looks: np.ndarray) -> str:
+    """Pictures of shape `(codes, side, side, 3)` on one sheet, as a data URL."""
     count, side = looks.shape[:2]
-    rows = -(-count // SHEET_CODES)
-    sheet = np.zeros((rows * SHEET_CODES, side, side, 3), np.uint8)
+    rows = -(-count // SHEET_COLUMNS)
+    sheet = np.zeros((rows * SHEET_COLUMNS, side, side, 3), np.uint8)
     sheet[:count] = looks
-    sheet = sheet.reshape(rows, SHEET_CODES, side, side, 3).swapaxes(1, 2).reshape(rows * side, SHEET_CODES * side, 3)
+    grid = sheet.reshape(rows, SHEET_COLUMNS, side, side, 3).swapaxes(1, 2)
     content = io.BytesIO()
-    Image.fromarray(sheet).save(content, "png")
+    Image.fromarray(grid.reshape(rows * side, SHEET_COLUMNS * side, 3)).save(content, "png")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

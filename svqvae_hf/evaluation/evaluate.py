@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from svqvae_hf.data.image_sets import ImageSource, image_name, read_image
 from svqvae_hf.evaluation import metrics
-from svqvae_hf.evaluation.comparison import codec_points, compare, compare_at_full_size, resize, to_tensor
+from svqvae_hf.evaluation.comparison import codec_metrics, full_size_metrics, image_metrics, to_tensor
 from svqvae_hf.evaluation.perceptual import LPIPS
+from svqvae_hf.evaluation.resizing import resize_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents
 from svqvae_hf.tokens.image_tokens import check_memory
@@ -272,7 +273,7 @@ class _Evaluator:
             "width": image.width,
             "height": image.height,
             "results": results,
-            "codecs": codec_points(image, self.model.device),
+            "codecs": codec_metrics(image, self.model.device),
         }
 
     def _measure_scale(
@@ -283,11 +284,13 @@ class _Evaluator:
         ids = model.quantize.nearest_ids(scaled)
         decoded = model.resize_to_image(model.decode(ids).sample, (image.height, image.width), each.scale)
         reconstruction = self.processor.postprocess(decoded)[0]
-        sample, target = (to_tensor(shown, device) for shown in (reconstruction, resize(image, reconstruction.size)))
+        sample, target = (
+            to_tensor(shown, device) for shown in (reconstruction, resize_image(image, reconstruction.size))
+        )
         each.add(ids, scaled, sample, target)
         values: dict[str, Any] = {"mode": each.mode, "scale": each.scale, "ids": ids.numel()}
-        values |= compare(sample, target, self.lpips)
-        at_full_size = compare_at_full_size(reconstruction, image, device)
+        values |= image_metrics(sample, target, self.lpips)
+        at_full_size = full_size_metrics(reconstruction, image, device)
         values |= {f"{key}_full_size": value for key, value in at_full_size.items()}
         for key, half in half_latents.items():
             half_ids = model.quantize.nearest_ids(resize_latents(half, each.scale))

@@ -1,4 +1,7 @@
-"""What reconstructed images come to, in numbers: rows of a table and captions under images."""
+"""Figures of one image's reconstructions, and the ways to show them: a table for the terminal, a sheet of pictures.
+
+This needs no package beyond the base installation. [`evaluate`][svqvae_hf.evaluation.evaluate] measures whole sets.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,90 +11,99 @@ import numpy as np
 from PIL import Image
 
 from svqvae_hf.evaluation.contact_sheet import Panel, contact_sheet
+from svqvae_hf.evaluation.resizing import resize_image
 from svqvae_hf.tokens.token_files import ImageTokens
 
 COLUMNS = (("scale", 5), ("size", 9), ("tokens", 7), ("bits/pixel", 10), ("PSNR dB", 7), ("codes used", 10))
 
 
-class Result(NamedTuple):
-    """What one image came to at one scale; the PSNR is against the original resized to the image's size."""
+class ReconstructionFigures(NamedTuple):
+    """Figures of one image at one scale. The reference for PSNR is the original, resized to the reconstruction."""
 
     scale: float
     width: int
     height: int
     tokens: int
-    codes: np.ndarray  # those that are used, each once
+    codes: np.ndarray  # distinct ids in use
     bits_per_pixel: float
     psnr: float
 
 
-def measure(original: Image.Image, tokens: ImageTokens, images: Sequence[Image.Image]) -> list[Result]:
-    """Compares the images of an original's tokens with it, one per scale."""
+def measure_reconstructions(
+    original: Image.Image, tokens: ImageTokens, images: Sequence[Image.Image]
+) -> list[ReconstructionFigures]:
+    """Measures the reconstructions of one image.
+
+    Args:
+        original (`PIL.Image.Image`): The image that was encoded.
+        tokens ([`ImageTokens`]): Its ids.
+        images (`Sequence[PIL.Image.Image]`): What the ids decode to, one per scale of `tokens`.
+    """
     return [
-        Result(
+        ReconstructionFigures(
             scale=scale,
             width=image.width,
             height=image.height,
             tokens=ids.numel(),
             codes=np.unique(ids.numpy()),
             bits_per_pixel=tokens.bits_per_pixel(index),
-            psnr=_psnr(original, image, scale),
+            psnr=_psnr(original, image),
         )
         for index, (scale, ids, image) in enumerate(zip(tokens.scales, tokens.ids, images, strict=True))
     ]
 
 
-def header(name_width: int) -> str:
-    """The first line of the table."""
+def table_header(name_width: int) -> str:
+    """First line of the table."""
     return _row(name_width, "image", [title for title, _ in COLUMNS])
 
 
-def table_row(name_width: int, name: str, results: Sequence[Result], codebook_size: int) -> str:
-    """A line for results of one scale: tokens in all, means of bits and PSNR, codes that any of them uses."""
-    sizes = {f"{result.width}x{result.height}" for result in results}
-    used = np.unique(np.concatenate([result.codes for result in results])).size / codebook_size
+def table_row(name_width: int, name: str, figures: Sequence[ReconstructionFigures], codebook_size: int) -> str:
+    """Line for one or several images at one scale.
+
+    Tokens are summed, bits per pixel and PSNR averaged, and a code counts as used if any of the images uses it.
+    """
+    sizes = {f"{each.width}x{each.height}" for each in figures}
+    used = np.unique(np.concatenate([each.codes for each in figures])).size / codebook_size
     cells = [
-        f"{results[0].scale:g}",
+        f"{figures[0].scale:g}",
         sizes.pop() if len(sizes) == 1 else "",
-        str(sum(result.tokens for result in results)),
-        f"{np.mean([result.bits_per_pixel for result in results]):.4f}",
-        f"{np.mean([result.psnr for result in results]):.2f}",
+        str(sum(each.tokens for each in figures)),
+        f"{np.mean([each.bits_per_pixel for each in figures]):.4f}",
+        f"{np.mean([each.psnr for each in figures]):.2f}",
         f"{used:.1%}",
     ]
     return _row(name_width, name, cells)
 
 
 def token_count(tokens: int) -> str:
-    """The number with its noun."""
+    """Number of tokens with its noun: "1 token", "2 tokens"."""
     return f"{tokens} token{'s' if tokens != 1 else ''}"
 
 
-def side_by_side(original: Image.Image, images: Sequence[Image.Image], results: Sequence[Result]) -> Image.Image:
-    """A sheet of the original and its images, each with its numbers."""
+def side_by_side(
+    original: Image.Image, images: Sequence[Image.Image], figures: Sequence[ReconstructionFigures]
+) -> Image.Image:
+    """Sheet of the original and its reconstructions, with their figures as captions."""
     panels = [Panel(original, "original", f"{original.width} x {original.height}")]
-    for image, result in zip(images, results, strict=True):
-        facts = [
-            f"{result.width} x {result.height}",
-            token_count(result.tokens),
-            f"{result.bits_per_pixel:.3f} bits/pixel",
-            f"{result.psnr:.2f} dB",
+    for image, each in zip(images, figures, strict=True):
+        caption = [
+            f"{each.width} x {each.height}",
+            token_count(each.tokens),
+            f"{each.bits_per_pixel:.3f} bits/pixel",
+            f"{each.psnr:.2f} dB",
         ]
-        panels.append(Panel(image, f"scale {result.scale:g}", " · ".join(facts)))
+        panels.append(Panel(image, f"scale {each.scale:g}", " · ".join(caption)))
     return contact_sheet(panels)
 
 
 def psnr_of_error(mean_squared_error: float) -> float:
-    """PSNR in dB of a mean squared error of 8-bit values; infinite without one."""
+    """PSNR in dB for a mean squared error of 8-bit values; infinite for an error of 0."""
     return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else math.inf
 
 
-def resized_original(original: Image.Image, size: tuple[int, int], scale: float) -> Image.Image:
-    """The original in the size of its image at a scale: what that is measured against."""
-    return original.resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
-
-
-def _psnr(original: Image.Image, image: Image.Image, scale: float) -> float:
-    reference = resized_original(original, image.size, scale)
+def _psnr(original: Image.Image, image: Image.Image) -> float:
+    reference = resize_image(original, image.size)
     error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
     return psnr_of_error(error)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from svqvae_hf.atomic_io import write_file
-from svqvae_hf.evaluation.reconstruction_table import Result, psnr_of_error
+from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures, psnr_of_error
 from svqvae_hf.large.large_files import (
     OUTPUT_TILE,
     LargeImage,
@@ -96,7 +96,7 @@ def decode_large(
 @torch.inference_mode()
 def reconstruct_large(
     model: SVQVAE, source: Path, target: Path, resume: bool = False, on_tile: OnTile | None = None
-) -> Result:
+) -> ReconstructionFigures:
     """Writes an image of any size as the model gives it back: [`encode_large`], then [`decode_large`].
 
     Args:
@@ -107,7 +107,7 @@ def reconstruct_large(
         on_tile (`Callable`, *optional*): Called after each tile with the tiles done and their number.
 
     Returns:
-        [`~svqvae_hf.evaluation.reconstruction_table.Result`]: What it came to.
+        [`~svqvae_hf.evaluation.reconstruction_table.ReconstructionFigures`]: Figures of the image at scale 1.
 
     Raises:
         ValueError: As in [`encode_large`].
@@ -295,7 +295,7 @@ def _model_facts(model: SVQVAE) -> dict[str, Any]:
     return {"model": digest.hexdigest(), **options, "device": model.device.type}
 
 
-def _measure(original: LargeImage, reconstruction: LargeImage, tokens: ImageTokens) -> Result:
+def _measure(original: LargeImage, reconstruction: LargeImage, tokens: ImageTokens) -> ReconstructionFigures:
     (ids,) = tokens.ids
     error = 0
     used = np.zeros(tokens.codebook_size, bool)
@@ -307,7 +307,7 @@ def _measure(original: LargeImage, reconstruction: LargeImage, tokens: ImageToke
             error += int(np.square(before - after).sum())
     for row in ids.numpy():
         used[row] = True
-    return Result(
+    return ReconstructionFigures(
         scale=1.0,
         width=original.width,
         height=original.height,

@@ -17,10 +17,10 @@ from PIL import Image
 
 import svqvae_cli
 from svqvae_hf.demo import page as demo
-from svqvae_hf.demo.page import EXAMPLE, FOLDER, MAX_SCALES, OVERLAPS, TILE_SIZES, Page, serving
-from svqvae_hf.demo.previews import draw_codes, views
+from svqvae_hf.demo.page import EXAMPLE, MAX_SCALES, OVERLAPS, STATIC, TILE_SIZES, Page, serving
+from svqvae_hf.demo.previews import draw_codes, preview_scales
 from svqvae_hf.evaluation.metrics import ssim
-from svqvae_hf.evaluation.reconstruction_table import measure
+from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import configure_tiling, decode_image, encode_image
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
@@ -70,9 +70,9 @@ def said(values):
 
 def test_views_are_what_the_codec_and_the_metrics_give(tiny_model, picture):
     tokens = encode_image(tiny_model, picture, SCALES)
-    shown = list(views(tiny_model, tokens, picture))
+    shown = list(preview_scales(tiny_model, tokens, picture))
     images = decode_image(tiny_model, tokens)
-    for view, image, result in zip(shown, images, measure(picture, tokens, images), strict=True):
+    for view, image, result in zip(shown, images, measure_reconstructions(picture, tokens, images), strict=True):
         np.testing.assert_array_equal(view.image, image)
         assert view.figures["PSNR"] == f"{result.psnr:.2f} dB"
         assert view.figures["bits per pixel"] == f"{result.bits_per_pixel:.3f}"
@@ -80,27 +80,27 @@ def test_views_are_what_the_codec_and_the_metrics_give(tiny_model, picture):
         assert view.figures["size"] == f"{image.width} × {image.height}"
         assert float(view.figures["decoded in"].removesuffix(" s")) >= 0
     pair = [torch.from_numpy(np.array(each)).movedim(-1, 0)[None] for each in (images[1], picture)]
-    (_, view) = views(tiny_model, tokens, picture)
+    (_, view) = preview_scales(tiny_model, tokens, picture)
     assert view.figures["SSIM"] == f"{ssim(*pair).item():.3f}"
 
 
 def test_a_picture_smaller_than_the_window_of_ssim_is_shown_without_it(tiny_model, picture):
     tiny = picture.resize((10, 30))
-    (view,) = views(tiny_model, encode_image(tiny_model, tiny, [1]), tiny)
+    (view,) = preview_scales(tiny_model, encode_image(tiny_model, tiny, [1]), tiny)
     assert view.figures["SSIM"] == "needs 11 pixels"
 
 
 def test_without_the_original_nothing_is_compared(tiny_model, picture):
-    for view in views(tiny_model, encode_image(tiny_model, picture, SCALES), None):
+    for view in preview_scales(tiny_model, encode_image(tiny_model, picture, SCALES), None):
         assert not {"PSNR", "SSIM"} & set(view.figures)
 
 
 def test_the_grid_holds_the_ids_and_what_they_look_like(tiny_model, picture):
     tokens = encode_image(tiny_model, picture, [1, 4])
-    for view, ids in zip(views(tiny_model, tokens, picture), tokens.ids, strict=True):
+    for view, ids in zip(preview_scales(tiny_model, tokens, picture), tokens.ids, strict=True):
         grid = json.loads(json.dumps(view.code_grid))  # it goes to the browser
         cells = np.frombuffer(base64.b64decode(grid["cells"]), "<u4").reshape(grid["height"], grid["width"])
-        assert grid.keys() <= set(re.findall(r"\w+", (FOLDER / "code_grid.js").read_text()))
+        assert grid.keys() <= set(re.findall(r"\w+", (STATIC / "code_grid.js").read_text()))
         codes = np.array(grid["codes"])
         np.testing.assert_array_equal(codes[cells], ids)
         side, columns = grid["look_px"], grid["columns"]
@@ -171,8 +171,8 @@ def test_each_tile_goes_with_each_overlap(levels):
 def test_mistakes_are_said_in_a_sentence_without_folders(page, photograph, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<b>no image</b>")
-    assert "there is no photograph yet" in said(encode(page, None))
-    assert "at least one scale" in said(encode(page, photograph, scales=[]))
+    assert "There is no photograph yet" in said(encode(page, None))
+    assert "No scale is chosen. Choose at least one." in said(encode(page, photograph, scales=[]))
     assert "must be a multiple of f = 4" in said(encode(page, photograph, overlap=3))
     for answer in (encode(page, str(broken)), page.decode(str(broken), "")):
         assert "`broken.png`" in said(answer)
@@ -216,7 +216,7 @@ def test_visitors_of_a_public_page_do_not_learn_what_is_on_the_machine(source, t
     monkeypatch.chdir(tmp_path)
     page = Page(lambda source, **_: pytest.fail(f"loaded {source}"), public=True)
     assert said(encode(page, photograph, source=source)) == (
-        "<p class='fault' role='alert'>a model must be a public one of the Hub on this page. Write its name, "
+        "<p class='error' role='alert'>On this page a model must be a public model of the Hub. Write its id, "
         "`org/name`.</p>"
     )
 
@@ -282,7 +282,7 @@ def test_what_is_too_large_is_refused_before_it_is_decoded(page, tmp_path):
 
 def test_a_photograph_that_has_expired_is_asked_for_again(page, photograph):
     Path(photograph).unlink()
-    assert "the photograph is no longer kept here. Drop it again." in said(encode(page, photograph))
+    assert "The photograph is no longer stored here. Drop it again." in said(encode(page, photograph))
 
 
 def test_more_scales_than_tabs_are_refused(page, tiny_model, picture, tmp_path):
@@ -296,7 +296,7 @@ def test_too_little_memory_is_said_and_other_faults_are_not_hidden(page, photogr
         raise RuntimeError(message)
 
     monkeypatch.setattr(demo, "encode_image", lambda *_: fail("CUDA out of memory."))
-    assert "not enough memory" in said(encode(page, photograph))
+    assert "Out of memory. Use smaller scales" in said(encode(page, photograph))
     monkeypatch.setattr(demo, "encode_image", lambda *_: fail("a fault of ours"))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         encode(page, photograph)
@@ -325,7 +325,7 @@ def test_a_place_that_is_taken_is_said_and_others_than_loopback_are_public(tiny_
 
     pages = []
     monkeypatch.setattr(demo, "build", lambda page: pages.append(page) or Taken())
-    message = f"cannot be served at `{re.escape(host)}`, port 7860. Choose another --host or --port."
+    message = f"Could not serve the page at `{re.escape(host)}`, port 7860. Choose another --host or --port."
     with pytest.raises(OSError, match=message), serving(lambda _: tiny_model, "", host, 7860):
         pass
     assert [page.public for page in pages] == [public]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE
 from svqvae_hf.demo.previews import draw_codes
-from svqvae_hf.evaluation.reconstruction_table import measure
+from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
@@ -147,7 +147,7 @@ def test_a_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path
     model.enable_tiling(256, 32)
     tokens = encode_image(model, picture, SCALES)
     images = decode_image(model, tokens)
-    results = measure(picture, tokens, images)
+    results = measure_reconstructions(picture, tokens, images)
 
     choose(page, "#photograph button", photograph)
     wait_for(page, "cat.png 160 × 120 pixels, encoded in")
@@ -196,7 +196,7 @@ def see_codes(page, model, ids):
 
     def check(row, column):
         code = ids[row, column]
-        grid.locator(".place", has_text=f"row {row + 1}, column {column + 1}").wait_for()
+        grid.locator(".position", has_text=f"row {row + 1}, column {column + 1}").wait_for()
         assert grid.locator(".name").inner_text() == f"code {code}"
         assert grid.locator(".uses").inner_text() == f"in {(ids == code).sum()} of {ids.numel()} cells"
         look = np.asarray(seen(grid.locator(".look"), (model.f, model.f)), float)
@@ -231,7 +231,7 @@ def test_ids_of_any_shape_are_drawn_or_said_not_to_be(page, model, tmp_path):
     see_codes(page, model, torch.arange(120).view(30, 4) % codes)
     open_ids(page, model, torch.arange(3000).view(3000, 1) % 7, tmp_path)
     cells = page.locator(".code-grid:visible .cells")
-    page.locator(".place:visible", has_text="row 1501, column 1").wait_for()
+    page.locator(".position:visible", has_text="row 1501, column 1").wait_for()
     read = "canvas => [canvas.height, ...canvas.getContext('2d').getImageData(0, 0, 1, canvas.height).data]"
     height, *colours = cells.evaluate(read)
     assert height % 3000 == 0
@@ -255,7 +255,7 @@ def test_mistakes_are_said_in_the_page(page, photograph, tmp_path):
         assert "Traceback" not in page.content()
 
     page.locator("#run").click()
-    refused("there is no photograph yet")
+    refused("There is no photograph yet")
     choose(page, "#upload", tmp_path / "broken.safetensors")
     refused("`broken.safetensors` must be a safetensors file")
     choose(page, "#photograph button", tmp_path / "broken.png")

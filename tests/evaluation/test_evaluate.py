@@ -125,7 +125,7 @@ def test_rfid_is_the_closed_form(tiny_model, photo):
 
 
 def test_rfid_of_the_images_themselves_is_none_to_speak_of(tiny_model, photos, monkeypatch):
-    monkeypatch.setattr(evaluation, "resize", lambda image, size: image)
+    monkeypatch.setattr(evaluation, "resize_image", lambda image, size: image)
     monkeypatch.setattr(SVQVAEImageProcessor, "postprocess", lambda self, sample: [image])
     image = photos[0]
     (result,) = evaluate(tiny_model, [image] * 2, scales=[1.0], modes=["plain"], inception=Features()).results

@@ -17,7 +17,7 @@ from PIL import Image
 
 import svqvae_cli
 from svqvae_hf.atomic_io import os_error
-from svqvae_hf.evaluation.reconstruction_table import measure
+from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.large import large_files, large_images
 from svqvae_hf.large.large_files import UnsupportedError, find_large_images, open_large_image
 from svqvae_hf.large.large_images import decode_large, encode_large, reconstruct_large, record_path
@@ -81,7 +81,7 @@ def test_ids_and_pixels_are_those_of_the_image_in_memory(size, tiles, suffix, mo
     assert (tmp_path / "large.safetensors").read_bytes() == (tmp_path / "memory.safetensors").read_bytes()
     for name in ("decoded", "reconstructed"):
         assert np.array_equal(read_image(tmp_path / f"{name}{suffix}"), expected)
-    (in_memory,) = measure(image, tokens, [expected])
+    (in_memory,) = measure_reconstructions(image, tokens, [expected])
     assert result.psnr == pytest.approx(in_memory.psnr)
     assert np.array_equal(result.codes, in_memory.codes)
     assert result[:4] == in_memory[:4]

@@ -1,11 +1,11 @@
-// Draws the ids of one scale, and names the code of the cell that is pointed at. `element`, `props` and `watch` are
-// Gradio's; `props.value` is `View.code_grid`, null while there is none.
-const WIDTH = 1120; // pixels of the canvas, about; CSS scales it
-const HEIGHT = 8192; // likewise
-const MAX_SIDE = 16384; // pixels of a canvas, in all browsers
+// Draws the ids of one scale and names the code of the cell under the pointer. Gradio provides `element`, `props` and
+// `watch`; `props.value` is `ScalePreview.code_grid`, or null before the first image.
+const WIDTH = 1120; // approximate largest width of the canvas in pixels; CSS scales it
+const HEIGHT = 8192; // approximate largest height
+const MAX_SIDE = 16384; // largest side of a canvas, in pixels, that all browsers support
 const LOOK_SIDE = 192;
 const MARK = "#ffffff";
-const DIMMED = "rgb(0 0 0 / 0.5)"; // over cells of other codes
+const DIMMED = "rgb(0 0 0 / 0.5)"; // over the cells of other codes
 
 const find = (name) => element.querySelector(`.${name}`);
 let grid = null;
@@ -29,7 +29,7 @@ async function show() {
     canvas.height = value.height * side;
   }
   const context = grid.picture.getContext("2d");
-  grid.cells.forEach((place, cell) => drawLook(context, place, ...cornerOf(cell), side));
+  grid.cells.forEach((codeIndex, cell) => drawLook(context, codeIndex, ...cornerOf(cell), side));
   choose(Math.floor(value.height / 2) * value.width + Math.floor(value.width / 2));
 }
 
@@ -37,15 +37,16 @@ function cornerOf(cell) {
   return [(cell % grid.width) * grid.side, Math.floor(cell / grid.width) * grid.side];
 }
 
-function drawLook(context, place, left, top, side) {
+function drawLook(context, codeIndex, left, top, side) {
   const { looks, columns, look_px: px } = grid;
   context.imageSmoothingEnabled = false;
-  context.drawImage(looks, (place % columns) * px, Math.floor(place / columns) * px, px, px, left, top, side, side);
+  const [sheetLeft, sheetTop] = [(codeIndex % columns) * px, Math.floor(codeIndex / columns) * px];
+  context.drawImage(looks, sheetLeft, sheetTop, px, px, left, top, side, side);
 }
 
 function choose(cell) {
   grid.at = cell;
-  const place = grid.cells[cell];
+  const codeIndex = grid.cells[cell];
   const context = find("cells").getContext("2d");
   context.drawImage(grid.picture, 0, 0);
   if (grid.pointed || grid.held) {
@@ -54,9 +55,9 @@ function choose(cell) {
   }
   let uses = 0;
   grid.cells.forEach((other, index) => {
-    if (other !== place) return;
+    if (other !== codeIndex) return;
     uses += 1;
-    drawLook(context, place, ...cornerOf(index), grid.side);
+    drawLook(context, codeIndex, ...cornerOf(index), grid.side);
   });
   const [left, top] = cornerOf(cell);
   context.strokeStyle = MARK;
@@ -65,15 +66,15 @@ function choose(cell) {
 
   const look = find("look");
   look.width = look.height = LOOK_SIDE;
-  drawLook(look.getContext("2d"), place, 0, 0, LOOK_SIDE);
-  find("name").textContent = `code ${grid.codes[place]}`;
-  find("place").textContent = `row ${Math.floor(cell / grid.width) + 1}, column ${(cell % grid.width) + 1}`;
+  drawLook(look.getContext("2d"), codeIndex, 0, 0, LOOK_SIDE);
+  find("name").textContent = `code ${grid.codes[codeIndex]}`;
+  find("position").textContent = `row ${Math.floor(cell / grid.width) + 1}, column ${(cell % grid.width) + 1}`;
   find("uses").textContent = `in ${uses} of ${grid.cells.length} cells`;
 }
 
 function cellAt(event) {
   const box = find("cells").getBoundingClientRect();
-  const side = Math.min(box.width / grid.width, box.height / grid.height); // page.css centres the picture in the box
+  const side = Math.min(box.width / grid.width, box.height / grid.height); // page.css centres the grid in the box
   const nearest = (offset, length, count) =>
     Math.max(0, Math.min(count - 1, Math.floor((offset - (length - side * count) / 2) / side)));
   const column = nearest(event.clientX - box.left, box.width, grid.width);
