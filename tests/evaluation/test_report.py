@@ -186,7 +186,7 @@ def fails(capsys, *argv):
 def test_mistakes_are_told_in_one_line(model, photos, tmp_path, capsys):
     out = ["--output", tmp_path / "out"]
     assert "there is no file or folder `/no/model`" in fails(capsys, "evaluate", "/no/model", photos, *out)
-    assert "no file, folder or match `/no/data`" in fails(capsys, "evaluate", model, "/no/data", *out)
+    assert "no file or folder matches `/no/data`" in fails(capsys, "evaluate", model, "/no/data", *out)
     assert "must be a file, but" in fails(capsys, "evaluate", model, photos, *out, "--lpips-weights", "none.pth")
     assert "must be a file, but" in fails(capsys, "evaluate", model, photos, *out, "--inception-weights", "none.pth")
     assert "none of 1 is" in fails(capsys, "evaluate", model, f"{photos}/c.jpg", *out)
