@@ -63,13 +63,13 @@ class Comparison:
 
 
 def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
-    """Loads a checkpoint of the svqvae family with the original code."""
+    """Loads a checkpoint of format svqvae with the original code."""
     if not (checkout / "svqvae.py").is_file():
         raise FileNotFoundError(
             f"`{checkout}` must be a checkout of Open-Model-Initiative/SVQVAE, but has no svqvae.py."
         )
-    if checkpoint.family.name != "svqvae":
-        raise ValueError(f"`{checkpoint.path}` must be of family svqvae, but is of {checkpoint.family.name}.")
+    if checkpoint.format.name != "svqvae":
+        raise ValueError(f"`{checkpoint.path}` must have the format svqvae, but has {checkpoint.format.name}.")
     sys.path.insert(0, str(checkout))
     original = importlib.import_module("svqvae")
     config = checkpoint.config

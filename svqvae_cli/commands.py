@@ -254,7 +254,7 @@ def info(args: argparse.Namespace) -> None:
         facts = _token_facts(load_tokens(args.path))
     elif Path(args.path).is_file() or re.fullmatch(f"{REPO_ID}:.+", args.path):
         checkpoint = read_checkpoint(args.path, SVQVAE)
-        facts = {"kind": f"original checkpoint, {checkpoint.family.title}", **checkpoint.config}
+        facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
     else:
         facts = _model_facts(_load_model(args.path, "cpu", "float32"))
     width = max(map(len, facts))

@@ -278,14 +278,14 @@ def _add_convert(commands: Commands) -> None:
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="black and white of the images that it was trained on (default: those of its family)",
+        help="black and white of the images that it was trained on (default: those of its format)",
     )
     command.add_argument(
         "--no-codebook-l2-norm",
         dest="codebook_l2_norm",
         action="store_false",
         default=None,
-        help="its codebook is not normalised (default: as in its family)",
+        help="its codebook is not normalised (default: as in its format)",
     )
     command.add_argument("--variant", choices=("fp16", "bf16"), help="also write half precision weights")
     command.add_argument(

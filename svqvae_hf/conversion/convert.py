@@ -26,7 +26,7 @@ class ConversionReport:
     Args:
         source (`str`): As given.
         sha256 (`str`): SHA-256 of the source file, in hexadecimal.
-        family (`str`): Name of the [`Family`].
+        format (`str`): Name of the [`~svqvae_hf.loaders.checkpoint_formats.CheckpointFormat`].
         config (`dict[str, Any]`): Config of the model.
         tensors (`int`): Number of tensors, each found bit-equal after loading the result again.
         out (`Path`): The repository's folder.
@@ -36,7 +36,7 @@ class ConversionReport:
 
     source: str
     sha256: str
-    family: str
+    format: str
     config: dict[str, Any]
     tensors: int
     out: Path
@@ -46,7 +46,7 @@ class ConversionReport:
     def __str__(self) -> str:
         config = ", ".join(f"{key}={value}" for key, value in self.config.items())
         lines = [
-            f"read     {self.source} ({self.family}, sha256 {self.sha256})",
+            f"read     {self.source} ({self.format}, sha256 {self.sha256})",
             f"config   {config}",
             f"checked  {self.tensors} tensors bit-equal after loading again, and the reconstruction of a random image",
             f"written  {self.out}: {', '.join(self.files)}",
@@ -90,7 +90,7 @@ def convert(
 
     Raises:
         OSError: If the source cannot be read, `out` cannot be written, or the Hub refuses.
-        ValueError: If the source is not a whole checkpoint of a known family, or an argument does not fit.
+        ValueError: If the source is not a whole checkpoint of a known format, or an argument does not fit.
     """
     _check_arguments(variant, push_to_hub, private, create_pr)
     out = check_new_folder(Path(out))
@@ -101,7 +101,7 @@ def convert(
     return ConversionReport(
         source=checkpoint.source,
         sha256=checkpoint.sha256,
-        family=checkpoint.family.name,
+        format=checkpoint.format.name,
         config=checkpoint.config,
         tensors=len(checkpoint.state_dict),
         out=out,
@@ -130,7 +130,7 @@ def _write(checkpoint: Checkpoint, out: Path, repo_id: str, license: str | None,
         license=license,
         base_model=base_model,
         provenance={
-            "layout": checkpoint.family.title,
+            "layout": checkpoint.format.title,
             "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
             "sha256 of the source": f"`{checkpoint.sha256}`",
         },

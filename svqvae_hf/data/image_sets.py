@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from PIL import Image
 
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image, to_rgb
 from svqvae_hf.paths import find_files
+from svqvae_hf.untrusted.set_rows import check_confined, confine_row
 
 ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
 Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images, for `datasets`
-ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files in a file, as fsspec names them
 NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # where a set on the Hub is, and that it is an archive
 
 
@@ -83,7 +82,7 @@ def open_images(
         return find_files(data, IMAGE_SUFFIXES)[:max_images]
     rows, repository, _ = _open_set(data[0], config, split, image_column)
     sources = (row[image_column] for row in rows.select_columns(image_column))
-    return (_confine(source, repository) for source in itertools.islice(sources, max_images))
+    return (confine_row(source, repository) for source in itertools.islice(sources, max_images))
 
 
 def open_rows(
@@ -160,11 +159,7 @@ def read_image(source: ImageSource) -> Image.Image:
         raise ValueError("the row must hold an image, but is empty.")
     if not isinstance(source, Mapping):
         return load_image(source)
-    if "outside" in source:
-        raise ValueError(
-            f"the row must hold an image of its set, but names `{source['path']}`, which is not of it. Store the set "
-            "anew, with its images embedded."
-        )
+    check_confined(source)
     content = source["bytes"]
     if content is None:
         with fsspec.open(source["path"], "rb") as file:
@@ -221,18 +216,6 @@ def _open_set(
     return undecoded(rows, image_column), builder.repo_id, [split, list(files), files.origin_metadata]
 
 
-def _confine(source: ImageSource, repository: str | None) -> ImageSource:
-    """Marks a row of a set on the Hub that names a file not of it: it could be any of the user's own."""
-    if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
-        return source
-    *archives, file = source["path"].split("::")
-    place = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
-    path = "/" if place is None else posixpath.normpath(place[1])
-    outside = path == ".." or path.startswith(("../", "/"))
-    outside = outside or not all(re.fullmatch(ARCHIVES, each, re.DOTALL) for each in archives)
-    return {**source, "outside": True} if outside else source
-
-
 def _file_rows(paths: Sequence[Path]) -> ImageRows:
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute])
@@ -251,7 +234,7 @@ def _set_rows(
     num_parts: int,
 ) -> Iterator[ImageRow]:
     for index, row in enumerate(rows.shard(num_parts, part)):
-        source = _confine(row.pop(image_column), repository)
+        source = confine_row(row.pop(image_column), repository)
         path = source["path"] if isinstance(source, Mapping) else None
         key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{part}-{index}"
         yield ImageRow(os.path.relpath(key, root) if os.path.isabs(key) else key, source, row)

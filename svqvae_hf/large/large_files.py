@@ -19,11 +19,11 @@ from svqvae_hf.atomic_io import os_error
 from svqvae_hf.models.image_processing_svqvae import to_rgb
 from svqvae_hf.paths import distinct_files, find_files
 from svqvae_hf.untrusted.bounded_zarr import bound
+from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 ZARR_METADATA = ("zarr.json", ".zarray")
 OUTPUT_TILE = 256  # side of the tiles or chunks that are written, in pixels
-CHUNK_LIMIT = 1 << 28  # bytes of a strip, tile or chunk, which is decoded as a whole: 256 MiB
 BLOCK_LIMIT = 1 << 27  # pixels of a row of chunks that are kept beside a window
 LAYOUTS = {  # channels and what those beyond the colours are, in TIFF's numbers, to Pillow's names
     (1,): "L",
@@ -251,9 +251,7 @@ def _tiff_image(path: Path, page: Any) -> LargeImage:
         )
     if not all(isinstance(side, int) and side > 0 for side in page.shape):
         raise ValueError("its sides must be whole numbers of at least 1.")
-    sizes = page.databytecounts
-    if len(sizes) < math.prod(page.chunked) or not 0 <= min(sizes) <= max(sizes) <= path.stat().st_size:
-        raise ValueError("its strips or tiles are missing, or larger than the file.")
+    check_segments(page.databytecounts, math.prod(page.chunked), path.stat().st_size)
     if page.is_memmappable:
         array, chunk_width = _Uncompressed(path, page), 1
     else:
@@ -268,11 +266,10 @@ def _tiff_image(path: Path, page: Any) -> LargeImage:
 
 
 def _check_chunk(array: Any) -> None:
-    size = math.prod(array.chunks) * array.dtype.itemsize
-    if size > CHUNK_LIMIT:
+    if is_chunk_too_large(array.chunks, array.dtype.itemsize):
         raise UnsupportedError(
-            f"an image must be stored in strips, tiles or chunks of at most {CHUNK_LIMIT >> 20} MiB, since each is "
-            f"decoded as a whole, but has some of {size >> 20} MiB. Store it in tiles."
+            f"strips, tiles and chunks must have at most {MAX_CHUNK_BYTES >> 20} MiB each, because each is decoded "
+            f"as a whole, got {array.chunks} of {array.dtype}. Store the image in tiles."
         )
 
 

@@ -1,7 +1,6 @@
 import itertools
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any, BinaryIO, TypedDict
@@ -14,6 +13,8 @@ from transformers import BaseImageProcessor, BatchFeature
 
 # diffusers loads a pipeline's component only if the base class that it knows is a name of the component's module.
 from transformers import ImageProcessingMixin as ImageProcessingMixin
+
+from svqvae_hf.untrusted.images import limited_pixels, open_image
 
 # Pillow's names of the formats that are read, with the endings of their files. JPEG is MPO as well.
 IMAGE_FORMATS = {
@@ -57,12 +58,9 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the limit
+    with limited_pixels(name):
         try:
-            with Image.open(file, formats=tuple(IMAGE_FORMATS)) as image:
-                if any(tile.codec_name == "bmp_rle" for tile in image.tile):  # decoded in Python, without any limit
-                    raise UnidentifiedImageError
+            with open_image(file, tuple(IMAGE_FORMATS)) as image:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
         except UnidentifiedImageError as error:
@@ -71,12 +69,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
                 f"{name} must be an image, but its {size} bytes are of none of the formats {', '.join(IMAGE_FORMATS)} "
                 "(BMP without run lengths)."
             ) from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(
-                f"{name} must keep to Pillow's limit against decompression bombs, but does not: {error} Make it "
-                "smaller or, if you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
-            ) from error
-        except MemoryError:
+        except (MemoryError, Image.DecompressionBombError):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
             raise ValueError(f"{name} cannot be read as an image, it may be broken or cut short: {error}") from error

@@ -29,7 +29,7 @@ from torch import distributed, nn
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.tiling import Core, Read, map_tiles, sample_windows, trim, zoom
-from svqvae_hf.untrusted.limits import MAX_BLOCKS, MAX_LEVELS
+from svqvae_hf.untrusted.weights import check_depth
 
 NORM_EPS = 1e-6
 SAMPLE_WINDOWS = 64  # of an image at most, which give what its tiles share
@@ -1264,11 +1264,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
             "`encoder_ch_mult` and `decoder_ch_mult` must have as many levels, so that both have the same f, but have "
             f"{len(config['encoder_ch_mult'])} and {len(config['decoder_ch_mult'])}."
         )
-    if len(config["encoder_ch_mult"]) > MAX_LEVELS or config["num_res_blocks"] > MAX_BLOCKS:
-        raise ValueError(
-            f"There must be at most {MAX_LEVELS} levels and {MAX_BLOCKS} residual blocks (`num_res_blocks`), but "
-            f"there are {len(config['encoder_ch_mult'])} and {config['num_res_blocks']}."
-        )
+    check_depth("The config", len(config["encoder_ch_mult"]), config["num_res_blocks"])
     groups, base = config["norm_num_groups"], config["base_channels"]
     for channels in sorted(
         {base, *(base * mult for mult in (*config["encoder_ch_mult"], *config["decoder_ch_mult"]))}

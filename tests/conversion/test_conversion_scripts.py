@@ -9,6 +9,8 @@ from conftest import ROOT
 CHECKOUT = """
 from types import SimpleNamespace
 
+from svqvae_hf import SVQVAE
+
 Encoder = Decoder = ModelArgs = dict
 
 class ScalableVQVAE:
@@ -70,7 +72,7 @@ def test_user_errors(run, golden_dir, tmp_path, photo, capsys):
     assert "has no svqvae.py" in capsys.readouterr().err
     checkout(tmp_path, "pass")
     assert run("compare.py", tmp_path, golden_dir / "taming_tiny.ckpt") == 2
-    assert "must be of family svqvae, but is of taming" in capsys.readouterr().err
+    assert "must have the format svqvae, but has taming" in capsys.readouterr().err
     photo.crop((0, 0, 5, 40)).save(tmp_path / "photo.png")
     assert run("compare.py", tmp_path, golden_dir / "svqvae_tiny.safetensors", "--images", tmp_path / "photo.png") == 2
     assert "sides of at least 8 pixels" in capsys.readouterr().err

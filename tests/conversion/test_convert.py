@@ -33,7 +33,7 @@ def test_convert_makes_a_repository(name, golden_dir, tmp_path):
 
     card = (tmp_path / "out" / "README.md").read_text()
     assert ModelCard(card).data.license == "unknown"
-    assert f"| layout | {checkpoint.family.title} |" in card
+    assert f"| layout | {checkpoint.format.title} |" in card
     assert f"`{name}`" in card
     assert report.sha256 in card
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()

@@ -16,7 +16,7 @@ from readers import ZEROS
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.token_sets import TokenSettings
-from svqvae_hf.loaders.checkpoint_formats import FAMILIES, Family
+from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat
 from svqvae_hf.tokens.token_files import ImageTokens, token_file_header
 
 CONFIG = {
@@ -57,15 +57,15 @@ def checkpoints() -> dict[str, bytes]:
     with torch.device("meta"):
         shapes = {key: weight.shape for key, weight in SVQVAE(**CONFIG).state_dict().items()}
     seeds = {}
-    for family in FAMILIES:
-        names = {family.original_name(key, 1): shape for key, shape in shapes.items()}
-        if family.container is None:
+    for format in CHECKPOINT_FORMATS:
+        names = {format.to_original(key, 1): shape for key, shape in shapes.items()}
+        if format.container is None:
             seeds["svqvae"] = b"h" + header(names)
             continue
         file = io.BytesIO()
-        torch.save(pickled(family, names), file)
+        torch.save(pickled(format, names), file)
         with zipfile.ZipFile(file) as archive:
-            seeds[family.name] = b"p" + archive.read("archive/data.pkl")
+            seeds[format.name] = b"p" + archive.read("archive/data.pkl")
     for form in ("zip", "legacy"):
         file = io.BytesIO()
         torch.save({"model": {"a": torch.zeros(2)}}, file, _use_new_zipfile_serialization=form == "zip")
@@ -82,11 +82,11 @@ def header(names: dict[str, torch.Size]) -> bytes:
     return json.dumps(entries, separators=(",", ":")).encode()
 
 
-def pickled(family: Family, names: dict[str, torch.Size]) -> dict:
+def pickled(format: CheckpointFormat, names: dict[str, torch.Size]) -> dict:
     zeros = torch.zeros(ZEROS // 4)
     weights = OrderedDict((name, zeros[: shape.numel()].view(shape)) for name, shape in names.items())
-    beside = {"args": argparse.Namespace(codebook_size=16)} if family.beside else {}
-    return {family.container: weights, **beside}
+    beside = {"args": argparse.Namespace(codebook_size=16)} if format.sibling_keys else {}
+    return {format.container: weights, **beside}
 
 
 def tokens() -> dict[str, bytes]:

@@ -398,9 +398,9 @@ def test_chunk_is_one_whole_stream(compressor, change, tmp_path):
 
 
 def test_chunk_that_is_too_large_to_decode_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(large_files, "CHUNK_LIMIT", 50 * 70 * 3 - 1)
+    monkeypatch.setattr("svqvae_hf.untrusted.images.MAX_CHUNK_BYTES", 50 * 70 * 3 - 1)
     path = save_tiff(tmp_path / "a.tif", colours((3,)), compression="zlib", rowsperstrip=50)
-    with pytest.raises(ValueError, match="Store it in tiles"):
+    with pytest.raises(ValueError, match="Store the image in tiles"):
         encode_large(model, path, tmp_path / "a.safetensors")
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.loaders.checkpoint_formats import FAMILIES, count_numbers, rename
+from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, count_numbers, rename
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 
 FILES = {
@@ -15,6 +15,7 @@ FILES = {
     "lightning": "lightning_tiny.ckpt",
     "taming": "taming_tiny.ckpt",
 }
+each_format = pytest.mark.parametrize("format", CHECKPOINT_FORMATS, ids=lambda format: format.name)
 
 
 def load_content(path):
@@ -24,7 +25,7 @@ def load_content(path):
         return torch.load(path, weights_only=True)
 
 
-def test_beginnings_of_keys_are_renamed():
+def test_first_pair_that_fits_renames():
     pairs = [("a.b.", "c."), ("a.", "d.")]
     assert [rename(key, pairs) for key in ("a.b.x", "a.x", "x.a.b.")] == ["c.x", "d.x", "x.a.b."]
 
@@ -35,23 +36,23 @@ def test_different_numbers_are_counted():
     assert count_numbers(keys, "c.") == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_first_family_that_holds_a_file_is_its_own(family, golden_dir):
-    content = load_content(golden_dir / FILES[family.name])
-    assert next(each for each in FAMILIES if each.holds(content)) is family
+@each_format
+def test_first_format_that_matches_is_right(format, golden_dir):
+    content = load_content(golden_dir / FILES[format.name])
+    assert next(each for each in CHECKPOINT_FORMATS if each.matches(content)) is format
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_names_of_weights_are_mapped_one_to_one(family, golden_dir):
-    path = golden_dir / FILES[family.name]
+@each_format
+def test_renames_round_trip(format, golden_dir):
+    path = golden_dir / FILES[format.name]
     checkpoint = read_checkpoint(path, SVQVAE)
     num_levels = len(checkpoint.config["encoder_ch_mult"])
-    theirs = {key: family.original_name(key, num_levels) for key in checkpoint.state_dict}
-    weights = load_content(path)[family.container]
-    assert set(theirs.values()) == {key for key in weights if not key.startswith(family.training_keys)}
-    back = [(new, old) for old, new in family.name_pairs(num_levels)]
-    assert all(rename(name.removeprefix(family.prefix), back) == key for key, name in theirs.items())
+    names = {key for key in load_content(path)[format.container] if not key.startswith(format.training_keys)}
+    assert {format.to_original(key, num_levels) for key in checkpoint.state_dict} == names
+    assert {format.from_original(name, num_levels) for name in names} == checkpoint.state_dict.keys()
+    for key in checkpoint.state_dict:
+        assert format.from_original(format.to_original(key, num_levels), num_levels) == key
 
 
-def test_all_families_have_a_golden_file():
-    assert [family.name for family in FAMILIES] == list(FILES)
+def test_every_format_has_a_golden_file():
+    assert [format.name for format in CHECKPOINT_FORMATS] == list(FILES)

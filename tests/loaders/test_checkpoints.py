@@ -17,7 +17,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 
 UNIT, SIGNED = (0.0, 1.0), (-1.0, 1.0)
-# file: family, encoder and decoder multipliers, residual blocks, z_channels, codebook, L2 norm, network range
+# file: format, encoder and decoder multipliers, residual blocks, z_channels, codebook, L2 norm, network range
 GOLDEN = {
     "svqvae_tiny.safetensors": ("svqvae", (1, 2), (1, 2), 1, 8, (256, 8), True, UNIT),
     "llamagen_tiny.pt": ("llamagen", (1, 2), (1, 1), 1, 16, (128, 8), True, SIGNED),
@@ -56,10 +56,10 @@ def assert_same_ids(model: SVQVAE, latents: torch.Tensor, ids: torch.Tensor, exp
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_family_and_config_are_read_from_the_file(name, golden_dir):
+def test_format_and_config_are_read_from_the_file(name, golden_dir):
     checkpoint = read_checkpoint(locate(name, golden_dir), SVQVAE)
-    family, encoder, decoder, num_res_blocks, z_channels, codebook, l2_norm, network_range = GOLDEN[name]
-    assert checkpoint.family.name == family
+    format, encoder, decoder, num_res_blocks, z_channels, codebook, l2_norm, network_range = GOLDEN[name]
+    assert checkpoint.format.name == format
     assert checkpoint.config == {
         "in_channels": 3,
         "out_channels": 3,
@@ -154,7 +154,7 @@ def test_averaged_weights_only_when_asked_for(golden_dir, tmp_path):
 def test_bare_dict_beside_training_state_is_llamagen(golden_dir, tmp_path):
     content = unpickle(golden_dir / "flexvar_tiny.pth")
     torch.save({**content, "optimizer": {}}, tmp_path / "file.pt")
-    assert read_checkpoint(tmp_path / "file.pt", SVQVAE).family.name == "llamagen"
+    assert read_checkpoint(tmp_path / "file.pt", SVQVAE).format.name == "llamagen"
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -169,7 +169,7 @@ def test_type_of_the_weights_can_be_asked_for(dtype, golden_dir):
 
 def test_suffix_in_capitals(golden_dir, tmp_path):
     shutil.copy(golden_dir / "svqvae_tiny.safetensors", tmp_path / "FILE.SAFETENSORS")
-    assert read_checkpoint(tmp_path / "FILE.SAFETENSORS", SVQVAE).family.name == "svqvae"
+    assert read_checkpoint(tmp_path / "FILE.SAFETENSORS", SVQVAE).format.name == "svqvae"
 
 
 def test_half_precision_is_read_as_float32(golden_dir, tmp_path):
@@ -236,7 +236,7 @@ def test_callbacks_of_lightning_are_let_through_and_not_imported(golden_dir, tmp
     (tmp_path / "pytorch_lightning").mkdir()
     (tmp_path / "pytorch_lightning" / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert read_checkpoint(tmp_path / "last.ckpt", SVQVAE).family.name == "taming"
+    assert read_checkpoint(tmp_path / "last.ckpt", SVQVAE).format.name == "taming"
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
 
 
@@ -278,8 +278,12 @@ def zip_archive(path: Path, _: Path) -> None:
         ("text.ckpt", lambda path, _: path.write_text("a line\n" * 99), "must be a whole PyTorch checkpoint"),
         ("cut.ckpt", cut("taming_tiny.ckpt"), "must be a whole PyTorch checkpoint"),
         ("archive.pt", zip_archive, "must be a whole PyTorch checkpoint"),
-        ("list.pt", lambda path, _: torch.save([1], path), r"no known family.*Found no keys\."),
-        ("other.pt", lambda path, _: torch.save({"weights": {}}, path), r"no known family.*Found weights\."),
+        ("list.pt", lambda path, _: torch.save([1], path), r"a known format.*Found no keys\."),
+        (
+            "other.pt",
+            lambda path, _: torch.save({"weights": {}}, path),
+            r"a known format.*Found weights\.",
+        ),
         ("other.safetensors", lambda path, _: save_file({"a": torch.ones(1)}, path), "`encoder.conv_blocks.0.*` in a"),
     ],
 )
@@ -364,7 +368,7 @@ def test_type_of_the_weights(name, golden_dir):
 
 
 def test_replaced_config_values_must_fit_the_weights(golden_dir):
-    with pytest.raises(ValueError, match=r"embedding.weight \(256, 8\) instead of \(512, 8\).*config values"):
+    with pytest.raises(ValueError, match=r"embedding.weight \(256, 8\) instead of \(512, 8\).*Config values"):
         SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", codebook_size=512)
     with pytest.raises(TypeError, match="colour"):
         SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", colour="red")
@@ -414,7 +418,7 @@ def test_attention_at_other_levels_is_refused(level, golden_dir, tmp_path):
     content = unpickle(golden_dir / "taming_tiny.ckpt")
     content["state_dict"][f"{level}0.q.weight"] = torch.ones(32, 32, 1, 1)
     torch.save(content, tmp_path / "file.ckpt")
-    with pytest.raises(ValueError, match=rf"attention at the lowest resolution only.*{level}\*\. It cannot"):
+    with pytest.raises(ValueError, match=rf"attention at the lowest resolution only.*{level}\*\. SVQVAE has no such"):
         read_checkpoint(tmp_path / "file.ckpt", SVQVAE)
 
 

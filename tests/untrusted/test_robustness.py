@@ -156,7 +156,7 @@ def test_records_that_share_their_bytes_do_not_unpack(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [("{}", "16 levels .* has 1000 levels"), ("0.res.{}", "has 2 levels and 1000 blocks")]
+    ("number", "message"), [("{}", "16 levels .* got 1000 levels"), ("0.res.{}", "got 2 levels and 1000 blocks")]
 )
 def test_a_checkpoint_of_many_levels_is_refused_at_once(tmp_path, number, message):
     weights = load_file(GOLDEN / "svqvae_tiny.safetensors")
@@ -426,7 +426,7 @@ def test_two_threads_read_checkpoints(monkeypatch):
     monkeypatch.setattr(torch, "load", slow_load)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(read_svqvae, 4 * [GOLDEN / "llamagen_tiny.pt"]))
-    assert {each.family.name for each in found} == {"llamagen"}
+    assert {each.format.name for each in found} == {"llamagen"}
 
 
 def test_two_processes_use_one_model(tiny_model, no_grad):

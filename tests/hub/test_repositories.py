@@ -132,10 +132,10 @@ def test_pull_request_leaves_main_alone(hub, seen):
     [
         (
             "no repository",
-            "`org/gone:file.pt` cannot be had from the Hub: the repository does not exist",
+            "Could not download `org/gone:file.pt` from the Hub: the repository does not exist",
         ),
-        ("no file", "`org/raw:gone.pt` cannot be had from the Hub: the repository has no such file."),
-        ("gated", "`org/gated:file.pt` cannot be had from the Hub: access is restricted. Accept the terms"),
+        ("no file", "Could not download `org/raw:gone.pt` from the Hub: the repository has no such file."),
+        ("gated", "Could not download `org/gated:file.pt` from the Hub: access is restricted. Accept the terms"),
         (
             "no login",
             "org/new cannot be made on the Hub: the Hub does not know you. Log in with `hf auth login`.",
@@ -156,6 +156,6 @@ def test_missing_login_is_found_before_anything_is_written(seen):
 def test_offline_serves_what_was_downloaded(hub, seen):
     message = run_python(OFFLINE, {**hub[1], "HF_HUB_OFFLINE": "1"})
     assert message == (
-        "`org/raw:files/taming_tiny.pt` cannot be had from the Hub: the Hub cannot be reached, and the cache has no "
-        "copy. Check the network and HF_HUB_*.\n"
+        "Could not download `org/raw:files/taming_tiny.pt` from the Hub: the Hub cannot be reached, and the cache "
+        "has no copy. Check the network and HF_HUB_*.\n"
     )

@@ -1,0 +1,68 @@
+"""Checks of the weights in an original checkpoint; each names all faulty keys in one error."""
+
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
+from svqvae_hf.untrusted.weights import is_dense
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensors(weights: Mapping[str, Any], source: str | Path) -> None:
+    """Raises unless all weights are tensors with data for each element."""
+    not_tensors = {key for key, value in weights.items() if not isinstance(value, torch.Tensor)}
+    not_dense = {key for key in weights.keys() - not_tensors if not is_dense(weights[key])}
+    raise_faults(source, {"not tensors": not_tensors, "not dense": not_dense})
+
+
+def check_attention(format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path) -> None:
+    """Raises if there is attention at more than the lowest resolution, as some VQGANs have."""
+    lowest = {"encoder": num_levels - 1, "decoder": 0}
+    prefixes = [
+        format.to_original(f"{network}.conv_blocks.{level}.attn.", num_levels)
+        for network in lowest
+        for level in range(num_levels)
+        if level != lowest[network]
+    ]
+    found = sorted(prefix for prefix in prefixes if count_numbers(weights, prefix))
+    if found:
+        raise ValueError(
+            f"`{source}` must have attention at the lowest resolution only, but also has "
+            f"{', '.join(f'{prefix}*' for prefix in found)}. SVQVAE has no such layers, so it cannot be converted."
+        )
+
+
+def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str | Path) -> None:
+    """Raises unless the weights are exactly those in `shapes`, finite and in a floating-point type that is read."""
+    known = {name: weights[name] for name in shapes if name in weights}
+    misshapen = {name for name, tensor in known.items() if tensor.shape != shapes[name]}
+    wrong_type = {name for name, tensor in known.items() if tensor.dtype not in WEIGHT_DTYPES}
+    readable = known.keys() - misshapen - wrong_type
+    raise_faults(
+        source,
+        {
+            "missing": shapes.keys() - weights.keys(),
+            "unexpected": weights.keys() - shapes.keys(),
+            "misshapen": {f"{name} {tuple(known[name].shape)} instead of {tuple(shapes[name])}" for name in misshapen},
+            "not float32, float16 or bfloat16": {f"{name} {known[name].dtype}" for name in wrong_type},
+            "not finite": {name for name in readable if not known[name].isfinite().all()},
+        },
+    )
+
+
+def raise_faults(source: str | Path, faults: Mapping[str, Set[str]]) -> None:
+    """Raises one error that lists all faults by kind, sorted; returns if there are none."""
+    found = "; ".join(
+        f"{kind}{f' ({len(names)})' if len(names) > 1 else ''}: {', '.join(sorted(names))}"
+        for kind, names in faults.items()
+        if names
+    )
+    if found:
+        raise ValueError(
+            f"`{source}` must hold exactly the weights that its config asks for, but there are {found}. Download the "
+            "file again. Config values that replace those read from the file must fit it, too."
+        )

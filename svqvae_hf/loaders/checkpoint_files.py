@@ -1,0 +1,87 @@
+"""Original checkpoint files, local or on the Hub: found and read."""
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from svqvae_hf.hub.repositories import hub_reason, hub_repo
+from svqvae_hf.untrusted.pickles import load_pickle
+
+# The classes that a pickle may hold beside weights and plain values. A Namespace only stores attributes. The names of
+# Lightning's callbacks stand for empty classes defined here, so that nothing of Lightning is imported or run.
+SAFE_GLOBALS = (
+    argparse.Namespace,
+    type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"}),
+    type("EarlyStopping", (), {"__module__": "pytorch_lightning.callbacks.early_stopping"}),
+)
+
+
+def locate_checkpoint(source: str | Path) -> Path:
+    """Returns the path of a checkpoint, downloading it if it is on the Hub.
+
+    Args:
+        source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+
+    Raises:
+        OSError: If there is no such file, or it cannot be downloaded.
+    """
+    if Path(source).is_file():
+        return Path(source)
+    if Path(source).is_dir():
+        raise IsADirectoryError(
+            f"`{source}` must be a checkpoint file, but is a folder. Name the file in it, or load a folder with "
+            "config.json by `SVQVAE.from_pretrained`."
+        )
+    repo_id = hub_repo(source)
+    if repo_id is None:
+        raise FileNotFoundError(f"There is no file `{source}`. Pass an existing one, or `org/repo:file` on the Hub.")
+    try:
+        return Path(hf_hub_download(repo_id, str(source).removeprefix(f"{repo_id}:")))
+    except (HTTPError, EntryNotFoundError, OSError) as error:
+        raise OSError(f"Could not download `{source}` from the Hub: {hub_reason(error)}") from error
+
+
+def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any]:
+    """Loads a pickled dict, or `{None: weights}` for a safetensors file.
+
+    Args:
+        path (`Path`): The file. Its suffix tells safetensors from pickles.
+        source (`str` or `Path`): Name of the file in errors.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        ValueError: If it is broken, or a pickle that holds more than weights and plain values.
+    """
+    if path.suffix.lower() == ".safetensors":
+        try:
+            return {None: load_file(path)}
+        except SafetensorError as error:
+            raise ValueError(
+                f"`{source}` must be a whole safetensors file, as its name says, but is not: {error}. Download it "
+                "again."
+            ) from error
+    try:
+        content = load_pickle(path, SAFE_GLOBALS)
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle makes the reader raise almost anything
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code is not None:
+            raise ValueError(
+                f"`{source}` must hold weights only, but is a pickle that calls for `{code[1]}`, which could run any "
+                "code or take any memory. Ask for a safetensors file, or save the weights alone where it was made: "
+                '`torch.save({"state_dict": ...}, file)`.'
+            ) from None  # torch's own message advises to load it all the same
+        raise ValueError(
+            f"`{source}` must be a whole PyTorch checkpoint that holds weights only, but cannot be read as one. It "
+            "may be empty, cut short, compressed, of another format, or a pickle with code in it. Download it again, "
+            "or ask for a safetensors file."
+        ) from error
+    return content if isinstance(content, dict) else {}

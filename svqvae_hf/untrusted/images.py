@@ -1,0 +1,58 @@
+"""Guards for image files."""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+MAX_CHUNK_BYTES = 1 << 28  # 256 MiB, of a strip, tile or chunk, which is decoded as a whole
+
+
+def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
+    """Stops EPS and other formats for which Pillow starts a program, and BMP run lengths, which have no size limit.
+
+    Args:
+        file (binary file object): Open file.
+        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read.
+
+    Returns:
+        `PIL.Image.Image`: The image, not decoded yet.
+    """
+    image = Image.open(file, formats=formats)
+    if any(tile.codec_name == "bmp_rle" for tile in image.tile):  # decoded in Python, beyond the image's size
+        raise UnidentifiedImageError
+    return image
+
+
+@contextmanager
+def limited_pixels(name: str) -> Iterator[None]:
+    """Stops decompression bombs: small files of more pixels than Pillow allows, twice `PIL.Image.MAX_IMAGE_PIXELS`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
+        try:
+            yield
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"{name} must keep to Pillow's limit against decompression bombs: {error} Make it smaller or, if you "
+                "trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+            ) from error
+
+
+def is_chunk_too_large(shape: Sequence[int], itemsize: int) -> bool:
+    """Stops chunks that decompress to more than memory: a few bytes of TIFF can hold a strip of any size."""
+    return math.prod(shape) * itemsize > MAX_CHUNK_BYTES
+
+
+def check_segments(sizes: Sequence[int], number: int, file_size: int) -> None:
+    """Stops TIFFs whose directory names strips or tiles that the file does not hold.
+
+    Args:
+        sizes (`Sequence[int]`): Bytes of each strip or tile.
+        number (`int`): Number of strips or tiles that the image needs.
+        file_size (`int`): Bytes of the file.
+    """
+    if len(sizes) < number or not 0 <= min(sizes) <= max(sizes) <= file_size:
+        raise ValueError("its strips or tiles are missing, or larger than the file.")

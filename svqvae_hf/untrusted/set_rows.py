@@ -1,0 +1,37 @@
+"""Guards for the rows of image sets."""
+
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import Any
+
+ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files inside a file, in fsspec's names
+
+
+def confine_row(source: Any, repository: str | None) -> Any:
+    """Stops rows of a Hub set from reading the user's own files: marks those that name a file outside the set.
+
+    Args:
+        source: Image of a row: a mapping with `"bytes"` and `"path"`, or anything else, which names no file.
+        repository (`str`, *optional*): Repository of the set on the Hub. Rows of a local set may name any file.
+
+    Returns:
+        `source`, marked for [`check_confined`] if its path leads outside.
+    """
+    if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
+        return source
+    *archives, file = source["path"].split("::")
+    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
+    path = "/" if match is None else posixpath.normpath(match[1])
+    outside = path == ".." or path.startswith(("../", "/"))
+    outside = outside or not all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)
+    return {**source, "outside": True} if outside else source
+
+
+def check_confined(source: Mapping[str, Any]) -> None:
+    """Raises for a row that [`confine_row`] has marked, before its file is opened."""
+    if "outside" in source:
+        raise ValueError(
+            f"the row must hold an image of its set, but names `{source['path']}`, which is not in the set. Store the "
+            "set again with its images embedded."
+        )
