@@ -16,7 +16,7 @@ from measuring import Row, describe_machine, in_own_process, make_parser, report
 from vector_quantize_pytorch import VectorQuantize
 
 from svqvae_hf.models.modeling_svqvae import VectorQuantizer
-from svqvae_hf.tokens.image_tokens import free_memory
+from svqvae_hf.tokens.image_tokens import available_memory
 
 DIM = 8
 MEMORY_SHARE = 0.8
@@ -109,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
-    free = free_memory(torch.device(options.device))
+    free = available_memory(torch.device(options.device))
     rows = [
         row for latents in options.latents for codes in options.codes for row in compare(latents, codes, free, options)
     ]

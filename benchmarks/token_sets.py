@@ -78,7 +78,7 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
             open_rows([str(folder)]),
             folder.with_name(f"tokens-{next(outputs)}"),
             model_name="bundled",
-            views="centre",
+            crops="centre",
             resolution=side,
             batch_size=options.batch_size,
             num_workers=workers,

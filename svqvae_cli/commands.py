@@ -36,7 +36,13 @@ from svqvae_hf.hub.repositories import REPO_ID, hub_reason
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.paths import check_output, check_targets, find_files, scale_endings
-from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, decode_image, encode_image
+from svqvae_hf.tokens.image_tokens import (
+    check_memory,
+    check_same_codebook,
+    configure_tiling,
+    decode_image,
+    encode_image,
+)
 from svqvae_hf.tokens.token_files import ImageTokens, is_token_file, load_tokens, save_tokens
 
 TOKEN_SUFFIX = ".safetensors"
@@ -130,7 +136,7 @@ def tokenize(args: argparse.Namespace) -> None:
     model = _load_model(args.model, _process_device(args.device, state), args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
     path = Path(args.model or DEFAULT_MODEL)
-    options = ("scales", "views", "resolution", "batch_size", "shard_size", "license", "push_to_hub", "private")
+    options = ("scales", "crops", "resolution", "batch_size", "shard_size", "license", "push_to_hub", "private")
     report = tokenize_set(
         model,
         images,
@@ -334,7 +340,7 @@ def _set_large_tiles(model: SVQVAE, path: Path, args: argparse.Namespace) -> Non
         return
     tokens = load_tokens(path, mapped=True)
     with _naming(path):
-        check_model(model, tokens)
+        check_same_codebook(model, tokens)
         _set_tiles(model, tokens, args, None)
     if not model.use_tiling:
         model.enable_tiling()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 DTYPES = ("float32", "bfloat16", "float16")
-VIEWS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # of `svqvae_hf.data.token_sets`
+CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # of `svqvae_hf.data.token_sets`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,14 +164,14 @@ def _add_tokenize(commands: Commands) -> None:
         "Writes the ids of all images as Parquet, which `datasets` reads. A run that was\n"
         "killed goes on when it is started again. On several GPUs:\n"
         "  accelerate launch -m svqvae_cli tokenize DATA OUT",
-        "photos tokens --views centre --resolution 256 --scales 0.5 1",
+        "photos tokens --crops centre --resolution 256 --scales 0.5 1",
     )
     _add_image_set(command)
     command.add_argument("out", type=_path, metavar="OUT", help="folder to make")
     _add_scales(command, [1.0])
     command.add_argument(
-        "--views",
-        choices=VIEWS,
+        "--crops",
+        choices=CROPS,
         default="whole",
         help="what of an image becomes a row: the whole or a crop, also flipped, or ten crops (default: whole)",
     )
@@ -189,7 +189,7 @@ def _add_tokenize(commands: Commands) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="views of equal size encoded together; with more than 1 a few ids may differ, by rounding (default: 1)",
+        help="crops of equal size encoded together; with more than 1 a few ids may differ, by rounding (default: 1)",
     )
     command.add_argument(
         "--shard-size", type=int, default=1000, metavar="N", help="images in a Parquet file (default: 1000)"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
-from svqvae_hf.tokens.image_tokens import check_model
+from svqvae_hf.tokens.image_tokens import check_same_codebook
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.options import PipelineOptions, option, required
 from svqvae_hf.trainer.pipeline_run import PipelineSession
@@ -49,7 +49,7 @@ class AutoregressiveTrainer(PipelineSession):
         super().__init__(config, PIXEL_RANGE)
         accelerator = self.accelerator
         self.source = TokenSource(config.token_set, config.label_column)
-        check_model(self.vqvae, self.source.settings)
+        check_same_codebook(self.vqvae, self.source.settings)
         self.layout = layout = self.source.layout
         self.loader = SequenceLoader(
             self.source,

@@ -134,7 +134,7 @@ def open_rows(
     )
 
 
-def undecoded(rows: Rows, image_column: str) -> Rows:
+def disable_decoding(rows: Rows, image_column: str) -> Rows:
     """The set with its images as they are stored, for [`read_image`]: a broken one is then found where it is read."""
     if isinstance(rows, datasets.IterableDataset):
         rows = rows.decode(False)  # else folders on the Hub are decoded ahead, and a broken image ends the stream
@@ -213,7 +213,7 @@ def _open_set(
             f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, but is `{image_column}`."
         )
     files = builder.config.data_files[split]
-    return undecoded(rows, image_column), builder.repo_id, [split, list(files), files.origin_metadata]
+    return disable_decoding(rows, image_column), builder.repo_id, [split, list(files), files.origin_metadata]
 
 
 def _file_rows(paths: Sequence[Path]) -> ImageRows:

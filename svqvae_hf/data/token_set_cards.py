@@ -11,10 +11,10 @@ from svqvae_hf.hub.model_cards import one_line, quote, table_rows
 TAGS = ["svqvae", "image-tokens"]
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 COLUMNS = {
-    "height": "height of the view in pixels",
-    "width": "width of the view in pixels",
+    "height": "height of the crop in pixels",
+    "width": "width of the crop in pixels",
     "key": "the image in its set: path of its file, or part and row",
-    "view": "which view of the image it is",
+    "crop": "name of the crop",
 }
 
 TEMPLATE = """---
@@ -91,7 +91,7 @@ def token_set_card(
         "codebook": f"{settings['codebook_size']} codes, sha256 `{settings['codebook_fingerprint']}`",
         "f, pixels per id along each side": settings["f"],
         "scales, output side over input side": ", ".join(f"{scale:g}" for scale in scales),
-        "views": settings["views"] + (f", {settings['resolution']} pixels" if settings["resolution"] else ""),
+        "crops": settings["crops"] + (f", {settings['resolution']} pixels" if settings["resolution"] else ""),
         "tiles": f"{tile_size} pixels, overlap {settings['overlap']}" if tile_size else "none",
     }
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(scales)}

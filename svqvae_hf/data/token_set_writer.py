@@ -24,7 +24,7 @@ from tqdm import tqdm
 from svqvae_hf.atomic_io import check_new_folder, write_file
 from svqvae_hf.data.image_sets import ImageRow, ImageRows, read_image
 from svqvae_hf.data.token_set_cards import token_set_card
-from svqvae_hf.data.token_sets import SETTINGS_FILE, VIEWS, TokenSettings, cut_views, is_whole
+from svqvae_hf.data.token_sets import CROPS, SETTINGS_FILE, TokenSettings, is_whole, make_crops
 from svqvae_hf.hub.repositories import check_repo_id, create_repo, push_folder
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -73,7 +73,7 @@ def tokenize_set(
     model_name: str,
     source_set: str | None = None,
     scales: Sequence[float] = (1.0,),
-    views: str = "whole",
+    crops: str = "whole",
     resolution: int | None = None,
     batch_size: int = 1,
     shard_size: int = 1000,
@@ -97,9 +97,9 @@ def tokenize_set(
         model_name (`str`): Hub id of the model, or the name of its folder, for the settings and the card.
         source_set (`str`, *optional*): Name of the image set on the Hub, for the card.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over input side, one column of ids each.
-        views (`str`, defaults to `"whole"`): What of an image becomes a row, a key of `VIEWS`.
-        resolution (`int`, *optional*): Side of the crops in pixels; for views that are crops, and needed there.
-        batch_size (`int`, defaults to 1): Views of equal size that are encoded together. With 1, ids equal those of
+        crops (`str`, defaults to `"whole"`): What of an image becomes a row, a key of `CROPS`.
+        resolution (`int`, *optional*): Side of the crops in pixels; required unless `crops` are whole images.
+        batch_size (`int`, defaults to 1): Crops of equal size that are encoded together. With 1, ids equal those of
             [`SVQVAE.encode_tokens`] of one image; with more, a few may differ, since sums round apart.
         shard_size (`int`, defaults to 1000): Images of a Parquet file.
         num_workers (`int`, defaults to 0): Processes that read and cut images; 0: this one.
@@ -112,7 +112,7 @@ def tokenize_set(
         ValueError: An option does not fit, or is not that of the run to go on with; no image can be read, or one would
             take more memory than is free.
     """
-    _check_options(views, resolution, batch_size, shard_size, num_workers)
+    _check_options(crops, resolution, batch_size, shard_size, num_workers)
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
     elif private is not None:
@@ -126,7 +126,7 @@ def tokenize_set(
         codebook_fingerprint=model.codebook_fingerprint(),
         tile_size=model.tile_size if model.use_tiling else None,
         overlap=model.overlap if model.use_tiling else None,
-        views=views,
+        crops=crops,
         resolution=resolution,
     )
     options = {
@@ -167,7 +167,7 @@ class _Job(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What became of an image: its views `(views, 3, height, width)` in uint8, or why it cannot be read.
+    """What became of an image: its crops `(crops, 3, height, width)` in uint8, or why it cannot be read.
 
     `lost` says that the way to it is at fault, not the image.
     """
@@ -175,7 +175,7 @@ class _Read(NamedTuple):
     shard: _Shard
     key: str
     values: dict[str, Any]
-    views: torch.Tensor | None
+    crops: torch.Tensor | None
     fault: str | None = None
     lost: bool = False
 
@@ -194,12 +194,12 @@ class _Reader(TorchDataset):
             named = isinstance(error, OSError) and error.strerror  # without the path, which is of this machine
             remote = isinstance(source, Mapping) and "://" in (source["path"] or "")
             return _Read(job.shard, key, values, None, named or str(error), remote and isinstance(error, OSError))
-        views = cut_views(image, self.settings.views, self.settings.resolution)
-        pixels = torch.from_numpy(np.stack([np.asarray(view) for view in views])).movedim(-1, 1).contiguous()
+        crops = make_crops(image, self.settings.crops, self.settings.resolution)
+        pixels = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).movedim(-1, 1).contiguous()
         return _Read(job.shard, key, values, pixels)
 
 
-class _View(NamedTuple):
+class _Crop(NamedTuple):
     pixels: torch.Tensor
     row: dict[str, Any]  # without ids
 
@@ -224,45 +224,45 @@ class _Encoder:
         self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
 
     def encode(self, images: Iterable[_Read], on_image: Callable[[], object]) -> _Content:
-        """Encodes the views of images one after the other, neighbours of equal size together."""
+        """Encodes the crops of images one after the other, neighbours of equal size together."""
         content = _Content()
-        batch: list[_View] = []
+        batch: list[_Crop] = []
         for image in images:
             content.images += 1
             if image.lost:
                 raise OSError(f"`{image.key}` cannot be reached: {image.fault} Go on later by the same command.")
             if image.fault is not None:
                 content.skipped.append({"key": image.key, "reason": image.fault})
-            for view in self._views(image):
-                if batch and (len(batch) == self.batch_size or view.pixels.shape != batch[0].pixels.shape):
+            for crop in self._crops(image):
+                if batch and (len(batch) == self.batch_size or crop.pixels.shape != batch[0].pixels.shape):
                     content.rows.extend(self._encode(batch))
                     batch.clear()
-                batch.append(view)
+                batch.append(crop)
             on_image()
         content.rows.extend(self._encode(batch) if batch else [])
         return content
 
-    def _views(self, image: _Read) -> Iterator[_View]:
-        if image.views is None:
+    def _crops(self, image: _Read) -> Iterator[_Crop]:
+        if image.crops is None:
             return
-        names = VIEWS[self.settings.views]
-        height, width = image.views.shape[-2:]
+        names = CROPS[self.settings.crops]
+        height, width = image.crops.shape[-2:]
         row = {"height": height, "width": width, "key": image.key, **self.features.encode_example(image.values)}
-        for name, pixels in zip(names, image.views, strict=True):
-            yield _View(pixels, row if len(names) == 1 else {**row, "view": name})
+        for name, pixels in zip(names, image.crops, strict=True):
+            yield _Crop(pixels, row if len(names) == 1 else {**row, "crop": name})
 
     @torch.inference_mode()
-    def _encode(self, views: Sequence[_View]) -> Iterator[dict[str, Any]]:
+    def _encode(self, crops: Sequence[_Crop]) -> Iterator[dict[str, Any]]:
         model, scales = self.model, self.settings.scales
-        height, width = views[0].pixels.shape[-2:]
+        height, width = crops[0].pixels.shape[-2:]
         try:
-            check_memory(model, len(views) * height, width, scales, decodes=False)
+            check_memory(model, len(crops) * height, width, scales, decodes=False)
         except ValueError as error:
-            raise ValueError(f"`{views[0].row['key']}`: {error}") from error
-        sample = self.processor([view.pixels.to(model.device) for view in views])["pixel_values"].to(model.dtype)
+            raise ValueError(f"`{crops[0].row['key']}`: {error}") from error
+        sample = self.processor([crop.pixels.to(model.device) for crop in crops])["pixel_values"].to(model.dtype)
         grids = [grid.cpu().numpy().astype(self.settings.id_dtype) for grid in model.encode_tokens(sample, scales)]
-        for number, view in enumerate(views):
-            yield {**{f"ids_{index}": grid[number].ravel() for index, grid in enumerate(grids)}, **view.row}
+        for number, crop in enumerate(crops):
+            yield {**{f"ids_{index}": grid[number].ravel() for index, grid in enumerate(grids)}, **crop.row}
 
 
 class _Shards:
@@ -288,8 +288,8 @@ class _Shards:
             "width": datasets.Value("int32"),
             "key": datasets.Value("string"),
         }
-        if len(VIEWS[settings.views]) > 1:
-            own["view"] = datasets.Value("string")
+        if len(CROPS[settings.crops]) > 1:
+            own["crop"] = datasets.Value("string")
         taken = sorted(set(own) & set(kept))
         if taken:
             raise ValueError(
@@ -414,9 +414,9 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _check_options(views: str, resolution: int | None, batch_size: int, shard_size: int, num_workers: int) -> None:
-    if views not in VIEWS:
-        raise ValueError(f"`views` must be one of {', '.join(VIEWS)}, but is {views!r}.")
+def _check_options(crops: str, resolution: int | None, batch_size: int, shard_size: int, num_workers: int) -> None:
+    if crops not in CROPS:
+        raise ValueError(f"`crops` must be one of {', '.join(CROPS)}, but is {crops!r}.")
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("shard_size", shard_size, 1),
@@ -425,8 +425,8 @@ def _check_options(views: str, resolution: int | None, batch_size: int, shard_si
     ):
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}, but is {value}.")
-    if is_whole(views) != (resolution is None):
+    if is_whole(crops) != (resolution is None):
         raise ValueError(
-            f"`resolution` is the side of crops in pixels, but is {resolution} for `views` {views!r}. "
-            f"{'Give it' if resolution is None else 'Leave it out'}, or choose other views."
+            f"`resolution` is the side of crops in pixels, but is {resolution} for `crops` {crops!r}. "
+            f"{'Give it' if resolution is None else 'Leave it out'}, or choose other crops."
         )

@@ -26,7 +26,7 @@ from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.repositories import hub_reason
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.paths import scale_endings
-from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, decode_image
+from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, configure_tiling, decode_image
 from svqvae_hf.tokens.token_files import (
     FINGERPRINT,
     INTEGER_LIMIT,
@@ -46,7 +46,7 @@ PLACES = {  # of crops: 0 is left or top, 1 right or bottom
     "bottom-left": (0.0, 1.0),
     "bottom-right": (1.0, 1.0),
 }
-VIEWS = {
+CROPS = {
     "whole": ("whole",),
     "whole-flip": ("whole", f"whole{FLIPPED}"),
     "centre": ("centre",),
@@ -68,8 +68,8 @@ class TokenSettings:
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
         tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded by; `None` without tiles.
         overlap (`int`, *optional*): Halo of those tiles in pixels; `None` without tiles.
-        views (`str`): Which views of an image are rows, a key of `VIEWS`.
-        resolution (`int`, *optional*): Side in pixels of the crops; `None` where views are whole images.
+        crops (`str`): Which crops of an image are rows, a key of `CROPS`.
+        resolution (`int`, *optional*): Side in pixels of the crops; `None` where crops are whole images.
 
     Raises:
         ValueError: A value is out of its range.
@@ -82,7 +82,7 @@ class TokenSettings:
     codebook_fingerprint: str
     tile_size: int | None
     overlap: int | None
-    views: str
+    crops: str
     resolution: int | None
 
     def __post_init__(self) -> None:
@@ -95,8 +95,8 @@ class TokenSettings:
             "codebook_fingerprint": FINGERPRINT.fullmatch(str(self.codebook_fingerprint)) is not None,
             "tile_size": self.tile_size is None or _is_integer(self.tile_size, 1),
             "overlap": self.overlap is None if self.tile_size is None else _is_integer(self.overlap, 0),
-            "views": self.views in tuple(VIEWS),
-            "resolution": self.resolution is None if is_whole(self.views) else _is_integer(self.resolution, 1),
+            "crops": self.crops in tuple(CROPS),
+            "resolution": self.resolution is None if is_whole(self.crops) else _is_integer(self.resolution, 1),
         }
         for name, fit in fits.items():
             if not fit:
@@ -213,7 +213,7 @@ def detokenize_set(
             memory than is free.
     """
     settings = read_settings(data)
-    check_model(model, settings)
+    check_same_codebook(model, settings)
     endings = scale_endings(settings.scales)
     configure_tiling(model, settings.tile_size, settings.overlap)
     rows = datasets.load_dataset(os.fspath(data), split="train", streaming=True)
@@ -224,30 +224,30 @@ def detokenize_set(
             save_png(image, Path(output, f"{index:08}{ending}"))
 
 
-def cut_views(image: Image.Image, views: str, resolution: int | None) -> list[Image.Image]:
-    """Cuts the views of an image.
+def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[Image.Image]:
+    """Makes the crops of an image.
 
     Args:
         image (`PIL.Image.Image`): Image of any size.
-        views (`str`): A key of `VIEWS`. `"centre"` resizes the shorter side to `resolution` (bicubic) and cuts the
+        crops (`str`): A key of `CROPS`. `"centre"` resizes the shorter side to `resolution` (bicubic) and cuts the
             centre; `"ten-crop"` resizes the centre square to 1.1 times `resolution` and cuts the centre and the
             corners, each also flipped.
         resolution (`int`, *optional*): Side of crops in pixels.
 
     Returns:
-        `list[PIL.Image.Image]`: One for each name in `VIEWS[views]`, all of one size.
+        `list[PIL.Image.Image]`: One for each name in `CROPS[crops]`, all of one size.
     """
     if resolution is not None:
-        side = round(TEN_CROP_MARGIN * resolution) if views == "ten-crop" else resolution
+        side = round(TEN_CROP_MARGIN * resolution) if crops == "ten-crop" else resolution
         image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     cut = []
-    for name in VIEWS[views]:
-        view = image
+    for name in CROPS[crops]:
+        crop = image
         if resolution is not None:
             x, y = PLACES[name.removesuffix(FLIPPED)]
             left, top = round(x * (image.width - resolution)), round(y * (image.height - resolution))
-            view = image.crop((left, top, left + resolution, top + resolution))
-        cut.append(ImageOps.mirror(view) if name.endswith(FLIPPED) else view)
+            crop = image.crop((left, top, left + resolution, top + resolution))
+        cut.append(ImageOps.mirror(crop) if name.endswith(FLIPPED) else crop)
     return cut
 
 
@@ -264,9 +264,9 @@ def _settings_from(record: Any) -> TokenSettings:
     return TokenSettings(**values)
 
 
-def is_whole(views: object) -> bool:
-    """Whether these views are whole images, not crops."""
-    return views in ("whole", "whole-flip")
+def is_whole(crops: object) -> bool:
+    """Whether these crops are whole images."""
+    return crops in ("whole", "whole-flip")
 
 
 def _is_scale(value: object) -> bool:

@@ -21,7 +21,13 @@ from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.hub.repositories import REPO_ID
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_memory, check_model, configure_tiling, encode_image, is_out_of_memory
+from svqvae_hf.tokens.image_tokens import (
+    check_memory,
+    check_same_codebook,
+    configure_tiling,
+    encode_image,
+    is_out_of_memory,
+)
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
 STATIC = Path(__file__).parent / "static"
@@ -141,7 +147,7 @@ class Page:
             )
         _check_size(tokens.width, tokens.height, tokens.scales)
         model = self.model(source)
-        check_model(model, tokens)
+        check_same_codebook(model, tokens)
         configure_tiling(model, tokens.tile_size, tokens.overlap, _tile_progress(progress))
         check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
         previews = _decode(model, tokens, None, progress)

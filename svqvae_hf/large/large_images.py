@@ -28,7 +28,7 @@ from svqvae_hf.large.large_files import (
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE, fits_whole, gather_context
 from svqvae_hf.models.tiling import Read, map_tile, tile_axis
-from svqvae_hf.tokens.image_tokens import check_model, image_tokens
+from svqvae_hf.tokens.image_tokens import check_same_codebook, image_tokens
 from svqvae_hf.tokens.token_files import UINT16_CODES, ImageTokens, load_tokens, token_file_header
 
 OnTile = Callable[[int, int], None]
@@ -82,7 +82,7 @@ def decode_large(
             or was of other tokens, another model or tile.
     """
     tokens = load_tokens(source, mapped=True)
-    check_model(model, tokens)
+    check_same_codebook(model, tokens)
     if tokens.scales != (1,):
         scales = ", ".join(f"{scale:g}" for scale in tokens.scales)
         raise ValueError(

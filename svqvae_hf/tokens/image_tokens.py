@@ -77,7 +77,7 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
     Raises:
         ValueError: If the ids are of another codebook, or their f or the size of their codebook is another.
     """
-    check_model(model, tokens)
+    check_same_codebook(model, tokens)
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     image_size = tokens.height, tokens.width
     images: list[Image.Image] = []
@@ -88,7 +88,7 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
     return images
 
 
-def check_model(model: SVQVAE, tokens: TokenOrigin) -> None:
+def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:
     """Refuses ids that the model cannot decode.
 
     Args:
@@ -137,7 +137,7 @@ def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     return isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)) is not None
 
 
-def free_memory(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes that torch can allocate on a device: those that are free, and on a GPU those that it holds unused."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
@@ -170,7 +170,7 @@ def check_memory(
     encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(tile_pixels, pixels)
     decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)
     needed = max(encodes * encoding, decodes * decoding)
-    free = free_memory(model.device)
+    free = available_memory(model.device)
     if needed > free:
         tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
         raise ValueError(

@@ -12,7 +12,7 @@ SETTINGS = {
     "codebook_fingerprint": "0" * 64,
     "f": 4,
     "scales": [1.0, 0.5],
-    "views": "whole",
+    "crops": "whole",
     "resolution": None,
     "tile_size": None,
     "overlap": None,

@@ -15,20 +15,20 @@ from hub_server import run_python, serve_hub
 from PIL import Image, ImageOps
 
 from svqvae_cli import main
-from svqvae_cli.parser import VIEWS as COMMAND_LINE_VIEWS
+from svqvae_cli.parser import CROPS as COMMAND_LINE_CROPS
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data import token_set_writer, token_sets
 from svqvae_hf.data.image_sets import ImageRow, open_rows
 from svqvae_hf.data.token_set_writer import LABEL_COLUMNS, tokenize_set
 from svqvae_hf.data.token_sets import (
-    VIEWS,
+    CROPS,
     TokenSettings,
-    cut_views,
     detokenize_set,
+    make_crops,
     read_settings,
     row_tokens,
 )
-from svqvae_hf.tokens.image_tokens import check_model, decode_image, encode_image
+from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, encode_image
 
 SIZES = [(33, 20), (40, 30), (40, 30), (7, 1), (90, 50), (16, 16)]
 TILES = (32, 8)
@@ -119,7 +119,7 @@ def test_settings_and_features(token_set, tiled_model, tmp_path):
         codebook_fingerprint=tiled_model.codebook_fingerprint(),
         tile_size=32,
         overlap=8,
-        views="whole",
+        crops="whole",
         resolution=None,
     )
     for shard in (token_set / "data").iterdir():
@@ -213,30 +213,30 @@ def test_each_image_is_one_process_s_and_all_have_as_many(monkeypatch, num_parts
 
 def test_views(photo):
     size = (24, 24)
-    centre, flipped = cut_views(photo, "centre-flip", 24)
+    centre, flipped = make_crops(photo, "centre-flip", 24)
     assert centre == ImageOps.fit(photo, size, Image.Resampling.BICUBIC)
     assert flipped == ImageOps.mirror(centre)
-    assert cut_views(photo, "whole-flip", None) == [photo, ImageOps.mirror(photo)]
-    ten = dict(zip(VIEWS["ten-crop"], cut_views(photo, "ten-crop", 20), strict=True))
+    assert make_crops(photo, "whole-flip", None) == [photo, ImageOps.mirror(photo)]
+    ten = dict(zip(CROPS["ten-crop"], make_crops(photo, "ten-crop", 20), strict=True))
     square = ImageOps.fit(photo, (22, 22), Image.Resampling.BICUBIC)
     assert len(ten) == 10
     assert ten["centre"] == square.crop((1, 1, 21, 21))
     assert ten["bottom-right-flipped"] == ImageOps.mirror(square.crop((2, 2, 22, 22)))
-    assert len({view.tobytes() for view in ten.values()}) == 10
+    assert len({crop.tobytes() for crop in ten.values()}) == 10
 
 
 def test_views_are_rows(tiled_model, photos, tmp_path):
-    tokenize(tiled_model, photos, tmp_path / "out", views="ten-crop", resolution=16, batch_size=4)
+    tokenize(tiled_model, photos, tmp_path / "out", crops="ten-crop", resolution=16, batch_size=4)
     rows = load(tmp_path / "out")
     assert len(rows) == 10 * len(SIZES)
-    assert rows["view"][:10] == list(VIEWS["ten-crop"])
+    assert rows["crop"][:10] == list(CROPS["ten-crop"])
     assert set(zip(rows["height"], rows["width"], strict=True)) == {(16, 16)}
     with Image.open(photos / "1.png") as image:
-        view = cut_views(image, "ten-crop", 16)[3]
+        crop = make_crops(image, "ten-crop", 16)[3]
     row = rows[13]
-    assert (row["key"], row["view"]) == ("1.png", "top-left-flipped")
+    assert (row["key"], row["crop"]) == ("1.png", "top-left-flipped")
     assert torch.equal(
-        row_tokens(row, read_settings(tmp_path / "out")).ids[1], encode_image(tiled_model, view, [1]).ids[0]
+        row_tokens(row, read_settings(tmp_path / "out")).ids[1], encode_image(tiled_model, crop, [1]).ids[0]
     )
 
 
@@ -336,7 +336,7 @@ def test_another_codebook_is_refused(token_set, tmp_path):
     with pytest.raises(ValueError, match="the ids must be of the model's codebook, with fingerprint"):
         detokenize_set(make_other(), token_set, tmp_path / "images")
     with pytest.raises(ValueError, match="the ids must be of the model's codebook, with fingerprint"):
-        check_model(make_other(), read_settings(token_set))
+        check_same_codebook(make_other(), read_settings(token_set))
     coarse = make_tiny(encoder_ch_mult=(1,) * 5, decoder_ch_mult=(1,) * 5)  # the set's tiles do not fit it either
     with pytest.raises(ValueError, match="the ids must be of the model's codebook, with fingerprint"):
         detokenize_set(coarse, token_set, tmp_path / "images")
@@ -346,13 +346,13 @@ def test_another_codebook_is_refused(token_set, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": "left"}, "`views` must be one of whole, whole-flip, centre, centre-flip, ten-crop, but is 'left'"),
+        ({"crops": "left"}, "`crops` must be one of whole, whole-flip, centre, centre-flip, ten-crop, but is 'left'"),
         (
-            {"views": "centre"},
-            "side of crops in pixels, but is None for `views` 'centre'. Give it",
+            {"crops": "centre"},
+            "side of crops in pixels, but is None for `crops` 'centre'. Give it",
         ),
-        ({"resolution": 16}, "but is 16 for `views` 'whole'. Leave it out"),
-        ({"views": "centre", "resolution": 0}, "`resolution` must be at least 1, but is 0"),
+        ({"resolution": 16}, "but is 16 for `crops` 'whole'. Leave it out"),
+        ({"crops": "centre", "resolution": 0}, "`resolution` must be at least 1, but is 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
         ({"shard_size": 0}, "`shard_size` must be at least 1, but is 0"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, but is -1"),
@@ -405,7 +405,7 @@ def test_what_is_no_token_set(token_set, photos, parquet, tmp_path):
         ({"scales": [1e308]}, "`scales` of a token set is out of its range"),
         ({"scales": "1"}, "`scales` of a token set is out of its range"),
         ({"codebook_size": 0}, "`codebook_size` of a token set is out of its range"),
-        ({"views": ["whole"]}, "`views` of a token set is out of its range"),
+        ({"crops": ["whole"]}, "`crops` of a token set is out of its range"),
         ({"overlap": None}, "`overlap` of a token set is out of its range"),
     ):
         file.write_text(json.dumps(good | change))
@@ -448,14 +448,14 @@ def test_commands(photos, tiled_model, tmp_path, capsys):
     tiled_model.save_pretrained(tmp_path / "models" / "tiny")
     out, images = tmp_path / "tokens", tmp_path / "images"
     model = ["--model", str(tmp_path / "models" / "tiny")]
-    crops = ["--views", "centre", "--resolution", "16", "--scales", "0.5", "1", "--max-images", "4"]
+    crops = ["--crops", "centre", "--resolution", "16", "--scales", "0.5", "1", "--max-images", "4"]
     assert main(["tokenize", str(photos), str(out), *crops, *model, "--tile-size", "32", "--overlap", "8"]) == 0
     written = capsys.readouterr().out
     assert written == f"written  {out}: 3 rows of 4 images in 1 shards\n" + (
         f"skipped  1 images that cannot be read: {out / 'skipped.json'}\n"
     )
     settings = read_settings(out)
-    assert (settings.model, settings.views, settings.resolution) == ("tiny", "centre", 16)
+    assert (settings.model, settings.crops, settings.resolution) == ("tiny", "centre", 16)
     assert main(["detokenize", str(out), "--output", str(images), *model]) == 0
     assert len(list(images.iterdir())) == 6
     assert main(["tokenize", str(photos), str(out), *model]) == 2
@@ -467,7 +467,7 @@ def test_commands(photos, tiled_model, tmp_path, capsys):
 
 
 def test_the_command_line_knows_the_views():
-    assert COMMAND_LINE_VIEWS == tuple(VIEWS)
+    assert COMMAND_LINE_CROPS == tuple(CROPS)
 
 
 def test_code_of_the_docs_runs(photos, tmp_path, monkeypatch):

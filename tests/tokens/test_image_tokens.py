@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.tokens.image_tokens import check_memory, decode_image, encode_image, free_memory
+from svqvae_hf.tokens.image_tokens import available_memory, check_memory, decode_image, encode_image
 
 pytestmark = pytest.mark.usefixtures("small_sample")
 SCALES = (0.5, 1.0, 1.3)
@@ -96,7 +96,7 @@ def test_memory_is_checked_for_what_is_going_to_happen(tiny_model, monkeypatch, 
 def test_what_torch_holds_unused_on_a_gpu_is_free(monkeypatch):
     for name, value in (("mem_get_info", (1000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
         monkeypatch.setattr(torch.cuda, name, {torch.device("cuda", 1): value}.get)
-    assert free_memory(torch.device("cuda", 1)) == 1000 + 500 - 200
+    assert available_memory(torch.device("cuda", 1)) == 1000 + 500 - 200
 
 
 def test_without_tiles_the_image_is_one_tile(tiny_model, monkeypatch):

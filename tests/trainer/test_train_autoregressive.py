@@ -49,14 +49,14 @@ def parts(tmp_path_factory):
             path = folder / "photos" / ("cat", "dog")[index % 2] / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             photo.convert("RGB").crop((60 * index, 0, 60 * index + 64, 64 + index)).save(path)
-    for name, views in (("tokens", {"views": "centre", "resolution": CROP}), ("mixed", {})):
+    for name, crops in (("tokens", {"crops": "centre", "resolution": CROP}), ("mixed", {})):
         tokenize_set(
             vqvae,
             open_rows([str(folder / "photos")], columns=["label"]),
             folder / name,
             model_name="vqvae",
             scales=SCALES,
-            **views,
+            **crops,
         )
     return folder
 
@@ -131,7 +131,7 @@ def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
         shutil.copy(path, parts / "classes" / str(index))
     vqvae = SVQVAE.from_pretrained(parts / "vqvae").eval()
     images = open_rows([str(parts / "classes")], columns=["label"])
-    crops = {"views": "centre", "resolution": CROP}
+    crops = {"crops": "centre", "resolution": CROP}
     tokenize_set(vqvae, images, parts / "six_tokens", model_name="vqvae", scales=SCALES, **crops)
     options |= {"token_set": str(parts / "six_tokens"), "max_train_steps": 300, "learning_rate": 5e-3}
     options |= {"train_batch_size": IMAGES, "label_dropout": 0.0, "logging_steps": 50, "num_validation_images": 0}
@@ -150,7 +150,7 @@ def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
 def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
     """The commands of docs/generation.md."""
     tokens, out = tmp_path / "token-set", tmp_path / "new"
-    crops = ["--views", "centre-flip", "--resolution", str(CROP), "--scales", "0.5", "1"]
+    crops = ["--crops", "centre-flip", "--resolution", str(CROP), "--scales", "0.5", "1"]
     model = ["--model", str(parts / "vqvae"), "--device", "cpu"]
     assert main(["tokenize", str(parts / "photos"), str(tokens), *crops, *model]) == 0
     train(**(options | {"token_set": str(tokens)}))

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from svqvae_hf.data.image_sets import read_image, undecoded
+from svqvae_hf.data.image_sets import disable_decoding, read_image
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, SVQVAEImageProcessor
 
 FORMATS = ("webdataset", "parquet")  # names of loaders, not of image sets: they need files
@@ -138,7 +138,7 @@ def load_images(
     if label_column == image_column:
         raise ValueError(f"`--label_column` must be another than `--image_column`, but both are {image_column!r}.")
     columns = [image_column] if label_column is None else [image_column, label_column]
-    return undecoded(images.select_columns(columns), image_column)
+    return disable_decoding(images.select_columns(columns), image_column)
 
 
 def _load_folder(folder: str) -> datasets.Dataset:

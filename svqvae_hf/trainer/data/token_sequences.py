@@ -56,7 +56,7 @@ class TokenSource:
         if len(values) != 1:
             raise ValueError(
                 f"All rows of the token set must be of one size, but it has {len(values)} of `{column}`. Tokenize "
-                "crops: `svqvae tokenize --views centre --resolution 256`."
+                "crops: `svqvae tokenize --crops centre --resolution 256`."
             )
         return int(values[0])
 
