@@ -1,5 +1,5 @@
 import sys
 
-from svqvae_cli.parser import main
+from svqvae_cli import main
 
 sys.exit(main())

@@ -40,6 +40,25 @@ def tiny_model() -> SVQVAE:
     return make_tiny()
 
 
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory) -> str:
+    """Folder of a tiny model, f = 4. Read-only."""
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def two_images(tmp_path, photo) -> Path:
+    """Folder of `a.png`, 57 x 35 pixels, `b.jpg`, 40 x 24 pixels, and a text file."""
+    folder = tmp_path / "two_images"
+    folder.mkdir()
+    photo.crop((100, 100, 157, 135)).save(folder / "a.png")
+    photo.crop((200, 100, 240, 124)).save(folder / "b.jpg", quality=95)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
 @pytest.fixture
 def small_sample(monkeypatch):
     """What tiles share comes from two windows, so that small images are cut into tiles, too."""

@@ -21,7 +21,7 @@ from train_autoregressive import AutoregressiveConfig
 from train_latent_diffusion import DiffusionConfig
 from train_masked import MaskedConfig
 
-from svqvae_cli.parser import _parse
+from svqvae_cli.command_line import parse
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.train_options import TrainConfig
@@ -89,9 +89,9 @@ def test_commands_parse(page, monkeypatch):
 def check_command(words: list[str]) -> None:
     """Parses a command of ours; of others, checks that their script is there."""
     if words[0] == "svqvae":
-        _parse(words[1:])
+        parse(words[1:])
     elif "svqvae_cli" in words:
-        _parse(words[words.index("svqvae_cli") + 1 :])
+        parse(words[words.index("svqvae_cli") + 1 :])
     else:
         index = next(index for index, word in enumerate(words) if word.endswith(".py"))
         script, arguments = ROOT / words[index], words[index + 1 :]

@@ -357,5 +357,5 @@ def test_command(folder, tmp_path, capsys):
 def test_command_without_the_extra(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert svqvae_cli.main(["export", folder, "--output", str(tmp_path / "out")]) == 2
-    assert "needs the package onnxruntime. Install the extra that has it: pip install" in capsys.readouterr().err
+    assert "needs the package onnxruntime. Install it with pip install" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,6 @@ from hub_server import run_python, serve_hub
 from PIL import Image, ImageOps
 
 from svqvae_cli import main
-from svqvae_cli.parser import CROPS as COMMAND_LINE_CROPS
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data import token_set_writer, token_sets
 from svqvae_hf.data.image_sets import ImageRow, open_rows
@@ -464,10 +463,6 @@ def test_commands(photos, tiled_model, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert [len(errors), *("Traceback" in error for error in errors)] == [3, False, False, False]
     assert "the ids must be of the model's codebook" in errors[2]
-
-
-def test_the_command_line_knows_the_views():
-    assert COMMAND_LINE_CROPS == tuple(CROPS)
 
 
 def test_code_of_the_docs_runs(photos, tmp_path, monkeypatch):

@@ -232,11 +232,11 @@ HUB_VISITOR = """
 import sys
 from functools import partial
 from svqvae_hf import SVQVAE
-from svqvae_cli.commands import _load_model
+from svqvae_cli.loading import load_model
 from svqvae_hf.demo.page import Page
 
 SVQVAE.from_pretrained("org/private")
-page = Page(partial(_load_model, device="cpu", dtype="float32"), public=True)
+page = Page(partial(load_model, device="cpu", dtype="float32"), public=True)
 for name in ("org/public", "org/private"):
     print(page.encode(sys.argv[1], [1.0], 0, 0, name)[0])
 """
@@ -259,7 +259,7 @@ def test_visitors_of_a_public_page_get_public_models_alone(tiny_model, photograp
         environment["GRADIO_TEMP_DIR"] = str(tmp_path / "gradio")
         public, private = run_python(HUB_VISITOR, environment, photograph).splitlines()
     assert "64 × 41 pixels" in public
-    assert "the model `org/private` cannot be loaded: the repository does not exist, or is private" in private
+    assert "could not load the model `org/private`: the repository does not exist, or is private" in private
     assert not list((tmp_path / "hf_home").rglob("*public*"))
 
 

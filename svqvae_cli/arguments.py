@@ -1,0 +1,185 @@
+"""Arguments that several commands share, and types of arguments."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+DTYPES = ("float32", "bfloat16", "float16")
+TILE_SIZE = 256  # pixels, as in `SVQVAE.enable_tiling`
+OVERLAP = 32  # pixels, as in `SVQVAE.enable_tiling`
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks, with a wide column of options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    details: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Adds a command without arguments.
+
+    Args:
+        commands (`argparse._SubParsersAction`): Commands of the parser.
+        name (`str`): Word on the command line.
+        run (`Callable`): Body of the command.
+        summary (`str`): One line, which `svqvae --help` shows too.
+        details (`str`): Lines of at most 80 characters.
+        example (`str`): Arguments of an example.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary}.\n{details}",
+        epilog=f"example:\n  svqvae {name} {example}",
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
+    """Adds input files and the folder for output files."""
+    parser.add_argument("inputs", nargs="+", type=path_or_name, metavar="INPUT", help=kinds)
+    add_output(parser, "folder to write to")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds everything about encoding image files: files, scales, model and tiles."""
+    add_files(parser, "image files, folders of them, or globs")
+    add_scales(parser, [1.0])
+    add_model(parser)
+    add_tiles(parser, str(TILE_SIZE), str(OVERLAP), TILE_SIZE, OVERLAP)
+
+
+def add_output(parser: argparse.ArgumentParser, help: str) -> None:
+    """Adds the output folder."""
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=help)
+
+
+def add_scales(parser: argparse.ArgumentParser, default: list[float]) -> None:
+    """Adds the scales to encode at."""
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=scale,
+        default=default,
+        metavar="SCALE",
+        help=f"output side over input side, one or more (default: {' '.join(f'{value:g}' for value in default)})",
+    )
+
+
+def add_tiles(
+    parser: argparse.ArgumentParser,
+    tile_default: str,
+    overlap_default: str,
+    tile_size: int | None = None,
+    overlap: int | None = None,
+) -> None:
+    """Adds tile size and overlap, each with its default and the words of the help for it."""
+    parser.add_argument(
+        "--tile-size",
+        type=int,
+        default=tile_size,
+        metavar="PIXELS",
+        help=f"side of a tile, a multiple of f (default: {tile_default})",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=int,
+        default=overlap,
+        metavar="PIXELS",
+        help=f"pixels that a tile reads beyond each of its sides, a multiple of f (default: {overlap_default})",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, its device and its precision."""
+    parser.add_argument("--model", type=path_or_name, help="model folder or Hub id (default: the small bundled model)")
+    add_device(parser)
+    add_dtype(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds the device."""
+    parser.add_argument(
+        "--device", type=not_empty, help="cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds the precision of the weights."""
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of weights (default: float32)")
+
+
+def add_image_set(parser: argparse.ArgumentParser) -> None:
+    """Adds a set of images, local or on the Hub."""
+    parser.add_argument(
+        "data",
+        nargs="+",
+        type=path_or_name,
+        metavar="DATA",
+        help="image files, folders of them, or globs; or the name of a data set on the Hub, which is streamed",
+    )
+    parser.add_argument("--config", type=not_empty, metavar="NAME", help="configuration of the data set")
+    parser.add_argument(
+        "--split", type=not_empty, metavar="NAME", help="split of the data set, required if it has several"
+    )
+    parser.add_argument(
+        "--image-column",
+        type=not_empty,
+        default="image",
+        metavar="NAME",
+        help="column of the data set that holds images (default: image)",
+    )
+    parser.add_argument("--max-images", type=int, metavar="N", help="stop after N images (default: all)")
+
+
+def image_set_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of [`add_image_set`], as the readers of image sets take them."""
+    return {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
+
+
+def add_push(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the upload to the Hub."""
+    parser.add_argument("--push-to-hub", type=not_empty, metavar="ORG/NAME", help=f"upload {what} to the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+
+
+def path(text: str) -> Path:
+    """Reads a path."""
+    return Path(path_or_name(text))
+
+
+def path_or_name(text: str) -> str:
+    """Reads a path or a name on the Hub."""
+    return not_empty(text, " The current folder is `.`.")
+
+
+def not_empty(text: str, advice: str = "") -> str:
+    """Reads a string that must not be empty, as an unset shell variable would be."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"must not be empty. If it is a shell variable, set it.{advice}")
+    return text
+
+
+def scale(text: str) -> float:
+    """Reads a scale."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a scale must be a finite number above 0, got {text!r}.")
+    return value

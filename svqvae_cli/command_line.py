@@ -1,0 +1,122 @@
+"""Parses the command line, runs the command, and turns errors into one line and an exit code."""
+
+import argparse
+import io
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from svqvae_cli import (
+    convert,
+    decode,
+    demo,
+    detokenize,
+    encode,
+    evaluate,
+    export,
+    generate,
+    info,
+    reconstruct,
+    tokenize,
+)
+from svqvae_cli.arguments import HelpFormatter
+
+COMMANDS = (  # in the order of the help
+    reconstruct,
+    encode,
+    decode,
+    tokenize,
+    detokenize,
+    evaluate,
+    convert,
+    export,
+    generate,
+    info,
+    demo,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments, by default those of the process.
+
+    Returns:
+        `int`: Exit code: 0 after success; 2 after a user's mistake or out of memory, with one line on stderr; 130
+        after Ctrl-C; 141 if the reader of stdout has closed it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception, so temporary files go
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # from libraries, about code that is not the user's
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain any bytes
+    try:
+        _run(argv)
+    except KeyboardInterrupt:
+        print("svqvae: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail too
+        return 141
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        from svqvae_hf.tokens.image_tokens import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail("out of memory. Use smaller scales, smaller tiles or smaller images.")
+    return 0
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    try:
+        args = parse(argv)
+        args.run(args)
+    finally:
+        sys.stdout.flush()  # a closed stdout raises here, also after --help, and not when the interpreter exits
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; `run` of the result is the body of its command.
+
+    Raises:
+        ValueError: If it is wrong.
+    """
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own help
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands."""
+    parser = _Parser(
+        prog="svqvae",
+        description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.",
+        epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` has one per command.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"svqvae {version('svqvae-hf')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing usage and exiting, so that `main` prints one line."""
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def _fail(message: str) -> int:
+    # Parts of a message may come from a broken file: control characters must not reach the terminal.
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    print(f"svqvae: error: {line}", file=sys.stderr)
+    return 2

@@ -1,0 +1,51 @@
+"""`svqvae demo`."""
+
+import argparse
+
+from svqvae_cli.arguments import Commands, add_command, add_model, not_empty
+from svqvae_cli.errors import require_extra
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "demo",
+        run,
+        "serve a web page that encodes and decodes photographs",
+        "Shows original and reconstruction under one slider and the ids as a picture.\n"
+        "Token files can be saved and opened. The page needs no network. With a --host\n"
+        "beyond this machine, visitors may choose public models on the Hub, but no\n"
+        "folders and no private models.",
+        "--model org/svqvae",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--host",
+        type=not_empty,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: 127.0.0.1)",
+    )
+    parser.add_argument("--port", type=_port, help="port to listen on (default: the first free one from 7860)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves the page until it is interrupted."""
+    with require_extra("demo", "demo"):
+        from svqvae_hf.demo.page import serving
+    import threading
+    from functools import partial
+
+    from svqvae_cli.loading import load_model
+
+    load = partial(load_model, device=args.device, dtype=args.dtype)
+    with serving(load, args.model or "", args.host, args.port) as address:
+        print(f"{address} shows the page until Ctrl-C", flush=True)
+        threading.Event().wait()
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"a port must be a whole number from 1 to 65535, got {text!r}.")
+    return int(text)

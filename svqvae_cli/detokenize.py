@@ -1,0 +1,36 @@
+"""`svqvae detokenize`."""
+
+import argparse
+
+from svqvae_cli.arguments import Commands, add_command, add_model, add_output, path_or_name
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "detokenize",
+        run,
+        "decode a token set to images",
+        "Writes one image per row and scale, 00000000_x1.png and so on. The model must\n"
+        "have the codebook that the token set was encoded with.",
+        "tokens --output out --max-images 16",
+    )
+    parser.add_argument(
+        "tokens", type=path_or_name, metavar="TOKENS", help="folder of the token set, or its name on the Hub"
+    )
+    add_output(parser, "folder to write to")
+    parser.add_argument("--max-images", type=int, metavar="N", help="stop after N rows (default: all)")
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the images of a token set, with the tiles that they were encoded with."""
+    from svqvae_cli.loading import load_model
+    from svqvae_hf.data.token_sets import detokenize_set, read_settings
+    from svqvae_hf.paths import check_output
+
+    check_output([], args.output)
+    read_settings(args.tokens)  # fails before the model is loaded
+    model = load_model(args.model, args.device, args.dtype)
+    detokenize_set(model, args.tokens, args.output, max_images=args.max_images)

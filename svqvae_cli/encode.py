@@ -1,0 +1,72 @@
+"""`svqvae encode`."""
+
+import argparse
+
+from svqvae_cli.arguments import Commands, add_command, add_images
+from svqvae_cli.errors import explain_resume, prefix_errors, require_extra
+from svqvae_cli.large import add_large, check_large, unfinished
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "encode",
+        run,
+        "encode images to token files",
+        "Writes one token file per image, NAME.safetensors, with the ids at all scales.",
+        "'photos/*.jpg' --output tokens --scales 1",
+    )
+    add_images(parser)
+    add_large(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes one token file per image."""
+    check_large(args)
+    if args.large:
+        _encode_large(args)
+    else:
+        _encode(args)
+
+
+def _encode(args: argparse.Namespace) -> None:
+    from svqvae_cli.loading import load_model
+    from svqvae_cli.progress import progress
+    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+    from svqvae_hf.paths import check_output, check_targets, find_files
+    from svqvae_hf.tokens.image_tokens import check_memory, encode_image
+    from svqvae_hf.tokens.token_files import save_tokens
+
+    inputs = find_files(args.inputs, IMAGE_SUFFIXES)
+    check_output(inputs, args.output)
+    check_targets(inputs, inputs, args.output, [".safetensors"])
+    model = load_model(args.model, args.device, args.dtype)
+    with progress(inputs) as (paths, on_tile):
+        model.enable_tiling(args.tile_size, args.overlap, on_tile)
+        for path in paths:
+            image = load_image(path)
+            with prefix_errors(path):
+                check_memory(model, image.height, image.width, args.scales, decodes=False)
+            tokens = encode_image(model, image, args.scales)
+            args.output.mkdir(parents=True, exist_ok=True)
+            save_tokens(args.output / f"{path.stem}.safetensors", tokens)
+
+
+def _encode_large(args: argparse.Namespace) -> None:
+    with require_extra("--large", "large"):
+        from svqvae_hf.large.large_files import TIFF_SUFFIXES
+        from svqvae_hf.large.large_images import encode_large
+    from svqvae_cli.loading import load_model
+    from svqvae_cli.progress import progress
+    from svqvae_hf.paths import check_output, check_targets, find_files
+
+    inputs = find_files(args.inputs, TIFF_SUFFIXES)
+    check_output(inputs, args.output)
+    check_targets(inputs, inputs, args.output, [".safetensors"])
+    model = load_model(args.model, args.device, args.dtype)
+    model.enable_tiling(args.tile_size, args.overlap)
+    with progress(inputs) as (paths, on_tile):
+        for path, target in unfinished(paths, args, ".safetensors"):
+            with explain_resume(target):
+                encode_large(model, path, target, args.resume, on_tile)

@@ -1,0 +1,99 @@
+"""`svqvae evaluate`."""
+
+import argparse
+
+from svqvae_cli.arguments import (
+    OVERLAP,
+    Commands,
+    add_command,
+    add_device,
+    add_image_set,
+    add_output,
+    add_scales,
+    add_tiles,
+    image_set_options,
+    path,
+    path_or_name,
+)
+from svqvae_cli.errors import require_extra
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        run,
+        "measure a model on an image set",
+        "Writes report.json, report.md, plots, and metadata for the model card. On\n"
+        "several GPUs:\n"
+        "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
+        "org/svqvae photos --output report --scales 1 0.5 0.25",
+    )
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="model folder or Hub id")
+    add_image_set(parser)
+    add_output(parser, "folder to write to")
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="resize the shorter side and crop the centre to this side (default: images as they are)",
+    )
+    add_scales(parser, [1.0, 0.5, 0.25])
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=("plain", "tiled"),
+        default=["plain", "tiled"],
+        help="encode images as a whole, by tiles, or both ways (default: both)",
+    )
+    add_tiles(parser, "the model's sample_size", f"{OVERLAP}, or less if the tile is too small")
+    parser.add_argument(
+        "--lpips-weights", type=path, metavar="FILE", help="weights of the LPIPS network, to add LPIPS"
+    )
+    parser.add_argument(
+        "--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex", help="LPIPS network (default: alex)"
+    )
+    parser.add_argument(
+        "--inception-weights", type=path, metavar="FILE", help="weights of the FID network, to add rFID"
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures a model on an image set, and writes numbers, tables and plots."""
+    with require_extra("evaluate", "eval"):
+        from svqvae_hf.data.image_sets import open_images
+        from svqvae_hf.evaluation.evaluate import evaluate
+        from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
+        from svqvae_hf.evaluation.report import summary, write_report
+    from accelerate import PartialState
+
+    from svqvae_cli.loading import find_device, load_model, process_device
+    from svqvae_hf.paths import check_output
+
+    check_output([], args.output)
+    state = PartialState(cpu=find_device(args.device).type == "cpu")
+    lpips = load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
+    inception = load_inception(args.inception_weights) if args.inception_weights else None
+    report = evaluate(
+        load_model(args.model, process_device(args.device, state), "float32"),
+        open_images(args.data, **image_set_options(args)),
+        scales=args.scales,
+        modes=args.modes,
+        tile_size=args.tile_size,
+        overlap=args.overlap,
+        resolution=args.resolution,
+        lpips=lpips,
+        inception=inception,
+    )
+    if state.is_main_process:
+        report.settings |= {"model": args.model, "data": args.data, **image_set_options(args)}
+        report.settings |= {
+            "lpips_net": args.lpips_net,
+            "lpips_weights": args.lpips_weights and args.lpips_weights.name,
+            "inception_weights": args.inception_weights and args.inception_weights.name,
+        }
+        write_report(report, args.output)
+        print(summary(report))
+    state.destroy_process_group()

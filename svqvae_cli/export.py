@@ -1,0 +1,40 @@
+"""`svqvae export`."""
+
+import argparse
+
+from svqvae_cli.arguments import Commands, add_command, add_output, path_or_name
+from svqvae_cli.errors import require_extra
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "export",
+        run,
+        "export a model to ONNX or torch.export",
+        "Writes one graph from images to ids and one from ids to images, for any batch\n"
+        "size, height and width. Compares them with the model before it keeps them.",
+        "org/svqvae --output graphs --dtype float16",
+    )
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="model folder or Hub id")
+    add_output(parser, "folder to create")
+    parser.add_argument(
+        "--format", choices=("onnx", "torch"), default="onnx", help="encoder.onnx or encoder.pt2 (default: onnx)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="precision of weights and images (default: float32)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes a model as two graphs, and prints how close they are to it."""
+    from svqvae_cli.loading import load_model
+    from svqvae_hf.conversion.export import export_graphs
+
+    model = load_model(args.model, "cpu", "float32")
+    with require_extra("export", "export"):
+        print(export_graphs(model, args.output, format=args.format, dtype=args.dtype))

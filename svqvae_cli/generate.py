@@ -1,0 +1,103 @@
+"""`svqvae generate`."""
+
+import argparse
+
+from svqvae_cli.arguments import Commands, add_command, add_device, add_dtype, add_output, path_or_name, scale
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "generate",
+        run,
+        "generate images with an autoregressive pipeline",
+        "Writes one image per class, number and scale, class_N_0_x1.png and so on, or\n"
+        "image_0_x1.png without --class, and all at their finest scale on sheet.png, one\n"
+        "row per class. All images are sampled as one batch.",
+        "org/dreams --class 3 7 --num-images 4 --output out",
+    )
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the pipeline")
+    add_output(parser, "folder to write to")
+    parser.add_argument(
+        "--class",
+        dest="class_labels",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="class labels, one row of images each (default: images without a class)",
+    )
+    parser.add_argument("--num-images", type=int, default=1, metavar="COUNT", help="images per class (default: 1)")
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=scale,
+        metavar="SCALE",
+        help="scales to decode, of those the pipeline was trained on (default: the finest)",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="scale of classifier-free guidance (default: 1)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="sampling temperature; 0 takes the most likely ids (default: 1)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely ids (default: all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely ids with total probability P (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the first image; image i has S + i (default: 0)"
+    )
+    add_device(parser)
+    add_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples images, and writes them one by one and on a sheet."""
+    import diffusers
+    import torch
+    import transformers
+
+    from svqvae_cli.loading import load_pretrained
+    from svqvae_hf import SVQVAEAutoregressivePipeline
+    from svqvae_hf.atomic_io import save_png
+    from svqvae_hf.paths import check_output, scale_endings
+
+    check_output([], args.output)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # while loading
+    pipeline = load_pretrained(SVQVAEAutoregressivePipeline, args.model, args.device, args.dtype)
+    pipeline.set_progress_bar_config(unit="row", disable=None)
+    scales = args.scales or pipeline.layout.scales[-1:]
+    endings = scale_endings(scales)
+    names = ["image"] if args.class_labels is None else [f"class_{label}" for label in args.class_labels]
+    count = args.num_images
+    images = pipeline(
+        args.class_labels,
+        scales=scales,
+        guidance_scale=args.guidance_scale,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        generator=[torch.Generator().manual_seed(args.seed + index) for index in range(len(names) * count)],
+        num_images_per_prompt=count,
+    ).images
+    for of_one_scale, ending in zip(images, endings, strict=True):
+        for index, image in enumerate(of_one_scale):
+            save_png(image, args.output / f"{names[index // count]}_{index % count}{ending}")
+    finest = images[scales.index(max(scales))]
+    save_png(diffusers.utils.make_image_grid(finest, rows=len(names), cols=count), args.output / "sheet.png")

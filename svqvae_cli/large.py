@@ -1,0 +1,43 @@
+"""What encode, decode and reconstruct share for `--large`: images larger than memory, from file to file."""
+
+import argparse
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+def add_large(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of images larger than memory."""
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="work by rows of tiles, so that memory does not grow with the image; images are TIFF files",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="with --large: resume an interrupted run of the same command"
+    )
+
+
+def check_large(args: argparse.Namespace) -> None:
+    """Raises unless the options fit `--large`, or its absence.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if args.resume and not args.large:
+        raise ValueError("--resume is for large images. Add --large, or leave out --resume.")
+    if args.large and getattr(args, "scales", [1.0]) != [1.0]:
+        raise ValueError("--large works at scale 1 alone. Leave out --scales or --large.")
+    if args.large and getattr(args, "side_by_side", False):
+        raise ValueError("--side-by-side is for images that fit into memory. Leave out --side-by-side or --large.")
+
+
+def unfinished(paths: Iterable[Path], args: argparse.Namespace, ending: str) -> Iterator[tuple[Path, Path]]:
+    """Yields each input and its output file, without outputs that an interrupted run already completed."""
+    from svqvae_hf.large.large_images import record_path
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors say what it would log
+    for path in paths:
+        target = args.output / f"{path.stem}{ending}"
+        if not (args.resume and target.exists() and not record_path(target).exists()):
+            yield path, target

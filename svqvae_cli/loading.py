@@ -1,0 +1,103 @@
+"""Loads models for the commands. Imports torch, so commands import this file inside their bodies."""
+
+import argparse
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+
+from svqvae_hf import DEFAULT_MODEL, SVQVAE
+from svqvae_hf.hub.repositories import REPO_ID, hub_reason
+from svqvae_hf.tokens.image_tokens import configure_tiling
+from svqvae_hf.tokens.token_files import ImageTokens
+
+DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
+
+
+def load_model(source: str | None, device: str | None, dtype: str, **options: Any) -> SVQVAE:
+    """Loads a model for inference.
+
+    Args:
+        source (`str`, *optional*): Folder or Hub id, by default the small bundled model.
+        device (`str`, *optional*): Name of the device, by default a GPU if there is one.
+        dtype (`str`): Precision of the weights.
+        **options: Further arguments of `from_pretrained`.
+
+    Raises:
+        OSError: If the model cannot be loaded.
+        ValueError: If `source` or `device` is wrong.
+    """
+    return load_pretrained(SVQVAE, source or str(DEFAULT_MODEL), device, dtype, **options).eval()
+
+
+def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **options: Any) -> Any:
+    """Loads a model or a pipeline of class `cls`, as [`load_model`] does."""
+    path = Path(source)
+    if path.is_file():
+        raise ValueError(
+            f"a model must be a folder or a Hub id, got the file `{source}`. Convert it with `svqvae convert` first."
+        )
+    if not path.is_dir() and not re.fullmatch(REPO_ID, source):
+        raise ValueError(
+            f"there is no file or folder `{source}`. On the Hub a model is `org/repo`, an original checkpoint, for "
+            "`convert` and `info`, is `org/repo:file`."
+        )
+    found_device = find_device(device)
+    for library in ("diffusers", "huggingface_hub", "transformers"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error below says what they would log
+    try:
+        model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+    except OSError as error:
+        raise OSError(f"could not load the model `{source}`: {_find_cause(error)}") from error
+    return model.to(found_device)
+
+
+def _find_cause(error: OSError) -> str:
+    """Finds the real cause of a loading error; diffusers' own message only guesses."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SafetensorError):
+            return f"its weight file is empty, cut short or of another kind ({cause}). Download it again."
+        if isinstance(cause, RepositoryNotFoundError | LocalEntryNotFoundError):
+            return hub_reason(cause)
+        cause = cause.__context__
+    return str(error)
+
+
+def find_device(name: str | None) -> torch.device:
+    """Returns a device by its name, or the default device.
+
+    Raises:
+        ValueError: If torch does not find the device on this machine.
+    """
+    counts = {kind: getattr(torch, kind).device_count() for kind in DEVICES}
+    usable = [*(kind for kind in DEVICES if counts[kind]), "cpu"]
+    numbered = [f"{kind}:{index}" for kind in usable[:-1] for index in range(counts[kind])]
+    if name is not None and name not in usable + numbered:
+        raise ValueError(f"--device must be one that torch finds here, {', '.join(usable + numbered)}, got `{name}`.")
+    return torch.device(name or usable[0])
+
+
+def process_device(name: str | None, state: PartialState) -> str:
+    """Returns the device that was asked for, or the device that accelerate chose for this process."""
+    return name or (
+        "cpu" if state.device.type == "cpu" else str(state.device)
+    )  # accelerate numbers CPUs, torch does not
+
+
+def configure_decoding(
+    model: SVQVAE,
+    tokens: ImageTokens,
+    args: argparse.Namespace,
+    on_tile: Callable[[int, int], None] | None = None,
+) -> None:
+    """Sets the tiles of the command line or, where it has none, the tiles that the image was encoded with."""
+    tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
+    overlap = tokens.overlap if args.overlap is None else args.overlap
+    configure_tiling(model, tile_size, overlap, on_tile)

@@ -1,0 +1,113 @@
+"""`svqvae tokenize`."""
+
+import argparse
+import os
+
+from svqvae_cli.arguments import (
+    OVERLAP,
+    TILE_SIZE,
+    Commands,
+    add_command,
+    add_image_set,
+    add_model,
+    add_push,
+    add_scales,
+    add_tiles,
+    image_set_options,
+    not_empty,
+    path,
+)
+
+CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.data.token_sets`
+MAX_WORKERS = 4  # by default
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "tokenize",
+        run,
+        "encode an image set to a token set",
+        "Writes the ids of all images as Parquet files, which `datasets` loads. The same\n"
+        "command resumes a run that was killed. On several GPUs:\n"
+        "  accelerate launch -m svqvae_cli tokenize DATA OUT",
+        "photos tokens --crops centre --resolution 256 --scales 0.5 1",
+    )
+    add_image_set(parser)
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
+    add_scales(parser, [1.0])
+    parser.add_argument(
+        "--crops",
+        choices=CROPS,
+        default="whole",
+        help="crops of an image that become rows: the whole image or the centre square, each also with its mirror "
+        "image, or ten crops (default: whole)",
+    )
+    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="side of centre and ten crops")
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        type=not_empty,
+        default=[],
+        metavar="NAME",
+        help="further columns of the data set to keep (default: label, caption and text, if present)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="crops of one size to encode together; above 1, rounding may change a few ids (default: 1)",
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=1000, metavar="N", help="images per Parquet file (default: 1000)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images (default: one per core, at most 4)"
+    )
+    parser.add_argument("--license", type=not_empty, help="licence of the images for the card, by its id on the Hub")
+    add_push(parser, "the token set")
+    add_model(parser)
+    add_tiles(parser, str(TILE_SIZE), str(OVERLAP), TILE_SIZE, OVERLAP)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Encodes an image set to a token set."""
+    from datetime import timedelta
+    from pathlib import Path
+
+    from accelerate import PartialState
+
+    from svqvae_cli.loading import find_device, load_model, process_device
+    from svqvae_hf import DEFAULT_MODEL
+    from svqvae_hf.atomic_io import check_new_folder
+    from svqvae_hf.data.image_sets import is_hub_set, open_rows
+    from svqvae_hf.data.token_set_writer import LABEL_COLUMNS, tokenize_set
+
+    check_new_folder(args.out)
+    # Processes wait for each other at the end, and may finish hours apart.
+    state = PartialState(cpu=find_device(args.device).type == "cpu", timeout=timedelta(weeks=1))
+    images = open_rows(args.data, columns=args.keep, optional_columns=LABEL_COLUMNS, **image_set_options(args))
+    model = load_model(args.model, process_device(args.device, state), args.dtype)
+    model.enable_tiling(args.tile_size, args.overlap)
+    source = Path(args.model or DEFAULT_MODEL)
+    report = tokenize_set(
+        model,
+        images,
+        args.out,
+        model_name=source.resolve().name if source.exists() else args.model,  # no private path in a public set
+        source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
+        scales=args.scales,
+        crops=args.crops,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
+        license=args.license,
+        push_to_hub=args.push_to_hub,
+        private=args.private,
+    )
+    if state.is_main_process:
+        print(report)
+    state.destroy_process_group()

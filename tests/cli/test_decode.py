@@ -1,0 +1,101 @@
+import shutil
+
+import pytest
+import torch
+from cli_runner import fails, svqvae
+from conftest import make_tiny
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.tokens.image_tokens import encode_image
+from svqvae_hf.tokens.token_files import load_tokens, save_tokens
+
+pytestmark = pytest.mark.usefixtures("small_sample", "process")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def tokens(two_images, tmp_path, saved_model):
+    """A token file, encoded with tiles of 32 pixels and an overlap of 8."""
+    argv = ["--output", tmp_path, "--model", saved_model, "--tile-size", "32", "--overlap", "8"]
+    svqvae("encode", two_images / "a.png", *argv)
+    return tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tokens_of_half_precision_decode_in_float32(two_images, out, saved_model, dtype):
+    argv = ["--output", out, "--model", saved_model]
+    assert svqvae("encode", two_images / "a.png", *argv, "--dtype", dtype) == 0
+    assert svqvae("decode", out / "a.safetensors", *argv) == 0
+    assert Image.open(out / "a_x1.png").size == (57, 35)
+
+
+@pytest.fixture
+def used_tiles(monkeypatch):
+    """Replaces the decoder, and collects the tiling of its calls."""
+    used = []
+
+    def decode_image(model, tokens):
+        used.append((model.tile_size, model.overlap) if model.use_tiling else None)
+        return [Image.new("RGB", (1, 1))]
+
+    monkeypatch.setattr("svqvae_hf.tokens.image_tokens.decode_image", decode_image)
+    return used
+
+
+def test_tiles_are_the_file_s_where_the_command_line_has_none(tokens, out, saved_model, used_tiles):
+    for options in (
+        [],
+        ["--overlap", "4"],
+        ["--tile-size", "40"],
+        ["--tile-size", "64", "--overlap", "0"],
+    ):
+        assert svqvae("decode", tokens, "--output", out, "--model", saved_model, *options) == 0
+    assert used_tiles == [(32, 8), (32, 4), (40, 8), (64, 0)]
+
+
+def test_tokens_encoded_without_tiles_are_decoded_without(two_images, tmp_path, saved_model, used_tiles):
+    plain = SVQVAE.from_pretrained(saved_model).eval()
+    save_tokens(tmp_path / "a.safetensors", encode_image(plain, Image.open(two_images / "a.png"), [1.0]))
+    assert svqvae("decode", tmp_path / "a.safetensors", "--output", tmp_path, "--model", saved_model) == 0
+    assert used_tiles == [None]
+
+
+def test_tokens_cut_short_are_an_error(tokens, out, saved_model, capsys):
+    tokens.write_bytes(tokens.read_bytes()[:-7])
+    error = fails(capsys, "decode", tokens, "--output", out, "--model", saved_model)
+    assert "a.safetensors` must be a safetensors file, but is another kind or cut short" in error
+    assert not out.exists()
+
+
+def test_ids_out_of_range_are_an_error(tokens, out, saved_model, capsys):
+    with safe_open(tokens, framework="pt") as file:
+        ids, metadata = file.get_tensor("ids_0"), file.metadata()
+    save_file({"ids_0": torch.full_like(ids, 64)}, tokens, metadata)
+    error = fails(capsys, "decode", tokens, "--output", out, "--model", saved_model)
+    assert "a.safetensors` is not a token file that can be decoded: ids must be in [0, 63]" in error
+    assert not out.exists()
+
+
+def test_tokens_of_another_codebook_are_an_error(tokens, out, tmp_path, saved_model, capsys):
+    other = make_tiny()
+    torch.nn.init.normal_(other.quantize.embedding.weight)
+    other.save_pretrained(tmp_path / "other")
+    error = fails(capsys, "decode", tokens, "--output", out, "--model", tmp_path / "other")
+    assert "a.safetensors`: the ids must be of the model's codebook" in error
+    assert other.codebook_fingerprint() in error
+    assert SVQVAE.from_pretrained(saved_model).codebook_fingerprint() in error
+    assert not out.exists()
+
+
+def test_inputs_are_not_overwritten(tokens, saved_model, capsys):
+    other = shutil.copy(tokens, tokens.parent / "a_x1.png")
+    error = fails(capsys, "decode", tokens, other, "--output", tokens.parent, "--model", saved_model)
+    assert f"the input `{other}` would be overwritten" in error
+    load_tokens(other)

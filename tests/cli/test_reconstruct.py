@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from cli_runner import fails, names, svqvae
+from PIL import Image
+
+pytestmark = pytest.mark.usefixtures("small_sample", "process")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def test_images_and_table(two_images, out, saved_model, capsys):
+    argv = ["--output", out / "new", "--model", saved_model, "--scales", "0.5", "1", "2"]
+    assert svqvae("reconstruct", two_images / "a.png", *argv) == 0
+    assert names(out / "new") == ["a_x0.5.png", "a_x1.png", "a_x2.png"]
+    sizes = [Image.open(out / "new" / name).size for name in names(out / "new")]
+    assert sizes == [(28, 18), (57, 35), (114, 70)]
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["image", "scale", "size", "tokens", "bits/pixel", "PSNR", "dB", "codes", "used"]
+    original, image = (np.asarray(Image.open(path), float) for path in (two_images / "a.png", out / "new/a_x1.png"))
+    psnr = 10 * np.log10(255**2 / np.mean((original - image) ** 2))
+    name, scale, size, tokens, bits, decibels, used = rows[1].split()
+    assert (name, scale, size, tokens) == ("a.png", "1", "57x35", str(15 * 9))
+    assert float(bits) == pytest.approx(15 * 9 * 6 / (57 * 35), abs=1e-4)
+    assert float(decibels) == pytest.approx(psnr, abs=0.01)
+    assert 1 / 64 <= float(used.rstrip("%")) / 100 <= 1
+    assert len({len(row) for row in (head, *rows)}) == 1
+
+
+def test_side_by_side_shows_the_original(two_images, out, saved_model):
+    argv = ["--output", out, "--model", saved_model, "--side-by-side"]
+    assert svqvae("reconstruct", two_images / "a.png", *argv) == 0
+    assert names(out) == ["a_side_by_side.png", "a_x1.png"]
+    sheet = Image.open(out / "a_side_by_side.png")
+    shown = sheet.crop((24, 24, 24 + 256, 24 + 157)).resize((57, 35), Image.Resampling.BOX)
+    original = np.asarray(Image.open(two_images / "a.png"), float)
+    assert np.abs(np.asarray(shown, float) - original).mean() < 8
+
+
+def test_no_side_by_side_without_flag(two_images, saved_model):
+    Image.open(two_images / "a.png").save(two_images / "a_side_by_side.png")
+    inputs = [
+        two_images / "a.png",
+        two_images / "a_side_by_side.png",
+    ]  # an input, which --side-by-side would overwrite
+    assert svqvae("reconstruct", *inputs, "--output", two_images, "--model", saved_model) == 0
+
+
+def test_perfect_reconstruction_has_infinite_psnr(monkeypatch, two_images, out, saved_model, capsys):
+    original = Image.open(two_images / "a.png")
+    monkeypatch.setattr("svqvae_hf.tokens.image_tokens.decode_image", lambda model, tokens: [original])
+    assert svqvae("reconstruct", two_images / "a.png", "--output", out, "--model", saved_model) == 0
+    assert capsys.readouterr().out.split()[-2] == "inf"
+
+
+def test_folders_globs_and_files_name_each_input_once(two_images, out, saved_model, capsys):
+    inputs = [two_images, two_images / "*.jpg", two_images / "a.png"]
+    assert svqvae("reconstruct", *inputs, "--output", out, "--model", saved_model) == 0
+    assert names(out) == ["a_x1.png", "b_x1.png"]
+    _, first, second, total = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert total[:4] == ["2", "images", "1", str(int(first[3]) + int(second[3]))]
+    assert float(total[-2]) == pytest.approx((float(first[-2]) + float(second[-2])) / 2, abs=0.01)
+    assert float(total[-1].rstrip("%")) >= max(float(row[-1].rstrip("%")) for row in (first, second))
+
+
+def test_reconstruction_is_encode_then_decode(two_images, out, saved_model):
+    model = ["--model", saved_model]
+    options = [*model, "--tile-size", "32", "--overlap", "8", "--scales", "1", "0.5"]
+    assert svqvae("reconstruct", two_images, "--output", out / "images", *options) == 0
+    assert svqvae("encode", two_images, "--output", out / "tokens", *options) == 0
+    assert svqvae("decode", out / "tokens", "--output", out / "decoded", *model) == 0
+    assert names(out / "decoded") == names(out / "images") == ["a_x0.5.png", "a_x1.png", "b_x0.5.png", "b_x1.png"]
+    for name in names(out / "images"):
+        assert (out / "decoded" / name).read_bytes() == (out / "images" / name).read_bytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (200, 3)])
+def test_any_size(tmp_path, out, saved_model, size):
+    Image.new("RGB", size, "teal").save(tmp_path / "a.png")
+    argv = ["--output", out, "--model", saved_model, "--scales", "0.1", "2", "--side-by-side"]
+    assert svqvae("reconstruct", tmp_path / "a.png", *argv) == 0
+    assert Image.open(out / "a_x2.png").size == (2 * size[0], 2 * size[1])
+
+
+def test_scales_that_name_the_same_file_are_an_error(two_images, out, capsys):
+    assert "scales must differ" in fails(capsys, "reconstruct", two_images, "--output", out, "--scales", "1", "1.0")
+
+
+def test_inputs_are_not_overwritten(two_images, saved_model, capsys):
+    Image.open(two_images / "a.png").save(two_images / "a_x1.png")
+    before = (two_images / "a_x1.png").read_bytes()
+    error = fails(capsys, "reconstruct", two_images, "--output", two_images, "--model", saved_model)
+    assert f"the input `{two_images / 'a_x1.png'}` would be overwritten" in error
+    assert (two_images / "a_x1.png").read_bytes() == before
+
+
+def test_no_header_without_a_row(two_images, out, saved_model, capsys):
+    (two_images / "a.png").write_bytes(b"")
+    fails(capsys, "reconstruct", two_images, "--output", out, "--model", saved_model)
