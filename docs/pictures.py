@@ -1,10 +1,10 @@
-"""Makes the pictures of the pages from the bundled photograph and model: `python docs/pictures.py [FOLDER]`."""
+"""Makes the pictures of the pages with the bundled model: `python docs/pictures.py [FOLDER]`."""
 
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.demo.previews import draw_codes
@@ -19,7 +19,8 @@ IMAGES = Path(__file__).parent / "images"
 LARGE = (1000, 665)  # pixels: more than is taken whole
 TILE, HALO = 32, 4  # latents: 256 and 32 pixels
 GAIN = 6  # of differences, around grey
-GREEN, ORANGE, WHITE = "#00d0a0", "#ff7a00", "#ffffff"
+GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
+MARGIN, LABEL = 16, 44  # pixels between images, and under them
 
 
 def main(folder: Path = IMAGES) -> None:
@@ -28,6 +29,7 @@ def main(folder: Path = IMAGES) -> None:
     photo = load_image(IMAGES / "chelsea.png")
     large = photo.resize(LARGE, Image.Resampling.BICUBIC)
     pictures = {
+        "pyramid": picture_of_the_pyramid(model, load_image(IMAGES / "osprey.jpg")),
         "way": picture_of_the_way(model, photo),
         "scales": picture_of_scales(model, photo),
         "tiles": picture_of_tiles(model, large),
@@ -35,6 +37,25 @@ def main(folder: Path = IMAGES) -> None:
     }
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.jpg", quality=88, subsampling=0, optimize=True)
+
+
+def picture_of_the_pyramid(model: SVQVAE, photo: Image.Image) -> Image.Image:
+    """One photograph, decoded at four scales, at half its size."""
+    model.enable_tiling(tile_size=TILE * model.f, overlap=HALO * model.f)
+    tokens = encode_image(model, photo, [1, 0.5, 0.25, 0.125])
+    images = decode_image(model, tokens)
+    model.disable_tiling()
+    width, height = photo.width // 2, photo.height // 2
+    right, below = width + MARGIN, height // 2 + LABEL
+    sheet = Image.new("RGB", (right + width // 2, height + LABEL), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    corners = [(0, 0), (right, 0), (right, below), (right + width // 4 + MARGIN, below)]
+    for corner, image, ids, scale in zip(corners, images, tokens.ids, tokens.scales, strict=True):
+        shown = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+        sheet.paste(shown, corner)
+        below_image = corner[0], corner[1] + shown.height + 6
+        draw.text(below_image, f"scale {scale:g}, {ids.numel():,} tokens", GREY, ImageFont.load_default(19))
+    return sheet
 
 
 def picture_of_the_way(model: SVQVAE, photo: Image.Image) -> Image.Image:

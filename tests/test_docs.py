@@ -17,6 +17,7 @@ from conftest import ROOT
 from hub_server import serve_hub
 from hugging_face_docstrings import HuggingFaceDocstrings, to_markdown
 from page_runner import python_blocks
+from test_imports import ROOMS
 from train_autoregressive import AutoregressiveConfig
 from train_latent_diffusion import DiffusionConfig
 from train_masked import MaskedConfig
@@ -151,6 +152,19 @@ def test_links_of_the_readme_lead_somewhere():
             assert (ROOT / target).exists(), (page, target)
 
 
+def test_line_counts_of_the_readme_are_true():
+    counts = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(counts) >= 5
+    for path, stated in counts:
+        lines = len((ROOT / path).read_text().splitlines())
+        assert int(stated) == pytest.approx(lines, rel=0.1), f"{path} has {lines} lines"
+
+
+def test_architecture_names_each_room():
+    named = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert named == ROOMS
+
+
 # Site
 
 BUILD = """
@@ -261,6 +275,8 @@ def test_pictures_can_be_made_again(tiny_model, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "TILE", 16)
     pictures.main(tmp_path)
     made = {path.name for path in tmp_path.iterdir()}
-    assert len(made) == 4
+    assert len(made) == 5
     assert made <= {path.name for path in pictures.IMAGES.iterdir()}
-    assert all(min(load_image(path).size) > 100 for path in tmp_path.iterdir())
+    sizes = {path.stem: load_image(path).size for path in tmp_path.iterdir()}
+    assert sizes.pop("pyramid") == (45 + pictures.MARGIN + 22, 30 + pictures.LABEL)
+    assert all(min(size) > 100 for size in sizes.values())
