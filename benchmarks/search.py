@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
 from vector_quantize_pytorch import VectorQuantize
 
-from svqvae_hf.models.modeling_svqvae import VectorQuantizer
+from svqvae_hf.models.quantizer import VectorQuantizer
 from svqvae_hf.tokens.image_tokens import available_memory
 
 DIM = 8

@@ -11,8 +11,7 @@ from svqvae_hf.demo.previews import draw_codes
 from svqvae_hf.evaluation.contact_sheet import Panel, contact_sheet
 from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.models.modeling_svqvae import gather_context
-from svqvae_hf.models.tiling import Core, map_tiles, tile_axis, trim, zoom
+from svqvae_hf.models.tiling import Core, crop_to_core, gather_context, map_tiles, scale_core, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 IMAGES = Path(__file__).parent / "images"
@@ -130,7 +129,7 @@ def _sample_windows(size: list[int]) -> list[tuple[tuple[int, int], tuple[int, i
         windows.append(((rows.start, rows.stop), (columns.start, columns.stop)))
         return torch.zeros(1, 1, rows.stop - rows.start, columns.stop - columns.start)
 
-    gather_context(lambda windows, context: windows, read, size, TILE, source_cell=1)
+    gather_context(lambda windows, shared: windows, read, size, TILE, input_stride=1)
     return windows
 
 
@@ -146,10 +145,10 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
     )
 
     def decode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
-        return trim(model.decode_window(window), zoom(core, model.f), margin=0)[0]
+        return crop_to_core(model.decode_window(window), scale_core(core, model.f))[0]
 
-    latents = map_tiles(model.encode_window, padded, TILE, HALO, source_cell=model.f)
-    decoded = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, result_cell=model.f)
+    latents = map_tiles(model.encode_window, padded, TILE, HALO, input_stride=model.f)
+    decoded = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, output_stride=model.f)
     apart = model.resize_to_image(decoded, sample.shape[-2:], scale=1)
     shown = _pixels(whole[0]).resize((photo.width * 2 // 3, photo.height * 2 // 3), Image.Resampling.LANCZOS)
     panels = [Panel(shown, "decoded as a whole", _decibels(whole, sample))]

@@ -8,7 +8,8 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput, VQLosses
+from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
+from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
@@ -62,7 +63,7 @@ def two_images(tmp_path, photo) -> Path:
 @pytest.fixture
 def small_sample(monkeypatch):
     """What tiles share comes from two windows, so that small images are cut into tiles, too."""
-    monkeypatch.setattr("svqvae_hf.models.modeling_svqvae.SAMPLE_WINDOWS", 2)
+    monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", 2)
 
 
 @pytest.fixture
@@ -122,3 +123,21 @@ def fill(disk: Path) -> None:
     with (disk / "ballast").open("wb") as file:
         free = shutil.disk_usage(disk).free
         file.write(bytes(max(0, free - 4096)))
+
+
+def psnr(output, target):
+    return -10 * F.mse_loss(output.float(), target.float()).log10().item()
+
+
+def smooth_images(*size, batch=1):
+    """Images with content at many scales, which a random network answers more evenly than noise."""
+    torch.manual_seed(1)
+    return F.interpolate(torch.rand(batch, 3, 9, 9), size, mode="bicubic").clamp(0, 1)
+
+
+@pytest.fixture
+def encoder_inputs(tiny_model, monkeypatch):
+    """Shapes of all that the encoder is given."""
+    shapes = []
+    tiny_model.encoder.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    return shapes

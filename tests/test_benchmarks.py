@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from svqvae_hf.models import modeling_svqvae
+from svqvae_hf.models import tiling
 from svqvae_hf.models.tiling import tile_axis
 
 BENCHMARKS = str(ROOT / "benchmarks")
@@ -188,8 +188,8 @@ def test_search(run, load, monkeypatch):
 
 
 def test_tiles(run, photo, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling_svqvae, "SAMPLE_WINDOWS", 2)  # so that a small image is tiled
-    monkeypatch.setattr(modeling_svqvae, "SAMPLE_SHARE", 1)
+    monkeypatch.setattr(tiling, "CONTEXT_WINDOWS", 2)  # so that a small image is tiled
+    monkeypatch.setattr(tiling, "CONTEXT_FRACTION", 1)
     folder = tmp_path / "images"
     folder.mkdir()
     photo.crop((100, 50, 260, 178)).save(folder / "cat.jpg")

@@ -13,7 +13,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.models.modeling_svqvae import flatten_latents
+from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
 from svqvae_hf.trainer.data.crops import CropBatch, centre_crops, load_images
 from svqvae_hf.trainer.data.image_source import ImageSource

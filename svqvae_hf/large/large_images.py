@@ -26,8 +26,8 @@ from svqvae_hf.large.large_files import (
     open_large_image,
 )
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.modeling_svqvae import SVQVAE, fits_whole, gather_context
-from svqvae_hf.models.tiling import Read, map_tile, tile_axis
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.tiling import Read, fits_whole, gather_context, map_tile, tile_axis
 from svqvae_hf.tokens.image_tokens import check_same_codebook, image_tokens
 from svqvae_hf.tokens.token_files import UINT16_CODES, ImageTokens, load_tokens, token_file_header
 
@@ -178,7 +178,7 @@ class _Run:
                     file.write(values.tobytes())
 
             read = partial(_read_sample, self.model, image)
-            self._map("encode", self.model.encode_window, read, write, file.flush, self.model.f, 1)
+            self._map("encode", self.model.encode_window, read, write, file.flush, self.model.f)
 
     def decode(self, ids: torch.Tensor, path: Path) -> None:
         """Writes the image of ids `(h, w)` to `path`."""
@@ -199,7 +199,7 @@ class _Run:
             opened.write(y * f, x * f, np.asarray(image))
 
         with output(path) as opened:
-            self._map("decode", self.model.decode_window, read, write, opened.flush, 1, f)
+            self._map("decode", self.model.decode_window, read, write, opened.flush, 1)
 
     def __enter__(self) -> Self:
         return self
@@ -229,18 +229,17 @@ class _Run:
         read: Read,
         write: Callable[[int, int, torch.Tensor], None],
         flush: Callable[[], None],
-        source_cell: int,
-        result_cell: int,
+        input_stride: int,
     ) -> None:
         """Maps a network over the tiles, as `SVQVAE` does it in memory; `write` gets the cell where a core begins."""
         done = self._bands.setdefault(name, 0)
         self._write_record()
         if not self._whole:
-            network = partial(network, context=gather_context(network, read, self._cells, self._tile, source_cell))
+            network = partial(network, shared=gather_context(network, read, self._cells, self._tile, input_stride))
         self._done += done * len(self._columns)
         for band, y in enumerate(self._rows[done:], start=done + 1):
             for x in self._columns:
-                write(y.core_start, x.core_start, map_tile(network, read, y, x, source_cell, result_cell))
+                write(y.core_start, x.core_start, map_tile(network, read, y, x, input_stride))
                 self._count()
             flush()
             self._bands[name] = band

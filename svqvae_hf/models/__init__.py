@@ -1,0 +1,1 @@
+"""The model and its image processor. Nothing here knows token files, data sets or pipelines."""

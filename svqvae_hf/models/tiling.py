@@ -1,23 +1,50 @@
-"""Tiles of an image: the grid, a function mapped over it or over one tile of it, and a sample of windows.
+"""Tiles of an image: their geometry, the context that they share, and how a network runs over them.
 
-Lengths are in cells, so that pixels and latents share one grid.
+Lengths are in latents unless a name says otherwise, so that pixels and latents share one grid. Three steps:
+
+1. [`gather_context`] runs the network over a sample of windows, and keeps the statistics of each norm and the keys and
+   values of each attention.
+2. [`map_tiles`] runs it over each tile, which is read with an overlap (halo) on each side, with these shared values.
+3. Only the core of each tile is kept. The cores partition the image, so nothing is blended.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from diffusers.models.autoencoders.vae import AutoencoderMixin
+from torch import nn
+
+from svqvae_hf.models.checks import check_tiles
+from svqvae_hf.models.fast_ops import at_least_float32, fast_layout
+
+OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
+CONTEXT_WINDOWS = 64  # maximum number of windows sampled per image
+CONTEXT_FRACTION = 1 / 4  # maximum fraction of the image that they cover
+CONTEXT_WINDOW_SIDE = 12  # side of a window, in latents
+CONTEXT_MARGIN = 3  # latents next to a cut that are ignored
 
 Read = Callable[[slice, slice], torch.Tensor]
-Core = tuple[slice, slice]  # rows and columns of a window, in its cells
+Core = tuple[slice, slice]  # rows and columns of a window
+
+
+class Network(Protocol):
+    """[`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]."""
+
+    def __call__(
+        self, window: torch.Tensor, shared: "TileContext | None" = None, core: Core | None = None
+    ) -> torch.Tensor:
+        """Window and core -> result of the core."""
+
+
+# Geometry
 
 
 class Tile(NamedTuple):
-    """One tile along one axis, in cells.
-
-    The function reads `start:stop`, the core with its halo, and gives `core_start:core_stop`.
-    """
+    """One tile along one axis: the network reads `start:stop`, and `core_start:core_stop` of its result is kept."""
 
     start: int
     stop: int
@@ -26,16 +53,16 @@ class Tile(NamedTuple):
 
 
 def tile_axis(length: int, tile: int, overlap: int) -> list[Tile]:
-    """Cuts an axis into windows of one size, at most `tile` cells, whose cores partition it.
+    """Cuts an axis into windows of one size, at most `tile`, whose cores partition it.
 
-    Neighbouring windows share at least `2 * overlap` cells, so each core has a halo of at least `overlap` cells on
-    each inner side. The windows are no longer than the length asks for: an axis a little longer than a tile gives two
-    windows of little more than half of it.
+    Neighbouring windows share at least `2 * overlap`, so each core has at least `overlap` on each inner side. Windows
+    are no longer than needed: an axis a little longer than a tile is cut into two windows of little more than half of
+    it.
 
     Args:
-        length (`int`): Cells along the axis, at least 1.
-        tile (`int`): Largest window, in cells, more than `2 * overlap`.
-        overlap (`int`): Halo on each side, in cells, at least 0.
+        length (`int`): Length of the axis, at least 1.
+        tile (`int`): Maximum length of a window, more than `2 * overlap`.
+        overlap (`int`): Overlap on each side, at least 0.
     """
     if length <= tile:
         return [Tile(0, length, 0, length)]
@@ -46,124 +73,61 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[Tile]:
     return [Tile(start, start + window, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
 
 
-class WindowSample(NamedTuple):
-    """Windows of one size, spread over an image, in cells.
+class ContextWindows(NamedTuple):
+    """Windows of one size, spread evenly over an image.
 
     Args:
-        places (`list[tuple[int, int]]`): Top and left of each.
-        window (`tuple[int, int]`): Height and width of each.
-        margin (`tuple[int, int]`): Cells at the top and the bottom, at the left and the right, that are next to a cut;
-            0 along an axis that a window spans.
+        origins (`list[tuple[int, int]]`): Top and left of each window.
+        size (`tuple[int, int]`): Height and width of each window.
+        margin (`tuple[int, int]`): Rows at top and bottom, columns at left and right, that are next to a cut; 0 along
+            an axis that a window spans.
     """
 
-    places: list[tuple[int, int]]
-    window: tuple[int, int]
+    origins: list[tuple[int, int]]
+    size: tuple[int, int]
     margin: tuple[int, int]
 
-    def read(self, read: Read, cell: int) -> torch.Tensor:
-        """The windows of each image one after the other, `(batch * windows, channels, height, width)`.
+    def read(self, read: Read, stride: int) -> torch.Tensor:
+        """Reads the windows, those of each image one after another: `(batch * windows, channels, height, width)`.
 
         Args:
-            read (`Callable`): Gives the source `(batch, channels, rows, columns)` at two slices, in samples.
-            cell (`int`): Samples of the source along a side of a cell.
+            read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
+            stride (`int`): Samples of the input per latent along each side.
         """
-        height, width = self.window
-        windows = [read(_span(y, y + height, cell), _span(x, x + width, cell)) for y, x in self.places]
+        height, width = self.size
+        windows = [read(_span(y, y + height, stride), _span(x, x + width, stride)) for y, x in self.origins]
         return torch.stack(windows, dim=1).flatten(0, 1)
 
 
-def sample_windows(size: Sequence[int], side: int, margin: int, count: int) -> WindowSample:
-    """Spreads windows evenly over an image, in rows and columns as its sides are to each other.
+def context_windows(size: Sequence[int], side: int, margin: int, count: int) -> ContextWindows:
+    """Spreads windows over an image in a grid of the image's proportions.
 
     Args:
-        size (`tuple[int, int]`): Height and width of the image, in cells.
-        side (`int`): Side of a window where the image is as long, in cells.
-        margin (`int`): Cells next to a cut, less than half of `side`.
-        count (`int`): Windows at most; fewer where they cover the image.
+        size (`tuple[int, int]`): Height and width of the image.
+        side (`int`): Side of a window, where the image is as long.
+        margin (`int`): Latents next to a cut, less than half of `side`.
+        count (`int`): Maximum number of windows; fewer where they cover the image.
     """
     height, width = size
     most_down, most_across = (-(-length // side) for length in size)
     down = min(max(1, round(math.sqrt(count * height / width))), most_down, count)
     across = min(count // down, most_across)
     rows, columns = _spread(height, side, down), _spread(width, side, across)
-    return WindowSample(
-        places=[(y, x) for y in rows for x in columns],
-        window=(min(side, height), min(side, width)),
+    return ContextWindows(
+        origins=[(y, x) for y in rows for x in columns],
+        size=(min(side, height), min(side, width)),
         margin=(margin if height > side else 0, margin if width > side else 0),
     )
 
 
 def _spread(length: int, side: int, count: int) -> list[int]:
-    """Starts of `count` windows along an axis, from its one end to its other; of one window, in its middle."""
+    """Starts of `count` windows along an axis, from one end to the other; a single window is centred."""
     room = max(0, length - side)
     return [room // 2] if count == 1 else [round(i * room / (count - 1)) for i in range(count)]
 
 
-def map_tiles(
-    function: Callable[..., torch.Tensor],
-    source: torch.Tensor,
-    tile: int,
-    overlap: int,
-    source_cell: int = 1,
-    result_cell: int = 1,
-    on_tile: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
-    """Maps a function over the tiles of an image and joins the cores of the results.
-
-    Memory beyond the source and the result is that of one tile.
-
-    Args:
-        function (`Callable`): Takes a window `(batch, channels, h, w)` of the source and its `core`, rows and columns
-            of the window in cells; gives the result there, `(batch, channels, rows * result_cell, columns *
-            result_cell)`.
-        source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `source_cell`.
-        tile (`int`): Largest window, in cells.
-        overlap (`int`): Halo on each side, in cells.
-        source_cell (`int`, defaults to 1): Samples of the source along a side of a cell.
-        result_cell (`int`, defaults to 1): Samples of the result along a side of a cell.
-        on_tile (`Callable`, *optional*): Called with the tiles done and their number after each tile.
-    """
-    rows, columns = (side // source_cell for side in source.shape[-2:])
-    grid = [(y, x) for y in tile_axis(rows, tile, overlap) for x in tile_axis(columns, tile, overlap)]
-    joined = source
-    for done, (y, x) in enumerate(grid, start=1):
-        core = map_tile(function, lambda rows, columns: source[..., rows, columns], y, x, source_cell, result_cell)
-        if done == 1:
-            joined = core.new_empty(*core.shape[:-2], rows * result_cell, columns * result_cell)
-        kept_y, kept_x = (_span(axis.core_start, axis.core_stop, result_cell) for axis in (y, x))
-        joined[..., kept_y, kept_x] = core
-        if on_tile is not None:
-            on_tile(done, len(grid))
-    return joined
-
-
-def map_tile(
-    function: Callable[..., torch.Tensor],
-    read: Read,
-    y: Tile,
-    x: Tile,
-    source_cell: int = 1,
-    result_cell: int = 1,
-) -> torch.Tensor:
-    """Maps a function over one tile of an image, which may be of any size: only the tile is read.
-
-    Args:
-        function (`Callable`): As in [`map_tiles`].
-        read (`Callable`): Gives the source `(batch, channels, rows, columns)` at two slices, in samples.
-        y (`Tile`): The tile along the vertical axis.
-        x (`Tile`): The tile along the horizontal axis.
-        source_cell (`int`, defaults to 1): Samples of the source along a side of a cell.
-        result_cell (`int`, defaults to 1): Samples of the result along a side of a cell.
-
-    Returns:
-        `torch.Tensor`: The core of the result.
-    """
-    core = slice(y.core_start - y.start, y.core_stop - y.start), slice(x.core_start - x.start, x.core_stop - x.start)
-    return function(read(_span(y.start, y.stop, source_cell), _span(x.start, x.stop, source_cell)), core=core)
-
-
-def trim(window: torch.Tensor, core: Core, margin: int) -> tuple[torch.Tensor, Core]:
-    """Cuts off what is more than `margin` cells from the core of a window; gives what is left, and its core."""
+def crop_to_core(window: torch.Tensor, core: Core, margin: int = 0) -> tuple[torch.Tensor, Core]:
+    """Crops a window to its core and `margin` around it. Returns the crop, and the core inside the crop."""
     kept = [
         slice(max(0, span.start - margin), min(side, span.stop + margin))
         for side, span in zip(window.shape[-2:], core, strict=True)
@@ -174,11 +138,279 @@ def trim(window: torch.Tensor, core: Core, margin: int) -> tuple[torch.Tensor, C
     return window[..., kept[0], kept[1]], (rows, columns)
 
 
-def zoom(core: Core, cell: int) -> Core:
-    """The same core where a cell has become `cell` ones along each side."""
-    rows, columns = (_span(span.start, span.stop, cell) for span in core)
+def scale_core(core: Core, stride: int) -> Core:
+    """Scales a core to a resolution `stride` times as high."""
+    rows, columns = (_span(span.start, span.stop, stride) for span in core)
     return rows, columns
 
 
-def _span(start: int, stop: int, cell: int) -> slice:
-    return slice(start * cell, stop * cell)
+def _span(start: int, stop: int, stride: int) -> slice:
+    return slice(start * stride, stop * stride)
+
+
+# What tiles share
+
+
+class TileContext:
+    """Statistics of each norm, and keys and values of each attention, that all tiles of an image share.
+
+    While `gathering`, a sample of windows passes through the network together. Each norm takes its statistics from all
+    of them, and in each attention they all see each other. Window borders are ignored: there the windows see zero
+    padding instead of their real neighbours. Afterwards every tile is normalised alike and attends to the same
+    positions, wherever it lies.
+
+    Args:
+        batch (`int`): Number of images.
+        window (`tuple[int, int]`): Height and width of a window in latents.
+        margin (`tuple[int, int]`): Ignored latents at each end of the height and of the width.
+    """
+
+    def __init__(self, batch: int, window: Sequence[int], margin: Sequence[int]):
+        self.batch = batch
+        self.window = window
+        self.margin = margin
+        self.gathering = True
+        self.moments: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.attended: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.core: Core | None = None
+        self.level_margins: Mapping[nn.Module, int] = {}
+
+    def statistics(self, norm: nn.GroupNorm, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance `(images, groups)` for a norm."""
+        if self.gathering:
+            windows = self._interior(hidden).to(at_least_float32(hidden.dtype))
+            variance, mean = torch.var_mean(
+                windows.unflatten(2, (norm.num_groups, -1)), dim=(1, 3, 4, 5), correction=0
+            )
+            self.moments[norm] = mean, variance
+        return self.moments[norm]
+
+    def keys_and_values(
+        self, attention: nn.Module, project: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(images, 1, positions, channels)` for an attention, projected while gathering."""
+        if self.gathering:
+            key, value = (to_positions(self._interior(projected)) for projected in project())
+            self.attended[attention] = key, value
+        return self.attended[attention]
+
+    def for_core(self, core: Core, level_margins: Mapping[nn.Module, int]) -> "TileContext":
+        """The same shared values for one tile, from which [`crop`] drops what its core does not depend on."""
+        tile = copy.copy(self)
+        tile.core, tile.level_margins = core, level_margins
+        return tile
+
+    def crop(self, hidden: torch.Tensor, level: nn.Module) -> torch.Tensor:
+        """Crops the input of a decoder level to what the core depends on. A compiled graph keeps one size instead."""
+        if self.core is None or torch.compiler.is_compiling():
+            return hidden
+        hidden, self.core = crop_to_core(hidden, self.core, self.level_margins[level])
+        if level.upsample is not None:
+            self.core = scale_core(self.core, 2)
+        return fast_layout(hidden)
+
+    def _interior(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(batch * windows, channels, h', w')` -> `(batch, windows, channels, h, w)` without the ignored borders."""
+        lengths = zip(hidden.shape[-2:], self.window, self.margin, strict=True)
+        rows, columns = (
+            slice(margin * side // window, side - margin * side // window) for side, window, margin in lengths
+        )
+        return hidden[..., rows, columns].unflatten(0, (self.batch, -1))
+
+
+def to_positions(windows: torch.Tensor) -> torch.Tensor:
+    """`(images, windows, channels, h, w)` -> `(images, 1, windows * h * w, channels)`.
+
+    Contiguous, because the fused attention kernels, which never hold all pairs of positions, take no other layout.
+    """
+    return windows.movedim(2, -1).flatten(1, 3).unsqueeze(1).contiguous()
+
+
+def gather_context(network: Network, read: Read, size: Sequence[int], tile: int, input_stride: int) -> TileContext:
+    """Runs a network over a sample of an image's windows, and returns what its tiles share.
+
+    Args:
+        network (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
+        read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
+        size (`tuple[int, int]`): Height and width of the image.
+        tile (`int`): Maximum side of a window.
+        input_stride (`int`): Samples of the input per latent along each side.
+    """
+    side = min(CONTEXT_WINDOW_SIDE, tile)
+    count = min(CONTEXT_WINDOWS, max(1, round(CONTEXT_FRACTION * math.prod(size) / side**2)))
+    windows = context_windows(size, side, min(CONTEXT_MARGIN, (side - 1) // 2), count)
+    joined = windows.read(read, input_stride)
+    shared = TileContext(len(joined) // len(windows.origins), windows.size, windows.margin)
+    network(joined, shared)
+    shared.gathering = False
+    return shared
+
+
+def fits_whole(size: Sequence[int], tile: int) -> bool:
+    """Whether an image needs no tiles, because whole it takes no more memory than by tiles.
+
+    Args:
+        size (`tuple[int, int]`): Height and width of the image.
+        tile (`int`): Maximum side of a tile.
+    """
+    return math.prod(size) <= max(tile**2, CONTEXT_WINDOWS * min(CONTEXT_WINDOW_SIDE, tile) ** 2)
+
+
+# Running a network over tiles
+
+
+def map_tiles(
+    network: Network,
+    source: torch.Tensor,
+    tile: int,
+    overlap: int,
+    input_stride: int = 1,
+    output_stride: int = 1,
+    on_tile: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Runs a network over the tiles of an image and joins the cores of its results.
+
+    Beyond the input and the result it takes the memory of one tile.
+
+    Args:
+        network (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, and returns the result at the
+            core.
+        source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `input_stride`.
+        tile (`int`): Maximum side of a tile.
+        overlap (`int`): Overlap on each side.
+        input_stride (`int`, defaults to 1): Samples of the input per latent along each side.
+        output_stride (`int`, defaults to 1): Samples of the result per latent along each side.
+        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
+    """
+    rows, columns = (side // input_stride for side in source.shape[-2:])
+    grid = [(y, x) for y in tile_axis(rows, tile, overlap) for x in tile_axis(columns, tile, overlap)]
+    joined = source
+    for finished, (y, x) in enumerate(grid, start=1):
+        core = map_tile(network, lambda rows, columns: source[..., rows, columns], y, x, input_stride)
+        if finished == 1:
+            joined = core.new_empty(*core.shape[:-2], rows * output_stride, columns * output_stride)
+        core_rows, core_columns = (_span(axis.core_start, axis.core_stop, output_stride) for axis in (y, x))
+        joined[..., core_rows, core_columns] = core
+        if on_tile is not None:
+            on_tile(finished, len(grid))
+    return joined
+
+
+def map_tile(network: Network, read: Read, y: Tile, x: Tile, input_stride: int = 1) -> torch.Tensor:
+    """Runs a network over one tile of an image of any size. Only the tile is read.
+
+    Args:
+        network (`Callable`): As in [`map_tiles`].
+        read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
+        y (`Tile`): The tile along the vertical axis.
+        x (`Tile`): The tile along the horizontal axis.
+        input_stride (`int`, defaults to 1): Samples of the input per latent along each side.
+
+    Returns:
+        `torch.Tensor`: Result at the core.
+    """
+    core = slice(y.core_start - y.start, y.core_stop - y.start), slice(x.core_start - x.start, x.core_stop - x.start)
+    return network(read(_span(y.start, y.stop, input_stride), _span(x.start, x.stop, input_stride)), core=core)
+
+
+def decode_core(decoder: Any, hidden: torch.Tensor, shared: TileContext, core: Core) -> torch.Tensor:
+    """Decodes the core of a window, and drops between levels what it does not depend on.
+
+    The result is exact: at each level everything stays that the core still reads.
+
+    Args:
+        decoder ([`Decoder`]): Decoder of the model.
+        hidden (`torch.Tensor` of shape `(batch, z_channels, h, w)`): Input of the decoder.
+        shared ([`TileContext`]): Values that the tiles of the image share.
+        core (`tuple[slice, slice]`): Rows and columns of the window, in latents.
+    """
+    tile = shared.for_core(core, _level_margins(decoder))
+    decoded = decoder(hidden, tile)
+    if tile.core is None or tile.core is core:  # a compiled decoder, which crops nothing
+        return crop_to_core(decoded, scale_core(core, 2 ** (len(decoder.conv_blocks) - 1)))[0]
+    return crop_to_core(decoded, tile.core)[0]
+
+
+def _level_margins(decoder: Any) -> dict[nn.Module, int]:
+    """Positions around a core that each level and all later layers read, at the resolution of the level."""
+    reach = (
+        2 * len(decoder.conv_blocks[0].res) + 1
+    )  # two 3 x 3 convolutions per block, then one that follows the level
+    margins = [reach]
+    for _ in decoder.conv_blocks[1:]:
+        margins.append(reach + margins[-1] // 2)
+    return dict(zip(decoder.conv_blocks, reversed(margins), strict=True))
+
+
+class TilingMixin(AutoencoderMixin):
+    """Slices and tiles for an autoencoder with `encode_window` and `decode_window`: slices outside, tiles inside."""
+
+    f: int
+    overlap: int
+    tile_size: int
+    on_tile: Callable[[int, int], None] | None
+
+    def enable_tiling(
+        self, tile_size: int = 256, overlap: int | None = None, on_tile: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
+
+        All tiles of an image share their normalisation statistics and what they attend to. Both come from a sample of
+        windows spread over the image: a quarter of it, at most 64 windows of 12 x 12 latents. An image with no more
+        latents than these windows or one tile is not tiled, because whole it takes no more memory. At f = 8 that is up
+        to 768 x 768 pixels.
+
+        Args:
+            tile_size (`int`, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
+            overlap (`int`, *optional*): Overlap (halo) on each side of a tile in pixels, which is read but not kept: a
+                multiple of `f`, less than half of `tile_size`. By default 32, or the largest that fits a small tile.
+            on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
+
+        Raises:
+            ValueError: If `tile_size` or `overlap` does not fit.
+        """
+        check_tiles(self.f, tile_size, overlap)
+        super().enable_tiling()
+        self.tile_size, self.on_tile = tile_size, on_tile
+        self.overlap = fit_overlap(self.f, tile_size, OVERLAP_PX) if overlap is None else overlap
+
+    def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
+        """Tile and overlap in latents; `None` without tiling."""
+        if not self.use_tiling and tile_size is None and overlap is None:
+            return None
+        tile_size = self.tile_size if tile_size is None else tile_size
+        check_tiles(self.f, tile_size, overlap)
+        overlap = fit_overlap(self.f, tile_size, self.overlap) if overlap is None else overlap
+        return tile_size // self.f, overlap // self.f
+
+    def _run(
+        self,
+        network: Network,
+        source: torch.Tensor,
+        tiles: tuple[int, int] | None,
+        input_stride: int,
+        output_stride: int,
+    ) -> torch.Tensor:
+        """Runs a network over a batch: as a whole, or by slices and tiles."""
+        if self.use_slicing and source.shape[0] > 1:
+            slices = source.split(1)
+            return torch.cat([self._run(network, each, tiles, input_stride, output_stride) for each in slices])
+        size = [side // input_stride for side in source.shape[-2:]]
+        if tiles is None or fits_whole(size, tiles[0]):
+            return network(source)
+        if torch.is_grad_enabled() and self.is_gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
+                "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
+            )
+        shared = gather_context(
+            network, lambda rows, columns: source[..., rows, columns], size, tiles[0], input_stride
+        )
+        return map_tiles(
+            partial(network, shared=shared), source, *tiles, input_stride, output_stride, on_tile=self.on_tile
+        )
+
+
+def fit_overlap(f: int, tile_size: int, overlap: int) -> int:
+    """`overlap`, or the largest that fits a small tile, in pixels."""
+    return max(0, min(overlap // f, (tile_size // f - 1) // 2)) * f

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
-from svqvae_hf.models.modeling_svqvae import SVQVAE, list_faults
+from svqvae_hf.models.loading import list_faults
+from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout, to_int64
 
 CACHE_NAMES = ("cache", "past_key_values")  # of transformers from 5.24 or so, and before

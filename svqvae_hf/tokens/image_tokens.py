@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.modeling_svqvae import SAMPLE_SIDE, SAMPLE_WINDOWS, SVQVAE
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.tiling import CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
 from svqvae_hf.tokens.token_files import ImageTokens, TokenOrigin, check_codebook
 
 GIB = 2**30
@@ -165,7 +166,7 @@ def check_memory(
     output = max(scale * scale for scale in scales) * pixels
     latents = sum(scale * scale for scale in scales) * pixels / model.f**2
     tile = TILE_BYTES * model.config["base_channels"]
-    sample_pixels = SAMPLE_WINDOWS * (SAMPLE_SIDE * model.f) ** 2
+    sample_pixels = CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2
     tile_pixels = max(model.tile_size**2, sample_pixels) if model.use_tiling else math.inf
     encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(tile_pixels, pixels)
     decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from svqvae_hf.models.modeling_svqvae import VectorQuantizer
+from svqvae_hf.models.quantizer import VectorQuantizer
 
 KMEANS_ITERATIONS = 20
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock, flatten_latents
+from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock
+from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.options import public_name
 from svqvae_hf.trainer.train_options import TrainConfig
 

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from svqvae_hf.models.tiling import map_tiles, sample_windows, tile_axis, trim, zoom
+from svqvae_hf.models.tiling import context_windows, crop_to_core, map_tiles, scale_core, tile_axis
 
 GEOMETRIES = [(8, 0), (8, 2), (9, 4), (5, 1), (3, 1), (1, 0)]
 
 
 def kept(function=lambda window: window, cell=1):
     """A function of a window whose result is cut to the core, a cell of which is `cell` of it along each side."""
-    return lambda window, core: trim(function(window), zoom(core, cell), margin=0)[0]
+    return lambda window, core: crop_to_core(function(window), scale_core(core, cell))[0]
 
 
 @pytest.mark.parametrize(("tile", "overlap"), GEOMETRIES)
@@ -44,9 +44,9 @@ def test_cells_of_source_and_result_may_differ(size):
     def up(window):
         return window.repeat_interleave(4, -1).repeat_interleave(4, -2)
 
-    enlarged = map_tiles(kept(up, 4), image, 4, 1, result_cell=4)
+    enlarged = map_tiles(kept(up, 4), image, 4, 1, output_stride=4)
     assert torch.equal(enlarged, up(image))
-    assert torch.equal(map_tiles(kept(lambda window: window[..., ::4, ::4]), enlarged, 4, 1, source_cell=4), image)
+    assert torch.equal(map_tiles(kept(lambda window: window[..., ::4, ::4]), enlarged, 4, 1, input_stride=4), image)
 
 
 def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
@@ -62,7 +62,7 @@ def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
 def test_trimming_keeps_the_core_with_its_margin():
     window = torch.rand(2, 3, 12, 20)
     core = slice(2, 7), slice(5, 20)
-    trimmed, within = trim(window, core, margin=3)
+    trimmed, within = crop_to_core(window, core, margin=3)
     assert torch.equal(trimmed, window[..., :10, 2:])
     assert within == (slice(2, 7), slice(3, 18))
     assert torch.equal(trimmed[..., *within], window[..., *core])
@@ -83,11 +83,11 @@ def test_progress_counts_every_tile():
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 12), (13, 13), (38, 57), (1, 4000), (4000, 30), (192, 256)])
 def test_sample_is_spread_over_the_image(size):
-    sample = sample_windows(size, 12, 3, 32)
-    assert 1 <= len(sample.places) == len(set(sample.places)) <= 32
+    sample = context_windows(size, 12, 3, 32)
+    assert 1 <= len(sample.origins) == len(set(sample.origins)) <= 32
     for axis, length in enumerate(size):
-        starts = sorted({place[axis] for place in sample.places})
-        window = sample.window[axis]
+        starts = sorted({place[axis] for place in sample.origins})
+        window = sample.size[axis]
         assert window == min(12, length)
         assert sample.margin[axis] == (3 if length > 12 else 0)
         assert all(0 <= start <= length - window for start in starts)
@@ -98,14 +98,14 @@ def test_sample_is_spread_over_the_image(size):
 
 def test_sample_has_as_many_rows_to_columns_as_the_image():
     for size, grid in [((300, 300), (6, 5)), ((192, 256), (5, 6)), ((100, 3200), (1, 32)), ((14, 14), (2, 2))]:
-        places = sample_windows(size, 12, 3, 32).places
+        places = context_windows(size, 12, 3, 32).origins
         assert (len({y for y, _ in places}), len({x for _, x in places})) == grid
 
 
 def test_windows_of_a_sample_are_those_of_the_images_in_order():
     images = torch.rand(2, 3, 60, 40)
-    sample = sample_windows((30, 20), 6, 1, 8)
-    windows = sample.read(lambda rows, columns: images[..., rows, columns], cell=2).unflatten(0, (2, -1))
-    assert windows.shape == (2, len(sample.places), 3, 12, 12)
-    for index, (y, x) in enumerate(sample.places):
+    sample = context_windows((30, 20), 6, 1, 8)
+    windows = sample.read(lambda rows, columns: images[..., rows, columns], stride=2).unflatten(0, (2, -1))
+    assert windows.shape == (2, len(sample.origins), 3, 12, 12)
+    for index, (y, x) in enumerate(sample.origins):
         assert torch.equal(windows[:, index], images[..., 2 * y : 2 * y + 12, 2 * x : 2 * x + 12])

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from conftest import make_tiny
 from diffusers.training_utils import EMAModel
 
-from svqvae_hf.models.modeling_svqvae import VectorQuantizer
+from svqvae_hf.models.quantizer import VectorQuantizer
 from svqvae_hf.trainer.codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
 
 SIZE, DIM = 64, 8

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.models.modeling_svqvae import SVQVAE, VQLosses, resize_latents
+from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents
+from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.trainer.losses.adversarial import (
     MIN_SIDE,
     LeCAM,

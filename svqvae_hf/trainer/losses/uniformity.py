@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.models.modeling_svqvae import flatten_latents
+from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.losses.moving_average import MovingAverage
 
 DECAY = 0.98

@@ -1,0 +1,148 @@
+"""Checks of what callers pass to the model. Errors say what must hold, what came and what to do."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from svqvae_hf.untrusted.weights import check_depth
+
+POSITIVE_INTEGERS = (
+    *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
+    *("codebook_size", "codebook_embed_dim", "sample_size"),
+)
+CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises if config values are wrong or do not fit each other."""
+    numbers = {key: [config[key]] for key in POSITIVE_INTEGERS} | {key: config[key] for key in CHANNEL_MULTIPLIERS}
+    for key, values in numbers.items():
+        if not isinstance(values, list | tuple) or not all(type(value) is int and value > 0 for value in values):
+            raise ValueError(f"`{key}` must be made of integers above 0, got {config[key]!r}.")
+    encoder_levels, decoder_levels = (len(config[key]) for key in CHANNEL_MULTIPLIERS)
+    if encoder_levels != decoder_levels:
+        raise ValueError(
+            "`encoder_ch_mult` and `decoder_ch_mult` must have equally many levels, so that both have the same f, "
+            f"got {encoder_levels} and {decoder_levels}."
+        )
+    check_depth("The config", encoder_levels, config["num_res_blocks"])
+    groups, base = config["norm_num_groups"], config["base_channels"]
+    for channels in sorted({base, *(base * mult for key in CHANNEL_MULTIPLIERS for mult in config[key])}):
+        if channels % groups:
+            raise ValueError(
+                f"`norm_num_groups` must divide the channels of each level, but {groups} does not divide {channels}."
+            )
+    if not isinstance(config["codebook_l2_norm"], bool):
+        raise ValueError(f"`codebook_l2_norm` must be True or False, got {config['codebook_l2_norm']!r}.")
+    for key in ("pixel_range", "network_range"):
+        _check_range(key, config[key])
+
+
+def _check_range(key: str, bounds: Any) -> None:
+    if (
+        not isinstance(bounds, list | tuple)
+        or len(bounds) != 2
+        or not all(isinstance(bound, int | float) and abs(bound) < float("inf") for bound in bounds)
+        or not bounds[0] < bounds[1]
+    ):
+        raise ValueError(f"`{key}` must be two finite numbers (low, high) with low < high, got {bounds!r}.")
+
+
+def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Raises if a sample is not `(batch, in_channels, height, width)` of the model's type."""
+    if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
+        kind = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
+        raise TypeError(
+            f"`sample` must be a floating-point tensor with values in {tuple(config['pixel_range'])} (`pixel_range`), "
+            f"got {kind}. Prepare images with SVQVAEImageProcessor."
+        )
+    if sample.dtype != dtype and not torch.is_autocast_enabled(sample.device.type):
+        raise TypeError(
+            f"`sample` must be of the model's type {dtype}, got {sample.dtype}. Pass `sample.to(model.dtype)`."
+        )
+    if sample.ndim != 4 or sample.shape[1] != config["in_channels"] or 0 in sample.shape:
+        raise ValueError(
+            f"`sample` must have shape (batch, {config['in_channels']}, height, width) with no side of 0, got "
+            f"{tuple(sample.shape)}. Prepare images with SVQVAEImageProcessor."
+        )
+
+
+def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
+    """Raises if latents are not `(batch, codebook_embed_dim, h, w)`."""
+    dim = config["codebook_embed_dim"]
+    if latents.ndim != 4 or latents.shape[1] != dim or 0 in latents.shape:
+        raise ValueError(
+            f"`latents` must have {dim} channels (`codebook_embed_dim`) and no side of 0, got shape "
+            f"{tuple(latents.shape)}. Pass the output of `encode`, not an image."
+        )
+
+
+def check_ids(
+    ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int] | None = None
+) -> tuple[int, int, int, int]:
+    """Raises if ids cannot be looked up. Returns their shape `(batch, h, w, codebook_embed_dim)`.
+
+    Args:
+        ids (`torch.Tensor`): Integers, `(batch, h, w)`, or of any shape if `shape` is given.
+        config (`Mapping[str, Any]`): Config of the model.
+        shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)`.
+    """
+    is_tensor = isinstance(ids, torch.Tensor)
+    if not is_tensor or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = ids.dtype if is_tensor else type(ids).__name__
+        raise TypeError(f"Ids must be a tensor of an integer type, got {kind}. Pass latents to `decode`.")
+    dim, size = config["codebook_embed_dim"], config["codebook_size"]
+    if shape is None:
+        if ids.ndim != 3:
+            raise ValueError(
+                f"Ids must have shape (batch, h, w), got {tuple(ids.shape)}. Reshape them, or pass `shape`."
+            )
+        shape = (*ids.shape, dim)
+    if not ids.numel() or len(shape) != 4 or math.prod(shape[:-1]) != ids.numel() or shape[-1] != dim:
+        raise ValueError(
+            f"`shape` must be (batch, h, w, {dim}) for as many ids as there are, at least one, got {tuple(shape)} for "
+            f"{ids.numel()}. Reshape them to the grid."
+        )
+    # Skipped when compiling: a data-dependent check would break the graph.
+    if not torch.compiler.is_compiling():
+        low, high = ids.long().aminmax()
+        if not 0 <= low <= high < size:
+            raise ValueError(
+                f"Ids must lie in [0, {size}) (`codebook_size`), but lie in [{low}, {high}]. Pass ids of this "
+                "codebook, without special tokens."
+            )
+    batch, height, width, _ = shape
+    return batch, height, width, dim
+
+
+def check_scales(scales: Iterable[float], name: str = "`scales`") -> list[float]:
+    """Raises if scales are not finite numbers above 0. Returns them as a list."""
+    checked = list(scales) if isinstance(scales, Iterable) else [None]
+    if not all(isinstance(scale, Real) for scale in checked):
+        raise TypeError(f"{name} must be a list of numbers, got {scales!r}. Put a single number in a list.")
+    for scale in checked:
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"{name} must be finite and above 0, got {scale}.")
+    return checked
+
+
+def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
+    """Raises if a tile or its overlap, both in pixels, does not fit latents of `f` pixels."""
+    for name, value in {"tile_size": tile_size, "overlap": 0 if overlap is None else overlap}.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"`{name}` must be an integer number of pixels, got {value!r}.")
+    if tile_size % f or tile_size < f:
+        nearest = max(1, round(tile_size / f)) * f
+        raise ValueError(
+            f"`tile_size` must be a positive multiple of f = {f}, got {tile_size}. The nearest is {nearest}."
+        )
+    largest = (tile_size // f - 1) // 2 * f
+    if overlap is not None and (overlap % f or not 0 <= overlap <= largest):
+        nearest = min(max(0, round(overlap / f) * f), largest)
+        raise ValueError(
+            f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, got {overlap}. "
+            f"The nearest is {nearest}."
+        )

@@ -1,0 +1,146 @@
+"""Loading and publishing of models, stricter than the methods of diffusers that it extends."""
+
+import inspect
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import HfApi
+
+from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.loaders.checkpoints import read_checkpoint
+
+DERIVED_CONFIG = ("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook")
+
+
+class StrictLoadingMixin(ModelMixin, ConfigMixin):
+    """Strict loading, `from_single_file` for original checkpoints, and a model card with each push."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Loads a model from a folder or from the Hub, strictly.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): Folder, or `org/name` on the Hub.
+            **kwargs: Arguments of [`~diffusers.ModelMixin.from_pretrained`], and config values that replace the stored
+                ones, such as `pixel_range=(-1, 1)`. `low_cpu_mem_usage` is always `True`.
+
+        Raises:
+            ValueError: If weights are missing, unexpected or of another shape, or the folder holds another class.
+            TypeError: If an argument is unknown.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
+        loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        faults = list_faults(loaded[1])
+        if faults:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} must be exactly what its config asks for, but are "
+                f"not: {faults}. Restore the files, or correct config.json."
+            )
+        return loaded if with_info else loaded[0]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Creates a model from a config, and refuses unknown keyword arguments unless they are asked for.
+
+        Args:
+            config (`dict[str, Any]`): Config, as `load_config` returns it.
+            return_unused_kwargs (`bool`, defaults to `False`): Whether to return unknown keyword arguments, too.
+            **kwargs: Config values that replace those of `config`.
+
+        Raises:
+            ValueError: If the config is of another class.
+            TypeError: If a keyword argument is unknown.
+        """
+        known = {*inspect.signature(cls.__init__).parameters, "trust_remote_code"}
+        unknown = sorted(name for name in kwargs.keys() - known if not name.startswith("_"))
+        if unknown and not return_unused_kwargs:
+            raise TypeError(
+                f"Unknown arguments: {', '.join(unknown)}. Expected config values of {cls.__name__} or arguments of "
+                "diffusers' method."
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Splits a config into constructor arguments and the rest, without values that the constructor derives."""
+        if config_dict.get("_class_name", cls.__name__) not in {each.__name__ for each in cls.__mro__}:
+            raise ValueError(
+                f"The config must be of class {cls.__name__}, got {config_dict['_class_name']}. Load it with that "
+                "class. `from_single_file` loads original checkpoints."
+            )
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in DERIVED_CONFIG}, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        use_ema: bool = False,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **config: Any,
+    ) -> Self:
+        """Loads an original checkpoint; see [`~svqvae_hf.loaders.checkpoints.read_checkpoint`].
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            use_ema (`bool`, defaults to `False`): Load the averaged weights, which LlamaGen's files may have.
+            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32. The codebook stays float32.
+            torch_dtype (`torch.dtype`, *optional*): The same, under its older name.
+            **config: Config values that replace those read from the file, such as `network_range`.
+
+        Returns:
+            [`SVQVAE`]: The model in evaluation mode.
+        """
+        model = read_checkpoint(source, cls, use_ema=use_ema, **config).model()
+        dtype = dtype or torch_dtype
+        return model if dtype is None else model.to(dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload SVQVAE",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        **card: Any,
+    ) -> str:
+        """Uploads the model with its card.
+
+        Args:
+            repo_id (`str`): `org/name`; created if it does not exist.
+            commit_message (`str`, defaults to `"Upload SVQVAE"`): Title of the commit.
+            private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
+            token (`str`, *optional*): Access token, by default the stored one.
+            create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. They join a repository that
+                already has its card.
+            **card: Arguments of [`~svqvae_hf.hub.model_cards.model_card`].
+
+        Returns:
+            `str`: Address of the commit or of the pull request.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            if variant is None:
+                text = model_card(self.config, repo_id=repo_id, **card)
+                Path(folder, "README.md").write_text(text, encoding="utf-8")
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+            )
+        return commit.pr_url or commit.commit_url
+
+
+def list_faults(loading_info: Mapping[str, Any]) -> str:
+    """Lists the weights that a loader found missing, unexpected or mismatched; empty if there are none."""
+    faults = {kind: sorted(map(str, loading_info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)

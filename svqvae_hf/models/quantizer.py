@@ -1,0 +1,234 @@
+"""The vector quantizer: one codebook, searched exactly, with the losses of VQ-VAE.
+
+Sources: VQ-VAE (arXiv 1711.00937), and LlamaGen (arXiv 2406.06525, section 3.1) for codes on the unit sphere.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+
+SEARCH_SCORES = 1 << 21  # scores held at once on CPU, where 8 MiB stay in the cache
+SEARCH_SCORES_GPU = 1 << 24  # on other devices, where each chunk costs a kernel launch: 64 MiB
+ENTROPY_TEMPERATURE = 0.01
+
+
+class VQLosses(NamedTuple):
+    """Losses of one quantisation, scalar tensors in float32, and the part of the codebook that it used.
+
+    Args:
+        vq (`torch.Tensor`): `mean((q - sg[z])^2)`, moves the codes to the latents.
+        commit (`torch.Tensor`): `commit_loss_beta * mean((sg[q] - z)^2)`, moves the latents to the codes.
+        entropy (`torch.Tensor`): `entropy_loss_ratio` times the entropy term; 0 if the ratio is 0, and in evaluation.
+        usage (`torch.Tensor`): Fraction of the codebook in use: in training since the counts were reset, in evaluation
+            in this call.
+    """
+
+    vq: torch.Tensor
+    commit: torch.Tensor
+    entropy: torch.Tensor
+    usage: torch.Tensor
+
+
+class Codebook(nn.Module):
+    """Code vectors, kept in float32.
+
+    Everything that reads the weight happens inside `forward`, because hooks that offload weights load them only there.
+    So `forward` does three things, by the type of its argument; call [`lookup`], [`nearest_ids`] and [`stored`]
+    instead.
+
+    Args:
+        size (`int`): Number of codes.
+        dim (`int`): Dimension of a code.
+        l2_norm (`bool`): Whether codes are used at unit length.
+    """
+
+    def __init__(self, size: int, dim: int, l2_norm: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dim))
+        nn.init.normal_(self.weight)  # uniform on the sphere once normalised
+        self.l2_norm = l2_norm
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids of any shape and integer type -> codes `(*ids.shape, dim)` in float32."""
+        return self(ids)
+
+    def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(n, dim)` in float32, normalised if the codes are -> ids `(n,)` in int64, the lowest on a tie."""
+        return self(latents)
+
+    def stored(self) -> torch.Tensor:
+        """Copy of the codes as stored, not normalised, `(size, dim)`."""
+        return self()
+
+    def forward(self, query: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs [`lookup`] for integers, [`nearest_ids`] for floats and [`stored`] without an argument."""
+        if query is None:
+            return self.weight.clone()
+        codes = F.normalize(self.weight.float(), dim=-1) if self.l2_norm else self.weight.float()
+        if not query.is_floating_point():
+            return F.embedding(query, codes)
+        # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest z e - |e|^2 / 2, and for unit
+        # vectors the largest cosine.
+        offset = None if self.l2_norm else codes.square().sum(-1) / 2
+        scores_at_once = SEARCH_SCORES if query.device.type == "cpu" else SEARCH_SCORES_GPU
+        rows = max(1, scores_at_once // codes.shape[0])
+        ids = []
+        # Chunks of equal size: a small remainder would use another kernel and round differently.
+        for latents in query.detach().tensor_split(-(-query.shape[0] // rows)):
+            scores = latents @ codes.detach().T
+            ids.append((scores if offset is None else scores - offset).argmax(-1))
+        return torch.cat(ids)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Codebook":
+        """Follows the model's device but stays float32, because rounding the codes would change the ids."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class VectorQuantizer(nn.Module):
+    """Replaces each latent by its nearest code, in float32 and outside autocast.
+
+    Args:
+        size (`int`): Number of codes.
+        dim (`int`): Dimension of a code.
+        commit_loss_beta (`float`): Weight of the commitment loss.
+        entropy_loss_ratio (`float`): Weight of the entropy loss; at 0 it is not computed.
+        l2_norm (`bool`): Whether latents and codes are brought to unit length first.
+    """
+
+    def __init__(self, size: int, dim: int, commit_loss_beta: float, entropy_loss_ratio: float, l2_norm: bool):
+        super().__init__()
+        self.size = size
+        self.commit_loss_beta = commit_loss_beta
+        self.entropy_loss_ratio = entropy_loss_ratio
+        self.l2_norm = l2_norm
+        self.embedding = Codebook(size, dim, l2_norm)
+        self.code_counts: torch.Tensor
+        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.int64), persistent=False)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, VQLosses, tuple[torch.Tensor, None, torch.Tensor]]:
+        """Quantises latents, with the straight-through gradient.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
+
+        Returns:
+            `tuple`: Quantised latents in the shape and type of `latents`; [`VQLosses`]; and `(perplexity, None, ids)`
+            with flat ids `(batch * h * w,)` in int64.
+        """
+        with _without_autocast(latents):
+            flat = self._flatten(latents)
+            ids = self.embedding.nearest_ids(flat)
+            codes = self.embedding.lookup(ids)
+            quantized = codes.detach() + (
+                flat - flat.detach()
+            )  # straight-through: codes bit by bit, gradient of `flat`
+            counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
+            losses = VQLosses(
+                vq=F.mse_loss(codes, flat.detach()),
+                commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
+                entropy=self._entropy_loss(flat),
+                usage=self._usage(counts),
+            )
+            frequencies = counts / ids.numel()
+            perplexity = torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
+        return self._unflatten(quantized, latents), losses, (perplexity, None, ids)
+
+    def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Finds the nearest code of each latent.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
+
+        Returns:
+            `torch.Tensor`: Ids `(batch, h, w)` in int64.
+
+        Raises:
+            ValueError: If latents are NaN or infinite. One such pixel makes all latents of its image so. A compiled
+                graph does not check.
+        """
+        # Skipped when compiling: a data-dependent check would break the graph.
+        if not torch.compiler.is_compiling() and not latents.isfinite().all():
+            raise ValueError(
+                "`latents` must be finite, but some are NaN or infinite. Pass images without such values. If the "
+                "model is in float16, load it in float32 or bfloat16, because float16 may overflow."
+            )
+        with _without_autocast(latents):
+            ids = self.embedding.nearest_ids(self._flatten(latents))
+        return ids.view(latents.shape[0], *latents.shape[-2:])
+
+    def get_codebook_entry(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None = None) -> torch.Tensor:
+        """Looks up codes.
+
+        Args:
+            ids (`torch.Tensor`): Integers in `[0, codebook_size)`, of any shape.
+            shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)`.
+
+        Returns:
+            `torch.Tensor`: Codes in float32: `(batch, codebook_embed_dim, h, w)` with a shape, `(*ids.shape,
+            codebook_embed_dim)` without.
+        """
+        codes = self.embedding.lookup(ids)
+        return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()
+
+    def reset_counts(self) -> None:
+        """Sets the counts of used codes to zero."""
+        self.code_counts.zero_()
+
+    def _flatten(self, latents: torch.Tensor) -> torch.Tensor:
+        flat = flatten_latents(latents).float()
+        return F.normalize(flat, dim=-1) if self.l2_norm else flat
+
+    @staticmethod
+    def _unflatten(flat: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        batch, dim, height, width = latents.shape
+        return flat.view(batch, height, width, dim).permute(0, 3, 1, 2).to(latents.dtype).contiguous()
+
+    def _usage(self, counts: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            counts = self.code_counts.add_(counts)
+        return (counts > 0).float().mean()
+
+    def _entropy_loss(self, flat: torch.Tensor) -> torch.Tensor:
+        """Rewards a low entropy of each latent's soft assignment and a high entropy of their mean.
+
+        The mean is over the latents of all processes. Each process has the same number, so the mean of their gradients
+        is the gradient of the joined batch. Source: LlamaGen, `compute_entropy_loss`.
+        """
+        if self.entropy_loss_ratio == 0 or not self.training:
+            return flat.new_zeros(())
+        codes = self.embedding.lookup(torch.arange(self.size, device=flat.device))
+        log_probs = F.log_softmax(-torch.cdist(flat, codes).square() / ENTROPY_TEMPERATURE, dim=-1)
+        probs = log_probs.exp()
+        mean_probs = _mean_over_processes(probs.mean(0))
+        entropy = -(probs * log_probs).sum(-1).mean()
+        log_mean_probs = mean_probs.clamp(min=torch.finfo(mean_probs.dtype).tiny).log()  # finite for unused codes, too
+        return self.entropy_loss_ratio * (entropy + (mean_probs * log_mean_probs).sum())
+
+
+def flatten_latents(latents: torch.Tensor) -> torch.Tensor:
+    """`(batch, channels, h, w)` -> one row per latent, `(batch * h * w, channels)`."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _without_autocast(latents: torch.Tensor) -> AbstractContextManager:
+    device = latents.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """Mean over all processes, with the gradient of this process's own value."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return value
+    mean = value.detach().clone()
+    distributed.all_reduce(mean)
+    mean /= distributed.get_world_size()
+    return value + (mean - value.detach())

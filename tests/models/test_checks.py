@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+from conftest import make_tiny
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"norm_num_groups": 3}, "`norm_num_groups` must divide .* 3 does not divide 8"),
+        ({"decoder_ch_mult": (1, 2)}, "equally many levels, .* 3 and 2"),
+        ({"pixel_range": (1, 0)}, r"`pixel_range` must be two finite numbers \(low, high\).*\(1, 0\)"),
+        ({"network_range": "ab"}, "`network_range` must be two finite numbers .* got 'ab'"),
+        ({"network_range": (0, float("nan"))}, "`network_range` must be two finite numbers"),
+        ({"base_channels": "eight"}, "`base_channels` must be made of integers above 0, got 'eight'"),
+        ({"z_channels": -3}, "`z_channels` .* got -3"),
+        ({"norm_num_groups": 0}, "`norm_num_groups` .* got 0"),
+        ({"encoder_ch_mult": None}, "`encoder_ch_mult` .* got None"),
+        ({"encoder_ch_mult": (1, 0, 2)}, r"`encoder_ch_mult` .* got \(1, 0, 2\)"),
+    ],
+)
+def test_wrong_config_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_tiny(**config)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.encode(torch.rand(1, 1, 8, 8)), ValueError, r"\(batch, 3, height, width\).*\(1, 1, 8, 8\)"),
+        (lambda m: m.encode(torch.rand(3, 8, 8)), ValueError, r"got \(3, 8, 8\)"),
+        (lambda m: m.encode(torch.rand(0, 3, 8, 8)), ValueError, "no side of 0"),
+        (lambda m: m.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), TypeError, "got torch.uint8"),
+        (lambda m: m.decode(torch.rand(1, 3, 4, 4)), ValueError, "Pass the output of `encode`, not an image"),
+        (lambda m: m.decode(torch.zeros(4, dtype=torch.int64)), ValueError, r"\(batch, h, w\).*\(4,\)"),
+        (lambda m: m.decode_tokens(torch.full((1, 2, 2), 64)), ValueError, r"\[0, 64\).*\[64, 64\]"),
+        (lambda m: m.decode_tokens(torch.full((1, 2, 2), -1)), ValueError, r"\[-1, -1\]"),
+        (lambda m: m.decode(torch.full((1, 2, 2), 64)), ValueError, r"\[0, 64\).*\[64, 64\]"),
+        (lambda m: m.decode_tokens(torch.rand(1, 8, 2, 2)), TypeError, "integer type, got torch.float32"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), patch_nums=[1], tile_size=0), ValueError, "positive multiple"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[0]), ValueError, "above 0, got 0"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.nan]), ValueError, "finite .* got nan"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.inf]), ValueError, "finite .* got inf"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=[1], patch_nums=[1]), ValueError, "got both"),
+        (lambda m: m.enable_tiling(62, 8), ValueError, "f = 4, got 62. The nearest is 64"),
+        (lambda m: m.enable_tiling(0, 0), ValueError, "positive .* got 0. The nearest is 4"),
+        (lambda m: m.enable_tiling(64, 6), ValueError, "f = 4 .* got 6. The nearest is 8"),
+        (lambda m: m.enable_tiling(64, 32), ValueError, "less than half .* got 32. The nearest is 28"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), tile_size=30), ValueError, "got 30. The nearest is 32"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), tile_size="16"), ValueError, "integer number of pixels, got '16'"),
+        (lambda m: m.enable_tiling(64.0), ValueError, "`tile_size` must be an integer number of pixels, got 64.0"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=0.5), TypeError, "a list of numbers, got 0.5"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales="1"), TypeError, "a list of numbers, got '1'"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), patch_nums=3), TypeError, "a list of numbers, got 3"),
+        (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6)), ValueError, r"be \(batch, h, w, 8\) for as"),
+        (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6, 4)), ValueError, r"got \(1, 5, 6, 4\) for 30"),
+        (lambda _: make_tiny(codebook_l2_norm="false"), ValueError, "must be True or False, got 'false'"),
+    ],
+)
+def test_errors_say_what_must_hold_and_what_came(tiny_model, call, error, message):
+    with pytest.raises(error, match=message):
+        call(tiny_model)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from svqvae_hf.models.fast_ops import RepeatConv2d
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 7)])
+def test_repeat_conv_equals_upsampling_and_convolution_with_gradients(size):
+    torch.manual_seed(0)
+    fast = RepeatConv2d(6).double()
+    plain = torch.nn.Conv2d(6, 6, 3, padding=1).double()
+    plain.load_state_dict(fast.state_dict())
+    hidden = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    outputs = fast(hidden), plain(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(*outputs)
+    weight = torch.randn_like(outputs[0])
+    gradients = (
+        torch.autograd.grad((output * weight).sum(), [hidden, *module.parameters()])
+        for output, module in zip(outputs, (fast, plain), strict=True)
+    )
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_fast_inference_equals_inference_with_gradients(tiny_model, tiled):
+    """Without gradients: channels_last, activations in place, norms of tiles in one kernel."""
+    sample = torch.rand(1, 3, 44, 100)
+    if tiled:
+        tiny_model.enable_tiling(32, 8)
+    with torch.enable_grad():
+        latents, ids = tiny_model.encode(sample).latents, tiny_model.encode_tokens(sample)
+        decoded = tiny_model.decode(ids).sample
+    with torch.no_grad():
+        fast_latents, fast_ids = tiny_model.encode(sample).latents, tiny_model.encode_tokens(sample)
+        fast_decoded = tiny_model.decode(ids).sample
+    assert fast_latents.is_contiguous()
+    assert fast_decoded.is_contiguous()
+    assert torch.equal(fast_ids, ids)
+    torch.testing.assert_close(fast_latents, latents.detach())
+    torch.testing.assert_close(fast_decoded, decoded.detach())

@@ -1,0 +1,126 @@
+import json
+
+import pytest
+import torch
+from conftest import make_tiny
+from diffusers import AutoModel, VQModel
+from safetensors.torch import load_file, save_file
+
+from svqvae_hf import SVQVAE
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_config_round_trip(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    loaded = SVQVAE.from_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["block_out_channels"] == [8, 16, 16]
+    ours = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
+    assert ours == {key: stored[key] for key in ours}
+    for key, weight in tiny_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], weight)
+
+
+def test_config_has_the_names_that_pipelines_read():
+    config = make_tiny(codebook_embed_dim=4).config
+    assert (config.latent_channels, config.vq_embed_dim, config.num_vq_embeddings) == (4, 4, 64)
+    assert config.lookup_from_codebook
+    assert 2 ** (len(config.block_out_channels) - 1) == 4
+
+
+def test_loading_a_saved_model_does_not_warn(tiny_model, tmp_path, caplog):
+    tiny_model.save_pretrained(tmp_path)
+    SVQVAE.from_pretrained(tmp_path, pixel_range=(-1, 1))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("shards", [None, "40KB"])
+def test_saved_and_loaded_weights_are_bit_equal(tiny_model, tmp_path, shards):
+    tiny_model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shards
+    loaded = SVQVAE.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == tiny_model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[key], weight) for key, weight in tiny_model.state_dict().items())
+
+
+def test_loading_in_half_precision_keeps_the_codebook(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    half = SVQVAE.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert half.dtype == torch.float16
+    assert half.codebook_fingerprint() == tiny_model.codebook_fingerprint()
+    half.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").stat().st_size < (tmp_path / WEIGHTS).stat().st_size
+    assert SVQVAE.from_pretrained(tmp_path, variant="fp16").codebook_fingerprint() == half.codebook_fingerprint()
+
+
+def test_loading_is_strict(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    del weights["encoder.conv_in.bias"], weights["decoder.conv_in.bias"]
+    weights["surplus"] = torch.zeros(1)
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="missing: decoder.conv_in.bias, encoder.conv_in.bias; unexpected: surplus"):
+        SVQVAE.from_pretrained(tmp_path)
+
+
+def test_mismatched_shapes_are_refused(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected shape torch.Size\(\[128, 8\]\), but got torch.Size\(\[64, 8\]\)"):
+        SVQVAE.from_pretrained(tmp_path, codebook_size=128)
+    with pytest.raises(ValueError, match=r"mismatched: \('quantize.embedding.weight', "):
+        SVQVAE.from_pretrained(tmp_path, codebook_size=128, ignore_mismatched_sizes=True, low_cpu_mem_usage=False)
+
+
+def test_unknown_arguments_are_refused_and_known_ones_accepted(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="Unknown arguments: pixel_rang. Expected config values of SVQVAE"):
+        SVQVAE.from_pretrained(tmp_path, pixel_rang=(-1, 1))
+    loaded = SVQVAE.from_pretrained(
+        tmp_path,
+        pixel_range=(-1, 1),
+        torch_dtype=torch.float16,
+        device_map=None,
+        low_cpu_mem_usage=False,
+        local_files_only=True,
+        use_safetensors=True,
+        revision="main",
+        token=None,
+        subfolder="",
+        cache_dir=tmp_path / "cache",
+    )
+    assert loaded.config["pixel_range"] == (-1, 1)
+    assert loaded.quantize.embedding.weight.dtype == torch.float32
+
+
+def test_subclass_loads(tiny_model, tmp_path):
+    class Subclass(SVQVAE):
+        """Of a user."""
+
+    tiny_model.save_pretrained(tmp_path)
+    assert isinstance(Subclass.from_pretrained(tmp_path), Subclass)
+
+
+def test_unused_arguments_are_returned(tiny_model):
+    model, unused = SVQVAE.from_config(tiny_model.config, return_unused_kwargs=True, codebook_size=32, surplus=1)
+    assert unused["surplus"] == 1
+    assert model.config["codebook_size"] == 32
+
+
+def test_auto_model_loads(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(str(tmp_path)), SVQVAE)
+
+
+def test_folder_of_another_class_is_refused(tmp_path):
+    VQModel(block_out_channels=(32,)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be of class SVQVAE, got VQModel. Load it with that class"):
+        SVQVAE.from_pretrained(tmp_path)
+
+
+def test_usage_log_of_original_files_is_ignored(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS) | {"quantize.codebook_used": torch.zeros(65536)}, tmp_path / WEIGHTS)
+    loaded = SVQVAE.from_pretrained(tmp_path)
+    assert "quantize.codebook_used" not in loaded.state_dict()

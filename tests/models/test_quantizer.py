@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from svqvae_hf.models.quantizer import SEARCH_SCORES, Codebook, VectorQuantizer
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+
+
+def exhaustive_ids(latents, codes):
+    return torch.cdist(latents.double(), codes.double()).argmin(-1)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_nearest_ids_equal_exhaustive_search(l2_norm):
+    torch.manual_seed(0)
+    codebook, latents = Codebook(100, 8, l2_norm), torch.randn(5000, 8)
+    codes = codebook.weight.detach()
+    if l2_norm:
+        latents, codes = F.normalize(latents, dim=-1), F.normalize(codes, dim=-1)
+    assert torch.equal(codebook(latents), exhaustive_ids(latents, codes))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 999, 4000])
+def test_search_in_chunks_is_bit_equal_to_one_search(rows, monkeypatch):
+    torch.manual_seed(0)
+    codebook, latents = Codebook(300, 8, l2_norm=True), F.normalize(torch.randn(4000, 8), dim=-1)
+    unchunked = codebook(latents)
+    monkeypatch.setattr("svqvae_hf.models.quantizer.SEARCH_SCORES", rows * 300)
+    assert torch.equal(codebook(latents), unchunked)
+
+
+def test_search_holds_a_bounded_number_of_scores(monkeypatch):
+    largest = []
+    argmax = torch.Tensor.argmax
+
+    def watched(scores, dim):
+        largest.append(scores.numel())
+        return argmax(scores, dim)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", watched)
+    Codebook(16384, 8, l2_norm=True)(torch.randn(1000, 8))
+    assert max(largest) <= SEARCH_SCORES
+    assert len(largest) > 1
+
+
+def test_lowest_id_wins_a_tie():
+    codebook = Codebook(6, 4, l2_norm=True)
+    codebook.weight.data[:] = torch.eye(4)[[0, 1, 1, 2, 2, 2]]
+    assert codebook(torch.eye(4)[[2, 1, 0]]).tolist() == [3, 1, 0]
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_losses_and_straight_through_gradient(l2_norm):
+    quantizer = VectorQuantizer(32, 4, commit_loss_beta=0.25, entropy_loss_ratio=0.0, l2_norm=l2_norm)
+    latents = torch.randn(2, 4, 3, 5, requires_grad=True)
+    quantized, losses, (perplexity, _, ids) = quantizer(latents)
+    flat = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
+    codes = quantizer.embedding.weight.detach()
+    if l2_norm:
+        flat, codes = F.normalize(flat, dim=-1), F.normalize(codes, dim=-1)
+    distance = (codes[ids] - flat).square().mean()
+    torch.testing.assert_close(losses.vq.detach(), distance)
+    torch.testing.assert_close(losses.commit.detach(), 0.25 * distance)
+    torch.testing.assert_close(quantized.detach().permute(0, 2, 3, 1).flatten(0, 2), codes[ids])
+    share = torch.bincount(ids, minlength=32) / len(ids)
+    assert perplexity.item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in share.tolist() if p)), rel=1e-4)
+    upstream = torch.randn_like(quantized)
+    (gradient,) = torch.autograd.grad(quantized, latents, upstream)
+    normed = F.normalize(latents, dim=1) if l2_norm else latents * 1
+    torch.testing.assert_close(gradient, torch.autograd.grad(normed, latents, upstream)[0])
+
+
+def test_vq_loss_moves_codes_and_commitment_moves_latents():
+    quantizer = VectorQuantizer(32, 4, commit_loss_beta=0.25, entropy_loss_ratio=0.0, l2_norm=True)
+    latents = torch.randn(1, 4, 3, 5, requires_grad=True)
+    losses = quantizer(latents)[1]
+    inputs = (quantizer.embedding.weight, latents)
+    vq = torch.autograd.grad(losses.vq, inputs, allow_unused=True, retain_graph=True)
+    commit = torch.autograd.grad(losses.commit, inputs, allow_unused=True)
+    assert vq[0].abs().sum() > 0
+    assert vq[1] is None
+    assert commit[0] is None
+    assert commit[1].abs().sum() > 0
+
+
+def test_entropy_loss_rewards_confident_and_even_use():
+    quantizer = VectorQuantizer(4, 4, commit_loss_beta=0.25, entropy_loss_ratio=1.0, l2_norm=True).train()
+    quantizer.embedding.weight.data.copy_(torch.eye(4))
+    even = quantizer(torch.eye(4).view(1, 4, 4, 1))[1].entropy
+    one_code = quantizer(torch.eye(4)[:1].expand(4, 4).T.reshape(1, 4, 4, 1))[1].entropy
+    unsure = quantizer(torch.ones(1, 4, 4, 1))[1].entropy
+    assert even < one_code
+    assert even < unsure
+    assert even.item() == pytest.approx(-math.log(4), abs=1e-3)
+
+
+def test_quantizer_stays_in_float32_under_autocast(tiny_model):
+    images = torch.rand(1, 3, 32, 32)
+    latents = tiny_model.encode(images).latents
+    expected = tiny_model.quantize.nearest_ids(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny_model.quantize.nearest_ids(latents), expected)
+        assert torch.equal(tiny_model.quantize(latents)[2][2], expected.flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_codebook_stays_float32_when_the_model_is_cast(tiny_model, dtype):
+    fingerprint = tiny_model.codebook_fingerprint()
+    tiny_model.to(dtype)
+    assert tiny_model.encoder.conv_in.weight.dtype == dtype
+    assert tiny_model.codebook_fingerprint() == fingerprint
+    assert tiny_model.half().codebook_fingerprint() == fingerprint
+    assert tiny_model.to("meta").quantize.embedding.weight.device.type == "meta"
+
+
+def test_fingerprint_changes_with_the_codes(tiny_model):
+    fingerprint = tiny_model.codebook_fingerprint()
+    tiny_model.quantize.embedding.weight.data[3, 2] += 1e-3
+    assert tiny_model.codebook_fingerprint() != fingerprint
+    assert len(fingerprint) == 64
+
+
+def test_usage_counts_are_exact_integers_outside_the_weights(tiny_model):
+    model = tiny_model.to(torch.bfloat16).train()
+    assert model.quantize.code_counts.dtype == torch.int64
+    assert not any("count" in key or "used" in key for key in model.state_dict())
+    for _ in range(2):
+        _, losses, (_, _, ids) = model.quantize(torch.randn(1, 8, 400, 400))
+    assert model.quantize.code_counts.sum() == 2 * ids.numel()
+    assert losses.usage == 1
+    model.quantize.reset_counts()
+    assert model.quantize(torch.randn(1, 8, 1, 1))[1].usage == 1 / 64

@@ -1,0 +1,224 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny, psnr, smooth_images
+from torch.utils.flop_counter import FlopCounterMode
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.models.modeling_svqvae import AttnBlock
+from svqvae_hf.models.tiling import CONTEXT_WINDOWS, ContextWindows, TileContext, gather_context
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+
+
+@pytest.fixture
+def full_sample(small_sample, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", CONTEXT_WINDOWS)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_default_overlap_fits_any_tile(tiny_model):
+    tiny_model.enable_tiling(tile_size=64)
+    assert (tiny_model.tile_size, tiny_model.overlap) == (64, 28)
+    deep = make_tiny(encoder_ch_mult=(1,) * 7, decoder_ch_mult=(1,) * 7)  # f = 64
+    deep.enable_tiling()
+    assert (deep.tile_size, deep.overlap) == (256, 0)
+    images = torch.rand(1, 3, 400, 300)
+    assert deep(images, tile_size=256).sample.shape == images.shape
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("core", [((13, 14), (20, 27)), ((0, 9), (30, 40)), ((0, 40), (0, 40))])
+@pytest.mark.parametrize("config", [{}, {"decoder_ch_mult": (1, 2, 2, 4), "encoder_ch_mult": (1, 1, 1, 1)}])
+@pytest.mark.parametrize("num_res_blocks", [1, 3])
+def test_trimmed_decoding_is_exact_and_cheaper(config, num_res_blocks, core):
+    model = make_tiny(num_res_blocks=num_res_blocks, **config)
+    codes = model.quantize(torch.randn(1, 8, 40, 40))[0]
+    context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
+    rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
+    with FlopCounterMode(display=False) as of_window:
+        whole = model.decode_window(codes, context)
+    with FlopCounterMode(display=False) as of_core:
+        decoded = model.decode_window(codes, context, tuple(slice(*span) for span in core))
+    torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
+    share = of_core.get_total_flops() / of_window.get_total_flops()
+    assert share == 1 if core[0] == (0, 40) else share < 0.9
+
+
+@pytest.mark.usefixtures("no_grad", "full_sample")
+def test_tiles_agree_with_the_whole_image_without_attention():
+    """Without attention's global view and with wide halos, tiles differ from the whole by their statistics alone."""
+    model = make_tiny(norm_num_groups=1)
+    images = smooth_images(392, 400)
+    whole = model.encode(images).latents
+    model.enable_tiling(96, 32)
+    assert psnr(model.encode(images).latents, whole) - psnr(torch.zeros_like(whole), whole) > 20
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_image_of_one_tile_is_not_tiled(tiny_model):
+    images = torch.rand(1, 3, 61, 64)
+    whole = tiny_model(images).sample
+    tiny_model.enable_tiling(64, 8)
+    assert torch.equal(tiny_model(images).sample, whole)
+    tiny_model.disable_tiling()
+    assert torch.equal(tiny_model(images).sample, whole)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_networks_see_no_more_than_a_tile(tiny_model, encoder_inputs):
+    tiny_model.enable_tiling(64, 8)
+    tiny_model.encode(torch.rand(1, 3, 200, 300))
+    assert len(encoder_inputs) > 20
+    assert max(max(shape[-2:]) for shape in encoder_inputs) <= 64
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_small_tile_takes_a_smaller_overlap(tiny_model, encoder_inputs):
+    tiny_model(torch.rand(1, 3, 200, 300), tile_size=32)
+    assert max(max(shape[-2:]) for shape in encoder_inputs) <= 32
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize(
+    ("size", "whole"), [((72, 64), True), ((16, 288), True), ((76, 64), False), ((16, 292), False)]
+)
+def test_images_with_no_more_latents_than_the_windows_are_not_tiled(tiny_model, encoder_inputs, size, whole):
+    tiny_model.enable_tiling(64, 8)  # 16 latents a side; the sample is 2 windows of 12 latents a side, 288 in all
+    tiny_model.encode_tokens(torch.rand(1, 3, *size))
+    assert (encoder_inputs == [(1, 3, *size)]) == whole
+
+
+def test_tiles_keep_results_on_the_device():
+    with torch.device("meta"):
+        model = make_tiny()
+        latents = model.encode(torch.rand(1, 3, 100, 100)).latents
+        model.enable_tiling(32, 8)
+        assert model.encode(torch.rand(1, 3, 100, 100)).latents.device.type == "meta"
+        assert model.decode(latents, force_not_quantize=True).sample.device.type == "meta"
+
+
+@pytest.mark.usefixtures("no_grad", "full_sample")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
+    tiny_model.save_pretrained(tmp_path)
+    model = SVQVAE.from_pretrained(tmp_path, torch_dtype=dtype).eval()
+    images = smooth_images(264, 260)
+    expected = tiny_model(images, tile_size=32, overlap=8).sample
+    output = model(images.to(dtype), tile_size=32, overlap=8).sample
+    assert output.dtype == dtype
+    assert psnr(output, expected) > 25
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypatch):
+    """If the sample is the whole image, tiles differ from it only by what their halo does not reach."""
+
+    def whole(size, *_):
+        return ContextWindows([(0, 0)], tuple(size), (0, 0))
+
+    monkeypatch.setattr("svqvae_hf.models.tiling.context_windows", whole)
+    model = make_tiny()
+    images = torch.stack([smooth_images(200, 168)[0], torch.rand(3, 200, 168)])
+    latents = model.encode(images).latents
+    sample = model.decode(latents, force_not_quantize=True).sample
+    model.enable_tiling(160, 72)
+    assert psnr(model.encode(images).latents, latents) - psnr(torch.zeros_like(latents), latents) > 60
+    assert psnr(model.decode(latents, force_not_quantize=True).sample, sample) > 60
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_norm_and_attention_of_all_windows_equal_those_of_the_whole_image():
+    block = AttnBlock(6, 2)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden = torch.randn(2, 6, 10, 12) * 3 + 20
+    expected = block(hidden)
+    context = TileContext(batch=2, window=(10, 4), margin=(0, 0))
+    windows = torch.stack(hidden.split(4, dim=-1), dim=1).flatten(0, 1)
+    gathered = block(windows, context).unflatten(0, (2, 3))
+    torch.testing.assert_close(torch.cat(gathered.unbind(1), dim=-1), expected, rtol=1e-4, atol=1e-4)
+    context.gathering = False
+    torch.testing.assert_close(block(hidden[..., 2:9, 3:], context), expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_margins_of_windows_are_ignored():
+    block = AttnBlock(6, 2)
+    contexts = []
+    windows = torch.randn(3, 6, 24, 12)
+    for border in (0.0, 100.0):
+        padded = F.pad(windows[..., 4:-4, :], (0, 0, 4, 4), value=border)
+        contexts.append(TileContext(batch=1, window=(12, 12), margin=(2, 0)))
+        block(padded, contexts[-1])
+    (one, other) = ([*context.moments[block.norm], *context.attended[block]] for context in contexts)
+    assert one[2].shape == (1, 1, 3 * 16 * 12, 6)
+    for before, after in zip(one, other, strict=True):
+        torch.testing.assert_close(before, after)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_tiles_leave_no_dark_border_and_no_dead_latents(tiny_model):
+    for layer, value in [(tiny_model.decoder.conv_out, 0.5), (tiny_model.quant_conv, 0.3)]:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, value)
+    images = torch.rand(1, 3, 90, 101)
+    for sample in tiny_model(images, tile_size=32, overlap=8, scales=[0.5, 1, 2]).sample:
+        torch.testing.assert_close(sample, torch.full_like(sample, 0.5))
+    tiny_model.enable_tiling(32, 8)
+    latents = tiny_model.encode(images).latents
+    torch.testing.assert_close(latents, torch.full_like(latents, 0.3))
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_tiled_image_has_one_grid_of_ids(tiny_model):
+    tiny_model.enable_tiling(32, 8)
+    images = smooth_images(72, 100)
+    ids = tiny_model.encode_tokens(images)
+    assert ids.shape == (1, 18, 25)
+    torch.testing.assert_close(tiny_model.decode_tokens(ids), tiny_model(images).sample)
+
+
+@pytest.mark.parametrize("name", ["encoder.conv_in.weight", "encoder.norm_out.weight", "decoder.conv_in.weight"])
+def test_gradient_through_tiles_equals_finite_differences(name):
+    model = make_tiny().double()
+    model.enable_tiling(32, 8)
+    images = smooth_images(48, 48).double()
+    parameter = dict(model.named_parameters())[name]
+    direction = torch.randn_like(parameter)
+
+    def loss():
+        return model.decode(model.encode(images).latents, force_not_quantize=True).sample.square().mean()
+
+    (gradient,) = torch.autograd.grad(loss(), parameter)
+    change = 0
+    with torch.no_grad():
+        for sign in (1, -1):
+            parameter += sign * 1e-3 * direction
+            change += sign * loss() / 2e-3
+            parameter -= sign * 1e-3 * direction
+    torch.testing.assert_close((gradient * direction).sum(), change, rtol=1e-2, atol=1e-5)
+
+
+def test_tiles_with_gradient_checkpointing_are_refused():
+    model = make_tiny().train()
+    model.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="Disable gradient checkpointing, tiling or gradients"):
+        model(torch.rand(1, 3, 48, 48), tile_size=32)
+    with torch.no_grad():
+        model(torch.rand(1, 3, 48, 48), tile_size=32)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_two_compiled_graphs_serve_all_tiles(tiny_model):
+    """One for the sample of windows and one for tiles."""
+    graphs = []
+    torch.compiler.reset()
+    tiny_model.enable_tiling(80, 24)
+    ids = torch.randint(64, (1, 47, 60))
+    expected = tiny_model.decode_tokens(ids)
+    tiny_model.decoder.forward = torch.compile(
+        tiny_model.decoder.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    torch.testing.assert_close(tiny_model.decode_tokens(ids), expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2
