@@ -1,16 +1,18 @@
+"""Contact sheets: images side by side, each with a title and a caption."""
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE_LIMITS = (256, 1024)  # pixels of a panel's longer side
+SIDE_LIMITS = (256, 1024)  # smallest and largest longer side of a panel, in pixels
 GAP = 24
 TITLE_SIZE, CAPTION_SIZE = 20, 15
 BACKGROUND, TITLE_COLOUR, CAPTION_COLOUR = "#ffffff", "#1a1a1a", "#6b6b6b"
 
 
 class Panel(NamedTuple):
-    """One image of a sheet, with a title and a line of facts under it."""
+    """One image of a sheet, with the two lines of text below it."""
 
     image: Image.Image
     title: str
@@ -18,14 +20,14 @@ class Panel(NamedTuple):
 
 
 def contact_sheet(panels: Sequence[Panel]) -> Image.Image:
-    """Puts images side by side, in one size, with their titles.
+    """Draws images side by side, all in one size, with their titles and captions.
 
     Args:
-        panels (`Sequence[Panel]`): At least one. All are shown in the size of the first, brought to a longer side of
-            256 to 1024 pixels.
+        panels (`Sequence[Panel]`): At least one. All images are resized to the size of the first, scaled so that its
+            longer side has 256 to 1024 pixels.
 
     Returns:
-        `PIL.Image.Image`: The sheet, 8-bit RGB.
+        `PIL.Image.Image`: Sheet, 8-bit RGB.
     """
     longest = max(panels[0].image.size)
     factor = min(max(longest, SIDE_LIMITS[0]), SIDE_LIMITS[1]) / longest

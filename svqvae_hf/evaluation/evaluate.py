@@ -1,14 +1,16 @@
-"""What an SVQVAE comes to on a set of images, in numbers: one pass over the set, shared by all processes."""
+"""Evaluates an SVQVAE on an image set in one pass, split over all processes.
+
+In *mode* `"plain"` the model takes an image as a whole, in mode `"tiled"` by tiles. A *record* holds the values of one
+image as a dictionary. The *reference* of a reconstruction is its image, resized to the size of the reconstruction.
+"""
 
 import copy
 import math
 import platform
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -23,87 +25,17 @@ from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.comparison import codec_metrics, full_size_metrics, image_metrics, to_tensor
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.resizing import resize_image
+from svqvae_hf.evaluation.results import Example, Report, ScaleResult, write_notes
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents
 from svqvae_hf.tokens.image_tokens import check_memory
 
 MODES = ("plain", "tiled")
 SCALES = (1.0, 0.5, 0.25)
-OVERLAP = 32  # pixels of a tile's halo
 HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NUM_EXAMPLES = 4
-MANY_IMAGES = 10_000  # from which on FID is commonly reported
-IDS_PER_CODE = 10  # from which on their frequencies say something
-EXAMPLE_SIDE = 512  # pixels of the longer side at which examples are kept
+EXAMPLE_SIDE = 512  # pixels of the longer side of an example
 LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
-NEEDS = {
-    "lpips": "LPIPS was not computed: give --lpips-weights, the file of its network's weights.",
-    "rfid": "rFID was not computed: give --inception-weights, the file of its network's weights.",
-}
-
-
-@dataclass
-class Result:
-    """What one mode and scale came to.
-
-    Args:
-        mode (`str`): `"plain"`, images as a whole, or `"tiled"`.
-        scale (`float`): Output side over input side.
-        values (`dict[str, float | None]`): Numbers by the names of [`METRICS`][svqvae_hf.evaluation.report]; `None`
-            where one could not be computed.
-        counts (`np.ndarray` of shape `(codebook_size,)`): How often each code occurs in the whole set.
-    """
-
-    mode: str
-    scale: float
-    values: dict[str, float | None]
-    counts: np.ndarray
-
-
-@dataclass
-class Example:
-    """An image and its reconstructions, one per scale in the first mode, shown no larger than `EXAMPLE_SIDE`.
-
-    `psnr` is that of each scale, `place` the place in the set, `size` the image's own width and height.
-    """
-
-    psnr: list[float]
-    place: int
-    name: str
-    size: tuple[int, int]
-    original: Image.Image
-    reconstructions: list[Image.Image]
-
-
-@dataclass
-class Report:
-    """What [`evaluate`] found.
-
-    Args:
-        settings (`dict[str, Any]`): What was asked for.
-        versions (`dict[str, str]`): Of the libraries that the numbers depend on.
-        codebook (`dict[str, Any]`): `size`, `dim`, `fingerprint`, and `redundancy` of [`metrics.redundancy`].
-        results (`list[Result]`): One per mode and scale, scales of the first mode first.
-        codecs (`list[dict[str, Any]]`): Means of JPEG and WebP at each quality: `codec`, `quality`, `bits_per_pixel`,
-            `psnr`, `ssim`, and `exact`, how many images came back exactly.
-        images (`list[dict[str, Any]]`): Each image that was read, in the order of the set: `place`, `name`, `width`,
-            `height`, `results` and `codecs`.
-        skipped (`list[dict[str, Any]]`): Each image that could not be read: `place`, `name`, `reason`.
-        notes (`list[str]`): Sentences on what was not computed, or is to be read with care.
-        worst (`list[Example]`): Images of the lowest PSNR at the first scale, lowest first.
-        best (`list[Example]`): Those of the highest, highest first.
-    """
-
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    codebook: dict[str, Any]
-    results: list[Result]
-    codecs: list[dict[str, Any]]
-    images: list[dict[str, Any]]
-    skipped: list[dict[str, Any]]
-    notes: list[str]
-    worst: list[Example]
-    best: list[Example]
 
 
 def evaluate(
@@ -115,94 +47,100 @@ def evaluate(
     tile_size: int | None = None,
     overlap: int | None = None,
     resolution: int | None = None,
+    half_precision: bool = False,
     lpips: LPIPS | None = None,
     inception: nn.Module | None = None,
 ) -> Report:
-    """Reconstructs a set of images and compares each with what was reconstructed.
+    """Reconstructs a set of images and measures the reconstructions.
 
-    In a run of several processes (`accelerate launch`) each takes every n-th image, and all get the whole report. The
-    model itself is left as it is: copies of it do the work.
+    With several processes (`accelerate launch`), each process takes every n-th image, and all return the whole report.
+    The model is not changed, because a copy of it does the work.
 
     Args:
-        model ([`SVQVAE`]): Model on the device to work on; it is run in float32.
-        images (`Iterable`): For [`read_image`]: images, paths, undecoded rows of `datasets`. Read one by one; what
-            cannot be read is skipped and named.
+        model ([`SVQVAE`]): Model on the device to work on. Its copy runs in float32.
+        images (`Iterable`): Inputs of [`read_image`]: images, paths, undecoded rows of `datasets`. Read one by one;
+            unreadable images are skipped and named in the report.
         scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
-            scale is the image resized to it, by area below 1 and bicubic above.
-        modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, or by tiles.
+            scale is the image resized by area below 1, bicubic above.
+        modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both.
         tile_size (`int`, *optional*): Largest side of a tile in pixels; the model's `sample_size` if not given.
-        overlap (`int`, *optional*): Halo of a tile in pixels; 32 if not given, less where the tile is too small.
-        resolution (`int`, *optional*): Side in pixels to which each image is brought first, its shorter side resized
-            (bicubic) and the centre cropped; as it is if not given.
-        lpips ([`LPIPS`], *optional*): As [`load_lpips`] gives it.
-        inception (`nn.Module`, *optional*): Features `(batch, n)` of images `(batch, 3, height, width)` in uint8, as
-            [`load_inception`] gives it; it is moved to the model's device, as is `lpips`.
+        overlap (`int`, *optional*): Overlap (halo) of a tile in pixels. If not given 32, or less for a small tile.
+        resolution (`int`, *optional*): Side in pixels. The shorter side of each image is resized to it (bicubic) and
+            the centre cropped. Images keep their size if not given.
+        half_precision (`bool`, defaults to `False`): Also encode in bfloat16 and float16, and count the ids that
+            change. This needs two more copies of the model and three times the encoding.
+        lpips ([`LPIPS`], *optional*): Network of LPIPS, from [`load_lpips`]. Moved to the model's device.
+        inception (`nn.Module`, *optional*): Network of FID, from [`load_inception`]: maps uint8 images `(batch, 3,
+            height, width)` to features `(batch, n)`. Moved to the model's device.
 
     Raises:
-        ValueError: An option does not fit, no image can be read, or one would take more memory than is free.
+        ValueError: If an option is out of range, no image can be read, or an image needs more memory than is free.
     """
-    if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
-        raise ValueError(f"`modes` must be of {', '.join(MODES)}, each once, but are {', '.join(modes)}.")
-    if not scales or len(set(scales)) < len(scales) or not all(0 < scale < math.inf for scale in scales):
-        raise ValueError(f"`scales` must be finite numbers above 0, each once, but are {list(scales)}.")
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"`resolution` must be at least 1, but is {resolution}.")
+    _check_options(scales, modes, resolution)
     state = PartialState(cpu=model.device.type == "cpu")
-    tile_size = model.config["sample_size"] if tile_size is None else tile_size
-    if overlap is None:
-        overlap = max(0, min(OVERLAP // model.f, (tile_size // model.f - 1) // 2)) * model.f
-    evaluator = _Evaluator(model, scales, modes, tile_size, overlap, lpips, inception)
-    records: list[dict[str, Any]] = []
-    skipped: list[dict[str, Any]] = []
-    total = len(images) if isinstance(images, Sized) else None
-    bar = tqdm(images, total=total, unit="image", disable=None if state.is_main_process else True)
-    for place, source in enumerate(bar):
-        if place % state.num_processes != state.process_index:
-            continue
-        about: dict[str, Any] = {"place": place, "name": image_name(source, place)}
-        try:
-            image = read_image(source)
-        except (OSError, ValueError) as error:
-            skipped.append(about | {"reason": str(error)})
-            continue
-        if resolution is not None:
-            image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
-        records.append(about | evaluator.measure(image, **about))
-    records, skipped = (_gather(each) for each in (records, skipped))
+    evaluator = _Evaluator(model, scales, modes, tile_size, overlap, half_precision, lpips, inception)
+    records, skipped = _measure_images(evaluator, images, resolution, state)
     if not records:
         first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"at least one image must be readable, but none of {len(skipped)} is.{first}")
+        raise ValueError(f"At least one image must be readable, but none of {len(skipped)} is.{first}")
     results = evaluator.results(records)
     worst, best = evaluator.examples()
-    codes = model.quantize.embedding().detach()
     return Report(
         settings={
             "scales": list(scales),
             "modes": list(modes),
-            "tile_size": tile_size,
-            "overlap": overlap,
+            "tile_size": evaluator.model.tile_size,
+            "overlap": evaluator.model.overlap,
             "resolution": resolution,
+            "half_precision": half_precision,
             "device": model.device.type,
         },
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        codebook={
-            "size": len(codes),
-            "dim": codes.shape[1],
-            "fingerprint": model.codebook_fingerprint(),
-            "redundancy": metrics.redundancy(codes) if len(codes) > 1 else None,
-        },
+        codebook=_describe_codebook(model),
         results=results,
         codecs=_codec_means(records),
         images=records,
         skipped=skipped,
-        notes=_notes(results, records, lpips, inception),
+        notes=write_notes(results, records, lpips, inception),
         worst=worst,
         best=best,
     )
 
 
-class _Pass:
-    """One mode and scale, with its sums over the set."""
+def _check_options(scales: Sequence[float], modes: Sequence[str], resolution: int | None) -> None:
+    if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
+        raise ValueError(f"`modes` must be of {', '.join(MODES)}, each once, got {', '.join(modes) or 'none'}.")
+    if not scales or len(set(scales)) < len(scales) or not all(0 < scale < math.inf for scale in scales):
+        raise ValueError(f"`scales` must be finite numbers above 0, each once, got {list(scales)}.")
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"`resolution` must be at least 1, got {resolution}.")
+
+
+def _measure_images(
+    evaluator: "_Evaluator", images: Iterable[ImageSource], resolution: int | None, state: PartialState
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records of the readable images, and of the unreadable ones, of all processes in the order of the set."""
+    records: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    total = len(images) if isinstance(images, Sized) else None
+    bar = tqdm(images, total=total, unit="image", disable=None if state.is_main_process else True)
+    for index, source in enumerate(bar):
+        if index % state.num_processes != state.process_index:
+            continue
+        identity: dict[str, Any] = {"index": index, "name": image_name(source, index)}
+        try:
+            image = read_image(source)
+        except (OSError, ValueError) as error:
+            skipped.append(identity | {"reason": str(error)})
+            continue
+        if resolution is not None:
+            image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+        records.append(identity | evaluator.measure(image, **identity))
+    return _gather_records(records), _gather_records(skipped)
+
+
+class _ScaleTotals:
+    """Sums over the images of this process, for one mode and scale."""
 
     def __init__(self, mode: str, scale: float, model: SVQVAE, inception: nn.Module | None):
         self.mode = mode
@@ -212,11 +150,11 @@ class _Pass:
         self.fid: FrechetInceptionDistance | None = None
         if inception is not None:
             self.fid = FrechetInceptionDistance(inception)
-            self.fid.orig_dtype = torch.float32  # set by an image otherwise, of which a process may have none
-            self.fid.to("cpu" if model.device.type == "mps" else model.device)  # the former has no float64
+            self.fid.orig_dtype = torch.float32  # set by the first image otherwise; a process may have no image
+            self.fid.to("cpu" if model.device.type == "mps" else model.device)  # mps has no float64
 
     def add(self, ids: torch.Tensor, latents: torch.Tensor, sample: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds an image: its ids, its latents before quantisation, its reconstruction and its reference."""
+        """Adds one image: its ids, its latents before quantisation, its reconstruction and its reference."""
         self.counts += metrics.count_codes(ids, len(self.counts)).cpu()
         self.latent_sum += F.normalize(latents.float(), dim=1).cpu().double().sum((0, 2, 3))
         if self.fid is not None:
@@ -225,210 +163,169 @@ class _Pass:
 
 
 class _Evaluator:
-    """The model in all precisions, and what it came to so far in this process."""
+    """Copies of the model, and the sums and examples of this process."""
 
     def __init__(
         self,
         model: SVQVAE,
         scales: Sequence[float],
         modes: Sequence[str],
-        tile_size: int,
-        overlap: int,
+        tile_size: int | None,
+        overlap: int | None,
+        half_precision: bool,
         lpips: LPIPS | None,
         inception: nn.Module | None,
     ):
+        # `nn.Module.to`, because diffusers' own warns about the codebook, which stays float32 by itself.
         self.model = nn.Module.to(copy.deepcopy(model), torch.float32).eval()
-        self.half_models = {name: _half_model(self.model, dtype) for name, dtype in HALF_DTYPES.items()}
-        self.model.enable_tiling(tile_size, overlap)  # refuses what does not fit
+        self.model.enable_tiling(model.config["sample_size"] if tile_size is None else tile_size, overlap)
+        self.half_models = {
+            name: nn.Module.to(copy.deepcopy(self.model), dtype)
+            for name, dtype in (HALF_DTYPES if half_precision else {}).items()
+        }
         self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
         self.scales = list(scales)
-        self.tiles = (tile_size, overlap)
         self.lpips = lpips.to(model.device) if lpips is not None else None
-        self.passes = {mode: [_Pass(mode, scale, model, inception) for scale in scales] for mode in modes}
+        self.totals = {mode: [_ScaleTotals(mode, scale, model, inception) for scale in scales] for mode in modes}
         self.worst: list[Example] = []
         self.best: list[Example] = []
 
     @torch.inference_mode()
-    def measure(self, image: Image.Image, place: int, name: str) -> dict[str, Any]:
-        """Adds an image and gives its own numbers."""
-        sample = self.processor(image)["pixel_values"]
+    def measure(self, image: Image.Image, index: int, name: str) -> dict[str, Any]:
+        """Measures an image at all scales in all modes, adds it to the sums, and returns its values."""
+        sample = self.processor(image)["pixel_values"].to(self.model.device)
         results = []
-        for mode, passes in self.passes.items():
-            self._set_mode(mode)
+        for mode, totals in self.totals.items():
+            self._set_tiling(mode == "tiled")
             try:
                 check_memory(self.model, image.height, image.width, self.scales)
             except ValueError as error:
                 raise ValueError(f"`{name}`: {error}") from error
-            latents = self._encode(self.model, sample, torch.float32)
-            half_latents = {
-                key: self._encode(half, sample, HALF_DTYPES[key]) for key, half in self.half_models.items()
-            }
-            of_mode = [self._measure_scale(each, image, latents, half_latents) for each in passes]
-            results += [values for values, _ in of_mode]
-            if mode == next(iter(self.passes)):
-                psnr = [values["psnr"] for values, _ in of_mode]
-                reconstructions = [reconstruction for _, reconstruction in of_mode]
-                self._keep(Example(psnr, place, name, image.size, image, reconstructions))
-        return {
-            "width": image.width,
-            "height": image.height,
-            "results": results,
-            "codecs": codec_metrics(image, self.model.device),
-        }
+            latents = self.model.encode(sample).latents
+            half_latents = {key: half.encode(sample.to(half.dtype)).latents for key, half in self.half_models.items()}
+            per_scale = [self._measure_scale(each, image, latents, half_latents) for each in totals]
+            results += [values for values, _ in per_scale]
+            if mode == next(iter(self.totals)):
+                psnr = [values["psnr"] for values, _ in per_scale]
+                reconstructions = [reconstruction for _, reconstruction in per_scale]
+                self._keep_example(Example(psnr, index, name, image.size, image, reconstructions))
+        codecs = codec_metrics(image, self.model.device)
+        return {"width": image.width, "height": image.height, "results": results, "codecs": codecs}
+
+    def _set_tiling(self, tiled: bool) -> None:
+        for model in (self.model, *self.half_models.values()):
+            if tiled:
+                model.enable_tiling(model.tile_size, model.overlap)
+            else:
+                model.disable_tiling()
 
     def _measure_scale(
-        self, each: _Pass, image: Image.Image, latents: torch.Tensor, half_latents: dict[str, torch.Tensor]
+        self, totals: _ScaleTotals, image: Image.Image, latents: torch.Tensor, half_latents: dict[str, torch.Tensor]
     ) -> tuple[dict[str, Any], Image.Image]:
-        model, device = self.model, self.model.device
-        scaled = resize_latents(latents, each.scale)
+        model, device, scale = self.model, self.model.device, totals.scale
+        scaled = resize_latents(latents, scale)
         ids = model.quantize.nearest_ids(scaled)
-        decoded = model.resize_to_image(model.decode(ids).sample, (image.height, image.width), each.scale)
+        decoded = model.resize_to_image(model.decode(ids).sample, (image.height, image.width), scale)
         reconstruction = self.processor.postprocess(decoded)[0]
-        sample, target = (
-            to_tensor(shown, device) for shown in (reconstruction, resize_image(image, reconstruction.size))
-        )
-        each.add(ids, scaled, sample, target)
-        values: dict[str, Any] = {"mode": each.mode, "scale": each.scale, "ids": ids.numel()}
+        sample = to_tensor(reconstruction, device)
+        target = to_tensor(resize_image(image, reconstruction.size), device)
+        totals.add(ids, scaled, sample, target)
+        values: dict[str, Any] = {"mode": totals.mode, "scale": scale, "ids": ids.numel()}
         values |= image_metrics(sample, target, self.lpips)
-        at_full_size = full_size_metrics(reconstruction, image, device)
-        values |= {f"{key}_full_size": value for key, value in at_full_size.items()}
+        full_size = full_size_metrics(reconstruction, image, device)
+        values |= {f"{key}_full_size": value for key, value in full_size.items()}
         for key, half in half_latents.items():
-            half_ids = model.quantize.nearest_ids(resize_latents(half, each.scale))
-            values[f"ids_changed_{key}"] = metrics.share_changed(half_ids, ids)
+            half_ids = model.quantize.nearest_ids(resize_latents(half, scale))
+            values[f"ids_changed_{key}"] = metrics.fraction_changed(half_ids, ids)
         bits, pixels = math.log2(model.config["codebook_size"]), image.width * image.height
         values["bits_per_pixel"] = metrics.bits_per_pixel(ids.numel(), bits, pixels)
         return values, reconstruction
 
-    def results(self, records: Sequence[dict[str, Any]]) -> list[Result]:
-        """Means and sums over the images of all processes."""
-        results = []
-        passes = [each for passes in self.passes.values() for each in passes]
-        for number, each in enumerate(passes):
-            of_images = [record["results"][number] for record in records]
-            ids = sum(result["ids"] for result in of_images)
-            keys = [key for key in of_images[0] if key not in ("mode", "scale", "ids")]
-            values: dict[str, float | None] = {"ids": ids / len(records)}
-            values |= {key: _mean([result[key] for result in of_images]) for key in keys}
-            counts = torch.stack(gather_object([each.counts])).sum(0)
-            latent_sum = torch.stack(gather_object([each.latent_sum])).sum(0)
-            entropy = metrics.entropy(counts)
-            values |= {
-                "rfid": each.fid.compute().item() if each.fid is not None and len(records) > 1 else None,
-                "usage": metrics.usage(counts),
-                "perplexity": metrics.perplexity(counts),
-                "entropy": entropy,
-                "bits_per_pixel_entropy": _mean(
-                    [
-                        metrics.bits_per_pixel(result["ids"], entropy, record["width"] * record["height"])
-                        for result, record in zip(of_images, records, strict=True)
-                    ]
-                ),
-                "latent_cosine": metrics.mean_cosine(latent_sum, ids),
-            }
-            results.append(Result(each.mode, each.scale, values, counts.numpy()))
-        return results
+    def results(self, records: Sequence[dict[str, Any]]) -> list[ScaleResult]:
+        """Means and sums over the images of all processes, one result per mode and scale."""
+        all_totals = [each for per_scale in self.totals.values() for each in per_scale]
+        return [
+            _scale_result(totals, [record["results"][index] for record in records], records)
+            for index, totals in enumerate(all_totals)
+        ]
 
     def examples(self) -> tuple[list[Example], list[Example]]:
-        """The worst and the best images of all processes."""
-        return _first(gather_object(self.worst), 1), _first(gather_object(self.best), -1)
+        """Worst and best images of all processes."""
+        return _lowest_psnr(gather_object(self.worst)), _highest_psnr(gather_object(self.best))
 
-    def _set_mode(self, mode: str) -> None:
-        for model in (self.model, *self.half_models.values()):
-            if mode == "tiled":
-                model.enable_tiling(*self.tiles)
-            else:
-                model.disable_tiling()
-
-    def _encode(self, model: SVQVAE, sample: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return model.encode(sample.to(model.device, dtype).to(model.dtype)).latents
-
-    def _keep(self, example: Example) -> None:
-        self.worst = _first([*self.worst, example], 1)
-        self.best = _first([*self.best, example], -1)
+    def _keep_example(self, example: Example) -> None:
+        self.worst = _lowest_psnr([*self.worst, example])
+        self.best = _highest_psnr([*self.best, example])
         if any(each is example for each in (*self.worst, *self.best)):
-            example.original = example.original.copy()  # the caller's goes on
+            example.original = example.original.copy()  # the image belongs to the caller
             for image in (example.original, *example.reconstructions):
                 image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
 
 
-def _half_model(model: SVQVAE, dtype: torch.dtype) -> SVQVAE:
-    half = copy.deepcopy(model)
-    nn.Module.to(half, dtype)  # diffusers' own `to` warns of the codebook, which keeps its type by itself
-    if dtype == torch.float16 and model.device.type == "cpu":
-        # torch's convolution is 40 times slower in float16 than in float32 there. In float32, from and to float16, it
-        # gives what a GPU gives, which adds up in float32.
-        for module in half.modules():
-            if isinstance(module, nn.Conv2d):
-                module.float()
-                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-                module.register_forward_hook(lambda _, inputs, output: output.half())
-    return half
+def _scale_result(
+    totals: _ScaleTotals, per_image: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
+) -> ScaleResult:
+    """Result of one mode and scale from the sums of all processes and the values of all images."""
+    ids = sum(values["ids"] for values in per_image)
+    counts = torch.stack(gather_object([totals.counts])).sum(0)
+    latent_sum = torch.stack(gather_object([totals.latent_sum])).sum(0)
+    entropy = metrics.entropy(counts)
+    entropy_rates = [
+        metrics.bits_per_pixel(values["ids"], entropy, record["width"] * record["height"])
+        for values, record in zip(per_image, records, strict=True)
+    ]
+    means = {
+        key: _mean([values[key] for values in per_image])
+        for key in per_image[0]
+        if key not in ("mode", "scale", "ids")
+    }
+    over_set = {
+        "rfid": totals.fid.compute().item() if totals.fid is not None and len(records) > 1 else None,
+        "usage": metrics.usage(counts),
+        "perplexity": metrics.perplexity(counts),
+        "entropy": entropy,
+        "bits_per_pixel_entropy": _mean(entropy_rates),
+        "latent_cosine": metrics.mean_cosine(latent_sum, ids),
+    }
+    return ScaleResult(totals.mode, totals.scale, {"ids": ids / len(records), **means, **over_set}, counts.numpy())
 
 
-def _first(examples: Iterable[Example], sign: int) -> list[Example]:
-    return sorted(examples, key=lambda example: (sign * example.psnr[0], example.place))[:NUM_EXAMPLES]
+def _describe_codebook(model: SVQVAE) -> dict[str, Any]:
+    codes = model.quantize.embedding().detach()
+    return {
+        "size": len(codes),
+        "dim": codes.shape[1],
+        "fingerprint": model.codebook_fingerprint(),
+        "redundancy": metrics.redundancy(codes) if len(codes) > 1 else None,
+    }
 
 
-def _gather(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of all processes in the order of the set."""
-    return sorted(gather_object(records), key=lambda record: record["place"])
+def _lowest_psnr(examples: Iterable[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: (example.psnr[0], example.index))[:NUM_EXAMPLES]
+
+
+def _highest_psnr(examples: Iterable[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: (-example.psnr[0], example.index))[:NUM_EXAMPLES]
+
+
+def _gather_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(gather_object(records), key=lambda record: record["index"])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what is there; of PSNR, without images that came back exactly unless all did."""
+    """Mean of the available values. Infinite PSNRs (exact images) are excluded unless all are infinite."""
     present = [value for value in values if value is not None]
     counted = [value for value in present if value != math.inf] or present
     return math.fsum(counted) / len(counted) if counted else None
 
 
 def _codec_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    results: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for result in (each for record in records for each in record["codecs"]):
-        results.setdefault((result["codec"], result["quality"]), []).append(result)
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for point in (each for record in records for each in record["codecs"]):
+        groups.setdefault((point["codec"], point["quality"]), []).append(point)
     return [
         {"codec": codec, "quality": quality}
-        | {key: _mean([each[key] for each in group]) for key in ("bits_per_pixel", "psnr", "ssim")}
-        | {"exact": sum(each["psnr"] == math.inf for each in group)}
-        for (codec, quality), group in results.items()
+        | {key: _mean([point[key] for point in group]) for key in ("bits_per_pixel", "psnr", "ssim")}
+        | {"exact": sum(point["psnr"] == math.inf for point in group)}
+        for (codec, quality), group in groups.items()
     ]
-
-
-def _notes(
-    results: Sequence[Result], records: Sequence[dict[str, Any]], lpips: LPIPS | None, inception: nn.Module | None
-) -> list[str]:
-    """What was not computed, and what a small set makes doubtful."""
-    notes = [NEEDS[key] for key, network in (("lpips", lpips), ("rfid", inception)) if network is None]
-    if inception is not None and len(records) < MANY_IMAGES:
-        notes.append(
-            f"rFID of {len(records)} images is far from that of many, and cannot be compared with published numbers."
-            if len(records) > 1
-            else "rFID was not computed: it needs at least two images."
-        )
-    sides = {"ssim": ("SSIM", metrics.SSIM_SIDE), "ms_ssim": ("MS-SSIM", metrics.MS_SSIM_SIDE)}
-    if lpips is not None:
-        sides["lpips"] = ("LPIPS", lpips.min_side)
-    of_mode = [result for result in results if result.mode == results[0].mode]
-    for number, result in enumerate(of_mode):
-        for key, (title, side) in sides.items():
-            fitting = sum(record["results"][number][key] is not None for record in records)
-            if fitting < len(records):
-                notes.append(
-                    f"{title} at scale {result.scale:g} is of {fitting} of {len(records)} images: it needs sides of "
-                    f"at least {side} pixels."
-                )
-    for number, result in enumerate(results):
-        exact, at_full_size = (
-            sum(record["results"][number][key] == math.inf for record in records) for key in ("psnr", "psnr_full_size")
-        )
-        if exact or at_full_size:
-            notes.append(
-                f"PSNR ({result.mode}, scale {result.scale:g}) is infinite for {exact} of {len(records)} images, at "
-                f"full size for {at_full_size}: they came back exactly. The means are of the others, if there are any."
-            )
-    few = [f"{each.scale:g}" for each in of_mode if each.counts.sum() < IDS_PER_CODE * len(each.counts)]
-    if few:
-        notes.append(
-            f"The set gives fewer than {IDS_PER_CODE} ids a code (scale {', '.join(few)}): codes used, perplexity, "
-            "entropy and entropy-coded bits would be higher on a larger one."
-        )
-    return notes

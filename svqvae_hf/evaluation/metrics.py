@@ -1,4 +1,4 @@
-"""Numbers of images, ids, codes and latents: pure functions."""
+"""Metrics of images, ids, codes and latents, as pure functions."""
 
 import math
 
@@ -10,14 +10,14 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-SSIM_SIDE = 11  # pixels of the shorter side that SSIM needs: its window
-SSIM_BAND = 256  # rows of places measured at once, for the memory that they take
-MS_SSIM_SIDE = 176  # likewise, for five scales, as torchmetrics counts
-SEARCH_SCORES = 1 << 22  # cosines held at once: 16 MiB in float32
+SSIM_SIDE = 11  # smallest side for SSIM in pixels, its window
+SSIM_BAND = 256  # rows of window positions per pass, to bound memory
+MS_SSIM_SIDE = 176  # smallest side for MS-SSIM in pixels, as torchmetrics checks it
+SEARCH_SCORES = 1 << 22  # cosines held at once, 16 MiB in float32
 
 
 def psnr(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image: `10 log10(data_range^2 / mean((sample - target)^2))`.
+    """Peak signal-to-noise ratio per image: `10 log10(data_range^2 / mean((sample - target)^2))`.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images, uint8 or floating point.
@@ -25,7 +25,7 @@ def psnr(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) 
         data_range (`float`, defaults to 255.0): White minus black.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`: In dB, float32; infinite for equal images.
+        `torch.Tensor` of shape `(batch,)`: PSNR in dB, float32; infinite for equal images.
     """
     return peak_signal_noise_ratio(
         sample.float(), target.float(), data_range=data_range, reduction="none", dim=(1, 2, 3)
@@ -33,23 +33,23 @@ def psnr(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) 
 
 
 def ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) -> torch.Tensor:
-    """Structural similarity of each image, by Gaussian windows of 11 pixels with a sigma of 1.5.
+    """Structural similarity per image, with Gaussian windows of 11 pixels and a sigma of 1.5.
 
     Args:
-        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images, sides of at least `SSIM_SIDE`.
+        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images, sides at least `SSIM_SIDE`.
         target (`torch.Tensor` of shape `(batch, channels, height, width)`): Their references.
         data_range (`float`, defaults to 255.0): White minus black.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`: Mean over places where the window fits and over channels; 1 at best.
+        `torch.Tensor` of shape `(batch,)`: Mean over channels and over all positions where the window fits; 1 at best.
 
     Source: Wang et al., Image quality assessment, 2004, with its constants 0.01 and 0.03.
     """
     border = SSIM_SIDE // 2
-    places = sample.shape[-2] - 2 * border
+    num_rows = sample.shape[-2] - 2 * border  # rows of window positions
     total = torch.zeros(len(sample), device=sample.device)
-    for top in range(0, places, SSIM_BAND):
-        rows = slice(top, min(top + SSIM_BAND, places) + 2 * border)
+    for top in range(0, num_rows, SSIM_BAND):
+        rows = slice(top, min(top + SSIM_BAND, num_rows) + 2 * border)
         values = structural_similarity_index_measure(
             sample[..., rows, :].float(),
             target[..., rows, :].float(),
@@ -60,19 +60,19 @@ def ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) 
         )[1]
         inside = values[..., border : values.shape[-2] - border, border : values.shape[-1] - border]
         total += inside.mean((1, 2, 3)) * inside.shape[-2]
-    return total / places
+    return total / num_rows
 
 
 def ms_ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) -> torch.Tensor:
-    """Structural similarity of each image over five halvings of its size.
+    """Multi-scale structural similarity per image, over five scales that halve the size.
 
     Args:
-        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images, sides of at least `MS_SSIM_SIDE`.
+        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images, sides at least `MS_SSIM_SIDE`.
         target (`torch.Tensor` of shape `(batch, channels, height, width)`): Their references.
         data_range (`float`, defaults to 255.0): White minus black.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`: 1 at best; 0 where a scale has negative correlation.
+        `torch.Tensor` of shape `(batch,)`: 1 at best; 0 if the correlation is negative at a scale.
 
     Source: Wang et al., Multi-scale structural similarity, 2003, with its weights.
     """
@@ -82,37 +82,37 @@ def ms_ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.
 
 
 def count_codes(ids: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """How often each code occurs: `(codebook_size,)`, int64, for ids of any shape."""
+    """Occurrences of each code in ids of any shape: `(codebook_size,)`, int64."""
     return torch.bincount(ids.flatten(), minlength=codebook_size)
 
 
 def usage(counts: torch.Tensor) -> float:
-    """Share of the codebook that occurs at all, from the counts of [`count_codes`]."""
+    """Fraction of the codebook in use, from the counts of [`count_codes`]."""
     return (counts > 0).sum().item() / counts.numel()
 
 
 def entropy(counts: torch.Tensor) -> float:
-    """Bits per id, `-sum(p log2 p)` with p the shares of the codes: what an ideal code by their frequency takes."""
-    share = counts.cpu().double()  # some devices have no float64
-    share /= share.sum()
-    return abs(torch.special.xlogy(share, share).sum().item()) / math.log(2)
+    """Entropy in bits per id, `-sum(p log2 p)` over the frequencies of codes: the rate of an ideal entropy coder."""
+    frequency = counts.cpu().double()  # some devices have no float64
+    frequency /= frequency.sum()
+    return abs(torch.special.xlogy(frequency, frequency).sum().item()) / math.log(2)
 
 
 def perplexity(counts: torch.Tensor) -> float:
-    """As many equally frequent codes would have the same entropy: `2 ** entropy`, from 1 to the codebook size."""
+    """Number of equally frequent codes with the same entropy: `2 ** entropy`, from 1 to the codebook size."""
     return 2 ** entropy(counts)
 
 
 def bits_per_pixel(ids: int, bits_per_id: float, pixels: int) -> float:
-    """Bits of an image's ids per pixel of the image: `ids * bits_per_id / pixels`."""
+    """Rate of an image's ids: `ids * bits_per_id / pixels`."""
     return ids * bits_per_id / pixels
 
 
 def redundancy(codes: torch.Tensor) -> float:
-    """Mean cosine of each code and the nearest of the others: near 1 if codes repeat each other.
+    """Mean cosine between each code and its nearest neighbour: near 1 if codes repeat each other.
 
     Args:
-        codes (`torch.Tensor` of shape `(codebook_size, dim)`): At least two codes, of any length.
+        codes (`torch.Tensor` of shape `(codebook_size, dim)`): At least two codes of any norm.
     """
     unit = F.normalize(codes.float(), dim=-1)
     nearest = []
@@ -124,11 +124,11 @@ def redundancy(codes: torch.Tensor) -> float:
 
 
 def mean_cosine(latent_sum: torch.Tensor, count: int) -> float:
-    """Mean cosine of all pairs of latents, each with itself too: the squared length of their mean.
+    """Mean cosine over all pairs of latents, self-pairs included: the squared norm of their mean.
 
     Args:
-        latent_sum (`torch.Tensor` of shape `(dim,)`): Sum of the latents, each normalised to length 1.
-        count (`int`): How many there are.
+        latent_sum (`torch.Tensor` of shape `(dim,)`): Sum of the latents, each of norm 1.
+        count (`int`): Number of latents.
 
     Returns:
         `float`: 0 for latents spread evenly over the sphere, 1 for equal ones.
@@ -136,6 +136,6 @@ def mean_cosine(latent_sum: torch.Tensor, count: int) -> float:
     return (latent_sum.cpu().double() / count).square().sum().item()
 
 
-def share_changed(ids: torch.Tensor, reference: torch.Tensor) -> float:
-    """Share of ids that differ from those of a reference of the same shape."""
+def fraction_changed(ids: torch.Tensor, reference: torch.Tensor) -> float:
+    """Fraction of ids that differ from the reference, which has the same shape."""
     return (ids != reference).sum().item() / ids.numel()

@@ -1,4 +1,4 @@
-"""Networks that compare images as people do: LPIPS, and the Inception network of FID."""
+"""Perceptual networks: LPIPS, and the Inception network of FID. Loads their weights from files."""
 
 import tempfile
 import warnings
@@ -17,7 +17,7 @@ from svqvae_hf.untrusted.pickles import load_pickle
 
 
 class Backbone(NamedTuple):
-    """A network of LPIPS: the name of torchvision's weights, and the smallest image side it takes, in pixels."""
+    """Network under LPIPS: the name of its torchvision weights, and the smallest image side in pixels."""
 
     weights: str
     min_side: int
@@ -28,70 +28,70 @@ BACKBONES = {
     "alex": Backbone("AlexNet_Weights.IMAGENET1K_V1", 31),
     "squeeze": Backbone("SqueezeNet1_1_Weights.IMAGENET1K_V1", 17),
 }
-NORM_EPS = 1e-10  # the package's
+NORM_EPS = 1e-10  # as in the `lpips` package
 INCEPTION_FEATURES = 2048
 
 
 class LPIPS(lpips.LPIPS):
-    """The `lpips` package's distance, as a loss: frozen, in evaluation mode whatever its parent does.
+    """LPIPS of the `lpips` package as a loss: frozen, and always in evaluation mode.
 
-    The network runs in the type of autocast, the distance of its features in float32. Its gradient is finite even
-    where the features of a place are so small that their norm is 0; in the package it is not.
+    The network runs in autocast's dtype, the distance between its features in float32. Unlike the package's gradient,
+    this one stays finite if the features at a position are so small that their norm is 0.
 
     Source: arXiv 1801.03924, section 3.
     """
 
     def __init__(self, net: str):
-        # The package looks for its linear layers beside the class's file, which is this one.
+        # The package looks for its linear layers beside the file that defines the class, here this one.
         linear_layers = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
         with warnings.catch_warnings():
-            # The package calls torchvision by arguments that are deprecated.
+            # The package calls torchvision with deprecated arguments.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torchvision\.models\._utils")
             super().__init__(net=net, pnet_rand=True, model_path=str(linear_layers), verbose=False)
         self.min_side = BACKBONES[net].min_side
         self.requires_grad_(False)
 
     def forward(self, sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean distance of pairs of images.
+        """Mean distance between pairs of images.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1], sides at least
-                `min_side`.
-            target (`torch.Tensor` of shape `(batch, 3, height, width)`): Their references, likewise.
+            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1] with sides of at
+                least `min_side` pixels.
+            target (`torch.Tensor` of shape `(batch, 3, height, width)`): Their references in [-1, 1].
 
         Returns:
-            `torch.Tensor`: Scalar in float32, the mean over the batch.
+            `torch.Tensor`: Mean over the batch, a float32 scalar.
         """
         features = [self.net(self.scaling_layer(image)) for image in (sample, target)]
         with torch.autocast(sample.device.type, enabled=False):
             distances = []
             for linear, *pair in zip(self.lins, *features, strict=True):
-                of_sample, of_target = (F.normalize(each.float(), dim=1, eps=NORM_EPS) for each in pair)
-                distances.append(linear((of_sample - of_target).square()).mean())
+                unit_sample, unit_target = (F.normalize(each.float(), dim=1, eps=NORM_EPS) for each in pair)
+                distances.append(linear((unit_sample - unit_target).square()).mean())
         return torch.stack(distances).sum()
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Stays in evaluation mode."""
+        """Stays in evaluation mode, because the distance must not depend on the parent's mode."""
         return super().train(False)
 
 
 def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
-    """Loads LPIPS. Its linear layers come with the `lpips` package, the weights of the network under them do not.
+    """Loads LPIPS. The `lpips` package contains its linear layers, but not the weights of the network under them.
 
     Args:
         net (`str`): "vgg", "alex" or "squeeze".
         weights (`str` or `Path`, *optional*): State dict of torchvision's network, `.safetensors` or a pickle with
-            weights only; its classifier is not needed. Downloaded, as torchvision does, if not given.
+            weights only. Its classifier is not needed. Downloaded from torchvision's address if not given.
 
     Raises:
-        OSError: If the file is not there, or the weights cannot be downloaded.
-        ValueError: If the network is unknown, or the file cannot be read or is of another network.
+        OSError: If the file does not exist, or the weights cannot be downloaded.
+        ValueError: If the network is unknown, or the file cannot be read or belongs to another network.
     """
     if net not in BACKBONES:
-        raise ValueError(f"The network of LPIPS must be one of {', '.join(BACKBONES)}, but is {net!r}.")
-    state_dict = _download(net) if weights is None else _read(Path(weights), "LPIPS's network")
+        raise ValueError(f"The network of LPIPS must be one of {', '.join(BACKBONES)}, got {net!r}.")
+    state_dict = _download_weights(net) if weights is None else _read_weights(Path(weights), "LPIPS's network")
     model = LPIPS(net)
-    # `slice2.5.bias`: the number is that of torchvision's layer.
+    # The package writes `slice2.5.bias` for torchvision's `features.5.bias`.
     names = {key: f"features.{key.partition('.')[2]}" for key in model.net.state_dict()}
     expected = {names[key]: tensor.shape for key, tensor in model.net.state_dict().items()}
     given = {name: tensor.shape for name, tensor in state_dict.items() if not name.startswith("classifier.")}
@@ -107,22 +107,22 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
 
 
 def load_inception(weights: str | Path) -> NoTrainInceptionV3:
-    """Loads the Inception network that FID is defined by, with TensorFlow's weights and resizing.
+    """Loads the Inception network that defines FID, with TensorFlow's weights and resizing.
 
     Args:
-        weights (`str` or `Path`): torch-fidelity's state dict of it (`pt_inception-2015-12-05-6726825d.pth`),
+        weights (`str` or `Path`): State dict from torch-fidelity (`pt_inception-2015-12-05-6726825d.pth`),
             `.safetensors` or a pickle with weights only.
 
     Returns:
-        `nn.Module`: Takes images `(batch, 3, height, width)` in uint8 and gives features `(batch, 2048)`.
+        `nn.Module`: Maps images `(batch, 3, height, width)` in uint8 to features `(batch, 2048)`.
 
     Raises:
-        OSError: If the file is not there.
-        ValueError: If the file cannot be read or is of another network.
+        OSError: If the file does not exist.
+        ValueError: If the file cannot be read or belongs to another network.
     """
-    state_dict = _read(Path(weights), "FID's Inception network")
+    state_dict = _read_weights(Path(weights), "FID's Inception network")
     with tempfile.NamedTemporaryFile(suffix=".pth") as copy:
-        # torch-fidelity would run whatever a pickle holds; a copy of the weights alone holds nothing to run.
+        # torch-fidelity loads pickles without `weights_only`, so it gets a copy that holds nothing but tensors.
         torch.save(dict(state_dict), copy.name)
         try:
             inception = NoTrainInceptionV3(
@@ -130,36 +130,36 @@ def load_inception(weights: str | Path) -> NoTrainInceptionV3:
             )
         except RuntimeError as error:  # keys or shapes
             raise ValueError(
-                f"`{weights}` must hold the weights of torch-fidelity's Inception network, but its keys or shapes are "
-                "others. Pass the file `pt_inception-2015-12-05-6726825d.pth`."
+                f"`{weights}` must hold the weights of torch-fidelity's Inception network, but its keys or shapes "
+                "differ. Pass the file `pt_inception-2015-12-05-6726825d.pth`."
             ) from error
     inception.num_features = INCEPTION_FEATURES
     return inception
 
 
-def _download(net: str) -> Mapping[str, torch.Tensor]:
+def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
     url = get_weight(BACKBONES[net].weights).url
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # the latter where the hash is wrong
+    except (OSError, RuntimeError) as error:  # RuntimeError for a wrong hash
         raise OSError(
-            f"The weights of LPIPS's network, {url}, cannot be downloaded: {error}. Download the file elsewhere and "
+            f"Could not download the weights of LPIPS's network from {url}: {error}. Download the file elsewhere and "
             "pass its path."
         ) from error
 
 
-def _read(path: Path, what: str) -> Mapping[str, torch.Tensor]:
+def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"The weights of {what} must be a file, but `{path}` is not one.")
+        raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state_dict = load_pickle(path)
         if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()):
-            raise TypeError("not names and tensors alone")
+            raise TypeError("holds more than names and tensors")
     except OSError:
         raise
-    except Exception as error:  # a broken pickle makes the reader raise almost anything
+    except Exception as error:  # a broken pickle can raise almost any type
         raise ValueError(
             f"`{path}` must be a state dict, .safetensors or a pickle with weights only, but cannot be read as one. "
             "Save the weights of the network alone: `torch.save(model.state_dict(), file)`."

@@ -1,4 +1,4 @@
-"""The files that tell what `evaluate` found: numbers, tables, plots and metadata of a card."""
+"""Writes the report of an evaluation as files: JSON, Markdown tables, plots, examples and metadata of a model card."""
 
 import io
 import json
@@ -17,16 +17,23 @@ from PIL import Image
 from svqvae_hf.atomic_io import save_png, write_file
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.evaluation.contact_sheet import Panel, contact_sheet
-from svqvae_hf.evaluation.evaluate import Example, Report, Result
+from svqvae_hf.evaluation.results import Example, Report, ScaleResult
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito: told apart by all
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+)  # Okabe and Ito, safe for colour blindness
 GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":")}
 DPI = 150
 BACKGROUND = "#ffffff"
 
 
 class Metric(NamedTuple):
-    """How a number of a [`Result`] is shown."""
+    """Title and number format of a value of a [`ScaleResult`]."""
 
     title: str
     format: str
@@ -40,12 +47,12 @@ METRICS = {
     "rfid": Metric("rFID", ".2f"),
     "psnr_full_size": Metric("PSNR at full size, dB", ".2f"),
     "ssim_full_size": Metric("SSIM at full size", ".4f"),
-    "ids": Metric("ids an image", ".0f"),
+    "ids": Metric("ids per image", ".0f"),
     "bits_per_pixel": Metric("bits per pixel", ".4f"),
     "bits_per_pixel_entropy": Metric("bits per pixel, entropy-coded", ".4f"),
     "usage": Metric("codes used", ".1%"),
     "perplexity": Metric("perplexity", ".0f"),
-    "entropy": Metric("entropy, bits an id", ".2f"),
+    "entropy": Metric("entropy, bits per id", ".2f"),
     "latent_cosine": Metric("mean cosine of latents", ".3f"),
     "ids_changed_bfloat16": Metric("ids changed in bfloat16", ".1%"),
     "ids_changed_float16": Metric("ids changed in float16", ".1%"),
@@ -56,6 +63,12 @@ TABLES = {
     "Ids": ("usage", "perplexity", "entropy", "latent_cosine", "ids_changed_bfloat16", "ids_changed_float16"),
 }
 CARD_METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "rfid", "usage", "perplexity", "bits_per_pixel")
+PICTURES = (
+    "![Bits per pixel against PSNR and SSIM](rate_distortion.png)",
+    "![Frequencies of codes](codebook.png)",
+    "![Images with the lowest PSNR and their reconstructions](worst.png)",
+    "![Images with the highest PSNR and their reconstructions](best.png)",
+)
 MODE_NAMES = {"plain": "whole image", "tiled": "tiles of {tile_size} pixels"}
 
 
@@ -63,11 +76,11 @@ def write_report(report: Report, folder: Path) -> None:
     """Writes `report.json`, `report.md`, `model-index.yaml` and four pictures.
 
     Args:
-        report ([`Report`]): What was found; `settings` also has `model` and `data`.
-        folder (`Path`): Folder to write to; made if need be.
+        report ([`Report`]): Results. Its `settings` must also have `model` and `data`.
+        folder (`Path`): Folder to write to, created if it does not exist.
 
     Raises:
-        OSError: A file cannot be written.
+        OSError: If a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "report.json", (json.dumps(_document(report), allow_nan=False) + "\n").encode())
@@ -80,7 +93,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The report as text with tables."""
+    """Formats the report as Markdown."""
     settings, codebook = report.settings, report.codebook
     lines = [
         f"# Evaluation of `{settings['model']}`",
@@ -89,30 +102,23 @@ def markdown(report: Report) -> str:
         + "".join(f", {key} `{settings[key]}`" for key in ("config", "split") if settings.get(key))
         + (f", resized and cropped to {settings['resolution']} pixels a side." if settings["resolution"] else "."),
         f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions; "
-        + f"the mean cosine of a code and the nearest other is {_cell(codebook['redundancy'], '.3f')}.",
+        + f"the mean cosine between a code and its nearest neighbour is {_cell(codebook['redundancy'], '.3f')}.",
     ]
     for title, keys in TABLES.items():
         lines += ["", f"## {title}", "", *results_table(report, keys)]
-    lines += ["", "## Other codecs", "", *_codec_table(report)]
+    lines += ["", "## JPEG and WebP", "", *_codec_table(report)]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     if report.skipped:
-        lines += ["", f"## Skipped: {len(report.skipped)} that could not be read", ""]
-        lines += [f"- `{each['name']}` (place {each['place']}): {each['reason']}" for each in report.skipped]
-    lines += ["", "## Pictures", ""]
-    lines += [
-        "![Bits per pixel against PSNR and SSIM](rate_distortion.png)",
-        "![How often codes occur](codebook.png)",
-        "![Images of the lowest PSNR with their reconstructions](worst.png)",
-        "![Images of the highest PSNR with their reconstructions](best.png)",
-        "",
-        "Made with " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
-    ]
+        lines += ["", f"## Skipped: {len(report.skipped)} unreadable", ""]
+        lines += [f"- `{each['name']}` (index {each['index']}): {each['reason']}" for each in report.skipped]
+    libraries = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    lines += ["", "## Pictures", "", *PICTURES, "", f"Made with {libraries}."]
     return "\n".join(lines) + "\n"
 
 
 def summary(report: Report) -> str:
-    """The main numbers, for a terminal."""
+    """Formats the main values and the notes for a terminal."""
     lines = results_table(report, ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel"))
     if len(report.skipped) == 1:
         lines.append("1 image could not be read; the report names it.")
@@ -122,27 +128,28 @@ def summary(report: Report) -> str:
 
 
 def results_table(report: Report, keys: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table: a row per mode and scale, a column per metric."""
+    """Lines of a Markdown table: a row per mode and scale, a column per value that was asked for."""
+    shown = [key for key in keys if key in report.results[0].values]
     rows = [
         [
             _mode_name(report, result),
             f"{result.scale:g}",
-            *(_cell(result.values[key], METRICS[key].format) for key in keys),
+            *(_cell(result.values[key], METRICS[key].format) for key in shown),
         ]
         for result in report.results
     ]
-    return _table(["images", "scale", *(METRICS[key].title for key in keys)], rows)
+    return _table(["images", "scale", *(METRICS[key].title for key in shown)], rows)
 
 
 def eval_results(report: Report) -> list[EvalResult]:
-    """The numbers of the first mode as metadata of a model card: for [`~svqvae_hf.hub.model_cards.model_card`]."""
+    """Values of the first mode as metadata for [`~svqvae_hf.hub.model_cards.model_card`]."""
     settings = report.settings
     data = settings["data"][0]
     return [
         EvalResult(
             task_type="image-to-image",
             dataset_type=data if is_hub_set(data) else "imagefolder",
-            dataset_name=_name(data),
+            dataset_name=_last_part(data),
             dataset_config=settings.get("config"),
             dataset_split=settings.get("split"),
             metric_type=key,
@@ -150,15 +157,14 @@ def eval_results(report: Report) -> list[EvalResult]:
             metric_value=round(value, 4),
             metric_args={"scale": result.scale, "mode": result.mode, "images": len(report.images)},
         )
-        for result in report.results
-        if result.mode == report.results[0].mode
+        for result in _first_mode(report)
         for key in CARD_METRICS
         if (value := result.values[key]) is not None and math.isfinite(value)
     ]
 
 
 def codebook_figure(report: Report) -> Figure:
-    """How often codes occur, most frequent first, a line per scale of the first mode."""
+    """Plots how often each code occurs, most frequent first, with a line per scale of the first mode."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     size = report.codebook["size"]
@@ -183,37 +189,11 @@ def codebook_figure(report: Report) -> Figure:
 
 
 def rate_figure(report: Report) -> Figure:
-    """Bits per pixel against PSNR and SSIM at full size, beside JPEG and WebP."""
+    """Plots PSNR and SSIM at full size against bits per pixel, with JPEG and WebP for comparison."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
-    results = sorted(_first_mode(report), key=lambda result: result.values["bits_per_pixel"] or 0)
     for axes, key, label in zip(figure.subplots(1, 2), ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
-        for codec, (colour, style) in GREYS.items():
-            points = [each for each in report.codecs if each["codec"] == codec and _finite(each[key])]
-            axes.plot(
-                [each["bits_per_pixel"] for each in points],
-                [each[key] for each in points],
-                color=colour,
-                linestyle=style,
-                marker=".",
-                label=codec,
-            )
-        shown = [result for result in results if _finite(result.values[f"{key}_full_size"])]
-        values = [result.values[f"{key}_full_size"] for result in shown]
-        for rate, fill, name in (
-            ("bits_per_pixel", "white", "ids, plain"),
-            ("bits_per_pixel_entropy", COLOURS[0], "ids, entropy-coded"),
-        ):
-            rates = [result.values[rate] for result in shown]
-            axes.plot(rates, values, color=COLOURS[0], marker="o", markerfacecolor=fill, linewidth=1.2, label=name)
-        for result, value in zip(shown, values, strict=True):
-            axes.annotate(
-                f"scale {result.scale:g}",
-                (result.values["bits_per_pixel"], value),
-                xytext=(4, -12),
-                textcoords="offset points",
-                fontsize=8,
-                color=COLOURS[0],
-            )
+        _plot_codecs(axes, report, key)
+        _plot_scales(axes, report, f"{key}_full_size")
         axes.set(xscale="log", xlabel="bits per pixel of the image", ylabel=f"{label}, at the image's size")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         _finish(axes)
@@ -221,8 +201,36 @@ def rate_figure(report: Report) -> Figure:
     return figure
 
 
+def _plot_codecs(axes: Axes, report: Report, key: str) -> None:
+    for codec, (colour, style) in GREYS.items():
+        points = [each for each in report.codecs if each["codec"] == codec and _is_finite(each[key])]
+        rates, values = ([each[name] for each in points] for name in ("bits_per_pixel", key))
+        axes.plot(rates, values, color=colour, linestyle=style, marker=".", label=codec)
+
+
+def _plot_scales(axes: Axes, report: Report, key: str) -> None:
+    results = sorted(_first_mode(report), key=lambda result: result.values["bits_per_pixel"] or 0)
+    shown = [result for result in results if _is_finite(result.values[key])]
+    values = np.array([result.values[key] for result in shown], float)
+    for rate, fill, name in (
+        ("bits_per_pixel", "white", "ids, plain"),
+        ("bits_per_pixel_entropy", COLOURS[0], "ids, entropy-coded"),
+    ):
+        rates = np.array([result.values[rate] for result in shown], float)
+        axes.plot(rates, values, color=COLOURS[0], marker="o", markerfacecolor=fill, linewidth=1.2, label=name)
+    for result, value in zip(shown, values, strict=True):
+        axes.annotate(
+            f"scale {result.scale:g}",
+            (result.values["bits_per_pixel"], value),
+            xytext=(4, -12),
+            textcoords="offset points",
+            fontsize=8,
+            color=COLOURS[0],
+        )
+
+
 def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Image.Image:
-    """A row per image: the original, then its reconstructions."""
+    """Sheet with a row per image: the original, then its reconstructions."""
     rows = []
     for example in examples:
         panels = [Panel(example.original, example.name, "{} x {} pixels".format(*example.size))]
@@ -238,8 +246,8 @@ def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Imag
 
 
 def _document(report: Report) -> dict[str, Any]:
-    """The content of `report.json`: a value that is infinite is the text "inf"."""
-    return _plain(
+    """Content of `report.json`. JSON has no infinity, so infinite values become the text "inf"."""
+    return _jsonable(
         {
             "settings": report.settings,
             "versions": report.versions,
@@ -256,20 +264,20 @@ def _document(report: Report) -> dict[str, Any]:
     )
 
 
-def _plain(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _jsonable(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [_jsonable(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _model_index(report: Report) -> str:
-    return ModelCardData(model_name=_name(report.settings["model"]), eval_results=eval_results(report)).to_yaml()
+    return ModelCardData(model_name=_last_part(report.settings["model"]), eval_results=eval_results(report)).to_yaml()
 
 
-def _name(source: str) -> str:
-    """The last part of a path or Hub id; that of the folder meant, where it is `.` or `..`."""
+def _last_part(source: str) -> str:
+    """Last part of a path or Hub id. `.` and `..` are resolved first."""
     return Path(source).resolve().name
 
 
@@ -291,11 +299,11 @@ def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _mode_name(report: Report, result: Result) -> str:
+def _mode_name(report: Report, result: ScaleResult) -> str:
     return MODE_NAMES[result.mode].format(**report.settings)
 
 
-def _first_mode(report: Report) -> list[Result]:
+def _first_mode(report: Report) -> list[ScaleResult]:
     return [result for result in report.results if result.mode == report.results[0].mode]
 
 
@@ -303,7 +311,7 @@ def _colours(report: Report) -> list[str]:
     return [COLOURS[index % len(COLOURS)] for index in range(len(_first_mode(report)))]
 
 
-def _finite(value: float | None) -> bool:
+def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 

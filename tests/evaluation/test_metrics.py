@@ -130,11 +130,11 @@ def test_devices_without_float64():
         (metrics.entropy, counts),
         (metrics.redundancy, codes),
         (metrics.mean_cosine, codes[0], 4),
-        (metrics.share_changed, counts, counts.flip(0)),
+        (metrics.fraction_changed, counts, counts.flip(0)),
     ):
         first, *others = arguments
         assert function(first.as_subclass(OnSmallDevice), *others) == function(*arguments)
 
 
-def test_share_changed():
-    assert metrics.share_changed(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]])) == 0.25
+def test_fraction_changed():
+    assert metrics.fraction_changed(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]])) == 0.25

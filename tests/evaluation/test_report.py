@@ -34,7 +34,8 @@ def evaluated():
     generator = np.random.default_rng(0)
     noise = [generator.integers(256, size=(6, 8, 3), dtype=np.uint8) for _ in range(3)]
     images = [Image.fromarray(each).resize((40, 30)) for each in noise]
-    return evaluate(make_tiny(), [*images, {"bytes": b"", "path": "broken.png"}], scales=[1.0, 0.5])
+    images.append({"bytes": b"", "path": "broken.png"})
+    return evaluate(make_tiny(), images, scales=[1.0, 0.5], half_precision=True)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_files(report, tmp_path):
             assert min(image.size) >= 300
 
 
-def test_json_holds_everything(report, tmp_path):
+def test_json_has_all_values(report, tmp_path):
     report.images[0]["results"][0]["psnr"] = report.results[0].values["psnr"] = math.inf
     write_report(report, tmp_path)
     document = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
@@ -65,7 +66,7 @@ def test_json_holds_everything(report, tmp_path):
     assert document["skipped"][0]["name"] == "broken.png"
 
 
-def test_every_number_is_in_a_table(report):
+def test_every_value_is_in_a_table(report):
     assert sorted(key for keys in TABLES.values() for key in keys) == sorted(METRICS)
     assert set(METRICS) == set(report.results[0].values)
     text = markdown(report)
@@ -73,12 +74,20 @@ def test_every_number_is_in_a_table(report):
         assert f"{result.values['psnr']:.2f}" in text
         assert f"{result.values['ids_changed_bfloat16']:.1%}" in text
     assert "On 3 images of `org/photos`, split `test`." in text
-    assert "- LPIPS was not computed: give --lpips-weights" in text
-    assert "- `broken.png` (place 3): the image must be an image" in text
+    assert "- LPIPS was not computed. Pass --lpips-weights" in text
+    assert "- `broken.png` (index 3): the image must be an image" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert sum("tiles of 256 pixels" in row for row in rows) == 3 * 2
     tables = [block.splitlines() for block in text.split("\n\n") if block[0] == "|"]
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
+
+
+def test_no_column_for_half_precision_without_its_values(report):
+    for result in report.results:
+        del result.values["ids_changed_bfloat16"], result.values["ids_changed_float16"]
+    text = markdown(report)
+    assert "entropy, bits per id" in text
+    assert "ids changed" not in text
 
 
 def test_metadata_of_the_card(report, tmp_path):
@@ -96,7 +105,7 @@ def test_metadata_of_the_card(report, tmp_path):
     assert (result.dataset_type, result.dataset_name) == ("imagefolder", tmp_path.name)
 
 
-def test_a_folder_named_by_dots_has_its_name_in_the_metadata(report, tmp_path, monkeypatch):
+def test_dots_are_resolved_in_the_metadata(report, tmp_path, monkeypatch):
     (tmp_path / "model" / "photos").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "model" / "photos")
     report.settings |= {"model": "..", "data": ["."]}
@@ -106,26 +115,26 @@ def test_a_folder_named_by_dots_has_its_name_in_the_metadata(report, tmp_path, m
     assert {result["dataset"]["name"] for result in index["results"]} == {"photos"}
 
 
-def test_the_plot_leaves_out_infinite_values(report):
+def test_plot_excludes_infinite_values(report):
     report.codecs[0]["psnr"] = math.inf
     psnr, ssim = rate_figure(report).axes
     assert [len(axes.get_lines()[0].get_xdata()) for axes in (psnr, ssim)] == [5, 6]
 
 
-def test_one_point_per_scale_and_codec_quality(report):
+def test_rate_figure_has_a_point_per_scale_and_quality(report):
     for axes, key in zip(rate_figure(report).axes, ("psnr", "ssim"), strict=True):
         lines = {line.get_label(): line for line in axes.get_lines()}
         assert list(lines) == ["JPEG", "WebP", "ids, plain", "ids, entropy-coded"]
-        from_the_left = report.results[1::-1]
+        by_rate = report.results[1::-1]
         for label, rate in (("ids, plain", "bits_per_pixel"), ("ids, entropy-coded", "bits_per_pixel_entropy")):
-            assert list(lines[label].get_xdata()) == [each.values[rate] for each in from_the_left]
-            assert list(lines[label].get_ydata()) == [each.values[f"{key}_full_size"] for each in from_the_left]
+            assert list(lines[label].get_xdata()) == [each.values[rate] for each in by_rate]
+            assert list(lines[label].get_ydata()) == [each.values[f"{key}_full_size"] for each in by_rate]
         assert len(lines["JPEG"].get_xdata()) == 6
         assert axes.get_xlabel() == "bits per pixel of the image"
         assert key.upper() in axes.get_ylabel()
 
 
-def test_a_line_of_codes_per_scale(report):
+def test_codebook_figure_has_a_line_per_scale(report):
     (axes,) = codebook_figure(report).axes
     lines = [line for line in axes.get_lines() if line.get_label().startswith("scale")]
     for line, result in zip(lines, report.results[:2], strict=True):
@@ -135,7 +144,7 @@ def test_a_line_of_codes_per_scale(report):
     assert axes.get_yscale() == "log"
 
 
-def test_a_sheet_has_a_row_per_image(report):
+def test_examples_sheet_has_a_row_per_image(report):
     one = examples_sheet(report.worst[:1], [1.0, 0.5])
     assert examples_sheet(report.worst, [1.0, 0.5]).height == 3 * one.height
     assert one.width > 3 * 256
@@ -183,7 +192,7 @@ def fails(capsys, *argv):
     return captured.err
 
 
-def test_mistakes_are_told_in_one_line(model, photos, tmp_path, capsys):
+def test_errors_are_one_line(model, photos, tmp_path, capsys):
     out = ["--output", tmp_path / "out"]
     assert "there is no file or folder `/no/model`" in fails(capsys, "evaluate", "/no/model", photos, *out)
     assert "no file or folder matches `/no/data`" in fails(capsys, "evaluate", model, "/no/data", *out)
