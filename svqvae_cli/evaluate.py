@@ -49,6 +49,11 @@ def add_to(commands: Commands) -> None:
     )
     add_tiles(parser, "the model's sample_size", f"{OVERLAP}, or less if the tile is too small")
     parser.add_argument(
+        "--half-precision",
+        action="store_true",
+        help="also count the ids that change in bfloat16 and float16; encodes three times",
+    )
+    parser.add_argument(
         "--lpips-weights", type=path, metavar="FILE", help="weights of the LPIPS network, to add LPIPS"
     )
     parser.add_argument(
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         tile_size=args.tile_size,
         overlap=args.overlap,
         resolution=args.resolution,
+        half_precision=args.half_precision,
         lpips=lpips,
         inception=inception,
     )

@@ -1,4 +1,4 @@
-"""`svqvae demo` in headless Chromium, as a visitor uses it; screenshots are left in outputs/screenshots."""
+"""`svqvae demo` in headless Chromium, as a visitor uses it. Screenshots are saved in outputs/screenshots."""
 
 import io
 import json
@@ -24,13 +24,13 @@ BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-c
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PATIENCE = 90_000  # milliseconds: the machine may be busy
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
-SCALES = (0.25, 0.5, 1.0)  # that the page opens with
+SCALES = (0.25, 0.5, 1.0)  # the defaults of the page
 
 
-def needed(what):
-    """Where a browser is demanded, as in CI, its absence is a fault."""
+def skip_or_fail(reason):
+    """Skips, but fails in CI, which requires a browser."""
     (pytest.fail if os.environ.get("SVQVAE_BROWSER_TESTS") == "required" else pytest.skip)(
-        f"{what}: run `make browser`"
+        f"{reason}: run `make browser`"
     )
 
 
@@ -39,10 +39,10 @@ def browser():
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
-        needed("the package playwright is missing")
+        skip_or_fail("the package playwright is missing")
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
-        needed(f"none of {', '.join(BROWSERS)} is installed")
+        skip_or_fail(f"none of {', '.join(BROWSERS)} is installed")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
@@ -95,7 +95,7 @@ def photograph(picture, tmp_path):
 
 
 def choose(page, button, path):
-    """Chooses a file in the window that a button opens."""
+    """Chooses a file in the dialog of a button."""
     with page.expect_file_chooser() as chooser:
         page.locator(button).click()
     chooser.value.set_files(path)
@@ -106,14 +106,14 @@ def wait_for(page, text):
 
 
 def fetched(page, locator):
-    """The picture that an element of the page shows, as it was sent."""
+    """Image of an element, as the server sent it."""
     url = page.locator(f"{locator}:visible").get_attribute("src")
     with Image.open(io.BytesIO(page.request.get(url).body())) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def seen(locator, size):
-    """What an image in the page looks like, without the margins beside it."""
+    """Image as drawn in the page, without its margins."""
     with Image.open(io.BytesIO(locator.screenshot())) as shown:
         factor = min(shown.width / size[0], shown.height / size[1])
         margins = [(side - factor * inner) / 2 for side, inner in zip(shown.size, size, strict=True)]
@@ -122,19 +122,19 @@ def seen(locator, size):
 
 
 def difference(image, other):
-    """Mean over the middle of images of one size."""
+    """Mean absolute difference over the middle of two images of one size."""
     width, height = image.size
     middle = (width // 5, height // 5, width - width // 5, height - height // 5)
     return np.abs(np.asarray(image.crop(middle), float) - np.asarray(other.crop(middle), float)).mean()
 
 
-def drag_slider(page, slider, share):
-    """Moves the slider to a share of the width."""
+def drag_slider(page, slider, fraction):
+    """Moves the slider to a fraction of the width."""
     box = slider.bounding_box()
     handle = slider.locator(".slider-wrap .inner").bounding_box()
     page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
     page.mouse.down()
-    page.mouse.move(box["x"] + share * box["width"], handle["y"] + handle["height"] / 2, steps=4)
+    page.mouse.move(box["x"] + fraction * box["width"], handle["y"] + handle["height"] / 2, steps=4)
     page.mouse.up()
 
 
@@ -143,7 +143,7 @@ def figures(page):
     return dict(zip(names, values, strict=True))
 
 
-def test_a_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path):
+def test_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path):
     model.enable_tiling(256, 32)
     tokens = encode_image(model, picture, SCALES)
     images = decode_image(model, tokens)
@@ -158,7 +158,7 @@ def test_a_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path
         slider.locator("img.fixed").wait_for()
         np.testing.assert_array_equal(fetched(page, ".compared img:not(.fixed)"), picture)
         np.testing.assert_array_equal(fetched(page, ".compared img.fixed"), image)
-        compared = slider.locator("img:not(.fixed)")  # where both are shown
+        compared = slider.locator("img:not(.fixed)")
         drag_slider(page, slider, 0.02)
         shown = seen(compared, picture.size)
         assert difference(shown, image.resize(picture.size)) < 0.5 * difference(shown, picture)
@@ -168,7 +168,7 @@ def test_a_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path
         assert figures(page)["PSNR"] == f"{result.psnr:.2f} dB"
         assert figures(page)["tokens"] == f"{ids.shape[1]} × {ids.shape[0]} = {ids.numel()}"
         page.screenshot(path=SCREENSHOTS / f"scale_{scale:g}.png", full_page=True)
-        see_codes(page, model, ids)
+        check_codes(page, model, ids)
 
     with page.expect_download() as download:
         page.locator("#download").click()
@@ -186,8 +186,8 @@ def test_a_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path
     page.screenshot(path=SCREENSHOTS / "token_file.png", full_page=True)
 
 
-def see_codes(page, model, ids):
-    """Points at a cell of the grid, holds another, and goes on from there."""
+def check_codes(page, model, ids):
+    """Points at a cell of the grid, holds another with a click, and moves with an arrow key."""
     grid = page.locator(".code-grid:visible")
     cells = grid.locator(".cells")
     box = cells.bounding_box()
@@ -200,7 +200,7 @@ def see_codes(page, model, ids):
         assert grid.locator(".name").inner_text() == f"code {code}"
         assert grid.locator(".uses").inner_text() == f"in {(ids == code).sum()} of {ids.numel()} cells"
         look = np.asarray(seen(grid.locator(".look"), (model.f, model.f)), float)
-        assert np.abs(look - draw_codes(model, code[None])[0])[1:-1, 1:-1].mean() < 2  # its corners are round
+        assert np.abs(look - draw_codes(model, code[None])[0])[1:-1, 1:-1].mean() < 2  # without its round corners
 
     def centre(row, column):
         return {"x": left + (column + 0.5) * side, "y": top + (row + 0.5) * side}
@@ -215,7 +215,7 @@ def see_codes(page, model, ids):
 
 
 def open_ids(page, model, ids, folder):
-    """Opens a token file of an image that ids fill."""
+    """Opens a token file with these ids."""
     model.disable_tiling()
     height, width = ids.shape
     path = folder / f"{height}_{width}.safetensors"
@@ -225,10 +225,10 @@ def open_ids(page, model, ids, folder):
     page.locator(".alone img:visible").wait_for()
 
 
-def test_ids_of_any_shape_are_drawn_or_said_not_to_be(page, model, tmp_path):
+def test_grids_of_any_shape_are_drawn_or_reported(page, model, tmp_path):
     codes = model.config["codebook_size"]
     open_ids(page, model, torch.arange(120).view(30, 4) % codes, tmp_path)
-    see_codes(page, model, torch.arange(120).view(30, 4) % codes)
+    check_codes(page, model, torch.arange(120).view(30, 4) % codes)
     open_ids(page, model, torch.arange(3000).view(3000, 1) % 7, tmp_path)
     cells = page.locator(".code-grid:visible .cells")
     page.locator(".position:visible", has_text="row 1501, column 1").wait_for()
@@ -244,26 +244,26 @@ def test_ids_of_any_shape_are_drawn_or_said_not_to_be(page, model, tmp_path):
     assert not page.locator(".undrawn").is_visible()
 
 
-def test_mistakes_are_said_in_the_page(page, photograph, tmp_path):
+def test_errors_are_shown_in_the_page(page, photograph, tmp_path):
     for name in ("broken.png", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"neither a picture nor tokens")
 
-    def refused(text):
+    def wait_for_error(text):
         page.get_by_role("alert").filter(has_text=text).wait_for()
         assert not page.locator("#results").is_visible()
         assert page.locator("#download").is_disabled()
         assert "Traceback" not in page.content()
 
     page.locator("#run").click()
-    refused("There is no photograph yet")
+    wait_for_error("There is no photograph yet")
     choose(page, "#upload", tmp_path / "broken.safetensors")
-    refused("`broken.safetensors` must be a safetensors file")
+    wait_for_error("`broken.safetensors` must be a safetensors file")
     choose(page, "#photograph button", tmp_path / "broken.png")
-    refused("`broken.png` must be an image")
+    wait_for_error("`broken.png` must be an image")
     page.screenshot(path=SCREENSHOTS / "mistake.png")
     page.get_by_label("Model").fill("nowhere/to be found")
     page.locator("#example img").click()
-    refused("there is no file or folder `nowhere/to be found`")
+    wait_for_error("there is no file or folder `nowhere/to be found`")
     page.get_by_label("Model").fill("")
     page.locator("#run").click()
     wait_for(page, "example.webp 451 × 300 pixels, encoded in")
@@ -272,7 +272,7 @@ def test_mistakes_are_said_in_the_page(page, photograph, tmp_path):
     page.screenshot(path=SCREENSHOTS / "demo.png", full_page=True)
 
 
-def test_it_tells_nobody_and_offers_no_interface_to_programs(address):
+def test_no_analytics_and_no_public_api(address):
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)
     assert not config["analytics_enabled"]

@@ -172,12 +172,14 @@ def photos(photo, tmp_path):
 def test_command(model, photos, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--scales", "1", "0.5", "--modes", "tiled", "--max-images", "3", "--device", "cpu"]
+    options.append("--half-precision")
     assert main(["evaluate", model, photos, "--output", str(out), *options]) == 0
     captured = capsys.readouterr()
     assert sorted(path.name for path in out.iterdir()) == FILES
     document = json.loads((out / "report.json").read_text())
     assert [each["name"] for each in document["images"]] == ["a.png", "b.jpg"]
     assert document["settings"]["tile_size"] == 32
+    assert document["results"][0]["ids_changed_float16"] is not None
     assert document["settings"]["data"] == [photos]
     assert f"{document['results'][0]['psnr']:.2f}" in captured.out
     assert "1 image could not be read; the report names it." in captured.out
