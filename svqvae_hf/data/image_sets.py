@@ -1,4 +1,4 @@
-"""Images to go through once: files, or a streamed set of `datasets`."""
+"""Image sets to read once: image files, or a streamed set of `datasets`."""
 
 import hashlib
 import io
@@ -19,15 +19,21 @@ from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image,
 from svqvae_hf.paths import find_files
 from svqvae_hf.untrusted.set_rows import check_confined, confine_row
 
-ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # the last: an empty row of a set
+ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # a mapping is a row of a set, `None` an empty one
 Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
-SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # of a set on the Hub
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder of images, for `datasets`
-NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # where a set on the Hub is, and that it is an archive
+SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
+NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and revision on the Hub, or an archive
 
 
 class ImageRow(NamedTuple):
-    """An image of a set: its key, what [`read_image`] takes, and the values of other columns by name."""
+    """An image of a set.
+
+    Args:
+        key (`str`): Path of the file in the set, or part and row if the image has no file.
+        source (`ImageSource`): Argument of [`read_image`].
+        values (`dict[str, Any]`): Values of other columns by name.
+    """
 
     key: str
     source: ImageSource
@@ -36,14 +42,15 @@ class ImageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageRows:
-    """An image set with its keys, in parts that are read apart.
+    """An image set with a key per image, in parts that can be read independently.
 
     Args:
-        parts (`list[Iterable[ImageRow]]`): The set in its order, one part for each of its files (all image files
-            being one part), each to be gone through once.
+        parts (`list[Iterable[ImageRow]]`): Parts of the set in its order, each to be read once. A part is a file of
+            `datasets`; image files together are one part.
         features (`datasets.Features`): Types of the columns in `ImageRow.values`.
-        fingerprint (`str`): SHA-256 in hexadecimal of the files' names and times, or of their revision on the Hub.
-        length (`int`, *optional*): Number of images, if it is known before all are read.
+        fingerprint (`str`): SHA-256 in hexadecimal of the names, sizes and times of the files, or of their revision on
+            the Hub.
+        length (`int`, *optional*): Number of images; `None` if it is unknown before all are read.
     """
 
     parts: list[Iterable[ImageRow]]
@@ -60,22 +67,22 @@ def open_images(
     image_column: str = "image",
     max_images: int | None = None,
 ) -> Iterable[ImageSource]:
-    """Finds the images of a set; none is read or copied yet.
+    """Finds the images of a set without reading them.
 
     Args:
-        data (`Sequence[str]`): Image files, folders that hold some, and globs; or one set of `datasets`: its name on
-            the Hub, or a folder without images right in it. A set is streamed.
-        config (`str`, *optional*): Configuration of the set, needed if it has several.
-        split (`str`, *optional*): Split of the set, needed if it has several.
+        data (`Sequence[str]`): Image files, folders of images and glob patterns. Or one set of `datasets`, which is
+            streamed: its name on the Hub, or a folder without images directly in it.
+        config (`str`, *optional*): Configuration of the set; required if it has several.
+        split (`str`, *optional*): Split of the set; required if it has several.
         image_column (`str`, defaults to `"image"`): Column of the set that holds the images.
-        max_images (`int`, *optional*): Number of images after which to stop; all if not given.
+        max_images (`int`, *optional*): Number of images after which to stop; all by default.
 
     Returns:
-        `Iterable`: For [`read_image`], one per image: a list of paths, or rows of the set.
+        `Iterable`: Arguments of [`read_image`], one per image: a list of paths, or rows of the set.
 
     Raises:
         OSError: The set cannot be found or reached.
-        ValueError: There is no image, or the split, the column or the number is not there.
+        ValueError: There is no image, no such split or column, or `max_images` is out of range.
     """
     _check_max_images(max_images)
     if len(data) > 1 or not _is_set(data[0]):
@@ -95,30 +102,30 @@ def open_rows(
     optional_columns: Sequence[str] = (),
     max_images: int | None = None,
 ) -> ImageRows:
-    """Finds the images of a set with other columns; none is read or copied yet.
+    """Finds the images of a set and other columns without reading them.
 
     Args:
-        data (`Sequence[str]`): As for [`open_images`].
-        config (`str`, *optional*): Likewise.
-        split (`str`, *optional*): Likewise.
-        image_column (`str`, defaults to `"image"`): Likewise.
-        columns (`Sequence[str]`): Other columns of the set to give.
-        optional_columns (`Sequence[str]`): Other columns to give where they are there.
-        max_images (`int`, *optional*): As for [`open_images`].
+        data (`Sequence[str]`): Image files or a set, as for [`open_images`].
+        config (`str`, *optional*): Configuration of the set; required if it has several.
+        split (`str`, *optional*): Split of the set; required if it has several.
+        image_column (`str`, defaults to `"image"`): Column of the set that holds the images.
+        columns (`Sequence[str]`): Other columns of the set to keep.
+        optional_columns (`Sequence[str]`): Other columns to keep if the set has them.
+        max_images (`int`, *optional*): Number of images after which to stop; all by default.
 
     Raises:
         OSError: The set cannot be found or reached.
-        ValueError: There is no image, or the split, a column or the number is not there.
+        ValueError: There is no image, no such split or column, or `max_images` is out of range.
     """
     _check_max_images(max_images)
     if len(data) > 1 or not _is_set(data[0]):
         if columns:
-            raise ValueError(f"image files have no columns, but {', '.join(columns)} must be kept. Leave them out.")
+            raise ValueError(f"image files have no columns, got {', '.join(columns)} to keep. Leave them out.")
         return _file_rows(find_files(data, IMAGE_SUFFIXES)[:max_images])
     rows, repository, origin = _open_set(data[0], config, split, image_column)
     missing = sorted(set(columns) - set(rows.features))
     if missing:
-        raise ValueError(f"columns must be of {', '.join(rows.features)}, but {', '.join(missing)} are not.")
+        raise ValueError(f"columns must be among {', '.join(rows.features)}, got {', '.join(missing)}.")
     chosen = [name for name in rows.features if name in (*columns, *optional_columns) and name != image_column]
     features = datasets.Features({name: rows.features[name] for name in chosen})
     rows = rows.select_columns([image_column, *chosen])
@@ -135,9 +142,14 @@ def open_rows(
 
 
 def disable_decoding(rows: Rows, image_column: str) -> Rows:
-    """The set with its images as they are stored, for [`read_image`]: a broken one is then found where it is read."""
+    """Leaves the images of a set encoded, for [`read_image`], so that a broken image raises where it is read.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): The set.
+        image_column (`str`): Column of the images.
+    """
     if isinstance(rows, datasets.IterableDataset):
-        rows = rows.decode(False)  # else folders on the Hub are decoded ahead, and a broken image ends the stream
+        rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
     return rows.cast_column(image_column, datasets.Image(decode=False))
 
 
@@ -146,12 +158,12 @@ def read_image(source: ImageSource) -> Image.Image:
 
     Args:
         source (`PIL.Image.Image`, path or `Mapping`): An image, a file, or an undecoded row of `datasets`, which has
-            `"bytes"` or else a `"path"` that `fsspec` opens, or is empty.
+            `"bytes"`, or a `"path"` for `fsspec`, or neither.
 
     Raises:
-        OSError: It cannot be opened.
-        ValueError: It is not an image, is broken, as [`load_image`] tells, or is a row that is empty or, on the Hub,
-            names a file that is not of its set.
+        OSError: The file cannot be opened.
+        ValueError: The file is not an image or broken (see [`load_image`]), the row is empty, or a row on the Hub
+            names a file outside its set.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
@@ -168,49 +180,49 @@ def read_image(source: ImageSource) -> Image.Image:
 
 
 def image_name(source: ImageSource, index: int) -> str:
-    """The file's name, or the image's place in the set, from 0, if it has none."""
+    """Name of the image's file, or its index in the set if it has no file."""
     path = source.get("path") if isinstance(source, Mapping) else source
     return Path(path).name if path and isinstance(path, str | Path) else f"image {index}"
 
 
 def is_hub_set(name: str) -> bool:
-    """Whether this is the name of a set on the Hub, and of no file or folder here."""
+    """Whether this is the name of a set on the Hub and not a local path."""
     return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
 
 
 def _is_set(name: str) -> bool:
     path = Path(name)
     if path.is_dir():
-        names = [each.name for each in path.iterdir()]
-        has_images = any(Path(each).suffix.lower() in IMAGE_SUFFIXES for each in names)
-        return not has_images or any(each in names for each in METADATA_FILES)
+        files = list(path.iterdir())
+        has_images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+        return not has_images or any(file.name in METADATA_FILES for file in files)
     return is_hub_set(name)
 
 
 def _check_max_images(max_images: int | None) -> None:
     if max_images is not None and max_images < 1:
-        raise ValueError(f"`max_images` must be at least 1, but is {max_images}.")
+        raise ValueError(f"`max_images` must be at least 1, got {max_images}.")
 
 
 def _open_set(
     name: str, config: str | None, split: str | None, image_column: str
 ) -> tuple[datasets.IterableDataset, str | None, list[Any]]:
-    """A split of a set as a stream, its images not decoded, its repository, and where its files come from."""
+    """Opens a split of a set: its stream, its repository if it is on the Hub, and a record of its files."""
     if split is None:
         try:
             names = datasets.get_dataset_split_names(name, config)
         except datasets.data_files.EmptyDatasetError as error:
             raise FileNotFoundError(
-                f"a set must hold images, but `{name}` holds none. Give a folder of images, or the name of a set."
+                f"a set must hold images, but `{name}` has none. Pass a folder of images, or the name of a set."
             ) from error
         if len(names) > 1:
-            raise ValueError(f"the set `{name}` has the splits {', '.join(names)}. Choose one by --split.")
+            raise ValueError(f"the set `{name}` has the splits {', '.join(names)}. Choose one with --split.")
         split = names[0]
     builder = datasets.load_dataset_builder(name, config)
     rows = builder.as_streaming_dataset(split)
     if image_column not in (rows.column_names or ()):
         raise ValueError(
-            f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, but is `{image_column}`."
+            f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, got `{image_column}`."
         )
     files = builder.config.data_files[split]
     return disable_decoding(rows, image_column), builder.repo_id, [split, list(files), files.origin_metadata]

@@ -1,4 +1,4 @@
-"""The card of a token set."""
+"""Card of a token set."""
 
 import shlex
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 COLUMNS = {
     "height": "height of the crop in pixels",
     "width": "width of the crop in pixels",
-    "key": "the image in its set: path of its file, or part and row",
+    "key": "key of the image in its set: path of its file, or part and row",
     "crop": "name of the crop",
 }
 
@@ -23,14 +23,14 @@ TEMPLATE = """---
 
 # {name}
 
-Images as ids of the codebook of an SVQVAE, an image tokenizer. Made by `svqvae tokenize`.
+Images as ids of the codebook of an SVQVAE, an image tokenizer. Made with `svqvae tokenize`.
 
 | | |
 |---|---|
 {facts}
 ## Columns
 
-| column | holds |
+| column | content |
 |---|---|
 {columns}
 ## Use
@@ -39,12 +39,12 @@ Images as ids of the codebook of an SVQVAE, an image tokenizer. Made by `svqvae 
 import datasets
 from svqvae_hf.data.token_sets import read_settings, row_tokens
 
-settings = read_settings({quoted})  # scales, codebook and so on
+settings = read_settings({quoted})  # scales, codebook and more
 row = datasets.load_dataset({quoted}, split="train")[0]
 tokens = row_tokens(row, settings)  # ids as grids, for `svqvae_hf.tokens.image_tokens.decode_image`
 ```
 
-`{command}` writes the images.
+`{command}` decodes the images.
 
 ## Licence
 
@@ -65,18 +65,18 @@ def token_set_card(
     """Writes the card of a token set.
 
     Args:
-        repo_id (`str`): What `load_dataset` of the card's example gets: `org/name`, or a folder.
+        repo_id (`str`): Argument of `load_dataset` in the example: `org/name`, or a folder.
         settings (`Mapping[str, Any]`): Fields of the [`~svqvae_hf.data.token_sets.TokenSettings`].
         columns (`Mapping[str, Any]`): Features of the columns by name.
-        images (`int`): Images that the rows were made of.
-        rows (`int`): Rows of the set.
-        license (`str`, *optional*): Licence of the images, an identifier of the Hub; `unknown` if not given.
-        source_set (`str`, *optional*): Image set on the Hub that the tokens were made of.
+        images (`int`): Number of images of the image set.
+        rows (`int`): Number of rows of the token set.
+        license (`str`, *optional*): Licence of the images, an identifier of the Hub; `unknown` by default.
+        source_set (`str`, *optional*): Name of the image set on the Hub.
 
     Returns:
-        `str`: The text of `README.md`, metadata first.
+        `str`: Text of `README.md`, which begins with its metadata.
     """
-    power = len(str(max(rows, 1) - 1))  # of ten, that is at least the number of rows
+    power = len(str(max(rows, 1) - 1))  # the smallest power of ten that is at least the number of rows
     metadata = DatasetCardData(
         license=license or "unknown",
         tags=TAGS,
@@ -89,7 +89,7 @@ def token_set_card(
         "image set": source_set or "not on the Hub",
         "model": settings["model"],
         "codebook": f"{settings['codebook_size']} codes, sha256 `{settings['codebook_fingerprint']}`",
-        "f, pixels per id along each side": settings["f"],
+        "f, pixels per side of an id": settings["f"],
         "scales, output side over input side": ", ".join(f"{scale:g}" for scale in scales),
         "crops": settings["crops"] + (f", {settings['resolution']} pixels" if settings["resolution"] else ""),
         "tiles": f"{tile_size} pixels, overlap {settings['overlap']}" if tile_size else "none",

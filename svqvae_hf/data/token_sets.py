@@ -1,4 +1,4 @@
-"""Token sets: what holds of all rows, their ids, and back to images; `token_set_writer` makes them."""
+"""Token sets: the settings that all rows share, ids of a row, crops, and rows decoded to images."""
 
 import dataclasses
 import itertools
@@ -39,40 +39,40 @@ from svqvae_hf.tokens.token_files import (
 FORMAT_VERSION = 1
 SETTINGS_FILE = f"{METADATA_KEY}.json"
 FLIPPED = "-flipped"
-PLACES = {  # of crops: 0 is left or top, 1 right or bottom
+CROP_POSITIONS = {  # (x, y): 0 is left or top, 1 is right or bottom
     "centre": (0.5, 0.5),
     "top-left": (0.0, 0.0),
     "top-right": (1.0, 0.0),
     "bottom-left": (0.0, 1.0),
     "bottom-right": (1.0, 1.0),
 }
-CROPS = {
+CROPS = {  # names of the crops of an image, in the order of the rows
     "whole": ("whole",),
     "whole-flip": ("whole", f"whole{FLIPPED}"),
     "centre": ("centre",),
     "centre-flip": ("centre", f"centre{FLIPPED}"),
-    "ten-crop": tuple(f"{place}{ending}" for place in PLACES for ending in ("", FLIPPED)),
+    "ten-crop": tuple(f"{position}{ending}" for position in CROP_POSITIONS for ending in ("", FLIPPED)),
 }
-TEN_CROP_MARGIN = 1.1  # side of the square that ten crops are cut from over their own (LlamaGen's `crop_range`)
+TEN_CROP_MARGIN = 1.1  # side of the square that contains ten crops, over the side of a crop (LlamaGen's `crop_range`)
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What holds of all rows of a token set.
+    """Settings that all rows of a token set share.
 
     Args:
-        model (`str`): Hub id of the model that gave the ids, or the name of its folder.
-        scales (`tuple[float, ...]`): Output side over input side; those of the columns `ids_0`, `ids_1`, ...
+        model (`str`): Hub id of the model that encoded the images, or the name of its folder.
+        scales (`tuple[float, ...]`): Output side over input side; the columns `ids_0`, `ids_1`, ... are in this order.
         f (`int`): Pixels per latent side.
         codebook_size (`int`): Rows of the codebook.
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
-        tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded by; `None` without tiles.
-        overlap (`int`, *optional*): Halo of those tiles in pixels; `None` without tiles.
-        crops (`str`): Which crops of an image are rows, a key of `CROPS`.
-        resolution (`int`, *optional*): Side in pixels of the crops; `None` where crops are whole images.
+        tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded in; `None` without tiles.
+        overlap (`int`, *optional*): Overlap of those tiles in pixels; `None` without tiles.
+        crops (`str`): Crops of an image that are rows, a key of `CROPS`.
+        resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of range.
     """
 
     model: str
@@ -87,7 +87,7 @@ class TokenSettings:
 
     def __post_init__(self) -> None:
         scales = self.scales
-        fits = {
+        valid = {
             "model": isinstance(self.model, str),
             "scales": isinstance(scales, tuple) and len(scales) > 0 and all(map(_is_scale, scales)),
             "f": _is_integer(self.f, 1),
@@ -98,70 +98,76 @@ class TokenSettings:
             "crops": self.crops in tuple(CROPS),
             "resolution": self.resolution is None if is_whole(self.crops) else _is_integer(self.resolution, 1),
         }
-        for name, fit in fits.items():
-            if not fit:
-                raise ValueError(f"`{name}` of a token set is out of its range: {getattr(self, name)!r:.80}.")
+        for name, is_valid in valid.items():
+            if not is_valid:
+                raise ValueError(f"`{name}` of a token set is out of range, got {getattr(self, name)!r:.80}.")
 
     @property
     def id_dtype(self) -> str:
-        """Type of the ids in the columns: 16 bits where the codebook allows it."""
+        """Type of the ids in the columns: 16 bits if the codebook is small enough."""
         return "uint16" if self.codebook_size <= UINT16_CODES else "int32"
 
     def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the ids at a scale, for a row of this `height` and `width`."""
+        """Rows and columns of ids at a scale, for a row with this `height` and `width` in pixels."""
         return grid_shape(height, width, self.f, scale)
 
     def to_json(self) -> str:
-        """What [`read_settings`] reads."""
+        """Formats the settings as [`read_settings`] reads them."""
         return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
 
 
 def read_settings(path: str | os.PathLike) -> TokenSettings:
-    """Reads what holds of all rows of a token set.
+    """Reads the settings of a token set.
 
     Args:
         path (`str` or `os.PathLike`): Folder of the set, its name on the Hub, or one of its Parquet files.
 
     Raises:
-        OSError: There is no such set, or it cannot be reached.
-        ValueError: It is not a token set, or one of another format version.
+        OSError: The set does not exist or cannot be reached.
+        ValueError: It is not a token set, or has another format version.
     """
     name = os.fspath(path)
-    if is_hub_set(name) and "/" in name:  # the Hub has sets without an owner, but none of tokens
-        try:
-            file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset")
-        except (HfHubHTTPError, OSError) as error:
-            raise OSError(f"the token set `{name}` cannot be had from the Hub: {hub_reason(error)}") from error
-        content = Path(file).read_bytes()
-    elif name.endswith(".parquet"):
-        try:
-            content = (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null")
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # without a number it is of the content
-                raise
-            raise ValueError(f"`{name}` must be a Parquet file, but is another kind or cut short.") from error
-    else:
-        if not Path(name, SETTINGS_FILE).is_file():
-            raise FileNotFoundError(
-                f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is none. Make "
-                "one by `svqvae tokenize`."
-            )
-        content = Path(name, SETTINGS_FILE).read_bytes()
+    content = _read_settings(name)
     try:
         return _settings_from(json.loads(content))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{name}` is not a token set that can be read: {error}") from error
+        raise ValueError(f"`{name}` is not a token set of this version: {error}") from error
+
+
+def _read_settings(name: str) -> bytes:
+    if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
+        try:
+            file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset")
+        except (HfHubHTTPError, OSError) as error:
+            raise OSError(f"could not download the token set `{name}` from the Hub: {hub_reason(error)}") from error
+        return Path(file).read_bytes()
+    if name.endswith(".parquet"):
+        try:
+            return (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null")
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # pyarrow raises faults of the content without
+                raise
+            raise ValueError(f"`{name}` must be a Parquet file, but is of another kind or truncated.") from error
+    if not Path(name, SETTINGS_FILE).is_file():
+        raise FileNotFoundError(
+            f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make "
+            "one with `svqvae tokenize`."
+        )
+    return Path(name, SETTINGS_FILE).read_bytes()
 
 
 def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
-    """Ids of a row, as grids, with all that decoding needs.
+    """Converts a row to the tokens of an image, which can be decoded.
 
     Args:
-        row (`Mapping[str, Any]`): Row of the set, as `datasets` gives it.
-        settings ([`TokenSettings`]): Those of the set.
+        row (`Mapping[str, Any]`): Row of the set, as `datasets` returns it.
+        settings ([`TokenSettings`]): Settings of the set.
+
+    Returns:
+        [`ImageTokens`]: One grid of ids per scale.
 
     Raises:
-        ValueError: The row lacks something, or its ids do not fit its height and width or the codebook.
+        ValueError: A column is missing, or the ids do not match the height, the width or the codebook.
     """
     names = [f"ids_{index}" for index in range(len(settings.scales))]
     try:
@@ -170,8 +176,8 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
     except (KeyError, TypeError, ValueError) as error:
         found = ", ".join(f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names))
         raise ValueError(
-            f"a row must have integers as height, width, {', '.join(names)}, as the settings of the set say, but has "
-            f"{found}. Make the set anew by `svqvae tokenize`."
+            f"a row must have integers as height, width, {', '.join(names)}, because the settings say so, but has "
+            f"{found}. Make the set again with `svqvae tokenize`."
         ) from error
     grids = []
     for ids, scale in zip(map(torch.as_tensor, columns), settings.scales, strict=True):
@@ -198,19 +204,19 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
 def detokenize_set(
     model: SVQVAE, data: str | os.PathLike, output: str | os.PathLike, *, max_images: int | None = None
 ) -> None:
-    """Writes the images of a token set: of row 12 at scale 1 `00000012_x1.png`.
+    """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
     Args:
-        model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiles are set to those of the
-            set.
-        data (`str` or `os.PathLike`): Folder of the set, or its name on the Hub, which is streamed.
+        model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
+            the set.
+        data (`str` or `os.PathLike`): Folder of the set, or its name on the Hub, from where it is streamed.
         output (`str` or `os.PathLike`): Folder to write to.
-        max_images (`int`, *optional*): Number of rows after which to stop; all if not given.
+        max_images (`int`, *optional*): Number of rows after which to stop; all by default.
 
     Raises:
         OSError: The set cannot be reached, or `output` cannot be written.
-        ValueError: The set is of another codebook or does not hold what its settings say, or a row would take more
-            memory than is free.
+        ValueError: The set has another codebook, a row does not match the settings, or a row needs more memory than
+            is available.
     """
     settings = read_settings(data)
     check_same_codebook(model, settings)
@@ -229,32 +235,32 @@ def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[I
 
     Args:
         image (`PIL.Image.Image`): Image of any size.
-        crops (`str`): A key of `CROPS`. `"centre"` resizes the shorter side to `resolution` (bicubic) and cuts the
-            centre; `"ten-crop"` resizes the centre square to 1.1 times `resolution` and cuts the centre and the
+        crops (`str`): A key of `CROPS`. `"centre"` resizes the shorter side to `resolution` (bicubic) and crops the
+            centre. `"ten-crop"` resizes the centre square to 1.1 times `resolution` and crops the centre and the
             corners, each also flipped.
-        resolution (`int`, *optional*): Side of crops in pixels.
+        resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
 
     Returns:
-        `list[PIL.Image.Image]`: One for each name in `CROPS[crops]`, all of one size.
+        `list[PIL.Image.Image]`: One crop per name in `CROPS[crops]`, all of one size.
     """
     if resolution is not None:
         side = round(TEN_CROP_MARGIN * resolution) if crops == "ten-crop" else resolution
         image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-    cut = []
+    made = []
     for name in CROPS[crops]:
         crop = image
         if resolution is not None:
-            x, y = PLACES[name.removesuffix(FLIPPED)]
+            x, y = CROP_POSITIONS[name.removesuffix(FLIPPED)]
             left, top = round(x * (image.width - resolution)), round(y * (image.height - resolution))
             crop = image.crop((left, top, left + resolution, top + resolution))
-        cut.append(ImageOps.mirror(crop) if name.endswith(FLIPPED) else crop)
-    return cut
+        made.append(ImageOps.mirror(crop) if name.endswith(FLIPPED) else crop)
+    return made
 
 
 def _settings_from(record: Any) -> TokenSettings:
     names = [field.name for field in dataclasses.fields(TokenSettings)]
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"its settings must be of format version {FORMAT_VERSION}, but are {record!r:.80}.")
+        raise ValueError(f"its settings must have format version {FORMAT_VERSION}, got {record!r:.80}.")
     missing = sorted(set(names) - set(record))
     if missing:
         raise ValueError(f"its settings must also have {', '.join(missing)}.")

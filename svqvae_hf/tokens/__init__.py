@@ -1,0 +1,1 @@
+"""Token files, and one image to its tokens and back."""

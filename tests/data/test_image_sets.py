@@ -65,7 +65,7 @@ def test_a_set_is_streamed(parquet, photos, cache):
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_folders_of_folders_are_a_set(photos, tmp_path):
+def test_a_folder_of_folders_is_a_set(photos, tmp_path):
     for i, image in enumerate(photos):
         (tmp_path / "photos" / str(i)).mkdir(parents=True)
         image.save(tmp_path / "photos" / str(i) / f"{i}.png")
@@ -76,27 +76,27 @@ def test_folders_of_folders_are_a_set(photos, tmp_path):
         read_image(rows[1])
 
 
-def test_images_at_hand(photos):
+def test_images_in_memory(photos):
     assert same(photos, photos)
     assert image_name(photos[0], 7) == "image 7"
     assert image_name({"bytes": b"", "path": None}, 7) == "image 7"
 
 
 @pytest.mark.parametrize("row", [None, {"bytes": None, "path": None}])
-def test_empty_rows_of_a_set(row):
+def test_an_empty_row_raises(row):
     assert image_name(row, 3) == "image 3"
     with pytest.raises(ValueError, match="the row must hold an image, but is empty"):
         read_image(row)
 
 
-def test_what_a_set_does_not_have(parquet, tmp_path):
-    with pytest.raises(ValueError, match=r"has the splits train, test. Choose one by --split"):
+def test_a_split_column_or_file_that_does_not_exist_raises(parquet, tmp_path):
+    with pytest.raises(ValueError, match=r"has the splits train, test. Choose one with --split"):
         open_images([parquet], image_column="photo")
-    with pytest.raises(ValueError, match="--image-column must be one of photo, label, but is `image`"):
+    with pytest.raises(ValueError, match="--image-column must be one of photo, label, got `image`"):
         open_images([parquet], split="train")
     with pytest.raises(ValueError, match="no file or folder matches"):
         open_images([str(tmp_path / "none" / "*.png")])
-    with pytest.raises(ValueError, match="`max_images` must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`max_images` must be at least 1, got 0"):
         open_images([parquet], max_images=0)
     with pytest.raises(OSError, match="org/none"):
         open_images(["org/none"], split="train")
@@ -168,6 +168,6 @@ def test_names_on_the_hub(tmp_path, monkeypatch):
     assert not image_sets.is_hub_set("set")
 
 
-def test_a_folder_with_nothing_in_it_is_no_set(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must hold images, but .* holds none. Give a folder of images"):
+def test_an_empty_folder_raises(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must hold images, but .* has none. Pass a folder of images"):
         image_sets.open_images([str(tmp_path)])

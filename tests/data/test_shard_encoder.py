@@ -1,0 +1,51 @@
+import pytest
+import torch
+from conftest import make_tiny
+
+from svqvae_hf.data import shard_encoder
+from svqvae_hf.data.image_sets import ImageRow
+from svqvae_hf.data.shard_encoder import CroppedImage, ShardEncoder, ShardName, assigned_images, read_crops
+from svqvae_hf.data.token_sets import TokenSettings
+
+
+@pytest.fixture
+def settings():
+    model = make_tiny()
+    return TokenSettings("tiny", (1.0,), model.f, 64, model.codebook_fingerprint(), None, None, "whole", None)
+
+
+@pytest.mark.parametrize(("num_parts", "num_processes"), [(1, 1), (1, 3), (7, 2), (12, 3)])
+def test_each_image_is_assigned_to_one_process_and_all_have_as_many(num_parts, num_processes):
+    parts = [[(part, i) for i in range(24)] for part in range(num_parts)]
+    found = []
+    for rank in range(num_processes):
+        assigned = list(assigned_images(parts, 2, {"train-00000-00001.parquet"}, rank, num_processes))
+        assert all(shard == ShardName(row[0], row[1] // 2) for shard, row in assigned)
+        assert len(assigned) >= 24 * num_parts // num_processes - 4
+        found += [row for _, row in assigned]
+    assert sorted(found) == sorted({row for part in parts for row in part} - {(0, 2), (0, 3)})
+
+
+def test_other_processes_do_not_read_a_part():
+    parts = [iter([index]) for index in range(8)]
+    assert [row for _, row in assigned_images(parts, 2, set(), 1, 2)] == [1, 3, 5, 7]
+    assert [next(part, None) for part in parts] == [0, None, 2, None, 4, None, 6, None]
+
+
+def test_an_image_that_cannot_be_fetched_ends_the_run(monkeypatch, settings):
+    def fail(source):
+        raise OSError("no route to host.")
+
+    monkeypatch.setattr(shard_encoder, "read_image", fail)
+    encoder = ShardEncoder(make_tiny(), settings, None, 1)
+    row = ImageRow("a.png", {"path": "hf://datasets/org/set@main/a.png", "bytes": None}, {})
+    with pytest.raises(OSError, match="`a.png` could not be fetched: no route to host. Run the same command again"):
+        encoder.encode(read_crops(iter([(ShardName(0, 0), row)]), settings, num_workers=0), int)
+
+
+def test_an_image_that_needs_too_much_memory_is_named(monkeypatch, settings):
+    monkeypatch.setattr("svqvae_hf.tokens.image_tokens.available_memory", lambda device: 1)
+    image = CroppedImage(ShardName(0, 0), "a.png", {}, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    features = shard_encoder.datasets.Features()
+    with pytest.raises(ValueError, match=r"`a.png`: an image of 8 x 8 pixels .* would take about"):
+        ShardEncoder(make_tiny(), settings, features, 1).encode([image], int)

@@ -1,0 +1,94 @@
+"""A token set and a pipeline, pushed to a stand-in for the Hub and loaded from it, in one process."""
+
+import json
+
+from conftest import make_tiny
+from hub_server import run_python, serve_hub
+from token_set_parts import content, save_photos
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from svqvae_hf import SVQVAEAutoregressivePipeline
+
+PIPELINE = """
+import sys
+from pathlib import Path
+import torch
+from diffusers import DiffusionPipeline
+import svqvae_hf
+
+def sample(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(0, generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+work = Path(sys.argv[1])
+saved = DiffusionPipeline.from_pretrained(work / "pipeline")  # found by `import svqvae_hf` alone
+saved.push_to_hub("org/dreams")
+for cls in (DiffusionPipeline, svqvae_hf.SVQVAEAutoregressivePipeline):
+    loaded = cls.from_pretrained("org/dreams")
+    assert type(loaded) is svqvae_hf.SVQVAEAutoregressivePipeline
+    assert torch.equal(sample(loaded), sample(saved))
+"""
+
+TOKEN_SET = """
+import datasets
+from huggingface_hub import HfApi
+from svqvae_hf.data.image_sets import open_rows
+from svqvae_hf.data.token_set_writer import LABEL_COLUMNS, tokenize_set
+from svqvae_hf.data.token_sets import detokenize_set, read_settings
+
+model = saved.vqvae.eval()
+HfApi().create_repo("org/photos", repo_type="dataset")
+HfApi().upload_folder(repo_id="org/photos", repo_type="dataset", folder_path=work / "photos")
+images = open_rows(["org/photos"], optional_columns=LABEL_COLUMNS)
+report = tokenize_set(
+    model, images, work / "out", model_name="org/tiny", push_to_hub="org/tokens", private=True, source_set="org/photos"
+)
+assert read_settings("org/tokens") == read_settings(work / "out")
+rows = datasets.load_dataset("org/tokens", split="train")
+assert rows.to_list() == datasets.load_dataset(str(work / "out"), split="train").to_list()
+detokenize_set(model, "org/tokens", work / "images", max_images=1)
+try:
+    read_settings("org/gone")
+except OSError as error:
+    print(error)
+print(report.url)
+print(list(rows["key"]), rows.features["label"].names)
+"""
+
+
+def save_pipeline(folder):
+    vqvae = make_tiny(sample_size=8)
+    config = LlamaConfig(
+        vocab_size=66,  # 64 codes, one class, no class
+        max_position_embeddings=5,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    SVQVAEAutoregressivePipeline(vqvae, LlamaForCausalLM(config).eval(), num_classes=1).save_pretrained(folder)
+
+
+def test_pipeline_and_token_set_by_hub_id(tmp_path):
+    save_pipeline(tmp_path / "pipeline")
+    photos = save_photos(tmp_path / "photos")
+    for i, name in ((0, "cat"), (1, "dog")):
+        (photos / name).mkdir()
+        (photos / f"{i}.png").rename(photos / name / f"{i}.png")
+    for path in photos.glob("*.png"):
+        path.unlink()
+    with serve_hub(tmp_path) as env:
+        gone, url, rows = run_python(PIPELINE + TOKEN_SET, env, tmp_path).splitlines()[-3:]
+    assert gone.startswith("could not download the token set `org/gone` from the Hub: the repository does not exist")
+    assert "/org/tokens/commit/" in url
+    assert rows == "['cat/0.png', 'dog/1.png'] ['cat', 'dog']"
+    pushed = tmp_path / "hub" / "org" / "tokens"
+    assert json.loads((pushed / "settings.json").read_text())["visibility"] == "private"
+    assert content(pushed / "main") == content(tmp_path / "out")
+    card = (pushed / "main" / "README.md").read_text()
+    assert 'load_dataset("org/tokens", split="train")' in card
+    assert "source_datasets:\n- org/photos" in card
+    assert (tmp_path / "images" / "00000000_x1.png").exists()
