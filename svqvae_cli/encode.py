@@ -55,8 +55,8 @@ def _encode(args: argparse.Namespace) -> None:
 
 def _encode_large(args: argparse.Namespace) -> None:
     with require_extra("--large", "large"):
-        from svqvae_hf.large.large_files import TIFF_SUFFIXES
         from svqvae_hf.large.large_images import encode_large
+        from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
     from svqvae_hf.paths import check_output, check_targets, find_files

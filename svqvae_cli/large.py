@@ -34,7 +34,7 @@ def check_large(args: argparse.Namespace) -> None:
 
 def unfinished(paths: Iterable[Path], args: argparse.Namespace, ending: str) -> Iterator[tuple[Path, Path]]:
     """Yields each input and its output file, without outputs that an interrupted run already completed."""
-    from svqvae_hf.large.large_images import record_path
+    from svqvae_hf.large.run_record import record_path
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors say what it would log
     for path in paths:

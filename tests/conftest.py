@@ -8,7 +8,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
 import diffusers
+import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 import transformers
@@ -116,6 +118,12 @@ def disk(tmp_path):
         pytest.skip("this user may not mount a small disk")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def save_tiff(path: Path, pixels: np.ndarray, **options) -> Path:
+    """Writes a TIFF, RGB unless `photometric` is given, and returns its path."""
+    tifffile.imwrite(path, pixels, **({"photometric": "rgb"} | options))
+    return path
 
 
 def fill(disk: Path) -> None:

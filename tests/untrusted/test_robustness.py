@@ -32,7 +32,8 @@ from svqvae_hf.data.token_sets import SETTINGS_FILE, read_settings
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
 from svqvae_hf.evaluation.report import write_report
-from svqvae_hf.large.large_images import decode_large, encode_large, record_path
+from svqvae_hf.large.large_images import decode_large, encode_large
+from svqvae_hf.large.run_record import record_path
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models import image_processing_svqvae
 from svqvae_hf.models.image_processing_svqvae import load_image, to_rgb
@@ -520,7 +521,9 @@ def test_a_full_disk_ends_a_large_output_which_goes_on_when_there_is_room(disk, 
     noise(300).save(tmp_path / "a.tif")
     encode_large(model, tmp_path / "a.tif", tmp_path / "a.safetensors")
     fill(disk)
-    full = r"/a.tif` cannot be written: No space left on device. With more, the same run with `resume` goes on."
+    full = (
+        r"/a.tif` cannot be written: No space left on device. Free some space, then run the same again with `resume`."
+    )
     with pytest.raises(OSError, match=f"{full}|/a.tif.partial.json` cannot be written: No space left on device"):
         decode_large(model, tmp_path / "a.safetensors", disk / "a.tif")
     assert not (disk / "a.tif").exists()

@@ -1,0 +1,81 @@
+"""`--large` of encode, decode and reconstruct."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+from cli_runner import fails, names, svqvae
+from conftest import ROOT, save_tiff
+from PIL import Image
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.large import large_images
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image
+
+pytestmark = pytest.mark.usefixtures("small_sample", "process")
+TILES = ["--tile-size", "32", "--overlap", "8"]
+
+
+@pytest.fixture
+def tiff(tmp_path, photo):
+    return save_tiff(tmp_path / "photo.tif", np.asarray(photo)[100:160, 100:150])
+
+
+def test_to_tokens_and_back(saved_model, tiff, tmp_path, capsys):
+    out, model = tmp_path / "out", ["--model", saved_model, "--device", "cpu"]
+    assert svqvae("encode", tiff, "--large", "--output", out, *model, *TILES) == 0
+    assert svqvae("decode", out / "photo.safetensors", "--large", "--output", out, *model) == 0
+    assert capsys.readouterr().out == ""
+    assert svqvae("reconstruct", tiff, "--large", "--output", tmp_path / "again", *model, *TILES) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "image"
+    assert row.split()[:4] == ["photo.tif", "1", "50x60", str(13 * 15)]
+    assert names(out) == ["photo.safetensors", "photo_x1.tif"]
+    in_memory = SVQVAE.from_pretrained(saved_model).eval()
+    in_memory.enable_tiling(32, 8)
+    (expected,) = decode_image(in_memory, encode_image(in_memory, Image.open(tiff), [1.0]))
+    for folder in (out, tmp_path / "again"):
+        assert np.array_equal(tifffile.imread(folder / "photo_x1.tif"), expected)
+
+
+def test_resume_leaves_complete_outputs(saved_model, tiff, tmp_path, capsys, monkeypatch):
+    shutil.copy(tiff, tmp_path / "second.tif")
+    out = tmp_path / "out"
+    argv = ["encode", tmp_path, "--large", "--output", out, "--model", saved_model, *TILES]
+    encode = large_images.encode_large
+
+    def interrupted(model, source, target, resume, on_tile):
+        def stop(finished, total):
+            raise KeyboardInterrupt
+
+        encode(model, source, target, resume, stop if source.name == "second.tif" else on_tile)
+
+    monkeypatch.setattr(large_images, "encode_large", interrupted)
+    assert svqvae(*argv) == 130
+    line, last = capsys.readouterr().err.splitlines()
+    assert f"`{out / 'second.safetensors'}` is not complete yet" in line
+    assert "--resume" in line
+    assert last == "svqvae: interrupted"
+    monkeypatch.setattr(large_images, "encode_large", encode)
+    before = (out / "photo.safetensors").stat().st_mtime_ns
+    assert svqvae(*argv, "--resume") == 0
+    assert (out / "photo.safetensors").stat().st_mtime_ns == before
+    assert names(out) == ["photo.safetensors", "second.safetensors"]
+
+
+def test_mistakes_are_one_line(saved_model, tiff, tmp_path, capsys):
+    (tmp_path / "broken.tif").write_bytes(b"II*\0")
+    out = ["--output", tmp_path / "out", "--model", saved_model]
+    for argv, message in (
+        (["encode", tiff, "--resume"], "Add --large"),
+        (["decode", tiff, "--resume"], "Add --large"),
+        (["encode", tiff, "--large", "--scales", "0.5"], "scale 1 alone"),
+        (["reconstruct", tiff, "--large", "--side-by-side"], "--side-by-side"),
+        (["encode", ROOT / "docs" / "images", "--large"], "has no file that ends in .tif"),
+        (["encode", ROOT / "docs" / "images" / "chelsea.png", "--large"], "cannot be read as TIFF"),
+        (["reconstruct", tmp_path / "broken.tif", "--large"], "cannot be read as TIFF"),
+        (["encode", tiff, "--large", "--tile-size", "31"], "multiple of f"),
+    ):
+        assert message in fails(capsys, *argv, *out)
+        assert not (tmp_path / "out").exists()

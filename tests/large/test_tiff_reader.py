@@ -1,0 +1,148 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import save_tiff
+from PIL import Image
+
+from svqvae_hf.large import tiff_reader
+from svqvae_hf.large.tiff_reader import UnsupportedError, open_large_image
+from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.untrusted import images as guards
+
+
+def colours(channels: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray:
+    """Noise of 50 x 70 pixels."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, np.iinfo(dtype).max + 1, (50, 70, *channels), dtype=dtype)
+
+
+RGB = colours((3,))
+TIFFS = {
+    "grey": (colours(()), {"photometric": "minisblack"}),
+    "grey, 16 bits": (colours((), np.uint16), {"photometric": "minisblack"}),
+    "grey, 16 bits, big-endian, strips": (
+        colours((), np.uint16),
+        {"photometric": "minisblack", "byteorder": ">", "compression": "zlib", "rowsperstrip": 7},
+    ),
+    "rgb": (RGB, {}),
+    "rgb, strips": (RGB, {"rowsperstrip": 8}),
+    "rgb, BigTIFF": (RGB, {"bigtiff": True}),
+    "rgb, LZW": (RGB, {"compression": "lzw", "rowsperstrip": 8, "predictor": True}),
+    "rgb, deflated tiles": (RGB, {"compression": "zlib", "tile": (16, 32), "predictor": True}),
+    "rgb, tiles": (RGB, {"tile": (16, 32)}),
+    "rgb, 16 bits": (colours((3,), np.uint16), {}),
+    "rgb, 16 bits, big-endian": (colours((3,), np.uint16), {"byteorder": ">"}),
+    "rgb, 16 bits, big-endian tiles": (colours((3,), np.uint16), {"byteorder": ">", "tile": (16, 32)}),
+    "rgba": (colours((4,)), {"extrasamples": ["unassalpha"]}),
+    "rgba, premultiplied": (colours((4,)), {"extrasamples": ["assocalpha"]}),
+    "rgba, 16 bits": (colours((4,), np.uint16), {"extrasamples": ["unassalpha"], "tile": (32, 32)}),
+    "rgb and a channel that is not alpha": (colours((4,)), {"extrasamples": ["unspecified"]}),
+}
+WINDOWS = [((0, 50), (0, 70)), ((3, 20), (0, 20)), ((3, 20), (10, 40)), ((3, 20), (33, 70)), ((15, 17), (31, 33))]
+
+
+def test_windows_are_those_of_load_image(tmp_path):
+    for kind, (pixels, options) in TIFFS.items():
+        path = save_tiff(tmp_path / "a.tif", pixels, **options)
+        expected = np.asarray(load_image(path))
+        with open_large_image(path) as image:
+            assert (image.height, image.width) == (50, 70)
+            for rows, columns in WINDOWS:
+                window = slice(*rows), slice(*columns)
+                assert np.array_equal(image.read(*window), expected[window]), kind
+
+
+@pytest.mark.parametrize("options", [{"compression": "zlib", "rowsperstrip": 9}, {"tile": (16, 32)}, {}])
+def test_separate_planes_and_further_pages(tmp_path, options):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        file.write(RGB.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **options)
+        file.write(255 - RGB, photometric="rgb")
+    with open_large_image(path) as image:
+        assert np.array_equal(image.read(slice(5, 30), slice(8, 60)), RGB[5:30, 8:60])
+
+
+def test_tiles_left_out_are_black(tmp_path):
+    tiles = [np.full((16, 16, 3), 9, np.uint8), None, None, np.full((16, 16, 3), 8, np.uint8)]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, iter(tiles), shape=(20, 30, 3), dtype=np.uint8, tile=(16, 16), photometric="rgb")
+    with open_large_image(path) as image:
+        pixels = image.read(slice(0, 20), slice(0, 30))
+    assert np.array_equal(pixels, tifffile.imread(path))
+    assert sorted(np.unique(pixels)) == [0, 8, 9]
+
+
+def test_jpeg_in_tiff_is_close_to_load_image(tmp_path, photo):
+    path = save_tiff(tmp_path / "a.tif", np.asarray(photo), compression="jpeg", tile=(64, 64))
+    with open_large_image(path) as image:
+        window = image.read(slice(0, photo.height), slice(0, photo.width))
+    assert np.abs(window.astype(int) - np.asarray(load_image(path))).max() <= 8
+
+
+def cut_short(path: Path) -> Path:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+    return path
+
+
+def test_unsupported_kinds_are_named(tmp_path):
+    for pixels, options, message in (
+        (colours((4,)), {"photometric": "separated"}, "SEPARATED"),
+        (RGB.astype(np.float32), {}, "32 bits"),
+        (colours(()), {"photometric": "miniswhite"}, "MINISWHITE"),
+        (colours(()) > 9, {"photometric": "minisblack"}, "1 bits"),
+        (RGB, {"extratags": [(274, 3, 1, 6, True)]}, "orientation 6"),
+    ):
+        path = save_tiff(tmp_path / "a.tif", pixels, **options)
+        with pytest.raises(UnsupportedError, match=rf"^`{path}`: .*{message}"), open_large_image(path):
+            pass
+
+
+def test_broken_files_are_named(tmp_path, monkeypatch):
+    (tmp_path / "empty.tif").write_bytes(b"")
+    (tmp_path / "text.tif").write_text("not an image")
+    Image.fromarray(RGB).save(tmp_path / "png.tif", "png")
+    for name, options in (("whole", {}), ("tiled", {"tile": (16, 16)}), ("lzw", {"compression": "lzw"})):
+        cut_short(save_tiff(tmp_path / f"{name}.tif", RGB, **options))
+    missing = save_tiff(tmp_path / "missing.tif", RGB, compression="zlib", rowsperstrip=50)
+    with tifffile.TiffFile(missing, mode="r+b") as file:
+        file.pages[0].tags["RowsPerStrip"].overwrite(10)
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(ValueError, match=rf"^`{path}` cannot be read as TIFF") as caught:
+            with open_large_image(path) as image:
+                image.read(slice(0, 50), slice(0, 70))
+        assert not isinstance(caught.value, UnsupportedError)
+        assert ("strips or tiles are missing" in str(caught.value)) or path != missing
+    with pytest.raises(FileNotFoundError), open_large_image(tmp_path / "nothing.tif"):
+        pass
+
+
+def test_strips_larger_than_the_limit_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_CHUNK_BYTES", 50 * 70 * 3 - 1)
+    path = save_tiff(tmp_path / "a.tif", RGB, compression="zlib", rowsperstrip=50)
+    with pytest.raises(UnsupportedError, match="Store the image in tiles"), open_large_image(path):
+        pass
+
+
+def test_strips_too_wide_to_keep_are_an_error(tmp_path, monkeypatch):
+    path = save_tiff(tmp_path / "a.tif", RGB, compression="zlib", rowsperstrip=8)
+    monkeypatch.setattr(tiff_reader, "MAX_BAND_PIXELS", 20 * 62)
+    with open_large_image(path) as image:
+        image.read(slice(0, 20), slice(0, 8))
+        with pytest.raises(
+            UnsupportedError, match=r"^`.*a.tif`: .* at most 67 pixels per row, because 21 .* got 70\."
+        ):
+            image.read(slice(0, 21), slice(0, 8))
+
+
+def test_next_window_to_the_right_decodes_nothing_again(tmp_path, monkeypatch):
+    path = save_tiff(tmp_path / "a.tif", RGB, compression="zlib", rowsperstrip=8)
+    decoded = []
+    decode = tiff_reader._Segments._decode
+    monkeypatch.setattr(tiff_reader._Segments, "_decode", lambda *args: decoded.append(args[1]) or decode(*args))
+    with open_large_image(path) as image:
+        image.read(slice(3, 20), slice(0, 30))
+        image.read(slice(3, 20), slice(20, 70))
+    assert decoded == [0, 1, 2]
