@@ -22,6 +22,7 @@ from svqvae_hf import __version__
 from svqvae_hf.conversion import convert, export
 from svqvae_hf.data import token_sets
 from svqvae_hf.evaluation import evaluate, perceptual
+from svqvae_hf.models.tiling import OVERLAP_PX
 
 pytestmark = pytest.mark.usefixtures("small_sample", "process")
 COMMAND_NAMES = [command.__name__.removeprefix("svqvae_cli.") for command in COMMANDS]
@@ -127,11 +128,11 @@ def test_progress_bars_over_images_and_tiles_on_a_terminal(two_images, saved_mod
     [
         (
             ["--tile-size", "250"],
-            "`tile_size` must be a positive multiple of f = 4, but is 250. The nearest that fits is 248",
+            "`tile_size` must be a positive multiple of f = 4, got 250. The nearest is 248",
         ),
         (
             ["--overlap", "30"],
-            "`overlap` must be a multiple of f = 4 and less than half of `tile_size` = 256, but is 30",
+            "`overlap` must be a multiple of f = 4 and less than half of `tile_size` = 256, got 30",
         ),
         (["--tile-size", "big"], "argument --tile-size: invalid int value: 'big'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
@@ -286,7 +287,7 @@ def choices(command, option):
 def test_choices_and_defaults_agree_with_the_library():
     model = make_tiny()
     model.enable_tiling()
-    assert (TILE_SIZE, OVERLAP) == (model.tile_size, model.overlap) == (256, evaluate.OVERLAP)
+    assert (TILE_SIZE, OVERLAP) == (model.tile_size, model.overlap) == (256, OVERLAP_PX)
     assert choices("tokenize", "--crops") == tuple(token_sets.CROPS)
     assert choices("evaluate", "--modes") == evaluate.MODES
     assert set(choices("evaluate", "--lpips-net")) == perceptual.BACKBONES.keys()
