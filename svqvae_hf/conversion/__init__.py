@@ -1,0 +1,1 @@
+"""Models in other forms: Hub repositories of original checkpoints, and exported graphs. Imports any room below."""

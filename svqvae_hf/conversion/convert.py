@@ -1,4 +1,4 @@
-"""An original checkpoint made a whole Hub repository: card, config and safetensors, checked and pushed."""
+"""Converts an original checkpoint to a Hub repository: card, config and safetensors."""
 
 import stat
 import tempfile
@@ -16,22 +16,22 @@ from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-CHECK_CELLS = 8  # side, in latents, of the random image that a written model is compared on
+CHECK_LATENTS = 8  # side, in latents, of the random image on which a written model is compared
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What [`convert`] did; `str` gives it in lines.
+    """Result of [`convert`]; `str(report)` is its text for a terminal.
 
     Args:
-        source (`str`): As given.
+        source (`str`): Source, as passed by the caller.
         sha256 (`str`): SHA-256 of the source file, in hexadecimal.
         format (`str`): Name of the [`~svqvae_hf.loaders.checkpoint_formats.CheckpointFormat`].
         config (`dict[str, Any]`): Config of the model.
-        tensors (`int`): Number of tensors, each found bit-equal after loading the result again.
-        out (`Path`): The repository's folder.
-        files (`tuple[str, ...]`): What is in it.
-        url (`str`, *optional*): Address of the commit or pull request, if the result was pushed.
+        tensors (`int`): Number of tensors. All were bit-equal when the result was loaded again.
+        out (`Path`): Folder of the repository.
+        files (`tuple[str, ...]`): Names of the files in it.
+        url (`str`, *optional*): URL of the commit or pull request, if the result was pushed.
     """
 
     source: str
@@ -48,7 +48,7 @@ class ConversionReport:
         lines = [
             f"read     {self.source} ({self.format}, sha256 {self.sha256})",
             f"config   {config}",
-            f"checked  {self.tensors} tensors bit-equal after loading again, and the reconstruction of a random image",
+            f"checked  {self.tensors} tensors and the reconstruction of a random image, bit-equal after loading again",
             f"written  {self.out}: {', '.join(self.files)}",
         ]
         return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
@@ -66,31 +66,32 @@ def convert(
     create_pr: bool = False,
     **config: Any,
 ) -> ConversionReport:
-    """Makes a whole Hub repository of an original checkpoint: card, config and safetensors.
+    """Converts an original checkpoint to a Hub repository: card, config and safetensors.
 
-    The result is written beside `out`, loaded again, compared with the source tensor by tensor and by one forward
-    pass, and only then named `out`. A process that is killed meanwhile leaves it there, as `.{out}-*`.
+    The repository is written to a temporary folder beside `out` and loaded again. All tensors and the reconstruction
+    of a random image must equal the source; then the folder is renamed to `out`. A process that is killed before
+    leaves the temporary folder, `.{out}-*`.
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-        out (`str` or `Path`): Folder to make; an empty one may be there.
-        use_ema (`bool`, defaults to `False`): Take the averaged weights, which LlamaGen's files may have.
-        variant (`str`, *optional*): `fp16` or `bf16`: the weights in half precision, too. The codebook stays in
-            float32, so that ids keep their meaning.
-        license (`str`, *optional*): Licence of the weights, as the Hub names it; `unknown` if not given, since no
-            checkpoint tells it.
-        push_to_hub (`str`, *optional*): `org/name` on the Hub to upload the result to; made, if it is new, once the
-            source is read, so that a missing login is found before the work is done.
-        private (`bool`, *optional*): Visibility of the repository, if it is a new one.
-        create_pr (`bool`, defaults to `False`): Open a pull request there instead of a commit.
+        out (`str` or `Path`): Folder to create. It may exist if it is empty.
+        use_ema (`bool`, defaults to `False`): Use the averaged weights, which LlamaGen's files may have.
+        variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well. The codebook
+            stays in float32, so that ids keep their meaning.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`, because no
+            checkpoint states it.
+        push_to_hub (`str`, *optional*): Hub repository `org/name` to upload the result to. It is created as soon as
+            the source is read, so that a missing login is found early.
+        private (`bool`, *optional*): Whether a new repository is private.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
         **config: Config values that replace those read from the file, such as `network_range`.
 
     Returns:
-        [`ConversionReport`]: What was done.
+        [`ConversionReport`]: Source, config and files.
 
     Raises:
-        OSError: If the source cannot be read, `out` cannot be written, or the Hub refuses.
-        ValueError: If the source is not a whole checkpoint of a known format, or an argument does not fit.
+        OSError: If the source cannot be read, `out` cannot be written, or the upload fails.
+        ValueError: If the source is not a whole checkpoint of a known format, or an argument is wrong.
     """
     _check_arguments(variant, push_to_hub, private, create_pr)
     out = check_new_folder(Path(out))
@@ -112,18 +113,18 @@ def convert(
 
 def _check_arguments(variant: str | None, push_to_hub: str | None, private: bool | None, create_pr: bool) -> None:
     if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, but is {variant!r}.")
+        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     if push_to_hub is None and (private is not None or create_pr):
-        raise ValueError("`private` and `create_pr` need `push_to_hub`, but it was not given. Pass `org/name`.")
+        raise ValueError("`private` and `create_pr` need `push_to_hub`, got None. Pass `org/name`.")
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
 
 
 def _write(checkpoint: Checkpoint, out: Path, repo_id: str, license: str | None, variant: str | None) -> None:
-    """Writes a repository beside `out`, with all its checks, then names it `out`."""
+    """Writes and checks a repository in a temporary folder, then renames it to `out`."""
     model = checkpoint.model()
     base_model = hub_repo(checkpoint.source)
-    file = checkpoint.source if base_model else checkpoint.path.name  # no folder of the user's in a public card
+    file = checkpoint.source if base_model else checkpoint.path.name  # a public card must not show a path
     card = model_card(
         model.config,
         repo_id=repo_id,
@@ -146,23 +147,23 @@ def _write(checkpoint: Checkpoint, out: Path, repo_id: str, license: str | None,
             (folder / "README.md").write_text(card, encoding="utf-8")
             mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
             for path in folder.iterdir():
-                path.chmod(mode)  # safetensors makes its files readable by their owner only
+                path.chmod(mode)  # safetensors makes files that only their owner can read
             folder.replace(out)
     except (SafetensorError, OSError) as error:
         raise OSError(f"`{out}` cannot be written: {error}") from error
 
 
 def _save(model: SVQVAE, folder: Path, variant: str | None = None) -> None:
-    """Writes a model, loads it again, and compares the two."""
+    """Writes a model, loads it again and compares both."""
     model.save_pretrained(folder, variant=variant)
     copy = SVQVAE.from_pretrained(folder, variant=variant, torch_dtype=model.dtype)
-    found = copy.state_dict()
+    copied = copy.state_dict()
     differing = sorted(
         key
         for key, tensor in model.state_dict().items()
-        if tensor.dtype != found[key].dtype or not torch.equal(tensor, found[key])
+        if tensor.dtype != copied[key].dtype or not torch.equal(tensor, copied[key])
     )
-    side = CHECK_CELLS * model.f
+    side = CHECK_LATENTS * model.f
     sample = torch.rand((1, model.config["in_channels"], side, side), generator=torch.Generator().manual_seed(0))
     low, high = model.config["pixel_range"]
     sample = (low + (high - low) * sample).to(model.dtype)
@@ -170,13 +171,13 @@ def _save(model: SVQVAE, folder: Path, variant: str | None = None) -> None:
         same = torch.equal(model(sample).sample, copy(sample).sample)
     if differing or not same:
         raise OSError(
-            "the written model must equal the source, but differs in "
-            f"{', '.join(differing) or 'its reconstruction'}. Check the disk, and convert again."
+            "The written model must equal the source, but differs in "
+            f"{', '.join(differing) or 'its reconstruction'}. Check the disk and convert again."
         )
 
 
 def _halve(model: SVQVAE, variant: str) -> SVQVAE:
-    """Casts a model in place, all but its codebook, which keeps its type by itself."""
+    """Casts a model in place; its codebook stays in float32 by itself."""
     model.to(VARIANTS[variant])
     overflown = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
     if overflown:

@@ -1,3 +1,5 @@
+"""Writes the model cards of SVQVAE repositories."""
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,14 +14,15 @@ TEMPLATE = """---
 
 # {name}
 
-An image tokenizer: SVQVAE turns images of any size into ids of one codebook, at one or several scales, and back.
+SVQVAE is an image tokenizer. It encodes images of any size as ids of one codebook, at one or more scales, and decodes
+them to images.
 
 | | |
 |---|---|
-| f, pixels per id along each side | {f} |
+| f (pixels per id, along each side) | {f} |
 | codebook | {codebook_size} x {codebook_embed_dim}{normalised} |
-| pixel range of images in and out | [{pixel_low}, {pixel_high}] |
-| range that the weights were trained on | [{network_low}, {network_high}] |
+| pixel range of inputs and outputs | [{pixel_low}, {pixel_high}] |
+| pixel range of the training images | [{network_low}, {network_high}] |
 | encoder, decoder | {base_channels} channels times {encoder_ch_mult}, {decoder_ch_mult} |
 
 ## Use
@@ -31,13 +34,14 @@ import torch
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 
-torch.set_grad_enabled(False)  # else PyTorch keeps all activations
 vqvae = SVQVAE.from_pretrained({repo_id})
 processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
 batch = processor("photo.jpg")
-ids = vqvae.encode_tokens(batch["pixel_values"])  # (1, h, w), one id for {f} x {f} pixels
-images = processor.postprocess(vqvae.decode_tokens(ids), batch["image_sizes"])
+with torch.inference_mode():
+    ids = vqvae.encode_tokens(batch["pixel_values"])  # (1, h, w), one id per {f} x {f} pixels
+    decoded = vqvae.decode_tokens(ids)
+images = processor.postprocess(decoded, batch["image_sizes"])
 images[0].save("reconstruction.png")
 ```
 {half_precision}
@@ -50,7 +54,7 @@ images[0].save("reconstruction.png")
 """
 
 HALF_PRECISION = """
-The weights are there in half precision, too: {calls}. The codebook stays in float32, so ids mean the same.
+Half-precision weights: {calls}. The codebook stays in float32, so that ids keep their meaning.
 """
 
 
@@ -69,19 +73,19 @@ def model_card(
 
     Args:
         config (`Mapping[str, Any]`): Config of the model.
-        repo_id (`str`): What `from_pretrained` of the card's example gets: `org/name`, or a folder.
-        license (`str`, *optional*): Licence of the weights, an identifier of the Hub such as `apache-2.0`; `unknown`
-            if not given.
-        base_model (`str`, *optional*): Repository on the Hub that the weights come from.
-        datasets (`Sequence[str]`, *optional*): Data sets on the Hub that the model was trained on.
-        provenance (`Mapping[str, str]`, *optional*): Where the weights come from, as rows of a table.
-        variants (`Mapping[str, torch.dtype]`, *optional*): Names and types of the weights in half precision, such as
-            `{"fp16": torch.float16}`, that the repository holds, too.
-        eval_results (`Sequence[EvalResult]`, *optional*): Numbers for the card's metadata, such as those of
+        repo_id (`str`): Repository or folder that the card's example loads.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier, such as `apache-2.0`; by default
+            `unknown`.
+        base_model (`str`, *optional*): Hub repository that the weights come from.
+        datasets (`Sequence[str]`, *optional*): Hub data sets that the model was trained on.
+        provenance (`Mapping[str, str]`, *optional*): Origin of the weights, as rows of a table.
+        variants (`Mapping[str, torch.dtype]`, *optional*): Names and dtypes of additional half-precision weights,
+            such as `{"fp16": torch.float16}`.
+        eval_results (`Sequence[EvalResult]`, *optional*): Metrics for the card's metadata, such as the results of
             [`~svqvae_hf.evaluation.report.eval_results`].
 
     Returns:
-        `str`: The text of `README.md`, metadata first.
+        `str`: Text of `README.md`, metadata first.
     """
     name, quoted = one_line(repo_id.rpartition("/")[2]), quote(repo_id)
     metadata = ModelCardData(
@@ -121,16 +125,16 @@ def model_card(
 
 
 def one_line(text: object) -> str:
-    """Text with each run of white space, such as a line break, made one space."""
+    """Replaces each run of white space, line breaks included, by one space."""
     return " ".join(str(text).split())
 
 
 def quote(text: str) -> str:
-    """A string as code, in Python and JSON alike."""
+    """Quotes a string as both Python and JSON do."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def table_rows(rows: Iterable[tuple[object, object]]) -> str:
-    """Rows of a Markdown table with two columns, a line each."""
+    """Formats rows of a Markdown table with two columns."""
     lines = ((one_line(cell).replace("|", r"\|") for cell in row) for row in rows)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

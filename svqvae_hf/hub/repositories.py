@@ -1,4 +1,4 @@
-"""Repositories on the Hub: named, made and filled."""
+"""Creates repositories on the Hub, uploads folders to them, and explains the Hub's errors."""
 
 import re
 from pathlib import Path
@@ -25,48 +25,48 @@ HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
 
 
 def hub_repo(source: str | Path) -> str | None:
-    """The repository of a source on the Hub, `None` for a local file."""
+    """Returns the repository in `org/repo:file`, or None for a local file."""
     match = re.fullmatch(rf"({REPO_ID}):(.+)", str(source))
     return match[1] if match and not Path(source).exists() else None
 
 
 def hub_reason(error: Exception) -> str:
-    """Why the Hub did not do what it was asked for, and what to do; ends with a full stop."""
+    """Explains an error of the Hub and what to do about it, in text that ends with a full stop."""
     for kind, reason in HUB_REASONS:
         if isinstance(error, kind):
             return reason
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
-        return "the Hub does not know you. Log in with `hf auth login`."
+        return "you are not logged in. Log in with `hf auth login`."
     return f"{' '.join(str(error).split()).removesuffix('.')}."
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuses what cannot be the name of a repository to push to."""
+    """Raises ValueError unless the name is `org/name`, as the Hub allows it."""
     if not re.fullmatch(REPO_ID, repo_id):
-        raise ValueError(f"`push_to_hub` must be `org/name`, but is {repo_id!r}.")
+        raise ValueError(f"`push_to_hub` must be `org/name`, got {repo_id!r}.")
     validate_repo_id(repo_id)
 
 
 def create_repo(repo_id: str, private: bool | None, repo_type: str = "model") -> None:
-    """Makes a repository on the Hub, or finds that it is there.
+    """Creates a repository on the Hub unless it exists.
 
     Raises:
-        OSError: The Hub refuses or cannot be reached.
+        OSError: If the Hub denies it or cannot be reached.
     """
     try:
         HfApi().create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
     except (HTTPError, OSError) as error:
-        raise OSError(f"{repo_id} cannot be made on the Hub: {hub_reason(error)}") from error
+        raise OSError(f"Could not create `{repo_id}` on the Hub: {hub_reason(error)}") from error
 
 
 def push_folder(out: Path, repo_id: str, message: str, repo_type: str = "model", create_pr: bool = False) -> str:
-    """Uploads a whole folder to a repository that is there.
+    """Uploads a folder to an existing repository.
 
     Returns:
-        `str`: Address of the commit, or of the pull request.
+        `str`: URL of the commit or pull request.
 
     Raises:
-        OSError: The Hub refuses or cannot be reached.
+        OSError: If the Hub denies it or cannot be reached.
     """
     try:
         commit = HfApi().upload_folder(
@@ -75,7 +75,7 @@ def push_folder(out: Path, repo_id: str, message: str, repo_type: str = "model",
     except (HTTPError, OSError) as error:
         option = "" if repo_type == "model" else f" --repo-type {repo_type}"
         raise OSError(
-            f"`{out}` is complete, but could not be pushed to {repo_id}: {hub_reason(error)} Push it by `hf upload "
+            f"`{out}` is complete, but could not be pushed to `{repo_id}`: {hub_reason(error)} Push it by `hf upload "
             f"{repo_id} {out}{option}`."
         ) from error
     return commit.pr_url or commit.commit_url

@@ -128,10 +128,10 @@ def test_a_copy_that_reconstructs_otherwise_is_no_success(golden_dir, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variant": "fp8"}, "must be one of fp16, bf16, but is 'fp8'"),
+        ({"variant": "fp8"}, "must be one of fp16, bf16, got 'fp8'"),
         ({"create_pr": True}, "need `push_to_hub`"),
         ({"private": True}, "need `push_to_hub`"),
-        ({"push_to_hub": "name"}, "must be `org/name`, but is 'name'"),
+        ({"push_to_hub": "name"}, "must be `org/name`, got 'name'"),
         ({"push_to_hub": "org/a--b"}, r"-- or \.\..*'org/a--b'"),
         ({"out": "occupied"}, r"`.*occupied` must be a new or empty folder, but it is not empty"),
         ({"out": "occupied/file"}, "`.*occupied/file` is a file"),

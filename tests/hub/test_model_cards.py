@@ -21,24 +21,24 @@ def test_metadata(tiny_model):
     assert "svqvae" in data.tags
 
 
-def test_unknown_licence_is_said(tiny_model):
+def test_unknown_licence(tiny_model):
     card = model_card(tiny_model.config, repo_id="org/name")
     assert ModelCard(card).data.license == "unknown"
     assert "Not stated: ask the authors" in card
 
 
-def test_facts(tiny_model):
+def test_table_of_the_config(tiny_model):
     card = model_card(tiny_model.config, repo_id="org/name", provenance={"source": "`file.pt`"})
     assert "\n# name\n" in card
-    assert "| f, pixels per id along each side | 4 |" in card
+    assert "| f (pixels per id, along each side) | 4 |" in card
     assert "| codebook | 64 x 8, L2-normalised |" in card
     assert "| source | `file.pt` |" in card
-    assert "half precision" not in card
+    assert "Half-precision" not in card
     assert card.endswith("\n")
     assert "{" not in card
 
 
-def test_text_of_a_user_breaks_nothing(tiny_model):
+def test_user_text_is_escaped(tiny_model):
     card = model_card(
         tiny_model.config,
         repo_id='org/a"b\n# c',
@@ -53,16 +53,16 @@ def test_text_of_a_user_breaks_nothing(tiny_model):
     assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 2
 
 
-def test_half_precision_is_said(tiny_model):
+def test_half_precision_variants(tiny_model):
     variants = {"fp16": torch.float16, "bf16": torch.bfloat16}
     card = model_card(tiny_model.config, repo_id="org/name", variants=variants)
     assert (
-        'too: `SVQVAE.from_pretrained("org/name", variant="fp16", torch_dtype=torch.float16)` or '
+        'Half-precision weights: `SVQVAE.from_pretrained("org/name", variant="fp16", torch_dtype=torch.float16)` or '
         '`SVQVAE.from_pretrained("org/name", variant="bf16", torch_dtype=torch.bfloat16)`.'
     ) in card
 
 
-def test_numbers_of_an_evaluation(tiny_model):
+def test_evaluation_results(tiny_model):
     results = [
         EvalResult("image-to-image", "org/photos", "photos", "psnr", 23.5, metric_args={"scale": scale})
         for scale in (1.0, 0.5)
@@ -79,8 +79,8 @@ def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):
     tiny_model.save_pretrained("org/name")
     code = re.search(r"```python\n(.*?)```", model_card(tiny_model.config, repo_id="org/name"), re.DOTALL)[1]
     found = {}
-    with torch.enable_grad():  # the example turns gradients off, for the whole process
-        exec(code, found)
+    exec(code, found)
+    assert torch.is_grad_enabled()
     assert found["ids"].shape == (1, 9, 12)
     assert found["images"][0].size == (45, 34)
     assert (tmp_path / "reconstruction.png").exists()

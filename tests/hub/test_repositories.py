@@ -138,7 +138,7 @@ def test_pull_request_leaves_main_alone(hub, seen):
         ("gated", "Could not download `org/gated:file.pt` from the Hub: access is restricted. Accept the terms"),
         (
             "no login",
-            "org/new cannot be made on the Hub: the Hub does not know you. Log in with `hf auth login`.",
+            "Could not create `org/new` on the Hub: you are not logged in. Log in with `hf auth login`.",
         ),
     ],
 )
