@@ -1,0 +1,111 @@
+"""Encoder and decoder as traced graphs: image to ids, ids to image."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from svqvae_hf.models.modeling_svqvae import SVQVAE, map_range
+
+TRACED_GRID = (2, 3, 5)  # batch, rows and columns of ids
+
+
+class EncoderGraph(nn.Module):
+    """Image to ids, untiled. The codebook is searched in one piece, so the graph holds for any number of ids.
+
+    Args:
+        model ([`SVQVAE`]): Model in float32. It is not changed.
+        dtype (`torch.dtype`): Type of images and weights. The codebook is searched in float32.
+    """
+
+    def __init__(self, model: SVQVAE, dtype: torch.dtype):
+        super().__init__()
+        self.encoder = copy.deepcopy(model.encoder).to(dtype)
+        self.quant_conv = copy.deepcopy(model.quant_conv).to(dtype)
+        self.f = model.f
+        self.ranges = model.config["pixel_range"], model.config["network_range"]
+        self.l2_norm = model.config["codebook_l2_norm"]
+        self.codes: torch.Tensor
+        self.offset: torch.Tensor | None
+        codes = _codes(model)
+        self.register_buffer("codes", codes.T.contiguous())  # (codebook_embed_dim, codebook_size)
+        self.register_buffer("offset", None if self.l2_norm else codes.square().sum(-1) / 2)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """`(batch, in_channels, height, width)` -> int64 ids `(batch, ceil(height / f), ceil(width / f))`."""
+        rows, columns = ((side + self.f - 1) // self.f for side in sample.shape[-2:])
+        # Pad by the most that any size needs, then crop: the padding of one size is not a constant of the graph.
+        sample = F.pad(sample, (0, self.f - 1, 0, self.f - 1), mode="replicate")
+        sample = sample[..., : rows * self.f, : columns * self.f]
+        latents = self.quant_conv(self.encoder(map_range(sample, *self.ranges)))
+        latents = latents.permute(0, 2, 3, 1).float()  # (batch, h, w, codebook_embed_dim)
+        if self.l2_norm:
+            latents = F.normalize(latents, dim=-1)
+        scores = latents @ self.codes
+        return (scores if self.offset is None else scores - self.offset).argmax(-1)
+
+
+class DecoderGraph(nn.Module):
+    """Ids to image, untiled and clamped to `pixel_range`.
+
+    Args:
+        model ([`SVQVAE`]): Model in float32. It is not changed.
+        dtype (`torch.dtype`): Type of images and weights.
+    """
+
+    def __init__(self, model: SVQVAE, dtype: torch.dtype):
+        super().__init__()
+        self.post_quant_conv = copy.deepcopy(model.post_quant_conv).to(dtype)
+        self.decoder = copy.deepcopy(model.decoder).to(dtype)
+        self.ranges = model.config["network_range"], model.config["pixel_range"]
+        self.codes: torch.Tensor
+        self.register_buffer("codes", _codes(model).to(dtype))  # (codebook_size, codebook_embed_dim)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids `(batch, h, w)` -> `(batch, out_channels, h * f, w * f)`."""
+        latents = F.embedding(ids, self.codes).permute(0, 3, 1, 2)
+        return map_range(self.decoder(self.post_quant_conv(latents)), *self.ranges).clamp(*self.ranges[1])
+
+
+def trace_graphs(model: SVQVAE, dtype: torch.dtype) -> tuple[ExportedProgram, ExportedProgram]:
+    """Traces encoder and decoder, with dynamic batch, height and width."""
+    encoder, decoder = EncoderGraph(model, dtype), DecoderGraph(model, dtype)
+    weights = {**encoder.state_dict(), **decoder.state_dict()}
+    overflown = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
+    if overflown:
+        raise ValueError(f"Weights must lie in the range of float16, but {', '.join(overflown)} do not. Use float32.")
+    return (
+        _trace(encoder, example_images(model, TRACED_GRID).to(dtype), (0, 2, 3)),
+        _trace(decoder, torch.zeros(TRACED_GRID, dtype=torch.int64), (0, 1, 2)),
+    )
+
+
+def example_images(model: SVQVAE, grid: tuple[int, int, int]) -> torch.Tensor:
+    """Makes images for a grid of ids: noise on a coarse pattern, the same at each call."""
+    batch, rows, columns = grid
+    generator = torch.Generator().manual_seed(0)
+    channels, size = model.config["in_channels"], (rows * model.f, columns * model.f)
+    coarse = F.interpolate(torch.rand((batch, channels, rows, columns), generator=generator), size, mode="bilinear")
+    low, high = model.config["pixel_range"]
+    return low + (high - low) * torch.lerp(coarse, torch.rand((batch, channels, *size), generator=generator), 0.25)
+
+
+def _codes(model: SVQVAE) -> torch.Tensor:
+    """Codebook as the search uses it, `(codebook_size, codebook_embed_dim)`."""
+    return model.quantize.get_codebook_entry(torch.arange(model.config["codebook_size"])).detach()
+
+
+def _trace(graph: nn.Module, example: torch.Tensor, dynamic: Sequence[int]) -> ExportedProgram:
+    dims = dict.fromkeys(dynamic, Dim.DYNAMIC)
+    program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # holds paths of this machine
+    # The tracer demands at least two images, rows and columns of ids, although the graph works for one of each:
+    # graph_check.py runs it on one.
+    program._guards_code = []
+    for symbol, sides in program.range_constraints.items():
+        program.range_constraints[symbol] = type(sides)(1, sides.upper)
+    return program
