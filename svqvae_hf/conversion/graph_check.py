@@ -16,9 +16,9 @@ CHECKED_GRIDS = (
     (1, 20, 32),
 )
 PIXEL_TOLERANCE = 2 / 255  # 1 is the difference of black and white
-# Another library adds the same products in another order, so its latents differ in the last digits: in float32, by up to
-# 4e-6 of their length from float64 (measured with the layout of the original's release). Two codes whose similarities
-# differ by no more than this are a tie, and either is right.
+# Another library adds the same products in another order, so its latents differ in the last digits. In float32 they
+# differ from float64 by up to 4e-6 of their length, measured with the layout of the original's release. Two codes
+# whose similarities differ by no more than this are a tie, and either is right.
 TIE = 1e-5
 ADVICE = "Nothing was written. Try other versions of torch, onnx and onnxruntime."
 
@@ -41,7 +41,8 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph, dtype: torch.dty
     """
     changed, largest = 0, 0.0
     for number, grid in enumerate(CHECKED_GRIDS):
-        sample = example_images(model, grid)[..., number % model.f :, 3 * number % model.f :]  # many not multiples of f
+        top, left = number % model.f, 3 * number % model.f  # so that many sides are not multiples of f
+        sample = example_images(model, grid)[..., top:, left:]
         ids = model.encode_tokens(sample)
         changed += _compare_ids(model, encode, sample, ids, dtype)
         largest = max(largest, _compare_pixels(model, decode, ids, dtype))

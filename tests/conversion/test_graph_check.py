@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny
+
+from svqvae_hf.conversion.graph_check import CHECKED_GRIDS, TIE, compare_graphs
+from svqvae_hf.conversion.graphs import TRACED_GRID
+from svqvae_hf.models import quantizer
+
+SMALL = {"encoder_ch_mult": (1, 2), "decoder_ch_mult": (1, 2)}  # f = 2
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make_tiny(**SMALL, codebook_l2_norm=False)
+
+
+def compare(model, change_ids=lambda ids: ids, change_pixels=lambda pixels: pixels, dtype=torch.float32):
+    """Compares the model with itself, its outputs changed."""
+    return compare_graphs(
+        model,
+        lambda sample: change_ids(model.encode_tokens(sample.float())),
+        lambda ids: change_pixels(model.decode_tokens(ids)),
+        dtype,
+    )
+
+
+def set_corner(tensor, value):
+    """Changes one value of images with 16 x 16 ids at f = 2."""
+    if tensor.shape[-1] == 32:
+        tensor[0, 0, 0, 0] = value
+    return tensor
+
+
+def test_ten_sizes_are_checked():
+    assert len(set(CHECKED_GRIDS)) == 10
+    assert TRACED_GRID not in CHECKED_GRIDS
+    assert all(any(grid[axis] == 1 for grid in CHECKED_GRIDS) for axis in range(3))
+    assert max(rows * columns for _, rows, columns in CHECKED_GRIDS) * 16384 > 2 * quantizer.SEARCH_SCORES
+
+
+def test_sides_that_are_not_multiples_of_f_are_checked(small):
+    def encode(sample):  # pads by zeros, not by repetition
+        return small.encode_tokens(F.pad(sample, (0, sample.shape[-1] % 2, 0, sample.shape[-2] % 2)))
+
+    with pytest.raises(ValueError, match=r"encoder at \d*[13579] x .* differ and are not ties"):
+        compare_graphs(small, encode, small.decode_tokens, torch.float32)
+
+
+def test_one_wrong_id_fails_in_float32_and_counts_in_float16(small):
+    def change(ids):
+        return torch.where(torch.arange(ids.numel()).view_as(ids) == 20, ids ^ 1, ids)
+
+    message = r"encoder at 10 x 4 pixels .*, batch 3: .* 1 of 30 differ and are not ties"
+    with pytest.raises(ValueError, match=message):
+        compare(small, change_ids=change)
+    assert compare(small, change_ids=change, dtype=torch.float16)[0] == 6  # one per size with more than 20 ids
+
+
+def test_wrong_pixels_fail_in_float32_only(small):
+    def change(pixels):
+        return set_corner(pixels, 0.5) if pixels[..., 0, 0].min() < 0.4 else pixels
+
+    with pytest.raises(ValueError, match=r"decoder at 32 x 32 .* within 2/255 of the model's, but differ by \d"):
+        compare(small, change_pixels=change)
+    compare(small, change_pixels=change, dtype=torch.float16)
+
+
+def test_nan_pixels_fail_in_float16(small):
+    with pytest.raises(ValueError, match="decoder at 32 x 32 .* differ by nan/255"):
+        compare(small, change_pixels=lambda pixels: set_corner(pixels, torch.nan), dtype=torch.float16)
+
+
+def test_graph_for_one_size_fails(small):
+    with pytest.raises(ValueError, match=r"decoder at 6 x 2 .* must return the shape \(2, 3, 2, 6\), got \(1, 3,"):
+        compare(small, change_pixels=lambda pixels: pixels[:1])
+
+
+def test_graph_that_raises_fails(small):
+    def fail(ids):
+        raise RuntimeError(f"got {tuple(ids.shape)}")
+
+    with pytest.raises(ValueError, match=r"encoder at 2 x 2 .* must run, but fails: got \(1, 1, 1\)"):
+        compare(small, change_ids=fail)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_ties_pass(l2_norm):
+    model = make_tiny(**SMALL, codebook_l2_norm=l2_norm)
+    weight = model.quantize.embedding.weight
+    for distance, is_tie in [(0, True), (TIE / 100, True), (0.1, False)]:
+        weight[32:] = weight[:32] + distance * F.normalize(weight[:32].flip(0), dim=-1)
+        if is_tie:
+            changed, _ = compare(model, change_ids=lambda ids: (ids + 32) % 64)
+            assert changed == sum(np.prod(grid) for grid in CHECKED_GRIDS)
+        else:
+            with pytest.raises(ValueError, match="not ties"):
+                compare(model, change_ids=lambda ids: (ids + 32) % 64)
