@@ -27,14 +27,14 @@ def add_to(commands: Commands) -> None:
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="values of black and white that the network was trained on (default: as its format has them)",
+        help="values of black and white that the network was trained on (default: depends on the format)",
     )
     parser.add_argument(
         "--no-codebook-l2-norm",
         dest="codebook_l2_norm",
         action="store_false",
         default=None,
-        help="do not normalise the codebook (default: as its format has it)",
+        help="do not normalise the codebook (default: depends on the format)",
     )
     parser.add_argument("--variant", choices=("fp16", "bf16"), help="also write half precision weights")
     parser.add_argument(

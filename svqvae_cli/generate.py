@@ -12,7 +12,7 @@ def add_to(commands: Commands) -> None:
         "generate",
         run,
         "generate images with an autoregressive pipeline",
-        "Writes one image per class, number and scale, class_N_0_x1.png and so on, or\n"
+        "Writes one image per class, index and scale, class_N_0_x1.png and so on, or\n"
         "image_0_x1.png without --class, and all at their finest scale on sheet.png, one\n"
         "row per class. All images are sampled as one batch.",
         "org/dreams --class 3 7 --num-images 4 --output out",

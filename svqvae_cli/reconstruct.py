@@ -1,16 +1,10 @@
 """`svqvae reconstruct`."""
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from svqvae_cli.arguments import Commands, add_command, add_images
 from svqvae_cli.errors import explain_resume, prefix_errors, require_extra
 from svqvae_cli.large import add_large, check_large, unfinished
-
-if TYPE_CHECKING:
-    from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures
 
 
 def add_to(commands: Commands) -> None:
@@ -23,8 +17,8 @@ def add_to(commands: Commands) -> None:
         "Writes one image per scale, NAME_x0.5.png and so on. Prints for each of them:\n"
         "tokens, bits per pixel of the original, PSNR against the original resized to\n"
         "that scale, and the fraction of the codebook that is used. For several images\n"
-        "the last lines give, per scale, all tokens, means, and the fraction of the\n"
-        "codebook that any image uses.",
+        "the last lines give totals and means, and the fraction of the codebook that\n"
+        "all images together use.",
         "photo.jpg --output out --scales 0.5 1 2 --side-by-side",
     )
     add_images(parser)
@@ -46,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
+    from svqvae_cli.results import ResultTable
     from svqvae_hf.atomic_io import save_png
     from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions, side_by_side
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
@@ -57,7 +52,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
     check_output(inputs, args.output)
     check_targets(inputs, inputs, args.output, [*endings, *(["_side_by_side.png"] if args.side_by_side else [])])
     model = load_model(args.model, args.device, args.dtype)
-    table = _Table(inputs, model.config["codebook_size"])
+    table = ResultTable(inputs, model.config["codebook_size"])
     with progress(inputs) as (paths, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
         for path in paths:
@@ -82,6 +77,7 @@ def _reconstruct_large(args: argparse.Namespace) -> None:
         from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
+    from svqvae_cli.results import ResultTable
     from svqvae_hf.paths import check_output, check_targets, find_files
 
     inputs = find_files(args.inputs, TIFF_SUFFIXES)
@@ -89,42 +85,9 @@ def _reconstruct_large(args: argparse.Namespace) -> None:
     check_targets(inputs, inputs, args.output, ["_x1.tif"])
     model = load_model(args.model, args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
-    table = _Table(inputs, model.config["codebook_size"])
+    table = ResultTable(inputs, model.config["codebook_size"])
     with progress(inputs) as (paths, on_tile):
         for path, target in unfinished(paths, args, "_x1.tif"):
             with explain_resume(target):
                 result = reconstruct_large(model, path, target, args.resume, on_tile)
             table.add(path, [result])
-
-
-class _Table:
-    """Table of results on stdout, one row per image and scale. Its header is printed with the first row."""
-
-    def __init__(self, inputs: Sequence[Path], codebook_size: int):
-        self.total_name = f"{len(inputs)} images"
-        self.name_width = max(len(name) for name in (self.total_name, *(path.name for path in inputs)))
-        self.codebook_size = codebook_size
-        self.results: list[list[ReconstructionFigures]] = []  # per image, one per scale
-
-    def add(self, path: Path, results: "list[ReconstructionFigures]") -> None:
-        from svqvae_hf.evaluation.reconstruction_table import table_header
-
-        if not self.results:
-            self._print(table_header(self.name_width))
-        self.results.append(results)
-        for result in results:
-            self._add_row(path.name, [result])
-
-    def add_totals(self) -> None:
-        for of_one_scale in zip(*self.results, strict=True):
-            self._add_row(self.total_name, of_one_scale)
-
-    def _add_row(self, name: str, results: "Sequence[ReconstructionFigures]") -> None:
-        from svqvae_hf.evaluation.reconstruction_table import table_row
-
-        self._print(table_row(self.name_width, name, results, self.codebook_size))
-
-    def _print(self, line: str) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(line)  # above the progress bars

@@ -37,7 +37,7 @@ def help_text(capsys, *command):
 
 
 def test_every_command_has_a_file_of_its_name():
-    shared = {"arguments", "command_line", "errors", "large", "loading", "progress", "__init__", "__main__"}
+    shared = {"arguments", "command_line", "errors", "large", "loading", "progress", "results", "__init__", "__main__"}
     assert {path.stem for path in (ROOT / "svqvae_cli").glob("*.py")} == {*COMMAND_NAMES, *shared}
     for name in COMMAND_NAMES:
         assert callable(importlib.import_module(f"svqvae_cli.{name}").run)
