@@ -1,3 +1,5 @@
+"""Image files and arrays to the model's samples, and samples back to images."""
+
 import itertools
 import math
 import os
@@ -16,7 +18,7 @@ from transformers import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.untrusted.images import limited_pixels, open_image
 
-# Pillow's names of the formats that are read, with the endings of their files. JPEG is MPO as well.
+# Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
 IMAGE_FORMATS = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
@@ -29,27 +31,27 @@ IMAGE_FORMATS = {
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BLOCK = 1 << 10  # side in pixels of what is turned into RGB at once
+BLOCK = 1 << 10  # side in pixels of the blocks that are converted to RGB one after another
 TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}  # of its configs
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
 def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Reads an image file as 8-bit RGB; of a file with several frames or pages, the first.
+    """Reads an image file as 8-bit RGB. A file with several frames or pages yields the first.
 
     Args:
-        file (`str`, `os.PathLike` or binary file object): Path of a file, or an open one (`io.BytesIO(encoded)` for
-            bytes in memory), in one of the formats of `IMAGE_FORMATS`, which its content tells, not its name. Pillow's
-            other formats are refused: some of them start another program. So is a BMP of run lengths: a few bytes of
-            one can take any time and memory.
+        file (`str`, `os.PathLike` or binary file object): Path or open file (`io.BytesIO(encoded)` for bytes in
+            memory) in one of `IMAGE_FORMATS`. The content decides, not the name. Pillow's other formats are refused,
+            because some of them start another program. Run-length encoded BMPs are refused, because a few bytes can
+            decode to any size.
 
     Returns:
-        `PIL.Image.Image`: The image as [`to_rgb`] gives it.
+        `PIL.Image.Image`: The image, converted by [`to_rgb`].
 
     Raises:
-        OSError: The file cannot be opened, as `open` raises it (`FileNotFoundError`, `PermissionError`, ...).
-        ValueError: It is not an image, is broken or cut short, has values outside the range of its mode, or more
-            pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 million by default.
+        OSError: If the file cannot be opened.
+        ValueError: If it is not an image, is broken or truncated, has values outside the range of its mode, or has
+            more pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, by default 179 million.
     """
     if isinstance(file, str | os.PathLike):
         with open(file, "rb") as opened:
@@ -66,13 +68,13 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         except UnidentifiedImageError as error:
             size = file.seek(0, os.SEEK_END)
             raise ValueError(
-                f"{name} must be an image, but its {size} bytes are of none of the formats {', '.join(IMAGE_FORMATS)} "
-                "(BMP without run lengths)."
+                f"{name} ({size} bytes) is not a readable image. Supported formats: {', '.join(IMAGE_FORMATS)} (BMP "
+                "without run-length encoding)."
             ) from error
         except (MemoryError, Image.DecompressionBombError):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-            raise ValueError(f"{name} cannot be read as an image, it may be broken or cut short: {error}") from error
+            raise ValueError(f"{name} is not a readable image, it may be broken or truncated: {error}") from error
         try:
             return _convert(image)
         except ValueError as error:
@@ -80,40 +82,40 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns any Pillow image upright and into 8-bit RGB, transparent parts on white.
+    """Converts any Pillow image to 8-bit RGB, upright and with transparent parts on white.
 
     Args:
-        image (`PIL.Image.Image`): Image of any mode. The EXIF orientation is applied. Integer modes (`"I"`, `"I;16"`,
-            ...) are grey in 16 bits, range [0, 65535]; `"F"` is grey in the range [0, 1].
+        image (`PIL.Image.Image`): Image of any mode. Its EXIF orientation is applied. Integer modes (`"I"`, `"I;16"`,
+            ...) are read as 16-bit grey in [0, 65535], and `"F"` as grey in [0, 1].
 
     Returns:
         `PIL.Image.Image`: Image of mode `"RGB"`.
 
     Raises:
-        ValueError: A 16-bit or float image has values outside its range.
+        ValueError: If a 16-bit or float image has values outside its range.
     """
     image = ImageOps.exif_transpose(image)  # a copy
     return image if image.mode == "RGB" and not image.has_transparency_data else _convert(image)
 
 
 def _convert(image: Image.Image) -> Image.Image:
-    """RGB of an upright image, by blocks, so that the memory beside the image and its result is small."""
+    """Converts an upright image to RGB block by block, so that little memory is needed beside image and result."""
     is_wide = image.mode == "F" or image.mode.startswith("I")
     if is_wide:
         _check_grey(image)
     result = Image.new("RGB", image.size)
-    for place, block in _blocks(image):
+    for origin, block in _blocks(image):
         if is_wide:
             block = _grey_to_8_bit(block)
         elif block.has_transparency_data:
             white = Image.new("RGBA", block.size, "white")
             block = Image.alpha_composite(white, block.convert("RGBA"))
-        result.paste(block.convert("RGB"), place)
+        result.paste(block.convert("RGB"), origin)
     return result
 
 
 def _blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
-    """Left and top of each block, and the block."""
+    """Yields the left top corner of each block, and the block."""
     for top, left in itertools.product(range(0, image.height, BLOCK), range(0, image.width, BLOCK)):
         yield (left, top), image.crop((left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)))
 
@@ -121,11 +123,11 @@ def _blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]
 def _check_grey(image: Image.Image) -> None:
     values = (np.asarray(block) for _, block in _blocks(image))
     ends = np.array([(block.min(), block.max()) for block in values])
-    low, high, top = ends[:, 0].min(), ends[:, 1].max(), _grey_top(image)  # a NaN is both
+    low, high, top = ends[:, 0].min(), ends[:, 1].max(), _grey_top(image)  # NaN if any value is
     if not (low >= 0 and high <= top):
         raise ValueError(
-            f"an image of mode {image.mode!r} must have values in [0, {top}], but has [{low}, {high}]. Scale them to "
-            "the whole of that range."
+            f"an image of mode {image.mode!r} must have values in [0, {top}], got [{low}, {high}]. Scale them to that "
+            "range."
         )
 
 
@@ -134,7 +136,7 @@ def _grey_top(image: Image.Image) -> int:
 
 
 def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion of these modes clips at 255 instead of scaling.
+    # Pillow's own conversion of these modes clips at 255 instead of scaling to it.
     values = np.asarray(image)
     grey = np.rint(values * (255 / _grey_top(image)))
     if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
@@ -143,24 +145,24 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
 
 
 class SVQVAEImageProcessorKwargs(TypedDict, total=False):
-    """What `SVQVAEImageProcessor.from_pretrained` lets a caller override."""
+    """Arguments of `SVQVAEImageProcessor.from_pretrained`."""
 
     pixel_range: tuple[float, float]
 
 
 class SVQVAEImageProcessor(BaseImageProcessor):
-    """Images in, the model's samples out, and back: the one place for value range, padding and crop.
+    """Prepares images for the model and converts samples back: value range, padding and cropping.
 
-    An image of 8 bits comes back exactly as it went in. The dtype alone decides what a value means: integers are 8-bit
-    in [0, 255], floats are in [0, 1]; nothing is guessed from the values.
+    An 8-bit image comes back exactly as it went in. The dtype alone says what a value means: integers are 8-bit values
+    in [0, 255], floats are in [0, 1]. Nothing is guessed from the values.
 
     Args:
-        pixel_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Values of black and white in `pixel_values`: the
-            model's `config["pixel_range"]`.
+        pixel_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Values of black and white in `pixel_values`, as
+            in the model's `config["pixel_range"]`.
 
     Raises:
-        TypeError: Another keyword is given.
-        ValueError: `pixel_range` is not two finite numbers, the lower one first.
+        TypeError: If another keyword is given.
+        ValueError: If `pixel_range` is not two finite numbers, the lower one first.
 
     Example:
         >>> processor = SVQVAEImageProcessor(pixel_range=(-1.0, 1.0))
@@ -180,22 +182,22 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             ends = np.empty(0)
         if ends.shape != (2,) or ends.dtype.kind not in "iuf" or not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(
-                f"`pixel_range` must be two finite numbers, black then white, but is {pixel_range}. Pass the model's "
+                f"`pixel_range` must be two finite numbers, black then white, got {pixel_range}. Pass the model's "
                 '`config["pixel_range"]`.'
             )
         self.pixel_range = tuple(ends.tolist())
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Makes a processor of what a file holds, of which only `pixel_range` is used, and of keywords.
+        """Creates a processor from the content of a file and keywords.
 
         Args:
-            image_processor_dict (`dict[str, Any]`): Content of `preprocessor_config.json`.
-            kwargs: `pixel_range`, which goes before that of the file, and `return_unused_kwargs`.
+            image_processor_dict (`dict[str, Any]`): Content of `preprocessor_config.json`. Only `pixel_range` is used.
+            kwargs: `pixel_range`, which replaces the value in the file, and `return_unused_kwargs`.
 
         Raises:
-            TypeError: Another keyword is given.
-            ValueError: `pixel_range` is not as described.
+            TypeError: If another keyword is given.
+            ValueError: If `pixel_range` is not as described.
         """
         options = {"pixel_range", "return_unused_kwargs"}
         if not kwargs.get("return_unused_kwargs"):
@@ -206,25 +208,26 @@ class SVQVAEImageProcessor(BaseImageProcessor):
     def preprocess(
         self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
     ) -> BatchFeature:
-        """Turns images of any kind and size into one batch.
+        """Converts images of any kind and size to one batch.
 
         Args:
-            images: One image or a list that may mix kinds and sizes. Pillow images and paths of files are read by
-                [`to_rgb`] and [`load_image`]. NumPy arrays are `(height, width)`, `(height, width, channels)` or
-                `(batch, height, width, channels)`; torch tensors `(height, width)`, `(channels, height, width)` or
-                `(batch, channels, height, width)`; both with 3 channels (RGB) or 1 (grey), uint8 in [0, 255] or
+            images: One image, or a list that may mix kinds and sizes: Pillow images, paths, NumPy arrays and torch
+                tensors. Arrays have shape `(height, width)`, `(height, width, channels)` or
+                `(batch, height, width, channels)`. Tensors have shape `(height, width)`, `(channels, height, width)`
+                or
+                `(batch, channels, height, width)`. Both have 3 channels (RGB) or 1 (grey), as uint8 in [0, 255] or
                 floating point in [0, 1].
-            return_tensors (`str`, *optional*): `"np"` gives `pixel_values` as a NumPy array; `"pt"` is the default.
+            return_tensors (`str`, *optional*): `"np"` for NumPy arrays, by default `"pt"`.
 
         Returns:
             `BatchFeature`: `pixel_values`, float32 of shape `(batch, 3, height, width)` in `pixel_range`, and
-            `image_sizes`, one `(height, width)` per image. Smaller images of a list are padded at the bottom and at
-            the right by repeating their last row and column.
+            `image_sizes`, one `(height, width)` per image. Smaller images of a list are padded at the bottom and right
+            by repeating their last row and column.
 
         Raises:
-            OSError: A file cannot be opened.
-            TypeError: An image is of another type or dtype.
-            ValueError: No image, an unreadable file, a wrong shape, or floats outside [0, 1].
+            OSError: If a file cannot be opened.
+            TypeError: If an image is of another type or dtype.
+            ValueError: If there is no image, a file is unreadable, a shape is wrong, or floats lie outside [0, 1].
         """
         items = images if isinstance(images, list | tuple) else [images]
         pixels = [image for item in items for image in _unit_pixels(item)]
@@ -250,42 +253,41 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         output_type: str = "pil",
         scale: float = 1.0,
     ) -> list[Any]:
-        """Turns a batch of samples into images, cropped to their sizes.
+        """Converts a batch of samples to images, cropped to their sizes.
 
         Args:
-            sample (`torch.Tensor` or `np.ndarray` of shape `(batch, 3, height, width)`): Samples in `pixel_range`;
-                what lies outside is clamped.
-            image_sizes (sequence of `(height, width)`, *optional*): Size of each image, as `preprocess` gives them;
-                by default nothing is cropped.
+            sample (`torch.Tensor` or `np.ndarray` of shape `(batch, 3, height, width)`): Samples in `pixel_range`.
+                Values outside are clamped.
+            image_sizes (sequence of `(height, width)`, *optional*): Size of each image, as `preprocess` returns them.
+                By default nothing is cropped.
             output_type (`str`, defaults to `"pil"`): `"pil"` for 8-bit RGB images, `"np"` for float32 arrays
-                `(height, width, 3)`, `"pt"` for float32 tensors `(3, height, width)`, both in [0, 1].
-            scale (`float`, defaults to `1.0`): Scale of the sample, by which each side of `image_sizes` is multiplied
-                and rounded, to at least one pixel.
+                `(height, width, 3)` in [0, 1], `"pt"` for float32 tensors `(3, height, width)` in [0, 1].
+            scale (`float`, defaults to `1.0`): Scale of the sample. Each side of `image_sizes` is multiplied by it and
+                rounded, to at least one pixel.
 
         Returns:
-            `list` of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: One image for each sample.
+            `list` of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: One image per sample.
 
         Raises:
-            TypeError: `sample` is of another type.
-            ValueError: `sample`, `image_sizes`, `output_type` or `scale` is not as described.
+            TypeError: If `sample` is of another type.
+            ValueError: If `sample`, `image_sizes`, `output_type` or `scale` is not as described.
         """
         if isinstance(sample, np.ndarray):
             sample = _as_tensor(sample)
         if not isinstance(sample, torch.Tensor):
             raise TypeError(
-                f"`sample` must be a tensor or array, but is of type {type(sample).__name__}. Pass the output's "
-                "`.sample`, of several scales one by one."
+                f"`sample` must be a tensor or array, got {type(sample).__name__}. Pass the output's `.sample`, one "
+                "scale at a time."
             )
         if not isinstance(scale, Real) or not 0 < scale < math.inf:
-            raise ValueError(f"`scale` must be a finite number more than 0, but is {scale!r}.")
+            raise ValueError(f"`scale` must be a finite number above 0, got {scale!r}.")
         if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', but is {output_type!r}.")
+            raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
         if sample.ndim != 4 or sample.shape[1] != 3:
-            raise ValueError(f"`sample` must have shape (batch, 3, height, width), but has {tuple(sample.shape)}.")
+            raise ValueError(f"`sample` must have shape (batch, 3, height, width), got {tuple(sample.shape)}.")
         if image_sizes is not None and len(image_sizes) != len(sample):
             raise ValueError(
-                "`image_sizes` must hold one (height, width) per sample, but holds "
-                f"{len(image_sizes)} for {len(sample)}."
+                f"`image_sizes` must hold one (height, width) per sample, got {len(image_sizes)} for {len(sample)}."
             )
         height, width = sample.shape[-2:]
         if image_sizes is None:
@@ -293,7 +295,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         else:
             sizes = [_scaled_size(size, scale, height, width) for size in image_sizes]
         if sample.isnan().any():
-            raise ValueError("`sample` must be made of numbers, but has NaN. Decode in float32 or bfloat16.")
+            raise ValueError("`sample` must not contain NaN. Decode in float32 or bfloat16.")
         black, white = self.pixel_range
         unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
         images = [image[:, :h, :w] for image, (h, w) in zip(unit, sizes, strict=True)]
@@ -308,12 +310,12 @@ class SVQVAEImageProcessor(BaseImageProcessor):
 def _check_keywords(unknown: set[str]) -> None:
     if unknown:
         raise TypeError(
-            f"an image processor takes `pixel_range` alone, but got {', '.join(sorted(unknown))}. Leave it out."
+            f"an image processor takes only `pixel_range`, got {', '.join(sorted(unknown))}. Leave it out."
         )
 
 
 def _unit_pixels(image: ImageInput) -> torch.Tensor:
-    """One item of `preprocess` as float32 in [0, 1], (batch, 3, height, width)."""
+    """Converts one item of `preprocess` to float32 in [0, 1] of shape (batch, 3, height, width)."""
     if isinstance(image, str | os.PathLike):
         image = load_image(image)
     if isinstance(image, Image.Image):
@@ -328,28 +330,28 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
     else:
         raise TypeError(
             "an image must be a PIL image, a NumPy array, a torch tensor or the path of a file, "
-            f"but is of type {type(image).__name__}."
+            f"got {type(image).__name__}."
         )
     pixels = _to_unit_range(pixels if pixels.ndim > 2 else pixels[None])
     return pixels.expand(*pixels.shape[:-3], 3, -1, -1).reshape(-1, 3, *pixels.shape[-2:])
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    # A copy: torch wants it writable, in one piece and in the machine's order of bytes.
+    # A copy, because torch needs it writable, contiguous and in the machine's byte order.
     return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
 
 
 def _scaled_size(size: Sequence[int], scale: float, max_height: int, max_width: int) -> tuple[int, int]:
-    """An image's height and width at a scale, if they fit the sample."""
+    """Height and width of an image at a scale, checked against the sample."""
     sides = np.asarray(size)
     if sides.shape == (2,) and sides.dtype.kind in "iu" and sides.min() >= 1:
         height, width = (max(1, round(scale * side)) for side in sides.tolist())
         if height <= max_height and width <= max_width:
             return height, width
     raise ValueError(
-        "`image_sizes` must hold whole numbers (height, width) from 1 to those of the sample, "
-        f"{max_height} x {max_width}, but has {size!r} at scale {scale:g}. For a sample of another scale, pass its "
-        "`scale`; decoded ids are brought to it by `SVQVAE.resize_to_image`."
+        "`image_sizes` must hold integers (height, width) from 1 to the size of the sample, "
+        f"{max_height} x {max_width}, got {size!r} at scale {scale:g}. For a sample of another scale, pass `scale`, "
+        "and resize decoded ids with `SVQVAE.resize_to_image`."
     )
 
 
@@ -357,7 +359,7 @@ def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -
     if not 2 <= image.ndim <= 4 or 0 in image.shape or (image.ndim > 2 and image.shape[channels] not in (1, 3)):
         raise ValueError(
             f"a {type(image).__name__} image must have shape (height, width), ({layout}) or (batch, {layout}), with 3 "
-            f"channels (RGB) or 1 (grey), but has {tuple(image.shape)}."
+            f"channels (RGB) or 1 (grey), got {tuple(image.shape)}."
         )
 
 
@@ -365,11 +367,11 @@ def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     if pixels.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"an image must be uint8 in [0, 255] or floating point in [0, 1], but is {pixels.dtype}.")
+        raise TypeError(f"an image must be uint8 in [0, 255] or floating point in [0, 1], got {pixels.dtype}.")
     low, high = pixels.min().item(), pixels.max().item()
     if not (low >= 0 and high <= 1):  # also when they are NaN
         raise ValueError(
-            f"a floating point image must have values in [0, 1], but has [{low:g}, {high:g}]. Scale or clip it, "
-            "or pass uint8."
+            f"a floating-point image must have values in [0, 1], got [{low:g}, {high:g}]. Scale or clip it, or "
+            "pass uint8."
         )
     return pixels.float()
