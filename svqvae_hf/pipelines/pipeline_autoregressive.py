@@ -1,10 +1,9 @@
-"""New images from a causal language model over the ids of an SVQVAE."""
+"""Pipeline that samples images from a causal language model over the ids of an SVQVAE."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,32 @@ from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout, to_int64
 
-CACHE_NAMES = ("cache", "past_key_values")  # of transformers from 5.24 or so, and before
+CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-LARGEST_FACTOR = 1e6  # of logits, which stay finite in float32
+MAX_FACTOR = 1e6  # largest factor of the logits, which keeps them finite in float32
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
 class SVQVAEAutoregressivePipeline(DiffusionPipeline):
-    """Samples images token by token: a causal language model gives ids, scale by scale, and SVQVAE decodes them.
+    """Samples images token by token: a causal language model predicts ids, scale by scale, and SVQVAE decodes them.
 
     Args:
-        vqvae ([`SVQVAE`]): The model whose ids the language model was trained on.
-        language_model ([`~transformers.PreTrainedModel`]): A causal language model of transformers, with a vocabulary
+        vqvae ([`SVQVAE`]): Model whose ids the language model was trained on.
+        language_model ([`~transformers.PreTrainedModel`]): Causal language model of transformers, with a vocabulary
             of `layout.vocab_size` tokens.
-        num_classes (`int`, defaults to 0): Number of labels that it was trained with.
-        height (`int`, *optional*): Height in pixels of the images that it was trained on; the `sample_size` of `vqvae`
-            if not given.
-        width (`int`, *optional*): Their width; likewise.
-        scales (`list[float]`, defaults to `(1.0,)`): Scales that it was trained on, from coarse to fine.
-        codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] of the codebook whose ids it was
-            trained on; that of `vqvae` if not given. It is stored with the pipeline.
+        num_classes (`int`, defaults to 0): Number of classes in training.
+        height (`int`, *optional*): Height in pixels of the training images; `sample_size` of `vqvae` by default.
+        width (`int`, *optional*): Width in pixels of the training images; `sample_size` of `vqvae` by default.
+        scales (`list[float]`, defaults to `(1.0,)`): Scales in training, from coarse to fine.
+        codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] in training, which is saved with the
+            pipeline; the fingerprint of `vqvae` by default.
 
-    `layout`, a [`SequenceLayout`], says what stands where in the sequences. While it samples,
-    both models are in evaluation mode.
+    The attribute `layout`, a [`SequenceLayout`], defines the order of the tokens. Both models are in evaluation mode
+    during sampling.
 
     Raises:
-        ValueError: If the vocabulary or the context of the language model does not fit the layout, or `vqvae` has
+        ValueError: The vocabulary or the context of the language model does not match the layout, or `vqvae` has
             another codebook.
 
     Example:
@@ -102,18 +100,18 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> "SVQVAEAutoregressivePipeline":
-        """Loads a pipeline from a folder or from the Hub, strictly, its weights from safetensors files only.
+        """Loads a pipeline from a folder or from the Hub, with strict checks, from safetensors files only.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-            **kwargs: Those of [`~diffusers.DiffusionPipeline.from_pretrained`].
+            **kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pretrained`]; `use_safetensors` is always
+                `True`.
 
         Raises:
-            OSError: If there is no such pipeline, or it has no safetensors files.
-            ValueError: If it is of another class, weights of the language model are missing or not expected, a
-                `vqvae` given has another codebook, or `use_safetensors` is `False`.
+            OSError: The pipeline does not exist or has no safetensors files.
+            ValueError: It has another class, weights of the language model are missing or unexpected, or a `vqvae`
+                that was passed has another codebook.
         """
-        _check_safetensors("use_safetensors", kwargs.get("use_safetensors"))
         kwargs["use_safetensors"] = True
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
@@ -129,23 +127,6 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Saves the pipeline, its weights to safetensors files.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Folder to write to.
-            safe_serialization (`bool`, defaults to `True`): Only `True` is taken.
-            *args: The others of [`~diffusers.DiffusionPipeline.save_pretrained`].
-            **kwargs: Likewise.
-
-        Raises:
-            ValueError: If `safe_serialization` is `False`.
-        """
-        _check_safetensors("safe_serialization", safe_serialization)
-        super().save_pretrained(save_directory, True, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -168,68 +149,69 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         """Samples images.
 
         Args:
-            class_labels (`int` or `Sequence[int]`, *optional*): A label for each image, in `[0, num_classes)`; images
-                of no class if not given.
-            height (`int`, *optional*): Height in pixels at scale 1. Only the trained size, or one that needs as many
-                ids, can be made. The trained one if not given.
-            width (`int`, *optional*): Width in pixels; likewise.
-            scales (`Sequence[float]`, *optional*): Which of the trained scales to give, each once; sampling ends with
-                the finest of them. The finest of all if not given.
-            image (`ImageInput` or a list of them, *optional*): Top part of images to complete, one for all or one for
-                each label, as [`SVQVAEImageProcessor`] takes them: as wide as the image, and a whole number of rows of
-                ids high at each scale. At each scale its ids stay as they are, and the rows below are sampled.
+            class_labels (`int` or `Sequence[int]`, *optional*): Label per image, in `[0, num_classes)`; without labels
+                the images have no class.
+            height (`int`, *optional*): Height in pixels at scale 1; the height in training by default. Another height
+                is possible only if it needs the same number of ids.
+            width (`int`, *optional*): Width in pixels at scale 1, with the same rule.
+            scales (`Sequence[float]`, *optional*): Scales to return, each once; the finest by default. Sampling ends
+                with the finest of them.
+            image (`ImageInput` or a list of them, *optional*): Top part of images to complete, one for all or one per
+                label, as for [`SVQVAEImageProcessor`]. It must be as wide as the images, and a whole number of rows of
+                ids high at each scale. At each scale its ids are kept, and the rows below are sampled.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional +
-                guidance_scale * (conditional - unconditional)`. At 1 there is none. In [-1e6, 1e6].
+                guidance_scale * (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
             temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely token.
-            top_k (`int`, defaults to 0): Sample from so many of the most likely tokens; 0 means all.
-            top_p (`float`, defaults to 1.0): Sample from the most likely tokens that together have this probability.
+            top_k (`int`, defaults to 0): Number of most likely tokens to sample from; 0 means all.
+            top_p (`float`, defaults to 1.0): Probability that the most likely tokens to sample from add up to.
             generator (`torch.Generator` or a list of them, *optional*): Source of randomness, one for all images or
-                one for each, on any device.
-            num_images_per_prompt (`int`, defaults to 1): Images for each label.
+                one per image, on any device.
+            num_images_per_prompt (`int`, defaults to 1): Images per label.
             output_type (`str`, defaults to `"pil"`): `"pil"` for Pillow images, `"np"` for arrays `(batch, height,
                 width, 3)`, `"pt"` for tensors `(batch, 3, height, width)`, both in [0, 1], or `"latent"` for ids
                 `(batch, h, w)`.
-            return_dict (`bool`, defaults to `True`): Whether to give an output object or a tuple.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each row of ids with the pipeline, the number
-                of rows sampled before it, the scale at work and a dictionary whose `ids` `(batch, rows so far, w)` are
-                those of this scale: `pipe.vqvae.decode_tokens(ids)` is a preview. What it returns is not read.
+                of rows sampled before, the current scale and a dictionary. Its `ids` `(batch, rows so far, w)` are the
+                ids of this scale: `pipe.vqvae.decode_tokens(ids)` is a preview. The return value is ignored.
 
         Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`; a list of such, one per scale in their order, if
-            `scales` is given.
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`; with `scales`, a list of images per scale, in
+            their order.
 
         Raises:
-            ValueError: If a value does not fit, or the language model gives logits that cannot be sampled from.
+            TypeError: Labels are not integers.
+            ValueError: A value is out of range, or logits are NaN or infinite.
         """
-        layout = self._layout(height, width)
-        asked = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
-        last = max(layout.scales.index(scale) for scale in asked)
-        _check_sampling(guidance_scale, temperature, top_k, top_p, generator, num_images_per_prompt, output_type)
-        with _evaluating(self.vqvae, self.language_model):
+        layout = self._resize_layout(height, width)
+        wanted = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
+        last = max(layout.scales.index(scale) for scale in wanted)
+        _check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
+        with _evaluation_mode(self.vqvae, self.language_model):
             top = [] if image is None else self._encode_top(image, layout)
-            labels = self._labels(class_labels, len(top[0]) if top else 1)
+            labels = self._encode_labels(class_labels, len(top[0]) if top else 1)
             if guidance_scale != 1 and class_labels is None:
                 raise ValueError(
-                    f"`guidance_scale` = {guidance_scale} needs `class_labels`. Give them, or leave it at 1."
+                    f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1."
                 )
             sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
             count = len(sequences)
             if isinstance(generator, list) and len(generator) != count:
-                raise ValueError(f"there must be one generator for each of {count} images, but are {len(generator)}.")
+                raise ValueError(f"`generator` must have one generator per image, {count}, got {len(generator)}.")
             if guidance_scale != 1:
-                sequences = sequences.repeat(2, 1)  # the second half without the label
+                sequences = sequences.repeat(2, 1)  # the second half has no label
                 sequences[count:, 0] = layout.unconditional_token
 
             processors = _processors(layout, temperature, top_k, top_p)
             model = _CachedModel(self.language_model)
-            rows = _free_rows(layout, top, last)
+            rows = _rows_to_sample(layout, top, last)
             for step, (index, row) in enumerate(self.progress_bar(rows)):
                 highest = []
                 for position in range(row.start, row.stop):
                     logits = _guide(model.next_logits(sequences[:, :position]), guidance_scale)
                     scores = processors(sequences[:count, :position], logits)
                     highest.append(scores.amax(-1))
-                    tokens = scores.argmax(-1) if temperature == 0 else _draw(scores, generator)
+                    tokens = scores.argmax(-1) if temperature == 0 else _draw_tokens(scores, generator)
                     sequences[:, position] = tokens.repeat(len(sequences) // count)
                 _check_scores(torch.stack(highest), self.language_model)
                 if callback_on_step_end is not None:
@@ -237,12 +219,12 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                     callback_on_step_end(self, step, layout.scales[index], {"ids": ids})
 
             grids, _ = layout.decode(sequences[:count, : layout.spans[last].stop])
-            results = [self._images(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in asked]
-        images = results[0] if scales is None else results
+            images = [self._decode(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in wanted]
+        result = images[0] if scales is None else images
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
 
-    def _layout(self, height: int | None, width: int | None) -> SequenceLayout:
+    def _resize_layout(self, height: int | None, width: int | None) -> SequenceLayout:
         trained = self.layout
         layout = dataclasses.replace(
             trained,
@@ -251,47 +233,41 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         )
         if layout.grids != trained.grids:
             raise ValueError(
-                f"`height` and `width` must be {trained.height} and {trained.width}, those that the language model "
-                f"was trained on, but are {layout.height} and {layout.width}. Leave them out, and resize the images."
+                f"`height` and `width` must be {trained.height} and {trained.width} as in training, got "
+                f"{layout.height} and {layout.width}. Leave them out, and resize the images."
             )
         return layout
 
-    def _labels(self, class_labels: int | Sequence[int] | None, images: int) -> torch.Tensor:
-        """One label for each image, `num_classes` for none."""
+    def _encode_labels(self, class_labels: int | Sequence[int] | None, images: int) -> torch.Tensor:
+        """One label per image; `num_classes` means no class."""
         num_classes = self.layout.num_classes
         device = self._execution_device
         if class_labels is None:
             return torch.full((images,), num_classes, device=device)
-        try:
-            labels = to_int64("labels", torch.as_tensor(class_labels, device=device)).reshape(-1)
-        except (TypeError, ValueError, RuntimeError):  # of text, of lists of several lengths, of large numbers
-            labels = torch.empty(0)
+        labels = to_int64("labels", torch.as_tensor(class_labels, device=device)).reshape(-1)
         if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(
-                f"`class_labels` must be whole numbers in [0, {num_classes}), the classes that the language model was "
-                f"trained on, but are {class_labels!r}."
-            )
+            raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
         if images not in (1, len(labels)):
-            raise ValueError(f"there must be one `image`, or one for each of {len(labels)} labels, but are {images}.")
+            raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
         return labels
 
     def _encode_top(self, image: ImageInput | list[ImageInput], layout: SequenceLayout) -> list[torch.Tensor]:
-        """Ids of the top parts of images, one grid per scale."""
+        """Encodes the top parts of images to one grid of ids per scale."""
         batch = self.image_processor(image)
         height, width = batch["image_sizes"][0]
         for size in batch["image_sizes"]:
             whole = all((scale * size[0] / layout.f).is_integer() for scale in layout.scales)
             if size != (height, layout.width) or height > layout.height or not whole:
                 raise ValueError(
-                    f"`image` must be {layout.width} pixels wide, at most {layout.height} high, and a whole number of "
-                    f"rows of ids high at each of the scales {list(layout.scales)}, where f = {layout.f}; several "
-                    f"must have one size. But one is {size[1]} x {size[0]} (width x height). Crop it."
+                    f"`image` must be {layout.width} pixels wide, at most {layout.height} high, a whole number of "
+                    f"rows of ids high at each of the scales {list(layout.scales)} (f = {layout.f}), and all of one "
+                    f"size, got {size[1]} x {size[0]} (width x height). Crop it."
                 )
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
         return self.vqvae.encode_tokens(sample, layout.scales)
 
-    def _images(self, ids: torch.Tensor, layout: SequenceLayout, scale: float, output_type: str) -> Any:
-        """Ids `(batch, h, w)` of a scale as images."""
+    def _decode(self, ids: torch.Tensor, layout: SequenceLayout, scale: float, output_type: str) -> Any:
+        """Decodes ids `(batch, h, w)` of a scale to images of the output type."""
         if output_type == "latent":
             return ids
         sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (layout.height, layout.width), scale)
@@ -302,7 +278,8 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
 
 
 @contextmanager
-def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
+def _evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """Puts models in evaluation mode, and every module back in its own mode afterwards."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:
@@ -314,43 +291,36 @@ def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
 
 
 class _CachedModel:
-    """A language model with the keys and values of what it has read."""
+    """A language model with the cached keys and values of the tokens that it has read."""
 
     def __init__(self, language_model: PreTrainedModel):
         self.language_model = language_model
-        self.cache: dict[str, Any] = {}  # under the name that the model gives it
+        self.cache: dict[str, Any] = {}  # under its name in the output of the model
         self.read = 0
 
     def next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `(batch, vocab_size)` of the token after these sequences, which go on from the last call."""
+        """Float32 logits `(batch, vocab_size)` of the next token; the sequences must extend those of the last call."""
         output = self.language_model(input_ids=sequences[:, self.read :], use_cache=True, **self.cache)
         self.cache = {name: output[name] for name in CACHE_NAMES if name in output.keys()}
         if not self.cache:
             raise ValueError(
-                f"`language_model` must give its keys and values, but {type(self.language_model).__name__} does not. "
-                "Use a causal language model with attention."
+                f"`language_model` must return its keys and values, but {type(self.language_model).__name__} does "
+                "not. Use a causal language model with attention."
             )
         self.read = sequences.shape[1]
         return output.logits[:, -1].float()
 
 
 def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -> None:
-    """Refuses what transformers only warns of."""
+    """Raises for missing and unexpected weights, of which transformers only warns."""
     _, info = AutoModelForCausalLM.from_pretrained(
         folder, device_map="meta", use_safetensors=True, variant=variant, output_loading_info=True
     )
     faults = list_faults(info)
     if faults:
         raise ValueError(
-            f"The language model of {name} must have exactly the weights that its config asks for, but {faults}. "
+            f"the language model of {name} must have exactly the weights that its config asks for, but {faults}. "
             "Restore its files."
-        )
-
-
-def _check_safetensors(name: str, value: bool | None) -> None:
-    if value is False:
-        raise ValueError(
-            f"`{name}` must be True, since weights are in safetensors files only, but is False. Leave it out."
         )
 
 
@@ -358,88 +328,68 @@ def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayou
     config = language_model.config
     if config.vocab_size != layout.vocab_size:
         raise ValueError(
-            f"the vocabulary of the language model must have {layout.vocab_size} tokens, {layout.codebook_size} "
-            f"codes, {layout.num_classes} classes, one for no class and {len(layout.scales) - 1} separators of "
-            f"scales, but has {config.vocab_size}. Use the model that was trained on these ids."
+            f"the vocabulary of the language model must have {layout.vocab_size} tokens ({layout.codebook_size} "
+            f"codes, {layout.num_classes} classes, one for no class and {len(layout.scales) - 1} separators), got "
+            f"{config.vocab_size}. Use the model that was trained on these ids."
         )
-    context = getattr(config, "max_position_embeddings", layout.length)  # some have no limit
+    context = getattr(config, "max_position_embeddings", layout.length)  # some models have no limit
     if context < layout.length:
         raise ValueError(
-            f"the language model must take {layout.length} tokens, the length of a sequence, but takes {context} "
-            "(`max_position_embeddings`). Use smaller images or scales, or another model."
+            f"`max_position_embeddings` of the language model must be at least {layout.length}, the length of a "
+            f"sequence, got {context}. Use smaller images or scales, or another model."
         )
 
 
 def _check_scales(scales: Sequence[float], layout: SequenceLayout) -> Sequence[float]:
-    known = isinstance(scales, Sequence) and len(scales) > 0 and all(scale in layout.scales for scale in scales)
-    if not known or len(set(scales)) < len(scales):
-        raise ValueError(
-            f"`scales` must be among {list(layout.scales)}, those that the language model was trained on, each once, "
-            f"but are {scales!r}. Give a list of such."
-        )
+    if not scales or not set(scales) <= set(layout.scales) or len(set(scales)) < len(scales):
+        raise ValueError(f"`scales` must be among {list(layout.scales)}, as in training, each once, got {scales!r}.")
     return scales
 
 
 def _check_sampling(
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: Generators,
-    count: int,
-    output_type: str,
+    guidance_scale: float, temperature: float, top_k: int, top_p: float, num_images: int, output_type: str
 ) -> None:
-    limit = LARGEST_FACTOR
-    sources = generator if isinstance(generator, list) else [generator]
-    known = generator is None or all(isinstance(each, torch.Generator) for each in sources)
+    least, most = 1 / MAX_FACTOR, MAX_FACTOR
+    temperature_holds = temperature == 0 or least <= temperature <= most
     rules = {
-        "guidance_scale": (guidance_scale, _is_number(guidance_scale, -limit, limit), f"in [-{limit:g}, {limit:g}]"),
-        "temperature": (
-            temperature,
-            _is_number(temperature, 1 / limit, limit) or _is_number(temperature, 0, 0),
-            f"0 or in [{1 / limit:g}, {limit:g}]",
-        ),
-        "top_k": (top_k, type(top_k) is int and top_k >= 0, "a whole number of at least 0"),
-        "top_p": (top_p, _is_number(top_p, 0, 1) and top_p > 0, "above 0 and at most 1"),
-        "generator": (generator, known, "a `torch.Generator`, or a list of them, one for each image"),
-        "num_images_per_prompt": (count, type(count) is int and count > 0, "a whole number above 0"),
+        "guidance_scale": (guidance_scale, -most <= guidance_scale <= most, f"in [-{most:g}, {most:g}]"),
+        "temperature": (temperature, temperature_holds, f"0 or in [{least:g}, {most:g}]"),
+        "top_k": (top_k, top_k >= 0, "at least 0"),
+        "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        "num_images_per_prompt": (num_images, num_images >= 1, "at least 1"),
         "output_type": (output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
     }
     for name, (value, holds, rule) in rules.items():
         if not holds:
-            raise ValueError(f"`{name}` must be {rule}, but is {value!r}.")
-
-
-def _is_number(value: object, least: float, most: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most
+            raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
 
 
 def _check_scores(highest: torch.Tensor, language_model: PreTrainedModel) -> None:
-    """Refuses those that cannot be drawn from, by the highest score of each draw: NaN if one is, or infinite."""
+    """Raises for logits with NaN or infinity, which make the highest score of a draw NaN or infinite."""
     if not highest.isfinite().all():
         raise ValueError(
-            "the language model must give finite logits, without NaN, but those of "
-            f"{type(language_model).__name__} in {language_model.dtype} are not. Load it in another `dtype`, such as "
-            "torch.float32, or use one whose weights are finite."
+            f"the logits of the language model must be finite, but {type(language_model).__name__} in "
+            f"{language_model.dtype} returned NaN or infinity. Load it in another `dtype`, such as torch.float32, or "
+            "use a model with finite weights."
         )
 
 
 def _prompt(layout: SequenceLayout, labels: torch.Tensor, top: list[torch.Tensor]) -> torch.Tensor:
-    """Sequences with all that is known, and 0 elsewhere."""
+    """Sequences with the labels and given rows, and id 0 elsewhere."""
     grids = [labels.new_zeros((len(labels), *size)) for size in layout.grids]
     for grid, ids in zip(grids, top, strict=False):
         grid[:, : ids.shape[1]] = ids
     return layout.encode(grids, labels)
 
 
-def _free_rows(layout: SequenceLayout, top: list[torch.Tensor], last: int) -> list[tuple[int, range]]:
-    """Rows to sample, scale by scale: number of the scale, positions of the row."""
-    free = []
+def _rows_to_sample(layout: SequenceLayout, top: list[torch.Tensor], last: int) -> list[tuple[int, range]]:
+    """Lists the rows to sample, scale by scale: index of the scale, positions of the row."""
+    sampled = []
     for index, (span, (rows, columns)) in enumerate(zip(layout.spans[: last + 1], layout.grids, strict=False)):
         given = top[index].shape[1] if top else 0
         starts = [span.start + row * columns for row in range(given, rows)]
-        free += [(index, range(start, start + columns)) for start in starts]
-    return free
+        sampled += [(index, range(start, start + columns)) for start in starts]
+    return sampled
 
 
 def _processors(layout: SequenceLayout, temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
@@ -460,13 +410,13 @@ def _guide(logits: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """One token for each row of scores, by its probability: the first of exponential clocks to ring."""
+def _draw_tokens(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """Draws one token per row of scores, by the Gumbel-max trick in its exponential form."""
     return (scores.softmax(-1) / _exponential(scores.shape, generator, scores.device)).argmax(-1)
 
 
 def _exponential(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
     if isinstance(generator, list):
-        return torch.cat([_exponential(torch.Size((1, *shape[1:])), each, device) for each in generator])
-    source = device if generator is None else generator.device
-    return torch.empty(shape, device=source).exponential_(generator=generator).to(device)
+        return torch.cat([_exponential(torch.Size((1, *shape[1:])), source, device) for source in generator])
+    drawn_on = device if generator is None else generator.device
+    return torch.empty(shape, device=drawn_on).exponential_(generator=generator).to(device)

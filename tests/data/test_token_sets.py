@@ -4,7 +4,7 @@ import re
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, make_tiny
+from conftest import make_tiny
 from PIL import Image, ImageOps
 from token_set_parts import SCALES, SIZES, load, make_other, make_tiled, save_photos, tokenize
 
@@ -149,12 +149,3 @@ def test_names_without_an_owner_are_not_looked_up_on_the_hub(monkeypatch):
     for name in ("nope", "nope.parquet"):
         with pytest.raises(FileNotFoundError, match=name):
             read_settings(name)
-
-
-def test_code_of_the_docs_runs(photos, tmp_path, monkeypatch):
-    (tmp_path / "photos").symlink_to(photos)
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "token_sets.md").read_text(), re.DOTALL)
-    names = {}
-    exec(code, names)
-    assert names["image"].size == (64, 64)

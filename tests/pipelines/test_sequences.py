@@ -41,8 +41,8 @@ def tiny_llama(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
-def test_ids_to_sequence_to_ids_is_the_identity(layout, batch):
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_decoding_a_sequence_gives_back_ids_and_labels(layout, batch):
     ids = random_ids(layout, *batch)
     labels = torch.arange(torch.Size(batch).numel()).reshape(batch) % (layout.num_classes + 1)
     sequences = layout.encode(ids, labels)
@@ -68,13 +68,13 @@ def test_every_prefix_of_whole_scales_is_the_sequence_of_a_smaller_image(layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_token_of_the_vocabulary_is_allowed_somewhere_and_stands_for_one_thing(layout):
+def test_each_token_of_the_vocabulary_has_one_meaning(layout):
     ranges = {layout.allowed(position) for position in range(layout.length)}
-    assert sorted(token for each in ranges for token in each) == list(range(layout.vocab_size))
+    assert sorted(token for tokens in ranges for token in tokens) == list(range(layout.vocab_size))
     assert layout.allowed(0)[-1] == layout.unconditional_token
 
 
-def test_one_scale_is_the_class_and_the_ids_row_by_row():
+def test_one_scale_is_the_class_and_then_the_ids_row_by_row():
     layout = SequenceLayout(codebook_size=64, f=4, height=8, width=12, num_classes=10)
     ids = torch.tensor([[1, 2, 3], [4, 5, 63]])
     assert layout.encode([ids], 7).tolist() == [64 + 7, 1, 2, 3, 4, 5, 63]
@@ -87,7 +87,12 @@ def test_several_scales_go_from_coarse_to_fine_with_separators():
     assert layout.encode([coarse, fine], 0).tolist() == [64, 9, 8, 64 + 10 + 1, 1, 2, 3, 4, 5, 63]
 
 
-def test_it_takes_what_the_model_gives_at_any_size():
+def test_numbers_in_the_documentation():
+    layout = SequenceLayout(codebook_size=16384, f=8, height=64, width=64, scales=(0.25, 0.5, 1), num_classes=10)
+    assert (layout.length, layout.vocab_size) == (87, 16397)  # docs/generation.md
+
+
+def test_ids_of_the_model_at_any_size():
     model = make_tiny()
     for height, width in [(16, 16), (19, 33), (1, 5)]:
         layout = SequenceLayout(64, model.f, height, width, (0.3, 0.5, 1.0, 1.7))
@@ -95,39 +100,38 @@ def test_it_takes_what_the_model_gives_at_any_size():
         assert all(map(torch.equal, layout.decode(layout.encode(ids))[0], ids))
 
 
-@pytest.mark.parametrize("dtype", sorted(INTEGER_TYPES, key=str))
-def test_integers_of_any_type(dtype):
+def test_integers_of_any_type():
     ids, labels = random_ids(SMALL, 2), torch.tensor([0, 3])
     sequences = SMALL.encode(ids, labels)
-    assert torch.equal(SMALL.encode([grid.to(dtype) for grid in ids], labels.to(dtype)), sequences)
-    decoded, decoded_labels = SMALL.decode(sequences.to(dtype))
-    assert all(map(torch.equal, decoded, ids))
-    assert torch.equal(decoded_labels, labels)
+    for dtype in INTEGER_TYPES:
+        assert torch.equal(SMALL.encode([grid.to(dtype) for grid in ids], labels.to(dtype)), sequences)
+        decoded, decoded_labels = SMALL.decode(sequences.to(dtype))
+        assert all(map(torch.equal, decoded, ids))
+        assert torch.equal(decoded_labels, labels)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64, torch.bool])
-def test_what_is_no_tensor_of_integers(dtype):
+def test_other_types_than_integer_tensors_raise():
     ids, labels = random_ids(SMALL, 2), torch.tensor([0, 3])
     for name, call in {
-        "ids": lambda: SMALL.encode([ids[0], ids[1].to(dtype)], labels),
-        "labels": lambda: SMALL.encode(ids, labels.to(dtype)),
-        "sequences": lambda: SMALL.decode(SMALL.encode(ids, labels).to(dtype)),
+        "ids": lambda: SMALL.encode([ids[0], ids[1].bool()], labels),
+        "labels": lambda: SMALL.encode(ids, labels.bool()),
+        "sequences": lambda: SMALL.decode(SMALL.encode(ids, labels).bool()),
     }.items():
-        message = f"{name} must be tensors of integers, but are of type {dtype}. Give int64 tensors."
+        message = f"`{name}` must be tensors of integers, got torch.bool. Pass int64 tensors."
         with pytest.raises(TypeError, match=re.escape(message)):
             call()
-    with pytest.raises(TypeError, match="ids must be tensors of integers, but are of type ndarray"):
+    with pytest.raises(TypeError, match="`ids` must be tensors of integers, got ndarray"):
         SMALL.encode([grid.numpy() for grid in ids], labels)
 
 
 def test_labels_may_be_a_list_or_an_array():
     ids, labels = random_ids(SMALL, 2), torch.tensor([0, 3])
     expected = SMALL.encode(ids, labels)
-    for given in ([0, 3], (0, 3), labels.numpy()):
-        assert torch.equal(SMALL.encode(ids, given), expected)
+    for same in ([0, 3], (0, 3), labels.numpy()):
+        assert torch.equal(SMALL.encode(ids, same), expected)
 
 
-def test_a_thousand_samples_of_an_untrained_model_all_decode():
+def test_all_samples_of_an_untrained_model_decode():
     prompt = torch.full((1000, 1), SMALL.unconditional_token)
     torch.manual_seed(0)
     sequences = tiny_llama(SMALL).generate(
@@ -140,18 +144,16 @@ def test_a_thousand_samples_of_an_untrained_model_all_decode():
     ids, labels = SMALL.decode(sequences)
     assert (labels == SMALL.num_classes).all()
     assert all(len(grid.unique()) == 64 for grid in ids)
-    for images, (rows, columns) in zip(make_tiny().decode_tokens(ids), SMALL.grids, strict=True):
-        assert images.shape == (1000, 3, rows * 4, columns * 4)
 
 
-def test_without_the_processor_such_samples_do_not_decode():
+def test_samples_without_the_processor_do_not_decode():
     prompt = torch.full((100, 1), SMALL.unconditional_token)
     sequences = tiny_llama(SMALL).generate(prompt, max_new_tokens=SMALL.length - 1, do_sample=True, top_k=0)
     with pytest.raises(ValueError, match="tokens must be in"):
         SMALL.decode(sequences)
 
 
-def test_the_processor_leaves_the_scores_of_what_is_allowed():
+def test_the_processor_keeps_the_scores_of_allowed_tokens():
     scores = torch.randn(2, SMALL.vocab_size)
     for position in range(SMALL.length):
         masked = LayoutLogitsProcessor(SMALL)(torch.zeros(2, position, dtype=torch.long), scores)
@@ -160,52 +162,42 @@ def test_the_processor_leaves_the_scores_of_what_is_allowed():
         assert torch.isfinite(masked).sum() == 2 * len(allowed)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"scales": (1.0, 0.5)}, "`scales` must be above 0, finite and rise, but are (1.0, 0.5). Give them as a"),
-        ({"scales": 1.0}, "`scales` must be above 0, finite and rise, but are 1.0. Give them as a sorted list."),
-        ({"scales": ["a"]}, "`scales` must be above 0, finite and rise, but are ['a']"),
-        ({"scales": (0.5, 0.5)}, "`scales` must be above 0, finite and rise"),
-        ({"scales": ()}, "`scales` must be above 0, finite and rise"),
-        ({"scales": (0.0, 1.0)}, "`scales` must be above 0, finite and rise"),
-        ({"scales": (1.0, float("inf"))}, "`scales` must be above 0, finite and rise"),
-        ({"scales": (float("nan"),)}, "`scales` must be above 0, finite and rise"),
-        ({"num_classes": -1}, "`num_classes` must be a whole number of at least 0, but is -1"),
-        ({"height": 2.5}, "`height` must be a whole number of at least 1, but is 2.5"),
-        ({"codebook_size": 0}, "`codebook_size` must be a whole number of at least 1, but is 0"),
-    ],
-)
-def test_layouts_that_cannot_be(change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        SequenceLayout(**{"codebook_size": 64, "f": 4, "height": 8, "width": 8} | change)
+def test_layouts_out_of_range_raise():
+    valid = {"codebook_size": 64, "f": 4, "height": 8, "width": 8}
+    for scales in ((1.0, 0.5), (0.5, 0.5), (), (0.0, 1.0), (1.0, float("inf")), (float("nan"),)):
+        message = f"`scales` must be above 0, finite and ascending, got {scales}. Pass a sorted list."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            SequenceLayout(**valid, scales=scales)
+    for name, value, least in (("num_classes", -1, 0), ("height", 2.5, 1), ("codebook_size", 0, 1)):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least {least}, got {value}"):
+            SequenceLayout(**valid | {name: value})
 
 
-def test_ids_and_labels_that_do_not_fit():
+def test_ids_and_labels_that_do_not_match_the_layout_raise():
     ids = random_ids(SMALL, 2)
     faults = [
-        (([], None), "one grid for each of the scales [0.25, 0.5, 1.0], but are 0"),
-        ((ids[::-1], None), "the ids of scale 0.25 must have shape (2, 1, 1), but have (2, 4, 3)"),
-        (([ids[0], ids[1][:1]], None), "the ids of scale 0.5 must have shape (2, 2, 2), but have (1, 2, 2)"),
-        (([ids[0] + 64], None), "ids must be in [0, 64)"),
-        (([ids[0] - 64], None), "ids must be in [0, 64)"),
-        ((ids, 4), "labels must be in [0, 4)"),
-        ((ids, -1), "labels must be in [0, 4)"),
-        ((ids, torch.tensor([0, 1, 2])), "labels must have shape (2,), one each, but have (3,)"),
+        (([], None), "`ids` must have one grid per scale of [0.25, 0.5, 1.0], got 0"),
+        ((ids[::-1], None), "the ids of scale 0.25 must have shape (2, 1, 1), got (2, 4, 3)"),
+        (([ids[0], ids[1][:1]], None), "the ids of scale 0.5 must have shape (2, 2, 2), got (1, 2, 2)"),
+        (([ids[0] + 64], None), "`ids` must be in [0, 64)"),
+        (([ids[0] - 64], None), "`ids` must be in [0, 64)"),
+        ((ids, 4), "`labels` must be in [0, 4)"),
+        ((ids, -1), "`labels` must be in [0, 4)"),
+        ((ids, torch.tensor([0, 1, 2])), "`labels` must have shape (2,), one per image, got (3,)"),
     ]
     for arguments, message in faults:
         with pytest.raises(ValueError, match=re.escape(message)):
             SMALL.encode(*arguments)
 
 
-def test_sequences_that_do_not_decode():
+def test_sequences_that_do_not_match_the_layout_raise():
     sequence = SMALL.encode(random_ids(SMALL), 1)
-    with pytest.raises(ValueError, match=re.escape("must end with a scale, at one of [2, 7, 20] tokens, but has 19")):
+    with pytest.raises(ValueError, match=re.escape("must end with a scale, after [2, 7, 20] tokens, got 19")):
         SMALL.decode(sequence[:-1])
     for position, token in [(0, 63), (0, 68), (1, 64), (2, 69), (6, 68), (19, 69), (19, -1)]:
         broken = sequence.clone()
         broken[position] = token
         with pytest.raises(ValueError, match="tokens must be in"):
             SMALL.decode(broken)
-    with pytest.raises(ValueError, match=re.escape("a position must be in [0, 20), the length of a sequence")):
+    with pytest.raises(ValueError, match=re.escape("`position` must be in [0, 20), the length of a sequence")):
         SMALL.allowed(20)
