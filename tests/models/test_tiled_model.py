@@ -68,14 +68,14 @@ def test_image_of_one_tile_is_not_tiled(tiny_model):
 @pytest.mark.usefixtures("no_grad")
 def test_networks_see_no_more_than_a_tile(tiny_model, encoder_inputs):
     tiny_model.enable_tiling(64, 8)
-    tiny_model.encode(torch.rand(1, 3, 200, 300))
-    assert len(encoder_inputs) > 20
+    tiny_model.encode(torch.rand(1, 3, 100, 300))
+    assert len(encoder_inputs) > 10
     assert max(max(shape[-2:]) for shape in encoder_inputs) <= 64
 
 
 @pytest.mark.usefixtures("no_grad")
 def test_small_tile_takes_a_smaller_overlap(tiny_model, encoder_inputs):
-    tiny_model(torch.rand(1, 3, 200, 300), tile_size=32)
+    tiny_model(torch.rand(1, 3, 60, 90), tile_size=32)
     assert max(max(shape[-2:]) for shape in encoder_inputs) <= 32
 
 
@@ -99,7 +99,7 @@ def test_tiles_keep_results_on_the_device():
 
 
 @pytest.mark.usefixtures("no_grad", "full_sample")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
     tiny_model.save_pretrained(tmp_path)
     model = SVQVAE.from_pretrained(tmp_path, torch_dtype=dtype).eval()
@@ -112,7 +112,7 @@ def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
 
 @pytest.mark.usefixtures("no_grad")
 def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypatch):
-    """If the sample is the whole image, tiles differ from it only by what their halo does not reach."""
+    """Tiles then differ from the whole image only by what their overlap does not reach."""
 
     def whole(size, *_):
         return ContextWindows([(0, 0)], tuple(size), (0, 0))
