@@ -1,8 +1,11 @@
-"""Runs the Python blocks of pages and writes what failed as JSON: `python page_runner.py HUB WORK PAGE...`.
+"""Runs the Python blocks of pages and the cells of notebooks, and writes their errors as JSON.
 
-The blocks of a page share one namespace, and run in a folder that has what they name: the bundled photograph as
-`photo.jpg`, in `photos` and in `docs/images`, a TIFF image, raw checkpoints, pipelines that training leaves. `HUB` is
-the folder of a stand-in for the Hub, which the process sees as its own.
+    python page_runner.py HUB WORK PAGE...
+
+The blocks of a page share one namespace. They run in a folder that has the files they name: the bundled photograph as
+`photo.jpg`, in `photos` and in `docs/images`, a TIFF image, original checkpoints, and pipelines as training leaves
+them. `HUB` is the folder of a stand-in for the Hub. A small random model takes the place of the bundled one: same
+config but for its width, so all shapes are equal.
 """
 
 import json
@@ -14,11 +17,15 @@ import traceback
 import warnings
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import tifffile
 import torch
 from conftest import ROOT, make_tiny
 from diffusers import AmusedPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LDMPipeline
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from IPython.utils.capture import capture_output
 from PIL import Image
 from pipeline_parts import make_pipeline
 
@@ -33,17 +40,22 @@ RAW = {
 
 
 def main(hub: Path, work: Path, *pages: Path) -> None:
-    """Runs the pages; what failed is the last line of stdout."""
+    """Runs the pages. The last line of stdout maps each page to its error, empty without one."""
+    make_small_default(work / "default")
     files = prepare_files(work / "files")
     prepare_hub(hub, files)
-    json.dump({str(page): run(page, work / page.stem, files) for page in pages}, sys.stdout)
+    errors = {}
+    for page in pages:
+        folder = work / page.stem
+        shutil.copytree(files, folder, symlinks=True)
+        os.chdir(folder)
+        torch.set_grad_enabled(True)
+        errors[page.name] = run_notebook(page) if page.suffix == ".ipynb" else run_page(page)
+    sys.stdout.write("\n" + json.dumps(errors))
 
 
-def run(page: Path, folder: Path, files: Path) -> str:
-    """Runs the blocks of a page; gives the traceback of the first error, empty without one."""
-    shutil.copytree(files, folder, symlinks=True)
-    os.chdir(folder)
-    torch.set_grad_enabled(True)  # which pages may turn off
+def run_page(page: Path) -> str:
+    """Runs the blocks of a page and returns the first traceback."""
     names: dict[str, object] = {"__name__": "__main__"}
     for lines, code in python_blocks(page.read_text()):
         try:
@@ -52,19 +64,63 @@ def run(page: Path, folder: Path, files: Path) -> str:
                 exec(compile("\n" * lines + code, str(page), "exec"), names)
         except Exception:
             return traceback.format_exc()
+        if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+            return f"The block at line {lines} turns gradients off for the code after it."
     return ""
 
 
+def run_notebook(page: Path) -> str:
+    """Runs the cells and returns the first error, or the first cell whose output is not the one in the file."""
+    Path("notebooks").mkdir()
+    os.chdir("notebooks")
+    shell = InteractiveShell.instance()
+    shell.display_trap.hook = lambda value: None if value is None else display(value)  # so that it is captured
+    for cell in nbformat.read(page, as_version=4).cells:
+        if cell.cell_type == "code":
+            with capture_output() as captured:
+                result = shell.run_cell(cell.source)
+            if not result.success:
+                return captured.stdout + captured.stderr
+            made = captured.stdout + captured.stderr, [sorted(output.data) for output in captured.outputs]
+            if without_numbers(made[0]) != without_numbers(kept_text(cell)) or made[1] != kept_kinds(cell):
+                return f"The output of this cell must be kept in the notebook, but is {made}:\n{cell.source}"
+    return f"The notebook leaves {os.listdir()}." if os.listdir() else ""
+
+
+def kept_text(cell: nbformat.NotebookNode) -> str:
+    """Printed text of a cell, as kept in the notebook."""
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def kept_kinds(cell: nbformat.NotebookNode) -> list[list[str]]:
+    """MIME types of the shown outputs of a cell."""
+    return [sorted(output.data) for output in cell.outputs if "data" in output]
+
+
+def without_numbers(text: str) -> str:
+    """The text with each number, and the space around it, as 0."""
+    return re.sub(r"\s*[\d.,]*\d\s*", "0", text)
+
+
 def python_blocks(text: str) -> list[tuple[int, str]]:
-    """Lines above, and code, of each block."""
+    """Number of lines above, and code, of each block."""
     found = re.finditer(r"```python\n(.*?)```", text, re.DOTALL)
     return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
 
 
+def make_small_default(folder: Path) -> None:
+    """Puts a narrow model in the place of the bundled one."""
+    config = json.loads((svqvae_hf.DEFAULT_MODEL / "config.json").read_text())
+    narrow = config | {"base_channels": 4, "encoder_ch_mult": (1, 1, 1, 1), "decoder_ch_mult": (1, 1, 1, 1)}
+    svqvae_hf.SVQVAE.from_config(narrow).save_pretrained(folder)
+    svqvae_hf.DEFAULT_MODEL = folder
+
+
 def prepare_files(folder: Path) -> Path:
-    """What pages name."""
+    """Makes the files that pages name."""
     (folder / "photos").mkdir(parents=True)
-    (folder / "docs").symlink_to(ROOT / "docs")
+    for name in ("docs", "tests"):
+        (folder / name).symlink_to(ROOT / name)
     photo = Image.open(ROOT / "docs" / "images" / "chelsea.png").convert("RGB")
     photo.save(folder / "photo.jpg")
     for name in ("a.png", "b.png"):
@@ -84,7 +140,7 @@ def prepare_files(folder: Path) -> Path:
 
 
 def prepare_hub(hub: Path, files: Path) -> None:
-    """The repositories that pages name."""
+    """Makes the repositories that pages name."""
     for name, source in {"svqvae": svqvae_hf.DEFAULT_MODEL, "amused": files / "out-masked"}.items():
         shutil.copytree(source, hub / "org" / name / "main")
     (hub / "org" / "svqvae" / "main" / "README.md").write_text("---\nlicense: mit\n---\n")

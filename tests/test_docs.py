@@ -1,4 +1,4 @@
-"""What README and docs say runs: Python blocks, commands, the site."""
+"""README, docs and notebook: Python runs, commands parse, the site builds, and what they state is true."""
 
 import argparse
 import json
@@ -11,12 +11,13 @@ import tomllib
 from pathlib import Path
 
 import griffe
+import nbformat
 import pictures
 import pytest
 from conftest import ROOT
 from hub_server import serve_hub
 from hugging_face_docstrings import HuggingFaceDocstrings, to_markdown
-from page_runner import python_blocks
+from page_runner import kept_kinds, python_blocks, without_numbers
 from test_imports import ROOMS
 from train_autoregressive import AutoregressiveConfig
 from train_latent_diffusion import DiffusionConfig
@@ -27,8 +28,8 @@ from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.train_options import TrainConfig
 
-PAGES = [ROOT / "README.md", ROOT / "model_card.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_CODE = [page for page in PAGES if python_blocks(page.read_text())]
+NOTEBOOK = ROOT / "notebooks" / "inference_example.ipynb"
+PAGES = {page: page.read_text() for page in [ROOT / "README.md", ROOT / "model_card.md", *ROOT.glob("docs/*.md")]}
 OPTIONS = {
     "training/train.py": TrainConfig,
     "training/train_latent_diffusion.py": DiffusionConfig,
@@ -37,58 +38,66 @@ OPTIONS = {
 }
 
 
-def name(page: Path) -> str:
-    return page.name
-
-
 # Python
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory):
-    """What failed on each page, of one process for all of them, since its imports take longer than the pages."""
-    folder = tmp_path_factory.mktemp("pages")
-    command = [sys.executable, ROOT / "tests" / "page_runner.py", folder / "hub", folder / "work", *WITH_CODE]
-    with serve_hub(folder) as env:
+def test_python_blocks_and_notebook_run(tmp_path):
+    pages = [page for page, text in PAGES.items() if python_blocks(text)]
+    assert {"README.md", "index.md", "scales_and_tiles.md"} <= {page.name for page in pages}
+    command = [
+        sys.executable,
+        ROOT / "tests" / "page_runner.py",
+        tmp_path / "hub",
+        tmp_path / "work",
+        *pages,
+        NOTEBOOK,
+    ]
+    with serve_hub(tmp_path) as env:  # one process for all of them, because its imports take longer than the pages
+        env |= {"PYTHONWARNINGS": "ignore:IProgress", "IPYTHONDIR": str(tmp_path / "ipython")}
         result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    errors = json.loads(result.stdout.splitlines()[-1])
+    assert len(errors) == len(pages) + 1
+    assert not any(errors.values()), "\n".join(errors.values())
 
 
-def test_pages_have_code():
-    assert {"README.md", "index.md", "scales_and_tiles.md"} <= {page.name for page in WITH_CODE}
+def test_outputs_are_compared_without_their_numbers():
+    assert without_numbers("[[ 13 7]\n 1,452 codes") == without_numbers("[[9 12345]\n 9 codes")
+    assert without_numbers("3.1 M parameters") != without_numbers("3.1 M weights")
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=name)
-def test_python_blocks_run(page, failures):
-    assert not failures[str(page)], failures[str(page)]
+def test_python_is_in_blocks_that_run():
+    for page, text in PAGES.items():
+        assert not re.findall(r"^    (?:import|from|svqvae|python|pip|accelerate) .*", text, re.MULTILINE), page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_python_is_in_blocks_that_run(page):
-    assert not re.findall(r"^    (?:import|from|svqvae|python|pip|accelerate) .*", page.read_text(), re.MULTILINE)
+def test_notebook_is_small_and_shows_pictures():
+    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    assert NOTEBOOK.stat().st_size < 1e6
+    assert sum("image/jpeg" in kinds for cell in cells for kinds in kept_kinds(cell)) >= 5
+    assert "/site-packages" not in NOTEBOOK.read_text()  # warnings name paths of the machine
 
 
 # Commands
 
 
 def commands(text: str) -> list[list[str]]:
-    """Arguments of the commands of a page, in lines of their own or, with arguments, within a line."""
+    """Arguments of the commands of a page: on lines of their own, or within a line if they have arguments."""
     joined = text.replace("\\\n", " ")
     lines = re.findall(r"^(?:\.venv/bin/)?((?:svqvae|accelerate|\S* ?torchrun|python) .*)$", joined, re.M)
     inline = re.findall(r"`((?:svqvae|python)(?: [^`\s]+){2,})`", joined)
     return [shlex.split(command, comments=True) for command in lines + inline]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_commands_parse(page, monkeypatch):
+def test_commands_parse(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for words in commands(page.read_text()):
-        check_command(words)
+    for text in PAGES.values():
+        for words in commands(text):
+            check_command(words)
 
 
 def check_command(words: list[str]) -> None:
-    """Parses a command of ours; of others, checks that their script is there."""
+    """Parses a command of ours. Of other commands, checks that their script exists and takes the options."""
     if words[0] == "svqvae":
         parse(words[1:])
     elif "svqvae_cli" in words:
@@ -104,10 +113,12 @@ def check_command(words: list[str]) -> None:
 
 
 class ParsedError(Exception):
-    """The arguments are parsed; the rest of the script is not run."""
+    """Ends a script once its arguments are parsed."""
 
 
 def parse_as(script: Path, arguments: list[str]) -> None:
+    """Parses arguments as a script does."""
+
     def parse(parser: argparse.ArgumentParser) -> None:
         raise ParsedError(parse_args(parser, arguments))
 
@@ -135,25 +146,29 @@ def test_wrong_commands_are_found(command):
         check_command(words)
 
 
-def test_extras_and_targets_are_there():
+# Statements
+
+
+def test_extras_and_targets_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     makefile = (ROOT / "Makefile").read_text()
-    for page in PAGES:
-        text = page.read_text()
-        for names in re.findall(r"^pip install .*\[([\w,]+)\]", text, re.MULTILINE):
+    for page, text in PAGES.items():
+        for names in re.findall(r"pip install (?:-e )?\"[^\"]*\[([\w,]+)\]\"", text):
             assert set(names.split(",")) <= set(extras), page
         for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
             assert f"\n{target}:" in makefile, page
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for page in PAGES[:2]:
+def test_links_outside_the_site_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md")]
+    assert len(pages) > 5
+    for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (ROOT / target).exists(), (page, target)
+            assert (page.parent / target).exists(), (page, target)
 
 
 def test_line_counts_of_the_readme_are_true():
-    counts = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    counts = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", PAGES[ROOT / "README.md"], re.MULTILINE)
     assert len(counts) >= 5
     for path, stated in counts:
         lines = len((ROOT / path).read_text().splitlines())
@@ -161,7 +176,7 @@ def test_line_counts_of_the_readme_are_true():
 
 
 def test_architecture_names_each_room():
-    named = re.findall(r"^\| `(\w+)/?` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    named = re.findall(r"^\| `(\w+)/?` \|", PAGES[ROOT / "docs" / "architecture.md"], re.MULTILINE)
     assert named == ROOMS
 
 
@@ -170,37 +185,27 @@ def test_architecture_names_each_room():
 BUILD = """
 import socket, sys
 
-def refuse(*_):
+def fail(*_):
     raise OSError("the site must be built without a network")
 
-socket.socket.connect = socket.getaddrinfo = refuse
+socket.socket.connect = socket.getaddrinfo = fail
 from mkdocs.__main__ import cli
 cli(["build", "--strict", "--quiet", "--site-dir", sys.argv[1]])
 """
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("site")
+def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", BUILD, folder], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", BUILD, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder
-
-
-def test_site_needs_no_network(site):
-    for page in site.rglob("*.html"):
+    for page in tmp_path.rglob("*.html"):
         text = page.read_text()
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>", text), page
-    for sheet in site.rglob("*.css"):
+    for sheet in tmp_path.rglob("*.css"):
         assert not re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", sheet.read_text()), sheet
-
-
-def test_api_pages_have_what_the_docstrings_say(site):
-    text = (site / "api" / "model.html").read_text()
+    text = (tmp_path / "api" / "model.html").read_text()
     assert 'id="svqvae_hf.SVQVAE.encode_tokens"' in text
-    assert "One scale" not in text
     assert "<strong>Args</strong>" in text
     assert "<li>\n<p><code>codebook_size</code>" in text or "<li><code>codebook_size</code>" in text
     assert "[<code>" not in text  # a reference that became no link
@@ -211,7 +216,7 @@ DOCSTRING = """Encodes images, see [`Thing`].
 Args:
     sample (`torch.Tensor` of shape `(batch, 3, h, w)`): Images
         of any size.
-    **kwargs: Those of [`~other.Base.call`].
+    **kwargs: Passed to [`~other.Base.call`].
 
 Returns:
     [`~package.Thing`] or `tuple`: Latents.
@@ -228,7 +233,7 @@ MARKDOWN = """Encodes images, see [`Thing`][package.Thing].
 **Args**
 
 - `sample` (`torch.Tensor` of shape `(batch, 3, h, w)`): Images of any size.
-- `**kwargs`: Those of `other.Base.call`.
+- `**kwargs`: Passed to `other.Base.call`.
 
 **Returns**
 
