@@ -1,8 +1,9 @@
-"""One image to the content of a token file and back."""
+"""Encoding of one image to its tokens and back, and the memory that it needs."""
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import psutil
 import torch
@@ -11,14 +12,30 @@ from PIL import Image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
-from svqvae_hf.tokens.token_files import ImageTokens, TokenOrigin, check_codebook
+from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
 
-# Memory at the peak, in bytes, measured in float32 on the CPU.
-PIXEL_BYTES = 64  # a pixel of the input when encoding, of the output when decoding
-LATENT_BYTES = 128  # a latent that is quantised
-TILE_BYTES = 64  # a pixel of what the networks read at once, for each of the base channels
+# Bytes at the peak of memory, measured in float32 on the CPU. `check_memory` adds them up to an estimate.
+PIXEL_BYTES = 64  # per pixel of the input when encoding, per pixel of the output when decoding
+LATENT_BYTES = 128  # per latent in quantisation
+TILE_BYTES = 64  # per base channel and per pixel that the network computes at once: a tile, or the whole image
+
+
+class TokenOrigin(Protocol):
+    """Values that identify the codebook of ids: [`ImageTokens`] and the settings of a token set have them."""
+
+    @property
+    def f(self) -> int:
+        """Pixels per latent side."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Rows of the codebook."""
+
+    @property
+    def codebook_fingerprint(self) -> str:
+        """[`SVQVAE.codebook_fingerprint`] of the codebook."""
 
 
 def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> ImageTokens:
@@ -27,7 +44,7 @@ def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         image (`PIL.Image.Image`): Image of any size.
-        scales (`Sequence[float]`): Output side over input side, each more than 0.
+        scales (`Sequence[float]`): Output side over input side, each above 0.
 
     Returns:
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
@@ -43,10 +60,10 @@ def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> 
 def image_tokens(
     model: SVQVAE, ids: list[torch.Tensor], height: int, width: int, scales: Sequence[float]
 ) -> ImageTokens:
-    """Ids of an image with what the model says of them.
+    """Joins the ids of an image with the facts of the model that a token file stores.
 
     Args:
-        model ([`SVQVAE`]): The model that gave the ids, with its tiles set as they were.
+        model ([`SVQVAE`]): Model that encoded the image, with the same tiling.
         ids (`list[torch.Tensor]`, each of shape `(h, w)`): One grid per scale.
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
@@ -66,17 +83,17 @@ def image_tokens(
 
 
 def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
-    """Decodes ids to images, as `model(image, scales)` gives them.
+    """Decodes ids to the images that `model(image, scales)` reconstructs.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
-        tokens ([`ImageTokens`]): Ids of one image, of the model's codebook.
+        tokens ([`ImageTokens`]): Ids of one image, from the codebook of the model.
 
     Returns:
-        `list[PIL.Image.Image]`: One image per scale, `round(scale * side)` pixels a side.
+        `list[PIL.Image.Image]`: One image per scale with sides of `round(scale * side)` pixels.
 
     Raises:
-        ValueError: If the ids are of another codebook, or their f or the size of their codebook is another.
+        ValueError: The ids belong to another codebook, or their f differs.
     """
     check_same_codebook(model, tokens)
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
@@ -90,23 +107,24 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
 
 
 def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:
-    """Refuses ids that the model cannot decode.
+    """Raises if the model cannot decode ids, because they belong to another codebook.
 
     Args:
-        model ([`SVQVAE`]): The model that is to decode them.
-        tokens ([`TokenOrigin`]): The ids, or the settings of a token set.
+        model ([`SVQVAE`]): Model to decode with.
+        tokens ([`TokenOrigin`]): Ids, or the settings of a token set.
 
     Raises:
-        ValueError: If the ids are of another codebook, or their f or the size of their codebook is another.
+        ValueError: The fingerprint or the size of the codebook differs, or f.
     """
-    check_codebook(tokens, model.codebook_fingerprint())
-    if tokens.f != model.f:
-        raise ValueError(f"the ids must be of a model with f = {model.f}, but are of one with f = {tokens.f}.")
-    if tokens.codebook_size != model.config["codebook_size"]:
-        raise ValueError(
-            f"the ids must be of a codebook of {model.config['codebook_size']} codes, the model's, but are of one of "
-            f"{tokens.codebook_size}."
-        )
+    for fact, expected, found in (
+        ("of the model's codebook, with fingerprint", model.codebook_fingerprint(), tokens.codebook_fingerprint),
+        ("of a model with f =", model.f, tokens.f),
+        ("of a codebook with this number of codes:", model.config["codebook_size"], tokens.codebook_size),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"the ids must be {fact} {expected}, got {found}. Decode them with the model that encoded them."
+            )
 
 
 def configure_tiling(
@@ -115,16 +133,18 @@ def configure_tiling(
     overlap: int | None,
     on_tile: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Switches tiling on if a size or an overlap is given, and off otherwise.
+    """Enables tiling if a tile size or an overlap is given, and disables it otherwise.
 
     Args:
-        model ([`SVQVAE`]): The model.
-        tile_size (`int`, *optional*): As of [`SVQVAE.enable_tiling`], whose default stands in.
-        overlap (`int`, *optional*): Likewise.
-        on_tile (`Callable`, *optional*): Likewise.
+        model ([`SVQVAE`]): Model to configure.
+        tile_size (`int`, *optional*): Side of a tile in pixels; the default of [`SVQVAE.enable_tiling`] if only an
+            overlap is given.
+        overlap (`int`, *optional*): Overlap (halo) in pixels; the default of [`SVQVAE.enable_tiling`] if only a tile
+            size is given.
+        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all tiles.
 
     Raises:
-        ValueError: If a value does not fit the model.
+        ValueError: A value is not possible for the model.
     """
     given = {key: value for key, value in (("tile_size", tile_size), ("overlap", overlap)) if value is not None}
     if given:
@@ -134,12 +154,12 @@ def configure_tiling(
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether an error says that there is not enough memory, as torch's do by their text alone."""
+    """Whether an error means that memory is exhausted; PyTorch says so only in the message."""
     return isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)) is not None
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that torch can allocate on a device: those that are free, and on a GPU those that it holds unused."""
+    """Bytes that PyTorch can allocate on a device: free memory, and on a GPU also its unused reserve."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -149,33 +169,33 @@ def available_memory(device: torch.device) -> int:
 def check_memory(
     model: SVQVAE, height: int, width: int, scales: Sequence[float], encodes: bool = True, decodes: bool = True
 ) -> None:
-    """Refuses, before anything is computed, what would take more memory than is free.
+    """Raises before the work if an image would need more memory than is available.
 
     Args:
-        model ([`SVQVAE`]): Model, on its device and with its tiles set.
+        model ([`SVQVAE`]): Model on its device, with its tiling configured.
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
-        scales (`Sequence[float]`): Scales to encode or decode, each more than 0.
-        encodes (`bool`, defaults to `True`): Whether the image is going to be encoded.
-        decodes (`bool`, defaults to `True`): Whether the scales are going to be decoded.
+        scales (`Sequence[float]`): Scales to encode or decode, each above 0.
+        encodes (`bool`, defaults to `True`): Whether the image will be encoded.
+        decodes (`bool`, defaults to `True`): Whether the scales will be decoded.
 
     Raises:
-        ValueError: If it would; the figures are an estimate.
+        ValueError: The estimate exceeds the available memory.
     """
     pixels = height * width
     output = max(scale * scale for scale in scales) * pixels
     latents = sum(scale * scale for scale in scales) * pixels / model.f**2
     tile = TILE_BYTES * model.config["base_channels"]
-    sample_pixels = CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2
-    tile_pixels = max(model.tile_size**2, sample_pixels) if model.use_tiling else math.inf
+    context_pixels = CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2
+    tile_pixels = max(model.tile_size**2, context_pixels) if model.use_tiling else math.inf
     encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(tile_pixels, pixels)
     decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)
     needed = max(encodes * encoding, decodes * decoding)
-    free = available_memory(model.device)
-    if needed > free:
+    available = available_memory(model.device)
+    if needed > available:
         tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
         raise ValueError(
             f"an image of {width} x {height} pixels at scales {', '.join(f'{scale:g}' for scale in scales)}, {tiles}, "
-            f"would take about {needed / GIB:.3g} GiB of memory, but {free / GIB:.3g} GiB are free. Use smaller "
-            "scales, smaller tiles or a smaller image, or `--large` on the command line."
+            f"would take about {needed / GIB:.3g} GiB of memory, but {available / GIB:.3g} GiB are available. Use "
+            "smaller scales, smaller tiles or a smaller image, or `--large` on the command line."
         )
