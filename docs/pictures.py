@@ -17,7 +17,6 @@ from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 IMAGES = Path(__file__).parent / "images"
 LARGE = (1000, 665)  # pixels: more than is taken whole
 TILE, HALO = 32, 4  # latents: 256 and 32 pixels
-GAIN = 6  # of differences, around grey
 GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
 MARGIN, LABEL = 16, 44  # pixels between images, and under them
 
@@ -32,7 +31,7 @@ def main(folder: Path = IMAGES) -> None:
         "way": picture_of_the_way(model, photo),
         "scales": picture_of_scales(model, photo),
         "tiles": picture_of_tiles(model, large),
-        "seams": picture_of_seams(model, large),
+        "seams": picture_of_seams(model, load_image(IMAGES / "wren.jpg")),
     }
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.jpg", quality=88, subsampling=0, optimize=True)
@@ -90,7 +89,7 @@ def picture_of_scales(model: SVQVAE, photo: Image.Image) -> Image.Image:
 
 
 def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
-    """The grid of tiles, one of them with its halo, and the sample of windows."""
+    """The grid of tiles, one of them with its margin, and the windows for what all tiles share."""
     size = [-(-side // model.f) for side in (photo.height, photo.width)]
     rows, columns = (tile_axis(side, TILE, HALO) for side in size)
     tiles, sample = (photo.copy() for _ in range(2))
@@ -110,12 +109,12 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
         Panel(
             tiles.resize(half, Image.Resampling.LANCZOS),
             "tiles of 256 pixels",
-            "orange: what one tile reads; green: what is kept of it",
+            "one tile reads the orange square and keeps the green core",
         ),
         Panel(
             sample.resize(half, Image.Resampling.LANCZOS),
-            "the sample",
-            f"{len(windows)} windows of 96 x 96 pixels, which give what all tiles share",
+            "windows",
+            f"{len(windows)} of 96 x 96 pixels, for the statistics that all tiles share",
         ),
     ]
     return contact_sheet(panels)
@@ -135,31 +134,21 @@ def _sample_windows(size: list[int]) -> list[tuple[tuple[int, int], tuple[int, i
 
 @torch.inference_mode()
 def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
-    """An image as a whole, and how it differs by tiles that share nothing and by tiles that share."""
+    """Part of a photograph by tiles with statistics of their own, and by tiles that share them."""
     sample = SVQVAEImageProcessor()(photo)["pixel_values"]
-    whole = model(sample).sample
     shared = model(sample, tile_size=TILE * model.f, overlap=HALO * model.f).sample
-    height, width = (-(-side // model.f) * model.f for side in sample.shape[-2:])
-    padded = torch.nn.functional.pad(
-        sample, (0, width - sample.shape[-1], 0, height - sample.shape[-2]), mode="replicate"
-    )
 
     def decode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
         return crop_to_core(model.decode_window(window), scale_core(core, model.f))[0]
 
-    latents = map_tiles(model.encode_window, padded, TILE, HALO, input_stride=model.f)
-    decoded = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, output_stride=model.f)
-    apart = model.resize_to_image(decoded, sample.shape[-2:], scale=1)
-    shown = _pixels(whole[0]).resize((photo.width * 2 // 3, photo.height * 2 // 3), Image.Resampling.LANCZOS)
-    panels = [Panel(shown, "decoded as a whole", _decibels(whole, sample))]
-    for title, image in {"tiles, each for itself": apart, "tiles that share": shared}.items():
-        difference = 0.5 + GAIN * (image - whole)[0]
-        panels.append(Panel(_pixels(difference), f"{title}: difference from it", _decibels(image, sample)))
+    latents = map_tiles(model.encode_window, sample, TILE, HALO, input_stride=model.f)
+    apart = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, output_stride=model.f)
+    part = (0, photo.height // 5, photo.width // 2, photo.height * 17 // 20)
+    panels = [
+        Panel(_pixels(image[0]).crop(part), title, f"PSNR {psnr(image, sample, data_range=1).item():.2f} dB")
+        for title, image in {"tiles with statistics of their own": apart, "tiles that share them": shared}.items()
+    ]
     return contact_sheet(panels)
-
-
-def _decibels(image: torch.Tensor, sample: torch.Tensor) -> str:
-    return f"{psnr(image, sample, data_range=1).item():.2f} dB"
 
 
 def _mosaic(model: SVQVAE, ids: torch.Tensor, photo: Image.Image) -> Image.Image:

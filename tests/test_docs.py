@@ -276,7 +276,7 @@ def test_references_to_nothing_are_refused(tmp_path):
 @pytest.mark.usefixtures("small_sample")
 def test_pictures_can_be_made_again(tiny_model, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures.SVQVAE, "from_pretrained", lambda _: tiny_model)
-    monkeypatch.setattr(pictures, "load_image", lambda _: photo.resize((90, 60)))
+    monkeypatch.setattr(pictures, "load_image", lambda _: photo.resize((96, 64)))
     monkeypatch.setattr(pictures, "LARGE", (120, 80))
     monkeypatch.setattr(pictures, "TILE", 16)
     pictures.main(tmp_path)
@@ -284,5 +284,5 @@ def test_pictures_can_be_made_again(tiny_model, photo, tmp_path, monkeypatch):
     assert len(made) == 5
     assert made <= {path.name for path in pictures.IMAGES.iterdir()}
     sizes = {path.stem: load_image(path).size for path in tmp_path.iterdir()}
-    assert sizes.pop("pyramid") == (45 + pictures.MARGIN + 22, 30 + pictures.LABEL)
+    assert sizes.pop("pyramid") == (48 + pictures.MARGIN + 24, 32 + pictures.LABEL)
     assert all(min(size) > 100 for size in sizes.values())
