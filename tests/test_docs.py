@@ -173,7 +173,7 @@ def test_line_counts_of_the_readme_are_true():
     assert len(counts) >= 5
     for path, stated in counts:
         lines = len((ROOT / path).read_text().splitlines())
-        assert int(stated) == pytest.approx(lines, rel=0.1), f"{path} has {lines} lines"
+        assert int(stated) == pytest.approx(lines, rel=0.15), f"{path} has {lines} lines"
 
 
 def test_architecture_names_each_room():
