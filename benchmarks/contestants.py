@@ -1,4 +1,4 @@
-"""Models to compare: ours, the original and those of diffusers, all of the widths that SVQVAE was released with."""
+"""Models to compare: ours, the original and two of diffusers, all with the widths of the released SVQVAE."""
 
 import functools
 import sys
@@ -24,21 +24,21 @@ OURS, ORIGINAL, VQ_MODEL, KL = "svqvae-hf", "the original", "diffusers VQModel",
 MULTIPLIERS = (1, 2, 2, 4)
 LATENT_PIXELS = 2 ** (len(MULTIPLIERS) - 1)
 CODEBOOK = (16384, 8)
-TRACKED_CODES = 65_536  # the original keeps the last ids in a buffer of this length, and in its files
+TRACKED_CODES = 65_536  # length of the buffer of recent ids in the original's files
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model, and how it runs.
+    """A model and the way it runs.
 
     Args:
         name (`str`): `OURS`, `ORIGINAL`, `VQ_MODEL` or `KL`.
-        dtype (`torch.dtype`): Of weights and samples.
-        checkpoint (`Path`): Weights of the first two, from [`make_checkpoint`]; the others are filled at random.
-        original (`Path`, *optional*): Checkout of the original.
-        device (`str`): Where it runs.
-        channels_last (`bool`): Whether weights and samples are in that format.
-        compiled (`bool`): Whether it is compiled.
+        dtype (`torch.dtype`): Precision of weights and samples.
+        checkpoint (`Path`): Weights from [`make_checkpoint`] for `OURS` and `ORIGINAL`; the others are random.
+        original (`Path`, *optional*): Folder with the original's `svqvae.py`.
+        device (`str`): Device of the model.
+        channels_last (`bool`): Whether weights and samples have that memory format.
+        compiled (`bool`): Whether the model is compiled.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Contestant:
 
     @property
     def label(self) -> str:
-        """Name and type, as tables have them."""
+        """Name and precision, as in the tables."""
         return f"{self.name}, {str(self.dtype).removeprefix('torch.')}"
 
     def load(self) -> nn.Module:
-        """The model, ready to run."""
-        logging.set_verbosity_error()  # diffusers warns of `to(dtype)`, which our codebook withstands
+        """Loads the model."""
+        logging.set_verbosity_error()  # diffusers warns about `to(dtype)`, but our codebook stays float32
         if self.name == OURS:
             model = SVQVAE.from_single_file(self.checkpoint)
         elif self.name == ORIGINAL:
@@ -72,19 +72,19 @@ class Contestant:
         return model
 
     def sample(self, height: int, width: int) -> torch.Tensor:
-        """A random image `(1, 3, height, width)` in [0, 1], the same for all contestants."""
+        """Draws a random image `(1, 3, height, width)` in [0, 1], the same for all contestants."""
         sample = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return sample.to(self.device, self.dtype, memory_format=layout)
 
     def reconstruct(self, model: nn.Module, sample: torch.Tensor) -> torch.Tensor:
-        """Encodes, quantises and decodes, untiled, by the model's own call."""
+        """Encodes, quantises and decodes without tiles, by calling the model."""
         with torch.inference_mode():
             return model(sample)[0] if self.name == ORIGINAL else model(sample).sample
 
 
 def make_checkpoint(path: Path, base_channels: int) -> None:
-    """Writes random weights of the released widths, times `base_channels / 128`, in the layout of the release."""
+    """Writes a checkpoint as released, but with random weights and all widths times `base_channels / 128`."""
     torch.manual_seed(0)
     model = SVQVAE(
         base_channels=base_channels, encoder_ch_mult=MULTIPLIERS, decoder_ch_mult=MULTIPLIERS, z_channels=32
@@ -94,7 +94,7 @@ def make_checkpoint(path: Path, base_channels: int) -> None:
 
 
 def make_diffusers_model(name: str, base_channels: int) -> nn.Module:
-    """`VQModel`, which is the same network weight by weight, or `AutoencoderKL`, whose latents have 8 channels."""
+    """Makes `VQModel`, the same network weight by weight, or `AutoencoderKL` with latents of 8 channels."""
     plain = len(MULTIPLIERS) - 1
     widths = {
         "block_out_channels": tuple(base_channels * multiplier for multiplier in MULTIPLIERS),
@@ -110,9 +110,9 @@ def make_diffusers_model(name: str, base_channels: int) -> nn.Module:
 
 @functools.cache
 def count_operations(base_channels: int, height: int, width: int) -> int:
-    """Floating-point operations of encoding and decoding an image by the plain network, without the search.
+    """Counts the floating-point operations of encoding and decoding an image, without the code search.
 
-    Counted on diffusers' `VQModel`, which computes every convolution at the resolution where it stands.
+    Counted on diffusers' `VQModel`, which computes every convolution at its own resolution.
     """
     with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model = make_diffusers_model(VQ_MODEL, base_channels).eval()
@@ -121,7 +121,7 @@ def count_operations(base_channels: int, height: int, width: int) -> int:
 
 
 def prepare_reconstruction(contestant: Contestant, height: int, width: int) -> Callable[[], torch.Tensor]:
-    """A reconstruction as a function, after a small one."""
+    """Loads and warms up a model, and returns its reconstruction of an image as a function."""
     model = contestant.load()
     contestant.reconstruct(model, contestant.sample(LATENT_PIXELS, LATENT_PIXELS))
     return functools.partial(contestant.reconstruct, model, contestant.sample(height, width))

@@ -1,8 +1,8 @@
-"""Sampling with the cache of keys and values, and without: `python benchmarks/generation.py`.
+"""Sampling with and without a cache of keys and values: `python benchmarks/generation.py`.
 
-A language model of random weights, in the layout of Llama, samples a square grid of ids of the bundled model's
-codebook through the pipeline. Without a cache it reads the whole sequence again for each token. Both draw the same
-random numbers, and the ids must come out the same. Decoding them to an image is not part of it.
+A Llama with random weights samples a square grid of ids for the bundled model through the pipeline. Without the cache
+it reads the whole sequence again for each token. Both draw the same random numbers and should produce the same ids.
+Decoding the ids to images is not included.
 """
 
 import argparse
@@ -18,17 +18,17 @@ from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.sequences import SequenceLayout
 
 NUM_CLASSES = 10
-INITIALIZER_RANGE = 0.1  # large enough for a token to depend on those before it
-CACHED, UNCACHED = "with cache", "without cache"
+INITIALIZER_RANGE = 0.1  # large enough that a token depends on the previous tokens
+CACHED, UNCACHED = "yes", "no"
 
 Generate = Callable[[], torch.Tensor]
 
 
 class Uncached(LlamaForCausalLM):
-    """A language model that keeps the tokens instead of their keys and values."""
+    """Language model whose cache holds the tokens instead of their keys and values."""
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool, **cache: torch.Tensor) -> CausalLMOutputWithPast:
-        """Reads all tokens so far."""
+        """Computes the logits from all tokens so far."""
         tokens = torch.cat([*cache.values(), input_ids], dim=1)
         output = super().forward(tokens, use_cache=False, logits_to_keep=1)
         output["cache"] = tokens
@@ -38,7 +38,7 @@ class Uncached(LlamaForCausalLM):
 def prepare(
     cls: type[LlamaForCausalLM], vqvae: SVQVAE, side: int, batch: int, options: argparse.Namespace
 ) -> Generate:
-    """A run as a function that gives the ids `(batch, side, side)`."""
+    """Returns a run as a function, whose result is the ids `(batch, side, side)`."""
     height = side * vqvae.f
     layout = SequenceLayout(vqvae.config["codebook_size"], vqvae.f, height, height, num_classes=NUM_CLASSES)
     torch.manual_seed(0)
@@ -68,8 +68,8 @@ def prepare(
     return generate
 
 
-def compare(vqvae: SVQVAE, side: int, batch: int, options: argparse.Namespace) -> list[Row]:
-    """One row with the cache and one without, for one size of the grid."""
+def time_sampling(vqvae: SVQVAE, side: int, batch: int, options: argparse.Namespace) -> list[Row]:
+    """Times one grid size: a row with the cache and a row without."""
     contestants = {CACHED: LlamaForCausalLM, UNCACHED: Uncached}
     runs = {name: prepare(cls, vqvae, side, batch, options) for name, cls in contestants.items()}
     ids = {name: run() for name, run in runs.items()}  # warms up
@@ -80,11 +80,11 @@ def compare(vqvae: SVQVAE, side: int, batch: int, options: argparse.Namespace) -
         {
             "grid": f"{side} x {side}",
             "images": batch,
-            "way": name,
+            "cache": name,
             "seconds": medians[name],
-            "tokens a second": tokens / medians[name],
-            "times as fast as without": medians[UNCACHED] / medians[name],
-            "share of ids as without": (ids[name] == ids[UNCACHED]).float().mean().item(),
+            "tokens per second": tokens / medians[name],
+            "times as fast as without cache": medians[UNCACHED] / medians[name],
+            "fraction of equal ids": (ids[name] == ids[UNCACHED]).float().mean().item(),
             "different ids": ids[name].unique().numel(),
             "all seconds": seconds[name],
         }
@@ -93,19 +93,19 @@ def compare(vqvae: SVQVAE, side: int, batch: int, options: argparse.Namespace) -
 
 
 def main() -> None:
-    """Reads the command line and prints the tables."""
+    """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("--sides", type=int, nargs="+", default=[32], help="ids along a side (default: 32)")
-    parser.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
+    parser.add_argument("--sides", type=int, nargs="+", default=[32], help="ids per side of the grid (default: 32)")
+    parser.add_argument("--batch", type=int, default=1, help="images per batch (default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=256, help="of the language model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the language model (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="(default: 1, none)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="default: 1, no guidance")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
     vqvae = SVQVAE.from_pretrained(DEFAULT_MODEL)
-    rows = [row for side in options.sides for row in compare(vqvae, side, options.batch, options)]
+    rows = [row for side in options.sides for row in time_sampling(vqvae, side, options.batch, options)]
     report(options, machine, {"Sampling": rows})
 
 

@@ -1,7 +1,7 @@
 """How time and memory grow with the image's area: `python benchmarks/growth.py [--model MODEL]`.
 
-Encodes an image to ids and decodes them: whole, by tiles in memory, and from TIFF to token file to TIFF as `--large`
-does it. Each run is in a process of its own; peak memory is that above the loaded model and the image, files aside.
+Encodes an image to ids and decodes them: as a whole, by tiles in memory, and from TIFF to token file to TIFF as with
+`--large`. Each run has a process of its own. Peak memory excludes the loaded model and an image held in memory.
 """
 
 import argparse
@@ -26,15 +26,15 @@ Size = tuple[int, int]
 
 
 def read_size(text: str) -> Size:
-    """Width and height of `WIDTHxHEIGHT`."""
+    """Parses `WIDTHxHEIGHT`."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"must be a size such as 2048x1024, but is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a size such as 2048x1024, got {text!r}")
     return int(found[1]), int(found[2])
 
 
 def write_scan(path: Path, size: Size) -> None:
-    """Writes a TIFF in tiles, one of noise over and over, without holding the image."""
+    """Writes a tiled TIFF that repeats one tile of noise, without holding the image in memory."""
     width, height = size
     tile = np.random.default_rng(0).integers(256, size=(SCAN_TILE, SCAN_TILE, 3), dtype=np.uint8)
     count = -(-width // SCAN_TILE) * -(-height // SCAN_TILE)
@@ -49,8 +49,8 @@ def write_scan(path: Path, size: Size) -> None:
     )
 
 
-def through_files(model: SVQVAE, scan: Path) -> None:
-    """TIFF to ids to TIFF."""
+def reconstruct_files(model: SVQVAE, scan: Path) -> None:
+    """Encodes a TIFF to a token file and decodes it to a TIFF."""
     ids = scan.with_suffix(".safetensors")
     encode_large(model, scan, ids)
     decode_large(model, ids, scan.with_name("decoded.tif"))
@@ -59,25 +59,27 @@ def through_files(model: SVQVAE, scan: Path) -> None:
 
 
 @torch.inference_mode()
-def in_memory(model: SVQVAE, sample: torch.Tensor) -> None:
-    """Pixels to ids to pixels."""
+def reconstruct_in_memory(model: SVQVAE, sample: torch.Tensor) -> None:
+    """Encodes a sample to ids and decodes them."""
     model.decode_tokens(model.encode_tokens(sample))
 
 
-def prepare(way: str, size: Size, scan: Path, options: argparse.Namespace) -> Callable[[], None]:
-    """The work on an image of a size as a function, after that on a small one."""
+def prepare(method: str, size: Size, scan: Path, options: argparse.Namespace) -> Callable[[], None]:
+    """Loads and warms up the model, and returns the work on an image as a function."""
     model = SVQVAE.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype)).eval().to(options.device)
-    in_memory(model, torch.rand(1, 3, model.f, model.f).to(model.device, model.dtype))
-    if way != WHOLE:
+    reconstruct_in_memory(model, torch.rand(1, 3, model.f, model.f).to(model.device, model.dtype))
+    if method != WHOLE:
         model.enable_tiling(options.tile_size, options.overlap)
-    if way == FILES:
-        return functools.partial(through_files, model, scan)
+    if method == FILES:
+        return functools.partial(reconstruct_files, model, scan)
     width, height = size
-    return functools.partial(in_memory, model, torch.rand(1, 3, height, width).to(model.device, model.dtype))
+    return functools.partial(
+        reconstruct_in_memory, model, torch.rand(1, 3, height, width).to(model.device, model.dtype)
+    )
 
 
 def main() -> None:
-    """Reads the arguments, runs and reports."""
+    """Reads the arguments, runs the benchmark and reports."""
     sides = [f"{side}x{side}" for side in (256, 512, 1024, 2048, 4096)]
     files = ["2048x2048", "8192x8192", "32768x2048"]
     parser = make_parser(__doc__, rounds=1)
@@ -88,7 +90,7 @@ def main() -> None:
             nargs="*",
             default=[read_size(each) for each in default],
             metavar="WxH",
-            help=f"images to take that way (default: {' '.join(default)})",
+            help=f"sizes of images (default: {' '.join(default)})",
         )
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: the bundled model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
@@ -97,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     machine = describe_machine(options.device, options.threads)
     runs = [
-        *((way, size) for way, sizes in ((WHOLE, options.whole), (TILES, options.tiles)) for size in sizes),
+        *((method, size) for method, sizes in ((WHOLE, options.whole), (TILES, options.tiles)) for size in sizes),
         *((FILES, size) for size in options.files),
     ]
     costs: dict[tuple[str, Size], list[Cost]] = {run: [] for run in runs}
@@ -106,20 +108,20 @@ def main() -> None:
         for size in options.files:
             write_scan(scans[size], size)
         for _ in range(options.rounds):
-            for way, size in runs:
-                cost = in_own_process(options.device, options.threads, prepare, way, size, scans[size], options)
-                costs[way, size].append(cost)
+            for method, size in runs:
+                cost = in_own_process(options.device, options.threads, prepare, method, size, scans[size], options)
+                costs[method, size].append(cost)
     rows: list[Row] = []
-    for (way, size), each in costs.items():
+    for (method, size), each in costs.items():
         width, height = size
         seconds, cpu_seconds, peak_mib = median_cost(each)
         rows.append(
             {
-                "way": way,
+                "method": method,
                 "image": f"{width} x {height}",
                 "seconds": seconds,
-                "microseconds a pixel": seconds / (width * height) * 1e6,
-                "CPU microseconds a pixel": cpu_seconds / (width * height) * 1e6,
+                "microseconds per pixel": seconds / (width * height) * 1e6,
+                "CPU microseconds per pixel": cpu_seconds / (width * height) * 1e6,
                 "peak memory, MiB": peak_mib,
                 "rounds": [cost._asdict() for cost in each],
             }

@@ -1,4 +1,4 @@
-"""Where the time of a reconstruction goes, by layer and by operation."""
+"""Profiles a reconstruction by layer and by operation."""
 
 import re
 from collections import defaultdict
@@ -9,13 +9,13 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-# Modules are found by the names of weights, which ours and the original have alike.
+# Modules by the names of their weights, which are the same in our model and in the original.
 LAYER = re.compile(
     r"((?:encoder|decoder)\.(?:conv_in|mid|norm_out|conv_out|conv_blocks\.\d+\.(?:res|attn|downsample|upsample)))"
     r"(?:\.\d+)?|quant_conv|post_quant_conv|quantize"
 )
 ELSEWHERE = "elsewhere"
-# By the first that is part of the operator's name.
+# Kind of an operator, by the first key that is part of its name.
 OPERATIONS = {
     "conv": "convolution",
     "norm": "norm",
@@ -29,7 +29,7 @@ OTHER = "other"
 
 
 def mark_layers(model: nn.Module) -> None:
-    """Makes each layer a range of the profile."""
+    """Marks each layer as a range in the profile."""
     for name, module in model.named_modules():
         if found := LAYER.fullmatch(name):
             label = found[1] or name
@@ -47,12 +47,12 @@ def mark_layers(model: nn.Module) -> None:
 
 
 def profile_layers(contestant: Contestant, side: int, rounds: int) -> list[Row]:
-    """Milliseconds of each layer by operation, the mean of the rounds; all that runs in no known layer is a row too.
+    """Measures milliseconds per layer and operation, as means over the rounds. Time outside of layers has its own row.
 
     Args:
-        contestant ([`Contestant`]): Not compiled.
-        side (`int`): Of the image, in pixels.
-        rounds (`int`): Runs, after one that warms up.
+        contestant ([`Contestant`]): A model that is not compiled.
+        side (`int`): Side of the image in pixels.
+        rounds (`int`): Runs, after one warm-up run.
     """
     model = contestant.load()
     mark_layers(model)
@@ -64,10 +64,10 @@ def profile_layers(contestant: Contestant, side: int, rounds: int) -> list[Row]:
     ) as profiled:
         for _ in range(rounds):
             contestant.reconstruct(model, sample)
-    spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))  # by layer, by operation
+    spent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))  # layer -> operation -> milliseconds
     for event in profiled.events():
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel, whose time the operator that started it has too
+            continue  # a GPU kernel: its time is also counted at the operator that launched it
         parents = [event]
         while parents[-1].cpu_parent is not None:
             parents.append(parents[-1].cpu_parent)
@@ -82,4 +82,4 @@ def profile_layers(contestant: Contestant, side: int, rounds: int) -> list[Row]:
         for layer, each in spent.items()
     ]
     rows.append({"layer": "all", **{kind: sum(row[kind] for row in rows) for kind in kinds}, "all": total})
-    return [row | {"share": f"{row['all'] / total:.1%}"} for row in rows]
+    return [row | {"fraction": f"{row['all'] / total:.1%}"} for row in rows]

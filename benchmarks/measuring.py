@@ -1,4 +1,4 @@
-"""What all benchmarks do alike: contestants timed in turn, peak memory, the machine in words, JSON and Markdown."""
+"""Shared parts of the benchmarks: timing in turns, peak memory, description of the machine, JSON and Markdown."""
 
 import argparse
 import ctypes
@@ -22,7 +22,7 @@ from svqvae_hf.atomic_io import write_file
 
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 MIB = 1 << 20
-# Imported once, by the process that all measured ones are forks of. Files of this folder are not found there.
+# Imported once, in the process from which the measured processes fork. It does not find modules of this folder.
 PRELOADED = [
     "svqvae_hf.loaders.checkpoints",
     *(f"diffusers.models.autoencoders.{name}" for name in ("autoencoder_kl", "vq_model")),
@@ -33,13 +33,13 @@ Row = Mapping[str, Any]
 
 
 class Cost(NamedTuple):
-    """What one run took.
+    """Cost of one run.
 
     Args:
-        seconds (`float`): By the clock.
-        cpu_seconds (`float`): Of all threads together.
-        peak_mib (`float`): Most memory held at once above what was held before, in MiB: resident memory of the process
-            on a CPU, allocated memory on a GPU.
+        seconds (`float`): Wall-clock time.
+        cpu_seconds (`float`): CPU time of all threads together.
+        peak_mib (`float`): Peak memory minus memory before the run, in MiB: resident memory of the process on a CPU,
+            allocated memory on a GPU.
     """
 
     seconds: float
@@ -48,12 +48,12 @@ class Cost(NamedTuple):
 
 
 def median_cost(costs: Sequence[Cost]) -> Cost:
-    """The median of each figure."""
+    """Median of each field."""
     return Cost(*map(statistics.median, zip(*costs, strict=True)))
 
 
 def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
+    """Makes a parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--rounds", type=int, default=rounds, help="timed runs of each contestant (default: %(default)s)"
@@ -63,21 +63,21 @@ def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="JSON to write, and the tables as .md beside it"
+        "--output", type=Path, metavar="FILE.json", help="write JSON to this file, and the tables as .md beside it"
     )
     return parser
 
 
 def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Times contestants, one run of each in turn, so that all meet the same machine.
+    """Times contestants in turns, one run of each per round, so that the load of the machine affects all alike.
 
     Args:
-        contestants (`Mapping[str, Callable]`): What to run, by name, warmed up.
-        rounds (`int`): Runs of each.
-        device (`str`): Where they run.
+        contestants (`Mapping[str, Callable]`): Functions to time, by name, warmed up.
+        rounds (`int`): Runs per contestant.
+        device (`str`): Device of the work.
 
     Returns:
-        `dict[str, list[float]]`: Seconds of each run by name.
+        `dict[str, list[float]]`: Seconds per run, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -87,7 +87,7 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, device
 
 
 def time_once(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one run; on a GPU those between two events on its stream."""
+    """Times one run in seconds; on a GPU between two events on its stream."""
     if torch.device(device).type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -101,14 +101,14 @@ def time_once(run: Callable[[], Any], device: str) -> float:
 
 
 def in_own_process(device: str, threads: int, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> Cost:
-    """Measures one run in a process of its own, so that nothing of another contestant is in its memory.
+    """Measures one run in a process of its own, so that no other contestant is in memory.
 
     Args:
-        device (`str`): Where it runs.
-        threads (`int`): Of PyTorch.
-        prepare (`Callable`): A function of a module, called there with the arguments. It loads the model, warms up on
-            something small, and gives the run to measure.
-        *arguments: Of `prepare`.
+        device (`str`): Device of the work.
+        threads (`int`): Threads of PyTorch.
+        prepare (`Callable`): Function of a module. The new process calls it to load the model and to warm up; it
+            returns the run to measure.
+        *arguments: Arguments of `prepare`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -125,26 +125,26 @@ def _measure(device: str, threads: int, prepare: Callable[..., Callable[[], Any]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what loading left to the allocator is not the model's
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory of loading to the system
         Path("/proc/self/clear_refs").write_text(RSS_PEAK_RESET)
-        before = _resident("VmRSS")
+        before = _resident_memory("VmRSS")
     begun, cpu_begun = time.perf_counter(), time.process_time()
     run()
     if on_gpu:
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_memory("VmHWM")
     return Cost(seconds, cpu_seconds, (peak - before) / MIB)
 
 
-def _resident(name: str) -> int:
-    """Resident memory of this process in bytes: now (`VmRSS`), or its peak (`VmHWM`)."""
+def _resident_memory(name: str) -> int:
+    """Resident memory of this process in bytes: the current (`VmRSS`) or the peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Describes the hardware and the versions that the figures depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
     instructions = [flag for flag in BFLOAT16_FLAGS if flag in fields["flags"].split()]
@@ -165,12 +165,12 @@ def report(options: argparse.Namespace, machine: Row, tables: Mapping[str, Seque
     """Prints the tables in Markdown; with `--output`, writes them as JSON, and the Markdown beside it.
 
     Args:
-        options (`argparse.Namespace`): Those of [`make_parser`].
-        machine (`Mapping`): From [`describe_machine`], before the run.
+        options (`argparse.Namespace`): Options of [`make_parser`].
+        machine (`Mapping`): Result of [`describe_machine`] before the run.
         tables (`Mapping[str, Sequence[Mapping]]`): Rows by title, in full precision. A list, such as the seconds of
-            all rounds, is for the JSON alone.
+            all rounds, is only written to JSON.
     """
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_relative, sys.argv[1:])])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])])
     words = ", ".join(f"{name}: {value}" for name, value in machine.items())
     parts = [f"`{command}`", words, *(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables.items())]
     text = "\n\n".join(parts) + "\n"
@@ -182,8 +182,8 @@ def report(options: argparse.Namespace, machine: Row, tables: Mapping[str, Seque
         write_file(options.output.with_suffix(".md"), text.encode())
 
 
-def _relative(argument: str) -> str:
-    """The last part of an absolute path: where a file lies here helps nobody else."""
+def _without_folders(argument: str) -> str:
+    """Cuts an absolute path to its last part, because folders of this machine mean nothing elsewhere."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 

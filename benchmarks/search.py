@@ -1,8 +1,8 @@
-"""The search for the nearest codes: `python benchmarks/search.py`.
+"""Search for the nearest codes: `python benchmarks/search.py`.
 
-Latents and codes of 8 dimensions on the unit sphere: ours, the full distance matrix as the original has it, and the
-cosine codebook of vector-quantize-pytorch (the extra `bench`). Peak memory is that above latents and
-codebook. What would need more than four fifths of the memory that is free is not run.
+Compares our search with the full distance matrix of the original and the cosine codebook of vector-quantize-pytorch
+(the extra `bench`), for latents and codes of 8 dimensions on the unit sphere. Peak memory excludes latents and
+codebook. A search that needs more than four fifths of the free memory is not run.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from svqvae_hf.models.quantizer import VectorQuantizer
 from svqvae_hf.tokens.image_tokens import available_memory
 
 DIM = 8
-MEMORY_SHARE = 0.8
-SMALL = 64  # latents of the search that warms up
+MEMORY_FRACTION = 0.8
+SMALL = 64  # latents of the warm-up search
 OURS, MATRIX, LUCIDRAINS = "svqvae-hf", "full distance matrix", "vector-quantize-pytorch"
-# Memory for one pair of a latent and a code, in bytes: matrices of float32 held at once, and a one-hot one of int64.
+# Bytes per pair of a latent and a code: the float32 matrices held at once, and a one-hot matrix of int64.
 PAIR_BYTES = {OURS: 0, MATRIX: 3 * 4, LUCIDRAINS: 2 * 4 + 8}
 
 Search = Callable[[], torch.Tensor]
 
 
 def prepare(name: str, latents: int, codes: int, device: str) -> Search:
-    """A search as a function that gives the ids `(latents,)`, after a small one."""
+    """Makes and warms up a search, and returns it as a function whose result is the ids `(latents,)`."""
     generator = torch.Generator().manual_seed(0)
     codebook = F.normalize(torch.randn(codes, DIM, generator=generator), dim=-1).to(device)
     queries = torch.randn(latents, DIM, generator=generator).to(device)
@@ -71,10 +71,10 @@ def _lucidrains(codebook: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
     return search
 
 
-def compare(latents: int, codes: int, free: int, options: argparse.Namespace) -> list[Row]:
-    """One row a contestant, for one size of the codebook."""
+def compare_searches(latents: int, codes: int, free: int, options: argparse.Namespace) -> list[Row]:
+    """Compares all searches at one codebook size, with a row per contestant."""
     needed = {name: latents * codes * pair for name, pair in PAIR_BYTES.items()}
-    fitting = [name for name in needed if needed[name] <= MEMORY_SHARE * free]
+    fitting = [name for name in needed if needed[name] <= MEMORY_FRACTION * free]
     searches = {name: prepare(name, latents, codes, options.device) for name in fitting}
     ids = {name: search() for name, search in searches.items()}
     seconds = take_turns(searches, options.rounds, options.device)
@@ -84,7 +84,7 @@ def compare(latents: int, codes: int, free: int, options: argparse.Namespace) ->
     for name in needed:
         row: dict[str, object] = {"contestant": name, "latents": latents, "codes": codes, "note": None}
         figures: dict[str, object] = dict.fromkeys(
-            ("seconds", "ours is faster by", "peak memory, MiB", "ids as ours", "rounds")
+            ("seconds", "ours is faster by a factor of", "peak memory, MiB", "ids equal to ours", "rounds")
         )
         if name in fitting:
             median = statistics.median(seconds[name])
@@ -100,7 +100,7 @@ def compare(latents: int, codes: int, free: int, options: argparse.Namespace) ->
 
 
 def main() -> None:
-    """Reads the arguments, runs and reports."""
+    """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--latents", type=int, nargs="+", default=[65_536], help="default: 65536")
     parser.add_argument(
@@ -111,7 +111,10 @@ def main() -> None:
     machine = describe_machine(options.device, options.threads)
     free = available_memory(torch.device(options.device))
     rows = [
-        row for latents in options.latents for codes in options.codes for row in compare(latents, codes, free, options)
+        row
+        for latents in options.latents
+        for codes in options.codes
+        for row in compare_searches(latents, codes, free, options)
     ]
     report(options, machine, {"Nearest codes": rows})
 

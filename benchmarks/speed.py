@@ -1,11 +1,12 @@
-"""Speed and memory of encoding and decoding, untiled: `python benchmarks/speed.py --original CHECKOUT`.
+"""Speed and memory of encoding and decoding without tiles: `python benchmarks/speed.py --original CHECKOUT`.
 
-The networks that SVQVAE was released with, 68 M parameters at f = 8, filled at random: ours and the original with the
-same weights, and of the same widths diffusers' VQModel (weight by weight the same network) and AutoencoderKL. The
-share of the matmul rate is counted with the plain network's arithmetic, against 2048 x 2048 matrices multiplied in the
-same turns. Agreement is that of the output with the float32 output of the original (without it, with our own).
+All networks have the widths of the released SVQVAE (68 M parameters, f = 8) and random weights. Our model and the
+original share theirs. diffusers' VQModel is the same network weight by weight; AutoencoderKL has the same widths.
+The fraction of the matmul rate divides the operations of the plain network by the rate of 2048 x 2048 matrix products,
+which are timed in the same turns. Agreement is the PSNR against the float32 output of the original, or against our own
+without `--original`.
 
-`--layers` shows instead where the time goes.
+`--layers` profiles our model and the original by layer instead.
 """
 
 import argparse
@@ -32,23 +33,25 @@ from measuring import Row, describe_machine, in_own_process, make_parser, report
 
 DTYPES = (torch.float32, torch.bfloat16)
 MATMUL_SIDE = 2048
-MATMULS = 5  # a run
+MATMULS = 5  # per run
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor) -> None:
-    """Matrix products, one after the other."""
+    """Computes `MATMULS` matrix products, one after the other."""
     for _ in range(MATMULS):
         left @ right
 
 
 def matmuls(device: str) -> dict[str, Callable[[], None]]:
-    """Products of random square matrices by type, as contestants."""
+    """Products of random square matrices in each precision, as contestants."""
     matrices = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=device)
     return {f"matmul, {dtype}": functools.partial(multiply, *matrices.to(dtype)) for dtype in DTYPES}
 
 
-def compare_at(side: int, contestants: list[Contestant], base_channels: int, options: argparse.Namespace) -> list[Row]:
-    """One row a contestant, at one size of the image."""
+def compare_models(
+    side: int, contestants: list[Contestant], base_channels: int, options: argparse.Namespace
+) -> list[Row]:
+    """Compares the models at one image size, with a row per contestant."""
     runs = {each.label: prepare_reconstruction(each, side, side) for each in contestants}
     outputs = {label: run() for label, run in runs.items()}
     seconds = take_turns(runs | matmuls(options.device), options.rounds, options.device)
@@ -67,7 +70,7 @@ def compare_at(side: int, contestants: list[Contestant], base_channels: int, opt
                 "contestant": each.label,
                 "seconds": medians[each.label],
                 f"times as fast as {reference}": medians[reference] / medians[each.label],
-                "share of the matmul rate": operations / medians[each.label] / rate,
+                "fraction of the matmul rate": operations / medians[each.label] / rate,
                 "matmul, GFLOP/s": rate / 1e9,
                 "peak memory, MiB": cost.peak_mib,
                 "agreement, dB": -10 * math.log10(error) if same_weights and error else None,
@@ -78,14 +81,16 @@ def compare_at(side: int, contestants: list[Contestant], base_channels: int, opt
 
 
 def main() -> None:
-    """Reads the arguments, runs and reports."""
+    """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], metavar="PIXELS", help="default: 256 512")
     parser.add_argument("--original", type=Path, metavar="CHECKOUT", help="folder with the original's svqvae.py")
-    parser.add_argument("--base-channels", type=int, default=128, help="128 as released; a multiple of 32")
-    parser.add_argument("--channels-last", action="store_true", help="convert all models to that memory format")
+    parser.add_argument("--base-channels", type=int, default=128, help="a multiple of 32 (default: 128, as released)")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="use the channels-last memory format for all models"
+    )
     parser.add_argument("--compile", action="store_true", help="compile all models")
-    parser.add_argument("--layers", action="store_true", help="show where our time and the original's goes")
+    parser.add_argument("--layers", action="store_true", help="profile our model and the original by layer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
@@ -110,7 +115,7 @@ def main() -> None:
                     for each in contestants
                 }
             else:
-                rows = compare_at(side, contestants, options.base_channels, options)
+                rows = compare_models(side, contestants, options.base_channels, options)
                 tables[f"{side} x {side}, encoded and decoded"] = rows
     report(options, machine, tables)
 

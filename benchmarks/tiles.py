@@ -1,10 +1,10 @@
-"""What tiles cost in quality: `python benchmarks/tiles.py IMAGES [--model MODEL]`.
+"""Quality and cost of tiles: `python benchmarks/tiles.py IMAGES [--model MODEL]`.
 
-As means over the images: PSNR whole and by tiles, agreement of the two, the share of ids that they have in common, and
-the squared error along tile borders and along the image border, each relative to elsewhere. What lies along a tile
-border may be hard in itself: so two lines are about the same pixels where they have no border, whole and with the grid
-moved by half a tile. Two more say how many ids stay when it moves, and how far the results agree.
-Then time and memory of the first image, whole and by tiles, each in a process of its own.
+The first table has means over the images: PSNR as a whole and by tiles, agreement between the two, the fraction of
+equal ids, and the squared error along tile borders and along the image border, relative to the error elsewhere. Pixels
+along a tile border may be hard to reconstruct anyway. Two rows therefore measure the same pixels without a border: in
+the whole image, and with the grid moved by half a tile. Two more rows compare ids and results of the two grids. The
+second table has time and memory for the first image, as a whole and by tiles, each in a process of its own.
 """
 
 import argparse
@@ -25,22 +25,22 @@ from svqvae_hf.models.tiling import Tile, tile_axis
 from svqvae_hf.paths import find_files
 
 BAND = 4  # pixels on each side of a border
-FRAME = 16  # pixels cut off each side first: scans such as Kodak's have dark lines there, which would pass for errors
+FRAME = 16  # pixels cut off each side first: scans such as Kodak's have dark lines there, which would count as errors
 
 
 def border_bands(length: int, model: SVQVAE) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pixels of an axis lie along a tile border, and along the end of the image."""
+    """Masks of the pixels of an axis along a tile border, and along the ends of the image."""
     f = model.f
     tiles = tile_axis(-(-length // f), model.tile_size // f, model.overlap // f)
-    places = torch.arange(length)
+    positions = torch.arange(length)
     along_tiles = torch.zeros(length, dtype=torch.bool)
     for tile in tiles[:-1]:
-        along_tiles |= (places >= tile.core_stop * f - BAND) & (places < tile.core_stop * f + BAND)
-    return along_tiles, (places < BAND) | (places >= length - BAND)
+        along_tiles |= (positions >= tile.core_stop * f - BAND) & (positions < tile.core_stop * f + BAND)
+    return along_tiles, (positions < BAND) | (positions >= length - BAND)
 
 
 def moved_axis(length: int, tile: int, overlap: int) -> list[Tile]:
-    """The grid of [`tile_axis`] with its borders moved to the middle of its cores: one tile more, the same halo."""
+    """Moves the borders of [`tile_axis`] to the middle of its cores: one tile more, with the same overlap."""
     tiles = tile_axis(length, tile, overlap)
     if len(tiles) == 1:
         return tiles
@@ -52,59 +52,87 @@ def moved_axis(length: int, tile: int, overlap: int) -> list[Tile]:
 
 
 def reconstruct(model: SVQVAE, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of an image, and what they decode to."""
+    """Returns the ids of an image and its reconstruction."""
     ids = model.encode_tokens(image)
     return ids, model.resize_to_image(model.decode(ids).sample, image.shape[-2:], scale=1)
 
 
-@torch.inference_mode()
-def measure(model: SVQVAE, image: torch.Tensor, with_whole: bool = True) -> dict[str, float]:
-    """Figures of one image `(1, 3, height, width)`, larger than a tile, without its frame."""
-    image = image[..., FRAME:-FRAME, FRAME:-FRAME]
-    (rows, top), (columns, left) = (border_bands(length, model) for length in image.shape[-2:])
-    along_image = top[:, None] | left
-    along_tiles = (rows[:, None] | columns) & ~along_image
-    inside = ~along_tiles & ~along_image
+class Measurement:
+    """Errors of one image `(1, 3, height, width)`, larger than a tile, without its frame."""
 
-    def error(output: torch.Tensor, where: torch.Tensor) -> float:
-        return (output - image).square().mean((0, 1))[where].mean().item()
+    def __init__(self, model: SVQVAE, image: torch.Tensor):
+        self.model = model
+        self.image = image[..., FRAME:-FRAME, FRAME:-FRAME]
+        (rows, top), (columns, left) = (border_bands(length, model) for length in self.image.shape[-2:])
+        self.along_image = top[:, None] | left
+        self.along_tiles = (rows[:, None] | columns) & ~self.along_image
+        self.inside = ~self.along_tiles & ~self.along_image
+        model.enable_tiling(model.tile_size, model.overlap)
+        self.ids, self.tiled = self.reconstruct()
 
-    def agreement(output: torch.Tensor, other: torch.Tensor) -> float:
-        return psnr(output, other, data_range=1.0).item()
+    @torch.inference_mode()
+    def reconstruct(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the ids of the image and its reconstruction."""
+        return reconstruct(self.model, self.image)
 
-    model.enable_tiling(model.tile_size, model.overlap)
-    ids, tiled = reconstruct(model, image)
-    with patch("svqvae_hf.models.tiling.tile_axis", moved_axis):
-        moved_ids, moved = reconstruct(model, image)
-    figures = {
-        "PSNR tiled, dB": agreement(tiled, image),
-        "error along tile borders": error(tiled, along_tiles) / error(tiled, inside),
-        "the same over that when the grid moves": error(tiled, along_tiles) / error(moved, along_tiles),
-        "error along image border": error(tiled, along_image) / error(tiled, inside),
-        "ids kept when the grid moves": (moved_ids == ids).float().mean().item(),
-        "agreement when the grid moves, dB": agreement(moved, tiled),
-    }
-    if not with_whole:
-        return figures
-    model.disable_tiling()
-    whole_ids, whole = reconstruct(model, image)
-    return figures | {
-        "PSNR whole, dB": agreement(whole, image),
-        "the same pixels, whole": error(whole, along_tiles) / error(whole, inside),
-        "agreement, dB": agreement(tiled, whole),
-        "ids kept": (ids == whole_ids).float().mean().item(),
-    }
+    def error(self, output: torch.Tensor, where: torch.Tensor) -> float:
+        """Mean squared error in a region."""
+        return (output - self.image).square().mean((0, 1))[where].mean().item()
+
+    def measure_tiles(self) -> dict[str, float]:
+        """Figures of the tiled reconstruction."""
+        inside = self.error(self.tiled, self.inside)
+        return {
+            "PSNR tiled, dB": agreement(self.tiled, self.image),
+            "error along tile borders": self.error(self.tiled, self.along_tiles) / inside,
+            "error along image border": self.error(self.tiled, self.along_image) / inside,
+        }
+
+    def compare_with_moved_grid(self) -> dict[str, float]:
+        """Figures of the tiled reconstruction relative to one with the grid moved by half a tile."""
+        with patch("svqvae_hf.models.tiling.tile_axis", moved_axis):
+            ids, moved = self.reconstruct()
+        ratio = self.error(self.tiled, self.along_tiles) / self.error(moved, self.along_tiles)
+        return {
+            "error along tile borders, relative to a moved grid": ratio,
+            "ids equal when the grid moves": (ids == self.ids).float().mean().item(),
+            "agreement when the grid moves, dB": agreement(moved, self.tiled),
+        }
+
+    def compare_with_whole(self) -> dict[str, float]:
+        """Figures of the reconstruction as a whole, and of its agreement with the tiled one."""
+        self.model.disable_tiling()
+        ids, whole = self.reconstruct()
+        return {
+            "PSNR whole, dB": agreement(whole, self.image),
+            "error of the same pixels in the whole image": self.error(whole, self.along_tiles)
+            / self.error(whole, self.inside),
+            "agreement, dB": agreement(self.tiled, whole),
+            "ids equal": (self.ids == ids).float().mean().item(),
+        }
+
+
+def agreement(output: torch.Tensor, other: torch.Tensor) -> float:
+    """PSNR in dB of two samples in [0, 1]."""
+    return psnr(output, other, data_range=1.0).item()
+
+
+def measure(model: SVQVAE, image: torch.Tensor, with_whole: bool) -> dict[str, float]:
+    """All figures of one image."""
+    measurement = Measurement(model, image)
+    figures = measurement.measure_tiles() | measurement.compare_with_moved_grid()
+    return figures | (measurement.compare_with_whole() if with_whole else {})
 
 
 def load(options: argparse.Namespace) -> tuple[SVQVAE, SVQVAEImageProcessor]:
-    """Model, with its tiles, and processor."""
+    """Loads the model, with tiling configured, and the processor."""
     model = SVQVAE.from_pretrained(options.model).eval().to(options.device)
     model.enable_tiling(options.tile_size, options.overlap)
     return model, SVQVAEImageProcessor(pixel_range=(0, 1))
 
 
 def prepare(path: Path, tiled: bool, options: argparse.Namespace) -> Callable[[], object]:
-    """The reconstruction of an image as a function, after that of a small one."""
+    """Loads and warms up the model, and returns the reconstruction of an image as a function."""
     model, processor = load(options)
     if not tiled:
         model.disable_tiling()
@@ -114,13 +142,15 @@ def prepare(path: Path, tiled: bool, options: argparse.Namespace) -> Callable[[]
 
 
 def main() -> None:
-    """Reads the arguments, runs and reports."""
+    """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("images", type=Path, help="folder of images larger than a tile")
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: the bundled model)")
     parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")
-    parser.add_argument("--tiled-only", action="store_true", help="for images too large to be taken whole")
+    parser.add_argument(
+        "--tiled-only", action="store_true", help="skip the whole image, for images that do not fit memory"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
@@ -134,15 +164,15 @@ def main() -> None:
         {"figure": name, "mean": np.mean(values).item(), "images": values}
         for name, values in ((name, [figures[name] for figures in each]) for name in each[0])
     ]
-    ways = {"tiles": True} if options.tiled_only else {"whole": False, "tiles": True}
-    costs: dict[str, list[Cost]] = {name: [] for name in ways}
+    methods = {"tiles": True} if options.tiled_only else {"whole": False, "tiles": True}
+    costs: dict[str, list[Cost]] = {name: [] for name in methods}
     for _ in range(options.rounds):
-        for name, tiled in ways.items():
+        for name, tiled in methods.items():
             costs[name].append(in_own_process(options.device, options.threads, prepare, paths[0], tiled, options))
     cost_rows: list[Row] = []
     for name, measured in costs.items():
         cost = median_cost(measured)
-        cost_rows.append({"way": name, "seconds": cost.seconds, "peak memory, MiB": cost.peak_mib})
+        cost_rows.append({"method": name, "seconds": cost.seconds, "peak memory, MiB": cost.peak_mib})
     tables = {f"Means over {len(paths)} images": quality, f"Cost of {paths[0].name}": cost_rows}
     report(options, machine, tables)
 

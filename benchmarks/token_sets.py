@@ -1,12 +1,12 @@
-"""Token sets: speed against the bare encoder, memory as they grow, and runs that are killed.
+"""Token sets: speed against the bare encoder, memory as the set grows, and killed runs.
 
-    python benchmarks/token_sets.py IMAGES speed     # crops of 256 pixels; `tokenize_set` against `encode_tokens`
-    python benchmarks/token_sets.py IMAGES memory    # peak at 200 and 2,000 small images
+    python benchmarks/token_sets.py IMAGES speed     # `tokenize_set` against `encode_tokens`, crops of 256 pixels
+    python benchmarks/token_sets.py IMAGES memory    # peak memory for 200 and 2,000 small images
     python benchmarks/token_sets.py IMAGES killed    # 2,000 images of mixed sizes, one in fifty broken
 
-The bare encoder is a loop over tensors in memory, of the same batch size, in the same turns. `killed` runs the command
-and kills it twice, runs it again on two processes, and compares the files with those of one unbroken run, and the ids
-with `encode_tokens` of one image at a time.
+The bare encoder is a loop over tensors in memory with the same batch size, timed in the same turns. `killed` kills the
+command twice and finishes it on two processes. It then compares the files with the files of an uninterrupted run, and
+the ids with `encode_tokens` of one image at a time.
 """
 
 import argparse
@@ -33,21 +33,21 @@ from svqvae_hf.data.token_sets import read_settings, row_tokens
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.paths import find_files
 
-SMALL = 64  # side in pixels of the images whose number grows
-MIXED = (32, 160)  # sides in pixels of images of mixed sizes
+SMALL = 64  # side in pixels of the images for `memory`
+MIXED = (32, 160)  # range of sides in pixels of the images for `killed`
 BROKEN_EVERY = 50
-KILLED_AT = (0.2, 0.6)  # of the shards
+KILLED_AT = (0.2, 0.6)  # fractions of the shards that are finished
 
 
 def load_model(device: str) -> SVQVAE:
-    """The bundled model, with tiles as on the command line."""
+    """Loads the bundled model, with tiling as on the command line."""
     model = SVQVAE.from_pretrained(DEFAULT_MODEL).to(device).eval()
     model.enable_tiling()
     return model
 
 
 def write_images(paths: Sequence[Path], folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
-    """Writes a folder of images, one per size, cut from the middle of those given in turn."""
+    """Writes a folder with one image per size, cut from the centres of the given images in turn."""
     folder.mkdir()
     images = [load_image(path) for path in paths]
     for index, size in enumerate(sizes):
@@ -55,7 +55,7 @@ def write_images(paths: Sequence[Path], folder: Path, sizes: Sequence[tuple[int,
 
 
 def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Images a second of crops, from files and from tensors in memory."""
+    """Measures images per second, from files and from tensors in memory."""
     paths = find_files([str(options.images)], IMAGE_SUFFIXES)
     model = load_model(options.device)
     images = [load_image(paths[index % len(paths)]) for index in range(options.count)]
@@ -91,10 +91,10 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
     seconds = take_turns(runs, options.rounds, options.device)
     return [
         {
-            "way": name,
-            "images a second": options.count / statistics.median(times),
+            "method": name,
+            "images per second": options.count / statistics.median(times),
             "times as fast as the bare encoder": statistics.median(seconds[bare]) / statistics.median(times),
-            "best of each": min(seconds[bare]) / min(times),
+            "ratio of the fastest runs": min(seconds[bare]) / min(times),
             "rounds": times,
         }
         for name, times in seconds.items()
@@ -102,7 +102,7 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def prepare_small(device: str, folder: Path, out: Path, workers: int) -> Callable[[], Any]:
-    """A run over a folder, for a process of its own."""
+    """Loads and warms up the model, and returns a run over a folder as a function."""
     model = load_model(device)
     images = open_rows([str(folder)])
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def prepare_small(device: str, folder: Path, out: Path, workers: int) -> Callabl
 
 
 def measure_memory(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Peak memory of the process that encodes, above the loaded model."""
+    """Measures peak memory of the encoding process, without the loaded model."""
     paths = find_files([str(options.images)], IMAGE_SUFFIXES)[:20]
     rows = []
     for count in options.counts:
@@ -124,7 +124,7 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 def run_killed(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Kills a run twice, ends it on two processes, and checks all of the set."""
+    """Kills a run twice, finishes it on two processes, and checks the whole set."""
     paths = find_files([str(options.images)], IMAGE_SUFFIXES)[:20]
     choose = random.Random(0)
     write_images(
@@ -135,18 +135,18 @@ def run_killed(options: argparse.Namespace, folder: Path) -> list[Row]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     shard_size = max(1, options.count // 40)
     num_shards = -(-options.count // shard_size)
-    options_given = ["--shard-size", str(shard_size), "--scales", "0.5", "1"]
+    command_options = ["--shard-size", str(shard_size), "--scales", "0.5", "1"]
 
     def command(out: str) -> list[str]:
-        return ["-m", "svqvae_cli", "tokenize", str(folder / "images"), str(folder / out), *options_given]
+        return ["-m", "svqvae_cli", "tokenize", str(folder / "images"), str(folder / out), *command_options]
 
     steps = []
-    for share in KILLED_AT:
+    for fraction in KILLED_AT:
         run = subprocess.Popen([sys.executable, *command("killed")])
-        while len(list((folder / "killed.partial" / "data").glob("*.parquet"))) < share * num_shards:
+        while len(list((folder / "killed.partial" / "data").glob("*.parquet"))) < fraction * num_shards:
             time.sleep(0.05)
             if run.poll() is not None:
-                raise RuntimeError("the run ended before it was killed")
+                raise RuntimeError("The run ended before it was killed. Raise --count.")
         run.send_signal(signal.SIGKILL)
         run.wait()
         steps.append(len(list((folder / "killed.partial" / "data").glob("*.parquet"))))
@@ -163,17 +163,17 @@ def run_killed(options: argparse.Namespace, folder: Path) -> list[Row]:
             "images": options.count,
             "broken": len(broken),
             "rows": len(rows),
-            "rows twice": len(rows) - len(set(rows["key"])),
+            "duplicate rows": len(rows) - len(set(rows["key"])),
             "shards when killed": " and ".join(map(str, steps)),
             "shards": len(killed),
-            "shards that differ from those of one run": sum(killed[name] != unbroken.get(name) for name in killed),
+            "shards that differ from one run": sum(killed[name] != unbroken.get(name) for name in killed),
             "ids that differ from encode_tokens": count_differing(rows, folder),
         }
     ]
 
 
 def count_differing(rows: datasets.Dataset, folder: Path) -> int:
-    """Ids of a set that are not those of its images encoded one at a time."""
+    """Counts the ids of a set that differ from its images encoded one at a time."""
     model, settings = load_model("cpu"), read_settings(folder / "killed")
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     differing = 0
@@ -192,15 +192,21 @@ COUNTS = {"speed": 64, "memory": 0, "killed": 2000}
 
 
 def main() -> None:
-    """Reads the arguments, runs and reports."""
+    """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=5)
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images to cut from")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of source images")
     parser.add_argument("mode", choices=tuple(MODES))
-    parser.add_argument("--count", type=int, help="images of `speed` (default: 64) and `killed` (default: 2000)")
-    parser.add_argument("--counts", type=int, nargs="+", default=[200, 2000], help="of `memory` (default: 200 2000)")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the crops of `speed` (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=1, help="of `speed` (default: 1)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="that read images (default: 0 2)")
+    parser.add_argument(
+        "--count", type=int, help="number of images for `speed` (default: 64) and `killed` (default: 2000)"
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[200, 2000], help="numbers of images for `memory` (default: 200 2000)"
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crops for `speed` (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=1, help="batch size for `speed` (default: 1)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 2], help="numbers of reading processes (default: 0 2)"
+    )
     options = parser.parse_args()
     options.count = options.count or COUNTS[options.mode]
     torch.set_num_threads(options.threads)

@@ -110,7 +110,7 @@ def test_speed(run, checkout):
         assert ratio * row["seconds"] == pytest.approx(original["seconds"])
     assert rows[0]["agreement, dB"] is None  # the stand-in is our own model: no difference
     assert 5 < rows[4]["agreement, dB"] < 60
-    operations = {row["share of the matmul rate"] * row["matmul, GFLOP/s"] * row["seconds"] for row in rows}
+    operations = {row["fraction of the matmul rate"] * row["matmul, GFLOP/s"] * row["seconds"] for row in rows}
     assert max(operations) == pytest.approx(min(operations))
 
 
@@ -140,7 +140,7 @@ def test_tiled(run, checkout):
     assert [len(rows) for rows in diffusers] == [5, 5]
     assert [row["side"] for row in ratio] == [row["side"] for row in ratio_bfloat16] == [32, 37]
     for row in [*scales, *ratio, *(row for rows in diffusers for row in rows)]:
-        assert row["microseconds a pixel"] * row["side"] ** 2 == pytest.approx(row["seconds"] * 1e6)
+        assert row["microseconds per pixel"] * row["side"] ** 2 == pytest.approx(row["seconds"] * 1e6)
         assert row["peak memory, MiB"] > 0.1
 
 
@@ -164,24 +164,24 @@ def test_growth(run):
     pytest.importorskip("tifffile", reason="the extra `large` is not installed")
     small = ["--tile-size", "64", "--overlap", "8"]
     (rows,) = run("growth", "--whole", "64x64", "--tiles", "96x64", "--files", "96x64", *small)
-    assert [(row["way"], row["image"]) for row in rows] == [
+    assert [(row["method"], row["image"]) for row in rows] == [
         ("whole", "64 x 64"),
         ("tiles", "96 x 64"),
         ("tiles, TIFF to TIFF", "96 x 64"),
     ]
     assert all(row["peak memory, MiB"] > 0.1 for row in rows)
-    assert rows[1]["microseconds a pixel"] == pytest.approx(rows[1]["seconds"] / (96 * 64) * 1e6)
+    assert rows[1]["microseconds per pixel"] == pytest.approx(rows[1]["seconds"] / (96 * 64) * 1e6)
 
 
 def test_search(run, load, monkeypatch):
     pytest.importorskip("vector_quantize_pytorch", reason="the extra `bench` is not installed")
     (rows,) = run("search", "--latents", "4096", "--codes", "2048")
     ours, matrix, lucidrains = rows
-    assert {row["ids as ours"] for row in rows} == {"100.000%"}
+    assert {row["ids equal to ours"] for row in rows} == {"100.000%"}
     assert matrix["peak memory, MiB"] == pytest.approx(4096 * 2048 * 12 / 2**20, rel=0.1)
     assert lucidrains["peak memory, MiB"] == pytest.approx(4096 * 2048 * 16 / 2**20, rel=0.1)
     assert ours["peak memory, MiB"] < matrix["peak memory, MiB"]
-    monkeypatch.setattr(load("search"), "MEMORY_SHARE", 0)
+    monkeypatch.setattr(load("search"), "MEMORY_FRACTION", 0)
     (rows,) = run("search", "--latents", "65536", "--codes", "1024")
     assert rows[0]["peak memory, MiB"] < 64
     assert [row["note"] for row in rows] == [None, "not run: needs about 1 GiB", "not run: needs about 1 GiB"]
@@ -196,11 +196,11 @@ def test_tiles(run, photo, tmp_path, monkeypatch):
     quality, cost = run("tiles", folder, "--tile-size", "64", "--overlap", "16")
     figures = {row["figure"]: row["mean"] for row in quality}
     assert figures["PSNR tiled, dB"] == pytest.approx(figures["PSNR whole, dB"], abs=1)
-    assert 0.5 < figures["ids kept"] < figures["ids kept when the grid moves"] < 1
+    assert 0.5 < figures["ids equal"] < figures["ids equal when the grid moves"] < 1
     assert figures["agreement, dB"] < figures["agreement when the grid moves, dB"] < 80
-    assert [row["way"] for row in cost] == ["whole", "tiles"]
+    assert [row["method"] for row in cost] == ["whole", "tiles"]
     (tiled,) = run("tiles", folder, "--tile-size", "64", "--overlap", "16", "--tiled-only")[1]
-    assert tiled["way"] == "tiles"
+    assert tiled["method"] == "tiles"
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(11, 10, 2), (96, 32, 4), (97, 32, 0), (57, 16, 4)])
@@ -225,14 +225,14 @@ def test_token_sets(run, photo, tmp_path):
     folder.mkdir()
     photo.crop((100, 50, 260, 178)).save(folder / "cat.jpg")
     (rows,) = run("token_sets", folder, "speed", "--count", "2", "--resolution", "32", "--workers", "0")
-    assert [row["way"] for row in rows] == ["bare encoder, tensors in memory", "tokenize_set, 0 workers"]
-    assert all(row["images a second"] * row["rounds"][0] == pytest.approx(2) for row in rows)
+    assert [row["method"] for row in rows] == ["bare encoder, tensors in memory", "tokenize_set, 0 workers"]
+    assert all(row["images per second"] * row["rounds"][0] == pytest.approx(2) for row in rows)
 
 
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])
 def test_generation(run, guidance_scale):
     sizes = ["--sides", "4", "--batch", "2", "--hidden-size", "64", "--layers", "1"]
     (rows,) = run("generation", *sizes, "--guidance-scale", guidance_scale)
-    assert [row["way"] for row in rows] == ["with cache", "without cache"]
-    assert all(row["share of ids as without"] == 1 for row in rows)
+    assert [row["cache"] for row in rows] == ["yes", "no"]
+    assert all(row["fraction of equal ids"] == 1 for row in rows)
     assert all(row["different ids"] > 16 for row in rows)
