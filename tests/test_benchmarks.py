@@ -1,5 +1,6 @@
 import importlib
 import json
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from svqvae_hf.models import tiling
 from svqvae_hf.models.tiling import tile_axis
 
 BENCHMARKS = str(ROOT / "benchmarks")
-# A checkout with the same names as the original's, which runs our own model.
+# A stand-in for the original's checkout that runs our own model.
 CHECKOUT = """
 from functools import partial
 
@@ -32,7 +33,7 @@ SMALL = ["--threads", "1", "--device", "cpu", "--rounds", "1"]
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a file of benchmarks/."""
+    """Imports a module of benchmarks/."""
     monkeypatch.setattr(sys, "path", [BENCHMARKS, *sys.path])
     yield importlib.import_module
     sys.modules.pop("svqvae", None)
@@ -40,10 +41,18 @@ def load(monkeypatch):
 
 @pytest.fixture
 def run(load, monkeypatch, tmp_path):
-    """Runs a benchmark and gives its tables, a list of them in the order of their titles."""
+    """Runs a benchmark and returns its tables. Measures in this process, unless the benchmark is the search."""
+    measuring = load("measuring")
+    monkeypatch.setattr(load("contestants"), "MULTIPLIERS", (1, 1, 2, 2))  # narrow networks, with f = 8 as released
+
+    def in_this_process(device: str, threads: int, *work: object):
+        prepare, *arguments = pickle.loads(pickle.dumps(work))  # as another process would receive them
+        return measuring._measure(device, threads, prepare, arguments)
 
     def run(name: str, *options: str | Path) -> list[list[dict]]:
         module, output = load(name), tmp_path / "results" / f"{name}.json"
+        if name != "search":
+            monkeypatch.setattr(module, "in_own_process", in_this_process, raising=False)
         arguments = [*map(str, options), *SMALL, "--output", str(output)]
         monkeypatch.setattr(sys, "argv", [f"{BENCHMARKS}/{name}.py", *arguments])
         module.main()
@@ -82,7 +91,7 @@ def test_contestants_take_turns(load):
     assert 0.01 <= min(seconds["fast"]) < 0.05
 
 
-def test_the_network_of_diffusers_that_is_counted_is_ours(load):
+def test_operations_are_counted_on_the_same_network(load):
     contestants = load("contestants")
     with torch.device("meta"):
         theirs = contestants.make_diffusers_model(contestants.VQ_MODEL, 128)
@@ -91,11 +100,12 @@ def test_the_network_of_diffusers_that_is_counted_is_ours(load):
     assert count == same
     operations = contestants.count_operations(128, 256, 256)
     assert 0.69e12 < operations < 0.71e12
-    attention = 7 * 4 * (256 // 8) ** 4 * 512  # the part that grows with the square of the area
+    attention = 7 * 4 * (256 // 8) ** 4 * 512  # grows with the square of the area
     assert contestants.count_operations(128, 512, 512) == 4 * operations + 12 * attention
 
 
-def test_speed(run, checkout):
+def test_speed(run, load, checkout, monkeypatch):
+    monkeypatch.setattr(load("speed"), "MATMUL_SIDE", 256)
     (rows,) = run("speed", "--original", checkout, "--base-channels", "32", "--sides", "32")
     assert [row["contestant"] for row in rows] == [
         f"{name}, {dtype}"
@@ -108,7 +118,7 @@ def test_speed(run, checkout):
         assert row["rounds"] == [row["seconds"]]
         ratio = row["times as fast as the original, float32"]
         assert ratio * row["seconds"] == pytest.approx(original["seconds"])
-    assert rows[0]["agreement, dB"] is None  # the stand-in is our own model: no difference
+    assert rows[0]["agreement, dB"] is None  # the stand-in is our own model, so there is no difference
     assert 5 < rows[4]["agreement, dB"] < 60
     operations = {row["fraction of the matmul rate"] * row["matmul, GFLOP/s"] * row["seconds"] for row in rows}
     assert max(operations) == pytest.approx(min(operations))
@@ -154,9 +164,9 @@ def allocate_twice(mib: int):
     return run
 
 
-def test_peak_memory_is_that_above_what_is_loaded(load):
+def test_peak_memory_excludes_what_is_loaded(load):
     cost = load("measuring").in_own_process("cpu", 1, allocate_twice, 64)
-    assert 64 <= cost.peak_mib < 72  # and some code that is loaded when it is first called
+    assert 64 <= cost.peak_mib < 72  # plus some code that is loaded at its first call
     assert 0 < cost.cpu_seconds < cost.seconds + 0.1
 
 
@@ -204,7 +214,7 @@ def test_tiles(run, photo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(11, 10, 2), (96, 32, 4), (97, 32, 0), (57, 16, 4)])
-def test_the_moved_grid_has_other_borders_and_the_same_halo(load, length, tile, overlap):
+def test_moved_grid_has_other_borders_and_the_same_overlap(load, length, tile, overlap):
     moved = load("tiles").moved_axis(length, tile, overlap)
     borders = {each.core_stop for each in moved[:-1]}
     assert not borders & {each.core_stop for each in tile_axis(length, tile, overlap)}
@@ -216,7 +226,7 @@ def test_the_moved_grid_has_other_borders_and_the_same_halo(load, length, tile, 
         assert each.stop >= min(length, each.core_stop + overlap)
 
 
-def test_an_image_that_fits_a_tile_has_no_grid_to_move(load):
+def test_grid_of_one_tile_does_not_move(load):
     assert load("tiles").moved_axis(10, 10, 2) == tile_axis(10, 10, 2)
 
 
