@@ -259,7 +259,7 @@ def test_errors_are_shown_in_the_page(page, photograph, tmp_path):
     choose(page, "#upload", tmp_path / "broken.safetensors")
     wait_for_error("`broken.safetensors` must be a safetensors file")
     choose(page, "#photograph button", tmp_path / "broken.png")
-    wait_for_error("`broken.png` must be an image")
+    wait_for_error("`broken.png` (28 bytes) is not a readable image")
     page.screenshot(path=SCREENSHOTS / "mistake.png")
     page.get_by_label("Model").fill("nowhere/to be found")
     page.locator("#example img").click()

@@ -12,12 +12,12 @@ def sheet_of(*sizes):
 
 
 def box(sheet, colour):
-    """Left, top, width and height of what has this colour."""
+    """Left, top, width and height of the area in this colour."""
     rows, columns = np.nonzero((sheet == colour).all(-1))
     return columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
 
 
-def test_all_panels_have_the_size_of_the_first_from_left_to_right():
+def test_all_panels_have_the_size_of_the_first():
     sheet = sheet_of((400, 300), (200, 150), (800, 600))
     assert box(sheet, (200, 0, 0)) == (GAP, GAP, 400, 300)
     assert box(sheet, (0, 200, 0)) == (2 * GAP + 400, GAP, 400, 300)
@@ -29,11 +29,11 @@ def test_all_panels_have_the_size_of_the_first_from_left_to_right():
     ("size", "shown"),
     [((1, 1), (256, 256)), ((3, 200), (4, 256)), ((4000, 2000), (1024, 512)), ((5000, 1), (1024, 1))],
 )
-def test_small_and_large_images_are_shown_in_a_size_to_look_at(size, shown):
+def test_panels_have_256_to_1024_pixels(size, shown):
     assert box(sheet_of(size), (200, 0, 0))[2:] == shown
 
 
-def test_labels_stand_under_their_panels_and_make_room():
+def test_labels_are_below_their_panels_and_widen_them():
     panels = [
         Panel(Image.new("RGB", (2, 256), "red"), "a long title", "a caption that is much longer than the panel")
     ] * 2

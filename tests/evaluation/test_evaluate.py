@@ -163,8 +163,8 @@ def test_unreadable_images_are_skipped_and_named(tiny_model, photos, tmp_path):
     report = evaluate(tiny_model, sources, scales=[1.0], modes=["plain"])
     assert [(each["index"], each["name"]) for each in report.images] == [(0, "image 0"), (3, "image 3")]
     assert [(each["index"], each["name"]) for each in report.skipped] == [(1, "broken.png"), (2, "empty.jpg")]
-    assert "must be an image" in report.skipped[0]["reason"]
-    with pytest.raises(ValueError, match=r"none of 1 is. The first, `broken.png`: .* must be an image"):
+    assert "is not a readable image" in report.skipped[0]["reason"]
+    with pytest.raises(ValueError, match=r"none of 1 is. The first, `broken.png`: .* is not a readable image"):
         evaluate(tiny_model, sources[1:2])
 
 

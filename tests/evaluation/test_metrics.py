@@ -13,9 +13,8 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
 
 
-@pytest.mark.parametrize(("width", "height"), [(451, 300), (64, 48), (37, 11), (11, 12)])
-@pytest.mark.parametrize("blur", [2, 7])
-def test_psnr_and_ssim_are_those_of_scikit_image(photo, width, height, blur):
+@pytest.mark.parametrize(("width", "height", "blur"), [(200, 300, 2), (64, 48, 7), (37, 11, 2), (11, 12, 7)])
+def test_psnr_and_ssim_equal_scikit_image(photo, width, height, blur):
     image = photo.crop((0, 0, width, height))
     blurred = image.resize((max(1, width // blur), max(1, height // blur))).resize(image.size)
     expected = structural_similarity(
@@ -33,8 +32,8 @@ def test_psnr_and_ssim_are_those_of_scikit_image(photo, width, height, blur):
 
 
 @pytest.mark.parametrize("band", [1, 7, 31])
-def test_ssim_is_the_same_by_bands(photo, band, monkeypatch):
-    pair = [torch.cat([to_tensor(photo.crop((x, 0, x + 40, 50))) for x in places]) for places in ((0, 60), (5, 90))]
+def test_ssim_by_bands_equals_ssim_at_once(photo, band, monkeypatch):
+    pair = [torch.cat([to_tensor(photo.crop((x, 0, x + 40, 50))) for x in lefts]) for lefts in ((0, 60), (5, 90))]
     whole = metrics.ssim(*pair)
     monkeypatch.setattr(metrics, "SSIM_BAND", band)
     torch.testing.assert_close(metrics.ssim(*pair), whole)
@@ -56,7 +55,7 @@ def test_equal_images_are_the_best(photo):
     assert metrics.ssim(image, image).item() == metrics.ms_ssim(image, image).item() == 1
 
 
-def test_the_range_scales_out(photo):
+def test_psnr_does_not_depend_on_the_range(photo):
     image = to_tensor(photo.crop((0, 0, 40, 30)))
     darker = image // 2
     assert metrics.psnr(darker / 255, image / 255, data_range=1.0).item() == pytest.approx(
@@ -72,19 +71,19 @@ def test_smallest_sides(photo):
         metrics.ms_ssim(image[..., 1:, :], image[..., 1:, :])
 
 
-def test_codes_equally_frequent():
+def test_equally_frequent_codes():
     counts = metrics.count_codes(torch.arange(8).reshape(2, 2, 2), codebook_size=32)
     assert metrics.usage(counts) == 8 / 32
     assert metrics.entropy(counts) == pytest.approx(3)
     assert metrics.perplexity(counts) == pytest.approx(8)
 
 
-def test_one_code_says_nothing():
+def test_one_code_has_no_entropy():
     counts = metrics.count_codes(torch.full((5,), 3), codebook_size=4)
     assert (metrics.usage(counts), metrics.entropy(counts), metrics.perplexity(counts)) == (1 / 4, 0, 1)
 
 
-def test_entropy_is_what_an_ideal_code_takes():
+def test_entropy_of_unequal_codes():
     assert metrics.entropy(torch.tensor([2, 1, 1, 0])) == pytest.approx(1.5)
 
 
@@ -98,7 +97,7 @@ def test_redundancy():
     assert metrics.redundancy(torch.tensor([[1.0, 0], [-1, 0]])) == pytest.approx(-1)
 
 
-def test_redundancy_in_parts_is_that_of_the_whole(monkeypatch):
+def test_redundancy_in_chunks(monkeypatch):
     codes = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     unit = F.normalize(codes, dim=-1)
     nearest = (unit @ unit.T - 3 * torch.eye(50)).amax(-1)
@@ -106,13 +105,13 @@ def test_redundancy_in_parts_is_that_of_the_whole(monkeypatch):
     assert metrics.redundancy(codes) == pytest.approx(nearest.mean().item(), abs=1e-6)
 
 
-def test_mean_cosine_is_that_of_all_pairs():
+def test_mean_cosine_is_over_all_pairs():
     latents = F.normalize(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) + 0.5, dim=-1)
     assert metrics.mean_cosine(latents.sum(0), 20) == pytest.approx((latents @ latents.T).mean().item(), abs=1e-6)
 
 
 class OnSmallDevice(torch.Tensor):
-    """As on a device without float64: only a copy on the CPU can have it."""
+    """Stand-in for a tensor on a device without float64: only its copy on the CPU may be float64."""
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), keywords=None):

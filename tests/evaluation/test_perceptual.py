@@ -1,4 +1,5 @@
 import copy
+import functools
 import os
 import pickle
 from urllib.error import URLError
@@ -16,8 +17,9 @@ from svqvae_hf.evaluation.perceptual import BACKBONES, load_inception, load_lpip
 MODELS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision's names
 
 
+@functools.cache
 def draw_backbone(net):
-    """torchvision's network with random weights, those of its classifier left out."""
+    """Makes torchvision's network with random weights, without weights for its classifier."""
     with torch.device("meta"):
         model = get_model(MODELS[net], weights=None)
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +45,7 @@ def alex(tmp_path_factory):
 
 @pytest.fixture
 def package_lpips(monkeypatch):
-    """The package's own model, with the weights of [`draw_backbone`] where it would download."""
+    """Makes the package's own model with the weights of [`draw_backbone`], instead of a download."""
 
     def make(net):
         with monkeypatch.context() as patch:
@@ -62,7 +64,7 @@ def draw_images(side=40):
     ("net", "suffix"),
     [("vgg", ".safetensors"), ("alex", ".safetensors"), ("squeeze", ".safetensors"), ("squeeze", ".pth")],
 )
-def test_distance_and_gradient_are_those_of_the_package(package_lpips, tmp_path, net, suffix):
+def test_distance_and_gradient_equal_the_package(package_lpips, tmp_path, net, suffix):
     sample, target = draw_images()
     distance = load_lpips(net, save_backbone(net, tmp_path / f"weights{suffix}"))(sample, target)
     expected = package_lpips(net)(sample, target).mean()
@@ -76,7 +78,7 @@ def test_distance_and_gradient_are_those_of_the_package(package_lpips, tmp_path,
 @pytest.mark.parametrize("bias", [-1e-3, 0.0, 1e-25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_is_finite_for_constant_and_identical_images(alex, dtype, bias):
-    silent = copy.deepcopy(alex)  # its features of grey are 0, or so small that their squares are
+    silent = copy.deepcopy(alex)  # its features of grey, or their squares, are 0
     for name, parameter in silent.net.named_parameters():
         if name.endswith("bias"):
             nn.init.constant_(parameter, bias)
@@ -93,7 +95,7 @@ def test_gradient_is_finite_for_constant_and_identical_images(alex, dtype, bias)
         assert sample.grad.isfinite().all()
 
 
-def test_model_is_frozen_and_in_evaluation_mode_whatever_its_parent_does(alex):
+def test_model_stays_frozen_and_in_evaluation_mode(alex):
     nn.ModuleList([alex]).train()
     assert not any(module.training for module in alex.modules())
     assert not any(parameter.requires_grad for parameter in alex.parameters())
@@ -105,7 +107,7 @@ def test_model_is_frozen_and_in_evaluation_mode_whatever_its_parent_does(alex):
 
 @pytest.mark.parametrize("net", BACKBONES)
 def test_min_side_is_the_smallest_that_works(package_lpips, net):
-    network = package_lpips(net).net.to("meta")
+    network = copy.deepcopy(package_lpips(net).net).to("meta")
 
     def works(height, width):
         try:
@@ -123,7 +125,7 @@ def test_min_side_is_the_smallest_that_works(package_lpips, net):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_file_of_another_network_is_refused(tmp_path, suffix):
+def test_file_of_another_network_is_an_error(tmp_path, suffix):
     path = save_backbone("squeeze", tmp_path / f"weights{suffix}")
     with pytest.raises(ValueError, match=r"must hold torchvision's AlexNet, but these .*features\.0\.weight.*another"):
         load_lpips("alex", path)
@@ -142,8 +144,8 @@ def test_faulty_weights_are_named(tmp_path, fault):
         load_lpips("squeeze", tmp_path / "weights.pth")
 
 
-def test_unknown_network_is_refused():
-    with pytest.raises(ValueError, match="must be one of vgg, alex, squeeze, but is 'resnet'"):
+def test_unknown_network_is_an_error():
+    with pytest.raises(ValueError, match="must be one of vgg, alex, squeeze, got 'resnet'"):
         load_lpips("resnet")
 
 
@@ -163,7 +165,7 @@ class Malicious:
 
 @pytest.mark.parametrize("load", [load_inception, lambda path: load_lpips("alex", path)])
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
-def test_pickle_with_code_is_refused_and_does_not_run(tmp_path, save, load):
+def test_pickle_with_code_does_not_run(tmp_path, save, load):
     save({"features.0.weight": Malicious(tmp_path / "ran")}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="a pickle with weights only, but cannot be read as one"):
         load(tmp_path / "weights.pth")
@@ -188,7 +190,7 @@ def test_broken_file_is_refused(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("net", BACKBONES)
-def test_weights_are_downloaded_from_where_torchvision_has_them(monkeypatch, net):
+def test_weights_are_downloaded_from_torchvision(monkeypatch, net):
     asked = []
 
     def no_network(url, **options):
@@ -196,7 +198,7 @@ def test_weights_are_downloaded_from_where_torchvision_has_them(monkeypatch, net
         raise URLError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    with pytest.raises(OSError, match=r"cannot be downloaded: .*no network.* pass its path"):
+    with pytest.raises(OSError, match=r"Could not download the weights .*no network.* pass its path"):
         load_lpips(net)
     assert asked == [(MODELS[net], True, True)]
 
@@ -213,7 +215,7 @@ def test_downloaded_weights_are_loaded(monkeypatch, alex, tmp_path):
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """The file of a network with weights as they are drawn."""
+    """Network with random weights, and its file."""
     path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -224,7 +226,7 @@ def inception(tmp_path_factory):
     return network, path
 
 
-def test_inception_is_that_of_the_file(inception):
+def test_inception_has_the_weights_of_the_file(inception):
     network, path = inception
     loaded = load_inception(path)
     images = torch.randint(256, (2, 3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
