@@ -25,7 +25,7 @@ from svqvae_hf.models.tiling import Tile, tile_axis
 from svqvae_hf.paths import find_files
 
 BAND = 4  # pixels on each side of a border
-FRAME = 16  # pixels cut off each side first: scans such as Kodak's have dark lines there, which would count as errors
+FRAME = 16  # pixels cut off each side first, because scans such as Kodak's have dark lines there
 
 
 def border_bands(length: int, model: SVQVAE) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,13 +156,13 @@ def main() -> None:
     machine = describe_machine(options.device, options.threads)
     paths = find_files([str(options.images)], IMAGE_SUFFIXES)
     model, processor = load(options)
-    each = [
+    figures_per_image = [
         measure(model, processor(path)["pixel_values"].to(options.device), not options.tiled_only)
         for path in tqdm(paths)
     ]
     quality: list[Row] = [
         {"figure": name, "mean": np.mean(values).item(), "images": values}
-        for name, values in ((name, [figures[name] for figures in each]) for name in each[0])
+        for name, values in ((name, [figures[name] for figures in figures_per_image]) for name in figures_per_image[0])
     ]
     methods = {"tiles": True} if options.tiled_only else {"whole": False, "tiles": True}
     costs: dict[str, list[Cost]] = {name: [] for name in methods}

@@ -1,8 +1,8 @@
-"""Throughput of a training step: `python benchmarks/training.py [--threads N] [--output FILE]`.
+"""Speed of a training step: `python benchmarks/training.py [--threads N] [--output FILE]`.
 
-Times a step of training/train.py (two scales, mean squared error, losses of the codebook, AdamW) on the same model and
-crops by each recipe, one step of each in turn, so that all meet the same machine. The plain recipe is eager float32 in
-PyTorch's own memory format. Prints a table; `--output` also writes all times as JSON.
+Times a step of training/train.py (two scales, mean squared error, codebook losses, AdamW), with the same model and
+crops for each recipe. The recipes take turns, so that the load of the machine affects all alike. The plain recipe is
+eager float32 in PyTorch's default memory format. Prints a table; `--output` also writes all times as JSON.
 """
 
 import argparse
@@ -81,9 +81,9 @@ def main() -> None:
     """Reads the arguments, times the recipes and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", default=str(ROOT / "training" / "runs" / "default_config.json"))
-    parser.add_argument("--batch_size", type=int, default=1, help="crops a step")
+    parser.add_argument("--batch_size", type=int, default=1, help="crops per step")
     parser.add_argument("--side", type=int, default=256, help="side of a crop in pixels")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each recipe")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps per recipe")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -104,7 +104,7 @@ def main() -> None:
     plain = next(iter(medians.values()))
     crops = f"{options.batch_size} x {options.side}² pixels"
     print(f"{crops}, {options.device}, {options.threads} threads, torch {torch.__version__}\n")
-    print("| recipe | seconds a step | times as fast as plain |\n|---|---|---|")
+    print("| recipe | seconds per step | times as fast as plain |\n|---|---|---|")
     for name, median in medians.items():
         print(f"| {name} | {median:.3f} | {plain / median:.2f} |")
     if options.output:

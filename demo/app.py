@@ -1,4 +1,4 @@
-"""The page of `svqvae demo` as a Space of the Hugging Face Hub."""
+"""Runs the page of `svqvae demo` as a Hugging Face Space."""
 
 import sys
 

@@ -64,7 +64,7 @@ def evaluate(
             scale is the image resized by area below 1, bicubic above.
         modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both.
         tile_size (`int`, *optional*): Largest side of a tile in pixels; the model's `sample_size` if not given.
-        overlap (`int`, *optional*): Overlap (halo) of a tile in pixels. If not given 32, or less for a small tile.
+        overlap (`int`, *optional*): Overlap (halo) of a tile in pixels; 32 if not given, or less for a small tile.
         resolution (`int`, *optional*): Side in pixels. The shorter side of each image is resized to it (bicubic) and
             the centre cropped. Images keep their size if not given.
         half_precision (`bool`, defaults to `False`): Also encode in bfloat16 and float16, and count the ids that
@@ -109,9 +109,9 @@ def evaluate(
 
 def _check_options(scales: Sequence[float], modes: Sequence[str], resolution: int | None) -> None:
     if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
-        raise ValueError(f"`modes` must be of {', '.join(MODES)}, each once, got {', '.join(modes) or 'none'}.")
+        raise ValueError(f"`modes` must be distinct values of {', '.join(MODES)}, got {', '.join(modes) or 'none'}.")
     if not scales or len(set(scales)) < len(scales) or not all(0 < scale < math.inf for scale in scales):
-        raise ValueError(f"`scales` must be finite numbers above 0, each once, got {list(scales)}.")
+        raise ValueError(f"`scales` must be distinct finite numbers above 0, got {list(scales)}.")
     if resolution is not None and resolution < 1:
         raise ValueError(f"`resolution` must be at least 1, got {resolution}.")
 

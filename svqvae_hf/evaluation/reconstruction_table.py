@@ -37,7 +37,7 @@ def measure_reconstructions(
     Args:
         original (`PIL.Image.Image`): The image that was encoded.
         tokens ([`ImageTokens`]): Its ids.
-        images (`Sequence[PIL.Image.Image]`): What the ids decode to, one per scale of `tokens`.
+        images (`Sequence[PIL.Image.Image]`): Images decoded from the ids, one per scale of `tokens`.
     """
     return [
         ReconstructionFigures(

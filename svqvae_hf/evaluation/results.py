@@ -97,8 +97,8 @@ def write_notes(
     Args:
         results (`Sequence[ScaleResult]`): As in [`Report`].
         records (`Sequence[dict[str, Any]]`): `images` of [`Report`].
-        lpips ([`LPIPS`], *optional*): Network of LPIPS, if it was given.
-        inception (`nn.Module`, *optional*): Network of FID, if it was given.
+        lpips ([`LPIPS`], *optional*): Network of LPIPS; None if absent.
+        inception (`nn.Module`, *optional*): Network of FID; None if absent.
     """
     first_mode = [result for result in results if result.mode == results[0].mode]
     notes = [NOT_COMPUTED[key] for key, network in (("lpips", lpips), ("rfid", inception)) if network is None]

@@ -87,9 +87,9 @@ def test_values_of_the_set(tiny_model, photos):
     unit = F.normalize(torch.cat([each.flatten(2)[0].T for each in latents]), dim=-1)
     (result,) = report.results
     assert result.counts.tolist() == torch.bincount(ids, minlength=64).tolist()
-    share = result.counts[result.counts > 0] / len(ids)
-    entropy = -(share * np.log2(share)).sum()
-    assert result.values["usage"] == len(share) / 64
+    frequency = result.counts[result.counts > 0] / len(ids)
+    entropy = -(frequency * np.log2(frequency)).sum()
+    assert result.values["usage"] == len(frequency) / 64
     assert result.values["entropy"] == pytest.approx(entropy)
     assert result.values["perplexity"] == pytest.approx(2**entropy)
     assert result.values["latent_cosine"] == pytest.approx((unit @ unit.T).mean().item(), abs=1e-5)
@@ -257,10 +257,10 @@ def test_exact_reconstructions_are_counted(tiny_model, photos, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scales": []}, "`scales` must be finite numbers above 0, each once"),
-        ({"scales": [1, 1.0]}, r"each once, got \[1, 1.0\]"),
-        ({"scales": [math.nan]}, r"`scales` must be finite numbers above 0, each once, got \[nan\]"),
-        ({"modes": ["striped"]}, "`modes` must be of plain, tiled, each once, got striped"),
+        ({"scales": []}, "`scales` must be distinct finite numbers above 0"),
+        ({"scales": [1, 1.0]}, r"must be distinct finite numbers above 0, got \[1, 1.0\]"),
+        ({"scales": [math.nan]}, r"must be distinct finite numbers above 0, got \[nan\]"),
+        ({"modes": ["striped"]}, "`modes` must be distinct values of plain, tiled, got striped"),
         ({"resolution": 0}, "`resolution` must be at least 1, got 0"),
         ({"tile_size": 30}, "`tile_size` must be a positive multiple of f = 4"),
         ({"overlap": 5}, "`overlap` must be a multiple of f = 4"),
