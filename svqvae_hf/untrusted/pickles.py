@@ -1,4 +1,4 @@
-"""PyTorch files of any origin, read as weights and plain values only."""
+"""Reads PyTorch files from any source as weights and plain values only."""
 
 import errno
 import pickle
@@ -13,102 +13,115 @@ from typing import IO, Any
 
 import torch
 
-READING = threading.Lock()  # what torch lets through, and warnings, are settings of the whole process
-ARCHIVE_START = b"PK\3\4"  # PyTorch's files but the oldest are zip archives
-OLD_PICKLES = 5  # in one of the oldest: two numbers, the machine, the content, the names of its storages
-MAX_TUPLES = 10_000  # in one, within others
-# What torch lets through and what takes as much memory as its arguments say.
+LOCK = threading.Lock()  # torch's list of safe classes and Python's warning filters belong to the whole process
+ARCHIVE_START = b"PK\3\4"  # all PyTorch files but the oldest are zip archives
+LEGACY_PICKLES = 5  # in a file of the oldest form: two numbers, the machine, the content, the names of its storages
+MAX_TUPLES = 10_000  # in one tuple, counted with those inside it
+# Globals that torch allows although they allocate as much memory as their arguments say.
 GREEDY = re.compile(r"(__builtin__|builtins)\.bytearray|torch(\.\w+)*\.(\w*Tensor|TypedStorage)")
-# Two of that kind are in honest files: the first in the place of a type, for float8 and others that have no storage of
-# their own; the second called with text and "latin1", which is how bytes are stored.
+# Honest files use two such globals: the storage in place of a dtype, for float8 and other dtypes without a storage
+# class; the encoder called with text and "latin1", which is how bytes are stored.
 STORAGE, ENCODE = "torch.storage.UntypedStorage", "_codecs.encode"
-UNTYPED = r"torch(\.storage)?\.UntypedStorage"
+UNTYPED_STORAGE = re.compile(r"torch(\.storage)?\.UntypedStorage")
 LATIN1 = "latin1"
+
+StackValue = int | str | None  # see _check_pickle
 
 
 def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
-    """What `torch.load` with `weights_only` gives, of a file that takes no more memory or time than its size explains.
+    """Stops pickles that run code, or that take more memory or time than the size of their file explains.
 
     Args:
-        path (`Path`): File of `torch.save`, of any version.
+        path (`Path`): File written by `torch.save`, of any version.
         safe_globals (`Sequence[type]`, defaults to `()`): Classes that it may hold beside weights and plain values.
 
     Returns:
-        `Any`: Its content, tensors on the CPU.
+        `Any`: Content of the file, as `torch.load` with `weights_only` returns it. Tensors are on the CPU.
 
     Raises:
-        OSError: The file cannot be opened.
-        Exception: It is none of `torch.save`, or broken, or hostile; of almost any type, `pickle.UnpicklingError`
-            where it calls for other classes.
+        OSError: If the file cannot be opened.
+        Exception: If the file is not from `torch.save`, is broken or hostile. The type may be almost any;
+            `pickle.UnpicklingError` if it names other classes.
     """
     try:
         with path.open("rb") as file:
             if file.peek(len(ARCHIVE_START)).startswith(ARCHIVE_START):
                 _check_archive(file, path.stat().st_size)
             else:
-                for _ in range(OLD_PICKLES):
+                for _ in range(LEGACY_PICKLES):
                     if file.peek(1):
                         _check_pickle(file)
-        with READING, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they announce makes the read fail
+        with LOCK, torch.serialization.safe_globals(list(safe_globals)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns before it fails
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        if error.errno == errno.EINVAL:  # of a seek to before the file's start
-            raise pickle.UnpicklingError("the archive names places that are not there") from error
+        if error.errno == errno.EINVAL:  # from a seek to before the start of the file
+            raise pickle.UnpicklingError("the archive names positions outside the file") from error
         raise
 
 
 def _check_archive(file: IO[bytes], size: int) -> None:
-    """Refuses an archive that would take more memory than the file has bytes: PyTorch compresses nothing."""
+    """Stops zip bombs: an archive may not unpack to more than its file, because PyTorch does not compress."""
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > size:
             raise pickle.UnpicklingError(f"the archive unpacks to {unpacked} bytes")
         for entry in archive.infolist():
             if entry.filename.lower().endswith("data.pkl"):
-                entry.CRC = None  # type: ignore[assignment]  # torch may have left it out, and does not look
+                entry.CRC = None  # type: ignore[assignment]  # torch may omit the checksum, and does not read it
                 with archive.open(entry) as pickled:
                     _check_pickle(pickled)
 
 
 def _check_pickle(pickled: IO[bytes]) -> None:
-    """Refuses calls of what allocates at will, and nests of tuples whose hash, as a key, takes the stack or no end.
+    """Stops calls that allocate any memory, and nested tuples whose hash, as a key, takes the stack or endless time.
 
-    The stack is the unpickler's. In place of a value it has the number of tuples in it, each as often as it is hashed,
-    since a tuple may hold another many times by its number in the memo; `None` for a mark; and the names above for
-    themselves and for tuples that hold them.
+    Interprets the pickle without building its values. In place of a value, the stack holds the number of tuples that
+    hashing it visits: a tuple may hold another many times by its number in the memo. `STORAGE`, `ENCODE` and `LATIN1`
+    stand for themselves and for tuples that hold them, `None` for a mark.
     """
-    stack: list[int | str | None] = []
-    memo: dict[Any, int | str | None] = {}
+    stack: list[StackValue] = []
+    memo: dict[Any, StackValue] = {}
     for opcode, argument, _ in pickletools.genops(pickled):
-        name, before = opcode.name, opcode.stack_before
-        taken: list[int | str | None] = []
-        if pickletools.markobject in before:
-            before = before[: before.index(pickletools.markobject)]
-            while (above := stack.pop()) is not None:
-                taken.append(above)
-        taken += [stack.pop() for _ in before]
-        value: int | str | None = 0
-        if name == "GLOBAL":
-            called = str(argument).replace(" ", ".")
-            if GREEDY.fullmatch(called):
-                raise pickle.UnpicklingError(f"GLOBAL {called} can take any memory")
-            value = STORAGE if re.fullmatch(UNTYPED, called) else ENCODE if called == ENCODE else 0
-        elif "GET" in name:
+        taken = _take(stack, opcode)
+        value: StackValue = 0
+        if opcode.name == "GLOBAL":
+            value = _check_global(str(argument).replace(" ", "."))
+        elif "GET" in opcode.name:
             value = memo[argument]
-        elif "PUT" in name:
+        elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
         elif argument == LATIN1:
             value = LATIN1
-        elif "TUPLE" in name and ENCODE not in taken:
-            if STORAGE in taken:
-                value = STORAGE
-            elif taken[:1] == [LATIN1] and len(taken) == 2:
-                value = LATIN1
-            else:
-                value = 1 + sum(each for each in taken if isinstance(each, int))
-                if value > MAX_TUPLES:
-                    raise pickle.UnpicklingError(f"a nest of tuples has more than {MAX_TUPLES} of them")
-        elif name != "BINPERSID" and (ENCODE in taken or STORAGE in taken) and taken != [LATIN1, ENCODE]:
+        elif "TUPLE" in opcode.name and ENCODE not in taken:
+            value = _check_tuple(taken)
+        elif opcode.name != "BINPERSID" and (ENCODE in taken or STORAGE in taken) and taken != [LATIN1, ENCODE]:
             raise pickle.UnpicklingError(f"GLOBAL {STORAGE if STORAGE in taken else ENCODE} can take any memory")
-        stack += [None if each is pickletools.markobject else value for each in opcode.stack_after]
+        stack += [None if kind is pickletools.markobject else value for kind in opcode.stack_after]
+
+
+def _take(stack: list[StackValue], opcode: pickletools.OpcodeInfo) -> list[StackValue]:
+    """Pops the values that an opcode takes, the last one first."""
+    before, taken = opcode.stack_before, []
+    if pickletools.markobject in before:
+        before = before[: before.index(pickletools.markobject)]
+        while (above := stack.pop()) is not None:
+            taken.append(above)
+    return taken + [stack.pop() for _ in before]
+
+
+def _check_global(name: str) -> StackValue:
+    if GREEDY.fullmatch(name):
+        raise pickle.UnpicklingError(f"GLOBAL {name} can take any memory")
+    return STORAGE if UNTYPED_STORAGE.fullmatch(name) else ENCODE if name == ENCODE else 0
+
+
+def _check_tuple(items: list[StackValue]) -> StackValue:
+    if STORAGE in items:
+        return STORAGE
+    if items[:1] == [LATIN1] and len(items) == 2:
+        return LATIN1
+    tuples = 1 + sum(item for item in items if isinstance(item, int))
+    if tuples > MAX_TUPLES:
+        raise pickle.UnpicklingError(f"a nest of tuples has more than {MAX_TUPLES} of them")
+    return tuples
