@@ -1,4 +1,4 @@
-"""What a process of `test_robustness` runs; beside it, so that the process imports no more than it needs."""
+"""Runs in a process of tests/models/test_concurrency.py. A module of its own, so that the process imports little."""
 
 import multiprocessing
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import EpsImagePlugin, Image
 
+from svqvae_hf.models import image_processing_svqvae
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
 from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 
@@ -451,3 +452,17 @@ def test_processor_is_a_pipeline_component(tmp_path):
     loaded = Holder.from_pretrained(tmp_path).processor
     assert isinstance(loaded, SVQVAEImageProcessor)
     assert tuple(loaded.pixel_range) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_conversion_by_blocks_equals_conversion_as_a_whole(photo, monkeypatch, mode):
+    image = photo.crop((0, 0, 45, 31))
+    if mode in ("I;16", "F"):
+        grey = np.asarray(image.convert("L"))
+        image = Image.fromarray(np.float32(grey) / 255 if mode == "F" else np.uint16(grey) * 257)
+    image = image.convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(photo.crop((45, 0, 90, 31)).convert("L"))
+    whole = np.asarray(to_rgb(image))
+    monkeypatch.setattr(image_processing_svqvae, "BLOCK", 8)
+    assert np.array_equal(np.asarray(to_rgb(image)), whole)

@@ -1,5 +1,8 @@
 import pickle
+import struct
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,13 @@ from svqvae_hf.untrusted.pickles import load_pickle
 
 # Opcodes: `)` empty tuple, `\x85` tuple of 1, `\x86` of 2, `q` to the memo, `h` from it, `}` empty dict, `s` set item.
 NESTS = {
-    "deep, for which the stack is too small": b")" + b"\x85" * 200_000,
-    "small, of 33 million tuples when hashed": b")" + b"q\0h\0\x86" * 25,
+    "deeper than the stack": b")" + b"\x85" * 200_000,
+    "33 million tuples when hashed": b")" + b"q\0h\0\x86" * 25,
 }
 
 
 def write(path: Path, key: bytes, form: str) -> Path:
-    """A file of `{key: 1}`, in the form of today's files or of the oldest."""
+    """Writes a file with the content `{key: 1}`, as an archive or in the oldest form."""
     pickled = b"\x80\x02}" + key + b"K\x01s."
     if form != "legacy":
         with zipfile.ZipFile(path, "w") as archive:
@@ -33,7 +36,7 @@ def write(path: Path, key: bytes, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["archive", "archive in capitals", "legacy"])
 @pytest.mark.parametrize("nest", NESTS)
-def test_nests_of_tuples_are_refused(nest, form, tmp_path):
+def test_nested_tuples_are_refused(nest, form, tmp_path):
     path = write(tmp_path / "file.pt", NESTS[nest], form)
     with pytest.raises(pickle.UnpicklingError, match="a nest of tuples has more than 10000 of them"):
         load_pickle(path)
@@ -61,13 +64,13 @@ GREEDY = {
 
 @pytest.mark.parametrize("form", ["archive", "legacy"])
 @pytest.mark.parametrize("name", GREEDY)
-def test_calls_that_take_any_memory_are_refused(name, form, tmp_path):
+def test_calls_that_allocate_any_memory_are_refused(name, form, tmp_path):
     with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL [\w.]+ can take any memory"):
         load_pickle(write(tmp_path / "file.pt", GREEDY[name], form))
 
 
 @pytest.mark.parametrize("form", ["archive", "legacy"])
-def test_what_honest_files_hold_is_read(form, tmp_path):
+def test_honest_files_are_read(form, tmp_path):
     assert load_pickle(write(tmp_path / "file.pt", b")" + b"q\0h\0\x86" * 3, form)) == {
         ((((), ()), ((), ())), (((), ()), ((), ()))): 1
     }
@@ -79,7 +82,7 @@ def test_what_honest_files_hold_is_read(form, tmp_path):
         "bytes": b"\0\xff",
         "state": {1: ()},
     }
-    if form == "archive":  # types that the old form cannot store
+    if form == "archive":  # dtypes that the oldest form cannot store
         content |= {"counts": torch.ones(3, dtype=torch.uint16), "float8": torch.ones(3).to(torch.float8_e4m3fn)}
     torch.save(content, tmp_path / "saved.pt", _use_new_zipfile_serialization=form == "archive")
     read = load_pickle(tmp_path / "saved.pt")
@@ -89,7 +92,7 @@ def test_what_honest_files_hold_is_read(form, tmp_path):
     assert read == content
 
 
-def test_archives_without_checksums_are_read(tmp_path):
+def test_archive_without_checksums_is_read(tmp_path):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -97,3 +100,51 @@ def test_archives_without_checksums_are_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(before)
     assert load_pickle(tmp_path / "saved.pt")["weight"].tolist() == [1, 1]
+
+
+def archive(path: Path, names: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in names.items():
+            file.writestr(name, content)
+
+
+def test_compressed_archive_is_not_unpacked(tmp_path):
+    torch.save({"model": {"a": torch.zeros(100)}}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as file:
+        content = {name: file.read(name) for name in file.namelist()}
+    content = {name: bytes(1 << 24) if "/data/" in name else each for name, each in content.items()}
+    archive(tmp_path / "bomb.pt", content, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=r"bomb.pt` must be a whole PyTorch checkpoint .* compressed") as error:
+        read_checkpoint(tmp_path / "bomb.pt", SVQVAE)
+    assert "the archive unpacks to 167" in str(error.value.__cause__)
+
+
+def test_entries_that_share_their_bytes_are_not_unpacked(tmp_path):
+    archive(tmp_path / "a.pt", {"a/data.pkl": pickle.dumps({}, 2), "a/data/0": bytes(10_000)})
+    content = (tmp_path / "a.pt").read_bytes()
+    start, end = content.index(b"PK\1\2"), content.rindex(b"PK\5\6")
+    directory = content[start:end] + 99 * content[content.rindex(b"PK\1\2") : end]
+    last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 101, 101, len(directory), start, 0)
+    (tmp_path / "a.pt").write_bytes(content[:start] + directory + last)
+    with zipfile.ZipFile(tmp_path / "a.pt") as file:
+        assert len(file.namelist()) == 101
+    with pytest.raises(ValueError, match=r"a.pt` must be a whole PyTorch checkpoint .* compressed") as error:
+        read_checkpoint(tmp_path / "a.pt", SVQVAE)
+    assert "the archive unpacks to 1000" in str(error.value.__cause__)
+
+
+def test_two_threads_read_checkpoints(golden_dir, monkeypatch):
+    """torch's list of safe classes belongs to the process: one reader must not reset it for another."""
+    load, both = torch.load, threading.Barrier(2)
+
+    def slow_load(*args, **options):
+        try:
+            both.wait(0.2)
+        except threading.BrokenBarrierError:
+            both.reset()
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", slow_load)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda path: read_checkpoint(path, SVQVAE), 2 * [golden_dir / "llamagen_tiny.pt"]))
+    assert {each.format.name for each in found} == {"llamagen"}

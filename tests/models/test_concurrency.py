@@ -1,0 +1,40 @@
+"""One model in several threads and processes."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import encoding_process
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+
+
+def test_two_threads_use_one_model(tiny_model, tmp_path):
+    tiny_model.enable_tiling(16, 4)
+    samples = [torch.rand(1, 3, 24 + 4 * index, 50 - 3 * index) for index in range(4)]
+
+    def work(sample):
+        with torch.inference_mode():
+            ids = tiny_model.encode_tokens(sample, [1.0, 0.5])
+            return [*ids, *tiny_model.decode_tokens(ids), *tiny_model(sample, scales=[1.0, 0.5]).sample]
+
+    alone = [work(sample) for sample in samples]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(work, samples))
+    for expected, found in zip(alone, together, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert not tiny_model.quantize.code_counts.any()
+
+
+def test_two_processes_use_one_model(tiny_model, no_grad):
+    """The weights are in shared memory."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    sample = torch.rand(1, 3, 20, 30)
+    tiny_model.share_memory()
+    worker = context.Process(target=encoding_process.encode, args=(tiny_model, sample, results))
+    worker.start()
+    ids = tiny_model.encode_tokens(sample).tolist()
+    assert results.get(timeout=300) == 3 * [ids]
+    worker.join()
+    assert tiny_model.encode_tokens(sample).tolist() == ids

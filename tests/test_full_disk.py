@@ -1,0 +1,151 @@
+"""A full disk leaves either the old file or no file, and one line that says why."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fill, make_tiny
+from PIL import Image
+
+import svqvae_cli
+from svqvae_hf.atomic_io import save_png, write_file
+from svqvae_hf.conversion import export
+from svqvae_hf.conversion.convert import convert
+from svqvae_hf.data.image_sets import open_rows
+from svqvae_hf.data.token_set_writer import tokenize_set
+from svqvae_hf.data.token_sets import read_settings
+from svqvae_hf.evaluation.evaluate import evaluate
+from svqvae_hf.evaluation.report import write_report
+from svqvae_hf.large.large_images import decode_large, encode_large
+from svqvae_hf.large.run_record import record_path
+from svqvae_hf.tokens.image_tokens import encode_image
+from svqvae_hf.tokens.token_files import ImageTokens, save_tokens
+
+pytestmark = pytest.mark.usefixtures("small_sample")
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def fails(capsys, *argv) -> str:
+    """Runs a command that must fail, and returns its one line of output."""
+    assert svqvae_cli.main([str(each) for each in argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("svqvae: error: ")
+    assert said.endswith("\n")
+    assert said[:-1].isprintable()
+    return said
+
+
+def tokens_of(side: int) -> ImageTokens:
+    ids = torch.randint(300, (side, side), generator=torch.Generator().manual_seed(0))
+    return ImageTokens([ids], side * 8, side * 8, (1.0,), 8, None, None, 300, 64 * "0")
+
+
+def noise(side: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+
+
+WRITERS = {
+    "file": lambda path, side: write_file(path, bytes(side * side)),
+    "tokens": lambda path, side: save_tokens(path, tokens_of(side)),
+    "png": lambda path, side: save_png(noise(side), path),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_old_file_stays(disk, kind):
+    path = disk / "kept"
+    WRITERS[kind](path, 8)
+    old = path.read_bytes()
+    fill(disk)
+    with pytest.raises(OSError, match=r"/kept` cannot be written: No space left on device\.$"):
+        WRITERS[kind](path, 200)
+    assert path.read_bytes() == old
+    assert sorted(each.name for each in disk.iterdir()) == ["ballast", "kept"]
+
+
+def test_no_part_of_a_report_stays(disk):
+    report = evaluate(make_tiny(), [noise(20)], scales=[1.0])
+    report.settings |= {"model": "org/name", "data": ["org/photos"], "config": None, "split": None}
+    fill(disk)
+    with pytest.raises(OSError, match="cannot be written: No space left on device"):
+        write_report(report, disk / "report")
+    assert all(json.loads(path.read_text()) for path in (disk / "report").glob("*.json"))
+    assert not list((disk / "report").glob(".*"))
+
+
+def test_no_part_of_a_folder_stays(disk, monkeypatch):
+    program = torch.export.export(torch.nn.Linear(64, 64), (torch.rand(64),))  # more bytes than are free
+    monkeypatch.setattr(export, "trace_graphs", lambda model, dtype: (program, program))
+    fill(disk)
+    for make in (
+        lambda out: convert(GOLDEN / "svqvae_tiny.safetensors", out, license="mit"),
+        lambda out: export.export_graphs(make_tiny(), out, format="torch"),
+    ):
+        with pytest.raises(OSError, match="/made` cannot be written: .*(No space left|os error 28)"):
+            make(disk / "made")
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+
+
+def test_token_set_is_written_once_there_is_space(disk, tmp_path):
+    for index in range(6):
+        noise(64).save(tmp_path / f"{index}.png")
+
+    def tokenize():
+        images = open_rows([str(tmp_path / f"{index}.png") for index in range(6)])
+        return tokenize_set(make_tiny(), images, disk / "set", model_name="org/tiny", shard_size=1)
+
+    fill(disk)
+    with pytest.raises(OSError, match="cannot be written: No space left on device"):
+        tokenize()
+    assert not (disk / "set").exists()
+    (disk / "ballast").unlink()
+    assert tokenize().rows == 6
+    assert read_settings(disk / "set").model == "org/tiny"
+
+
+def test_large_output_resumes_once_there_is_space(disk, tmp_path):
+    model = make_tiny()
+    model.enable_tiling(64, 8)
+    noise(300).save(tmp_path / "a.tif")
+    encode_large(model, tmp_path / "a.tif", tmp_path / "a.safetensors")
+    fill(disk)
+    full = (
+        r"/a.tif` cannot be written: No space left on device. Free some space, then run the same again with `resume`."
+    )
+    with pytest.raises(OSError, match=f"{full}|/a.tif.partial.json` cannot be written: No space left on device"):
+        decode_large(model, tmp_path / "a.safetensors", disk / "a.tif")
+    assert not (disk / "a.tif").exists()
+    (disk / "ballast").unlink()
+    resume = record_path(disk / "a.tif").exists()
+    with pytest.raises(OSError, match=full):  # 300 x 300 x 3 bytes are more than the disk has
+        decode_large(model, tmp_path / "a.safetensors", disk / "a.tif", resume=resume)
+    assert not (disk / "a.tif").exists()
+    subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
+    decode_large(model, tmp_path / "a.safetensors", disk / "a.tif", resume=True)
+    decode_large(model, tmp_path / "a.safetensors", tmp_path / "b.tif")
+    assert (disk / "a.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["encode", "reconstruct", "decode", "tokenize", "convert"])
+def test_commands_name_the_full_disk(disk, tmp_path, capsys, command):
+    make_tiny().save_pretrained(tmp_path / "model")
+    noise(400).save(tmp_path / "a.png")
+    save_tokens(tmp_path / "a.safetensors", encode_image(make_tiny(), noise(400), [1.0]))
+    fill(disk)
+    out, model = disk / "out", ["--model", tmp_path / "model"]
+    line = fails(
+        capsys,
+        *{
+            "encode": ["encode", tmp_path / "a.png", "--output", out, *model],
+            "reconstruct": ["reconstruct", tmp_path / "a.png", "--output", out, *model],
+            "decode": ["decode", tmp_path / "a.safetensors", "--output", out, *model],
+            "tokenize": ["tokenize", tmp_path / "a.png", out, *model, "--workers", "0"],
+            "convert": ["convert", GOLDEN / "svqvae_tiny.safetensors", out, "--license", "mit"],
+        }[command],
+    )
+    assert "cannot be written" in line
+    assert "No space left on device" in line or "os error 28" in line
+    left = [path.name for path in disk.rglob("*") if path.is_file() and path.suffix != ".json"]
+    assert left == ["ballast"]

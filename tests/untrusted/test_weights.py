@@ -1,0 +1,46 @@
+import pytest
+import torch
+from conftest import make_tiny
+from safetensors.torch import load_file
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.loaders.checkpoints import read_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [("{}", "16 levels .* got 1000 levels"), ("0.res.{}", "got 2 levels and 1000 blocks")]
+)
+def test_checkpoint_with_many_levels_or_blocks_is_refused_at_once(golden_dir, tmp_path, number, message):
+    weights = load_file(golden_dir / "svqvae_tiny.safetensors")
+    names = [f"encoder.conv_blocks.{number.format(index)}.x" for index in range(1000)]
+    torch.save({"model": weights | {name: torch.zeros(1) for name in names}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "a.pt", SVQVAE)
+
+
+@pytest.mark.parametrize(
+    "config", [{"num_res_blocks": 10**9}, {"encoder_ch_mult": (1,) * 999, "decoder_ch_mult": (1,) * 999}]
+)
+def test_config_with_many_levels_or_blocks_is_refused_at_once(config):
+    with pytest.raises(ValueError, match="at most 16 levels and 64 residual blocks"):
+        make_tiny(**config)
+
+
+def test_nested_keys_are_shown_by_type(golden_dir, tmp_path):
+    nest = ()
+    for _ in range(12):  # more are refused before
+        nest = (nest, nest)
+    weights = load_file(golden_dir / "svqvae_tiny.safetensors") | {nest: torch.zeros(1)}
+    torch.save({"model": weights}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="unexpected: a key of type tuple") as error:
+        read_checkpoint(tmp_path / "a.pt", SVQVAE)
+    assert len(str(error.value)) < 1000
+
+
+def test_tensors_that_are_not_dense_are_refused(golden_dir, tmp_path):
+    with pytest.warns(UserWarning, match="nested tensors"):
+        nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)])
+    weights = load_file(golden_dir / "svqvae_tiny.safetensors") | {"encoder.conv_in.weight": nested}
+    torch.save({"model": weights}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"not dense: encoder.conv_in.weight"):
+        read_checkpoint(tmp_path / "a.pt", SVQVAE)
