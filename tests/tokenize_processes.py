@@ -32,6 +32,8 @@ def run_killed(arguments: Sequence[str], num_shards: int) -> None:
         write_shard(self, name, content)
 
     PartialTokenSet.write_shard = write_or_die
+    # The worker that reads images must be a child of this process, as on the command line, to end with it.
+    multiprocessing.set_start_method("fork", force=True)
     main(arguments)
 
 
