@@ -1,16 +1,19 @@
-"""An extension of griffe, which reads the package for the API pages: docstrings in Hugging Face's form to Markdown."""
+"""Converts docstrings in Hugging Face's form to Markdown. It extends griffe, which reads the package for the API."""
 
 import contextlib
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import griffe
 
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Example):\n((?:\n|    .*\n)+)", re.MULTILINE)
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?!\[)")
+ENTRY = re.compile(r"^::: ([\w.]+)", re.MULTILINE)
 PACKAGE = "svqvae_hf"
+API_PAGES = Path(__file__).parent / "api"
 
 
 class HuggingFaceDocstrings(griffe.Extension):
@@ -18,15 +21,26 @@ class HuggingFaceDocstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Called by griffe."""
-        _rewrite(pkg, pkg)
+        listed = set()
+        for page in API_PAGES.glob("*.md"):
+            for path in ENTRY.findall(page.read_text()):
+                with contextlib.suppress(KeyError):  # in tests the package is another one
+                    listed.add(pkg[path.removeprefix(f"{PACKAGE}.")].canonical_path)
+        _rewrite(pkg, pkg, listed)
 
 
-def _rewrite(owner: griffe.Object, package: griffe.Module) -> None:
+def _rewrite(owner: griffe.Object, package: griffe.Module, listed: set[str]) -> None:
     if owner.docstring is not None:
-        owner.docstring.value = to_markdown(owner.docstring.value, lambda name: _find(name, owner, package))
+
+        def find(name: str) -> str | None:
+            path = _find(name, owner, package)
+            is_listed = path is not None and any(f"{path}.".startswith(f"{entry}.") for entry in listed)
+            return path if is_listed else None
+
+        owner.docstring.value = to_markdown(owner.docstring.value, find)
     for member in owner.members.values():
-        if isinstance(member, griffe.Object):  # not what a module imports
-            _rewrite(member, package)
+        if isinstance(member, griffe.Object):  # not an import
+            _rewrite(member, package, listed)
 
 
 def to_markdown(docstring: str, find: Callable[[str], str | None]) -> str:
@@ -34,7 +48,7 @@ def to_markdown(docstring: str, find: Callable[[str], str | None]) -> str:
 
     Args:
         docstring (`str`): In Hugging Face's form, without indentation.
-        find (`Callable`): Gives the full path of an object of the package, `None` for one of another package.
+        find (`Callable`): Returns the full path of an object on the API pages, `None` for other objects.
     """
 
     def link(match: re.Match[str]) -> str:
@@ -55,10 +69,10 @@ def to_markdown(docstring: str, find: Callable[[str], str | None]) -> str:
 
 
 def _find(name: str, owner: griffe.Object, package: griffe.Module) -> str | None:
-    """Full path of what a docstring refers to.
+    """Full path of the object that a docstring refers to, `None` if it belongs to another package.
 
     Raises:
-        ValueError: There is no such object.
+        ValueError: If the package has no such object.
     """
     first, dot, rest = name.partition(".")
     path = name
@@ -70,4 +84,4 @@ def _find(name: str, owner: griffe.Object, package: griffe.Module) -> str | None
     try:
         return package[path.removeprefix(f"{PACKAGE}.")].canonical_path
     except KeyError:
-        raise ValueError(f"`{name}` in the docstring of {owner.path} must be an object, but {path} is none.") from None
+        raise ValueError(f"`{name}` in the docstring of {owner.path} must be an object, but {path} does not exist.") from None

@@ -206,7 +206,9 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     for sheet in tmp_path.rglob("*.css"):
         assert not re.findall(r"(?:url\(|@import )[\"']?(?:https?:)?//", sheet.read_text()), sheet
     text = (tmp_path / "api" / "model.html").read_text()
-    assert 'id="svqvae_hf.SVQVAE.encode_tokens"' in text
+    for shown in ("encode_tokens", "enable_tiling", "from_single_file"):
+        assert f'id="svqvae_hf.SVQVAE.{shown}"' in text
+    assert "encode_window" not in text
     assert "<strong>Args</strong>" in text
     assert "<li>\n<p><code>codebook_size</code>" in text or "<li><code>codebook_size</code>" in text
     assert "[<code>" not in text  # a reference that became no link
