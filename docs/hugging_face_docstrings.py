@@ -84,4 +84,6 @@ def _find(name: str, owner: griffe.Object, package: griffe.Module) -> str | None
     try:
         return package[path.removeprefix(f"{PACKAGE}.")].canonical_path
     except KeyError:
-        raise ValueError(f"`{name}` in the docstring of {owner.path} must be an object, but {path} does not exist.") from None
+        raise ValueError(
+            f"`{name}` in the docstring of {owner.path} must be an object, but {path} does not exist."
+        ) from None
