@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
 from train import CONVOLUTION_NDIM
 
-from svqvae_hf.trainer.losses.objective import MultiScaleForward, Objective
-from svqvae_hf.trainer.model import load_model
-from svqvae_hf.trainer.run import make_optimizer, parameter_groups
-from svqvae_hf.trainer.train_options import TrainConfig
+from svqvae_hf.trainer.losses.objective import Objective
+from svqvae_hf.trainer.model import MultiScaleForward, load_model
+from svqvae_hf.trainer.optimization import make_optimizer
+from svqvae_hf.trainer.train_options import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 SCALES = [0.5, 1.0]
@@ -46,7 +46,7 @@ def make_step(
     compiled: bool = False,
 ) -> Callable[[], None]:
     """One training step as a function."""
-    config = TrainConfig(
+    options = TrainOptions(
         output_dir="out",
         train_data_dir="none",
         model_config_name_or_path=model_config,
@@ -54,13 +54,12 @@ def make_step(
         torch_compile=compiled,
     )
     torch.manual_seed(0)
-    vqvae = load_model(config).to(sample.device)
+    vqvae = load_model(options).to(sample.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     vqvae.to(memory_format=layout)
     model = MultiScaleForward(vqvae)
-    objective = Objective(config, vqvae, None, None, lambda value: value)
-    groups = parameter_groups(vqvae, config.adam_weight_decay, CONVOLUTION_NDIM)
-    optimizer, _ = make_optimizer(config, groups, config.learning_rate, config.max_train_steps)
+    objective = Objective(options.loss_weights, vqvae)
+    optimizer, _ = make_optimizer(vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM)
     sample = sample.contiguous(memory_format=layout)
 
     def step() -> None:
@@ -68,7 +67,7 @@ def make_step(
             output = model(sample, SCALES, True)
             loss, _ = objective(objective.pairs(sample, output), output, step=0)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vqvae.parameters(), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(vqvae.parameters(), options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if sample.device.type == "cuda":

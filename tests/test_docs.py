@@ -19,23 +19,23 @@ from hub_server import serve_hub
 from hugging_face_docstrings import HuggingFaceDocstrings, to_markdown
 from page_runner import kept_kinds, python_blocks, without_numbers
 from test_imports import ROOMS
-from train_autoregressive import AutoregressiveConfig
-from train_latent_diffusion import DiffusionConfig
-from train_masked import MaskedConfig
+from train_autoregressive import AutoregressiveOptions
+from train_latent_diffusion import DiffusionOptions
+from train_masked import MaskedOptions
 
 from svqvae_cli.command_line import parse
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.trainer.options import read_options
-from svqvae_hf.trainer.train_options import TrainConfig
+from svqvae_hf.trainer.train_options import TrainOptions
 
 NOTEBOOK = ROOT / "notebooks" / "inference_example.ipynb"
 PAGES = {page: page.read_text() for page in [ROOT / "README.md", ROOT / "model_card.md", *ROOT.glob("docs/*.md")]}
 RUN_BY_TEST_EXPORT = "export.md"
 OPTIONS = {
-    "training/train.py": TrainConfig,
-    "training/train_latent_diffusion.py": DiffusionConfig,
-    "training/train_masked.py": MaskedConfig,
-    "training/train_autoregressive.py": AutoregressiveConfig,
+    "training/train.py": TrainOptions,
+    "training/train_latent_diffusion.py": DiffusionOptions,
+    "training/train_masked.py": MaskedOptions,
+    "training/train_autoregressive.py": AutoregressiveOptions,
 }
 
 

@@ -1,9 +1,7 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
-from collections.abc import Iterator
+import sys
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -14,252 +12,258 @@ from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.models.quantizer import flatten_latents
-from svqvae_hf.trainer.codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
-from svqvae_hf.trainer.data.crops import CropBatch, centre_crops, load_images
+from svqvae_hf.trainer.codebook import DeadCodeReset, forget_codes, initialise_codebook
+from svqvae_hf.trainer.data.crops import centre_crops
+from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
-from svqvae_hf.trainer.losses.objective import MultiScaleForward, Objective, Pair, step_scales
-from svqvae_hf.trainer.model import gradient_norm, load_model, training_mode, whiten_latents
-from svqvae_hf.trainer.options import is_hub_id, public_name
-from svqvae_hf.trainer.run import SHARDED, Session, make_optimizer, parameter_groups, run_script
+from svqvae_hf.trainer.losses.objective import Objective
+from svqvae_hf.trainer.model import MultiScaleForward, load_model, step_scales, whiten_latents
+from svqvae_hf.trainer.optimization import (
+    SHARDED,
+    clip_and_step,
+    gradient_norm,
+    loss_scale,
+    make_optimizer,
+    rescale_gradients,
+)
+from svqvae_hf.trainer.options import is_hub_id, public_name, read_options
+from svqvae_hf.trainer.run import Run, one_line_errors
 from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image
-from svqvae_hf.trainer.train_options import TrainConfig
+from svqvae_hf.trainer.train_options import TrainOptions
 
 SHOWN_IMAGES = 4
 WHITENING_BATCHES = 16
-CONVOLUTION_NDIM = 4  # only these weights decay, so no code does
+CONVOLUTION_NDIM = 4  # only weights of convolutions decay, so no code does
 
 logger = get_logger(__name__, log_level="INFO")
 
 
-class Trainer(Session):
-    """Training of an SVQVAE: what it holds, and its steps.
+def main(options: TrainOptions) -> None:
+    """Trains an SVQVAE, and saves it with its card in the output folder."""
+    run = Run(options)
+    accelerator = run.accelerator
 
-    Args:
-        config ([`TrainConfig`]): Options.
-    """
+    # Model and images
+    vqvae = load_model(options).to(accelerator.device)
+    codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
+    images = ImageSource(options, accelerator, pixel_range)
+    loader = images.loader([options.resolution, *options.crop_sizes], options.num_batches, options.seed)
+    validation_batches = load_validation_batches(options, pixel_range)
+    ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
 
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
-        accelerator = self.accelerator
-        self.vqvae = load_model(config).to(accelerator.device)
+    # Losses
+    lpips = load_lpips(options.lpips_net, options.lpips_weights).to(vqvae.device) if options.lpips_weight else None
+    discriminator = PatchDiscriminator() if options.adversarial_weight else None
+    objective = Objective(
+        options.loss_weights,
+        vqvae,
+        lpips,
+        discriminator,
+        scale_target=options.scale_target,
+        adversarial_adaptive=options.adversarial_adaptive,
+        lecam_weight=options.lecam_weight,
+        mean=partial(accelerator.reduce, reduction="mean"),
+    )
+    dead_codes = DeadCodeReset(codebook_size).to(vqvae.device)
+    statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
-        self.source = ImageSource(config, accelerator, self.vqvae.config["pixel_range"])
-        self.loader = self.source.loader(
-            [config.resolution, *config.crop_sizes],
-            config.max_train_steps * config.gradient_accumulation_steps,
-            config.seed,
+    # Optimizers
+    if options.model_config_name_or_path is not None and run.checkpoint is None:
+        whiten_latents(vqvae, images.fresh_crops(WHITENING_BATCHES))
+        for parameter in vqvae.quant_conv.parameters():
+            broadcast(parameter.data)  # processes have different crops
+    optimizer, lr_scheduler = make_optimizer(
+        vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM
+    )
+    model, optimizer = accelerator.prepare(MultiScaleForward(vqvae), optimizer)
+    models = [model]
+    states = {"dead_codes": dead_codes, "uniformity": objective.uniformity, "lecam": objective.lecam}
+    if discriminator is not None:
+        discriminator_steps = options.max_train_steps - options.adversarial_start
+        discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
+            discriminator, options, options.discriminator_learning_rate, discriminator_steps, CONVOLUTION_NDIM
         )
-        if config.model_config_name_or_path is not None and self.checkpoint is None:
-            whiten_latents(self.vqvae, self._samples(WHITENING_BATCHES))
-            for each in self.vqvae.quant_conv.parameters():
-                broadcast(each.data)  # each process has crops of its own
+        discriminator_model, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        discriminator.requires_grad_(False)  # in the model's loss, gradients only pass through it
+        models.append(discriminator_model)
+        states["discriminator_lr_scheduler"] = discriminator_lr_scheduler
+    run.start(vqvae, loader, lr_scheduler, states)
 
-        self.prepare(self.vqvae, MultiScaleForward(self.vqvae), CONVOLUTION_NDIM)
-        lpips = judge = None
-        if config.lpips_weight:
-            lpips = load_lpips(config.lpips_net, config.lpips_weights).to(accelerator.device)
-        if config.adversarial_weight:
-            judge = PatchDiscriminator()
-            optimizer, self.discriminator_lr_scheduler = make_optimizer(
-                config,
-                parameter_groups(judge, config.adam_weight_decay, CONVOLUTION_NDIM),
-                config.discriminator_learning_rate,
-                config.max_train_steps - config.adversarial_start,
-            )
-            self.discriminator, self.discriminator_optimizer = accelerator.prepare(judge, optimizer)
-            self.trained.append(self.discriminator)
-            judge.requires_grad_(False)
-        self.objective = Objective(config, self.vqvae, lpips, judge, partial(accelerator.reduce, reduction="mean"))
-        self.revival = CodeRevival(self.vqvae.config["codebook_size"]).to(accelerator.device)
-        self.scales = ScaleStatistics(self.revival.counts.numel(), by_octave=not config.scales)
-        self.validation_batches = self._validation_batches()
-        self.ids = self._validation_ids() if config.train == "decoder" else []
+    for step, batches in run.steps():
+        quantize = step >= options.quantize_from
+        adversarial = objective.weights.adversarial.at(step) > 0
+        vqvae.quantize.entropy_loss_ratio = float(objective.weights.entropy.at(step) > 0)
+        if step in options.kmeans_steps:
+            set_codebook_by_kmeans(run, vqvae, optimizer, images)
 
-    # A step
+        for batch in batches:
+            with accelerator.accumulate(*models):
+                # Forward pass and gradients, of the model and then of the discriminator
+                sample = images.to_device(batch)
+                scales = step_scales(options, sample.shape[-1] // vqvae.f, step)
+                output = model(sample, scales, quantize)
+                pairs = objective.pairs(sample, output)
+                with accelerator.autocast():
+                    loss, numbers = objective(pairs, output, step)
+                accelerator.backward(loss)
+                if adversarial:
+                    discriminator.requires_grad_(True)
+                    with accelerator.autocast():
+                        discriminator_loss, more_numbers = objective.discriminator_loss(pairs, discriminator_model)
+                    accelerator.backward(discriminator_loss)
+                    discriminator.requires_grad_(False)
+                    numbers |= more_numbers
 
-    def train_step(self, step: int) -> None:
-        """As in the base class; first sets the codebook by k-means at the steps that ask for it."""
-        if step in self.config.kmeans_steps:
-            self._start_codebook()
-        self.vqvae.quantize.entropy_loss_ratio = float(self.objective.weight("entropy", step) > 0)
-        super().train_step(step)
+                # Updates, after the last batch of a step
+                if accelerator.sync_gradients:
+                    numbers |= gradient_norms(run, vqvae)
+                    scale_before = loss_scale(accelerator)
+                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
+                    if adversarial:
+                        rescale_gradients(discriminator, loss_scale(accelerator) / scale_before)
+                        numbers["discriminator_grad_norm"] = clip_and_step(
+                            accelerator,
+                            discriminator_model,
+                            discriminator_optimizer,
+                            discriminator_lr_scheduler,
+                            options.max_grad_norm,
+                        )
+                if options.dead_code_reset_steps and quantize:
+                    counts = sum(count_codes(ids, codebook_size) for ids in output.ids)
+                    dead_codes.observe(accelerator.reduce(counts, "sum"))
+                    if accelerator.sync_gradients and (step + 1) % options.dead_code_reset_steps == 0:
+                        numbers["reset_codes"] = reset_dead_codes(
+                            run, vqvae, optimizer, dead_codes, output.latents, step
+                        )
+                run.add(numbers | {"loss": loss}, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
+                statistics.add(scales, pairs, output.ids)
 
-    def train_on(self, batch: CropBatch, step: int) -> dict[str, torch.Tensor]:
-        """Reconstructs the crops at the scales of the step; trains the model, and the discriminator if it is on."""
-        config, accelerator, objective = self.config, self.accelerator, self.objective
-        quantize = step >= config.quantize_from
-        sample = self.source.receive(batch)
-        scales = step_scales(config, sample.shape[-1] // self.vqvae.f, step)
-        output = self.model(sample, scales, quantize)
-        pairs = objective.pairs(sample, output)
-        with accelerator.autocast():
-            loss, numbers = objective(pairs, output, step)
-        numbers |= self.descend(loss)
-        if objective.weight("adversarial", step):
-            numbers |= self._train_discriminator(pairs)
-        self.scales.add(scales, pairs, output.ids)
-        self.throughput.add(images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
-        if config.revival_steps and quantize:
-            counts = sum(count_codes(ids, self.vqvae.config["codebook_size"]) for ids in output.ids)
-            self.revival.observe(accelerator.reduce(counts, "sum"))
-            if accelerator.sync_gradients and (step + 1) % config.revival_steps == 0:
-                numbers |= self._revive(output.latents, step)
-        return numbers
+        if run.logs_after(step):
+            numbers = statistics.summary(accelerator.reduce)
+            if options.spread_weight:
+                numbers["mean_cosine"] = objective.uniformity.mean_cosine.item()
+            run.log_training(step, numbers)
+        if run.validates_after(step):
+            validate(run, model, objective, validation_batches, step + 1)
 
-    def update_network(self) -> dict[str, torch.Tensor]:
-        """As in the base class; norms of encoder and decoder, too."""
-        scaler = self.accelerator.scaler
-        loss_scale = 1.0 if scaler is None else scaler.get_scale()  # still in the gradients
-        norms = {
-            f"{name}_grad_norm": gradient_norm(part.parameters()) / loss_scale
-            for name, part in (("encoder", self.vqvae.encoder), ("decoder", self.vqvae.decoder))
-            if self.accelerator.distributed_type not in SHARDED and next(part.parameters()).requires_grad
-        }
-        norms |= super().update_network()
-        if scaler is not None and self.config.adversarial_weight:
-            # The update may change the scale, which the discriminator's gradients of earlier batches still have.
-            for each in self.discriminator.parameters():
-                if each.grad is not None:
-                    each.grad *= scaler.get_scale() / loss_scale
-        return norms
+    validation = validate(run, model, objective, validation_batches, options.max_train_steps)
+    if options.train == "decoder":
+        with run.evaluating():
+            check_ids(ids_before, encode_ids(vqvae, validation_batches, options))
+    state_dict = run.final_weights(model)
+    if accelerator.is_main_process:
+        result = SVQVAE.from_config(vqvae.config)
+        result.load_state_dict({name.removeprefix("vqvae."): weight for name, weight in state_dict.items()})
+        run.publish(result.save_pretrained, make_card(run, vqvae, validation_batches, validation))
+    accelerator.end_training()
 
-    def _train_discriminator(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
-        self.discriminator.requires_grad_(True)
-        with self.accelerator.autocast():
-            loss, parts = self.objective.discriminator_loss(pairs, self.discriminator)
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            parts["discriminator_grad_norm"] = self.update(
-                self.discriminator, self.discriminator_optimizer, self.discriminator_lr_scheduler
-            )
-        self.discriminator.requires_grad_(False)  # in the model's step gradients only pass through it
-        return parts
 
-    # Codebook
+def set_codebook_by_kmeans(run: Run, vqvae: SVQVAE, optimizer: torch.optim.Optimizer, images: ImageSource) -> None:
+    """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
+    latents = []
+    vqvae.eval()  # without dropout
+    for sample in images.fresh_crops(run.options.kmeans_batches):
+        with torch.no_grad(), run.accelerator.autocast():
+            latents.append(flatten_latents(vqvae.encode(sample).latents.float()))
+    vqvae.train()
+    initialise_codebook(vqvae.quantize, run.accelerator.gather(torch.cat(latents)), run.options.seed)
+    codes = vqvae.quantize.embedding.weight
+    broadcast(codes.data)  # sums of floats may differ in their last bits between processes
+    forget_codes(vqvae, codes, torch.arange(len(codes), device=codes.device), optimizer, run.ema)
 
-    def _start_codebook(self) -> None:
-        """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
-        config, accelerator = self.config, self.accelerator
-        latents = []
-        self.vqvae.eval()  # without dropout
-        for sample in self._samples(config.kmeans_batches):
-            with torch.no_grad(), accelerator.autocast():
-                latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
-        self.training_mode()
-        initialise_codebook(self.vqvae.quantize, accelerator.gather(torch.cat(latents)), config.seed)
-        codes = self.vqvae.quantize.embedding.weight
-        broadcast(codes.data)  # sums of floats may differ in their last bits between processes
-        self._forget_codes(torch.arange(len(codes), device=codes.device))
 
-    def _revive(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-        gathered = self.accelerator.gather(flatten_latents(latents.detach().float()))
-        replaced = self.revival.revive(self.vqvae.quantize, gathered, self.config.seed, step)
-        self._forget_codes(replaced)
-        return {"revived": torch.tensor(float(len(replaced)), device=self.accelerator.device)}
+def reset_dead_codes(
+    run: Run,
+    vqvae: SVQVAE,
+    optimizer: torch.optim.Optimizer,
+    dead_codes: DeadCodeReset,
+    latents: torch.Tensor,
+    step: int,
+) -> torch.Tensor:
+    """Replaces dead codes by latents of all processes, and returns their number."""
+    gathered = run.accelerator.gather(flatten_latents(latents.detach().float()))
+    replaced = dead_codes.reset(vqvae.quantize, gathered, run.options.seed, step)
+    forget_codes(vqvae, vqvae.quantize.embedding.weight, replaced, optimizer, run.ema)
+    return torch.tensor(float(len(replaced)), device=run.accelerator.device)
 
-    def _forget_codes(self, replaced: torch.Tensor) -> None:
-        """Clears what optimizer and average remember of codes that were replaced."""
-        codes = self.vqvae.quantize.embedding.weight
-        reset_code_state(self.optimizer, codes, replaced)
-        if self.ema is not None:
-            copy_codes_to_ema(self.ema, self.vqvae, codes, replaced)
 
-    # Data, validation and log
+def gradient_norms(run: Run, vqvae: SVQVAE) -> dict[str, torch.Tensor]:
+    """Norms of the gradients of encoder and decoder, if they are trained and not sharded."""
+    if run.accelerator.distributed_type in SHARDED:
+        return {}
+    parts = {"encoder_grad_norm": vqvae.encoder, "decoder_grad_norm": vqvae.decoder}
+    return {
+        name: gradient_norm(part.parameters()) / loss_scale(run.accelerator)
+        for name, part in parts.items()
+        if next(part.parameters()).requires_grad
+    }
 
-    def _samples(self, num_batches: int) -> Iterator[torch.Tensor]:
-        """Batches of the largest crops, other ones than those that are trained on."""
-        for batch in self.source.loader([self.config.resolution], num_batches, self.config.seed + 1):
-            yield batch.sample.to(self.accelerator.device)
 
-    def _validation_batches(self) -> list[torch.Tensor]:
-        config = self.config
-        if config.validation_data_dir is None:
-            return []
-        images = load_images(None, None, [], config.validation_data_dir, "image", "train", streaming=False)
-        crops = centre_crops(images, config.num_validation_images, config.resolution, self.vqvae.config["pixel_range"])
-        return list(crops.split(config.train_batch_size))
+def load_validation_batches(options: TrainOptions, pixel_range: tuple[float, float]) -> list[torch.Tensor]:
+    """Centre crops of the validation images, in batches; empty without `--validation_data_dir`."""
+    if options.validation_data_dir is None:
+        return []
+    images = load_images(None, None, [], options.validation_data_dir, "image", "train", streaming=False)
+    crops = centre_crops(images, options.num_validation_images, options.resolution, pixel_range)
+    return list(crops.split(options.train_batch_size))
 
-    def _validation_ids(self) -> list[torch.Tensor]:
-        """Ids of the validation images, batch by batch, scale by scale."""
-        with self.evaluating():
-            batches = [batch.to(self.accelerator.device) for batch in self.validation_batches]
-            return [ids for batch in batches for ids in self.vqvae.encode_tokens(batch, self.config.validation_scales)]
 
-    def validate(self, done: int) -> None:
-        """Every process passes over all validation images, so that any engine can; the main one reports."""
-        if not self.validation_batches:
-            return
-        config = self.config
-        statistics = ScaleStatistics(self.vqvae.config["codebook_size"], by_octave=False)
-        shown: list[Pair] = []
-        with self.evaluating():
-            for batch in self.validation_batches:
-                sample = batch.to(self.accelerator.device)
-                output = self.model(sample, config.validation_scales, done > config.quantize_from)
-                pairs = [pair.clamped() for pair in self.objective.pairs(sample, output)]
-                statistics.add(config.validation_scales, pairs, output.ids)
-                shown = shown or pairs
-        self.validation = statistics.summary(self.accelerator.reduce)
-        self.log(done, {f"validation/{name}": value for name, value in self.validation.items()})
-        if self.accelerator.is_main_process:
-            grid = image_grid([pair.first(SHOWN_IMAGES) for pair in shown])
-            log_image(self.accelerator, grid, self.output_dir / "samples", done)
+def validate(
+    run: Run, model: torch.nn.Module, objective: Objective, batches: list[torch.Tensor], steps_done: int
+) -> dict[str, float]:
+    """Logs statistics of each scale and a picture. All processes compute, because sharded models need all of them."""
+    if not batches:
+        return {}
+    options, accelerator, shown = run.options, run.accelerator, []
+    statistics = ScaleStatistics(run.network.config["codebook_size"], by_octave=False)
+    with run.evaluating():
+        for batch in batches:
+            sample = batch.to(accelerator.device)
+            output = model(sample, options.validation_scales, steps_done > options.quantize_from)
+            pairs = [pair.clamped() for pair in objective.pairs(sample, output)]
+            statistics.add(options.validation_scales, pairs, output.ids)
+            shown = shown or [pair.first(SHOWN_IMAGES) for pair in pairs]
+    numbers = statistics.summary(accelerator.reduce)
+    run.log(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
+    if accelerator.is_main_process:
+        log_image(accelerator, image_grid(shown), run.output_dir / "samples", steps_done)
+    return numbers
 
-    def numbers(self) -> dict[str, float]:
-        """As in the base class, and those of each scale."""
-        numbers = super().numbers() | self.scales.summary(self.accelerator.reduce)
-        if self.config.spread_weight:
-            numbers["mean_cosine"] = self.objective.spread.mean_cosine.item()
-        return numbers
 
-    def state(self) -> dict[str, Any]:
-        """As in the base class, and that of objective, codebook and discriminator."""
-        holders = {"revival": self.revival, "spread": self.objective.spread, "lecam": self.objective.lecam}
-        if self.config.adversarial_weight:
-            holders["discriminator_lr_scheduler"] = self.discriminator_lr_scheduler
-        return super().state() | {name: holder for name, holder in holders.items() if holder is not None}
+def encode_ids(vqvae: SVQVAE, batches: list[torch.Tensor], options: TrainOptions) -> list[torch.Tensor]:
+    """Ids of the validation images, batch by batch and scale by scale."""
+    return [ids for batch in batches for ids in vqvae.encode_tokens(batch.to(vqvae.device), options.validation_scales)]
 
-    def training_mode(self) -> None:
-        """Training mode for what is trained."""
-        training_mode(self.config, self.vqvae)
 
-    # The end
+def check_ids(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+    """Raises if training changed ids."""
+    if not all(map(torch.equal, before, after)):
+        raise RuntimeError("Training the decoder must keep all ids, but ids of validation images changed.")
+    logger.info("All ids of the validation images are as before.")
 
-    def finish(self, repo_id: str | None) -> None:
-        """As in the base class; first, ids that were to stay are compared with those before."""
-        if self.config.train == "decoder":
-            if not all(map(torch.equal, self.ids, self._validation_ids())):
-                raise RuntimeError("Training the decoder must keep all ids, but ids of validation images changed.")
-            logger.info("All ids of the validation images are as before.")
-        super().finish(repo_id)
 
-    def save(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Writes the model."""
-        vqvae = SVQVAE.from_config(self.vqvae.config)
-        vqvae.load_state_dict({name.removeprefix("vqvae."): weight for name, weight in state_dict.items()})
-        vqvae.save_pretrained(folder)
-
-    def card(self, repo_id: str) -> str:
-        """The model's card, with the numbers of the last validation."""
-        config = self.config
-        provenance = self.provenance(f"crops of {config.resolution}² pixels")
-        model, images = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
-        if model is not None:
-            provenance["started from"] = f"`{public_name(model)}`"
-        provenance["images"] = f"`{public_name(images)}`"
-        if self.validation_batches:
-            count = sum(map(len, self.validation_batches))
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.validation.items())
-            provenance["validation"] = f"{count} images, centre crops: {numbers}"
-        return model_card(
-            self.vqvae.config,
-            repo_id=repo_id,
-            base_model=model if model is not None and is_hub_id(model) else None,
-            datasets=[images] if config.dataset_name is not None and is_hub_id(images) else [],
-            provenance=provenance,
-        )
+def make_card(run: Run, vqvae: SVQVAE, batches: list[torch.Tensor], validation: dict[str, float]) -> str:
+    """Card of the model, with the numbers of the last validation."""
+    options = run.options
+    model, images = options.pretrained_model_name_or_path, options.dataset_name or options.train_data_dir
+    provenance = run.provenance("training/train.py", f"crops of {options.resolution}² pixels")
+    if model is not None:
+        provenance["started from"] = f"`{public_name(model)}`"
+    provenance["images"] = f"`{public_name(images)}`"
+    if batches:
+        count = sum(map(len, batches))
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in validation.items())
+        provenance["validation"] = f"{count} images, centre crops: {numbers}"
+    return model_card(
+        vqvae.config,
+        repo_id=run.name,
+        base_model=model if model is not None and is_hub_id(model) else None,
+        datasets=[images] if options.dataset_name is not None and is_hub_id(images) else [],
+        provenance=provenance,
+    )
 
 
 if __name__ == "__main__":
-    run_script(Trainer, TrainConfig)
+    with one_line_errors():
+        main(read_options(TrainOptions, sys.argv[1:]))

@@ -1,116 +1,156 @@
-"""Trains a causal language model on the ids of a token set, and leaves an `SVQVAEAutoregressivePipeline`.
+"""Trains a causal language model on the ids of a token set, and saves an `SVQVAEAutoregressivePipeline`.
 
 accelerate launch training/train_autoregressive.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --token_set TOKENS --output_dir OUT
 """
 
+import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from svqvae_hf import SVQVAE
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.tokens.image_tokens import check_same_codebook
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
-from svqvae_hf.trainer.options import PipelineOptions, option, required
-from svqvae_hf.trainer.pipeline_run import PipelineSession
-from svqvae_hf.trainer.run import run_script
+from svqvae_hf.trainer.optimization import make_optimizer
+from svqvae_hf.trainer.options import PipelineOptions, option, read_options, required
+from svqvae_hf.trainer.pipeline_run import load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.run import Run, one_line_errors
 
-PIXEL_RANGE = (0.0, 1.0)
-IGNORED = -100  # by the loss
+PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
+IGNORED = -100  # target that the loss skips
 
 
 @dataclass
-class AutoregressiveConfig(PipelineOptions):
+class AutoregressiveOptions(PipelineOptions):
     """Options of training a language model on ids."""
 
-    token_set: str = required("Token set of `svqvae tokenize`, all of one size: folder, or name on the Hub.")
-    train_batch_size: int = option(8, "Sequences in a batch of one process.")
-    guidance_scale: float = option(1.0, "Guidance of the images of a validation.")
+    token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder or Hub id.")
+    train_batch_size: int = option(8, "Sequences per batch of one process.")
+    guidance_scale: float = option(1.0, "Guidance scale of the images of a validation.")
 
 
-class AutoregressiveTrainer(PipelineSession):
-    """Training of a causal language model: what it holds, and its steps.
+def main(options: AutoregressiveOptions) -> None:
+    """Trains a language model, and saves its pipeline with a card in the output folder."""
+    run = Run(options)
+    accelerator = run.accelerator
 
-    All sequences are of one length, so that batches have no padding.
+    # Tokens and model
+    vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
+    source = TokenSource(options.token_set, options.label_column)
+    check_same_codebook(vqvae, source.settings)
+    layout = source.layout
+    process = accelerator.process_index, accelerator.num_processes
+    loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
+    language_model = make_language_model(options, layout).to(accelerator.device)
+
+    # Optimizer
+    optimizer, lr_scheduler = make_optimizer(language_model, options, options.learning_rate, options.max_train_steps)
+    model, optimizer = accelerator.prepare(language_model, optimizer)
+    run.start(language_model, loader, lr_scheduler)
+
+    for step, batches in run.steps():
+        for batch in batches:
+            with accelerator.accumulate(model):
+                dropped = torch.rand(len(batch), generator=run.batch_generator()) < options.label_dropout
+                batch[dropped, 0] = layout.unconditional_token
+                sequences = batch.to(accelerator.device)  # all of one length, so there is no padding
+                logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
+                loss, accuracy = next_code_loss(logits, sequences[:, 1:], layout.codebook_size)
+                accelerator.backward(loss)
+                numbers = {"loss": loss, "accuracy": accuracy}
+                if accelerator.sync_gradients:  # after the last batch of a step
+                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
+                run.add(numbers, sequences=len(sequences), tokens=sequences[:, 1:].numel())
+
+        if run.logs_after(step):
+            run.log_training(step)
+        if run.validates_after(step):
+            validate(run, make_pipeline(vqvae, language_model, layout), step + 1)
+
+    validate(run, make_pipeline(vqvae, language_model, layout), options.max_train_steps)
+    state_dict = run.final_weights(model)
+    if accelerator.is_main_process:
+        result = make_language_model(options, layout)
+        result.load_state_dict(state_dict)
+        pipeline = make_pipeline(vqvae, result.eval(), layout)
+        run.publish(pipeline.save_pretrained, make_card(run, pipeline, layout))
+    accelerator.end_training()
+
+
+def make_language_model(options: AutoregressiveOptions, layout: SequenceLayout) -> PreTrainedModel:
+    """Language model of the config, with the vocabulary and the length of the sequences."""
+    config = AutoConfig.from_pretrained(options.model_config_name_or_path)
+    config.vocab_size = layout.vocab_size
+    config.max_position_embeddings = layout.length
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def next_code_loss(
+    logits: torch.Tensor, targets: torch.Tensor, codebook_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and accuracy of the next code. Positions where a separator comes next do not count.
 
     Args:
-        config ([`AutoregressiveConfig`]): Options.
-
-    Raises:
-        ValueError: If model, labels and tokens do not fit each other.
+        logits (`torch.Tensor` of shape `(batch, length, vocab_size)`): Output of the language model.
+        targets (`torch.Tensor` of shape `(batch, length)`): Next tokens.
+        codebook_size (`int`): Number of codes, which are the first tokens of the vocabulary.
     """
+    logits = logits[..., :codebook_size].float()
+    is_code = targets < codebook_size
+    loss = F.cross_entropy(logits.transpose(1, 2), targets.masked_fill(~is_code, IGNORED), ignore_index=IGNORED)
+    return loss, (logits.argmax(-1) == targets)[is_code].float().mean()
 
-    pipeline_tag = "unconditional-image-generation"
 
-    def __init__(self, config: AutoregressiveConfig):
-        super().__init__(config, PIXEL_RANGE)
-        accelerator = self.accelerator
-        self.source = TokenSource(config.token_set, config.label_column)
-        check_same_codebook(self.vqvae, self.source.settings)
-        self.layout = layout = self.source.layout
-        self.loader = SequenceLoader(
-            self.source,
-            config.train_batch_size,
-            config.max_train_steps * config.gradient_accumulation_steps,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        network = self.new_network().to(accelerator.device)
-        self.prepare(network, network)
-        scales = ", ".join(f"{scale:g}" for scale in layout.scales)
-        self.summary = (
-            f"Images of {layout.width} x {layout.height} pixels (width x height), id by id at scales {scales}, from a "
-            "causal language model over the codebook of an SVQVAE."
-        )
-        self.call = "class_labels=[0]" if layout.num_classes else ""
+def make_pipeline(
+    vqvae: SVQVAE, language_model: PreTrainedModel, layout: SequenceLayout
+) -> SVQVAEAutoregressivePipeline:
+    """Pipeline with this language model."""
+    return SVQVAEAutoregressivePipeline(
+        vqvae,
+        language_model,
+        num_classes=layout.num_classes,
+        height=layout.height,
+        width=layout.width,
+        scales=list(layout.scales),
+    )
 
-    def new_network(self) -> PreTrainedModel:
-        """The language model that the config describes, for the tokens and the length of the sequences."""
-        network_config = AutoConfig.from_pretrained(self.config.model_config_name_or_path)
-        network_config.vocab_size = self.layout.vocab_size
-        network_config.max_position_embeddings = self.layout.length
-        network_config.bos_token_id = network_config.eos_token_id = network_config.pad_token_id = None
-        return AutoModelForCausalLM.from_config(network_config, dtype=torch.float32)
 
-    def train_on(self, batch: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-        """Trains on the next code at each place where one stands, of some sequences without their class."""
-        layout = self.layout
-        dropped = torch.rand(len(batch), generator=self.batch_generator()) < self.config.label_dropout
-        batch[dropped, 0] = layout.unconditional_token
-        sequences = batch.to(self.accelerator.device)
-        logits = self.model(input_ids=sequences[:, :-1], use_cache=False).logits[..., : layout.codebook_size].float()
-        targets = sequences[:, 1:]
-        is_code = targets < layout.codebook_size
-        loss = F.cross_entropy(logits.transpose(1, 2), targets.masked_fill(~is_code, IGNORED), ignore_index=IGNORED)
-        hits = (logits.argmax(-1) == targets)[is_code]
-        self.throughput.add(sequences=len(sequences), tokens=targets.numel())
-        return self.descend(loss) | {"accuracy": hits.float().mean()}
+def validate(run: Run, pipeline: SVQVAEAutoregressivePipeline, steps_done: int) -> None:
+    """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
+    options, num_classes = run.options, pipeline.config.num_classes
+    if not options.num_validation_images:
+        return
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"generator": torch.Generator().manual_seed(options.seed), "output_type": "np"}
+    if num_classes:
+        labels = [index % num_classes for index in range(options.num_validation_images)]
+        call |= {"class_labels": labels, "guidance_scale": options.guidance_scale}
+    else:
+        call["num_images_per_prompt"] = options.num_validation_images
+    with run.evaluating():
+        log_samples(run, pipeline(**call).images, steps_done)
 
-    def make_pipeline(self, network: PreTrainedModel) -> SVQVAEAutoregressivePipeline:
-        """The pipeline with this language model."""
-        layout = self.layout
-        return SVQVAEAutoregressivePipeline(
-            self.vqvae,
-            network,
-            num_classes=layout.num_classes,
-            height=layout.height,
-            width=layout.width,
-            scales=list(layout.scales),
-        )
 
-    def sample(self, pipeline: SVQVAEAutoregressivePipeline, generator: torch.Generator) -> np.ndarray:
-        """Images of each class in turn, or of none."""
-        count, num_classes = self.config.num_validation_images, self.layout.num_classes
-        if not num_classes:
-            return pipeline(num_images_per_prompt=count, generator=generator, output_type="np").images
-        labels = [index % num_classes for index in range(count)]
-        guidance_scale = self.config.guidance_scale
-        return pipeline(labels, guidance_scale=guidance_scale, generator=generator, output_type="np").images
+def make_card(run: Run, pipeline: SVQVAEAutoregressivePipeline, layout: SequenceLayout) -> str:
+    """Card of the pipeline."""
+    scales = ", ".join(f"{scale:g}" for scale in layout.scales)
+    return pipeline_card(
+        run,
+        run.options,
+        pipeline,
+        script="training/train_autoregressive.py",
+        summary=f"Images of {layout.width} x {layout.height} pixels (width x height), id by id at scales {scales}, "
+        "from a causal language model over the codebook of an SVQVAE.",
+        call="class_labels=[0]" if layout.num_classes else "",
+    )
 
 
 if __name__ == "__main__":
-    run_script(AutoregressiveTrainer, AutoregressiveConfig)
+    with one_line_errors():
+        main(read_options(AutoregressiveOptions, sys.argv[1:]))

@@ -1,169 +1,221 @@
-"""Trains a denoiser of SVQVAE latents, and leaves an `LDMPipeline` or a `DiTPipeline`.
+"""Trains a denoiser of SVQVAE latents, and saves an `LDMPipeline` or a `DiTPipeline`.
 
 accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --train_data_dir PHOTOS --output_dir OUT
 """
 
+import sys
 from dataclasses import dataclass
 
 import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
-from svqvae_hf.trainer.data.crops import CropBatch
+from svqvae_hf import SVQVAE
 from svqvae_hf.trainer.data.image_source import ImageSource
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option
-from svqvae_hf.trainer.pipeline_run import PipelineSession
-from svqvae_hf.trainer.run import run_script
+from svqvae_hf.trainer.optimization import make_optimizer
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options
+from svqvae_hf.trainer.pipeline_run import latent_side, load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (-1.0, 1.0)  # of both pipelines
 DENOISERS = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel)}
 NUM_CLASSES = 1000  # DiTPipeline guides with the label after these, whatever the transformer
 
+Denoiser = UNet2DModel | DiTTransformer2DModel
+
 
 @dataclass
-class DiffusionConfig(PipelineOptions, ImageOptions):
+class DiffusionOptions(PipelineOptions, ImageOptions):
     """Options of training a denoiser."""
 
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
 
     def __post_init__(self) -> None:
-        """As in the base classes."""
+        """Checks the options of denoisers as well."""
         super().__post_init__()
         self.check_positive("num_inference_steps")
 
 
-class DiffusionTrainer(PipelineSession):
-    """Training of a denoiser: what it holds, and its steps.
+def main(options: DiffusionOptions) -> None:
+    """Trains a denoiser, and saves its pipeline with a card in the output folder."""
+    run = Run(options)
+    accelerator = run.accelerator
 
-    The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512) on a schedule that ends in pure noise, from
-    which sampling starts (Lin et al., arXiv 2305.08891).
+    # Model and images
+    vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
+    denoiser = make_denoiser(options, vqvae).to(accelerator.device)
+    check_labels(options, denoiser)
+    noise_schedule = make_noise_schedule()
+    num_timesteps = noise_schedule.config["num_train_timesteps"]
+    images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
+    label_names = read_label_names(images)
+    loader = images.loader([options.resolution], options.num_batches, options.seed)
 
-    Args:
-        config ([`DiffusionConfig`]): Options.
+    # Optimizer
+    optimizer, lr_scheduler = make_optimizer(denoiser, options, options.learning_rate, options.max_train_steps)
+    model, optimizer = accelerator.prepare(denoiser, optimizer)
+    run.start(denoiser, loader, lr_scheduler)
 
-    Raises:
-        ValueError: If model, labels and images do not fit each other.
-    """
+    for step, batches in run.steps():
+        for batch in batches:
+            with accelerator.accumulate(model):
+                # Latents, and noise on them
+                sample, generator = images.to_device(batch), run.batch_generator()
+                with torch.no_grad(), accelerator.autocast():
+                    latents = vqvae.encode(sample).latents.float() * vqvae.config["scaling_factor"]
+                noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+                timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator).to(latents.device)
+                noisy = noise_schedule.add_noise(latents, noise, timesteps)
+                labels = None
+                if options.label_column is not None:
+                    labels = drop_labels(batch.labels, options.label_dropout, generator).to(latents.device)
 
-    def __init__(self, config: DiffusionConfig):
-        super().__init__(config, PIXEL_RANGE)
-        accelerator = self.accelerator
-        network = self.new_network().to(accelerator.device)
-        self.has_labels = isinstance(network, DiTTransformer2DModel)
-        if self.has_labels != (config.label_column is not None):
-            raise ValueError(
-                f"`--label_column` belongs to a DiTTransformer2DModel, and it needs one, but the model is a "
-                f"{type(network).__name__}, and the column {config.label_column!r}."
-            )
-        if config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        self.scheduler = DDIMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            clip_sample=False,
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            timestep_spacing="trailing",
-        )
-        self.source = ImageSource(config, accelerator, PIXEL_RANGE, config.label_column)
-        self.label_names = self._label_names() if self.has_labels else []
-        self.loader = self.source.loader(
-            [config.resolution], config.max_train_steps * config.gradient_accumulation_steps, config.seed
-        )
-        self.prepare(network, network)
-        self.summary = (
-            f"Images of {config.resolution} x {config.resolution} pixels by diffusion in the latents of an SVQVAE."
-        )
-        self.call = f"class_labels=[0], num_inference_steps={config.num_inference_steps}" if self.has_labels else ""
+                # The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512)
+                velocity = noise_schedule.get_velocity(latents, noise, timesteps)
+                loss = F.mse_loss(model(noisy, timesteps, class_labels=labels).sample.float(), velocity)
+                accelerator.backward(loss)
+                numbers = {"loss": loss, "latent_std": latents.std()}
+                if accelerator.sync_gradients:  # after the last batch of a step
+                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
+                run.add(numbers, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
 
-    def new_network(self) -> UNet2DModel | DiTTransformer2DModel:
-        """The denoiser that the config describes, of the size of the latents; without dropout of labels of its own."""
-        source = self.config.model_config_name_or_path
-        description = UNet2DModel.load_config(source)
-        if description.get("_class_name") not in DENOISERS:
-            raise ValueError(
-                f"The `_class_name` of `{source}` must be one of {', '.join(DENOISERS)}, but is "
-                f"{description.get('_class_name')}."
-            )
-        side, channels = self.latent_side, self.vqvae.config["codebook_embed_dim"]
-        derived = {"sample_size": side, "in_channels": channels, "out_channels": channels}
-        network_class = DENOISERS[description["_class_name"]]
-        if network_class is DiTTransformer2DModel:
-            derived["num_embeds_ada_norm"] = NUM_CLASSES
-        network = network_class.from_config({**description, **derived})
-        divisor = network.config.get("patch_size") or 2 ** (len(network.config["block_out_channels"]) - 1)
-        if side % divisor:
-            raise ValueError(
-                f"`--resolution` must give latents whose side is a multiple of {divisor}, by `{source}`, but "
-                f"{self.config.resolution} gives {side}."
-            )
-        for module in network.modules():
-            if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # each block would drop the label or keep it for itself
-        return network
+        if run.logs_after(step):
+            run.log_training(step)
+        if run.validates_after(step):
+            validate(run, make_pipeline(vqvae, denoiser, noise_schedule, label_names), step + 1)
 
-    def _label_names(self) -> list[str]:
-        """Names of the classes, empty if the set has none."""
-        feature = self.source.images.features[self.config.label_column]
-        if isinstance(feature, datasets.ClassLabel) and feature.num_classes <= NUM_CLASSES:
-            return feature.names
-        if isinstance(feature, datasets.Value) and "int" in feature.dtype:
-            return []
+    validate(run, make_pipeline(vqvae, denoiser, noise_schedule, label_names), options.max_train_steps)
+    state_dict = run.final_weights(model)
+    if accelerator.is_main_process:
+        result = make_denoiser(options, vqvae)
+        result.load_state_dict(state_dict)
+        pipeline = make_pipeline(vqvae, result.eval(), noise_schedule, label_names)
+        run.publish(pipeline.save_pretrained, make_card(run, pipeline))
+    accelerator.end_training()
+
+
+def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> Denoiser:
+    """Denoiser of the config for latents of this size, without its own dropout of labels."""
+    source = options.model_config_name_or_path
+    description = UNet2DModel.load_config(source)
+    if description.get("_class_name") not in DENOISERS:
         raise ValueError(
-            f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but "
-            f"{self.config.label_column!r} holds {feature}."
+            f"The `_class_name` of `{source}` must be one of {', '.join(DENOISERS)}, but is "
+            f"{description.get('_class_name')}."
+        )
+    side, channels = latent_side(vqvae, options.resolution), vqvae.config["codebook_embed_dim"]
+    derived = {"sample_size": side, "in_channels": channels, "out_channels": channels}
+    denoiser_class = DENOISERS[description["_class_name"]]
+    if denoiser_class is DiTTransformer2DModel:
+        derived["num_embeds_ada_norm"] = NUM_CLASSES
+    denoiser = denoiser_class.from_config({**description, **derived})
+    divisor = denoiser.config.get("patch_size") or 2 ** (len(denoiser.config["block_out_channels"]) - 1)
+    if side % divisor:
+        raise ValueError(
+            f"`--resolution` must give latents whose side is a multiple of {divisor}, by `{source}`, but "
+            f"{options.resolution} gives {side}."
+        )
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # each block would drop the label or keep it on its own
+    if options.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return denoiser.train()
+
+
+def make_noise_schedule() -> DDIMScheduler:
+    """Schedule that ends in pure noise, from which sampling starts (Lin et al., arXiv 2305.08891)."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def check_labels(options: DiffusionOptions, denoiser: Denoiser) -> None:
+    """Raises unless a transformer has labels and a UNet has none."""
+    if isinstance(denoiser, DiTTransformer2DModel) != (options.label_column is not None):
+        raise ValueError(
+            f"`--label_column` must be given with a DiTTransformer2DModel and only then, but the model is a "
+            f"{type(denoiser).__name__}, and the column is {options.label_column!r}."
         )
 
-    def _labels(self, batch: CropBatch, generator: torch.Generator) -> torch.Tensor | None:
-        """Labels of a batch, some of them replaced by that of no class."""
-        if not self.has_labels:
-            return None
-        for label in batch.labels:
-            if label is None or not 0 <= label < NUM_CLASSES:
-                raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
-        labels = torch.tensor(batch.labels)
-        dropped = torch.rand(labels.shape, generator=generator) < self.config.label_dropout
-        return labels.masked_fill(dropped, NUM_CLASSES).to(self.accelerator.device)
 
-    def train_on(self, batch: CropBatch, step: int) -> dict[str, torch.Tensor]:
-        """Adds noise to the latents of the crops, and trains the denoiser to find it."""
-        sample, generator = self.source.receive(batch), self.batch_generator()
-        with torch.no_grad(), self.accelerator.autocast():
-            latents = self.vqvae.encode(sample).latents.float() * self.vqvae.config["scaling_factor"]
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        steps = self.scheduler.config["num_train_timesteps"]
-        timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
-        labels = self._labels(batch, generator)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        velocity = self.scheduler.get_velocity(latents, noise, timesteps)
-        loss = F.mse_loss(self.model(noisy, timesteps, class_labels=labels).sample.float(), velocity)
-        self.throughput.add(images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
-        return self.descend(loss) | {"latent_std": latents.std()}
+def read_label_names(images: ImageSource) -> list[str]:
+    """Names of the classes; empty if the set names none, or is read without labels."""
+    column = images.options.label_column
+    if column is None:
+        return []
+    feature = images.images.features[column]
+    if isinstance(feature, datasets.ClassLabel) and feature.num_classes <= NUM_CLASSES:
+        return feature.names
+    if isinstance(feature, datasets.Value) and "int" in feature.dtype:
+        return []
+    raise ValueError(
+        f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but {column!r} holds {feature}."
+    )
 
-    def make_pipeline(self, network: UNet2DModel | DiTTransformer2DModel) -> DiffusionPipeline:
-        """`LDMPipeline` of a UNet, `DiTPipeline` of a transformer, which knows the names of its classes."""
-        if not self.has_labels:
-            return LDMPipeline(vqvae=self.vqvae, unet=network, scheduler=self.scheduler)
-        names = {str(label): name for label, name in enumerate(self.label_names)}
-        pipeline = DiTPipeline(transformer=network, vae=self.vqvae, scheduler=self.scheduler, id2label=names)
-        pipeline.register_to_config(id2label=names)
-        return pipeline
 
-    def sample(self, pipeline: DiffusionPipeline, generator: torch.Generator) -> np.ndarray:
-        """Images of noise; one of each class in turn."""
-        count = self.config.num_validation_images
-        call = {"generator": generator, "num_inference_steps": self.config.num_inference_steps, "output_type": "np"}
-        if not self.has_labels:
-            return pipeline(batch_size=count, **call).images
-        num_classes = len(self.label_names) or count
-        return pipeline(class_labels=[index % num_classes for index in range(count)], **call).images
+def drop_labels(labels: list[int | None], label_dropout: float, generator: torch.Generator) -> torch.Tensor:
+    """Labels of a batch, a random fraction of them replaced by the label of no class."""
+    for label in labels:
+        if label is None or not 0 <= label < NUM_CLASSES:
+            raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
+    dropped = torch.rand(len(labels), generator=generator) < label_dropout
+    return torch.tensor(labels).masked_fill(dropped, NUM_CLASSES)
+
+
+def make_pipeline(
+    vqvae: SVQVAE, denoiser: Denoiser, noise_schedule: DDIMScheduler, label_names: list[str]
+) -> DiffusionPipeline:
+    """`LDMPipeline` of a UNet, or `DiTPipeline` of a transformer, which knows the names of its classes."""
+    if isinstance(denoiser, UNet2DModel):
+        return LDMPipeline(vqvae=vqvae, unet=denoiser, scheduler=noise_schedule)
+    names = {str(label): name for label, name in enumerate(label_names)}
+    pipeline = DiTPipeline(transformer=denoiser, vae=vqvae, scheduler=noise_schedule, id2label=names)
+    pipeline.register_to_config(id2label=names)
+    return pipeline
+
+
+def validate(run: Run, pipeline: DiffusionPipeline, steps_done: int) -> None:
+    """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
+    options, count = run.options, run.options.num_validation_images
+    if not count:
+        return
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": options.num_inference_steps, "output_type": "np"}
+    if isinstance(pipeline, DiTPipeline):
+        num_classes = len(pipeline.config.id2label) or count
+        call["class_labels"] = [index % num_classes for index in range(count)]
+    else:
+        call["batch_size"] = count
+    with run.evaluating():
+        images = pipeline(**call, generator=torch.Generator().manual_seed(options.seed)).images
+    log_samples(run, images, steps_done)
+
+
+def make_card(run: Run, pipeline: DiffusionPipeline) -> str:
+    """Card of the pipeline."""
+    side, steps = run.options.resolution, run.options.num_inference_steps
+    has_classes = isinstance(pipeline, DiTPipeline)
+    return pipeline_card(
+        run,
+        run.options,
+        pipeline,
+        script="training/train_latent_diffusion.py",
+        summary=f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE.",
+        call=f"class_labels=[0], num_inference_steps={steps}" if has_classes else "",
+    )
 
 
 if __name__ == "__main__":
-    run_script(DiffusionTrainer, DiffusionConfig)
+    with one_line_errors():
+        main(read_options(DiffusionOptions, sys.argv[1:]))

@@ -1,33 +1,35 @@
-"""Trains a masked image model over SVQVAE's ids (MaskGIT, arXiv 2202.04200), and leaves an `AmusedPipeline`.
+"""Trains a masked image model on SVQVAE's ids (MaskGIT, arXiv 2202.04200), and saves an `AmusedPipeline`.
 
 accelerate launch training/train_masked.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --text_encoder_name_or_path CLIP --train_data_dir PHOTOS --output_dir OUT
 """
 
 import math
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from svqvae_hf.trainer.data.crops import CropBatch
+from svqvae_hf import SVQVAE
 from svqvae_hf.trainer.data.image_source import ImageSource
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, required
-from svqvae_hf.trainer.pipeline_run import PipelineSession
-from svqvae_hf.trainer.run import run_script
+from svqvae_hf.trainer.optimization import make_optimizer
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options, required
+from svqvae_hf.trainer.pipeline_run import latent_side, load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
-AESTHETIC_SCORE = 6  # what the pipeline says of each image, beside its size and where it was cropped
+AESTHETIC_SCORE = 6  # the pipeline conditions each image on it, on its size and on the position of its crop
 NUM_MICRO_CONDITIONS = 5
-IGNORED = -100  # by the loss
+IGNORED = -100  # target that the loss skips
 
 
 @dataclass
-class MaskedConfig(PipelineOptions, ImageOptions):
+class MaskedOptions(PipelineOptions, ImageOptions):
     """Options of training a masked image model."""
 
     text_encoder_name_or_path: str = required(
@@ -36,117 +38,161 @@ class MaskedConfig(PipelineOptions, ImageOptions):
     validation_prompts: list[str] = option([""], "Captions of the images of a validation, in turn.")
 
 
-class MaskedTrainer(PipelineSession):
-    """Training of a masked image model: what it holds, and its steps.
+def main(options: MaskedOptions) -> None:
+    """Trains a masked image model, and saves its pipeline with a card in the output folder."""
+    run = Run(options)
+    accelerator = run.accelerator
 
-    Args:
-        config ([`MaskedConfig`]): Options.
+    # Models and images
+    vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
+    options.check_sources("text_encoder_name_or_path")
+    tokenizer = CLIPTokenizer.from_pretrained(options.text_encoder_name_or_path)
+    text_encoder = CLIPTextModelWithProjection.from_pretrained(options.text_encoder_name_or_path)
+    text_encoder.to(accelerator.device).requires_grad_(False)
+    images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
+    loader = images.loader([options.resolution], options.num_batches, options.seed)
+    transformer = make_transformer(options, vqvae, text_encoder).to(accelerator.device)
+    frozen = {
+        "vqvae": vqvae,
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "scheduler": AmusedScheduler(mask_token_id=vqvae.config["codebook_size"]),
+    }
 
-    Raises:
-        ValueError: If model, captions and images do not fit each other.
-    """
+    # Optimizer
+    optimizer, lr_scheduler = make_optimizer(transformer, options, options.learning_rate, options.max_train_steps)
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    run.start(transformer, loader, lr_scheduler)
 
-    pipeline_tag = "text-to-image"
-    call = 'prompt="a caption like those it was trained on"'
+    for step, batches in run.steps():
+        for batch in batches:
+            with accelerator.accumulate(model):
+                # Ids and captions
+                sample, generator = images.to_device(batch), run.batch_generator()
+                captions = make_captions(images, batch.labels, generator)
+                texts = tokenizer(captions, return_tensors="pt", padding="max_length", truncation=True)
+                with torch.no_grad():
+                    ids = vqvae.encode_tokens(sample)  # (batch, h, w)
+                    text = text_encoder(texts.input_ids.to(ids.device), output_hidden_states=True)
 
-    def __init__(self, config: MaskedConfig):
-        super().__init__(config, PIXEL_RANGE)
-        config.check_sources("text_encoder_name_or_path")
-        source, device = config.text_encoder_name_or_path, self.accelerator.device
-        self.tokenizer = CLIPTokenizer.from_pretrained(source)
-        self.text_encoder = CLIPTextModelWithProjection.from_pretrained(source).to(device).requires_grad_(False)
-        self.scheduler = AmusedScheduler(mask_token_id=self.vqvae.config["codebook_size"])
-        self.source = ImageSource(config, self.accelerator, PIXEL_RANGE, config.label_column)
-        self.loader = self.source.loader(
-            [config.resolution], config.max_train_steps * config.gradient_accumulation_steps, config.seed
-        )
-        network = self.new_network().to(device)
-        self.prepare(network, network)
-        self.summary = f"Images of {config.resolution} x {config.resolution} pixels by a masked model of SVQVAE's ids."
+                # The transformer predicts the masked ids
+                masked = draw_mask(ids.shape, generator).to(ids.device)
+                height, width = sample.shape[-2:]
+                conditions = torch.tensor([width, height, 0, 0, AESTHETIC_SCORE], device=ids.device).float()
+                logits = model(
+                    torch.where(masked, vqvae.config["codebook_size"], ids),
+                    encoder_hidden_states=text.hidden_states[-2],
+                    pooled_text_emb=text.text_embeds,
+                    micro_conds=conditions.expand(len(ids), -1),
+                )
+                num_masked = accelerator.reduce(masked.sum().float(), "mean")  # processes mask unequal numbers
+                loss = masked_loss(logits, ids, masked, num_masked)
+                accelerator.backward(loss)
+                numbers = {"loss": loss}
+                if accelerator.sync_gradients:  # after the last batch of a step
+                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
+                run.add(numbers, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
 
-    def new_network(self) -> UVit2DModel:
-        """The transformer that the config describes, for this codebook, these sizes and this text encoder."""
-        description = UVit2DModel.load_config(self.config.model_config_name_or_path)
-        codebook_size = self.vqvae.config["codebook_size"]
-        derived = {
-            "codebook_size": codebook_size,
-            "vocab_size": codebook_size + 1,  # the mask
-            "sample_size": self.latent_side,
-            "micro_cond_embed_dim": NUM_MICRO_CONDITIONS * description["micro_cond_encode_dim"],
-            "cond_embed_dim": self.text_encoder.config.projection_dim,
-            "encoder_hidden_size": self.text_encoder.config.hidden_size,
-        }
-        return UVit2DModel.from_config({**description, **derived})
+        if run.logs_after(step):
+            run.log_training(step)
+        if run.validates_after(step):
+            validate(run, AmusedPipeline(transformer=transformer, **frozen), step + 1)
 
-    def _captions(self, batch: CropBatch, generator: torch.Generator) -> list[str]:
-        """Captions of a batch, or names of its classes, some of them left empty."""
-        if self.config.label_column is None:
-            return [""] * len(batch.labels)
-        feature = self.source.images.features[self.config.label_column]
-        named = isinstance(feature, datasets.ClassLabel)
-        captions = [feature.int2str(label) if named else label for label in batch.labels]
-        for caption in captions:
-            if not isinstance(caption, str):
-                raise ValueError(f"`--label_column` must hold captions or classes with names, but has {caption!r}.")
-        kept = torch.rand(len(captions), generator=generator) >= self.config.label_dropout
-        return [caption if keep else "" for caption, keep in zip(captions, kept.tolist(), strict=True)]
+    validate(run, AmusedPipeline(transformer=transformer, **frozen), options.max_train_steps)
+    state_dict = run.final_weights(model)
+    if accelerator.is_main_process:
+        result = make_transformer(options, vqvae, text_encoder)
+        result.load_state_dict(state_dict)
+        pipeline = AmusedPipeline(transformer=result.eval(), **frozen)
+        run.publish(pipeline.save_pretrained, make_card(run, pipeline))
+    accelerator.end_training()
 
-    def train_on(self, batch: CropBatch, step: int) -> dict[str, torch.Tensor]:
-        """Masks a random share of the ids of the crops, and trains the transformer to find them.
 
-        The loss is the mean over the masked ids of all processes. Accumulated batches count alike, whatever is masked.
-        """
-        sample, generator = self.source.receive(batch), self.batch_generator()
-        texts = self.tokenizer(
-            self._captions(batch, generator), return_tensors="pt", padding="max_length", truncation=True
-        )
-        with torch.no_grad():
-            ids = self.vqvae.encode_tokens(sample)  # (batch, h, w)
-            text = self.text_encoder(texts.input_ids.to(ids.device), output_hidden_states=True)
-        masked = draw_mask(ids.shape, generator).to(ids.device)
-        height, width = sample.shape[-2:]
-        conditions = torch.tensor([width, height, 0, 0, AESTHETIC_SCORE], device=ids.device, dtype=torch.float32)
-        logits = self.model(
-            torch.where(masked, self.scheduler.config["mask_token_id"], ids),
-            encoder_hidden_states=text.hidden_states[-2],
-            pooled_text_emb=text.text_embeds,
-            micro_conds=conditions.expand(len(ids), -1),
-        )
-        targets = ids.masked_fill(~masked, IGNORED)
-        loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-        loss = loss / self.accelerator.reduce(masked.sum().float(), "mean")  # a process's own count may be another
-        self.throughput.add(images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
-        return self.descend(loss)
+def make_transformer(options: MaskedOptions, vqvae: SVQVAE, text_encoder: CLIPTextModelWithProjection) -> UVit2DModel:
+    """Transformer of the config, for this codebook, this size and this text encoder."""
+    description = UVit2DModel.load_config(options.model_config_name_or_path)
+    codebook_size = vqvae.config["codebook_size"]
+    derived = {
+        "codebook_size": codebook_size,
+        "vocab_size": codebook_size + 1,  # the mask
+        "sample_size": latent_side(vqvae, options.resolution),
+        "micro_cond_embed_dim": NUM_MICRO_CONDITIONS * description["micro_cond_encode_dim"],
+        "cond_embed_dim": text_encoder.config.projection_dim,
+        "encoder_hidden_size": text_encoder.config.hidden_size,
+    }
+    return UVit2DModel.from_config({**description, **derived}).train()
 
-    def make_pipeline(self, network: UVit2DModel) -> AmusedPipeline:
-        """The pipeline with this transformer."""
-        return AmusedPipeline(
-            vqvae=self.vqvae,
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder,
-            transformer=network,
-            scheduler=self.scheduler,
-        )
 
-    def sample(self, pipeline: AmusedPipeline, generator: torch.Generator) -> np.ndarray:
-        """Images of the validation prompts."""
-        prompts = self.config.validation_prompts
-        prompts = [prompts[index % len(prompts)] for index in range(self.config.num_validation_images)]
-        return pipeline(prompts, generator=generator, output_type="np").images
+def make_captions(images: ImageSource, labels: list[Any], generator: torch.Generator) -> list[str]:
+    """Captions of a batch, or names of its classes, a random fraction of them empty."""
+    column = images.options.label_column
+    if column is None:
+        return [""] * len(labels)
+    feature = images.images.features[column]
+    named = isinstance(feature, datasets.ClassLabel)
+    captions = [feature.int2str(label) if named else label for label in labels]
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(f"`--label_column` must hold captions or classes with names, but has {caption!r}.")
+    kept = torch.rand(len(captions), generator=generator) >= images.options.label_dropout
+    return [caption if keep else "" for caption, keep in zip(captions, kept.tolist(), strict=True)]
 
 
 def draw_mask(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Masks `(batch, h, w)` at random places: of each image a share cos(pi u / 2), u even in [0, 1), one id at least.
+    """Masks ids at random positions: per image a fraction cos(pi u / 2), u uniform in [0, 1), but at least one id.
 
     Args:
         shape (`torch.Size`): `(batch, h, w)`.
-        generator (`torch.Generator`): Source of what is random.
+        generator (`torch.Generator`): Source of randomness.
     """
     batch, height, width = shape
-    shares = torch.cos(math.pi / 2 * torch.rand(batch, 1, generator=generator))
+    fractions = torch.cos(math.pi / 2 * torch.rand(batch, 1, generator=generator))
     order = torch.rand(batch, height * width, generator=generator).argsort(dim=1)
-    return (order < (shares * height * width).round().clamp(min=1)).view(shape)
+    return (order < (fractions * height * width).round().clamp(min=1)).view(shape)
+
+
+def masked_loss(
+    logits: torch.Tensor, ids: torch.Tensor, masked: torch.Tensor, num_masked: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of the masked ids: their mean over all processes, once DDP has averaged the gradients.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, codebook_size, h, w)`): Output of the transformer.
+        ids (`torch.Tensor` of shape `(batch, h, w)`): True ids.
+        masked (`torch.Tensor` of shape `(batch, h, w)`): Whether an id is masked.
+        num_masked (`torch.Tensor`): Mean number of masked ids per process.
+    """
+    targets = ids.masked_fill(~masked, IGNORED)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") / num_masked
+
+
+def validate(run: Run, pipeline: AmusedPipeline, steps_done: int) -> None:
+    """Samples images of the validation prompts with fixed noise. All processes sample; the main process logs them."""
+    options = run.options
+    if not options.num_validation_images:
+        return
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = options.validation_prompts
+    prompts = [prompts[index % len(prompts)] for index in range(options.num_validation_images)]
+    with run.evaluating():
+        images = pipeline(prompts, generator=torch.Generator().manual_seed(options.seed), output_type="np").images
+    log_samples(run, images, steps_done)
+
+
+def make_card(run: Run, pipeline: AmusedPipeline) -> str:
+    """Card of the pipeline."""
+    side = run.options.resolution
+    return pipeline_card(
+        run,
+        run.options,
+        pipeline,
+        script="training/train_masked.py",
+        summary=f"Images of {side} x {side} pixels by a masked model of SVQVAE's ids.",
+        call='prompt="a caption like those it was trained on"',
+        pipeline_tag="text-to-image",
+    )
 
 
 if __name__ == "__main__":
-    run_script(MaskedTrainer, MaskedConfig)
+    with one_line_errors():
+        main(read_options(MaskedOptions, sys.argv[1:]))

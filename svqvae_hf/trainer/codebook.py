@@ -1,4 +1,4 @@
-"""Where a codebook starts, k-means of latents, and how its dead codes come back."""
+"""Codebook outside gradient descent: k-means of latents, and replacement of dead codes."""
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ KMEANS_ITERATIONS = 20
 def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed: int) -> None:
     """Sets the codes to the k-means centres of latents, on the unit sphere if the codebook is normalised.
 
-    A code without latents starts again at a random latent. Latents that are not finite are left out. On a CPU the same
-    latents and seed give the same codes.
+    A code without latents restarts at a random latent. Latents that are not finite are left out. On a CPU, equal
+    latents and seeds give equal codes.
 
     Args:
-        quantizer ([`VectorQuantizer`]): Its codes are replaced.
+        quantizer ([`VectorQuantizer`]): Quantizer whose codes are replaced.
         latents (`torch.Tensor` of shape `(n, codebook_embed_dim)`): Latents before quantisation.
         seed (`int`): Seed of the first centres and of the restarts.
 
@@ -49,10 +49,10 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
         codes.copy_(F.normalize(centres, dim=-1) if quantizer.l2_norm else centres)
 
 
-class CodeRevival(nn.Module):
-    """Replaces codes that no latent finds by latents, so that the whole codebook stays in use.
+class DeadCodeReset(nn.Module):
+    """Replaces dead codes by latents, so that the whole codebook stays in use.
 
-    A code is dead if no latent of any process found it since the last revival.
+    A code is dead if no latent of any process was quantised to it since the last reset.
 
     Args:
         size (`int`): Number of codes.
@@ -65,7 +65,7 @@ class CodeRevival(nn.Module):
         self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))
 
     def observe(self, counts: torch.Tensor) -> None:
-        """Adds how often each code was found.
+        """Adds how often each code was used.
 
         Args:
             counts (`torch.Tensor` of shape `(size,)`): int64, summed over all processes.
@@ -73,21 +73,21 @@ class CodeRevival(nn.Module):
         self.counts += counts
 
     @torch.no_grad()
-    def revive(self, quantizer: VectorQuantizer, latents: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-        """Replaces each dead code by a random latent, on the unit sphere if the codebook is, and counts anew.
+    def reset(self, quantizer: VectorQuantizer, latents: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+        """Replaces each dead code by a random latent, normalised if the codebook is, and sets the counts to 0.
 
-        No latent is used twice: of more dead codes than latents, a random part is replaced. Latents that are not
-        finite are left out. The same counts, latents, seed and step give the same codes, bit by bit, on every process.
+        No latent is used twice: if there are more dead codes than latents, a random subset is replaced. Latents that
+        are not finite are left out. Equal counts, latents, seed and step give bit-equal codes on every process.
 
         Args:
-            quantizer ([`VectorQuantizer`]): Its codes are replaced.
-            latents (`torch.Tensor` of shape `(n, codebook_embed_dim)`): Latents before quantisation, of all processes,
-                in the same order on each.
+            quantizer ([`VectorQuantizer`]): Quantizer whose dead codes are replaced.
+            latents (`torch.Tensor` of shape `(n, codebook_embed_dim)`): Latents before quantisation of all processes,
+                in the same order on each process.
             seed (`int`): Seed of the run.
             step (`int`): Step of the run.
 
         Returns:
-            `torch.Tensor`: Replaced codes, sorted, int64; for [`reset_code_state`] and [`copy_codes_to_ema`].
+            `torch.Tensor`: Ids of the replaced codes, sorted, int64, for [`forget_codes`].
         """
         rng = np.random.default_rng((seed, step))
         latents = latents[latents.isfinite().all(-1)].float()
@@ -104,28 +104,36 @@ class CodeRevival(nn.Module):
         return replaced
 
 
-def reset_code_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, indices: torch.Tensor) -> None:
-    """Clears what AdamW remembers of the gradients of replaced codes; nothing before its first step.
+def forget_codes(
+    model: nn.Module,
+    codes: nn.Parameter,
+    replaced: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+) -> None:
+    """Clears what the optimizer and the average of weights remember of replaced codes.
 
     Args:
+        model (`nn.Module`): Model that holds the codebook, and whose weights are averaged.
+        codes (`nn.Parameter` of shape `(size, dim)`): The codebook.
+        replaced (`torch.Tensor`): Ids of the replaced codes.
         optimizer (`torch.optim.Optimizer`): AdamW, or Accelerate's wrapper of it.
-        weight (`nn.Parameter` of shape `(size, dim)`): The codebook.
-        indices (`torch.Tensor`): Replaced codes.
+        ema (`EMAModel`, *optional*): Average of `model.parameters()`.
     """
-    state = optimizer.state.get(weight, {})
+    reset_code_state(optimizer, codes, replaced)
+    if ema is not None:
+        copy_codes_to_ema(ema, model, codes, replaced)
+
+
+def reset_code_state(optimizer: torch.optim.Optimizer, codes: nn.Parameter, replaced: torch.Tensor) -> None:
+    """Sets AdamW's moments of replaced codes to 0. Before AdamW's first step there are none."""
+    state = optimizer.state.get(codes, {})
     for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
-        state[name][indices] = 0
+        state[name][replaced] = 0
 
 
 @torch.no_grad()
-def copy_codes_to_ema(ema: EMAModel, model: nn.Module, weight: nn.Parameter, indices: torch.Tensor) -> None:
-    """Copies replaced codes to the averaged weights, which would else mix them with what they replace.
-
-    Args:
-        ema (`EMAModel`): Averages of `model.parameters()`.
-        model (`nn.Module`): The model that holds the codebook.
-        weight (`nn.Parameter` of shape `(size, dim)`): The codebook.
-        indices (`torch.Tensor`): Replaced codes.
-    """
-    average = dict(zip(model.parameters(), ema.shadow_params, strict=True))[weight]
-    average[indices.to(average.device)] = weight[indices].to(average)
+def copy_codes_to_ema(ema: EMAModel, model: nn.Module, codes: nn.Parameter, replaced: torch.Tensor) -> None:
+    """Copies replaced codes to the averaged weights, which would otherwise mix new codes with old ones."""
+    average = dict(zip(model.parameters(), ema.shadow_params, strict=True))[codes]
+    average[replaced.to(average.device)] = codes[replaced].to(average)

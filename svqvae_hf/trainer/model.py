@@ -1,67 +1,151 @@
-"""The model that is trained: where it starts, and which part of it learns."""
+"""The model to train: its initial weights, its frozen parts, and its forward pass at several scales."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock
-from svqvae_hf.models.quantizer import flatten_latents
+from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock, resize_latents
+from svqvae_hf.models.quantizer import VQLosses, flatten_latents
 from svqvae_hf.trainer.options import public_name
-from svqvae_hf.trainer.train_options import TrainConfig
+from svqvae_hf.trainer.train_options import TrainOptions
 
 RESIDUAL_GAIN = 0.1
 VARIANCE_EPS = 1e-6
-RECOMPILES = 4  # of a block: with and without gradients, in training and evaluation
+RECOMPILES = 4  # per block: with and without gradients, in training and evaluation
 
 
-def load_model(config: TrainConfig) -> SVQVAE:
-    """A new or a pretrained model in training mode, with the crop side as its sample size, its frozen parts frozen.
+class Reconstructions(NamedTuple):
+    """Output of [`MultiScaleForward`].
+
+    Args:
+        samples (`list[torch.Tensor]`): Reconstruction `(batch, 3, height, width)` at each scale in `pixel_range`, not
+            clamped.
+        latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
+        losses (`list[VQLosses]`): Losses of the quantizer at each scale; empty if nothing was quantised.
+        ids (`list[torch.Tensor]`): Flat ids at each scale; empty if nothing was quantised.
+    """
+
+    samples: list[torch.Tensor]
+    latents: torch.Tensor
+    losses: list[VQLosses]
+    ids: list[torch.Tensor]
+
+
+class MultiScaleForward(nn.Module):
+    """Forward pass of an SVQVAE in training, as one module for `accelerator.prepare`.
+
+    Args:
+        vqvae ([`SVQVAE`]): Model to train.
+    """
+
+    def __init__(self, vqvae: SVQVAE):
+        super().__init__()
+        self.vqvae = vqvae
+
+    def forward(self, sample: torch.Tensor, scales: Sequence[float], quantize: bool) -> Reconstructions:
+        """Encodes once, then quantises and decodes at each scale.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in the model's `pixel_range`.
+            scales (`Sequence[float]`): Scales of the reconstructions.
+            quantize (`bool`): If false, latents are not quantised but only normalised, if the codebook is.
+        """
+        output = Reconstructions([], self.vqvae.encode(sample).latents, [], [])
+        for scale in scales:
+            latents = resize_latents(output.latents, scale)
+            if quantize:
+                latents, losses, (_, _, ids) = self.vqvae.quantize(latents)
+                output.losses.append(losses)
+                output.ids.append(ids)
+            elif self.vqvae.config["codebook_l2_norm"]:
+                latents = F.normalize(latents.float(), dim=1)
+            output.samples.append(self.vqvae.decode(latents, force_not_quantize=True).sample.float())
+        return output
+
+
+def step_scales(options: TrainOptions, latent_side: int, step: int) -> list[float]:
+    """Scales of a step, the full one last: the fixed ones, or random latent sides beside the full one.
+
+    Random sides are those of FlexVAR (arXiv 2502.20313, section 3.3). The largest are dropped until all scales
+    together have at most `token_budget` times the tokens of the full one.
+    """
+    if options.scales:
+        return sorted(options.scales)
+    rng = np.random.default_rng((options.seed, step))
+    count = min(options.num_scales - 1, latent_side - 1)
+    sides = sorted(rng.choice(np.arange(1, latent_side), size=count, replace=False).tolist())
+    if options.token_budget is not None:
+        while sides and sum(side**2 for side in sides) > (options.token_budget - 1) * latent_side**2:
+            sides.pop()
+    return [*(side / latent_side for side in sides), 1.0]
+
+
+def load_model(options: TrainOptions) -> SVQVAE:
+    """Makes a new model or loads a pretrained one, in training mode, with its frozen parts frozen.
 
     Raises:
-        ValueError: If there is no such model, a crop side is no multiple of f, or k-means would have fewer latents
+        ValueError: If there is no such model, a crop side is not a multiple of f, or k-means would have fewer latents
             than codes.
     """
-    config.check_sources("model_config_name_or_path", "pretrained_model_name_or_path")
-    if config.pretrained_model_name_or_path is not None:
-        vqvae = SVQVAE.from_pretrained(config.pretrained_model_name_or_path, torch_dtype=torch.float32)
+    options.check_sources("model_config_name_or_path", "pretrained_model_name_or_path")
+    if options.pretrained_model_name_or_path is not None:
+        vqvae = SVQVAE.from_pretrained(options.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:
-        vqvae = SVQVAE.from_config(SVQVAE.load_config(config.model_config_name_or_path))
+        vqvae = SVQVAE.from_config(SVQVAE.load_config(options.model_config_name_or_path))
         initialise(vqvae)
-    for side in (config.resolution, *config.crop_sizes):
-        if side % vqvae.f:
-            raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
-    num_latents = config.kmeans_batches * config.train_batch_size * (config.resolution // vqvae.f) ** 2
-    if config.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
-        raise ValueError(
-            f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
-            f"`--kmeans_batches` = {config.kmeans_batches} give {num_latents} in each process. Raise it."
-        )
-    source = config.pretrained_model_name_or_path or config.model_config_name_or_path
-    vqvae.register_to_config(sample_size=config.resolution, _name_or_path=public_name(source))
-    if config.gradient_checkpointing:
+    _check_fit(options, vqvae)
+    vqvae.register_to_config(sample_size=options.resolution, _name_or_path=public_name(options.initial_model))
+    if options.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
-    if config.torch_compile:
+    if options.torch_compile:
         blocks = [block for block in vqvae.modules() if isinstance(block, ResnetBlock)]
-        torch._dynamo.config.recompile_limit = RECOMPILES * len(blocks)  # all of them are one function to the compiler
+        # The compiler counts the recompilations of all blocks together, because they share one forward function.
+        torch._dynamo.config.recompile_limit = RECOMPILES * len(blocks)
         for block in blocks:
             block.compile(dynamic=True)
-    for part in frozen_parts(config, vqvae):
+    vqvae.train()
+    for part in frozen_parts(options, vqvae):
         part.requires_grad_(False)
-    return training_mode(config, vqvae)
+        if options.train == "decoder":  # the ids must stay, so no dropout and no counts of codes
+            part.eval()
+    return vqvae
+
+
+def _check_fit(options: TrainOptions, vqvae: SVQVAE) -> None:
+    for side in (options.resolution, *options.crop_sizes):
+        if side % vqvae.f:
+            raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
+    num_latents = options.kmeans_batches * options.train_batch_size * (options.resolution // vqvae.f) ** 2
+    if options.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
+        raise ValueError(
+            f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
+            f"`--kmeans_batches` = {options.kmeans_batches} gives {num_latents} in each process. Raise it."
+        )
+
+
+def frozen_parts(options: TrainOptions, vqvae: SVQVAE) -> list[nn.Module]:
+    """Parts of the model that keep their weights."""
+    if options.train == "decoder":
+        return [vqvae.encoder, vqvae.quant_conv, vqvae.quantize]
+    return [vqvae.quantize] if options.freeze_codebook else []
 
 
 def initialise(vqvae: SVQVAE) -> None:
-    """Starts a new model with convolutions that keep the variance, and residual branches turned down.
+    """Initialises a new model: convolutions keep the variance, residual branches start small.
 
-    Biases are 0 and weights have the gain 1 (He et al., arXiv 1502.01852, without the factor for the ReLU), since the
-    way past the residual branches is linear. With PyTorch's defaults, whose gain is 0.58, an image fades from level to
-    level, and biases take its place.
+    Weights have gain 1 (He et al., arXiv 1502.01852, without the factor for the ReLU), because the path around the
+    residual branches is linear. Biases are 0. PyTorch's default has a gain of 0.58: an image fades from block to
+    block, and biases take its place.
     """
     for layer in vqvae.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     for block in vqvae.modules():
         if isinstance(block, ResnetBlock | AttnBlock):
             last = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
@@ -70,12 +154,13 @@ def initialise(vqvae: SVQVAE) -> None:
 
 @torch.no_grad()
 def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
-    """Starts a new model's latents as the principal components of the encoder's features, of mean 0 and variance 1.
+    """Projects a new model's latents on the principal components of its features, with mean 0 and variance 1.
 
-    A random projection leaves them in a narrow cone of the sphere, of which training then uses a few dimensions only.
+    A random projection would leave the latents in a narrow cone of the sphere, and training would then use only a few
+    of their dimensions.
 
     Args:
-        vqvae ([`SVQVAE`]): Its `quant_conv` is set.
+        vqvae ([`SVQVAE`]): Model whose `quant_conv` is set.
         samples (`Iterable[torch.Tensor]`): Batches of images `(batch, 3, height, width)` in `pixel_range`.
 
     Raises:
@@ -95,29 +180,7 @@ def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
         vqvae.encode(sample)
     hook.remove()
     vqvae.train(was_training)
-    flat = torch.cat([flatten_latents(each) for each in features])  # (n, z_channels)
+    flat = torch.cat([flatten_latents(batch) for batch in features])  # (n, z_channels)
     variances, components = torch.linalg.eigh(flat.T.cov())
     weight = (components[:, -dim:] * variances[-dim:].clamp(min=VARIANCE_EPS).rsqrt()).T
-    vqvae.quant_conv.weight.copy_(weight[..., None, None])
-    vqvae.quant_conv.bias.copy_(-weight @ flat.mean(0))
-
-
-def frozen_parts(config: TrainConfig, vqvae: SVQVAE) -> list[nn.Module]:
-    """What keeps its weights."""
-    if config.train == "decoder":
-        return [vqvae.encoder, vqvae.quant_conv, vqvae.quantize]
-    return [vqvae.quantize] if config.freeze_codebook else []
-
-
-def training_mode(config: TrainConfig, vqvae: SVQVAE) -> SVQVAE:
-    """Training mode for what is trained; with the decoder alone, evaluation mode for what makes the ids."""
-    vqvae.train()
-    if config.train == "decoder":
-        for part in frozen_parts(config, vqvae):
-            part.eval()
-    return vqvae
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """Norm of the gradients of some parameters, a scalar."""
-    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    vqvae.quant_conv.load_state_dict({"weight": weight[..., None, None], "bias": -weight @ flat.mean(0)})

@@ -1,9 +1,9 @@
-"""Options of training scripts: those that each has, those of image sets, and how flags and YAML files are read."""
+"""Options of training scripts, and how they are read from flags and YAML files."""
 
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +14,7 @@ from svqvae_hf.hub.repositories import REPO_ID
 
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 
-PATHS = (  # options that may name what is on this machine alone
+PATHS = (  # options that may hold a path of this machine
     *("output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "model_config_name_or_path"),
     *("vqvae_name_or_path", "text_encoder_name_or_path", "lpips_weights", "dataset_name", "data_files"),
     *("train_data_dir", "validation_data_dir", "token_set"),
@@ -24,7 +24,7 @@ Options = TypeVar("Options", bound="RunOptions")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """A command-line option: its default, its help and, where it has them, its choices."""
+    """Field of an option with its default, its help and, if any, its choices."""
     metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -32,86 +32,93 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 
 
 def required(text: str) -> Any:
-    """An option of a script's own that must be given."""
+    """Field of an option that must be given."""
     return field(kw_only=True, metadata={"help": text})
 
 
 @dataclass
 class RunOptions:
-    """Options of every run, named as in diffusers' example scripts. A script's own class adds to them.
+    """Options of every run, named as in diffusers' example scripts. Each script adds its own in a subclass.
 
     Raises:
-        ValueError: If a value is out of its range, or two do not fit each other.
+        ValueError: If a value is out of its range, or two options contradict each other.
     """
 
     needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema",)
-    """Options that engines which shard weights cannot serve."""
+    """Options that FSDP and DeepSpeed cannot serve, because they shard the weights."""
 
-    output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, what was trained."})
+    output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, the trained model."})
 
     # Optimisation
     train_batch_size: int = option(8, "Examples in a batch of one process.")
-    gradient_accumulation_steps: int = option(1, "Batches whose mean gradient updates the weights.")
+    gradient_accumulation_steps: int = option(1, "Batches per step, whose mean gradient updates the weights.")
     max_train_steps: int = option(100_000, "Updates of the weights.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
     lr_scheduler: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
-    lr_warmup_steps: int = option(500, "Steps over which the learning rate rises from 0.")
+    lr_warmup_steps: int = option(500, "Steps in which the learning rate rises from 0.")
     adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.")
     adam_beta2: float = option(0.95, "Decay of AdamW's mean of squared gradients.")
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay, on weights of convolutions and matrices alone.")
+    adam_weight_decay: float = option(0.05, "AdamW's weight decay, only on weights of convolutions and matrices.")
     max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
     max_skipped_steps: int = option(
-        10, "Steps in a row skipped for a gradient that is not finite before the run stops."
+        10, "Maximum number of successive steps skipped for gradients that are not finite; after more the run stops."
     )
-    use_ema: bool = option(False, "Keep a moving average of the weights, which is what is saved and validated.")
-    ema_decay: float = option(0.999, "Decay of that average.")
-    mixed_precision: str | None = option(None, "Instead of accelerate's setting.", ("no", "bf16", "fp16"))
+    use_ema: bool = option(False, "Average the weights over the steps (EMA), and validate and save the average.")
+    ema_decay: float = option(0.999, "Decay of the average.")
+    mixed_precision: str | None = option(None, "Precision, instead of accelerate's setting.", ("no", "bf16", "fp16"))
 
     # Checkpoints, validation, log
     checkpointing_steps: int = option(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Newest checkpoints to keep; all if not given.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' in --output_dir if any.")
+    checkpoints_total_limit: int | None = option(None, "Number of newest checkpoints to keep; all by default.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder, or 'latest': the newest in --output_dir, if any."
+    )
     validation_steps: int = option(1000, "Steps between validations.")
     logging_steps: int = option(50, "Steps between log lines.")
-    report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none if not given.")
-    push_to_hub: bool = option(False, "Upload what was trained, with its card, at the end.")
-    hub_model_id: str | None = option(None, "Where to: org/name; the name of --output_dir if not given.")
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none by default.")
+    push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
+    hub_model_id: str | None = option(None, "Repository to upload to, org/name; the name of --output_dir by default.")
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
-        """Checks what can be checked without data or model."""
+        """Checks the options, except against data and model."""
         self.check_positive(
             *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "max_grad_norm"),
             *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
         )
         self.check_not_negative("lr_warmup_steps", "adam_weight_decay", "max_skipped_steps", "seed")
-        self.check_shares("ema_decay")
+        self.check_fractions("ema_decay")
 
     @property
     def find_unused_parameters(self) -> bool:
-        """Whether a step may leave parameters without a gradient, which several processes must know."""
+        """Whether some steps leave parameters without a gradient, which DDP must know."""
         return False
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of one process in the whole run."""
+        return self.max_train_steps * self.gradient_accumulation_steps
+
     def check_positive(self, *names: str) -> None:
-        """Refuses values of 0 or less."""
+        """Raises if a value is 0 or less."""
         for name in names:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"`--{name}` must be more than 0, but is {getattr(self, name)}.")
 
     def check_not_negative(self, *names: str) -> None:
-        """Refuses values below 0."""
+        """Raises if a value is negative."""
         for name in names:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`--{name}` must not be negative, but is {getattr(self, name)}.")
 
-    def check_shares(self, *names: str) -> None:
-        """Refuses values outside [0, 1]."""
+    def check_fractions(self, *names: str) -> None:
+        """Raises if a value is not in [0, 1]."""
         for name in names:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
 
     def check_sources(self, *names: str) -> None:
-        """Refuses what is neither here nor can be the name of something on the Hub."""
+        """Raises if a source is neither a file or folder nor a possible Hub id."""
         for name in names:
             source = getattr(self, name)
             if source is not None and not Path(source).exists():
@@ -121,33 +128,35 @@ class RunOptions:
                     )
 
     def check_one_of(self, one: str, other: str) -> None:
-        """Refuses neither and both."""
+        """Raises if neither or both are given."""
         if (getattr(self, one) is None) == (getattr(self, other) is None):
             raise ValueError(f"Exactly one of `--{one}` and `--{other}` must be given.")
 
 
 @dataclass
 class ImageOptions(RunOptions):
-    """Options of runs that read images: which ones, and how crops are cut."""
+    """Options of runs on images: the image set, and how crops are cut."""
 
-    dataset_name: str | None = option(None, "Image set on the Hub, a local one, or a format such as webdataset.")
+    dataset_name: str | None = option(None, "Image set: Hub id, local data set, or a format such as webdataset.")
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
-    data_files: list[str] = option([], "Files of the image set, or globs of them: tar or Parquet shards.")
+    data_files: list[str] = option([], "Files or globs of the image set, such as tar or Parquet shards.")
     train_data_dir: str | None = option(None, "Folder of images, instead of --dataset_name.")
     split: str = option("train", "Split of the image set.")
     streaming: bool = option(False, "Read the image set as a stream, without a copy on disk.")
     shuffle_buffer: int = option(1000, "Images of a stream that are shuffled at a time.")
     image_column: str = option("image", "Column of the image set that holds the images.")
-    max_unreadable_share: float = option(0.1, "Share of images that may be unreadable before the run stops.")
+    max_unreadable_share: float = option(0.1, "Maximum fraction of unreadable images; beyond it the run stops.")
     train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
-    resolution: int = option(256, "Side of the largest crops, in pixels; stored as sample_size.")
-    center_crop: bool = option(False, "Cut crops from the centre, not at random places.")
-    random_flip: bool = option(True, "Flip half of the crops, left to right; with --no_random_flip none.")
-    resize_range: list[float] = option([1.0, 1.0], "Range of the random factor that resizes an image before its crop.")
+    resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
+    center_crop: bool = option(False, "Cut crops at the centre, not at random positions.")
+    random_flip: bool = option(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
+    resize_range: list[float] = option(
+        [1.0, 1.0], "Range of the random factor by which an image is resized before it is cropped."
+    )
     dataloader_num_workers: int = option(2, "Processes that cut crops.")
 
     def __post_init__(self) -> None:
-        """As in the base class, and the options of images."""
+        """Checks the options of images as well."""
         super().__post_init__()
         self.check_one_of("dataset_name", "train_data_dir")
         for name in ("dataset_config_name", "data_files"):
@@ -157,7 +166,7 @@ class ImageOptions(RunOptions):
                 )
         self.check_positive("resolution", "shuffle_buffer")
         self.check_not_negative("dataloader_num_workers")
-        self.check_shares("max_unreadable_share")
+        self.check_fractions("max_unreadable_share")
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
             raise ValueError(
                 f"`--resize_range` must be two factors above 0, the smaller first, but is {self.resize_range}."
@@ -166,35 +175,35 @@ class ImageOptions(RunOptions):
 
 @dataclass
 class PipelineOptions(RunOptions):
-    """Options of runs that train a network on what an SVQVAE makes of images, and leave a pipeline."""
+    """Options of runs that train a generator on an SVQVAE's latents or ids, and save a pipeline."""
 
     needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema", "num_validation_images")
 
-    vqvae_name_or_path: str = required("SVQVAE of the pipeline, which is not trained: folder or Hub id.")
+    vqvae_name_or_path: str = required("SVQVAE of the pipeline, which stays frozen: folder or Hub id.")
     model_config_name_or_path: str = required("Config of the network to train: a config.json, its folder or Hub id.")
     label_column: str | None = option(
         None, "Column of the set that holds labels or captions; in a folder of folders of images, 'label' names these."
     )
-    label_dropout: float = option(0.1, "Share of examples trained without their label, for guidance.")
+    label_dropout: float = option(0.1, "Fraction of examples trained without their label, for guidance.")
     num_validation_images: int = option(4, "Images sampled at a validation.")
 
     def __post_init__(self) -> None:
-        """As in the base class, and the options of pipelines."""
+        """Checks the options of pipelines as well."""
         super().__post_init__()
         self.check_not_negative("num_validation_images")
-        self.check_shares("label_dropout")
+        self.check_fractions("label_dropout")
 
 
 def read_options(options_class: type[Options], arguments: Sequence[str]) -> Options:
-    """Reads flags, or a YAML file, whose entries flags after it replace.
+    """Reads options from flags, or from a YAML file and flags that override its entries.
 
     Args:
         options_class (`type[RunOptions]`): Options of the script.
-        arguments (`Sequence[str]`): What follows the name of the script: `[config.yaml] [--name value ...]`.
+        arguments (`Sequence[str]`): Command line after the script's name: `[config.yaml] [--name value ...]`.
 
     Raises:
-        ValueError: If an option is not known, or the file is no mapping of options.
-        SystemExit: If a value is of the wrong type, as argparse does.
+        ValueError: If an option is unknown, or the file does not map options to values.
+        SystemExit: If a value is of the wrong type; argparse then prints the reason.
     """
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
@@ -205,17 +214,17 @@ def read_options(options_class: type[Options], arguments: Sequence[str]) -> Opti
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this is `org/name` on the Hub, and no file or folder here."""
+    """Whether a source is `org/name` on the Hub, and not a local file or folder."""
     return re.fullmatch(REPO_ID, source) is not None and not Path(source).exists()
 
 
 def public_name(source: str) -> str:
-    """What others may read of a source: its name on the Hub, or the last part of a path."""
+    """A source as it may be published: its Hub id, or its file name without the directory."""
     return source if is_hub_id(source) else Path(source).absolute().name
 
 
 def public_options(options: RunOptions) -> dict[str, Any]:
-    """Options by name, for others to read: paths as their last part."""
+    """Options as they may be published, by name: without directories of this machine."""
     entries = asdict(options)
     for name in entries.keys() & set(PATHS):
         value = entries[name]
@@ -225,26 +234,26 @@ def public_options(options: RunOptions) -> dict[str, Any]:
 
 
 def script_name() -> str:
-    """File name of the script that runs."""
+    """File name of the running script."""
     return Path(sys.argv[0]).name
 
 
 def _flags(options_class: type[RunOptions], path: Path) -> Iterable[str]:
-    """The entries of a YAML file as flags."""
+    """Entries of a YAML file as flags."""
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
-    known = {each.name: each.default_factory for each in fields(options_class)}
-    unknown = sorted(str(key) for key in entries if key not in known)
+    factories = {each.name: each.default_factory for each in fields(options_class)}
+    unknown = sorted(str(key) for key in entries if key not in factories)
     if unknown:
         raise ValueError(f"`{path}` must have only options of the script, but has {', '.join(unknown)}.")
     flags = []
     for name, value in entries.items():
-        empty = value == [] and known[name] is not MISSING and known[name]() == []  # a flag cannot say so
-        if value is not None and not empty:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
+        factory = factories[name]
+        if value is None or (value == [] and callable(factory) and factory() == []):  # a flag cannot say either
+            continue
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags

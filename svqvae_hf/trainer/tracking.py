@@ -1,4 +1,4 @@
-"""What a run says of itself: numbers of each scale, throughput, and pictures."""
+"""Numbers and pictures of a run: statistics per scale, means, throughput."""
 
 import math
 import time
@@ -19,11 +19,11 @@ from svqvae_hf.trainer.losses.objective import Pair
 
 
 class ScaleStatistics:
-    """PSNR, the mean over images, usage and perplexity of each scale.
+    """PSNR (mean over images), codebook usage and perplexity per scale.
 
     Args:
         codebook_size (`int`): Number of codes.
-        by_octave (`bool`): Put each scale with the nearest power of two, where scales are drawn at random.
+        by_octave (`bool`): Round each scale to the nearest power of two, for scales that are drawn at random.
     """
 
     def __init__(self, codebook_size: int, by_octave: bool):
@@ -36,19 +36,20 @@ class ScaleStatistics:
         """Adds a batch.
 
         Args:
-            scales (`Sequence[float]`): Its scales.
-            pairs (`Sequence[Pair]`): Reconstruction and target at each.
-            ids (`Sequence[torch.Tensor]`): Ids at each; empty if nothing was quantised.
+            scales (`Sequence[float]`): Scales of the batch.
+            pairs (`Sequence[Pair]`): Target and reconstruction at each scale.
+            ids (`Sequence[torch.Tensor]`): Ids at each scale; empty if nothing was quantised.
         """
         keys = [2.0 ** round(math.log2(scale)) if self.by_octave else scale for scale in scales]
         for key, pair in zip(keys, pairs, strict=True):
             with torch.no_grad():
                 self._psnr[key].append(psnr(pair.output, pair.target, data_range=1.0))
-        for key, each in zip(keys, ids, strict=False):
-            self._counts[key] = self._counts.get(key, 0) + count_codes(each, self.codebook_size)
+        for key, scale_ids in zip(keys, ids, strict=False):
+            counts = count_codes(scale_ids, self.codebook_size)
+            self._counts[key] = self._counts[key] + counts if key in self._counts else counts
 
     def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
-        """The numbers over all processes, which have seen the same scales, since the last call.
+        """Numbers over all processes since the last call. All processes must have added the same scales.
 
         Args:
             reduce (`Callable`): Reduces a tensor over processes, by `"mean"` or `"sum"`.
@@ -66,7 +67,7 @@ class ScaleStatistics:
 
 
 class Means:
-    """Means of scalars by name, each over the batches that had it."""
+    """Mean of each named scalar over the batches that had it."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -77,14 +78,14 @@ class Means:
             self._values[name].append(value.detach())
 
     def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
-        """Means over all processes, which have added the same names, since the last call."""
+        """Means over all processes since the last call. All processes must have added the same names."""
         means = {name: reduce(torch.stack(values).mean(), "mean").item() for name, values in self._values.items()}
         self._values.clear()
         return means
 
 
 class Throughput:
-    """Amounts per second since it was last asked."""
+    """Amounts per second."""
 
     def __init__(self) -> None:
         self._restart()
@@ -94,12 +95,12 @@ class Throughput:
         self._amounts: dict[str, float] = defaultdict(float)
 
     def add(self, **amounts: float) -> None:
-        """Adds what a batch has, by name, such as `images=8, megapixels=0.5`."""
+        """Adds the amounts of a batch by name, such as `images=8, megapixels=0.5`."""
         for name, amount in amounts.items():
             self._amounts[name] += amount
 
     def summary(self, num_processes: int) -> dict[str, float]:
-        """Rates of all processes, which do alike, since the last call."""
+        """Rates of all processes together since the last call, assuming equal amounts on each."""
         seconds = time.monotonic() - self._start
         rates = {f"{name}_per_second": num_processes * amount / seconds for name, amount in self._amounts.items()}
         self._restart()
@@ -107,10 +108,10 @@ class Throughput:
 
 
 def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
-    """Images beside their reconstructions: a row for each image, the original first, then each scale.
+    """Grid of images and reconstructions: one row per image, first the image, then each scale.
 
     Args:
-        pairs (`Sequence[Pair]`): One batch of images at several scales.
+        pairs (`Sequence[Pair]`): One batch at several scales.
 
     Returns:
         `np.ndarray` of shape `(height, width, 3)`: uint8; smaller scales are enlarged without smoothing.
@@ -124,7 +125,7 @@ def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def log_image(accelerator: Accelerator, grid: np.ndarray, folder: Path, step: int) -> None:
-    """Writes a picture to `folder` as PNG, and sends it to the trackers that take pictures."""
+    """Writes a picture to `folder` as PNG, and sends it to the trackers that accept pictures."""
     save_png(Image.fromarray(grid), folder / f"step-{step:07}.png")
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):

@@ -26,12 +26,12 @@ train --output_dir "$work/start" --model_config_name_or_path training/runs/defau
 train --output_dir "$work/mixed" --pretrained_model_name_or_path "$work/start" \
     --resolution 256 --crop_sizes 64 128 --train_batch_size 1 --num_scales 2 --commitment_weight 0.1 \
     --max_train_steps 13000 --learning_rate 8e-4 --lr_warmup_steps 100 \
-    --kmeans_steps 5000 10000 --kmeans_batches 128 --revival_steps 500 --validation_steps 500
+    --kmeans_steps 5000 10000 --kmeans_batches 128 --dead_code_reset_steps 500 --validation_steps 500
 
 # Codes that some 130,000 latents do not find move to where latents are.
 train --output_dir "$work/default" --pretrained_model_name_or_path "$work/mixed" \
     --resolution 256 --crop_sizes 64 128 --train_batch_size 1 --num_scales 2 --commitment_weight 0.1 \
-    --max_train_steps 800 --learning_rate 1e-4 --lr_warmup_steps 50 --revival_steps 100 --validation_steps 400
+    --max_train_steps 800 --learning_rate 1e-4 --lr_warmup_steps 50 --dead_code_reset_steps 100 --validation_steps 400
 
 # Half precision for the networks halves the size; the codebook stays in float32.
 python - "$work/default" <<'PY'

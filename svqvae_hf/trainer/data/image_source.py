@@ -1,13 +1,17 @@
-"""The images of a run: crops to train on, and watch over those that cannot be read."""
+"""The images of a run: loaders of their crops, and a limit on unreadable ones."""
+
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from svqvae_hf.trainer.data.crops import CropBatch, CropLoader, CropPolicy, load_images
+from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader
+from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.options import ImageOptions
 
-JUDGED_IMAGES = 200  # read before the share of unreadable ones is judged
+MIN_READ = 200  # images read before the fraction of unreadable ones is checked
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -16,8 +20,8 @@ class ImageSource:
     """The image set of a run.
 
     Args:
-        config ([`ImageOptions`]): Options.
-        accelerator (`Accelerator`): Whose processes share the set.
+        options ([`ImageOptions`]): Options.
+        accelerator (`Accelerator`): Accelerator whose processes share the set.
         pixel_range (`tuple[float, float]`): Values of black and white.
         label_column (`str`, *optional*): Column that holds labels or captions.
 
@@ -27,66 +31,71 @@ class ImageSource:
 
     def __init__(
         self,
-        config: ImageOptions,
+        options: ImageOptions,
         accelerator: Accelerator,
         pixel_range: tuple[float, float],
         label_column: str | None = None,
     ):
-        self.config = config
+        self.options = options
         self.accelerator = accelerator
         self.pixel_range = pixel_range
         self.images = load_images(
-            config.dataset_name,
-            config.dataset_config_name,
-            config.data_files,
-            config.train_data_dir,
-            config.image_column,
-            config.split,
-            config.streaming,
+            options.dataset_name,
+            options.dataset_config_name,
+            options.data_files,
+            options.train_data_dir,
+            options.image_column,
+            options.split,
+            options.streaming,
             label_column,
         )
         self.num_read = self.num_unreadable = 0
         self.unreadable: set[str] = set()
 
     def loader(self, sides: list[int], num_batches: int, seed: int) -> CropLoader:
-        """Crops of these sides for this process; another seed gives other ones."""
-        config = self.config
+        """Makes a loader of this process's crops; their sides alternate, and the seed decides which crops they are."""
+        options = self.options
         policy = CropPolicy(
             sides=sides,
-            batch_size=config.train_batch_size,
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            resize_range=tuple(config.resize_range),
+            batch_size=options.train_batch_size,
+            center_crop=options.center_crop,
+            random_flip=options.random_flip,
+            resize_range=(options.resize_range[0], options.resize_range[1]),
         )
         return CropLoader(
             self.images,
             policy,
             self.pixel_range,
             seed=seed,
-            num_workers=config.dataloader_num_workers,
+            num_workers=options.dataloader_num_workers,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             num_batches=num_batches,
-            shuffle_buffer=config.shuffle_buffer,
+            shuffle_buffer=options.shuffle_buffer,
         )
 
-    def receive(self, batch: CropBatch) -> torch.Tensor:
-        """Brings the crops of a batch to the accelerator, and names the images that could not be read.
+    def fresh_crops(self, num_batches: int) -> Iterator[torch.Tensor]:
+        """Yields batches of the largest crops on the device, other crops than those of the run's seed."""
+        for batch in self.loader([self.options.resolution], num_batches, self.options.seed + 1):
+            yield batch.sample.to(self.accelerator.device)
+
+    def to_device(self, batch: CropBatch) -> torch.Tensor:
+        """Moves the crops of a batch to the device, and logs the names of unreadable images.
 
         Raises:
-            ValueError: If they are too many.
+            ValueError: If too many images are unreadable.
         """
         self.num_read += batch.num_read
         self.num_unreadable += len(batch.unreadable)
         for name in batch.unreadable:
             if name not in self.unreadable:
                 self.unreadable.add(name)
-                logger.warning(f"Left out, since it cannot be read as an image: {name}", main_process_only=False)
-        share = self.num_unreadable / self.num_read
-        if self.num_read >= JUDGED_IMAGES and share > self.config.max_unreadable_share:
+                logger.warning(f"Skipped, because it cannot be read as an image: {name}", main_process_only=False)
+        fraction = self.num_unreadable / self.num_read
+        if self.num_read >= MIN_READ and fraction > self.options.max_unreadable_share:
             raise ValueError(
-                f"At most {self.config.max_unreadable_share:.1%} of the images may be unreadable, but {share:.1%} of "
-                f"the {self.num_read:,} read so far are, {min(self.unreadable)} among them. Mend or remove them, or "
-                "raise `--max_unreadable_share`."
+                f"At most {self.options.max_unreadable_share:.1%} of the images may be unreadable, but "
+                f"{fraction:.1%} of the {self.num_read:,} read so far are, {min(self.unreadable)} among them. Repair "
+                "or remove them, or raise `--max_unreadable_share`."
             )
         return batch.sample.to(self.accelerator.device, non_blocking=True)

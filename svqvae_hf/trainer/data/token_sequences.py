@@ -1,4 +1,4 @@
-"""Sequences of a token set, in batches."""
+"""Batches of the token sequences of a token set."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,26 +10,26 @@ import torch
 
 from svqvae_hf.data.token_sets import read_settings
 from svqvae_hf.pipelines.sequences import SequenceLayout
-from svqvae_hf.trainer.data.crops import row_order
+from svqvae_hf.trainer.data.readers import row_order
 
 
 class TokenSource:
-    """A token set whose rows are of one size: its rows, and the layout of their sequences.
+    """A token set whose rows are of one size, as token sequences.
 
     Args:
-        data (`str`): Folder of the set, or its name on the Hub.
-        label_column (`str`, *optional*): Column of the labels; images of no class without it.
+        data (`str`): Folder of the set, or its Hub id.
+        label_column (`str`, *optional*): Column of the labels; without it, images have no class.
 
     Raises:
         OSError: If there is no such set.
-        ValueError: If its rows have several sizes, or its labels are no classes.
+        ValueError: If its rows have several sizes, or its labels are not classes.
     """
 
     def __init__(self, data: str, label_column: str | None):
         self.settings = read_settings(data)
         self.rows = datasets.load_dataset(os.fspath(data), split="train").with_format("numpy")
         height, width = (self._only(name) for name in ("height", "width"))
-        order = np.argsort(self.settings.scales)  # of the columns, to go from coarse to fine
+        order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
         self.id_columns = [f"ids_{index}" for index in order]
         self.label_column = label_column
         self.layout = SequenceLayout(
@@ -42,7 +42,7 @@ class TokenSource:
         )
 
     def sequences(self, indices: np.ndarray) -> torch.Tensor:
-        """The sequences of some rows, `(rows, length)`, int64."""
+        """Sequences of some rows, `(rows, length)`, int64."""
         rows = self.rows[indices]
         ids = [
             torch.from_numpy(rows[column].astype(np.int64)).unflatten(1, grid)
@@ -78,44 +78,46 @@ class TokenSource:
 
 
 class SequenceLoader:
-    """Batches of one process. All processes read one order: each epoch the rows, shuffled anew, without a rest.
+    """Batches of one process. All processes follow one order: epochs of all rows, each in a new random order.
+
+    A batch may span two epochs, so no row is dropped.
 
     Args:
         source ([`TokenSource`]): The sequences.
-        batch_size (`int`): Sequences in a batch of one process.
-        num_batches (`int`): Batches after which it ends.
-        seed (`int`): Of the order.
-        process (`int`): Number of this process.
+        batch_size (`int`): Sequences per batch of one process.
+        num_batches (`int`): Batches in all, including those before the loaded state.
+        seed (`int`): Seed of the order.
+        process_index (`int`): Index of this process.
         num_processes (`int`): Number of processes.
     """
 
     def __init__(
-        self, source: TokenSource, batch_size: int, num_batches: int, seed: int, process: int, num_processes: int
+        self, source: TokenSource, batch_size: int, num_batches: int, seed: int, process_index: int, num_processes: int
     ):
         self.source = source
         self.batch_size = batch_size
         self.num_batches = num_batches
         self.seed = seed
-        self.process = process
+        self.process_index = process_index
         self.num_processes = num_processes
         self.batch = 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields the batches that are left, sequences `(batch_size, length)`, int64."""
+        """Yields the remaining batches: sequences `(batch_size, length)`, int64."""
         while self.batch < self.num_batches:
-            first = (self.batch * self.num_processes + self.process) * self.batch_size
+            first = (self.batch * self.num_processes + self.process_index) * self.batch_size
             self.batch += 1
             yield self.source.sequences(self._order(first, first + self.batch_size))
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches that were given, and that of rows."""
+        """Number of batches yielded, and number of rows."""
         return {"batch": self.batch, "num_rows": len(self.source.rows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the number of batches that were given.
+        """Sets the batch at which iteration continues.
 
         Raises:
-            ValueError: If the set had another number of rows.
+            ValueError: If the saved state is of a set with another number of rows.
         """
         num_rows = len(self.source.rows)
         if state["num_rows"] != num_rows:
@@ -125,7 +127,7 @@ class SequenceLoader:
         self.batch = state["batch"]
 
     def _order(self, start: int, stop: int) -> np.ndarray:
-        """Rows at some places of the order."""
+        """Rows at some positions of the order."""
         count = len(self.source.rows)
         epochs = range(start // count, -(-stop // count))
         order = np.concatenate([row_order(count, self.seed, epoch) for epoch in epochs])

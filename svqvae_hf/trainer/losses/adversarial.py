@@ -1,4 +1,4 @@
-"""The adversarial part of the objective: discriminator, hinge losses, their regulariser and their weight."""
+"""Adversarial loss: discriminator, hinge losses, LeCAM regularisation and the adaptive weight."""
 
 from collections.abc import Callable
 
@@ -8,25 +8,25 @@ from torch import nn
 
 from svqvae_hf.trainer.losses.moving_average import MovingAverage
 
-MIN_SIDE = 24  # pixels, of which the last layer makes one logit
+MIN_SIDE = 24  # pixels: the last layer turns them into one logit
 NUM_GROUPS = 32
 INIT_STD = 0.02
 LECAM_DECAY = 0.999
 MAX_ADAPTIVE_WEIGHT = 1e4
 GRADIENT_NORM_EPS = 1e-4  # as in taming-transformers; the paper has 1e-6
-GRADIENT_SCALE = 2.0**10  # keeps gradients of losses that are means over pixels above 0 in float16
+GRADIENT_SCALE = 2.0**10  # without it, gradients of means over pixels underflow in float16
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN of three strided layers: one logit for each patch of 70 pixels, high where it looks real.
+    """PatchGAN of three strided layers: one logit per patch of 70 pixels, high where the patch looks real.
 
-    Group normalisation in place of batch normalisation: beside its patch, a logit depends on statistics of its own
-    image, but neither on the rest of the batch nor on the number of processes.
+    It has group normalisation in place of batch normalisation. A logit depends on its patch and on statistics of its
+    own image, but neither on the rest of the batch nor on the number of processes.
 
     Source: pix2pix (arXiv 1611.07004, section 3.2.2), in the form of taming-transformers' `NLayerDiscriminator`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for in_channels, out_channels, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
@@ -39,10 +39,11 @@ class PatchDiscriminator(nn.Module):
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d | nn.GroupNorm):
                 nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.GroupNorm) else 0.0, INIT_STD)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """Judges images.
+        """Returns a logit per patch.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1], sides at least `MIN_SIDE`.
@@ -54,7 +55,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """Loss of the discriminator: logits above 1 for real images and below -1 for fake ones cost nothing.
+    """Hinge loss of the discriminator: 0 for logits above 1 of real images and below -1 of fake ones.
 
     Args:
         real_logits (`torch.Tensor`): Logits of real images, of any shape.
@@ -67,20 +68,20 @@ def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tenso
 
 
 def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """Loss of the model: minus the mean logit of its reconstructions, a scalar in float32."""
+    """Hinge loss of the model: minus the mean logit of its reconstructions, a scalar in float32."""
     return -fake_logits.float().mean()
 
 
 class LeCAM(nn.Module):
-    """Keeps the logits of real images near the past ones of fake images, and the reverse.
+    """Pulls the logits of real images to past logits of fake ones, and the reverse.
 
-    A regulariser of the discriminator for little data. It is a mean over logits, so the mean of its gradients over
-    processes is the gradient of their joined batch.
+    It regularises the discriminator where data are few. The loss is a mean over logits, so the mean of its gradients
+    over processes is the gradient of their joined batch.
 
     Source: arXiv 2104.03310, section 3.2, with the hinges of the authors' code (`lecam_reg`).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.means = MovingAverage((2,), LECAM_DECAY)  # of real logits, of fake logits
 
@@ -89,12 +90,12 @@ class LeCAM(nn.Module):
 
         Args:
             real_mean (`torch.Tensor`): Mean logit of real images over all processes, a scalar.
-            fake_mean (`torch.Tensor`): The same of reconstructions.
+            fake_mean (`torch.Tensor`): Mean logit of reconstructions over all processes, a scalar.
         """
         self.means.update(torch.stack([real_mean, fake_mean]))
 
     def loss(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        """Mean square of what real logits exceed the past fake ones by, and past real ones the fake logits.
+        """Mean squares of real logits above the past fake mean, and of fake logits below the past real mean.
 
         Args:
             real_logits (`torch.Tensor`): Logits of real images, of any shape.
@@ -112,26 +113,26 @@ class LeCAM(nn.Module):
 def adaptive_weight(
     reconstruction_loss: torch.Tensor,
     generator_loss: torch.Tensor,
-    last_weight: torch.Tensor,
+    last_layer_weight: torch.Tensor,
     reduce: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Weight that makes the generator loss pull the decoder's last layer as hard as the reconstruction loss does.
+    """Weight with which the generator loss pulls the decoder's last layer as hard as the reconstruction loss does.
 
     The graph is kept for the backward pass.
 
     Args:
-        reconstruction_loss (`torch.Tensor`): Scalar, a mean over the batch of this process.
-        generator_loss (`torch.Tensor`): Likewise.
-        last_weight (`torch.Tensor`): Weight of the decoder's last convolution.
-        reduce (`Callable`): Means a tensor over processes, so that the weight is that of their joined batch:
+        reconstruction_loss (`torch.Tensor`): Mean over the batch of this process, a scalar.
+        generator_loss (`torch.Tensor`): Mean over the batch of this process, a scalar.
+        last_layer_weight (`torch.Tensor`): Weight of the decoder's last convolution.
+        reduce (`Callable`): Averages a tensor over processes, so that the weight is right for their joined batch:
             `partial(accelerator.reduce, reduction="mean")`.
 
     Returns:
         `torch.Tensor`: Scalar in [0, 1e4] in float32, without gradient (VQGAN, arXiv 2012.09841, equation 7).
     """
     gradients = [
-        torch.autograd.grad(GRADIENT_SCALE * loss, last_weight, retain_graph=True)[0].float() / GRADIENT_SCALE
+        torch.autograd.grad(GRADIENT_SCALE * loss, last_layer_weight, retain_graph=True)[0].float() / GRADIENT_SCALE
         for loss in (reconstruction_loss, generator_loss)
     ]
-    of_reconstruction, of_generator = reduce(torch.stack(gradients)).flatten(1).norm(dim=1)
-    return (of_reconstruction / (of_generator + GRADIENT_NORM_EPS)).clamp(max=MAX_ADAPTIVE_WEIGHT)
+    reconstruction_norm, generator_norm = reduce(torch.stack(gradients)).flatten(1).norm(dim=1)
+    return (reconstruction_norm / (generator_norm + GRADIENT_NORM_EPS)).clamp(max=MAX_ADAPTIVE_WEIGHT)

@@ -1,17 +1,17 @@
-"""A moving average that starts without bias."""
+"""A moving average without start-up bias."""
 
 import torch
 from torch import nn
 
 
 class MovingAverage(nn.Module):
-    """Mean of batches in which each counts `decay` times as much as the one after it.
+    """Moving average of batches, in which each batch counts `decay` times as much as the next one.
 
-    The weights of all batches so far sum to 1, so the first batch is the first mean: no start value to outgrow (the
-    bias correction of Adam, arXiv 1412.6980, section 3). Before the first batch the mean is 0.
+    The weights of all batches so far sum to 1, so the average starts at the first batch (the bias correction of Adam,
+    arXiv 1412.6980, section 3). Before the first batch it is 0.
 
     Args:
-        shape (`tuple[int, ...]`): Shape of the mean.
+        shape (`tuple[int, ...]`): Shape of the average.
         decay (`float`): In [0, 1).
     """
 
@@ -29,10 +29,10 @@ class MovingAverage(nn.Module):
         """Adds a batch, unless one of its values is not finite.
 
         Args:
-            batch (`torch.Tensor`): Mean of the batch over all processes, in the shape of the mean.
+            batch (`torch.Tensor`): Mean of the batch over all processes, of the average's shape.
         """
         filled = self.decay * self.filled + (1 - self.decay)
         mean = torch.lerp(self.mean, batch.float(), (1 - self.decay) / filled)
         finite = batch.isfinite().all()
-        # New tensors, since a loss that is yet to be differentiated may hold the old ones.
+        # New tensors, because a loss whose backward pass is still to come may hold the old ones.
         self.mean, self.filled = torch.where(finite, mean, self.mean), torch.where(finite, filled, self.filled)

@@ -1,4 +1,4 @@
-"""What keeps latents spread over the whole sphere."""
+"""Loss that spreads latents over the whole sphere."""
 
 from collections.abc import Callable
 
@@ -12,17 +12,16 @@ from svqvae_hf.trainer.losses.moving_average import MovingAverage
 DECAY = 0.98
 
 
-class LatentSpread(nn.Module):
+class UniformityLoss(nn.Module):
     """Pulls the first two moments of normalised latents to those of the uniform distribution on the sphere.
 
-    With m the mean of the latents z and M the mean of z z^T, what falls is |m|^2 + |M - I/dim|^2, which is 0 for
-    uniform latents. |m|^2 is the mean cosine of two latents. A batch is too small to know m and M, so they are moving
-    averages, held constant, and the loss is the mean over latents whose gradient is then that of what falls:
-    `mean(2 z.m + 2 z^T (M - I/dim) z)`.
+    Let m be the mean of the latents z, and M the mean of z z^T. The loss minimises |m|^2 + |M - I/dim|^2, which is 0
+    for uniform latents; |m|^2 is the mean cosine of two latents. A batch is too small to estimate m and M, so they are
+    moving averages, treated as constants. The loss `mean(2 z.m + 2 z^T (M - I/dim) z)` then has the same gradient.
 
-    Why: with a squared error alone latents shrink into a narrow cone. In the first bundled model their mean pairwise
-    cosine was 0.64, two of the eight dimensions were unused, and unquantised latents decoded only 0.16 dB better than
-    quantised ones: the dimensions in use limited it, not the codebook.
+    Why: with a squared error alone, latents shrink into a narrow cone. In the first bundled model the mean cosine of
+    two latents was 0.64 and two of the eight dimensions were unused. Unquantised latents decoded only 0.16 dB better
+    than quantised ones: the unused dimensions limited the model, not the codebook.
 
     Args:
         dim (`int`): Dimension of the latents.
@@ -34,18 +33,18 @@ class LatentSpread(nn.Module):
         self.moments = MovingAverage((1 + dim, dim), DECAY)  # m, then the rows of M
 
     def forward(self, latents: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Adds latents to the moments and gives their loss. Always in float32, outside autocast.
+        """Adds latents to the moments and returns their loss, in float32 even under autocast.
 
-        Latents that are not finite, on any process, leave the moments as they were.
+        If a latent of any process is not finite, the moments stay as they were.
 
         Args:
-            latents (`torch.Tensor` of shape `(batch, dim, h, w)`): Latents before quantisation, as many on each
+            latents (`torch.Tensor` of shape `(batch, dim, h, w)`): Latents before quantisation, equally many on each
                 process.
-            reduce (`Callable`): Means a tensor over processes, so that all have the same moments:
+            reduce (`Callable`): Averages a tensor over processes, so that all have the same moments:
                 `partial(accelerator.reduce, reduction="mean")`.
 
         Returns:
-            `torch.Tensor`: Scalar loss of the latents of this process.
+            `torch.Tensor`: Loss of this process's latents, a scalar.
         """
         with torch.autocast(latents.device.type, enabled=False):
             flat = F.normalize(flatten_latents(latents.float()), dim=-1)  # (n, dim)

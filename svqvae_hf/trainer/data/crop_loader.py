@@ -1,0 +1,189 @@
+"""Loader of crops that depends on its seed alone, and resumes exactly."""
+
+import itertools
+import signal
+from collections import deque
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+
+from svqvae_hf.trainer.data.crops import Crop, CropPolicy, Cutter, Job
+from svqvae_hf.trainer.data.image_loading import ImageSet
+from svqvae_hf.trainer.data.readers import Item, RowReader, StreamReader
+
+MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
+SIDE, CROP = 0, 1  # first words of the seeds of sides and crops; readers.py uses 2 and 3
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops of one side.
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, 3, side, side)`): Crops in the loader's `pixel_range`, float32.
+        labels (`list`): Label of each crop's image; None if the set was loaded without labels.
+        unreadable (`list[str]`): Names of unreadable images, which the next readable ones replaced.
+        num_read (`int`): Images tried, including the unreadable ones.
+    """
+
+    sample: torch.Tensor
+    labels: list[Any]
+    unreadable: list[str]
+    num_read: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A job that workers are cutting, with the images after it and the reader's state after it."""
+
+    job: Job
+    lookahead: Iterator[Item]
+    reader_state: dict[str, Any]
+
+
+class CropLoader:
+    """Batches of crops, cut in advance by worker processes.
+
+    A batch depends only on the image set, the policy, the seed, the process and the batch's number: not on workers or
+    global random states. In the same batch, all processes have crops of one side. In an epoch, each image is seen
+    once, by one process, in a new random order. An unreadable image is replaced by the next readable one of the
+    process, which is then seen twice.
+
+    A stream is split between processes by shards if their number is a multiple of the number of processes; otherwise
+    each process skips the images of the others. It is read in the main process and shuffled `shuffle_buffer` images at
+    a time.
+
+    Iteration continues after the last batch yielded, also after `load_state_dict`.
+
+    Args:
+        images (`datasets.Dataset` or `datasets.IterableDataset`): From [`load_images`].
+        policy ([`CropPolicy`]): How crops are cut.
+        pixel_range (`tuple[float, float]`): Values of black and white.
+        seed (`int`): Seed of the order, the sides, the positions, the factors and the flips.
+        num_workers (`int`): Processes that cut crops; 0: this process.
+        process_index (`int`): Index of this process of the training.
+        num_processes (`int`): Processes that share the set.
+        num_batches (`int`): Batches in all, including those before the loaded state.
+        shuffle_buffer (`int`, defaults to 1000): Images of a stream that are shuffled at a time.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        policy: CropPolicy,
+        pixel_range: tuple[float, float],
+        *,
+        seed: int,
+        num_workers: int,
+        process_index: int,
+        num_processes: int,
+        num_batches: int,
+        shuffle_buffer: int = 1000,
+    ):
+        self.images = images
+        self.policy = policy
+        self.seed = seed
+        self.num_workers = num_workers
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.num_batches = num_batches
+        self.shuffle_buffer = shuffle_buffer
+        streaming = isinstance(images, datasets.IterableDataset)
+        self.cutter = Cutter(None if streaming else images, policy, pixel_range)
+        self.order = {
+            "seed": seed,
+            "streaming": streaming,
+            "shuffle_buffer": shuffle_buffer if streaming else None,
+            "num_shards": images.num_shards if streaming else None,
+            "num_rows": None if streaming else len(images),
+        }
+        self.batch = 0
+        self.reader_state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch yielded, small: numbers, strings and dictionaries."""
+        return deepcopy({"order": self.order, "batch": self.batch, "reader": self.reader_state})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the position at which iteration continues.
+
+        Raises:
+            ValueError: If the state is of a loader with another order, or of a set with another number of rows, or of
+                shards in a stream.
+        """
+        for name, value in self.order.items():
+            if state["order"][name] != value:
+                raise ValueError(
+                    f"`{name}` must be {state['order'][name]} as when the state was saved, but is {value}."
+                )
+        self.batch, self.reader_state = state["batch"], deepcopy(state["reader"])
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        """Yields the remaining batches.
+
+        Raises:
+            ValueError: If 1000 images in a row are unreadable, or a process gets no images.
+        """
+        queue: deque[Pending] = deque()
+        loader = DataLoader(
+            self.cutter,
+            batch_size=None,
+            sampler=self._jobs(queue),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # not the global one
+            worker_init_fn=_leave_signals_to_the_trainer,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for sample, labels, failed in loader:
+            pending = queue.popleft()
+            unreadable = [name for _, name in failed]
+            for slot, _ in failed:
+                sample[slot], labels[slot] = self._replacement(pending, slot, unreadable)
+            self.batch, self.reader_state = self.batch + 1, pending.reader_state
+            # Each slot in `failed`, and each later failure, took one more try.
+            yield CropBatch(sample, labels, unreadable, num_read=len(pending.job.items) + len(unreadable))
+
+    def _jobs(self, queue: deque[Pending]) -> Iterator[Job]:
+        """Yields the jobs for the workers, and queues what the main process needs when a batch comes back."""
+        reader = self._reader()
+        for batch in range(self.batch, self.num_batches):
+            side = int(np.random.default_rng((SIDE, self.seed, batch)).choice(self.policy.sides))
+            count = self.policy.batch_size * (max(self.policy.sides) // side) ** 2
+            items: list[Item] = [reader.next() for _ in range(count)]
+            numbers = range(self.process_index, count * self.num_processes, self.num_processes)
+            job = Job(side, items, [(CROP, self.seed, batch, number) for number in numbers])
+            queue.append(Pending(job, reader.lookahead(), reader.state()))
+            yield job
+
+    def _reader(self) -> RowReader | StreamReader:
+        if not self.order["streaming"]:
+            return RowReader(len(self.images), self.seed, self.process_index, self.num_processes, self.reader_state)
+        images = self.images
+        if self.num_processes > 1:
+            images = split_dataset_by_node(images, self.process_index, self.num_processes)
+        # A copy, because a stream keeps the position at which it is read, and loaders may share a stream.
+        return StreamReader(deepcopy(images), self.seed, self.shuffle_buffer, self.reader_state)
+
+    def _replacement(self, pending: Pending, slot: int, unreadable: list[str]) -> Crop:
+        for item in itertools.islice(pending.lookahead, MAX_IN_A_ROW):
+            crop = self.cutter.cut(item, pending.job.side, pending.job.seeds[slot])
+            if isinstance(crop, Crop):
+                return crop
+            unreadable.append(crop)
+        raise ValueError(
+            f"The image set must hold readable images, but {MAX_IN_A_ROW} in a row are unreadable, the last one "
+            f"`{unreadable[-1]}`."
+        )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignores signals, which the whole process group may get, because the trainer needs batches until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,101 @@
+"""Optimizer, learning rate schedule, and one update of the weights."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from svqvae_hf.trainer.options import RunOptions
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def parameter_groups(network: nn.Module, weight_decay: float, decayed_ndim: int) -> list[dict[str, Any]]:
+    """Trained parameters in two groups: with weight decay, and without.
+
+    Args:
+        network (`nn.Module`): Network to train.
+        weight_decay (`float`): Weight decay of the first group.
+        decayed_ndim (`int`): Parameters of at least so many dimensions decay.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [
+        {"params": [each for each in trained if each.ndim >= decayed_ndim], "weight_decay": weight_decay},
+        {"params": [each for each in trained if each.ndim < decayed_ndim], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(
+    network: nn.Module, options: RunOptions, learning_rate: float, num_steps: int, decayed_ndim: int = 2
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Makes AdamW and its learning rate schedule.
+
+    Args:
+        network (`nn.Module`): Network to train.
+        options ([`RunOptions`]): Options of AdamW and of the schedule.
+        learning_rate (`float`): Peak learning rate.
+        num_steps (`int`): Length of the schedule in steps, whatever the number of processes.
+        decayed_ndim (`int`, defaults to 2): Weights of at least so many dimensions decay.
+    """
+    groups = parameter_groups(network, options.adam_weight_decay, decayed_ndim)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(options.adam_beta1, options.adam_beta2))
+    lr_scheduler = get_scheduler(
+        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=num_steps
+    )
+    return optimizer, lr_scheduler
+
+
+def clip_and_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: LambdaLR,
+    max_grad_norm: float,
+) -> torch.Tensor:
+    """Clips the gradients, updates the weights unless a gradient is not finite, and sets the gradients to zero.
+
+    Args:
+        accelerator (`Accelerator`): Its loss scale, if any, is removed from the gradients first.
+        model (`nn.Module`): Model, as `accelerator.prepare` returned it.
+        optimizer (`torch.optim.Optimizer`): Optimizer, as `accelerator.prepare` returned it.
+        lr_scheduler (`LambdaLR`): Learning rate schedule; it advances even if the update is skipped.
+        max_grad_norm (`float`): Norm to which the gradients are clipped.
+
+    Returns:
+        `torch.Tensor`: Norm of the gradients before clipping, a scalar.
+    """
+    if accelerator.distributed_type in SHARDED:
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    else:
+        # Not accelerate's function, because it would unscale the gradients of all optimizers in fp16.
+        accelerator.unscale_gradients(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = torch.as_tensor(norm)
+    if norm.isfinite() or accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
+        optimizer.step()
+    lr_scheduler.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def loss_scale(accelerator: Accelerator) -> float:
+    """Factor by which the loss, and so each gradient, is multiplied in fp16; 1 in other precisions."""
+    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+
+
+def rescale_gradients(model: nn.Module, factor: float) -> None:
+    """Multiplies gradients by a factor, such as the one by which another model's update changed the loss scale."""
+    if factor != 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= factor
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Norm of the gradients of some parameters, a scalar."""
+    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
