@@ -4,19 +4,23 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from svqvae_hf.trainer.options import RunOptions
+
 
 @contextlib.contextmanager
 def cpu() -> Iterator[None]:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    yield
-    del os.environ["ACCELERATE_USE_CPU"]
+    try:
+        yield
+    finally:
+        del os.environ["ACCELERATE_USE_CPU"]
 
 
 def forget_accelerate() -> None:
@@ -24,29 +28,27 @@ def forget_accelerate() -> None:
         state._reset_state()
 
 
-def run(session_class, options_class, **options):
-    """Runs a session to its end, and gives it."""
+def run(main: Callable[[RunOptions], None], options_class: type[RunOptions], **options) -> None:
+    """Runs the main function of a script to its end."""
     with cpu():
-        session = session_class(options_class(**options))
-        session.run()
+        main(options_class(**options))
     forget_accelerate()
-    return session
 
 
 def logged(caplog: pytest.LogCaptureFixture, name: str) -> dict[int, float]:
-    """Values of a number by step."""
+    """Logged values of a number by step."""
     found = re.findall(rf"step (\d+): .*?{re.escape(name)} (\S+?)(?:,|$)", caplog.text, re.MULTILINE)
     return {int(step): float(value) for step, value in found}
 
 
-def assert_says_nothing_of(folder: Path, repository: Path) -> None:
-    """That no text of a repository names a place on this machine."""
+def assert_no_private_path(folder: Path, repository: Path) -> None:
+    """Asserts that no text of a repository holds the path of a folder of this machine."""
     texts = [path for path in repository.rglob("*.*") if path.suffix in (".md", ".yaml", ".json", ".txt")]
     assert not [path.name for path in texts if str(folder) in path.read_text()]
 
 
 def train_at_once_and_resumed(train, weights, options):
-    """Trains with everything that has a state, at once and in two parts, and gives the weights of both."""
+    """Trains with everything that has a state, at once and in two parts, and returns the weights of both."""
     options = options | {"max_train_steps": 4, "checkpointing_steps": 2}
     options |= {"use_ema": True, "gradient_accumulation_steps": 2}
     train(**options)

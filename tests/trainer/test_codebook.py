@@ -5,7 +5,7 @@ from conftest import make_tiny
 from diffusers.training_utils import EMAModel
 
 from svqvae_hf.models.quantizer import VectorQuantizer
-from svqvae_hf.trainer.codebook import CodeRevival, copy_codes_to_ema, initialise_codebook, reset_code_state
+from svqvae_hf.trainer.codebook import DeadCodeReset, copy_codes_to_ema, initialise_codebook, reset_code_state
 
 SIZE, DIM = 64, 8
 
@@ -15,15 +15,15 @@ def make_quantizer(l2_norm=True):
     return VectorQuantizer(SIZE, DIM, 0.25, 0.0, l2_norm)
 
 
-def revive(dead, latents, l2_norm=True, seed=0, step=0):
-    """Codes before and after a revival, and what it returns."""
-    quantizer, revival = make_quantizer(l2_norm), CodeRevival(SIZE)
+def reset(dead, latents, l2_norm=True, seed=0, step=0):
+    """Codes before and after a reset, and the ids of the replaced ones."""
+    quantizer, dead_codes = make_quantizer(l2_norm), DeadCodeReset(SIZE)
     before = quantizer.embedding.weight.detach().clone()
     counts = torch.ones(SIZE, dtype=torch.int64)
     counts[dead] = 0
-    revival.observe(counts)
-    replaced = revival.revive(quantizer, latents, seed, step)
-    assert revival.counts.eq(0).all()
+    dead_codes.observe(counts)
+    replaced = dead_codes.reset(quantizer, latents, seed, step)
+    assert dead_codes.counts.eq(0).all()
     return before, quantizer.embedding.weight.detach(), replaced
 
 
@@ -72,7 +72,7 @@ def test_codes_of_kmeans_are_the_means_of_their_latents():
         torch.testing.assert_close(quantizer.embedding.weight[code].detach(), latents[ids == code].mean(0))
 
 
-def test_code_without_latents_starts_again_at_a_latent():
+def test_code_without_latents_restarts_at_a_latent():
     points = torch.tensor([[1.0] * DIM, [2.0] * DIM])
     quantizer = make_quantizer(l2_norm=False)
     initialise_codebook(quantizer, points.repeat(SIZE, 1), seed=0)
@@ -84,13 +84,13 @@ def test_kmeans_needs_as_many_latents_as_codes():
         initialise_codebook(make_quantizer(), torch.randn(63, DIM), seed=0)
 
 
-# Revival
+# Dead codes
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
-def test_dead_codes_and_only_they_become_latents(l2_norm):
+def test_only_dead_codes_become_latents(l2_norm):
     dead, latents = [3, 20, 63], 5 * torch.randn(100, DIM)
-    before, after, replaced = revive(dead, latents, l2_norm)
+    before, after, replaced = reset(dead, latents, l2_norm)
     assert replaced.tolist() == dead
     assert (after != before).any(1).nonzero().flatten().tolist() == dead
     candidates = F.normalize(latents, dim=-1) if l2_norm else latents
@@ -100,23 +100,23 @@ def test_dead_codes_and_only_they_become_latents(l2_norm):
         torch.testing.assert_close(after[dead].norm(dim=-1), torch.ones(len(dead)))
 
 
-def test_code_is_dead_if_not_found_since_the_last_revival():
-    quantizer, revival = make_quantizer(), CodeRevival(SIZE)
+def test_code_is_dead_if_unused_since_the_last_reset():
+    quantizer, dead_codes = make_quantizer(), DeadCodeReset(SIZE)
     latents = torch.randn(100, DIM)
     found = torch.zeros(SIZE, dtype=torch.int64)
     found[:60] = 1
-    revival.observe(found)
-    revival.observe(found.flip(0))
-    assert revival.revive(quantizer, latents, seed=0, step=0).tolist() == []
-    revival.observe(found)
-    assert revival.revive(quantizer, latents, seed=0, step=1).tolist() == [60, 61, 62, 63]
+    dead_codes.observe(found)
+    dead_codes.observe(found.flip(0))
+    assert dead_codes.reset(quantizer, latents, seed=0, step=0).tolist() == []
+    dead_codes.observe(found)
+    assert dead_codes.reset(quantizer, latents, seed=0, step=1).tolist() == [60, 61, 62, 63]
 
 
-def test_no_latent_is_used_twice_and_too_few_revive_a_random_part():
+def test_no_latent_is_used_twice_and_too_few_replace_a_random_subset():
     latents = torch.randn(10, DIM)
     parts = set()
     for step in range(20):
-        before, after, replaced = revive(range(8, SIZE), latents, step=step)
+        before, after, replaced = reset(range(8, SIZE), latents, step=step)
         assert len(replaced) == 10
         assert replaced.min() >= 8
         assert (after != before).any(1).nonzero().flatten().tolist() == replaced.tolist()
@@ -127,41 +127,41 @@ def test_no_latent_is_used_twice_and_too_few_revive_a_random_part():
     assert len(parts) > 50
 
 
-def test_latents_that_are_not_finite_revive_nothing():
+def test_latents_that_are_not_finite_replace_no_code():
     latents = torch.full((10, DIM), torch.nan)
     latents[1:4] = torch.randn(3, DIM)
     latents[3, 5] = torch.inf
-    before, after, replaced = revive(range(30), latents)
+    before, after, replaced = reset(range(30), latents)
     assert len(replaced) == 2
     assert after.isfinite().all()
-    before, after, replaced = revive(range(30), latents[4:])
+    before, after, replaced = reset(range(30), latents[4:])
     assert len(replaced) == 0
     assert torch.equal(after, before)
 
 
-def test_revival_is_the_same_on_every_process_and_differs_by_step_and_seed():
+def test_reset_is_equal_on_every_process_and_differs_by_step_and_seed():
     latents = torch.randn(100, DIM)
-    _, after, replaced = revive([1, 2, 3], latents, seed=5, step=7)
+    _, after, replaced = reset([1, 2, 3], latents, seed=5, step=7)
     torch.manual_seed(123)
-    _, again, same = revive([1, 2, 3], latents, seed=5, step=7)
+    _, again, same = reset([1, 2, 3], latents, seed=5, step=7)
     assert torch.equal(after, again)
     assert torch.equal(replaced, same)
     for seed, step in ((5, 8), (6, 7), (7, 5)):
-        assert not torch.equal(revive([1, 2, 3], latents, seed=seed, step=step)[1], after)
+        assert not torch.equal(reset([1, 2, 3], latents, seed=seed, step=step)[1], after)
 
 
-def test_counts_go_on_from_their_state():
-    revival, resumed = CodeRevival(3), CodeRevival(3)
-    revival.observe(torch.tensor([0, 2**40, 1]))
-    resumed.load_state_dict(revival.state_dict())
+def test_counts_continue_from_their_state():
+    dead_codes, resumed = DeadCodeReset(3), DeadCodeReset(3)
+    dead_codes.observe(torch.tensor([0, 2**40, 1]))
+    resumed.load_state_dict(dead_codes.state_dict())
     resumed.observe(torch.tensor([0, 1, 0]))
     assert resumed.counts.tolist() == [0, 2**40 + 1, 1]
 
 
-# What remembers replaced codes
+# State of replaced codes
 
 
-def test_optimizer_forgets_replaced_codes_and_nothing_else():
+def test_optimizer_forgets_only_replaced_codes():
     model = make_tiny().train()
     weight = model.quantize.embedding.weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -179,7 +179,7 @@ def test_optimizer_forgets_replaced_codes_and_nothing_else():
             assert cleared.nonzero().flatten().tolist() == (replaced.tolist() if parameter is weight else [])
 
 
-def test_replaced_codes_are_their_own_average():
+def test_average_of_replaced_codes_restarts_at_them():
     model = make_tiny()
     weight = model.quantize.embedding.weight
     ema = EMAModel(model.parameters(), decay=0.9)

@@ -14,7 +14,9 @@ from datasets import Dataset
 from PIL import Image
 
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image
-from svqvae_hf.trainer.data.crops import CropLoader, CropPolicy, centre_crops, load_images
+from svqvae_hf.trainer.data.crop_loader import CropLoader
+from svqvae_hf.trainer.data.crops import CropPolicy, centre_crops
+from svqvae_hf.trainer.data.image_loading import load_images
 
 SHARDS, SHARD_SIZE = 4, 6
 NUM_IMAGES = SHARDS * SHARD_SIZE
@@ -371,7 +373,7 @@ def test_label_columns_that_are_not_there_are_refused(tmp_path):
     numbered(0).save(tmp_path / "0.png")
     with pytest.raises(ValueError, match="`--label_column` must be one of .*'label'.*, but is 'caption'"):
         load_images(None, None, [], str(tmp_path), "image", "train", False, "caption")
-    with pytest.raises(ValueError, match="must be another than `--image_column`, but both are 'image'"):
+    with pytest.raises(ValueError, match="must differ from `--image_column`, but both are 'image'"):
         load_images(None, None, [], str(tmp_path), "image", "train", False, "image")
 
 
@@ -406,7 +408,7 @@ def test_streams_replace_and_name_unreadable_images(sets, kind):
     assert set(range(NUM_IMAGES)) - set(seen) == set(BROKEN)
 
 
-@pytest.mark.parametrize(("streaming", "place"), [(True, "image {} of pass 0"), (False, "row {}")])
+@pytest.mark.parametrize(("streaming", "place"), [(True, "image {} of epoch 0"), (False, "row {}")])
 def test_unreadable_images_without_a_file_are_named_by_their_place(tmp_path, monkeypatch, streaming, place):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     Dataset.from_dict({"png": [encode(numbered(0)), b"no image", None]}).to_parquet(tmp_path / "a.parquet")
@@ -420,9 +422,11 @@ def test_unreadable_images_without_a_file_are_named_by_their_place(tmp_path, mon
 def test_a_set_without_a_readable_image_is_given_up(tmp_path, kind):
     write_set(tmp_path / "set", kind, [b"no image", b""])
     images = open_set(tmp_path / "set", kind)
-    with pytest.raises(ValueError, match=r"must hold images that can be read, but 1000 in a row cannot .*00[01].png`"):
+    with pytest.raises(
+        ValueError, match=r"must hold readable images, but 1000 in a row are unreadable, .*00[01].png`"
+    ):
         next(iter(crop_loader(images)))
-    with pytest.raises(ValueError, match="validation images must hold one at least"):
+    with pytest.raises(ValueError, match="validation images must hold at least one readable image, but hold none"):
         centre_crops(images, 1, 16, (0, 1))
 
 
@@ -487,7 +491,7 @@ def test_sets_are_copied_to_disk_unless_streamed(sets, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_data_dir": "{root}/nowhere"}, "nowhere' must be a folder of images, but is none"),
+        ({"train_data_dir": "{root}/nowhere"}, "nowhere' must be a folder of images, but is not a folder"),
         ({"train_data_dir": "{root}/empty"}, r"empty' must hold images \(.bmp, .gif, .*\), but has none"),
         (
             {"train_data_dir": "{root}/images", "image_column": "photo"},
@@ -544,5 +548,5 @@ def test_missing_splits_are_told(sets, tmp_path, monkeypatch, streaming):
 def test_more_processes_than_images_of_a_stream_are_refused(tmp_path):
     write_set(tmp_path / "set", "parquet", [encode(numbered(0))])
     images = open_set(tmp_path / "set", "parquet")
-    with pytest.raises(ValueError, match="Each process must get images of the stream, but one gets none"):
+    with pytest.raises(ValueError, match="Each process must get images of the stream, but one got none"):
         next(iter(crop_loader(images, process_index=1, num_processes=2)))

@@ -15,7 +15,7 @@ def test_mean_weighs_each_batch_by_its_age():
         torch.testing.assert_close(average.mean, expected.float())
 
 
-def test_batch_with_a_value_that_is_not_finite_is_left_out():
+def test_batch_with_a_value_that_is_not_finite_is_skipped():
     average, expected = MovingAverage((2,), 0.5), MovingAverage((2,), 0.5)
     for batch in ([1.0, 2.0], [torch.nan, 5.0], [3.0, -torch.inf], [4.0, 0.0]):
         average.update(torch.tensor(batch))
@@ -24,7 +24,7 @@ def test_batch_with_a_value_that_is_not_finite_is_left_out():
     assert average.mean.tolist() == expected.mean.tolist()
 
 
-def test_loss_keeps_the_mean_it_was_made_with():
+def test_loss_keeps_the_mean_it_was_computed_with():
     average = MovingAverage((1,), 0.5)
     average.update(torch.tensor([2.0]))
     value = torch.ones(1, requires_grad=True)
@@ -34,7 +34,7 @@ def test_loss_keeps_the_mean_it_was_made_with():
     assert value.grad.item() == 2
 
 
-def test_average_goes_on_from_its_state():
+def test_average_continues_from_its_state():
     torch.manual_seed(0)
     whole = MovingAverage((3,), 0.9)
     for batch in torch.randn(4, 3):

@@ -5,51 +5,47 @@ from conftest import make_tiny
 
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
-from svqvae_hf.trainer.losses.objective import MultiScaleForward, Objective, compare, step_scales
-from svqvae_hf.trainer.train_options import TrainConfig
+from svqvae_hf.trainer.losses.objective import Objective, make_pairs
+from svqvae_hf.trainer.losses.weights import LossWeight, LossWeights
+from svqvae_hf.trainer.model import MultiScaleForward
 
-PARTS = ("l2", "l1", "lpips", "adversarial", "vq", "commitment", "entropy", "spread")
-
-
-def make_config(**options):
-    return TrainConfig(output_dir="out", model_config_name_or_path="x", train_data_dir="y", **options)
+LOSSES = LossWeights._fields
 
 
-def make_objective(model, **options):
+def make_objective(model, lecam_weight=0.0, **weights):
     torch.manual_seed(1)
-    config = make_config(**{"lpips_net": "squeeze"} | options)
-    lpips = LPIPS("squeeze") if config.lpips_weight else None
-    discriminator = PatchDiscriminator() if config.adversarial_weight else None
-    return Objective(config, model, lpips, discriminator, lambda value: value)
+    weights = LossWeights(**weights)
+    lpips = LPIPS("squeeze") if weights.lpips.weight else None
+    discriminator = PatchDiscriminator() if weights.adversarial.weight else None
+    return Objective(weights, model, lpips, discriminator, lecam_weight=lecam_weight)
 
 
-def gradient(step, part, weight):
-    """Gradient of a step with one part beside a pixel loss, which starts at step 10."""
-    base = "l1" if part == "l2" else "l2"
-    weights = dict.fromkeys((f"{name}_weight" for name in PARTS), 0.0) | {f"{base}_weight": 1.0}
+def gradient(step, name, weight):
+    """Gradient of a step with one loss, which starts at step 10, beside a pixel loss."""
+    weights = dict.fromkeys(LOSSES, LossWeight(0.0)) | {"l1" if name == "l2" else "l2": LossWeight(1.0)}
     model = make_tiny(entropy_loss_ratio=1.0).train()
     torch.manual_seed(2)
     sample = torch.rand(2, 3, 64, 64)
-    objective = make_objective(model, **(weights | {f"{part}_weight": weight, f"{part}_start": 10}))
+    objective = make_objective(model, **(weights | {name: LossWeight(weight, 10)}))
     output = MultiScaleForward(model)(sample, [0.5, 1.0], quantize=True)
-    loss, parts = objective(objective.pairs(sample, output), output, step)
+    loss, numbers = objective(objective.pairs(sample, output), output, step)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return gradients, parts
+    return gradients, numbers
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_each_part_changes_the_gradient_and_is_off_before_its_start(part):
-    without, _ = gradient(10, part, weight=0.0)
-    before, parts = gradient(9, part, weight=0.5)
-    assert part not in parts
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_changes_the_gradient_and_is_off_before_its_first_step(name):
+    without, _ = gradient(10, name, weight=0.0)
+    before, numbers = gradient(9, name, weight=0.5)
+    assert name not in numbers
     assert before.keys() == without.keys()
-    assert all(torch.equal(before[name], without[name]) for name in without)
-    after, parts = gradient(10, part, weight=0.5)
-    assert parts[part].isfinite()
-    changed = {name for name in after if name not in without or not torch.equal(after[name], without[name])}
+    assert all(torch.equal(before[key], without[key]) for key in without)
+    after, numbers = gradient(10, name, weight=0.5)
+    assert numbers[name].isfinite()
+    changed = {key for key in after if key not in without or not torch.equal(after[key], without[key])}
     reached = {"vq": "quantize", "commitment": "encoder", "spread": "encoder", "entropy": "quantize"}
-    assert any(name.startswith(reached.get(part, "decoder")) for name in changed)
+    assert any(key.startswith(reached.get(name, "decoder")) for key in changed)
     assert all(each.isfinite().all() for each in after.values())
 
 
@@ -57,7 +53,7 @@ def test_each_part_changes_the_gradient_and_is_off_before_its_start(part):
 def test_loss_is_the_mean_over_the_pixels_of_all_scales(quantize):
     model = make_tiny(pixel_range=(-1, 1)).train()
     sample = torch.rand(2, 3, 32, 32) * 2 - 1
-    objective = make_objective(model, vq_weight=0.5, commitment_weight=0.5)
+    objective = make_objective(model, vq=LossWeight(0.5), commitment=LossWeight(0.5))
     output = MultiScaleForward(model)(sample, [0.25, 1.0], quantize)
     loss, _ = objective(objective.pairs(sample, output), output, step=0)
     expected = []
@@ -78,40 +74,40 @@ def test_loss_is_the_mean_over_the_pixels_of_all_scales(quantize):
 def test_targets_are_the_resized_image_or_the_image():
     sample = torch.rand(1, 3, 32, 32) * 2 - 1
     outputs = [F.interpolate(sample, size, mode="area") for size in (8, 16, 32)]
-    pairs = compare(sample, outputs, (-1, 1), "resized")
+    pairs = make_pairs(sample, outputs, (-1, 1), "resized")
     assert [pair.output.shape[-1] for pair in pairs] == [8, 16, 32]
     for pair in pairs:
         torch.testing.assert_close(pair.output, pair.target)
-    assert [pair.share for pair in pairs] == pytest.approx([64 / 1344, 256 / 1344, 1024 / 1344])
-    for pair in compare(sample, outputs, (-1, 1), "upsampled"):
+    assert [pair.weight for pair in pairs] == pytest.approx([64 / 1344, 256 / 1344, 1024 / 1344])
+    for pair in make_pairs(sample, outputs, (-1, 1), "upsampled"):
         torch.testing.assert_close(pair.target, (sample + 1) / 2)
         assert pair.output.shape == sample.shape
-        assert pair.share == pytest.approx(1 / 3)
+        assert pair.weight == pytest.approx(1 / 3)
 
 
-def test_small_outputs_are_left_out_of_lpips_and_discriminator():
+def test_lpips_and_discriminator_skip_small_outputs():
     model = make_tiny().train()
     sample = torch.rand(2, 3, 32, 32)
-    objective = make_objective(model, lpips_weight=1.0, adversarial_weight=1.0, adversarial_start=0)
+    objective = make_objective(model, lpips=LossWeight(1.0), adversarial=LossWeight(1.0))
     output = MultiScaleForward(model)(sample, [0.5, 1.0], quantize=True)
     pairs = objective.pairs(sample, output)
     assert [min(pair.output.shape[-2:]) for pair in pairs] == [16, 32]
     _, both = objective(pairs, output, step=0)
-    large = pairs[-1]._replace(share=1.0)
+    large = pairs[-1]._replace(weight=1.0)
     _, alone = objective([large], output, step=0)
     for part in ("lpips", "adversarial"):
-        torch.testing.assert_close(both[part], pairs[-1].share * alone[part])
+        torch.testing.assert_close(both[part], pairs[-1].weight * alone[part])
     loss, numbers = objective.discriminator_loss(pairs, objective.discriminator)
     loss_alone, _ = objective.discriminator_loss([large], objective.discriminator)
-    torch.testing.assert_close(loss, pairs[-1].share * loss_alone)
+    torch.testing.assert_close(loss, pairs[-1].weight * loss_alone)
     real = objective.discriminator(2 * large.target - 1)
     torch.testing.assert_close(numbers["real_logits"], real.mean().detach())
 
 
-def test_discriminator_loss_trains_the_discriminator_alone():
+def test_discriminator_loss_trains_only_the_discriminator():
     model = make_tiny().train()
     sample = torch.rand(1, 3, 32, 32)
-    objective = make_objective(model, adversarial_weight=1.0, adversarial_start=0, lecam_weight=1.0)
+    objective = make_objective(model, adversarial=LossWeight(1.0), lecam_weight=1.0)
     output = MultiScaleForward(model)(sample, [1.0], quantize=True)
     loss, numbers = objective.discriminator_loss(objective.pairs(sample, output), objective.discriminator)
     loss.backward()
@@ -123,23 +119,9 @@ def test_discriminator_loss_trains_the_discriminator_alone():
     )
 
 
-def test_random_scales_hold_the_full_one_last_and_differ():
-    config = make_config(num_scales=4)
-    seen = [step_scales(config, 8, step) for step in range(50)]
-    for scales in seen:
-        assert scales[-1] == 1
-        assert scales == sorted(set(scales))
-        assert all(scale * 8 == round(scale * 8) for scale in scales)
-    assert {round(scale * 8) for scales in seen for scale in scales} == set(range(1, 9))
-    assert step_scales(config, 8, step=7) == seen[7]
-    assert step_scales(make_config(num_scales=9), 2, step=0) == [0.5, 1.0]
-    assert step_scales(make_config(scales=[1.0, 0.25]), 8, step=3) == [0.25, 1.0]
-
-
-def test_random_scales_stay_within_the_token_budget():
-    free = [step_scales(make_config(num_scales=4), 16, step) for step in range(50)]
-    kept = [step_scales(make_config(num_scales=4, token_budget=1.5), 16, step) for step in range(50)]
-    assert any(sum(scale**2 for scale in scales) > 1.5 for scales in free)
-    assert all(sum(scale**2 for scale in scales) <= 1.5 for scales in kept)
-    assert all(set(some) <= set(more) and some[-1] == 1 for some, more in zip(kept, free, strict=True))
-    assert any(len(scales) > 2 for scales in kept)
+def test_adversarial_weight_without_a_discriminator_is_an_error():
+    model, sample = make_tiny().train(), torch.rand(1, 3, 32, 32)
+    objective = Objective(LossWeights(adversarial=LossWeight(1.0)), model)
+    output = MultiScaleForward(model)(sample, [1.0], quantize=True)
+    with pytest.raises(ValueError, match="needs a `discriminator`, but the objective has none"):
+        objective(objective.pairs(sample, output), output, step=0)

@@ -6,18 +6,18 @@ import pytest
 import yaml
 from accelerate.commands.config import load_config_from_file
 from conftest import ROOT
-from train_autoregressive import AutoregressiveConfig
-from train_latent_diffusion import DiffusionConfig
-from train_masked import MaskedConfig
+from train_autoregressive import AutoregressiveOptions
+from train_latent_diffusion import DiffusionOptions
+from train_masked import MaskedOptions
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.trainer.options import read_options
-from svqvae_hf.trainer.train_options import TrainConfig
+from svqvae_hf.trainer.train_options import TrainOptions
 
 NEEDED = {"output_dir": "out", "model_config_name_or_path": "model.json", "train_data_dir": "photos"}
 
 
-def test_flags_and_file_give_the_same_and_flags_replace_the_file(tmp_path):
+def test_flags_and_file_are_equal_and_flags_override_the_file(tmp_path):
     options = {
         "crop_sizes": [64, 128],
         "learning_rate": 1e-3,
@@ -28,16 +28,15 @@ def test_flags_and_file_give_the_same_and_flags_replace_the_file(tmp_path):
     file.write_text(yaml.safe_dump(NEEDED | options | {"checkpoints_total_limit": None}))
     flags = [f"--{name}={value}" for name, value in NEEDED.items()]
     flags += ["--crop_sizes", "64", "128", "--learning_rate=1e-3", "--use_ema", "--no_random_flip"]
-    assert (
-        read_options(TrainConfig, [str(file)]) == read_options(TrainConfig, flags) == TrainConfig(**NEEDED, **options)
-    )
-    assert read_options(TrainConfig, [str(file), "--learning_rate", "1e-4"]).learning_rate == 1e-4
+    expected = TrainOptions(**NEEDED, **options)
+    assert read_options(TrainOptions, [str(file)]) == read_options(TrainOptions, flags) == expected
+    assert read_options(TrainOptions, [str(file), "--learning_rate", "1e-4"]).learning_rate == 1e-4
 
 
-def test_options_that_a_run_has_written_are_read(tmp_path):
+def test_options_written_by_a_run_are_read_back(tmp_path):
     file = tmp_path / "train_config.yaml"
-    file.write_text(yaml.safe_dump(dataclasses.asdict(TrainConfig(**NEEDED, crop_sizes=[64]))))
-    assert read_options(TrainConfig, [str(file)]) == TrainConfig(**NEEDED, crop_sizes=[64])
+    file.write_text(yaml.safe_dump(dataclasses.asdict(TrainOptions(**NEEDED, crop_sizes=[64]))))
+    assert read_options(TrainOptions, [str(file)]) == TrainOptions(**NEEDED, crop_sizes=[64])
 
 
 @pytest.mark.parametrize(
@@ -52,19 +51,19 @@ def test_wrong_files_are_refused(tmp_path, text, message):
     file = tmp_path / "config.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_options(TrainConfig, [str(file)])
+        read_options(TrainOptions, [str(file)])
 
 
 @pytest.mark.parametrize("flag", ["--lerning_rate=1", "--learning=1"])
 def test_unknown_flags_are_refused(flag):
     with pytest.raises(ValueError, match=flag):
-        read_options(TrainConfig, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
+        read_options(TrainOptions, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
 
 
 @pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet", "--lr_scheduler=piecewise_constant"])
 def test_wrong_values_of_flags_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as stop:
-        read_options(TrainConfig, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
+        read_options(TrainOptions, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
     assert stop.value.code == 2
     assert flag.split("=")[0] in capsys.readouterr().err
 
@@ -85,41 +84,41 @@ def test_wrong_values_of_flags_are_refused(flag, capsys):
             "`--lpips_start` must be less than .* = 9, but",
         ),
         ({"data_files": ["x"]}, "`--data_files` belongs to `--dataset_name`"),
-        ({"scales": [1.0], "token_budget": 2.0}, "`--token_budget` leaves out random scales"),
+        ({"scales": [1.0], "token_budget": 2.0}, "`--token_budget` drops random scales"),
         ({"spread_weight": 1.0, "train": "decoder"}, "`--spread_weight` moves latents or codes"),
-        ({"token_budget": 0.5}, "at least 1, but is 0.5"),
+        ({"token_budget": 0.5}, "must be at least 1, the tokens of the full scale, but is 0.5"),
         ({"resize_range": [2.0, 1.0]}, "the smaller first"),
         ({"l2_start": 5}, "One of `--l2_weight` and `--l1_weight`"),
         ({"kmeans_steps": [100_000]}, "but one is 100000"),
         ({"kmeans_steps": [5], "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
-        ({"revival_steps": 5, "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
+        ({"dead_code_reset_steps": 5, "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
         ({"adversarial_weight": 1.0, "crop_sizes": [16]}, "at least 24 pixels, but one is 16"),
-        ({"train": "decoder"}, "needs `--pretrained_model_name_or_path`"),
+        ({"train": "decoder"}, "so it needs `--pretrained_model_name_or_path`"),
         ({"train_data_dir": None}, "Exactly one of `--dataset_name` and `--train_data_dir`"),
         ({"pretrained_model_name_or_path": "x"}, "Exactly one of `--model_config_name_or_path`"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(options, message):
+def test_invalid_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**(NEEDED | options))
+        TrainOptions(**(NEEDED | options))
 
 
-def test_decoder_training_needs_images_to_compare_ids_of():
-    with pytest.raises(ValueError, match="`--train decoder` needs `--validation_data_dir`"):
-        TrainConfig("out", pretrained_model_name_or_path="x", train_data_dir="y", train="decoder")
+def test_decoder_training_needs_validation_images():
+    with pytest.raises(ValueError, match="compares ids before and .*, so it needs `--validation_data_dir`"):
+        TrainOptions("out", pretrained_model_name_or_path="x", train_data_dir="y", train="decoder")
 
 
 COMMANDS = sorted((ROOT / "training" / "configs").glob("train_*.yaml"))
 OPTIONS = {
-    "train": TrainConfig,
-    "train_autoregressive": AutoregressiveConfig,
-    "train_latent_diffusion": DiffusionConfig,
-    "train_masked": MaskedConfig,
+    "train": TrainOptions,
+    "train_autoregressive": AutoregressiveOptions,
+    "train_latent_diffusion": DiffusionOptions,
+    "train_masked": MaskedOptions,
 }
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
-def test_command_in_a_recipe_is_read_and_names_files_that_exist(path):
+def test_command_of_a_recipe_is_valid_and_names_files_that_exist(path):
     (command,) = re.findall(r"^#   (.*)$", path.read_text(), re.MULTILINE)
     script, options = re.search(r"training/(\w+)\.py (.*)", command).groups()
     arguments = shlex.split(options)
@@ -131,11 +130,11 @@ def test_command_in_a_recipe_is_read_and_names_files_that_exist(path):
     assert launcher is None or (ROOT / launcher[1]).is_file()
 
 
-def test_new_model_quantises_from_its_first_kmeans_and_a_trained_one_at_once():
-    assert TrainConfig(**NEEDED, kmeans_steps=[7, 5]).quantize_from == 5
-    assert TrainConfig(**NEEDED).quantize_from == 0
+def test_new_model_quantises_from_its_first_kmeans_and_a_pretrained_one_at_once():
+    assert TrainOptions(**NEEDED, kmeans_steps=[7, 5]).quantize_from == 5
+    assert TrainOptions(**NEEDED).quantize_from == 0
     trained = NEEDED | {"model_config_name_or_path": None, "pretrained_model_name_or_path": "org/svqvae"}
-    assert TrainConfig(**trained, kmeans_steps=[7, 5]).quantize_from == 0
+    assert TrainOptions(**trained, kmeans_steps=[7, 5]).quantize_from == 0
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])

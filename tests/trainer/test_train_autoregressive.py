@@ -1,4 +1,4 @@
-"""Language models trained on the ids of a tiny SVQVAE, and the pipelines that they become."""
+"""Language models trained on the ids of a tiny SVQVAE, and their pipelines."""
 
 import json
 import logging
@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_tiny
-from hub_server import run_python, serve_hub
+from diffusers import DiffusionPipeline
+from hub_server import serve_hub
 from huggingface_hub import HfApi
 from PIL import Image
-from train_autoregressive import AutoregressiveConfig, AutoregressiveTrainer
-from training_runs import assert_says_nothing_of, cpu, logged, run, train_at_once_and_resumed
+from train_autoregressive import AutoregressiveOptions, main, next_code_loss
+from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
+from transformers import LlamaForCausalLM
 
-from svqvae_cli import main
+import svqvae_cli
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_rows
 from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
-from svqvae_hf.trainer.data.crops import ORDER
+from svqvae_hf.trainer.data.readers import ORDER
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 
 LLAMA = {
@@ -33,7 +35,7 @@ CROP = 32
 IMAGES = 6
 
 pytestmark = pytest.mark.usefixtures("one_accelerator")
-train = partial(run, AutoregressiveTrainer, AutoregressiveConfig)
+train = partial(run, main, AutoregressiveOptions)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +137,11 @@ def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
     tokenize_set(vqvae, images, parts / "six_tokens", model_name="vqvae", scales=SCALES, **crops)
     options |= {"token_set": str(parts / "six_tokens"), "max_train_steps": 300, "learning_rate": 5e-3}
     options |= {"train_batch_size": IMAGES, "label_dropout": 0.0, "logging_steps": 50, "num_validation_images": 0}
-    session = train(**options)
+    train(**options)
     pipeline = SVQVAEAutoregressivePipeline.from_pretrained(options["output_dir"])
     labels = list(range(IMAGES))
     coarse, fine = pipeline(labels, temperature=0, scales=[0.5, 1], output_type="latent").images
-    rows = session.source.rows
+    rows = TokenSource(options["token_set"], "label").rows
     for index, label in enumerate(rows["label"][:].tolist()):
         assert np.array_equal(fine[label].flatten().numpy(), rows["ids_0"][index])
         assert np.array_equal(coarse[label].flatten().numpy(), rows["ids_1"][index])
@@ -152,10 +154,10 @@ def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
     tokens, out = tmp_path / "token-set", tmp_path / "new"
     crops = ["--crops", "centre-flip", "--resolution", str(CROP), "--scales", "0.5", "1"]
     model = ["--model", str(parts / "vqvae"), "--device", "cpu"]
-    assert main(["tokenize", str(parts / "photos"), str(tokens), *crops, *model]) == 0
+    assert svqvae_cli.main(["tokenize", str(parts / "photos"), str(tokens), *crops, *model]) == 0
     train(**(options | {"token_set": str(tokens)}))
     call = ["--class", "0", "1", "--num-images", "3", "--guidance-scale", "2"]
-    assert main(["generate", options["output_dir"], *call, "--output", str(out), "--device", "cpu"]) == 0
+    assert svqvae_cli.main(["generate", options["output_dir"], *call, "--output", str(out), "--device", "cpu"]) == 0
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.size == (3 * CROP, 2 * CROP)
 
@@ -179,19 +181,33 @@ def test_bf16_run_with_everything_on_learns_and_shows_samples(options, caplog):
         assert grid.size == (2 * CROP + 3 * 4, CROP + 2 * 4)
 
 
-def test_labels_are_dropped_and_separators_are_not_learned(options):
-    with cpu():
-        trainer = AutoregressiveTrainer(AutoregressiveConfig(**(options | {"label_dropout": 1.0})))
-    trainer.model.train()
+def test_dropped_labels_become_the_label_of_no_class(options, monkeypatch):
     seen = []
-    trainer.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    batch = next(iter(trainer.loader))
-    numbers = trainer.train_on(batch.clone(), 0)
-    layout = trainer.layout
-    assert (seen[0][:, 0] == layout.unconditional_token).all()
+
+    def record(self, *args, **kwargs):
+        if self.training:
+            seen.append(kwargs["input_ids"].clone())
+        return forward(self, *args, **kwargs)
+
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", record)
+    train(**(options | {"label_dropout": 1.0, "max_train_steps": 1, "num_validation_images": 0}))
+    source = TokenSource(options["token_set"], "label")
+    (batch,) = SequenceLoader(source, 3, 1, 0, 0, 1)
+    assert (seen[0][:, 0] == source.layout.unconditional_token).all()
     assert torch.equal(seen[0][:, 1:], batch[:, 1:-1])
-    # A model that has learned nothing is as sure of each of the codes, and of those alone.
-    assert abs(numbers["loss"].item() - np.log(layout.codebook_size)) < 0.2
+
+
+def test_only_codes_are_learned(parts):
+    """Logits of separators and labels do not matter, nor do targets that are no codes."""
+    layout = TokenSource(str(parts / "tokens"), "label").layout
+    targets = torch.tensor([[3, layout.codebook_size, 5]])
+    logits = torch.zeros(1, 3, layout.vocab_size)
+    logits[..., layout.codebook_size :] = 100
+    logits[0, 0, 3], logits[0, 1, 7] = 1e-4, 100
+    loss, accuracy = next_code_loss(logits, targets, layout.codebook_size)
+    assert loss.item() == pytest.approx(np.log(layout.codebook_size), abs=1e-3)
+    assert accuracy == 0.5
 
 
 @pytest.mark.parametrize(
@@ -205,29 +221,22 @@ def test_labels_are_dropped_and_separators_are_not_learned(options):
         ({"model_config_name_or_path": "nothing.json"}, "there is no 'nothing.json'"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, parts, changes, message, monkeypatch):
+def test_mismatched_tokens_model_and_labels_are_refused(options, parts, changes, message, monkeypatch):
     monkeypatch.chdir(parts)
     with cpu(), pytest.raises((ValueError, OSError), match=message):
-        AutoregressiveTrainer(AutoregressiveConfig(**(options | changes)))
+        main(AutoregressiveOptions(**(options | changes)))
 
 
-LOAD = """
-from diffusers import DiffusionPipeline
-
-import svqvae_hf
-
-pipeline = DiffusionPipeline.from_pretrained("org/dreams")
-print(type(pipeline).__name__, pipeline(class_labels=[1], output_type="np").images.shape)
-"""
-
-
-def test_pipeline_loads_by_hub_id_in_a_new_process(options, parts, tmp_path, monkeypatch):
+def test_pushed_pipeline_loads_and_has_a_card(options, parts, tmp_path, monkeypatch):
+    """tests/pipelines loads such a repository by its Hub id."""
     with serve_hub(tmp_path) as hub:
         local_api = partial(HfApi, endpoint=hub["HF_ENDPOINT"], token=hub["HF_TOKEN"])
         monkeypatch.setattr("svqvae_hf.trainer.run.HfApi", local_api)
         train(**(options | {"max_train_steps": 1}), push_to_hub=True, hub_model_id="org/dreams")
-        assert run_python(LOAD, hub).splitlines() == [f"SVQVAEAutoregressivePipeline (1, {CROP}, {CROP}, 3)"]
     repository = tmp_path / "hub" / "org" / "dreams" / "main"
-    assert_says_nothing_of(parts, repository)
+    pipeline = DiffusionPipeline.from_pretrained(repository)
+    assert isinstance(pipeline, SVQVAEAutoregressivePipeline)
+    assert pipeline(class_labels=[1], output_type="np").images.shape == (1, CROP, CROP, 3)
+    assert_no_private_path(parts, repository)
     card = (repository / "README.md").read_text()
     assert "from svqvae_hf import SVQVAEAutoregressivePipeline" in card

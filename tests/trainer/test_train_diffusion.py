@@ -1,4 +1,4 @@
-"""Denoisers and masked models trained on tiny SVQVAEs, and the pipelines that they become."""
+"""Denoisers and masked models trained on tiny SVQVAEs, and their pipelines."""
 
 import json
 import logging
@@ -12,18 +12,23 @@ import measure_scaling_factor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import train_latent_diffusion
+import train_masked
+from accelerate import Accelerator
 from conftest import ROOT, make_tiny
-from diffusers import AmusedPipeline, DiTPipeline, LDMPipeline
-from hub_server import run_python, serve_hub
+from diffusers import AmusedPipeline, DiffusionPipeline, DiTPipeline, LDMPipeline
+from hub_server import serve_hub
 from huggingface_hub import HfApi
 from PIL import Image
 from pipeline_parts import amused_parts
-from train_latent_diffusion import NUM_CLASSES, DiffusionConfig, DiffusionTrainer
-from train_masked import MaskedConfig, MaskedTrainer, draw_mask
-from training_runs import assert_says_nothing_of, cpu, logged, run, train_at_once_and_resumed
+from train_latent_diffusion import NUM_CLASSES, DiffusionOptions, drop_labels, make_denoiser
+from train_masked import MaskedOptions, draw_mask, make_captions, masked_loss
+from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
 
 import svqvae_hf
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.trainer.data.image_source import ImageSource
 
 UNET = {
     **{"_class_name": "UNet2DModel", "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
@@ -42,8 +47,8 @@ TINY_RUN = {
 pytestmark = [
     pytest.mark.usefixtures("one_accelerator"),
 ]
-diffuse = partial(run, DiffusionTrainer, DiffusionConfig)
-fill_masks = partial(run, MaskedTrainer, MaskedConfig)
+diffuse = partial(run, train_latent_diffusion.main, DiffusionOptions)
+fill_masks = partial(run, train_masked.main, MaskedOptions)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def masked_options(options, parts):
 # What is trained
 
 
-def test_denoiser_of_one_image_gives_that_image_back(options, photo, tmp_path):
+def test_denoiser_of_one_image_generates_that_image(options, photo, tmp_path):
     """With the bundled model; docs/diffusion.md has a longer run."""
     one = tmp_path / "one"
     one.mkdir()
@@ -145,21 +150,19 @@ def test_bf16_run_with_everything_on_learns_and_shows_samples(dit_options, caplo
         assert grid.size == (2 * 16 + 3 * 4, 16 + 2 * 4)
 
 
-def test_transformer_gets_each_label_or_that_of_no_class_in_all_blocks(dit_options):
-    with cpu():
-        trainer = DiffusionTrainer(DiffusionConfig(**(dit_options | {"label_dropout": 0.5, "train_batch_size": 64})))
-    batch = next(iter(trainer.loader))
-    labels = trainer._labels(batch, torch.Generator().manual_seed(0))
+def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(dit_options, parts):
+    given = list(range(64))
+    labels = drop_labels(given, 0.5, torch.Generator().manual_seed(0))
     kept = labels != NUM_CLASSES
     assert 16 < kept.sum() < 48
-    assert labels[kept].tolist() == [label for label, keep in zip(batch.labels, kept.tolist(), strict=True) if keep]
-    trainer.network.train()
-    embedders = [block.norm1.emb.class_embedder for block in trainer.network.transformer_blocks]
-    for embedder in embedders:
+    assert labels[kept].tolist() == [label for label, keep in zip(given, kept.tolist(), strict=True) if keep]
+    denoiser = make_denoiser(DiffusionOptions(**dit_options), SVQVAE.from_pretrained(parts / "vqvae"))
+    for block in denoiser.transformer_blocks:
+        embedder = block.norm1.emb.class_embedder
         assert torch.equal(embedder(labels), embedder.embedding_table(labels))
 
 
-def test_pipeline_of_classes_knows_their_names(dit_options):
+def test_pipeline_of_classes_has_their_names(dit_options):
     diffuse(**dit_options)
     pipeline = DiTPipeline.from_pretrained(dit_options["output_dir"])
     assert pipeline.labels == {"cat": 0, "dog": 1}
@@ -167,12 +170,12 @@ def test_pipeline_of_classes_knows_their_names(dit_options):
     assert images.shape == (1, 16, 16, 3)
 
 
-def test_mask_covers_one_id_at_least_and_the_share_of_a_cosine():
+def test_mask_covers_at_least_one_id_and_a_cosine_fraction():
     generator = torch.Generator().manual_seed(0)
-    shares = draw_mask(torch.Size((4000, 8, 8)), generator).float().mean((1, 2))
-    assert shares.min() == 1 / 64
-    assert shares.mean() == pytest.approx(2 / torch.pi, abs=0.02)
-    assert (shares > np.cos(np.pi / 4)).float().mean() == pytest.approx(0.5, abs=0.03)
+    fractions = draw_mask(torch.Size((4000, 8, 8)), generator).float().mean((1, 2))
+    assert fractions.min() == 1 / 64
+    assert fractions.mean() == pytest.approx(2 / torch.pi, abs=0.02)
+    assert (fractions > np.cos(np.pi / 4)).float().mean() == pytest.approx(0.5, abs=0.03)
 
 
 def test_masked_model_learns(masked_options, caplog):
@@ -185,44 +188,31 @@ def test_masked_model_learns(masked_options, caplog):
     assert pipeline("cat", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-def test_each_masked_id_counts_alike_on_all_processes(masked_options, monkeypatch):
-    with cpu():
-        trainer = MaskedTrainer(MaskedConfig(**masked_options))
-    batch = next(iter(trainer.loader))
-    monkeypatch.setattr(trainer, "descend", lambda loss: loss)
-    trainer.model.eval()
-    alone = trainer.train_on(batch, 0)
-    # As with another process that masked nothing.
-    monkeypatch.setattr(trainer.accelerator, "reduce", lambda count, reduction: count / 2)
-    torch.testing.assert_close(trainer.train_on(batch, 0), 2 * alone)
+def test_each_masked_id_counts_alike_on_all_processes():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 64, 3, 3), torch.randint(64, (2, 3, 3))
+    masked = torch.zeros(2, 3, 3, dtype=torch.bool)
+    masked[0, :2] = masked[1, 0, 0] = True
+    losses = F.cross_entropy(logits, ids, reduction="none")[masked]
+    alone = masked_loss(logits, ids, masked, torch.tensor(7.0))
+    torch.testing.assert_close(alone, losses.mean())
+    # Two processes with one image each: the mean of their losses is the loss of the joined batch.
+    halves = [masked_loss(logits[i : i + 1], ids[i : i + 1], masked[i : i + 1], torch.tensor(3.5)) for i in range(2)]
+    torch.testing.assert_close(torch.stack(halves).mean(), alone)
 
 
 def test_captions_are_names_of_classes_some_left_empty(masked_options):
-    with cpu():
-        trainer = MaskedTrainer(MaskedConfig(**masked_options, label_dropout=0.5))
-    batch = next(iter(trainer.loader))
-    for seed in range(8):
-        captions = trainer._captions(batch, torch.Generator().manual_seed(seed))
-        for caption, label in zip(captions, batch.labels, strict=True):
-            assert caption in ("", ("cat", "dog")[label])
+    options = MaskedOptions(**masked_options, label_dropout=0.5)
+    images = ImageSource(options, Accelerator(cpu=True), (0.0, 1.0), "label")
+    found = make_captions(images, [0, 1] * 16, torch.Generator().manual_seed(0))
+    assert set(found[::2]) == {"", "cat"}
+    assert set(found[1::2]) == {"", "dog"}
 
 
 # The Hub
 
-LOAD = """
-import sys
-from diffusers import DiffusionPipeline
 
-import svqvae_hf
-
-for name, call in eval(sys.argv[1]).items():
-    pipeline = DiffusionPipeline.from_pretrained("org/" + name)
-    images = pipeline(**call, num_inference_steps=2, output_type="np").images
-    print(type(pipeline).__name__, images.shape)
-"""
-
-
-def test_pipelines_load_by_folder_as_documented_and_by_hub_id_in_a_new_process(
+def test_pushed_pipelines_load_as_documented_and_have_cards(
     options, dit_options, masked_options, parts, tmp_path, monkeypatch
 ):
     runs = {
@@ -236,12 +226,11 @@ def test_pipelines_load_by_folder_as_documented_and_by_hub_id_in_a_new_process(
         for name, (train, each) in runs.items():
             pushed = {"max_train_steps": 1, "output_dir": str(tmp_path / name), "push_to_hub": True}
             train(**(each | pushed), hub_model_id=f"org/{name}")
-        calls = {"out-ldm": {}, "out-dit": {"class_labels": [1]}, "out-masked": {"prompt": "cat"}}
-        printed = run_python(LOAD, hub, repr(calls))
-    assert printed.splitlines() == [
-        f"{name} (1, 16, 16, 3)" for name in ("LDMPipeline", "DiTPipeline", "AmusedPipeline")
-    ]
-    assert_says_nothing_of(parts, tmp_path / "hub")
+    for name, call in {"ldm": {}, "dit": {"class_labels": [1]}, "masked": {"prompt": "cat"}}.items():
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "hub" / "org" / f"out-{name}" / "main")
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline(**call, num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    assert_no_private_path(parts, tmp_path / "hub")
     repository = tmp_path / "hub" / "org" / "out-ldm" / "main"
     assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
         *("README.md", "model_index.json", "train_config.yaml", "scheduler/scheduler_config.json"),
@@ -311,8 +300,8 @@ def test_mistakes_of_the_measurement_are_one_line(parts, arguments, message, mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_column": "label"}, "and it needs one, but the model is a UNet2DModel, and the column 'label'"),
-        ({"model_config_name_or_path": "dit.json"}, "is a DiTTransformer2DModel, and the column None"),
+        ({"label_column": "label"}, "and only then, but the model is a UNet2DModel, and the column is 'label'"),
+        ({"model_config_name_or_path": "dit.json"}, "is a DiTTransformer2DModel, and the column is None"),
         ({"model_config_name_or_path": "vqvae"}, "must be one of UNet2DModel, DiTTransformer2DModel, but is SVQVAE"),
         ({"model_config_name_or_path": "nowhere.json"}, "but there is no 'nowhere.json'"),
         ({"vqvae_name_or_path": "no where"}, "`--vqvae_name_or_path` must be a file, a folder or a Hub id"),
@@ -322,10 +311,10 @@ def test_mistakes_of_the_measurement_are_one_line(parts, arguments, message, mon
         ({"num_inference_steps": 0}, "`--num_inference_steps` must be more than 0, but is 0"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options, parts, changes, message, monkeypatch):
+def test_mismatched_options_are_refused(options, parts, changes, message, monkeypatch):
     monkeypatch.chdir(parts)
     with cpu(), pytest.raises(ValueError, match=message):
-        DiffusionTrainer(DiffusionConfig(**(options | changes)))
+        train_latent_diffusion.main(DiffusionOptions(**(options | changes)))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +325,7 @@ def test_options_that_do_not_fit_are_refused(options, parts, changes, message, m
         ([0.5, 1.5], "must hold integers, or at most 1000 classes, but 'label' holds"),
     ],
 )
-def test_labels_that_are_no_class_are_refused(dit_options, tmp_path, photo, labels, message):
+def test_labels_outside_the_classes_are_refused(dit_options, tmp_path, photo, labels, message):
     rows = {"image": [photo.resize((16, 16))] * 2, "label": labels}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "set.parquet")
     dit_options |= {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(tmp_path / "set.parquet")]}
@@ -344,7 +333,7 @@ def test_labels_that_are_no_class_are_refused(dit_options, tmp_path, photo, labe
         diffuse(**dit_options)
 
 
-def test_captions_that_are_no_text_are_refused(masked_options, tmp_path, photo):
+def test_captions_without_text_are_refused(masked_options, tmp_path, photo):
     rows = {"image": [photo.resize((16, 16))] * 2, "label": [1, 2]}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "set.parquet")
     set_options = {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(tmp_path / "set.parquet")]}
