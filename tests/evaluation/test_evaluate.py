@@ -277,11 +277,11 @@ def test_default_overlap_fits_small_tiles(tiny_model, photos):
     assert report.settings["overlap"] == 4
 
 
-def write_outcome(folder: str, path: Path, rank: int = 0, world_size: int = 1, port: int = 0) -> None:
+def write_outcome(folder: str, path: Path, rank: int, world_size: int, port: int) -> None:
     """Evaluates the images of a folder and writes all values of the report."""
+    PartialState._reset_state()  # of the process from which this one was forked
+    torch.set_num_threads(1)  # a fork has no threads of its parent
     if world_size > 1:
-        PartialState._reset_state()  # forked from a process that ran alone
-        torch.set_num_threads(1)  # the threads of its pool were not forked
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= address | ranks  # as `accelerate launch` and `torchrun` set them
@@ -301,18 +301,18 @@ def test_two_processes_return_the_report_of_one(photos, tmp_path):
     for i, image in enumerate([*photos, photos[0].resize((33, 20))]):
         image.save(folder / f"{i}.png")
     (folder / "2b.png").write_bytes(b"")
-    write_outcome(str(folder), tmp_path / "1.json")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")  # faster than two imports of the package
-    arguments = [(str(folder), tmp_path / "2.json", rank, 2, port) for rank in range(2)]
-    processes = [context.Process(target=write_outcome, args=each) for each in arguments]
+    ranks = [(0, 1), (0, 2), (1, 2)]
+    arguments = [(str(folder), tmp_path / f"{size}.json", rank, size, port) for rank, size in ranks]
+    processes = [context.Process(target=write_outcome, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
     assert (one[0], two[0]) == (1, 2)
     assert [each["index"] for each in two[2]] == [3]
