@@ -2,8 +2,8 @@
 
 python conversion/compare.py ORIGINAL_CHECKOUT CHECKPOINT [--images photo.jpg ...]
 
-ORIGINAL_CHECKOUT is a checkout of Open-Model-Initiative/SVQVAE, whose code is run as it is. Exits 1 if the two differ
-by more than rounding.
+ORIGINAL_CHECKOUT is a checkout of Open-Model-Initiative/SVQVAE. Its code runs unchanged. The exit code is 1 if the two
+differ by more than rounding.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 SCALES = (1.0, 0.5, 0.25, 2.0)
-CELL_LATENTS = 4  # sides are multiples of it, so that each scale gives whole latents
+CELL_LATENTS = 4  # sides are multiples of it, so that the latents of each scale have integer sides
 RANDOM_LATENTS = ((32, 32), (12, 20))
-MAX_LATENTS = 48  # images are cropped to it: untiled, the original's attention takes memory by the fourth power
+MAX_LATENTS = 48  # side of crops: the memory of the original's untiled attention grows with the fourth power
 LATENT_TOLERANCE = 1e-4
-TIE = 1e-5  # difference of two cosines that rounding can turn round
+TIE = 1e-5  # difference of two cosines whose order rounding can change
 SAMPLE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two models are apart on one image at one scale.
+    """Differences between two models on one image at one scale.
 
     Args:
-        latents (`float`): Largest difference of latents.
+        latents (`float`): Largest difference of the latents.
         ids (`int`): Number of ids.
-        ties (`int`): Unequal ids of codes that are as near, by `TIE`.
-        unequal (`int`): Other unequal ids.
+        ties (`int`): Number of unequal ids that are ties: their codes are equally near, up to `TIE`.
+        unequal (`int`): Number of other unequal ids.
         sample (`float`): Largest difference of the samples decoded from the original's ids.
     """
 
@@ -51,7 +51,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the two differ by no more than rounding."""
+        """Whether the models differ by no more than rounding."""
         return self.latents <= LATENT_TOLERANCE and self.unequal == 0 and self.sample <= SAMPLE_TOLERANCE
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
 
 
 def samples(images: list[Path], f: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Named samples `(1, 3, height, width)` in [0, 1]: the images, cropped, or random ones."""
+    """Yields names and samples `(1, 3, height, width)` in [0, 1]: crops of the images, or random ones."""
     processor = SVQVAEImageProcessor()
     cell = CELL_LATENTS * f
     for image in images:
@@ -103,7 +103,7 @@ def samples(images: list[Path], f: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: float) -> Comparison:
-    """Compares the two on one sample `(1, 3, height, width)` in [0, 1], untiled."""
+    """Compares both models on one sample `(1, 3, height, width)` in [0, 1], untiled."""
     latents = ours.encode(sample).latents
     original_latents = original.quant_conv(original.encoder(sample))
     difference = (latents - original_latents).abs().max().item()
@@ -117,7 +117,7 @@ def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: floa
     original_ids = original_ids.view(ids.shape)
     unequal = ids != original_ids
     directions = F.normalize(original_latents, dim=1).movedim(1, -1)[unequal]  # (unequal, codebook_embed_dim)
-    codes, original_codes = (ours.quantize.get_codebook_entry(each[unequal]) for each in (ids, original_ids))
+    codes, original_codes = (ours.quantize.get_codebook_entry(rows[unequal]) for rows in (ids, original_ids))
     ties = ((directions * (codes - original_codes)).sum(-1).abs() < TIE).sum().item()
     return Comparison(
         latents=difference,
@@ -130,12 +130,12 @@ def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: floa
 
 @torch.no_grad()
 def main() -> int:
-    """Runs the script; gives the exit code."""
+    """Runs the script and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original_checkout", type=Path, help="folder with the original's svqvae.py and modules.py")
-    parser.add_argument("checkpoint", help="its .safetensors file, local or `org/repo:file` on the Hub")
+    parser.add_argument("checkpoint", help=".safetensors file of the original, local or `org/repo:file` on the Hub")
     parser.add_argument(
-        "--images", type=Path, nargs="+", default=[], help="compare on these, cropped, not on random images"
+        "--images", type=Path, nargs="+", default=[], help="images to crop and compare on, instead of random ones"
     )
     args = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""`svqvae convert` for a checkout.
+"""Runs `svqvae convert` in a checkout.
 
 python conversion/convert.py SOURCE OUT [--push-to-hub ORG/NAME --private --create-pr]
 """

@@ -3,9 +3,9 @@
     with serve_hub(tmp_path) as env:
         run_python("from svqvae_hf import SVQVAE; SVQVAE.from_pretrained('org/name')", env)
 
-Of `org/name`, a model or a data set, `tmp_path/hub/org/name/main` holds the files of the main branch, `.../refs/pr/1`
-those of the first pull request, and `.../settings.json` what the repository was created with; write `{"gated": true}`
-there to gate it. The client reads its endpoint when it is imported, so it runs in a process of its own.
+For `org/name`, a model or data set, `tmp_path/hub/org/name/main` holds the files of the main branch, `.../refs/pr/1`
+the files of the first pull request, and `.../settings.json` the arguments of its creation. Write `{"gated": true}`
+there to gate it. The client reads its endpoint at import, so it runs in a process of its own.
 """
 
 import base64
@@ -30,7 +30,7 @@ API = rf"/api/(models|datasets)/{REPO}"
 
 
 class HubError(Exception):
-    """An answer other than 200, with the code that the client tells errors by."""
+    """A response other than 200. The client tells errors by its code."""
 
     def __init__(self, status: int, code: str):
         super().__init__(status, code)
@@ -39,7 +39,7 @@ class HubError(Exception):
 
 @contextmanager
 def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
-    """Serves the repositories in `folder/hub`; gives the environment of a process that is to see them as the Hub."""
+    """Serves the repositories in `folder/hub`. Yields the environment of a process to which they are the Hub."""
     root = folder / "hub"
     root.mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"root": root}))
@@ -62,7 +62,7 @@ def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def run_python(code: str, env: Mapping[str, str], *args: str | Path) -> str:
-    """Runs code in a new process with this environment and these arguments; gives what it printed."""
+    """Runs code in a new process with this environment and these arguments. Returns its output."""
     command = [sys.executable, "-c", code, *map(str, args)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -183,7 +183,7 @@ class HubHandler(BaseHTTPRequestHandler):
             raise HubError(401, "Unauthorized")
 
     def _branch(self, repo: str, revision: str) -> Path:
-        """Folder of a branch, named as it is or by its commit."""
+        """Folder of a branch, found by its name or commit."""
         if not (self.root / repo).is_dir():
             raise HubError(404, "RepoNotFound")
         if json.loads((self.root / repo / "settings.json").read_text()).get("gated"):

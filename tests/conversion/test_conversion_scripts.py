@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# A checkout with the same names as the original's, which runs our own model, changed or not.
+# A stand-in for the original's checkout: the same names, but it runs this library's model, changed or not.
 CHECKOUT = """
 from types import SimpleNamespace
 
@@ -45,7 +45,7 @@ def checkout(folder: Path, change: str) -> Path:
     return folder
 
 
-def test_the_same_model_passes(run, golden_dir, tmp_path, capsys):
+def test_equal_models_pass(run, golden_dir, tmp_path, capsys):
     assert run("compare.py", checkout(tmp_path, "pass"), golden_dir / "svqvae_tiny.safetensors") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
@@ -54,12 +54,12 @@ def test_the_same_model_passes(run, golden_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["model.quant_conv.bias.data += 0.1", "model.decoder.conv_out.bias.data += 0.01"])
-def test_another_model_does_not(change, run, golden_dir, tmp_path, capsys):
+def test_different_models_fail(change, run, golden_dir, tmp_path, capsys):
     assert run("compare.py", checkout(tmp_path, change), golden_dir / "svqvae_tiny.safetensors") == 1
     assert all(line.endswith("DIFFERS") for line in capsys.readouterr().out.splitlines())
 
 
-def test_images_of_the_user(run, golden_dir, tmp_path, photo, capsys):
+def test_images_option(run, golden_dir, tmp_path, photo, capsys):
     photo.crop((0, 0, 50, 40)).save(tmp_path / "photo.png")
     model = golden_dir / "svqvae_tiny.safetensors"
     assert run("compare.py", checkout(tmp_path, "pass"), model, "--images", tmp_path / "photo.png") == 0
@@ -67,7 +67,7 @@ def test_images_of_the_user(run, golden_dir, tmp_path, photo, capsys):
     assert [line.partition("  ")[0] for line in lines] == ["photo.png"] * 4
 
 
-def test_user_errors(run, golden_dir, tmp_path, photo, capsys):
+def test_errors_are_one_line(run, golden_dir, tmp_path, photo, capsys):
     assert run("compare.py", tmp_path, golden_dir / "svqvae_tiny.safetensors") == 2
     assert "has no svqvae.py" in capsys.readouterr().err
     checkout(tmp_path, "pass")
@@ -78,6 +78,6 @@ def test_user_errors(run, golden_dir, tmp_path, photo, capsys):
     assert "sides of at least 8 pixels" in capsys.readouterr().err
 
 
-def test_convert_is_the_command(run, golden_dir, tmp_path):
+def test_convert_script_is_the_command(run, golden_dir, tmp_path):
     assert run("convert.py", golden_dir / "svqvae_tiny.safetensors", tmp_path / "out") in (None, 0)
     assert (tmp_path / "out" / "README.md").exists()

@@ -16,7 +16,7 @@ GOLDEN = ["svqvae_tiny.safetensors", "llamagen_tiny.pt", "flexvar_tiny.pth", "li
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_convert_makes_a_repository(name, golden_dir, tmp_path):
+def test_conversion_is_a_whole_repository(name, golden_dir, tmp_path):
     report = convert(golden_dir / name, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
     assert report.files == ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
@@ -39,14 +39,14 @@ def test_convert_makes_a_repository(name, golden_dir, tmp_path):
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
 
 
-def test_convert_into_an_empty_folder(golden_dir, tmp_path, monkeypatch):
+def test_empty_folder_is_used(golden_dir, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
     assert convert(golden_dir / "svqvae_tiny.safetensors", "out").out == tmp_path / "out"
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_facts_of_the_user(golden_dir, tmp_path):
+def test_licence_and_config_of_the_user(golden_dir, tmp_path):
     path = golden_dir / "svqvae_tiny.safetensors"
     convert(path, tmp_path / "out", license="mit", network_range=(-1.0, 1.0), codebook_l2_norm=False)
     model = SVQVAE.from_pretrained(tmp_path / "out")
@@ -56,7 +56,7 @@ def test_facts_of_the_user(golden_dir, tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_files_have_the_permissions_of_any_new_file(umask, golden_dir, tmp_path):
+def test_files_have_the_usual_permissions(umask, golden_dir, tmp_path):
     before = os.umask(umask)
     try:
         convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
@@ -78,7 +78,7 @@ def test_half_precision_variant_keeps_the_codebook(variant, dtype, golden_dir, t
     assert f'variant="{variant}"' in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_half_precision_must_hold_the_weights(golden_dir, tmp_path):
+def test_weights_out_of_the_range_of_half_precision(golden_dir, tmp_path):
     path = tmp_path / "large.safetensors"
     weights = load_file(golden_dir / "svqvae_tiny.safetensors")
     save_file(weights | {"quant_conv.bias": torch.full((8,), 1e6)}, path)
@@ -88,7 +88,7 @@ def test_half_precision_must_hold_the_weights(golden_dir, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_nothing_stays_of_a_failed_conversion(error, golden_dir, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_no_files(error, golden_dir, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -99,7 +99,7 @@ def test_nothing_stays_of_a_failed_conversion(error, golden_dir, tmp_path, monke
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
-def test_a_full_disk_is_said(error, golden_dir, tmp_path, monkeypatch):
+def test_full_disk_is_reported(error, golden_dir, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -109,7 +109,7 @@ def test_a_full_disk_is_said(error, golden_dir, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_copy_that_differs_is_no_success(golden_dir, tmp_path, monkeypatch):
+def test_copy_with_other_weights_fails(golden_dir, tmp_path, monkeypatch):
     other = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors")
     other.quant_conv.bias.data[0] += 1
     monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
@@ -118,7 +118,7 @@ def test_a_copy_that_differs_is_no_success(golden_dir, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_copy_that_reconstructs_otherwise_is_no_success(golden_dir, tmp_path, monkeypatch):
+def test_copy_with_another_reconstruction_fails(golden_dir, tmp_path, monkeypatch):
     other = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", network_range=(-1, 1))
     monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
     with pytest.raises(OSError, match="differs in its reconstruction"):
@@ -138,7 +138,7 @@ def test_a_copy_that_reconstructs_otherwise_is_no_success(golden_dir, tmp_path, 
         ({"out": "occupied/file/out"}, "file/out` must be a new.*`.*occupied/file` is a file"),
     ],
 )
-def test_faulty_arguments(arguments, message, golden_dir, tmp_path):
+def test_wrong_arguments(arguments, message, golden_dir, tmp_path):
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "file").touch()
     out = tmp_path / arguments.pop("out", "out")
@@ -147,7 +147,7 @@ def test_faulty_arguments(arguments, message, golden_dir, tmp_path):
     assert [file.name for file in tmp_path.rglob("*")] == ["occupied", "file"]
 
 
-def test_folders_that_cannot_be_replaced(golden_dir, tmp_path, monkeypatch):
+def test_folders_that_cannot_be_replaced_are_refused(golden_dir, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("gone")
     for out in (tmp_path / "link", tmp_path / "link" / "out"):
         with pytest.raises(ValueError, match="`.*link` is a broken link"):
@@ -159,7 +159,7 @@ def test_folders_that_cannot_be_replaced(golden_dir, tmp_path, monkeypatch):
             convert(golden_dir / "svqvae_tiny.safetensors", out)
 
 
-def test_nothing_is_made_on_the_hub_for_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_file_creates_no_repository(tmp_path, monkeypatch):
     monkeypatch.setattr("svqvae_hf.hub.repositories.HfApi", lambda: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError):
         convert(tmp_path / "gone.pt", tmp_path / "out", push_to_hub="org/name")

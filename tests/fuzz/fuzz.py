@@ -1,4 +1,4 @@
-"""Feeds mutated files to a reader; see README.md."""
+"""Feeds mutated files to a reader; README.md says how."""
 
 import logging
 import sys
@@ -27,21 +27,21 @@ FORBIDDEN = (
 )
 
 
-CPU_SECONDS = 10  # for one input; libFuzzer's own limit counts the time that other programs take, too
+CPU_SECONDS = 10  # per input; libFuzzer's own limit also counts the time of other programs
 
 
 def refuse_to_run(event: str, args: tuple) -> None:
-    """No file may start a program or reach a network."""
+    """Exits if a file starts a program or opens a connection."""
     if event in FORBIDDEN:
         raise SystemExit(f"a file ran {event} {args}")
 
 
 def main() -> None:
-    """`fuzz.py READER [libFuzzer's options and folders of inputs]`."""
+    """Runs `fuzz.py READER [libFuzzer's options and folders of inputs]`."""
     read = READERS[sys.argv.pop(1)]
     with tempfile.TemporaryDirectory() as folder:
         sys.addaudithook(refuse_to_run)
-        logging.disable(logging.CRITICAL)  # of tifffile, on what is broken
+        logging.disable(logging.CRITICAL)  # tifffile logs each broken file
         atheris.instrument_func(Unpickler.load)
 
         def read_in_time(content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Writes inputs that the fuzzer starts from: `make_seeds.py FOLDER` makes one folder for each reader."""
+"""Writes the inputs from which the fuzzer starts: `make_seeds.py FOLDER` creates one folder per reader."""
 
 import argparse
 import io

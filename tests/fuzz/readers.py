@@ -1,6 +1,6 @@
-"""What the readers of files may do with any bytes: give a right answer, or refuse them by an error that names it.
+"""Checks that a reader, given any bytes, returns a right result or raises an error that names the file.
 
-Each function here takes an input of the fuzzer and raises if its reader does anything else.
+Each function takes one input of the fuzzer and raises if its reader does anything else.
 """
 
 import io
@@ -20,19 +20,19 @@ from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.tokens.token_files import is_token_file, load_tokens, save_tokens
 
-REFUSALS = (ValueError, OSError, TypeError)
+ERRORS = (ValueError, OSError, TypeError)
 ZEROS = 32 * 32 * 3 * 3 * 4  # bytes of the storage that all tensors of a packed pickle share
 MAX_ZEROS = 1 << 22
-WINDOW = 64  # side in pixels of what is read of a large image
+WINDOW = 64  # side in pixels of the windows that are read
 Result = TypeVar("Result")
 
 
 def read_any_checkpoint(content: bytes, folder: Path) -> None:
-    """The first byte tells what the rest is: `z` a pickled file, `p` its pickle, `s` safetensors, `h` its header."""
+    """The first byte tells what follows: `z` a PyTorch file, `p` its pickle, `s` safetensors, `h` its header."""
     kind, content = content[:1], content[1:]
     path = folder / ("fuzz.safetensors" if kind in b"sh" else "fuzz.pt")
     path.write_bytes(pack(content) if kind == b"p" else with_data(content) if kind == b"h" else content)
-    checkpoint = answer_or_refusal(lambda: read_checkpoint(path, SVQVAE), path)
+    checkpoint = result_or_none(lambda: read_checkpoint(path, SVQVAE), path)
     if checkpoint is not None:
         weights = checkpoint.model().state_dict()
         assert all(weight.isfinite().all() for weight in weights.values())
@@ -40,12 +40,12 @@ def read_any_checkpoint(content: bytes, folder: Path) -> None:
 
 
 def read_any_tokens(content: bytes, folder: Path) -> None:
-    """The first byte tells what the rest is: `h` the header of a token file, which zeros follow, else a file."""
+    """The first byte tells what follows: `h` the header of a token file, else a whole file."""
     path = folder / "fuzz.safetensors"
     path.write_bytes(with_data(content[1:]) if content[:1] == b"h" else content[1:])
     says_tokens = is_token_file(path)
-    tokens = answer_or_refusal(lambda: load_tokens(path), path)
-    mapped = answer_or_refusal(lambda: load_tokens(path, mapped=True), path)
+    tokens = result_or_none(lambda: load_tokens(path), path)
+    mapped = result_or_none(lambda: load_tokens(path, mapped=True), path)
     assert (tokens is None) == (mapped is None)
     if tokens is not None and mapped is not None:
         assert says_tokens
@@ -58,10 +58,10 @@ def read_any_tokens(content: bytes, folder: Path) -> None:
 
 
 def read_any_image(content: bytes, folder: Path) -> None:
-    """All of the input is the file."""
+    """The input is the file."""
     path = folder / "fuzz.image"
     path.write_bytes(content)
-    image = answer_or_refusal(lambda: load_image(path), path)
+    image = result_or_none(lambda: load_image(path), path)
     if image is not None:
         assert image.mode == "RGB"
         assert 0 < image.width * image.height
@@ -69,10 +69,10 @@ def read_any_image(content: bytes, folder: Path) -> None:
 
 
 def read_any_large(content: bytes, folder: Path) -> None:
-    """All of the input is the TIFF, of which the first and the last window are read."""
+    """The input is a TIFF. Its first and last window are read."""
     path = folder / "fuzz.tif"
     path.write_bytes(content)
-    answer_or_refusal(lambda: read_corners(path), path)
+    result_or_none(lambda: read_corners(path), path)
 
 
 def read_corners(path: Path) -> None:
@@ -85,28 +85,28 @@ def read_corners(path: Path) -> None:
 
 
 def read_any_token_set(content: bytes, folder: Path) -> None:
-    """The first byte tells what the rest is: `j` the settings of a folder, else a Parquet file."""
+    """The first byte tells what follows: `j` the settings of a folder, else a Parquet file."""
     path = folder if content[:1] == b"j" else folder / "fuzz.parquet"
     (folder / SETTINGS_FILE if path == folder else path).write_bytes(content[1:])
-    settings = answer_or_refusal(lambda: read_settings(path), path)
+    settings = result_or_none(lambda: read_settings(path), path)
     if settings is not None:
         assert isinstance(settings, TokenSettings)
         (folder / SETTINGS_FILE).write_text(settings.to_json())
         assert read_settings(folder) == settings
 
 
-def answer_or_refusal(read: Callable[[], Result], path: Path) -> Result | None:
-    """What `read` gives, or `None` where it refuses the file by an error that names it."""
+def result_or_none(read: Callable[[], Result], path: Path) -> Result | None:
+    """Returns the result of `read`, or None if it raises an error that names the file."""
     try:
         return read()
-    except REFUSALS as error:
+    except ERRORS as error:
         message = str(error)
     assert str(path) in message, ascii(message)
     return None
 
 
 def pack(pickled: bytes) -> bytes:
-    """A PyTorch file of this pickle."""
+    """Makes a PyTorch file of a pickle."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("data/0", bytes(ZEROS))):
@@ -115,12 +115,12 @@ def pack(pickled: bytes) -> bytes:
 
 
 def with_data(header: bytes) -> bytes:
-    """A safetensors file of this header, with zeros as data, as many as it asks for."""
+    """Makes a safetensors file of a header, with as many zeros as it asks for."""
     try:
         entries = json.loads(header)
         size = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
         data = bytes(min(int(size), MAX_ZEROS))
-    except Exception:  # no header
+    except Exception:  # not a header
         data = b""
     return len(header).to_bytes(8, "little") + header + data
 

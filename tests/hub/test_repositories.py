@@ -81,7 +81,7 @@ def seen(hub, request):
     return json.loads(run_python(CLIENT, env, golden, folder))
 
 
-def test_conversion_pushed_and_loaded_is_bit_equal(hub, seen):
+def test_pushed_conversion_loads_bit_equal(hub, seen):
     assert seen["from_pretrained"]
     assert seen["variant"]
     assert sorted(file.name for file in (hub[0] / "hub" / "org" / "converted" / "main").iterdir()) == [
@@ -97,7 +97,7 @@ def test_conversion_pushed_and_loaded_is_bit_equal(hub, seen):
     assert 'from_pretrained("org/converted")' in card
 
 
-def test_model_pushed_and_loaded_is_bit_equal(hub, seen):
+def test_pushed_model_loads_bit_equal(hub, seen):
     assert seen["from_push"]
     assert "/org/pushed/commit/" in seen["pushed"]
     card = (hub[0] / "hub" / "org" / "pushed" / "main" / "README.md").read_text()
@@ -105,12 +105,12 @@ def test_model_pushed_and_loaded_is_bit_equal(hub, seen):
     assert "library_name: diffusers" in card
 
 
-def test_checkpoint_file_on_the_hub(seen):
+def test_checkpoint_on_the_hub_loads(seen):
     assert seen["from_single_file"]
     assert seen["from_pickle"]
 
 
-def test_pull_request_leaves_main_alone(hub, seen):
+def test_pull_request_leaves_main_unchanged(hub, seen):
     assert seen["requested"].endswith("/org/converted/discussions/1")
     assert seen["from_request"]
     assert seen["main_unchanged"]
@@ -134,7 +134,7 @@ def test_errors_are_one_line(seen):
         assert "\n" not in text
 
 
-def test_missing_login_is_found_before_anything_is_written(seen):
+def test_missing_login_is_found_before_files_are_written(seen):
     assert not seen["written without a login"]
 
 

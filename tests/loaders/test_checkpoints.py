@@ -47,7 +47,7 @@ def unpickle(path: Path) -> dict:
 
 
 def assert_same_ids(model: SVQVAE, latents: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    """Ids may differ only where two codes are as near: the squared distances of two cosines 1e-5 apart."""
+    """Ids may differ only in ties: squared distances within 2e-5, which are cosines within 1e-5."""
     gaps = model.quantize._flatten(latents) - model.quantize.embedding(ids).flatten(0, -2)
     expected_gaps = model.quantize._flatten(latents) - model.quantize.embedding(expected).flatten(0, -2)
     ties = (gaps.square().sum(-1) - expected_gaps.square().sum(-1)).abs() < 2e-5
@@ -140,7 +140,7 @@ def test_config_values_can_be_replaced(golden_dir):
     assert not model.training
 
 
-def test_averaged_weights_only_when_asked_for(golden_dir, tmp_path):
+def test_averaged_weights_only_with_use_ema(golden_dir, tmp_path):
     content = unpickle(golden_dir / "llamagen_tiny.pt")
     content["ema"]["quant_conv.bias"] = content["model"]["quant_conv.bias"] + 1  # one tensor in the file
     torch.save(content, tmp_path / "file.pt")
@@ -151,14 +151,14 @@ def test_averaged_weights_only_when_asked_for(golden_dir, tmp_path):
         read_checkpoint(golden_dir / "flexvar_tiny.pth", SVQVAE, use_ema=True)
 
 
-def test_bare_dict_beside_training_state_is_llamagen(golden_dir, tmp_path):
+def test_weights_beside_training_state_are_llamagen(golden_dir, tmp_path):
     content = unpickle(golden_dir / "flexvar_tiny.pth")
     torch.save({**content, "optimizer": {}}, tmp_path / "file.pt")
     assert read_checkpoint(tmp_path / "file.pt", SVQVAE).format.name == "llamagen"
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_type_of_the_weights_can_be_asked_for(dtype, golden_dir):
+def test_torch_dtype_casts_all_but_the_codebook(dtype, golden_dir):
     path = golden_dir / "taming_tiny.ckpt"
     model = SVQVAE.from_single_file(path, torch_dtype=dtype)
     types = {key: tensor.dtype for key, tensor in model.state_dict().items()}
@@ -193,7 +193,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("dump", ["torch", "torch, old format", "pickle"])
-def test_code_in_a_pickle_is_refused_and_not_run(dump, tmp_path):
+def test_code_in_a_pickle_is_not_run(dump, tmp_path):
     content = {"model": Payload(tmp_path / "ran")}
     with (tmp_path / "file.pt").open("wb") as file:
         if dump == "pickle":
@@ -208,7 +208,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(dump, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_only_namespaces_are_let_through(golden_dir, tmp_path):
+def test_other_classes_are_refused(golden_dir, tmp_path):
     content = unpickle(golden_dir / "llamagen_tiny.pt")
     torch.save({**content, "args": argparse.Namespace(lr=Fraction(1, 2))}, tmp_path / "file.pt")
     with pytest.raises(ValueError, match=r"calls for `fractions.Fraction`"):
@@ -216,7 +216,7 @@ def test_only_namespaces_are_let_through(golden_dir, tmp_path):
 
 
 def stand_in(monkeypatch, path: str) -> type:
-    """A class that pickles as that of a package which is not here."""
+    """Makes a class that pickles under the name of a package that is not installed."""
     module, _, name = path.rpartition(".")
     for dot in [index for index, letter in enumerate(path) if letter == "."]:
         monkeypatch.setitem(sys.modules, path[:dot], ModuleType(path[:dot]))
@@ -225,7 +225,7 @@ def stand_in(monkeypatch, path: str) -> type:
     return cls
 
 
-def test_callbacks_of_lightning_are_let_through_and_not_imported(golden_dir, tmp_path, monkeypatch):
+def test_callbacks_of_lightning_are_read_and_not_imported(golden_dir, tmp_path, monkeypatch):
     content = unpickle(golden_dir / "taming_tiny.ckpt")
     content["callbacks"] = {}
     with monkeypatch.context() as patch:
@@ -247,7 +247,7 @@ def test_other_classes_of_lightning_are_refused(golden_dir, tmp_path, monkeypatc
         read_checkpoint(tmp_path / "last.ckpt", SVQVAE)
 
 
-def test_code_in_a_pickle_of_another_protocol_is_refused_and_not_run(tmp_path):
+def test_code_in_a_pickle_of_another_protocol_is_not_run(tmp_path):
     (tmp_path / "file.pt").write_bytes(pickle.dumps({"model": Payload(tmp_path / "ran")}))
     with pytest.raises(ValueError, match="or a pickle with code in it"):
         read_checkpoint(tmp_path / "file.pt", SVQVAE)
@@ -287,7 +287,7 @@ def zip_archive(path: Path, _: Path) -> None:
         ("other.safetensors", lambda path, _: save_file({"a": torch.ones(1)}, path), "`encoder.conv_blocks.0.*` in a"),
     ],
 )
-def test_no_checkpoint(name, write, message, golden_dir, tmp_path):
+def test_files_that_are_not_checkpoints(name, write, message, golden_dir, tmp_path):
     write(tmp_path / name, golden_dir)
     with pytest.raises(ValueError, match=message) as error:
         read_checkpoint(tmp_path / name, SVQVAE)
@@ -295,7 +295,7 @@ def test_no_checkpoint(name, write, message, golden_dir, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_no_file(tmp_path):
+def test_missing_file_or_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file `.*gone.pt`.*`org/repo:file`"):
         read_checkpoint(tmp_path / "gone.pt", SVQVAE)
     with pytest.raises(IsADirectoryError, match=r"is a folder.*from_pretrained"):
@@ -303,7 +303,7 @@ def test_no_file(tmp_path):
 
 
 def broken(golden_dir: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None]) -> Path:
-    """The golden svqvae file with weights replaced, added or (`None`) removed."""
+    """Writes the golden svqvae file with weights replaced, added or, for None, removed."""
     weights = load_file(golden_dir / "svqvae_tiny.safetensors") | changes
     save_file({key: value for key, value in weights.items() if value is not None}, tmp_path / "broken.safetensors")
     return tmp_path / "broken.safetensors"
@@ -355,7 +355,7 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
         ),
     ],
 )
-def test_faults_in_what_gives_the_config(changes, message, golden_dir, tmp_path):
+def test_faulty_weights_that_set_the_config(changes, message, golden_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_checkpoint(broken(golden_dir, tmp_path, changes), SVQVAE)
 
@@ -397,7 +397,7 @@ def test_weights_must_be_tensors(golden_dir, tmp_path):
     ],
     ids=["sparse", "without data", "expanded", "expanded without end", "float64", "float8"],
 )
-def test_odd_tensors_are_refused(make, fault, golden_dir, tmp_path):
+def test_tensors_of_other_kinds_are_refused(make, fault, golden_dir, tmp_path):
     content = unpickle(golden_dir / "flexvar_tiny.pth")
     content["model"]["quant_conv.bias"] = make(content["model"]["quant_conv.bias"])
     torch.save(content, tmp_path / "file.pth")
@@ -405,7 +405,7 @@ def test_odd_tensors_are_refused(make, fault, golden_dir, tmp_path):
         read_checkpoint(tmp_path / "file.pth", SVQVAE)
 
 
-def test_an_expanded_codebook_does_not_set_the_config(golden_dir, tmp_path):
+def test_expanded_codebook_does_not_set_the_config(golden_dir, tmp_path):
     content = unpickle(golden_dir / "flexvar_tiny.pth")
     content["model"]["quantize.embedding.weight"] = torch.ones(1).expand(1 << 58, 16)
     torch.save(content, tmp_path / "file.pth")

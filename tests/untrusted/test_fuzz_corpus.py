@@ -1,4 +1,4 @@
-"""What the fuzzer found, and inputs that reach all of the readers that it reached; see fuzz/README.md."""
+"""Replays the fuzzer's corpus; tests/fuzz/README.md explains it."""
 
 import time
 
@@ -11,7 +11,7 @@ CPU_SECONDS = 10
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_readers_answer_or_refuse(reader, tmp_path):
+def test_readers_return_or_raise_errors_that_name_the_file(reader, tmp_path):
     inputs = sorted((CORPUS / reader).iterdir())
     assert inputs
     for path in inputs:
