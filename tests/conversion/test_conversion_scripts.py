@@ -67,7 +67,7 @@ def test_images_option(run, golden_dir, tmp_path, photo, capsys):
     assert [line.partition("  ")[0] for line in lines] == ["photo.png"] * 4
 
 
-def test_errors_are_one_line(run, golden_dir, tmp_path, photo, capsys):
+def test_wrong_arguments_exit_2(run, golden_dir, tmp_path, photo, capsys):
     assert run("compare.py", tmp_path, golden_dir / "svqvae_tiny.safetensors") == 2
     assert "has no svqvae.py" in capsys.readouterr().err
     checkout(tmp_path, "pass")

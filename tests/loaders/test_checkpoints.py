@@ -157,13 +157,13 @@ def test_weights_beside_training_state_are_llamagen(golden_dir, tmp_path):
     assert read_checkpoint(tmp_path / "file.pt", SVQVAE).format.name == "llamagen"
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_torch_dtype_casts_all_but_the_codebook(dtype, golden_dir):
+@pytest.mark.parametrize("dtype", [{}, {"torch_dtype": torch.bfloat16}, {"dtype": torch.bfloat16}])
+def test_dtype_casts_all_but_the_codebook(dtype, golden_dir):
     path = golden_dir / "taming_tiny.ckpt"
-    model = SVQVAE.from_single_file(path, torch_dtype=dtype)
-    types = {key: tensor.dtype for key, tensor in model.state_dict().items()}
-    assert types.pop("quantize.embedding.weight") == torch.float32
-    assert set(types.values()) == {dtype or torch.float32}
+    model = SVQVAE.from_single_file(path, **dtype)
+    dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+    assert dtypes.pop("quantize.embedding.weight") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16 if dtype else torch.float32}
     assert model.codebook_fingerprint() == SVQVAE.from_single_file(path).codebook_fingerprint()
 
 
@@ -358,13 +358,6 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
 def test_faulty_weights_that_set_the_config(changes, message, golden_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_checkpoint(broken(golden_dir, tmp_path, changes), SVQVAE)
-
-
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_type_of_the_weights(name, golden_dir):
-    model = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", **{name: torch.bfloat16})
-    assert model.dtype == torch.bfloat16
-    assert model.quantize.embedding.weight.dtype == torch.float32
 
 
 def test_replaced_config_values_must_fit_the_weights(golden_dir):
