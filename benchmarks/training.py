@@ -45,7 +45,7 @@ def make_step(
     channels_last: bool = False,
     compiled: bool = False,
 ) -> Callable[[], None]:
-    """One training step as a function."""
+    """Makes a model for a recipe, and returns its training step as a function."""
     options = TrainOptions(
         output_dir="out",
         train_data_dir="none",
