@@ -17,8 +17,8 @@ from svqvae_hf.tokens.token_files import ImageTokens
 GIB = 2**30
 
 # Bytes at the peak of memory, in float32 on the CPU. `check_memory` adds them up to an estimate on the safe side.
-# Without tiles, the bundled model (16 base channels) was measured at 290 bytes per pixel when it encodes a square of 512
-# pixels, and at 381 when it decodes one. The estimate is 1,090.
+# Without tiles, the bundled model (16 base channels) was measured at 290 bytes per pixel when it encodes a square of
+# 512 pixels, and at 381 when it decodes one. The estimate is 1,090.
 PIXEL_BYTES = 64  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
 TILE_BYTES = 64  # per base channel and per pixel that the network computes at once: a tile, or the whole image
