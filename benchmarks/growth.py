@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +78,8 @@ def prepare(method: str, size: Size, scan: Path, options: argparse.Namespace) ->
     )
 
 
-def main() -> None:
-    """Reads the arguments, runs the benchmark and reports."""
+def read_arguments() -> argparse.Namespace:
+    """Reads the command line."""
     sides = [f"{side}x{side}" for side in (256, 512, 1024, 2048, 4096)]
     files = ["2048x2048", "8192x8192", "32768x2048"]
     parser = make_parser(__doc__, rounds=1)
@@ -96,36 +96,39 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def make_row(method: str, size: Size, costs: Sequence[Cost]) -> Row:
+    """Medians of one method and size."""
+    width, height = size
+    seconds, cpu_seconds, peak_mib = median_cost(costs)
+    return {
+        "method": method,
+        "image": f"{width} x {height}",
+        "seconds": seconds,
+        "microseconds per pixel": seconds / (width * height) * 1e6,
+        "CPU microseconds per pixel": cpu_seconds / (width * height) * 1e6,
+        "peak memory, MiB": peak_mib,
+        "rounds": [cost._asdict() for cost in costs],
+    }
+
+
+def main() -> None:
+    """Reads the arguments, runs the benchmark and reports."""
+    options = read_arguments()
     machine = describe_machine(options.device, options.threads)
-    runs = [
-        *((method, size) for method, sizes in ((WHOLE, options.whole), (TILES, options.tiles)) for size in sizes),
-        *((FILES, size) for size in options.files),
-    ]
-    costs: dict[tuple[str, Size], list[Cost]] = {run: [] for run in runs}
+    sizes = {WHOLE: options.whole, TILES: options.tiles, FILES: options.files}
+    costs: dict[tuple[str, Size], list[Cost]] = {(method, size): [] for method in sizes for size in sizes[method]}
     with tempfile.TemporaryDirectory() as folder:
-        scans = {size: Path(folder, f"{size[0]}x{size[1]}.tif") for _, size in runs}
+        scans = {size: Path(folder, f"{size[0]}x{size[1]}.tif") for _, size in costs}
         for size in options.files:
             write_scan(scans[size], size)
         for _ in range(options.rounds):
-            for method, size in runs:
-                cost = in_own_process(options.device, options.threads, prepare, method, size, scans[size], options)
-                costs[method, size].append(cost)
-    rows: list[Row] = []
-    for (method, size), each in costs.items():
-        width, height = size
-        seconds, cpu_seconds, peak_mib = median_cost(each)
-        rows.append(
-            {
-                "method": method,
-                "image": f"{width} x {height}",
-                "seconds": seconds,
-                "microseconds per pixel": seconds / (width * height) * 1e6,
-                "CPU microseconds per pixel": cpu_seconds / (width * height) * 1e6,
-                "peak memory, MiB": peak_mib,
-                "rounds": [cost._asdict() for cost in each],
-            }
-        )
+            for (method, size), measured in costs.items():
+                work = (prepare, method, size, scans[size], options)
+                measured.append(in_own_process(options.device, options.threads, *work))
+    rows = [make_row(method, size, measured) for (method, size), measured in costs.items()]
     report(options, machine, {"Pixels to ids to pixels": rows})
 
 
