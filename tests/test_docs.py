@@ -176,6 +176,13 @@ def test_line_counts_of_the_readme_are_true():
         assert int(stated) == pytest.approx(lines, rel=0.15), f"{path} has {lines} lines"
 
 
+def test_files_named_by_their_path_exist():
+    for page in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "training/README.md", "conversion/README.md"):
+        for path in re.findall(r"`([\w/]+/\w+\.(?:py|sh|json|yaml))`", (ROOT / page).read_text()):
+            folders = (ROOT, ROOT / "svqvae_hf", (ROOT / page).parent)
+            assert any((folder / path).is_file() for folder in folders), f"{page} names {path}"
+
+
 def test_architecture_names_each_room():
     named = re.findall(r"^\| `(\w+)/?` \|", PAGES[ROOT / "docs" / "architecture.md"], re.MULTILINE)
     assert named == ROOMS
