@@ -54,8 +54,10 @@ def test_equal_models_pass(run, golden_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["model.quant_conv.bias.data += 0.1", "model.decoder.conv_out.bias.data += 0.01"])
-def test_different_models_fail(change, run, golden_dir, tmp_path, capsys):
-    assert run("compare.py", checkout(tmp_path, change), golden_dir / "svqvae_tiny.safetensors") == 1
+def test_different_models_fail(change, run, golden_dir, tmp_path, photo, capsys):
+    photo.crop((0, 0, 16, 16)).save(tmp_path / "photo.png")
+    model = golden_dir / "svqvae_tiny.safetensors"
+    assert run("compare.py", checkout(tmp_path, change), model, "--images", tmp_path / "photo.png") == 1
     assert all(line.endswith("DIFFERS") for line in capsys.readouterr().out.splitlines())
 
 
