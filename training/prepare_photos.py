@@ -40,8 +40,8 @@ def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
         check=True,
     )
     for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
+        with zipfile.ZipFile(wheel) as content:
+            content.extractall(folder)
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
@@ -80,8 +80,8 @@ def main() -> None:
         paths += sorted(options.folder.glob("*.png")) if options.folder else []
         for number, path in enumerate(tqdm([path for path in paths if path.name not in HELD_OUT], unit="photo")):
             folder = partial / ("train" if number % VALIDATION_EVERY else "validation")
-            for part, square in enumerate(squares(load_image(path))):
-                square.save(folder / f"{number:04d}-{part:02d}.bmp")
+            for index, square in enumerate(squares(load_image(path))):
+                square.save(folder / f"{number:04d}-{index:02d}.bmp")
     partial.rename(options.out)
 
 

@@ -17,7 +17,7 @@ from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
-from svqvae_hf.trainer.losses.objective import Objective
+from svqvae_hf.trainer.losses.objective import Objective, Pair
 from svqvae_hf.trainer.model import MultiScaleForward, load_model, step_scales, whiten_latents
 from svqvae_hf.trainer.optimization import (
     SHARDED,
@@ -28,7 +28,7 @@ from svqvae_hf.trainer.optimization import (
     rescale_gradients,
 )
 from svqvae_hf.trainer.options import is_hub_id, public_name, read_options
-from svqvae_hf.trainer.run import Run, one_line_errors
+from svqvae_hf.trainer.run import Run, Stateful, one_line_errors
 from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image
 from svqvae_hf.trainer.train_options import TrainOptions
 
@@ -78,7 +78,11 @@ def main(options: TrainOptions) -> None:
     )
     model, optimizer = accelerator.prepare(MultiScaleForward(vqvae), optimizer)
     models = [model]
-    states = {"dead_codes": dead_codes, "uniformity": objective.uniformity, "lecam": objective.lecam}
+    states: dict[str, Stateful] = {
+        "dead_codes": dead_codes,
+        "uniformity": objective.uniformity,
+        "lecam": objective.lecam,
+    }
     if discriminator is not None:
         discriminator_steps = options.max_train_steps - options.adversarial_start
         discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
@@ -107,7 +111,7 @@ def main(options: TrainOptions) -> None:
                 with accelerator.autocast():
                     loss, numbers = objective(pairs, output, step)
                 accelerator.backward(loss)
-                if adversarial:
+                if adversarial and discriminator is not None:
                     discriminator.requires_grad_(True)
                     with accelerator.autocast():
                         discriminator_loss, more_numbers = objective.discriminator_loss(pairs, discriminator_model)
@@ -120,7 +124,7 @@ def main(options: TrainOptions) -> None:
                     numbers |= gradient_norms(run, vqvae)
                     scale_before = loss_scale(accelerator)
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                    if adversarial:
+                    if adversarial and discriminator is not None:
                         rescale_gradients(discriminator, loss_scale(accelerator) / scale_before)
                         numbers["discriminator_grad_norm"] = clip_and_step(
                             accelerator,
@@ -140,14 +144,14 @@ def main(options: TrainOptions) -> None:
                 statistics.add(scales, pairs, output.ids)
 
         if run.logs_after(step):
-            numbers = statistics.summary(accelerator.reduce)
+            scale_numbers = statistics.summary(accelerator.reduce)
             if options.spread_weight:
-                numbers["mean_cosine"] = objective.uniformity.mean_cosine.item()
-            run.log_training(step, numbers)
+                scale_numbers["mean_cosine"] = objective.uniformity.mean_cosine.item()
+            run.log_training(step, scale_numbers)
         if run.validates_after(step):
-            validate(run, model, objective, validation_batches, step + 1)
+            validate(run, vqvae, model, objective, validation_batches, step + 1)
 
-    validation = validate(run, model, objective, validation_batches, options.max_train_steps)
+    validation = validate(run, vqvae, model, objective, validation_batches, options.max_train_steps)
     if options.train == "decoder":
         with run.evaluating():
             check_ids(ids_before, encode_ids(vqvae, validation_batches, options))
@@ -159,7 +163,9 @@ def main(options: TrainOptions) -> None:
     accelerator.end_training()
 
 
-def set_codebook_by_kmeans(run: Run, vqvae: SVQVAE, optimizer: torch.optim.Optimizer, images: ImageSource) -> None:
+def set_codebook_by_kmeans(
+    run: Run[TrainOptions], vqvae: SVQVAE, optimizer: torch.optim.Optimizer, images: ImageSource
+) -> None:
     """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
     latents = []
     vqvae.eval()  # without dropout
@@ -174,7 +180,7 @@ def set_codebook_by_kmeans(run: Run, vqvae: SVQVAE, optimizer: torch.optim.Optim
 
 
 def reset_dead_codes(
-    run: Run,
+    run: Run[TrainOptions],
     vqvae: SVQVAE,
     optimizer: torch.optim.Optimizer,
     dead_codes: DeadCodeReset,
@@ -188,7 +194,7 @@ def reset_dead_codes(
     return torch.tensor(float(len(replaced)), device=run.accelerator.device)
 
 
-def gradient_norms(run: Run, vqvae: SVQVAE) -> dict[str, torch.Tensor]:
+def gradient_norms(run: Run[TrainOptions], vqvae: SVQVAE) -> dict[str, torch.Tensor]:
     """Norms of the gradients of encoder and decoder, if they are trained and not sharded."""
     if run.accelerator.distributed_type in SHARDED:
         return {}
@@ -210,13 +216,19 @@ def load_validation_batches(options: TrainOptions, pixel_range: tuple[float, flo
 
 
 def validate(
-    run: Run, model: torch.nn.Module, objective: Objective, batches: list[torch.Tensor], steps_done: int
+    run: Run[TrainOptions],
+    vqvae: SVQVAE,
+    model: torch.nn.Module,
+    objective: Objective,
+    batches: list[torch.Tensor],
+    steps_done: int,
 ) -> dict[str, float]:
     """Logs statistics of each scale and a picture. All processes compute, because sharded models need all of them."""
     if not batches:
         return {}
-    options, accelerator, shown = run.options, run.accelerator, []
-    statistics = ScaleStatistics(run.network.config["codebook_size"], by_octave=False)
+    options, accelerator = run.options, run.accelerator
+    shown: list[Pair] = []
+    statistics = ScaleStatistics(vqvae.config["codebook_size"], by_octave=False)
     with run.evaluating():
         for batch in batches:
             sample = batch.to(accelerator.device)
@@ -243,10 +255,10 @@ def check_ids(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
     logger.info("All ids of the validation images are as before.")
 
 
-def make_card(run: Run, vqvae: SVQVAE, batches: list[torch.Tensor], validation: dict[str, float]) -> str:
+def make_card(run: Run[TrainOptions], vqvae: SVQVAE, batches: list[torch.Tensor], validation: dict[str, float]) -> str:
     """Card of the model, with the numbers of the last validation."""
     options = run.options
-    model, images = options.pretrained_model_name_or_path, options.dataset_name or options.train_data_dir
+    model, images = options.pretrained_model_name_or_path, options.dataset_name or options.train_data_dir or ""
     provenance = run.provenance("training/train.py", f"crops of {options.resolution}² pixels")
     if model is not None:
         provenance["started from"] = f"`{public_name(model)}`"

@@ -121,28 +121,29 @@ def make_pipeline(
     )
 
 
-def validate(run: Run, pipeline: SVQVAEAutoregressivePipeline, steps_done: int) -> None:
+def validate(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, steps_done: int) -> None:
     """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
-    options, num_classes = run.options, pipeline.config.num_classes
+    options, num_classes = run.options, pipeline.config["num_classes"]
     if not options.num_validation_images:
         return
     pipeline.set_progress_bar_config(disable=True)
-    call = {"generator": torch.Generator().manual_seed(options.seed), "output_type": "np"}
-    if num_classes:
-        labels = [index % num_classes for index in range(options.num_validation_images)]
-        call |= {"class_labels": labels, "guidance_scale": options.guidance_scale}
-    else:
-        call["num_images_per_prompt"] = options.num_validation_images
+    generator = torch.Generator().manual_seed(options.seed)
     with run.evaluating():
-        log_samples(run, pipeline(**call).images, steps_done)
+        if num_classes:
+            labels = [index % num_classes for index in range(options.num_validation_images)]
+            scale = options.guidance_scale
+            images = pipeline(labels, guidance_scale=scale, generator=generator, output_type="np")[0]
+        else:
+            count = options.num_validation_images
+            images = pipeline(num_images_per_prompt=count, generator=generator, output_type="np")[0]
+    log_samples(run, images, steps_done)
 
 
-def make_card(run: Run, pipeline: SVQVAEAutoregressivePipeline, layout: SequenceLayout) -> str:
+def make_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, layout: SequenceLayout) -> str:
     """Card of the pipeline."""
     scales = ", ".join(f"{scale:g}" for scale in layout.scales)
     return pipeline_card(
         run,
-        run.options,
         pipeline,
         script="training/train_autoregressive.py",
         summary=f"Images of {layout.width} x {layout.height} pixels (width x height), id by id at scales {scales}, "

@@ -6,6 +6,7 @@ accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE
 
 import sys
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import datasets
 import torch
@@ -24,7 +25,7 @@ PIXEL_RANGE = (-1.0, 1.0)  # of both pipelines
 DENOISERS = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel)}
 NUM_CLASSES = 1000  # DiTPipeline guides with the label after these, whatever the transformer
 
-Denoiser = UNet2DModel | DiTTransformer2DModel
+Denoiser: TypeAlias = UNet2DModel | DiTTransformer2DModel
 
 
 @dataclass
@@ -52,7 +53,7 @@ def main(options: DiffusionOptions) -> None:
     noise_schedule = make_noise_schedule()
     num_timesteps = noise_schedule.config["num_train_timesteps"]
     images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
-    label_names = read_label_names(images)
+    label_names = read_label_names(images.label_feature)
     loader = images.loader([options.resolution], options.num_batches, options.seed)
 
     # Optimizer
@@ -149,19 +150,15 @@ def check_labels(options: DiffusionOptions, denoiser: Denoiser) -> None:
         )
 
 
-def read_label_names(images: ImageSource) -> list[str]:
-    """Names of the classes; empty if the set names none, or is read without labels."""
-    column = images.options.label_column
-    if column is None:
+def read_label_names(feature: Any) -> list[str]:
+    """Names of the classes; empty if the feature has none, or there are no labels."""
+    if feature is None:
         return []
-    feature = images.images.features[column]
     if isinstance(feature, datasets.ClassLabel) and feature.num_classes <= NUM_CLASSES:
         return feature.names
     if isinstance(feature, datasets.Value) and "int" in feature.dtype:
         return []
-    raise ValueError(
-        f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but {column!r} holds {feature}."
-    )
+    raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
 
 
 def drop_labels(labels: list[int | None], label_dropout: float, generator: torch.Generator) -> torch.Tensor:
@@ -185,7 +182,7 @@ def make_pipeline(
     return pipeline
 
 
-def validate(run: Run, pipeline: DiffusionPipeline, steps_done: int) -> None:
+def validate(run: Run[DiffusionOptions], pipeline: DiffusionPipeline, steps_done: int) -> None:
     """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
     options, count = run.options, run.options.num_validation_images
     if not count:
@@ -202,13 +199,12 @@ def validate(run: Run, pipeline: DiffusionPipeline, steps_done: int) -> None:
     log_samples(run, images, steps_done)
 
 
-def make_card(run: Run, pipeline: DiffusionPipeline) -> str:
+def make_card(run: Run[DiffusionOptions], pipeline: DiffusionPipeline) -> str:
     """Card of the pipeline."""
     side, steps = run.options.resolution, run.options.num_inference_steps
     has_classes = isinstance(pipeline, DiTPipeline)
     return pipeline_card(
         run,
-        run.options,
         pipeline,
         script="training/train_latent_diffusion.py",
         summary=f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE.",

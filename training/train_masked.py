@@ -69,7 +69,7 @@ def main(options: MaskedOptions) -> None:
             with accelerator.accumulate(model):
                 # Ids and captions
                 sample, generator = images.to_device(batch), run.batch_generator()
-                captions = make_captions(images, batch.labels, generator)
+                captions = make_captions(batch.labels, images.label_feature, options.label_dropout, generator)
                 texts = tokenizer(captions, return_tensors="pt", padding="max_length", truncation=True)
                 with torch.no_grad():
                     ids = vqvae.encode_tokens(sample)  # (batch, h, w)
@@ -123,18 +123,16 @@ def make_transformer(options: MaskedOptions, vqvae: SVQVAE, text_encoder: CLIPTe
     return UVit2DModel.from_config({**description, **derived}).train()
 
 
-def make_captions(images: ImageSource, labels: list[Any], generator: torch.Generator) -> list[str]:
-    """Captions of a batch, or names of its classes, a random fraction of them empty."""
-    column = images.options.label_column
-    if column is None:
+def make_captions(labels: list[Any], feature: Any, label_dropout: float, generator: torch.Generator) -> list[str]:
+    """Captions of a batch, or names of its classes, a random fraction of them empty; all empty without labels."""
+    if feature is None:
         return [""] * len(labels)
-    feature = images.images.features[column]
     named = isinstance(feature, datasets.ClassLabel)
     captions = [feature.int2str(label) if named else label for label in labels]
     for caption in captions:
         if not isinstance(caption, str):
             raise ValueError(f"`--label_column` must hold captions or classes with names, but has {caption!r}.")
-    kept = torch.rand(len(captions), generator=generator) >= images.options.label_dropout
+    kept = torch.rand(len(captions), generator=generator) >= label_dropout
     return [caption if keep else "" for caption, keep in zip(captions, kept.tolist(), strict=True)]
 
 
@@ -166,7 +164,7 @@ def masked_loss(
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") / num_masked
 
 
-def validate(run: Run, pipeline: AmusedPipeline, steps_done: int) -> None:
+def validate(run: Run[MaskedOptions], pipeline: AmusedPipeline, steps_done: int) -> None:
     """Samples images of the validation prompts with fixed noise. All processes sample; the main process logs them."""
     options = run.options
     if not options.num_validation_images:
@@ -179,12 +177,11 @@ def validate(run: Run, pipeline: AmusedPipeline, steps_done: int) -> None:
     log_samples(run, images, steps_done)
 
 
-def make_card(run: Run, pipeline: AmusedPipeline) -> str:
+def make_card(run: Run[MaskedOptions], pipeline: AmusedPipeline) -> str:
     """Card of the pipeline."""
     side = run.options.resolution
     return pipeline_card(
         run,
-        run.options,
         pipeline,
         script="training/train_masked.py",
         summary=f"Images of {side} x {side} pixels by a masked model of SVQVAE's ids.",

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, `checkpoint-N` in its folder: whole, or not there."""
+"""Checkpoints of a run, folders `checkpoint-N`: complete, or absent."""
 
 import os
 import re
@@ -16,28 +16,28 @@ NAME = re.compile(r"checkpoint-\d+")
 
 
 def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
-    """The checkpoint to go on from, if any.
+    """Finds the checkpoint to resume from. Returns None if there is none and none is asked for.
 
     Args:
         output_dir (`str` or `Path`): Folder of the run.
         wanted (`str`, *optional*): A checkpoint folder, the name of one in `output_dir`, or `latest`.
 
     Raises:
-        ValueError: If it is not there, if none is wanted though `output_dir` has some, or if that has newer ones.
+        ValueError: If the checkpoint is absent, if `output_dir` has newer ones, or if it has some and none is wanted.
     """
     newest = max(_checkpoints(output_dir), key=checkpoint_step, default=None)
     if wanted is None and newest is not None:
         raise ValueError(
-            f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Go on from "
-            "it with `--resume_from_checkpoint latest`, or choose another folder."
+            f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Resume it "
+            "with `--resume_from_checkpoint latest`, or choose another folder."
         )
     if wanted in (None, "latest"):
         return newest
     for path in (Path(wanted), Path(output_dir, wanted)):
         if path.is_dir() and NAME.fullmatch(path.name):
             if newest is not None and checkpoint_step(path) < checkpoint_step(newest):
-                raise ValueError(  # `latest` and the limit go by the step
-                    f"A run that goes on from {path.name} needs an `--output_dir` without newer checkpoints, but "
+                raise ValueError(  # `latest` and the limit are by step
+                    f"A run resumed from {path.name} needs an `--output_dir` without newer checkpoints, but "
                     f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
                     f"`{path}`."
                 )
@@ -49,7 +49,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
 
 
 def checkpoint_step(path: Path) -> int:
-    """Steps that were done when a checkpoint was written."""
+    """Steps done before a checkpoint was written."""
     return int(path.name.rsplit("-", 1)[1])
 
 
@@ -61,15 +61,17 @@ def save_checkpoint(
     rank_state: Mapping[str, Any],
     total_limit: int | None,
 ) -> None:
-    """Writes `checkpoint-STEP` beside, renames it, and removes the oldest over the limit. Called by all processes.
+    """Writes a checkpoint under another name, renames it to `checkpoint-STEP`, and removes the oldest ones.
+
+    All processes call it.
 
     Args:
-        accelerator (`Accelerator`): Its models, optimizers and random states are saved.
-        output_dir (`str` or `Path`): Folder of the run, seen by all processes.
+        accelerator (`Accelerator`): Accelerator whose models, optimizers and random states are saved.
+        output_dir (`str` or `Path`): Folder of the run, shared by all processes.
         step (`int`): Steps done.
-        run_state (`Mapping`): What else the run needs, alike on all processes: tensors and plain values.
-        rank_state (`Mapping`): What each process needs for itself.
-        total_limit (`int`, *optional*): Newest checkpoints to keep; all if not given.
+        run_state (`Mapping`): Other state that is equal on all processes: tensors and plain values.
+        rank_state (`Mapping`): State of this process alone.
+        total_limit (`int`, *optional*): Number of newest checkpoints to keep; all by default.
 
     Raises:
         OSError: If it cannot be written. There is no `checkpoint-STEP` then; a `.partial` may be left, which the next
@@ -89,7 +91,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         message = f"`{path}` cannot be written: {' '.join(str(error).split())}."
         if _checkpoints(output_dir):
-            message += " Older checkpoints are whole: go on from them with `--resume_from_checkpoint latest`."
+            message += " Older checkpoints are complete: resume from them with `--resume_from_checkpoint latest`."
         raise OSError(message) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -105,28 +107,28 @@ def save_checkpoint(
 def load_checkpoint(
     accelerator: Accelerator, path: Path, names: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Loads models, optimizers and random states, and gives the run's state and this process's own.
+    """Loads models, optimizers and random states, and returns the run's state and this process's own.
 
     Args:
-        accelerator (`Accelerator`): Its models, optimizers and random states are loaded.
+        accelerator (`Accelerator`): Accelerator whose models, optimizers and random states are loaded.
         path (`Path`): Folder of the checkpoint.
-        names (`Iterable[str]`): What the run's state must hold.
+        names (`Iterable[str]`): Names that the run's state must hold.
 
     Raises:
-        ValueError: If another number of processes wrote it, or a run without some of the parts that this one has.
+        ValueError: If another number of processes wrote it, or a run without some parts of this run.
     """
     run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
     if run_state["num_processes"] != accelerator.num_processes:
         raise ValueError(
-            f"`{path}` goes on with as many processes as wrote it, {run_state['num_processes']}, but there are "
-            f"{accelerator.num_processes}. Start as many, or start anew from the model with "
+            f"`{path}` must be resumed by as many processes as wrote it, {run_state['num_processes']}, but there are "
+            f"{accelerator.num_processes}. Start as many, or start a new run from the model with "
             "`--pretrained_model_name_or_path`."
         )
     missing = sorted(set(names) - run_state.keys())
     if missing:
         raise ValueError(
-            f"`{path}` must hold the state of all parts of the run, but has none of {', '.join(missing)}. Give the "
-            "options of the run that wrote it, or start anew from its model with `--pretrained_model_name_or_path`."
+            f"`{path}` must hold the state of all parts of the run, but lacks {', '.join(missing)}. Use the options "
+            "of the run that wrote it, or start a new run from its model with `--pretrained_model_name_or_path`."
         )
     accelerator.load_state(str(path))
     return run_state, torch.load(path / _rank_file(accelerator), map_location="cpu", weights_only=True)

@@ -1,6 +1,7 @@
 """Parts of a run that trains a generator on an SVQVAE's latents or ids, and saves a pipeline."""
 
 import math
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.trainer.options import PipelineOptions, public_name
 from svqvae_hf.trainer.run import Run
 from svqvae_hf.trainer.tracking import log_image
+
+Options = TypeVar("Options", bound=PipelineOptions)
 
 CARD = """---
 {metadata}
@@ -72,7 +75,7 @@ def latent_side(vqvae: SVQVAE, resolution: int) -> int:
     return resolution // vqvae.f
 
 
-def log_samples(run: Run, images: np.ndarray, steps_done: int) -> None:
+def log_samples(run: Run[Any], images: np.ndarray, steps_done: int) -> None:
     """Writes sampled images as one picture, on the main process.
 
     Args:
@@ -88,8 +91,7 @@ def log_samples(run: Run, images: np.ndarray, steps_done: int) -> None:
 
 
 def pipeline_card(
-    run: Run,
-    options: PipelineOptions,
+    run: Run[Options],
     pipeline: DiffusionPipeline,
     *,
     script: str,
@@ -101,14 +103,13 @@ def pipeline_card(
 
     Args:
         run ([`Run`]): The run that trained it.
-        options ([`PipelineOptions`]): Options of the run.
         pipeline (`DiffusionPipeline`): The pipeline.
         script (`str`): The script that trained it, such as `training/train_masked.py`.
         summary (`str`): A sentence about the pipeline.
         call (`str`): Arguments of the pipeline's call in the example.
         pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
     """
-    rows = {"SVQVAE": f"`{public_name(options.vqvae_name_or_path)}`"} | run.provenance(script, "images")
+    rows = {"SVQVAE": f"`{public_name(run.options.vqvae_name_or_path)}`"} | run.provenance(script, "images")
     metadata = ModelCardData(
         license="unknown",
         library_name="diffusers",

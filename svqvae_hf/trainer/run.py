@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from svqvae_hf.atomic_io import write_file
 from svqvae_hf.trainer.checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, save_checkpoint
 from svqvae_hf.trainer.optimization import SHARDED, clip_and_step
-from svqvae_hf.trainer.options import RunOptions, public_options, script_name
+from svqvae_hf.trainer.options import Options, RunOptions, public_options, script_name
 from svqvae_hf.trainer.tracking import Means, Throughput
 
 TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
@@ -91,7 +91,7 @@ class Interruption:
         self.accelerator.set_trigger()
 
 
-class Run:
+class Run(Generic[Options]):
     """A run of a training script: everything around its loop.
 
     A script makes the run first, then its model, loader and optimizer, and passes them to [`Run.start`]. It writes its
@@ -127,7 +127,7 @@ class Run:
     ema: EMAModel | None = None
     first_step: int = 0
 
-    def __init__(self, options: RunOptions):
+    def __init__(self, options: Options):
         self.options = options
         self.output_dir = Path(options.output_dir)
         self.checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint)

@@ -202,9 +202,8 @@ def test_each_masked_id_counts_alike_on_all_processes():
 
 
 def test_captions_are_names_of_classes_some_left_empty(masked_options):
-    options = MaskedOptions(**masked_options, label_dropout=0.5)
-    images = ImageSource(options, Accelerator(cpu=True), (0.0, 1.0), "label")
-    found = make_captions(images, [0, 1] * 16, torch.Generator().manual_seed(0))
+    images = ImageSource(MaskedOptions(**masked_options), Accelerator(cpu=True), (0.0, 1.0), "label")
+    found = make_captions([0, 1] * 16, images.label_feature, 0.5, torch.Generator().manual_seed(0))
     assert set(found[::2]) == {"", "cat"}
     assert set(found[1::2]) == {"", "dog"}
 
@@ -322,7 +321,7 @@ def test_mismatched_options_are_refused(options, parts, changes, message, monkey
     [
         ([3, 1000], r"Labels must be integers in \[0, 1000\), but one is 1000"),
         ([3, None], "but one is None"),
-        ([0.5, 1.5], "must hold integers, or at most 1000 classes, but 'label' holds"),
+        ([0.5, 1.5], "must hold integers, or at most 1000 classes, but it holds Value"),
     ],
 )
 def test_labels_outside_the_classes_are_refused(dit_options, tmp_path, photo, labels, message):

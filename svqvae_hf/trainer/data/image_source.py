@@ -1,6 +1,7 @@
 """The images of a run: loaders of their crops, and a limit on unreadable ones."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +50,7 @@ class ImageSource:
             options.streaming,
             label_column,
         )
+        self.label_feature: Any = None if label_column is None else self.images.features[label_column]
         self.num_read = self.num_unreadable = 0
         self.unreadable: set[str] = set()
 

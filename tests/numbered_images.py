@@ -1,0 +1,94 @@
+"""Image sets of numbered images, and loaders of their crops."""
+
+import io
+import tarfile
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from svqvae_hf.trainer.data.crop_loader import CropLoader
+from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.image_loading import load_images
+
+SHARDS, SHARD_SIZE = 4, 6
+NUM_IMAGES = SHARDS * SHARD_SIZE
+BROKEN = {7: b"", 12: b"no image"}
+STREAMS = ("webdataset", "parquet")
+KINDS = ("folder", *STREAMS)
+
+
+def encode(image, kind="png", **options):
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def numbered(number):
+    """An image whose red is its number, and whose green and blue are row and column."""
+    rows, columns = np.mgrid[:20, :24]
+    return Image.fromarray(np.stack([0 * rows + number, rows * 10, columns * 10], -1).astype(np.uint8))
+
+
+def numbers(batch):
+    """Numbers of the images from which crops were cut."""
+    return (batch.sample[:, 0, 0, 0] * 255).round().int().tolist()
+
+
+def write_set(folder, kind, contents):
+    """Encoded images as a folder, as tar shards or as Parquet shards."""
+    folder.mkdir()
+    for shard in range(0, len(contents), SHARD_SIZE):
+        members = list(enumerate(contents))[shard : shard + SHARD_SIZE]
+        if kind == "folder":
+            for number, content in members:
+                (folder / f"{number:03d}.png").write_bytes(content)
+        elif kind == "webdataset":
+            with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+                for number, content in members:
+                    member = tarfile.TarInfo(f"{number:03d}.png")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        else:
+            rows = [{"bytes": content, "path": f"{number:03d}.png"} for number, content in members]
+            Dataset.from_dict({"png": rows}).to_parquet(folder / f"{shard:03d}.parquet", batch_size=4)
+
+
+def open_set(folder, kind):
+    if kind == "folder":
+        return load_images(None, None, [], str(folder), "image", "train", streaming=False)
+    return load_images(kind, None, [f"{folder}/*"], None, "png", "train", streaming=True)
+
+
+def write_sets(root):
+    """Writes numbered images as each kind of set, whole and with broken ones among them, and returns their folders."""
+    whole = [encode(numbered(number)) for number in range(NUM_IMAGES)]
+    for kind in KINDS:
+        write_set(root / f"{kind}-whole", kind, whole)
+        write_set(root / f"{kind}-broken", kind, [BROKEN.get(i, content) for i, content in enumerate(whole)])
+    return {(kind, state): root / f"{kind}-{state}" for kind in KINDS for state in ("whole", "broken")}
+
+
+def policy(**options):
+    plain = {
+        "sides": (16,),
+        "batch_size": 2,
+        "center_crop": False,
+        "random_flip": False,
+        "resize_range": (1.0, 1.0),
+    }
+    return CropPolicy(**(plain | options))
+
+
+def crop_loader(images, crop_policy=None, pixel_range=(0, 1), **options):
+    defaults = {"seed": 0, "num_workers": 0, "process_index": 0, "num_processes": 1, "num_batches": 12}
+    options = defaults | {"shuffle_buffer": 7} | options
+    return CropLoader(images, crop_policy or policy(), pixel_range, **options)
+
+
+def assert_equal(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert torch.equal(batch.sample, other.sample)
+        assert (batch.unreadable, batch.num_read) == (other.unreadable, other.num_read)

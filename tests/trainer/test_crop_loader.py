@@ -1,0 +1,291 @@
+import json
+import random
+import signal
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from numbered_images import (
+    BROKEN,
+    KINDS,
+    NUM_IMAGES,
+    SHARD_SIZE,
+    STREAMS,
+    assert_equal,
+    crop_loader,
+    encode,
+    numbered,
+    numbers,
+    open_set,
+    policy,
+    write_set,
+    write_sets,
+)
+
+from svqvae_hf.trainer.data.crops import centre_crops
+from svqvae_hf.trainer.data.image_loading import load_images
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+# Order
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_workers", "num_processes"), [(0, 3), (2, 1)])
+def test_resumed_loader_continues_exactly(sets, kind, num_workers, num_processes):
+    folder = sets[kind, "broken"]
+    mixed = policy(sides=(16, 8), random_flip=True, resize_range=(0.5, 2))
+    options = {"process_index": num_processes // 2, "num_processes": num_processes}
+    loader = crop_loader(open_set(folder, kind), mixed, num_workers=num_workers, **options)
+    batches, states = [], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    assert len(batches) == 12
+    assert list(loader) == []
+    for done in (1, 5, 12) if num_workers else (1, 4, 5, 8, 11):
+        workers = 2 - num_workers if done == 5 else num_workers
+        resumed = crop_loader(open_set(folder, kind), mixed, num_workers=workers, **options)
+        resumed.load_state_dict(states[done - 1])
+        assert_equal(list(resumed), batches[done:])
+        assert resumed.state_dict() == states[-1]
+
+
+def test_map_style_resume_reads_nothing_again(sets, monkeypatch):
+    loader = crop_loader(open_set(sets["folder", "whole"], "folder"), num_batches=10_001)
+    loader.load_state_dict(loader.state_dict() | {"batch": 10_000, "reader": {"position": 20_000}})
+    read = []
+    monkeypatch.setattr("svqvae_hf.data.image_sets.load_image", lambda file: read.append(file) or numbered(0))
+    assert len(list(loader)) == 1
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seed_decides_the_order(sets, kind):
+    images = open_set(sets[kind, "whole"], kind)
+    batches = list(crop_loader(images))
+    assert_equal(list(crop_loader(images)), batches)
+    assert [numbers(batch) for batch in crop_loader(images, seed=1)] != [numbers(batch) for batch in batches]
+
+
+@pytest.mark.parametrize(("kind", "num_workers"), [(kind, 0) for kind in KINDS] + [("folder", 2)])
+def test_global_random_states_stay_as_they_were(sets, kind, num_workers):
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    list(crop_loader(open_set(sets[kind, "broken"], kind), num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(np.random.get_state())) == before[1:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_each_epoch_shows_each_image_to_one_process(sets, kind, num_processes):
+    """Two processes share the 4 shards of a stream, three share its images."""
+    seen = []
+    for process_index in range(num_processes):
+        loader = crop_loader(
+            open_set(sets[kind, "whole"], kind),
+            policy(batch_size=4),
+            process_index=process_index,
+            num_processes=num_processes,
+            num_batches=3 * NUM_IMAGES // num_processes // 4,
+        )
+        seen.append([number for batch in loader for number in numbers(batch)])
+    count = NUM_IMAGES // num_processes
+    epochs = [[each[start : start + count] for each in seen] for start in range(0, 3 * count, count)]
+    for images in epochs:
+        assert sorted(sum(images, [])) == list(range(NUM_IMAGES))
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_rows_of_a_set_are_seen_equally_often_for_any_batch_size(sets):
+    loader = crop_loader(open_set(sets["folder", "whole"], "folder"), policy(batch_size=5), num_batches=24)
+    assert Counter(number for batch in loader for number in numbers(batch)) == dict.fromkeys(range(NUM_IMAGES), 5)
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_streams_are_shuffled_within_the_buffer(sets, kind):
+    orders = []
+    for shuffle_buffer in (1, 24):
+        loader = crop_loader(open_set(sets[kind, "whole"], kind), shuffle_buffer=shuffle_buffer)
+        orders.append([number for batch in loader for number in numbers(batch)])
+    shards = [orders[0][start : start + SHARD_SIZE] for start in range(0, NUM_IMAGES, SHARD_SIZE)]
+    assert all(shard == list(range(shard[0], shard[0] + SHARD_SIZE)) for shard in shards)
+    assert shards != sorted(shards), "the order of shards is random as well"
+    assert sum(np.diff(orders[1]) == 1) < 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_images_than_a_batch_repeat(tmp_path, kind):
+    write_set(tmp_path / "set", kind, [encode(numbered(number)) for number in range(3)])
+    (batch,) = crop_loader(open_set(tmp_path / "set", kind), policy(batch_size=9), num_batches=1)
+    assert Counter(numbers(batch)) == {0: 3, 1: 3, 2: 3}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_loaders_share_a_stream(sets, kind):
+    images = open_set(sets[kind, "whole"], kind)
+    many = policy(batch_size=12)  # uses up the images that were read ahead at first
+    loader = crop_loader(images, many)
+    alone = [(batch, loader.state_dict()) for batch in loader]
+    loader = crop_loader(images, many)
+    for batch, (expected, state) in zip(loader, alone, strict=True):
+        assert_equal([batch], [expected])
+        assert loader.state_dict() == state
+        next(iter(crop_loader(images, seed=1)))
+
+
+def test_batches_have_one_side_on_all_processes_and_equal_pixels(sets):
+    images = open_set(sets["folder", "whole"], "folder")
+    sides = []
+    for process_index in range(2):
+        loader = crop_loader(images, policy(sides=(16, 8, 4)), process_index=process_index, num_processes=2)
+        shapes = [batch.sample.shape for batch in loader]
+        assert {np.prod(shape) for shape in shapes} == {2 * 3 * 16 * 16}
+        sides.append([shape[-1] for shape in shapes])
+    assert sides[0] == sides[1]
+    assert set(sides[0]) == {16, 8, 4}
+
+
+def test_two_processes_cut_what_one_would(sets):
+    images = open_set(sets["folder", "whole"], "folder")
+    options = {"random_flip": True, "resize_range": (0.5, 2)}
+    whole = list(crop_loader(images, policy(batch_size=4, **options)))
+    halves = [list(crop_loader(images, policy(**options), process_index=i, num_processes=2)) for i in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert torch.equal(batch.sample[::2], first.sample)
+        assert torch.equal(batch.sample[1::2], second.sample)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1}, "`seed` must be 0 as when the state was saved, but is 1"),
+        ({"shuffle_buffer": 8}, "`shuffle_buffer` must be 7 as when"),
+        ({"images": "folder"}, "`streaming` must be True as when"),
+    ],
+)
+def test_states_of_another_order_are_refused(sets, other, message):
+    state = crop_loader(open_set(sets["parquet", "whole"], "parquet")).state_dict()
+    kind = other.pop("images", "parquet")
+    with pytest.raises(ValueError, match=message):
+        crop_loader(open_set(sets[kind, "whole"], kind), **other).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("folder", "`num_rows` must be 6"), ("parquet", "`num_shards` must be 1")]
+)
+def test_states_of_a_smaller_set_are_refused(tmp_path, kind, count):
+    contents = [encode(numbered(number)) for number in range(SHARD_SIZE + 1)]
+    write_set(tmp_path / "small", kind, contents[:SHARD_SIZE])
+    write_set(tmp_path / "large", kind, contents)
+    state = crop_loader(open_set(tmp_path / "small", kind)).state_dict()
+    with pytest.raises(ValueError, match=f"{count} as when the state was saved"):
+        crop_loader(open_set(tmp_path / "large", kind)).load_state_dict(state)
+
+
+# Labels
+
+
+@pytest.mark.parametrize(("streaming", "num_workers"), [(False, 2), (True, 0)])
+def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_path, streaming, num_workers):
+    contents = [BROKEN.get(number, encode(numbered(number))) for number in range(NUM_IMAGES)]
+    rows = [{"bytes": content, "path": None} for content in contents]
+    Dataset.from_dict({"label": list(range(NUM_IMAGES)), "png": rows}).to_parquet(tmp_path / "set.parquet")
+    images = load_images("parquet", None, [f"{tmp_path}/*.parquet"], None, "png", "train", streaming, "label")
+    batches = list(crop_loader(images, num_workers=num_workers, num_batches=NUM_IMAGES // 2))
+    assert any(batch.unreadable for batch in batches)
+    assert all(batch.labels == numbers(batch) for batch in batches)
+
+
+def test_labels_of_a_folder_are_its_subfolders(tmp_path):
+    for number, name in enumerate(("b", "a/c", "b")):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        numbered(number).save(tmp_path / name / f"{number}.png")
+    images = load_images(None, None, [], str(tmp_path), "image", "train", False, "label")
+    assert images.features["label"].names == ["a/c", "b"]
+    for batch in crop_loader(images):
+        assert batch.labels == [(1, 0, 1)[number] for number in numbers(batch)]
+
+
+# Unreadable images
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_files_of_a_folder_are_replaced_and_named(tmp_path, photo, num_workers):
+    for number in range(60):
+        numbered(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "0.png").write_bytes(b"")
+    (tmp_path / "21.png").write_bytes((tmp_path / "21.png").read_bytes()[:60])
+    (tmp_path / "42.png").unlink()
+    (tmp_path / "42.jpg").write_text("Dear diary, ...")
+    images = load_images(None, None, [], str(tmp_path), "image", "train", streaming=False)
+    batches = list(crop_loader(images, policy(batch_size=4), num_batches=15, num_workers=num_workers))
+    named = [name for batch in batches for name in batch.unreadable]
+    assert set(named) == {str(tmp_path / name) for name in ("0.png", "21.png", "42.jpg")}
+    assert sum(batch.num_read for batch in batches) == 60 + len(named)
+    seen = Counter(number for batch in batches for number in numbers(batch))
+    assert seen.total() == 60
+    assert set(range(60)) - set(seen) == {0, 21, 42}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_streams_replace_and_name_unreadable_images(sets, kind):
+    batches = list(crop_loader(open_set(sets[kind, "broken"], kind), shuffle_buffer=1))
+    named = [name for batch in batches for name in batch.unreadable]
+    assert set(named) == {f"{number:03d}.png" for number in BROKEN}
+    seen = [number for batch in batches for number in numbers(batch)]
+    assert len(seen) == NUM_IMAGES
+    assert set(range(NUM_IMAGES)) - set(seen) == set(BROKEN)
+
+
+@pytest.mark.parametrize(("streaming", "name"), [(True, "image {} of epoch 0"), (False, "row {}")])
+def test_unreadable_images_without_a_file_are_named_by_their_position(tmp_path, monkeypatch, streaming, name):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    Dataset.from_dict({"png": [encode(numbered(0)), b"no image", None]}).to_parquet(tmp_path / "a.parquet")
+    images = load_images("parquet", None, [f"{tmp_path}/*.parquet"], None, "png", "train", streaming)
+    (batch,) = crop_loader(images, policy(batch_size=3), num_batches=1)
+    assert numbers(batch) == [0, 0, 0]
+    assert {name.format(1), name.format(2)} <= set(batch.unreadable)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_set_without_a_readable_image_is_an_error(tmp_path, kind):
+    write_set(tmp_path / "set", kind, [b"no image", b""])
+    images = open_set(tmp_path / "set", kind)
+    with pytest.raises(
+        ValueError, match=r"must hold readable images, but 1000 in a row are unreadable, .*00[01].png`"
+    ):
+        next(iter(crop_loader(images)))
+    with pytest.raises(ValueError, match="validation images must hold at least one readable image, but hold none"):
+        centre_crops(images, 1, 16, (0, 1))
+
+
+def test_more_processes_than_images_of_a_stream_are_refused(tmp_path):
+    write_set(tmp_path / "set", "parquet", [encode(numbered(0))])
+    images = open_set(tmp_path / "set", "parquet")
+    with pytest.raises(ValueError, match="Each process must get images of the stream, but one got none"):
+        next(iter(crop_loader(images, process_index=1, num_processes=2)))
+
+
+# Workers
+
+
+def test_workers_leave_signals_to_the_trainer(sets, monkeypatch):
+    def signals_as_image(file):
+        ignored = [signal.getsignal(each) == signal.SIG_IGN for each in (signal.SIGINT, signal.SIGTERM)]
+        return numbered(10 * ignored[0] + ignored[1])
+
+    monkeypatch.setattr("svqvae_hf.data.image_sets.load_image", signals_as_image)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        images = open_set(sets["folder", "whole"], "folder")
+        assert [numbers(batch) for batch in crop_loader(images, num_workers=2, num_batches=3)] == [[11, 11]] * 3
+        assert [numbers(batch) for batch in crop_loader(images, num_batches=1)] == [[0, 0]], "this one keeps its own"
+    finally:
+        signal.signal(signal.SIGTERM, handler)
