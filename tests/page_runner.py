@@ -4,8 +4,8 @@
 
 The blocks of a page share one namespace. They run in a folder that has the files they name: the bundled photograph as
 `photo.jpg`, in `photos` and in `docs/images`, a TIFF image, original checkpoints, and pipelines as training leaves
-them. `HUB` is the folder of a stand-in for the Hub. A small random model takes the place of the bundled one: same
-config but for its width, so all shapes are equal.
+them. `HUB` is the folder of a stand-in for the Hub. A small random model replaces the bundled one. It has the
+same config but for its width, so all shapes are equal.
 """
 
 import json
@@ -109,7 +109,7 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
 
 
 def make_small_default(folder: Path) -> None:
-    """Puts a narrow model in the place of the bundled one."""
+    """Replaces the bundled model by a narrow one."""
     config = json.loads((svqvae_hf.DEFAULT_MODEL / "config.json").read_text())
     narrow = config | {"base_channels": 4, "encoder_ch_mult": (1, 1, 1, 1), "decoder_ch_mult": (1, 1, 1, 1)}
     svqvae_hf.SVQVAE.from_config(narrow).save_pretrained(folder)

@@ -266,7 +266,7 @@ def test_docstrings_become_markdown():
     assert to_markdown(DOCSTRING, known.get).rstrip() == MARKDOWN.rstrip()
 
 
-def test_references_to_nothing_are_refused(tmp_path):
+def test_reference_to_nothing_is_an_error(tmp_path):
     package = tmp_path / "svqvae_hf"
     package.mkdir()
     (package / "__init__.py").write_text('class Thing:\n    """See [`Thing.gone`]."""\n')
