@@ -23,7 +23,7 @@ from train_autoregressive import AutoregressiveOptions
 from train_latent_diffusion import DiffusionOptions
 from train_masked import MaskedOptions
 
-from svqvae_cli.command_line import parse
+from svqvae_cli.command_line import COMMANDS, parse
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.train_options import TrainOptions
@@ -181,6 +181,11 @@ def test_files_named_by_their_path_exist():
         for path in re.findall(r"`([\w/]+/\w+\.(?:py|sh|json|yaml))`", (ROOT / page).read_text()):
             folders = (ROOT, ROOT / "svqvae_hf", (ROOT / page).parent)
             assert any((folder / path).is_file() for folder in folders), f"{page} names {path}"
+
+
+def test_page_of_the_command_line_has_each_command():
+    named = re.findall(r"^\| `(\w+)` \|", PAGES[ROOT / "docs" / "command_line.md"], re.MULTILINE)
+    assert named == [command.__name__.rpartition(".")[2] for command in COMMANDS]
 
 
 def test_architecture_names_each_room():
