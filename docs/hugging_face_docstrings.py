@@ -44,7 +44,7 @@ def _rewrite(owner: griffe.Object, package: griffe.Module, listed: set[str]) -> 
 
 
 def to_markdown(docstring: str, find: Callable[[str], str | None]) -> str:
-    """Sections as lists under bold headings, references as links.
+    """Turns sections into lists under bold headings, and references into links.
 
     Args:
         docstring (`str`): In Hugging Face's form, without indentation.

@@ -15,7 +15,7 @@ from svqvae_hf.models.tiling import Core, crop_to_core, gather_context, map_tile
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 IMAGES = Path(__file__).parent / "images"
-LARGE = (1000, 665)  # pixels: more than is taken whole
+LARGE = (1000, 665)  # pixels, enough to be tiled
 TILE, HALO = 32, 4  # latents: 256 and 32 pixels
 GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
 MARGIN, LABEL = 16, 44  # pixels between images, and under them
@@ -28,7 +28,7 @@ def main(folder: Path = IMAGES) -> None:
     large = photo.resize(LARGE, Image.Resampling.BICUBIC)
     pictures = {
         "pyramid": picture_of_the_pyramid(model, load_image(IMAGES / "osprey.jpg")),
-        "way": picture_of_the_way(model, photo),
+        "steps": picture_of_the_steps(model, photo),
         "scales": picture_of_scales(model, photo),
         "tiles": picture_of_tiles(model, large),
         "seams": picture_of_seams(model, load_image(IMAGES / "wren.jpg")),
@@ -56,8 +56,8 @@ def picture_of_the_pyramid(model: SVQVAE, photo: Image.Image) -> Image.Image:
     return sheet
 
 
-def picture_of_the_way(model: SVQVAE, photo: Image.Image) -> Image.Image:
-    """Pixels to latents to ids and back."""
+def picture_of_the_steps(model: SVQVAE, photo: Image.Image) -> Image.Image:
+    """From pixels to latents to ids, and back."""
     tokens = encode_image(model, photo, [1])
     with torch.inference_mode():
         latents = model.encode(SVQVAEImageProcessor()(photo)["pixel_values"]).latents[0, :3]
@@ -92,7 +92,7 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     """The grid of tiles, one of them with its margin, and the windows for what all tiles share."""
     size = [-(-side // model.f) for side in (photo.height, photo.width)]
     rows, columns = (tile_axis(side, TILE, HALO) for side in size)
-    tiles, sample = (photo.copy() for _ in range(2))
+    tiles, sampled = (photo.copy() for _ in range(2))
     draw = ImageDraw.Draw(tiles)
     for y in rows:
         for x in columns:
@@ -100,19 +100,19 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     y, x = rows[len(rows) // 2], columns[len(columns) // 2]
     _box(draw, model.f, (y.start, y.stop), (x.start, x.stop), ORANGE, 5)
     _box(draw, model.f, (y.core_start, y.core_stop), (x.core_start, x.core_stop), GREEN, 5)
-    draw = ImageDraw.Draw(sample)
-    windows = _sample_windows(size)
+    draw = ImageDraw.Draw(sampled)
+    windows = _context_windows(size)
     for window in windows:
         _box(draw, model.f, *window, GREEN, 4)
-    half = photo.width * 2 // 3, photo.height * 2 // 3
+    shown_size = photo.width * 2 // 3, photo.height * 2 // 3
     panels = [
         Panel(
-            tiles.resize(half, Image.Resampling.LANCZOS),
+            tiles.resize(shown_size, Image.Resampling.LANCZOS),
             "tiles of 256 pixels",
             "one tile reads the orange square and keeps the green core",
         ),
         Panel(
-            sample.resize(half, Image.Resampling.LANCZOS),
+            sampled.resize(shown_size, Image.Resampling.LANCZOS),
             "windows",
             f"{len(windows)} of 96 x 96 pixels, for the statistics that all tiles share",
         ),
@@ -120,8 +120,8 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     return contact_sheet(panels)
 
 
-def _sample_windows(size: list[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Rows and columns, in latents, of each window of the sample of an image."""
+def _context_windows(size: list[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns, in latents, of the windows that are sampled from an image."""
     windows = []
 
     def read(rows: slice, columns: slice) -> torch.Tensor:
@@ -152,9 +152,9 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
 
 
 def _mosaic(model: SVQVAE, ids: torch.Tensor, photo: Image.Image) -> Image.Image:
-    """Ids in the size of a photo, each as its code looks."""
-    looks = torch.from_numpy(draw_codes(model, ids.flatten())).unflatten(0, ids.shape)  # (h, w, f, f, 3)
-    joined = looks.float().mean((2, 3), keepdim=True).movedim(2, 1).flatten(2, 3).flatten(0, 1)  # (h, w, 3)
+    """Ids at the size of a photograph, each in the mean colour of its code."""
+    codes = torch.from_numpy(draw_codes(model, ids.flatten())).unflatten(0, ids.shape)  # (h, w, f, f, 3)
+    joined = codes.float().mean((2, 3), keepdim=True).movedim(2, 1).flatten(2, 3).flatten(0, 1)  # (h, w, 3)
     return _enlarged(Image.fromarray(joined.byte().numpy()), photo)
 
 
@@ -163,7 +163,7 @@ def _enlarged(image: Image.Image, photo: Image.Image) -> Image.Image:
 
 
 def _pixels(sample: torch.Tensor) -> Image.Image:
-    """`(3, height, width)` in [0, 1] as an image."""
+    """Image of a sample `(3, height, width)` in [0, 1]."""
     return SVQVAEImageProcessor().postprocess(sample[None])[0]
 
 
