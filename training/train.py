@@ -50,7 +50,6 @@ def main(options: TrainOptions) -> None:
     images = ImageSource(options, accelerator, pixel_range)
     loader = images.loader([options.resolution, *options.crop_sizes], options.num_batches, options.seed)
     validation_batches = load_validation_batches(options, pixel_range)
-    ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
 
     # Losses
     lpips = load_lpips(options.lpips_net, options.lpips_weights).to(vqvae.device) if options.lpips_weight else None
@@ -69,7 +68,7 @@ def main(options: TrainOptions) -> None:
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
     # Optimizers
-    if options.model_config_name_or_path is not None and run.checkpoint is None:
+    if options.model_config_name_or_path is not None and run.checkpoint is None:  # a new model
         whiten_latents(vqvae, images.fresh_crops(WHITENING_BATCHES))
         for parameter in vqvae.quant_conv.parameters():
             broadcast(parameter.data)  # processes have different crops
@@ -78,6 +77,7 @@ def main(options: TrainOptions) -> None:
     )
     model, optimizer = accelerator.prepare(MultiScaleForward(vqvae), optimizer)
     models = [model]
+    ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
     states: dict[str, Stateful] = {
         "dead_codes": dead_codes,
         "uniformity": objective.uniformity,
@@ -133,6 +133,8 @@ def main(options: TrainOptions) -> None:
                             discriminator_lr_scheduler,
                             options.max_grad_norm,
                         )
+
+                # Dead codes
                 if options.dead_code_reset_steps and quantize:
                     counts = sum(count_codes(ids, codebook_size) for ids in output.ids)
                     dead_codes.observe(accelerator.reduce(counts, "sum"))

@@ -23,7 +23,7 @@ from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (-1.0, 1.0)  # of both pipelines
 DENOISERS = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel)}
-NUM_CLASSES = 1000  # DiTPipeline guides with the label after these, whatever the transformer
+NUM_CLASSES = 1000  # DiTPipeline guides with the label after these, for any transformer
 
 Denoiser: TypeAlias = UNet2DModel | DiTTransformer2DModel
 

@@ -70,7 +70,7 @@ class MultiScaleForward(nn.Module):
 def step_scales(options: TrainOptions, latent_side: int, step: int) -> list[float]:
     """Scales of a step, the full one last: the fixed ones, or random latent sides beside the full one.
 
-    Random sides are those of FlexVAR (arXiv 2502.20313, section 3.3). The largest are dropped until all scales
+    Random sides follow FlexVAR (arXiv 2502.20313, section 3.3). The largest are dropped until all scales
     together have at most `token_budget` times the tokens of the full one.
     """
     if options.scales:

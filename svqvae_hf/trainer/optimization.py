@@ -39,7 +39,7 @@ def make_optimizer(
         network (`nn.Module`): Network to train.
         options ([`RunOptions`]): Options of AdamW and of the schedule.
         learning_rate (`float`): Peak learning rate.
-        num_steps (`int`): Length of the schedule in steps, whatever the number of processes.
+        num_steps (`int`): Length of the schedule in steps, for any number of processes.
         decayed_ndim (`int`, defaults to 2): Weights of at least so many dimensions decay.
     """
     groups = parameter_groups(network, options.adam_weight_decay, decayed_ndim)

@@ -53,7 +53,7 @@ def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]
 
     Args:
         options ([`PipelineOptions`]): Options.
-        pixel_range (`tuple[float, float]`): Pixel range of the pipeline, whatever the SVQVAE was trained on.
+        pixel_range (`tuple[float, float]`): Pixel range of the pipeline, which may differ from the SVQVAE's own.
 
     Raises:
         ValueError: If there is no such SVQVAE, or no such config of the network.

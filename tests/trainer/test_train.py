@@ -260,7 +260,9 @@ def work_of_two_processes(rank, port, options, sample, folder):
 
     def record_projection(vqvae):
         """Before the engine wraps the model, because some engines copy the weights of one process to all."""
-        torch.save(vqvae.quant_conv.state_dict(), folder / f"projection-{rank}.pt")
+        path = folder / f"projection-{rank}.pt"
+        if not path.exists():
+            torch.save(vqvae.quant_conv.state_dict(), path)
         return MultiScaleForward(vqvae)
 
     def record_weights(run, model):
@@ -278,49 +280,31 @@ def work_of_two_processes(rank, port, options, sample, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(inputs, tmp_path_factory):
-    """Folder of what two processes saved, and the batch of their gradients."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    options = EVERYTHING | {
-        "lpips_weight": 0.0,
-        "adversarial_start": 1,
-        "kmeans_steps": [1],
-        "dataloader_num_workers": 0,
-    }
-    options |= {"max_train_steps": 6, "checkpointing_steps": 3, "output_dir": str(folder / "out")}
-    options |= {"model_config_name_or_path": str(inputs / "model" / "config.json")}
+def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exactly(inputs, tmp_path):
+    """All in one launch, because processes take long to start."""
+    options = EVERYTHING | {"lpips_weight": 0.0, "adversarial_start": 1, "kmeans_steps": [1]}
+    options |= {"max_train_steps": 6, "checkpointing_steps": 3, "output_dir": str(tmp_path / "out")}
+    options |= {"model_config_name_or_path": str(inputs / "model" / "config.json"), "dataloader_num_workers": 0}
     options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1}
     torch.manual_seed(3)
     sample = torch.rand(4, 3, 48, 48)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    torch.multiprocessing.spawn(work_of_two_processes, args=(port, options, sample, folder), nprocs=2)
-    return folder, sample
+    torch.multiprocessing.spawn(work_of_two_processes, args=(port, options, sample, tmp_path), nprocs=2)
 
-
-def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(two_processes):
-    folder, sample = two_processes
     expected = gradients(sample)
     assert any(name.startswith("layers") for name in expected)
     for rank in range(2):
-        found = torch.load(folder / f"gradients-{rank}.pt")
+        found = torch.load(tmp_path / f"gradients-{rank}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
-
-
-@pytest.mark.parametrize("saved", ["projection", "weights"])
-def test_two_processes_start_and_end_with_equal_weights(two_processes, saved):
-    """With k-means and reset codes, whose latents differ between processes."""
-    one, other = (torch.load(two_processes[0] / f"{saved}-{rank}.pt") for rank in range(2))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_resumed_run_of_two_processes_equals_an_unbroken_one(two_processes):
-    folder, _ = two_processes
-    assert_equal_weights(folder / "whole", folder / "out")
+    # Latents of the projection, of k-means and of reset codes differ between processes.
+    for saved in ("projection", "weights"):
+        one, other = (torch.load(tmp_path / f"{saved}-{rank}.pt") for rank in range(2))
+        assert all(torch.equal(one[name], other[name]) for name in one), saved
+    assert_equal_weights(tmp_path / "whole", tmp_path / "out")
 
 
 # Codebook, decoder, result, mistakes

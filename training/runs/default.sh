@@ -2,7 +2,7 @@
 # The bundled model, svqvae_hf/pretrained: about an hour and a half on one core of a CPU with bfloat16 instructions.
 #   training/runs/default.sh CID22_TRAIN WORK
 # CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for photographs and checkpoints.
-# Run it again to go on from the latest checkpoint.
+# Run it again to resume from the latest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cid22=$1 work=$2
@@ -28,7 +28,7 @@ train --output_dir "$work/mixed" --pretrained_model_name_or_path "$work/start" \
     --max_train_steps 13000 --learning_rate 8e-4 --lr_warmup_steps 100 \
     --kmeans_steps 5000 10000 --kmeans_batches 128 --dead_code_reset_steps 500 --validation_steps 500
 
-# Codes that some 130,000 latents do not find move to where latents are.
+# Codes that none of some 130,000 latents uses are reset to latents.
 train --output_dir "$work/default" --pretrained_model_name_or_path "$work/mixed" \
     --resolution 256 --crop_sizes 64 128 --train_batch_size 1 --num_scales 2 --commitment_weight 0.1 \
     --max_train_steps 800 --learning_rate 1e-4 --lr_warmup_steps 50 --dead_code_reset_steps 100 --validation_steps 400

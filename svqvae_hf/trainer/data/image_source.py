@@ -77,7 +77,7 @@ class ImageSource:
         )
 
     def fresh_crops(self, num_batches: int) -> Iterator[torch.Tensor]:
-        """Yields batches of the largest crops on the device, other crops than those of the run's seed."""
+        """Yields batches of the largest crops on the device, other than the crops that the run trains on."""
         for batch in self.loader([self.options.resolution], num_batches, self.options.seed + 1):
             yield batch.sample.to(self.accelerator.device)
 

@@ -13,7 +13,7 @@ DECAY = 0.98
 
 
 class UniformityLoss(nn.Module):
-    """Pulls the first two moments of normalised latents to those of the uniform distribution on the sphere.
+    """Pulls the first two moments of normalised latents to the moments of a uniform distribution on the sphere.
 
     Let m be the mean of the latents z, and M the mean of z z^T. The loss minimises |m|^2 + |M - I/dim|^2, which is 0
     for uniform latents; |m|^2 is the mean cosine of two latents. A batch is too small to estimate m and M, so they are
