@@ -1,3 +1,5 @@
+"""Runs the command line as `python -m svqvae_cli`."""
+
 import sys
 
 from svqvae_cli import main

@@ -1,1 +1,1 @@
-"""Models in other forms: Hub repositories of original checkpoints, and exported graphs. Imports any room below."""
+"""Converts original checkpoints to Hub repositories, and models to ONNX or torch graphs. Imports any room below."""

@@ -16,12 +16,12 @@ from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-CHECK_LATENTS = 8  # side, in latents, of the random image on which a written model is compared
+CHECK_LATENTS = 8  # side in latents of the random image that a written model is checked on
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """Result of [`convert`]; `str(report)` is its text for a terminal.
+    """Result of [`convert`]. `str(report)` formats it for a terminal.
 
     Args:
         source (`str`): Source, as passed by the caller.
@@ -68,8 +68,8 @@ def convert(
 ) -> ConversionReport:
     """Converts an original checkpoint to a Hub repository: card, config and safetensors.
 
-    The repository is written to a temporary folder beside `out` and loaded again. All tensors and the reconstruction
-    of a random image must equal the source; then the folder is renamed to `out`. A process that is killed before
+    The repository is written to a temporary folder beside `out` and loaded again. It is renamed to `out`
+    once all tensors and the reconstruction of a random image equal the source. A process that is killed before that
     leaves the temporary folder, `.{out}-*`.
 
     Args:
@@ -84,7 +84,7 @@ def convert(
             the source is read, so that a missing login is found early.
         private (`bool`, *optional*): Whether a new repository is private.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-        **config: Config values that replace those read from the file, such as `network_range`.
+        **config: Config values that replace the values read from the file, such as `network_range`.
 
     Returns:
         [`ConversionReport`]: Source, config and files.
@@ -179,9 +179,9 @@ def _save(model: SVQVAE, folder: Path, variant: str | None = None) -> None:
 def _halve(model: SVQVAE, variant: str) -> SVQVAE:
     """Casts a model in place; its codebook stays in float32 by itself."""
     model.to(VARIANTS[variant])
-    overflown = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
-    if overflown:
+    overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
+    if overflowed:
         raise ValueError(
-            f"Weights must lie in the range of {variant}, but {', '.join(overflown)} do not. Choose bf16."
+            f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
         )
     return model

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Result of [`export_graphs`]; `str(report)` is its text for a terminal.
+    """Result of [`export_graphs`]. `str(report)` formats it for a terminal.
 
     Args:
         out (`Path`): Folder of the two graphs.
@@ -30,7 +30,7 @@ class ExportReport:
         ids (`int`): Number of ids that were compared.
         changed (`int`): Number of ids that differ from the ids of the model in float32. For graphs in float32, all of
             them are ties.
-        pixels (`float`): Largest difference of a pixel, 1 from black to white.
+        pixels (`float`): Largest difference of a pixel, where black and white differ by 1.
     """
 
     out: Path
@@ -57,16 +57,16 @@ def export_graphs(model: SVQVAE, out: str | Path, *, format: str = "onnx", dtype
     [`SVQVAE.encode`] does. It reads an image as a whole, without tiles. Each file holds metadata as JSON: `f`,
     `pixel_range`, `codebook_size`, `codebook_fingerprint`.
 
-    The files are written to a temporary folder beside `out`, loaded again and compared with the model on ten sizes;
-    then the folder is renamed to `out`. In float32, ids must equal the model's up to ties, and pixels must be within
-    2/255. In float16 some ids change; the report says how many.
+    The files are written to a temporary folder beside `out`, loaded again and compared with the model on ten sizes.
+    After that the folder is renamed to `out`. In float32, ids must equal the model's up to ties, and pixels must be
+    within 2/255. In float16 some ids change; the report says how many.
 
     Args:
-        model ([`SVQVAE`]): Model to export, as it is in evaluation mode. It is not changed.
+        model ([`SVQVAE`]): Model to export. A copy in evaluation mode is traced, so it is not changed.
         out (`str` or `Path`): Folder to create. It may exist if it is empty.
         format (`str`, defaults to `"onnx"`): `"onnx"`, which needs the extra `export`, or `"torch"`.
-        dtype (`str`, defaults to `"float32"`): `"float32"` or `"float16"`, the type of weights and images. Either
-            searches the codebook in float32.
+        dtype (`str`, defaults to `"float32"`): `"float32"` or `"float16"`, the type of weights and images. The
+            codebook is searched in float32 in both cases.
 
     Returns:
         [`ExportReport`]: Files written, and their difference from the model.

@@ -9,13 +9,13 @@ from svqvae_hf.conversion.graph_files import Graph
 from svqvae_hf.conversion.graphs import example_images
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
-# Batch, rows and columns of ids. None is the traced grid. They include a single id, a single row and column, sides
-# that differ, and more ids than the model searches for at once.
+# Batch, rows and columns of ids. No grid equals the traced one. They include a single id, a single row and column,
+# unequal sides, and more ids than the model searches at once.
 CHECKED_GRIDS = (
     *((1, 1, 1), (2, 1, 3), (3, 5, 1), (1, 4, 4), (3, 2, 5), (2, 8, 8), (1, 7, 13), (1, 16, 16), (1, 11, 24)),
     (1, 20, 32),
 )
-PIXEL_TOLERANCE = 2 / 255  # 1 is the difference of black and white
+PIXEL_TOLERANCE = 2 / 255  # where black and white differ by 1
 # Another library adds the same products in another order, so its latents differ in the last digits. In float32 they
 # differ from float64 by up to 4e-6 of their length, measured with the layout of the original's release. Two codes
 # whose similarities differ by no more than this are a tie, and either is right.
@@ -34,7 +34,8 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph, dtype: torch.dty
             pixels by `PIXEL_TOLERANCE`. In float16, any finite difference passes.
 
     Returns:
-        `tuple[int, float]`: Number of ids that differ, and largest difference of a pixel, 1 from black to white.
+        `tuple[int, float]`: Number of ids that differ, and largest difference of a pixel, where black and
+            white differ by 1.
 
     Raises:
         ValueError: If a graph fails to run, returns a wrong shape, or differs by more.
@@ -96,10 +97,10 @@ def _run(graph: Graph, value: torch.Tensor, expected: torch.Tensor, name: str) -
 
 
 def _similarity_gap(model: SVQVAE, sample: torch.Tensor, ids: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
-    """Similarity of the latents to their nearest codes, minus their similarity to the codes `ids`.
+    """How much more similar latents are to their nearest codes than to the codes `ids`.
 
-    Similarity is the cosine for normalised codes. Without L2 norm it is minus half the squared distance, over the mean
-    of both squared lengths.
+    Similarity is the cosine for normalised codes. Without L2 norm it is minus half the squared distance, divided by
+    the mean of both squared lengths.
     """
     latents = model.encode(sample).latents.permute(0, 2, 3, 1).double()  # (batch, h, w, codebook_embed_dim)
     if model.config["codebook_l2_norm"]:

@@ -74,9 +74,9 @@ def trace_graphs(model: SVQVAE, dtype: torch.dtype) -> tuple[ExportedProgram, Ex
     """Traces encoder and decoder, with dynamic batch, height and width."""
     encoder, decoder = EncoderGraph(model, dtype), DecoderGraph(model, dtype)
     weights = {**encoder.state_dict(), **decoder.state_dict()}
-    overflown = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
-    if overflown:
-        raise ValueError(f"Weights must lie in the range of float16, but {', '.join(overflown)} do not. Use float32.")
+    overflowed = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
+    if overflowed:
+        raise ValueError(f"Weights must lie in the range of float16, but {', '.join(overflowed)} do not. Use float32.")
     return (
         _trace(encoder, example_images(model, TRACED_GRID).to(dtype), (0, 2, 3)),
         _trace(decoder, torch.zeros(TRACED_GRID, dtype=torch.int64), (0, 1, 2)),

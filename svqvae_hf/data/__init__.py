@@ -1,1 +1,1 @@
-"""Image sets, which are read once, and token sets, which are made of them."""
+"""Reads image sets, and makes token sets from them."""

@@ -75,7 +75,7 @@ def push_folder(out: Path, repo_id: str, message: str, repo_type: str = "model",
     except (HTTPError, OSError) as error:
         option = "" if repo_type == "model" else f" --repo-type {repo_type}"
         raise OSError(
-            f"`{out}` is complete, but could not be pushed to `{repo_id}`: {hub_reason(error)} Push it by `hf upload "
-            f"{repo_id} {out}{option}`."
+            f"`{out}` is complete, but could not be pushed to `{repo_id}`: {hub_reason(error)} Push it with `hf "
+            f"upload {repo_id} {out}{option}`."
         ) from error
     return commit.pr_url or commit.commit_url

@@ -37,7 +37,7 @@ def check_attention(format: CheckpointFormat, weights: Mapping[str, Any], num_le
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str | Path) -> None:
-    """Raises unless the weights are exactly those in `shapes`, finite and in a floating-point type that is read."""
+    """Raises unless the weights are exactly those in `shapes`, finite and of one of the `WEIGHT_DTYPES`."""
     known = {name: weights[name] for name in shapes if name in weights}
     misshapen = {name for name, tensor in known.items() if tensor.shape != shapes[name]}
     wrong_type = {name for name, tensor in known.items() if tensor.dtype not in WEIGHT_DTYPES}
@@ -63,6 +63,6 @@ def raise_faults(source: str | Path, faults: Mapping[str, Set[str]]) -> None:
     )
     if found:
         raise ValueError(
-            f"`{source}` must hold exactly the weights that its config asks for, but there are {found}. Download the "
-            "file again. Config values that replace those read from the file must fit it, too."
+            f"`{source}` must hold exactly the weights that its config asks for, but has faults: {found}. Download "
+            "the file again. If you replaced config values, they must fit the file, too."
         )

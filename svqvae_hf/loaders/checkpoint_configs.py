@@ -39,7 +39,7 @@ def infer_config(
         f"{names[key]} {shapes[key]}" for network in level_keys.values() for key in network if shapes[key][0] % base
     }
     raise_faults(
-        source, {f"not of {base} channels, as {names['encoder.conv_in.weight']}, or a multiple": not_multiples}
+        source, {f"not a multiple of the {base} channels of {names['encoder.conv_in.weight']}": not_multiples}
     )
     return {
         **sizes,

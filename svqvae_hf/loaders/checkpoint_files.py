@@ -1,4 +1,4 @@
-"""Original checkpoint files, local or on the Hub: found and read."""
+"""Finds original checkpoint files, local or on the Hub, and reads them."""
 
 import argparse
 import pickle

@@ -1,17 +1,9 @@
 """The five formats of original checkpoints, as data: how weights are named, and the config that shapes do not tell."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-
-def rename(key: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """Replaces the beginning of a key by the first pair (old, new) that fits."""
-    for old, new in pairs:
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
 
 
 def count_numbers(keys: Iterable[Any], prefix: str) -> int:
@@ -29,13 +21,13 @@ class CheckpointFormat:
         title (`str`): Name and origin, for people.
         container (`str`, *optional*): Key of the pickled dict that holds the weights. `None` for a safetensors file,
             which holds nothing else.
-        level_prefix (`str`): Beginning, up to the number, of the keys of an encoder level. Its numbers tell the
-            format and f.
+        level_prefix (`str`): Beginning of the keys of an encoder level, up to its number. It tells the format, and
+            the number of levels tells f.
         sibling_keys (`frozenset[str]`): Keys beside `container`, at least one of which must be present. Empty if none
             is needed.
         prefix (`str`): Text before every key.
-        renames (`tuple[tuple[str, str], ...]`): Beginnings of keys: this library's, then the format's. `{level}`
-            stands for each level, `{flipped}` for the same level counted from the other end.
+        renames (`tuple[tuple[str, str], ...]`): Beginnings of keys, first in this library, then in the format. The
+            first that fits is replaced. `{level}` stands for each level, `{flipped}` for its number from the end.
         training_keys (`tuple[str, ...]`): Beginnings of keys that only training needs. They are dropped.
         network_range (`tuple[float, float]`): Range of the training images.
         codebook_l2_norm (`bool`): Whether latents and codes lie on the unit sphere.
@@ -62,18 +54,16 @@ class CheckpointFormat:
         )
 
     def to_original(self, key: str, num_levels: int) -> str:
-        """Name in the file of one of this library's parameters."""
-        return self.prefix + rename(key, self._pairs(num_levels))
-
-    def from_original(self, name: str, num_levels: int) -> str:
-        """Name in this library of one of the file's parameters: the inverse of `to_original`."""
-        pairs = ((original, ours) for ours, original in self._pairs(num_levels))
-        return rename(name.removeprefix(self.prefix), pairs)
-
-    def _pairs(self, num_levels: int) -> Iterator[tuple[str, str]]:
-        for ours, original in self.renames:
-            for level in range(num_levels):
-                yield ours.format(level=level), original.format(level=level, flipped=num_levels - 1 - level)
+        """Name in the file of a parameter of this library."""
+        pairs = (
+            (ours.format(level=level), original.format(level=level, flipped=num_levels - 1 - level))
+            for ours, original in self.renames
+            for level in range(num_levels)
+        )
+        for ours, original in pairs:
+            if key.startswith(ours):
+                return self.prefix + original + key.removeprefix(ours)
+        return self.prefix + key
 
 
 CHECKPOINT_FORMATS = (

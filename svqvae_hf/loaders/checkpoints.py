@@ -61,14 +61,14 @@ def read_checkpoint(
 
     A safetensors file is `svqvae`. A pickle with `model` is `llamagen` if `args`, `ema` or `optimizer` stand beside
     it, else `flexvar`, which has the same config. A pickle with `state_dict` is `lightning` or `taming`. Pickles are
-    read as weights only: one with code in it is refused.
+    read as weights only; code in them raises an error.
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
         model_class (`type[nn.Module]`): Class that the config and the weights are for, [`SVQVAE`].
         use_ema (`bool`, defaults to `False`): Take the averaged weights, which LlamaGen's files may have.
-        **config: Config values that replace those read from the file. Shapes do not tell the range of the images or
-            whether the codebook is normalised: these come from the format.
+        **config: Config values that replace the values read from the file. Shapes do not tell the range of the images
+            or whether the codebook is normalised, so both come from the format.
 
     Returns:
         [`Checkpoint`]: Format, config and weights.
@@ -117,7 +117,7 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
 def _select_weights(
     content: Mapping[str | None, Any], format: CheckpointFormat, use_ema: bool, source: str | Path
 ) -> dict[str, Any]:
-    """The weights under the file's names, without those that only training needs."""
+    """Weights under the file's names, without weights that only training needs."""
     weights = content.get("ema") if use_ema else content[format.container]
     if not isinstance(weights, dict):
         raise ValueError(

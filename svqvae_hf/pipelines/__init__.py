@@ -1,1 +1,1 @@
-"""Generators of images: the order of ids in a sequence, and the pipelines that sample them."""
+"""Image generation: the order of ids in a sequence, and the pipelines that sample ids."""

@@ -1,1 +1,1 @@
-"""Token files, and one image to its tokens and back."""
+"""Encodes one image to tokens and back, and reads and writes token files."""

@@ -8,11 +8,13 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-MAX_CHUNK_BYTES = 1 << 28  # 256 MiB, of a strip, tile or chunk, which is decoded as a whole
+MAX_CHUNK_BYTES = 1 << 28  # 256 MiB per strip, tile or chunk, because each is decoded as a whole
 
 
 def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """Stops EPS and other formats for which Pillow starts a program, and BMP run lengths, which have no size limit.
+    """Opens an image file. Stops run-length encoded BMPs, which have no size limit, and all formats but those allowed.
+
+    For some formats, such as EPS, Pillow would start another program.
 
     Args:
         file (binary file object): Open file.
@@ -42,12 +44,12 @@ def limited_pixels(name: str) -> Iterator[None]:
 
 
 def is_chunk_too_large(shape: Sequence[int], itemsize: int) -> bool:
-    """Stops chunks that decompress to more than memory: a few bytes of TIFF can hold a strip of any size."""
+    """Whether a chunk would decompress to more than the limit: a few bytes of TIFF can hold a strip of any size."""
     return math.prod(shape) * itemsize > MAX_CHUNK_BYTES
 
 
 def check_segments(sizes: Sequence[int], number: int, file_size: int) -> None:
-    """Stops TIFFs whose directory names strips or tiles that the file does not hold.
+    """Raises if a TIFF's directory names strips or tiles that the file does not hold.
 
     Args:
         sizes (`Sequence[int]`): Bytes of each strip or tile.

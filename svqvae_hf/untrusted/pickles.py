@@ -16,7 +16,7 @@ import torch
 LOCK = threading.Lock()  # torch's list of safe classes and Python's warning filters belong to the whole process
 ARCHIVE_START = b"PK\3\4"  # all PyTorch files but the oldest are zip archives
 LEGACY_PICKLES = 5  # in a file of the oldest form: two numbers, the machine, the content, the names of its storages
-MAX_TUPLES = 10_000  # in one tuple, counted with those inside it
+MAX_TUPLES = 10_000  # in one tuple, itself and all nested ones
 # Globals that torch allows although they allocate as much memory as their arguments say.
 GREEDY = re.compile(r"(__builtin__|builtins)\.bytearray|torch(\.\w+)*\.(\w*Tensor|TypedStorage)")
 # Honest files use two such globals: the storage in place of a dtype, for float8 and other dtypes without a storage
@@ -29,7 +29,7 @@ StackValue = int | str | None  # see _check_pickle
 
 
 def load_pickle(path: Path, safe_globals: Sequence[type] = ()) -> Any:
-    """Stops pickles that run code, or that take more memory or time than the size of their file explains.
+    """Loads a file of `torch.save`. Stops pickles that run code, or take more memory or time than their size explains.
 
     Args:
         path (`Path`): File written by `torch.save`, of any version.
@@ -74,11 +74,11 @@ def _check_archive(file: IO[bytes], size: int) -> None:
 
 
 def _check_pickle(pickled: IO[bytes]) -> None:
-    """Stops calls that allocate any memory, and nested tuples whose hash, as a key, takes the stack or endless time.
+    """Stops calls that allocate unlimited memory, and nested tuples that overflow the stack or hash endlessly as keys.
 
-    Interprets the pickle without building its values. In place of a value, the stack holds the number of tuples that
-    hashing it visits: a tuple may hold another many times by its number in the memo. `STORAGE`, `ENCODE` and `LATIN1`
-    stand for themselves and for tuples that hold them, `None` for a mark.
+    Interprets the pickle without building its values. In place of each value, the stack holds the number of tuples
+    that hashing the value visits. That number can be huge in a small file, because the memo lets a tuple hold another
+    many times. `STORAGE`, `ENCODE` and `LATIN1` stand for themselves and for tuples that hold them, `None` for a mark.
     """
     stack: list[StackValue] = []
     memo: dict[Any, StackValue] = {}
@@ -123,5 +123,5 @@ def _check_tuple(items: list[StackValue]) -> StackValue:
         return LATIN1
     tuples = 1 + sum(item for item in items if isinstance(item, int))
     if tuples > MAX_TUPLES:
-        raise pickle.UnpicklingError(f"a nest of tuples has more than {MAX_TUPLES} of them")
+        raise pickle.UnpicklingError(f"a tuple must hold at most {MAX_TUPLES} nested tuples, itself included")
     return tuples

@@ -9,10 +9,10 @@ ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files inside a file, in fss
 
 
 def confine_row(source: Any, repository: str | None) -> Any:
-    """Stops rows of a Hub set from reading the user's own files: marks those that name a file outside the set.
+    """Marks a row of a Hub set if it names a file outside the set, so that it cannot read the user's own files.
 
     Args:
-        source: Image of a row: a mapping with `"bytes"` and `"path"`, or anything else, which names no file.
+        source: Image of a row: a mapping with `"bytes"` and `"path"`, or any other value, which names no file.
         repository (`str`, *optional*): Repository of the set on the Hub. Rows of a local set may name any file.
 
     Returns:

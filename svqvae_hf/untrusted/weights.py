@@ -10,7 +10,7 @@ MAX_BLOCKS = 64  # per level
 
 
 def check_depth(name: str, levels: int, blocks: int) -> None:
-    """Stops checkpoints and configs that claim thousands of levels or blocks, whose model would never be built."""
+    """Raises for thousands of levels or blocks, because building such a model would never end."""
     if levels > MAX_LEVELS or blocks > MAX_BLOCKS:
         raise ValueError(
             f"{name} must have at most {MAX_LEVELS} levels and {MAX_BLOCKS} residual blocks per level, "
@@ -19,7 +19,7 @@ def check_depth(name: str, levels: int, blocks: int) -> None:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Stops sparse, expanded and empty tensors, by which a small file claims a shape larger than memory."""
+    """Whether a tensor stores all its elements. Sparse and expanded tensors let a small file claim a huge shape."""
     return (
         tensor.layout == torch.strided
         and not tensor.is_nested
@@ -29,5 +29,5 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def key_text(key: Any) -> str:
-    """Stops nested tuples as keys, whose `repr` takes all memory: keys that are not text are shown by their type."""
+    """Key as text for errors. Other keys than strings show only their type: the repr of nested tuples can be huge."""
     return key if isinstance(key, str) else f"a key of type {type(key).__name__}"

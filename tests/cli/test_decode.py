@@ -49,7 +49,7 @@ def used_tiles(monkeypatch):
     return used
 
 
-def test_tiles_are_the_file_s_where_the_command_line_has_none(tokens, out, saved_model, used_tiles):
+def test_tiles_default_to_the_tiles_of_the_file(tokens, out, saved_model, used_tiles):
     for options in (
         [],
         ["--overlap", "4"],

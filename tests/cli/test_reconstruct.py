@@ -77,7 +77,7 @@ def test_reconstruction_is_encode_then_decode(two_images, out, saved_model):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (200, 3)])
-def test_any_size(tmp_path, out, saved_model, size):
+def test_smallest_and_narrow_images_are_reconstructed(tmp_path, out, saved_model, size):
     Image.new("RGB", size, "teal").save(tmp_path / "a.png")
     argv = ["--output", out, "--model", saved_model, "--scales", "0.1", "2", "--side-by-side"]
     assert svqvae("reconstruct", tmp_path / "a.png", *argv) == 0

@@ -25,7 +25,7 @@ def card(repo_id, columns=(), **settings):
     )
 
 
-def test_facts():
+def test_card_describes_the_set_and_its_columns():
     text = card("org/tokens", ["ids_1", "key", "label"])
     assert DatasetCard(text).data.size_categories == ["n<1K"]
     assert "\n# tokens\n" in text
@@ -36,7 +36,7 @@ def test_facts():
     assert "{" not in text
 
 
-def test_text_of_a_user_breaks_nothing():
+def test_user_text_cannot_break_the_card():
     repo_id = 'org/a"b\n# c'
     text = card(repo_id, ["a|b"], model="my|models/best one")
     headings = [line for line in text.split("---\n", 2)[2].splitlines() if re.match("#+ ", line)]

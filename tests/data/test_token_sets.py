@@ -58,7 +58,7 @@ def test_settings_and_features(token_set):
             assert height * width == len(row[f"ids_{index}"])
 
 
-def test_crops(photo):
+def test_crops_are_resized_cut_and_mirrored(photo):
     centre, flipped = make_crops(photo, "centre-flip", 24)
     assert centre == ImageOps.fit(photo, (24, 24), Image.Resampling.BICUBIC)
     assert flipped == ImageOps.mirror(centre)

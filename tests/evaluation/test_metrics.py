@@ -63,7 +63,7 @@ def test_psnr_does_not_depend_on_the_range(photo):
     )
 
 
-def test_smallest_sides(photo):
+def test_metrics_work_from_their_smallest_side(photo):
     for metric, side in ((metrics.ssim, metrics.SSIM_SIDE), (metrics.ms_ssim, metrics.MS_SSIM_SIDE)):
         image = to_tensor(photo.crop((0, 0, 200, side)))
         assert metric(image, image).item() == 1
@@ -91,7 +91,7 @@ def test_bits_per_pixel():
     assert metrics.bits_per_pixel(6, 14, 12) == 7
 
 
-def test_redundancy():
+def test_redundancy_is_the_mean_cosine_to_the_nearest_code():
     assert metrics.redundancy(torch.eye(5) * 3) == pytest.approx(0, abs=1e-6)
     assert metrics.redundancy(torch.eye(3).repeat(2, 1)) == pytest.approx(1)
     assert metrics.redundancy(torch.tensor([[1.0, 0], [-1, 0]])) == pytest.approx(-1)

@@ -234,7 +234,7 @@ def test_inception_has_the_weights_of_the_file(inception):
     assert loaded(images).shape == (2, loaded.num_features)
 
 
-def test_another_network(tmp_path):
+def test_inception_weights_must_be_a_file_of_that_network(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="must hold the weights of torch-fidelity's Inception network"):
         load_inception(tmp_path / "other.safetensors")

@@ -19,5 +19,5 @@ def test_area_below_and_bicubic_above_the_size(photo, size, resampling):
     np.testing.assert_array_equal(resize_image(image, size), image.resize(size, resampling))
 
 
-def test_image_of_that_size_is_returned_itself(photo):
+def test_image_of_the_target_size_is_returned_unchanged(photo):
     assert resize_image(photo, photo.size) is photo

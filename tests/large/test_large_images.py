@@ -41,7 +41,7 @@ def tiff(tmp_path, photo):
 
 
 @pytest.mark.parametrize(("size", "tiles"), GEOMETRIES)
-def test_ids_and_pixels_are_those_of_the_image_in_memory(size, tiles, model, photo, tmp_path):
+def test_ids_and_pixels_equal_the_image_in_memory(size, tiles, model, photo, tmp_path):
     model.enable_tiling(*tiles)
     image = photo.crop((100, 100, 100 + size[1], 100 + size[0]))
     source = save_tiff(tmp_path / "a.tif", np.asarray(image))

@@ -44,7 +44,7 @@ TIFFS = {
 WINDOWS = [((0, 50), (0, 70)), ((3, 20), (0, 20)), ((3, 20), (10, 40)), ((3, 20), (33, 70)), ((15, 17), (31, 33))]
 
 
-def test_windows_are_those_of_load_image(tmp_path):
+def test_windows_equal_load_image(tmp_path):
     for kind, (pixels, options) in TIFFS.items():
         path = save_tiff(tmp_path / "a.tif", pixels, **options)
         expected = np.asarray(load_image(path))

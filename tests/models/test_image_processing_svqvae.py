@@ -273,7 +273,7 @@ RUN_LENGTHS += b"\4\0\0\1"
         (RUN_LENGTHS, r"\(62 bytes\) is not a readable image. Supported .* \(BMP without run-length encoding\)"),
     ],
 )
-def test_files_that_are_no_images_are_named(tmp_path, content, message):
+def test_files_that_are_not_images_are_named(tmp_path, content, message):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.png` ({message})"):
         SVQVAEImageProcessor()(tmp_path / "a.png")
@@ -344,7 +344,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".bmp", ".gif", ".jpg", ".mpo", ".png", ".ppm", ".tiff", ".webp"])
-def test_formats(pixels, tmp_path, suffix):
+def test_each_format_is_read(pixels, tmp_path, suffix):
     path = save(Image.fromarray(pixels), tmp_path / f"a{suffix}")
     assert load_image(path).size == (24, 32)
 
@@ -420,7 +420,7 @@ def test_sizes_that_are_refused(size):
 
 
 @pytest.mark.parametrize("sample", [SVQVAEOutput(torch.zeros(1, 3, 8, 8)), [torch.zeros(1, 3, 8, 8)], None])
-def test_what_is_no_sample_is_refused(sample):
+def test_samples_of_other_types_are_refused(sample):
     with pytest.raises(TypeError, match=r"`sample` must be a tensor or array, got \w+. Pass .* `.sample`"):
         SVQVAEImageProcessor().postprocess(sample)
 

@@ -13,7 +13,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("size", [(1, 8_000), (8_000, 3)])
-def test_strips_are_encoded_and_decoded(tiny_model, no_grad, size):
+def test_long_thin_images_are_encoded_and_decoded(tiny_model, no_grad, size):
     height, width = size
     tiny_model.enable_tiling()
     sample = torch.rand(1, 3, height, width)

@@ -98,7 +98,7 @@ def test_images_of_a_batch_do_not_see_each_other(height, width, tile, seed):
 
 @examples(60)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 20), st.data())
-def test_tiles_are_the_whole_where_the_halo_covers_what_is_seen(height, width, tile, data):
+def test_tiles_equal_the_whole_if_the_overlap_covers_the_receptive_field(height, width, tile, data):
     overlap = data.draw(st.integers(0, (tile - 1) // 2))
     source = torch.arange(height * width, dtype=torch.float32).view(1, 1, height, width)
     reach = 2 * overlap + 1
@@ -117,7 +117,7 @@ def test_tiles_are_the_whole_where_the_halo_covers_what_is_seen(height, width, t
 
 @examples(15)
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([(8, 0), (16, 4), (32, 12)]), st.floats(0, 1))
-def test_tiles_are_the_whole_on_constant_images(height, width, tile, value):
+def test_tiles_equal_the_whole_on_constant_images(height, width, tile, value):
     """Without padding at the image's own borders a constant image has one code, whatever the tiles."""
     model = borderless()
     sample = torch.full((1, 3, height, width), value)
@@ -289,7 +289,7 @@ def test_settings_of_junk_are_refused(tmp_path, name, value):
 
 @examples(60)
 @given(st.binary(max_size=200))
-def test_bytes_are_no_image_and_no_tokens(tmp_path, content):
+def test_random_bytes_are_neither_an_image_nor_tokens(tmp_path, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     for read in (load_image, load_tokens):

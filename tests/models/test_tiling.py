@@ -38,7 +38,7 @@ def test_tiled_identity_is_the_identity(size, tile, overlap):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 11), (10, 10)])
-def test_cells_of_source_and_result_may_differ(size):
+def test_input_and_output_strides_may_differ(size):
     image = torch.rand(1, 2, *size)
 
     def up(window):
@@ -49,7 +49,7 @@ def test_cells_of_source_and_result_may_differ(size):
     assert torch.equal(map_tiles(kept(lambda window: window[..., ::4, ::4]), enlarged, 4, 1, input_stride=4), image)
 
 
-def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
+def test_overlap_of_the_filter_radius_makes_a_tiled_filter_exact():
     image, kernel = torch.rand(1, 1, 23, 30), torch.rand(1, 1, 5, 5)
 
     def smooth(window):
@@ -59,13 +59,13 @@ def test_halo_as_wide_as_a_filter_makes_a_tiled_filter_exact():
     assert not torch.allclose(map_tiles(kept(smooth), image, 9, 1), smooth(image))
 
 
-def test_trimming_keeps_the_core_with_its_margin():
+def test_crop_keeps_the_core_and_its_margin():
     window = torch.rand(2, 3, 12, 20)
     core = slice(2, 7), slice(5, 20)
-    trimmed, within = crop_to_core(window, core, margin=3)
-    assert torch.equal(trimmed, window[..., :10, 2:])
+    cropped, within = crop_to_core(window, core, margin=3)
+    assert torch.equal(cropped, window[..., :10, 2:])
     assert within == (slice(2, 7), slice(3, 18))
-    assert torch.equal(trimmed[..., *within], window[..., *core])
+    assert torch.equal(cropped[..., *within], window[..., *core])
 
 
 def test_gradient_passes_through_tiles():
@@ -82,30 +82,30 @@ def test_progress_counts_every_tile():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 12), (13, 13), (38, 57), (1, 4000), (4000, 30), (192, 256)])
-def test_sample_is_spread_over_the_image(size):
-    sample = context_windows(size, 12, 3, 32)
-    assert 1 <= len(sample.origins) == len(set(sample.origins)) <= 32
+def test_context_windows_are_spread_over_the_image(size):
+    windows = context_windows(size, 12, 3, 32)
+    assert 1 <= len(windows.origins) == len(set(windows.origins)) <= 32
     for axis, length in enumerate(size):
-        starts = sorted({place[axis] for place in sample.origins})
-        window = sample.size[axis]
+        starts = sorted({origin[axis] for origin in windows.origins})
+        window = windows.size[axis]
         assert window == min(12, length)
-        assert sample.margin[axis] == (3 if length > 12 else 0)
+        assert windows.margin[axis] == (3 if length > 12 else 0)
         assert all(0 <= start <= length - window for start in starts)
         gaps = {later - earlier for earlier, later in zip(starts, starts[1:], strict=False)}
         assert not gaps or max(gaps) - min(gaps) <= 1
         assert len(starts) == 1 or (starts[0], starts[-1]) == (0, length - window)
 
 
-def test_sample_has_as_many_rows_to_columns_as_the_image():
+def test_context_windows_have_the_proportions_of_the_image():
     for size, grid in [((300, 300), (6, 5)), ((192, 256), (5, 6)), ((100, 3200), (1, 32)), ((14, 14), (2, 2))]:
-        places = context_windows(size, 12, 3, 32).origins
-        assert (len({y for y, _ in places}), len({x for _, x in places})) == grid
+        origins = context_windows(size, 12, 3, 32).origins
+        assert (len({y for y, _ in origins}), len({x for _, x in origins})) == grid
 
 
-def test_windows_of_a_sample_are_those_of_the_images_in_order():
+def test_context_windows_are_read_image_by_image():
     images = torch.rand(2, 3, 60, 40)
-    sample = context_windows((30, 20), 6, 1, 8)
-    windows = sample.read(lambda rows, columns: images[..., rows, columns], stride=2).unflatten(0, (2, -1))
-    assert windows.shape == (2, len(sample.origins), 3, 12, 12)
-    for index, (y, x) in enumerate(sample.origins):
-        assert torch.equal(windows[:, index], images[..., 2 * y : 2 * y + 12, 2 * x : 2 * x + 12])
+    windows = context_windows((30, 20), 6, 1, 8)
+    pixels = windows.read(lambda rows, columns: images[..., rows, columns], stride=2).unflatten(0, (2, -1))
+    assert pixels.shape == (2, len(windows.origins), 3, 12, 12)
+    for index, (y, x) in enumerate(windows.origins):
+        assert torch.equal(pixels[:, index], images[..., 2 * y : 2 * y + 12, 2 * x : 2 * x + 12])

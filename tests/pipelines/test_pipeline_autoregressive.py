@@ -118,7 +118,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("cls", MODELS)
-def test_greedy_ids_are_those_of_generate_without_a_cache(cls):
+def test_greedy_ids_equal_generate_without_a_cache(cls):
     pipeline = make_pipeline(cls)
     ids = sample_ids(pipeline, [0, 1, 2], temperature=0)
     sequences = pipeline.language_model.generate(

@@ -42,7 +42,7 @@ def tiny_llama(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", [(), (2, 3)])
-def test_decoding_a_sequence_gives_back_ids_and_labels(layout, batch):
+def test_decoding_a_sequence_returns_ids_and_labels(layout, batch):
     ids = random_ids(layout, *batch)
     labels = torch.arange(torch.Size(batch).numel()).reshape(batch) % (layout.num_classes + 1)
     sequences = layout.encode(ids, labels)

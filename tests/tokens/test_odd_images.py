@@ -11,7 +11,7 @@ from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 pytestmark = pytest.mark.usefixtures("small_sample")
 
 
-def test_strip_from_file_to_file(tiny_model, tmp_path):
+def test_long_thin_image_from_file_to_file(tiny_model, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8_000, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     image = load_image(tmp_path / "a.png")

@@ -57,7 +57,7 @@ def test_more_than_ten_scales_keep_their_order(tmp_path):
     assert [ids[0, 0].item() for ids in loaded.ids] == list(range(12))
 
 
-def test_without_tiles(tmp_path):
+def test_tokens_without_tiles_come_back(tmp_path):
     save_tokens(tmp_path / "a.safetensors", make_tokens(tile_size=None, overlap=None))
     assert load_tokens(tmp_path / "a.safetensors").tile_size is None
 

@@ -22,7 +22,7 @@ def test_readers_return_or_raise_errors_that_name_the_file(reader, tmp_path):
         assert time.process_time() - start < CPU_SECONDS, path.name
 
 
-def test_the_check_can_fail(tmp_path, monkeypatch):
+def test_check_can_fail(tmp_path, monkeypatch):
     def broken(path):
         raise KeyError(path)
 
