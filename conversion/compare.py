@@ -23,7 +23,7 @@ from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 SCALES = (1.0, 0.5, 0.25, 2.0)
-CELL_LATENTS = 4  # sides are multiples of it, so that the latents of each scale have integer sides
+CELL_LATENTS = 4  # sides are multiples of this many latents, because each scale needs whole latents
 RANDOM_LATENTS = ((32, 32), (12, 20))
 MAX_LATENTS = 48  # side of crops: the memory of the original's untiled attention grows with the fourth power
 LATENT_TOLERANCE = 1e-4

@@ -1,4 +1,4 @@
-"""Encodes and decodes images with graphs of `svqvae export`, by onnxruntime and NumPy alone; Pillow reads the files.
+"""Encodes and decodes images with exported graphs, using only onnxruntime and NumPy. Pillow reads the files.
 
 svqvae export MODEL --output graphs
 python examples/onnx_tokenizer.py graphs photo.jpg back.png
@@ -43,18 +43,18 @@ class OnnxTokenizer:
 
 
 def read_rgb(source: str | Path) -> np.ndarray:
-    """Reads an image file of 8 bits, upright, as pixels `(height, width, 3)` in uint8, transparent parts on white."""
+    """Reads an 8-bit image file, upright and with transparent parts on white: `(height, width, 3)` in uint8."""
     with Image.open(source) as image:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):  # which Pillow would clip at 255
-        raise ValueError(f"`{source}` must be an image of 8 bits, but is of mode {image.mode}. Convert it first.")
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip these at 255
+        raise ValueError(f"`{source}` must be an 8-bit image, got mode {image.mode}. Convert it first.")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
 
 
 def main(folder: str, source: str, target: str) -> None:
-    """Encodes an image file and writes what its ids decode to."""
+    """Encodes an image file, and writes the image that its ids decode to."""
     tokenizer = OnnxTokenizer(folder)
     pixels = read_rgb(source)
     ids = tokenizer.encode(pixels)

@@ -1,4 +1,4 @@
-"""SVQVAE in plain PyTorch, to read or to copy. The package computes the same ids, faster and by tiles.
+"""SVQVAE in plain PyTorch, to read or to copy. The package computes the same ids faster, and tiles large images.
 
 python examples/svqvae_in_100_lines.py MODEL_FOLDER photo.jpg reconstruction.png
 """
@@ -114,7 +114,7 @@ class SVQVAE(nn.Module):
         self.quant_conv = Conv2d(z, dim, 1)
         self.post_quant_conv = Conv2d(dim, z, 1)
 
-    def codes(self):  # on the unit sphere, as the latents
+    def codes(self):  # on the unit sphere, like the latents
         return F.normalize(self.quantize["embedding"].weight, dim=-1)
 
     def encode(self, pixels):  # uint8 (batch, 3, height, width) -> ids (batch, h, w)

@@ -87,7 +87,7 @@ def add_tiles(
     tile_size: int | None = None,
     overlap: int | None = None,
 ) -> None:
-    """Adds tile size and overlap, each with its default and the words of the help for it."""
+    """Adds tile size and overlap. `tile_default` and `overlap_default` describe the defaults in the help."""
     parser.add_argument(
         "--tile-size",
         type=int,

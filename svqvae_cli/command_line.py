@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Arguments, by default those of the process.
+        argv (`Sequence[str]`, *optional*): Arguments, by default the arguments of the process.
 
     Returns:
         `int`: Exit code: 0 after success; 2 after a user's mistake or out of memory, with one line on stderr; 130
         after Ctrl-C; 141 if the reader of stdout has closed it.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception, so temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # raises: temporary files are removed
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # from libraries, about code that is not the user's
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -83,10 +83,10 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line; `run` of the result is the body of its command.
+    """Parses the command line. The result's `run` is the body of the command.
 
     Raises:
-        ValueError: If it is wrong.
+        ValueError: If the command line is wrong.
     """
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="svqvae",
         description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.",
-        epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` has one per command.",
+        epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` shows more.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"svqvae {version('svqvae-hf')}")

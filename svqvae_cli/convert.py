@@ -36,7 +36,7 @@ def add_to(commands: Commands) -> None:
         default=None,
         help="do not normalise the codebook (default: depends on the format)",
     )
-    parser.add_argument("--variant", choices=("fp16", "bf16"), help="also write half precision weights")
+    parser.add_argument("--variant", choices=("fp16", "bf16"), help="also write half-precision weights")
     parser.add_argument(
         "--license", type=not_empty, help="licence of the source for the card, by its id on the Hub (default: unknown)"
     )
@@ -45,7 +45,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes a Hub repository of an original checkpoint."""
+    """Converts an original checkpoint to a Hub repository."""
     from svqvae_hf.conversion.convert import convert
 
     config = {

@@ -1,4 +1,4 @@
-"""What commands add to errors: the file, the missing extra, and how to resume."""
+"""Adds context to errors: the file, the missing extra, and how to resume."""
 
 import sys
 from collections.abc import Iterator

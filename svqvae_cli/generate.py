@@ -33,7 +33,7 @@ def add_to(commands: Commands) -> None:
         nargs="+",
         type=scale,
         metavar="SCALE",
-        help="scales to decode, of those the pipeline was trained on (default: the finest)",
+        help="scales to decode, among the pipeline's own (default: the finest)",
     )
     parser.add_argument(
         "--guidance-scale",
@@ -67,7 +67,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Samples images, and writes them one by one and on a sheet."""
+    """Samples images, and writes each to a file and all to one sheet."""
     import diffusers
     import torch
     import transformers
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
         generator=[torch.Generator().manual_seed(args.seed + index) for index in range(len(names) * count)],
         num_images_per_prompt=count,
     ).images
-    for of_one_scale, ending in zip(images, endings, strict=True):
-        for index, image in enumerate(of_one_scale):
+    for images_at_scale, ending in zip(images, endings, strict=True):
+        for index, image in enumerate(images_at_scale):
             save_png(image, args.output / f"{names[index // count]}_{index % count}{ending}")
     finest = images[scales.index(max(scales))]
     save_png(diffusers.utils.make_image_grid(finest, rows=len(names), cols=count), args.output / "sheet.png")

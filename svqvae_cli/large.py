@@ -1,4 +1,4 @@
-"""What encode, decode and reconstruct share for `--large`: images larger than memory, from file to file."""
+"""Options and checks of `--large` in encode, decode and reconstruct: images larger than memory."""
 
 import argparse
 import logging
@@ -19,11 +19,7 @@ def add_large(parser: argparse.ArgumentParser) -> None:
 
 
 def check_large(args: argparse.Namespace) -> None:
-    """Raises unless the options fit `--large`, or its absence.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Raises ValueError for an option that needs `--large`, or that `--large` excludes."""
     if args.resume and not args.large:
         raise ValueError("--resume is for large images. Add --large, or leave out --resume.")
     if args.large and getattr(args, "scales", [1.0]) != [1.0]:

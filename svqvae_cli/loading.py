@@ -45,8 +45,8 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
         )
     if not path.is_dir() and not re.fullmatch(REPO_ID, source):
         raise ValueError(
-            f"there is no file or folder `{source}`. On the Hub a model is `org/repo`, an original checkpoint, for "
-            "`convert` and `info`, is `org/repo:file`."
+            f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
+            "for `convert` and `info`, is `org/repo:file`."
         )
     found_device = find_device(device)
     for library in ("diffusers", "huggingface_hub", "transformers"):
@@ -86,9 +86,8 @@ def find_device(name: str | None) -> torch.device:
 
 def process_device(name: str | None, state: PartialState) -> str:
     """Returns the device that was asked for, or the device that accelerate chose for this process."""
-    return name or (
-        "cpu" if state.device.type == "cpu" else str(state.device)
-    )  # accelerate numbers CPUs, torch does not
+    # accelerate numbers CPUs, torch does not
+    return name or ("cpu" if state.device.type == "cpu" else str(state.device))
 
 
 def configure_decoding(

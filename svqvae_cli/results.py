@@ -32,8 +32,8 @@ class ResultTable:
 
     def add_totals(self) -> None:
         """Prints one row per scale for all images."""
-        for of_one_scale in zip(*self.results, strict=True):
-            self._print_row(self.total_name, of_one_scale)
+        for results_at_scale in zip(*self.results, strict=True):
+            self._print_row(self.total_name, results_at_scale)
 
     def _print_row(self, name: str, results: Sequence[ReconstructionFigures]) -> None:
         tqdm.write(table_row(self.name_width, name, results, self.codebook_size))

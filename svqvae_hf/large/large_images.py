@@ -38,8 +38,8 @@ def encode_large(
         on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all tiles.
 
     Raises:
-        ValueError: If the image cannot be read, or an interrupted run must not be resumed or had another image, model
-            or tile.
+        ValueError: If the image cannot be read, an interrupted run exists but `resume` is false, or that run had
+            another image, model or tiling.
     """
     with (
         open_large_image(source) as image,
@@ -62,8 +62,8 @@ def decode_large(
         on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all tiles.
 
     Raises:
-        ValueError: If the tokens have other scales or another codebook, or an interrupted run must not be resumed or
-            had other tokens, another model or tile.
+        ValueError: If the tokens have other scales or another codebook, an interrupted run exists but `resume` is
+            false, or that run had other tokens, another model or tiling.
     """
     tokens = load_tokens(source, mapped=True)
     check_same_codebook(model, tokens)
@@ -108,7 +108,7 @@ def reconstruct_large(
 
 
 class _LargeRun:
-    """Passes over the tiles of one image. The output is `partial` until all passes are finished.
+    """Run over the tiles of one image in one or two passes. The output is at `partial` until all are finished.
 
     Leaving the context renames a complete output, keeps an interrupted one for `resume`, and removes one that cannot
     be completed.
@@ -194,7 +194,7 @@ class _LargeRun:
         flush: Callable[[], None],
         input_stride: int,
     ) -> None:
-        """Runs a network over the tiles as `SVQVAE` does in memory. `write` gets the position of a core in latents."""
+        """Runs a network over the tiles as `SVQVAE` does in memory. `write` takes a core's origin in latents."""
         finished_rows = self.record.finished_rows
         first = finished_rows.setdefault(name, 0)
         self.record.write()

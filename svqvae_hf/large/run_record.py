@@ -17,13 +17,13 @@ def record_path(target: Path) -> Path:
 
 
 class RunRecord:
-    """Record of one run: what it was started with, and the rows of tiles that are finished.
+    """Record of one run: its input, model and options, and how many rows of tiles are finished.
 
     Args:
         target (`Path`): Output of the run.
         model ([`SVQVAE`]): Its model, with its tiles set.
         source (`Path`): Its input.
-        resume (`bool`): Whether to resume a run that has left a record.
+        resume (`bool`): Whether to resume an interrupted run.
 
     Raises:
         ValueError: If there is a record but `resume` is false, or the record is of another input, model or options.
@@ -33,7 +33,7 @@ class RunRecord:
         self.target = target
         self.path = record_path(target)
         self.facts = {"input": _source_facts(source), **_model_facts(model)}
-        self.finished_rows: dict[str, int] = {}  # of tiles, per pass
+        self.finished_rows: dict[str, int] = {}  # rows of tiles per pass
         if self.path.exists():
             self._read(resume)
 

@@ -1,6 +1,7 @@
 """Reads windows of TIFF images that may be larger than memory."""
 
 import errno
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from svqvae_hf.models.image_processing_svqvae import to_rgb
 from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 
 TIFF_SUFFIXES = (".tif", ".tiff")
-MAX_BAND_PIXELS = 1 << 27  # of a band of strips or tiles, which is kept between neighbouring windows
-LAYOUTS = {  # number of channels and TIFF's numbers for the extra ones -> Pillow's name
+MAX_BAND_PIXELS = 1 << 27  # maximum size of the band of strips or tiles kept between neighbouring windows
+LAYOUTS = {  # number of channels, and TIFF's codes for the extra ones -> Pillow's name
     (1,): "L",
     (3,): "RGB",
     (4,): "RGBA",
@@ -121,7 +122,7 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """Puts the file's name before errors, and turns the many kinds of errors of decoders into ValueError."""
+    """Puts the file's name before errors, and turns the many error types of decoders into ValueError."""
     try:
         yield
     except (MemoryError, FileNotFoundError, PermissionError):
@@ -129,7 +130,10 @@ def _named_errors(path: Path) -> Iterator[None]:
     except UnsupportedError as error:
         raise UnsupportedError(f"`{path}`: {error}") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, and may pass
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # a disk error, maybe temporary
             raise os_error(f"`{path}` cannot be read: {error.strerror}.", error) from error
         raise ValueError(f"`{path}` cannot be read as TIFF, it may be broken or cut short: {error}") from error
 
@@ -173,7 +177,7 @@ def _check_page(path: Path, page: Any) -> str:
 
 
 class _Uncompressed:
-    """Values of a page that are stored in one piece. Each read maps the file anew, so nothing stays mapped."""
+    """Uncompressed values of a page, stored in one piece. Each read maps the file anew, so nothing stays mapped."""
 
     def __init__(self, path: Path, page: Any):
         self.path = path
@@ -199,14 +203,13 @@ class _Segments:
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         shape = rows.stop - rows.start, columns.stop - columns.start, self.page.samplesperpixel
         values = np.full(shape, self.page.nodata, self.page.dtype)
-        for plane in range(self.planes):
-            for y in range(rows.start // self.height, -(-rows.stop // self.height)):
-                for x in range(columns.start // self.width, -(-columns.stop // self.width)):
-                    segment = self._decode((plane * self.down + y) * self.across + x)
-                    if segment is not None:
-                        _paste(
-                            values[..., plane:], segment, y * self.height - rows.start, x * self.width - columns.start
-                        )
+        down = range(rows.start // self.height, -(-rows.stop // self.height))
+        across = range(columns.start // self.width, -(-columns.stop // self.width))
+        for plane, y, x in itertools.product(range(self.planes), down, across):
+            segment = self._decode((plane * self.down + y) * self.across + x)
+            if segment is not None:
+                top, left = y * self.height - rows.start, x * self.width - columns.start
+                _paste(values[..., plane:], segment, top, left)
         return values
 
     def _decode(self, index: int) -> np.ndarray | None:
@@ -218,11 +221,11 @@ class _Segments:
         content = page.parent.filehandle.read(size)  # at once: properties of the page read tags from the file
         tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
         present = {name: table for name, table in tables.items() if table is not None}
-        return page.decode(content, index, **present)[0][0]  # the only one along the depth
+        return page.decode(content, index, **present)[0][0]  # the only plane along the depth
 
 
 def _paste(values: np.ndarray, segment: np.ndarray, top: int, left: int) -> None:
-    """Copies the part of a segment that overlaps the window whose values are given."""
+    """Copies into the values of a window the part of a segment that overlaps it."""
     rows = slice(max(0, top), min(len(values), top + len(segment)))
     columns = slice(max(0, left), min(values.shape[1], left + segment.shape[1]))
     window = segment[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]

@@ -10,7 +10,7 @@ TILE_PX = 256  # side of a tile of the file
 
 
 class TiffWriter:
-    """Writes windows of an uncompressed tiled BigTIFF, in any order. Every tile has its position in advance."""
+    """Writes windows of an uncompressed tiled BigTIFF, in any order. Every tile has a fixed position in the file."""
 
     @staticmethod
     def create(path: Path, height: int, width: int) -> None:

@@ -21,7 +21,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     numbers = {key: [config[key]] for key in POSITIVE_INTEGERS} | {key: config[key] for key in CHANNEL_MULTIPLIERS}
     for key, values in numbers.items():
         if not isinstance(values, list | tuple) or not all(type(value) is int and value > 0 for value in values):
-            raise ValueError(f"`{key}` must be made of integers above 0, got {config[key]!r}.")
+            rule = "a list of integers" if key in CHANNEL_MULTIPLIERS else "an integer"
+            raise ValueError(f"`{key}` must be {rule} above 0, got {config[key]!r}.")
     encoder_levels, decoder_levels = (len(config[key]) for key in CHANNEL_MULTIPLIERS)
     if encoder_levels != decoder_levels:
         raise ValueError(

@@ -8,8 +8,9 @@ from torch import nn
 def fast_layout(hidden: torch.Tensor) -> torch.Tensor:
     """Returns the same tensor in the memory format that the networks are fastest in.
 
-    On CPU this is channels_last without gradients. With gradients it is not, because the backward pass of a norm is
-    slow in it. On other devices the caller chooses, with `model.to(memory_format=torch.channels_last)`.
+    On CPU without gradients this is channels_last. With gradients the format stays, because the backward pass of a
+    norm is slow in channels_last. On other devices the caller chooses, with
+    `model.to(memory_format=torch.channels_last)`.
     """
     if hidden.device.type == "cpu" and not torch.is_grad_enabled():
         return hidden.contiguous(memory_format=torch.channels_last)
@@ -22,7 +23,7 @@ def silu(normed: torch.Tensor) -> torch.Tensor:
 
 
 def group_norm(hidden: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """`F.group_norm`, also for a 1 x 1 image with one value per group, which `F.group_norm` refuses."""
+    """`F.group_norm` without its check, which raises for a 1 x 1 image with one value per group."""
     return torch.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
@@ -49,15 +50,15 @@ def normalise(hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, 
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Type in which values of a type are summed."""
+    """Type in which values of `dtype` are summed."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class RepeatConv2d(nn.Conv2d):
-    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with padding 1, in 4 / 9 of its arithmetic.
+    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with padding 1, in 4 / 9 of the arithmetic.
 
     Under the 3 x 3 kernel lie only four different pixels of the input. Summing the weights that meet the same pixel
-    gives a transposed convolution of stride 2, whose 4 x 4 kernel is the sum of four shifted 3 x 3 kernels.
+    gives a transposed convolution of stride 2. Its 4 x 4 kernel is the sum of four shifted 3 x 3 kernels.
 
     Args:
         channels (`int`): Channels in and out.

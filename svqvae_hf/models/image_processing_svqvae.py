@@ -1,4 +1,4 @@
-"""Image files and arrays to the model's samples, and samples back to images."""
+"""Converts image files and arrays to samples for the model, and samples back to images."""
 
 import itertools
 import math
@@ -32,7 +32,8 @@ IMAGE_FORMATS = {
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BLOCK = 1 << 10  # side in pixels of the blocks that are converted to RGB one after another
-TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}  # of its configs
+# Keys that transformers writes to the configs of its processors.
+TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
 
 
@@ -41,8 +42,8 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
 
     Args:
         file (`str`, `os.PathLike` or binary file object): Path or open file (`io.BytesIO(encoded)` for bytes in
-            memory) in one of `IMAGE_FORMATS`. The content decides, not the name. Pillow's other formats are refused,
-            because some of them start another program. Run-length encoded BMPs are refused, because a few bytes can
+            memory) in one of `IMAGE_FORMATS`. The content decides, not the name. Pillow's other formats raise an
+            error, because some of them start another program. So do run-length encoded BMPs, because a few bytes can
             decode to any size.
 
     Returns:
@@ -115,7 +116,7 @@ def _convert(image: Image.Image) -> Image.Image:
 
 
 def _blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
-    """Yields the left top corner of each block, and the block."""
+    """Yields the top-left corner (left, top) of each block, and the block."""
     for top, left in itertools.product(range(0, image.height, BLOCK), range(0, image.width, BLOCK)):
         yield (left, top), image.crop((left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)))
 
@@ -214,8 +215,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             images: One image, or a list that may mix kinds and sizes: Pillow images, paths, NumPy arrays and torch
                 tensors. Arrays have shape `(height, width)`, `(height, width, channels)` or
                 `(batch, height, width, channels)`. Tensors have shape `(height, width)`, `(channels, height, width)`
-                or
-                `(batch, channels, height, width)`. Both have 3 channels (RGB) or 1 (grey), as uint8 in [0, 255] or
+                or `(batch, channels, height, width)`. Both have 3 channels (RGB) or 1 (grey), as uint8 in [0, 255] or
                 floating point in [0, 1].
             return_tensors (`str`, *optional*): `"np"` for NumPy arrays, by default `"pt"`.
 

@@ -1,4 +1,4 @@
-"""Loading and publishing of models, stricter than the methods of diffusers that it extends."""
+"""Loads and publishes models, more strictly than the methods of diffusers that it extends."""
 
 import inspect
 import tempfile
@@ -46,12 +46,12 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Creates a model from a config, and refuses unknown keyword arguments unless they are asked for.
+        """Creates a model from a config. Unknown keyword arguments raise an error unless they are to be returned.
 
         Args:
             config (`dict[str, Any]`): Config, as `load_config` returns it.
             return_unused_kwargs (`bool`, defaults to `False`): Whether to return unknown keyword arguments, too.
-            **kwargs: Config values that replace those of `config`.
+            **kwargs: Values that replace values of `config`.
 
         Raises:
             ValueError: If the config is of another class.
@@ -93,7 +93,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             use_ema (`bool`, defaults to `False`): Load the averaged weights, which LlamaGen's files may have.
             dtype (`torch.dtype`, *optional*): Type of the weights, by default float32. The codebook stays float32.
             torch_dtype (`torch.dtype`, *optional*): The same, under its older name.
-            **config: Config values that replace those read from the file, such as `network_range`.
+            **config: Config values that replace the values read from the file, such as `network_range`.
 
         Returns:
             [`SVQVAE`]: The model in evaluation mode.
@@ -120,12 +120,12 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
             private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
             token (`str`, *optional*): Access token, by default the stored one.
             create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. They join a repository that
-                already has its card.
+            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. The repository keeps
+                its card.
             **card: Arguments of [`~svqvae_hf.hub.model_cards.model_card`].
 
         Returns:
-            `str`: Address of the commit or of the pull request.
+            `str`: URL of the commit or pull request.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

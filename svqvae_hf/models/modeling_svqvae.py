@@ -15,9 +15,9 @@
       mid       res attn res       4c                    level 3   res res res           c
       norm, silu, conv_out         4c -> z               norm, silu, conv_out            c -> 3
 
-The architecture and the names of the weights are those of the Open Model Initiative's SVQVAE (`modules.py`,
+The architecture and the names of the weights come from the Open Model Initiative's SVQVAE (`modules.py`,
 `svqvae.py`), which follows LlamaGen (arXiv 2406.06525) and FlexVAR (arXiv 2502.20313). The quantizer is in
-`quantizer.py`, tiles of large images in `tiling.py`, loading and checks in files of their own.
+`quantizer.py`, tiling of large images in `tiling.py`, loading in `loading.py`, and checks of arguments in `checks.py`.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class SVQVAEEncoderOutput(BaseOutput):
 
 @dataclass
 class SVQVAEOutput(BaseOutput):
-    """Output of [`SVQVAE.forward`]. Where scales were asked for, both are lists in the order of the scales.
+    """Output of [`SVQVAE.forward`]. If scales were passed, both fields are lists in their order.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, out_channels, height, width)` or a list of them): Reconstruction in
@@ -73,7 +73,7 @@ class SVQVAEOutput(BaseOutput):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, with the statistics of the input or with those that tiles share."""
+    """Group normalisation, with the statistics of the input, or with statistics that tiles share."""
 
     def __init__(self, num_groups: int, num_channels: int):
         super().__init__(num_groups, num_channels, eps=NORM_EPS)
@@ -213,7 +213,7 @@ def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleLi
 
 
 class Encoder(nn.Module):
-    """Image -> features, one for `2 ** (len(ch_mult) - 1)` pixels along each side."""
+    """Image -> features, one per `2 ** (len(ch_mult) - 1)` pixels along each side."""
 
     def __init__(
         self,
@@ -398,7 +398,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             f))`, before quantisation.
 
         Raises:
-            ValueError: If `sample` has another shape.
+            ValueError: If `sample` has the wrong shape.
             TypeError: If `sample` is not of the model's type.
         """
         latents = self._encode(sample, self._tiles())
@@ -426,7 +426,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             f)`, not clamped.
 
         Raises:
-            ValueError: If `h` has another shape, or an id is out of range.
+            ValueError: If `h` has the wrong shape, or an id is out of range.
             TypeError: If `h` is not a tensor of integers or floats.
         """
         if not isinstance(h, torch.Tensor) or not h.is_floating_point():
@@ -471,11 +471,11 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             `pixel_range`; a list for a list.
 
         Raises:
-            ValueError: If an id is out of range, or the shape is another.
-            TypeError: If ids are not a tensor of an integer type.
+            ValueError: If an id is out of range, or `ids` has the wrong shape.
+            TypeError: If `ids` is not a tensor of an integer type.
         """
         if isinstance(ids, list | tuple):
-            return [self.decode_tokens(each) for each in ids]
+            return [self.decode_tokens(grid) for grid in ids]
         return self._clamp(self._decode(self._look_up(ids), self._tiles()))
 
     def forward(
@@ -508,7 +508,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             `scales` or `patch_nums` is given.
 
         Raises:
-            ValueError: If a value does not fit.
+            ValueError: If an argument is out of range or does not fit the model.
         """
         if scales is not None and patch_nums is not None:
             raise ValueError("Only one of `scales` and `patch_nums` can be given, got both. Leave one out.")
@@ -549,7 +549,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
 
         Returns:
             `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)` of the window or of its core, before
-                quantisation.
+            quantisation.
         """
         window = map_range(window, self.config["pixel_range"], self.config["network_range"])
         latents = self.quant_conv(self.encoder(window, shared))
@@ -563,7 +563,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         Args:
             window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
             shared ([`TileContext`], *optional*): Values that the tiles of the image share.
-            core (`tuple[slice, slice]`, *optional*): Rows and columns to return, in latents; all without `shared`.
+            core (`tuple[slice, slice]`, *optional*): Rows and columns to return, in latents. Ignored without `shared`.
 
         Returns:
             `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` of the window or of its core, in
@@ -579,9 +579,9 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
     def resize_to_image(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:
         """Resizes and crops a decoded sample to the size of the original image at `scale`.
 
-        The ids stand for the whole image, padded to multiples of `f`. Their grid is rounded to whole latents, so where
-        `scale` times the latents is not an integer it is a little larger or smaller than the image at `scale`. The
-        sample is then resized first, so that its content keeps its position.
+        The ids cover the whole image, padded to multiples of `f`. Because their grid is rounded to whole latents, it
+        may be a little larger or smaller than the padded image at `scale`. In that case the sample is resized before
+        it is cropped, so that its content keeps its position.
 
         Args:
             decoded (`torch.Tensor` of shape `(batch, out_channels, h * f, w * f)`): Decoded ids.
@@ -600,7 +600,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         return decoded if self.training else self._clamp(decoded)
 
     def codebook_fingerprint(self) -> str:
-        """SHA-256 in hexadecimal of the codebook's float32 bytes, little-endian. Ids have a meaning only with it."""
+        """Identifies the codebook: SHA-256 in hexadecimal of its float32 bytes, little-endian."""
         codes = self.quantize.embedding.stored().detach().float().cpu()
         return hashlib.sha256(codes.numpy().astype("<f4").tobytes()).hexdigest()
 

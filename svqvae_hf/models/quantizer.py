@@ -23,8 +23,8 @@ class VQLosses(NamedTuple):
         vq (`torch.Tensor`): `mean((q - sg[z])^2)`, moves the codes to the latents.
         commit (`torch.Tensor`): `commit_loss_beta * mean((sg[q] - z)^2)`, moves the latents to the codes.
         entropy (`torch.Tensor`): `entropy_loss_ratio` times the entropy term; 0 if the ratio is 0, and in evaluation.
-        usage (`torch.Tensor`): Fraction of the codebook in use: in training since the counts were reset, in evaluation
-            in this call.
+        usage (`torch.Tensor`): Fraction of the codebook in use: by this call, or in training by all calls since the
+            counts were reset.
     """
 
     vq: torch.Tensor
@@ -101,7 +101,7 @@ class VectorQuantizer(nn.Module):
         dim (`int`): Dimension of a code.
         commit_loss_beta (`float`): Weight of the commitment loss.
         entropy_loss_ratio (`float`): Weight of the entropy loss; at 0 it is not computed.
-        l2_norm (`bool`): Whether latents and codes are brought to unit length first.
+        l2_norm (`bool`): Whether latents and codes are normalised to unit length first.
     """
 
     def __init__(self, size: int, dim: int, commit_loss_beta: float, entropy_loss_ratio: float, l2_norm: bool):
@@ -128,9 +128,8 @@ class VectorQuantizer(nn.Module):
             flat = self._flatten(latents)
             ids = self.embedding.nearest_ids(flat)
             codes = self.embedding.lookup(ids)
-            quantized = codes.detach() + (
-                flat - flat.detach()
-            )  # straight-through: codes bit by bit, gradient of `flat`
+            # Straight-through: exactly the codes, because the difference is 0, with the gradient of `flat`.
+            quantized = codes.detach() + (flat - flat.detach())
             counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
             losses = VQLosses(
                 vq=F.mse_loss(codes, flat.detach()),
@@ -152,7 +151,7 @@ class VectorQuantizer(nn.Module):
             `torch.Tensor`: Ids `(batch, h, w)` in int64.
 
         Raises:
-            ValueError: If latents are NaN or infinite. One such pixel makes all latents of its image so. A compiled
+            ValueError: If latents are NaN or infinite. One such pixel spreads to all latents of its image. A compiled
                 graph does not check.
         """
         # Skipped when compiling: a data-dependent check would break the graph.

@@ -2,8 +2,8 @@
 
 Lengths are in latents unless a name says otherwise, so that pixels and latents share one grid. Three steps:
 
-1. [`gather_context`] runs the network over a sample of windows, and keeps the statistics of each norm and the keys and
-   values of each attention.
+1. [`gather_context`] runs the network over a few windows of the image, and keeps the statistics of each norm and the
+   keys and values of each attention.
 2. [`map_tiles`] runs it over each tile, which is read with an overlap (halo) on each side, with these shared values.
 3. Only the core of each tile is kept. The cores partition the image, so nothing is blended.
 """
@@ -22,7 +22,7 @@ from svqvae_hf.models.checks import check_tiles
 from svqvae_hf.models.fast_ops import at_least_float32, fast_layout
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
-CONTEXT_WINDOWS = 64  # maximum number of windows sampled per image
+CONTEXT_WINDOWS = 64  # maximum number of windows per image
 CONTEXT_FRACTION = 1 / 4  # maximum fraction of the image that they cover
 CONTEXT_WINDOW_SIDE = 12  # side of a window, in latents
 CONTEXT_MARGIN = 3  # latents next to a cut that are ignored
@@ -56,8 +56,8 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[Tile]:
     """Cuts an axis into windows of one size, at most `tile`, whose cores partition it.
 
     Neighbouring windows share at least `2 * overlap`, so each core has at least `overlap` on each inner side. Windows
-    are no longer than needed: an axis a little longer than a tile is cut into two windows of little more than half of
-    it.
+    are no longer than needed: an axis a little longer than a tile is cut into two windows of little more than half
+    its length.
 
     Args:
         length (`int`): Length of the axis, at least 1.
@@ -88,11 +88,11 @@ class ContextWindows(NamedTuple):
     margin: tuple[int, int]
 
     def read(self, read: Read, stride: int) -> torch.Tensor:
-        """Reads the windows, those of each image one after another: `(batch * windows, channels, height, width)`.
+        """Reads the windows, image by image: `(batch * windows, channels, height, width)`.
 
         Args:
             read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
-            stride (`int`): Samples of the input per latent along each side.
+            stride (`int`): Input positions per latent along each side.
         """
         height, width = self.size
         windows = [read(_span(y, y + height, stride), _span(x, x + width, stride)) for y, x in self.origins]
@@ -104,7 +104,7 @@ def context_windows(size: Sequence[int], side: int, margin: int, count: int) -> 
 
     Args:
         size (`tuple[int, int]`): Height and width of the image.
-        side (`int`): Side of a window, where the image is as long.
+        side (`int`): Side of a window, if the image is at least as long.
         margin (`int`): Latents next to a cut, less than half of `side`.
         count (`int`): Maximum number of windows; fewer where they cover the image.
     """
@@ -148,13 +148,13 @@ def _span(start: int, stop: int, stride: int) -> slice:
     return slice(start * stride, stop * stride)
 
 
-# What tiles share
+# The context that tiles share
 
 
 class TileContext:
     """Statistics of each norm, and keys and values of each attention, that all tiles of an image share.
 
-    While `gathering`, a sample of windows passes through the network together. Each norm takes its statistics from all
+    While `gathering`, a few windows pass through the network together. Each norm takes its statistics from all
     of them, and in each attention they all see each other. Window borders are ignored: there the windows see zero
     padding instead of their real neighbours. Afterwards every tile is normalised alike and attends to the same
     positions, wherever it lies.
@@ -195,7 +195,7 @@ class TileContext:
         return self.attended[attention]
 
     def for_core(self, core: Core, level_margins: Mapping[nn.Module, int]) -> "TileContext":
-        """The same shared values for one tile, from which [`crop`] drops what its core does not depend on."""
+        """Copy for one tile, in which [`crop`] drops what the core of the tile does not depend on."""
         tile = copy.copy(self)
         tile.core, tile.level_margins = core, level_margins
         return tile
@@ -227,14 +227,14 @@ def to_positions(windows: torch.Tensor) -> torch.Tensor:
 
 
 def gather_context(network: Network, read: Read, size: Sequence[int], tile: int, input_stride: int) -> TileContext:
-    """Runs a network over a sample of an image's windows, and returns what its tiles share.
+    """Runs a network over a few windows of an image, and returns the context that its tiles share.
 
     Args:
         network (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
         size (`tuple[int, int]`): Height and width of the image.
         tile (`int`): Maximum side of a window.
-        input_stride (`int`): Samples of the input per latent along each side.
+        input_stride (`int`): Input positions per latent along each side.
     """
     side = min(CONTEXT_WINDOW_SIDE, tile)
     count = min(CONTEXT_WINDOWS, max(1, round(CONTEXT_FRACTION * math.prod(size) / side**2)))
@@ -247,7 +247,7 @@ def gather_context(network: Network, read: Read, size: Sequence[int], tile: int,
 
 
 def fits_whole(size: Sequence[int], tile: int) -> bool:
-    """Whether an image needs no tiles, because whole it takes no more memory than by tiles.
+    """Whether an image needs no tiles, because as a whole it takes no more memory than tile by tile.
 
     Args:
         size (`tuple[int, int]`): Height and width of the image.
@@ -278,8 +278,8 @@ def map_tiles(
         source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `input_stride`.
         tile (`int`): Maximum side of a tile.
         overlap (`int`): Overlap on each side.
-        input_stride (`int`, defaults to 1): Samples of the input per latent along each side.
-        output_stride (`int`, defaults to 1): Samples of the result per latent along each side.
+        input_stride (`int`, defaults to 1): Input positions per latent along each side.
+        output_stride (`int`, defaults to 1): Result positions per latent along each side.
         on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
     """
     rows, columns = (side // input_stride for side in source.shape[-2:])
@@ -304,7 +304,7 @@ def map_tile(network: Network, read: Read, y: Tile, x: Tile, input_stride: int =
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
         y (`Tile`): The tile along the vertical axis.
         x (`Tile`): The tile along the horizontal axis.
-        input_stride (`int`, defaults to 1): Samples of the input per latent along each side.
+        input_stride (`int`, defaults to 1): Input positions per latent along each side.
 
     Returns:
         `torch.Tensor`: Result at the core.
@@ -314,9 +314,9 @@ def map_tile(network: Network, read: Read, y: Tile, x: Tile, input_stride: int =
 
 
 def decode_core(decoder: Any, hidden: torch.Tensor, shared: TileContext, core: Core) -> torch.Tensor:
-    """Decodes the core of a window, and drops between levels what it does not depend on.
+    """Decodes the core of a window, and crops between levels to what the core depends on.
 
-    The result is exact: at each level everything stays that the core still reads.
+    The result is exact, because each level keeps everything that the core still depends on.
 
     Args:
         decoder ([`Decoder`]): Decoder of the model.
@@ -333,9 +333,8 @@ def decode_core(decoder: Any, hidden: torch.Tensor, shared: TileContext, core: C
 
 def _level_margins(decoder: Any) -> dict[nn.Module, int]:
     """Positions around a core that each level and all later layers read, at the resolution of the level."""
-    reach = (
-        2 * len(decoder.conv_blocks[0].res) + 1
-    )  # two 3 x 3 convolutions per block, then one that follows the level
+    # Two 3 x 3 convolutions per block, then one that follows the level.
+    reach = 2 * len(decoder.conv_blocks[0].res) + 1
     margins = [reach]
     for _ in decoder.conv_blocks[1:]:
         margins.append(reach + margins[-1] // 2)
@@ -343,7 +342,7 @@ def _level_margins(decoder: Any) -> dict[nn.Module, int]:
 
 
 class TilingMixin(AutoencoderMixin):
-    """Slices and tiles for an autoencoder with `encode_window` and `decode_window`: slices outside, tiles inside."""
+    """Runs an autoencoder's `encode_window` and `decode_window` on slices of a batch, and on tiles of each image."""
 
     f: int
     overlap: int
@@ -355,10 +354,10 @@ class TilingMixin(AutoencoderMixin):
     ) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
-        All tiles of an image share their normalisation statistics and what they attend to. Both come from a sample of
-        windows spread over the image: a quarter of it, at most 64 windows of 12 x 12 latents. An image with no more
-        latents than these windows or one tile is not tiled, because whole it takes no more memory. At f = 8 that is up
-        to 768 x 768 pixels.
+        All tiles of an image share their normalisation statistics and what they attend to. Both come from at
+        most 64 windows of 12 x 12 latents, spread over the image, which cover a quarter of it. An image with no more
+        latents than these windows or one tile is not tiled, because as a whole it takes no more memory. At f = 8 that
+        is up to 768 x 768 pixels.
 
         Args:
             tile_size (`int`, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
@@ -393,8 +392,8 @@ class TilingMixin(AutoencoderMixin):
     ) -> torch.Tensor:
         """Runs a network over a batch: as a whole, or by slices and tiles."""
         if self.use_slicing and source.shape[0] > 1:
-            slices = source.split(1)
-            return torch.cat([self._run(network, each, tiles, input_stride, output_stride) for each in slices])
+            slices = [self._run(network, image, tiles, input_stride, output_stride) for image in source.split(1)]
+            return torch.cat(slices)
         size = [side // input_stride for side in source.shape[-2:]]
         if tiles is None or fits_whole(size, tiles[0]):
             return network(source)

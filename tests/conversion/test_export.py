@@ -228,7 +228,7 @@ def test_example_reads_files_as_the_library_does(mode, photo, tmp_path):
         source = source.quantize(8) if mode == "P" else source.convert(mode)
         source.save(path, exif=exif, **({"transparency": 3} if mode == "P" else {}))
     if mode in ("I;16", "F"):
-        with pytest.raises(ValueError, match=f"`{re.escape(str(path))}` must be an image of 8 bits, but is of mode"):
+        with pytest.raises(ValueError, match=f"`{re.escape(str(path))}` must be an 8-bit image, got mode"):
             read_rgb(path)
     else:
         assert np.array_equal(read_rgb(path), np.asarray(load_image(path)))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("small_sample")
         ({"pixel_range": (1, 0)}, r"`pixel_range` must be two finite numbers \(low, high\).*\(1, 0\)"),
         ({"network_range": "ab"}, "`network_range` must be two finite numbers .* got 'ab'"),
         ({"network_range": (0, float("nan"))}, "`network_range` must be two finite numbers"),
-        ({"base_channels": "eight"}, "`base_channels` must be made of integers above 0, got 'eight'"),
+        ({"base_channels": "eight"}, "`base_channels` must be an integer above 0, got 'eight'"),
         ({"z_channels": -3}, "`z_channels` .* got -3"),
         ({"norm_num_groups": 0}, "`norm_num_groups` .* got 0"),
         ({"encoder_ch_mult": None}, "`encoder_ch_mult` .* got None"),
