@@ -1,0 +1,101 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny, psnr
+
+from svqvae_hf.models.modeling_svqvae import GroupNorm
+from svqvae_hf.trainer.linear_start import ChannelLayout, start_linear
+from svqvae_hf.trainer.model import initialise
+
+CONFIGS = {
+    "one group": {"norm_num_groups": 1},
+    "groups": {"norm_num_groups": 2},
+    "f = 8": {"encoder_ch_mult": (1, 1, 2, 2), "decoder_ch_mult": (1, 1, 2, 2)},
+    "no shortcut before the latents": {"encoder_ch_mult": (1, 2, 2), "decoder_ch_mult": (1, 1, 2)},
+    "codes of any length": {"codebook_l2_norm": False},
+    "signed network": {"network_range": (-1.0, 1.0), "num_res_blocks": 2},
+}
+
+
+def make_new(**config):
+    model = make_tiny(**({"base_channels": 16, "codebook_embed_dim": 4} | config))
+    initialise(model)
+    return model
+
+
+def crops(photo, count, side):
+    sample = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8)
+    sample = sample.view(photo.height, photo.width, 3).movedim(-1, 0) / 255
+    return sample.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).movedim(1, 0)[:count].contiguous()
+
+
+def reconstruct(model, sample):
+    latents = model.encode(sample).latents
+    if model.config["codebook_l2_norm"]:
+        latents = F.normalize(latents, dim=1)
+    return model.decode(latents, force_not_quantize=True).sample
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_new_model_reconstructs_images_that_it_has_not_seen(photo, config):
+    sample = crops(photo, 24, 64)
+    random, linear = make_new(**config), make_new(**config)
+    start_linear(linear, sample[::2])
+    unseen = sample[1::2]
+    assert psnr(reconstruct(linear, unseen), unseen) > psnr(reconstruct(random, unseen), unseen) + 8
+    assert psnr(reconstruct(linear, unseen), unseen) > 20
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_level_and_contrast_of_an_image_stay(photo):
+    sample = crops(photo, 16, 64)
+    model = make_new(norm_num_groups=1)
+    start_linear(model, sample)
+    dull = 0.3 + 0.4 * sample
+    decoded = reconstruct(model, dull)
+    assert (decoded.mean() - dull.mean()).abs() < 0.02
+    assert decoded.std() / dull.std() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_norms_are_nearly_a_fixed_scale(photo):
+    sample = crops(photo, 16, 64)
+    model = make_new(norm_num_groups=2)
+    start_linear(model, sample)
+    scales = {}
+
+    def measure(name):
+        def hook(norm, args, output):
+            shifted = output - norm.bias[:, None, None]
+            scales[name] = shifted[:, 2:4].flatten(1).norm(dim=1) / args[0][:, 2:4].flatten(1).norm(dim=1)
+
+        return hook
+
+    for name, norm in model.named_modules():
+        if isinstance(norm, GroupNorm):
+            norm.register_forward_hook(measure(name))
+    reconstruct(model, sample)
+    assert len(scales) > 10
+    for name, scale in scales.items():
+        assert 0.7 < scale.min() <= scale.max() < 1.3, name
+
+
+def test_each_group_has_two_constant_channels():
+    layout = ChannelLayout(channels=12, groups=3)
+    assert (layout.positive, layout.negative) == ([0, 4, 8], [1, 5, 9])
+    assert layout.free == [2, 3, 6, 7, 10, 11]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"base_channels": 8, "norm_num_groups": 4},
+        {"in_channels": 1},
+        {"z_channels": 2},
+        {"encoder_ch_mult": (1,), "decoder_ch_mult": (1,)},
+    ],
+)
+def test_config_without_room_is_refused(config):
+    with pytest.raises(ValueError, match="linear start needs 3 channels in and out, two levels"):
+        start_linear(make_new(**config), torch.rand(4, 3, 32, 32))
