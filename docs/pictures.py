@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.demo.previews import draw_codes
-from svqvae_hf.evaluation.contact_sheet import Panel, contact_sheet
 from svqvae_hf.evaluation.metrics import psnr
+from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.models.tiling import Core, crop_to_core, gather_context, map_tiles, scale_core, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image

@@ -9,7 +9,7 @@ from PIL import Image
 
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.resizing import resize_image
+from svqvae_hf.evaluation.pictures import resize_image
 
 QUALITIES = (1, 5, 10, 20, 40, 75)
 CODEC_SIDES = {"JPEG": 65535, "WebP": 16383}  # largest side that each format can store, in pixels

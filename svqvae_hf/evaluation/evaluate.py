@@ -24,7 +24,7 @@ from svqvae_hf.data.image_sets import ImageSource, image_name, read_image
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.comparison import codec_metrics, full_size_metrics, image_metrics, to_tensor
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.resizing import resize_image
+from svqvae_hf.evaluation.pictures import resize_image
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult, write_notes
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents

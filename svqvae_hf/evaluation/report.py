@@ -16,7 +16,7 @@ from PIL import Image
 
 from svqvae_hf.atomic_io import save_png, write_file
 from svqvae_hf.data.image_sets import is_hub_set
-from svqvae_hf.evaluation.contact_sheet import Panel, contact_sheet
+from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult
 
 COLOURS = (

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svqvae_hf.evaluation.contact_sheet import GAP, Panel, contact_sheet
+from svqvae_hf.evaluation.pictures import GAP, Panel, contact_sheet, resize_image
 
 
 def sheet_of(*sizes):
@@ -43,3 +43,21 @@ def test_labels_are_below_their_panels_and_widen_them():
     assert columns.min() >= GAP
     assert columns.max() < sheet.shape[1] - GAP
     assert (np.diff(columns) >= GAP).sum() == 1  # two labels with a gap between them
+
+
+@pytest.mark.parametrize(
+    ("size", "resampling"),
+    [
+        ((20, 15), Image.Resampling.BOX),
+        ((20, 40), Image.Resampling.BOX),  # one side shorter
+        ((40, 60), Image.Resampling.BICUBIC),
+        ((40, 31), Image.Resampling.BICUBIC),
+    ],
+)
+def test_area_below_and_bicubic_above_the_size(photo, size, resampling):
+    image = photo.crop((100, 100, 140, 130))
+    np.testing.assert_array_equal(resize_image(image, size), image.resize(size, resampling))
+
+
+def test_image_of_the_target_size_is_returned_unchanged(photo):
+    assert resize_image(photo, photo.size) is photo
