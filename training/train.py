@@ -16,6 +16,7 @@ from svqvae_hf.trainer.codebook import DeadCodeReset, forget_codes, initialise_c
 from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective, Pair
 from svqvae_hf.trainer.model import MultiScaleForward, load_model, step_scales, whiten_latents
@@ -33,7 +34,7 @@ from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image
 from svqvae_hf.trainer.train_options import TrainOptions
 
 SHOWN_IMAGES = 4
-WHITENING_BATCHES = 16
+START_BATCHES = 16
 CONVOLUTION_NDIM = 4  # only weights of convolutions decay, so no code does
 
 logger = get_logger(__name__, log_level="INFO")
@@ -69,8 +70,12 @@ def main(options: TrainOptions) -> None:
 
     # Optimizers
     if options.model_config_name_or_path is not None and run.checkpoint is None:  # a new model
-        whiten_latents(vqvae, images.fresh_crops(WHITENING_BATCHES))
-        for parameter in vqvae.quant_conv.parameters():
+        crops = images.fresh_crops(START_BATCHES)
+        if options.start == "linear":
+            start_linear(vqvae, torch.cat([*crops]))
+        else:
+            whiten_latents(vqvae, crops)
+        for parameter in vqvae.parameters():
             broadcast(parameter.data)  # processes have different crops
     optimizer, lr_scheduler = make_optimizer(
         vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM

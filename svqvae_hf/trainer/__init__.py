@@ -7,8 +7,8 @@ reuse any part:
 - options, as dataclasses that are read from flags or YAML: [`RunOptions`] to subclass, [`ImageOptions`],
   [`PipelineOptions`], [`TrainOptions`], [`read_options`];
 - optimization: [`make_optimizer`], [`clip_and_step`];
-- the model: [`load_model`], [`whiten_latents`], [`MultiScaleForward`], and its codebook: [`initialise_codebook`],
-  [`DeadCodeReset`], [`forget_codes`];
+- the model: [`load_model`], [`start_linear`], [`whiten_latents`], [`MultiScaleForward`], and its codebook:
+  [`initialise_codebook`], [`DeadCodeReset`], [`forget_codes`];
 - losses: [`Objective`] with its [`LossWeights`], or its parts [`PatchDiscriminator`], [`LeCAM`], [`UniformityLoss`];
 - data: [`ImageSource`] or the [`CropLoader`] under it, [`TokenSource`] and [`SequenceLoader`];
 - the log: [`ScaleStatistics`], [`image_grid`], [`log_image`].
@@ -20,6 +20,7 @@ from svqvae_hf.trainer.data.crops import CropPolicy, centre_crops
 from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.adversarial import (
     LeCAM,
     PatchDiscriminator,
@@ -95,6 +96,7 @@ __all__ = [
     "pipeline_card",
     "read_options",
     "required",
+    "start_linear",
     "step_scales",
     "whiten_latents",
 ]

@@ -18,6 +18,7 @@ Spare channels keep random weights at a reduced scale, so that they can learn.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,13 @@ from torch import nn
 from svqvae_hf.models.fast_ops import RepeatConv2d
 from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, Downsample, GroupNorm, ResnetBlock, map_range
 
+Convolution = Any  # nn.Conv2d, whose type allows no bias, while all of these have one
+
 NORM_RATIO = 10.0  # variance of the constants over the variance of the other channels
 SPARE_SCALE = 0.5  # of random weights that the start does not use
 COLOURS = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (-0.5, 1.0, -0.5))  # brightness and two colour differences
 SMALLEST_DEVIATION = 0.01  # floor for the deviation of a component, relative to the largest
+PIXELS = 1 << 19  # at most, of the images that are used
 POSITIONS = 40_000  # at most, in a regression
 RIDGE = 1e-4  # relative to the mean square of the inputs
 LATENT_RIDGE = 1e-5  # smaller, because latents are few and hardly correlated
@@ -72,6 +76,7 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
         for channels in {layer.num_channels for layer in vqvae.modules() if isinstance(layer, GroupNorm)}
     }
     _check_config(vqvae, layouts)
+    sample = sample[: max(1, PIXELS // sample[0, 0].numel())]
     _silence_branches(vqvae)
     _neutralise_norms(vqvae, layouts)
     pixels = map_range(sample, vqvae.config["pixel_range"], vqvae.config["network_range"])
@@ -100,9 +105,9 @@ def _check_config(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
 def _silence_branches(vqvae: SVQVAE) -> None:
     for block in vqvae.modules():
         if isinstance(block, ResnetBlock | AttnBlock):
-            last = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            last: Any = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
+            last.weight.zero_()
+            last.bias.zero_()
 
 
 def _neutralise_norms(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
@@ -111,16 +116,19 @@ def _neutralise_norms(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
         norm.weight.fill_(layout.norm_weight)
         norm.weight[layout.constant] = 0
 
-    def fix_stream(layer: nn.Conv2d) -> None:
-        """Makes the constants of the layer's output, and reads none of its input."""
-        if layer.in_channels in layouts:
-            layer.weight[:, layouts[layer.in_channels].constant] = 0
+    def set_constants(layer: Convolution) -> None:
         layout = layouts[layer.out_channels]
-        layer.weight.mul_(SPARE_SCALE)
         layer.weight[layout.constant] = 0
         layer.bias[layout.positive], layer.bias[layout.negative] = layout.value, -layout.value
 
-    for network in (vqvae.encoder, vqvae.decoder):
+    def fix_stream(layer: Convolution) -> None:
+        if layer.in_channels in layouts:
+            layer.weight[:, layouts[layer.in_channels].constant] = 0
+        layer.weight.mul_(SPARE_SCALE)
+        set_constants(layer)
+
+    networks: list[Any] = [vqvae.encoder, vqvae.decoder]
+    for network in networks:
         fix_stream(network.conv_in)
         for module in network.modules():
             if isinstance(module, GroupNorm):
@@ -130,17 +138,15 @@ def _neutralise_norms(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
             elif isinstance(module, Downsample):
                 fix_stream(module.conv)
             elif isinstance(module, ResnetBlock):
-                layout = layouts[module.conv1.out_channels]
-                module.conv1.weight[layout.constant] = 0
-                module.conv1.bias[layout.positive] = layout.value
-                module.conv1.bias[layout.negative] = -layout.value
+                set_constants(module.conv1)
                 if module.nin_shortcut is not None:
                     fix_stream(module.nin_shortcut)
 
 
 def _start_encoder(vqvae: SVQVAE, layouts: dict[int, ChannelLayout], pixels: torch.Tensor) -> list[torch.Tensor]:
     """Sets the encoder. Returns its features at each resolution, at unit variance, full resolution first."""
-    encoder, dim = vqvae.encoder, vqvae.config["codebook_embed_dim"]
+    encoder: Any = vqvae.encoder
+    dim = vqvae.config["codebook_embed_dim"]
     colours = F.normalize(pixels.new_tensor(COLOURS), dim=1)
     mixed = torch.einsum("ij,bjhw->bihw", colours, pixels)
     mean, deviation = mixed.mean((0, 2, 3)), mixed.std((0, 2, 3))
@@ -171,7 +177,7 @@ def _start_encoder(vqvae: SVQVAE, layouts: dict[int, ChannelLayout], pixels: tor
     # On the unit sphere the first latent is constant. Latents then form a cone, where cosine is nearly pixel distance.
     skipped = 1 if vqvae.config["codebook_l2_norm"] else 0
     gains = (deviation / deviation[0])[: dim - skipped]
-    nn.init.zeros_(encoder.conv_out.bias)
+    encoder.conv_out.bias.zero_()
     encoder.conv_out.weight.mul_(SPARE_SCALE)
     encoder.conv_out.weight[:dim] = 0
     encoder.conv_out.bias[:skipped] = 1.0
@@ -186,7 +192,8 @@ def _start_decoder(
     vqvae: SVQVAE, layouts: dict[int, ChannelLayout], pixels: torch.Tensor, features: Sequence[torch.Tensor]
 ) -> None:
     """Sets the decoder: each convolution is regressed on the encoder's features one resolution up."""
-    decoder, dim = vqvae.decoder, vqvae.config["codebook_embed_dim"]
+    decoder: Any = vqvae.decoder
+    dim = vqvae.config["codebook_embed_dim"]
     latents = vqvae.quant_conv(vqvae.encoder(pixels))
     if vqvae.config["codebook_l2_norm"]:
         latents = F.normalize(latents, dim=1)
@@ -216,7 +223,7 @@ def _start_decoder(
     free = layouts[decoder.conv_out.in_channels].free[: 2 * len(COLOURS)]
     activated = F.silu(decoder.norm_out(hidden))[:, free]
     weight, bias = _regress(activated, pixels, RIDGE, border=2 ** len(decoder.conv_blocks))
-    nn.init.zeros_(decoder.conv_out.weight)
+    decoder.conv_out.weight.zero_()
     decoder.conv_out.weight[:, free] = weight
     decoder.conv_out.bias.copy_(bias)
 
@@ -260,20 +267,27 @@ def _regress(
     """
     border = min(border, (min(inputs.shape[-2:]) - 1) // 2)
     inner = slice(border, -border or None)
-    neighbours = F.unfold(inputs, 3, padding=1).unflatten(2, inputs.shape[-2:])[:, :, inner, inner]
-    rows = neighbours.movedim(1, -1).flatten(0, 2)
-    values = targets[:, :, inner, inner].movedim(1, -1).flatten(0, 2)
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:POSITIONS].to(rows.device)
-    rows, values = F.pad(rows[chosen], (0, 1), value=1.0).double(), values[chosen].double()
-    gram = rows.T @ rows
-    penalty = ridge * gram.diagonal().mean() * torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
+    generator = torch.Generator().manual_seed(0)
+    size = 9 * inputs.shape[1] + 1
+    gram = inputs.new_zeros(size, size, dtype=torch.float64)
+    products = inputs.new_zeros(size, targets.shape[1], dtype=torch.float64)
+    # One image at a time, because neighbours take nine times the memory.
+    for image, target in zip(inputs, targets, strict=True):
+        neighbours = F.unfold(image[None], 3, padding=1).unflatten(2, image.shape[-2:])
+        neighbours = neighbours[0, :, inner, inner].flatten(1).T  # (positions, channels * 9)
+        values = target[:, inner, inner].flatten(1).T
+        chosen = torch.randperm(len(values), generator=generator)[: POSITIONS // len(inputs) + 1].to(values.device)
+        rows = F.pad(neighbours[chosen], (0, 1), value=1.0).double()
+        gram += rows.T @ rows
+        products += rows.T @ values[chosen].double()
+    penalty = ridge * gram.diagonal().mean() * torch.ones_like(gram[0])
     penalty[-1] = 0  # none for the bias
-    solution = torch.linalg.solve(gram + penalty.diag(), rows.T @ values).to(inputs.dtype)
+    solution = torch.linalg.solve(gram + penalty.diag(), products).to(inputs.dtype)
     return solution[:-1].T.unflatten(1, (-1, 3, 3)).contiguous(), solution[-1]
 
 
 def _copy_channels(
-    shortcut: nn.Conv2d | None, layouts: dict[int, ChannelLayout], count: int, signs: Sequence[int] = (1,)
+    shortcut: Convolution | None, layouts: dict[int, ChannelLayout], count: int, signs: Sequence[int] = (1,)
 ) -> int:
     """Makes a shortcut copy its first free channels, once per sign. Returns how many it copies."""
     if shortcut is None:
@@ -287,16 +301,16 @@ def _copy_channels(
     return count
 
 
-def _copy_first(layer: nn.Conv2d, count: int) -> None:
+def _copy_first(layer: Convolution, count: int) -> None:
     """Makes a 1 x 1 convolution pass its first channels on unchanged."""
-    nn.init.zeros_(layer.bias)
+    layer.bias.zero_()
     layer.weight.mul_(SPARE_SCALE)
     layer.weight[:count] = 0
     layer.weight[range(count), range(count)] = 1.0
 
 
 def _set_rows(
-    layer: nn.Conv2d, rows: Sequence[int], columns: Sequence[int], weight: torch.Tensor, bias: torch.Tensor
+    layer: Convolution, rows: Sequence[int], columns: Sequence[int], weight: torch.Tensor, bias: torch.Tensor
 ) -> None:
     """Sets the first of some output channels to read the first of some input channels, and nothing else."""
     out, into = list(rows[: len(weight)]), list(columns[: weight.shape[1]])

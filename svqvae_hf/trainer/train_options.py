@@ -22,6 +22,11 @@ class TrainOptions(ImageOptions):
 
     # Model
     model_config_name_or_path: str | None = option(None, "Config of a new model: a config.json, its folder or Hub id.")
+    start: str = option(
+        "random",
+        "Weights of a new model: random, or the linear autoencoder of some crops, which learns far faster.",
+        ("random", "linear"),
+    )
     pretrained_model_name_or_path: str | None = option(None, "Model to start from instead: folder or Hub id.")
     train: str = option(
         "all", "Part to train: everything, or only the decoder, which keeps all ids.", ("all", "decoder")
