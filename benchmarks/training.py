@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from train import CONVOLUTION_NDIM
 
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.model import MultiScaleForward, load_model
+from svqvae_hf.trainer.network.model import MultiScaleForward, load_model
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.train_options import TrainOptions
 

@@ -12,14 +12,14 @@ from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.models.quantizer import flatten_latents
-from svqvae_hf.trainer.codebook import DeadCodeReset, forget_codes, initialise_codebook
 from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
-from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective, Pair
-from svqvae_hf.trainer.model import MultiScaleForward, load_model, step_scales, whiten_latents
+from svqvae_hf.trainer.network.codebook import DeadCodeReset, forget_codes, initialise_codebook
+from svqvae_hf.trainer.network.linear_start import start_linear
+from svqvae_hf.trainer.network.model import MultiScaleForward, load_model, step_scales, whiten_latents
 from svqvae_hf.trainer.optimization import (
     SHARDED,
     clip_and_step,

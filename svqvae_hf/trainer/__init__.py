@@ -14,13 +14,11 @@ reuse any part:
 - the log: [`ScaleStatistics`], [`image_grid`], [`log_image`].
 """
 
-from svqvae_hf.trainer.codebook import DeadCodeReset, forget_codes, initialise_codebook
 from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy, centre_crops
 from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
-from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.adversarial import (
     LeCAM,
     PatchDiscriminator,
@@ -32,7 +30,9 @@ from svqvae_hf.trainer.losses.moving_average import MovingAverage
 from svqvae_hf.trainer.losses.objective import Objective, Pair, make_pairs
 from svqvae_hf.trainer.losses.uniformity import UniformityLoss
 from svqvae_hf.trainer.losses.weights import LossWeight, LossWeights
-from svqvae_hf.trainer.model import (
+from svqvae_hf.trainer.network.codebook import DeadCodeReset, forget_codes, initialise_codebook
+from svqvae_hf.trainer.network.linear_start import start_linear
+from svqvae_hf.trainer.network.model import (
     MultiScaleForward,
     Reconstructions,
     initialise,

@@ -5,7 +5,7 @@ from conftest import make_tiny
 from diffusers.training_utils import EMAModel
 
 from svqvae_hf.models.quantizer import VectorQuantizer
-from svqvae_hf.trainer.codebook import DeadCodeReset, copy_codes_to_ema, initialise_codebook, reset_code_state
+from svqvae_hf.trainer.network.codebook import DeadCodeReset, copy_codes_to_ema, initialise_codebook, reset_code_state
 
 SIZE, DIM = 64, 8
 

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from conftest import make_tiny, psnr
 
 from svqvae_hf.models.modeling_svqvae import GroupNorm
-from svqvae_hf.trainer.linear_start import ChannelLayout, start_linear
-from svqvae_hf.trainer.model import initialise
+from svqvae_hf.trainer.network.linear_start import ChannelLayout, start_linear
+from svqvae_hf.trainer.network.model import initialise
 
 CONFIGS = {
     "one group": {"norm_num_groups": 1},

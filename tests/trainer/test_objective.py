@@ -7,7 +7,7 @@ from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective, make_pairs
 from svqvae_hf.trainer.losses.weights import LossWeight, LossWeights
-from svqvae_hf.trainer.model import MultiScaleForward
+from svqvae_hf.trainer.network.model import MultiScaleForward
 
 LOSSES = LossWeights._fields
 

@@ -32,7 +32,7 @@ from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.model import MultiScaleForward
+from svqvae_hf.trainer.network.model import MultiScaleForward
 from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
 

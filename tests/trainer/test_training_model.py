@@ -7,7 +7,7 @@ from conftest import make_tiny
 from train import CONVOLUTION_NDIM
 
 from svqvae_hf.models.modeling_svqvae import ResnetBlock
-from svqvae_hf.trainer.model import frozen_parts, initialise, load_model, step_scales, whiten_latents
+from svqvae_hf.trainer.network.model import frozen_parts, initialise, load_model, step_scales, whiten_latents
 from svqvae_hf.trainer.optimization import parameter_groups
 from svqvae_hf.trainer.train_options import TrainOptions
 

@@ -18,7 +18,7 @@ from svqvae_hf.trainer.losses.adversarial import (
 )
 from svqvae_hf.trainer.losses.uniformity import UniformityLoss
 from svqvae_hf.trainer.losses.weights import LossWeights
-from svqvae_hf.trainer.model import Reconstructions
+from svqvae_hf.trainer.network.model import Reconstructions
 
 
 class Pair(NamedTuple):

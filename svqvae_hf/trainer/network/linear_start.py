@@ -63,7 +63,7 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
 
     Args:
         vqvae ([`SVQVAE`]): New model, with weights that keep the variance; see
-        [`~svqvae_hf.trainer.model.initialise`].
+        [`~svqvae_hf.trainer.network.model.initialise`].
         sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in `pixel_range`. Half a megapixel is
             enough.
 
