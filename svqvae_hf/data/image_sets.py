@@ -1,4 +1,4 @@
-"""Image sets to read once: image files, or a streamed set of `datasets`."""
+"""Opens image sets to read once: image files, or a streamed set of `datasets`."""
 
 import hashlib
 import io
@@ -186,7 +186,7 @@ def image_name(source: ImageSource, index: int) -> str:
 
 
 def is_hub_set(name: str) -> bool:
-    """Whether this is the name of a set on the Hub and not a local path."""
+    """Whether `name` is the name of a set on the Hub, and not a local path."""
     return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
 
 

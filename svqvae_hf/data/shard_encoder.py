@@ -1,4 +1,4 @@
-"""Images of a set, read, cropped and encoded shard by shard."""
+"""Reads, crops and encodes the images of a set, shard by shard."""
 
 import itertools
 import signal
@@ -39,7 +39,8 @@ class CroppedImage(NamedTuple):
         shard ([`ShardName`]): Shard of the image.
         key (`str`): Key of the image in its set.
         values (`dict[str, Any]`): Columns of the image set that are kept.
-        crops (`torch.Tensor` of shape `(crops, 3, height, width)`, uint8, *optional*): `None` if absent.
+        crops (`torch.Tensor` of shape `(crops, 3, height, width)`, uint8, *optional*): `None` if the image could
+            not be read.
         fault (`str`, *optional*): Reason why the image could not be read.
         unreachable (`bool`): Whether the image could not be fetched, as opposed to decoded.
     """

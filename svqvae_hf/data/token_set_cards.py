@@ -1,4 +1,4 @@
-"""Card of a token set."""
+"""Writes the cards of token sets."""
 
 import shlex
 from collections.abc import Mapping
@@ -70,11 +70,11 @@ def token_set_card(
         columns (`Mapping[str, Any]`): Features of the columns by name.
         images (`int`): Number of images of the image set.
         rows (`int`): Number of rows of the token set.
-        license (`str`, *optional*): Licence of the images, an identifier of the Hub; `unknown` by default.
+        license (`str`, *optional*): Licence of the images, by the Hub's identifier; by default `unknown`.
         source_set (`str`, *optional*): Name of the image set on the Hub.
 
     Returns:
-        `str`: Text of `README.md`, which begins with its metadata.
+        `str`: Text of `README.md`, metadata first.
     """
     power = len(str(max(rows, 1) - 1))  # the smallest power of ten that is at least the number of rows
     metadata = DatasetCardData(

@@ -1,4 +1,4 @@
-"""Makes a token set of an image set: ids in sharded Parquet, which `datasets` reads."""
+"""Makes a token set from an image set: ids in sharded Parquet, which `datasets` reads."""
 
 import itertools
 import os
@@ -39,7 +39,7 @@ def tokenize_set(
     push_to_hub: str | None = None,
     private: bool | None = None,
 ) -> TokenizeReport:
-    """Makes a token set of an image set.
+    """Makes a token set from an image set.
 
     Until the set is complete, it is in `{out}.partial`, with a record of its options in `{out}.partial.json`. An
     interrupted run resumes after its finished shards when it is started again. It writes the same files as an unbroken
@@ -49,7 +49,7 @@ def tokenize_set(
     must be on a file system that all of them share.
 
     Args:
-        model ([`SVQVAE`]): Model in evaluation mode, on its device, with tiling as it should be used.
+        model ([`SVQVAE`]): Model in evaluation mode, on its device, with its tiling configured.
         images ([`ImageRows`]): Images from [`~svqvae_hf.data.image_sets.open_rows`]. Unreadable ones are skipped and
             listed.
         out (`str` or `os.PathLike`): Folder to create. It must be absent or empty.
@@ -62,7 +62,7 @@ def tokenize_set(
             [`SVQVAE.encode_tokens`] of one image. With more, a few may differ, because sums are rounded differently.
         shard_size (`int`, defaults to 1000): Images per Parquet file.
         num_workers (`int`, defaults to 0): Processes that read and crop images; with 0, this process does.
-        license (`str`, *optional*): Licence of the images, as the Hub names it, for the card.
+        license (`str`, *optional*): Licence of the images, by the Hub's identifier, for the card.
         push_to_hub (`str`, *optional*): `org/name` on the Hub to upload the set to.
         private (`bool`, *optional*): Whether a new repository is private.
 
@@ -78,7 +78,7 @@ def tokenize_set(
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
     elif private is not None:
-        raise ValueError("`private` needs `push_to_hub`, but it was not given. Pass `org/name`.")
+        raise ValueError("`private` needs `push_to_hub`, got None. Pass `org/name`.")
     scale_endings(scales)  # `detokenize_set` names files by them
     settings = TokenSettings(
         model=model_name,
@@ -120,7 +120,7 @@ def tokenize_set(
 
 
 def _progress_bar(images: ImageRows, token_set: PartialTokenSet, state: PartialState) -> tqdm:
-    """A bar over the images of the main process, counted as an equal share because shards have about one size."""
+    """Progress bar of the main process, over an equal share of the images, because shards have about one size."""
     if not state.is_main_process:
         return tqdm(disable=True)
     total = images.length and -(-images.length // state.num_processes)

@@ -67,7 +67,7 @@ class TokenSettings:
         codebook_size (`int`): Rows of the codebook.
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
         tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded in; `None` without tiles.
-        overlap (`int`, *optional*): Overlap of those tiles in pixels; `None` without tiles.
+        overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
         crops (`str`): Crops of an image that are rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
 
@@ -145,7 +145,7 @@ def _read_settings(name: str) -> bytes:
         try:
             return (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null")
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # pyarrow raises faults of the content without
+            if isinstance(error, OSError) and error.errno is not None:  # pyarrow's errors about content have none
                 raise
             raise ValueError(f"`{name}` must be a Parquet file, but is of another kind or truncated.") from error
     if not Path(name, SETTINGS_FILE).is_file():
@@ -176,8 +176,8 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
     except (KeyError, TypeError, ValueError) as error:
         found = ", ".join(f"{name} = {row.get(name)!r:.40}" for name in ("height", "width", *names))
         raise ValueError(
-            f"a row must have integers as height, width, {', '.join(names)}, because the settings say so, but has "
-            f"{found}. Make the set again with `svqvae tokenize`."
+            f"a row must have integers as height, width, {', '.join(names)} to match its settings, but has {found}. "
+            "Make the set again with `svqvae tokenize`."
         ) from error
     grids = []
     for ids, scale in zip(map(torch.as_tensor, columns), settings.scales, strict=True):
@@ -209,7 +209,7 @@ def detokenize_set(
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
             the set.
-        data (`str` or `os.PathLike`): Folder of the set, or its name on the Hub, from where it is streamed.
+        data (`str` or `os.PathLike`): Folder of the set, or its name on the Hub. Rows on the Hub are streamed.
         output (`str` or `os.PathLike`): Folder to write to.
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
 

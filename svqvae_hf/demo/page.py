@@ -72,7 +72,7 @@ class Page:
 
     Args:
         load (`Callable[..., SVQVAE]`): Loads the model of a folder or Hub id; the default model for an empty string.
-            Passes keyword arguments on to `from_pretrained`.
+            Must pass keyword arguments to `from_pretrained`.
         source (`str`, defaults to the default model): Model that the page opens with.
         public (`bool`, defaults to `False`): Whether people other than the user of this machine can reach the page.
             They may then choose `source`, the default model and public models of the Hub. They cannot reach anything
@@ -216,7 +216,7 @@ def serving(load: Callable[..., SVQVAE], source: str, host: str, port: int | Non
         load (`Callable[..., SVQVAE]`): See [`Page`].
         source (`str`): Model that the page opens with; empty for the default model.
         host (`str`): Address to listen on. Unless it is a loopback address, the page is public, see [`Page`].
-        port (`int`, *optional*): Port to listen on; the first free one from 7860 on if not given.
+        port (`int`, *optional*): Port to listen on; by default the first free one from 7860.
 
     Yields:
         `str`: Address of the page.

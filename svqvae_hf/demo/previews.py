@@ -1,4 +1,4 @@
-"""Previews on the page of `svqvae demo`: per scale the decoded image, its figures and the grid of its ids."""
+"""Previews for the page of `svqvae demo`: the decoded image, its figures and the grid of its ids, per scale."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""Metrics of one image against its reconstruction, and the same for JPEG and WebP. All images are 8-bit."""
+"""Metrics of one image's reconstructions, by the model or by JPEG and WebP. All images are 8-bit."""
 
 import io
 from typing import Any

@@ -119,7 +119,7 @@ def _check_options(scales: Sequence[float], modes: Sequence[str], resolution: in
 def _measure_images(
     evaluator: "_Evaluator", images: Iterable[ImageSource], resolution: int | None, state: PartialState
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records of the readable images, and of the unreadable ones, of all processes in the order of the set."""
+    """Records of the readable images and of the unreadable ones, from all processes, in the order of the set."""
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     total = len(images) if isinstance(images, Sized) else None
@@ -150,7 +150,7 @@ class _ScaleTotals:
         self.fid: FrechetInceptionDistance | None = None
         if inception is not None:
             self.fid = FrechetInceptionDistance(inception)
-            self.fid.orig_dtype = torch.float32  # set by the first image otherwise; a process may have no image
+            self.fid.orig_dtype = torch.float32  # otherwise set by the first image, but a process may have none
             self.fid.to("cpu" if model.device.type == "mps" else model.device)  # mps has no float64
 
     def add(self, ids: torch.Tensor, latents: torch.Tensor, sample: torch.Tensor, target: torch.Tensor) -> None:
@@ -291,7 +291,7 @@ def _scale_result(
 
 
 def _describe_codebook(model: SVQVAE) -> dict[str, Any]:
-    codes = model.quantize.embedding().detach()
+    codes = model.quantize.embedding.stored().detach()
     return {
         "size": len(codes),
         "dim": codes.shape[1],

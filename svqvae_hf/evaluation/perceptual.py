@@ -33,7 +33,7 @@ INCEPTION_FEATURES = 2048
 
 
 class LPIPS(lpips.LPIPS):
-    """LPIPS of the `lpips` package as a loss: frozen, and always in evaluation mode.
+    """LPIPS from the `lpips` package as a loss: frozen, and always in evaluation mode.
 
     The network runs in autocast's dtype, the distance between its features in float32. Unlike the package's gradient,
     this one stays finite if the features at a position are so small that their norm is 0.
@@ -81,7 +81,7 @@ def load_lpips(net: str, weights: str | Path | None = None) -> LPIPS:
     Args:
         net (`str`): "vgg", "alex" or "squeeze".
         weights (`str` or `Path`, *optional*): State dict of torchvision's network, `.safetensors` or a pickle with
-            weights only. Its classifier is not needed. Downloaded from torchvision's address if not given.
+            weights only. Its classifier is not needed. Downloaded from torchvision's server if not given.
 
     Raises:
         OSError: If the file does not exist, or the weights cannot be downloaded.

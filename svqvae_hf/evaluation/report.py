@@ -19,14 +19,8 @@ from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#e69f00",
-)  # Okabe and Ito, safe for colour blindness
+# Okabe and Ito, safe for colour blindness.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":")}
 DPI = 150
 BACKGROUND = "#ffffff"

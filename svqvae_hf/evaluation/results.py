@@ -72,7 +72,7 @@ class Report:
         images (`list[dict[str, Any]]`): Readable images in the order of the set: `index`, `name`, `width`, `height`,
             `results` and `codecs`.
         skipped (`list[dict[str, Any]]`): Unreadable images: `index`, `name`, `reason`.
-        notes (`list[str]`): Sentences on values that are missing or need care.
+        notes (`list[str]`): Sentences about values that are missing or need care.
         worst (`list[Example]`): Images with the lowest PSNR at the first scale, lowest first.
         best (`list[Example]`): Images with the highest PSNR at the first scale, highest first.
     """

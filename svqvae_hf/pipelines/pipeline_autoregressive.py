@@ -26,7 +26,7 @@ from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout,
 
 CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MAX_FACTOR = 1e6  # largest factor of the logits, which keeps them finite in float32
+MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float32
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -49,8 +49,8 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
     during sampling.
 
     Raises:
-        ValueError: The vocabulary or the context of the language model does not match the layout, or `vqvae` has
-            another codebook.
+        ValueError: The vocabulary or the context of the language model does not match the layout, or `vqvae` does not
+            have the codebook with this fingerprint.
 
     Example:
         >>> pipe = SVQVAEAutoregressivePipeline.from_pretrained("org/name")
@@ -163,7 +163,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                 guidance_scale * (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
             temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely token.
             top_k (`int`, defaults to 0): Number of most likely tokens to sample from; 0 means all.
-            top_p (`float`, defaults to 1.0): Probability that the most likely tokens to sample from add up to.
+            top_p (`float`, defaults to 1.0): Total probability of the most likely tokens to sample from.
             generator (`torch.Generator` or a list of them, *optional*): Source of randomness, one for all images or
                 one per image, on any device.
             num_images_per_prompt (`int`, defaults to 1): Images per label.
@@ -299,7 +299,7 @@ class _CachedModel:
         self.read = 0
 
     def next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `(batch, vocab_size)` of the next token; the sequences must extend those of the last call."""
+        """Float32 logits `(batch, vocab_size)` of the next token; `sequences` must extend the last call's."""
         output = self.language_model(input_ids=sequences[:, self.read :], use_cache=True, **self.cache)
         self.cache = {name: output[name] for name in CACHE_NAMES if name in output.keys()}
         if not self.cache:
@@ -312,15 +312,15 @@ class _CachedModel:
 
 
 def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -> None:
-    """Raises for missing and unexpected weights, of which transformers only warns."""
+    """Raises for missing and unexpected weights, because transformers only warns."""
     _, info = AutoModelForCausalLM.from_pretrained(
         folder, device_map="meta", use_safetensors=True, variant=variant, output_loading_info=True
     )
     faults = list_faults(info)
     if faults:
         raise ValueError(
-            f"the language model of {name} must have exactly the weights that its config asks for, but {faults}. "
-            "Restore its files."
+            f"the language model of {name} must have exactly the weights that its config asks for, but has "
+            f"faults: {faults}. Restore its files."
         )
 
 

@@ -1,4 +1,4 @@
-"""Encoding of one image to its tokens and back, and the memory that it needs."""
+"""Encodes one image to its tokens and back, and checks the memory that this needs."""
 
 import math
 import re
@@ -116,7 +116,7 @@ def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:
         tokens ([`TokenOrigin`]): Ids, or the settings of a token set.
 
     Raises:
-        ValueError: The fingerprint or the size of the codebook differs, or f.
+        ValueError: The codebook's fingerprint or size differs, or the model's f.
     """
     for fact, expected, found in (
         ("of the model's codebook, with fingerprint", model.codebook_fingerprint(), tokens.codebook_fingerprint),

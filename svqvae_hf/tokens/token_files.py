@@ -33,7 +33,7 @@ class ImageTokens:
         scales (`tuple[float, ...]`): Output side over input side, one per grid, in the order of `ids`.
         f (`int`): Pixels per latent side of the model.
         tile_size (`int`, *optional*): Side in pixels of the tiles that the image was encoded in; `None` without tiles.
-        overlap (`int`, *optional*): Overlap of those tiles in pixels; `None` without tiles.
+        overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
         codebook_size (`int`): Rows of the codebook.
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
 

@@ -132,7 +132,7 @@ def test_rows_that_do_not_match_the_settings_raise(token_set):
         row_tokens({**row, "ids_1": row["ids_1"][1:]}, settings)
     with pytest.raises(ValueError, match=r"ids must be in \[0, 63\]"):
         row_tokens({**row, "ids_1": [64] * 45}, settings)
-    rule = "a row must have integers as height, width, ids_0, ids_1, because the settings say so, but has "
+    rule = "a row must have integers as height, width, ids_0, ids_1 to match its settings, but has "
     for name, value in (
         *(("ids_1", value) for value in (None, [0.5] * 45, [[1], [2, 3]], "1")),
         *(("height", value) for value in (None, 20.0, "20")),
