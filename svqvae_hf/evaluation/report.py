@@ -1,6 +1,7 @@
 """Writes the report of an evaluation as files: JSON, Markdown tables, plots, examples and metadata of a model card."""
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ def write_report(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "report.json", (json.dumps(_document(report), allow_nan=False) + "\n").encode())
     write_file(folder / "report.md", markdown(report).encode())
-    write_file(folder / "model-index.yaml", (_model_index(report) + "\n").encode())
+    card = ModelCardData(model_name=_last_part(report.settings["model"]), eval_results=eval_results(report))
+    write_file(folder / "model-index.yaml", (card.to_yaml() + "\n").encode())
     _save_figure(codebook_figure(report), folder / "codebook.png")
     _save_figure(rate_figure(report), folder / "rate_distortion.png")
     for name, examples in (("worst", report.worst), ("best", report.best)):
@@ -126,7 +128,7 @@ def results_table(report: Report, keys: Sequence[str]) -> list[str]:
     shown = [key for key in keys if key in report.results[0].values]
     rows = [
         [
-            _mode_name(report, result),
+            MODE_NAMES[result.mode].format(**report.settings),
             f"{result.scale:g}",
             *(_cell(result.values[key], METRICS[key].format) for key in shown),
         ]
@@ -162,7 +164,7 @@ def codebook_figure(report: Report) -> Figure:
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     size = report.codebook["size"]
-    for colour, result in zip(_colours(report), _first_mode(report), strict=True):
+    for colour, result in zip(itertools.cycle(COLOURS), _first_mode(report), strict=False):
         counts = np.sort(result.counts[result.counts > 0])[::-1]
         label = (
             f"scale {result.scale:g}: {result.values['usage']:.1%} used, perplexity {result.values['perplexity']:,.0f}"
@@ -266,10 +268,6 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _model_index(report: Report) -> str:
-    return ModelCardData(model_name=_last_part(report.settings["model"]), eval_results=eval_results(report)).to_yaml()
-
-
 def _last_part(source: str) -> str:
     """Last part of a path or Hub id. `.` and `..` are resolved first."""
     return Path(source).resolve().name
@@ -277,7 +275,10 @@ def _last_part(source: str) -> str:
 
 def _codec_table(report: Report) -> list[str]:
     formats = {"quality": "d", "bits_per_pixel": ".4f", "psnr": ".2f", "ssim": ".4f", "exact": "d"}
-    rows = [[each["codec"], *(_cell(each[key], form) for key, form in formats.items())] for each in report.codecs]
+    rows = [
+        [each["codec"], *(_cell(each[key], format_spec) for key, format_spec in formats.items())]
+        for each in report.codecs
+    ]
     return _table(["codec", "quality", "bits per pixel", "PSNR, dB", "SSIM", "exact images"], rows)
 
 
@@ -289,20 +290,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _mode_name(report: Report, result: ScaleResult) -> str:
-    return MODE_NAMES[result.mode].format(**report.settings)
+def _cell(value: float | None, format_spec: str) -> str:
+    return "–" if value is None else format(value, format_spec)
 
 
 def _first_mode(report: Report) -> list[ScaleResult]:
     return [result for result in report.results if result.mode == report.results[0].mode]
-
-
-def _colours(report: Report) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(len(_first_mode(report)))]
 
 
 def _is_finite(value: float | None) -> bool:

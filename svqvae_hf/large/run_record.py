@@ -32,7 +32,8 @@ class RunRecord:
     def __init__(self, target: Path, model: SVQVAE, source: Path, resume: bool):
         self.target = target
         self.path = record_path(target)
-        self.facts = {"input": _source_facts(source), **_model_facts(model)}
+        status = source.stat()
+        self.facts = {"input": [source.name, status.st_size, status.st_mtime_ns], **_model_facts(model)}
         self.finished_rows: dict[str, int] = {}  # rows of tiles per pass
         if self.path.exists():
             self._read(resume)
@@ -58,11 +59,6 @@ class RunRecord:
                 f"`{self.target}` must be resumed with the input, model and options it was started with, but these "
                 f"differ: {', '.join(differing)}. Use the same, {restart}"
             )
-
-
-def _source_facts(path: Path) -> list[Any]:
-    status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def _model_facts(model: SVQVAE) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Splits a config into constructor arguments and the rest, without values that the constructor derives."""
-        if config_dict.get("_class_name", cls.__name__) not in {each.__name__ for each in cls.__mro__}:
+        if config_dict.get("_class_name", cls.__name__) not in {base.__name__ for base in cls.__mro__}:
             raise ValueError(
                 f"The config must be of class {cls.__name__}, got {config_dict['_class_name']}. Load it with that "
                 "class. `from_single_file` loads original checkpoints."

@@ -138,7 +138,7 @@ def test_copy_with_another_reconstruction_fails(golden_dir, tmp_path, monkeypatc
         ({"out": "occupied/file/out"}, "file/out` must be a new.*`.*occupied/file` is a file"),
     ],
 )
-def test_wrong_arguments(arguments, message, golden_dir, tmp_path):
+def test_wrong_arguments_are_errors(arguments, message, golden_dir, tmp_path):
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "file").touch()
     out = tmp_path / arguments.pop("out", "out")

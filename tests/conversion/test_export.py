@@ -141,7 +141,7 @@ def test_decoder_clamps(small, documented):
     assert documented["decode"](ids).min() == PIXEL_RANGE[0]
 
 
-def test_float16(half_model, half_report):
+def test_float16_graphs_are_close_to_the_model(half_model, half_report):
     sample = image((2, 12, 10), half_model)
     ids = run_onnx(half_report.out / "encoder.onnx", sample.half())
     assert (ids != half_model.encode_tokens(sample)).float().mean() < 0.05
@@ -151,7 +151,7 @@ def test_float16(half_model, half_report):
     assert f"{half_report.changed} of {half_report.ids} ids differ" in str(half_report)
 
 
-def test_report(onnx_report, half_report):
+def test_report_counts_ids_and_lists_files(onnx_report, half_report):
     assert onnx_report.ids == half_report.ids == sum(np.prod(grid) for grid in CHECKED_GRIDS)
     assert onnx_report.pixels <= 2 / 255
     for report in (onnx_report, half_report):
@@ -250,7 +250,7 @@ def test_weights_out_of_the_range_of_float16(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_wrong_arguments(small, tmp_path):
+def test_wrong_arguments_are_errors(small, tmp_path):
     with pytest.raises(ValueError, match="`format` must be one of onnx, torch, got 'tflite'"):
         export_graphs(small, tmp_path / "out", format="tflite")
     with pytest.raises(ValueError, match="`dtype` must be one of float32, float16, got 'bfloat16'"):
@@ -260,7 +260,7 @@ def test_wrong_arguments(small, tmp_path):
         export_graphs(small, tmp_path)
 
 
-def test_command(model_folder, traced, tmp_path, capsys, monkeypatch):
+def test_command_writes_both_graphs(model_folder, traced, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "trace_graphs", lambda model, dtype: traced)
     argv = ["export", str(model_folder), "--output", str(tmp_path / "a" / "out"), "--format", "torch"]
     assert svqvae_cli.main(argv) == 0

@@ -158,7 +158,7 @@ def test_a_set_on_the_hub_can_only_name_its_own_images(monkeypatch, photos):
     assert opened == INSIDE * 2
 
 
-def test_names_on_the_hub(tmp_path, monkeypatch):
+def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert [image_sets.is_hub_set(name) for name in ("org/set", "set", "here", "*.png", "/a/b", "a/b/c")] == [

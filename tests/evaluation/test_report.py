@@ -170,7 +170,7 @@ def photos(photo, tmp_path):
     return str(folder)
 
 
-def test_command(model, photos, tmp_path, capsys):
+def test_command_writes_the_report(model, photos, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     options = ["--scales", "1", "0.5", "--modes", "tiled", "--max-images", "3", "--device", "cpu"]
     options.append("--half-precision")
@@ -209,7 +209,7 @@ def test_errors_are_one_line(model, photos, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_extra(model, photos, tmp_path, capsys, monkeypatch):
+def test_missing_extra_is_named(model, photos, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("svqvae_hf.evaluation.evaluate")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("svqvae_hf.evaluation.evaluate")

@@ -53,7 +53,7 @@ def test_user_text_is_escaped(tiny_model):
     assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 2
 
 
-def test_half_precision_variants(tiny_model):
+def test_half_precision_variants_are_shown_with_their_calls(tiny_model):
     variants = {"fp16": torch.float16, "bf16": torch.bfloat16}
     card = model_card(tiny_model.config, repo_id="org/name", variants=variants)
     assert (

@@ -84,7 +84,7 @@ def test_the_dtype_decides_what_a_value_means():
     assert values[1].unique().tolist() == [1]
 
 
-def test_half_precision_floats():
+def test_half_precision_floats_become_float32():
     values = SVQVAEImageProcessor()(torch.full((3, 2, 2), 0.5, dtype=torch.bfloat16))["pixel_values"]
     assert values.dtype == torch.float32
     assert values.unique().tolist() == [0.5]
@@ -367,7 +367,7 @@ def test_each_format_is_read(pixels, tmp_path, suffix):
         (torch.full((3, 8, 8), float("nan")), ValueError, r"got \[nan, nan\]"),
     ],
 )
-def test_images_that_are_refused(image, error, message):
+def test_wrong_images_are_refused(image, error, message):
     with pytest.raises(error, match=message):
         SVQVAEImageProcessor()(image)
 

@@ -47,7 +47,7 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
 
 @pytest.mark.usefixtures("no_grad", "full_sample")
 def test_tiles_agree_with_the_whole_image_without_attention():
-    """Without attention's global view and with wide halos, tiles differ from the whole by their statistics alone."""
+    """Without attention and with wide overlaps, tiles differ from the whole image by their statistics alone."""
     model = make_tiny(norm_num_groups=1)
     images = smooth_images(392, 400)
     whole = model.encode(images).latents
