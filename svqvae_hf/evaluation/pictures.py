@@ -1,4 +1,4 @@
-"""Images beside each other: the size in which they are compared, and sheets with titles and captions."""
+"""Resizes images for comparison, and draws sheets of images with titles and captions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
