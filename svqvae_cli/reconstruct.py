@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
         "that scale, and the fraction of the codebook that is used. For several images\n"
         "the last lines give totals and means, and the fraction of the codebook that\n"
         "all images together use.",
-        "photo.jpg --output out --scales 0.5 1 2 --side-by-side",
+        "photo.jpg --output out --scales 0.25 0.5 1 --side-by-side",
     )
     add_images(parser)
     parser.add_argument(
