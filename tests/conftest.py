@@ -63,14 +63,14 @@ def two_images(tmp_path, photo) -> Path:
 
 
 @pytest.fixture
-def small_sample(monkeypatch):
-    """What tiles share comes from two windows, so that small images are cut into tiles, too."""
+def few_windows(monkeypatch):
+    """Limits the context that tiles share to two windows, so that small images are cut into tiles, too."""
     monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", 2)
 
 
 @pytest.fixture
 def process():
-    """What a command sets for its process is set back."""
+    """Restores the signal handler, log levels and progress bars that a command sets for its process."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
     handler, levels = signal.getsignal(signal.SIGTERM), [logger.level for logger in loggers]
     yield

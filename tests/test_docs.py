@@ -287,7 +287,7 @@ def test_reference_to_nothing_is_an_error(tmp_path):
 # Pictures
 
 
-@pytest.mark.usefixtures("small_sample")
+@pytest.mark.usefixtures("few_windows")
 def test_pictures_can_be_made_again(tiny_model, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures.SVQVAE, "from_pretrained", lambda _: tiny_model)
     monkeypatch.setattr(pictures, "load_image", lambda _: photo.resize((96, 64)))

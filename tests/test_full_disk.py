@@ -23,7 +23,7 @@ from svqvae_hf.large.run_record import record_path
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, save_tokens
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 GOLDEN = ROOT / "tests" / "golden"
 
 

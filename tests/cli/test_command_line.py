@@ -24,7 +24,7 @@ from svqvae_hf.data import token_sets
 from svqvae_hf.evaluation import evaluate, perceptual
 from svqvae_hf.models.tiling import OVERLAP_PX
 
-pytestmark = pytest.mark.usefixtures("small_sample", "process")
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
 COMMAND_NAMES = [command.__name__.removeprefix("svqvae_cli.") for command in COMMANDS]
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
 
-pytestmark = pytest.mark.usefixtures("small_sample", "process")
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
 
 

@@ -12,7 +12,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
-pytestmark = pytest.mark.usefixtures("small_sample", "process")
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from PIL import Image
 from svqvae_cli import loading
 from svqvae_hf.tokens.token_files import load_tokens
 
-pytestmark = pytest.mark.usefixtures("small_sample", "process")
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
 
 
 @pytest.fixture

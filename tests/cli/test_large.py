@@ -13,7 +13,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.large import large_images
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
-pytestmark = pytest.mark.usefixtures("small_sample", "process")
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
 TILES = ["--tile-size", "32", "--overlap", "8"]
 
 

@@ -3,7 +3,7 @@ import pytest
 from cli_runner import fails, names, svqvae
 from PIL import Image
 
-pytestmark = pytest.mark.usefixtures("small_sample", "process")
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def traced(small):
 
 @pytest.fixture(scope="module")
 def documented(traced, model_folder, tmp_path_factory):
-    """What the documented code leaves, run for `small`: the graphs' `folder`, `encode`, `decode` and `images`."""
+    """Variables of the documented code, run for `small`: the graphs' `folder`, `encode`, `decode` and `images`."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     folder, names = tmp_path_factory.mktemp("documented"), {}
     with pytest.MonkeyPatch.context() as patch:

@@ -48,7 +48,7 @@ def parquet(photos, tmp_path):
 
 
 @pytest.fixture
-def tiled_model(small_sample):
+def tiled_model(few_windows):
     return make_tiled()
 
 

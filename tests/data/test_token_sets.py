@@ -71,7 +71,7 @@ def test_crops_are_resized_cut_and_mirrored(photo):
     assert len({crop.tobytes() for crop in ten.values()}) == 10
 
 
-def test_detokenized_images_equal_encoding_and_decoding(photos, small_sample, tmp_path):
+def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp_path):
     tiled, model = make_tiled(), make_tiny()
     tokenize(tiled, photos, tmp_path / "tokens")
     detokenize_set(model, tmp_path / "tokens", tmp_path / "images")

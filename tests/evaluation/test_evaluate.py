@@ -58,7 +58,7 @@ def reconstruct(model, image, scales, tiled):
     return ids, latents, [processor.postprocess(each)[0] for each in samples]
 
 
-@pytest.mark.usefixtures("small_sample")
+@pytest.mark.usefixtures("few_windows")
 def test_values_of_each_image(tiny_model, photos):
     report = evaluate(tiny_model, photos[2:], scales=SCALES, tile_size=32, overlap=8)
     for (image, record), mode in product(zip(photos[2:], report.images, strict=True), MODES):

@@ -14,7 +14,7 @@ from svqvae_hf.large.tiff_reader import LargeImage
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens, token_file_header
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 # Height and width, tile and overlap: sides that are not multiples of a tile or of f, or as small as possible.
 GEOMETRIES = [
     ((75, 49), (32, 8)),

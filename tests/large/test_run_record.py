@@ -11,7 +11,7 @@ from svqvae_hf.large.large_images import encode_large
 from svqvae_hf.large.run_record import record_path
 from svqvae_hf.tokens.token_files import load_tokens
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_tiny
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import encoding_process
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 def test_two_threads_use_one_model(tiny_model, tmp_path):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from svqvae_hf.models.fast_ops import RepeatConv2d
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 7)])

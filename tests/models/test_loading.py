@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

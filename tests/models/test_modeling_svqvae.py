@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from svqvae_hf import SVQVAE
 from svqvae_hf.models.modeling_svqvae import ResolutionBlock, resize_latents
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 SIZES = [(1, 1), (3, 200), (65, 130)]
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.models.image_processing_svqvae import load_image
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 NAN, INFINITY = float("nan"), float("inf")
 
 

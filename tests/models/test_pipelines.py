@@ -46,7 +46,7 @@ for name in {names!r}:
     (folder / name / "images.pickle").write_bytes(pickle.dumps(images))
 """
 
-pytestmark = pytest.mark.usefixtures("no_grad", "small_sample")
+pytestmark = pytest.mark.usefixtures("no_grad", "few_windows")
 
 
 def make_call(cls, image):

@@ -1,4 +1,4 @@
-"""What holds for every size, scale, tile, type and config, on inputs that hypothesis chooses."""
+"""Properties that hold for every size, scale, tile, type and config, on inputs that hypothesis chooses."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from svqvae_hf.tokens.token_files import (
     token_file_header,
 )
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 FINGERPRINT = "0123456789abcdef" * 4
 JUNK = (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from svqvae_hf.models.quantizer import SEARCH_SCORES, Codebook, VectorQuantizer
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 def exhaustive_ids(latents, codes):

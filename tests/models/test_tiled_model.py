@@ -8,11 +8,12 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.models.modeling_svqvae import AttnBlock
 from svqvae_hf.models.tiling import CONTEXT_WINDOWS, ContextWindows, TileContext, gather_context
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 @pytest.fixture
-def full_sample(small_sample, monkeypatch):
+def all_windows(few_windows, monkeypatch):
+    """Restores the default number of context windows."""
     monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", CONTEXT_WINDOWS)
 
 
@@ -45,7 +46,7 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     assert share == 1 if core[0] == (0, 40) else share < 0.9
 
 
-@pytest.mark.usefixtures("no_grad", "full_sample")
+@pytest.mark.usefixtures("no_grad", "all_windows")
 def test_tiles_agree_with_the_whole_image_without_attention():
     """Without attention and with wide overlaps, tiles differ from the whole image by their statistics alone."""
     model = make_tiny(norm_num_groups=1)
@@ -98,7 +99,7 @@ def test_tiles_keep_results_on_the_device():
         assert model.decode(latents, force_not_quantize=True).sample.device.type == "meta"
 
 
-@pytest.mark.usefixtures("no_grad", "full_sample")
+@pytest.mark.usefixtures("no_grad", "all_windows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
     tiny_model.save_pretrained(tmp_path)

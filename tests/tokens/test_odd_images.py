@@ -8,7 +8,7 @@ from svqvae_hf.models.image_processing_svqvae import load_image, to_rgb
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 def test_long_thin_image_from_file_to_file(tiny_model, tmp_path):

@@ -19,7 +19,7 @@ from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import is_token_file, load_tokens, save_tokens
 
-pytestmark = pytest.mark.usefixtures("small_sample")
+pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 def fails(capsys, *argv) -> str:
