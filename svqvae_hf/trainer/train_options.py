@@ -37,6 +37,9 @@ class TrainOptions(ImageOptions):
     crop_sizes: list[int] = option(
         [], "Smaller crop sides, which alternate with --resolution at equal pixels per step."
     )
+    synthetic_fraction: float = option(
+        0.0, "Fraction of the crops replaced by flat colours, gradients and edges, which photographs hold too few of."
+    )
 
     # Objective: each loss has a weight and a first step.
     scales: list[float] = option([], "Scales of each step, instead of random ones; 1 must be among them.")
@@ -94,6 +97,7 @@ class TrainOptions(ImageOptions):
         self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
         self.check_positive("discriminator_learning_rate")
         self.check_not_negative("lecam_weight", "dead_code_reset_steps")
+        self.check_fractions("synthetic_fraction")
         self._check_loss_weights()
         self._check_scales_and_crops()
         self._check_codebook()

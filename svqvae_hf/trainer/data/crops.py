@@ -15,8 +15,10 @@ from svqvae_hf.data.image_sets import read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.trainer.data.image_loading import ImageSet
 from svqvae_hf.trainer.data.readers import Encoded, Item, encoded
+from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
 CENTRE = (0.5, 0.5)
+SYNTHETIC = 4  # first word of the seeds of synthetic crops; crop_loader.py and readers.py use 0 to 3
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class CropPolicy:
         random_flip (`bool`): Flip half of the crops, left to right.
         resize_range (`tuple[float, float]`): Range of the random factor by which an image is resized before it is
             cropped. An image that would not hold the crop then is shrunk less, or enlarged.
+        synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that [`synthetic_crop`] replaces.
     """
 
     sides: Sequence[int]
@@ -38,6 +41,7 @@ class CropPolicy:
     center_crop: bool
     random_flip: bool
     resize_range: tuple[float, float]
+    synthetic_fraction: float = 0.0
 
 
 class Crop(NamedTuple):
@@ -89,6 +93,10 @@ class Cutter(TorchDataset):
     def cut(self, item: Item, side: int, seed: tuple[int, ...]) -> Crop | str:
         """Returns a crop, or the name of the image if it is unreadable."""
         source = item if isinstance(item, Encoded) else encoded(self._row(item), f"row {item}")
+        if self.policy.synthetic_fraction:
+            rng = np.random.default_rng((SYNTHETIC, *seed))
+            if rng.random() < self.policy.synthetic_fraction:
+                return Crop(self.processor.preprocess(synthetic_crop(side, rng))["pixel_values"][0], source.label)
         try:
             image = _read(source)
         except (OSError, ValueError):

@@ -25,6 +25,7 @@ class ImageSource:
         accelerator (`Accelerator`): Accelerator whose processes share the set.
         pixel_range (`tuple[float, float]`): Values of black and white.
         label_column (`str`, *optional*): Column that holds labels or captions.
+        synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that are synthetic.
 
     Raises:
         ValueError: If there is no such image set.
@@ -36,8 +37,10 @@ class ImageSource:
         accelerator: Accelerator,
         pixel_range: tuple[float, float],
         label_column: str | None = None,
+        synthetic_fraction: float = 0.0,
     ):
         self.options = options
+        self.synthetic_fraction = synthetic_fraction
         self.accelerator = accelerator
         self.pixel_range = pixel_range
         self.images = load_images(
@@ -63,6 +66,7 @@ class ImageSource:
             center_crop=options.center_crop,
             random_flip=options.random_flip,
             resize_range=(options.resize_range[0], options.resize_range[1]),
+            synthetic_fraction=self.synthetic_fraction,
         )
         return CropLoader(
             self.images,
