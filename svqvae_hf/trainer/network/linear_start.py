@@ -1,16 +1,14 @@
-"""A start for new models: the linear autoencoder that a trained one has to beat.
+"""Starts a new model as the linear autoencoder of some images, which a trained model has to beat.
 
-With random weights, image content has to find its way through seven random layers, and group norm removes the mean and
+With random weights, image content has to find its way through many random layers, and group norm removes the mean and
 the contrast of each image. Training then spends hours on what a linear map has for free. This start sets weights only,
 so the architecture and the file format stay:
 
-- **Neutral norms.** In each group of each norm, two channels are constants +B and -B. They dominate the variance, so
-the
-  norm is almost a fixed scale. Its weight undoes that scale for the other channels.
+- **Neutral norms.** In each group of each norm, two channels are constants, +B and -B. They dominate the variance, so
+  the norm is almost a fixed scale. The weight of the norm undoes that scale for the other channels.
 - **Principal components.** Each strided convolution computes the principal components of 2 x 2 neighbours. The latents
-are
-  the leading components of f x f blocks. The decoder's convolutions are regressed, level by level, on the encoder's
-  features.
+  are the leading components of f x f blocks. The decoder's convolutions are regressed, level by level, on the
+  encoder's features.
 - **Silent branches.** Residual branches and attention start at zero, so at first the network is this linear map.
 
 Spare channels keep random weights at a reduced scale, so that they can learn.
@@ -62,10 +60,9 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
     """Sets all weights but the codebook to the linear autoencoder of some images.
 
     Args:
-        vqvae ([`SVQVAE`]): New model, with weights that keep the variance; see
-        [`~svqvae_hf.trainer.network.model.initialise`].
-        sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in `pixel_range`. Half a megapixel is
-            enough.
+        vqvae ([`SVQVAE`]): New model with the weights of [`~svqvae_hf.trainer.network.model.initialise`].
+        sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in `pixel_range`, of
+            which the first half megapixel is used.
 
     Raises:
         ValueError: If the config has too few channels or levels for it.
