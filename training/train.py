@@ -69,14 +69,8 @@ def main(options: TrainOptions) -> None:
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
     # Optimizers
-    if options.model_config_name_or_path is not None and run.checkpoint is None:  # a new model
-        crops = images.fresh_crops(START_BATCHES)
-        if options.start == "linear":
-            start_linear(vqvae, torch.cat([*crops]))
-        else:
-            whiten_latents(vqvae, crops)
-        for parameter in vqvae.parameters():
-            broadcast(parameter.data)  # processes have different crops
+    if options.model_config_name_or_path is not None and run.checkpoint is None:
+        start_new_model(options, vqvae, images)
     optimizer, lr_scheduler = make_optimizer(
         vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM
     )
@@ -164,10 +158,19 @@ def main(options: TrainOptions) -> None:
             check_ids(ids_before, encode_ids(vqvae, validation_batches, options))
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
-        result = SVQVAE.from_config(vqvae.config)
-        result.load_state_dict({name.removeprefix("vqvae."): weight for name, weight in state_dict.items()})
-        run.publish(result.save_pretrained, make_card(run, vqvae, validation_batches, validation))
+        publish(run, vqvae, state_dict, make_card(run, vqvae, validation_batches, validation))
     accelerator.end_training()
+
+
+def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
+    """Sets the weights with which a new model starts, from some crops, alike on all processes."""
+    crops = images.fresh_crops(START_BATCHES)
+    if options.start == "linear":
+        start_linear(vqvae, torch.cat([*crops]))
+    else:
+        whiten_latents(vqvae, crops)
+    for parameter in vqvae.parameters():
+        broadcast(parameter.data)  # processes have different crops
 
 
 def set_codebook_by_kmeans(
@@ -260,6 +263,13 @@ def check_ids(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
     if not all(map(torch.equal, before, after)):
         raise RuntimeError("Training the decoder must keep all ids, but ids of validation images changed.")
     logger.info("All ids of the validation images are as before.")
+
+
+def publish(run: Run, vqvae: SVQVAE, state_dict: dict[str, torch.Tensor], card: str) -> None:
+    """Saves the trained weights as a model, and uploads it if asked for."""
+    result = SVQVAE.from_config(vqvae.config)
+    result.load_state_dict({name.removeprefix("vqvae."): weight for name, weight in state_dict.items()})
+    run.publish(result.save_pretrained, card)
 
 
 def make_card(run: Run[TrainOptions], vqvae: SVQVAE, batches: list[torch.Tensor], validation: dict[str, float]) -> str:
