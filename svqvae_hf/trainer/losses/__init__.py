@@ -1,0 +1,1 @@
+"""Losses of training an SVQVAE, with their weights and first steps."""
