@@ -55,7 +55,7 @@ def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torc
 
 
 def raise_faults(source: str | Path, faults: Mapping[str, Set[str]]) -> None:
-    """Raises one error that lists all faults by kind, sorted; returns if there are none."""
+    """Raises one error that lists all faults by kind, sorted, if there are any."""
     found = "; ".join(
         f"{kind}{f' ({len(names)})' if len(names) > 1 else ''}: {', '.join(sorted(names))}"
         for kind, names in faults.items()

@@ -141,6 +141,6 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
 
 
 def list_faults(loading_info: Mapping[str, Any]) -> str:
-    """Lists the weights that a loader found missing, unexpected or mismatched; empty if there are none."""
+    """Lists the weights that a loader found missing, unexpected or mismatched, as text."""
     faults = {kind: sorted(map(str, loading_info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)

@@ -16,7 +16,7 @@ NAME = re.compile(r"checkpoint-\d+")
 
 
 def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
-    """Finds the checkpoint to resume from. Returns None if there is none and none is asked for.
+    """Finds the checkpoint to resume from. Returns None for a new run in a folder without checkpoints.
 
     Args:
         output_dir (`str` or `Path`): Folder of the run.

@@ -126,7 +126,7 @@ def forget_codes(
 
 
 def reset_code_state(optimizer: torch.optim.Optimizer, codes: nn.Parameter, replaced: torch.Tensor) -> None:
-    """Sets AdamW's moments of replaced codes to 0. Before AdamW's first step there are none."""
+    """Sets AdamW's moments of replaced codes to 0, once its first step has created them."""
     state = optimizer.state.get(codes, {})
     for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
         state[name][replaced] = 0
