@@ -41,6 +41,14 @@ def add_to(commands: Commands) -> None:
     )
     add_scales(parser, [1.0, 0.5, 0.25])
     parser.add_argument(
+        "--baselines",
+        nargs="+",
+        type=path_or_name,
+        metavar="IMAGES",
+        help="also measure k-means and principal components of blocks, fitted on these: image files, folders of them, "
+        "or globs, other images than DATA",
+    )
+    parser.add_argument(
         "--modes",
         nargs="+",
         choices=("plain", "tiled"),
@@ -69,21 +77,30 @@ def run(args: argparse.Namespace) -> None:
     """Measures a model on an image set, and writes numbers, tables and plots."""
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
+        from svqvae_hf.evaluation.baselines.blocks import BlockBaseline, fit_block_baselines, read_fit_images
         from svqvae_hf.evaluation.evaluate import evaluate
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
         from svqvae_hf.evaluation.report import summary, write_report
     from accelerate import PartialState
 
     from svqvae_cli.loading import find_device, load_model, process_device
-    from svqvae_hf.paths import check_output
+    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+    from svqvae_hf.paths import check_output, find_files
 
     check_output([], args.output)
     state = PartialState(cpu=find_device(args.device).type == "cpu")
     lpips = load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
     inception = load_inception(args.inception_weights) if args.inception_weights else None
+    model = load_model(args.model, process_device(args.device, state), "float32")
+    images = open_images(args.data, **image_set_options(args))
+    block_baselines: list[BlockBaseline] = []
+    if args.baselines:
+        fit_images = read_fit_images(find_files(args.baselines, IMAGE_SUFFIXES), model.f, model.device)
+        codebook_size, dim = model.config["codebook_size"], model.config["codebook_embed_dim"]
+        block_baselines = fit_block_baselines(fit_images, model.f, codebook_size, dim)
     report = evaluate(
-        load_model(args.model, process_device(args.device, state), "float32"),
-        open_images(args.data, **image_set_options(args)),
+        model,
+        images,
         scales=args.scales,
         modes=args.modes,
         tile_size=args.tile_size,
@@ -92,9 +109,11 @@ def run(args: argparse.Namespace) -> None:
         half_precision=args.half_precision,
         lpips=lpips,
         inception=inception,
+        block_baselines=block_baselines,
     )
     if state.is_main_process:
-        report.settings |= {"model": args.model, "data": args.data, **image_set_options(args)}
+        report.settings |= {"model": args.model, "data": args.data, "baselines": args.baselines}
+        report.settings |= image_set_options(args)
         report.settings |= {
             "lpips_net": args.lpips_net,
             "lpips_weights": args.lpips_weights and args.lpips_weights.name,

@@ -1,6 +1,7 @@
-"""Metrics of one image's reconstructions, by the model or by JPEG and WebP. All images are 8-bit."""
+"""Metrics of one image's reconstructions, by the model or by a baseline. All images are 8-bit."""
 
 import io
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,12 @@ import torch
 from PIL import Image
 
 from svqvae_hf.evaluation import metrics
+from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
+from svqvae_hf.evaluation.baselines.codecs import save_image, save_within, usable_codecs
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.pictures import resize_image
 
 QUALITIES = (1, 5, 10, 20, 40, 75)
-CODEC_SIDES = {"JPEG": 65535, "WebP": 16383}  # largest side that each format can store, in pixels
 
 
 def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | None) -> dict[str, float | None]:
@@ -50,20 +52,48 @@ def full_size_metrics(
 
 
 def codec_metrics(image: Image.Image, device: torch.device) -> list[dict[str, Any]]:
-    """Computes rate, PSNR and SSIM of an image saved as JPEG and WebP by Pillow, at each quality.
+    """Computes rate, PSNR and SSIM of an image saved as JPEG, WebP and AVIF by Pillow, at each quality.
 
     The rate counts the whole file, headers included.
     """
     points = []
-    for codec, largest in CODEC_SIDES.items():
-        for quality in QUALITIES if max(image.size) <= largest else ():
-            file = io.BytesIO()
-            image.save(file, codec, quality=quality)
-            rate = metrics.bits_per_pixel(len(file.getvalue()), 8, image.width * image.height)
-            with Image.open(file) as decoded:
-                values = full_size_metrics(decoded.convert("RGB"), image, device)
+    for codec in usable_codecs(image):
+        for quality in QUALITIES:
+            content = save_image(image, codec, quality)
+            rate = metrics.bits_per_pixel(len(content), 8, image.width * image.height)
+            values = full_size_metrics(_open(content), image, device)
             points.append({"codec": codec, "quality": quality, "bits_per_pixel": rate, **values})
     return points
+
+
+def reconstruct_by_baselines(
+    image: Image.Image, bits: float, block_baselines: Sequence[BlockBaseline], device: torch.device
+) -> Iterator[tuple[str, float | None, Image.Image]]:
+    """Codes and decodes an image by each baseline.
+
+    Args:
+        image (`PIL.Image.Image`): The image.
+        bits (`float`): Bits of the model. JPEG, WebP and AVIF take at most as many if their lowest quality does.
+        block_baselines (`Sequence[BlockBaseline]`): Fitted baselines of blocks.
+        device (`torch.device`): Device of these baselines.
+
+    Yields:
+        `tuple[str, float | None, PIL.Image.Image]`: Title of a baseline, its bits (`None` if it is not quantised), and
+        its reconstruction.
+    """
+    sample = to_tensor(image, device)
+    for baseline in block_baselines:
+        pixels = baseline.reconstruct(sample)[0].clamp(0, 255).round().byte()
+        reconstruction = Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
+        yield baseline.title, baseline.bits(image.height, image.width), reconstruction
+    for codec in usable_codecs(image):
+        content = save_within(image, codec, bits)
+        yield codec, 8 * len(content), _open(content)
+
+
+def _open(content: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(content)) as image:
+        return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image, device: torch.device) -> torch.Tensor:

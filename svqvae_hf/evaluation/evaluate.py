@@ -5,6 +5,7 @@ image as a dictionary. The *reference* of a reconstruction is its image, resized
 """
 
 import copy
+import itertools
 import math
 import platform
 from collections.abc import Iterable, Sequence, Sized
@@ -22,7 +23,14 @@ from tqdm import tqdm
 
 from svqvae_hf.data.image_sets import ImageSource, image_name, read_image
 from svqvae_hf.evaluation import metrics
-from svqvae_hf.evaluation.comparison import codec_metrics, full_size_metrics, image_metrics, to_tensor
+from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
+from svqvae_hf.evaluation.comparison import (
+    codec_metrics,
+    full_size_metrics,
+    image_metrics,
+    reconstruct_by_baselines,
+    to_tensor,
+)
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.pictures import resize_image
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult, write_notes
@@ -32,6 +40,7 @@ from svqvae_hf.tokens.image_tokens import check_memory
 
 MODES = ("plain", "tiled")
 SCALES = (1.0, 0.5, 0.25)
+BASELINE_VALUES = ("bits_per_pixel", "psnr", "ssim", "ms_ssim", "lpips")
 HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NUM_EXAMPLES = 4
 EXAMPLE_SIDE = 512  # pixels of the longer side of an example
@@ -50,6 +59,7 @@ def evaluate(
     half_precision: bool = False,
     lpips: LPIPS | None = None,
     inception: nn.Module | None = None,
+    block_baselines: Sequence[BlockBaseline] = (),
 ) -> Report:
     """Reconstructs a set of images and measures the reconstructions.
 
@@ -72,18 +82,20 @@ def evaluate(
         lpips ([`LPIPS`], *optional*): Network of LPIPS, from [`load_lpips`]. Moved to the model's device.
         inception (`nn.Module`, *optional*): Network of FID, from [`load_inception`]: maps uint8 images `(batch, 3,
             height, width)` to features `(batch, n)`. Moved to the model's device.
+        block_baselines (`Sequence[BlockBaseline]`): From [`fit_block_baselines`], on the model's device. They are
+            measured beside JPEG, WebP and AVIF, which need no fit.
 
     Raises:
         ValueError: If an option is out of range, no image can be read, or an image needs more memory than is free.
     """
     _check_options(scales, modes, resolution)
     state = PartialState(cpu=model.device.type == "cpu")
-    evaluator = _Evaluator(model, scales, modes, tile_size, overlap, half_precision, lpips, inception)
+    evaluator = _Evaluator(model, scales, modes, tile_size, overlap, half_precision, lpips, inception, block_baselines)
     records, skipped = _measure_images(evaluator, images, resolution, state)
     if not records:
         first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
         raise ValueError(f"At least one image must be readable, but none of {len(skipped)} is.{first}")
-    results = evaluator.results(records)
+    results, baselines = evaluator.results(records), _baseline_means(records)
     worst, best = evaluator.examples()
     return Report(
         settings={
@@ -99,9 +111,10 @@ def evaluate(
         codebook=_describe_codebook(model),
         results=results,
         codecs=_codec_means(records),
+        baselines=baselines,
         images=records,
         skipped=skipped,
-        notes=write_notes(results, records, lpips, inception),
+        notes=write_notes(results, baselines, records, lpips, inception),
         worst=worst,
         best=best,
     )
@@ -175,6 +188,7 @@ class _Evaluator:
         half_precision: bool,
         lpips: LPIPS | None,
         inception: nn.Module | None,
+        block_baselines: Sequence[BlockBaseline],
     ):
         # `nn.Module.to`, because diffusers' own warns about the codebook, which stays float32 by itself.
         self.model = nn.Module.to(copy.deepcopy(model), torch.float32).eval()
@@ -186,6 +200,7 @@ class _Evaluator:
         self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
         self.scales = list(scales)
         self.lpips = lpips.to(model.device) if lpips is not None else None
+        self.block_baselines = block_baselines
         self.totals = {mode: [_ScaleTotals(mode, scale, model, inception) for scale in scales] for mode in modes}
         self.worst: list[Example] = []
         self.best: list[Example] = []
@@ -194,7 +209,7 @@ class _Evaluator:
     def measure(self, image: Image.Image, index: int, name: str) -> dict[str, Any]:
         """Measures an image at all scales in all modes, adds it to the sums, and returns its values."""
         sample = self.processor(image)["pixel_values"].to(self.model.device)
-        results = []
+        results, baselines = [], []
         for mode, totals in self.totals.items():
             self._set_tiling(mode == "tiled")
             try:
@@ -208,9 +223,13 @@ class _Evaluator:
             if mode == next(iter(self.totals)):
                 psnr = [values["psnr"] for values, _ in per_scale]
                 reconstructions = [reconstruction for _, reconstruction in per_scale]
-                self._keep_example(Example(psnr, index, name, image.size, image, reconstructions))
+                measured = [self._measure_baselines(image, *each) for each in per_scale]
+                baselines = [values for _, values in itertools.chain(*measured)]
+                beside = [(values["baseline"], each, values["psnr"]) for each, values in measured[0]]
+                self._keep_example(Example(psnr, index, name, image.size, image, reconstructions, beside))
         codecs = codec_metrics(image, self.model.device)
-        return {"width": image.width, "height": image.height, "results": results, "codecs": codecs}
+        record = {"width": image.width, "height": image.height, "results": results}
+        return record | {"baselines": baselines, "codecs": codecs}
 
     def _set_tiling(self, tiled: bool) -> None:
         for model in (self.model, *self.half_models.values()):
@@ -241,6 +260,22 @@ class _Evaluator:
         values["bits_per_pixel"] = metrics.bits_per_pixel(ids.numel(), bits, pixels)
         return values, reconstruction
 
+    def _measure_baselines(
+        self, image: Image.Image, result: dict[str, Any], reconstruction: Image.Image
+    ) -> list[tuple[Image.Image, dict[str, Any]]]:
+        """Reconstructions by the baselines at the scale of a reconstruction by the model, and their values."""
+        device, pixels = self.model.device, image.width * image.height
+        target = resize_image(image, reconstruction.size)
+        bits = result["ids"] * math.log2(self.model.config["codebook_size"])
+        measured = []
+        for title, baseline_bits, each in reconstruct_by_baselines(target, bits, self.block_baselines, device):
+            values: dict[str, Any] = {"baseline": title, "scale": result["scale"]}
+            values["bits_per_pixel"] = None if baseline_bits is None else baseline_bits / pixels
+            values["exceeds"] = baseline_bits is not None and baseline_bits > bits
+            values |= image_metrics(to_tensor(each, device), to_tensor(target, device), self.lpips)
+            measured.append((each, values))
+        return measured
+
     def results(self, records: Sequence[dict[str, Any]]) -> list[ScaleResult]:
         """Means and sums over the images of all processes, one result per mode and scale."""
         all_totals = [each for per_scale in self.totals.values() for each in per_scale]
@@ -258,7 +293,7 @@ class _Evaluator:
         self.best = _highest_psnr([*self.best, example])
         if any(each is example for each in (*self.worst, *self.best)):
             example.original = example.original.copy()  # the image belongs to the caller
-            for image in (example.original, *example.reconstructions):
+            for image in (example.original, *example.reconstructions, *(each for _, each, _ in example.baselines)):
                 image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
 
 
@@ -328,4 +363,16 @@ def _codec_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         | {key: _mean([point[key] for point in group]) for key in ("bits_per_pixel", "psnr", "ssim")}
         | {"exact": sum(point["psnr"] == math.inf for point in group)}
         for (codec, quality), group in groups.items()
+    ]
+
+
+def _baseline_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for point in (each for record in records for each in record["baselines"]):
+        groups.setdefault((point["baseline"], point["scale"]), []).append(point)
+    return [
+        {"baseline": baseline, "scale": scale}
+        | {key: _mean([point[key] for point in group]) for key in BASELINE_VALUES}
+        | {"exceeds": sum(point["exceeds"] for point in group), "images": len(group)}
+        for (baseline, scale), group in groups.items()
     ]

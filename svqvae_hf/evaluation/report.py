@@ -4,7 +4,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from svqvae_hf.evaluation.results import Example, Report, ScaleResult
 
 # Okabe and Ito, safe for colour blindness.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":")}
+GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":"), "AVIF": ("#8a8a8a", "-.")}
+BASELINE_MARKERS = "s^D"
 DPI = 150
 BACKGROUND = "#ffffff"
 
@@ -57,18 +58,20 @@ TABLES = {
     "Rate": ("ids", "bits_per_pixel", "bits_per_pixel_entropy", "psnr_full_size", "ssim_full_size"),
     "Ids": ("usage", "perplexity", "entropy", "latent_cosine", "ids_changed_bfloat16", "ids_changed_float16"),
 }
+BASELINE_METRICS = ("bits_per_pixel", "psnr", "ssim", "ms_ssim", "lpips")
 CARD_METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "rfid", "usage", "perplexity", "bits_per_pixel")
 PICTURES = (
     "![Bits per pixel against PSNR and SSIM](rate_distortion.png)",
     "![Frequencies of codes](codebook.png)",
     "![Images with the lowest PSNR and their reconstructions](worst.png)",
     "![Images with the highest PSNR and their reconstructions](best.png)",
+    "![Images with the lowest PSNR by the model and by the baselines](baselines.png)",
 )
 MODE_NAMES = {"plain": "whole image", "tiled": "tiles of {tile_size} pixels"}
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes `report.json`, `report.md`, `model-index.yaml` and four pictures.
+    """Writes `report.json`, `report.md`, `model-index.yaml` and five pictures.
 
     Args:
         report ([`Report`]): Results. Its `settings` must also have `model` and `data`.
@@ -86,6 +89,7 @@ def write_report(report: Report, folder: Path) -> None:
     _save_figure(rate_figure(report), folder / "rate_distortion.png")
     for name, examples in (("worst", report.worst), ("best", report.best)):
         save_png(examples_sheet(examples, report.settings["scales"]), folder / f"{name}.png")
+    save_png(baselines_sheet(report.worst, report.settings["scales"][0]), folder / "baselines.png")
 
 
 def markdown(report: Report) -> str:
@@ -102,7 +106,8 @@ def markdown(report: Report) -> str:
     ]
     for title, keys in TABLES.items():
         lines += ["", f"## {title}", "", *results_table(report, keys)]
-    lines += ["", "## JPEG and WebP", "", *_codec_table(report)]
+    lines += ["", "## Baselines at the bits of the model", "", *baselines_table(report)]
+    lines += ["", "## JPEG, WebP and AVIF", "", *_codec_table(report)]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     if report.skipped:
@@ -116,6 +121,7 @@ def markdown(report: Report) -> str:
 def summary(report: Report) -> str:
     """Formats the main values and the notes for a terminal."""
     lines = results_table(report, ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel"))
+    lines += ["", *_baselines_by_scale(report), ""]
     if len(report.skipped) == 1:
         lines.append("1 image could not be read; the report names it.")
     elif report.skipped:
@@ -135,6 +141,26 @@ def results_table(report: Report, keys: Sequence[str]) -> list[str]:
         for result in report.results
     ]
     return _table(["images", "scale", *(METRICS[key].title for key in shown)], rows)
+
+
+def baselines_table(report: Report) -> list[str]:
+    """Lines of a Markdown table: at each scale a row for the model in the first mode, and a row per baseline."""
+    rows = []
+    for result in _first_mode(report):
+        beside = [each for each in report.baselines if each["scale"] == result.scale]
+        for title, values in (("the model", result.values), *((each["baseline"], each) for each in beside)):
+            cells = (_cell(values[key], METRICS[key].format) for key in BASELINE_METRICS)
+            rows.append([title, f"{result.scale:g}", *cells])
+    return _table(["coded by", "scale", *(METRICS[key].title for key in BASELINE_METRICS)], rows)
+
+
+def _baselines_by_scale(report: Report) -> list[str]:
+    """Lines of a Markdown table of PSNR: a row for the model and for each baseline, a column per scale."""
+    psnr = {("the model", each.scale): each.values["psnr"] for each in _first_mode(report)}
+    psnr |= {(each["baseline"], each["scale"]): each["psnr"] for each in report.baselines}
+    scales, titles = report.settings["scales"], dict.fromkeys(title for title, _ in psnr)
+    rows = [[title, *(_cell(psnr.get((title, scale)), ".2f") for scale in scales)] for title in titles]
+    return _table(["PSNR, dB, at the same bits", *(f"scale {scale:g}" for scale in scales)], rows)
 
 
 def eval_results(report: Report) -> list[EvalResult]:
@@ -185,10 +211,11 @@ def codebook_figure(report: Report) -> Figure:
 
 
 def rate_figure(report: Report) -> Figure:
-    """Plots PSNR and SSIM at full size against bits per pixel, with JPEG and WebP for comparison."""
+    """Plots PSNR and SSIM at full size against bits per pixel, with the baselines for comparison."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
         _plot_codecs(axes, report, key)
+        _plot_block_baselines(axes, report, key)
         _plot_scales(axes, report, f"{key}_full_size")
         axes.set(xscale="log", xlabel="bits per pixel of the image", ylabel=f"{label}, at the image's size")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -202,6 +229,16 @@ def _plot_codecs(axes: Axes, report: Report, key: str) -> None:
         points = [each for each in report.codecs if each["codec"] == codec and _is_finite(each[key])]
         rates, values = ([each[name] for each in points] for name in ("bits_per_pixel", key))
         axes.plot(rates, values, color=colour, linestyle=style, marker=".", label=codec)
+
+
+def _plot_block_baselines(axes: Axes, report: Report, key: str) -> None:
+    """Draws baselines of blocks at scale 1: points, or a line if they are not quantised."""
+    shown = [each for each in report.baselines if each["scale"] == 1 and each["baseline"] not in GREYS]
+    for each, colour, marker in zip(shown, COLOURS[1:], BASELINE_MARKERS, strict=False):
+        if each["bits_per_pixel"] is None:
+            axes.axhline(each[key], color=colour, linewidth=1, linestyle="--", label=each["baseline"])
+        else:
+            axes.plot(each["bits_per_pixel"], each[key], color=colour, marker=marker, ls="", label=each["baseline"])
 
 
 def _plot_scales(axes: Axes, report: Report, key: str) -> None:
@@ -227,12 +264,36 @@ def _plot_scales(axes: Axes, report: Report, key: str) -> None:
 
 def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Image.Image:
     """Sheet with a row per image: the original, then its reconstructions."""
-    rows = []
-    for example in examples:
-        panels = [Panel(example.original, example.name, "{} x {} pixels".format(*example.size))]
-        for scale, image, psnr in zip(scales, example.reconstructions, example.psnr, strict=True):
-            panels.append(Panel(image, f"scale {scale:g}", f"{psnr:.2f} dB"))
-        rows.append(contact_sheet(panels))
+    return _stack(
+        [
+            _original_panel(example),
+            *(
+                Panel(image, f"scale {scale:g}", f"{psnr:.2f} dB")
+                for scale, image, psnr in zip(scales, example.reconstructions, example.psnr, strict=True)
+            ),
+        ]
+        for example in examples
+    )
+
+
+def baselines_sheet(examples: Sequence[Example], scale: float) -> Image.Image:
+    """Sheet with a row per image: the original, then its reconstructions by the model and each baseline."""
+    return _stack(
+        [
+            _original_panel(example),
+            Panel(example.reconstructions[0], f"the model, scale {scale:g}", f"{example.psnr[0]:.2f} dB"),
+            *(Panel(image, title, f"{psnr:.2f} dB") for title, image, psnr in example.baselines),
+        ]
+        for example in examples
+    )
+
+
+def _original_panel(example: Example) -> Panel:
+    return Panel(example.original, example.name, "{} x {} pixels".format(*example.size))
+
+
+def _stack(panels: Iterable[Sequence[Panel]]) -> Image.Image:
+    rows = [contact_sheet(row) for row in panels]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), BACKGROUND)
     top = 0
     for row in rows:
@@ -253,6 +314,7 @@ def _document(report: Report) -> dict[str, Any]:
                 for each in report.results
             ],
             "codecs": report.codecs,
+            "baselines": report.baselines,
             "notes": report.notes,
             "skipped": report.skipped,
             "images": report.images,

@@ -48,6 +48,8 @@ class Example:
         size (`tuple[int, int]`): Width and height of the image in pixels.
         original (`PIL.Image.Image`): The image, made smaller for display.
         reconstructions (`list[PIL.Image.Image]`): One per scale, made smaller for display.
+        baselines (`list[tuple[str, PIL.Image.Image, float]]`): Title, reconstruction and PSNR of each baseline at the
+            first scale.
     """
 
     psnr: list[float]
@@ -56,6 +58,7 @@ class Example:
     size: tuple[int, int]
     original: Image.Image
     reconstructions: list[Image.Image]
+    baselines: list[tuple[str, Image.Image, float]]
 
 
 @dataclass
@@ -67,10 +70,13 @@ class Report:
         versions (`dict[str, str]`): Versions of Python and of the libraries that affect the values.
         codebook (`dict[str, Any]`): `size`, `dim`, `fingerprint`, and `redundancy` from [`metrics.redundancy`].
         results (`list[ScaleResult]`): One per mode and scale, grouped by mode.
-        codecs (`list[dict[str, Any]]`): Means for JPEG and WebP at each quality: `codec`, `quality`,
+        codecs (`list[dict[str, Any]]`): Means for JPEG, WebP and AVIF at each quality: `codec`, `quality`,
             `bits_per_pixel`, `psnr`, `ssim`, and `exact`, the number of images without any loss.
+        baselines (`list[dict[str, Any]]`): Means for each baseline at each scale, at the bits of the model:
+            `baseline`, `scale`, `bits_per_pixel` (of the image as a whole), `psnr`, `ssim`, `ms_ssim`, `lpips`,
+            `images`, and `exceeds`, the number of images for which it needs more bits than the model.
         images (`list[dict[str, Any]]`): Readable images in the order of the set: `index`, `name`, `width`, `height`,
-            `results` and `codecs`.
+            `results`, `baselines` and `codecs`.
         skipped (`list[dict[str, Any]]`): Unreadable images: `index`, `name`, `reason`.
         notes (`list[str]`): Sentences about values that are missing or need care.
         worst (`list[Example]`): Images with the lowest PSNR at the first scale, lowest first.
@@ -82,6 +88,7 @@ class Report:
     codebook: dict[str, Any]
     results: list[ScaleResult]
     codecs: list[dict[str, Any]]
+    baselines: list[dict[str, Any]]
     images: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
     notes: list[str]
@@ -90,12 +97,17 @@ class Report:
 
 
 def write_notes(
-    results: Sequence[ScaleResult], records: Sequence[dict[str, Any]], lpips: LPIPS | None, inception: nn.Module | None
+    results: Sequence[ScaleResult],
+    baselines: Sequence[dict[str, Any]],
+    records: Sequence[dict[str, Any]],
+    lpips: LPIPS | None,
+    inception: nn.Module | None,
 ) -> list[str]:
-    """Writes the notes of a report: values that are missing, and values that a small set makes doubtful.
+    """Writes the notes of a report: values that are missing, doubtful because the set is small, or not at equal bits.
 
     Args:
         results (`Sequence[ScaleResult]`): As in [`Report`].
+        baselines (`Sequence[dict[str, Any]]`): As in [`Report`].
         records (`Sequence[dict[str, Any]]`): `images` of [`Report`].
         lpips ([`LPIPS`], *optional*): Network of LPIPS; None if absent.
         inception (`nn.Module`, *optional*): Network of FID; None if absent.
@@ -114,6 +126,12 @@ def write_notes(
             f"The set has fewer than {IDS_PER_CODE} ids per code (scale {', '.join(few)}). Codes used, perplexity, "
             "entropy and entropy-coded bits would be higher on a larger set."
         )
+    notes += [
+        f"{each['baseline']} at scale {each['scale']:g} takes more bits than the model for {each['exceeds']} of "
+        f"{each['images']} images: {each['bits_per_pixel']:.4f} bits per pixel of the image on average."
+        for each in baselines
+        if each["exceeds"]
+    ]
     return notes
 
 

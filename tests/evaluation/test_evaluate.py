@@ -21,6 +21,7 @@ from torch import nn
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation import evaluate as evaluation
+from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
 from svqvae_hf.evaluation.evaluate import MODES, evaluate
 from svqvae_hf.evaluation.perceptual import LPIPS
 
@@ -205,20 +206,58 @@ def test_only_kept_examples_are_resized(tiny_model, photo, monkeypatch):
     image = photo.crop((0, 0, 40, 32))
     report = evaluate(tiny_model, [image] * 9, scales=[1.0, 0.5], modes=["plain"])
     assert [example.index for example in report.worst] == [0, 1, 2, 3]
-    assert len(made_small) == 4 * 3
+    assert len(made_small) == 4 * (3 + 3)  # image, two scales, three codecs
 
 
 def test_rate_and_metrics_of_codecs_rise_with_quality(tiny_model, photos):
     report = evaluate(tiny_model, photos[-1:], scales=[1.0], modes=["plain"])
-    for codec in ("JPEG", "WebP"):
+    for codec in ("JPEG", "WebP", "AVIF"):
         points = [each for each in report.codecs if each["codec"] == codec]
         for key in ("bits_per_pixel", "psnr", "ssim"):
             values = [each[key] for each in points]
             assert values[0] < values[-1]
     file = io.BytesIO()
-    photos[-1].save(file, "JPEG", quality=75)
+    photos[-1].save(file, "JPEG", quality=75, optimize=True)
     jpeg = next(each for each in report.codecs if (each["codec"], each["quality"]) == ("JPEG", 75))
     assert jpeg["bits_per_pixel"] == 8 * len(file.getvalue()) / (photos[-1].width * photos[-1].height)
+
+
+def test_baselines_beside_the_model(tiny_model, photos):
+    pixels = [torch.from_numpy(np.array(image)).movedim(-1, 0)[:, :32, :56] for image in photos[:2]]
+    block_baselines = fit_block_baselines(pixels, tiny_model.f, size=64, count=8)
+    report = evaluate(tiny_model, photos[2:], scales=[1.0, 0.5], modes=["plain"], block_baselines=block_baselines)
+    names = [each.title for each in block_baselines] + ["JPEG", "WebP", "AVIF"]
+    assert [(each["scale"], each["baseline"]) for each in report.baselines] == list(product((1.0, 0.5), names))
+    for image, record in zip(photos[2:], report.images, strict=True):
+        for scale, values in zip((1.0, 0.5), record["results"], strict=True):
+            target = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BOX)
+            beside = {each["baseline"]: each for each in record["baselines"] if each["scale"] == scale}
+            for baseline in block_baselines:
+                sample = torch.from_numpy(np.array(target)).movedim(-1, 0)[None]
+                decoded = baseline.reconstruct(sample).clamp(0, 255).round().byte()[0].movedim(0, -1).numpy()
+                expected = peak_signal_noise_ratio(np.array(target), decoded, data_range=255)
+                assert beside[baseline.title]["psnr"] == pytest.approx(expected, abs=1e-3)
+                if baseline.bits_per_block is not None:
+                    assert beside[baseline.title]["bits_per_pixel"] == values["bits_per_pixel"]
+            assert all(
+                each["exceeds"] == (each["bits_per_pixel"] > values["bits_per_pixel"])
+                for name, each in beside.items()
+                if each["bits_per_pixel"] is not None
+            )
+    for each in report.baselines:
+        of_images = [
+            point
+            for record in report.images
+            for point in record["baselines"]
+            if (point["scale"], point["baseline"]) == (each["scale"], each["baseline"])
+        ]
+        assert each["psnr"] == pytest.approx(np.mean([point["psnr"] for point in of_images]))
+        assert (each["exceeds"], each["images"]) == (sum(point["exceeds"] for point in of_images), 2)
+    assert any(
+        note.startswith("JPEG at scale 0.5 takes more bits than the model for 2 of 2 images: ")
+        for note in report.notes
+    )
+    assert not any(note.startswith("k-means") for note in report.notes)
 
 
 def test_mean_psnr_excludes_exact_images(tiny_model, photos):

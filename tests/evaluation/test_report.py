@@ -5,26 +5,31 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import make_tiny
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from svqvae_cli import main
+from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.report import (
     METRICS,
     TABLES,
+    baselines_sheet,
+    baselines_table,
     codebook_figure,
     eval_results,
     examples_sheet,
     markdown,
     rate_figure,
+    summary,
     write_report,
 )
 from svqvae_hf.hub.model_cards import model_card
 
-PICTURES = ["best.png", "codebook.png", "rate_distortion.png", "worst.png"]
+PICTURES = ["baselines.png", "best.png", "codebook.png", "rate_distortion.png", "worst.png"]
 FILES = sorted([*PICTURES, "model-index.yaml", "report.json", "report.md"])
 COMMAND_LINE = {"model": "org/name", "data": ["org/photos"], "config": None, "split": "test"}
 
@@ -35,7 +40,9 @@ def evaluated():
     noise = [generator.integers(256, size=(6, 8, 3), dtype=np.uint8) for _ in range(3)]
     images = [Image.fromarray(each).resize((40, 30)) for each in noise]
     images.append({"bytes": b"", "path": "broken.png"})
-    return evaluate(make_tiny(), images, scales=[1.0, 0.5], half_precision=True)
+    pixels = [torch.from_numpy(np.array(image)).movedim(-1, 0)[:, :28] for image in images[:3]]
+    baselines = fit_block_baselines(pixels, side=4, size=64, count=8)
+    return evaluate(make_tiny(), images, scales=[1.0, 0.5], half_precision=True, block_baselines=baselines)
 
 
 @pytest.fixture
@@ -63,6 +70,8 @@ def test_json_has_all_values(report, tmp_path):
     assert document["results"][2]["lpips"] is None
     assert document["results"][2]["counts"] == report.results[2].counts.tolist()
     assert document["skipped"][0]["name"] == "broken.png"
+    assert document["baselines"] == report.baselines
+    assert len({each["baseline"] for each in document["images"][0]["baselines"]}) == 6
 
 
 def test_every_value_is_in_a_table(report):
@@ -79,6 +88,19 @@ def test_every_value_is_in_a_table(report):
     assert sum("tiles of 256 pixels" in row for row in rows) == 3 * 2
     tables = [block.splitlines() for block in text.split("\n\n") if block[0] == "|"]
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
+
+
+def test_tables_of_baselines(report):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in baselines_table(report)]
+    assert len(rows) == 2 + 2 * (1 + 6)
+    assert rows[2][:4] == ["the model", "1", "0.4000", f"{report.results[0].values['psnr']:.2f}"]
+    for row, each in zip(rows[3:9], report.baselines[:6], strict=True):
+        assert (row[0], row[3]) == (each["baseline"], f"{each['psnr']:.2f}")
+    assert rows[5][0:3] == ["8 principal components, not quantised", "1", "–"]
+    assert rows[9][:2] == ["the model", "0.5"]
+    assert "\n".join(baselines_table(report)) in markdown(report)
+    (line,) = [line for line in summary(report).splitlines() if "linear" in line]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == [f"{report.baselines[i]['psnr']:.2f}" for i in (1, 7)]
 
 
 def test_no_column_for_half_precision_without_its_values(report):
@@ -125,7 +147,14 @@ def test_plot_excludes_infinite_values(report):
 def test_rate_figure_has_a_point_per_scale_and_quality(report):
     for axes, key in zip(rate_figure(report).axes, ("psnr", "ssim"), strict=True):
         lines = {line.get_label(): line for line in axes.get_lines()}
-        assert list(lines) == ["JPEG", "WebP", "ids, plain", "ids, entropy-coded"]
+        assert list(lines) == [
+            *("JPEG", "WebP", "AVIF"),
+            *(each["baseline"] for each in report.baselines[:3]),
+            *("ids, plain", "ids, entropy-coded"),
+        ]
+        for each in report.baselines[:2]:
+            assert lines[each["baseline"]].get_xydata().tolist() == [[each["bits_per_pixel"], each[key]]]
+        assert set(lines[report.baselines[2]["baseline"]].get_ydata()) == {report.baselines[2][key]}
         by_rate = report.results[1::-1]
         for label, rate in (("ids, plain", "bits_per_pixel"), ("ids, entropy-coded", "bits_per_pixel_entropy")):
             assert list(lines[label].get_xdata()) == [each.values[rate] for each in by_rate]
@@ -149,6 +178,8 @@ def test_examples_sheet_has_a_row_per_image(report):
     one = examples_sheet(report.worst[:1], [1.0, 0.5])
     assert examples_sheet(report.worst, [1.0, 0.5]).height == 3 * one.height
     assert one.width > 3 * 256
+    beside = baselines_sheet(report.worst, 1.0)
+    assert (beside.height, beside.width > 8 * 256) == (3 * one.height, True)
 
 
 # The command
@@ -173,7 +204,7 @@ def photos(photo, tmp_path):
 def test_command_writes_the_report(model, photos, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     options = ["--scales", "1", "0.5", "--modes", "tiled", "--max-images", "3", "--device", "cpu"]
-    options.append("--half-precision")
+    options += ["--half-precision", "--baselines", *(f"{photos}/{name}" for name in ("a.png", "b.jpg"))]
     assert main(["evaluate", model, photos, "--output", str(out), *options]) == 0
     captured = capsys.readouterr()
     assert sorted(path.name for path in out.iterdir()) == FILES
@@ -185,6 +216,9 @@ def test_command_writes_the_report(model, photos, tmp_path, capsys):
     assert document["settings"]["tile_size"] == 32
     assert document["results"][0]["ids_changed_float16"] is not None
     assert document["settings"]["data"] == [photos]
+    assert document["settings"]["baselines"] == [f"{photos}/a.png", f"{photos}/b.jpg"]
+    assert f"{document['baselines'][1]['psnr']:.2f}" in captured.out
+    assert document["baselines"][1]["baseline"] == "k-means with a linear 3 x 3 decoder"
     assert f"{document['results'][0]['psnr']:.2f}" in captured.out
     assert "1 image could not be read; the report names it." in captured.out
     assert captured.err == ""
@@ -206,6 +240,10 @@ def test_errors_are_one_line(model, photos, tmp_path, capsys):
     assert "must be a file, but" in fails(capsys, "evaluate", model, photos, *out, "--inception-weights", "none.pth")
     assert "none of 1 is" in fails(capsys, "evaluate", model, f"{photos}/c.jpg", *out)
     assert "`tile_size` must be" in fails(capsys, "evaluate", model, photos, *out, "--tile-size", 33)
+    assert "`/no/images`" in fails(capsys, "evaluate", model, photos, *out, "--baselines", "/no/images")
+    assert "not a readable image" in fails(capsys, "evaluate", model, photos, *out, "--baselines", photos)
+    few = fails(capsys, "evaluate", model, photos, *out, "--baselines", f"{photos}/b.jpg")
+    assert "at least as many blocks as codes, 64, but the images to fit it on have 60" in few
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,251 @@
+"""Baselines that code blocks of pixels, fitted on images: k-means, alone and with a linear decoder, and components.
+
+A block has f x f pixels, as an id has, and k-means has as many codes as the codebook, so it takes the model's bits.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from svqvae_hf.data.image_sets import read_image
+from svqvae_hf.models.quantizer import Codebook
+
+MAX_BLOCKS = 1 << 20  # at most, that k-means is fitted on: more of them gain more than more iterations
+ITERATIONS = 4
+SEARCH_DIM = 32  # leading components by which blocks find their codes while k-means is fitted: 99 % of the variance
+REGRESSION_BLOCKS = 1 << 18  # at most, that a linear map is fitted on
+RIDGE = 1e-3  # relative to the mean square of the inputs
+BLOCKS_AT_ONCE = 1 << 16
+
+
+class BlockBaseline(ABC):
+    """A way to code an image block by block.
+
+    Args:
+        side (`int`): Side of a block in pixels.
+        bits_per_block (`float`, *optional*): Bits of a block's code; `None` if it is not quantised.
+    """
+
+    title: str
+
+    def __init__(self, side: int, bits_per_block: float | None):
+        self.side = side
+        self.bits_per_block = bits_per_block
+
+    @abstractmethod
+    def code(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Codes and decodes images of blocks, `(batch, 3 * side * side, h, w)`."""
+
+    @torch.inference_mode()
+    def reconstruct(self, sample: torch.Tensor) -> torch.Tensor:
+        """Codes and decodes images.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images of any size, in the value range of the
+                images of the fit. An incomplete block repeats its last row and column.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, neither clamped nor rounded.
+        """
+        height, width = sample.shape[-2:]
+        padded = F.pad(sample.float(), (0, -width % self.side, 0, -height % self.side), mode="replicate")
+        decoded = F.pixel_shuffle(self.code(F.pixel_unshuffle(padded, self.side)), self.side)
+        return decoded[..., :height, :width]
+
+    def bits(self, height: int, width: int) -> float | None:
+        """Bits of an image; `None` if its codes are not quantised."""
+        count = math.ceil(height / self.side) * math.ceil(width / self.side)
+        return None if self.bits_per_block is None else count * self.bits_per_block
+
+
+class KMeans(BlockBaseline):
+    """Replaces each block by the nearest of `size` codes.
+
+    Args:
+        codes (`torch.Tensor` of shape `(size, 3 * side * side)`): Codes.
+    """
+
+    title = "k-means of blocks"
+
+    def __init__(self, codes: torch.Tensor):
+        super().__init__(math.isqrt(codes.shape[1] // 3), math.log2(len(codes)))
+        self.codes = codes
+        self.mean = codes.mean(0)  # distances between values around 0 lose less to rounding
+        self.codebook = _codebook(codes - self.mean)
+
+    @classmethod
+    @torch.inference_mode()
+    def fit(cls, blocks: torch.Tensor, size: int) -> "KMeans":
+        """Fits the codes by a few iterations of Lloyd from random blocks; a code without blocks restarts at one.
+
+        Args:
+            blocks (`torch.Tensor` of shape `(n, 3 * side * side)`): Blocks, from [`take_blocks`].
+            size (`int`): Number of codes.
+
+        Raises:
+            ValueError: If there are fewer blocks than codes.
+        """
+        if len(blocks) < size:
+            raise ValueError(
+                f"k-means of blocks needs at least as many blocks as codes, {size}, but the images to fit it on have "
+                f"{len(blocks)}. Use more images."
+            )
+        generator = torch.Generator().manual_seed(0)
+
+        def draw() -> torch.Tensor:
+            return blocks[torch.randperm(len(blocks), generator=generator)[:size].to(blocks.device)].float()
+
+        mean, components = principal_components(blocks, min(SEARCH_DIM, blocks.shape[1]))
+        codes = draw()
+        for _ in range(ITERATIONS):
+            search = _codebook((codes - mean) @ components)
+            sums, counts = torch.zeros_like(codes), torch.zeros_like(codes[:, :1])
+            for part in blocks.split(BLOCKS_AT_ONCE):
+                vectors = part.float()
+                ids = search.nearest_ids((vectors - mean) @ components)
+                sums.index_add_(0, ids, vectors)
+                counts += torch.bincount(ids, minlength=size).unsqueeze(-1)
+            codes = torch.where(counts > 0, sums / counts.clamp(min=1), draw())
+        return cls(codes)
+
+    def code(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Replaces blocks by codes."""
+        flat = blocks.movedim(1, -1)
+        ids = self.codebook.nearest_ids((flat - self.mean).flatten(0, -2)).view(flat.shape[:-1])
+        return self.codes[ids].movedim(-1, 1)
+
+
+class LinearDecoder(BlockBaseline):
+    """Decodes a block from its code and its eight neighbours, by a linear map.
+
+    Args:
+        kmeans ([`KMeans`]): The codes.
+        weight (`torch.Tensor` of shape `(dim, dim, 3, 3)`): Map from 3 x 3 codes to what their middle one lacks.
+    """
+
+    title = "k-means with a linear 3 x 3 decoder"
+
+    def __init__(self, kmeans: KMeans, weight: torch.Tensor):
+        super().__init__(kmeans.side, kmeans.bits_per_block)
+        self.kmeans = kmeans
+        self.weight = weight
+
+    @classmethod
+    @torch.inference_mode()
+    def fit(cls, kmeans: KMeans, images: Iterable[torch.Tensor]) -> "LinearDecoder":
+        """Fits the map by ridge regression. On these images, its squared error is never larger than without it.
+
+        Args:
+            kmeans ([`KMeans`]): The codes.
+            images (`Iterable[torch.Tensor]`): Images `(3, height, width)`, sides multiples of `side`.
+        """
+        dim = kmeans.codes.shape[1]
+        products, targets = (kmeans.codes.new_zeros(9 * dim, n, dtype=torch.float64) for n in (9 * dim, dim))
+        for image in images:
+            blocks = F.pixel_unshuffle(image[None].float(), kmeans.side)
+            coded = kmeans.code(blocks)
+            inputs = F.unfold(_padded(coded - kmeans.mean[:, None, None]), 3)[0]  # (9 * dim, h * w)
+            products += inputs @ inputs.T
+            targets += inputs @ (blocks - coded).flatten(2)[0].T
+        products.diagonal().add_(RIDGE * products.diagonal().mean())
+        return cls(kmeans, torch.linalg.solve(products, targets).T.float().reshape(dim, dim, 3, 3))
+
+    def code(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Replaces blocks by codes, and adds to each what its neighbourhood says."""
+        coded = self.kmeans.code(blocks)
+        return coded + F.conv2d(_padded(coded - self.kmeans.mean[:, None, None]), self.weight)
+
+
+class PrincipalComponents(BlockBaseline):
+    """Keeps the leading components of a block, not quantised: the best linear map to so many numbers.
+
+    Args:
+        mean (`torch.Tensor` of shape `(3 * side * side,)`): Mean of the blocks.
+        components (`torch.Tensor` of shape `(3 * side * side, count)`): Orthonormal columns.
+    """
+
+    def __init__(self, mean: torch.Tensor, components: torch.Tensor):
+        super().__init__(math.isqrt(len(mean) // 3), None)
+        self.title = f"{components.shape[1]} principal components, not quantised"
+        self.mean = mean[:, None, None]
+        self.components = components
+
+    def code(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Projects blocks on the components."""
+        values = torch.einsum("dk,bdhw->bkhw", self.components, blocks - self.mean)
+        return torch.einsum("dk,bkhw->bdhw", self.components, values) + self.mean
+
+
+def fit_block_baselines(images: Sequence[torch.Tensor], side: int, size: int, count: int) -> list[BlockBaseline]:
+    """Fits all baselines of blocks.
+
+    Args:
+        images (`Sequence[torch.Tensor]`): Images `(3, height, width)` on one device, from [`read_fit_images`].
+        side (`int`): Side of a block in pixels, f of the model.
+        size (`int`): Number of codes of k-means, the size of the codebook.
+        count (`int`): Number of principal components, the dimension of a code.
+
+    Raises:
+        ValueError: If there are fewer blocks than codes.
+    """
+    blocks = take_blocks(images, side)
+    kmeans = KMeans.fit(blocks, size)
+    every = math.ceil(len(blocks) / REGRESSION_BLOCKS)
+    linear = LinearDecoder.fit(kmeans, images[::every])
+    return [kmeans, linear, PrincipalComponents(*principal_components(blocks, count))]
+
+
+def read_fit_images(paths: Sequence[Path], side: int, device: torch.device) -> list[torch.Tensor]:
+    """Reads images to fit baselines on: their centres, so large that all together have at most `MAX_BLOCKS` blocks.
+
+    Args:
+        paths (`Sequence[Path]`): Image files.
+        side (`int`): Side of a block in pixels. Sides are cut to multiples of it, so a smaller image has no block.
+        device (`torch.device`): Device of the images.
+
+    Returns:
+        `list[torch.Tensor]`: Images `(3, height, width)` in uint8.
+
+    Raises:
+        ValueError: If a file is not a readable image.
+    """
+    per_image = max(1, MAX_BLOCKS // len(paths))
+    images = []
+    for path in paths:
+        pixels = torch.from_numpy(np.array(read_image(path))).movedim(-1, 0)
+        rows = min(pixels.shape[1] // side, math.isqrt(per_image))
+        columns = min(pixels.shape[2] // side, per_image // max(1, rows))
+        top, left = (pixels.shape[1] - rows * side) // 2, (pixels.shape[2] - columns * side) // 2
+        if rows and columns:
+            images.append(pixels[:, top : top + rows * side, left : left + columns * side].to(device))
+    return images
+
+
+def take_blocks(images: Iterable[torch.Tensor], side: int) -> torch.Tensor:
+    """Cuts images `(3, height, width)`, whose sides are multiples of `side`, into blocks `(n, 3 * side * side)`."""
+    parts = [F.pixel_unshuffle(image, side).flatten(1).T for image in images]
+    return torch.cat(parts) if parts else torch.empty(0, 3 * side * side)
+
+
+def principal_components(blocks: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(dim,)` of blocks `(n, dim)`, and their leading principal components as columns `(dim, count)`."""
+    vectors = blocks[:: math.ceil(len(blocks) / REGRESSION_BLOCKS)].float()
+    mean = vectors.mean(0)
+    components = torch.linalg.eigh((vectors - mean).T.cov()).eigenvectors
+    return mean, components.flip(-1)[:, :count]
+
+
+def _codebook(codes: torch.Tensor) -> Codebook:
+    size, dim = codes.shape
+    codebook = Codebook(size, dim, l2_norm=False)
+    codebook.weight = torch.nn.Parameter(codes, requires_grad=False)
+    return codebook
+
+
+def _padded(blocks: torch.Tensor) -> torch.Tensor:
+    return F.pad(blocks, (1, 1, 1, 1), mode="replicate")
