@@ -13,6 +13,7 @@ POSITIVE_INTEGERS = (
     *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
     *("codebook_size", "codebook_embed_dim", "sample_size"),
 )
+SCALE_SOURCES = ("latents", "image")  # values of `scale_from`
 CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
 
 
@@ -128,6 +129,12 @@ def check_scales(scales: Iterable[float], name: str = "`scales`") -> list[float]
         if not 0 < scale < float("inf"):
             raise ValueError(f"{name} must be finite and above 0, got {scale}.")
     return checked
+
+
+def check_scale_from(scale_from: str) -> None:
+    """Raises if `scale_from` is not one of `SCALE_SOURCES`."""
+    if scale_from not in SCALE_SOURCES:
+        raise ValueError(f"`scale_from` must be one of {', '.join(SCALE_SOURCES)}, got {scale_from!r:.80}.")
 
 
 def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:

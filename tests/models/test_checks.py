@@ -45,6 +45,8 @@ def test_wrong_config_is_refused(config, message):
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.nan]), ValueError, "finite .* got nan"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.inf]), ValueError, "finite .* got inf"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[1], patch_nums=[1]), ValueError, "got both"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scale_from="pixels"), ValueError, "of latents, image, got 'pixels'"),
+        (lambda m: m.encode_tokens(torch.rand(3, 8, 8), [2], "image"), ValueError, r"must have shape \(batch, 3"),
         (lambda m: m.enable_tiling(62, 8), ValueError, "f = 4, got 62. The nearest is 64"),
         (lambda m: m.enable_tiling(0, 0), ValueError, "positive .* got 0. The nearest is 4"),
         (lambda m: m.enable_tiling(64, 6), ValueError, "f = 4 .* got 6. The nearest is 8"),

@@ -2,11 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from conftest import make_tiny, psnr
+from conftest import make_tiny, psnr, smooth_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.models.modeling_svqvae import ResolutionBlock, resize_latents
+from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.models.modeling_svqvae import ResolutionBlock, resize_latents, resize_sample
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 SIZES = [(1, 1), (3, 200), (65, 130)]
@@ -81,11 +82,12 @@ def test_pixel_range_maps_images_in_and_out(tiny_model, tmp_path):
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_slicing_changes_no_result(tiny_model, encoder_inputs):
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_slicing_changes_no_result(tiny_model, encoder_inputs, scale_from):
     images = torch.rand(3, 3, 40, 24)
-    whole = tiny_model(images).sample
+    (whole,) = tiny_model(images, [0.5], scale_from=scale_from).sample
     tiny_model.enable_slicing()
-    torch.testing.assert_close(tiny_model(images).sample, whole)
+    torch.testing.assert_close(tiny_model(images, [0.5], scale_from=scale_from).sample[0], whole)
     assert [shape[0] for shape in encoder_inputs] == [3, 1, 1, 1]
 
 
@@ -128,6 +130,46 @@ def test_encoder_runs_once_for_all_scales(tiny_model, encoder_inputs):
 
 
 @pytest.mark.usefixtures("no_grad")
+def test_encoder_runs_once_per_level_of_an_image_pyramid(tiny_model, encoder_inputs):
+    tiny_model(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2], scale_from="image")
+    tiny_model.encode_tokens(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2], scale_from="image")
+    assert encoder_inputs == [(1, 3, 16, 16), (1, 3, 32, 32), (1, 3, 64, 64)] * 2
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("tiled", [False, True])
+def test_levels_of_a_pyramid_are_resized_images_encoded_by_themselves(tiny_model, tiled):
+    if tiled:
+        tiny_model.enable_tiling(32, 8)
+    image = smooth_images(96, 128)
+    ids = tiny_model.encode_tokens(image, [0.5, 1, 0.25, 2], scale_from="image")
+    half = F.interpolate(image, scale_factor=0.5, mode="bicubic", antialias=True)
+    double = F.interpolate(image, scale_factor=2, mode="bicubic", antialias=True)
+    levels = [half, image, F.avg_pool2d(image, 4), double]
+    for level, grid in zip(levels, ids, strict=True):
+        assert (tiny_model.encode_tokens(level) == grid).float().mean() > 0.99
+    assert torch.equal(tiny_model.encode_tokens(image), ids[1])
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.2, 0.3, 0.77, 1.0, 1.37, 2])
+def test_a_resized_image_has_the_latent_grid_of_its_scale(tiny_model, scale):
+    f = tiny_model.f
+    for size in [(1, 1), (5, 300), (37, 41), (64, 90), (97, 3)]:
+        latents = torch.rand(1, 8, *(-(-side // f) for side in size))
+        grid = resize_latents(latents, scale).shape[2:]
+        assert resize_sample(torch.rand(1, 3, *size), scale, f).shape[2:] == (grid[0] * f, grid[1] * f)
+
+
+def test_gradient_passes_through_each_level_of_a_pyramid():
+    model = make_tiny().train()
+    image = torch.rand(1, 3, 30, 30, requires_grad=True)
+    for output in model(image, [0.2, 0.5, 2], scale_from="image").sample:
+        (gradient,) = torch.autograd.grad(output.square().mean(), image, retain_graph=True)
+        assert gradient.isfinite().all()
+        assert gradient.abs().amin(1).amax() > 0
+
+
+@pytest.mark.usefixtures("no_grad")
 def test_patch_nums_equal_their_scales(tiny_model):
     images = torch.rand(1, 3, 32, 32)
     by_patches = tiny_model(images, patch_nums=[4, 1, 2], tile_size=32, overlap=4).sample
@@ -138,15 +180,16 @@ def test_patch_nums_equal_their_scales(tiny_model):
 
 
 @pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("scale", [0.3, 0.77, 1.37])
-def test_content_keeps_its_position_at_every_scale(tiny_model, scale, monkeypatch):
+@pytest.mark.parametrize("scale", [0.2, 0.3, 0.77, 1.37])
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_content_keeps_its_position_at_every_scale(tiny_model, scale, scale_from, monkeypatch):
     """With networks that only resample, a scaled reconstruction is the scaled image, to its last column."""
     f = tiny_model.f
     monkeypatch.setattr(tiny_model, "_encode", lambda sample, tiles: F.avg_pool2d(sample, f).repeat(1, 3, 1, 1)[:, :8])
     monkeypatch.setattr(tiny_model.quantize, "forward", lambda latents: (latents, None, None))
     monkeypatch.setattr(tiny_model, "_decode", lambda latents, tiles: F.interpolate(latents[:, :3], scale_factor=f))
     ramp = torch.linspace(0, 1, 160).expand(1, 3, 120, 160).contiguous()
-    (scaled,) = tiny_model(ramp, scales=[scale]).sample
+    (scaled,) = tiny_model(ramp, scales=[scale], scale_from=scale_from).sample
     expected = torch.linspace(0, 1, scaled.shape[-1])
     assert (scaled[0, 0, 0] - expected).abs().max() < 2.5 * f / 160
 
@@ -234,7 +277,9 @@ def test_training_output_is_not_clamped():
 def test_compiles_without_graph_breaks(tiny_model):
     images, ids = torch.rand(1, 3, 30, 41), torch.randint(64, (1, 5, 6))
     compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images, scales=[0.5, 1]).sample, tiny_model(images, scales=[0.5, 1]).sample)
+    for scale_from in SCALE_SOURCES:
+        arguments = {"scales": [0.5, 1], "scale_from": scale_from}
+        torch.testing.assert_close(compiled(images, **arguments).sample, tiny_model(images, **arguments).sample)
     decode = torch.compile(tiny_model.decode_tokens, fullgraph=True, backend="eager")
     torch.testing.assert_close(decode(ids), tiny_model.decode_tokens(ids))
 

@@ -16,6 +16,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.token_sets import SETTINGS_FILE, TokenSettings, read_settings
+from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.models.tiling import Core, crop_to_core, map_tiles, tile_axis
 from svqvae_hf.tokens.token_files import (
@@ -63,14 +64,18 @@ def set_tiles(model: SVQVAE, tile: tuple[int, int] | None) -> None:
 
 
 @examples(30)
-@given(st.integers(1, 2), sides, sides, scales, tiles, st.sampled_from(list(DTYPES)), st.integers(0, 9))
-def test_ids_decode_to_the_reconstruction(batch, height, width, scales, tile, dtype, seed):
+@given(
+    st.integers(1, 2),
+    *(sides, sides, scales, st.sampled_from(SCALE_SOURCES)),
+    *(tiles, st.sampled_from(list(DTYPES)), st.integers(0, 9)),
+)
+def test_ids_decode_to_the_reconstruction(batch, height, width, scales, scale_from, tile, dtype, seed):
     model = model_of(dtype)
     set_tiles(model, tile)
     sample = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
     with torch.no_grad():
-        grids = model.encode_tokens(sample, scales)
-        reconstructions = model(sample, scales=scales).sample
+        grids = model.encode_tokens(sample, scales, scale_from)
+        reconstructions = model(sample, scales=scales, scale_from=scale_from).sample
         decoded = [model.decode(ids).sample for ids in grids]
     for scale, ids, reconstruction, image in zip(scales, grids, reconstructions, decoded, strict=True):
         assert tuple(ids.shape) == (batch, *grid_shape(height, width, model.f, scale))
