@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+SCALE_SOURCES = ("latents", "image")  # as in `svqvae_hf.models.checks`
 DTYPES = ("float32", "bfloat16", "float16")
 TILE_SIZE = 256  # pixels, as in `SVQVAE.enable_tiling`
 OVERLAP = 32  # pixels, as in `SVQVAE.enable_tiling`
@@ -69,7 +70,7 @@ def add_output(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def add_scales(parser: argparse.ArgumentParser, default: list[float]) -> None:
-    """Adds the scales to encode at."""
+    """Adds the scales to encode at, and what is resized to them."""
     parser.add_argument(
         "--scales",
         nargs="+",
@@ -77,6 +78,13 @@ def add_scales(parser: argparse.ArgumentParser, default: list[float]) -> None:
         default=default,
         metavar="SCALE",
         help=f"output side over input side, one or more (default: {' '.join(f'{value:g}' for value in default)})",
+    )
+    parser.add_argument(
+        "--scale-from",
+        choices=SCALE_SOURCES,
+        default="image",
+        help="what is resized to a scale: the image, for better pictures, or the latents of one encoding, as in the "
+        "original (default: image)",
     )
 
 

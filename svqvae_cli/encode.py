@@ -47,8 +47,8 @@ def _encode(args: argparse.Namespace) -> None:
         for path in paths:
             image = load_image(path)
             with prefix_errors(path):
-                check_memory(model, image.height, image.width, args.scales, decodes=False)
-            tokens = encode_image(model, image, args.scales)
+                check_memory(model, image.height, image.width, args.scales, args.scale_from, decodes=False)
+            tokens = encode_image(model, image, args.scales, args.scale_from)
             args.output.mkdir(parents=True, exist_ok=True)
             save_tokens(args.output / f"{path.stem}.safetensors", tokens)
 

@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         model,
         images,
         scales=args.scales,
+        scale_from=args.scale_from,
         modes=args.modes,
         tile_size=args.tile_size,
         overlap=args.overlap,

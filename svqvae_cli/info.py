@@ -57,6 +57,8 @@ def _token_facts(tokens: "ImageTokens") -> dict[str, Any]:
         "tiles": f"{tokens.tile_size} pixels, overlap {tokens.overlap}" if tiled else "none",
         "codebook": f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}",
     }
+    if set(tokens.scales) != {1}:
+        facts["scales from"] = tokens.scale_from
     for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
         grid = f"{ids.shape[1]} x {ids.shape[0]} = {token_count(ids.numel())}"
         facts[f"scale {scale:g}"] = f"{grid}, {tokens.bits_per_pixel(index):.4f} bits/pixel"

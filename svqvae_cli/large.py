@@ -23,7 +23,10 @@ def check_large(args: argparse.Namespace) -> None:
     if args.resume and not args.large:
         raise ValueError("--resume is for large images. Add --large, or leave out --resume.")
     if args.large and getattr(args, "scales", [1.0]) != [1.0]:
-        raise ValueError("--large works at scale 1 alone. Leave out --scales or --large.")
+        raise ValueError(
+            "--large works at scale 1 alone, because other scales resize the whole image or all latents at once. "
+            "Resize the file first, or leave out --scales or --large."
+        )
     if args.large and getattr(args, "side_by_side", False):
         raise ValueError("--side-by-side is for images that fit into memory. Leave out --side-by-side or --large.")
 

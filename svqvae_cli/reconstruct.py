@@ -58,8 +58,8 @@ def _reconstruct(args: argparse.Namespace) -> None:
         for path in paths:
             original = load_image(path)
             with prefix_errors(path):
-                check_memory(model, original.height, original.width, args.scales)
-            tokens = encode_image(model, original, args.scales)
+                check_memory(model, original.height, original.width, args.scales, args.scale_from)
+            tokens = encode_image(model, original, args.scales, args.scale_from)
             images = decode_image(model, tokens)
             for image, ending in zip(images, endings, strict=True):
                 save_png(image, args.output / f"{path.stem}{ending}")

@@ -34,8 +34,9 @@ from svqvae_hf.evaluation.comparison import (
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.pictures import resize_image
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult, write_notes
+from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents
+from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents, resize_sample
 from svqvae_hf.tokens.image_tokens import check_memory
 
 MODES = ("plain", "tiled")
@@ -52,6 +53,7 @@ def evaluate(
     images: Iterable[ImageSource],
     *,
     scales: Sequence[float] = SCALES,
+    scale_from: str = "latents",
     modes: Sequence[str] = MODES,
     tile_size: int | None = None,
     overlap: int | None = None,
@@ -72,6 +74,7 @@ def evaluate(
             unreadable images are skipped and named in the report.
         scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
             scale is the image resized by area below 1, bicubic above.
+        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
         modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both.
         tile_size (`int`, *optional*): Largest side of a tile in pixels; the model's `sample_size` if not given.
         overlap (`int`, *optional*): Overlap (halo) of a tile in pixels; 32 if not given, or less for a small tile.
@@ -89,8 +92,11 @@ def evaluate(
         ValueError: If an option is out of range, no image can be read, or an image needs more memory than is free.
     """
     _check_options(scales, modes, resolution)
+    check_scale_from(scale_from)
     state = PartialState(cpu=model.device.type == "cpu")
-    evaluator = _Evaluator(model, scales, modes, tile_size, overlap, half_precision, lpips, inception, block_baselines)
+    evaluator = _Evaluator(
+        model, scales, scale_from, modes, tile_size, overlap, half_precision, lpips, inception, block_baselines
+    )
     records, skipped = _measure_images(evaluator, images, resolution, state)
     if not records:
         first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
@@ -100,6 +106,7 @@ def evaluate(
     return Report(
         settings={
             "scales": list(scales),
+            "scale_from": scale_from,
             "modes": list(modes),
             "tile_size": evaluator.model.tile_size,
             "overlap": evaluator.model.overlap,
@@ -182,6 +189,7 @@ class _Evaluator:
         self,
         model: SVQVAE,
         scales: Sequence[float],
+        scale_from: str,
         modes: Sequence[str],
         tile_size: int | None,
         overlap: int | None,
@@ -199,6 +207,7 @@ class _Evaluator:
         }
         self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
         self.scales = list(scales)
+        self.scale_from = scale_from
         self.lpips = lpips.to(model.device) if lpips is not None else None
         self.block_baselines = block_baselines
         self.totals = {mode: [_ScaleTotals(mode, scale, model, inception) for scale in scales] for mode in modes}
@@ -213,12 +222,15 @@ class _Evaluator:
         for mode, totals in self.totals.items():
             self._set_tiling(mode == "tiled")
             try:
-                check_memory(self.model, image.height, image.width, self.scales)
+                check_memory(self.model, image.height, image.width, self.scales, self.scale_from)
             except ValueError as error:
                 raise ValueError(f"`{name}`: {error}") from error
-            latents = self.model.encode(sample).latents
-            half_latents = {key: half.encode(sample.to(half.dtype)).latents for key, half in self.half_models.items()}
-            per_scale = [self._measure_scale(each, image, latents, half_latents) for each in totals]
+            latents = self._encode(self.model, sample)
+            half_latents = {key: self._encode(half, sample) for key, half in self.half_models.items()}
+            per_scale = []
+            for number, each in enumerate(totals):
+                half_of_scale = {key: half[number] for key, half in half_latents.items()}
+                per_scale.append(self._measure_scale(each, image, latents[number], half_of_scale))
             results += [values for values, _ in per_scale]
             if mode == next(iter(self.totals)):
                 psnr = [values["psnr"] for values, _ in per_scale]
@@ -231,6 +243,14 @@ class _Evaluator:
         record = {"width": image.width, "height": image.height, "results": results}
         return record | {"baselines": baselines, "codecs": codecs}
 
+    def _encode(self, model: SVQVAE, sample: torch.Tensor) -> list[torch.Tensor]:
+        """Latents of each scale, before quantisation."""
+        sample = sample.to(model.dtype)
+        if self.scale_from == "image":
+            return [model.encode(resize_sample(sample, scale, model.f)).latents for scale in self.scales]
+        latents = model.encode(sample).latents
+        return [resize_latents(latents, scale) for scale in self.scales]
+
     def _set_tiling(self, tiled: bool) -> None:
         for model in (self.model, *self.half_models.values()):
             if tiled:
@@ -242,19 +262,18 @@ class _Evaluator:
         self, totals: _ScaleTotals, image: Image.Image, latents: torch.Tensor, half_latents: dict[str, torch.Tensor]
     ) -> tuple[dict[str, Any], Image.Image]:
         model, device, scale = self.model, self.model.device, totals.scale
-        scaled = resize_latents(latents, scale)
-        ids = model.quantize.nearest_ids(scaled)
+        ids = model.quantize.nearest_ids(latents)
         decoded = model.resize_to_image(model.decode(ids).sample, (image.height, image.width), scale)
         reconstruction = self.processor.postprocess(decoded)[0]
         sample = to_tensor(reconstruction, device)
         target = to_tensor(resize_image(image, reconstruction.size), device)
-        totals.add(ids, scaled, sample, target)
+        totals.add(ids, latents, sample, target)
         values: dict[str, Any] = {"mode": totals.mode, "scale": scale, "ids": ids.numel()}
         values |= image_metrics(sample, target, self.lpips)
         full_size = full_size_metrics(reconstruction, image, device)
         values |= {f"{key}_full_size": value for key, value in full_size.items()}
         for key, half in half_latents.items():
-            half_ids = model.quantize.nearest_ids(resize_latents(half, scale))
+            half_ids = model.quantize.nearest_ids(half)
             values[f"ids_changed_{key}"] = metrics.fraction_changed(half_ids, ids)
         bits, pixels = math.log2(model.config["codebook_size"]), image.width * image.height
         values["bits_per_pixel"] = metrics.bits_per_pixel(ids.numel(), bits, pixels)

@@ -101,6 +101,7 @@ def markdown(report: Report) -> str:
         f"On {len(report.images)} images of {', '.join(f'`{name}`' for name in settings['data'])}"
         + "".join(f", {key} `{settings[key]}`" for key in ("config", "split") if settings.get(key))
         + (f", resized and cropped to {settings['resolution']} pixels a side." if settings["resolution"] else "."),
+        f"Scales are made from the {settings['scale_from']}. "
         f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions; "
         + f"the mean cosine between a code and its nearest neighbour is {_cell(codebook['redundancy'], '.3f')}.",
     ]

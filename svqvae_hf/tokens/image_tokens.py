@@ -40,13 +40,16 @@ class TokenOrigin(Protocol):
         """[`SVQVAE.codebook_fingerprint`] of the codebook."""
 
 
-def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> ImageTokens:
+def encode_image(
+    model: SVQVAE, image: Image.Image, scales: Sequence[float], scale_from: str = "latents"
+) -> ImageTokens:
     """Encodes an image to ids at each scale.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         image (`PIL.Image.Image`): Image of any size.
         scales (`Sequence[float]`): Output side over input side, each above 0.
+        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
 
     Returns:
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
@@ -55,14 +58,21 @@ def encode_image(model: SVQVAE, image: Image.Image, scales: Sequence[float]) -> 
     batch = processor(image)
     ((height, width),) = batch["image_sizes"]
     with torch.inference_mode():
-        grids = model.encode_tokens(batch["pixel_values"].to(model.device, model.dtype), scales)
-    return image_tokens(model, [grid[0].cpu() for grid in grids], height, width, scales)
+        grids = model.encode_tokens(batch["pixel_values"].to(model.device, model.dtype), scales, scale_from)
+    return image_tokens(model, [grid[0].cpu() for grid in grids], height, width, scales, scale_from)
 
 
 def image_tokens(
-    model: SVQVAE, ids: list[torch.Tensor], height: int, width: int, scales: Sequence[float]
+    model: SVQVAE,
+    ids: list[torch.Tensor],
+    height: int,
+    width: int,
+    scales: Sequence[float],
+    scale_from: str = "latents",
 ) -> ImageTokens:
     """Joins the ids of an image with the facts of the model that a token file stores.
+
+    At scale 1 alone nothing is resized, and `scale_from` is always `"latents"`, so that equal ids make equal files.
 
     Args:
         model ([`SVQVAE`]): Model that encoded the image, with the same tiling.
@@ -70,6 +80,7 @@ def image_tokens(
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
         scales (`Sequence[float]`): Output side over input side, one per grid.
+        scale_from (`str`, defaults to `"latents"`): What was resized to the scales.
     """
     return ImageTokens(
         ids=ids,
@@ -81,6 +92,7 @@ def image_tokens(
         overlap=model.overlap if model.use_tiling else None,
         codebook_size=model.config["codebook_size"],
         codebook_fingerprint=model.codebook_fingerprint(),
+        scale_from="latents" if set(scales) == {1} else scale_from,
     )
 
 
@@ -169,7 +181,13 @@ def available_memory(device: torch.device) -> int:
 
 
 def check_memory(
-    model: SVQVAE, height: int, width: int, scales: Sequence[float], encodes: bool = True, decodes: bool = True
+    model: SVQVAE,
+    height: int,
+    width: int,
+    scales: Sequence[float],
+    scale_from: str = "latents",
+    encodes: bool = True,
+    decodes: bool = True,
 ) -> None:
     """Raises before the work if an image would need more memory than is available.
 
@@ -178,6 +196,7 @@ def check_memory(
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
         scales (`Sequence[float]`): Scales to encode or decode, each above 0.
+        scale_from (`str`, defaults to `"latents"`): What is resized to a scale when encoding.
         encodes (`bool`, defaults to `True`): Whether the image will be encoded.
         decodes (`bool`, defaults to `True`): Whether the scales will be decoded.
 
@@ -190,7 +209,8 @@ def check_memory(
     tile = TILE_BYTES * model.config["base_channels"]
     context_pixels = CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2
     tile_pixels = max(model.tile_size**2, context_pixels) if model.use_tiling else math.inf
-    encoding = PIXEL_BYTES * pixels + LATENT_BYTES * latents + tile * min(tile_pixels, pixels)
+    encoded = max(pixels, output) if scale_from == "image" else pixels
+    encoding = PIXEL_BYTES * encoded + LATENT_BYTES * latents + tile * min(tile_pixels, encoded)
     decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)
     needed = max(encodes * encoding, decodes * decoding)
     available = available_memory(model.device)

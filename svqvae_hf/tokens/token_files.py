@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from svqvae_hf.atomic_io import write_file
+from svqvae_hf.models.checks import check_scale_from
 
 METADATA_KEY = "svqvae_tokens"  # key of one JSON document, because the order of several keys would vary
 FORMAT_VERSION = 1
@@ -36,6 +37,8 @@ class ImageTokens:
         overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
         codebook_size (`int`): Rows of the codebook.
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
+        scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Files
+            without it hold scales from the latents. Decoding is the same for both.
 
     Raises:
         ValueError: A value is out of range, or the ids do not match the image, the scale or the codebook.
@@ -50,6 +53,7 @@ class ImageTokens:
     overlap: int | None
     codebook_size: int
     codebook_fingerprint: str
+    scale_from: str = "latents"
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "f", "codebook_size"):
@@ -57,6 +61,7 @@ class ImageTokens:
         if self.tile_size is not None or self.overlap is not None:
             self._check_integer("tile_size", minimum=1)
             self._check_integer("overlap", minimum=0)
+        check_scale_from(self.scale_from)
         if not FINGERPRINT.fullmatch(str(self.codebook_fingerprint)):
             raise ValueError(
                 f"`codebook_fingerprint` must be 64 hexadecimal digits, got {_short(self.codebook_fingerprint)}."
@@ -201,6 +206,7 @@ def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor], mappe
     record = json.loads(metadata[METADATA_KEY])  # raises a ValueError
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"its metadata must have format version {FORMAT_VERSION}, got {_short(record)}.")
+    record = {"scale_from": "latents", **record}  # files of 0.1 do not say it
     missing = sorted(set(_record_names()) - set(record))
     if missing:
         raise ValueError(f"its metadata must also have {missing}.")

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import torch
 from cli_runner import fails, names, svqvae
 from conftest import ROOT
 from PIL import Image
@@ -22,7 +23,19 @@ def test_one_token_file_per_image(two_images, out, saved_model):
     assert names(out) == ["a.safetensors", "b.safetensors"]
     tokens = load_tokens(out / "a.safetensors")
     assert tokens.scales == (1.0, 0.5)
+    assert tokens.scale_from == "image"
     assert (tokens.tile_size, tokens.overlap) == (32, 8)
+
+
+def test_scales_from_the_image_or_the_latents(two_images, tmp_path, saved_model):
+    argv = ["encode", two_images / "a.png", "--model", saved_model, "--scales", "1", "0.5"]
+    assert svqvae(*argv, "--output", tmp_path / "image") == 0
+    assert svqvae(*argv, "--output", tmp_path / "latents", "--scale-from", "latents") == 0
+    image, latents = (load_tokens(tmp_path / source / "a.safetensors") for source in ("image", "latents"))
+    assert latents.scale_from == "latents"
+    assert torch.equal(image.ids[0], latents.ids[0])
+    assert image.ids[1].shape == latents.ids[1].shape
+    assert not torch.equal(image.ids[1], latents.ids[1])
 
 
 def test_bundled_model_is_the_default(two_images, out, saved_model, monkeypatch):

@@ -24,6 +24,7 @@ from svqvae_hf.evaluation import evaluate as evaluation
 from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
 from svqvae_hf.evaluation.evaluate import MODES, evaluate
 from svqvae_hf.evaluation.perceptual import LPIPS
+from svqvae_hf.models.checks import SCALE_SOURCES
 
 SCALES = (1.0, 0.5, 2.0)
 
@@ -44,7 +45,7 @@ def photos(photo):
     return [photo.crop((100 + 9 * i, 60 + 5 * i, 157 + 20 * i, 95 + 12 * i)) for i in range(4)]
 
 
-def reconstruct(model, image, scales, tiled):
+def reconstruct(model, image, scales, tiled, scale_from="latents"):
     """Ids, latents and 8-bit reconstructions at each scale, straight from the model."""
     processor = SVQVAEImageProcessor()
     sample = processor(image)["pixel_values"]
@@ -53,17 +54,18 @@ def reconstruct(model, image, scales, tiled):
     else:
         model.disable_tiling()
     with torch.inference_mode():
-        samples = model(sample, scales=scales).sample
-        ids = model.encode_tokens(sample, scales)
+        samples = model(sample, scales=scales, scale_from=scale_from).sample
+        ids = model.encode_tokens(sample, scales, scale_from)
         latents = model.encode(sample).latents
     return ids, latents, [processor.postprocess(each)[0] for each in samples]
 
 
 @pytest.mark.usefixtures("few_windows")
-def test_values_of_each_image(tiny_model, photos):
-    report = evaluate(tiny_model, photos[2:], scales=SCALES, tile_size=32, overlap=8)
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_values_of_each_image(tiny_model, photos, scale_from):
+    report = evaluate(tiny_model, photos[2:], scales=SCALES, scale_from=scale_from, tile_size=32, overlap=8)
     for (image, record), mode in product(zip(photos[2:], report.images, strict=True), MODES):
-        ids, _, reconstructions = reconstruct(tiny_model, image, SCALES, mode == "tiled")
+        ids, _, reconstructions = reconstruct(tiny_model, image, SCALES, mode == "tiled", scale_from)
         for i, reconstruction in enumerate(reconstructions):
             values = record["results"][MODES.index(mode) * len(SCALES) + i]
             assert (values["mode"], values["scale"], values["ids"]) == (mode, SCALES[i], ids[i].numel())

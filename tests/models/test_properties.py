@@ -236,7 +236,8 @@ def image_tokens(draw) -> ImageTokens:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     tile = draw(tiles) or (None, None)
     ids = [torch.randint(size, shape, generator=generator) for shape in shapes]
-    return ImageTokens(ids, height, width, tuple(chosen), f, *tile, size, FINGERPRINT)
+    scale_from = draw(st.sampled_from(SCALE_SOURCES))
+    return ImageTokens(ids, height, width, tuple(chosen), f, *tile, size, FINGERPRINT, scale_from)
 
 
 @examples(40)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.tokens.image_tokens import available_memory, check_memory, decode_image, encode_image
 
@@ -19,20 +20,28 @@ def crop(photo):
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-def test_decoding_the_encoded_is_the_forward_pass(tiny_model, crop, tiled):
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_decoding_the_encoded_is_the_forward_pass(tiny_model, crop, tiled, scale_from):
     if tiled:
         tiny_model.enable_tiling(32, 8)
-    tokens = encode_image(tiny_model, crop, SCALES)
+    tokens = encode_image(tiny_model, crop, SCALES, scale_from)
     assert tokens.scales == SCALES
+    assert tokens.scale_from == scale_from
     assert (tokens.height, tokens.width, tokens.f) == (35, 57, 4)
     assert (tokens.tile_size, tokens.overlap) == ((32, 8) if tiled else (None, None))
     processor = SVQVAEImageProcessor()
     with torch.no_grad():
-        expected = tiny_model(processor(crop)["pixel_values"], scales=SCALES).sample
+        expected = tiny_model(processor(crop)["pixel_values"], scales=SCALES, scale_from=scale_from).sample
     for image, sample in zip(decode_image(tiny_model, tokens), expected, strict=True):
         (reference,) = processor.postprocess(sample)
         assert image.size == reference.size
         assert np.abs(np.asarray(image, int) - np.asarray(reference, int)).max() <= 1
+
+
+def test_ids_of_scale_1_do_not_depend_on_what_is_resized(tiny_model, crop):
+    files = [encode_image(tiny_model, crop, [1.0], scale_from) for scale_from in SCALE_SOURCES]
+    assert torch.equal(*(file.ids[0] for file in files))
+    assert [file.scale_from for file in files] == ["latents", "latents"]
 
 
 def test_the_pixel_range_of_the_model_does_not_matter(tiny_model, crop):
@@ -84,6 +93,7 @@ def available(monkeypatch):
     [
         ((1000, 1000), [0.5, 20.0], {}, False),
         ((1000, 1000), [20.0], {"decodes": False}, True),
+        ((1000, 1000), [20.0], {"scale_from": "image", "decodes": False}, False),
         ((1000, 1000), [1000.0], {"decodes": False}, False),
         ((100_000, 100_000), [0.01], {}, False),
         ((100_000, 100_000), [0.01], {"encodes": False}, True),

@@ -21,6 +21,7 @@ def make_tokens(**changes):
         "overlap": 32,
         "codebook_size": 64,
         "codebook_fingerprint": FINGERPRINT,
+        "scale_from": "image",
     }
     return ImageTokens(**values | changes)
 
@@ -62,6 +63,11 @@ def test_tokens_without_tiles_come_back(tmp_path):
     assert load_tokens(tmp_path / "a.safetensors").tile_size is None
 
 
+def test_older_files_hold_scales_from_the_latents(tmp_path):
+    assert load_tokens(write_raw(tmp_path / "a.safetensors")).scale_from == "image"
+    assert load_tokens(write_raw(tmp_path / "a.safetensors", scale_from="DELETED")).scale_from == "latents"
+
+
 def test_equal_tokens_make_equal_files(tmp_path):
     contents = set()
     for _ in range(4):
@@ -85,6 +91,7 @@ def test_bits_per_pixel():
         ({"tile_size": None}, r"`tile_size` must be an integer of at least 1 and under 2\*\*31, got None"),
         ({"overlap": None}, r"`overlap` must be an integer of at least 0 and under 2\*\*31, got None"),
         ({"codebook_fingerprint": "abc"}, "`codebook_fingerprint` must be 64 hexadecimal digits, got 'abc'"),
+        ({"scale_from": "pixels"}, "`scale_from` must be one of latents, image, got 'pixels'"),
         ({"codebook_size": 23}, r"ids must be in \[0, 22\], got \[0, 23\] at scale 1"),
         ({"scales": (1.0,)}, "`ids` must have one grid per scale, got 2 for 1 scales"),
         ({"scales": (), "ids": []}, "`ids` must have one grid per scale, got 0"),
@@ -118,6 +125,8 @@ def test_values_that_do_not_match_raise(changes, message):
         ({"scales": [10**400, 1.0]}, "too large"),
         ({"codebook_fingerprint": "x" * 10**6}, "64 hexadecimal digits, got 'x{79}.$"),
         ({"text": "[" * 10**6}, "recursion"),
+        ({"scale_from": None}, "`scale_from` must be one of latents, image, got None"),
+        ({"scale_from": ["image"]}, r"`scale_from` must be one of latents, image, got \['image'\]"),
         ({"codebook_size": "many"}, "`codebook_size` must be an integer"),
         ({"tile_size": 2**31}, "`tile_size` must be an integer"),
         ({"tensors": {"ids_0": torch.zeros(2, 3), "ids_1": torch.zeros(4, 6)}}, "of type uint16 or int32"),
