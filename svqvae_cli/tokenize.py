@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
         model_name=source.resolve().name if source.exists() else args.model,  # no private path in a public set
         source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
         scales=args.scales,
+        scale_from=args.scale_from,
         crops=args.crops,
         resolution=args.resolution,
         batch_size=args.batch_size,

@@ -118,6 +118,7 @@ def make_pipeline(
         height=layout.height,
         width=layout.width,
         scales=list(layout.scales),
+        scale_from=layout.scale_from,
     )
 
 

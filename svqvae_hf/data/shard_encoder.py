@@ -189,14 +189,15 @@ class ShardEncoder:
 
     @torch.inference_mode()
     def _encode_batch(self, crops: Sequence[_Crop]) -> Iterator[dict[str, Any]]:
-        model, scales = self.model, self.settings.scales
+        model, scales, scale_from = self.model, self.settings.scales, self.settings.scale_from
         height, width = crops[0].pixels.shape[-2:]
         try:
-            check_memory(model, len(crops) * height, width, scales, decodes=False)
+            check_memory(model, len(crops) * height, width, scales, scale_from, decodes=False)
         except ValueError as error:
             raise ValueError(f"`{crops[0].row['key']}`: {error}") from error
         sample = self.processor([crop.pixels.to(model.device) for crop in crops])["pixel_values"].to(model.dtype)
-        grids = [grid.cpu().numpy().astype(self.settings.id_dtype) for grid in model.encode_tokens(sample, scales)]
+        encoded = model.encode_tokens(sample, scales, scale_from)
+        grids = [grid.cpu().numpy().astype(self.settings.id_dtype) for grid in encoded]
         for number, crop in enumerate(crops):
             yield {**{f"ids_{index}": grid[number].ravel() for index, grid in enumerate(grids)}, **crop.row}
 

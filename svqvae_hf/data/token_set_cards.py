@@ -91,6 +91,7 @@ def token_set_card(
         "codebook": f"{settings['codebook_size']} codes, sha256 `{settings['codebook_fingerprint']}`",
         "f, pixels per side of an id": settings["f"],
         "scales, output side over input side": ", ".join(f"{scale:g}" for scale in scales),
+        "scales made from": f"the {settings['scale_from']}",
         "crops": settings["crops"] + (f", {settings['resolution']} pixels" if settings["resolution"] else ""),
         "tiles": f"{tile_size} pixels, overlap {settings['overlap']}" if tile_size else "none",
     }

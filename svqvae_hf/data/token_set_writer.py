@@ -30,6 +30,7 @@ def tokenize_set(
     model_name: str,
     source_set: str | None = None,
     scales: Sequence[float] = (1.0,),
+    scale_from: str = "latents",
     crops: str = "whole",
     resolution: int | None = None,
     batch_size: int = 1,
@@ -56,6 +57,7 @@ def tokenize_set(
         model_name (`str`): Hub id of the model, or the name of its folder, for the settings and the card.
         source_set (`str`, *optional*): Name of the image set on the Hub, for the card.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over input side, one column of ids each.
+        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
         crops (`str`, defaults to `"whole"`): Crops of an image that become rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         batch_size (`int`, defaults to 1): Crops of equal size that are encoded together. With 1, the ids equal
@@ -90,6 +92,7 @@ def tokenize_set(
         overlap=model.overlap if model.use_tiling else None,
         crops=crops,
         resolution=resolution,
+        scale_from=scale_from,
     )
     options = {
         "image_set": images.fingerprint,

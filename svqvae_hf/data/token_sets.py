@@ -24,6 +24,7 @@ from tqdm import tqdm
 from svqvae_hf.atomic_io import save_png
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.repositories import hub_reason
+from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.paths import scale_endings
 from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, configure_tiling, decode_image
@@ -70,6 +71,8 @@ class TokenSettings:
         overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
         crops (`str`): Crops of an image that are rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
+        scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Sets
+            without it hold scales from the latents.
 
     Raises:
         ValueError: A value is out of range.
@@ -84,6 +87,7 @@ class TokenSettings:
     overlap: int | None
     crops: str
     resolution: int | None
+    scale_from: str = "latents"
 
     def __post_init__(self) -> None:
         scales = self.scales
@@ -96,6 +100,7 @@ class TokenSettings:
             "tile_size": self.tile_size is None or _is_integer(self.tile_size, 1),
             "overlap": self.overlap is None if self.tile_size is None else _is_integer(self.overlap, 0),
             "crops": self.crops in tuple(CROPS),
+            "scale_from": self.scale_from in SCALE_SOURCES,
             "resolution": self.resolution is None if is_whole(self.crops) else _is_integer(self.resolution, 1),
         }
         for name, is_valid in valid.items():
@@ -198,6 +203,7 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         overlap=settings.overlap,
         codebook_size=settings.codebook_size,
         codebook_fingerprint=settings.codebook_fingerprint,
+        scale_from=settings.scale_from,
     )
 
 
@@ -261,6 +267,7 @@ def _settings_from(record: Any) -> TokenSettings:
     names = [field.name for field in dataclasses.fields(TokenSettings)]
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"its settings must have format version {FORMAT_VERSION}, got {record!r:.80}.")
+    record = {"scale_from": "latents", **record}  # older sets do not say it
     missing = sorted(set(names) - set(record))
     if missing:
         raise ValueError(f"its settings must also have {', '.join(missing)}.")

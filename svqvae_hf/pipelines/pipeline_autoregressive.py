@@ -44,6 +44,8 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         scales (`list[float]`, defaults to `(1.0,)`): Scales in training, from coarse to fine.
         codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] in training, which is saved with the
             pipeline; the fingerprint of `vqvae` by default.
+        scale_from (`str`, defaults to `"latents"`): What was resized to the scales in training, see
+            [`SVQVAE.forward`].
 
     The attribute `layout`, a [`SequenceLayout`], defines the order of the tokens. Both models are in evaluation mode
     during sampling.
@@ -68,6 +70,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         width: int | None = None,
         scales: list[float] | tuple[float, ...] = (1.0,),
         codebook_fingerprint: str | None = None,
+        scale_from: str = "latents",
     ):
         super().__init__()
         side = vqvae.config["sample_size"]
@@ -78,6 +81,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             width=side if width is None else width,
             scales=scales,
             num_classes=num_classes,
+            scale_from=scale_from,
         )
         _check_language_model(language_model, self.layout)
         found = vqvae.codebook_fingerprint()
@@ -93,6 +97,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             width=self.layout.width,
             scales=list(self.layout.scales),
             codebook_fingerprint=found,
+            scale_from=scale_from,
         )
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
@@ -264,7 +269,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                     f"size, got {size[1]} x {size[0]} (width x height). Crop it."
                 )
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
-        return self.vqvae.encode_tokens(sample, layout.scales)
+        return self.vqvae.encode_tokens(sample, layout.scales, layout.scale_from)
 
     def _decode(self, ids: torch.Tensor, layout: SequenceLayout, scale: float, output_type: str) -> Any:
         """Decodes ids `(batch, h, w)` of a scale to images of the output type."""

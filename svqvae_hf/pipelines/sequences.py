@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from transformers import LogitsProcessor
 
+from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.tokens.token_files import grid_shape
 
 INTEGER_TYPES = {
@@ -38,6 +39,8 @@ class SequenceLayout:
             tuple.
         num_classes (`int`, defaults to 0): Number of classes. Labels are `0, ..., num_classes - 1`; the label
             `num_classes` means no class.
+        scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. It changes
+            no token of the layout, but images must be encoded as in training.
 
     Raises:
         ValueError: A value is out of range, or the scales do not ascend.
@@ -49,8 +52,10 @@ class SequenceLayout:
     width: int
     scales: Sequence[float] = (1.0,)
     num_classes: int = 0
+    scale_from: str = "latents"
 
     def __post_init__(self) -> None:
+        check_scale_from(self.scale_from)
         for name, least in {"codebook_size": 1, "f": 1, "height": 1, "width": 1, "num_classes": 0}.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:

@@ -206,7 +206,7 @@ def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor], mappe
     record = json.loads(metadata[METADATA_KEY])  # raises a ValueError
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"its metadata must have format version {FORMAT_VERSION}, got {_short(record)}.")
-    record = {"scale_from": "latents", **record}  # files of 0.1 do not say it
+    record = {"scale_from": "latents", **record}  # older files do not say it
     missing = sorted(set(_record_names()) - set(record))
     if missing:
         raise ValueError(f"its metadata must also have {missing}.")

@@ -12,6 +12,7 @@ SETTINGS = {
     "codebook_fingerprint": "0" * 64,
     "f": 4,
     "scales": [1.0, 0.5],
+    "scale_from": "image",
     "crops": "whole",
     "resolution": None,
     "tile_size": None,
@@ -30,6 +31,7 @@ def test_card_describes_the_set_and_its_columns():
     assert DatasetCard(text).data.size_categories == ["n<1K"]
     assert "\n# tokens\n" in text
     assert "| `ids_1` | ids at scale 0.5, row by row |\n" in text
+    assert "| scales made from | the image |\n" in text
     assert "| `label` | as in the image set |\n" in text
     assert 'read_settings("org/tokens")' in text
     assert "`svqvae detokenize org/tokens --model org/name --output DIR`" in text

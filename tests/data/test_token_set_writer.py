@@ -52,9 +52,16 @@ def tiled_model(few_windows):
     return make_tiled()
 
 
-@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 1)])
-def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, batch_size, num_workers):
-    report = tokenize(tiled_model, photos, tmp_path / "out", batch_size=batch_size, num_workers=num_workers)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_size": 3, "num_workers": 1, "scale_from": "latents"}, {"scale_from": "image"}],
+    ids=["one by one", "in batches", "from the image"],
+)
+def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, options):
+    report = tokenize(tiled_model, photos, tmp_path / "out", **options)
+    scale_from = options.get("scale_from", "latents")
+    assert read_settings(tmp_path / "out").scale_from == scale_from
+    assert f"| scales made from | the {scale_from} |" in (tmp_path / "out" / "README.md").read_text()
     assert (report.images, report.rows, report.shards) == (7, 6, 4)
     rows = load(tmp_path / "out")
     assert rows["key"] == [f"{i}.png" for i in range(6)]
@@ -62,7 +69,7 @@ def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, b
     for row in rows:
         batch = processor(str(photos / row["key"]))
         assert (row["height"], row["width"]) == batch["image_sizes"][0]
-        for index, ids in enumerate(tiled_model.encode_tokens(batch["pixel_values"], SCALES)):
+        for index, ids in enumerate(tiled_model.encode_tokens(batch["pixel_values"], SCALES, scale_from)):
             assert row[f"ids_{index}"] == ids.flatten().tolist()
     assert not list(tmp_path.glob("out.partial*"))
 
@@ -183,7 +190,9 @@ def test_a_run_resumes_only_with_the_same_options(photos, tmp_path, monkeypatch)
         patch.setattr(PartialTokenSet, "write_shard", fail)
         with pytest.raises(OSError, match="disk full"):
             run()
-    for options, name in (({"scales": [1.0]}, "scales"), ({"shard_size": 3}, "shard_size")):
+    changes = ({"scales": [1.0]}, {"scale_from": "image"}, {"shard_size": 3})
+    for options in changes:
+        (name,) = options
         message = f"must resume with the same options, but in `.*out.partial` `{name}` was"
         with pytest.raises(ValueError, match=message):
             run(**options)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -10,6 +11,7 @@ from token_set_parts import SCALES, SIZES, load, make_other, make_tiled, save_ph
 
 from svqvae_hf.data import token_sets
 from svqvae_hf.data.token_sets import CROPS, TokenSettings, detokenize_set, make_crops, read_settings, row_tokens
+from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, encode_image
 
 
@@ -96,6 +98,19 @@ def test_another_codebook_raises(token_set, tmp_path):
     assert not (tmp_path / "images").exists()
 
 
+def test_older_sets_hold_scales_from_the_latents(token_set, tmp_path):
+    settings = json.loads((token_set / "svqvae_tokens.json").read_text())
+    del settings["scale_from"]
+    (tmp_path / "svqvae_tokens.json").write_text(json.dumps(settings))
+    assert read_settings(tmp_path).scale_from == "latents"
+
+
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_a_row_says_what_its_scales_are_made_from(token_set, scale_from):
+    settings = dataclasses.replace(read_settings(token_set), scale_from=scale_from)
+    assert row_tokens(load(token_set)[0], settings).scale_from == scale_from
+
+
 def test_reading_settings_of_something_else_raises(token_set, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="a token set must be a folder with svqvae_tokens.json"):
         read_settings(photos)
@@ -111,6 +126,7 @@ def test_reading_settings_of_something_else_raises(token_set, photos, tmp_path):
         ({"format_version": 2}, "must have format version 1"),
         ({"scales": [1e308]}, "`scales` of a token set is out of range"),
         ({"scales": "1"}, "`scales` of a token set is out of range"),
+        ({"scale_from": "pixels"}, "`scale_from` of a token set is out of range, got 'pixels'"),
         ({"codebook_size": 0}, "`codebook_size` of a token set is out of range"),
         ({"crops": ["whole"]}, "`crops` of a token set is out of range"),
         ({"overlap": None}, "`overlap` of a token set is out of range"),

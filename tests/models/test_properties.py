@@ -273,7 +273,7 @@ def test_token_files_of_junk_are_refused(tmp_path, data):
     assert str(path) in message
 
 
-SETTINGS = TokenSettings("org/name", (1.0, 0.5), 8, 300, FINGERPRINT, 256, 32, "centre", 64)
+SETTINGS = TokenSettings("org/name", (1.0, 0.5), 8, 300, FINGERPRINT, 256, 32, "centre", 64, "image")
 
 
 @examples(80)

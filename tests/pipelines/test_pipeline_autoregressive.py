@@ -1,5 +1,6 @@
 """The autoregressive pipeline with small random language models."""
 
+import dataclasses
 import json
 import math
 import re
@@ -30,6 +31,7 @@ from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
 
 SCALES = (0.25, 0.5, 1.0)
 LAYOUT = SequenceLayout(64, 4, 32, 16, SCALES, 3)
+PYRAMID = dataclasses.replace(LAYOUT, scale_from="image")
 ONE_SCALE = SequenceLayout(64, 4, 32, 16, (1.0,), 3)
 MODELS = [LlamaForCausalLM, GPT2LMHeadModel, Qwen2ForCausalLM, Qwen3ForCausalLM]
 
@@ -68,6 +70,7 @@ def make_pipeline(cls=LlamaForCausalLM, layout=LAYOUT, **config):
         height=layout.height,
         width=layout.width,
         scales=layout.scales,
+        scale_from=layout.scale_from,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -321,12 +324,12 @@ def test_the_callback_sees_each_row_and_each_whole_scale(pipeline):
 # Completing
 
 
-@pytest.mark.parametrize("layout", [ONE_SCALE, LAYOUT])
+@pytest.mark.parametrize("layout", [ONE_SCALE, LAYOUT, PYRAMID])
 def test_top_rows_are_kept_and_the_rows_below_follow_from_them(layout, photo):
     pipeline = make_pipeline(layout=layout)
     top = photo.resize((16, 32)).crop((0, 0, 16, 16))
     sample = SVQVAEImageProcessor()(top)["pixel_values"]
-    known = pipeline.vqvae.encode_tokens(sample, layout.scales)
+    known = pipeline.vqvae.encode_tokens(sample, layout.scales, layout.scale_from)
     ids = sample_ids(pipeline, [0, 1], image=top, temperature=0)
     assert all(
         torch.equal(grid[:, : rows.shape[1]], rows.expand(2, -1, -1)) for grid, rows in zip(ids, known, strict=True)

@@ -58,6 +58,7 @@ def parts(tmp_path_factory):
             folder / name,
             model_name="vqvae",
             scales=SCALES,
+            scale_from="image",
             **crops,
         )
     return folder
@@ -81,6 +82,7 @@ def test_sequences_are_the_ids_of_the_images_coarse_to_fine(parts):
     source = TokenSource(str(parts / "tokens"), "label")
     assert source.layout.scales == (0.5, 1.0)
     assert source.layout.num_classes == 2
+    assert source.layout.scale_from == "image"
     ids, labels = source.layout.decode(source.sequences(np.arange(IMAGES)))
     assert labels.tolist() == source.rows["label"][:].tolist()
     for column, grids in zip(("ids_1", "ids_0"), ids, strict=True):
@@ -236,6 +238,7 @@ def test_pushed_pipeline_loads_and_has_a_card(options, parts, tmp_path, monkeypa
     repository = tmp_path / "hub" / "org" / "dreams" / "main"
     pipeline = DiffusionPipeline.from_pretrained(repository)
     assert isinstance(pipeline, SVQVAEAutoregressivePipeline)
+    assert pipeline.layout.scale_from == "image"
     assert pipeline(class_labels=[1], output_type="np").images.shape == (1, CROP, CROP, 3)
     assert_no_private_path(parts, repository)
     card = (repository / "README.md").read_text()

@@ -39,6 +39,7 @@ class TokenSource:
             width=width,
             scales=tuple(self.settings.scales[index] for index in order),
             num_classes=0 if label_column is None else self._num_classes(label_column),
+            scale_from=self.settings.scale_from,
         )
 
     def sequences(self, indices: np.ndarray) -> torch.Tensor:
