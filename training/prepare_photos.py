@@ -24,7 +24,7 @@ from svqvae_hf.models.image_processing_svqvae import load_image
 
 SQUARE = 512  # pixels
 SHORT_SIDES = (512, 1024)  # pixels
-HELD_OUT = ("chelsea.png",)  # the photograph of the README
+HELD_OUT = ("chelsea.png", "perched-osprey.jpg")  # photographs of the README and of the docs
 VALIDATION_EVERY = 20  # photographs
 
 

@@ -49,7 +49,12 @@ def main(options: TrainOptions) -> None:
     vqvae = load_model(options).to(accelerator.device)
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
-    loader = images.loader([options.resolution, *options.crop_sizes], options.num_batches, options.seed)
+    loader = images.loader(
+        [options.resolution, *options.crop_sizes],
+        options.num_batches,
+        options.seed,
+        options.full_crops_from * options.gradient_accumulation_steps,
+    )
     validation_batches = load_validation_batches(options, pixel_range)
 
     # Losses

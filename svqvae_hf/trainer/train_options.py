@@ -1,5 +1,6 @@
 """Options of `train.py`."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,12 +38,18 @@ class TrainOptions(ImageOptions):
     crop_sizes: list[int] = option(
         [], "Smaller crop sides, which alternate with --resolution at equal pixels per step."
     )
+    full_crops_from: int = option(
+        0, "Step from which all crops have side --resolution; the crops before have only the smaller --crop_sizes."
+    )
     synthetic_fraction: float = option(
         0.0, "Fraction of the crops replaced by flat colours, gradients and edges, which photographs hold too few of."
     )
 
     # Objective: each loss has a weight and a first step.
     scales: list[float] = option([], "Scales of each step, instead of random ones; 1 must be among them.")
+    scale_probabilities: list[float] = option(
+        [], "Probability of each of --scales: a step then trains one of them, drawn at random, instead of all."
+    )
     num_scales: int = option(3, "Scales of a step: the full one and random smaller ones.")
     token_budget: float | None = option(
         None, "Maximum number of tokens of all scales, in units of the full scale's tokens; no limit by default."
@@ -96,10 +103,11 @@ class TrainOptions(ImageOptions):
         self.check_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
         self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
         self.check_positive("discriminator_learning_rate")
-        self.check_not_negative("lecam_weight", "dead_code_reset_steps")
+        self.check_not_negative("lecam_weight", "dead_code_reset_steps", "full_crops_from")
         self.check_fractions("synthetic_fraction")
         self._check_loss_weights()
         self._check_scales_and_crops()
+        self._check_scale_probabilities()
         self._check_codebook()
 
     @property
@@ -149,13 +157,19 @@ class TrainOptions(ImageOptions):
                 raise ValueError(
                     f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but {side} does not."
                 )
+        if self.full_crops_from and not all(side < self.resolution for side in self.crop_sizes or [self.resolution]):
+            raise ValueError(
+                "`--full_crops_from` needs smaller `--crop_sizes` for the steps before. Give at least one."
+            )
         for name, scales in (("scales", self.scales), ("validation_scales", self.validation_scales)):
             if not all(scale > 0 for scale in scales):
                 raise ValueError(f"`--{name}` must be more than 0, but are {scales}.")
         smallest = min([self.resolution, *self.crop_sizes])
+        if self.scale_probabilities:
+            smallest = int(smallest * min(self.scales, default=1))
         if self.adversarial_weight and smallest < MIN_SIDE:
             raise ValueError(
-                f"The discriminator needs crop sides of at least {MIN_SIDE} pixels, but one is {smallest}."
+                f"The discriminator needs images of at least {MIN_SIDE} pixels a side, but one has {smallest}."
             )
         if self.scales and 1 not in self.scales:
             raise ValueError(f"`--scales` must contain 1, but are {self.scales}.")
@@ -165,6 +179,20 @@ class TrainOptions(ImageOptions):
             raise ValueError(
                 f"`--token_budget` must be at least 1, the tokens of the full scale, but is {self.token_budget}."
             )
+
+    def _check_scale_probabilities(self) -> None:
+        probabilities = self.scale_probabilities
+        if not probabilities:
+            return
+        if len(probabilities) != len(self.scales):
+            raise ValueError(
+                f"`--scale_probabilities` must have one value for each of `--scales`, {len(self.scales)}, but has "
+                f"{len(probabilities)}."
+            )
+        if not all(0 <= each <= 1 for each in probabilities):
+            raise ValueError(f"`--scale_probabilities` must lie in [0, 1], but are {probabilities}.")
+        if not math.isclose(sum(probabilities), 1):
+            raise ValueError(f"`--scale_probabilities` must sum to 1, but their sum is {sum(probabilities):.4g}.")
 
     def _check_codebook(self) -> None:
         for step in self.kmeans_steps:

@@ -152,6 +152,22 @@ def test_batches_have_one_side_on_all_processes_and_equal_pixels(sets):
     assert set(sides[0]) == {16, 8, 4}
 
 
+def test_crops_grow_at_the_same_batch_after_a_resume(sets):
+    images = open_set(sets["folder", "whole"], "folder")
+    growing = policy(sides=(16, 8, 4), growth_batch=7)
+    loader = crop_loader(images, growing)
+    sides, state = [], {}
+    for batch in loader:
+        sides.append(batch.sample.shape[-1])
+        if len(sides) == 5:
+            state = loader.state_dict()
+    assert set(sides[:7]) == {8, 4}
+    assert set(sides[7:]) == {16}
+    resumed = crop_loader(images, growing)
+    resumed.load_state_dict(state)
+    assert [batch.sample.shape[-1] for batch in resumed] == sides[5:]
+
+
 def test_two_processes_cut_what_one_would(sets):
     images = open_set(sets["folder", "whole"], "folder")
     options = {"random_flip": True, "resize_range": (0.5, 2)}

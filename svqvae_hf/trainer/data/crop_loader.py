@@ -154,7 +154,7 @@ class CropLoader:
         """Yields the jobs for the workers, and queues what the main process needs when a batch comes back."""
         reader = self._reader()
         for batch in range(self.batch, self.num_batches):
-            side = int(np.random.default_rng((SIDE, self.seed, batch)).choice(self.policy.sides))
+            side = int(np.random.default_rng((SIDE, self.seed, batch)).choice(self.policy.sides_of(batch)))
             count = self.policy.batch_size * (max(self.policy.sides) // side) ** 2
             items: list[Item] = [reader.next() for _ in range(count)]
             numbers = range(self.process_index, count * self.num_processes, self.num_processes)

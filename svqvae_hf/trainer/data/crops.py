@@ -25,6 +25,8 @@ SYNTHETIC = 4  # first word of the seeds of synthetic crops; crop_loader.py and 
 class CropPolicy:
     """How crops are cut. All crops of a batch have one side, drawn at random for each batch.
 
+    Crops may grow: the first batches have all sides but the largest, the others only the largest.
+
     Args:
         sides (`Sequence[int]`): Sides in pixels; the largest is a multiple of each.
         batch_size (`int`): Crops of the largest side per batch of one process. A batch of a smaller side has as many
@@ -34,6 +36,7 @@ class CropPolicy:
         resize_range (`tuple[float, float]`): Range of the random factor by which an image is resized before it is
             cropped. An image that would not hold the crop then is shrunk less, or enlarged.
         synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that [`synthetic_crop`] replaces.
+        growth_batch (`int`, defaults to 0): First batch of the largest side only; 0: sides are mixed throughout.
     """
 
     sides: Sequence[int]
@@ -42,6 +45,14 @@ class CropPolicy:
     random_flip: bool
     resize_range: tuple[float, float]
     synthetic_fraction: float = 0.0
+    growth_batch: int = 0
+
+    def sides_of(self, batch: int) -> list[int]:
+        """Sides among which that of a batch is drawn."""
+        largest = max(self.sides)
+        if not self.growth_batch:
+            return list(self.sides)
+        return [largest] if batch >= self.growth_batch else [side for side in self.sides if side < largest]
 
 
 class Crop(NamedTuple):

@@ -57,8 +57,8 @@ class ImageSource:
         self.num_read = self.num_unreadable = 0
         self.unreadable: set[str] = set()
 
-    def loader(self, sides: list[int], num_batches: int, seed: int) -> CropLoader:
-        """Makes a loader of this process's crops; their sides alternate, and the seed decides which crops they are."""
+    def loader(self, sides: list[int], num_batches: int, seed: int, growth_batch: int = 0) -> CropLoader:
+        """Makes a loader of this process's crops, cut as [`CropPolicy`] says; the seed decides which they are."""
         options = self.options
         policy = CropPolicy(
             sides=sides,
@@ -67,6 +67,7 @@ class ImageSource:
             random_flip=options.random_flip,
             resize_range=(options.resize_range[0], options.resize_range[1]),
             synthetic_fraction=self.synthetic_fraction,
+            growth_batch=growth_batch,
         )
         return CropLoader(
             self.images,

@@ -68,14 +68,17 @@ class MultiScaleForward(nn.Module):
 
 
 def step_scales(options: TrainOptions, latent_side: int, step: int) -> list[float]:
-    """Scales of a step, the full one last: the fixed ones, or random latent sides beside the full one.
+    """Scales of a step, from the smallest to the largest: the fixed ones, one of them, or random latent sides.
 
-    Random sides follow FlexVAR (arXiv 2502.20313, section 3.3). The largest are dropped until all scales
-    together have at most `token_budget` times the tokens of the full one.
+    With `scale_probabilities` the step has one of the fixed scales. Without fixed scales it has the full scale and
+    random smaller ones, which follow FlexVAR (arXiv 2502.20313, section 3.3). The largest are dropped until all
+    scales together have at most `token_budget` times the tokens of the full one.
     """
+    rng = np.random.default_rng((options.seed, step))
+    if options.scale_probabilities:
+        return [rng.choice(options.scales, p=options.scale_probabilities).item()]
     if options.scales:
         return sorted(options.scales)
-    rng = np.random.default_rng((options.seed, step))
     count = min(options.num_scales - 1, latent_side - 1)
     sides = sorted(rng.choice(np.arange(1, latent_side), size=count, replace=False).tolist())
     if options.token_budget is not None:
