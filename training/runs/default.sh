@@ -12,10 +12,10 @@ cid22=$1 work=$2
 accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py \
     --output_dir "$work/default" --model_config_name_or_path training/runs/default_config.json --start linear \
     --train_data_dir "$work/photos/train" --synthetic_fraction 0.04 --dataloader_num_workers 0 \
-    --resolution 128 --train_batch_size 2 --crop_sizes 64 --full_crops_from 17500 \
+    --resolution 128 --train_batch_size 2 --crop_sizes 64 --full_crops_from 21500 \
     --scales 0.25 0.5 1 2 --scale_probabilities 0.1 0.12 0.76 0.02 \
-    --kmeans_steps 1 8400 --kmeans_batches 300 --dead_code_reset_steps 300 \
-    --max_train_steps 21000 --learning_rate 6e-4 --lr_warmup_steps 150 --adam_weight_decay 0 \
+    --kmeans_steps 1 10400 --kmeans_batches 300 --dead_code_reset_steps 300 \
+    --max_train_steps 26000 --learning_rate 6e-4 --lr_warmup_steps 150 --adam_weight_decay 0 \
     --use_ema --ema_decay 0.999 --mixed_precision bf16 \
     --validation_data_dir "$work/photos/validation" --num_validation_images 36 --validation_steps 1000 \
     --checkpointing_steps 1000 --checkpoints_total_limit 2 --resume_from_checkpoint latest
