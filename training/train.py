@@ -1,6 +1,7 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,15 +12,17 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.models.modeling_svqvae import resize_latents
 from svqvae_hf.models.quantizer import flatten_latents
+from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective, Pair
-from svqvae_hf.trainer.network.codebook import DeadCodeReset, forget_codes, initialise_codebook
+from svqvae_hf.trainer.network.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
 from svqvae_hf.trainer.network.linear_start import start_linear
-from svqvae_hf.trainer.network.model import MultiScaleForward, load_model, step_scales, whiten_latents
+from svqvae_hf.trainer.network.model import MultiScaleForward, Reconstructions, load_model, step_scales, whiten_latents
 from svqvae_hf.trainer.optimization import (
     SHARDED,
     clip_and_step,
@@ -49,12 +52,7 @@ def main(options: TrainOptions) -> None:
     vqvae = load_model(options).to(accelerator.device)
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
-    loader = images.loader(
-        [options.resolution, *options.crop_sizes],
-        options.num_batches,
-        options.seed,
-        options.full_crops_from * options.gradient_accumulation_steps,
-    )
+    loader = make_loader(options, images)
     validation_batches = load_validation_batches(options, pixel_range)
 
     # Losses
@@ -70,6 +68,7 @@ def main(options: TrainOptions) -> None:
         lecam_weight=options.lecam_weight,
         mean=partial(accelerator.reduce, reduction="mean"),
     )
+    codebook_average = CodebookAverage(vqvae.quantize, options.codebook_decay).to(vqvae.device)
     dead_codes = DeadCodeReset(codebook_size).to(vqvae.device)
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
@@ -83,6 +82,7 @@ def main(options: TrainOptions) -> None:
     models = [model]
     ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
     states: dict[str, Stateful] = {
+        "codebook_average": codebook_average,
         "dead_codes": dead_codes,
         "uniformity": objective.uniformity,
         "lecam": objective.lecam,
@@ -103,7 +103,7 @@ def main(options: TrainOptions) -> None:
         adversarial = objective.weights.adversarial.at(step) > 0
         vqvae.quantize.entropy_loss_ratio = float(objective.weights.entropy.at(step) > 0)
         if step in options.kmeans_steps:
-            set_codebook_by_kmeans(run, vqvae, optimizer, images)
+            set_codebook_by_kmeans(run, vqvae, optimizer, codebook_average, images)
 
         for batch in batches:
             with accelerator.accumulate(*models):
@@ -138,14 +138,9 @@ def main(options: TrainOptions) -> None:
                             options.max_grad_norm,
                         )
 
-                # Dead codes
-                if options.dead_code_reset_steps and quantize:
-                    counts = sum(count_codes(ids, codebook_size) for ids in output.ids)
-                    dead_codes.observe(accelerator.reduce(counts, "sum"))
-                    if accelerator.sync_gradients and (step + 1) % options.dead_code_reset_steps == 0:
-                        numbers["reset_codes"] = reset_dead_codes(
-                            run, vqvae, optimizer, dead_codes, output.latents, step
-                        )
+                # Codes, outside gradient descent
+                if quantize:
+                    numbers |= move_codes(run, vqvae, optimizer, codebook_average, dead_codes, output, scales, step)
                 run.add(numbers | {"loss": loss}, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
                 statistics.add(scales, pairs, output.ids)
 
@@ -167,6 +162,13 @@ def main(options: TrainOptions) -> None:
     accelerator.end_training()
 
 
+def make_loader(options: TrainOptions, images: ImageSource) -> CropLoader:
+    """Makes the loader of the crops, whose sides alternate or grow."""
+    sides = [options.resolution, *options.crop_sizes]
+    growth_batch = options.full_crops_from * options.gradient_accumulation_steps
+    return images.loader(sides, options.num_batches, options.seed, growth_batch)
+
+
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
     """Sets the weights with which a new model starts, from some crops, alike on all processes."""
     crops = images.fresh_crops(START_BATCHES)
@@ -179,7 +181,11 @@ def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -
 
 
 def set_codebook_by_kmeans(
-    run: Run[TrainOptions], vqvae: SVQVAE, optimizer: torch.optim.Optimizer, images: ImageSource
+    run: Run[TrainOptions],
+    vqvae: SVQVAE,
+    optimizer: torch.optim.Optimizer,
+    codebook_average: CodebookAverage,
+    images: ImageSource,
 ) -> None:
     """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
     latents = []
@@ -191,22 +197,37 @@ def set_codebook_by_kmeans(
     initialise_codebook(vqvae.quantize, run.accelerator.gather(torch.cat(latents)), run.options.seed)
     codes = vqvae.quantize.embedding.weight
     broadcast(codes.data)  # sums of floats may differ in their last bits between processes
-    forget_codes(vqvae, codes, torch.arange(len(codes), device=codes.device), optimizer, run.ema)
+    every_code = torch.arange(len(codes), device=codes.device)
+    codebook_average.restart(vqvae.quantize, every_code)
+    forget_codes(vqvae, codes, every_code, optimizer, run.ema)
 
 
-def reset_dead_codes(
+def move_codes(
     run: Run[TrainOptions],
     vqvae: SVQVAE,
     optimizer: torch.optim.Optimizer,
+    codebook_average: CodebookAverage,
     dead_codes: DeadCodeReset,
-    latents: torch.Tensor,
+    output: Reconstructions,
+    scales: Sequence[float],
     step: int,
-) -> torch.Tensor:
-    """Replaces dead codes by latents of all processes, and returns their number."""
-    gathered = run.accelerator.gather(flatten_latents(latents.detach().float()))
-    replaced = dead_codes.reset(vqvae.quantize, gathered, run.options.seed, step)
-    forget_codes(vqvae, vqvae.quantize.embedding.weight, replaced, optimizer, run.ema)
-    return torch.tensor(float(len(replaced)), device=run.accelerator.device)
+) -> dict[str, torch.Tensor]:
+    """Moves the codes to the average of their latents, and replaces dead codes by latents, if asked for."""
+    options, accelerator, quantizer = run.options, run.accelerator, vqvae.quantize
+    ids = torch.cat(output.ids)
+    if options.codebook_decay:
+        latents = [flatten_latents(resize_latents(output.latents.detach(), scale)) for scale in scales]
+        codebook_average.update(quantizer, torch.cat(latents), ids, partial(accelerator.reduce, reduction="mean"))
+    if not options.dead_code_reset_steps:
+        return {}
+    dead_codes.observe(accelerator.reduce(count_codes(ids, quantizer.size), "sum"))
+    if not accelerator.sync_gradients or (step + 1) % options.dead_code_reset_steps:
+        return {}
+    gathered = accelerator.gather(flatten_latents(output.latents.detach().float()))
+    replaced = dead_codes.reset(quantizer, gathered, options.seed, step)
+    codebook_average.restart(quantizer, replaced)
+    forget_codes(vqvae, quantizer.embedding.weight, replaced, optimizer, run.ema)
+    return {"reset_codes": torch.tensor(float(len(replaced)), device=accelerator.device)}
 
 
 def gradient_norms(run: Run[TrainOptions], vqvae: SVQVAE) -> dict[str, torch.Tensor]:

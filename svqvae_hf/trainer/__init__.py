@@ -8,7 +8,7 @@ reuse any part:
   [`PipelineOptions`], [`TrainOptions`], [`read_options`];
 - optimization: [`make_optimizer`], [`clip_and_step`];
 - the model: [`load_model`], [`start_linear`], [`whiten_latents`], [`MultiScaleForward`], and its codebook:
-  [`initialise_codebook`], [`DeadCodeReset`], [`forget_codes`];
+  [`initialise_codebook`], [`CodebookAverage`], [`DeadCodeReset`], [`forget_codes`];
 - losses: [`Objective`] with its [`LossWeights`], or its parts [`PatchDiscriminator`], [`LeCAM`], [`UniformityLoss`];
 - data: [`ImageSource`] or the [`CropLoader`] under it, [`TokenSource`] and [`SequenceLoader`];
 - the log: [`ScaleStatistics`], [`image_grid`], [`log_image`].
@@ -30,7 +30,7 @@ from svqvae_hf.trainer.losses.moving_average import MovingAverage
 from svqvae_hf.trainer.losses.objective import Objective, Pair, make_pairs
 from svqvae_hf.trainer.losses.uniformity import UniformityLoss
 from svqvae_hf.trainer.losses.weights import LossWeight, LossWeights
-from svqvae_hf.trainer.network.codebook import DeadCodeReset, forget_codes, initialise_codebook
+from svqvae_hf.trainer.network.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
 from svqvae_hf.trainer.network.linear_start import start_linear
 from svqvae_hf.trainer.network.model import (
     MultiScaleForward,
@@ -51,6 +51,7 @@ __all__ = [
     "CropBatch",
     "CropLoader",
     "CropPolicy",
+    "CodebookAverage",
     "DeadCodeReset",
     "ImageOptions",
     "ImageSource",

@@ -18,7 +18,7 @@ class TrainOptions(ImageOptions):
     """
 
     needs_whole_weights: ClassVar[tuple[str, ...]] = (
-        *("kmeans_steps", "dead_code_reset_steps", "use_ema", "adversarial_weight"),
+        *("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "use_ema", "adversarial_weight"),
     )
 
     # Model
@@ -85,6 +85,9 @@ class TrainOptions(ImageOptions):
         [], "Steps at which k-means of latents sets the codebook; a new model does not quantise before the first."
     )
     kmeans_batches: int = option(64, "Batches of each process whose latents k-means uses.")
+    codebook_decay: float = option(
+        0.0, "Decay of the moving average of latents that moves the codes; 0: the gradient of the codebook loss does."
+    )
     dead_code_reset_steps: int = option(0, "Steps between replacements of dead codes by random latents; 0: never.")
 
     # Optimisation
@@ -104,7 +107,7 @@ class TrainOptions(ImageOptions):
         self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
         self.check_positive("discriminator_learning_rate")
         self.check_not_negative("lecam_weight", "dead_code_reset_steps", "full_crops_from")
-        self.check_fractions("synthetic_fraction")
+        self.check_fractions("synthetic_fraction", "codebook_decay")
         self._check_loss_weights()
         self._check_scales_and_crops()
         self._check_scale_probabilities()
@@ -201,7 +204,7 @@ class TrainOptions(ImageOptions):
                     f"`--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, but one "
                     f"is {step}."
                 )
-        for name in ("kmeans_steps", "dead_code_reset_steps"):
+        for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps"):
             if getattr(self, name) and (self.freeze_codebook or self.train == "decoder"):
                 raise ValueError(
                     f"`--{name}` changes the codebook, but `--freeze_codebook` or `--train decoder` keeps it. Leave "

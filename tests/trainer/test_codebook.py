@@ -5,7 +5,13 @@ from conftest import make_tiny
 from diffusers.training_utils import EMAModel
 
 from svqvae_hf.models.quantizer import VectorQuantizer
-from svqvae_hf.trainer.network.codebook import DeadCodeReset, copy_codes_to_ema, initialise_codebook, reset_code_state
+from svqvae_hf.trainer.network.codebook import (
+    CodebookAverage,
+    DeadCodeReset,
+    copy_codes_to_ema,
+    initialise_codebook,
+    reset_code_state,
+)
 
 SIZE, DIM = 64, 8
 
@@ -49,6 +55,60 @@ def test_kmeans_finds_planted_centres(l2_norm):
     initialise_codebook(other, latents, seed=1)
     assert torch.equal(again.embedding.weight, codes)
     assert not torch.equal(other.embedding.weight, codes)
+
+
+# Moving average
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_codes_move_to_the_mean_of_their_latents(l2_norm):
+    quantizer = make_quantizer(l2_norm)
+    average = CodebookAverage(quantizer, decay=0.9)
+    average.restart(quantizer, torch.arange(SIZE))
+    before = quantizer.embedding.lookup(torch.arange(SIZE))
+    torch.manual_seed(1)
+    centres = torch.randn(4, DIM)
+    latents = centres.repeat(100, 1) + 0.01 * torch.randn(400, DIM)
+    ids = torch.arange(4).repeat(100)
+    for _ in range(200):
+        average.update(quantizer, latents, ids)
+    codes = quantizer.embedding.lookup(torch.arange(SIZE))
+    means = F.normalize(latents, dim=-1) if l2_norm else latents
+    means = torch.stack([means[ids == code].mean(0) for code in range(4)])
+    torch.testing.assert_close(codes[:4], F.normalize(means, dim=-1) if l2_norm else means, atol=1e-4, rtol=0)
+    torch.testing.assert_close(codes[4:], before[4:])  # a code without latents stays
+
+
+def test_the_average_of_two_processes_is_that_of_their_joined_batches():
+    torch.manual_seed(1)
+    latents, ids = torch.randn(2, 50, DIM), torch.randint(SIZE, (2, 50))
+    whole, halves = make_quantizer(), make_quantizer()
+    CodebookAverage(whole, decay=0.9).update(whole, latents.flatten(0, 1), ids.flatten())
+
+    other = CodebookAverage(halves, decay=0.9)
+    seen = []
+    for half in range(2):  # what each process would add
+        alone = make_quantizer()
+        average = CodebookAverage(alone, decay=0.0)
+        average.update(alone, latents[half], ids[half])
+        seen.append((average.weights, average.sums))
+    means = [torch.stack(each).mean(0) for each in zip(*seen, strict=True)]
+    other.update(halves, latents[0], ids[0], lambda value: means[0] if value.ndim == 1 else means[1])
+    torch.testing.assert_close(halves.embedding.weight, whole.embedding.weight)
+
+
+def test_a_replaced_code_starts_its_average_anew():
+    quantizer = make_quantizer()
+    average = CodebookAverage(quantizer, decay=0.5)
+    torch.manual_seed(1)
+    for _ in range(50):
+        average.update(quantizer, torch.randn(20, DIM), torch.zeros(20, dtype=torch.int64))
+    with torch.no_grad():
+        quantizer.embedding.weight[:2] = F.normalize(torch.randn(2, DIM), dim=-1)
+    average.restart(quantizer, torch.arange(2))
+    expected = quantizer.embedding.weight[:2].clone()
+    average.update(quantizer, torch.randn(1, DIM), torch.tensor([5]))
+    torch.testing.assert_close(quantizer.embedding.weight[:2], expected)
 
 
 def test_kmeans_leaves_out_latents_that_are_not_finite():

@@ -92,6 +92,7 @@ def test_wrong_values_of_flags_are_refused(flag, capsys):
         ({"kmeans_steps": [100_000]}, "but one is 100000"),
         ({"kmeans_steps": [5], "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
         ({"dead_code_reset_steps": 5, "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
+        ({"codebook_decay": 0.9, "freeze_codebook": True}, "`--codebook_decay` changes the codebook, but"),
         ({"adversarial_weight": 1.0, "crop_sizes": [16]}, "at least 24 pixels a side, but one has 16"),
         ({"full_crops_from": 5}, "needs smaller `--crop_sizes` for the steps before"),
         ({"full_crops_from": -5}, "must not be negative, but is -5"),

@@ -158,6 +158,7 @@ def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "max_train_steps": 8, "train_batch_size": 1}
     options |= {"train_data_dir": None, "dataset_name": "webdataset", "data_files": [str(inputs / "shard-*.tar")]}
     options |= {"streaming": True, "image_column": "png", "shuffle_buffer": 2, "checkpointing_steps": 2}
+    options |= {"codebook_decay": 0.9, "full_crops_from": 3, "scales": [1, 2], "scale_probabilities": [0.5, 0.5]}
     whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     stopped = start(broken)
     log = wait_for_step(stopped, 2)
@@ -285,7 +286,7 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
     options = EVERYTHING | {"lpips_weight": 0.0, "adversarial_start": 1, "kmeans_steps": [1]}
     options |= {"max_train_steps": 6, "checkpointing_steps": 3, "output_dir": str(tmp_path / "out")}
     options |= {"model_config_name_or_path": str(inputs / "model" / "config.json"), "dataloader_num_workers": 0}
-    options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1}
+    options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1, "codebook_decay": 0.9}
     torch.manual_seed(3)
     sample = torch.rand(4, 3, 48, 48)
     with socket.socket() as server:

@@ -1,4 +1,6 @@
-"""Codebook outside gradient descent: k-means of latents, and replacement of dead codes."""
+"""Codebook outside gradient descent: k-means of latents, their moving average, and replacement of dead codes."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from svqvae_hf.models.quantizer import VectorQuantizer
 
 KMEANS_ITERATIONS = 20
+FORGOTTEN = 1e-6  # weight below which an average holds no latent any more
 
 
 @torch.no_grad()
@@ -47,6 +50,64 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
         sums = torch.zeros_like(codes).index_add_(0, ids, latents)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), draw(size))
         codes.copy_(F.normalize(centres, dim=-1) if quantizer.l2_norm else centres)
+
+
+class CodebookAverage(nn.Module):
+    """Moves each code to the moving average of its latents, instead of by the gradient of the codebook loss.
+
+    Source: VQ-VAE (arXiv 1711.00937, appendix A.1).
+
+    Args:
+        quantizer ([`VectorQuantizer`]): Quantizer whose codes move.
+        decay (`float`): Decay of the average per update.
+    """
+
+    weights: torch.Tensor
+    sums: torch.Tensor
+
+    def __init__(self, quantizer: VectorQuantizer, decay: float):
+        super().__init__()
+        self.decay = decay
+        every_code = torch.arange(quantizer.size, device=quantizer.embedding.weight.device)
+        self.register_buffer("weights", torch.ones(quantizer.size))  # 1: used as often as the mean code
+        self.register_buffer("sums", quantizer.embedding.lookup(every_code).detach())
+
+    @torch.no_grad()
+    def restart(self, quantizer: VectorQuantizer, replaced: torch.Tensor) -> None:
+        """Starts the averages of replaced codes anew, at the codes and with the weight of a mean code.
+
+        Args:
+            quantizer ([`VectorQuantizer`]): Quantizer that holds the codes.
+            replaced (`torch.Tensor`): Ids of the replaced codes.
+        """
+        self.weights[replaced] = 1
+        self.sums[replaced] = quantizer.embedding.lookup(replaced)
+
+    @torch.no_grad()
+    def update(
+        self,
+        quantizer: VectorQuantizer,
+        latents: torch.Tensor,
+        ids: torch.Tensor,
+        mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    ) -> None:
+        """Adds the latents of a batch to the averages, and moves the codes there.
+
+        Args:
+            quantizer ([`VectorQuantizer`]): Quantizer whose codes move.
+            latents (`torch.Tensor` of shape `(n, codebook_embed_dim)`): Latents before quantisation.
+            ids (`torch.Tensor` of shape `(n,)`): Ids of their codes.
+            mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
+        """
+        latents = F.normalize(latents.float(), dim=-1) if quantizer.l2_norm else latents.float()
+        share = torch.full((len(ids),), quantizer.size / len(ids), device=ids.device)
+        weights = mean(torch.zeros_like(self.weights).index_add_(0, ids, share))
+        sums = mean(torch.zeros_like(self.sums).index_add_(0, ids, latents * share[:, None]))
+        self.weights.lerp_(weights, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        known = self.weights > FORGOTTEN
+        centres = self.sums[known] / self.weights[known, None]
+        quantizer.embedding.weight[known] = F.normalize(centres, dim=-1) if quantizer.l2_norm else centres
 
 
 class DeadCodeReset(nn.Module):

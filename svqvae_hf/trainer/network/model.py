@@ -131,10 +131,10 @@ def _check_fit(options: TrainOptions, vqvae: SVQVAE) -> None:
 
 
 def frozen_parts(options: TrainOptions, vqvae: SVQVAE) -> list[nn.Module]:
-    """Parts of the model that keep their weights."""
+    """Parts of the model that the optimizer leaves as they are."""
     if options.train == "decoder":
         return [vqvae.encoder, vqvae.quant_conv, vqvae.quantize]
-    return [vqvae.quantize] if options.freeze_codebook else []
+    return [vqvae.quantize] if options.freeze_codebook or options.codebook_decay else []
 
 
 def initialise(vqvae: SVQVAE) -> None:
