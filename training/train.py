@@ -1,5 +1,6 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -33,11 +34,12 @@ from svqvae_hf.trainer.optimization import (
 )
 from svqvae_hf.trainer.options import is_hub_id, public_name, read_options
 from svqvae_hf.trainer.run import Run, Stateful, one_line_errors
-from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image
+from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, kmeans_floor, log_image
 from svqvae_hf.trainer.train_options import TrainOptions
 
 SHOWN_IMAGES = 4
 START_BATCHES = 16
+FLOOR_BLOCKS_PER_CODE = 16  # of the crops that k-means is fitted on
 CONVOLUTION_NDIM = 4  # only weights of convolutions decay, so no code does
 
 logger = get_logger(__name__, log_level="INFO")
@@ -54,6 +56,7 @@ def main(options: TrainOptions) -> None:
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
     loader = make_loader(options, images)
     validation_batches = load_validation_batches(options, pixel_range)
+    floor = measure_floor(run, vqvae, images, validation_batches) if options.validation_floor else {}
 
     # Losses
     lpips = load_lpips(options.lpips_net, options.lpips_weights).to(vqvae.device) if options.lpips_weight else None
@@ -150,9 +153,9 @@ def main(options: TrainOptions) -> None:
                 scale_numbers["mean_cosine"] = objective.uniformity.mean_cosine.item()
             run.log_training(step, scale_numbers)
         if run.validates_after(step):
-            validate(run, vqvae, model, objective, validation_batches, step + 1)
+            validate(run, vqvae, model, objective, validation_batches, floor, step + 1)
 
-    validation = validate(run, vqvae, model, objective, validation_batches, options.max_train_steps)
+    validation = validate(run, vqvae, model, objective, validation_batches, floor, options.max_train_steps)
     if options.train == "decoder":
         with run.evaluating():
             check_ids(ids_before, encode_ids(vqvae, validation_batches, options))
@@ -251,12 +254,24 @@ def load_validation_batches(options: TrainOptions, pixel_range: tuple[float, flo
     return list(crops.split(options.train_batch_size))
 
 
+def measure_floor(
+    run: Run[TrainOptions], vqvae: SVQVAE, images: ImageSource, batches: list[torch.Tensor]
+) -> dict[str, float]:
+    """Fits k-means of blocks on crops of all processes, and measures it on the validation images."""
+    codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
+    crops_needed = FLOOR_BLOCKS_PER_CODE * codebook_size / (run.options.resolution // vqvae.f) ** 2
+    crops_per_batch = run.options.train_batch_size * run.accelerator.num_processes
+    crops = torch.cat([*images.fresh_crops(math.ceil(crops_needed / crops_per_batch))])
+    return kmeans_floor(run.accelerator.gather(crops), batches, vqvae.f, codebook_size, pixel_range)
+
+
 def validate(
     run: Run[TrainOptions],
     vqvae: SVQVAE,
     model: torch.nn.Module,
     objective: Objective,
     batches: list[torch.Tensor],
+    floor: dict[str, float],
     steps_done: int,
 ) -> dict[str, float]:
     """Logs statistics of each scale and a picture. All processes compute, because sharded models need all of them."""
@@ -272,7 +287,7 @@ def validate(
             pairs = [pair.clamped() for pair in objective.pairs(sample, output)]
             statistics.add(options.validation_scales, pairs, output.ids)
             shown = shown or [pair.first(SHOWN_IMAGES) for pair in pairs]
-    numbers = statistics.summary(accelerator.reduce)
+    numbers = statistics.summary(accelerator.reduce) | floor
     run.log(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
     if accelerator.is_main_process:
         log_image(accelerator, image_grid(shown), run.output_dir / "samples", steps_done)

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from svqvae_hf.atomic_io import save_png
+from svqvae_hf.evaluation.baselines.blocks import KMeans, take_blocks
 from svqvae_hf.evaluation.metrics import count_codes, perplexity, psnr, usage
 from svqvae_hf.trainer.losses.objective import Pair
 
@@ -64,6 +65,33 @@ class ScaleStatistics:
         self._psnr.clear()
         self._counts.clear()
         return numbers
+
+
+def kmeans_floor(
+    crops: torch.Tensor, batches: Sequence[torch.Tensor], side: int, codebook_size: int, pixel_range: Sequence[float]
+) -> dict[str, float]:
+    """PSNR of k-means of blocks at scale 1, at the bits of a model with blocks of f x f pixels and this codebook.
+
+    On a CPU, equal crops give equal numbers.
+
+    Args:
+        crops (`torch.Tensor` of shape `(n, 3, height, width)`): Crops of all processes to fit it on, with at least as
+            many blocks as codes.
+        batches (`Sequence[torch.Tensor]`): Validation images `(batch, 3, height, width)`.
+        side (`int`): f of the model.
+        codebook_size (`int`): Number of codes.
+        pixel_range (`Sequence[float]`): Values of black and white.
+
+    Returns:
+        `dict[str, float]`: `kmeans_psnr` in dB, mean over the images.
+    """
+    kmeans = KMeans.fit(take_blocks(crops, side), codebook_size)
+    low, high = pixel_range
+    values = []
+    for batch in batches:
+        sample = batch.to(crops.device)
+        values.append(psnr(kmeans.reconstruct(sample).clamp(low, high), sample, data_range=high - low))
+    return {"kmeans_psnr": torch.cat(values).mean().item()}
 
 
 class Means:

@@ -98,6 +98,10 @@ class TrainOptions(ImageOptions):
     # Validation
     validation_data_dir: str | None = option(None, "Folder of images that are not trained on.")
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
+    validation_floor: bool = option(
+        False,
+        "Log the PSNR of k-means of blocks at the model's bits, fitted on some crops: a model should be above it.",
+    )
     num_validation_images: int = option(16, "Maximum number of images of a validation; each gives its centre crop.")
 
     def __post_init__(self) -> None:
@@ -112,6 +116,10 @@ class TrainOptions(ImageOptions):
         self._check_scales_and_crops()
         self._check_scale_probabilities()
         self._check_codebook()
+        if self.validation_floor and self.validation_data_dir is None:
+            raise ValueError(
+                "`--validation_floor` is measured on validation images, so it needs `--validation_data_dir`."
+            )
 
     @property
     def loss_weights(self) -> LossWeights:

@@ -104,6 +104,7 @@ def test_wrong_values_of_flags_are_refused(flag, capsys):
             "at least 24 pixels a side, but one has 16",
         ),
         ({"train": "decoder"}, "so it needs `--pretrained_model_name_or_path`"),
+        ({"validation_floor": True}, "measured on validation images, so it needs `--validation_data_dir`"),
         ({"train_data_dir": None}, "Exactly one of `--dataset_name` and `--train_data_dir`"),
         ({"pretrained_model_name_or_path": "x"}, "Exactly one of `--model_config_name_or_path`"),
     ],

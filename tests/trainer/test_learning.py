@@ -1,0 +1,67 @@
+"""A model trained from scratch is above k-means of blocks at the same bits, on photographs that neither has seen."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import skimage.data
+import train
+import training_runs
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from PIL import Image
+from training_runs import logged
+
+from svqvae_hf.trainer.train_options import TrainOptions
+
+PHOTOS = Path(skimage.data.__file__).parent
+TRAINED, HELD_OUT = ("coffee.png", "rocket.jpg", "motorcycle_left.png"), ("astronaut.png", "chelsea.png")
+SIDE = 64
+# The bundled model's config with blocks of 4 x 4 pixels and 512 codes: with f = 8 it needs some minutes more.
+CONFIG = {"norm_num_groups": 1, "encoder_ch_mult": [1, 2, 4], "decoder_ch_mult": [1, 2, 4], "codebook_size": 512}
+OPTIONS = {
+    **{"start": "linear", "resolution": SIDE, "train_batch_size": 8, "scales": [1.0]},
+    **{"max_train_steps": 90, "learning_rate": 4e-4, "lr_warmup_steps": 10, "adam_weight_decay": 0.0},
+    **{"kmeans_steps": [1, 50], "kmeans_batches": 8, "use_ema": True, "ema_decay": 0.95, "mixed_precision": "bf16"},
+    **{
+        "validation_scales": [1.0],
+        "num_validation_images": 100,
+        "validation_floor": True,
+        "dataloader_num_workers": 0,
+    },
+}
+
+pytestmark = pytest.mark.usefixtures("one_accelerator")
+run = partial(training_runs.run, train.main, TrainOptions)
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Options of a new model on three photographs, validated on two others in pieces."""
+    for name in ("trained", "held_out"):
+        (tmp_path / name).mkdir()
+    for name in TRAINED:
+        (tmp_path / "trained" / name).symlink_to(PHOTOS / name)
+    for name in HELD_OUT:
+        with Image.open(PHOTOS / name) as photo:
+            for top in range(0, photo.height - SIDE + 1, SIDE):
+                for left in range(0, photo.width - SIDE + 1, SIDE):
+                    piece = photo.convert("RGB").crop((left, top, left + SIDE, top + SIDE))
+                    piece.save(tmp_path / "held_out" / f"{name}-{top}-{left}.png")
+    config = json.loads((ROOT / "training" / "runs" / "default_config.json").read_text()) | CONFIG
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return OPTIONS | {
+        "model_config_name_or_path": str(tmp_path / "config.json"),
+        "train_data_dir": str(tmp_path / "trained"),
+        "validation_data_dir": str(tmp_path / "held_out"),
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def test_half_a_minute_of_training_beats_kmeans_of_blocks(options, caplog):
+    run(**options)  # slow, because only training can show it
+    model, kmeans = (logged(caplog, f"validation/{name}")[90] for name in ("psnr@1", "kmeans_psnr"))
+    assert model > kmeans + 0.3
+    card = ModelCard.load(Path(options["output_dir"]) / "README.md")
+    assert f"kmeans_psnr {kmeans:.4g}" in card.text
