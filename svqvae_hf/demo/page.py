@@ -112,6 +112,7 @@ class Page:
         self,
         photograph: str | None,
         scales: Sequence[float],
+        scale_from: str,
         tile_size: int,
         overlap: int,
         source: str,
@@ -128,10 +129,10 @@ class Page:
         original = load_image(photograph)
         model = self.model(source)
         configure_tiling(model, tile_size or None, overlap if tile_size else None, _tile_progress(progress))
-        check_memory(model, original.height, original.width, scales)
+        check_memory(model, original.height, original.width, scales, scale_from)
         progress(0, desc="encoding")
         start = time.perf_counter()
-        tokens = encode_image(model, original, sorted(scales))
+        tokens = encode_image(model, original, sorted(scales), scale_from)
         seconds = time.perf_counter() - start
         previews = _decode(model, tokens, original, progress)
         facts = f"{original.width} × {original.height} pixels, encoded in {seconds:.2f} s"
@@ -176,6 +177,12 @@ def build(page: Page) -> gr.Blocks:
                 scales = gr.CheckboxGroup(
                     [(f"{scale:g}", scale) for scale in SCALES], value=DEFAULT_SCALES, label="Scales", elem_id="scales"
                 )
+                scale_from = gr.Radio(
+                    [("the image", "image"), ("the latents", "latents")],
+                    value="image",
+                    label="Resized to each scale",
+                    elem_id="scale_from",
+                )
                 with gr.Row():
                     tile_size = gr.Dropdown(TILE_SIZES, value=256, label="Tile size, pixels", min_width=100)
                     overlap = gr.Dropdown(OVERLAPS, value=32, label="Overlap, pixels", min_width=100)
@@ -200,7 +207,7 @@ def build(page: Page) -> gr.Blocks:
             "concurrency_limit": 1,
             "api_visibility": "private",
         }
-        encode = {"fn": page.encode, "inputs": [photograph, scales, tile_size, overlap, model], **event}
+        encode = {"fn": page.encode, "inputs": [photograph, scales, scale_from, tile_size, overlap, model], **event}
         run.click(**encode)
         photograph.upload(**encode)
         example.click(lambda _: str(EXAMPLE), example, photograph, api_visibility="private").then(**encode)

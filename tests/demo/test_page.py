@@ -24,6 +24,7 @@ from svqvae_hf.demo.page import EXAMPLE, MAX_SCALES, OVERLAPS, STATIC, TILE_SIZE
 from svqvae_hf.demo.previews import draw_codes, preview_scales
 from svqvae_hf.evaluation.metrics import ssim
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
+from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.tokens.image_tokens import configure_tiling, decode_image, encode_image
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
@@ -48,8 +49,8 @@ def page(tiny_model, tmp_path, monkeypatch):
     return Page({"": tiny_model, "other": make_tiny(codebook_size=32)}.__getitem__)
 
 
-def encode(page, photograph, scales=SCALES, tile_size=32, overlap=8, source=""):
-    return page.encode(photograph, scales, tile_size, overlap, source)
+def encode(page, photograph, scales=SCALES, scale_from="image", tile_size=32, overlap=8, source=""):
+    return page.encode(photograph, scales, scale_from, tile_size, overlap, source)
 
 
 def scale_tabs(values):
@@ -122,11 +123,13 @@ def test_picture_of_a_code_does_not_depend_on_the_batch(tiny_model):
     assert len(np.unique(together.reshape(64, -1), axis=0)) > 32
 
 
-def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture):
-    summary, download, tabs, *_ = values = encode(page, photograph, scales=[1.0, 0.5])
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture, scale_from):
+    summary, download, tabs, *_ = values = encode(page, photograph, [1.0, 0.5], scale_from)
     tiny_model.enable_tiling(32, 8)
-    tokens = encode_image(tiny_model, picture, SCALES)
+    tokens = encode_image(tiny_model, picture, SCALES, scale_from)
     saved = load_tokens(download.value["path"])
+    assert saved.scale_from == scale_from
     assert all(torch.equal(ids, other) for ids, other in zip(saved.ids, tokens.ids, strict=True))
     assert Path(download.value["path"]).name == "cat & mouse.safetensors"
     assert (saved.scales, saved.tile_size, saved.overlap) == ((0.5, 1), 32, 8)
@@ -263,7 +266,8 @@ def test_visitors_of_a_public_page_reach_only_public_models(hub, tiny_model, pho
         (hub / "org" / name / "settings.json").write_text("{}")
     SVQVAE.from_pretrained("org/private")  # the token and the cache of this machine know it
     page = Page(partial(load_model, device="cpu", dtype="float32"), public=True)
-    public, private = (page.encode(photograph, [1.0], 0, 0, f"org/{name}")[0] for name in ("public", "private"))
+    shown = (encode(page, photograph, [1.0], source=f"org/{name}", tile_size=0) for name in ("public", "private"))
+    public, private = (values[0] for values in shown)
     assert "64 × 41 pixels" in public
     assert "could not load the model `org/private`: the repository does not exist, or is private" in private
     assert list((tmp_path / "hf_home").rglob("*private*"))

@@ -145,7 +145,7 @@ def figures(page):
 
 def test_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path):
     model.enable_tiling(256, 32)
-    tokens = encode_image(model, picture, SCALES)
+    tokens = encode_image(model, picture, SCALES, "image")
     images = decode_image(model, tokens)
     results = measure_reconstructions(picture, tokens, images)
 
