@@ -40,7 +40,7 @@ def main(folder: Path = IMAGES) -> None:
 def picture_of_the_pyramid(model: SVQVAE, photo: Image.Image) -> Image.Image:
     """One photograph, decoded at four scales, at half its size."""
     model.enable_tiling(tile_size=TILE * model.f, overlap=HALO * model.f)
-    tokens = encode_image(model, photo, [1, 0.5, 0.25, 0.125])
+    tokens = encode_image(model, photo, [1, 0.5, 0.25, 0.125], "image")
     images = decode_image(model, tokens)
     model.disable_tiling()
     width, height = photo.width // 2, photo.height // 2
@@ -74,7 +74,7 @@ def picture_of_the_steps(model: SVQVAE, photo: Image.Image) -> Image.Image:
 
 def picture_of_scales(model: SVQVAE, photo: Image.Image) -> Image.Image:
     """Ids and reconstructions at three scales."""
-    tokens = encode_image(model, photo, [1, 0.5, 0.25])
+    tokens = encode_image(model, photo, [1, 0.5, 0.25], "image")
     ids, reconstructions = [], []
     for grid, scale, image in zip(tokens.ids, tokens.scales, decode_image(model, tokens), strict=True):
         height, width = grid.shape

@@ -178,7 +178,12 @@ def eval_results(report: Report) -> list[EvalResult]:
             metric_type=key,
             metric_name=f"{METRICS[key].title.partition(',')[0]} at scale {result.scale:g}",
             metric_value=round(value, 4),
-            metric_args={"scale": result.scale, "mode": result.mode, "images": len(report.images)},
+            metric_args={
+                "scale": result.scale,
+                "scale_from": settings["scale_from"],
+                "mode": result.mode,
+                "images": len(report.images),
+            },
         )
         for result in _first_mode(report)
         for key in CARD_METRICS

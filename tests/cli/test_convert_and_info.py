@@ -48,6 +48,7 @@ def test_info_of_a_token_file(two_images, tmp_path, saved_model, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split(None, 1) == ["kind", "token file"]
     assert any("57 x 35 pixels" in line for line in lines)
+    assert lines[-3].split() == ["scales", "from", "image"]
     assert lines[-2].startswith("scale 2")
     assert "30 x 18 = 540 tokens" in lines[-2]
     assert f"{15 * 9 * 6 / (57 * 35):.4f} bits/pixel" in lines[-1]
