@@ -262,6 +262,7 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     )
     settings = read_settings(out)
     assert (settings.model, settings.crops, settings.resolution) == ("tiny", "centre", 16)
+    assert settings.scale_from == "image"
     assert svqvae("detokenize", out, "--output", images, *model) == 0
     assert len(list(images.iterdir())) == 6
     assert "it is not empty" in fails(capsys, "tokenize", photos, out, *model)
