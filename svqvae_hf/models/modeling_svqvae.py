@@ -652,8 +652,8 @@ def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
     """Resizes images to a scale, so that their latents have the same grid as [`resize_latents`] returns.
 
     Images are padded as in [`SVQVAE.encode`], then resized to whole latents: bicubic with antialiasing, or by area at
-    scales up to 0.25. On Kodak images bicubic was 0.16 dB better at 0.75, and both were equal at 0.25 and below, where
-    PyTorch's bicubic kernel for CUDA runs out of shared memory.
+    scales up to 0.25. On Kodak images bicubic was 0.16 dB better at 0.75, and both were equal at 0.25 and 0.1. At very
+    small scales PyTorch's bicubic kernel for CUDA needs too much shared memory.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images of any size and range.
