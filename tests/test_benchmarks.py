@@ -239,6 +239,22 @@ def test_token_sets(run, photo, tmp_path):
     assert all(row["images per second"] * row["rounds"][0] == pytest.approx(2) for row in rows)
 
 
+def test_baselines(run, photo, tmp_path):
+    for name, box in (("fit", (0, 0, 128, 96)), ("photos", (100, 50, 164, 98))):
+        (tmp_path / name).mkdir()
+        photo.crop(box).save(tmp_path / name / "cat.png")
+    options = ["--fit", tmp_path / "fit", "--scales", "1", "0.5", "--side", "4", "--codes", "64"]
+    (fit,), rows = run("baselines", tmp_path / "photos", *options)
+    assert (fit["images"], fit["blocks"], fit["codes"]) == (1, 32 * 24, 64)
+    values = {(row["coded by"], row["scale"]): row for row in rows}
+    assert len(values) == len(rows) == 2 * 6
+    kmeans, linear, components = (values[name, 1] for name in list(dict.fromkeys(row["coded by"] for row in rows))[:3])
+    assert kmeans["bits per pixel"] == linear["bits per pixel"] == 6 / 16
+    assert kmeans["PSNR, dB"] < linear["PSNR, dB"] < components["PSNR, dB"]
+    assert values["k-means of blocks", 0.5]["bits per pixel"] == pytest.approx(6 / 64, abs=1e-4)
+    assert values["JPEG", 1]["images of more bits"] == 1  # its headers alone need more
+
+
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])
 def test_generation(run, guidance_scale):
     sizes = ["--sides", "4", "--batch", "2", "--hidden-size", "64", "--layers", "1"]
