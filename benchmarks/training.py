@@ -1,8 +1,9 @@
 """Speed of a training step: `python benchmarks/training.py [--threads N] [--output FILE]`.
 
 Times a step of training/train.py (two scales, mean squared error, codebook losses, AdamW), with the same model and
-crops for each recipe. The recipes take turns, so that the load of the machine affects all alike. The plain recipe is
-eager float32 in PyTorch's default memory format. Prints a table; `--output` also writes all times as JSON.
+crops for each recipe, and then in bfloat16 with crops of other numbers and sides. The steps take turns, so that the
+load of the machine affects all alike. The plain recipe is eager float32 in PyTorch's default memory format. Prints
+tables; `--output` also writes all times as JSON.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,6 +37,8 @@ RECIPES = {
     "bfloat16, channels_last": {"bfloat16": True, "channels_last": True},
     "bfloat16, compiled": {"bfloat16": True, "compiled": True},
 }
+
+CROPS = ((4, 64), (8, 64), (32, 64), (2, 128), (8, 128), (1, 256), (2, 256))  # crops per step, side in pixels
 
 
 def make_step(
@@ -76,8 +79,22 @@ def make_step(
     return step
 
 
+def time_steps(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round."""
+    for _ in range(2):  # compiles and warms up
+        for step in steps.values():
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
 def main() -> None:
-    """Reads the arguments, times the recipes and prints the table."""
+    """Reads the arguments, times the steps and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", default=str(ROOT / "training" / "runs" / "default_config.json"))
     parser.add_argument("--batch_size", type=int, default=1, help="crops per step")
@@ -90,15 +107,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sample = torch.rand(options.batch_size, 3, options.side, options.side, device=options.device)
     steps = {name: make_step(options.model_config, sample, **recipe) for name, recipe in RECIPES.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(2):  # compiles and warms up
-        for step in steps.values():
-            step()
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = time_steps(steps, options.rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     plain = next(iter(medians.values()))
     crops = f"{options.batch_size} x {options.side}² pixels"
@@ -106,9 +115,21 @@ def main() -> None:
     print("| recipe | seconds per step | times as fast as plain |\n|---|---|---|")
     for name, median in medians.items():
         print(f"| {name} | {median:.3f} | {plain / median:.2f} |")
+
+    by_crops = {
+        f"{count} x {side}²": make_step(
+            options.model_config, torch.rand(count, 3, side, side, device=options.device), bfloat16=True
+        )
+        for count, side in CROPS
+    }
+    crop_seconds = time_steps(by_crops, options.rounds)
+    print("\n| crops per step, bfloat16 | seconds per step | seconds per megapixel |\n|---|---|---|")
+    for (count, side), (name, values) in zip(CROPS, crop_seconds.items(), strict=True):
+        median = statistics.median(values)
+        print(f"| {name} | {median:.3f} | {median * 1e6 / (count * side**2):.2f} |")
     if options.output:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-        content = vars(options) | machine | {"seconds": seconds, "output": str(options.output)}
+        content = vars(options) | machine | {"seconds": seconds | crop_seconds, "output": str(options.output)}
         options.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
