@@ -32,6 +32,7 @@ from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective
+from svqvae_hf.trainer.network.codebook import CodebookAverage
 from svqvae_hf.trainer.network.model import MultiScaleForward
 from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
@@ -318,9 +319,10 @@ def test_kmeans_sees_latents_without_dropout(options, monkeypatch):
         run = Run(options)
     vqvae, seen = make_tiny(dropout_p=0.1).train(), []
     images = ImageSource(options, run.accelerator, (0.0, 1.0))
+    average = CodebookAverage(vqvae.quantize, decay=0.9)
     monkeypatch.setattr("train.initialise_codebook", lambda quantizer, latents, seed: seen.append(latents))
     for _ in range(2):
-        train.set_codebook_by_kmeans(run, vqvae, torch.optim.AdamW(vqvae.parameters()), images)
+        train.set_codebook_by_kmeans(run, vqvae, torch.optim.AdamW(vqvae.parameters()), average, images)
     assert torch.equal(*seen)
     assert vqvae.training
 
