@@ -1,9 +1,12 @@
 """Makes the pictures of the pages with the bundled model: `python docs/pictures.py [FOLDER]`."""
 
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
@@ -15,6 +18,8 @@ from svqvae_hf.models.tiling import Core, crop_to_core, gather_context, map_tile
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 IMAGES = Path(__file__).parent / "images"
+PHOTOGRAPHS = ("chelsea.png", "osprey.jpg", "wren.jpg")
+WORST = 96  # pixels
 LARGE = (1000, 665)  # pixels, enough to be tiled
 TILE, HALO = 32, 4  # latents: 256 and 32 pixels
 GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
@@ -32,6 +37,7 @@ def main(folder: Path = IMAGES) -> None:
         "scales": picture_of_scales(model, photo),
         "tiles": picture_of_tiles(model, large),
         "seams": picture_of_seams(model, load_image(IMAGES / "wren.jpg")),
+        "worst": picture_of_the_worst(model, [load_image(IMAGES / name) for name in PHOTOGRAPHS]),
     }
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.jpg", quality=88, subsampling=0, optimize=True)
@@ -148,6 +154,25 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
         Panel(_pixels(image[0]).crop(part), title, f"PSNR {psnr(image, sample, data_range=1).item():.2f} dB")
         for title, image in {"tiles with statistics of their own": apart, "tiles that share them": shared}.items()
     ]
+    return contact_sheet(panels)
+
+
+@torch.inference_mode()
+def picture_of_the_worst(model: SVQVAE, photos: list[Image.Image]) -> Image.Image:
+    """The square of each photograph that differs most from its reconstruction, before and after."""
+    panels = []
+    for photo in photos:
+        reconstruction = decode_image(model, encode_image(model, photo, [1]))[0]
+        error = torch.from_numpy(np.asarray(photo, np.float32) - np.asarray(reconstruction, np.float32))
+        squares = F.avg_pool2d(error.square().mean(-1)[None], WORST, stride=WORST // 2)[0]
+        row, column = divmod(int(squares.argmax()), squares.shape[1])
+        top, left = row * WORST // 2, column * WORST // 2
+        square = (left, top, left + WORST, top + WORST)
+        caption = f"PSNR {10 * math.log10(255**2 / squares.max().item()):.1f} dB"
+        panels += [
+            Panel(photo.crop(square), "image", f"{WORST} x {WORST} pixels"),
+            Panel(reconstruction.crop(square), "reconstruction", caption),
+        ]
     return contact_sheet(panels)
 
 

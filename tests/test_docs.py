@@ -293,9 +293,10 @@ def test_pictures_can_be_made_again(tiny_model, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "load_image", lambda _: photo.resize((96, 64)))
     monkeypatch.setattr(pictures, "LARGE", (120, 80))
     monkeypatch.setattr(pictures, "TILE", 16)
+    monkeypatch.setattr(pictures, "WORST", 32)
     pictures.main(tmp_path)
     made = {path.name for path in tmp_path.iterdir()}
-    assert len(made) == 5
+    assert len(made) == 6
     assert made <= {path.name for path in pictures.IMAGES.iterdir()}
     sizes = {path.stem: load_image(path).size for path in tmp_path.iterdir()}
     assert sizes.pop("pyramid") == (48 + pictures.MARGIN + 24, 32 + pictures.LABEL)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiles import Measurement
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
@@ -29,6 +30,31 @@ def test_tiles_are_invisible(model, photo, monkeypatch):
     assert figures["agreement, dB"] > 38
     assert figures["error along tile borders"] < 1.2
     assert figures["error along image border"] < 1.3
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_flat_colours_come_back(model):
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
+    colours = torch.cat([corners, torch.linspace(0.1, 0.9, 5)[:, None].expand(5, 3)])
+    sample = colours[:, :, None, None].expand(-1, -1, 64, 64).contiguous()
+    error = 255 * (model(sample).sample - sample).abs()
+    assert error[..., 8:-8, 8:-8].mean() < 5
+    assert error[..., 0, :].mean() < 8
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_scales_from_the_image_are_better_and_scale_2_beats_scale_1_enlarged(model, photo):
+    sample = SVQVAEImageProcessor()(photo.crop((100, 50, 292, 242)))["pixel_values"]
+    scales = [0.5, 2.0]
+    targets = [F.interpolate(sample, scale_factor=scale, mode="bicubic", antialias=True) for scale in scales]
+
+    def errors(outputs):
+        return [(output - target).square().mean() for output, target in zip(outputs, targets, strict=True)]
+
+    image, latents = (errors(model(sample, scales, scale_from=source).sample) for source in ("image", "latents"))
+    assert image[0] < 0.8 * latents[0]
+    enlarged = F.interpolate(model(sample).sample, scale_factor=2, mode="bicubic")
+    assert image[1] < (enlarged - targets[1]).square().mean()
 
 
 @pytest.mark.usefixtures("no_grad")
