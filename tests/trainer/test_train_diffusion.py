@@ -96,7 +96,7 @@ def masked_options(options, parts):
 
 
 def test_denoiser_of_one_image_generates_that_image(options, photo, tmp_path):
-    """With the bundled model; docs/diffusion.md has a longer run."""
+    """With the bundled model, whose latents vary little beside their mean; docs/diffusion.md has a longer run."""
     one = tmp_path / "one"
     one.mkdir()
     photo.crop((100, 0, 400, 300)).resize((32, 32)).save(one / "chelsea.png")
@@ -114,7 +114,7 @@ def test_denoiser_of_one_image_generates_that_image(options, photo, tmp_path):
         "model_config_name_or_path": str(tmp_path / "unet.json"),
     }
     options |= {"train_data_dir": str(one), "resolution": 32, "random_flip": False, "num_validation_images": 0}
-    options |= {"max_train_steps": 150, "learning_rate": 3e-3, "train_batch_size": 4, "lr_warmup_steps": 10}
+    options |= {"max_train_steps": 900, "learning_rate": 3e-3, "train_batch_size": 4, "lr_warmup_steps": 10}
     diffuse(**options, use_ema=True, ema_decay=0.9)
     pipeline = LDMPipeline.from_pretrained(options["output_dir"])
     pipeline.set_progress_bar_config(disable=True)
