@@ -92,7 +92,7 @@ def read_arguments() -> argparse.Namespace:
             metavar="WxH",
             help=f"sizes of images (default: {' '.join(default)})",
         )
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: the bundled model)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id (default: the bundled model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")

@@ -145,7 +145,7 @@ def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("images", type=Path, help="folder of images larger than a tile")
-    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or Hub id (default: the bundled model)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id (default: the bundled model)")
     parser.add_argument("--tile-size", type=int, default=256, metavar="PIXELS", help="default: 256")
     parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")
     parser.add_argument(

@@ -33,7 +33,7 @@ def load_model(source: str | None, device: str | None, dtype: str, **options: An
         OSError: If the model cannot be loaded.
         ValueError: If `source` or `device` is wrong.
     """
-    return load_pretrained(SVQVAE, source or str(DEFAULT_MODEL), device, dtype, **options).eval()
+    return load_pretrained(SVQVAE, source or DEFAULT_MODEL, device, dtype, **options).eval()
 
 
 def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **options: Any) -> Any:

@@ -25,7 +25,7 @@ __all__ = [
     "VQLosses",
 ]
 
-DEFAULT_MODEL = Path(__file__).parent / "pretrained"  # folder of the small bundled model
+DEFAULT_MODEL = str(Path(__file__).parent / "pretrained")  # folder of the small bundled model
 
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
 # package is in its table and has the base class in its namespace; the same goes for the image processor.

@@ -110,10 +110,10 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
 
 def make_small_default(folder: Path) -> None:
     """Replaces the bundled model by a narrow one."""
-    config = json.loads((svqvae_hf.DEFAULT_MODEL / "config.json").read_text())
+    config = json.loads(Path(svqvae_hf.DEFAULT_MODEL, "config.json").read_text())
     narrow = config | {"base_channels": 4, "encoder_ch_mult": (1, 1, 1, 1), "decoder_ch_mult": (1, 1, 1, 1)}
     svqvae_hf.SVQVAE.from_config(narrow).save_pretrained(folder)
-    svqvae_hf.DEFAULT_MODEL = folder
+    svqvae_hf.DEFAULT_MODEL = str(folder)
 
 
 def prepare_files(folder: Path) -> Path:

@@ -35,7 +35,7 @@ import torch
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 
 vqvae = SVQVAE.from_pretrained({repo_id})
-processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+processor = SVQVAEImageProcessor.from_pretrained({repo_id})
 
 batch = processor("photo.jpg")
 with torch.inference_mode():

@@ -1,6 +1,7 @@
 """Loads and publishes models, more strictly than the methods of diffusers that it extends."""
 
 import inspect
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +14,20 @@ from huggingface_hub import HfApi
 
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.loaders.checkpoints import read_checkpoint
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 DERIVED_CONFIG = ("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook")
 
 
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
-    """Strict loading, `from_single_file` for original checkpoints, and a model card with each push."""
+    """Strict loading, `from_single_file` for original checkpoints, and what a model's repository holds beside it."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads a model from a folder or from the Hub, strictly.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): Folder, or `org/name` on the Hub.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
             **kwargs: Arguments of [`~diffusers.ModelMixin.from_pretrained`], and config values that replace the stored
                 ones, such as `pixel_range=(-1, 1)`. `low_cpu_mem_usage` is always `True`.
 
@@ -35,7 +37,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
-        loaded = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        loaded = super().from_pretrained(os.fspath(pretrained_model_name_or_path), output_loading_info=True, **kwargs)
         faults = list_faults(loaded[1])
         if faults:
             raise ValueError(
@@ -43,6 +45,21 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
                 f"not: {faults}. Restore the files, or correct config.json."
             )
         return loaded if with_info else loaded[0]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Saves the model, and its pixel range in `preprocessor_config.json`, which [`SVQVAEImageProcessor`] loads.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            is_main_process (`bool`, defaults to `True`): Whether this process writes the configs.
+            *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+            **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+        """
+        if is_main_process:  # before the weights, because an upload follows these at once
+            SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

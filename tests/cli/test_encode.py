@@ -39,7 +39,7 @@ def test_scales_from_the_image_or_the_latents(two_images, tmp_path, saved_model)
 
 
 def test_bundled_model_is_the_default(two_images, out, saved_model, monkeypatch):
-    assert loading.DEFAULT_MODEL == ROOT / "svqvae_hf" / "pretrained"
+    assert loading.DEFAULT_MODEL == str(ROOT / "svqvae_hf" / "pretrained")
     monkeypatch.setattr(loading, "DEFAULT_MODEL", saved_model)
     assert svqvae("encode", two_images / "a.png", "--output", out) == 0
     assert load_tokens(out / "a.safetensors").f == 4

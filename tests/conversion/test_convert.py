@@ -19,7 +19,12 @@ GOLDEN = ["svqvae_tiny.safetensors", "llamagen_tiny.pt", "flexvar_tiny.pth", "li
 def test_conversion_is_a_whole_repository(name, golden_dir, tmp_path):
     report = convert(golden_dir / name, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
-    assert report.files == ("README.md", "config.json", "diffusion_pytorch_model.safetensors")
+    assert report.files == (
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "preprocessor_config.json",
+    )
     assert report.sha256 == hashlib.sha256((golden_dir / name).read_bytes()).hexdigest()
     assert str(report).count("\n") == 3
 

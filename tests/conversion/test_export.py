@@ -58,7 +58,7 @@ def documented(traced, model_folder, tmp_path_factory):
     folder, names = tmp_path_factory.mktemp("documented"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "trace_graphs", lambda model, dtype: traced)
-        patch.setattr(svqvae_hf, "DEFAULT_MODEL", model_folder)
+        patch.setattr(svqvae_hf, "DEFAULT_MODEL", str(model_folder))
         patch.chdir(folder)
         exec(code, names)
     return names | {"folder": folder / "graphs"}

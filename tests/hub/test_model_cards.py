@@ -50,7 +50,7 @@ def test_user_text_is_escaped(tiny_model):
     assert headings == ['# a"b # c', "## Use", "## Origin", "## Licence"]
     assert r"| source | `a\|b c.pt` |" in card
     calls = re.findall(r"from_pretrained\((.*?)[,)]", card)
-    assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 2
+    assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 3
 
 
 def test_half_precision_variants_are_shown_with_their_calls(tiny_model):

@@ -89,6 +89,7 @@ def test_pushed_conversion_loads_bit_equal(hub, seen):
         "config.json",
         "diffusion_pytorch_model.fp16.safetensors",
         "diffusion_pytorch_model.safetensors",
+        "preprocessor_config.json",
     ]
     assert f"pushed   {hub[1]['HF_ENDPOINT']}/org/converted/commit/" in seen["converted"]
     settings = json.loads((hub[0] / "hub" / "org" / "converted" / "settings.json").read_text())

@@ -6,7 +6,7 @@ from conftest import make_tiny
 from diffusers import AutoModel, VQModel
 from safetensors.torch import load_file, save_file
 
-from svqvae_hf import SVQVAE
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -111,6 +111,26 @@ def test_unused_arguments_are_returned(tiny_model):
 def test_auto_model_loads(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     assert isinstance(AutoModel.from_pretrained(str(tmp_path)), SVQVAE)
+
+
+def test_bundled_model_loads_by_its_path():
+    assert isinstance(AutoModel.from_pretrained(DEFAULT_MODEL), SVQVAE)
+    assert SVQVAEImageProcessor.from_pretrained(DEFAULT_MODEL).pixel_range == (0, 1)
+
+
+def test_processor_loads_from_the_folder_of_a_model(tmp_path):
+    make_tiny(pixel_range=(-1.0, 1.0)).save_pretrained(tmp_path)
+    assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
+
+
+def test_other_processes_write_no_configs(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path, is_main_process=False)
+    assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS]
+
+
+def test_a_path_becomes_a_string_in_the_config(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    assert SVQVAE.from_pretrained(tmp_path).config["_name_or_path"] == str(tmp_path)
 
 
 def test_folder_of_another_class_is_refused(tmp_path):

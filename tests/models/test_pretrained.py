@@ -1,5 +1,7 @@
 """Quality of the bundled model on the photograph of the README, which it was not trained on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ def model():
 
 
 def test_size_and_config_are_as_documented(model):
-    assert sum(file.stat().st_size for file in DEFAULT_MODEL.iterdir()) <= 8e6
+    assert sum(file.stat().st_size for file in Path(DEFAULT_MODEL).iterdir()) <= 8e6
     assert (model.f, model.config["codebook_size"], model.config["sample_size"]) == (8, 16384, 256)
     assert model.dtype == torch.float32
     assert all(weight.isfinite().all() for weight in model.state_dict().values())

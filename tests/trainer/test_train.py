@@ -364,7 +364,8 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
         run(**options)
     repository = tmp_path / "hub" / "org" / "trained" / "main"
     assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
-        *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "train_config.yaml"),
+        *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "preprocessor_config.json"),
+        "train_config.yaml",
         "samples/step-0000002.png",
     }
     assert_equal_weights(repository, options["output_dir"])

@@ -235,6 +235,7 @@ def test_pushed_pipelines_load_as_documented_and_have_cards(
         *("README.md", "model_index.json", "train_config.yaml", "scheduler/scheduler_config.json"),
         *(f"{part}/config.json" for part in ("unet", "vqvae")),
         *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vqvae")),
+        "vqvae/preprocessor_config.json",
         "samples/step-0000001.png",
     }
     card = (repository / "README.md").read_text()
