@@ -12,7 +12,7 @@ install: .venv/installed
 
 # The bundled photograph by the bundled model: images and a side-by-side picture in outputs/, PSNR on the terminal.
 reconstruct: install
-	$(BIN)/svqvae reconstruct docs/images/chelsea.png --scales 0.25 0.5 1 --side-by-side --output outputs
+	$(BIN)/svqvae reconstruct docs/images/chelsea.png --scales 0.25 0.5 1 --side-by-side --output outputs --overwrite
 
 # Chromium, for the test of the demo's page, from Debian's packages; as root.
 browser:

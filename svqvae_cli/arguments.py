@@ -51,14 +51,15 @@ def add_command(
 
 
 def add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
-    """Adds input files and the folder for output files."""
+    """Adds input files, the folder for output files, and whether these may exist."""
     parser.add_argument("inputs", nargs="+", type=path_or_name, metavar="INPUT", help=kinds)
-    add_output(parser, "folder to write to")
+    add_output(parser, "folder to write to; it is not searched for inputs")
+    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist (default: an error)")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Adds everything about encoding image files: files, scales, model and tiles."""
-    add_files(parser, "image files, folders of them, or globs")
+    add_files(parser, "image files, folders of them, which are searched with their subfolders, or globs")
     add_scales(parser, [1.0])
     add_model(parser)
     add_tiles(parser, str(TILE_SIZE), str(OVERLAP), TILE_SIZE, OVERLAP)

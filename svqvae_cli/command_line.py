@@ -24,6 +24,7 @@ from svqvae_cli import (
     tokenize,
 )
 from svqvae_cli.arguments import HelpFormatter
+from svqvae_cli.errors import SkippedError, one_line
 
 COMMANDS = (  # in the order of the help
     reconstruct,
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Arguments, by default the arguments of the process.
 
     Returns:
-        `int`: Exit code: 0 after success; 2 after a user's mistake or out of memory, with one line on stderr; 130
-        after Ctrl-C; 141 if the reader of stdout has closed it.
+        `int`: Exit code: 0 after success; 1 if some inputs were skipped; 2 after a user's mistake or out of memory,
+        with one line on stderr; 130 after Ctrl-C; 141 if the reader of stdout has closed it.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # raises: temporary files are removed
     if not sys.warnoptions:
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail too
         return 141
+    except SkippedError as error:
+        print(f"svqvae: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -116,7 +120,5 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _fail(message: str) -> int:
-    # Parts of a message may come from a broken file: control characters must not reach the terminal.
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
-    print(f"svqvae: error: {line}", file=sys.stderr)
+    print(f"svqvae: error: {one_line(message)}", file=sys.stderr)
     return 2

@@ -3,7 +3,7 @@
 import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_files, add_model, add_tiles
-from svqvae_cli.errors import explain_resume, prefix_errors, require_extra
+from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
 from svqvae_cli.large import add_large, check_large, unfinished
 
 
@@ -14,11 +14,12 @@ def add_to(commands: Commands) -> None:
         "decode",
         run,
         "decode token files to images",
-        "Writes one image per scale in the file, NAME_x1.png and so on. The model must\n"
-        "have the codebook that the file was encoded with.",
+        "Writes one image per scale in the file, NAME_x1.png and so on, in the subfolder\n"
+        "that the file was found in. The model must have the codebook that the file was\n"
+        "encoded with. Files that cannot be read are named and skipped.",
         "tokens --output out",
     )
-    add_files(parser, "token files, folders of them, or globs")
+    add_files(parser, "token files, folders of them, which are searched with their subfolders, or globs")
     add_model(parser)
     add_tiles(parser, "as encoded", "as encoded")
     add_large(parser)
@@ -34,27 +35,35 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _decode(args: argparse.Namespace) -> None:
+    from functools import partial
+
     from svqvae_cli.loading import configure_decoding, load_model
     from svqvae_cli.progress import progress
     from svqvae_hf.atomic_io import save_png
-    from svqvae_hf.paths import check_output, check_targets, find_files, scale_endings
+    from svqvae_hf.paths import check_output, check_targets, find_inputs, scale_endings
     from svqvae_hf.tokens.image_tokens import check_memory, decode_image
     from svqvae_hf.tokens.token_files import load_tokens
 
-    inputs = find_files(args.inputs, [".safetensors"])
-    check_output(inputs, args.output)
+    check_output(args.output)
+    inputs = find_inputs(args.inputs, [".safetensors"], args.output)
+    skipping = Skipping(len(inputs))
+    targets = {}
+    for file, tokens in skipping.read(inputs, partial(load_tokens, mapped=True)):
+        with prefix_errors(file.path):
+            targets[file] = [file.target(args.output, ending) for ending in scale_endings(tokens.scales)]
+    check_targets(targets, args.overwrite)
     model = load_model(args.model, args.device, args.dtype)
-    with progress(inputs) as (paths, on_tile):
-        for path in paths:
-            tokens = load_tokens(path)
-            with prefix_errors(path):
-                endings = scale_endings(tokens.scales)
-                check_targets([path], inputs, args.output, endings)
+    with progress(list(targets)) as (files, on_tile):
+        for file in files:
+            tokens = load_tokens(file.path)
+            with prefix_errors(file.path):
                 configure_decoding(model, tokens, args, on_tile)
                 check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
                 images = decode_image(model, tokens)
-            for image, ending in zip(images, endings, strict=True):
-                save_png(image, args.output / f"{path.stem}{ending}")
+            for image, target in zip(images, targets[file], strict=True):
+                save_png(image, target)
+    skipping.finish()
+    print(f"written  {args.output} (images: {sum(map(len, targets.values()))})")
 
 
 def _decode_large(args: argparse.Namespace) -> None:
@@ -62,21 +71,23 @@ def _decode_large(args: argparse.Namespace) -> None:
         from svqvae_hf.large.large_images import decode_large
     from svqvae_cli.loading import configure_decoding, load_model
     from svqvae_cli.progress import progress
-    from svqvae_hf.paths import check_output, check_targets, find_files
+    from svqvae_hf.paths import check_output, check_targets, find_inputs
     from svqvae_hf.tokens.image_tokens import check_same_codebook
     from svqvae_hf.tokens.token_files import load_tokens
 
-    inputs = find_files(args.inputs, [".safetensors"])
-    check_output(inputs, args.output)
-    check_targets(inputs, inputs, args.output, ["_x1.tif"])
+    check_output(args.output)
+    inputs = find_inputs(args.inputs, [".safetensors"], args.output)
+    targets = {file: [file.target(args.output, "_x1.tif")] for file in inputs}
+    check_targets(targets, args.overwrite or args.resume)
     model = load_model(args.model, args.device, args.dtype)
-    with progress(inputs) as (paths, on_tile):
-        for path, target in unfinished(paths, args, "_x1.tif"):
-            tokens = load_tokens(path, mapped=True)
-            with prefix_errors(path):
+    with progress(inputs) as (files, on_tile):
+        for file, target in unfinished(files, args, "_x1.tif"):
+            tokens = load_tokens(file.path, mapped=True)
+            with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args)
             if not model.use_tiling:
                 model.enable_tiling()
             with explain_resume(target):
-                decode_large(model, path, target, args.resume, on_tile)
+                decode_large(model, file.path, target, args.resume, on_tile)
+    print(f"written  {args.output} (images: {len(inputs)})")

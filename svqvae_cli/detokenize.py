@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.data.token_sets import detokenize_set, read_settings
     from svqvae_hf.paths import check_output
 
-    check_output([], args.output)
+    check_output(args.output)
     read_settings(args.tokens)  # fails before the model is loaded
     model = load_model(args.model, args.device, args.dtype)
     detokenize_set(model, args.tokens, args.output, max_images=args.max_images)

@@ -3,7 +3,7 @@
 import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_images
-from svqvae_cli.errors import explain_resume, prefix_errors, require_extra
+from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
 from svqvae_cli.large import add_large, check_large, unfinished
 
 
@@ -14,7 +14,9 @@ def add_to(commands: Commands) -> None:
         "encode",
         run,
         "encode images to token files",
-        "Writes one token file per image, NAME.safetensors, with the ids at all scales.",
+        "Writes one token file per image, NAME.safetensors, with the ids at all scales,\n"
+        "in the subfolder that the image was found in. Images that cannot be read are\n"
+        "named and skipped.",
         "'photos/*.jpg' --output tokens --scales 1",
     )
     add_images(parser)
@@ -34,23 +36,26 @@ def _encode(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
-    from svqvae_hf.paths import check_output, check_targets, find_files
+    from svqvae_hf.paths import check_output, check_targets, find_inputs
     from svqvae_hf.tokens.image_tokens import check_memory, encode_image
     from svqvae_hf.tokens.token_files import save_tokens
 
-    inputs = find_files(args.inputs, IMAGE_SUFFIXES)
-    check_output(inputs, args.output)
-    check_targets(inputs, inputs, args.output, [".safetensors"])
+    check_output(args.output)
+    inputs = find_inputs(args.inputs, IMAGE_SUFFIXES, args.output)
+    check_targets({file: [file.target(args.output, ".safetensors")] for file in inputs}, args.overwrite)
+    skipping = Skipping(len(inputs))
     model = load_model(args.model, args.device, args.dtype)
-    with progress(inputs) as (paths, on_tile):
+    with progress(inputs) as (files, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
-        for path in paths:
-            image = load_image(path)
-            with prefix_errors(path):
+        for file, image in skipping.read(files, load_image):
+            with prefix_errors(file.path):
                 check_memory(model, image.height, image.width, args.scales, args.scale_from, decodes=False)
             tokens = encode_image(model, image, args.scales, args.scale_from)
-            args.output.mkdir(parents=True, exist_ok=True)
-            save_tokens(args.output / f"{path.stem}.safetensors", tokens)
+            target = file.target(args.output, ".safetensors")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_tokens(target, tokens)
+    skipping.finish()
+    print(f"written  {args.output} (token files: {len(inputs) - skipping.skipped})")
 
 
 def _encode_large(args: argparse.Namespace) -> None:
@@ -59,14 +64,16 @@ def _encode_large(args: argparse.Namespace) -> None:
         from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
-    from svqvae_hf.paths import check_output, check_targets, find_files
+    from svqvae_hf.paths import check_output, check_targets, find_inputs
 
-    inputs = find_files(args.inputs, TIFF_SUFFIXES)
-    check_output(inputs, args.output)
-    check_targets(inputs, inputs, args.output, [".safetensors"])
+    check_output(args.output)
+    inputs = find_inputs(args.inputs, TIFF_SUFFIXES, args.output)
+    targets = {file: [file.target(args.output, ".safetensors")] for file in inputs}
+    check_targets(targets, args.overwrite or args.resume)
     model = load_model(args.model, args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
-    with progress(inputs) as (paths, on_tile):
-        for path, target in unfinished(paths, args, ".safetensors"):
+    with progress(inputs) as (files, on_tile):
+        for file, target in unfinished(files, args, ".safetensors"):
             with explain_resume(target):
-                encode_large(model, path, target, args.resume, on_tile)
+                encode_large(model, file.path, target, args.resume, on_tile)
+    print(f"written  {args.output} (token files: {len(inputs)})")

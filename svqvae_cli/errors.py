@@ -1,9 +1,65 @@
-"""Adds context to errors: the file, the missing extra, and how to resume."""
+"""Errors in the words of the user: with the file, the missing extra or how to resume. Skips unreadable inputs."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from svqvae_hf.paths import InputFile
+
+Content = TypeVar("Content")
+
+
+class SkippedError(ValueError):
+    """Some inputs were skipped, and all others are done."""
+
+
+class Skipping:
+    """Names inputs that cannot be read on stderr, counts them, and goes on. A single input that cannot be read raises.
+
+    Args:
+        total (`int`): Number of inputs.
+    """
+
+    def __init__(self, total: int):
+        self.total = total
+        self.skipped = 0
+
+    def read(
+        self, files: "Iterable[InputFile]", read: Callable[[Path], Content]
+    ) -> "Iterator[tuple[InputFile, Content]]":
+        """Yields each readable input and what `read` returns for its path."""
+        from tqdm import tqdm
+
+        for file in files:
+            try:
+                content = read(file.path)
+            except (OSError, ValueError) as error:
+                if self.total == 1:
+                    raise
+                self.skipped += 1
+                tqdm.write(f"svqvae: skipped: {one_line(str(error))}", sys.stderr)  # above the progress bars
+            else:
+                yield file, content
+
+    def finish(self) -> None:
+        """Raises if inputs were skipped.
+
+        Raises:
+            SkippedError: Some could be read.
+            ValueError: None could be read.
+        """
+        if self.skipped == self.total:
+            raise ValueError(f"at least one input must be readable, but none of {self.total} is.")
+        if self.skipped:
+            raise SkippedError(f"{self.skipped} of {self.total} inputs could not be read")
+
+
+def one_line(message: str) -> str:
+    """A message on one line, without control characters of a broken file, which must not reach the terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.paths import check_output, find_files
 
-    check_output([], args.output)
+    check_output(args.output)
     state = PartialState(cpu=find_device(args.device).type == "cpu")
     lpips = load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
     inception = load_inception(args.inception_weights) if args.inception_weights else None

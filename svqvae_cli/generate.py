@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.atomic_io import save_png
     from svqvae_hf.paths import check_output, scale_endings
 
-    check_output([], args.output)
+    check_output(args.output)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # while loading
     pipeline = load_pretrained(SVQVAEAutoregressivePipeline, args.model, args.device, args.dtype)

@@ -4,6 +4,10 @@ import argparse
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svqvae_hf.paths import InputFile
 
 
 def add_large(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +35,14 @@ def check_large(args: argparse.Namespace) -> None:
         raise ValueError("--side-by-side is for images that fit into memory. Leave out --side-by-side or --large.")
 
 
-def unfinished(paths: Iterable[Path], args: argparse.Namespace, ending: str) -> Iterator[tuple[Path, Path]]:
+def unfinished(
+    files: "Iterable[InputFile]", args: argparse.Namespace, ending: str
+) -> "Iterator[tuple[InputFile, Path]]":
     """Yields each input and its output file, without outputs that an interrupted run already completed."""
     from svqvae_hf.large.run_record import record_path
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors say what it would log
-    for path in paths:
-        target = args.output / f"{path.stem}{ending}"
+    for file in files:
+        target = file.target(args.output, ending)
         if not (args.resume and target.exists() and not record_path(target).exists()):
-            yield path, target
+            yield file, target

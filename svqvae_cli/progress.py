@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from tqdm import tqdm
 
+from svqvae_hf.paths import InputFile
+
 
 @contextmanager
-def progress(inputs: Sequence[Path]) -> Iterator[tuple[Iterable[Path], Callable[[int, int], None]]]:
+def progress(
+    inputs: Sequence[InputFile],
+) -> Iterator[tuple[Iterable[InputFile], Callable[[int, int], None]]]:
     """Shows a bar over the inputs and, below it, a bar over the tiles of the current one; on a terminal only.
 
     Yields:
-        `tuple[Iterable[Path], Callable]`: The inputs, and a function for `on_tile` of [`SVQVAE.enable_tiling`].
+        `tuple[Iterable[InputFile], Callable]`: The inputs, and a function for `on_tile` of [`SVQVAE.enable_tiling`].
     """
     with (
         tqdm(inputs, unit="image", disable=None) as images,

@@ -3,7 +3,7 @@
 import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_images
-from svqvae_cli.errors import explain_resume, prefix_errors, require_extra
+from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
 from svqvae_cli.large import add_large, check_large, unfinished
 
 
@@ -14,11 +14,12 @@ def add_to(commands: Commands) -> None:
         "reconstruct",
         run,
         "encode and decode images, and measure the difference",
-        "Writes one image per scale, NAME_x0.5.png and so on. Prints for each of them:\n"
-        "tokens, bits per pixel of the original, PSNR against the original resized to\n"
-        "that scale, and the fraction of the codebook that is used. For several images\n"
-        "the last lines give totals and means, and the fraction of the codebook that\n"
-        "all images together use.",
+        "Writes one image per scale, NAME_x0.5.png and so on, in the subfolder that the\n"
+        "image was found in. Prints for each of them: tokens, bits per pixel of the\n"
+        "original, PSNR against the original resized to that scale, and the fraction of\n"
+        "the codebook that is used. For several images the last lines give totals and\n"
+        "means, and the fraction of the codebook that all images together use. Images\n"
+        "that cannot be read are named and skipped.",
         "photo.jpg --output out --scales 0.25 0.5 1 --side-by-side",
     )
     add_images(parser)
@@ -44,31 +45,32 @@ def _reconstruct(args: argparse.Namespace) -> None:
     from svqvae_hf.atomic_io import save_png
     from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions, side_by_side
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
-    from svqvae_hf.paths import check_output, check_targets, find_files, scale_endings
+    from svqvae_hf.paths import check_output, check_targets, find_inputs, scale_endings
     from svqvae_hf.tokens.image_tokens import check_memory, decode_image, encode_image
 
-    endings = scale_endings(args.scales)
-    inputs = find_files(args.inputs, IMAGE_SUFFIXES)
-    check_output(inputs, args.output)
-    check_targets(inputs, inputs, args.output, [*endings, *(["_side_by_side.png"] if args.side_by_side else [])])
+    endings = [*scale_endings(args.scales), *(["_side_by_side.png"] if args.side_by_side else [])]
+    check_output(args.output)
+    inputs = find_inputs(args.inputs, IMAGE_SUFFIXES, args.output)
+    targets = {file: [file.target(args.output, ending) for ending in endings] for file in inputs}
+    check_targets(targets, args.overwrite)
     model = load_model(args.model, args.device, args.dtype)
-    table = ResultTable(inputs, model.config["codebook_size"])
-    with progress(inputs) as (paths, on_tile):
+    table = ResultTable([str(file.name) for file in inputs], model.config["codebook_size"])
+    skipping = Skipping(len(inputs))
+    with progress(inputs) as (files, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
-        for path in paths:
-            original = load_image(path)
-            with prefix_errors(path):
+        for file, original in skipping.read(files, load_image):
+            with prefix_errors(file.path):
                 check_memory(model, original.height, original.width, args.scales, args.scale_from)
             tokens = encode_image(model, original, args.scales, args.scale_from)
             images = decode_image(model, tokens)
-            for image, ending in zip(images, endings, strict=True):
-                save_png(image, args.output / f"{path.stem}{ending}")
             results = measure_reconstructions(original, tokens, images)
-            if args.side_by_side:
-                save_png(side_by_side(original, images, results), args.output / f"{path.stem}_side_by_side.png")
-            table.add(path, results)
+            sheet = [side_by_side(original, images, results)] if args.side_by_side else []
+            for image, target in zip([*images, *sheet], targets[file], strict=True):
+                save_png(image, target)
+            table.add(str(file.name), results)
     if len(inputs) > 1:
         table.add_totals()
+    skipping.finish()
 
 
 def _reconstruct_large(args: argparse.Namespace) -> None:
@@ -78,16 +80,17 @@ def _reconstruct_large(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
     from svqvae_cli.results import ResultTable
-    from svqvae_hf.paths import check_output, check_targets, find_files
+    from svqvae_hf.paths import check_output, check_targets, find_inputs
 
-    inputs = find_files(args.inputs, TIFF_SUFFIXES)
-    check_output(inputs, args.output)
-    check_targets(inputs, inputs, args.output, ["_x1.tif"])
+    check_output(args.output)
+    inputs = find_inputs(args.inputs, TIFF_SUFFIXES, args.output)
+    targets = {file: [file.target(args.output, "_x1.tif")] for file in inputs}
+    check_targets(targets, args.overwrite or args.resume)
     model = load_model(args.model, args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
-    table = ResultTable(inputs, model.config["codebook_size"])
-    with progress(inputs) as (paths, on_tile):
-        for path, target in unfinished(paths, args, "_x1.tif"):
+    table = ResultTable([str(file.name) for file in inputs], model.config["codebook_size"])
+    with progress(inputs) as (files, on_tile):
+        for file, target in unfinished(files, args, "_x1.tif"):
             with explain_resume(target):
-                result = reconstruct_large(model, path, target, args.resume, on_tile)
-            table.add(path, [result])
+                result = reconstruct_large(model, file.path, target, args.resume, on_tile)
+            table.add(str(file.name), [result])

@@ -2,46 +2,76 @@
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 
-def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+class InputFile(NamedTuple):
+    """Input of a command.
+
+    Args:
+        path (`Path`): The file.
+        name (`Path`): Path below the folder in which the file was found, or its file name. Outputs are named after it.
+    """
+
+    path: Path
+    name: Path
+
+    def target(self, output: Path, ending: str) -> Path:
+        """Output file: the input `a/b.png` and the ending `_x1.png` make `a/b_x1.png` in the output folder."""
+        return output / self.name.parent / f"{self.name.stem}{ending}"
+
+
+def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path | None = None) -> list[InputFile]:
     """Finds the input files of a command and lists each once.
 
     Args:
-        patterns (`Sequence[str]`): Files, folders and glob patterns. A folder stands for the files directly in it that
-            have one of the suffixes and are not hidden.
+        patterns (`Sequence[str]`): Files, folders and glob patterns. A folder stands for the files in it and in its
+            subfolders that have one of the suffixes. Hidden files and folders are left out.
         suffixes (`Sequence[str]`): Suffixes in lower case, such as `.png`.
+        output (`Path`, *optional*): Folder that the command writes to. It is not searched.
 
     Raises:
-        ValueError: A pattern matches no file.
+        ValueError: A pattern matches no file, or is the output folder.
     """
-    found: list[Path] = []
+    found: dict[Path, InputFile] = {}
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            names = [entry for entry in sorted(path.iterdir()) if entry.suffix.lower() in suffixes]
-            files = [entry for entry in names if entry.name[0] != "." and entry.is_file()]
-            missing = f"the folder `{pattern}` has no file that ends in {', '.join(suffixes)}."
+            if output is not None and path.resolve() == output.resolve():
+                raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
+            files = [InputFile(file, file.relative_to(path)) for file in _search(path, suffixes, output)]
+            missing = f"the folder `{pattern}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
         elif path.exists():
-            files = [path] if path.is_file() else []
+            files = [InputFile(path, Path(path.name))] if path.is_file() else []
             missing = f"an input must be a file or a folder, but `{pattern}` is neither."
         else:
-            files = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+            matches = (Path(match) for match in sorted(glob.glob(pattern, recursive=True)))
+            files = [InputFile(match, Path(match.name)) for match in matches if match.is_file()]
             missing = f"no file or folder matches `{pattern}`."
         if not files:
             raise ValueError(missing)
-        found += files
-    return distinct_files(found)
+        for file in files:  # links with different names are kept, even to the same file
+            found.setdefault(file.path.parent.resolve() / file.path.name, file)
+    return list(found.values())
 
 
-def distinct_files(paths: Iterable[Path]) -> list[Path]:
-    """Drops paths that repeat a folder and name. Links with different names are kept, even to the same file."""
-    unique: dict[Path, Path] = {}
-    for path in paths:
-        unique.setdefault(path.parent.resolve() / path.name, path)
-    return list(unique.values())
+def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """Paths that [`find_inputs`] finds."""
+    return [file.path for file in find_inputs(patterns, suffixes)]
+
+
+def _search(folder: Path, suffixes: Sequence[str], output: Path | None) -> Iterator[Path]:
+    """Yields the files of a folder, then of its subfolders, each sorted by name."""
+    left_out = output and output.resolve()
+    for place, folders, names in os.walk(folder):
+        root = Path(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and (root / name).resolve() != left_out)
+        for name in sorted(names):
+            if name[0] != "." and Path(name).suffix.lower() in suffixes and (root / name).is_file():
+                yield root / name
 
 
 def scale_endings(scales: Sequence[float]) -> list[str]:
@@ -54,21 +84,42 @@ def scale_endings(scales: Sequence[float]) -> list[str]:
     return endings
 
 
-def check_output(inputs: Sequence[Path], output: Path) -> None:
-    """Raises if the output folder cannot be written or two inputs would write the same files."""
+def is_writable(folder: Path) -> bool:
+    """Whether files can be created in a folder. Permissions alone do not tell: not even root can write to `/proc`."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_output(output: Path) -> None:
+    """Raises if the output folder cannot be written."""
     nearest = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if not nearest.is_dir() or not is_writable(nearest):
         raise ValueError(f"--output must be a writable folder, but `{nearest}` is not.")
-    writers: dict[str, Path] = {}
-    for path in inputs:
-        other = writers.setdefault(path.stem, path)
-        if other != path:
-            raise ValueError(f"`{other}` and `{path}` would write the same files. Rename one, or use two --output.")
 
 
-def check_targets(paths: Sequence[Path], inputs: Sequence[Path], output: Path, endings: Sequence[str]) -> None:
-    """Raises if an output file of `paths` would overwrite one of the inputs."""
-    sources = {path.resolve() for path in inputs}
-    for target in [output / f"{path.stem}{ending}" for path in paths for ending in endings]:
-        if target.resolve() in sources:
-            raise ValueError(f"the input `{target}` would be overwritten. Use another --output.")
+def check_targets(targets: Mapping[InputFile, Iterable[Path]], overwrite: bool) -> None:
+    """Raises if output files clash.
+
+    Args:
+        targets (`Mapping[InputFile, Iterable[Path]]`): Output files of each input.
+        overwrite (`bool`): Whether output files may exist.
+
+    Raises:
+        ValueError: An output file is an input, or is written for two inputs, or exists.
+    """
+    sources = {file.path.resolve() for file in targets}
+    writers: dict[Path, InputFile] = {}
+    for file, paths in targets.items():
+        for path in paths:
+            if path.resolve() in sources:
+                raise ValueError(f"the input `{path}` would be overwritten. Use another --output.")
+            other = writers.setdefault(path, file)
+            if other != file:
+                raise ValueError(
+                    f"`{other.path}` and `{file.path}` would both write `{path}`. Rename one, or use two --output."
+                )
+            if not overwrite and path.exists():
+                raise ValueError(f"`{path}` already exists. Pass --overwrite, or use another --output.")

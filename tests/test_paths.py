@@ -1,8 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
 
-from svqvae_hf.paths import check_output, check_targets, find_files, scale_endings
+from svqvae_hf.paths import InputFile, check_output, check_targets, find_files, find_inputs, scale_endings
 
 
 def test_each_file_is_found_once(tmp_path):
@@ -16,6 +17,18 @@ def test_each_file_is_found_once(tmp_path):
     (tmp_path / "in" / "link").symlink_to(tmp_path)
     found = find_files([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.png", f"{tmp_path}/in/link"], (".png",))
     assert found == [tmp_path / "a.png", tmp_path / "b.PNG"]
+
+
+def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path):
+    for name in ("b.png", "a/d.png", "a/c/e.png", "a/out/b_x1.png", ".hidden/f.png", "z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "a")  # not followed
+    found = find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / ".." / "a" / "out")
+    assert [str(file.name) for file in found] == ["b.png", "a/d.png", "a/c/e.png"]
+    assert found[2].target(tmp_path / "out", "_x1.png") == tmp_path / "out" / "a" / "c" / "e_x1.png"
+    with pytest.raises(ValueError, match="--output must not be an input folder"):
+        find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / "..")
 
 
 def test_links_with_different_names_are_kept(tmp_path):
@@ -38,17 +51,36 @@ def test_input_must_be_a_file_or_folder(tmp_path):
 def test_output_must_not_be_a_broken_link(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"--output must be a writable folder, but `.*link` is not"):
-        check_output([], tmp_path / "link")
+        check_output(tmp_path / "link")
     with pytest.raises(ValueError, match=r"but `.*link` is not"):
-        check_output([], tmp_path / "link" / "under")
+        check_output(tmp_path / "link" / "under")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="only Linux has a folder that root may not write to")
+def test_output_must_be_writable_whatever_its_permissions_say():
+    with pytest.raises(ValueError, match=r"--output must be a writable folder, but `/proc` is not"):
+        check_output(Path("/proc/x"))
+
+
+def targets(output, ending, *paths):
+    files = [InputFile(path, Path(path.name)) for path in paths]
+    return {file: [file.target(output, ending)] for file in files}
 
 
 def test_inputs_are_not_overwritten(tmp_path):
     inputs = [tmp_path / "a.png", tmp_path / "a_x1.png"]
-    check_targets(inputs, inputs, tmp_path / "out", ["_x1.png"])
-    check_targets(inputs, inputs, tmp_path, ["_x2.png"])
+    check_targets(targets(tmp_path / "out", "_x1.png", *inputs), overwrite=False)
+    check_targets(targets(tmp_path, "_x2.png", *inputs), overwrite=False)
     with pytest.raises(ValueError, match=r"the input `.*a_x1.png` would be overwritten"):
-        check_targets(inputs, inputs, tmp_path, ["_x1.png"])
+        check_targets(targets(tmp_path, "_x1.png", *inputs), overwrite=True)
+
+
+def test_existing_files_are_overwritten_only_if_asked_for(tmp_path):
+    (tmp_path / "a_x1.png").touch()
+    planned = targets(tmp_path, "_x1.png", tmp_path / "a.png")
+    check_targets(planned, overwrite=True)
+    with pytest.raises(ValueError, match=r"`.*a_x1.png` already exists. Pass --overwrite"):
+        check_targets(planned, overwrite=False)
 
 
 def test_scales_name_files_with_six_digits():

@@ -44,6 +44,7 @@ def test_convert_with_config_values_that_no_shape_tells(tmp_path):
 
 def test_info_of_a_token_file(two_images, tmp_path, saved_model, capsys):
     svqvae("encode", two_images / "a.png", "--output", tmp_path, "--model", saved_model, "--scales", "2", "1")
+    capsys.readouterr()
     assert svqvae("info", tmp_path / "a.safetensors") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split(None, 1) == ["kind", "token file"]
@@ -56,7 +57,17 @@ def test_info_of_a_token_file(two_images, tmp_path, saved_model, capsys):
 
 def test_info_shows_tiles_only_if_the_image_had_several(two_images, tmp_path, saved_model, capsys):
     for tile_size, tiles in (("60", "none"), ("56", "56 pixels, overlap 8")):
-        argv = ["--output", tmp_path, "--model", saved_model, "--tile-size", tile_size, "--overlap", "8"]
+        argv = [
+            "--output",
+            tmp_path,
+            "--model",
+            saved_model,
+            "--tile-size",
+            tile_size,
+            "--overlap",
+            "8",
+            "--overwrite",
+        ]
         svqvae("encode", two_images / "a.png", *argv)
         assert svqvae("info", tmp_path / "a.safetensors") == 0
         assert f"tiles     {tiles}" in capsys.readouterr().out.splitlines()

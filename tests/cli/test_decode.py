@@ -56,7 +56,7 @@ def test_tiles_default_to_the_tiles_of_the_file(tokens, out, saved_model, used_t
         ["--tile-size", "40"],
         ["--tile-size", "64", "--overlap", "0"],
     ):
-        assert svqvae("decode", tokens, "--output", out, "--model", saved_model, *options) == 0
+        assert svqvae("decode", tokens, "--output", out, "--model", saved_model, "--overwrite", *options) == 0
     assert used_tiles == [(32, 8), (32, 4), (40, 8), (64, 0)]
 
 

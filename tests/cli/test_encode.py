@@ -61,19 +61,84 @@ def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, ca
     assert not out.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"Dear diary,", "cut"])
-def test_broken_image_stops_after_the_images_before_it(two_images, out, saved_model, capsys, content):
-    whole = (two_images / "a.png").read_bytes()
-    (two_images / "aa.png").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
-    assert "aa.png` " in fails(capsys, "encode", two_images, "--output", out, "--model", saved_model)
-    assert names(out) == ["a.safetensors"]
-    load_tokens(out / "a.safetensors")
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
+def test_what_cannot_be_read_is_named_counted_and_skipped(two_images, out, saved_model, capsys, command):
+    source, model = two_images, ["--model", saved_model]
+    if command == "decode":
+        source = out / "tokens"
+        svqvae("encode", two_images, "--output", source, *model)
+        capsys.readouterr()
+    whole = next(path for path in sorted(source.iterdir()) if path.stem == "a")
+    for name, content in (
+        ("a0", b""),
+        ("a1", b"Dear diary,"),
+        ("a2", whole.read_bytes()[: whole.stat().st_size // 2]),
+    ):
+        whole.with_stem(name).write_bytes(content)
+    argv = [command, source, "--output", out / "made", *model]
+    assert svqvae(*argv) == 1
+    assert {path.stem.removesuffix("_x1") for path in (out / "made").iterdir()} == {"a", "b"}
+    *skipped, last = capsys.readouterr().err.splitlines()
+    assert last == "svqvae: 3 of 5 inputs could not be read"
+    for line, name in zip(skipped, ("a0", "a1", "a2"), strict=True):
+        assert line.startswith(f"svqvae: skipped: `{whole.with_stem(name)}`")
+
+
+def test_one_input_that_cannot_be_read_is_an_error(two_images, out, saved_model, capsys):
+    (two_images / "a.png").write_bytes(b"")
+    argv = ["--output", out, "--model", saved_model]
+    assert "a.png` " in fails(capsys, "encode", two_images / "a.png", *argv)
+    (two_images / "b.jpg").write_bytes(b"")
+    assert svqvae("encode", two_images, *argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[2:] == ["svqvae: error: at least one input must be readable, but none of 2 is."]
+    assert captured.out == ""
+    assert not out.exists()
 
 
 def test_inputs_of_one_stem_are_an_error(two_images, out, capsys):
     Image.open(two_images / "a.png").save(two_images / "a.bmp")
     error = fails(capsys, "encode", two_images, "--output", out)
-    assert f"`{two_images / 'a.bmp'}` and `{two_images / 'a.png'}` would write the same files" in error
+    both = f"`{two_images / 'a.bmp'}` and `{two_images / 'a.png'}` would both write `{out / 'a.safetensors'}`"
+    assert both in error
+
+
+def test_outputs_keep_the_subfolders_of_the_inputs(two_images, tmp_path, saved_model, capsys):
+    (two_images / "sub").mkdir()
+    (two_images / "b.jpg").rename(two_images / "sub" / "a.jpg")
+    model = ["--model", saved_model]
+    for command, source, output in (
+        ("encode", two_images, two_images / "tokens"),
+        ("decode", two_images / "tokens", tmp_path / "decoded"),
+        ("reconstruct", two_images, two_images / "made"),
+        ("reconstruct", two_images, two_images / "made"),  # its own results are not among the inputs
+    ):
+        assert svqvae(command, source, "--output", output, *model, "--overwrite") == 0
+    found = {path.relative_to(tmp_path) for path in tmp_path.rglob("a*.*") if "_x1" in path.name or "s" in path.suffix}
+    assert {str(path) for path in found} == {
+        *(f"two_images/tokens/{name}.safetensors" for name in ("a", "sub/a")),
+        *(f"{folder}/{name}_x1.png" for folder in ("decoded", "two_images/made") for name in ("a", "sub/a")),
+    }
+    out = capsys.readouterr().out
+    assert "\nsub/a.jpg" in out
+    assert f"written  {two_images / 'tokens'} (token files: 2)\nwritten  {tmp_path / 'decoded'} (images: 2)\n" in out
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
+def test_outputs_that_exist_are_replaced_only_with_overwrite(two_images, tmp_path, saved_model, capsys, command):
+    svqvae("encode", two_images, "--output", tmp_path / "tokens", "--model", saved_model)
+    argv = [command, tmp_path / "tokens" if command == "decode" else two_images, "--output", tmp_path / "out"]
+    argv += ["--model", saved_model]
+    assert svqvae(*argv) == 0
+    capsys.readouterr()
+    second = sorted((tmp_path / "out").iterdir())[1]
+    second.write_bytes(b"mine")
+    sorted((tmp_path / "out").iterdir())[0].unlink()
+    assert f"`{second}` already exists. Pass --overwrite" in fails(capsys, *argv)
+    assert second.read_bytes() == b"mine"
+    assert names(tmp_path / "out") == [second.name]
+    assert svqvae(*argv, "--overwrite") == 0
+    assert second.read_bytes() != b"mine"
 
 
 @pytest.mark.parametrize(("command", "ending"), [("reconstruct", "_x1.png"), ("encode", ".safetensors")])
@@ -83,7 +148,7 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
         error = fails(capsys, command, two_images, "--output", output)
         assert f"--output must be a writable folder, but `{file}` is not" in error
     (out / f"a{ending}").mkdir(parents=True)
-    error = fails(capsys, command, two_images, "--output", out, "--model", saved_model)
+    error = fails(capsys, command, two_images, "--output", out, "--model", saved_model, "--overwrite")
     assert f"`{out / f'a{ending}'}` cannot be written: Is a directory." in error
     assert names(out) == [f"a{ending}"]
     assert names(two_images) == ["a.png", "b.jpg", "notes.txt"]

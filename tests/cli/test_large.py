@@ -26,7 +26,8 @@ def test_to_tokens_and_back(saved_model, tiff, tmp_path, capsys):
     out, model = tmp_path / "out", ["--model", saved_model, "--device", "cpu"]
     assert svqvae("encode", tiff, "--large", "--output", out, *model, *TILES) == 0
     assert svqvae("decode", out / "photo.safetensors", "--large", "--output", out, *model) == 0
-    assert capsys.readouterr().out == ""
+    written = f"written  {out} (token files: 1)\nwritten  {out} (images: 1)\n"
+    assert capsys.readouterr().out == written
     assert svqvae("reconstruct", tiff, "--large", "--output", tmp_path / "again", *model, *TILES) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "image"

@@ -71,7 +71,7 @@ def test_folders_globs_and_files_name_each_input_once(two_images, out, saved_mod
     assert svqvae("reconstruct", *inputs, "--output", out, "--model", saved_model) == 0
     assert names(out) == ["a_x1.png", "b_x1.png"]
     _, first, second, total = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert total[:4] == ["2", "images", "1", str(int(first[3]) + int(second[3]))]
+    assert total[:4] == ["all", "images", "1", str(int(first[3]) + int(second[3]))]
     assert float(total[-2]) == pytest.approx((float(first[-2]) + float(second[-2])) / 2, abs=0.01)
     assert float(total[-1].rstrip("%")) >= max(float(row[-1].rstrip("%")) for row in (first, second))
 
@@ -102,11 +102,12 @@ def test_scales_that_name_the_same_file_are_an_error(two_images, out, capsys):
 def test_inputs_are_not_overwritten(two_images, saved_model, capsys):
     Image.open(two_images / "a.png").save(two_images / "a_x1.png")
     before = (two_images / "a_x1.png").read_bytes()
-    error = fails(capsys, "reconstruct", two_images, "--output", two_images, "--model", saved_model)
+    inputs = [two_images / "a.png", two_images / "a_x1.png"]
+    error = fails(capsys, "reconstruct", *inputs, "--output", two_images, "--model", saved_model)
     assert f"the input `{two_images / 'a_x1.png'}` would be overwritten" in error
     assert (two_images / "a_x1.png").read_bytes() == before
 
 
 def test_no_header_without_a_row(two_images, out, saved_model, capsys):
     (two_images / "a.png").write_bytes(b"")
-    fails(capsys, "reconstruct", two_images, "--output", out, "--model", saved_model)
+    fails(capsys, "reconstruct", two_images / "a.png", "--output", out, "--model", saved_model)
