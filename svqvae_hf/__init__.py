@@ -8,6 +8,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
@@ -18,6 +19,8 @@ __all__ = [
     "SVQVAE",
     "ImageProcessingMixin",
     "ModelMixin",
+    "NextScaleTransformer",
+    "NextScaleTransformerOutput",
     "SVQVAEAutoregressivePipeline",
     "SVQVAEEncoderOutput",
     "SVQVAEImageProcessor",
@@ -36,4 +39,5 @@ LOADABLE_CLASSES["svqvae_hf"] = {
 
 # `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look for classes among the names of diffusers.
 diffusers.SVQVAE = SVQVAE
+diffusers.NextScaleTransformer = NextScaleTransformer
 diffusers.SVQVAEAutoregressivePipeline = SVQVAEAutoregressivePipeline

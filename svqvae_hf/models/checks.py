@@ -19,11 +19,12 @@ CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Raises if config values are wrong or do not fit each other."""
-    numbers = {key: [config[key]] for key in POSITIVE_INTEGERS} | {key: config[key] for key in CHANNEL_MULTIPLIERS}
-    for key, values in numbers.items():
-        if not isinstance(values, list | tuple) or not all(type(value) is int and value > 0 for value in values):
-            rule = "a list of integers" if key in CHANNEL_MULTIPLIERS else "an integer"
-            raise ValueError(f"`{key}` must be {rule} above 0, got {config[key]!r}.")
+    check_positive_integers({key: config[key] for key in POSITIVE_INTEGERS})
+    for key in CHANNEL_MULTIPLIERS:
+        if not isinstance(config[key], list | tuple) or not all(
+            type(mult) is int and mult > 0 for mult in config[key]
+        ):
+            raise ValueError(f"`{key}` must be a list of integers above 0, got {config[key]!r}.")
     encoder_levels, decoder_levels = (len(config[key]) for key in CHANNEL_MULTIPLIERS)
     if encoder_levels != decoder_levels:
         raise ValueError(
@@ -41,6 +42,13 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"`codebook_l2_norm` must be True or False, got {config['codebook_l2_norm']!r}.")
     for key in ("pixel_range", "network_range"):
         _check_range(key, config[key])
+
+
+def check_positive_integers(numbers: Mapping[str, Any]) -> None:
+    """Raises unless all values are integers above 0."""
+    for key, value in numbers.items():
+        if type(value) is not int or value <= 0:
+            raise ValueError(f"`{key}` must be an integer above 0, got {value!r}.")
 
 
 def _check_range(key: str, bounds: Any) -> None:

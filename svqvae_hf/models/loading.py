@@ -20,7 +20,7 @@ DERIVED_CONFIG = ("block_out_channels", "latent_channels", "vq_embed_dim", "num_
 
 
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
-    """Strict loading, `from_single_file` for original checkpoints, and what a model's repository holds beside it."""
+    """Strict loading."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -45,21 +45,6 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
                 f"not: {faults}. Restore the files, or correct config.json."
             )
         return loaded if with_info else loaded[0]
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Saves the model, and its pixel range in `preprocessor_config.json`, which [`SVQVAEImageProcessor`] loads.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Folder to write to.
-            is_main_process (`bool`, defaults to `True`): Whether this process writes the configs.
-            *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
-            **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
-        """
-        if is_main_process:  # before the weights, because an upload follows these at once
-            SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -92,6 +77,25 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
                 "class. `from_single_file` loads original checkpoints."
             )
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in DERIVED_CONFIG}, **kwargs)
+
+
+class SVQVAELoadingMixin(StrictLoadingMixin):
+    """Strict loading, `from_single_file` for original checkpoints, and what a model's repository holds beside it."""
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Saves the model, and its pixel range in `preprocessor_config.json`, which [`SVQVAEImageProcessor`] loads.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            is_main_process (`bool`, defaults to `True`): Whether this process writes the configs.
+            *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+            **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+        """
+        if is_main_process:  # before the weights, because an upload follows these at once
+            SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     @classmethod
     def from_single_file(

@@ -44,7 +44,7 @@ from svqvae_hf.models.checks import (
     check_tiles,
 )
 from svqvae_hf.models.fast_ops import RepeatConv2d, fast_layout, group_norm, normalise, silu
-from svqvae_hf.models.loading import StrictLoadingMixin
+from svqvae_hf.models.loading import SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
 from svqvae_hf.models.tiling import OVERLAP_PX, Core, TileContext, TilingMixin, crop_to_core, decode_core, to_positions
 
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
         return self.conv_out(silu(self.norm_out(hidden, shared)))
 
 
-class SVQVAE(StrictLoadingMixin, TilingMixin):
+class SVQVAE(SVQVAELoadingMixin, TilingMixin):
     """Scalable vector-quantized VAE: tokenizes images of any size, at several scales, with one codebook.
 
     Args:

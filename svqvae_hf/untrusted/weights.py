@@ -7,6 +7,7 @@ import torch
 # Far above every real model.
 MAX_LEVELS = 16
 MAX_BLOCKS = 64  # per level
+MAX_LAYERS = 256  # of a transformer
 
 
 def check_depth(name: str, levels: int, blocks: int) -> None:
@@ -16,6 +17,12 @@ def check_depth(name: str, levels: int, blocks: int) -> None:
             f"{name} must have at most {MAX_LEVELS} levels and {MAX_BLOCKS} residual blocks per level, "
             f"got {levels} levels and {blocks} blocks."
         )
+
+
+def check_layers(name: str, layers: int) -> None:
+    """Raises for thousands of layers of a transformer, because building it would never end."""
+    if layers > MAX_LAYERS:
+        raise ValueError(f"{name} must have at most {MAX_LAYERS} layers, got {layers}.")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

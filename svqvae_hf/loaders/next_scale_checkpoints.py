@@ -1,0 +1,90 @@
+"""Reads original checkpoints of FlexVAR's transformer."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, raise_faults
+from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
+from svqvae_hf.loaders.checkpoints import Checkpoint, ModelT
+from svqvae_hf.untrusted.weights import check_layers, key_text
+
+FLEXVAR = CheckpointFormat(
+    name="flexvar-transformer", title="FlexVAR's transformer", container=None, level_prefix="blocks."
+)
+BUFFERS = re.compile(r"attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias")  # constants that FlexVAR saves
+
+# Config values that are sizes of weights, with their axes.
+HEADS = ("blocks.0.attn.scale_mul_1H11", 1)
+WIDTH = ("word_embed.weight", 0)
+CLASSES = ("class_emb.weight", 0)  # one more for no class
+CONFIG_AXES = {
+    "codebook_size": ("head.weight", 0),
+    "codebook_embed_dim": ("word_embed.weight", 1),
+    "position_size": ("pos_1LC", 2),
+}
+
+
+def find_next_scale_weights(content: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
+    """Returns the weights in the content of a file, as released or as saved by FlexVAR's trainer, or `None`."""
+    trainer = content.get("trainer")
+    weights = trainer.get("var_wo_ddp") if isinstance(trainer, Mapping) else content.get(None, content)
+    return weights if isinstance(weights, Mapping) and {"word_embed.weight", "pos_1LC"} <= weights.keys() else None
+
+
+def read_next_scale_checkpoint(source: str | Path, model_class: type[ModelT]) -> Checkpoint[ModelT]:
+    """Reads a checkpoint of FlexVAR's transformer, strictly. The shapes of its weights tell the config.
+
+    Args:
+        source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+        model_class (`type[nn.Module]`): Class that the config and the weights are for, [`NextScaleTransformer`].
+
+    Returns:
+        [`Checkpoint`]: Format, config and weights.
+
+    Raises:
+        OSError: If the file is missing or cannot be downloaded.
+        ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
+    """
+    path = locate_checkpoint(source)
+    found = find_next_scale_weights(load_checkpoint_file(path, source))
+    if found is None:
+        raise ValueError(
+            f"`{source}` must be a checkpoint of FlexVAR's transformer, with `word_embed.weight` and `pos_1LC` at the "
+            "top or in `trainer` > `var_wo_ddp`, but is not. Load a tokenizer with `SVQVAE.from_single_file`."
+        )
+    named = {key_text(key): value for key, value in found.items()}
+    weights = {key: value for key, value in named.items() if not BUFFERS.fullmatch(key)}
+    check_tensors(weights, source)
+    config = _infer_config(weights, source)
+    with torch.device("meta"):
+        expected = model_class(**config).state_dict()
+    check_weights(weights, {key: tensor.shape for key, tensor in expected.items()}, source)
+    state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
+    return Checkpoint(str(source), path, False, FLEXVAR, model_class, config, state_dict)
+
+
+def _infer_config(weights: Mapping[str, Any], source: str | Path) -> dict[str, int]:
+    axes = (HEADS, WIDTH, CLASSES, *CONFIG_AXES.values())
+    raise_faults(source, {"missing": {key for key, _ in axes} - weights.keys()})
+    misshapen = {f"{key} {tuple(weights[key].shape)}" for key, axis in axes if weights[key].ndim <= axis}
+    raise_faults(source, {"misshapen": misshapen | {key for key, _ in axes if not weights[key].numel()}})
+    heads, width, classes = (weights[key].shape[axis] for key, axis in (HEADS, WIDTH, CLASSES))
+    num_layers = count_numbers(weights, FLEXVAR.level_prefix)
+    check_layers(f"`{source}`", num_layers)
+    if width % heads or classes < 2:
+        raise ValueError(
+            f"`{source}` must have a width that is a multiple of its heads, and at least one class, but has width "
+            f"{width}, {heads} heads and {classes} rows in {CLASSES[0]}. Download the file again."
+        )
+    return {
+        "num_layers": num_layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "num_classes": classes - 1,
+        **{name: weights[key].shape[axis] for name, (key, axis) in CONFIG_AXES.items()},
+    }

@@ -1,0 +1,307 @@
+"""NextScaleTransformer: predicts the ids of an image scale by scale, each scale in one step.
+
+    class, start     codes of scale 0      codes of scale 1                 each token sees its own scale
+         |            |  resize             |  resize                       and all scales before
+         v            v  word_embed         v  word_embed
+      scale 0      scale 1               scale 2          + positions
+         |            |                     |
+         +------------+---------------------+------> blocks -> head -> logits of the ids of each scale
+
+A block is attention, then an MLP, both modulated by the class (adaLN). Queries and keys have length one; a learned
+factor per head scales the queries. Positions are a learned grid, averaged to the height and width of each scale, so
+scales of any size work. Only the positions tell the scales apart.
+
+The architecture and the names of the weights come from FlexVAR (arXiv 2502.20313), which follows VAR
+(arXiv 2404.02905).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import nn
+from transformers import DynamicCache
+
+from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
+from svqvae_hf.models.checks import check_positive_integers
+from svqvae_hf.models.loading import StrictLoadingMixin
+from svqvae_hf.untrusted.weights import check_layers
+
+NORM_EPS = 1e-6
+MLP_RATIO = 4
+POSITION_PERIOD = 10_000  # of the initial positions
+MAX_LOG_FACTOR = math.log(100)  # of queries
+
+# Factors of FlexVAR's initial weights
+INITIAL_QUERY_FACTOR = 4.0
+HEAD_GAIN, MODULATION_GAIN, GATE_GAIN = 0.02, 0.5, 1e-3
+
+Size = tuple[int, int]
+
+
+@dataclass
+class NextScaleTransformerOutput(BaseOutput):
+    """Output of [`NextScaleTransformer`].
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, tokens, codebook_size)`): Logits in float32, scale by scale, and
+            row by row within a scale.
+    """
+
+    logits: torch.Tensor
+
+
+class Attention(nn.Module):
+    """Attention of each scale to itself and to the scales before, with queries and keys of length one."""
+
+    def __init__(self, width: int, num_heads: int, layer: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.layer = layer
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(INITIAL_QUERY_FACTOR)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor, lengths: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
+        """`(batch, tokens, width)` -> the same shape. `lengths` are the numbers of tokens of the scales."""
+        query, key, value = self.mat_qkv(hidden).chunk(3, dim=-1)
+        query, key, value = map(self._split_heads, (query + self.q_bias, key, value + self.v_bias))
+        factor = self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()
+        query = (F.normalize(query.float(), dim=-1) * factor).to(value.dtype)
+        key = F.normalize(key.float(), dim=-1).to(value.dtype)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        attended = self._attend(query, key, value, lengths)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head width)
+
+    @staticmethod
+    def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Runs attention once per scale, which needs no mask, because a scale sees all keys up to its own last one."""
+        parts = []
+        seen = key.shape[2] - query.shape[2]  # cached tokens
+        for part in query.split(list(lengths), dim=2):
+            seen += part.shape[2]
+            parts.append(F.scaled_dot_product_attention(part, key[:, :, :seen], value[:, :, :seen], scale=1.0))
+        return torch.cat(parts, dim=2)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, width)` -> the same shape."""
+        return self.fc2(F.gelu(self.fc1(hidden), approximate="tanh"))
+
+
+class NextScaleBlock(nn.Module):
+    """Attention and MLP, each with a normalisation before and a gate after it that depend on the class."""
+
+    def __init__(self, width: int, num_heads: int, layer: int):
+        super().__init__()
+        self.attn = Attention(width, num_heads, layer)
+        self.ffn = MLP(width)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(
+        self, hidden: torch.Tensor, condition: torch.Tensor, lengths: Sequence[int], cache: DynamicCache | None
+    ) -> torch.Tensor:
+        """`(batch, tokens, width)` -> the same shape. `condition` `(batch, 1, width)` is the embedded class."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
+        hidden = hidden + gate1 * self.attn(modulate(hidden, scale1, shift1), lengths, cache)
+        return hidden + gate2 * self.ffn(modulate(hidden, scale2, shift2))
+
+
+class ModulatedNorm(nn.Module):
+    """Last normalisation, which depends on the class."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, width)` -> the same shape."""
+        scale, shift = self.ada_lin(condition).chunk(2, dim=-1)
+        return modulate(hidden, scale, shift)
+
+
+class NextScaleTransformer(StrictLoadingMixin):
+    """Transformer that predicts the ids of a scale from the class and from the codes of the scales before.
+
+    It can be trained for the codebook of any [`SVQVAE`]. Its weights belong to that codebook.
+
+    Args:
+        num_layers (`int`, defaults to 16): Number of blocks.
+        num_attention_heads (`int`, defaults to 16): Number of attention heads.
+        attention_head_dim (`int`, defaults to 64): Width of a head.
+        num_classes (`int`, defaults to 1000): Number of classes; label `num_classes` means no class.
+        codebook_size (`int`, defaults to 16384): Number of codes.
+        codebook_embed_dim (`int`, defaults to 8): Dimension of a code.
+        position_size (`int`, defaults to 32): Side of the learned grid of positions.
+
+    Raises:
+        ValueError: If a value is not a positive integer, or there are too many layers.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["NextScaleBlock"]
+    _repeated_blocks = ["NextScaleBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_layers: int = 16,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 64,
+        num_classes: int = 1000,
+        codebook_size: int = 16384,
+        codebook_embed_dim: int = 8,
+        position_size: int = 32,
+    ):
+        super().__init__()
+        check_positive_integers({key: value for key, value in self.config.items() if not key.startswith("_")})
+        check_layers("The config", num_layers)
+        width = num_attention_heads * attention_head_dim
+        self.class_emb = nn.Embedding(num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_1LC = nn.Parameter(initial_positions(position_size, width))  # channels first in spite of its name
+        self.word_embed = nn.Linear(codebook_embed_dim, width)
+        self.blocks = nn.ModuleList(NextScaleBlock(width, num_attention_heads, layer) for layer in range(num_layers))
+        self.head_nm = ModulatedNorm(width)
+        self.head = nn.Linear(width, codebook_size)
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor]
+        self._initialise()
+
+    @classmethod
+    def from_single_file(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> Self:
+        """Loads an original checkpoint of FlexVAR: a released file, or one of its trainer.
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32.
+
+        Returns:
+            [`NextScaleTransformer`]: The model in evaluation mode.
+
+        Raises:
+            OSError: If the file is missing or cannot be downloaded.
+            ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
+        """
+        model = read_next_scale_checkpoint(source, cls).model()
+        return model if dtype is None else model.to(dtype)
+
+    def forward(
+        self,
+        class_labels: torch.Tensor,
+        codes: Sequence[torch.Tensor],
+        sizes: Sequence[Size],
+        cache: DynamicCache | None = None,
+        return_dict: bool = True,
+    ) -> NextScaleTransformerOutput | tuple[torch.Tensor]:
+        """Predicts the ids of scales, all in one pass: in training all scales, in sampling the next one.
+
+        Args:
+            class_labels (`torch.Tensor` of shape `(batch,)`): Class of each image in `[0, num_classes]`, in int64;
+                `num_classes` means no class.
+            codes (list of `torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Codes of the scale before each
+                of the scales, as [`VectorQuantizer.get_codebook_entry`] returns them. The first scale of an image has
+                none, so there is one less than sizes unless `cache` holds scales.
+            sizes (list of `(height, width)`): Sizes of the scales in ids.
+            cache ([`~transformers.DynamicCache`], *optional*): Keys and values of the scales before, which are added
+                to it.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
+
+        Returns:
+            [`NextScaleTransformerOutput`] or `tuple`: Logits of all tokens of these scales.
+
+        Raises:
+            ValueError: If the number of codes is wrong.
+        """
+        is_first = cache is None or cache.get_seq_length() == 0
+        if len(codes) != len(sizes) - is_first:
+            raise ValueError(
+                f"`codes` must hold the codes before each of the {len(sizes)} scales"
+                f"{' but the first' if is_first else ''}, got {len(codes)}."
+            )
+        condition = self.class_emb(class_labels).unsqueeze(1)
+        starts = [condition + self.pos_start] if is_first else []
+        inputs = starts + [
+            self.word_embed(resize_codes(before, size).to(condition.dtype))
+            for before, size in zip(codes, sizes[len(starts) :], strict=True)
+        ]
+        hidden = torch.cat([tokens + self._positions(size) for tokens, size in zip(inputs, sizes, strict=True)], dim=1)
+        lengths = [height * width for height, width in sizes]
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden = self._gradient_checkpointing_func(block, hidden, condition, lengths, cache)
+            else:
+                hidden = block(hidden, condition, lengths, cache)
+        logits = self.head(self.head_nm(hidden, condition)).float()
+        return NextScaleTransformerOutput(logits=logits) if return_dict else (logits,)
+
+    def _positions(self, size: Size) -> torch.Tensor:
+        """Positions of a scale, `(1, height * width, width of the model)`."""
+        positions = F.interpolate(self.pos_1LC.float(), size, mode="area")
+        return positions.flatten(2).transpose(1, 2).to(self.pos_1LC.dtype)
+
+    def _initialise(self) -> None:
+        """Draws the weights as FlexVAR does; the first third of a block's modulation are its gates."""
+        width = self.pos_start.shape[-1]
+        std, residual_gain = math.sqrt(1 / (3 * width)), 1 / math.sqrt(2 * len(self.blocks))
+        gains = {
+            "head.weight": HEAD_GAIN,
+            "ada_lin.1.weight": MODULATION_GAIN,
+            "proj.weight": residual_gain,
+            "fc2.weight": residual_gain,
+        }
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif name.endswith("weight") or name == "pos_start":
+                gain = next((gain for ending, gain in gains.items() if name.endswith(ending)), 1.0)
+                nn.init.trunc_normal_(weight, std=gain * std)
+            if name.startswith("blocks.") and name.endswith("ada_lin.1.weight"):
+                nn.init.trunc_normal_(weight.detach()[: 2 * width], std=GATE_GAIN * std)
+
+
+def modulate(hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Normalises tokens `(batch, tokens, width)` without weights, then scales and shifts them."""
+    return F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+def resize_codes(codes: torch.Tensor, size: Size) -> torch.Tensor:
+    """Resizes codes to the next scale, bicubic and in float32. They are not normalised again.
+
+    Args:
+        codes (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Codes of a scale.
+        size (`tuple[int, int]`): Height and width of the next one.
+
+    Returns:
+        `torch.Tensor`: Tokens `(batch, height * width, codebook_embed_dim)`, row by row.
+    """
+    return F.interpolate(codes.float(), size, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def initial_positions(side: int, width: int) -> torch.Tensor:
+    """Grid of sines of the rows in even channels, and cosines of the columns in odd ones, `(1, width, side, side)`."""
+    channels = torch.arange(width)
+    frequencies = POSITION_PERIOD ** (-2 * (channels // 2) / width)
+    angles = frequencies[:, None] * torch.arange(side)
+    rows, columns = angles.sin()[:, :, None], angles.cos()[:, None, :]
+    return torch.where((channels % 2 == 0)[:, None, None], rows, columns).unsqueeze(0)

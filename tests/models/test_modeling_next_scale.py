@@ -1,0 +1,186 @@
+"""The next-scale transformer, against the original code and by its properties."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import AutoModel
+from next_scale import GOLDEN, NO_CLASS, OUTPUTS, SIZES, Golden, make_codes, make_transformer
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
+
+from svqvae_hf import NextScaleTransformer
+from svqvae_hf.models.modeling_next_scale import resize_codes
+
+LABELS = torch.tensor([2, 3])
+LENGTHS = [height * width for height, width in SIZES]
+
+
+def run_steps(transformer, labels, codes, sizes):
+    """Logits of one step per scale, with a cache."""
+    cache = DynamicCache()
+    steps = [transformer(labels, codes[:0], sizes[:1], cache).logits]
+    for before, size in zip(codes[:-1], sizes[1:], strict=True):
+        steps.append(transformer(labels, [before], [size], cache).logits)
+    return torch.cat(steps, dim=1)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("name", ["trained", "longer", "larger"])
+def test_logits_are_those_of_the_original(name):
+    transformer, golden = NextScaleTransformer.from_single_file(GOLDEN), Golden(name)
+    expected = OUTPUTS[f"{name}.teacher_forced.logits"]
+    logits = transformer(OUTPUTS["class_labels"], golden.codes[:-1], golden.sizes).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    steps = run_steps(transformer, OUTPUTS["class_labels"], golden.codes, golden.sizes)
+    torch.testing.assert_close(steps, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_logits_without_a_class_are_those_of_the_original():
+    transformer, golden = NextScaleTransformer.from_single_file(GOLDEN), Golden("trained")
+    logits = transformer(torch.full((2,), NO_CLASS), golden.codes[:-1], golden.sizes).logits
+    torch.testing.assert_close(logits, OUTPUTS["trained.teacher_forced.unconditional_logits"], atol=1e-5, rtol=0)
+
+
+def test_resized_codes_are_those_of_the_original():
+    golden = Golden("longer")
+    inputs = [resize_codes(codes, size) for codes, size in zip(golden.codes, golden.sizes[1:], strict=False)]
+    torch.testing.assert_close(torch.cat(inputs, dim=1), OUTPUTS["longer.teacher_forced.inputs"])
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("sizes", [SIZES, [(2, 3), (2, 5), (7, 9)], [(4, 4)]])
+def test_steps_with_a_cache_give_the_logits_of_one_pass(sizes):
+    transformer = make_transformer()
+    codes = make_codes(transformer, sizes)
+    expected = transformer(LABELS, codes[:-1], sizes).logits
+    assert expected.shape == (2, sum(height * width for height, width in sizes), 64)
+    torch.testing.assert_close(run_steps(transformer, LABELS, codes, sizes), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_step_may_hold_several_scales():
+    transformer = make_transformer()
+    codes, cache = make_codes(transformer), DynamicCache()
+    expected = transformer(LABELS, codes[:-1], SIZES).logits
+    parts = [
+        transformer(LABELS, codes[:1], SIZES[:2], cache).logits,
+        transformer(LABELS, codes[1:3], SIZES[2:], cache).logits,
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_logits_depend_on_the_scales_before_and_on_no_later_one():
+    transformer = make_transformer()
+    codes = make_codes(transformer)[:-1]
+    logits = transformer(LABELS, codes, SIZES).logits.split(LENGTHS, dim=1)
+    for changed in range(len(codes)):
+        others = [-grid if index == changed else grid for index, grid in enumerate(codes)]
+        for scale, part in enumerate(transformer(LABELS, others, SIZES).logits.split(LENGTHS, dim=1)):
+            differs = (part - logits[scale]).abs().amax((0, 2)) > 1e-3
+            assert differs.all() if scale > changed else not differs.any()
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_attention_needs_no_mask():
+    transformer = make_transformer()
+    codes = make_codes(transformer)[:-1]
+    expected = transformer(LABELS, codes, SIZES).logits
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # fails with a mask that has values for each pair of tokens
+        torch.testing.assert_close(transformer(LABELS, codes, SIZES).logits, expected)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_bfloat16_is_close_to_float32():
+    transformer = make_transformer()
+    codes = make_codes(transformer)[:-1]
+    expected = transformer(LABELS, codes, SIZES).logits
+    logits = transformer.to(torch.bfloat16)(LABELS, codes, SIZES).logits
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().mean() < 0.03 * expected.abs().mean()
+
+
+def test_every_parameter_gets_a_gradient_with_checkpointing_or_without():
+    gradients, recomputed = [], []
+
+    def checkpoint_and_count(block, *args):
+        recomputed.append(block)
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+
+    for checkpointing in (False, True):
+        transformer = make_transformer().train()
+        codes = make_codes(transformer)[:-1]
+        if checkpointing:
+            transformer.enable_gradient_checkpointing(checkpoint_and_count)
+        transformer(LABELS, codes, SIZES).logits.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in transformer.named_parameters()})
+    assert len(recomputed) == 2
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_compiles_without_graph_breaks():
+    transformer = make_transformer()
+    codes = make_codes(transformer)[:-1]
+    compiled = torch.compile(transformer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(LABELS, codes, SIZES).logits, transformer(LABELS, codes, SIZES).logits)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level", "sequential"])
+def test_offloading_changes_no_logits(tmp_path, kind):
+    transformer = make_transformer()
+    codes = make_codes(transformer)
+    expected = run_steps(transformer, LABELS, codes, SIZES)
+    if kind == "sequential":
+        cpu_offload(transformer, torch.device("cpu"))
+    else:
+        # To disk, because weights offloaded from CPU to CPU never move, and a wrong read of them would pass.
+        transformer.enable_group_offload(
+            torch.device("cpu"), offload_type=kind, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+        )
+    torch.testing.assert_close(run_steps(transformer, LABELS, codes, SIZES), expected)
+
+
+def test_saved_and_loaded_models_are_equal(tmp_path):
+    transformer = make_transformer()
+    transformer.save_pretrained(tmp_path)
+    for cls in (NextScaleTransformer, AutoModel):
+        loaded = cls.from_pretrained(str(tmp_path))
+        assert type(loaded) is NextScaleTransformer
+        assert all(torch.equal(loaded.state_dict()[key], weight) for key, weight in transformer.state_dict().items())
+
+
+def test_loading_is_strict(tmp_path):
+    make_transformer().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({key: weight for key, weight in weights.items() if key != "head.bias"}, file)
+    with pytest.raises(ValueError, match=r"missing: head\.bias\. Restore"):
+        NextScaleTransformer.from_pretrained(tmp_path)
+
+
+def test_a_new_model_starts_near_uniform_logits():
+    torch.manual_seed(0)
+    transformer = NextScaleTransformer(2, 2, 32, num_classes=3, codebook_size=64, position_size=6)
+    logits = transformer(LABELS, make_codes(transformer)[:-1], SIZES).logits
+    assert 0 < logits.abs().max() < 0.1
+    gates, others = transformer.blocks[0].ada_lin[1].weight.split([2 * 64, 4 * 64])
+    assert (others.std() / gates.std()).item() == pytest.approx(500, rel=0.1)
+    rows, columns = transformer.pos_1LC[0, ::2], transformer.pos_1LC[0, 1::2]
+    assert torch.equal(rows, rows[:, :, :1].expand_as(rows))
+    assert torch.equal(columns, columns[:, :1].expand_as(columns))
+
+
+def test_wrong_arguments():
+    transformer = make_transformer()
+    with pytest.raises(ValueError, match=r"`codes` must .* each of the 4 scales but the first, got 4\."):
+        transformer(LABELS, make_codes(transformer), SIZES)
+    with pytest.raises(ValueError, match="`num_layers` must be an integer above 0, got 0"):
+        make_transformer(num_layers=0)
+    with pytest.raises(ValueError, match="The config must have at most 256 layers, got 100000"):
+        make_transformer(num_layers=100_000)
