@@ -74,7 +74,9 @@ class HubHandler(BaseHTTPRequestHandler):
     root: Path
 
     def do_GET(self) -> None:
-        self._route(
+        if self.path == "/fault":
+            return self._send(b"", 503)
+        return self._route(
             {
                 rf"(/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)": self._resolve,
                 rf"{API}(/revision/(?P<revision>[^/]+))?": self._info,

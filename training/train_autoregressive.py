@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.tokens.image_tokens import check_same_codebook
@@ -84,7 +85,7 @@ def main(options: AutoregressiveOptions) -> None:
 
 def make_language_model(options: AutoregressiveOptions, layout: SequenceLayout) -> PreTrainedModel:
     """Language model of the config, with the vocabulary and the length of the sequences."""
-    config = AutoConfig.from_pretrained(options.model_config_name_or_path)
+    config = from_hub(AutoConfig.from_pretrained, options.model_config_name_or_path)
     config.vocab_size = layout.vocab_size
     config.max_position_embeddings = layout.length
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransfor
 from diffusers.models.embeddings import LabelEmbedding
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options
@@ -102,7 +103,7 @@ def main(options: DiffusionOptions) -> None:
 def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> Denoiser:
     """Denoiser of the config for latents of this size, without its own dropout of labels."""
     source = options.model_config_name_or_path
-    description = UNet2DModel.load_config(source)
+    description = from_hub(UNet2DModel.load_config, source)
     if description.get("_class_name") not in DENOISERS:
         raise ValueError(
             f"The `_class_name` of `{source}` must be one of {', '.join(DENOISERS)}, but is "

@@ -16,6 +16,7 @@ from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options, required
@@ -46,8 +47,8 @@ def main(options: MaskedOptions) -> None:
     # Models and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
     options.check_sources("text_encoder_name_or_path")
-    tokenizer = CLIPTokenizer.from_pretrained(options.text_encoder_name_or_path)
-    text_encoder = CLIPTextModelWithProjection.from_pretrained(options.text_encoder_name_or_path)
+    text_encoder = from_hub(CLIPTextModelWithProjection.from_pretrained, options.text_encoder_name_or_path)
+    tokenizer = from_hub(CLIPTokenizer.from_pretrained, options.text_encoder_name_or_path)
     text_encoder.to(accelerator.device).requires_grad_(False)
     images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
     loader = images.loader([options.resolution], options.num_batches, options.seed)
@@ -110,7 +111,7 @@ def main(options: MaskedOptions) -> None:
 
 def make_transformer(options: MaskedOptions, vqvae: SVQVAE, text_encoder: CLIPTextModelWithProjection) -> UVit2DModel:
     """Transformer of the config, for this codebook, this size and this text encoder."""
-    description = UVit2DModel.load_config(options.model_config_name_or_path)
+    description = from_hub(UVit2DModel.load_config, options.model_config_name_or_path)
     codebook_size = vqvae.config["codebook_size"]
     derived = {
         "codebook_size": codebook_size,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from svqvae_hf.atomic_io import save_png
 from svqvae_hf.data.image_sets import is_hub_set
-from svqvae_hf.hub.repositories import hub_reason
+from svqvae_hf.hub.repositories import hub_answers, hub_reason
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.paths import scale_endings
@@ -142,7 +142,7 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
 def _read_settings(name: str) -> bytes:
     if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
         try:
-            file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset")
+            file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset", local_files_only=not hub_answers())
         except (HfHubHTTPError, OSError) as error:
             raise OSError(f"could not download the token set `{name}` from the Hub: {hub_reason(error)}") from error
         return Path(file).read_bytes()

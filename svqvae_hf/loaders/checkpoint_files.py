@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from svqvae_hf.hub.repositories import hub_reason, hub_repo
+from svqvae_hf.hub.repositories import hub_answers, hub_reason, hub_repo
 from svqvae_hf.untrusted.pickles import load_pickle
 
 # The classes that a pickle may hold beside weights and plain values. A Namespace only stores attributes. The names of
@@ -43,7 +43,8 @@ def locate_checkpoint(source: str | Path) -> Path:
     if repo_id is None:
         raise FileNotFoundError(f"There is no file `{source}`. Pass an existing one, or `org/repo:file` on the Hub.")
     try:
-        return Path(hf_hub_download(repo_id, str(source).removeprefix(f"{repo_id}:")))
+        file = str(source).removeprefix(f"{repo_id}:")
+        return Path(hf_hub_download(repo_id, file, local_files_only=not hub_answers()))
     except (HTTPError, EntryNotFoundError, OSError) as error:
         raise OSError(f"Could not download `{source}` from the Hub: {hub_reason(error)}") from error
 

@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor, BatchFeature
 # diffusers loads a pipeline's component only if the base class that it knows is a name of the component's module.
 from transformers import ImageProcessingMixin as ImageProcessingMixin
 
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.untrusted.images import limited_pixels, open_image
 
 # Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
@@ -187,6 +188,19 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 '`config["pixel_range"]`.'
             )
         self.pixel_range = tuple(ends.tolist())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a processor from the folder or Hub repository of a model.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **kwargs: Further arguments of transformers' method, and `pixel_range`, which replaces the stored one.
+
+        Raises:
+            OSError: If the config does not exist, or the Hub does not answer and the cache has no complete copy.
+        """
+        return from_hub(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import HfApi
 
 from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
@@ -32,12 +33,14 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
                 ones, such as `pixel_range=(-1, 1)`. `low_cpu_mem_usage` is always `True`.
 
         Raises:
+            OSError: If the model does not exist, or the Hub does not answer and the cache has no complete copy.
             ValueError: If weights are missing, unexpected or of another shape, or the folder holds another class.
             TypeError: If an argument is unknown.
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
-        loaded = super().from_pretrained(os.fspath(pretrained_model_name_or_path), output_loading_info=True, **kwargs)
+        source = os.fspath(pretrained_model_name_or_path)
+        loaded = from_hub(super().from_pretrained, source, output_loading_info=True, **kwargs)
         faults = list_faults(loaded[1])
         if faults:
             raise ValueError(

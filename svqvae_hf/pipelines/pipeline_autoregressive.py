@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -120,7 +121,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         kwargs["use_safetensors"] = True
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
-            folder = cls.download(folder, **kwargs)
+            folder = from_hub(cls.download, folder, **kwargs)
         found = cls.load_config(folder)["_class_name"]
         if found != cls.__name__:
             raise ValueError(

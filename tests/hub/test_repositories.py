@@ -144,5 +144,5 @@ def test_offline_serves_downloaded_files(seen):
     assert seen["offline model"]
     assert seen["errors"]["offline"][1] == (
         "Could not download `org/raw:files/taming_tiny.pt` from the Hub: the Hub cannot be reached, and the cache has "
-        "no copy. Check the network and HF_HUB_*."
+        "no complete copy. Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
     )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock, resize_latents
 from svqvae_hf.models.quantizer import VQLosses, flatten_latents
 from svqvae_hf.trainer.options import public_name
@@ -98,7 +99,7 @@ def load_model(options: TrainOptions) -> SVQVAE:
     if options.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(options.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:
-        vqvae = SVQVAE.from_config(SVQVAE.load_config(options.model_config_name_or_path))
+        vqvae = SVQVAE.from_config(from_hub(SVQVAE.load_config, options.initial_model))
         initialise(vqvae)
     _check_fit(options, vqvae)
     vqvae.register_to_config(sample_size=options.resolution, _name_or_path=public_name(options.initial_model))

@@ -1,0 +1,131 @@
+"""A Hub that does not answer: one line at once, and what the cache holds still loads."""
+
+import socket
+import threading
+import time
+
+import pytest
+from cli_runner import fails
+from hub_server import run_python, serve_hub
+from huggingface_hub import constants
+from transformers import AutoConfig
+
+from svqvae_hf import SVQVAE, SVQVAEAutoregressivePipeline, SVQVAEImageProcessor
+from svqvae_hf.data.token_sets import read_settings
+from svqvae_hf.hub import repositories
+from svqvae_hf.hub.repositories import from_hub, hub_answers
+
+pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # that diffusers passes
+SECONDS = 5
+LOADERS = {
+    "model": SVQVAE.from_pretrained,
+    "processor": SVQVAEImageProcessor.from_pretrained,
+    "pipeline": SVQVAEAutoregressivePipeline.from_pretrained,
+    "checkpoint": lambda repo_id: SVQVAE.from_single_file(f"{repo_id}:file.pt"),
+    "token set": read_settings,
+    "config": lambda repo_id: from_hub(AutoConfig.from_pretrained, repo_id),
+}
+
+
+@pytest.fixture
+def port():
+    """Port of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Waits a shorter time for an answer, so that a busy machine does not fail the test."""
+    assert repositories.ANSWER_SECONDS < SECONDS
+    monkeypatch.setattr(repositories, "ANSWER_SECONDS", 1)
+
+
+@pytest.fixture
+def closed(port, monkeypatch):
+    """A Hub that refuses connections."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed}")
+
+
+def assert_one_line_soon(load, *arguments):
+    start = time.monotonic()
+    with pytest.raises(OSError, match=r"org/gone.*: the Hub cannot be reached, and the cache has no compl") as error:
+        load(*arguments)
+    assert time.monotonic() - start < SECONDS
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("closed")
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_all_that_loads_says_so_at_once(load):
+    assert_one_line_soon(load, "org/gone")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_hub_that_swallows_requests(port, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert_one_line_soon(SVQVAE.from_pretrained, "org/gone")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_name_that_is_looked_up_for_ever(monkeypatch):
+    over = threading.Event()
+
+    def look_up(*_, **__):
+        over.wait()
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    assert_one_line_soon(SVQVAE.from_pretrained, "org/gone")
+    over.set()
+
+
+def test_a_hub_with_a_fault_does_not_answer(tmp_path, monkeypatch):
+    with serve_hub(tmp_path) as env:
+        monkeypatch.setattr(constants, "ENDPOINT", env["HF_ENDPOINT"])
+        assert hub_answers()  # 404 is an answer
+        monkeypatch.setattr(constants, "ENDPOINT", f"{env['HF_ENDPOINT']}/fault")
+        assert not hub_answers()
+
+
+@pytest.mark.usefixtures("closed", "process")
+@pytest.mark.parametrize("command", ["info", "encode", "generate", "tokenize"])
+def test_commands_say_so_at_once(command, two_images, tmp_path, capsys):
+    argv = {
+        "info": ["org/gone"],
+        "encode": [two_images, "--model", "org/gone", "--output", tmp_path / "out"],
+        "generate": ["org/gone", "--output", tmp_path / "out"],
+        "tokenize": [two_images, tmp_path / "out", "--model", "org/gone"],
+    }[command]
+    start = time.monotonic()
+    line = fails(capsys, command, *argv)
+    assert time.monotonic() - start < SECONDS
+    assert line.startswith("svqvae: error: could not load the model `org/gone`: the Hub cannot be reached")
+    assert not (tmp_path / "out").exists()
+
+
+CACHE = """
+import sys
+import time
+import torch
+from huggingface_hub import constants
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor
+
+model = SVQVAE.from_pretrained(sys.argv[1])
+model.push_to_hub("org/cached")
+for endpoint in (constants.ENDPOINT, "http://127.0.0.1:1"):
+    constants.ENDPOINT = endpoint
+    start = time.monotonic()
+    cached = SVQVAE.from_pretrained("org/cached")
+    assert torch.equal(cached.quantize.embedding.weight, model.quantize.embedding.weight)
+    SVQVAEImageProcessor.from_pretrained("org/cached")
+    assert time.monotonic() - start < 5
+"""
+
+
+def test_what_the_cache_holds_loads(tmp_path, saved_model):
+    with serve_hub(tmp_path) as env:
+        run_python(CACHE, env, saved_model)
