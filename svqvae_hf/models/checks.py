@@ -1,6 +1,7 @@
 """Checks of what callers pass to the model. Errors say what must hold, what came and what to do."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +14,7 @@ POSITIVE_INTEGERS = (
     *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
     *("codebook_size", "codebook_embed_dim", "sample_size"),
 )
+RANGE_TOLERANCE = 0.25  # share of `pixel_range` by which resized images may overshoot it
 SCALE_SOURCES = ("latents", "image")  # values of `scale_from`
 CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
 
@@ -61,8 +63,11 @@ def _check_range(key: str, bounds: Any) -> None:
         raise ValueError(f"`{key}` must be two finite numbers (low, high) with low < high, got {bounds!r}.")
 
 
-def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Raises if a sample is not `(batch, in_channels, height, width)` of the model's type."""
+def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.dtype, training: bool) -> None:
+    """Raises if a sample is not `(batch, in_channels, height, width)` of the model's type.
+
+    Warns about values far outside `pixel_range`. In training it does not, because each step would wait for the GPU.
+    """
     if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
         kind = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
         raise TypeError(
@@ -77,6 +82,20 @@ def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.d
         raise ValueError(
             f"`sample` must have shape (batch, {config['in_channels']}, height, width) with no side of 0, got "
             f"{tuple(sample.shape)}. Prepare images with SVQVAEImageProcessor."
+        )
+    if not training and not sample.is_meta and not torch.compiler.is_compiling():
+        _warn_outside_range(sample, config["pixel_range"])
+
+
+def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> None:
+    low, high = pixel_range
+    tolerance = RANGE_TOLERANCE * (high - low)
+    if sample.amin() < low - tolerance or sample.amax() > high + tolerance:
+        warnings.warn(
+            f"`sample` has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong. Prepare "
+            "images with SVQVAEImageProcessor, or load the model with the range of your images, as in "
+            "`from_pretrained(..., pixel_range=(-1, 1))`.",
+            stacklevel=2,
         )
 
 
@@ -128,11 +147,11 @@ def check_ids(
     return batch, height, width, dim
 
 
-def check_scales(scales: Iterable[float], name: str = "`scales`") -> list[float]:
+def check_scales(scales: float | Iterable[float], name: str = "`scales`") -> list[float]:
     """Raises if scales are not finite numbers above 0. Returns them as a list."""
-    checked = list(scales) if isinstance(scales, Iterable) else [None]
+    checked = list(scales) if isinstance(scales, Iterable) else [scales]
     if not all(isinstance(scale, Real) for scale in checked):
-        raise TypeError(f"{name} must be a list of numbers, got {scales!r}. Put a single number in a list.")
+        raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
     for scale in checked:
         if not 0 < scale < float("inf"):
             raise ValueError(f"{name} must be finite and above 0, got {scale}.")

@@ -9,7 +9,6 @@ from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BaseImageProcessor, BatchFeature
 
@@ -153,7 +152,7 @@ class SVQVAEImageProcessorKwargs(TypedDict, total=False):
 
 
 class SVQVAEImageProcessor(BaseImageProcessor):
-    """Prepares images for the model and converts samples back: value range, padding and cropping.
+    """Prepares images for the model and converts samples back: value range, layout and cropping.
 
     An 8-bit image comes back exactly as it went in. The dtype alone says what a value means: integers are 8-bit values
     in [0, 255], floats are in [0, 1]. Nothing is guessed from the values.
@@ -168,7 +167,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
 
     Example:
         >>> processor = SVQVAEImageProcessor(pixel_range=(-1.0, 1.0))
-        >>> batch = processor(["wide.jpg", "tall.png"])
+        >>> batch = processor(["first.jpg", "second.png"])  # of one size
         >>> images = processor.postprocess(batch["pixel_values"], batch["image_sizes"])
     """
 
@@ -223,38 +222,39 @@ class SVQVAEImageProcessor(BaseImageProcessor):
     def preprocess(
         self, images: ImageInput | list[ImageInput] | tuple[ImageInput, ...], return_tensors: str | None = None
     ) -> BatchFeature:
-        """Converts images of any kind and size to one batch.
+        """Converts images of any kind to one batch.
 
         Args:
-            images: One image, or a list that may mix kinds and sizes: Pillow images, paths, NumPy arrays and torch
-                tensors. Arrays have shape `(height, width)`, `(height, width, channels)` or
+            images: One image of any size, or a list of images of one size, which may mix kinds: Pillow images, paths,
+                NumPy arrays and torch tensors. Arrays have shape `(height, width)`, `(height, width, channels)` or
                 `(batch, height, width, channels)`. Tensors have shape `(height, width)`, `(channels, height, width)`
-                or `(batch, channels, height, width)`. Both have 3 channels (RGB) or 1 (grey), as uint8 in [0, 255] or
-                floating point in [0, 1].
+                or `(batch, channels, height, width)`. Both have 3 channels (RGB), 4 (RGBA, put on white) or 1 (grey),
+                as uint8 in [0, 255] or floating point in [0, 1].
             return_tensors (`str`, *optional*): `"np"` for NumPy arrays, by default `"pt"`.
 
         Returns:
             `BatchFeature`: `pixel_values`, float32 of shape `(batch, 3, height, width)` in `pixel_range`, and
-            `image_sizes`, one `(height, width)` per image. Smaller images of a list are padded at the bottom and right
-            by repeating their last row and column.
+            `image_sizes`, one `(height, width)` per image.
 
         Raises:
             OSError: If a file cannot be opened.
             TypeError: If an image is of another type or dtype.
-            ValueError: If there is no image, a file is unreadable, a shape is wrong, or floats lie outside [0, 1].
+            ValueError: If there is no image, a file is unreadable, a shape is wrong, sizes differ, or floats lie
+                outside [0, 1].
         """
         items = images if isinstance(images, list | tuple) else [images]
-        pixels = [image for item in items for image in _unit_pixels(item)]
+        pixels = [_unit_pixels(item) for item in items]
         if not pixels:
             raise ValueError("`images` must hold at least one image, but is empty.")
-        sizes = [(image.shape[-2], image.shape[-1]) for image in pixels]
-        height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-        batch = torch.stack(
-            [
-                F.pad(image, (0, width - w, 0, height - h), mode="replicate")
-                for image, (h, w) in zip(pixels, sizes, strict=True)
-            ]
-        )
+        found = {(image.shape[-1], image.shape[-2]) for image in pixels}
+        if len(found) > 1:
+            raise ValueError(
+                "the images of a batch must have one size, because padding would change their ids, got "
+                f"{', '.join(f'{width} x {height}' for width, height in sorted(found))} (width x height). Process "
+                "each size on its own, or crop them."
+            )
+        batch = torch.cat(pixels)
+        sizes = [(batch.shape[-2], batch.shape[-1])] * len(batch)
         black, white = self.pixel_range
         features = BatchFeature({"pixel_values": black + batch * (white - black)}, tensor_type=return_tensors)
         features["image_sizes"] = sizes
@@ -266,7 +266,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         output_type: str = "pil",
         scale: float = 1.0,
-    ) -> list[Any]:
+    ) -> Any:
         """Converts a batch of samples to images, cropped to their sizes.
 
         Args:
@@ -274,13 +274,15 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 Values outside are clamped.
             image_sizes (sequence of `(height, width)`, *optional*): Size of each image, as `preprocess` returns them.
                 By default nothing is cropped.
-            output_type (`str`, defaults to `"pil"`): `"pil"` for 8-bit RGB images, `"np"` for float32 arrays
-                `(height, width, 3)` in [0, 1], `"pt"` for float32 tensors `(3, height, width)` in [0, 1].
+            output_type (`str`, defaults to `"pil"`): `"pil"` for 8-bit RGB images, `"np"` for a float32 array
+                `(batch, height, width, 3)` in [0, 1], `"pt"` for a float32 tensor `(batch, 3, height, width)` in
+                [0, 1].
             scale (`float`, defaults to `1.0`): Scale of the sample. Each side of `image_sizes` is multiplied by it and
                 rounded, to at least one pixel.
 
         Returns:
-            `list` of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: One image per sample.
+            `list` of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: One image per sample. If `image_sizes`
+            differ, arrays and tensors are lists too.
 
         Raises:
             TypeError: If `sample` is of another type.
@@ -313,11 +315,12 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         black, white = self.pixel_range
         unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
         images = [image[:, :h, :w] for image, (h, w) in zip(unit, sizes, strict=True)]
+        agree = len(set(sizes)) == 1
         if output_type == "pt":
-            return images
+            return torch.stack(images) if agree else images
         arrays = [image.movedim(0, -1).cpu().numpy() for image in images]  # (height, width, 3)
         if output_type == "np":
-            return arrays
+            return np.stack(arrays) if agree else arrays
         return [Image.fromarray(np.rint(array * 255).astype(np.uint8)) for array in arrays]
 
 
@@ -346,8 +349,18 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
             "an image must be a PIL image, a NumPy array, a torch tensor or the path of a file, "
             f"got {type(image).__name__}."
         )
-    pixels = _to_unit_range(pixels if pixels.ndim > 2 else pixels[None])
-    return pixels.expand(*pixels.shape[:-3], 3, -1, -1).reshape(-1, 3, *pixels.shape[-2:])
+    pixels = pixels if pixels.ndim > 2 else pixels[None]
+    values = _to_unit_range(pixels)
+    if values.shape[-3] == 4:
+        values = _on_white(values, is_8_bit=pixels.dtype == torch.uint8)
+    return values.expand(*values.shape[:-3], 3, -1, -1).reshape(-1, 3, *values.shape[-2:])
+
+
+def _on_white(rgba: torch.Tensor, is_8_bit: bool) -> torch.Tensor:
+    """Puts RGBA in [0, 1] of shape (..., 4, height, width) on white, 8-bit values with the rounding of Pillow."""
+    colours, alpha = rgba.split([3, 1], dim=-3)
+    blended = colours * alpha + (1 - alpha)
+    return (blended * 255).round() / 255 if is_8_bit else blended
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
@@ -370,10 +383,10 @@ def _scaled_size(size: Sequence[int], scale: float, max_height: int, max_width: 
 
 
 def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -> None:
-    if not 2 <= image.ndim <= 4 or 0 in image.shape or (image.ndim > 2 and image.shape[channels] not in (1, 3)):
+    if not 2 <= image.ndim <= 4 or 0 in image.shape or (image.ndim > 2 and image.shape[channels] not in (1, 3, 4)):
         raise ValueError(
             f"a {type(image).__name__} image must have shape (height, width), ({layout}) or (batch, {layout}), with 3 "
-            f"channels (RGB) or 1 (grey), got {tuple(image.shape)}."
+            f"channels (RGB), 4 (RGBA) or 1 (grey), got {tuple(image.shape)}."
         )
 
 

@@ -23,7 +23,7 @@ The architecture and the names of the weights come from the Open Model Initiativ
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,7 +65,7 @@ class SVQVAEEncoderOutput(BaseOutput):
 
 @dataclass
 class SVQVAEOutput(BaseOutput):
-    """Output of [`SVQVAE.forward`]. If scales were passed, both fields are lists in their order.
+    """Output of [`SVQVAE.forward`]. For several scales, both fields are lists in their order.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, out_channels, height, width)` or a list of them): Reconstruction in
@@ -412,6 +412,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             ValueError: If `sample` has the wrong shape.
             TypeError: If `sample` is not of the model's type.
         """
+        check_sample(sample, self.config, self.dtype, self.training)
         latents = self._encode(sample, self._tiles())
         return SVQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
 
@@ -451,19 +452,19 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
     @apply_forward_hook
     @torch.no_grad()
     def encode_tokens(
-        self, sample: torch.Tensor, scales: Sequence[float] | None = None, scale_from: str = "latents"
+        self, sample: torch.Tensor, scales: float | Sequence[float] | None = None, scale_from: str = "latents"
     ) -> torch.Tensor | list[torch.Tensor]:
         """Encodes images to ids, without gradients.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
                 `pixel_range`.
-            scales (`Sequence[float]`, *optional*): Scales, each above 0.
+            scales (`float` or `Sequence[float]`, *optional*): One scale or several, each above 0.
             scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`~SVQVAE.forward`].
 
         Returns:
-            `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. With `scales`, a list with one grid
-            per scale, in the same order. The shape of a grid does not depend on `scale_from`.
+            `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
+            grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
 
         Raises:
             ValueError: If an argument is out of range or does not fit the model.
@@ -473,7 +474,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             self.quantize.nearest_ids(latents)
             for latents in self._encode_scales(sample, checked, scale_from, self._tiles())
         ]
-        return grids[0] if scales is None else grids
+        return grids if isinstance(scales, Iterable) else grids[0]
 
     @apply_forward_hook
     def decode_tokens(self, ids: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
@@ -497,7 +498,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
     def forward(
         self,
         sample: torch.Tensor,
-        scales: Sequence[float] | None = None,
+        scales: float | Sequence[float] | None = None,
         patch_nums: Sequence[int] | None = None,
         tile_size: int | None = None,
         overlap: int | None = None,
@@ -511,7 +512,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
                 `pixel_range`.
-            scales (`Sequence[float]`, *optional*): Output side over input side of each reconstruction.
+            scales (`float` or `Sequence[float]`, *optional*): Output side over input side of each reconstruction.
             patch_nums (`Sequence[int]`, *optional*): The original's form of `scales`: latents along a tile of
                 `tile_size` pixels, so that a scale is `patch_num * f / tile_size`.
             tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
@@ -526,7 +527,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         Returns:
             [`SVQVAEOutput`] or `tuple`: Reconstruction `(batch, out_channels, round(scale * height), round(scale *
             width))`, at least one pixel per side, and [`VQLosses`]. Both are lists, in the order of the scales, if
-            `scales` or `patch_nums` is given.
+            `scales` is a list or `patch_nums` is given.
 
         Raises:
             ValueError: If an argument is out of range or does not fit the model.
@@ -546,13 +547,13 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             decoded = self._decode(quantized, tiles)
             reconstructions.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
             losses.append(loss)
-        output = (reconstructions[0], losses[0]) if scales is None else (reconstructions, losses)
+        output = (reconstructions, losses) if isinstance(scales, Iterable) else (reconstructions[0], losses[0])
         return SVQVAEOutput(*output) if return_dict else output
 
     def _encode_scales(
         self, sample: torch.Tensor, scales: Sequence[float], scale_from: str, tiles: tuple[int, int] | None
     ) -> list[torch.Tensor]:
-        check_sample(sample, self.config, self.dtype)
+        check_sample(sample, self.config, self.dtype, self.training)
         check_scale_from(scale_from)
         if scale_from == "image":
             return [self._encode(resize_sample(sample, scale, self.f), tiles) for scale in scales]
@@ -560,7 +561,6 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         return [resize_latents(latents, scale) for scale in scales]
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
-        check_sample(sample, self.config, self.dtype)
         padded = pad_to_multiple(sample, self.f)
         return self._run(self.encode_window, padded, tiles, input_stride=self.f, output_stride=1)
 

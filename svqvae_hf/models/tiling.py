@@ -350,7 +350,12 @@ class TilingMixin(AutoencoderMixin):
     on_tile: Callable[[int, int], None] | None
 
     def enable_tiling(
-        self, tile_size: int = 256, overlap: int | None = None, on_tile: Callable[[int, int], None] | None = None
+        self,
+        tile_size: int | None = None,
+        overlap: int | None = None,
+        on_tile: Callable[[int, int], None] | None = None,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
     ) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
@@ -360,18 +365,24 @@ class TilingMixin(AutoencoderMixin):
         is up to 768 x 768 pixels.
 
         Args:
-            tile_size (`int`, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
+            tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
             overlap (`int`, *optional*): Overlap (halo) on each side of a tile in pixels, which is read but not kept: a
                 multiple of `f`, less than half of `tile_size`. By default 32, or the largest that fits a small tile.
             on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
+            tile_sample_min_height (`int`, *optional*): `tile_size` by its name in diffusers.
+            tile_sample_min_width (`int`, *optional*): `tile_size` by its name in diffusers.
 
         Raises:
-            ValueError: If `tile_size` or `overlap` does not fit.
+            ValueError: If `tile_size` or `overlap` does not fit, or height and width of a tile differ.
         """
-        check_tiles(self.f, tile_size, overlap)
+        given = [side for side in (tile_size, tile_sample_min_height, tile_sample_min_width) if side is not None]
+        if len(set(given)) > 1:
+            raise ValueError(f"Tiles must be squares, got sides of {' and '.join(map(str, given))}. Pass `tile_size`.")
+        side = given[0] if given else 256
+        check_tiles(self.f, side, overlap)
         super().enable_tiling()
-        self.tile_size, self.on_tile = tile_size, on_tile
-        self.overlap = fit_overlap(self.f, tile_size, OVERLAP_PX) if overlap is None else overlap
+        self.tile_size, self.on_tile = side, on_tile
+        self.overlap = fit_overlap(self.f, side, OVERLAP_PX) if overlap is None else overlap
 
     def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
         """Tile and overlap in latents; `None` without tiling."""

@@ -9,6 +9,7 @@ import psutil
 import torch
 from PIL import Image
 
+from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
@@ -41,19 +42,20 @@ class TokenOrigin(Protocol):
 
 
 def encode_image(
-    model: SVQVAE, image: Image.Image, scales: Sequence[float], scale_from: str = "latents"
+    model: SVQVAE, image: Image.Image, scales: float | Sequence[float], scale_from: str = "latents"
 ) -> ImageTokens:
     """Encodes an image to ids at each scale.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         image (`PIL.Image.Image`): Image of any size.
-        scales (`Sequence[float]`): Output side over input side, each above 0.
+        scales (`float` or `Sequence[float]`): Output side over input side, each above 0.
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
 
     Returns:
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
     """
+    scales = check_scales(scales)
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     batch = processor(image)
     ((height, width),) = batch["image_sizes"]

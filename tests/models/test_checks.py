@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -54,9 +55,11 @@ def test_wrong_config_is_refused(config, message):
         (lambda m: m(torch.rand(1, 3, 8, 8), tile_size=30), ValueError, "got 30. The nearest is 32"),
         (lambda m: m(torch.rand(1, 3, 8, 8), tile_size="16"), ValueError, "integer number of pixels, got '16'"),
         (lambda m: m.enable_tiling(64.0), ValueError, "`tile_size` must be an integer number of pixels, got 64.0"),
-        (lambda m: m(torch.rand(1, 3, 8, 8), scales=0.5), TypeError, "a list of numbers, got 0.5"),
-        (lambda m: m(torch.rand(1, 3, 8, 8), scales="1"), TypeError, "a list of numbers, got '1'"),
-        (lambda m: m(torch.rand(1, 3, 8, 8), patch_nums=3), TypeError, "a list of numbers, got 3"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales="1"), TypeError, "a number or a list of numbers, got '1'"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=object()), TypeError, "a number or a list of numbers, got <obj"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), scales=0), ValueError, "above 0, got 0"),
+        (lambda m: m.enable_tiling(64, tile_sample_min_width=32), ValueError, "squares, got sides of 64 and 32. Pass"),
+        (lambda m: m.enable_tiling(tile_sample_min_height=62), ValueError, "f = 4, got 62. The nearest is 64"),
         (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6)), ValueError, r"be \(batch, h, w, 8\) for as"),
         (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6, 4)), ValueError, r"got \(1, 5, 6, 4\) for 30"),
         (lambda _: make_tiny(codebook_l2_norm="false"), ValueError, "must be True or False, got 'false'"),
@@ -65,3 +68,27 @@ def test_wrong_config_is_refused(config, message):
 def test_errors_say_what_must_hold_and_what_came(tiny_model, call, error, message):
     with pytest.raises(error, match=message):
         call(tiny_model)
+
+
+@pytest.mark.parametrize("pixel_range", [(0, 1), (-1, 1), (0, 255)])
+def test_samples_far_outside_the_range_warn_once(pixel_range, no_grad):
+    model = make_tiny(pixel_range=pixel_range)
+    low, high = pixel_range
+    unit = torch.rand(1, 3, 8, 8)
+    calls = (model.encode, model.encode_tokens, model, lambda sample: model.encode_tokens(sample, [2], "image"))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        for overshot in (unit * 1.2, unit * 1.2 - 0.2):
+            for call in calls:
+                call(low + overshot * (high - low))
+    assert not found
+    for wrong in (2 * unit - 1, 255 * unit, (unit - 0.45) / 0.225):
+        for call in calls:
+            with pytest.warns(UserWarning, match=rf"far outside \({low}, {high}\) \(`pixel_range`\).*SVQVAEImage"):
+                call(low + wrong * (high - low))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        for wrong in (unit - 1, unit - 2, unit + 1):
+            model.encode(low + wrong * (high - low))
+    assert len(found) == 1
+    model.train()(low + 2 * unit * (high - low))

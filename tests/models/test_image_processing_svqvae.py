@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import EpsImagePlugin, Image
 
 from svqvae_hf.models import image_processing_svqvae
@@ -90,32 +91,41 @@ def test_half_precision_floats_become_float32():
     assert values.unique().tolist() == [0.5]
 
 
-def test_mixed_sizes_are_padded_by_their_edge_and_cropped_back():
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((5, 9), (8, 2), (1, 1))]
+def test_an_array_with_alpha_is_its_picture():
+    values = np.arange(256, dtype=np.uint8)
+    colours, alpha = np.meshgrid(values, values)
+    rgba = np.stack([colours, colours[::-1], colours.T, alpha], -1)
     processor = SVQVAEImageProcessor(pixel_range=(-1, 1))
-    batch = processor(images)
-    assert batch["image_sizes"] == [(5, 9), (8, 2), (1, 1)]
-    values = batch["pixel_values"]
-    assert values.shape == (3, 3, 8, 9)
-    assert torch.equal(values[0, :, 5:], values[0, :, 4:5].expand(-1, 3, -1))
-    assert torch.equal(values[1, :, :, 2:], values[1, :, :, 1:2].expand(-1, -1, 7))
-    assert torch.equal(values[2], values[2, :, :1, :1].expand(-1, 8, 9))
-    for image, back in zip(images, processor.postprocess(values, batch["image_sizes"]), strict=True):
-        assert image.size == back.size
-        assert image.tobytes() == back.tobytes()
+    expected = processor(Image.fromarray(rgba))["pixel_values"]
+    chw = torch.from_numpy(rgba).movedim(-1, 0)
+    for image in (rgba, rgba[None], chw):
+        assert torch.equal(processor(image)["pixel_values"], expected)
+    for image in (rgba / 255, chw / 255):  # not rounded to 8 bits
+        torch.testing.assert_close(processor(image)["pixel_values"], expected, rtol=0, atol=1.001 / 255)
 
 
-def test_sizes_are_scaled_as_the_model_scales_images(tiny_model):
+def test_images_of_several_sizes_are_refused_because_padding_changes_ids(tiny_model, no_grad, pixels):
     processor = SVQVAEImageProcessor()
-    batch = processor([np.zeros((*size, 3), np.uint8) for size in ((5, 9), (8, 2), (1, 1))])
+    small, large = pixels[:16, :12], pixels
+    message = r"must have one size, .*, got 12 x 16, 24 x 32 \(width x height\). Process each size on its own"
+    with pytest.raises(ValueError, match=message):
+        processor([small, large, small])
+    together = tiny_model.encode_tokens(processor([large, large[::-1]])["pixel_values"])
+    for image, ids in zip((large, large[::-1]), together, strict=True):
+        assert torch.equal(tiny_model.encode_tokens(processor(image)["pixel_values"])[0], ids)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (8, 2), (1, 1)])
+def test_sizes_are_scaled_as_the_model_scales_images(tiny_model, size):
+    processor = SVQVAEImageProcessor()
+    batch = processor([np.zeros((*size, 3), np.uint8)] * 2)
     scales = [0.4, 1.0, 1.5]
     with torch.no_grad():
         samples = tiny_model(batch["pixel_values"], scales=scales).sample
     for sample, scale in zip(samples, scales, strict=True):
         images = processor.postprocess(sample, batch["image_sizes"], scale=scale)
-        expected = [(max(1, round(scale * w)), max(1, round(scale * h))) for h, w in batch["image_sizes"]]
-        assert [image.size for image in images] == expected
+        height, width = (max(1, round(scale * side)) for side in size)
+        assert [image.size for image in images] == [(width, height)] * 2
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
@@ -133,11 +143,16 @@ def test_output_types():
     sample = torch.tensor([-2.0, 0.0, 3.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
     processor = SVQVAEImageProcessor(pixel_range=(-1, 1))
     tensors, arrays, images = (processor.postprocess(sample, output_type=kind) for kind in ("pt", "np", "pil"))
-    assert [len(each) for each in (tensors, arrays, images)] == [2, 2, 2]
-    assert tensors[0].shape == (3, 4, 5)
+    assert tensors.shape == (2, 3, 4, 5)
     assert tensors[0][:, 0, 0].tolist() == [0, 0.5, 1]
-    assert arrays[0].shape == (4, 5, 3)
-    assert arrays[0].dtype == np.float32
+    assert arrays.shape == (2, 4, 5, 3)
+    assert arrays.dtype == np.float32
+    for output_type, others in {"pt": tensors, "np": arrays}.items():
+        alike = VaeImageProcessor().postprocess(sample, output_type)
+        assert type(alike) is type(others)
+        assert alike.tolist() == others.tolist()
+        crops = processor.postprocess(sample, [(4, 5), (2, 3)], output_type)
+        assert [crop.size if output_type == "np" else crop.numel() for crop in crops] == [60, 18]
     assert images[0].size == (5, 4)
     assert images[0].getpixel((0, 0)) == (0, 128, 255)
 
@@ -355,7 +370,7 @@ def test_each_format_is_read(pixels, tmp_path, suffix):
         (7, TypeError, "must be a PIL image, a NumPy array, a torch tensor or the path of a file, got int"),
         ([], ValueError, "must hold at least one image"),
         (np.zeros((3, 8, 8), np.uint8), ValueError, r"ndarray image must have shape .* got \(3, 8, 8\)"),
-        (np.zeros((8, 8, 4), np.uint8), ValueError, r"3 channels \(RGB\) or 1 \(grey\), got \(8, 8, 4\)"),
+        (np.zeros((8, 8, 5), np.uint8), ValueError, r"\(RGB\), 4 \(RGBA\) or 1 \(grey\), got \(8, 8, 5\)"),
         (np.zeros((0, 8, 3), np.uint8), ValueError, r"got \(0, 8, 3\)"),
         (np.zeros((1, 1, 8, 8, 3), np.uint8), ValueError, r"got \(1, 1, 8, 8, 3\)"),
         (np.zeros(3, np.uint8), ValueError, r"got \(3,\)"),

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,17 @@ def test_scales_keep_the_callers_order(tiny_model):
 
 
 @pytest.mark.usefixtures("no_grad")
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+@pytest.mark.parametrize("scale", [0.5, 1, np.float32(1.5)])
+def test_a_number_is_one_scale(tiny_model, scale, scale_from):
+    images = torch.rand(1, 3, 32, 24)
+    (ids,) = tiny_model.encode_tokens(images, [scale], scale_from)
+    assert torch.equal(tiny_model.encode_tokens(images, scale, scale_from), ids)
+    (sample,) = tiny_model(images, scales=[scale], scale_from=scale_from).sample
+    assert torch.equal(tiny_model(images, scales=scale, scale_from=scale_from).sample, sample)
+
+
 def test_latents_resize_by_area_below_one_and_bilinearly_above():
     latents = torch.rand(1, 8, 6, 8)
     torch.testing.assert_close(resize_latents(latents, 0.5), F.avg_pool2d(latents, 2))

@@ -25,6 +25,7 @@ def test_long_thin_images_are_encoded_and_decoded(tiny_model, no_grad, size):
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+@pytest.mark.filterwarnings("ignore:`sample` has values far outside")
 @pytest.mark.parametrize("tiled", [False, True])
 def test_nan_and_infinity_have_no_ids(tiny_model, no_grad, value, tiled):
     if tiled:

@@ -38,6 +38,12 @@ def test_decoding_the_encoded_is_the_forward_pass(tiny_model, crop, tiled, scale
         assert np.abs(np.asarray(image, int) - np.asarray(reference, int)).max() <= 1
 
 
+def test_a_number_is_one_scale(tiny_model, crop):
+    tokens, same = (encode_image(tiny_model, crop, scales) for scales in (0.5, [0.5]))
+    assert (tokens.scales, len(tokens.ids)) == ((0.5,), 1)
+    assert torch.equal(tokens.ids[0], same.ids[0])
+
+
 def test_ids_of_scale_1_do_not_depend_on_what_is_resized(tiny_model, crop):
     files = [encode_image(tiny_model, crop, [1.0], scale_from) for scale_from in SCALE_SOURCES]
     assert torch.equal(*(file.ids[0] for file in files))
