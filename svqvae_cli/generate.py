@@ -1,6 +1,7 @@
 """`svqvae generate`."""
 
 import argparse
+import re
 
 from svqvae_cli.arguments import Commands, add_command, add_device, add_dtype, add_output, path_or_name, scale
 
@@ -12,10 +13,10 @@ def add_to(commands: Commands) -> None:
         "generate",
         run,
         "generate images with an autoregressive pipeline",
-        "Writes one image per class, index and scale, class_N_0_x1.png and so on, or\n"
+        "Writes one image per class, index and scale, class_cat_0_x1.png and so on, or\n"
         "image_0_x1.png without --class, and all at their finest scale on sheet.png, one\n"
         "row per class. All images are sampled as one batch.",
-        "org/dreams --class 3 7 --num-images 4 --output out",
+        "org/dreams --class cat 7 --num-images 4 --output out",
     )
     parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the pipeline")
     add_output(parser, "folder to write to")
@@ -23,9 +24,8 @@ def add_to(commands: Commands) -> None:
         "--class",
         dest="class_labels",
         nargs="+",
-        type=int,
-        metavar="N",
-        help="class labels, one row of images each (default: images without a class)",
+        metavar="CLASS",
+        help="classes by name or number, one row of images each (default: images without a class)",
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="COUNT", help="images per class (default: 1)")
     parser.add_argument(
@@ -84,10 +84,16 @@ def run(args: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(unit="row", disable=None)
     scales = args.scales or pipeline.layout.scales[-1:]
     endings = scale_endings(scales)
-    names = ["image"] if args.class_labels is None else [f"class_{label}" for label in args.class_labels]
+    classes = args.class_labels or []
+    labels = [_class_label(text, pipeline.config["class_names"]) for text in classes] or None
+    names = [_class_file_name(text) for text in classes] or ["image"]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--class must name each class once, got {' '.join(classes)}. Ask for more images with --num-images."
+        )
     count = args.num_images
     images = pipeline(
-        args.class_labels,
+        labels,
         scales=scales,
         guidance_scale=args.guidance_scale,
         temperature=args.temperature,
@@ -101,3 +107,12 @@ def run(args: argparse.Namespace) -> None:
             save_png(image, args.output / f"{names[index // count]}_{index % count}{ending}")
     finest = images[scales.index(max(scales))]
     save_png(diffusers.utils.make_image_grid(finest, rows=len(names), cols=count), args.output / "sheet.png")
+
+
+def _class_file_name(text: str) -> str:
+    return "class_" + re.sub(r"\W+", "-", text).strip("-")
+
+
+def _class_label(text: str, names: list[str] | None) -> int | str:
+    """A name of a class, or its number; a name that is a number counts as a name."""
+    return int(text) if text not in (names or []) and text.removeprefix("-").isdecimal() else text

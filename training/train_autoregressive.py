@@ -71,14 +71,14 @@ def main(options: AutoregressiveOptions) -> None:
         if run.logs_after(step):
             run.log_training(step)
         if run.validates_after(step):
-            validate(run, make_pipeline(vqvae, language_model, layout), step + 1)
+            validate(run, make_pipeline(vqvae, language_model, source), step + 1)
 
-    validate(run, make_pipeline(vqvae, language_model, layout), options.max_train_steps)
+    validate(run, make_pipeline(vqvae, language_model, source), options.max_train_steps)
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
         result = make_language_model(options, layout)
         result.load_state_dict(state_dict)
-        pipeline = make_pipeline(vqvae, result.eval(), layout)
+        pipeline = make_pipeline(vqvae, result.eval(), source)
         run.publish(pipeline.save_pretrained, make_card(run, pipeline, layout))
     accelerator.end_training()
 
@@ -108,10 +108,9 @@ def next_code_loss(
     return loss, (logits.argmax(-1) == targets)[is_code].float().mean()
 
 
-def make_pipeline(
-    vqvae: SVQVAE, language_model: PreTrainedModel, layout: SequenceLayout
-) -> SVQVAEAutoregressivePipeline:
-    """Pipeline with this language model."""
+def make_pipeline(vqvae: SVQVAE, language_model: PreTrainedModel, source: TokenSource) -> SVQVAEAutoregressivePipeline:
+    """Pipeline with this language model, for the sequences and classes of a token set."""
+    layout = source.layout
     return SVQVAEAutoregressivePipeline(
         vqvae,
         language_model,
@@ -120,6 +119,7 @@ def make_pipeline(
         width=layout.width,
         scales=list(layout.scales),
         scale_from=layout.scale_from,
+        class_names=source.class_names,
     )
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -29,6 +30,8 @@ CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float32
 
+# Pipeline, rows sampled before, scale, tensors -> tensors that replace them
+Callback = Callable[[Any, int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -47,13 +50,14 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             pipeline; the fingerprint of `vqvae` by default.
         scale_from (`str`, defaults to `"latents"`): What was resized to the scales in training, see
             [`SVQVAE.forward`].
+        class_names (`list[str]`, *optional*): Name of each class, as `ClassLabel.names` of the training set.
 
     The attribute `layout`, a [`SequenceLayout`], defines the order of the tokens. Both models are in evaluation mode
     during sampling.
 
     Raises:
-        ValueError: The vocabulary or the context of the language model does not match the layout, or `vqvae` does not
-            have the codebook with this fingerprint.
+        ValueError: The vocabulary or the context of the language model does not match the layout, `vqvae` does not
+            have the codebook with this fingerprint, or the number of names is not `num_classes`.
 
     Example:
         >>> pipe = SVQVAEAutoregressivePipeline.from_pretrained("org/name")
@@ -61,6 +65,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "language_model->vqvae"
+    _callback_tensor_inputs = ["ids"]
 
     def __init__(
         self,
@@ -72,8 +77,11 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         scales: list[float] | tuple[float, ...] = (1.0,),
         codebook_fingerprint: str | None = None,
         scale_from: str = "latents",
+        class_names: list[str] | None = None,
     ):
         super().__init__()
+        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
+            raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")
         side = vqvae.config["sample_size"]
         self.layout = SequenceLayout(
             codebook_size=vqvae.config["codebook_size"],
@@ -99,7 +107,9 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             scales=list(self.layout.scales),
             codebook_fingerprint=found,
             scale_from=scale_from,
+            class_names=class_names,
         )
+        self._interrupt = False
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
     @classmethod
@@ -137,10 +147,10 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | Sequence[int] | None = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        scales: Sequence[float] | None = None,
+        scales: float | Sequence[float] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
@@ -150,18 +160,19 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, float, dict[str, torch.Tensor]], object] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("ids",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples images.
 
         Args:
-            class_labels (`int` or `Sequence[int]`, *optional*): Label per image, in `[0, num_classes)`; without labels
-                the images have no class.
+            class_labels (`int`, `str` or a list of them, *optional*): Class of each image, by its number in
+                `[0, num_classes)` or its name in `class_names`; by default the images have no class.
             height (`int`, *optional*): Height in pixels at scale 1; the height in training by default. Another height
                 is possible only if it needs the same number of ids.
             width (`int`, *optional*): Width in pixels at scale 1, with the same rule.
-            scales (`Sequence[float]`, *optional*): Scales to return, each once; the finest by default. Sampling ends
-                with the finest of them.
+            scales (`float` or `Sequence[float]`, *optional*): Scales to return, each once; the finest by default.
+                Sampling ends with the finest of them.
             image (`ImageInput` or a list of them, *optional*): Top part of images to complete, one for all or one per
                 label, as for [`SVQVAEImageProcessor`]. It must be as wide as the images, and a whole number of rows of
                 ids high at each scale. At each scale its ids are kept, and the rows below are sampled.
@@ -178,21 +189,26 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                 `(batch, h, w)`.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): Called after each row of ids with the pipeline, the number
-                of rows sampled before, the current scale and a dictionary. Its `ids` `(batch, rows so far, w)` are the
-                ids of this scale: `pipe.vqvae.decode_tokens(ids)` is a preview. The return value is ignored.
+                of rows sampled before, the current scale and a dictionary of tensors. `ids` `(batch, rows so far, w)`
+                are the ids of this scale: `pipe.vqvae.decode_tokens(ids)` is a preview. If it returns a dictionary,
+                its `ids` replace them, and the rows below follow from these. If it sets `pipe._interrupt = True`,
+                sampling ends, and the remaining ids are 0.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("ids",)`): Tensors in the dictionary.
 
         Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`; with `scales`, a list of images per scale, in
-            their order.
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`; for several `scales`, a list of images per scale,
+            in their order.
 
         Raises:
-            TypeError: Labels are not integers.
+            TypeError: Labels are neither integers nor names.
             ValueError: A value is out of range, or logits are NaN or infinite.
         """
         layout = self._resize_layout(height, width)
         wanted = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
         last = max(layout.scales.index(scale) for scale in wanted)
         _check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
+        _check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self._interrupt = False
         with _evaluation_mode(self.vqvae, self.language_model):
             top = [] if image is None else self._encode_top(image, layout)
             labels = self._encode_labels(class_labels, len(top[0]) if top else 1)
@@ -212,6 +228,8 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             model = _CachedModel(self.language_model)
             rows = _rows_to_sample(layout, top, last)
             for step, (index, row) in enumerate(self.progress_bar(rows)):
+                if self.interrupt:
+                    break
                 highest = []
                 for position in range(row.start, row.stop):
                     logits = _guide(model.next_logits(sequences[:, :position]), guidance_scale)
@@ -222,13 +240,24 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                 _check_scores(torch.stack(highest), self.language_model)
                 if callback_on_step_end is not None:
                     ids = sequences[:count, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
-                    callback_on_step_end(self, step, layout.scales[index], {"ids": ids})
+                    tensors = {"ids": ids.clone()} if callback_on_step_end_tensor_inputs else {}
+                    returned = callback_on_step_end(self, step, layout.scales[index], tensors) or {}
+                    if "ids" in returned and not torch.equal(returned["ids"], ids):
+                        _check_returned(returned["ids"], ids, layout)
+                        replaced = returned["ids"].flatten(1).repeat(len(sequences) // count, 1)
+                        sequences[:, layout.spans[index].start : row.stop] = replaced
+                        model = _CachedModel(self.language_model)
 
             grids, _ = layout.decode(sequences[:count, : layout.spans[last].stop])
             images = [self._decode(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in wanted]
-        result = images[0] if scales is None else images
+        result = images if isinstance(scales, Sequence) else images[0]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
+        return self._interrupt
 
     def _resize_layout(self, height: int | None, width: int | None) -> SequenceLayout:
         trained = self.layout
@@ -244,31 +273,44 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             )
         return layout
 
-    def _encode_labels(self, class_labels: int | Sequence[int] | None, images: int) -> torch.Tensor:
+    def _encode_labels(self, class_labels: int | str | Sequence[int | str] | None, images: int) -> torch.Tensor:
         """One label per image; `num_classes` means no class."""
         num_classes = self.layout.num_classes
         device = self._execution_device
         if class_labels is None:
             return torch.full((images,), num_classes, device=device)
-        labels = to_int64("labels", torch.as_tensor(class_labels, device=device)).reshape(-1)
+        numbers = self._number_names(class_labels)
+        labels = to_int64("labels", torch.as_tensor(numbers, device=device)).reshape(-1)
         if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
             raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
         if images not in (1, len(labels)):
             raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
         return labels
 
+    def _number_names(self, class_labels: Any) -> Any:
+        """Replaces names of classes by their numbers."""
+        if isinstance(class_labels, str):
+            names = self.config["class_names"] or []
+            if class_labels not in names:
+                raise ValueError(
+                    f"`class_labels` must be numbers in [0, {self.layout.num_classes}) or names of classes, "
+                    f"{reprlib.repr(names)}, got {class_labels!r}."
+                )
+            return names.index(class_labels)
+        is_list = isinstance(class_labels, list | tuple)
+        return [self._number_names(label) for label in class_labels] if is_list else class_labels
+
     def _encode_top(self, image: ImageInput | list[ImageInput], layout: SequenceLayout) -> list[torch.Tensor]:
         """Encodes the top parts of images to one grid of ids per scale."""
         batch = self.image_processor(image)
         height, width = batch["image_sizes"][0]
-        for size in batch["image_sizes"]:
-            whole = all((scale * size[0] / layout.f).is_integer() for scale in layout.scales)
-            if size != (height, layout.width) or height > layout.height or not whole:
-                raise ValueError(
-                    f"`image` must be {layout.width} pixels wide, at most {layout.height} high, a whole number of "
-                    f"rows of ids high at each of the scales {list(layout.scales)} (f = {layout.f}), and all of one "
-                    f"size, got {size[1]} x {size[0]} (width x height). Crop it."
-                )
+        whole = all((scale * height / layout.f).is_integer() for scale in layout.scales)
+        if width != layout.width or height > layout.height or not whole:
+            raise ValueError(
+                f"`image` must be {layout.width} pixels wide, at most {layout.height} high, and a whole number of "
+                f"rows of ids high at each of the scales {list(layout.scales)} (f = {layout.f}), got {width} x "
+                f"{height} (width x height). Crop it."
+            )
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
         return self.vqvae.encode_tokens(sample, layout.scales, layout.scale_from)
 
@@ -277,10 +319,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         if output_type == "latent":
             return ids
         sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (layout.height, layout.width), scale)
-        images = self.image_processor.postprocess(sample, output_type=output_type)
-        if output_type == "pil":
-            return images
-        return np.stack(images) if output_type == "np" else torch.stack(images)
+        return self.image_processor.postprocess(sample, output_type=output_type)
 
 
 @contextmanager
@@ -346,7 +385,8 @@ def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayou
         )
 
 
-def _check_scales(scales: Sequence[float], layout: SequenceLayout) -> Sequence[float]:
+def _check_scales(scales: float | Sequence[float], layout: SequenceLayout) -> Sequence[float]:
+    scales = check_scales(scales)
     if not scales or not set(scales) <= set(layout.scales) or len(set(scales)) < len(scales):
         raise ValueError(f"`scales` must be among {list(layout.scales)}, as in training, each once, got {scales!r}.")
     return scales
@@ -368,6 +408,20 @@ def _check_sampling(
     for name, (value, holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+
+
+def _check_tensor_inputs(names: Sequence[str], known: Sequence[str]) -> None:
+    if not set(names) <= set(known):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {list(known)}, got {list(names)}.")
+
+
+def _check_returned(returned: torch.Tensor, sampled: torch.Tensor, layout: SequenceLayout) -> None:
+    low, high = to_int64("ids", returned).aminmax()
+    if returned.shape != sampled.shape or not 0 <= low <= high < layout.codebook_size:
+        raise ValueError(
+            f"`ids` that `callback_on_step_end` returns must have shape {tuple(sampled.shape)} and lie in [0, "
+            f"{layout.codebook_size}), got shape {tuple(returned.shape)} in [{low}, {high}]."
+        )
 
 
 def _check_scores(highest: torch.Tensor, language_model: PreTrainedModel) -> None:

@@ -62,7 +62,7 @@ def make_language_model(cls=LlamaForCausalLM, layout=LAYOUT, **config):
     return cls(family(**(common | sizes | config))).eval()
 
 
-def make_pipeline(cls=LlamaForCausalLM, layout=LAYOUT, **config):
+def make_pipeline(cls=LlamaForCausalLM, layout=LAYOUT, class_names=None, **config):
     pipeline = SVQVAEAutoregressivePipeline(
         make_tiny(),
         make_language_model(cls, layout, **config),
@@ -71,6 +71,7 @@ def make_pipeline(cls=LlamaForCausalLM, layout=LAYOUT, **config):
         width=layout.width,
         scales=layout.scales,
         scale_from=layout.scale_from,
+        class_names=class_names,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -269,6 +270,7 @@ def test_scales_are_returned_in_order_and_sampling_ends_with_the_finest(pipeline
     whole, coarse = pipeline(0, scales=[1.0, 0.25], generator=seeded()).images
     assert [image.size for image in (*whole, *coarse)] == [(16, 32), (4, 8)]
     assert np.array_equal(whole[0], pipeline(0, generator=seeded()).images[0])
+    assert np.array_equal(coarse[0], pipeline(0, scales=0.25, generator=seeded()).images[0])
     steps = []
     (again,) = pipeline(
         0, scales=[0.25], generator=seeded(), callback_on_step_end=lambda *step: steps.append(step)
@@ -319,6 +321,75 @@ def test_the_callback_sees_each_row_and_each_whole_scale(pipeline):
         assert len(previews) == grid.shape[1]
         assert all(torch.equal(rows, grid[:, :count]) for count, (rows, _) in enumerate(previews, start=1))
         torch.testing.assert_close(previews[-1][1], image)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_ids_that_the_callback_returns_replace_the_sampled_ones(pipeline, guidance_scale):
+    fixed = torch.arange(8).reshape(2, 1, 4)
+
+    def replace_a_row(pipe, step, scale, tensors):
+        if scale == 1.0 and tensors["ids"].shape[1] == 3:
+            return {"ids": torch.cat([tensors["ids"][:, :2], fixed], dim=1)}
+        return {} if step % 2 else None
+
+    call = {"class_labels": [0, 1], "temperature": 0, "guidance_scale": guidance_scale}
+    plain, replaced = (
+        sample_ids(pipeline, **call, callback_on_step_end=each)[-1] for each in (lambda *_: None, replace_a_row)
+    )
+    assert torch.equal(replaced[:, :2], plain[:, :2])
+    assert torch.equal(replaced[:, 2:3], fixed)
+    assert not torch.equal(replaced[:, 3:], plain[:, 3:])
+    coarse = sample_ids(pipeline, **call)[:2]
+    layout, labels = pipeline.layout, torch.tensor([0, 1])
+    whole = [layout.encode([*coarse, replaced], each) for each in (labels, None)]
+    logits, free = (pipeline.language_model(tokens, use_cache=False).logits for tokens in whole)
+    below = slice(layout.spans[-1].start + 3 * 4, layout.spans[-1].stop)
+    best = (free + guidance_scale * (logits - free))[:, below.start - 1 : below.stop - 1, : layout.codebook_size]
+    assert torch.equal(whole[0][:, below], best.argmax(-1))
+
+
+def test_changing_the_tensor_of_the_callback_changes_nothing(pipeline):
+    ids = sample_ids(pipeline, 0, temperature=0)
+    seen = []
+    changed = sample_ids(
+        pipeline, 0, temperature=0, callback_on_step_end=lambda *step: seen.append(step[3]["ids"].zero_())
+    )
+    assert all(map(torch.equal, ids, changed))
+    assert len(seen) == 2 + 4 + 8
+
+
+@pytest.mark.parametrize(("shape", "code"), [((1, 1, 2), 0), ((1, 1, 1), 64), ((1, 1, 1), -1)])
+def test_returned_ids_that_do_not_fit_raise(pipeline, shape, code):
+    message = f"must have shape (1, 1, 1) and lie in [0, 64), got shape {shape} in [{code}, {code}]."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipeline(0, scales=0.25, callback_on_step_end=lambda *_: {"ids": torch.full(shape, code)})
+
+
+def test_the_callback_receives_the_tensors_that_are_asked_for(pipeline):
+    seen = []
+    pipeline(
+        0,
+        scales=0.25,
+        callback_on_step_end=lambda *step: seen.append(step[3]),
+        callback_on_step_end_tensor_inputs=[],
+    )
+    assert seen == [{}, {}]
+    with pytest.raises(ValueError, match=re.escape("must be among ['ids'], got ['latents']")):
+        pipeline(callback_on_step_end_tensor_inputs=["latents"])
+
+
+def test_the_callback_ends_the_sampling(pipeline):
+    def end_after_three_rows(pipe, step, scale, tensors):
+        pipe._interrupt = scale == 1.0 and tensors["ids"].shape[1] == 3
+
+    call = {"class_labels": [0, 1], "temperature": 0}
+    ids = sample_ids(pipeline, **call)
+    ended = sample_ids(pipeline, **call, callback_on_step_end=end_after_three_rows)
+    assert pipeline.interrupt
+    assert all(map(torch.equal, ended[:2], ids[:2]))
+    assert torch.equal(ended[2][:, :3], ids[2][:, :3])
+    assert not ended[2][:, 3:].any()
+    assert all(map(torch.equal, ids, sample_ids(pipeline, **call)))  # the next call runs to its end
 
 
 # Completing
@@ -427,6 +498,21 @@ def test_generate_writes_images_and_a_sheet(saved, pipeline, tmp_path):
 
 
 @pytest.mark.usefixtures("process")
+def test_generate_takes_names_of_classes(tmp_path):
+    pipeline = make_pipeline(class_names=["tench, Tinca", "../up", "1"])
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    out = tmp_path / "out"
+    assert (
+        svqvae("generate", tmp_path / "pipeline", "--class", "../up", "tench, Tinca", "1", "0", "--output", out) == 0
+    )
+    names = ["up", "tench-Tinca", "1", "0"]
+    assert {file.name for file in out.iterdir()} == {*(f"class_{name}_0_x1.png" for name in names), "sheet.png"}
+    images = pipeline([1, 0, 2, 0], generator=[seeded(index) for index in range(4)]).images
+    for name, image in zip(names, images, strict=True):
+        assert np.array_equal(Image.open(out / f"class_{name}_0_x1.png"), image)
+
+
+@pytest.mark.usefixtures("process")
 def test_generate_without_a_class(saved, tmp_path):
     assert svqvae("generate", saved, "--output", tmp_path / "out") == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"image_0_x1.png", "sheet.png"}
@@ -438,6 +524,8 @@ def test_generate_reports_a_mistake_in_one_line(saved, tmp_path, capsys):
     (tmp_path / "ldm" / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
     for arguments, message in (
         ([saved, "--class", "3"], "`class_labels` must be in [0, 3), got [3]"),
+        ([saved, "--class", "cat"], "`class_labels` must be numbers in [0, 3) or names of classes, [], got 'cat'."),
+        ([saved, "--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
         ([saved / "vqvae"], "no file named model_index.json found"),
         ([tmp_path / "ldm"], "must be a SVQVAEAutoregressivePipeline, but is a LDMPipeline."),
     ):
@@ -472,10 +560,10 @@ SAMPLING = [
     ({"top_p": math.nan}, "`top_p` must be above 0 and at most 1, got nan"),
 ]
 IMAGES = [
-    ({"image": torch.rand(3, 16, 20)}, "`image` must be 16 pixels wide, at most 32 high, a whole number of"),
+    ({"image": torch.rand(3, 16, 20)}, "`image` must be 16 pixels wide, at most 32 high, and a whole number of"),
     ({"image": torch.rand(3, 48, 16)}, "got 16 x 48 (width x height). Crop it."),
     ({"image": torch.rand(3, 8, 16)}, "got 16 x 8 (width x height). Crop it."),
-    ({"image": [torch.rand(3, 16, 16), torch.rand(3, 32, 16)]}, "all of one size, got 16 x 32"),
+    ({"image": [torch.rand(3, 16, 16), torch.rand(3, 32, 16)]}, "of a batch must have one size, because padding"),
     (
         {"image": [torch.rand(3, 16, 16)] * 3, "class_labels": [0, 1]},
         "`image` must be one image or one per label, got 3 for 2 labels",
@@ -488,6 +576,28 @@ def test_values_out_of_range_raise(pipeline, calls):
     for call, message in calls:
         with pytest.raises(ValueError, match=re.escape(message)):
             pipeline(**call)
+
+
+def test_classes_by_name(tmp_path):
+    pipeline = make_pipeline(class_names=["cat", "dog", "7"])
+    pipeline.save_pretrained(tmp_path)
+    loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    ids = sample_ids(pipeline, [1, 0, 2], temperature=0)
+    for each in (pipeline, loaded):
+        assert all(map(torch.equal, ids, sample_ids(each, ["dog", 0, "7"], temperature=0)))
+        dogs = sample_ids(each, "dog", temperature=0)
+        assert all(torch.equal(grid[:1], dog) for grid, dog in zip(ids, dogs, strict=True))
+    with pytest.raises(ValueError, match=re.escape("or names of classes, ['cat', 'dog', '7'], got 'cow'.")):
+        pipeline(["cat", "cow"])
+    for names in (["cat", "dog"], ["cat", "dog", "cat"]):
+        with pytest.raises(ValueError, match="`class_names` must be 3 different names, one per class, got"):
+            make_pipeline(class_names=names)
+
+
+def test_without_names_a_name_raises(pipeline):
+    with pytest.raises(ValueError, match=re.escape("must be numbers in [0, 3) or names of classes, [], got 'cat'.")):
+        pipeline("cat")
 
 
 def test_labels_must_be_integers(pipeline):

@@ -82,6 +82,7 @@ def test_sequences_are_the_ids_of_the_images_coarse_to_fine(parts):
     source = TokenSource(str(parts / "tokens"), "label")
     assert source.layout.scales == (0.5, 1.0)
     assert source.layout.num_classes == 2
+    assert source.class_names == ["cat", "dog"]
     assert source.layout.scale_from == "image"
     ids, labels = source.layout.decode(source.sequences(np.arange(IMAGES)))
     assert labels.tolist() == source.rows["label"][:].tolist()
@@ -158,10 +159,11 @@ def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
     model = ["--model", str(parts / "vqvae"), "--device", "cpu"]
     assert svqvae_cli.main(["tokenize", str(parts / "photos"), str(tokens), *crops, *model]) == 0
     train(**(options | {"token_set": str(tokens)}))
-    call = ["--class", "0", "1", "--num-images", "3", "--guidance-scale", "2"]
+    call = ["--class", "cat", "1", "--num-images", "3", "--guidance-scale", "2"]
     assert svqvae_cli.main(["generate", options["output_dir"], *call, "--output", str(out), "--device", "cpu"]) == 0
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.size == (3 * CROP, 2 * CROP)
+    assert (out / "class_cat_2_x1.png").exists()
 
 
 def test_resumed_run_equals_an_unbroken_one(options):

@@ -32,6 +32,8 @@ class TokenSource:
         order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
         self.id_columns = [f"ids_{index}" for index in order]
         self.label_column = label_column
+        feature = self.rows.features.get(label_column)
+        self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         self.layout = SequenceLayout(
             codebook_size=self.settings.codebook_size,
             f=self.settings.f,
