@@ -7,6 +7,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.image_processing_utils import ImageProcessingMixin
 
+from svqvae_hf.language_models.configuration_llamagen import LlamaGenConfig
+from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
@@ -18,6 +20,8 @@ __all__ = [
     "DEFAULT_MODEL",
     "SVQVAE",
     "ImageProcessingMixin",
+    "LlamaGenConfig",
+    "LlamaGenForCausalLM",
     "ModelMixin",
     "NextScaleTransformer",
     "NextScaleTransformerOutput",

@@ -1,6 +1,7 @@
 """Finds original checkpoint files, local or on the Hub, and reads them."""
 
 import argparse
+import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -47,6 +48,12 @@ def locate_checkpoint(source: str | Path) -> Path:
         return Path(hf_hub_download(repo_id, file, local_files_only=not hub_answers()))
     except (HTTPError, EntryNotFoundError, OSError) as error:
         raise OSError(f"Could not download `{source}` from the Hub: {hub_reason(error)}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any]:

@@ -1,6 +1,5 @@
 """Loads original checkpoints, local or from the Hub, as models."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +11,10 @@ from torch import nn
 
 from svqvae_hf.loaders.checkpoint_checks import check_attention, check_tensors, check_weights
 from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
-from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_files import file_sha256, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
-from svqvae_hf.untrusted.weights import check_depth, key_text
+from svqvae_hf.loaders.llamagen_checkpoints import find_language_model
+from svqvae_hf.untrusted.weights import check_depth, key_text, without_attributes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -44,8 +44,7 @@ class Checkpoint(Generic[ModelT]):
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file, in hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     def model(self) -> ModelT:
         """Builds the model, in evaluation mode."""
@@ -93,7 +92,7 @@ def read_checkpoint(
         for key, shape in _expected_shapes(model_class, config, source).items()
     }
     check_weights(weights, dict(names_and_shapes.values()), source)
-    state_dict = {key: weights[name].detach().float() for key, (name, _) in names_and_shapes.items()}
+    state_dict = {key: weights[name].float() for key, (name, _) in names_and_shapes.items()}
     return Checkpoint(str(source), path, use_ema, format, model_class, config, state_dict)
 
 
@@ -101,6 +100,12 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
     for format in CHECKPOINT_FORMATS:
         if format.matches(content):
             return format
+    if find_language_model(content) is not None:
+        raise ValueError(
+            f"`{source}` is a language model of LlamaGen, and must be a tokenizer here. `svqvae convert` makes a "
+            "pipeline of both if it is given the tokenizer by `--tokenizer`; `LlamaGenForCausalLM.from_single_file` "
+            "loads it alone."
+        )
     looked_for = "; ".join(
         f"{format.name}: `{format.level_prefix}0.*` "
         + ("in a .safetensors file" if format.container is None else f"in `{format.container}`")
@@ -123,7 +128,7 @@ def _select_weights(
         raise ValueError(
             f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without `use_ema`."
         )
-    named = {key_text(key): value for key, value in weights.items()}
+    named = {key_text(key): without_attributes(value) for key, value in weights.items()}
     return {key: value for key, value in named.items() if not key.startswith(format.training_keys)}
 
 

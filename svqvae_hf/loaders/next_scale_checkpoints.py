@@ -11,7 +11,7 @@ from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, ra
 from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.loaders.checkpoints import Checkpoint, ModelT
-from svqvae_hf.untrusted.weights import check_layers, key_text
+from svqvae_hf.untrusted.weights import check_layers, key_text, without_attributes
 
 FLEXVAR = CheckpointFormat(
     name="flexvar-transformer", title="FlexVAR's transformer", container=None, level_prefix="blocks."
@@ -57,7 +57,7 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[ModelT]) ->
             f"`{source}` must be a checkpoint of FlexVAR's transformer, with `word_embed.weight` and `pos_1LC` at the "
             "top or in `trainer` > `var_wo_ddp`, but is not. Load a tokenizer with `SVQVAE.from_single_file`."
         )
-    named = {key_text(key): value for key, value in found.items()}
+    named = {key_text(key): without_attributes(value) for key, value in found.items()}
     weights = {key: value for key, value in named.items() if not BUFFERS.fullmatch(key)}
     check_tensors(weights, source)
     config = _infer_config(weights, source)

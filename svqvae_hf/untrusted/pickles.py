@@ -19,11 +19,15 @@ LEGACY_PICKLES = 5  # in a file of the oldest form: two numbers, the machine, th
 MAX_TUPLES = 10_000  # in one tuple, itself and all nested ones
 # Globals that torch allows although they allocate as much memory as their arguments say.
 GREEDY = re.compile(r"(__builtin__|builtins)\.bytearray|torch(\.\w+)*\.(\w*Tensor|TypedStorage)")
-# Honest files use two such globals: the storage in place of a dtype, for float8 and other dtypes without a storage
-# class; the encoder called with text and "latin1", which is how bytes are stored.
-STORAGE, ENCODE = "torch.storage.UntypedStorage", "_codecs.encode"
+# Honest files use three such globals: the storage in place of a dtype, for float8 and other dtypes without a storage
+# class; the encoder called with text and "latin1", which is how bytes are stored; the type of a tensor that has
+# attributes, which is stored as `REBUILD_TYPED(REBUILD, TENSOR, arguments of REBUILD, attributes)`.
+STORAGE, ENCODE, TENSOR = "torch.storage.UntypedStorage", "_codecs.encode", "torch.Tensor"
 UNTYPED_STORAGE = re.compile(r"torch(\.storage)?\.UntypedStorage")
 LATIN1 = "latin1"
+REBUILD, REBUILD_TYPED = "torch._utils._rebuild_tensor_v2", "torch._tensor._rebuild_from_type_v2"
+TYPED_TENSOR = f"{TENSOR} as a type"  # these four arguments
+HONEST_CALLS = ([LATIN1, ENCODE], [TYPED_TENSOR, REBUILD_TYPED])  # arguments and callee
 
 StackValue = int | str | None  # see _check_pickle
 
@@ -78,7 +82,7 @@ def _check_pickle(pickled: IO[bytes]) -> None:
 
     Interprets the pickle without building its values. In place of each value, the stack holds the number of tuples
     that hashing the value visits. That number can be huge in a small file, because the memo lets a tuple hold another
-    many times. `STORAGE`, `ENCODE` and `LATIN1` stand for themselves and for tuples that hold them, `None` for a mark.
+    many times. The names above stand for themselves and for tuples that hold them, `None` for a mark.
     """
     stack: list[StackValue] = []
     memo: dict[Any, StackValue] = {}
@@ -95,8 +99,10 @@ def _check_pickle(pickled: IO[bytes]) -> None:
             value = LATIN1
         elif "TUPLE" in opcode.name and ENCODE not in taken:
             value = _check_tuple(taken)
-        elif opcode.name != "BINPERSID" and (ENCODE in taken or STORAGE in taken) and taken != [LATIN1, ENCODE]:
-            raise pickle.UnpicklingError(f"GLOBAL {STORAGE if STORAGE in taken else ENCODE} can take any memory")
+        elif opcode.name != "BINPERSID" and taken not in HONEST_CALLS:
+            for name in (STORAGE, ENCODE, TENSOR, TYPED_TENSOR):
+                if name in taken:
+                    raise pickle.UnpicklingError(f"GLOBAL {name} can take any memory")
         stack += [None if kind is pickletools.markobject else value for kind in opcode.stack_after]
 
 
@@ -111,14 +117,20 @@ def _take(stack: list[StackValue], opcode: pickletools.OpcodeInfo) -> list[Stack
 
 
 def _check_global(name: str) -> StackValue:
+    if name in (ENCODE, TENSOR, REBUILD, REBUILD_TYPED):
+        return name
     if GREEDY.fullmatch(name):
         raise pickle.UnpicklingError(f"GLOBAL {name} can take any memory")
-    return STORAGE if UNTYPED_STORAGE.fullmatch(name) else ENCODE if name == ENCODE else 0
+    return STORAGE if UNTYPED_STORAGE.fullmatch(name) else 0
 
 
 def _check_tuple(items: list[StackValue]) -> StackValue:
+    """Value of a tuple with these items, the last one first."""
     if STORAGE in items:
         return STORAGE
+    if TENSOR in items or TYPED_TENSOR in items:
+        is_typed = items[2:] == [TENSOR, REBUILD] and {TENSOR, TYPED_TENSOR}.isdisjoint(items[:2])
+        return TYPED_TENSOR if is_typed else TENSOR
     if items[:1] == [LATIN1] and len(items) == 2:
         return LATIN1
     tuples = 1 + sum(item for item in items if isinstance(item, int))

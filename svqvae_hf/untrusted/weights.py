@@ -25,6 +25,11 @@ def check_layers(name: str, layers: int) -> None:
         raise ValueError(f"{name} must have at most {MAX_LAYERS} layers, got {layers}.")
 
 
+def without_attributes(value: Any) -> Any:
+    """Returns a tensor without the attributes that a pickle gave it, which could hide its methods; else the value."""
+    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
+
+
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor stores all its elements. Sparse and expanded tensors let a small file claim a huge shape."""
     return (

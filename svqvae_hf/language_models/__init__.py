@@ -1,0 +1,1 @@
+"""Language models over the ids of a tokenizer, as models of transformers."""

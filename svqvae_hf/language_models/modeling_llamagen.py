@@ -1,0 +1,251 @@
+"""LlamaGen's language models (arXiv 2406.06525)."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Ernie4_5ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from svqvae_hf.language_models.configuration_llamagen import LlamaGenConfig
+from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint, read_llamagen
+
+MISSING_CAPTIONS = (
+    "`prompt_embeds` must be passed with the first tokens, because this model has captions. Pass the caption "
+    "features; sequences that begin with the unconditional token need them too, but do not read them."
+)
+
+
+class LlamaGenRotaryEmbedding(nn.Module):
+    """Angles by row and column of an id, in float32. It has no buffers, which `model.to(torch.bfloat16)` would round.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+    """
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes the factors of the rotation. Both are 0 for condition tokens, whose queries and keys thus vanish.
+
+        Args:
+            x (`torch.Tensor`): Any tensor on the device of the result.
+            position_ids (`torch.Tensor` of shape `(batch, length)`): Positions, condition tokens included.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines `(batch, length, head_dim)`, float32. The first half
+            of the channels has the angles of the pairs (0, 1), (2, 3), ..., rows first; the second half repeats it.
+        """
+        half = self.config.head_dim // 2
+        exponents = torch.arange(0, half, 2, device=x.device, dtype=torch.float32) / half
+        frequencies = 1 / self.config.rope_parameters["rope_theta"] ** exponents
+        ids = position_ids[..., None] - self.config.num_condition_tokens
+        angles = torch.cat([ids // self.config.grid_size * frequencies, ids % self.config.grid_size * frequencies], -1)
+        angles = torch.cat([angles, angles], -1)
+        is_image = ids >= 0
+        return angles.cos() * is_image, angles.sin() * is_image
+
+
+class CodeHead(nn.Linear):
+    """Logits of the codes. All other tokens get the lowest finite logit, because they are never predicted.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+    """
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__(config.hidden_size, config.codebook_size, bias=False)
+        self.other_tokens = config.vocab_size - config.codebook_size
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Computes logits `(batch, length, vocab_size)`."""
+        logits = super().forward(hidden_states)
+        return F.pad(logits, (0, self.other_tokens), value=torch.finfo(logits.dtype).min)
+
+
+class CaptionProjection(nn.Module):
+    """Projects caption features to the channels of the model.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+    """
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.hidden_size, bias=False)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Projects features `(batch, length, caption_dim)`."""
+        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+
+
+class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
+    """LlamaGen's language model for classes or captions.
+
+    It is a Llama whose rotation is two-dimensional. The base class is transformers' Llama that rotates neighbouring
+    channels, in float32, as LlamaGen does.
+
+    A sequence is a condition token and the ids of an image, row by row. A class is a token of its own. With captions,
+    the condition token stands for `num_condition_tokens` positions, which hold projected features of the caption. Both
+    kinds take and return one position per token, so both work in an [`SVQVAEAutoregressivePipeline`].
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+
+    Example:
+        >>> model = LlamaGenForCausalLM.from_single_file("c2i_B_256.pt", grid_size=16)
+        >>> prompt = torch.tensor([[model.config.codebook_size + 207]])  # class 207
+        >>> ids = model.generate(prompt, max_new_tokens=16 * 16, do_sample=True, top_k=2000)[:, 1:]
+    """
+
+    config_class = LlamaGenConfig
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__(config)
+        self.model.rotary_emb = LlamaGenRotaryEmbedding(config)
+        self.lm_head = CodeHead(config)
+        if config.caption_dim is not None:
+            self.caption_projection = CaptionProjection(config)
+            features = torch.randn(config.num_condition_tokens, config.caption_dim) / config.caption_dim**0.5
+            self.register_buffer("uncond_embedding", features)  # in LlamaGen it is never trained
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predicts the next token at each position.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
+            prompt_embeds (`torch.Tensor` of shape `(batch, num_condition_tokens, caption_dim)`, *optional*): Features
+                of the captions, their text at the end. Passed with sequences that begin with a condition token, and
+                not with later tokens, for which they are in the cache. In rows that begin with the unconditional
+                token they are replaced.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch, num_condition_tokens)`, *optional*): 1 for features
+                of text, 0 for padding. Passed with all tokens. All features are seen by default.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions with logits, 0 for all.
+            **kwargs: Arguments of [`~transformers.LlamaForCausalLM`]'s `forward`.
+
+        Returns:
+            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` `(batch, length, vocab_size)`.
+
+        Raises:
+            ValueError: The features have another shape, or are missing, or the model has classes instead of captions.
+        """
+        with_captions = self.config.caption_dim is not None
+        if with_captions and prompt_embeds is None and not {"cache", "past_key_values"} & kwargs.keys():
+            raise ValueError(MISSING_CAPTIONS)
+        if not with_captions and prompt_embeds is not None:
+            raise ValueError("`prompt_embeds` are for models with captions, but this one has classes. Leave them out.")
+        if prompt_attention_mask is not None:
+            # Without features all tokens before are in a cache, and its length bounds the mask.
+            ids = self.config.grid_size**2 if prompt_embeds is None else input_ids.shape[1] - 1
+            kwargs["attention_mask"] = F.pad(prompt_attention_mask, (0, ids), value=1)
+        if prompt_embeds is None:
+            return super().forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
+        return super().forward(
+            inputs_embeds=self._embed(input_ids, prompt_embeds),
+            logits_to_keep=logits_to_keep or input_ids.shape[1],
+            **kwargs,
+        )
+
+    def _embed(self, input_ids: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Embeddings of captions and ids `(batch, num_condition_tokens + ids, hidden_size)`."""
+        expected = (len(input_ids), self.config.num_condition_tokens, self.config.caption_dim)
+        if prompt_embeds.shape != expected:
+            raise ValueError(
+                f"`prompt_embeds` must have shape {expected} (batch, num_condition_tokens, caption_dim), got "
+                f"{tuple(prompt_embeds.shape)}."
+            )
+        is_dropped = (input_ids[:, :1] == self.config.unconditional_token)[..., None]
+        features = torch.where(is_dropped, self.uncond_embedding, prompt_embeds.to(self.uncond_embedding.dtype))
+        return torch.cat([self.caption_projection(features), self.model.embed_tokens(input_ids[:, 1:])], dim=1)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        prompt_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Chooses the arguments of the next call of `forward` in transformers' `generate`.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
+            prompt_embeds (`torch.Tensor`, *optional*): Features of the captions.
+            is_first_iteration (`bool`, defaults to `False`): Whether the cache is empty.
+            **kwargs: Further arguments of `generate`.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if self.config.caption_dim is not None:
+            for name in ("attention_mask", "position_ids"):  # counted without the positions of the caption
+                inputs.pop(name, None)
+            if is_first_iteration or not kwargs.get("use_cache", True):
+                if prompt_embeds is None:
+                    raise ValueError(MISSING_CAPTIONS)
+                inputs["prompt_embeds"] = prompt_embeds
+        return inputs
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        grid_size: int | None = None,
+        num_attention_heads: int | None = None,
+        use_ema: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Loads a checkpoint of LlamaGen.
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            grid_size (`int`, *optional*): Rows and columns of ids of an image, side in pixels over f. Required unless
+                the file holds `freqs_cis`.
+            num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
+            use_ema (`bool`, defaults to `False`): Load the averaged weights, which checkpoints of training may have.
+            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32.
+
+        Returns:
+            [`LlamaGenForCausalLM`]: The model in evaluation mode.
+
+        Raises:
+            OSError: The file is missing or cannot be downloaded.
+            ValueError: The file is broken, does not hold exactly the weights of such a model, or an argument that it
+                needs is missing.
+        """
+        checkpoint = read_llamagen(
+            source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema
+        )
+        model = cls.from_checkpoint(checkpoint)
+        return model if dtype is None else model.to(dtype)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: LlamaGenCheckpoint) -> Self:
+        """Builds a model that takes over the tensors of a checkpoint.
+
+        Args:
+            checkpoint ([`~svqvae_hf.loaders.llamagen_checkpoints.LlamaGenCheckpoint`]): Checked checkpoint.
+
+        Returns:
+            [`LlamaGenForCausalLM`]: The model in evaluation mode.
+        """
+        config = LlamaGenConfig(**checkpoint.config)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(checkpoint.state_dict, assign=True)
+        return model.eval()
+
+
+AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)
+AutoModelForCausalLM.register(LlamaGenConfig, LlamaGenForCausalLM)

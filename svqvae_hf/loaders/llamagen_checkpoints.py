@@ -1,0 +1,232 @@
+"""Checkpoints of LlamaGen's language models, read as a config and weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, raise_faults
+from svqvae_hf.loaders.checkpoint_files import file_sha256, load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_formats import count_numbers
+from svqvae_hf.untrusted.weights import check_layers, key_text, without_attributes
+
+EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
+CLASSES = "cls_embedding.embedding_table.weight"
+CAPTION = "cls_embedding.uncond_embedding"
+TABLE = "freqs_cis"  # angles, in files of older code
+CONTAINERS = ("model", "module", "state_dict")  # keys of the weights in files of DDP, DeepSpeed and others
+
+# Heads of the sizes that LlamaGen defines, by layers and channels: B, L, XL, XXL, XXXL, 1B, 3B, 7B.
+HEADS = {
+    **{(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1536): 24, (48, 2560): 40},
+    **{(22, 2048): 32, (24, 3200): 32, (32, 4096): 32},
+}
+
+# Names in a layer, in the file and here. Queries, keys and values are stacked in the file.
+LAYER_NAMES = {
+    "attention.wqkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attention.wo.weight": ("self_attn.o_proj.weight",),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight",),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight",),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight",),
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "ffn_norm.weight": ("post_attention_layernorm.weight",),
+}
+CAPTION_NAMES = {
+    "cls_embedding.cap_proj.fc1.weight": "caption_projection.fc1.weight",
+    "cls_embedding.cap_proj.fc2.weight": "caption_projection.fc2.weight",
+    CAPTION: "uncond_embedding",
+}
+
+
+@dataclass(frozen=True)
+class LlamaGenCheckpoint:
+    """Config and weights from a checkpoint of LlamaGen's language models, checked and ready for a model.
+
+    Args:
+        source (`str`): File or Hub file, as passed by the caller.
+        path (`Path`): The local file, downloaded if it is on the Hub.
+        use_ema (`bool`): Whether the weights are the averaged ones.
+        config (`dict[str, Any]`): Arguments of [`LlamaGenConfig`].
+        state_dict (`dict[str, torch.Tensor]`): Weights under this library's names, in float32.
+    """
+
+    source: str
+    path: Path
+    use_ema: bool
+    config: dict[str, Any]
+    state_dict: dict[str, torch.Tensor]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
+        return file_sha256(self.path)
+
+
+def read_llamagen(
+    source: str | Path,
+    *,
+    grid_size: int | None = None,
+    num_attention_heads: int | None = None,
+    use_ema: bool = False,
+) -> LlamaGenCheckpoint:
+    """Reads a checkpoint of LlamaGen's language models, strictly.
+
+    The weights may lie bare in the file, or in `model`, `module` or `state_dict`. Pickles are read as weights only;
+    code in them raises an error.
+
+    Args:
+        source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+        grid_size (`int`, *optional*): Rows and columns of ids of an image. Required unless the file holds `freqs_cis`.
+        num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
+        use_ema (`bool`, defaults to `False`): Take the averaged weights, which checkpoints of training may have.
+
+    Returns:
+        [`LlamaGenCheckpoint`]: Config and weights.
+
+    Raises:
+        OSError: If the file is missing or cannot be downloaded.
+        ValueError: If the file is broken, is another checkpoint, does not hold exactly the weights of such a model, or
+            does not tell a value that was not passed.
+    """
+    path = locate_checkpoint(source)
+    weights = _select_weights(load_checkpoint_file(path, source), use_ema, source)
+    table = weights.pop(TABLE, None)
+    check_tensors(weights, source)
+    sizes = _read_sizes(weights, source)
+    check_weights(weights, _original_shapes(sizes), source)
+    config = {
+        **sizes,
+        "grid_size": _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source),
+        "num_attention_heads": _find_heads(sizes, num_attention_heads, source),
+    }
+    return LlamaGenCheckpoint(str(source), path, use_ema, config, _rename(weights, sizes))
+
+
+def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | None:
+    """Returns the weights of a language model of LlamaGen from the content of its file, or None for other files."""
+    for weights in (content, *(content.get(name) for name in (None, *CONTAINERS))):
+        if isinstance(weights, dict) and EMBEDDING in weights:
+            return weights
+    return None
+
+
+def _select_weights(content: dict[str | None, Any], use_ema: bool, source: str | Path) -> dict[str, Any]:
+    weights = find_language_model(content)
+    if weights is None:
+        raise ValueError(
+            f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, neither bare "
+            f"nor in {', '.join(CONTAINERS)}. Tokenizers load by `SVQVAE.from_single_file`."
+        )
+    if use_ema:
+        weights = content.get("ema")
+        if not isinstance(weights, dict):
+            raise ValueError(
+                f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without "
+                "`use_ema`."
+            )
+    return {key_text(key): without_attributes(value) for key, value in weights.items()}
+
+
+def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
+    """Config values that are sizes of weights."""
+    hidden_layer = "layers.0.feed_forward.w1.weight"
+    condition = CAPTION if CAPTION in weights else CLASSES
+    needed = {EMBEDDING, hidden_layer, condition}
+    raise_faults(
+        source,
+        {
+            "missing": needed - weights.keys(),
+            "misshapen": {
+                f"{name} {tuple(weights[name].shape)}"
+                for name in needed & weights.keys()
+                if weights[name].ndim != 2 or 0 in weights[name].shape
+            },
+        },
+    )
+    rows, channels = weights[condition].shape
+    with_captions = condition == CAPTION
+    layers = count_numbers(weights, "layers.")
+    check_layers(f"`{source}`", layers)
+    return {
+        "codebook_size": weights[EMBEDDING].shape[0],
+        "num_classes": 1 if with_captions else rows - 1,
+        "num_condition_tokens": rows if with_captions else 1,
+        "caption_dim": channels if with_captions else None,
+        "hidden_size": weights[EMBEDDING].shape[1],
+        "intermediate_size": weights[hidden_layer].shape[0],
+        "num_hidden_layers": layers,
+    }
+
+
+def _original_shapes(sizes: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Shapes of all weights of a file with these sizes."""
+    codes, hidden, inner = (sizes[name] for name in ("codebook_size", "hidden_size", "intermediate_size"))
+    layer = {
+        "attention.wqkv.weight": (3 * hidden, hidden),
+        "attention.wo.weight": (hidden, hidden),
+        "feed_forward.w1.weight": (inner, hidden),
+        "feed_forward.w3.weight": (inner, hidden),
+        "feed_forward.w2.weight": (hidden, inner),
+        "attention_norm.weight": (hidden,),
+        "ffn_norm.weight": (hidden,),
+    }
+    shapes = {EMBEDDING: (codes, hidden), "norm.weight": (hidden,), "output.weight": (codes, hidden)}
+    for index in range(sizes["num_hidden_layers"]):
+        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+    if sizes["caption_dim"] is None:
+        shapes[CLASSES] = (sizes["num_classes"] + 1, hidden)
+    else:
+        fc1, fc2, features = CAPTION_NAMES
+        shapes |= {fc1: (hidden, sizes["caption_dim"]), fc2: (hidden, hidden)}
+        shapes[features] = (sizes["num_condition_tokens"], sizes["caption_dim"])
+    return {name: torch.Size(shape) for name, shape in shapes.items()}
+
+
+def _rename(weights: dict[str, torch.Tensor], sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Moves weights to this library's names, in float32. Emptying `weights` holds each tensor in memory only once."""
+    captions = {ours: weights.pop(name) for name, ours in CAPTION_NAMES.items() if name in weights}
+    codes = weights.pop(EMBEDDING)
+    # The rows of classes and of no class follow the codes. With captions nothing reads them.
+    rows = codes.new_zeros((sizes["num_classes"] + 1, codes.shape[1])) if captions else weights.pop(CLASSES)
+    renamed = {
+        "model.embed_tokens.weight": torch.cat([codes.float(), rows.float()]),
+        "model.norm.weight": weights.pop("norm.weight").float(),
+        "lm_head.weight": weights.pop("output.weight").float(),
+        **{key: tensor.float() for key, tensor in captions.items()},
+    }
+    for index in range(sizes["num_hidden_layers"]):
+        for name, ours in LAYER_NAMES.items():
+            parts = weights.pop(f"layers.{index}.{name}").float().chunk(len(ours))
+            renamed |= {f"model.layers.{index}.{key}": part.clone() for key, part in zip(ours, parts, strict=True)}
+    return renamed
+
+
+def _find_grid_size(table: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:
+    if isinstance(table, torch.Tensor) and table.ndim and table.shape[0] > condition_tokens:
+        found = math.isqrt(table.shape[0] - condition_tokens)
+        if grid_size not in (None, found):
+            raise ValueError(f"`grid_size` must be {found}, as `{TABLE}` in `{source}` tells, got {grid_size}.")
+        return found
+    if grid_size is None:
+        raise ValueError(
+            f"`{source}` does not tell the size of its images. Pass `grid_size`, or `--image-size` to `svqvae "
+            "convert`. LlamaGen's file names end with the size: `grid_size` is 16 for 256 pixels, 24 for 384, 32 for 512."
+        )
+    return grid_size
+
+
+def _find_heads(sizes: Mapping[str, Any], heads: int | None, source: str | Path) -> int:
+    layers, hidden = sizes["num_hidden_layers"], sizes["hidden_size"]
+    heads = heads or HEADS.get((layers, hidden))
+    if heads is None:
+        raise ValueError(
+            f"`{source}` has {layers} layers of {hidden} channels, which is not a size that LlamaGen defines, and "
+            "does not tell the number of heads, `n_head` in training. Pass `num_attention_heads`, or `--num-heads` to "
+            "`svqvae convert`."
+        )
+    return heads
