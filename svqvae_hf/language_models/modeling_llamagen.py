@@ -71,13 +71,14 @@ class CaptionProjection(nn.Module):
     """Projects caption features to the channels of the model.
 
     Args:
-        config ([`LlamaGenConfig`]): Config of the model.
+        caption_dim (`int`): Channels of the features.
+        hidden_size (`int`): Channels of the model.
     """
 
-    def __init__(self, config: LlamaGenConfig):
+    def __init__(self, caption_dim: int, hidden_size: int):
         super().__init__()
-        self.fc1 = nn.Linear(config.caption_dim, config.hidden_size, bias=False)
-        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.fc1 = nn.Linear(caption_dim, hidden_size, bias=False)
+        self.fc2 = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Projects features `(batch, length, caption_dim)`."""
@@ -110,14 +111,14 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         self.model.rotary_emb = LlamaGenRotaryEmbedding(config)
         self.lm_head = CodeHead(config)
         if config.caption_dim is not None:
-            self.caption_projection = CaptionProjection(config)
+            self.caption_projection = CaptionProjection(config.caption_dim, config.hidden_size)
             features = torch.randn(config.num_condition_tokens, config.caption_dim) / config.caption_dim**0.5
             self.register_buffer("uncond_embedding", features)  # in LlamaGen it is never trained
         self.post_init()
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
