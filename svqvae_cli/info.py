@@ -1,41 +1,54 @@
 """`svqvae info`."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import Commands, add_command, path_or_name
 
 if TYPE_CHECKING:
     from svqvae_hf import SVQVAE
+    from svqvae_hf.data.token_sets import TokenSettings
+    from svqvae_hf.tokens.image_tokens import TokenOrigin
     from svqvae_hf.tokens.token_files import ImageTokens
 
 
 def add_to(commands: Commands) -> None:
     """Adds the command and its arguments."""
-    summary = "describe a model, an original checkpoint or a token file"
+    summary = "describe a model, an original checkpoint, token files or a token set"
     parser = add_command(commands, "info", run, summary, "", "photo.safetensors")
     parser.add_argument(
         "path",
         type=path_or_name,
         metavar="PATH",
-        help="model folder, Hub id, checkpoint file, org/repo:file, or token file",
+        help="model folder, Hub id of a model, checkpoint file, org/repo:file, token file, folder of token files, or "
+        "folder of a token set",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints facts about a model, an original checkpoint or a token file."""
+    """Prints facts about a model, an original checkpoint, token files or a token set."""
     import re
-    from pathlib import Path
 
     from svqvae_cli.loading import load_model
     from svqvae_hf import SVQVAE
+    from svqvae_hf.data.token_sets import SETTINGS_FILE, read_settings
     from svqvae_hf.hub.repositories import REPO_ID
     from svqvae_hf.loaders.checkpoints import read_checkpoint
+    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+    from svqvae_hf.paths import search_folder
     from svqvae_hf.tokens.token_files import is_token_file, load_tokens
 
-    if is_token_file(args.path):
-        facts = _token_facts(load_tokens(args.path))
-    elif Path(args.path).is_file() or re.fullmatch(f"{REPO_ID}:.+", args.path):
+    path = Path(args.path)
+    if is_token_file(path):
+        facts = _token_facts(load_tokens(path))
+    elif token_files := [file for file in search_folder(path, [".safetensors"]) if is_token_file(file)]:
+        facts = _folder_facts([load_tokens(file, mapped=True) for file in token_files])
+    elif (path / SETTINGS_FILE).is_file():
+        facts = _set_facts(read_settings(path), sorted(path.glob("data/*.parquet")))
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")
+    elif path.is_file() or re.fullmatch(f"{REPO_ID}:.+", args.path):
         checkpoint = read_checkpoint(args.path, SVQVAE)
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
     else:
@@ -55,7 +68,7 @@ def _token_facts(tokens: "ImageTokens") -> dict[str, Any]:
         "image": f"{tokens.width} x {tokens.height} pixels (width x height)",
         "f": tokens.f,
         "tiles": f"{tokens.tile_size} pixels, overlap {tokens.overlap}" if tiled else "none",
-        "codebook": f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}",
+        "codebook": _codebook(tokens),
     }
     if set(tokens.scales) != {1}:
         facts["scales from"] = tokens.scale_from
@@ -63,6 +76,38 @@ def _token_facts(tokens: "ImageTokens") -> dict[str, Any]:
         grid = f"{ids.shape[1]} x {ids.shape[0]} = {token_count(ids.numel())}"
         facts[f"scale {scale:g}"] = f"{grid}, {tokens.bits_per_pixel(index):.4f} bits/pixel"
     return facts
+
+
+def _folder_facts(files: "list[ImageTokens]") -> dict[str, Any]:
+    return {
+        "kind": "folder of token files",
+        "files": len(files),
+        "tokens": sum(ids.numel() for tokens in files for ids in tokens.ids),
+        "scales": ", ".join(f"{scale:g}" for scale in sorted({scale for tokens in files for scale in tokens.scales})),
+        "codebook": "; ".join(sorted({_codebook(tokens) for tokens in files})),
+    }
+
+
+def _set_facts(settings: "TokenSettings", files: list[Path]) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    return {
+        "kind": "token set",
+        "rows": sum(pq.read_metadata(file).num_rows for file in files),
+        "Parquet files": len(files),
+        "model": settings.model,
+        "crops": settings.crops,
+        "resolution": settings.resolution or "of the images",
+        "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
+        "scales from": settings.scale_from,
+        "f": settings.f,
+        "tiles": "none" if settings.tile_size is None else f"{settings.tile_size} pixels, overlap {settings.overlap}",
+        "codebook": _codebook(settings),
+    }
+
+
+def _codebook(tokens: "TokenOrigin") -> str:
+    return f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}"
 
 
 def _model_facts(model: "SVQVAE") -> dict[str, Any]:

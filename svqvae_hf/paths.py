@@ -42,7 +42,7 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
         if path.is_dir():
             if output is not None and path.resolve() == output.resolve():
                 raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
-            files = [InputFile(file, file.relative_to(path)) for file in _search(path, suffixes, output)]
+            files = [InputFile(file, file.relative_to(path)) for file in search_folder(path, suffixes, output)]
             missing = f"the folder `{pattern}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
         elif path.exists():
             files = [InputFile(path, Path(path.name))] if path.is_file() else []
@@ -63,8 +63,8 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
     return [file.path for file in find_inputs(patterns, suffixes)]
 
 
-def _search(folder: Path, suffixes: Sequence[str], output: Path | None) -> Iterator[Path]:
-    """Yields the files of a folder, then of its subfolders, each sorted by name."""
+def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:
+    """Yields the files that [`find_inputs`] finds in a folder, then in its subfolders, each sorted by name."""
     left_out = output and output.resolve()
     for place, folders, names in os.walk(folder):
         root = Path(place)

@@ -19,6 +19,7 @@ from svqvae_hf.models.image_processing_svqvae import to_rgb
 from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk_too_large
 
 TIFF_SUFFIXES = (".tif", ".tiff")
+TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 MAX_BAND_PIXELS = 1 << 27  # maximum size of the band of strips or tiles kept between neighbouring windows
 LAYOUTS = {  # number of channels, and TIFF's codes for the extra ones -> Pillow's name
     (1,): "L",
@@ -113,6 +114,9 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
         ValueError: If it is broken or cut short.
     """
     with _named_errors(path):
+        with path.open("rb") as header:
+            if header.read(4) not in TIFF_HEADERS:
+                raise UnsupportedError("a large image must be a TIFF. Convert it, or leave out --large.")
         file = tifffile.TiffFile(path)
     with file:
         with _named_errors(path):

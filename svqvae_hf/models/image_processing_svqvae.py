@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, BatchFeature
 from transformers import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.hub.repositories import from_hub
-from svqvae_hf.untrusted.images import limited_pixels, open_image
+from svqvae_hf.untrusted.images import limited_pixels, open_image, unidentified_reason
 
 # Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
 IMAGE_FORMATS = {
@@ -68,10 +68,10 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
         except UnidentifiedImageError as error:
             size = file.seek(0, os.SEEK_END)
-            raise ValueError(
-                f"{name} ({size} bytes) is not a readable image. Supported formats: {', '.join(IMAGE_FORMATS)} (BMP "
-                "without run-length encoding)."
-            ) from error
+            reason = unidentified_reason(file, tuple(IMAGE_FORMATS))
+            formats = f"Supported formats: {', '.join(IMAGE_FORMATS)} (BMP without run-length encoding)."
+            advice = f"{reason} Save it as an 8-bit PNG." if reason else formats
+            raise ValueError(f"{name} ({size} bytes) is not a readable image. {advice}") from error
         except (MemoryError, Image.DecompressionBombError):
             raise
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others

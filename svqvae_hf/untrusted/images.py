@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+PREFIX_BYTES = 16  # by which Pillow tells formats apart
 MAX_CHUNK_BYTES = 1 << 28  # 256 MiB per strip, tile or chunk, because each is decoded as a whole
 
 
@@ -27,6 +28,28 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     if any(tile.codec_name == "bmp_rle" for tile in image.tile):  # decoded in Python, beyond the image's size
         raise UnidentifiedImageError
     return image
+
+
+def unidentified_reason(file: BinaryIO, formats: tuple[str, ...]) -> str | None:
+    """Explains why [`open_image`] identified no image in a file.
+
+    Args:
+        file (binary file object): Open file.
+        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read.
+
+    Returns:
+        `str`, *optional*: Format that the file starts like, and Pillow's error; `None` if it starts like no format.
+    """
+    for name in formats:
+        factory, accept = Image.OPEN[name]
+        try:
+            file.seek(0)
+            if accept is not None and accept(file.read(PREFIX_BYTES)):
+                file.seek(0)
+                factory(file, "")
+        except Exception as error:  # Pillow's readers raise almost anything for broken files
+            return f"It is a {name} file that is broken or of an unsupported kind: {error}."
+    return None
 
 
 @contextmanager

@@ -73,6 +73,32 @@ def test_info_shows_tiles_only_if_the_image_had_several(two_images, tmp_path, sa
         assert f"tiles     {tiles}" in capsys.readouterr().out.splitlines()
 
 
+def test_info_of_a_folder_of_token_files(two_images, tmp_path, saved_model, capsys):
+    svqvae("encode", two_images, "--output", tmp_path / "tokens", "--model", saved_model, "--scales", "1", "0.5")
+    capsys.readouterr()
+    assert svqvae("info", tmp_path / "tokens") == 0
+    facts = read_facts(capsys)
+    assert (facts["kind"], facts["files"], facts["scales"]) == ("folder of token files", "2", "0.5, 1")
+    assert int(facts["tokens"]) == 15 * 9 + 8 * 4 + 10 * 6 + 5 * 3
+    assert facts["codebook"] == f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
+
+
+def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
+    argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", "16", "--shard-size", "1"]
+    svqvae("tokenize", two_images, tmp_path / "set", *argv)
+    capsys.readouterr()
+    assert svqvae("info", tmp_path / "set") == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = {line[:13].strip(): line[13:].strip() for line in lines}
+    assert (facts["kind"], facts["rows"], facts["Parquet files"]) == ("token set", "2", "2")
+    assert (facts["crops"], facts["resolution"], facts["scales"]) == ("centre", "16", "1")
+
+
+def test_info_of_an_image_says_what_to_do_with_it(two_images, capsys):
+    error = fails(capsys, "info", two_images / "a.png")
+    assert f"got the image `{two_images / 'a.png'}`. Encode it with `svqvae encode`" in error
+
+
 def test_info_of_a_missing_file_is_an_error(capsys):
     error = fails(capsys, "info", "none.pt")
     assert "there is no file or folder `none.pt`" in error

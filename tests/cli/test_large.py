@@ -74,7 +74,7 @@ def test_mistakes_are_one_line(saved_model, tiff, tmp_path, capsys):
         (["encode", tiff, "--large", "--scales", "0.5"], "scale 1 alone"),
         (["reconstruct", tiff, "--large", "--side-by-side"], "--side-by-side"),
         (["encode", ROOT / "docs" / "images", "--large"], "has no file that ends in .tif"),
-        (["encode", ROOT / "docs" / "images" / "chelsea.png", "--large"], "cannot be read as TIFF"),
+        (["encode", ROOT / "docs" / "images" / "chelsea.png", "--large"], "must be a TIFF. Convert it"),
         (["reconstruct", tmp_path / "broken.tif", "--large"], "cannot be read as TIFF"),
         (["encode", tiff, "--large", "--tile-size", "31"], "multiple of f"),
     ):

@@ -100,10 +100,19 @@ def test_unsupported_kinds_are_named(tmp_path):
             pass
 
 
-def test_broken_files_are_named(tmp_path, monkeypatch):
+def test_other_files_are_named(tmp_path):
     (tmp_path / "empty.tif").write_bytes(b"")
     (tmp_path / "text.tif").write_text("not an image")
     Image.fromarray(RGB).save(tmp_path / "png.tif", "png")
+    for path in sorted(tmp_path.iterdir()):
+        with (
+            pytest.raises(UnsupportedError, match=rf"^`{path}`: a large image must be a TIFF"),
+            open_large_image(path),
+        ):
+            pass
+
+
+def test_broken_files_are_named(tmp_path, monkeypatch):
     for name, options in (("whole", {}), ("tiled", {"tile": (16, 16)}), ("lzw", {"compression": "lzw"})):
         cut_short(save_tiff(tmp_path / f"{name}.tif", RGB, **options))
     missing = save_tiff(tmp_path / "missing.tif", RGB, compression="zlib", rowsperstrip=50)

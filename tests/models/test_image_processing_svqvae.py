@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -284,7 +285,7 @@ RUN_LENGTHS += b"\4\0\0\1"
     [
         (b"", r"\(0 bytes\) is not a readable image. Supported formats: BMP, GIF"),
         (b"Dear diary, ...", r"\(15 bytes\) is not a readable image. Supported formats: BMP, GIF"),
-        (b"\x89PNG\r\n\x1a\n", r"\(8 bytes\) is not a readable image"),
+        (b"\x89PNG\r\n\x1a\n", r"\(8 bytes\) is not a readable image. It is a PNG file that is broken or of"),
         (RUN_LENGTHS, r"\(62 bytes\) is not a readable image. Supported .* \(BMP without run-length encoding\)"),
     ],
 )
@@ -292,6 +293,18 @@ def test_files_that_are_not_images_are_named(tmp_path, content, message):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.png` ({message})"):
         SVQVAEImageProcessor()(tmp_path / "a.png")
+
+
+def test_reason_why_an_image_of_a_known_format_is_not_readable(pixels, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", pixels / np.float32(255), photometric="rgb")
+    png = save(Image.fromarray(pixels), tmp_path / "a.png")
+    png.write_bytes(png.read_bytes().replace(b"IDAT", b"XDAT"))
+    for name, reason in (
+        ("a.tif", "TIFF .* kind: unknown pixel mode"),
+        ("a.png", "PNG .* kind: broken PNG file .*XDAT"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}` \(\d+ bytes\) is not a readable image. It is a {reason}"):
+            load_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp", "a.gif"])
