@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from svqvae_hf.data.image_sets import read_image
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline, fit_block_baselines, read_fit_images
+from svqvae_hf.evaluation.baselines.codecs import CODECS
 from svqvae_hf.evaluation.comparison import image_metrics, reconstruct_by_baselines, to_tensor
 from svqvae_hf.evaluation.pictures import resize_image
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
@@ -34,7 +35,7 @@ def measure(
     target = resize_image(image, (max(1, round(scale * image.width)), max(1, round(scale * image.height))))
     bits = math.ceil(target.width / side) * math.ceil(target.height / side) * math.log2(codes)
     rows = []
-    for title, taken, reconstruction in reconstruct_by_baselines(target, bits, baselines, device):
+    for title, taken, reconstruction in reconstruct_by_baselines(target, bits, baselines, tuple(CODECS), device):
         values = image_metrics(to_tensor(reconstruction, device), to_tensor(target, device), None)
         row: dict[str, object] = {"coded by": title, "scale": scale}
         row["bits per pixel"] = None if taken is None else taken / pixels

@@ -4,7 +4,7 @@ import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_files, add_model, add_tiles
 from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
-from svqvae_cli.large import add_large, check_large, unfinished
+from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
 
 def add_to(commands: Commands) -> None:
@@ -88,6 +88,6 @@ def _decode_large(args: argparse.Namespace) -> None:
                 configure_decoding(model, tokens, args)
             if not model.use_tiling:
                 model.enable_tiling()
-            with explain_resume(target):
+            with explain_resume(target, RESUME):
                 decode_large(model, file.path, target, args.resume, on_tile)
     print(f"written  {args.output} (images: {len(inputs)})")

@@ -4,7 +4,7 @@ import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_images
 from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
-from svqvae_cli.large import add_large, check_large, unfinished
+from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
 
 def add_to(commands: Commands) -> None:
@@ -74,6 +74,6 @@ def _encode_large(args: argparse.Namespace) -> None:
     model.enable_tiling(args.tile_size, args.overlap)
     with progress(inputs) as (files, on_tile):
         for file, target in unfinished(files, args, ".safetensors"):
-            with explain_resume(target):
+            with explain_resume(target, RESUME):
                 encode_large(model, file.path, target, args.resume, on_tile)
     print(f"written  {args.output} (token files: {len(inputs)})")

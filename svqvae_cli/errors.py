@@ -53,8 +53,13 @@ class Skipping:
         """
         if self.skipped == self.total:
             raise ValueError(f"at least one input must be readable, but none of {self.total} is.")
-        if self.skipped:
-            raise SkippedError(f"{self.skipped} of {self.total} inputs could not be read")
+        check_none_skipped(self.skipped, self.total)
+
+
+def check_none_skipped(skipped: int, total: int) -> None:
+    """Raises SkippedError if inputs were skipped."""
+    if skipped:
+        raise SkippedError(f"{skipped} of {total} inputs could not be read")
 
 
 def one_line(message: str) -> str:
@@ -84,10 +89,10 @@ def require_extra(feature: str, extra: str) -> Iterator[None]:
 
 
 @contextmanager
-def explain_resume(target: Path) -> Iterator[None]:
-    """Says after an interruption how to resume the work on `target`."""
+def explain_resume(target: Path, command: str) -> Iterator[None]:
+    """Says after an interruption which command resumes the work on `target`."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        print(f"svqvae: `{target}` is not complete yet. Resume it by the same command with --resume.", file=sys.stderr)
+        print(f"svqvae: `{target}` is not complete yet. Resume it with {command}.", file=sys.stderr)
         raise

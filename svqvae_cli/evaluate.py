@@ -15,7 +15,9 @@ from svqvae_cli.arguments import (
     path,
     path_or_name,
 )
-from svqvae_cli.errors import require_extra
+from svqvae_cli.errors import check_none_skipped, require_extra
+
+CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.baselines.codecs`
 
 
 def add_to(commands: Commands) -> None:
@@ -53,7 +55,17 @@ def add_to(commands: Commands) -> None:
         nargs="+",
         choices=("plain", "tiled"),
         default=["plain", "tiled"],
-        help="encode images as a whole, by tiles, or both ways (default: both)",
+        help="encode images as a whole, by tiles, or both ways (default: both; once if no image is large enough for "
+        "tiles)",
+    )
+    parser.add_argument(
+        "--codecs",
+        nargs="*",
+        choices=CODEC_NAMES,
+        default=CODEC_NAMES,
+        metavar="CODEC",
+        help="image files to compare with, among jpeg, webp and avif, which takes seconds per image; none if no name "
+        "follows (default: all three)",
     )
     add_tiles(parser, "the model's sample_size", f"{OVERLAP}, or less if the tile is too small")
     parser.add_argument(
@@ -78,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.baselines.blocks import BlockBaseline, fit_block_baselines, read_fit_images
+        from svqvae_hf.evaluation.baselines.codecs import CODECS
         from svqvae_hf.evaluation.evaluate import evaluate
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
         from svqvae_hf.evaluation.report import summary, write_report
@@ -111,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
         lpips=lpips,
         inception=inception,
         block_baselines=block_baselines,
+        codecs=[name for name in CODECS if name.lower() in args.codecs],
     )
     if state.is_main_process:
         report.settings |= {"model": args.model, "data": args.data, "baselines": args.baselines}
@@ -123,3 +137,5 @@ def run(args: argparse.Namespace) -> None:
         write_report(report, args.output)
         print(summary(report))
     state.destroy_process_group()
+    if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
+        check_none_skipped(len(report.skipped), len(report.images) + len(report.skipped))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from svqvae_hf.paths import InputFile
 
+RESUME = "the same command and --resume"
+
 
 def add_large(parser: argparse.ArgumentParser) -> None:
     """Adds the options of images larger than memory."""

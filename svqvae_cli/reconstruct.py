@@ -4,7 +4,7 @@ import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_images
 from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
-from svqvae_cli.large import add_large, check_large, unfinished
+from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
 
 def add_to(commands: Commands) -> None:
@@ -91,6 +91,6 @@ def _reconstruct_large(args: argparse.Namespace) -> None:
     table = ResultTable([str(file.name) for file in inputs], model.config["codebook_size"])
     with progress(inputs) as (files, on_tile):
         for file, target in unfinished(files, args, "_x1.tif"):
-            with explain_resume(target):
+            with explain_resume(target, RESUME):
                 result = reconstruct_large(model, file.path, target, args.resume, on_tile)
             table.add(str(file.name), [result])

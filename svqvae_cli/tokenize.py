@@ -17,6 +17,7 @@ from svqvae_cli.arguments import (
     not_empty,
     path,
 )
+from svqvae_cli.errors import check_none_skipped, explain_resume
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.data.token_sets`
 MAX_WORKERS = 4  # by default
@@ -92,23 +93,26 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.model, process_device(args.device, state), args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
     source = Path(args.model or DEFAULT_MODEL)
-    report = tokenize_set(
-        model,
-        images,
-        args.out,
-        model_name=source.resolve().name if source.exists() else args.model,  # no private path in a public set
-        source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
-        scales=args.scales,
-        scale_from=args.scale_from,
-        crops=args.crops,
-        resolution=args.resolution,
-        batch_size=args.batch_size,
-        shard_size=args.shard_size,
-        num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
-        license=args.license,
-        push_to_hub=args.push_to_hub,
-        private=args.private,
-    )
+    with explain_resume(args.out, "the same command"):
+        report = tokenize_set(
+            model,
+            images,
+            args.out,
+            model_name=source.resolve().name if source.exists() else args.model,  # no private path in a public set
+            source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
+            scales=args.scales,
+            scale_from=args.scale_from,
+            crops=args.crops,
+            resolution=args.resolution,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
+            license=args.license,
+            push_to_hub=args.push_to_hub,
+            private=args.private,
+        )
     if state.is_main_process:
         print(report)
     state.destroy_process_group()
+    if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
+        check_none_skipped(len(report.skipped), report.images)

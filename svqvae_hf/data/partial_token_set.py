@@ -43,9 +43,9 @@ class TokenizeReport:
     url: str | None
 
     def __str__(self) -> str:
-        lines = [f"written  {self.out}: {self.rows} rows of {self.images} images in {self.shards} shards"]
+        lines = [f"written  {self.out} (images: {self.images}, rows: {self.rows}, shards: {self.shards})"]
         if self.skipped:
-            lines.append(f"skipped  {len(self.skipped)} unreadable images: {self.out / SKIPPED_FILE}")
+            lines.append(f"skipped  {self.out / SKIPPED_FILE} (unreadable images: {len(self.skipped)})")
         return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
 
 

@@ -51,13 +51,13 @@ def full_size_metrics(
     }
 
 
-def codec_metrics(image: Image.Image, device: torch.device) -> list[dict[str, Any]]:
-    """Computes rate, PSNR and SSIM of an image saved as JPEG, WebP and AVIF by Pillow, at each quality.
+def codec_metrics(image: Image.Image, codecs: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
+    """Computes rate, PSNR and SSIM of an image saved by some of `CODECS` of Pillow, at each quality.
 
     The rate counts the whole file, headers included.
     """
     points = []
-    for codec in usable_codecs(image):
+    for codec in usable_codecs(image, codecs):
         for quality in QUALITIES:
             content = save_image(image, codec, quality)
             rate = metrics.bits_per_pixel(len(content), 8, image.width * image.height)
@@ -67,14 +67,19 @@ def codec_metrics(image: Image.Image, device: torch.device) -> list[dict[str, An
 
 
 def reconstruct_by_baselines(
-    image: Image.Image, bits: float, block_baselines: Sequence[BlockBaseline], device: torch.device
+    image: Image.Image,
+    bits: float,
+    block_baselines: Sequence[BlockBaseline],
+    codecs: Sequence[str],
+    device: torch.device,
 ) -> Iterator[tuple[str, float | None, Image.Image]]:
     """Codes and decodes an image by each baseline.
 
     Args:
         image (`PIL.Image.Image`): The image.
-        bits (`float`): Bits of the model. JPEG, WebP and AVIF take at most as many if their lowest quality does.
+        bits (`float`): Bits of the model. Codecs take at most as many if their lowest quality does.
         block_baselines (`Sequence[BlockBaseline]`): Fitted baselines of blocks.
+        codecs (`Sequence[str]`): Names of `CODECS`.
         device (`torch.device`): Device of these baselines.
 
     Yields:
@@ -86,7 +91,7 @@ def reconstruct_by_baselines(
         pixels = baseline.reconstruct(sample)[0].clamp(0, 255).round().byte()
         reconstruction = Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
         yield baseline.title, baseline.bits(image.height, image.width), reconstruction
-    for codec in usable_codecs(image):
+    for codec in usable_codecs(image, codecs):
         content = save_within(image, codec, bits)
         yield codec, 8 * len(content), _open(content)
 

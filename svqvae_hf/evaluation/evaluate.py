@@ -24,6 +24,7 @@ from tqdm import tqdm
 from svqvae_hf.data.image_sets import ImageSource, image_name, read_image
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
+from svqvae_hf.evaluation.baselines.codecs import CODECS
 from svqvae_hf.evaluation.comparison import (
     codec_metrics,
     full_size_metrics,
@@ -37,7 +38,9 @@ from svqvae_hf.evaluation.results import Example, Report, ScaleResult, write_not
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents, resize_sample
+from svqvae_hf.models.tiling import fits_whole
 from svqvae_hf.tokens.image_tokens import check_memory
+from svqvae_hf.tokens.token_files import grid_shape
 
 MODES = ("plain", "tiled")
 SCALES = (1.0, 0.5, 0.25)
@@ -62,6 +65,7 @@ def evaluate(
     lpips: LPIPS | None = None,
     inception: nn.Module | None = None,
     block_baselines: Sequence[BlockBaseline] = (),
+    codecs: Sequence[str] = tuple(CODECS),
 ) -> Report:
     """Reconstructs a set of images and measures the reconstructions.
 
@@ -75,7 +79,8 @@ def evaluate(
         scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
             scale is the image resized by area below 1, bicubic above.
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
-        modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both.
+        modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both. Both are run
+            only for images that are large enough for tiles. If none is, the report has the first mode alone.
         tile_size (`int`, *optional*): Largest side of a tile in pixels; the model's `sample_size` if not given.
         overlap (`int`, *optional*): Overlap (halo) of a tile in pixels; 32 if not given, or less for a small tile.
         resolution (`int`, *optional*): Side in pixels. The shorter side of each image is resized to it (bicubic) and
@@ -86,7 +91,9 @@ def evaluate(
         inception (`nn.Module`, *optional*): Network of FID, from [`load_inception`]: maps uint8 images `(batch, 3,
             height, width)` to features `(batch, n)`. Moved to the model's device.
         block_baselines (`Sequence[BlockBaseline]`): From [`fit_block_baselines`], on the model's device. They are
-            measured beside JPEG, WebP and AVIF, which need no fit.
+            measured beside the codecs, which need no fit.
+        codecs (`Sequence[str]`, defaults to `("JPEG", "WebP", "AVIF")`): Image files to compare with. AVIF takes
+            seconds per image.
 
     Raises:
         ValueError: If an option is out of range, no image can be read, or an image needs more memory than is free.
@@ -95,19 +102,23 @@ def evaluate(
     check_scale_from(scale_from)
     state = PartialState(cpu=model.device.type == "cpu")
     evaluator = _Evaluator(
-        model, scales, scale_from, modes, tile_size, overlap, half_precision, lpips, inception, block_baselines
+        model, scales, scale_from, modes, tile_size, overlap, half_precision, lpips, inception, block_baselines, codecs
     )
     records, skipped = _measure_images(evaluator, images, resolution, state)
     if not records:
         first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
         raise ValueError(f"At least one image must be readable, but none of {len(skipped)} is.{first}")
-    results, baselines = evaluator.results(records), _baseline_means(records)
+    shown = modes if any(record["tiled"] for record in records) else modes[:1]
+    results, baselines = evaluator.results(records, shown), _baseline_means(records)
+    notes = write_notes(results, baselines, records, lpips, inception)
+    if len(shown) < len(modes):
+        notes.append("No image is large enough for tiles, so images as a whole and by tiles are the same.")
     worst, best = evaluator.examples()
     return Report(
         settings={
             "scales": list(scales),
             "scale_from": scale_from,
-            "modes": list(modes),
+            "modes": list(shown),
             "tile_size": evaluator.model.tile_size,
             "overlap": evaluator.model.overlap,
             "resolution": resolution,
@@ -121,7 +132,7 @@ def evaluate(
         baselines=baselines,
         images=records,
         skipped=skipped,
-        notes=write_notes(results, baselines, records, lpips, inception),
+        notes=notes,
         worst=worst,
         best=best,
     )
@@ -197,6 +208,7 @@ class _Evaluator:
         lpips: LPIPS | None,
         inception: nn.Module | None,
         block_baselines: Sequence[BlockBaseline],
+        codecs: Sequence[str],
     ):
         # `nn.Module.to`, because diffusers' own warns about the codebook, which stays float32 by itself.
         self.model = nn.Module.to(copy.deepcopy(model), torch.float32).eval()
@@ -210,6 +222,7 @@ class _Evaluator:
         self.scale_from = scale_from
         self.lpips = lpips.to(model.device) if lpips is not None else None
         self.block_baselines = block_baselines
+        self.codecs = codecs
         self.totals = {mode: [_ScaleTotals(mode, scale, model, inception) for scale in scales] for mode in modes}
         self.worst: list[Example] = []
         self.best: list[Example] = []
@@ -219,7 +232,8 @@ class _Evaluator:
         """Measures an image at all scales in all modes, adds it to the sums, and returns its values."""
         sample = self.processor(image)["pixel_values"].to(self.model.device)
         results, baselines = [], []
-        for mode, totals in self.totals.items():
+        tiled = self._needs_tiles(image)
+        for mode in self.totals if tiled else [next(iter(self.totals))]:  # without tiles, modes do not differ
             self._set_tiling(mode == "tiled")
             try:
                 check_memory(self.model, image.height, image.width, self.scales, self.scale_from)
@@ -228,9 +242,10 @@ class _Evaluator:
             latents = self._encode(self.model, sample)
             half_latents = {key: self._encode(half, sample) for key, half in self.half_models.items()}
             per_scale = []
-            for number, each in enumerate(totals):
+            for number in range(len(self.scales)):
+                totals = [self.totals[each][number] for each in ([mode] if tiled else self.totals)]
                 half_of_scale = {key: half[number] for key, half in half_latents.items()}
-                per_scale.append(self._measure_scale(each, image, latents[number], half_of_scale))
+                per_scale.append(self._measure_scale(totals, image, latents[number], half_of_scale))
             results += [values for values, _ in per_scale]
             if mode == next(iter(self.totals)):
                 psnr = [values["psnr"] for values, _ in per_scale]
@@ -239,8 +254,10 @@ class _Evaluator:
                 baselines = [values for _, values in itertools.chain(*measured)]
                 beside = [(values["baseline"], each, values["psnr"]) for each, values in measured[0]]
                 self._keep_example(Example(psnr, index, name, image.size, image, reconstructions, beside))
-        codecs = codec_metrics(image, self.model.device)
-        record = {"width": image.width, "height": image.height, "results": results}
+        if not tiled:
+            results = [{**values, "mode": mode} for mode in self.totals for values in results]
+        codecs = codec_metrics(image, self.codecs, self.model.device)
+        record = {"width": image.width, "height": image.height, "tiled": tiled, "results": results}
         return record | {"baselines": baselines, "codecs": codecs}
 
     def _encode(self, model: SVQVAE, sample: torch.Tensor) -> list[torch.Tensor]:
@@ -251,6 +268,12 @@ class _Evaluator:
         latents = model.encode(sample).latents
         return [resize_latents(latents, scale) for scale in self.scales]
 
+    def _needs_tiles(self, image: Image.Image) -> bool:
+        """Whether the image is too large to be run as a whole: the image itself, or resized to one of the scales."""
+        scales = self.scales if self.scale_from == "image" else [1, *self.scales]
+        grids = (grid_shape(image.height, image.width, self.model.f, scale) for scale in scales)
+        return any(not fits_whole(grid, self.model.tile_size // self.model.f) for grid in grids)
+
     def _set_tiling(self, tiled: bool) -> None:
         for model in (self.model, *self.half_models.values()):
             if tiled:
@@ -259,16 +282,22 @@ class _Evaluator:
                 model.disable_tiling()
 
     def _measure_scale(
-        self, totals: _ScaleTotals, image: Image.Image, latents: torch.Tensor, half_latents: dict[str, torch.Tensor]
+        self,
+        totals: Sequence[_ScaleTotals],
+        image: Image.Image,
+        latents: torch.Tensor,
+        half_latents: dict[str, torch.Tensor],
     ) -> tuple[dict[str, Any], Image.Image]:
-        model, device, scale = self.model, self.model.device, totals.scale
+        """Values and reconstruction of an image at one scale. Adds it to the sums of one mode, or of all."""
+        model, device, scale = self.model, self.model.device, totals[0].scale
         ids = model.quantize.nearest_ids(latents)
         decoded = model.resize_to_image(model.decode(ids).sample, (image.height, image.width), scale)
         reconstruction = self.processor.postprocess(decoded)[0]
         sample = to_tensor(reconstruction, device)
         target = to_tensor(resize_image(image, reconstruction.size), device)
-        totals.add(ids, latents, sample, target)
-        values: dict[str, Any] = {"mode": totals.mode, "scale": scale, "ids": ids.numel()}
+        for each in totals:
+            each.add(ids, latents, sample, target)
+        values: dict[str, Any] = {"mode": totals[0].mode, "scale": scale, "ids": ids.numel()}
         values |= image_metrics(sample, target, self.lpips)
         full_size = full_size_metrics(reconstruction, image, device)
         values |= {f"{key}_full_size": value for key, value in full_size.items()}
@@ -287,7 +316,9 @@ class _Evaluator:
         target = resize_image(image, reconstruction.size)
         bits = result["ids"] * math.log2(self.model.config["codebook_size"])
         measured = []
-        for title, baseline_bits, each in reconstruct_by_baselines(target, bits, self.block_baselines, device):
+        for title, baseline_bits, each in reconstruct_by_baselines(
+            target, bits, self.block_baselines, self.codecs, device
+        ):
             values: dict[str, Any] = {"baseline": title, "scale": result["scale"]}
             values["bits_per_pixel"] = None if baseline_bits is None else baseline_bits / pixels
             values["exceeds"] = baseline_bits is not None and baseline_bits > bits
@@ -295,9 +326,9 @@ class _Evaluator:
             measured.append((each, values))
         return measured
 
-    def results(self, records: Sequence[dict[str, Any]]) -> list[ScaleResult]:
+    def results(self, records: Sequence[dict[str, Any]], modes: Sequence[str]) -> list[ScaleResult]:
         """Means and sums over the images of all processes, one result per mode and scale."""
-        all_totals = [each for per_scale in self.totals.values() for each in per_scale]
+        all_totals = [each for mode in modes for each in self.totals[mode]]
         return [
             _scale_result(totals, [record["results"][index] for record in records], records)
             for index, totals in enumerate(all_totals)

@@ -107,8 +107,10 @@ def markdown(report: Report) -> str:
     ]
     for title, keys in TABLES.items():
         lines += ["", f"## {title}", "", *results_table(report, keys)]
-    lines += ["", "## Baselines at the bits of the model", "", *baselines_table(report)]
-    lines += ["", "## JPEG, WebP and AVIF", "", *_codec_table(report)]
+    if report.baselines:
+        lines += ["", "## Baselines at the bits of the model", "", *baselines_table(report)]
+    if report.codecs:
+        lines += ["", "## Image files", "", *_codec_table(report)]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     if report.skipped:
@@ -122,7 +124,7 @@ def markdown(report: Report) -> str:
 def summary(report: Report) -> str:
     """Formats the main values and the notes for a terminal."""
     lines = results_table(report, ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel"))
-    lines += ["", *_baselines_by_scale(report), ""]
+    lines += ["", *(_baselines_by_scale(report) if report.baselines else []), ""]
     if len(report.skipped) == 1:
         lines.append("1 image could not be read; the report names it.")
     elif report.skipped:

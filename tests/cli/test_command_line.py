@@ -22,6 +22,7 @@ from svqvae_hf import __version__
 from svqvae_hf.conversion import convert, export
 from svqvae_hf.data import token_sets
 from svqvae_hf.evaluation import evaluate, perceptual
+from svqvae_hf.evaluation.baselines import codecs
 from svqvae_hf.models.tiling import OVERLAP_PX
 
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
@@ -267,6 +268,17 @@ def test_ctrl_c_is_one_line_and_leaves_no_partial_file(two_images, saved_model, 
     assert names(tmp_path / "out") == []
 
 
+def test_ctrl_c_of_tokenize_says_how_to_resume(two_images, saved_model, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("svqvae_hf.data.token_set_writer.tokenize_set", interrupt)
+    assert svqvae("tokenize", two_images, tmp_path / "out", "--model", saved_model) == 130
+    line, last = capsys.readouterr().err.splitlines()
+    assert line == f"svqvae: `{tmp_path / 'out'}` is not complete yet. Resume it with the same command."
+    assert last == "svqvae: interrupted"
+
+
 def test_sigterm_leaves_no_partial_file(two_images, saved_model, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.replace", lambda path, target: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as exit_code:
@@ -290,6 +302,7 @@ def test_choices_and_defaults_agree_with_the_library():
     assert (TILE_SIZE, OVERLAP) == (model.tile_size, model.overlap) == (256, OVERLAP_PX)
     assert choices("tokenize", "--crops") == tuple(token_sets.CROPS)
     assert choices("evaluate", "--modes") == evaluate.MODES
+    assert choices("evaluate", "--codecs") == tuple(name.lower() for name in codecs.CODECS)
     assert set(choices("evaluate", "--lpips-net")) == perceptual.BACKBONES.keys()
     assert choices("convert", "--variant") == tuple(convert.VARIANTS)
     assert choices("export", "--format") == tuple(export.SUFFIXES)

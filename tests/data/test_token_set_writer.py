@@ -86,7 +86,7 @@ def test_unreadable_images_are_listed_without_paths_of_this_machine(photos, tmp_
     report = tokenize_set(make_tiny(), images, tmp_path / "out", model_name="org/tiny")
     assert [image["key"] for image in report.skipped] == ["2b.png", "4.png"]
     assert json.loads((tmp_path / "out" / "skipped.json").read_text()) == report.skipped
-    assert "2 unreadable images" in str(report)
+    assert "(unreadable images: 2)" in str(report)
     assert str(tmp_path) not in "".join(map(str, content(tmp_path / "out").values()))
 
 
@@ -171,9 +171,9 @@ def test_killed_and_restarted_on_two_processes_the_set_equals_one_run(photos, tm
     for process in two:
         process.join()
     assert [process.exitcode for process in two] == [0, 0]
-    assert "6 rows of 7 images in 7 shards" in outputs[0].read_text()
+    assert "(images: 7, rows: 6, shards: 7)" in outputs[0].read_text()
     assert outputs[1].read_text() == ""
-    assert svqvae("tokenize", photos, tmp_path / "unbroken", *options) == 0
+    assert svqvae("tokenize", photos, tmp_path / "unbroken", *options) == 1
     found, expected = content(tmp_path / "out"), content(tmp_path / "unbroken")
     assert before.items() <= content(tmp_path / "out" / "data").items()
     expected["README.md"] = expected["README.md"].replace(b"unbroken", b"out")
@@ -255,10 +255,11 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     out, images = tmp_path / "tokens", tmp_path / "images"
     model = ["--model", tmp_path / "models" / "tiny"]
     crops = ["--crops", "centre", "--resolution", "16", "--scales", "0.5", "1", "--max-images", "4"]
-    assert svqvae("tokenize", photos, out, *crops, *model, "--tile-size", "32", "--overlap", "8") == 0
-    written = capsys.readouterr().out
-    assert written == f"written  {out}: 3 rows of 4 images in 1 shards\n" + (
-        f"skipped  1 unreadable images: {out / 'skipped.json'}\n"
+    assert svqvae("tokenize", photos, out, *crops, *model, "--tile-size", "32", "--overlap", "8") == 1
+    written, error = capsys.readouterr()
+    assert error == "svqvae: 1 of 4 inputs could not be read\n"
+    assert written == f"written  {out} (images: 4, rows: 3, shards: 1)\n" + (
+        f"skipped  {out / 'skipped.json'} (unreadable images: 1)\n"
     )
     settings = read_settings(out)
     assert (settings.model, settings.crops, settings.resolution) == ("tiny", "centre", 16)

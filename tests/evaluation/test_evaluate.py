@@ -24,6 +24,7 @@ from svqvae_hf.evaluation import evaluate as evaluation
 from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
 from svqvae_hf.evaluation.evaluate import MODES, evaluate
 from svqvae_hf.evaluation.perceptual import LPIPS
+from svqvae_hf.evaluation.report import summary, write_report
 from svqvae_hf.models.checks import SCALE_SOURCES
 
 SCALES = (1.0, 0.5, 2.0)
@@ -277,6 +278,7 @@ def test_mean_psnr_excludes_exact_images(tiny_model, photos):
     assert all(point["psnr"] == math.inf for point in exact if point["exact"])
 
 
+@pytest.mark.usefixtures("few_windows")
 def test_exact_reconstructions_are_counted(tiny_model, photos, monkeypatch):
     original_measure = evaluation._Evaluator.measure
 
@@ -293,6 +295,39 @@ def test_exact_reconstructions_are_counted(tiny_model, photos, monkeypatch):
     notes = [note for note in report.notes if "reconstruction is exact" in note]
     assert len(notes) == 1
     assert notes[0].startswith("PSNR (tiled, scale 1) is infinite for 1 of 3 images, and at full size for 1: ")
+
+
+def test_images_are_run_once_if_none_is_large_enough_for_tiles(tiny_model, photos, encoder_inputs):
+    both, plain = (evaluate(tiny_model, photos[2:], scales=[1.0], modes=modes) for modes in (MODES, MODES[:1]))
+    assert len(encoder_inputs) == 2 * len(photos[2:])
+    assert both.notes[-1] == "No image is large enough for tiles, so images as a whole and by tiles are the same."
+    assert [each.values for each in both.results] == [each.values for each in plain.results]
+    assert both.settings["modes"] == ["plain"]
+
+
+@pytest.mark.usefixtures("few_windows")
+def test_images_too_small_for_tiles_count_in_both_modes(tiny_model, photos):
+    small, large = photos[2].crop((0, 0, 16, 16)), photos[2]
+    report = evaluate(tiny_model, [small, large], scales=[1.0], tile_size=32, overlap=8)
+    assert [record["tiled"] for record in report.images] == [False, True]
+    for result in report.results:
+        psnr = [record["results"][MODES.index(result.mode)]["psnr"] for record in report.images]
+        assert result.values["psnr"] == pytest.approx(sum(psnr) / 2)
+        assert result.counts.sum() == 2 * result.values["ids"]
+    (plain, tiled), (other_plain, other_tiled) = (record["results"] for record in report.images)
+    assert plain == {**tiled, "mode": "plain"}
+    assert other_plain != {**other_tiled, "mode": "plain"}
+
+
+@pytest.mark.parametrize("codecs", [[], ["JPEG"], ["WebP", "AVIF"]])
+def test_only_the_codecs_asked_for_are_measured(tiny_model, photos, codecs, tmp_path):
+    report = evaluate(tiny_model, photos[-1:], scales=[1.0], codecs=codecs)
+    assert [each["baseline"] for each in report.baselines] == codecs
+    assert list(dict.fromkeys(each["codec"] for each in report.codecs)) == codecs
+    report.settings |= {"model": "m", "data": ["d"]}
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.md").read_text() + summary(report)
+    assert ("Image files" in text) == ("at the same bits" in text) == bool(codecs)
 
 
 @pytest.mark.parametrize(

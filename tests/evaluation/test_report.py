@@ -42,7 +42,10 @@ def evaluated():
     images.append({"bytes": b"", "path": "broken.png"})
     pixels = [torch.from_numpy(np.array(image)).movedim(-1, 0)[:, :28] for image in images[:3]]
     baselines = fit_block_baselines(pixels, side=4, size=64, count=8)
-    return evaluate(make_tiny(), images, scales=[1.0, 0.5], half_precision=True, block_baselines=baselines)
+    options = {"scales": [1.0, 0.5], "half_precision": True, "block_baselines": baselines, "tile_size": 16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", 2)  # so that images of 40 x 30 pixels are tiled
+        return evaluate(make_tiny(), images, **options)
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_every_value_is_in_a_table(report):
     assert "- LPIPS was not computed. Pass --lpips-weights" in text
     assert "- `broken.png` (index 3): the image (0 bytes) is not a readable image" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert sum("tiles of 256 pixels" in row for row in rows) == 3 * 2
+    assert sum("tiles of 16 pixels" in row for row in rows) == 3 * 2
     tables = [block.splitlines() for block in text.split("\n\n") if block[0] == "|"]
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
 
@@ -205,7 +208,8 @@ def test_command_writes_the_report(model, photos, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     options = ["--scales", "1", "0.5", "--modes", "tiled", "--max-images", "3", "--device", "cpu"]
     options += ["--half-precision", "--baselines", *(f"{photos}/{name}" for name in ("a.png", "b.jpg"))]
-    assert main(["evaluate", model, photos, "--output", str(out), *options]) == 0
+    options += ["--codecs", "jpeg"]
+    assert main(["evaluate", model, photos, "--output", str(out), *options]) == 1
     captured = capsys.readouterr()
     assert sorted(path.name for path in out.iterdir()) == FILES
     for name in PICTURES:
@@ -222,7 +226,8 @@ def test_command_writes_the_report(model, photos, tmp_path, capsys):
     assert document["baselines"][1]["baseline"] == "k-means with a linear 3 x 3 decoder"
     assert f"{document['results'][0]['psnr']:.2f}" in captured.out
     assert "1 image could not be read; the report names it." in captured.out
-    assert captured.err == ""
+    assert captured.err == "svqvae: 1 of 3 inputs could not be read\n"
+    assert {each["codec"] for each in document["codecs"]} == {"JPEG"}
 
 
 def fails(capsys, *argv):

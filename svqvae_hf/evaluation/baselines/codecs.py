@@ -1,6 +1,7 @@
 """Baselines that are image files: JPEG, WebP and AVIF, as Pillow writes them."""
 
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -25,9 +26,9 @@ class Codec(NamedTuple):
 CODECS = {"JPEG": Codec(65535, 1, {"optimize": True}), "WebP": Codec(16383, 0, {}), "AVIF": Codec(65535, 0, {})}
 
 
-def usable_codecs(image: Image.Image) -> list[str]:
-    """Names of the codecs that can store an image of this size."""
-    return [name for name, codec in CODECS.items() if max(image.size) <= codec.max_side]
+def usable_codecs(image: Image.Image, codecs: Sequence[str]) -> list[str]:
+    """Names of those codecs that can store an image of this size."""
+    return [name for name in codecs if max(image.size) <= CODECS[name].max_side]
 
 
 def save_image(image: Image.Image, codec: str, quality: int) -> bytes:
