@@ -5,6 +5,7 @@ from pathlib import Path
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from svqvae_hf.language_models.configuration_llamagen import LlamaGenConfig
@@ -23,6 +24,7 @@ __all__ = [
     "LlamaGenConfig",
     "LlamaGenForCausalLM",
     "ModelMixin",
+    "PreTrainedModel",
     "NextScaleTransformer",
     "NextScaleTransformerOutput",
     "SVQVAEAutoregressivePipeline",
@@ -35,10 +37,11 @@ __all__ = [
 DEFAULT_MODEL = str(Path(__file__).parent / "pretrained")  # folder of the small bundled model
 
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
-# package is in its table and has the base class in its namespace; the same goes for the image processor.
+# package is in its table and has the base class in its namespace; the same goes for the other classes.
 LOADABLE_CLASSES["svqvae_hf"] = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "ImageProcessingMixin": ["save_pretrained", "from_pretrained"],
+    "PreTrainedModel": ["save_pretrained", "from_pretrained"],
 }
 
 # `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look for classes among the names of diffusers.

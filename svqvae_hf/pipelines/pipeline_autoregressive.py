@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -32,6 +34,7 @@ MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float
 
 # Pipeline, rows sampled before, scale, tensors -> tensors that replace them
 Callback = Callable[[Any, int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+Labels = int | str | Sequence[int | str]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -51,20 +54,24 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         scale_from (`str`, defaults to `"latents"`): What was resized to the scales in training, see
             [`SVQVAE.forward`].
         class_names (`list[str]`, *optional*): Name of each class, as `ClassLabel.names` of the training set.
+        text_encoder ([`~transformers.T5EncoderModel`], *optional*): Encoder of captions, for a
+            [`LlamaGenForCausalLM`] with captions.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer of captions.
 
     The attribute `layout`, a [`SequenceLayout`], defines the order of the tokens. Both models are in evaluation mode
     during sampling.
 
     Raises:
-        ValueError: The vocabulary or the context of the language model does not match the layout, `vqvae` does not
-            have the codebook with this fingerprint, or the number of names is not `num_classes`.
+        ValueError: The vocabulary, the context or the grid of the language model does not match the layout, `vqvae`
+            does not have the codebook with this fingerprint, or the number of names is not `num_classes`.
 
     Example:
         >>> pipe = SVQVAEAutoregressivePipeline.from_pretrained("org/name")
         >>> images = pipe(class_labels=[3, 7], guidance_scale=2.0, top_k=200).images
     """
 
-    model_cpu_offload_seq = "language_model->vqvae"
+    model_cpu_offload_seq = "text_encoder->language_model->vqvae"
+    _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["ids"]
 
     def __init__(
@@ -78,6 +85,8 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         codebook_fingerprint: str | None = None,
         scale_from: str = "latents",
         class_names: list[str] | None = None,
+        text_encoder: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
         if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
@@ -94,12 +103,15 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         )
         _check_language_model(language_model, self.layout)
         found = vqvae.codebook_fingerprint()
-        if codebook_fingerprint not in (None, found):
-            raise ValueError(
-                "`vqvae` must have the codebook whose ids the language model was trained on, with fingerprint "
-                f"{codebook_fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
-            )
-        self.register_modules(vqvae=vqvae, language_model=language_model)
+        for fingerprint in (codebook_fingerprint, getattr(language_model.config, "codebook_fingerprint", None)):
+            if fingerprint not in (None, found):
+                raise ValueError(
+                    "`vqvae` must have the codebook whose ids the language model was trained on, with fingerprint "
+                    f"{fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
+                )
+        self.register_modules(
+            vqvae=vqvae, language_model=language_model, text_encoder=text_encoder, tokenizer=tokenizer
+        )
         self.register_to_config(
             num_classes=num_classes,
             height=self.layout.height,
@@ -147,7 +159,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: Labels | None = None,
         height: int | None = None,
         width: int | None = None,
         scales: float | Sequence[float] | None = None,
@@ -162,6 +174,9 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("ids",),
+        prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Samples images.
 
@@ -194,6 +209,9 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                 its `ids` replace them, and the rows below follow from these. If it sets `pipe._interrupt = True`,
                 sampling ends, and the remaining ids are 0.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("ids",)`): Tensors in the dictionary.
+            prompt (`str` or `list[str]`, *optional*): Caption of each image, instead of its class.
+            prompt_embeds (`torch.Tensor`, *optional*): Features of the captions instead, as `encode_prompt` returns.
+            prompt_attention_mask (`torch.Tensor`, *optional*): Their mask; all features are seen by default.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: `images`; for several `scales`, a list of images per scale,
@@ -211,21 +229,27 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         self._interrupt = False
         with _evaluation_mode(self.vqvae, self.language_model):
             top = [] if image is None else self._encode_top(image, layout)
+            captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
+            if captions:
+                class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
             labels = self._encode_labels(class_labels, len(top[0]) if top else 1)
             if guidance_scale != 1 and class_labels is None:
                 raise ValueError(
-                    f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1."
+                    f"`guidance_scale` = {guidance_scale} needs `class_labels` or `prompt`. Pass them, or leave it at "
+                    "1."
                 )
             sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
+            captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
             count = len(sequences)
             if isinstance(generator, list) and len(generator) != count:
                 raise ValueError(f"`generator` must have one generator per image, {count}, got {len(generator)}.")
             if guidance_scale != 1:
                 sequences = sequences.repeat(2, 1)  # the second half has no label
                 sequences[count:, 0] = layout.unconditional_token
+                captions = {name: torch.cat([each, each]) for name, each in captions.items()}
 
             processors = _processors(layout, temperature, top_k, top_p)
-            model = _CachedModel(self.language_model)
+            model = _CachedModel(self.language_model, captions)
             rows = _rows_to_sample(layout, top, last)
             for step, (index, row) in enumerate(self.progress_bar(rows)):
                 if self.interrupt:
@@ -246,7 +270,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                         _check_returned(returned["ids"], ids, layout)
                         replaced = returned["ids"].flatten(1).repeat(len(sequences) // count, 1)
                         sequences[:, layout.spans[index].start : row.stop] = replaced
-                        model = _CachedModel(self.language_model)
+                        model = _CachedModel(self.language_model, captions)
 
             grids, _ = layout.decode(sequences[:count, : layout.spans[last].stop])
             images = [self._decode(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in wanted]
@@ -258,6 +282,66 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
         return self._interrupt
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes captions to the features that the language model reads.
+
+        Args:
+            prompt (`str` or `list[str]`): Captions.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Features `(batch, num_condition_tokens, caption_dim)`, text at the end
+            and zeros before it, and their mask `(batch, num_condition_tokens)`.
+
+        Raises:
+            ValueError: The pipeline has no text encoder, or a caption is not a text or too long.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "`prompt` needs a pipeline with `text_encoder` and `tokenizer`, but this one has none. Load it with "
+                "both, or pass `prompt_embeds`."
+            )
+        length = self.language_model.config.num_condition_tokens
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not prompts or not all(isinstance(each, str) for each in prompts):
+            raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompt)}.")
+        batch = self.tokenizer(prompts, padding="max_length", max_length=length)
+        longest = max(batch["input_ids"], key=len)
+        if len(longest) > length:
+            text = reprlib.repr(prompts[batch["input_ids"].index(longest)])
+            raise ValueError(f"`prompt` must have at most {length} tokens, but {text} has {len(longest)}. Shorten it.")
+        ids, mask = (
+            torch.tensor(batch[name], device=self._execution_device) for name in ("input_ids", "attention_mask")
+        )
+        features = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        pairs = zip(features, mask.sum(1).tolist(), strict=True)
+        return torch.stack([each.roll(length - tokens, dims=0) for each, tokens in pairs]), mask.flip(1)
+
+    def _encode_captions(
+        self,
+        class_labels: Labels | None,
+        prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the language model for captions; empty for other models."""
+        if getattr(self.language_model.config, "caption_dim", None) is None:
+            if prompt is not None or prompt_embeds is not None:
+                raise ValueError(
+                    "`prompt` and `prompt_embeds` need a language model with captions, but this one has "
+                    f"{self.layout.num_classes} classes. Pass `class_labels`."
+                )
+            return {}
+        if (prompt is None) == (prompt_embeds is None) or class_labels is not None:
+            raise ValueError(
+                "A pipeline for captions takes either `prompt` or `prompt_embeds`, and no `class_labels`, got "
+                f"{'none' if prompt is prompt_embeds is class_labels else 'several'} of them."
+            )
+        if prompt is not None:
+            prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
+        given = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
+        return {name: each.to(self._execution_device) for name, each in given.items() if each is not None}
 
     def _resize_layout(self, height: int | None, width: int | None) -> SequenceLayout:
         trained = self.layout
@@ -273,7 +357,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             )
         return layout
 
-    def _encode_labels(self, class_labels: int | str | Sequence[int | str] | None, images: int) -> torch.Tensor:
+    def _encode_labels(self, class_labels: Labels | None, images: int) -> torch.Tensor:
         """One label per image; `num_classes` means no class."""
         num_classes = self.layout.num_classes
         device = self._execution_device
@@ -338,14 +422,18 @@ def _evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
 class _CachedModel:
     """A language model with the cached keys and values of the tokens that it has read."""
 
-    def __init__(self, language_model: PreTrainedModel):
+    def __init__(self, language_model: PreTrainedModel, captions: dict[str, torch.Tensor]):
         self.language_model = language_model
+        self.captions = dict(captions)  # further arguments of the model
         self.cache: dict[str, Any] = {}  # under its name in the output of the model
         self.read = 0
 
     def next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
         """Float32 logits `(batch, vocab_size)` of the next token; `sequences` must extend the last call's."""
-        output = self.language_model(input_ids=sequences[:, self.read :], use_cache=True, **self.cache)
+        output = self.language_model(
+            input_ids=sequences[:, self.read :], use_cache=True, **self.captions, **self.cache
+        )
+        self.captions.pop("prompt_embeds", None)  # in the cache from now on
         self.cache = {name: output[name] for name in CACHE_NAMES if name in output.keys()}
         if not self.cache:
             raise ValueError(
@@ -376,6 +464,14 @@ def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayou
             f"the vocabulary of the language model must have {layout.vocab_size} tokens ({layout.codebook_size} "
             f"codes, {layout.num_classes} classes, one for no class and {len(layout.scales) - 1} separators), got "
             f"{config.vocab_size}. Use the model that was trained on these ids."
+        )
+    grid_size = getattr(config, "grid_size", None)  # of LlamaGen's models
+    if grid_size is not None and layout.grids != ((grid_size, grid_size),):
+        grids = ", ".join(f"{rows} x {columns}" for rows, columns in layout.grids)
+        raise ValueError(
+            f"the language model has {grid_size} x {grid_size} ids per image, but images of {layout.height} x "
+            f"{layout.width} pixels (height x width) at these scales have {grids}. Pass `height` and `width` of "
+            f"{grid_size * layout.f}, and one scale."
         )
     context = getattr(config, "max_position_embeddings", layout.length)  # some models have no limit
     if context < layout.length:

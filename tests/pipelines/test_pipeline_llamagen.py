@@ -1,0 +1,145 @@
+"""The autoregressive pipeline with LlamaGen's language models, compared with ids of the original code."""
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
+
+GOLDEN = ROOT / "tests" / "golden"
+WORDS = ["<pad>", "</s>", "a", "cat", "on", "the", "roof"]
+
+
+def make_pipeline(kind: str, **components) -> SVQVAEAutoregressivePipeline:
+    """A pipeline of 16 x 16 pixels, 4 x 4 ids."""
+    model = LlamaGenForCausalLM.from_single_file(
+        GOLDEN / f"llamagen_gpt_{kind}_tiny.pt", grid_size=4, num_attention_heads=4
+    )
+    pipeline = SVQVAEAutoregressivePipeline(
+        make_tiny(codebook_size=256), model, num_classes=model.config.num_classes, height=16, width=16, **components
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def text_components() -> dict:
+    """A random T5 encoder with the channels of the golden captions, and a tokenizer that ends each text with </s>."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    return {"text_encoder": T5EncoderModel(config).eval(), "tokenizer": tokenizer}
+
+
+def load_expected(kind: str) -> tuple[dict, dict]:
+    """Outputs of the original code, and the condition as arguments of the pipeline."""
+    expected = load_file(GOLDEN / f"llamagen_gpt_{kind}_tiny.outputs.safetensors")
+    if kind == "c2i":
+        return expected, {"class_labels": expected["class_labels"].tolist()}
+    return expected, {
+        "prompt_embeds": expected["caption_embeddings"],
+        "prompt_attention_mask": expected["caption_mask"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+@pytest.mark.parametrize("guidance_scale", [1, 2])
+def test_ids_equal_the_original_code(kind, guidance_scale):
+    expected, condition = load_expected(kind)
+    call = {"guidance_scale": guidance_scale, "temperature": 0, "output_type": "latent"}
+    ids = make_pipeline(kind)(**condition, **call).images
+    assert torch.equal(ids.flatten(1), expected[f"greedy_cfg{guidance_scale}.ids"])
+
+
+def test_unmasked_captions_equal_the_original_code():
+    expected, condition = load_expected("t2i")
+    condition.pop("prompt_attention_mask")
+    ids = make_pipeline("t2i")(**condition, guidance_scale=2, temperature=0, output_type="latent").images
+    assert torch.equal(ids.flatten(1), expected["greedy_cfg2_unmasked.ids"])
+
+
+def test_several_images_per_caption_and_a_replaced_row():
+    expected, condition = load_expected("t2i")
+
+    def replace(pipe, step, scale, tensors):
+        return {"ids": tensors["ids"].clone()} if step == 1 else None
+
+    call = {"guidance_scale": 2, "temperature": 0, "num_images_per_prompt": 2, "callback_on_step_end": replace}
+    ids = make_pipeline("t2i")(**condition, **call, output_type="latent").images
+    assert torch.equal(ids.flatten(1), expected["greedy_cfg2.ids"].repeat_interleave(2, dim=0))
+
+
+def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
+    pipeline = make_pipeline("t2i", **text_components())
+    features, mask = pipeline.encode_prompt(["a cat", "a cat on the roof"])
+    assert mask.sum(1).tolist() == [3, 6]
+    assert mask[:, -3:].all()
+    for words, feature in zip(([2, 3, 1], [2, 3, 4, 5, 6, 1]), features, strict=True):
+        with torch.no_grad():
+            alone = pipeline.text_encoder(input_ids=torch.tensor([words])).last_hidden_state[0]
+        torch.testing.assert_close(feature[-len(words) :], alone, atol=1e-5, rtol=0)
+        assert not feature[: -len(words)].any()
+
+
+def test_prompts_are_their_features(tmp_path):
+    make_pipeline("t2i", **text_components()).save_pretrained(tmp_path)
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"guidance_scale": 2.0, "temperature": 0, "output_type": "latent"}
+    prompts = ["the cat", "the roof on the cat"]
+    features, mask = pipeline.encode_prompt(prompts)
+    ids = pipeline(prompt=prompts, **call).images
+    assert torch.equal(ids, pipeline(prompt_embeds=features, prompt_attention_mask=mask, **call).images)
+    assert not torch.equal(ids[0], ids[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("t2i", {}, "takes either `prompt` or `prompt_embeds`, and no `class_labels`, got none of them"),
+        ("t2i", {"prompt": "a cat", "class_labels": 0}, "got several of them"),
+        ("t2i", {"prompt": "a cat", "prompt_embeds": torch.zeros(1, 120, 32)}, "got several of them"),
+        ("t2i", {"prompt": []}, r"must be a caption or a list of captions, got \[\]"),
+        ("t2i", {"prompt": "a " * 120}, r"must have at most 120 tokens, but 'a a a.*' has 121. Shorten it"),
+        ("t2i", {"prompt_embeds": torch.zeros(1, 9, 32)}, r"must have shape \(1, 120, 32\)"),
+        ("c2i", {"prompt": "a cat"}, "need a language model with captions, but this one has 10 classes"),
+        ("c2i", {"guidance_scale": 2}, "needs `class_labels` or `prompt`"),
+    ],
+)
+def test_wrong_conditions_are_errors(kind, arguments, message):
+    pipeline = make_pipeline(kind, **text_components())
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+def test_prompts_need_a_text_encoder():
+    with pytest.raises(ValueError, match="needs a pipeline with `text_encoder` and `tokenizer`"):
+        make_pipeline("t2i")(prompt="a cat")
+
+
+@pytest.mark.parametrize("size", [(16, 20), (8, 32), (32, 32)])
+def test_a_grid_that_was_not_trained_is_an_error(size):
+    pipeline = make_pipeline("c2i")
+    with pytest.raises(ValueError, match=r"has 4 x 4 ids per image.* Pass `height` and `width` of 16"):
+        SVQVAEAutoregressivePipeline(
+            pipeline.vqvae, pipeline.language_model, num_classes=10, height=size[0], width=size[1]
+        )
+
+
+def test_a_tokenizer_with_other_codes_is_an_error():
+    pipeline = make_pipeline("c2i")
+    pipeline.language_model.config.codebook_fingerprint = pipeline.vqvae.codebook_fingerprint()
+    other = make_tiny(codebook_size=256)
+    other.quantize.embedding.weight.data += 1
+    for vqvae in (pipeline.vqvae, other):
+        arguments = {"num_classes": 10, "height": 16, "width": 16}
+        if vqvae is pipeline.vqvae:
+            SVQVAEAutoregressivePipeline(vqvae, pipeline.language_model, **arguments)
+        else:
+            with pytest.raises(ValueError, match="must have the codebook whose ids the language model was trained on"):
+                SVQVAEAutoregressivePipeline(vqvae, pipeline.language_model, **arguments)
