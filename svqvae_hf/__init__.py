@@ -15,6 +15,7 @@ from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScale
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "SVQVAEAutoregressivePipeline",
     "SVQVAEEncoderOutput",
     "SVQVAEImageProcessor",
+    "SVQVAENextScalePipeline",
     "SVQVAEOutput",
     "VQLosses",
 ]
@@ -48,3 +50,4 @@ LOADABLE_CLASSES["svqvae_hf"] = {
 diffusers.SVQVAE = SVQVAE
 diffusers.NextScaleTransformer = NextScaleTransformer
 diffusers.SVQVAEAutoregressivePipeline = SVQVAEAutoregressivePipeline
+diffusers.SVQVAENextScalePipeline = SVQVAENextScalePipeline

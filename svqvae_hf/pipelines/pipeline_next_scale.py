@@ -1,0 +1,382 @@
+"""Pipeline that samples images scale by scale, each scale in one step, and edits images the same way."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from transformers import DynamicCache, LogitsProcessorList
+
+from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
+from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
+from svqvae_hf.models.modeling_svqvae import SVQVAE, pad_to_multiple
+from svqvae_hf.pipelines.sampling import (
+    Generators,
+    Labels,
+    check_codebook,
+    check_finite,
+    check_generators,
+    check_returned_ids,
+    check_sampling,
+    check_tensor_inputs,
+    draw,
+    evaluation_mode,
+    fetch_pipeline,
+    guide,
+    make_warpers,
+    number_labels,
+)
+from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
+
+DEFAULT_STEPS = 10
+GUIDANCE_MODES = ("rising", "constant")
+
+# Pipeline, step, size of the scale in ids, tensors -> tensors that replace them
+Callback = Callable[[Any, int, Size, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
+
+class KnownIds(NamedTuple):
+    """Ids of an image at one scale, `(images, h, w)`, and which of them are kept, in the same shape or `(1, h, w)`."""
+
+    ids: torch.Tensor
+    kept: torch.Tensor
+
+
+class SVQVAENextScalePipeline(DiffusionPipeline):
+    """Samples images scale by scale: a transformer predicts all ids of a scale at once, and SVQVAE decodes the last.
+
+    Args:
+        vqvae ([`SVQVAE`]): Model whose ids the transformer was trained on.
+        transformer ([`NextScaleTransformer`]): Transformer with the codebook size and dimension of `vqvae`.
+        schedule (list of `int` or `[height, width]`, *optional*): Scales in ids from coarse to fine, which end with
+            the size of the training images; a single number is the side of a square. By default ten steps to
+            `sample_size` of `vqvae`.
+        codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] in training, which is saved with the
+            pipeline; the fingerprint of `vqvae` by default.
+        class_names (`list[str]`, *optional*): Name of each class.
+
+    Both models are in evaluation mode during sampling.
+
+    Raises:
+        ValueError: The models do not fit each other, `vqvae` does not have the codebook with this fingerprint, the
+            schedule does not rise, or the number of names is not `num_classes` of the transformer.
+
+    Example:
+        >>> pipe = SVQVAENextScalePipeline.from_pretrained("org/name")
+        >>> images = pipe(class_labels=[3, 7], guidance_scale=3.5, top_k=900, top_p=0.95).images
+    """
+
+    model_cpu_offload_seq = "transformer->vqvae"
+    _callback_tensor_inputs = ["ids"]
+
+    def __init__(
+        self,
+        vqvae: SVQVAE,
+        transformer: NextScaleTransformer,
+        schedule: Sequence[Scale] | None = None,
+        codebook_fingerprint: str | None = None,
+        class_names: list[str] | None = None,
+    ):
+        super().__init__()
+        check_fit(vqvae, transformer)
+        num_classes = transformer.config["num_classes"]
+        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
+            raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")
+        if schedule is None:
+            side = max(1, vqvae.config["sample_size"] // vqvae.f)
+            self.trained_schedule = make_schedule((side, side), min(DEFAULT_STEPS, side))
+        else:
+            last = schedule[-1] if schedule else 1
+            size = (last, last) if isinstance(last, int) else (last[0], last[-1])
+            self.trained_schedule = fit_schedule(schedule, size)
+        found = check_codebook(vqvae, codebook_fingerprint, "transformer")
+        self.register_modules(vqvae=vqvae, transformer=transformer)
+        self.register_to_config(
+            schedule=[list(size) for size in self.trained_schedule],
+            codebook_fingerprint=found,
+            class_names=class_names,
+        )
+        self._interrupt = False
+        self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+        self.mask_processor = VaeImageProcessor(
+            do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "SVQVAENextScalePipeline":
+        """Loads a pipeline from a folder or from the Hub, with strict checks, from safetensors files only.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pretrained`]; `use_safetensors` is always
+                `True`.
+
+        Raises:
+            OSError: The pipeline does not exist or has no safetensors files.
+            ValueError: It has another class, weights are missing or unexpected, or a `vqvae` that was passed has
+                another codebook.
+        """
+        kwargs["use_safetensors"] = True
+        folder = fetch_pipeline(cls, pretrained_model_name_or_path, **kwargs)
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        schedule: Sequence[Scale] | None = None,
+        image: ImageInput | list[ImageInput] | None = None,
+        mask_image: PipelineImageInput | None = None,
+        image_scale: float | None = None,
+        guidance_scale: float = 1.0,
+        guidance_mode: str = "rising",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy_scales: Sequence[int] = (),
+        generator: Generators = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("ids",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Samples images.
+
+        Args:
+            class_labels (`int`, `str` or a list of them, *optional*): Class of each image, by its number in
+                `[0, num_classes)` or its name in `class_names`; by default the images have no class.
+            height (`int`, *optional*): Height in pixels, by default as in training.
+            width (`int`, *optional*): Width in pixels, by default as in training.
+            num_inference_steps (`int`, *optional*): Number of scales, see
+                [`~svqvae_hf.pipelines.schedules.make_schedule`]. By default as many as in training.
+            schedule (list of `int` or `(height, width)`, *optional*): Scales in ids from coarse to fine, which end
+                with the size of the image. A single number is the longer side.
+            image (`ImageInput` or a list of them, *optional*): Image to edit, one for all or one per label, with the
+                aspect ratio of the result. Needs `mask_image` or `image_scale`.
+            mask_image (`PipelineImageInput`, *optional*): Mask as large as `image`, one for all or one per image. At
+                every scale, an id is sampled if its part of the mask has any white, and kept otherwise.
+            image_scale (`float`, *optional*): The ids of all scales up to this share of the last one come from
+                `image`, and finer ones are sampled. In [0, 1].
+            guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional + scale *
+                (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
+            guidance_mode (`str`, defaults to `"rising"`): `"constant"` guides each step by `guidance_scale`,
+                `"rising"` guides the first by 1, later ones by more, and the last by `guidance_scale`, see
+                [`~svqvae_hf.pipelines.schedules.guidance_per_step`].
+            temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely id.
+            top_k (`int`, defaults to 0): Number of most likely ids to sample from; 0 means all.
+            top_p (`float`, defaults to 1.0): Total probability of the most likely ids to sample from.
+            greedy_scales (`Sequence[int]`, defaults to `()`): Steps, counted from 0, that take the most likely id.
+            generator (`torch.Generator` or a list of them, *optional*): Source of randomness, one for all images or
+                one per image, on any device.
+            num_images_per_prompt (`int`, defaults to 1): Images per label.
+            output_type (`str`, defaults to `"pil"`): `"pil"` for Pillow images, `"np"` for arrays `(batch, height,
+                width, 3)`, `"pt"` for tensors `(batch, 3, height, width)`, both in [0, 1], or `"latent"` for ids
+                `(batch, h, w)`.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called after each scale with the pipeline, the step, the
+                size of the scale in ids and a dictionary of tensors. `ids` `(batch, h, w)` are the ids of this scale:
+                `pipe.vqvae.decode_tokens(ids)` is a preview. If it returns a dictionary, its `ids` replace them. If it
+                sets `pipe._interrupt = True`, sampling ends, and the images are decoded from this scale.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("ids",)`): Tensors in the dictionary.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: The images.
+
+        Raises:
+            TypeError: Labels are neither integers nor names.
+            ValueError: A value is out of range or does not fit the others, or logits are NaN or infinite.
+        """
+        check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
+        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        height, width, sizes = self._plan(height, width, num_inference_steps, schedule)
+        scales = self._guidance(guidance_scale, guidance_mode, class_labels, sizes)
+        _check_greedy(greedy_scales, sizes)
+        self._interrupt = False
+        with evaluation_mode(self.vqvae, self.transformer):
+            known = self._encode_known(image, mask_image, image_scale, sizes, height, width)
+            labels = self._number_labels(class_labels, len(known[0].ids) if known else 1)
+            labels = labels.repeat_interleave(num_images_per_prompt)
+            check_generators(generator, len(labels))
+            warpers = LogitsProcessorList(make_warpers(temperature, top_k, top_p))
+            greedy = LogitsProcessorList(make_warpers(temperature, 1, 1.0))
+            predictor = _ScalePredictor(self, labels, guided=guidance_scale != 1)
+            for step, size in enumerate(self.progress_bar(sizes)):
+                logits = predictor.next_logits(size, scales[step])
+                scores = (greedy if step in greedy_scales else warpers)(None, logits.flatten(0, 1)).view_as(logits)
+                check_finite(scores.amax(-1), self.transformer, "transformer")
+                ids = (scores.argmax(-1) if temperature == 0 else draw(scores, generator)).unflatten(1, size)
+                if known:
+                    ids = _keep(known[step], ids)
+                if callback_on_step_end is not None:
+                    tensors = {"ids": ids} if callback_on_step_end_tensor_inputs else {}
+                    returned = callback_on_step_end(self, step, size, tensors) or {}
+                    ids = check_returned_ids(returned.get("ids", ids), ids, self.transformer.config["codebook_size"])
+                if self.interrupt:
+                    break
+                predictor.add(ids)
+            images = self._decode(ids, height, width, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
+        return self._interrupt
+
+    def _plan(
+        self,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int | None,
+        schedule: Sequence[Scale] | None,
+    ) -> tuple[int, int, list[Size]]:
+        """Height and width of the images in pixels, and the schedule."""
+        f, trained = self.vqvae.f, self.trained_schedule[-1]
+        height, width = (trained[0] * f if height is None else height), (trained[1] * f if width is None else width)
+        if height < 1 or width < 1:
+            raise ValueError(f"`height` and `width` must be at least 1, got {height} and {width}.")
+        size = (-(-height // f), -(-width // f))
+        if schedule is not None:
+            if num_inference_steps is not None:
+                raise ValueError("Only one of `schedule` and `num_inference_steps` can be given, got both.")
+            return height, width, fit_schedule(schedule, size)
+        if num_inference_steps is None and size == trained:
+            return height, width, self.trained_schedule
+        steps = min(len(self.trained_schedule), *size) if num_inference_steps is None else num_inference_steps
+        return height, width, make_schedule(size, steps)
+
+    def _guidance(
+        self, guidance_scale: float, mode: str, class_labels: Labels | None, sizes: list[Size]
+    ) -> list[float]:
+        if mode not in GUIDANCE_MODES:
+            raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
+        if guidance_scale != 1 and class_labels is None:
+            raise ValueError(f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1.")
+        return guidance_per_step(guidance_scale, mode, sizes, self.trained_schedule[-1])
+
+    def _number_labels(self, class_labels: Labels | None, images: int) -> torch.Tensor:
+        """One label per image; `num_classes` means no class."""
+        num_classes = self.transformer.config["num_classes"]
+        if class_labels is None:
+            return torch.full((images,), num_classes, device=self._execution_device)
+        labels = number_labels(class_labels, self.config["class_names"] or [], num_classes)
+        if images not in (1, len(labels)):
+            raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
+        return labels.to(self._execution_device)
+
+    def _encode_known(
+        self,
+        image: ImageInput | list[ImageInput] | None,
+        mask_image: PipelineImageInput | None,
+        image_scale: float | None,
+        sizes: list[Size],
+        height: int,
+        width: int,
+    ) -> list[KnownIds]:
+        """Ids of images at each scale, and which of them are kept; nothing without an image."""
+        if image is None:
+            if mask_image is not None or image_scale is not None:
+                raise ValueError("`mask_image` and `image_scale` need `image`. Pass the image to edit.")
+            return []
+        if mask_image is None and image_scale is None:
+            raise ValueError("`image` needs `mask_image` or `image_scale`, which say what is kept. Pass one of them.")
+        if image_scale is not None and not 0 <= image_scale <= 1:
+            raise ValueError(f"`image_scale` must be in [0, 1], got {image_scale}.")
+        device = self._execution_device
+        batch = self.image_processor(image)
+        image_height, image_width = batch["image_sizes"][0]
+        if image_height * width != image_width * height:
+            raise ValueError(
+                f"`image` must have the aspect ratio of the result, {width} x {height} (width x height), got "
+                f"{image_width} x {image_height}. Crop it, or pass other sides."
+            )
+        mask = torch.ones(1, 1, image_height, image_width)
+        if mask_image is not None:
+            mask = self.mask_processor.preprocess(mask_image)
+            if mask.shape[-2:] != (image_height, image_width):
+                raise ValueError(
+                    f"`mask_image` must be as large as `image`, {image_width} x {image_height} (width x height), got "
+                    f"{mask.shape[-1]} x {mask.shape[-2]}."
+                )
+            images = len(batch["image_sizes"])
+            if len(mask) not in (1, images):
+                raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
+        mask = pad_to_multiple(mask, self.vqvae.f).to(device)
+        latents = self.vqvae.encode(batch["pixel_values"].to(device, self.vqvae.dtype)).latents
+        up_to = 0.0 if image_scale is None else image_scale * max(sizes[-1])
+        return [
+            KnownIds(
+                ids=self.vqvae.quantize.nearest_ids(F.interpolate(latents.float(), size, mode="area")),
+                kept=(F.adaptive_max_pool2d(mask, size)[:, 0] == 0) | (max(size) <= up_to),
+            )
+            for size in sizes
+        ]
+
+    def _decode(self, ids: torch.Tensor, height: int, width: int, output_type: str) -> Any:
+        if output_type == "latent":
+            return ids
+        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (height, width), 1.0)
+        images = self.image_processor.postprocess(sample, output_type=output_type)
+        return images if output_type == "pil" else (np.stack if output_type == "np" else torch.stack)(images)
+
+
+class _ScalePredictor:
+    """The transformer with its cache, and the codes of the scale that it reads next."""
+
+    def __init__(self, pipeline: SVQVAENextScalePipeline, labels: torch.Tensor, guided: bool):
+        self.transformer = pipeline.transformer
+        quantize = pipeline.vqvae.quantize
+        stored_on = quantize.embedding.stored().device  # the CPU while the tokenizer is offloaded
+        codebook = quantize.get_codebook_entry(torch.arange(quantize.size, device=stored_on))
+        self.codebook = codebook.to(labels.device)
+        self.guided = guided
+        no_class = torch.full_like(labels, self.transformer.config["num_classes"])
+        self.labels = torch.cat([labels, no_class]) if guided else labels
+        self.cache = DynamicCache()
+        self.codes: list[torch.Tensor] = []
+
+    def next_logits(self, size: Size, guidance_scale: float) -> torch.Tensor:
+        """Logits `(images, tokens, codebook_size)` of the next scale, after guidance."""
+        logits = self.transformer(self.labels, self.codes, [size], self.cache).logits
+        return guide(logits, guidance_scale) if self.guided else logits
+
+    def add(self, ids: torch.Tensor) -> None:
+        """Takes the ids `(images, h, w)` of the scale."""
+        codes = self.codebook[ids].permute(0, 3, 1, 2)
+        self.codes = [codes.repeat(len(self.labels) // len(ids), 1, 1, 1)]
+
+
+def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
+    """Raises unless the transformer has the codebook size and dimension of the tokenizer."""
+    names = ("codebook_size", "codebook_embed_dim")
+    ours, theirs = (" x ".join(str(model.config[name]) for name in names) for model in (transformer, vqvae))
+    if ours != theirs:
+        raise ValueError(
+            f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use the SVQVAE that it was "
+            "trained with."
+        )
+
+
+def _check_greedy(greedy_scales: Sequence[int], sizes: list[Size]) -> None:
+    if not set(greedy_scales) <= set(range(len(sizes))):
+        raise ValueError(
+            f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
+        )
+
+
+def _keep(known: KnownIds, ids: torch.Tensor) -> torch.Tensor:
+    """Puts the kept ids of each image among the sampled ids of its label."""
+    given, kept = (part.repeat_interleave(len(ids) // len(part), dim=0) for part in known)
+    return torch.where(kept, given, ids)

@@ -1,0 +1,95 @@
+"""Schedules of next-scale generation: the sizes, in ids, of the scales of an image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Size = tuple[int, int]  # height and width
+Scale = int | Sequence[int]  # longer side, or height and width
+
+BISECTIONS = 60  # more than the bits of a float
+RISING_STEPS = 9  # after which rising guidance has reached its scale, as in VAR
+
+
+def make_schedule(size: Size, steps: int) -> list[Size]:
+    """Spreads scales between one id along the longer side and a size. Sides grow by one factor, but at least by one.
+
+    For 16 x 16 ids in 10 steps these are FlexVAR's own sides: 1, 2, 3, 4, 5, 6, 8, 10, 13 and 16.
+
+    Args:
+        size (`tuple[int, int]`): Height and width of the last scale.
+        steps (`int`): Number of scales; a single one is `size`.
+
+    Raises:
+        ValueError: There are no steps, or more than the ids along the longer side.
+    """
+    longest = max(size)
+    if not 1 <= steps <= longest:
+        raise ValueError(
+            f"`num_inference_steps` must be in [1, {longest}] for an image of {describe([size])} ids, got {steps}."
+        )
+    low, high = 1.0, float(longest)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _grow(middle, steps)[-1] > longest else (middle, high)
+    return fit_schedule([*(int(side + 0.5) for side in _grow(low, steps)[:-1]), longest], size)
+
+
+def _grow(factor: float, steps: int) -> list[float]:
+    sides = [1.0]
+    while len(sides) < steps:
+        sides.append(max(sides[-1] + 1, sides[-1] * factor))
+    return sides
+
+
+def fit_schedule(schedule: Sequence[Scale], size: Size) -> list[Size]:
+    """Checks a schedule. A single number is the longer side of a scale with the aspect ratio of the image.
+
+    Args:
+        schedule (list of `int` or `(height, width)`): Scales in ids, from coarse to fine.
+        size (`tuple[int, int]`): Height and width of the image in ids.
+
+    Raises:
+        ValueError: An entry is not one or two integers above 0, a scale is not larger than the one before, or the last
+            is not `size`.
+    """
+    sizes: list[Size] = []
+    for entry in schedule:
+        numbers: list[Any] = list(entry) if isinstance(entry, list | tuple) else [entry]
+        if len(numbers) not in (1, 2) or not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError(f"`schedule` must hold sides or pairs (height, width), integers above 0, got {entry!r}.")
+        sizes.append((numbers[0], numbers[1]) if len(numbers) == 2 else _fit_side(numbers[0], size))
+    for coarse, fine in zip(sizes, sizes[1:], strict=False):
+        if coarse == fine or coarse[0] > fine[0] or coarse[1] > fine[1]:
+            raise ValueError(f"`schedule` must rise, but {describe([fine])} follows {describe([coarse])}.")
+    if sizes[-1:] != [size]:
+        raise ValueError(
+            f"`schedule` must end with {describe([size])}, the ids of the image, got {describe(sizes) or 'no scale'}."
+        )
+    return sizes
+
+
+def _fit_side(side: int, size: Size) -> Size:
+    height, width = (max(1, int(side * length / max(size) + 0.5)) for length in size)
+    return height, width
+
+
+def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], trained: Size) -> list[float]:
+    """Lists the guidance scale of each step.
+
+    Args:
+        guidance_scale (`float`): Guidance scale; 1 means none.
+        mode (`str`): `"constant"`, or `"rising"`: from 1 by equal steps to `guidance_scale`, which it has at the last
+            scale, but at latest at the tenth, beyond which it rises further. Scales larger than in training have
+            `guidance_scale` itself.
+        sizes (list of `(height, width)`): Schedule.
+        trained (`tuple[int, int]`): Largest scale in training.
+    """
+    if mode == "constant":
+        return [guidance_scale] * len(sizes)
+    rise = (guidance_scale - 1) / max(1, min(len(sizes) - 1, RISING_STEPS))
+    return [guidance_scale if max(size) > max(trained) else 1 + rise * step for step, size in enumerate(sizes)]
+
+
+def describe(sizes: Sequence[Size]) -> str:
+    """Formats sizes as `1 x 1, 2 x 2`, height first."""
+    return ", ".join(f"{height} x {width}" for height, width in sizes)

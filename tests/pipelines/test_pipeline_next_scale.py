@@ -1,0 +1,278 @@
+"""The next-scale pipeline, against the original code and by its properties."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny
+from diffusers import DiffusionPipeline
+from next_scale import GOLDEN, OUTPUTS, Golden, make_transformer
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from svqvae_hf import NextScaleTransformer, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+
+TRAINED = [1, 2, 3, 4]
+NAMES = ["cat", "dog", "fox"]
+
+
+def make_pipeline(**arguments) -> SVQVAENextScalePipeline:
+    """A pipeline with f = 4, 64 codes and 3 classes, for 16 x 16 pixels."""
+    pipeline = SVQVAENextScalePipeline(make_tiny(), make_transformer(), **({"schedule": TRAINED} | arguments))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def golden_pipeline():
+    vqvae = make_tiny(codebook_size=160, codebook_embed_dim=32)
+    vqvae.quantize.embedding.weight.data = OUTPUTS["codebook"].clone()
+    pipeline = SVQVAENextScalePipeline(vqvae, NextScaleTransformer.from_single_file(GOLDEN), schedule=[1, 16])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def collect(pipeline, *args, **kwargs) -> list[torch.Tensor]:
+    """Ids of all scales."""
+    grids = []
+    pipeline(*args, **kwargs, output_type="latent", callback_on_step_end=lambda *call: grids.append(call[-1]["ids"]))
+    return grids
+
+
+# Scales that FlexVAR takes greedily by its own table of sides, and the larger ones than in training.
+RUNS = [
+    ("trained", "greedy_llamagen_cfg1", {"guidance_mode": "constant", "top_k": 1}),
+    ("trained", "greedy_llamagen_cfg2", {"guidance_scale": 2, "guidance_mode": "constant", "top_k": 1}),
+    ("trained", "greedy_var_cfg2", {"guidance_scale": 3, "temperature": 0}),
+    ("trained", "sampled_llamagen_cfg2", {"guidance_scale": 2, "guidance_mode": "constant"}),
+    ("trained", "sampled_var_cfg2", {"guidance_scale": 3}),
+    ("longer", "greedy_llamagen_cfg2", {"guidance_scale": 2, "guidance_mode": "constant", "temperature": 0}),
+    ("longer", "sampled_var_cfg2_max4", {"guidance_scale": 3, "greedy_scales": [4]}),
+    ("larger", "greedy_llamagen_cfg2", {"guidance_scale": 2, "guidance_mode": "constant", "temperature": 0}),
+    ("larger", "greedy_var_cfg2", {"guidance_scale": 3, "temperature": 0}),
+    ("larger", "sampled_llamagen_cfg2", {"guidance_scale": 2, "guidance_mode": "constant", "greedy_scales": [3]}),
+    ("steps11", "greedy_var_cfg2", {"guidance_scale": 3, "temperature": 0}),
+    ("steps11", "sampled_var_cfg2", {"guidance_scale": 3, "greedy_scales": [6, 8, 10]}),
+    ("beyond32", "greedy_llamagen_cfg2", {"guidance_scale": 2, "guidance_mode": "constant", "temperature": 0}),
+]
+
+
+def test_every_run_of_the_original_is_tested():
+    keys = {f"{schedule}.{run}.ids" for schedule, run, _ in RUNS}
+    assert keys == {key for key in OUTPUTS if key.endswith("ids") and "teacher_forced" not in key}
+
+
+@pytest.mark.parametrize(("schedule", "run", "arguments"), RUNS)
+def test_ids_are_those_of_the_original(golden_pipeline, monkeypatch, schedule, run, arguments):
+    golden = Golden(schedule)
+    if run.endswith("max4"):
+        monkeypatch.setattr(golden_pipeline, "trained_schedule", [(4, 4)])
+    side = golden.sizes[-1][0] * golden_pipeline.vqvae.f
+    sampling = {"top_k": 60, "top_p": 0.9, "generator": torch.Generator().manual_seed(0)} | arguments
+    ids = collect(golden_pipeline, OUTPUTS["class_labels"].tolist(), side, side, schedule=golden.sizes, **sampling)
+    assert all(torch.equal(*pair) for pair in zip(ids, golden.split(run), strict=True))
+
+
+def test_known_ids_are_the_targets_of_the_original(golden_pipeline, monkeypatch):
+    golden, latents = Golden("larger"), OUTPUTS["latents"]
+    monkeypatch.setattr(golden_pipeline.vqvae, "encode", lambda _: type("Output", (), {"latents": latents}))
+    image = np.zeros((2, 28, 28, 3), np.uint8)
+    ids = collect(golden_pipeline, None, 28, 28, schedule=golden.sizes, image=image, image_scale=1)
+    assert all(torch.equal(*pair) for pair in zip(ids, golden.split("teacher_forced"), strict=True))
+
+
+def test_saved_and_loaded_pipelines_sample_the_same(tmp_path):
+    pipeline = make_pipeline(class_names=NAMES, schedule=[1, [2, 1], [4, 3]])
+    pipeline.save_pretrained(tmp_path)
+    expected = collect(pipeline, ["dog", 2], guidance_scale=2, temperature=0)
+    for cls in (SVQVAENextScalePipeline, DiffusionPipeline):
+        loaded = cls.from_pretrained(str(tmp_path))
+        assert type(loaded) is SVQVAENextScalePipeline
+        assert type(loaded.transformer) is NextScaleTransformer
+        assert all(map(torch.equal, collect(loaded, [1, "fox"], guidance_scale=2, temperature=0), expected))
+    with pytest.raises(ValueError, match="must be a SVQVAEAutoregressivePipeline, but is a SVQVAENextScalePipeline"):
+        SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
+
+
+def test_a_foreign_codebook_is_one_error(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    other = make_tiny()
+    other.quantize.embedding.weight.data.neg_()
+    with pytest.raises(ValueError, match="whose ids the transformer was trained on, with fingerprint"):
+        SVQVAENextScalePipeline.from_pretrained(tmp_path, vqvae=other)
+    with pytest.raises(ValueError, match="must have the codebook of `vqvae`, 64 x 4, but has 64 x 8"):
+        SVQVAENextScalePipeline(make_tiny(codebook_embed_dim=4), make_transformer())
+
+
+def test_the_schedule_comes_from_the_tokenizer():
+    pipeline = SVQVAENextScalePipeline(make_tiny(sample_size=64), make_transformer())
+    assert [height for height, _ in pipeline.trained_schedule] == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+    assert make_pipeline().config["schedule"] == [[1, 1], [2, 2], [3, 3], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        ({}, [(1, 1), (2, 2), (3, 3), (4, 4)]),
+        ({"height": 15, "width": 13}, [(1, 1), (2, 2), (3, 3), (4, 4)]),
+        ({"num_inference_steps": 2}, [(1, 1), (4, 4)]),
+        ({"height": 16, "width": 32}, [(1, 1), (1, 2), (2, 4), (4, 8)]),
+        ({"height": 8, "schedule": [1, [2, 3], 4]}, [(1, 1), (2, 3), (2, 4)]),
+    ],
+)
+def test_sizes(pipeline, arguments, sizes):
+    found = []
+    images = pipeline(
+        **arguments, output_type="pt", callback_on_step_end=lambda _pipe, step, size, _: found.append((step, size))
+    ).images
+    assert found == list(enumerate(sizes))
+    assert images.shape == (1, 3, arguments.get("height", 16), arguments.get("width", 16))
+
+
+def test_output_types(pipeline):
+    results = {kind: pipeline(1, temperature=0, output_type=kind).images for kind in ("pil", "np", "pt", "latent")}
+    torch.testing.assert_close(results["pt"], pipeline.vqvae.decode_tokens(results["latent"]))
+    np.testing.assert_allclose(results["np"], results["pt"].permute(0, 2, 3, 1).numpy())
+    assert results["pil"][0].size == (16, 16)
+    assert torch.equal(pipeline(1, temperature=0, output_type="latent", return_dict=False)[0], results["latent"])
+
+
+def test_an_image_depends_on_its_own_generator_only(pipeline):
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
+    both = collect(pipeline, [0, 2], num_images_per_prompt=2, guidance_scale=2, generator=seeds)
+    assert all(grid.shape[0] == 4 for grid in both)
+    alone = collect(pipeline, 2, guidance_scale=2, generator=torch.Generator().manual_seed(3))
+    assert all(torch.equal(grid[2:3], own) for grid, own in zip(both, alone, strict=True))
+    assert not torch.equal(both[-1][2], both[-1][3])
+
+
+def test_guidance_of_one_is_no_guidance(pipeline):
+    plain = collect(pipeline, 1, temperature=0)
+    calls = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    assert all(map(torch.equal, collect(pipeline, 1, temperature=0, guidance_scale=1), plain))
+    assert set(calls) == {1}
+    strong = collect(pipeline, 1, temperature=0, guidance_scale=30)
+    assert torch.equal(strong[0], plain[0])  # rising guidance starts at 1
+    assert not torch.equal(strong[-1], plain[-1])
+
+
+def test_both_models_get_their_modes_back(pipeline):
+    pipeline.vqvae.train()
+    pipeline.transformer.train()
+    pipeline(1)
+    assert pipeline.vqvae.training
+    assert all(module.training for module in pipeline.transformer.modules())
+
+
+def test_ids_of_a_callback_replace_the_sampled_ones(pipeline):
+    def replace(_pipe, step, _size, tensors):
+        return {"ids": (tensors["ids"] + 1) % 64} if step == 0 else None
+
+    first = collect(pipeline, 1, temperature=0)
+    last = pipeline(1, temperature=0, output_type="latent", callback_on_step_end=replace).images
+    assert not torch.equal(last, first[-1])
+    with pytest.raises(ValueError, match=r"must have shape \(1, 1, 1\) and lie in \[0, 64\), got .* in \[64, 64\]"):
+        pipeline(callback_on_step_end=lambda *_: {"ids": torch.full((1, 1, 1), 64)})
+    with pytest.raises(ValueError, match=r"must be among \['ids'\], got \['latents'\]"):
+        pipeline(callback_on_step_end_tensor_inputs=["latents"])
+
+
+def test_a_callback_ends_the_sampling(pipeline):
+    def stop(pipe, step, _size, tensors):
+        assert not tensors
+        pipe._interrupt = step == 1
+
+    arguments = {"temperature": 0, "callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": []}
+    assert pipeline(1, output_type="latent", **arguments).images.shape == (1, 2, 2)
+    assert pipeline(1, **arguments).images[0].size == (16, 16)
+    assert pipeline(1, output_type="latent").images.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_in_both_types(dtype):
+    pipeline = make_pipeline().to(dtype)
+    assert pipeline([0, 1], guidance_scale=2, top_k=10, output_type="pt").images.isfinite().all()
+
+
+def test_images_of_large_scale_are_refined(pipeline, photo):
+    image = photo.crop((100, 100, 116, 116))
+    own = pipeline.vqvae.encode(pipeline.image_processor(image)["pixel_values"]).latents
+    grids = collect(pipeline, 1, image=image, image_scale=0.5)
+    for grid in grids[:2]:
+        pooled = interpolate(own, grid.shape[-2:], mode="area")
+        assert torch.equal(grid, pipeline.vqvae.quantize.nearest_ids(pooled))
+    whole = collect(pipeline, 1, image=image, image_scale=1)
+    assert not torch.equal(grids[-1], whole[-1])
+    larger = collect(pipeline, 1, 32, 32, image=image, image_scale=0.25)
+    assert larger[-1].shape == (1, 8, 8)
+    assert torch.equal(larger[0], whole[0])
+
+
+def test_ids_outside_the_mask_are_kept_at_every_scale(pipeline, photo):
+    images = [photo.crop((x, 100, x + 16, 116)) for x in (100, 200)]
+    whole = collect(pipeline, image=images, image_scale=1)
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 8))
+    filled = collect(pipeline, [0, 1], image=images, mask_image=mask, num_images_per_prompt=2)
+    for grid, known in zip(filled, whole, strict=True):
+        hole = -(-grid.shape[-1] // 2)
+        outside = torch.ones(grid.shape[-2:], dtype=torch.bool)
+        outside[:hole, :hole] = False
+        assert torch.equal(grid[:, outside], known.repeat_interleave(2, 0)[:, outside])
+    assert not torch.equal(filled[-1][:, :2, :2], whole[-1].repeat_interleave(2, 0)[:, :2, :2])
+    masks = [mask, Image.new("L", (16, 16))]
+    one_hole = collect(pipeline, [0, 1], image=images, mask_image=masks)
+    assert all(torch.equal(grid[1], known[1]) for grid, known in zip(one_hole, whole, strict=True))
+
+
+GREY = Image.new("RGB", (16, 16), "grey")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": 3}, r"`class_labels` must be in \[0, 3\), got 3"),
+        ({"class_labels": "owl"}, r"numbers in \[0, 3\) or names of classes, \[\], got 'owl'"),
+        ({"class_labels": []}, r"`class_labels` must be in \[0, 3\), got \[\]"),
+        ({"schedule": [1, 3, 2, 4]}, "`schedule` must rise"),
+        ({"schedule": [1, 2, 3]}, "must end with 4 x 4"),
+        ({"schedule": [1, 4], "num_inference_steps": 2}, "Only one of `schedule` and `num_inference_steps`"),
+        ({"num_inference_steps": 5}, r"`num_inference_steps` must be in \[1, 4\]"),
+        ({"height": 0}, "`height` and `width` must be at least 1, got 0 and 16"),
+        ({"guidance_scale": 2}, "`guidance_scale` = 2 needs `class_labels`"),
+        ({"guidance_mode": "linear"}, "`guidance_mode` must be one of rising, constant, got 'linear'"),
+        ({"greedy_scales": [4]}, r"`greedy_scales` must be steps in \[0, 4\) of 1 x 1, .*, got \[4\]"),
+        ({"top_p": 0}, "`top_p` must be above 0 and at most 1, got 0"),
+        ({"generator": [torch.Generator()] * 2}, "one generator per image, 1, got 2"),
+        ({"mask_image": GREY}, "`mask_image` and `image_scale` need `image`"),
+        ({"image": GREY}, "`image` needs `mask_image` or `image_scale`"),
+        ({"image": GREY, "image_scale": 2}, r"`image_scale` must be in \[0, 1\], got 2"),
+        ({"image": GREY, "image_scale": 0.5, "width": 8}, r"aspect ratio of the result, 8 x 16 .*, got 16 x 16"),
+        ({"image": GREY, "mask_image": Image.new("L", (16, 15))}, "as large as `image`, 16 x 16 .*, got 16 x 15"),
+        ({"image": GREY, "mask_image": [Image.new("L", (16, 16))] * 2}, "one mask or one per image, 1, got 2"),
+        (
+            {"image": [GREY] * 3, "image_scale": 1, "class_labels": [0, 1]},
+            "`image` must be one image or one per label, got 3 for 2 labels",
+        ),
+    ],
+)
+def test_wrong_arguments(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipeline(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_infinite_logits_are_one_error(pipeline):
+    torch.nn.init.constant_(pipeline.transformer.head.bias, float("inf"))
+    with pytest.raises(ValueError, match="the logits of the transformer must be finite"):
+        pipeline(1)
+
+
+def test_class_names_are_one_per_class():
+    with pytest.raises(ValueError, match="must be 3 different names"):
+        make_pipeline(class_names=["cat", "dog"])
