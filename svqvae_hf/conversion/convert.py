@@ -1,21 +1,18 @@
 """Converts an original checkpoint to a Hub repository: card, config and safetensors."""
 
-import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from svqvae_hf.atomic_io import check_new_folder
+from svqvae_hf.conversion.new_repository import VARIANTS, check_arguments, halve, new_repository
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.repositories import check_repo_id, create_repo, hub_repo, push_folder
+from svqvae_hf.hub.repositories import create_repo, hub_repo, push_folder
 from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
-VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CHECK_LATENTS = 8  # side in latents of the random image that a written model is checked on
 
 
@@ -93,7 +90,7 @@ def convert(
         OSError: If the source cannot be read, `out` cannot be written, or the upload fails.
         ValueError: If the source is not a whole checkpoint of a known format, or an argument is wrong.
     """
-    _check_arguments(variant, push_to_hub, private, create_pr)
+    check_arguments(variant, push_to_hub, private, create_pr)
     out = check_new_folder(Path(out))
     checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
     if push_to_hub is not None:
@@ -109,15 +106,6 @@ def convert(
         files=tuple(sorted(file.name for file in out.iterdir())),
         url=push_folder(out, push_to_hub, "Upload converted SVQVAE", create_pr=create_pr) if push_to_hub else None,
     )
-
-
-def _check_arguments(variant: str | None, push_to_hub: str | None, private: bool | None, create_pr: bool) -> None:
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
-    if push_to_hub is None and (private is not None or create_pr):
-        raise ValueError("`private` and `create_pr` need `push_to_hub`, got None. Pass `org/name`.")
-    if push_to_hub is not None:
-        check_repo_id(push_to_hub)
 
 
 def _write(checkpoint: Checkpoint, out: Path, repo_id: str, license: str | None, variant: str | None) -> None:
@@ -137,20 +125,10 @@ def _write(checkpoint: Checkpoint, out: Path, repo_id: str, license: str | None,
         },
         variants={variant: VARIANTS[variant]} if variant else None,
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-            folder = Path(beside, out.name)
-            _save(model, folder)
-            if variant is not None:
-                _save(_halve(model, variant), folder, variant)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
-            for path in folder.iterdir():
-                path.chmod(mode)  # safetensors makes files that only their owner can read
-            folder.replace(out)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"`{out}` cannot be written: {error}") from error
+    with new_repository(out, card) as folder:
+        _save(model, folder)
+        if variant is not None:
+            _save(halve(model, variant), folder, variant)
 
 
 def _save(model: SVQVAE, folder: Path, variant: str | None = None) -> None:
@@ -174,14 +152,3 @@ def _save(model: SVQVAE, folder: Path, variant: str | None = None) -> None:
             "The written model must equal the source, but differs in "
             f"{', '.join(differing) or 'its reconstruction'}. Check the disk and convert again."
         )
-
-
-def _halve(model: SVQVAE, variant: str) -> SVQVAE:
-    """Casts a model in place; its codebook stays in float32 by itself."""
-    model.to(VARIANTS[variant])
-    overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
-    if overflowed:
-        raise ValueError(
-            f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
-        )
-    return model

@@ -53,6 +53,39 @@ images[0].save("reconstruction.png")
 {licence}
 """
 
+PIPELINE_TEMPLATE = """---
+{metadata}
+---
+
+# {name}
+
+{summary}
+
+## Use
+
+With the package `svqvae-hf`:
+
+```python
+from {module} import {pipeline}
+
+import svqvae_hf  # from here on, pipelines that hold an SVQVAE load
+
+pipeline = {pipeline}.from_pretrained({repo_id})
+image = pipeline({call}).images[0]
+```
+
+## Origin
+
+| | |
+|---|---|
+{rows}
+## Licence
+
+{licence}
+"""
+
+NO_LICENCE = "Not stated: ask the authors of the weights before you use or share them."
+
 HALF_PRECISION = """
 Half-precision weights: {calls}. The codebook stays in float32, so that ids keep their meaning.
 """
@@ -120,7 +153,55 @@ def model_card(
         decoder_ch_mult=tuple(config["decoder_ch_mult"]),
         half_precision=HALF_PRECISION.format(calls=calls) if calls else "",
         provenance=f"| | |\n|---|---|\n{rows}" if rows else "Not stated.\n",
-        licence=one_line(license or "Not stated: ask the authors of the weights before you use or share them."),
+        licence=one_line(license or NO_LICENCE),
+    )
+
+
+def pipeline_card(
+    pipeline: type,
+    *,
+    repo_id: str,
+    summary: str,
+    call: str,
+    tags: Sequence[str],
+    provenance: Mapping[str, str],
+    license: str | None = None,
+    base_model: str | None = None,
+    pipeline_tag: str = "unconditional-image-generation",
+) -> str:
+    """Writes the card of a repository that holds a pipeline with an SVQVAE.
+
+    Args:
+        pipeline (`type`): Class of the pipeline.
+        repo_id (`str`): Repository or folder that the card's example loads.
+        summary (`str`): A sentence about the pipeline.
+        call (`str`): Arguments of the pipeline's call in the example.
+        tags (`Sequence[str]`): Tags of the Hub.
+        provenance (`Mapping[str, str]`): Origin of the weights, as rows of a table.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`.
+        base_model (`str`, *optional*): Hub repository that the weights come from.
+        pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
+
+    Returns:
+        `str`: Text of `README.md`, metadata first.
+    """
+    metadata = ModelCardData(
+        license=license or "unknown",
+        library_name="diffusers",
+        pipeline_tag=pipeline_tag,
+        tags=list(tags),
+        base_model=base_model,
+    )
+    return PIPELINE_TEMPLATE.format(
+        metadata=metadata.to_yaml(),
+        name=one_line(repo_id.rpartition("/")[2]),
+        repo_id=quote(repo_id),
+        summary=summary,
+        module=pipeline.__module__.partition(".")[0],
+        pipeline=pipeline.__name__,
+        call=call,
+        rows=table_rows(provenance.items()),
+        licence=one_line(license or NO_LICENCE),
     )
 
 

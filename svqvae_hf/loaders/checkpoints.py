@@ -115,7 +115,8 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
     keys = sorted(key_text(key) for key in content.get(None, content))
     found = f"{', '.join(keys[:5])}{' and others' if len(keys) > 5 else ''}" if keys else "no keys"
     raise ValueError(
-        f"`{source}` must be a checkpoint of a known format, but is not. Looked for {looked_for}. Found {found}."
+        f"`{source}` must be a checkpoint of a known format, but is not. Looked for {looked_for}. Found {found}. A "
+        "transformer is converted by `svqvae convert` with `--tokenizer`."
     )
 
 

@@ -77,7 +77,7 @@ class SVQVAENextScalePipeline(DiffusionPipeline):
         self,
         vqvae: SVQVAE,
         transformer: NextScaleTransformer,
-        schedule: Sequence[Scale] | None = None,
+        schedule: list[int] | list[list[int]] | None = None,
         codebook_fingerprint: str | None = None,
         class_names: list[str] | None = None,
     ):

@@ -6,46 +6,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCardData
 from torchvision.utils import make_grid
 
+from svqvae_hf.hub import model_cards
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.trainer.options import PipelineOptions, public_name
 from svqvae_hf.trainer.run import Run
 from svqvae_hf.trainer.tracking import log_image
 
 Options = TypeVar("Options", bound=PipelineOptions)
-
-CARD = """---
-{metadata}
----
-
-# {name}
-
-{summary}
-
-## Use
-
-With the package `svqvae-hf`:
-
-```python
-from {module} import {pipeline}
-
-import svqvae_hf  # from here on, pipelines that hold an SVQVAE load
-
-pipeline = {pipeline}.from_pretrained("{repo_id}")
-image = pipeline({call}).images[0]
-```
-
-## Origin
-
-| | |
-|---|---|
-{rows}
-## Licence
-
-Not stated: ask the authors of the weights before you use or share them.
-"""
 
 
 def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]) -> SVQVAE:
@@ -110,19 +79,12 @@ def pipeline_card(
         pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
     """
     rows = {"SVQVAE": f"`{public_name(run.options.vqvae_name_or_path)}`"} | run.provenance(script, "images")
-    metadata = ModelCardData(
-        license="unknown",
-        library_name="diffusers",
-        pipeline_tag=pipeline_tag,
-        tags=["svqvae", type(run.network).__name__.lower()],
-    )
-    return CARD.format(
-        metadata=metadata.to_yaml(),
-        name=run.name.rpartition("/")[2],
+    return model_cards.pipeline_card(
+        type(pipeline),
         repo_id=run.name,
         summary=summary,
-        module=type(pipeline).__module__.partition(".")[0],
-        pipeline=type(pipeline).__name__,
         call=call,
-        rows="".join(f"| {name} | {value} |\n" for name, value in rows.items()),
+        tags=["svqvae", type(run.network).__name__.lower()],
+        provenance=rows,
+        pipeline_tag=pipeline_tag,
     )

@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.conversion.convert import VARIANTS, convert
+from svqvae_hf.conversion.convert import convert
+from svqvae_hf.conversion.new_repository import VARIANTS
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 
 GOLDEN = ["svqvae_tiny.safetensors", "llamagen_tiny.pt", "flexvar_tiny.pth", "lightning_tiny.ckpt", "taming_tiny.ckpt"]

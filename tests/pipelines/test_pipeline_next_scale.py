@@ -85,8 +85,8 @@ def test_known_ids_are_the_targets_of_the_original(golden_pipeline, monkeypatch)
     assert all(torch.equal(*pair) for pair in zip(ids, golden.split("teacher_forced"), strict=True))
 
 
-def test_saved_and_loaded_pipelines_sample_the_same(tmp_path):
-    pipeline = make_pipeline(class_names=NAMES, schedule=[1, [2, 1], [4, 3]])
+def test_saved_and_loaded_pipelines_sample_the_same(tmp_path, caplog):
+    pipeline = make_pipeline(class_names=NAMES, schedule=[[1, 1], [2, 1], [4, 3]])
     pipeline.save_pretrained(tmp_path)
     expected = collect(pipeline, ["dog", 2], guidance_scale=2, temperature=0)
     for cls in (SVQVAENextScalePipeline, DiffusionPipeline):
@@ -94,6 +94,7 @@ def test_saved_and_loaded_pipelines_sample_the_same(tmp_path):
         assert type(loaded) is SVQVAENextScalePipeline
         assert type(loaded.transformer) is NextScaleTransformer
         assert all(map(torch.equal, collect(loaded, [1, "fox"], guidance_scale=2, temperature=0), expected))
+    assert not caplog.records
     with pytest.raises(ValueError, match="must be a SVQVAEAutoregressivePipeline, but is a SVQVAENextScalePipeline"):
         SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
 

@@ -1,0 +1,99 @@
+"""Conversion of FlexVAR's transformer to a pipeline repository."""
+
+import hashlib
+import stat
+
+import pytest
+import torch
+from cli_runner import fails, names, svqvae
+from conftest import make_tiny
+from huggingface_hub import ModelCard
+from next_scale import GOLDEN, OUTPUTS, Golden
+
+from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
+from svqvae_hf.conversion.convert_next_scale import convert_next_scale
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Folder of a tokenizer with f = 4 and the codebook of the golden transformer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vqvae = make_tiny(codebook_size=160, codebook_embed_dim=32, sample_size=16)
+    vqvae.quantize.embedding.weight.data = OUTPUTS["codebook"].clone()
+    vqvae.save_pretrained(folder)
+    return folder
+
+
+def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
+    report = convert_next_scale(GOLDEN, tmp_path / "out", tokenizer, license="mit")
+    assert names(tmp_path) == ["out"]
+    assert {"README.md", "model_index.json", "transformer/config.json", "vqvae/config.json"} <= {*report.files}
+    assert report.sha256 == hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
+    assert str(report).count("\n") == 3
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in report.out.rglob("*") if file.is_file()}
+    assert len(modes) == 1
+
+    pipeline = SVQVAENextScalePipeline.from_pretrained(report.out)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.trained_schedule == Golden("trained").sizes
+    arguments = {"guidance_scale": 3, "temperature": 0, "output_type": "latent"}
+    ids = pipeline(OUTPUTS["class_labels"].tolist(), **arguments).images
+    assert torch.equal(ids, Golden("trained").split("greedy_var_cfg2")[-1])
+
+    card = (report.out / "README.md").read_text()
+    assert ModelCard(card).data.license == "mit"
+    assert report.sha256 in card
+    assert "SVQVAENextScalePipeline.from_pretrained" in card
+    assert str(tmp_path) not in card + (report.out / "model_index.json").read_text()
+    assert str(tokenizer.parent) not in card
+
+
+def test_half_precision_variant_keeps_the_codebook(tokenizer, tmp_path):
+    report = convert_next_scale(GOLDEN, tmp_path / "out", tokenizer, variant="bf16", image_size=32)
+    full = SVQVAENextScalePipeline.from_pretrained(report.out)
+    half = SVQVAENextScalePipeline.from_pretrained(report.out, variant="bf16", dtype=torch.bfloat16)
+    assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
+    assert half.transformer.dtype == torch.bfloat16
+    assert torch.equal(half.transformer.head.weight, full.transformer.head.weight.bfloat16())
+    assert half.trained_schedule[-1] == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"tokenizer": GOLDEN.parent / "flexvar_tiny.pth"},
+            r"must have the codebook of `vqvae`, .*, but has 160 x 32",
+        ),
+        ({"image_size": 18}, "`image_size` must be a positive multiple of f = 4 of the tokenizer, got 18"),
+        ({"source": GOLDEN.parent / "flexvar_tiny.pth"}, "must be a checkpoint of FlexVAR's transformer"),
+        ({"variant": "fp8"}, "`variant` must be one of fp16, bf16, got 'fp8'"),
+        ({"create_pr": True}, "need `push_to_hub`"),
+    ],
+)
+def test_wrong_arguments_leave_nothing(tokenizer, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert_next_scale(**({"source": GOLDEN, "out": tmp_path / "out", "tokenizer": tokenizer} | arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_with_other_weights_fails(tokenizer, tmp_path, monkeypatch):
+    transformer = NextScaleTransformer.from_single_file(GOLDEN)
+    transformer.head.bias.data[0] += 1
+    copy = SVQVAENextScalePipeline(SVQVAE.from_pretrained(tokenizer), transformer)
+    monkeypatch.setattr(SVQVAENextScalePipeline, "from_pretrained", lambda *_, **__: copy)
+    with pytest.raises(OSError, match=r"differs in transformer\.head\.bias\."):
+        convert_next_scale(GOLDEN, tmp_path / "out", tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("process")
+def test_the_command(tokenizer, tmp_path, capsys):
+    assert svqvae("convert", GOLDEN, tmp_path / "out", "--tokenizer", tokenizer, "--image-size", 16) == 0
+    assert "(transformer, sha256 " in capsys.readouterr().out
+    assert "with `--tokenizer`" in fails(capsys, "convert", GOLDEN, tmp_path / "new")
+    assert "needs --tokenizer" in fails(capsys, "convert", GOLDEN, tmp_path / "new", "--image-size", 16)
+    with_range = ("convert", GOLDEN, tmp_path / "new", "--tokenizer", tokenizer, "--network-range", 0, 1)
+    assert "are for tokenizers" in fails(capsys, *with_range)
+    assert names(tmp_path) == ["out"]
+    assert SVQVAENextScalePipeline.from_pretrained(tmp_path / "out").trained_schedule[-1] == (4, 4)
