@@ -3,8 +3,7 @@
 import dataclasses
 import os
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,33 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5EncoderModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
-from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout, to_int64
+from svqvae_hf.pipelines.sampling import (
+    Generators,
+    Labels,
+    check_finite,
+    check_generators,
+    check_returned_ids,
+    check_sampling,
+    check_tensor_inputs,
+    draw,
+    evaluation_mode,
+    fetch_pipeline,
+    guide,
+    make_warpers,
+    number_labels,
+)
+from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
 
 CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float32
 
 # Pipeline, rows sampled before, scale, tensors -> tensors that replace them
 Callback = Callable[[Any, int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
-Labels = int | str | Sequence[int | str]
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 class SVQVAEAutoregressivePipeline(DiffusionPipeline):
@@ -141,15 +147,7 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                 that was passed has another codebook.
         """
         kwargs["use_safetensors"] = True
-        folder = pretrained_model_name_or_path
-        if not os.path.isdir(folder):
-            folder = from_hub(cls.download, folder, **kwargs)
-        found = cls.load_config(folder)["_class_name"]
-        if found != cls.__name__:
-            raise ValueError(
-                f"the pipeline of `{pretrained_model_name_or_path}` must be a {cls.__name__}, but is a {found}. "
-                "Load it with `DiffusionPipeline`."
-            )
+        folder = fetch_pipeline(cls, pretrained_model_name_or_path, **kwargs)
         if "language_model" not in kwargs:
             _check_weights(pretrained_model_name_or_path, Path(folder, "language_model"), kwargs.get("variant"))
         pipeline = super().from_pretrained(folder, **kwargs)
@@ -224,10 +222,10 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         layout = self._resize_layout(height, width)
         wanted = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
         last = max(layout.scales.index(scale) for scale in wanted)
-        _check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
-        _check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
+        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._interrupt = False
-        with _evaluation_mode(self.vqvae, self.language_model):
+        with evaluation_mode(self.vqvae, self.language_model):
             top = [] if image is None else self._encode_top(image, layout)
             captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
             if captions:
@@ -241,14 +239,13 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
             captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
             count = len(sequences)
-            if isinstance(generator, list) and len(generator) != count:
-                raise ValueError(f"`generator` must have one generator per image, {count}, got {len(generator)}.")
+            check_generators(generator, count)
             if guidance_scale != 1:
                 sequences = sequences.repeat(2, 1)  # the second half has no label
                 sequences[count:, 0] = layout.unconditional_token
                 captions = {name: torch.cat([each, each]) for name, each in captions.items()}
 
-            processors = _processors(layout, temperature, top_k, top_p)
+            processors = LogitsProcessorList([LayoutLogitsProcessor(layout), *make_warpers(temperature, top_k, top_p)])
             model = _CachedModel(self.language_model, captions)
             rows = _rows_to_sample(layout, top, last)
             for step, (index, row) in enumerate(self.progress_bar(rows)):
@@ -256,19 +253,24 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
                     break
                 highest = []
                 for position in range(row.start, row.stop):
-                    logits = _guide(model.next_logits(sequences[:, :position]), guidance_scale)
+                    logits = model.next_logits(sequences[:, :position])
+                    if guidance_scale != 1:
+                        logits = guide(logits, guidance_scale)
                     scores = processors(sequences[:count, :position], logits)
                     highest.append(scores.amax(-1))
-                    tokens = scores.argmax(-1) if temperature == 0 else _draw_tokens(scores, generator)
+                    tokens = scores.argmax(-1) if temperature == 0 else draw(scores, generator)
                     sequences[:, position] = tokens.repeat(len(sequences) // count)
-                _check_scores(torch.stack(highest), self.language_model)
+                check_finite(torch.stack(highest), self.language_model, "language model")
                 if callback_on_step_end is not None:
                     ids = sequences[:count, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
                     tensors = {"ids": ids.clone()} if callback_on_step_end_tensor_inputs else {}
                     returned = callback_on_step_end(self, step, layout.scales[index], tensors) or {}
                     if "ids" in returned and not torch.equal(returned["ids"], ids):
-                        _check_returned(returned["ids"], ids, layout)
-                        replaced = returned["ids"].flatten(1).repeat(len(sequences) // count, 1)
+                        replaced = (
+                            check_returned_ids(returned["ids"], ids, layout.codebook_size)
+                            .flatten(1)
+                            .repeat(len(sequences) // count, 1)
+                        )
                         sequences[:, layout.spans[index].start : row.stop] = replaced
                         model = _CachedModel(self.language_model, captions)
 
@@ -363,26 +365,10 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         device = self._execution_device
         if class_labels is None:
             return torch.full((images,), num_classes, device=device)
-        numbers = self._number_names(class_labels)
-        labels = to_int64("labels", torch.as_tensor(numbers, device=device)).reshape(-1)
-        if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
+        labels = number_labels(class_labels, self.config["class_names"] or [], num_classes).to(device)
         if images not in (1, len(labels)):
             raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
         return labels
-
-    def _number_names(self, class_labels: Any) -> Any:
-        """Replaces names of classes by their numbers."""
-        if isinstance(class_labels, str):
-            names = self.config["class_names"] or []
-            if class_labels not in names:
-                raise ValueError(
-                    f"`class_labels` must be numbers in [0, {self.layout.num_classes}) or names of classes, "
-                    f"{reprlib.repr(names)}, got {class_labels!r}."
-                )
-            return names.index(class_labels)
-        is_list = isinstance(class_labels, list | tuple)
-        return [self._number_names(label) for label in class_labels] if is_list else class_labels
 
     def _encode_top(self, image: ImageInput | list[ImageInput], layout: SequenceLayout) -> list[torch.Tensor]:
         """Encodes the top parts of images to one grid of ids per scale."""
@@ -404,19 +390,6 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
             return ids
         sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (layout.height, layout.width), scale)
         return self.image_processor.postprocess(sample, output_type=output_type)
-
-
-@contextmanager
-def _evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Puts models in evaluation mode, and every module back in its own mode afterwards."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _CachedModel:
@@ -488,48 +461,6 @@ def _check_scales(scales: float | Sequence[float], layout: SequenceLayout) -> Se
     return scales
 
 
-def _check_sampling(
-    guidance_scale: float, temperature: float, top_k: int, top_p: float, num_images: int, output_type: str
-) -> None:
-    least, most = 1 / MAX_FACTOR, MAX_FACTOR
-    temperature_holds = temperature == 0 or least <= temperature <= most
-    rules = {
-        "guidance_scale": (guidance_scale, -most <= guidance_scale <= most, f"in [-{most:g}, {most:g}]"),
-        "temperature": (temperature, temperature_holds, f"0 or in [{least:g}, {most:g}]"),
-        "top_k": (top_k, top_k >= 0, "at least 0"),
-        "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        "num_images_per_prompt": (num_images, num_images >= 1, "at least 1"),
-        "output_type": (output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
-    }
-    for name, (value, holds, rule) in rules.items():
-        if not holds:
-            raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
-
-
-def _check_tensor_inputs(names: Sequence[str], known: Sequence[str]) -> None:
-    if not set(names) <= set(known):
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {list(known)}, got {list(names)}.")
-
-
-def _check_returned(returned: torch.Tensor, sampled: torch.Tensor, layout: SequenceLayout) -> None:
-    low, high = to_int64("ids", returned).aminmax()
-    if returned.shape != sampled.shape or not 0 <= low <= high < layout.codebook_size:
-        raise ValueError(
-            f"`ids` that `callback_on_step_end` returns must have shape {tuple(sampled.shape)} and lie in [0, "
-            f"{layout.codebook_size}), got shape {tuple(returned.shape)} in [{low}, {high}]."
-        )
-
-
-def _check_scores(highest: torch.Tensor, language_model: PreTrainedModel) -> None:
-    """Raises for logits with NaN or infinity, which make the highest score of a draw NaN or infinite."""
-    if not highest.isfinite().all():
-        raise ValueError(
-            f"the logits of the language model must be finite, but {type(language_model).__name__} in "
-            f"{language_model.dtype} returned NaN or infinity. Load it in another `dtype`, such as torch.float32, or "
-            "use a model with finite weights."
-        )
-
-
 def _prompt(layout: SequenceLayout, labels: torch.Tensor, top: list[torch.Tensor]) -> torch.Tensor:
     """Sequences with the labels and given rows, and id 0 elsewhere."""
     grids = [labels.new_zeros((len(labels), *size)) for size in layout.grids]
@@ -546,33 +477,3 @@ def _rows_to_sample(layout: SequenceLayout, top: list[torch.Tensor], last: int) 
         starts = [span.start + row * columns for row in range(given, rows)]
         sampled += [(index, range(start, start + columns)) for start in starts]
     return sampled
-
-
-def _processors(layout: SequenceLayout, temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
-    processors = LogitsProcessorList([LayoutLogitsProcessor(layout)])
-    if temperature not in (0, 1):
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    return processors
-
-
-def _guide(logits: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    if guidance_scale == 1:
-        return logits
-    conditional, unconditional = logits.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def _draw_tokens(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Draws one token per row of scores, by the Gumbel-max trick in its exponential form."""
-    return (scores.softmax(-1) / _exponential(scores.shape, generator, scores.device)).argmax(-1)
-
-
-def _exponential(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
-    if isinstance(generator, list):
-        return torch.cat([_exponential(torch.Size((1, *shape[1:])), source, device) for source in generator])
-    drawn_on = device if generator is None else generator.device
-    return torch.empty(shape, device=drawn_on).exponential_(generator=generator).to(device)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -17,7 +16,6 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE, pad_to_multiple
 from svqvae_hf.pipelines.sampling import (
     Generators,
     Labels,
-    check_codebook,
     check_finite,
     check_generators,
     check_returned_ids,
@@ -93,7 +91,12 @@ class SVQVAENextScalePipeline(DiffusionPipeline):
             last = schedule[-1] if schedule else 1
             size = (last, last) if isinstance(last, int) else (last[0], last[-1])
             self.trained_schedule = fit_schedule(schedule, size)
-        found = check_codebook(vqvae, codebook_fingerprint, "transformer")
+        found = vqvae.codebook_fingerprint()
+        if codebook_fingerprint not in (None, found):
+            raise ValueError(
+                "`vqvae` must have the codebook whose ids the transformer was trained on, with fingerprint "
+                f"{codebook_fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
+            )
         self.register_modules(vqvae=vqvae, transformer=transformer)
         self.register_to_config(
             schedule=[list(size) for size in self.trained_schedule],
@@ -220,7 +223,7 @@ class SVQVAENextScalePipeline(DiffusionPipeline):
                 if known:
                     ids = _keep(known[step], ids)
                 if callback_on_step_end is not None:
-                    tensors = {"ids": ids} if callback_on_step_end_tensor_inputs else {}
+                    tensors = {"ids": ids.clone()} if callback_on_step_end_tensor_inputs else {}
                     returned = callback_on_step_end(self, step, size, tensors) or {}
                     ids = check_returned_ids(returned.get("ids", ids), ids, self.transformer.config["codebook_size"])
                 if self.interrupt:
@@ -328,8 +331,7 @@ class SVQVAENextScalePipeline(DiffusionPipeline):
         if output_type == "latent":
             return ids
         sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (height, width), 1.0)
-        images = self.image_processor.postprocess(sample, output_type=output_type)
-        return images if output_type == "pil" else (np.stack if output_type == "np" else torch.stack)(images)
+        return self.image_processor.postprocess(sample, output_type=output_type)
 
 
 class _ScalePredictor:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.pipelines.sequences import to_int64
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -45,24 +45,13 @@ def fetch_pipeline(cls: type[DiffusionPipeline], name: str | os.PathLike, **kwar
         OSError: The pipeline does not exist or cannot be downloaded.
         ValueError: It has another class.
     """
-    folder = os.fspath(name) if os.path.isdir(name) else cls.download(name, **kwargs)
+    folder = os.fspath(name) if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
     found = cls.load_config(folder)["_class_name"]
     if found != cls.__name__:
         raise ValueError(
             f"the pipeline of `{name}` must be a {cls.__name__}, but is a {found}. Load it with `DiffusionPipeline`."
         )
     return folder
-
-
-def check_codebook(vqvae: SVQVAE, fingerprint: str | None, network: str) -> str:
-    """Returns the fingerprint of the codebook, and raises unless it is the given one, if any."""
-    found = vqvae.codebook_fingerprint()
-    if fingerprint not in (None, found):
-        raise ValueError(
-            f"`vqvae` must have the codebook whose ids the {network} was trained on, with fingerprint {fingerprint}, "
-            f"but has one with {found}. Use the SVQVAE that the pipeline was saved with."
-        )
-    return found
 
 
 def check_sampling(

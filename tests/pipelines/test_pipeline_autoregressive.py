@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAEImageProcessor
-from svqvae_hf.pipelines.pipeline_autoregressive import _draw_tokens
+from svqvae_hf.pipelines.sampling import draw
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
 
 SCALES = (0.25, 0.5, 1.0)
@@ -188,7 +188,7 @@ def test_all_samples_of_an_untrained_model_decode(pipeline):
 
 def test_draws_follow_the_probabilities():
     scores = torch.tensor([2.0, 1.0, -torch.inf, 0.0, -1.0])
-    draws = _draw_tokens(scores.expand(100_000, -1), seeded())
+    draws = draw(scores.expand(100_000, -1), seeded())
     shares = torch.bincount(draws, minlength=5) / len(draws)
     torch.testing.assert_close(shares, scores.softmax(0), atol=0.006, rtol=0)
     assert shares[2] == 0
@@ -601,7 +601,7 @@ def test_without_names_a_name_raises(pipeline):
 
 
 def test_labels_must_be_integers(pipeline):
-    with pytest.raises(TypeError, match="`labels` must be tensors of integers, got torch.float32"):
+    with pytest.raises(TypeError, match="`class_labels` must be tensors of integers, got torch.float32"):
         pipeline([0.5])
 
 
