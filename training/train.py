@@ -47,8 +47,13 @@ logger = get_logger(__name__, log_level="INFO")
 
 def main(options: TrainOptions) -> None:
     """Trains an SVQVAE, and saves it with its card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+    with Run(options) as run:
+        train(run)
+
+
+def train(run: Run[TrainOptions]) -> None:
+    """Trains the model, from the start or from the checkpoint of the run."""
+    options, accelerator = run.options, run.accelerator
 
     # Model and images
     vqvae = load_model(options).to(accelerator.device)

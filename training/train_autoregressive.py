@@ -18,7 +18,7 @@ from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.tokens.image_tokens import check_same_codebook
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import PipelineOptions, option, read_options, required
+from svqvae_hf.trainer.options import PipelineOptions, changeable, option, read_options, required
 from svqvae_hf.trainer.pipeline_run import load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, one_line_errors
 
@@ -32,13 +32,18 @@ class AutoregressiveOptions(PipelineOptions):
 
     token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder or Hub id.")
     train_batch_size: int = option(8, "Sequences per batch of one process.")
-    guidance_scale: float = option(1.0, "Guidance scale of the images of a validation.")
+    guidance_scale: float = changeable(1.0, "Guidance scale of the images of a validation.")
 
 
 def main(options: AutoregressiveOptions) -> None:
     """Trains a language model, and saves its pipeline with a card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+    with Run(options) as run:
+        train(run)
+
+
+def train(run: Run[AutoregressiveOptions]) -> None:
+    """Trains the model, from the start or from the checkpoint of the run."""
+    options, accelerator = run.options, run.accelerator
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import datasets
 import torch
 import torch.nn.functional as F
+from accelerate.logging import get_logger
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
@@ -18,13 +19,15 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, changeable, read_options
 from svqvae_hf.trainer.pipeline_run import latent_side, load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (-1.0, 1.0)  # of both pipelines
 DENOISERS = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel)}
 NUM_CLASSES = 1000  # DiTPipeline guides with the label after these, for any transformer
+
+logger = get_logger(__name__, log_level="INFO")
 
 Denoiser: TypeAlias = UNet2DModel | DiTTransformer2DModel
 
@@ -33,8 +36,8 @@ Denoiser: TypeAlias = UNet2DModel | DiTTransformer2DModel
 class DiffusionOptions(PipelineOptions, ImageOptions):
     """Options of training a denoiser."""
 
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
+    gradient_checkpointing: bool = changeable(False, "Recompute activations in the backward pass to save memory.")
+    num_inference_steps: int = changeable(50, "Denoising steps of the images of a validation.")
 
     def __post_init__(self) -> None:
         """Checks the options of denoisers as well."""
@@ -44,8 +47,13 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
 
 def main(options: DiffusionOptions) -> None:
     """Trains a denoiser, and saves its pipeline with a card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+    with Run(options) as run:
+        train(run)
+
+
+def train(run: Run[DiffusionOptions]) -> None:
+    """Trains the model, from the start or from the checkpoint of the run."""
+    options, accelerator = run.options, run.accelerator
 
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
@@ -69,6 +77,8 @@ def main(options: DiffusionOptions) -> None:
                 sample, generator = images.to_device(batch), run.batch_generator()
                 with torch.no_grad(), accelerator.autocast():
                     latents = vqvae.encode(sample).latents.float() * vqvae.config["scaling_factor"]
+                if loader.batch == 1:
+                    warn_of_latent_std(latents.std().item())
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
                 timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator).to(latents.device)
                 noisy = noise_schedule.add_noise(latents, noise, timesteps)
@@ -140,6 +150,15 @@ def make_noise_schedule() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
+
+
+def warn_of_latent_std(std: float) -> None:
+    """Warns if the standard deviation of the first latents is far from that of the noise, 1."""
+    if not 0.5 < std < 2:
+        logger.warning(
+            f"Latents should have a standard deviation near 1, as the noise has, but have {std:.3g}. Set the "
+            "`scaling_factor` of the SVQVAE with training/measure_scaling_factor.py."
+        )
 
 
 def check_labels(options: DiffusionOptions, denoiser: Denoiser) -> None:

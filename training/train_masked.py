@@ -19,7 +19,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options, required
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, changeable, read_options, required
 from svqvae_hf.trainer.pipeline_run import latent_side, load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, one_line_errors
 
@@ -36,13 +36,18 @@ class MaskedOptions(PipelineOptions, ImageOptions):
     text_encoder_name_or_path: str = required(
         "CLIP with its tokenizer, whose text encoder reads captions: folder or Hub id."
     )
-    validation_prompts: list[str] = option([""], "Captions of the images of a validation, in turn.")
+    validation_prompts: list[str] = changeable([""], "Captions of the images of a validation, in turn.")
 
 
 def main(options: MaskedOptions) -> None:
     """Trains a masked image model, and saves its pipeline with a card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+    with Run(options) as run:
+        train(run)
+
+
+def train(run: Run[MaskedOptions]) -> None:
+    """Trains the model, from the start or from the checkpoint of the run."""
+    options, accelerator = run.options, run.accelerator
 
     # Models and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)

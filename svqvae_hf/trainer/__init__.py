@@ -41,7 +41,15 @@ from svqvae_hf.trainer.network.model import (
     whiten_latents,
 )
 from svqvae_hf.trainer.optimization import clip_and_step, gradient_norm, make_optimizer, parameter_groups
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, RunOptions, option, read_options, required
+from svqvae_hf.trainer.options import (
+    ImageOptions,
+    PipelineOptions,
+    RunOptions,
+    changeable,
+    option,
+    read_options,
+    required,
+)
 from svqvae_hf.trainer.pipeline_run import latent_side, load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
 from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image
@@ -74,6 +82,7 @@ __all__ = [
     "UniformityLoss",
     "adaptive_weight",
     "centre_crops",
+    "changeable",
     "clip_and_step",
     "forget_codes",
     "gradient_norm",

@@ -3,15 +3,18 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
 RUN_STATE = "run_state.pt"
+OPTIONS = "train_config.yaml"
 NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -59,6 +62,7 @@ def save_checkpoint(
     step: int,
     run_state: Mapping[str, Any],
     rank_state: Mapping[str, Any],
+    options: Mapping[str, Any],
     total_limit: int | None,
 ) -> None:
     """Writes a checkpoint under another name, renames it to `checkpoint-STEP`, and removes the oldest ones.
@@ -71,6 +75,7 @@ def save_checkpoint(
         step (`int`): Steps done.
         run_state (`Mapping`): Other state that is equal on all processes: tensors and plain values.
         rank_state (`Mapping`): State of this process alone.
+        options (`Mapping`): Options of the run, in the form for publishing.
         total_limit (`int`, *optional*): Number of newest checkpoints to keep; all by default.
 
     Raises:
@@ -87,6 +92,7 @@ def save_checkpoint(
         torch.save(dict(rank_state), partial / _rank_file(accelerator))
         if accelerator.is_main_process:
             torch.save({**run_state, "num_processes": accelerator.num_processes}, partial / RUN_STATE)
+            (partial / OPTIONS).write_text(yaml.safe_dump(dict(options), sort_keys=False), encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
         message = f"`{path}` cannot be written: {' '.join(str(error).split())}."
@@ -104,6 +110,21 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+def read_checkpoint_options(path: Path) -> dict[str, Any] | None:
+    """Reads the options of the run that wrote a checkpoint. Returns None if it is of version 1.0, which kept none.
+
+    Args:
+        path (`Path`): Folder of the checkpoint.
+
+    Raises:
+        ValueError: If they are damaged.
+    """
+    if not (path / OPTIONS).exists():
+        return None
+    with _one_line_reason(path):
+        return dict(yaml.safe_load((path / OPTIONS).read_text(encoding="utf-8")))
+
+
 def load_checkpoint(
     accelerator: Accelerator, path: Path, names: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,9 +136,11 @@ def load_checkpoint(
         names (`Iterable[str]`): Names that the run's state must hold.
 
     Raises:
-        ValueError: If another number of processes wrote it, or a run without some parts of this run.
+        ValueError: If another number of processes wrote it, or a run without some parts of this run or with another
+            network, or it is damaged.
     """
-    run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
+    with _one_line_reason(path):
+        run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
     if run_state["num_processes"] != accelerator.num_processes:
         raise ValueError(
             f"`{path}` must be resumed by as many processes as wrote it, {run_state['num_processes']}, but there are "
@@ -130,8 +153,24 @@ def load_checkpoint(
             f"`{path}` must hold the state of all parts of the run, but lacks {', '.join(missing)}. Use the options "
             "of the run that wrote it, or start a new run from its model with `--pretrained_model_name_or_path`."
         )
-    accelerator.load_state(str(path))
-    return run_state, torch.load(path / _rank_file(accelerator), map_location="cpu", weights_only=True)
+    with _one_line_reason(path):
+        accelerator.load_state(str(path))
+        return run_state, torch.load(path / _rank_file(accelerator), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _one_line_reason(path: Path) -> Iterator[None]:
+    """Turns an error of reading a checkpoint into one line, with the first fault of many."""
+    try:
+        yield
+    except Exception as error:  # damaged files raise errors of nearly any kind
+        faults = [line.strip() for line in str(error).splitlines()] or [repr(error)]
+        fault = faults[1] if faults[0].startswith("Error(s) in loading state_dict") else faults[0]
+        raise ValueError(
+            f"`{path}` must be a complete checkpoint of the same network, but cannot be loaded: "
+            f"{fault.partition('. ')[0].rstrip('.')}. Use the config of the run that wrote it, or resume from another "
+            "checkpoint."
+        ) from error
 
 
 def _rank_file(accelerator: Accelerator) -> str:

@@ -1,6 +1,6 @@
 """Optimizer, learning rate schedule, and one update of the weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,31 @@ def make_optimizer(
         options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=num_steps
     )
     return optimizer, lr_scheduler
+
+
+def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Sets a schedule and its optimizer to the hyperparameters of this run, after their state has been loaded.
+
+    Args:
+        lr_scheduler (`LambdaLR`): Schedule, with its optimizer.
+        steps_done (`int`): Steps of the schedule that are done.
+        groups (`Sequence[Mapping]`): From [`hyperparameters`], before the state was loaded.
+    """
+    lr_scheduler.last_epoch = steps_done
+    lr_scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    factors = [factor(steps_done) for factor in lr_scheduler.lr_lambdas]
+    rates = [rate * factor for rate, factor in zip(lr_scheduler.base_lrs, factors, strict=True)]
+    for loaded, group, rate in zip(lr_scheduler.optimizer.param_groups, groups, rates, strict=True):
+        loaded.update(group, lr=rate)
+    lr_scheduler._last_lr = rates
+
+
+def hyperparameters(lr_scheduler: LambdaLR) -> list[dict[str, Any]]:
+    """Hyperparameters of each group of the optimizer of a schedule."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in lr_scheduler.optimizer.param_groups
+    ]
 
 
 def clip_and_step(

@@ -1,11 +1,13 @@
 """Options of training scripts, and how they are read from flags and YAML files."""
 
+import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -20,20 +22,45 @@ PATHS = (  # options that may hold a path of this machine
     *("train_data_dir", "validation_data_dir", "token_set"),
 )
 
+LOCATION = ("output_dir", "resume_from_checkpoint")  # where a run is, not how it trains
+
 Options = TypeVar("Options", bound="RunOptions")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """Field of an option with its default, its help and, if any, its choices."""
-    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    """Field of an option with its default, its help and, if any, its choices. A resumed run must keep its value."""
+    return _field({"help": text} | ({"choices": list(choices)} if choices else {}), default)
+
+
+def changeable(
+    default: Any, text: str, choices: Sequence[str] | None = None, *, unless: Callable[[Any, Any], bool] | None = None
+) -> Any:
+    """Field of an option whose new value a resumed run applies.
+
+    Args:
+        default: Default value.
+        text (`str`): Help.
+        choices (`Sequence[str]`, *optional*): Values to choose from.
+        unless (`Callable`, *optional*): Whether the run must keep its value, by its old and its new value.
+    """
+    metadata = {"help": text, "changeable": unless or (lambda old, new: False)}
+    return _field(metadata | ({"choices": list(choices)} if choices else {}), default)
+
+
+def switches(old: Any, new: Any) -> bool:
+    """Whether one of two values is 0, or off, and the other is not."""
+    return bool(old) != bool(new)
 
 
 def required(text: str) -> Any:
-    """Field of an option that must be given."""
+    """Field of an option that must be given. A resumed run must keep its value."""
     return field(kw_only=True, metadata={"help": text})
+
+
+def _field(metadata: dict[str, Any], default: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -52,32 +79,41 @@ class RunOptions:
     # Optimisation
     train_batch_size: int = option(8, "Examples in a batch of one process.")
     gradient_accumulation_steps: int = option(1, "Batches per step, whose mean gradient updates the weights.")
-    max_train_steps: int = option(100_000, "Updates of the weights.")
-    learning_rate: float = option(1e-4, "Peak learning rate.")
-    lr_scheduler: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
-    lr_warmup_steps: int = option(500, "Steps in which the learning rate rises from 0.")
-    adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.")
-    adam_beta2: float = option(0.95, "Decay of AdamW's mean of squared gradients.")
-    adam_weight_decay: float = option(0.05, "AdamW's weight decay, only on weights of convolutions and matrices.")
-    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
-    max_skipped_steps: int = option(
+    max_train_steps: int = changeable(100_000, "Updates of the weights.")
+    learning_rate: float = changeable(1e-4, "Peak learning rate.")
+    lr_scheduler: str = changeable("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
+    lr_warmup_steps: int = changeable(500, "Steps in which the learning rate rises from 0.")
+    adam_beta1: float = changeable(0.9, "Decay of AdamW's mean of gradients.")
+    adam_beta2: float = changeable(0.95, "Decay of AdamW's mean of squared gradients.")
+    adam_weight_decay: float = changeable(0.05, "AdamW's weight decay, only on weights of convolutions and matrices.")
+    max_grad_norm: float = changeable(1.0, "Norm to which gradients are clipped.")
+    max_skipped_steps: int = changeable(
         10, "Maximum number of successive steps skipped for gradients that are not finite; after more the run stops."
     )
     use_ema: bool = option(False, "Average the weights over the steps (EMA), and validate and save the average.")
-    ema_decay: float = option(0.999, "Decay of the average.")
-    mixed_precision: str | None = option(None, "Precision, instead of accelerate's setting.", ("no", "bf16", "fp16"))
+    ema_decay: float = changeable(0.999, "Decay of the average.")
+    mixed_precision: str | None = changeable(
+        None,
+        "Precision, instead of accelerate's setting.",
+        ("no", "bf16", "fp16"),
+        unless=lambda old, new: new == "fp16",  # its loss scale is part of a checkpoint
+    )
 
     # Checkpoints, validation, log
-    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Number of newest checkpoints to keep; all by default.")
+    checkpointing_steps: int = changeable(1000, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = changeable(None, "Number of newest checkpoints to keep; all by default.")
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder, or 'latest': the newest in --output_dir, if any."
     )
-    validation_steps: int = option(1000, "Steps between validations.")
-    logging_steps: int = option(50, "Steps between log lines.")
-    report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none by default.")
-    push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
-    hub_model_id: str | None = option(None, "Repository to upload to, org/name; the name of --output_dir by default.")
+    validation_steps: int = changeable(1000, "Steps between validations.")
+    logging_steps: int = changeable(50, "Steps between log lines.")
+    report_to: str | None = changeable(
+        None, "Tracker: tensorboard, wandb or another of accelerate's; none by default."
+    )
+    push_to_hub: bool = changeable(False, "Upload the trained model, with its card, at the end.")
+    hub_model_id: str | None = changeable(
+        None, "Repository to upload to, org/name; the name of --output_dir by default."
+    )
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
@@ -88,11 +124,6 @@ class RunOptions:
         )
         self.check_not_negative("lr_warmup_steps", "adam_weight_decay", "max_skipped_steps", "seed")
         self.check_fractions("ema_decay")
-
-    @property
-    def find_unused_parameters(self) -> bool:
-        """Whether some steps leave parameters without a gradient, which DDP must know."""
-        return False
 
     @property
     def num_batches(self) -> int:
@@ -137,23 +168,23 @@ class RunOptions:
 class ImageOptions(RunOptions):
     """Options of runs on images: the image set, and how crops are cut."""
 
-    dataset_name: str | None = option(None, "Image set: Hub id, local data set, or a format such as webdataset.")
+    dataset_name: str | None = changeable(None, "Image set: Hub id, local data set, or a format such as webdataset.")
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
-    data_files: list[str] = option([], "Files or globs of the image set, such as tar or Parquet shards.")
-    train_data_dir: str | None = option(None, "Folder of images, instead of --dataset_name.")
+    data_files: list[str] = changeable([], "Files or globs of the image set, such as tar or Parquet shards.")
+    train_data_dir: str | None = changeable(None, "Folder of images, instead of --dataset_name.")
     split: str = option("train", "Split of the image set.")
     streaming: bool = option(False, "Read the image set as a stream, without a copy on disk.")
     shuffle_buffer: int = option(1000, "Images of a stream that are shuffled at a time.")
     image_column: str = option("image", "Column of the image set that holds the images.")
-    max_unreadable_share: float = option(0.1, "Maximum fraction of unreadable images; beyond it the run stops.")
+    max_unreadable_share: float = changeable(0.1, "Maximum fraction of unreadable images; beyond it the run stops.")
     train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
     resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
-    center_crop: bool = option(False, "Cut crops at the centre, not at random positions.")
-    random_flip: bool = option(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
-    resize_range: list[float] = option(
+    center_crop: bool = changeable(False, "Cut crops at the centre, not at random positions.")
+    random_flip: bool = changeable(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
+    resize_range: list[float] = changeable(
         [1.0, 1.0], "Range of the random factor by which an image is resized before it is cropped."
     )
-    dataloader_num_workers: int = option(2, "Processes that cut crops.")
+    dataloader_num_workers: int = changeable(2, "Processes that cut crops.")
 
     def __post_init__(self) -> None:
         """Checks the options of images as well."""
@@ -184,8 +215,8 @@ class PipelineOptions(RunOptions):
     label_column: str | None = option(
         None, "Column of the set that holds labels or captions; in a folder of folders of images, 'label' names these."
     )
-    label_dropout: float = option(0.1, "Fraction of examples trained without their label, for guidance.")
-    num_validation_images: int = option(4, "Images sampled at a validation.")
+    label_dropout: float = changeable(0.1, "Fraction of examples trained without their label, for guidance.")
+    num_validation_images: int = changeable(4, "Images sampled at a validation.")
 
     def __post_init__(self) -> None:
         """Checks the options of pipelines as well."""
@@ -202,15 +233,39 @@ def read_options(options_class: type[Options], arguments: Sequence[str]) -> Opti
         arguments (`Sequence[str]`): Command line after the script's name: `[config.yaml] [--name value ...]`.
 
     Raises:
-        ValueError: If an option is unknown, or the file does not map options to values.
-        SystemExit: If a value is of the wrong type; argparse then prints the reason.
+        ValueError: If an option is unknown or missing, a value is of the wrong type, or the file does not map options
+            to values.
     """
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments[:1] = _flags(options_class, Path(arguments[0]))
-    parser = HfArgumentParser(options_class, prog=script_name(), allow_abbrev=False)
+    parser = OptionParser(options_class, prog=script_name(), allow_abbrev=False)
     (options,) = parser.parse_args_into_dataclasses(arguments)
     return options
+
+
+class OptionParser(HfArgumentParser):
+    """Parser of the options of a script. A flag empties a list with no value, and unsets an option with `none`."""
+
+    def add_argument(self, *flags: str, changeable: object = None, **settings: Any) -> argparse.Action:
+        """Adds an option, whose metadata are `settings`."""
+        if settings.get("nargs") == "+":
+            settings["nargs"] = "*"
+        if "default" in settings and settings["default"] is None and "choices" not in settings:
+            settings["type"] = _or_none(settings["type"])
+        return super().add_argument(*flags, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error, without the usage, which lists every option."""
+        raise ValueError(message)
+
+
+def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    @wraps(convert, updated=())
+    def convert_or_none(text: str) -> Any:
+        return None if text == "none" else convert(text)
+
+    return convert_or_none
 
 
 def is_hub_id(source: str) -> bool:
@@ -233,6 +288,34 @@ def public_options(options: RunOptions) -> dict[str, Any]:
     return entries
 
 
+def changed_options(old: Mapping[str, Any], options: RunOptions, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+    """Options that differ between a resumed run and the run that wrote its checkpoint, in the form for publishing.
+
+    Args:
+        old (`Mapping[str, Any]`): Public options of the run that wrote the checkpoint.
+        options ([`RunOptions`]): Options of the resumed run.
+        checkpoint (`Path`): The checkpoint.
+
+    Returns:
+        `dict[str, tuple]`: Old and new value of each by name.
+
+    Raises:
+        ValueError: If one differs that the run must keep.
+    """
+    new = public_options(options)
+    must_stay = {each.name: each.metadata.get("changeable", lambda old, new: True) for each in fields(options)}
+    changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+    for name in LOCATION:
+        changed.pop(name, None)
+    for name, values in changed.items():
+        if must_stay[name](*values):
+            raise ValueError(
+                f"`--{name}` must stay {values[0]!r} as in the run that wrote `{checkpoint}`, but is {values[1]!r}. "
+                "Set it back, or start a new run in another `--output_dir`."
+            )
+    return changed
+
+
 def script_name() -> str:
     """File name of the running script."""
     return Path(sys.argv[0]).name
@@ -246,14 +329,11 @@ def _flags(options_class: type[RunOptions], path: Path) -> Iterable[str]:
         raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
-    factories = {each.name: each.default_factory for each in fields(options_class)}
-    unknown = sorted(str(key) for key in entries if key not in factories)
+    unknown = sorted(str(key) for key in entries.keys() - {each.name for each in fields(options_class)})
     if unknown:
         raise ValueError(f"`{path}` must have only options of the script, but has {', '.join(unknown)}.")
     flags = []
     for name, value in entries.items():
-        factory = factories[name]
-        if value is None or (value == [] and callable(factory) and factory() == []):  # a flag cannot say either
-            continue
-        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags

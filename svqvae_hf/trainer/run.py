@@ -1,6 +1,5 @@
 """A training run: signals, exact resumption, checkpoints, log, averaged weights, and the published result."""
 
-import dataclasses
 import logging
 import os
 import re
@@ -20,8 +19,9 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,11 +29,20 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from svqvae_hf.atomic_io import write_file
-from svqvae_hf.trainer.checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, save_checkpoint
-from svqvae_hf.trainer.optimization import SHARDED, clip_and_step
-from svqvae_hf.trainer.options import Options, RunOptions, public_options, script_name
+from svqvae_hf.trainer.checkpoints import (
+    OPTIONS,
+    checkpoint_step,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint_options,
+    save_checkpoint,
+)
+from svqvae_hf.trainer.optimization import SHARDED, clip_and_step, hyperparameters, resume_schedule
+from svqvae_hf.trainer.options import Options, RunOptions, changed_options, public_options, script_name
 from svqvae_hf.trainer.tracking import Means, Throughput
 
+LOCK = ".lock"
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
 
 logger = get_logger(__name__, log_level="INFO")
@@ -46,6 +55,10 @@ class Loader(Protocol):
     """
 
     batch: int  # batches yielded, including those before the loaded state
+
+    @property
+    def contents(self) -> str:
+        """Size of its set for the log, such as "41 images"."""
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the remaining batches."""
@@ -68,13 +81,18 @@ class Stateful(Protocol):
 
 
 class Interruption:
-    """Turns SIGTERM and Ctrl-C into a request that all processes see at the end of a step.
+    """Turns SIGTERM, Ctrl-C and the end of the launcher into a request that all processes see at the end of a step.
 
     A second signal ends the process at once.
+
+    Args:
+        accelerator (`Accelerator`): Accelerator whose processes stop together.
+        launcher (`int`, *optional*): Process of `accelerate launch`, which does not pass signals on.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, launcher: int | None):
         self.accelerator = accelerator
+        self.launcher = launcher
         self.exit_code = 128 + signal.SIGTERM
 
     def __enter__(self) -> "Interruption":
@@ -84,6 +102,12 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Whether any process got a signal or lost its launcher; all processes must ask."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.__exit__()
@@ -97,26 +121,29 @@ class Run(Generic[Options]):
     A script makes the run first, then its model, loader and optimizer, and passes them to [`Run.start`]. It writes its
     loop over [`Run.steps`], with forward pass, loss and `accelerator.backward`, then calls [`Run.update_weights`]:
 
-        run = Run(options)
-        ...
-        run.start(network, loader, lr_scheduler)
-        for step, batches in run.steps():
-            for batch in batches:
-                with run.accelerator.accumulate(model):
-                    loss = ...
-                    run.accelerator.backward(loss)
-                    run.add({"loss": loss})
-                    if run.accelerator.sync_gradients:
-                        run.add(run.update_weights(model, optimizer, lr_scheduler))
-            if run.logs_after(step):
-                run.log_training(step)
-        state_dict = run.final_weights(model)
+        with Run(options) as run:
+            ...
+            run.start(network, loader, lr_scheduler)
+            for step, batches in run.steps():
+                for batch in batches:
+                    with run.accelerator.accumulate(model):
+                        loss = ...
+                        run.accelerator.backward(loss)
+                        run.add({"loss": loss})
+                        if run.accelerator.sync_gradients:
+                            run.add(run.update_weights(model, optimizer, lr_scheduler))
+                if run.logs_after(step):
+                    run.log_training(step)
+            state_dict = run.final_weights(model)
+
+    As a context, it lets go of the output folder, in which no other run may train meanwhile.
 
     Args:
         options ([`RunOptions`]): Options.
 
     Raises:
-        ValueError: If there is no such checkpoint, or the engine cannot serve the options.
+        ValueError: If another run trains in the output folder, there is no such checkpoint, a run with an option that
+            must stay as it was wrote it, or the engine cannot serve the options.
     """
 
     network: nn.Module
@@ -130,11 +157,22 @@ class Run(Generic[Options]):
     def __init__(self, options: Options):
         self.options = options
         self.output_dir = Path(options.output_dir)
-        self.checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint)
         self.accelerator = make_accelerator(options)
+        self.launcher = os.getppid() if LAUNCHED in os.environ else None
+        self.checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint)
+        self.changed = {} if self.checkpoint is None else self._changed_options(self.checkpoint)
         set_seed(options.seed)
         self.skipped = 0
         self.means, self.throughput = Means(), Throughput()
+        self.lock = FileLock(self.output_dir / LOCK, blocking=False)
+        if self.output_dir.is_dir():  # else as late as it is made
+            self._lock_output_dir()
+
+    def __enter__(self) -> "Run[Options]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release(force=True)
 
     def start(
         self, network: nn.Module, loader: Loader, lr_scheduler: LambdaLR, states: Mapping[str, Stateful] | None = None
@@ -156,9 +194,11 @@ class Run(Generic[Options]):
         if self.options.use_ema:
             self.ema = self.states["ema"] = EMAModel(network.parameters(), decay=self.options.ema_decay)
         self.states |= states or {}
-        self.repo_id = self._make_repository()
         if self.checkpoint is not None:
             self.first_step = self._resume(self.checkpoint)
+        self.repo_id = self._make_repository()
+        self._open_output_dir()
+        self._log_start()
 
     # The loop
 
@@ -173,11 +213,11 @@ class Run(Generic[Options]):
         steps = range(self.first_step, options.max_train_steps)
         bar = tqdm(steps, initial=self.first_step, total=options.max_train_steps, unit="step", disable=not on_terminal)
         batches = iter(self.loader)
-        with logging_redirect_tqdm(), Interruption(accelerator) as interruption:
+        with logging_redirect_tqdm(), Interruption(accelerator, self.launcher) as interruption:
             for step in bar:
                 yield step, islice(batches, options.gradient_accumulation_steps)
                 steps_done = step + 1
-                interrupted = accelerator.check_trigger()
+                interrupted = interruption.requested()
                 due = steps_done % options.checkpointing_steps == 0 or steps_done == options.max_train_steps
                 if due or interrupted:
                     self._save_checkpoint(steps_done)
@@ -266,31 +306,78 @@ class Run(Generic[Options]):
             steps_done,
             {name: holder.state_dict() for name, holder in self.states.items()},
             {"loader": self.loader.state_dict(), "skipped": self.skipped},
+            public_options(self.options),
             self.options.checkpoints_total_limit,
         )
 
-    def _resume(self, checkpoint: Path) -> int:
-        """Loads a checkpoint and returns the first step to do."""
-        options, steps_done = self.options, checkpoint_step(checkpoint)
-        if steps_done > options.max_train_steps:
+    def _changed_options(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Old and new values of the options that a checkpoint's run had otherwise. Raises if one must stay."""
+        steps_done, max_train_steps = checkpoint_step(checkpoint), self.options.max_train_steps
+        if steps_done > max_train_steps:
             raise ValueError(
                 f"`--max_train_steps` must be at least {steps_done}, the steps of `{checkpoint}`, but is "
-                f"{options.max_train_steps}. Raise it, or resume from an older checkpoint in another folder."
+                f"{max_train_steps}. Raise it, or resume from an older checkpoint in another folder."
             )
+        old = read_checkpoint_options(checkpoint)
+        if old is None:
+            logger.warning(f"`{checkpoint}` does not hold the options of its run, so changes of them are not noticed.")
+            return {}
+        return changed_options(old, self.options, checkpoint)
+
+    def _resume(self, checkpoint: Path) -> int:
+        """Loads a checkpoint and returns the first step to do."""
+        schedules = {name: state for name, state in self.states.items() if isinstance(state, LambdaLR)}
+        groups = {name: hyperparameters(schedule) for name, schedule in schedules.items()}
         run_state, rank_state = load_checkpoint(self.accelerator, checkpoint, self.states)
-        for name, holder in self.states.items():
-            holder.load_state_dict(run_state[name])
+        for name in self.states.keys() - schedules.keys():
+            self.states[name].load_state_dict(run_state[name])
+        for name, schedule in schedules.items():
+            resume_schedule(schedule, run_state[name]["last_epoch"], groups[name])
         if self.ema is not None:
+            self.ema.decay = self.options.ema_decay
             self.ema.to(self.accelerator.device)  # its state is loaded to the CPU
         self.loader.load_state_dict(rank_state["loader"])
-        if self.loader.batch != steps_done * options.gradient_accumulation_steps:
-            raise ValueError(
-                f"`--gradient_accumulation_steps` must be {self.loader.batch // steps_done} as in the run that wrote "
-                f"`{checkpoint}`, but is {options.gradient_accumulation_steps}."
-            )
         self.skipped = rank_state["skipped"]
         logger.info(f"Resumed from {checkpoint}")
-        return steps_done
+        for name, (old, new) in self.changed.items():
+            logger.info(f"Changed on resume: --{name} from {old} to {new}")
+        return checkpoint_step(checkpoint)
+
+    # The output folder
+
+    def _lock_output_dir(self) -> None:
+        """Keeps other runs out of the output folder, until this one lets go of it or its process ends."""
+        if not self.accelerator.is_main_process or self.lock.is_locked:
+            return
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"Only one run at a time may train in an `--output_dir`, but another one is in `{self.output_dir}`. "
+                "Wait for its end, or choose another folder."
+            ) from None
+
+    def _open_output_dir(self) -> None:
+        """Writes the options of the accepted run to `train_config.yaml`, and starts its trackers."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self._lock_output_dir()
+            text = yaml.safe_dump(public_options(self.options), sort_keys=False)
+            write_file(self.output_dir / OPTIONS, text.encode())
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("svqvae")
+
+    def _log_start(self) -> None:
+        options, num_processes = self.options, self.accelerator.num_processes
+        sizes = {each: each.numel() for each in self.network.parameters()}
+        trained = sum(size for each, size in sizes.items() if each.requires_grad)
+        batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
+        processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+        logger.info(
+            f"Training on {self.loader.contents}: {trained:,} of {sum(sizes.values()):,} parameters, steps "
+            f"{self.first_step + 1:,} to {options.max_train_steps:,} of {batch} examples, {processes} on "
+            f"{self.accelerator.device.type}"
+        )
 
     # The result
 
@@ -318,6 +405,7 @@ class Run(Generic[Options]):
             save_pretrained(Path(folder))
             saved = move_files(Path(folder), self.output_dir)
         write_file(self.output_dir / "README.md", card.encode())
+        logger.info(f"Saved to {self.output_dir}")
         if self.repo_id is None:
             return
         samples = [f"samples/{path.name}" for path in self.output_dir.glob("samples/*.png")]
@@ -364,7 +452,7 @@ def move_files(source: Path, target: Path) -> list[str]:
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:
-    """Sets up accelerator, log and trackers, and writes the options to `train_config.yaml` in the output folder.
+    """Sets up accelerator and log.
 
     Raises:
         ValueError: If the engine cannot serve the options.
@@ -374,22 +462,9 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=options.report_to,
         project_dir=options.output_dir,
-        kwargs_handlers=[
-            # Buffers, such as counts of used codes, differ between processes.
-            DistributedDataParallelKwargs(
-                find_unused_parameters=options.find_unused_parameters, broadcast_buffers=False
-            )
-        ],
     )
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     _check_engine(options, accelerator)
-    if accelerator.is_main_process:
-        output_dir = Path(options.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dataclasses.asdict(options), sort_keys=False)
-        write_file(output_dir / "train_config.yaml", text.encode())
-    if options.report_to is not None:
-        accelerator.init_trackers("svqvae")
     return accelerator
 
 
@@ -399,6 +474,11 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
         raise ValueError(
             f"The launcher started {started} processes, but accelerate would let each of them train alone. On CPUs "
             "set ACCELERATE_USE_CPU=true and start them with torchrun."
+        )
+    if LAUNCHED in os.environ and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
+        logger.warning(
+            "Training on one process, because that is all `accelerate launch` starts on a CPU. For more, set "
+            "ACCELERATE_USE_CPU=true and start them with torchrun."
         )
     if accelerator.distributed_type in SHARDED:
         for name in options.needs_whole_weights:

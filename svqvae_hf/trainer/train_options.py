@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from svqvae_hf.trainer.losses.adversarial import MIN_SIDE
 from svqvae_hf.trainer.losses.weights import LossWeight, LossWeights
-from svqvae_hf.trainer.options import ImageOptions, option
+from svqvae_hf.trainer.options import ImageOptions, changeable, option, switches
 
 
 @dataclass
@@ -35,74 +35,82 @@ class TrainOptions(ImageOptions):
     freeze_codebook: bool = option(False, "Keep the codes as they are.")
 
     # Data
-    crop_sizes: list[int] = option(
+    crop_sizes: list[int] = changeable(
         [], "Smaller crop sides, which alternate with --resolution at equal pixels per step."
     )
-    full_crops_from: int = option(
+    full_crops_from: int = changeable(
         0, "Step from which all crops have side --resolution; the crops before have only the smaller --crop_sizes."
     )
-    synthetic_fraction: float = option(
+    synthetic_fraction: float = changeable(
         0.0, "Fraction of the crops replaced by flat colours, gradients and edges, which photographs hold too few of."
     )
 
     # Objective: each loss has a weight and a first step.
-    scales: list[float] = option([], "Scales of each step, instead of random ones; 1 must be among them.")
-    scale_probabilities: list[float] = option(
+    scales: list[float] = changeable([], "Scales of each step, instead of random ones; 1 must be among them.")
+    scale_probabilities: list[float] = changeable(
         [], "Probability of each of --scales: a step then trains one of them, drawn at random, instead of all."
     )
-    num_scales: int = option(3, "Scales of a step: the full one and random smaller ones.")
-    token_budget: float | None = option(
+    num_scales: int = changeable(3, "Scales of a step: the full one and random smaller ones.")
+    token_budget: float | None = changeable(
         None, "Maximum number of tokens of all scales, in units of the full scale's tokens; no limit by default."
     )
-    scale_target: str = option(
+    scale_target: str = changeable(
         "resized",
         "Target of a scale: the image resized to it by area, or the full image, with the output upsampled.",
         ("resized", "upsampled"),
     )
-    l2_weight: float = option(1.0, "Weight of the squared error.")
-    l2_start: int = option(0, "First step of the squared error.")
-    l1_weight: float = option(0.0, "Weight of the absolute error.")
-    l1_start: int = option(0, "First step of the absolute error.")
-    lpips_weight: float = option(0.0, "Weight of LPIPS.")
-    lpips_start: int = option(0, "First step of LPIPS.")
-    lpips_net: str = option("vgg", "Network of LPIPS.", ("vgg", "alex", "squeeze"))
-    lpips_weights: str | None = option(None, "File of torchvision's weights of that network; downloaded by default.")
-    adversarial_weight: float = option(0.0, "Weight of the hinge loss against the discriminator.")
-    adversarial_start: int = option(20_000, "First step of this loss and of the discriminator.")
-    adversarial_adaptive: bool = option(False, "Multiply it by the ratio of gradients at the last layer (VQGAN).")
-    lecam_weight: float = option(0.0, "Weight of LeCAM regularisation of the discriminator.")
-    vq_weight: float = option(1.0, "Weight of the loss that moves codes to latents.")
-    vq_start: int = option(0, "First step of this loss.")
-    commitment_weight: float = option(1.0, "Weight of the commitment loss, which the model's commit_loss_beta scales.")
-    commitment_start: int = option(0, "First step of the commitment loss.")
-    entropy_weight: float = option(0.0, "Weight of the entropy loss, which holds latents x codes in memory.")
-    entropy_start: int = option(0, "First step of the entropy loss.")
-    spread_weight: float = option(0.0, "Weight of the loss that spreads latents over the sphere.")
-    spread_start: int = option(0, "First step of this loss.")
+    l2_weight: float = changeable(1.0, "Weight of the squared error.")
+    l2_start: int = changeable(0, "First step of the squared error.")
+    l1_weight: float = changeable(0.0, "Weight of the absolute error.")
+    l1_start: int = changeable(0, "First step of the absolute error.")
+    lpips_weight: float = changeable(0.0, "Weight of LPIPS.")
+    lpips_start: int = changeable(0, "First step of LPIPS.")
+    lpips_net: str = changeable("vgg", "Network of LPIPS.", ("vgg", "alex", "squeeze"))
+    lpips_weights: str | None = changeable(
+        None, "File of torchvision's weights of that network; downloaded by default."
+    )
+    adversarial_weight: float = changeable(0.0, "Weight of the hinge loss against the discriminator.", unless=switches)
+    adversarial_start: int = changeable(20_000, "First step of this loss and of the discriminator.")
+    adversarial_adaptive: bool = changeable(False, "Multiply it by the ratio of gradients at the last layer (VQGAN).")
+    lecam_weight: float = changeable(0.0, "Weight of LeCAM regularisation of the discriminator.")
+    vq_weight: float = changeable(1.0, "Weight of the loss that moves codes to latents.")
+    vq_start: int = changeable(0, "First step of this loss.")
+    commitment_weight: float = changeable(
+        1.0, "Weight of the commitment loss, which the model's commit_loss_beta scales."
+    )
+    commitment_start: int = changeable(0, "First step of the commitment loss.")
+    entropy_weight: float = changeable(0.0, "Weight of the entropy loss, which holds latents x codes in memory.")
+    entropy_start: int = changeable(0, "First step of the entropy loss.")
+    spread_weight: float = changeable(0.0, "Weight of the loss that spreads latents over the sphere.")
+    spread_start: int = changeable(0, "First step of this loss.")
 
     # Codebook
-    kmeans_steps: list[int] = option(
+    kmeans_steps: list[int] = changeable(
         [], "Steps at which k-means of latents sets the codebook; a new model does not quantise before the first."
     )
-    kmeans_batches: int = option(64, "Batches of each process whose latents k-means uses.")
-    codebook_decay: float = option(
-        0.0, "Decay of the moving average of latents that moves the codes; 0: the gradient of the codebook loss does."
+    kmeans_batches: int = changeable(64, "Batches of each process whose latents k-means uses.")
+    codebook_decay: float = changeable(
+        0.0,
+        "Decay of the moving average of latents that moves the codes; 0: the gradient of the codebook loss does.",
+        unless=switches,
     )
-    dead_code_reset_steps: int = option(0, "Steps between replacements of dead codes by random latents; 0: never.")
+    dead_code_reset_steps: int = changeable(0, "Steps between replacements of dead codes by random latents; 0: never.")
 
     # Optimisation
-    discriminator_learning_rate: float = option(1e-4, "Peak learning rate of the discriminator.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    torch_compile: bool = option(False, "Compile the residual blocks.")
+    discriminator_learning_rate: float = changeable(1e-4, "Peak learning rate of the discriminator.")
+    gradient_checkpointing: bool = changeable(False, "Recompute activations in the backward pass to save memory.")
+    torch_compile: bool = changeable(False, "Compile the residual blocks.")
 
     # Validation
-    validation_data_dir: str | None = option(None, "Folder of images that are not trained on.")
-    validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
-    validation_floor: bool = option(
+    validation_data_dir: str | None = changeable(None, "Folder of images that are not trained on.")
+    validation_scales: list[float] = changeable([0.25, 0.5, 1.0], "Scales of a validation.")
+    validation_floor: bool = changeable(
         False,
         "Log the PSNR of k-means of blocks at the model's bits, fitted on some crops: a model should be above it.",
     )
-    num_validation_images: int = option(16, "Maximum number of images of a validation; each gives its centre crop.")
+    num_validation_images: int = changeable(
+        16, "Maximum number of images of a validation; each gives its centre crop."
+    )
 
     def __post_init__(self) -> None:
         """Checks the options, except against data and model."""
@@ -144,11 +152,6 @@ class TrainOptions(ImageOptions):
     def quantize_from(self) -> int:
         """First step that quantises: before its first k-means, a new model's codebook is random."""
         return 0 if self.pretrained_model_name_or_path is not None else min(self.kmeans_steps, default=0)
-
-    @property
-    def find_unused_parameters(self) -> bool:
-        """Whether some steps leave the codes without a gradient: before they are used, or without their loss."""
-        return bool(self.quantize_from or self.vq_start or not self.vq_weight)
 
     def _check_loss_weights(self) -> None:
         weights = self.loss_weights
@@ -206,12 +209,12 @@ class TrainOptions(ImageOptions):
             raise ValueError(f"`--scale_probabilities` must sum to 1, but their sum is {sum(probabilities):.4g}.")
 
     def _check_codebook(self) -> None:
-        for step in self.kmeans_steps:
-            if not 0 < step < self.max_train_steps:
-                raise ValueError(
-                    f"`--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, but one "
-                    f"is {step}."
-                )
+        first = min(self.kmeans_steps, default=1)
+        if not 0 < first < self.max_train_steps:
+            raise ValueError(
+                f"The first of `--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, "
+                f"but is {first}."
+            )
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps"):
             if getattr(self, name) and (self.freeze_codebook or self.train == "decoder"):
                 raise ValueError(

@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from train_latent_diffusion import DiffusionOptions
 from train_masked import MaskedOptions
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.trainer.options import read_options
+from svqvae_hf.trainer.options import LOCATION, changed_options, public_options, read_options
 from svqvae_hf.trainer.train_options import TrainOptions
 
 NEEDED = {"output_dir": "out", "model_config_name_or_path": "model.json", "train_data_dir": "photos"}
@@ -62,10 +63,29 @@ def test_unknown_flags_are_refused(flag):
 
 @pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet", "--lr_scheduler=piecewise_constant"])
 def test_wrong_values_of_flags_are_refused(flag, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ValueError, match=f"^argument {flag.split('=')[0]}.*: invalid .*{flag.split('=')[1]}") as error:
         read_options(TrainOptions, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
-    assert stop.value.code == 2
-    assert flag.split("=")[0] in capsys.readouterr().err
+    assert "\n" not in str(error.value)
+    assert not "".join(capsys.readouterr())
+
+
+def test_missing_options_are_named():
+    with pytest.raises(ValueError, match="^the following arguments are required: --output_dir"):
+        read_options(TrainOptions, [])
+
+
+def test_flags_override_a_file_with_nothing(tmp_path):
+    file = tmp_path / "config.yaml"
+    set_by_file = {"kmeans_steps": [5], "report_to": "tensorboard", "checkpoints_total_limit": 3, "crop_sizes": []}
+    file.write_text(yaml.safe_dump(NEEDED | set_by_file))
+    flags = ["--kmeans_steps", "--report_to", "none", "--checkpoints_total_limit=none"]
+    assert read_options(TrainOptions, [str(file), *flags]) == TrainOptions(**NEEDED)
+
+
+def test_recipe_of_photographs_can_be_tried_for_a_few_steps():
+    recipe = str(ROOT / "training" / "configs" / "train_photos.yaml")
+    flags = ["--train_data_dir", "photos", "--output_dir", "out", "--max_train_steps", "500"]
+    assert read_options(TrainOptions, [recipe, *flags]).kmeans_steps == [1, 8000, 17000]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +109,10 @@ def test_wrong_values_of_flags_are_refused(flag, capsys):
         ({"token_budget": 0.5}, "must be at least 1, the tokens of the full scale, but is 0.5"),
         ({"resize_range": [2.0, 1.0]}, "the smaller first"),
         ({"l2_start": 5}, "One of `--l2_weight` and `--l1_weight`"),
-        ({"kmeans_steps": [100_000]}, "but one is 100000"),
+        (
+            {"kmeans_steps": [100_001, 100_000]},
+            "The first of `--kmeans_steps` must lie between 0 and .* = 100000, but is 100000",
+        ),
         ({"kmeans_steps": [5], "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
         ({"dead_code_reset_steps": 5, "freeze_codebook": True}, "changes the codebook, but `--freeze_codebook`"),
         ({"codebook_decay": 0.9, "freeze_codebook": True}, "`--codebook_decay` changes the codebook, but"),
@@ -119,13 +142,62 @@ def test_decoder_training_needs_validation_images():
         TrainOptions("out", pretrained_model_name_or_path="x", train_data_dir="y", train="decoder")
 
 
-COMMANDS = sorted((ROOT / "training" / "configs").glob("train_*.yaml"))
+# Resumed runs
+
 OPTIONS = {
     "train": TrainOptions,
     "train_autoregressive": AutoregressiveOptions,
     "train_latent_diffusion": DiffusionOptions,
     "train_masked": MaskedOptions,
 }
+EACH_OPTION = [
+    pytest.param(options_class, each, id=f"{script}-{each.name}")
+    for script, options_class in OPTIONS.items()
+    for each in dataclasses.fields(options_class)
+    if each.name not in LOCATION
+]
+
+
+def other_values(option, value):
+    """Values of an option other than its own."""
+    if option.metadata.get("choices"):
+        return [choice for choice in option.metadata["choices"] if choice != value]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, list):
+        return [[*value, 0.5]]
+    return [f"not-{value}"] if value is None or isinstance(value, str) else [value + 1]
+
+
+@pytest.mark.parametrize(("options_class", "option"), EACH_OPTION)
+def test_each_option_that_changed_is_returned_or_refused_with_both_values(options_class, option):
+    """Run by run, tests of each script show that what is returned is also applied."""
+    required = {each.name: "x" for each in dataclasses.fields(options_class) if each.kw_only}
+    options = options_class("out", **(required | {"model_config_name_or_path": "x"} | sources(options_class)))
+    new = public_options(options)[option.name]
+    for old in other_values(option, new):
+        try:
+            changed = changed_options(public_options(options) | {option.name: old}, options, Path("checkpoint-1"))
+        except ValueError as error:
+            assert str(error).startswith(f"`--{option.name}` must stay {old!r} as in the run that wrote")  # noqa: PT017
+            assert f", but is {new!r}. " in str(error)  # noqa: PT017
+        else:
+            assert changed == {option.name: (old, new)}
+            assert "changeable" in option.metadata, "an option must stay unless it says otherwise"
+
+
+def sources(options_class):
+    names = {each.name for each in dataclasses.fields(options_class)}
+    return {"train_data_dir": "x"} if "train_data_dir" in names else {}
+
+
+def test_options_that_hold_the_same_data_elsewhere_have_not_changed():
+    old = TrainOptions(**NEEDED, lpips_weights="/scratch/job-1/vgg.pth")
+    new = dataclasses.replace(old, lpips_weights="/scratch/job-2/vgg.pth", train_data_dir="/scratch/job-2/photos")
+    assert changed_options(public_options(old), new, Path("checkpoint-1")) == {}
+
+
+COMMANDS = sorted((ROOT / "training" / "configs").glob("train_*.yaml"))
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)

@@ -2,25 +2,30 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch._utils import ExceptionWrapper
 from training_runs import cpu, forget_accelerate, logged
 
-from svqvae_hf.trainer.optimization import make_optimizer
+from svqvae_hf.trainer.optimization import hyperparameters, make_optimizer
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
+from svqvae_hf.trainer.run import LAUNCHED, LOCK, Run, make_accelerator, one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
 
 pytestmark = pytest.mark.usefixtures("one_accelerator")
 
 
 class ToyLoader:
+    contents = "toys"
+
     def __init__(self, num_batches):
         self.num_batches, self.batch = num_batches, 0
 
@@ -41,28 +46,30 @@ def options(tmp_path):
     return {"output_dir": str(tmp_path / "out"), "max_train_steps": 6, "lr_warmup_steps": 0, "learning_rate": 0.01}
 
 
-def train(options, on_step=lambda step, network: 1.0):
-    """Trains the layer and returns the run; `on_step` sees each step and returns the factor of its loss."""
+def train(options, on_step=lambda step, network: 1.0, width=3):
+    """Trains two layers and returns the run; `on_step` sees each step and returns the factor of its loss."""
     forget_accelerate()
-    with cpu():
-        run = Run(RunOptions(**options))
-    accelerator, network = run.accelerator, nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 1))
-    optimizer, lr_scheduler = make_optimizer(network, run.options, run.options.learning_rate, 6)
-    model, optimizer = accelerator.prepare(network, optimizer)
-    run.start(network, ToyLoader(run.options.num_batches), lr_scheduler)
-    for step, batches in run.steps():
-        factor = on_step(step, network)
-        for batch in batches:
-            with accelerator.accumulate(model):
-                loss = factor * model(batch).square().mean()
-                accelerator.backward(loss)
-                numbers = {"loss": loss}
-                if accelerator.sync_gradients:
-                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                run.add(numbers, rows=len(batch))
-        if run.logs_after(step):
-            run.log_training(step)
-    accelerator.end_training()
+    with cpu(), Run(RunOptions(**options)) as run:
+        accelerator = run.accelerator
+        network = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
+        optimizer, lr_scheduler = make_optimizer(
+            network, run.options, run.options.learning_rate, run.options.max_train_steps
+        )
+        model, optimizer = accelerator.prepare(network, optimizer)
+        run.start(network, ToyLoader(run.options.num_batches), lr_scheduler)
+        for step, batches in run.steps():
+            factor = on_step(step, network)
+            for batch in batches:
+                with accelerator.accumulate(model):
+                    loss = factor * model(batch).square().mean()
+                    accelerator.backward(loss)
+                    numbers = {"loss": loss}
+                    if accelerator.sync_gradients:
+                        numbers |= run.update_weights(model, optimizer, lr_scheduler)
+                    run.add(numbers, rows=len(batch))
+            if run.logs_after(step):
+                run.log_training(step)
+        accelerator.end_training()
     return run
 
 
@@ -131,17 +138,127 @@ def test_evaluating_uses_averaged_weights_and_leaves_modes_and_weights_as_they_w
     assert all(map(torch.equal, run.network.parameters(), before))
 
 
-def test_checkpoints_of_another_run_are_refused(options):
-    train(options | {"gradient_accumulation_steps": 2, "max_train_steps": 2})
-    written = Path(options["output_dir"], "train_config.yaml").read_bytes()
-    with pytest.raises(ValueError, match="needs an `--output_dir` without checkpoints"):
-        train(options)
-    assert Path(options["output_dir"], "train_config.yaml").read_bytes() == written
+# Resumed runs
+
+
+def files(folder):
+    """Content of each file below a folder, but of no checkpoint's, by its path."""
+    return {path: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resume_from_checkpoint": None}, "needs an `--output_dir` without checkpoints"),
+        ({"gradient_accumulation_steps": 1}, "`--gradient_accumulation_steps` must stay 2 as in the run .* but is 1"),
+        ({"seed": 7}, "`--seed` must stay 0 as in the run that wrote `.*checkpoint-2`, but is 7. Set it back"),
+        ({"mixed_precision": "fp16"}, "`--mixed_precision` must stay None as in the run .*, but is 'fp16'"),
+        ({"max_train_steps": 1}, "`--max_train_steps` must be at least 2, .*checkpoint-2`, but is 1"),
+    ],
+)
+def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):
+    options |= {"gradient_accumulation_steps": 2, "max_train_steps": 2}
+    train(options)
+    before = files(options["output_dir"])
+    with pytest.raises(ValueError, match=message):
+        train(options | {"resume_from_checkpoint": "latest", "learning_rate": 1.0} | change)
+    assert files(options["output_dir"]) == before
+
+
+@pytest.mark.parametrize(
+    "damage", ["optimizer.bin", "run_state.pt", "rank_state_0.pt", "model.safetensors", "network"]
+)
+def test_checkpoint_that_cannot_be_loaded_is_refused_in_one_line(options, damage, capsys):
+    train(options | {"max_train_steps": 2})
+    before = files(options["output_dir"])
+    if damage != "network":
+        path = Path(options["output_dir"], "checkpoint-2", damage)
+        path.write_bytes(path.read_bytes()[:100])
+    options |= {"resume_from_checkpoint": "latest", "learning_rate": 1.0}
+    with pytest.raises(SystemExit), one_line_errors():
+        train(options, width=4 if damage == "network" else 3)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "must be a complete checkpoint of the same network, but cannot be loaded" in error
+    assert len(error) < 500
+    assert files(options["output_dir"]) == before
+
+
+def test_changed_hyperparameters_are_applied_and_logged_on_resume(options, tmp_path, caplog):
+    caplog.set_level("INFO")
+    changes = {
+        **{"learning_rate": 0.5, "lr_scheduler": "linear", "lr_warmup_steps": 3, "max_train_steps": 8},
+        **{"adam_beta1": 0.8, "adam_beta2": 0.7, "adam_weight_decay": 0.3, "ema_decay": 0.5},
+    }
+    options |= {"logging_steps": 1, "use_ema": True}
+    train(options | {"max_train_steps": 2})
+    caplog.clear()
+    resumed = train(options | changes | {"resume_from_checkpoint": "latest"})
+    rates = logged(caplog, "lr")
+    for name, value in changes.items():
+        assert f"Changed on resume: --{name} from " in caplog.text
+        assert f" to {value}\n" in caplog.text
+    caplog.clear()
+    fresh = train(options | changes | {"output_dir": str(tmp_path / "fresh")})
+    assert rates == {step: rate for step, rate in logged(caplog, "lr").items() if step > 2}
+    assert hyperparameters(resumed.lr_scheduler) == hyperparameters(fresh.lr_scheduler)
+    assert resumed.ema.decay == 0.5
+    written = yaml.safe_load(Path(options["output_dir"], "train_config.yaml").read_text())
+    assert {name: written[name] for name in changes} == changes
+
+
+def test_checkpoint_of_version_1_resumes_and_says_that_changes_are_not_noticed(options, caplog):
+    train(options | {"max_train_steps": 2})
+    Path(options["output_dir"], "checkpoint-2", "train_config.yaml").unlink()
+    assert train(options | {"resume_from_checkpoint": "latest", "seed": 1}).first_step == 2
+    assert "does not hold the options of its run, so changes of them are not noticed" in caplog.text
+
+
+def test_options_are_written_without_private_paths(options):
+    train(options | {"max_train_steps": 2})
+    written = [*Path(options["output_dir"]).rglob("train_config.yaml")]
+    assert len(written) == 2
+    for path in written:
+        assert yaml.safe_load(path.read_text())["output_dir"] == "out"
+
+
+# The output folder
+
+HOLD = """import filelock, sys, time
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print(flush=True)
+time.sleep(60)"""
+
+
+def test_only_one_run_trains_in_a_folder_and_a_killed_one_does_not_block_it(options):
+    train(options | {"max_train_steps": 2})
     options |= {"resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match="`--gradient_accumulation_steps` must be 2 as in the run that wrote"):
-        train(options)
-    with pytest.raises(ValueError, match="`--max_train_steps` must be at least 2, .*checkpoint-2`, but is 1"):
-        train(options | {"max_train_steps": 1})
+    lock = str(Path(options["output_dir"], LOCK))
+    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="Only one run at a time may train in .* but another one is in `.*out`"):
+            train(options)
+        other.kill()
+    train(options)
+
+
+def test_two_new_runs_cannot_share_a_folder(options):
+    def start_another(step, network):
+        with pytest.raises(ValueError, match="Only one run at a time"):
+            Run(RunOptions(**options))
+        return 1.0
+
+    train(options | {"max_train_steps": 1}, start_another)
+
+
+def test_run_says_what_it_trains_and_where_it_saved(options, caplog):
+    caplog.set_level("INFO")
+    run = train(options | {"gradient_accumulation_steps": 2})
+    line = "Training on toys: 16 of 16 parameters, steps 1 to 6 of 16 examples, 1 process on cpu"
+    assert line in caplog.text
+    run.repo_id = None
+    run.publish(lambda folder: None, "card")
+    assert f"Saved to {run.output_dir}" in caplog.text
 
 
 # The accelerator
@@ -150,18 +267,6 @@ def test_checkpoints_of_another_run_are_refused(options):
 @pytest.fixture
 def train_options(options):
     return {"output_dir": options["output_dir"], "model_config_name_or_path": "x", "train_data_dir": "y"}
-
-
-def test_unused_parameters_are_searched_only_where_codes_may_lack_a_gradient(train_options):
-    for part, needed in (
-        ({}, False),
-        ({"vq_weight": 0.0}, True),
-        ({"vq_start": 5}, True),
-        ({"kmeans_steps": [5]}, True),
-    ):
-        with cpu():
-            handler = make_accelerator(TrainOptions(**train_options, **part)).ddp_handler
-        assert handler.find_unused_parameters == needed
 
 
 def test_trackers_that_are_not_installed_are_refused(options, monkeypatch):
@@ -186,6 +291,17 @@ def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch)
     with pytest.raises(ValueError, match="started 2 processes, but accelerate would let each of them"):
         make_accelerator(RunOptions(**options))
     assert not os.path.exists(options["output_dir"])
+
+
+def test_single_process_says_so_where_more_were_asked_for(options, monkeypatch, caplog):
+    monkeypatch.setenv(LAUNCHED, "no")
+    with cpu():
+        make_accelerator(RunOptions(**options))
+    assert "Training on one process" not in caplog.text
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with cpu():
+        make_accelerator(RunOptions(**options))
+    assert "Training on one process, because that is all `accelerate launch` starts on a CPU" in caplog.text
 
 
 # Errors

@@ -24,7 +24,14 @@ from hub_server import serve_hub
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import assert_no_private_path, cpu, logged
+from training_runs import (
+    NEW_RUN_OPTIONS,
+    UNREAD_OPTIONS,
+    assert_no_private_path,
+    assert_resumed_run_reads_changed_options,
+    cpu,
+    logged,
+)
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.perceptual import LPIPS
@@ -85,13 +92,13 @@ def options(inputs, tmp_path):
     }
 
 
-def start(config):
-    """Starts a run as a command, in a session of its own."""
+def start(config, *launcher):
+    """Starts a run as a command, perhaps by a launcher, in a session of its own."""
     path = f"{config['output_dir']}.yaml"
     with open(path, "w") as file:
         yaml.safe_dump(config, file)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "training" / "train.py"), path]
+    command = [sys.executable, *launcher, str(ROOT / "training" / "train.py"), path]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
@@ -182,17 +189,59 @@ def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options
     assert_equal_weights(whole["output_dir"], broken["output_dir"])
 
 
+def test_run_ends_with_its_launcher_and_says_that_it_is_one_process(options, tmp_path):
+    options |= SMALL | {"max_train_steps": 10_000, "logging_steps": 1}
+    launcher = start(options, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
+    log = wait_for_step(launcher, 1)
+    assert "Training on one process, because" in log
+    assert "Training on 4 images: " in log
+    (trainer,) = psutil.Process(launcher.pid).children()
+    launcher.terminate()
+    psutil.wait_procs([trainer], timeout=60)
+    assert not trainer.is_running()
+    assert "Stopped by a signal at step" in launcher.communicate()[1]
+    assert list((tmp_path / "out").glob("checkpoint-*"))
+
+
 def test_run_resumed_after_its_last_step_leaves_the_same_files(options):
     options |= SMALL | {"max_train_steps": 2, "validation_data_dir": options["train_data_dir"], "use_ema": True}
     options |= {"validation_floor": True}  # in the card, so it must be equal
     folder = ROOT / options["output_dir"]
     run(**options)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert len(before) == 4
+    assert len(before) == 5  # with the lock, which is empty
     run(**options, resume_from_checkpoint="latest")
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     del before["train_config.yaml"], after["train_config.yaml"]  # differ in `resume_from_checkpoint` alone
     assert after == before
+
+
+def test_resumed_run_applies_each_changed_option(options, inputs, tmp_path, monkeypatch):
+    weights = {"lpips_weights": str(inputs / "squeeze.pth"), "adversarial_start": 0, "kmeans_steps": [1]}
+    options |= EVERYTHING | weights | {"codebook_decay": 0.9, "validation_data_dir": options["train_data_dir"]}
+    shutil.copytree(inputs / "images", tmp_path / "photos")
+    shutil.copy(inputs / "squeeze.pth", tmp_path / "weights.pth")
+    photos = str(tmp_path / "photos")
+    changes = NEW_RUN_OPTIONS | {
+        **{"train_data_dir": photos, "validation_data_dir": photos, "lpips_weights": str(tmp_path / "weights.pth")},
+        **{"dataset_name": None, "data_files": [], "center_crop": True},
+        **{"random_flip": False, "resize_range": [0.9, 1.0], "dataloader_num_workers": 0, "crop_sizes": [24, 24]},
+        **{"full_crops_from": 1, "synthetic_fraction": 0.5, "scales": [1.0, 2.0], "scale_probabilities": [0.5, 0.5]},
+        **{"scale_target": "upsampled", "l2_weight": 2.0, "l2_start": 0},
+        **{"l1_weight": 0.1, "l1_start": 1, "lpips_weight": 0.2, "lpips_start": 1, "lpips_net": "squeeze"},
+        **{"adversarial_weight": 0.1, "adversarial_start": 1, "adversarial_adaptive": False, "lecam_weight": 0.02},
+        **{"vq_weight": 0.5, "vq_start": 1, "commitment_weight": 0.5, "commitment_start": 1},
+        **{"entropy_weight": 0.02, "entropy_start": 1, "spread_weight": 0.02, "spread_start": 1},
+        **{"kmeans_steps": [1, 3], "kmeans_batches": 3, "codebook_decay": 0.8, "dead_code_reset_steps": 1},
+        **{"discriminator_learning_rate": 0.25, "gradient_checkpointing": True, "torch_compile": False},
+        **{"validation_scales": [0.5], "validation_floor": True, "num_validation_images": 2},
+    }
+    unread = UNREAD_OPTIONS | {"num_scales", "token_budget"}  # of random scales
+    resumed = assert_resumed_run_reads_changed_options(monkeypatch, train.main, TrainOptions, options, changes, unread)
+    assert resumed.states["lr_scheduler"].base_lrs == [0.5, 0.5]
+    assert resumed.states["discriminator_lr_scheduler"].base_lrs == [0.25, 0.25]
+    assert resumed.ema.decay == 0.5
+    assert resumed.states["codebook_average"].decay == 0.8
 
 
 def test_scaled_gradients_train_as_plain_ones(options, tmp_path, monkeypatch, caplog):

@@ -15,7 +15,16 @@ from hub_server import serve_hub
 from huggingface_hub import HfApi
 from PIL import Image
 from train_autoregressive import AutoregressiveOptions, main, next_code_loss
-from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
+from training_runs import (
+    NEW_RUN_OPTIONS,
+    UNREAD_OPTIONS,
+    assert_no_private_path,
+    assert_resumed_run_reads_changed_options,
+    cpu,
+    logged,
+    run,
+    train_at_once_and_resumed,
+)
 from transformers import LlamaForCausalLM
 
 import svqvae_cli
@@ -169,6 +178,19 @@ def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
 def test_resumed_run_equals_an_unbroken_one(options):
     whole, resumed = train_at_once_and_resumed(train, "language_model/model.safetensors", options)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_resumed_run_applies_each_changed_option(options, monkeypatch):
+    changes = NEW_RUN_OPTIONS | {"label_dropout": 0.5, "num_validation_images": 1, "guidance_scale": 2.0}
+    resumed = assert_resumed_run_reads_changed_options(
+        monkeypatch,
+        main,
+        AutoregressiveOptions,
+        options | {"use_ema": True},
+        changes,
+        UNREAD_OPTIONS - {"max_unreadable_share"},
+    )
+    assert resumed.lr_scheduler.base_lrs == [0.5, 0.5]
 
 
 def test_bf16_run_with_everything_on_learns_and_shows_samples(options, caplog):

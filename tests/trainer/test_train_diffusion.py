@@ -24,7 +24,16 @@ from PIL import Image
 from pipeline_parts import amused_parts
 from train_latent_diffusion import NUM_CLASSES, DiffusionOptions, drop_labels, make_denoiser
 from train_masked import MaskedOptions, draw_mask, make_captions, masked_loss
-from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
+from training_runs import (
+    NEW_RUN_OPTIONS,
+    UNREAD_OPTIONS,
+    assert_no_private_path,
+    assert_resumed_run_reads_changed_options,
+    cpu,
+    logged,
+    run,
+    train_at_once_and_resumed,
+)
 
 import svqvae_hf
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
@@ -135,6 +144,31 @@ def test_resumed_run_equals_an_unbroken_one(request, kind):
     train = fill_masks if kind == "masked" else diffuse
     whole, resumed = train_at_once_and_resumed(train, f"{part}/diffusion_pytorch_model.safetensors", options)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["dit", "masked"])
+def test_resumed_run_applies_each_changed_option(request, parts, tmp_path, monkeypatch, kind):
+    shutil.copytree(parts / "photos", tmp_path / "pictures")
+    changes = NEW_RUN_OPTIONS | {
+        **{"train_data_dir": str(tmp_path / "pictures"), "dataset_name": None, "data_files": [], "center_crop": True},
+        **{"random_flip": False, "resize_range": [0.5, 1.0], "dataloader_num_workers": 1, "label_dropout": 0.5},
+        "num_validation_images": 1,
+    }
+    options = request.getfixturevalue(f"{kind}_options") | {"use_ema": True}
+    if kind == "dit":
+        script, changes = (train_latent_diffusion.main, DiffusionOptions), changes | {"gradient_checkpointing": True}
+        changes["num_inference_steps"] = 2
+    else:
+        script, changes = (train_masked.main, MaskedOptions), changes | {"validation_prompts": ["a cat"]}
+    resumed = assert_resumed_run_reads_changed_options(monkeypatch, *script, options, changes, UNREAD_OPTIONS)
+    assert resumed.lr_scheduler.base_lrs == [0.5, 0.5]
+    assert resumed.ema.decay == 0.5
+
+
+def test_latents_far_from_the_noise_start_with_one_warning(options, caplog):
+    diffuse(**options, gradient_accumulation_steps=2)
+    (std,) = re.findall("standard deviation near 1, as the noise has, but have (\\S+)\\. Set the", caplog.text)
+    assert not 0.5 < float(std) < 2
 
 
 def test_bf16_run_with_everything_on_learns_and_shows_samples(dit_options, caplog):

@@ -107,6 +107,13 @@ class CropLoader:
         self.batch = 0
         self.reader_state: dict[str, Any] | None = None
 
+    @property
+    def contents(self) -> str:
+        """Size of the image set, for the log."""
+        if self.order["streaming"]:
+            return f"a stream of images in {self.images.num_shards:,} shards"
+        return f"{len(self.images):,} images"
+
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, small: numbers, strings and dictionaries."""
         return deepcopy({"order": self.order, "batch": self.batch, "reader": self.reader_state})

@@ -112,6 +112,11 @@ class SequenceLoader:
             self.batch += 1
             yield self.source.sequences(self._order(first, first + self.batch_size))
 
+    @property
+    def contents(self) -> str:
+        """Size of the token set, for the log."""
+        return f"{len(self.source.rows):,} token sequences"
+
     def state_dict(self) -> dict[str, Any]:
         """Number of batches yielded, and number of rows."""
         return {"batch": self.batch, "num_rows": len(self.source.rows)}
