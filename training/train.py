@@ -76,8 +76,6 @@ def train(run: Run[TrainOptions]) -> None:
         lecam_weight=options.lecam_weight,
         mean=partial(accelerator.reduce, reduction="mean"),
     )
-    codebook_average = CodebookAverage(vqvae.quantize, options.codebook_decay).to(vqvae.device)
-    dead_codes = DeadCodeReset(codebook_size).to(vqvae.device)
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
     # Optimizers
@@ -88,10 +86,11 @@ def train(run: Run[TrainOptions]) -> None:
     )
     model, optimizer = accelerator.prepare(MultiScaleForward(vqvae), optimizer)
     models = [model]
+    codes = Codes(run, vqvae, optimizer)
     ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
     states: dict[str, Stateful] = {
-        "codebook_average": codebook_average,
-        "dead_codes": dead_codes,
+        "codebook_average": codes.average,
+        "dead_codes": codes.dead,
         "uniformity": objective.uniformity,
         "lecam": objective.lecam,
     }
@@ -111,7 +110,7 @@ def train(run: Run[TrainOptions]) -> None:
         adversarial = objective.weights.adversarial.at(step) > 0
         vqvae.quantize.entropy_loss_ratio = float(objective.weights.entropy.at(step) > 0)
         if step in options.kmeans_steps:
-            set_codebook_by_kmeans(run, vqvae, optimizer, codebook_average, images)
+            codes.set_by_kmeans(images)
 
         for batch in batches:
             with accelerator.accumulate(*models):
@@ -148,7 +147,7 @@ def train(run: Run[TrainOptions]) -> None:
 
                 # Codes, outside gradient descent
                 if quantize:
-                    numbers |= move_codes(run, vqvae, optimizer, codebook_average, dead_codes, output, scales, step)
+                    numbers |= codes.move(output, scales, step)
                 run.add(numbers | {"loss": loss}, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
                 statistics.add(scales, pairs, output.ids)
 
@@ -188,54 +187,56 @@ def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -
         broadcast(parameter.data)  # processes have different crops
 
 
-def set_codebook_by_kmeans(
-    run: Run[TrainOptions],
-    vqvae: SVQVAE,
-    optimizer: torch.optim.Optimizer,
-    codebook_average: CodebookAverage,
-    images: ImageSource,
-) -> None:
-    """Sets the codebook by k-means of the latents of fresh crops, from all processes."""
-    latents = []
-    vqvae.eval()  # without dropout
-    for sample in images.fresh_crops(run.options.kmeans_batches):
-        with torch.no_grad(), run.accelerator.autocast():
-            latents.append(flatten_latents(vqvae.encode(sample).latents.float()))
-    vqvae.train()
-    initialise_codebook(vqvae.quantize, run.accelerator.gather(torch.cat(latents)), run.options.seed)
-    codes = vqvae.quantize.embedding.weight
-    broadcast(codes.data)  # sums of floats may differ in their last bits between processes
-    every_code = torch.arange(len(codes), device=codes.device)
-    codebook_average.restart(vqvae.quantize, every_code)
-    forget_codes(vqvae, codes, every_code, optimizer, run.ema)
+class Codes:
+    """The codes of a run, moved outside gradient descent: by k-means, as averages of their latents, or once dead.
 
+    Args:
+        run ([`Run`]): The run.
+        vqvae ([`SVQVAE`]): Model that holds the codes.
+        optimizer (`torch.optim.Optimizer`): Optimizer of the model.
+    """
 
-def move_codes(
-    run: Run[TrainOptions],
-    vqvae: SVQVAE,
-    optimizer: torch.optim.Optimizer,
-    codebook_average: CodebookAverage,
-    dead_codes: DeadCodeReset,
-    output: Reconstructions,
-    scales: Sequence[float],
-    step: int,
-) -> dict[str, torch.Tensor]:
-    """Moves the codes to the average of their latents, and replaces dead codes by latents, if asked for."""
-    options, accelerator, quantizer = run.options, run.accelerator, vqvae.quantize
-    ids = torch.cat(output.ids)
-    if options.codebook_decay:
-        latents = [flatten_latents(resize_latents(output.latents.detach(), scale)) for scale in scales]
-        codebook_average.update(quantizer, torch.cat(latents), ids, partial(accelerator.reduce, reduction="mean"))
-    if not options.dead_code_reset_steps:
-        return {}
-    dead_codes.observe(accelerator.reduce(count_codes(ids, quantizer.size), "sum"))
-    if not accelerator.sync_gradients or (step + 1) % options.dead_code_reset_steps:
-        return {}
-    gathered = accelerator.gather(flatten_latents(output.latents.detach().float()))
-    replaced = dead_codes.reset(quantizer, gathered, options.seed, step)
-    codebook_average.restart(quantizer, replaced)
-    forget_codes(vqvae, quantizer.embedding.weight, replaced, optimizer, run.ema)
-    return {"reset_codes": torch.tensor(float(len(replaced)), device=accelerator.device)}
+    def __init__(self, run: Run[TrainOptions], vqvae: SVQVAE, optimizer: torch.optim.Optimizer):
+        self.run, self.vqvae, self.optimizer = run, vqvae, optimizer
+        self.average = CodebookAverage(vqvae.quantize, run.options.codebook_decay).to(vqvae.device)
+        self.dead = DeadCodeReset(vqvae.quantize.size).to(vqvae.device)
+
+    def set_by_kmeans(self, images: ImageSource) -> None:
+        """Sets all codes by k-means of the latents of fresh crops, from all processes."""
+        options, accelerator, quantizer = self.run.options, self.run.accelerator, self.vqvae.quantize
+        latents = []
+        self.vqvae.eval()  # without dropout
+        for sample in images.fresh_crops(options.kmeans_batches):
+            with torch.no_grad(), accelerator.autocast():
+                latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
+        self.vqvae.train()
+        initialise_codebook(quantizer, accelerator.gather(torch.cat(latents)), options.seed)
+        weight = quantizer.embedding.weight
+        broadcast(weight.data)  # sums of floats may differ in their last bits between processes
+        self._forget(torch.arange(len(weight), device=weight.device))
+
+    def move(self, output: Reconstructions, scales: Sequence[float], step: int) -> dict[str, torch.Tensor]:
+        """Moves codes to the average of their latents, and replaces dead codes by latents, if asked for."""
+        options, accelerator, quantizer = self.run.options, self.run.accelerator, self.vqvae.quantize
+        ids = torch.cat(output.ids)
+        if options.codebook_decay:
+            latents = [flatten_latents(resize_latents(output.latents.detach(), scale)) for scale in scales]
+            self.average.update(quantizer, torch.cat(latents), ids, partial(accelerator.reduce, reduction="mean"))
+        if not options.dead_code_reset_steps:
+            return {}
+        self.dead.observe(accelerator.reduce(count_codes(ids, quantizer.size), "sum"))
+        if not accelerator.sync_gradients or (step + 1) % options.dead_code_reset_steps:
+            return {}
+        gathered = accelerator.gather(flatten_latents(output.latents.detach().float()))
+        replaced = self.dead.reset(quantizer, gathered, options.seed, step)
+        self._forget(replaced)
+        return {"reset_codes": torch.tensor(float(len(replaced)), device=accelerator.device)}
+
+    def _forget(self, replaced: torch.Tensor) -> None:
+        """Starts averages and optimizer of replaced codes anew."""
+        quantizer = self.vqvae.quantize
+        self.average.restart(quantizer, replaced)
+        forget_codes(self.vqvae, quantizer.embedding.weight, replaced, self.optimizer, self.run.ema)
 
 
 def gradient_norms(run: Run[TrainOptions], vqvae: SVQVAE) -> dict[str, torch.Tensor]:

@@ -39,7 +39,6 @@ from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.network.codebook import CodebookAverage
 from svqvae_hf.trainer.network.model import MultiScaleForward
 from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
@@ -209,7 +208,7 @@ def test_run_resumed_after_its_last_step_leaves_the_same_files(options):
     folder = ROOT / options["output_dir"]
     run(**options)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert len(before) == 5  # with the lock, which is empty
+    assert len(before) == 6  # with the lock, which is empty
     run(**options, resume_from_checkpoint="latest")
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     del before["train_config.yaml"], after["train_config.yaml"]  # differ in `resume_from_checkpoint` alone
@@ -368,10 +367,10 @@ def test_kmeans_sees_latents_without_dropout(options, monkeypatch):
         run = Run(options)
     vqvae, seen = make_tiny(dropout_p=0.1).train(), []
     images = ImageSource(options, run.accelerator, (0.0, 1.0))
-    average = CodebookAverage(vqvae.quantize, decay=0.9)
+    codes = train.Codes(run, vqvae, torch.optim.AdamW(vqvae.parameters()))
     monkeypatch.setattr("train.initialise_codebook", lambda quantizer, latents, seed: seen.append(latents))
     for _ in range(2):
-        train.set_codebook_by_kmeans(run, vqvae, torch.optim.AdamW(vqvae.parameters()), average, images)
+        codes.set_by_kmeans(images)
     assert torch.equal(*seen)
     assert vqvae.training
 
