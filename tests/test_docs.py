@@ -14,6 +14,7 @@ import griffe
 import nbformat
 import pictures
 import pytest
+import site_hooks
 from conftest import ROOT
 from hub_server import serve_hub
 from hugging_face_docstrings import HuggingFaceDocstrings, to_markdown
@@ -23,7 +24,7 @@ from train_autoregressive import AutoregressiveOptions
 from train_latent_diffusion import DiffusionOptions
 from train_masked import MaskedOptions
 
-from svqvae_cli.command_line import COMMANDS, parse
+from svqvae_cli.command_line import COMMANDS, build_parser, parse
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.train_options import TrainOptions
@@ -188,6 +189,20 @@ def test_page_of_the_command_line_has_each_command():
     assert named == [command.__name__.rpartition(".")[2] for command in COMMANDS]
 
 
+def test_reference_of_the_command_line_is_complete():
+    sections = dict(re.findall(r"^### svqvae (\w+)\n(.*?)(?=^### |\Z)", site_hooks.command_reference(), re.M | re.S))
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    assert sections.keys() == commands.choices.keys()
+    for name, parser in commands.choices.items():
+        rows = dict(re.findall(r"^- `([^`]+)`(?: \(required\))?: (.+)$", sections[name], re.MULTILINE))
+        shown = [action for action in parser._actions if action.dest != "help"]
+        assert len(rows) == len(shown)
+        for action in shown:
+            (row,) = (key for key in rows if key.split()[0] in (*action.option_strings, action.metavar))
+            assert (action.help % {"default": action.default}) in rows[row]
+            assert all(str(choice) in row + rows[row] for choice in action.choices or ())
+
+
 def test_architecture_names_each_room():
     named = re.findall(r"^\| `(\w+)/?` \|", PAGES[ROOT / "docs" / "architecture.md"], re.MULTILINE)
     assert named == ROOMS
@@ -220,7 +235,14 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     text = (tmp_path / "api" / "model.html").read_text()
     for shown in ("encode_tokens", "enable_tiling", "from_single_file"):
         assert f'id="svqvae_hf.SVQVAE.{shown}"' in text
+    for shown in ("enable_slicing", "disable_tiling", "save_pretrained"):
+        assert shown in text
     assert "encode_window" not in text
+    assert "TileContext" not in text
+    text = (tmp_path / "command_line.html").read_text()
+    assert all(f'id="svqvae-{command.__name__.rpartition(".")[2]}"' in text for command in COMMANDS)
+    assert "The bundled model is trained anew" in (tmp_path / "changelog.html").read_text()
+    text = (tmp_path / "api" / "model.html").read_text()
     assert "<strong>Args</strong>" in text
     assert "<li>\n<p><code>codebook_size</code>" in text or "<li><code>codebook_size</code>" in text
     assert "[<code>" not in text  # a reference that became no link
