@@ -1,6 +1,7 @@
 """`svqvae convert`."""
 
 import argparse
+from typing import Any
 
 from svqvae_cli.arguments import Commands, add_command, add_push, not_empty, path, path_or_name
 
@@ -14,8 +15,8 @@ def add_to(commands: Commands) -> None:
         "convert an original checkpoint to a Hub repository",
         "Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training\n"
         "and taming-transformers. Writes model card, config and safetensors, and verifies\n"
-        "them. With --tokenizer, SOURCE is FlexVAR's transformer, and OUT a pipeline that\n"
-        "holds both.",
+        "them. With --tokenizer, SOURCE is FlexVAR's transformer or LlamaGen's language\n"
+        "model, and OUT a pipeline that holds both.",
         "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
     )
     parser.add_argument(
@@ -33,6 +34,18 @@ def add_to(commands: Commands) -> None:
         type=int,
         metavar="PIXELS",
         help="side of the images that the transformer was trained on (default: the tokenizer's)",
+    )
+    parser.add_argument(
+        "--num-heads",
+        type=int,
+        metavar="COUNT",
+        help="heads of LlamaGen's language model (default: as LlamaGen defines them)",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        type=path_or_name,
+        metavar="MODEL",
+        help="T5 encoder of LlamaGen's captions: folder or Hub id, such as google/flan-t5-xl",
     )
     parser.add_argument("--use-ema", action="store_true", help="use the averaged weights of a LlamaGen file")
     parser.add_argument(
@@ -59,29 +72,44 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts an original checkpoint to a Hub repository."""
+    shared = {name: getattr(args, name) for name in ("variant", "license", "push_to_hub", "private", "create_pr")}
     tokenizer_options = {
-        "use_ema": args.use_ema or None,
         "network_range": args.network_range and tuple(args.network_range),
         "codebook_l2_norm": args.codebook_l2_norm,
     }
     given = {name: value for name, value in tokenizer_options.items() if value is not None}
-    shared = {name: getattr(args, name) for name in ("variant", "license", "push_to_hub", "private", "create_pr")}
     if args.tokenizer is None:
         from svqvae_hf.conversion.convert import convert
 
-        if args.image_size is not None:
-            raise ValueError("--image-size needs --tokenizer. Leave it out for a tokenizer.")
-        print(convert(args.source, args.out, **shared, **given))
+        for option in ("image_size", "num_heads", "text_encoder"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option.replace('_', '-')} needs --tokenizer. Leave it out for a tokenizer.")
+        print(convert(args.source, args.out, use_ema=args.use_ema, **shared, **given))
+        return
+    if given:
+        raise ValueError(
+            "--network-range and --no-codebook-l2-norm are for tokenizers. Convert the tokenizer with them first, and "
+            "pass its folder as --tokenizer."
+        )
+    _convert_generator(args, shared | {"image_size": args.image_size})
+
+
+def _convert_generator(args: argparse.Namespace, shared: dict[str, Any]) -> None:
+    import diffusers
+    import transformers
+
+    from svqvae_hf.conversion.convert_llamagen import convert_llamagen, is_llamagen
+    from svqvae_hf.conversion.convert_next_scale import convert_next_scale
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # while loading
+    if is_llamagen(args.source):
+        llamagen = {"num_attention_heads": args.num_heads, "text_encoder": args.text_encoder, "use_ema": args.use_ema}
+        print(convert_llamagen(args.source, args.out, args.tokenizer, **shared, **llamagen))
+    elif args.num_heads or args.text_encoder or args.use_ema:
+        raise ValueError(
+            f"--num-heads, --text-encoder and --use-ema are for language models of LlamaGen, but `{args.source}` is "
+            "not one. Leave them out."
+        )
     else:
-        import diffusers
-
-        from svqvae_hf.conversion.convert_next_scale import convert_next_scale
-
-        diffusers.utils.logging.disable_progress_bar()  # while loading
-
-        if given:
-            raise ValueError(
-                "--use-ema, --network-range and --no-codebook-l2-norm are for tokenizers. Convert the tokenizer with "
-                "them first, and pass its folder as --tokenizer."
-            )
-        print(convert_next_scale(args.source, args.out, args.tokenizer, image_size=args.image_size, **shared))
+        print(convert_next_scale(args.source, args.out, args.tokenizer, **shared))

@@ -27,7 +27,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from IPython.utils.capture import capture_output
 from PIL import Image
-from pipeline_parts import make_pipeline
+from pipeline_parts import make_pipeline, text_components
 
 import svqvae_hf
 
@@ -36,6 +36,7 @@ RAW = {
     "svqvae.safetensors": "svqvae_tiny.safetensors",
     "vq_ds16_c2i.pt": "llamagen_tiny.pt",
     "vq_ds8_c2i.pt": "llamagen_tiny.pt",
+    "gpt.pt": "llamagen_gpt_c2i_tiny.pt",
 }
 
 
@@ -136,6 +137,11 @@ def prepare_files(folder: Path) -> Path:
     classes = DiTPipeline(transformer, make_tiny(pixel_range=(-1, 1)), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
     classes.register_to_config(id2label={0: "cat", 1: "dog"})
     classes.save_pretrained(folder / "out-dit")
+    file = GOLDEN / "llamagen_gpt_t2i_tiny.pt"
+    captions = svqvae_hf.LlamaGenForCausalLM.from_single_file(file, grid_size=4, num_attention_heads=4)
+    svqvae_hf.SVQVAEAutoregressivePipeline(
+        make_tiny(codebook_size=256), captions, num_classes=1, height=16, width=16, **text_components()
+    ).save_pretrained(folder / "llamagen-t2i")
     return folder
 
 

@@ -1,5 +1,6 @@
 """diffusers' pipelines with a tiny SVQVAE; their other parts are small and random."""
 
+import torch
 from conftest import make_tiny
 from diffusers import (
     AmusedImg2ImgPipeline,
@@ -13,8 +14,17 @@ from diffusers import (
     UNet2DModel,
     UVit2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
+WORDS = ["<pad>", "</s>", "a", "cat", "on", "the", "roof"]
 AMUSED = [AmusedPipeline, AmusedImg2ImgPipeline, AmusedInpaintPipeline]
 F = 4  # of the tiny model
 SIDE = 64  # LDMPipeline makes squares only
@@ -99,3 +109,14 @@ def amused_parts():
         "transformer": transformer.eval(),
         "scheduler": AmusedScheduler(mask_token_id=64),
     }
+
+
+def text_components() -> dict:
+    """A random T5 encoder with the channels of the golden captions, and a tokenizer that ends each text with </s>."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    return {"text_encoder": T5EncoderModel(config).eval(), "tokenizer": tokenizer}

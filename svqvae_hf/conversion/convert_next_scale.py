@@ -131,7 +131,14 @@ def load_tokenizer(source: str | Path) -> SVQVAE:
     """Loads a tokenizer from an original checkpoint, a folder or the Hub, in float32 and evaluation mode."""
     if Path(source).is_file() or hub_repo(source) is not None:
         return SVQVAE.from_single_file(source)
-    return SVQVAE.from_pretrained(source).eval()
+    vqvae = SVQVAE.from_pretrained(source).eval()
+    vqvae.register_to_config(_name_or_path=public_name(source))
+    return vqvae
+
+
+def public_name(source: str | Path) -> str:
+    """Name of a source, without the path of a local one."""
+    return Path(source).name if Path(source).exists() else str(source)
 
 
 def _card(checkpoint: Checkpoint, tokenizer: str | Path, repo_id: str, license: str | None) -> str:
@@ -149,7 +156,7 @@ def _card(checkpoint: Checkpoint, tokenizer: str | Path, repo_id: str, license: 
             "layout": checkpoint.format.title,
             "source": f"`{file}`",
             "sha256 of the source": f"`{checkpoint.sha256}`",
-            "tokenizer": f"`{Path(tokenizer).name if Path(tokenizer).exists() else tokenizer}`",
+            "tokenizer": f"`{public_name(tokenizer)}`",
         },
     )
 

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from pipeline_parts import text_components
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
 
 GOLDEN = ROOT / "tests" / "golden"
-WORDS = ["<pad>", "</s>", "a", "cat", "on", "the", "roof"]
 
 
 def make_pipeline(kind: str, **components) -> SVQVAEAutoregressivePipeline:
@@ -23,17 +21,6 @@ def make_pipeline(kind: str, **components) -> SVQVAEAutoregressivePipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def text_components() -> dict:
-    """A random T5 encoder with the channels of the golden captions, and a tokenizer that ends each text with </s>."""
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    return {"text_encoder": T5EncoderModel(config).eval(), "tokenizer": tokenizer}
 
 
 def load_expected(kind: str) -> tuple[dict, dict]:

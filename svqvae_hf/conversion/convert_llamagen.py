@@ -1,0 +1,224 @@
+"""Converts a language model of LlamaGen and its tokenizer to a Hub repository that holds a pipeline."""
+
+import mmap
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from svqvae_hf.atomic_io import check_new_folder
+from svqvae_hf.conversion.convert_next_scale import PipelineReport, load_tokenizer, public_name
+from svqvae_hf.conversion.new_repository import check_arguments, halve, new_repository
+from svqvae_hf.hub.model_cards import pipeline_card
+from svqvae_hf.hub.repositories import create_repo, from_hub, hub_repo, push_folder
+from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
+from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
+from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, LlamaGenCheckpoint, read_llamagen
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+
+SUMMARY = (
+    "Generates images id by id: LlamaGen's language model predicts ids from {condition}, and SVQVAE decodes them."
+)
+CALLS = {  # settings of LlamaGen's scripts
+    "classes": "class_labels=207, guidance_scale=4.0, top_k=2000",
+    "captions": 'prompt="A cat on a roof.", guidance_scale=7.5, top_k=1000',
+}
+
+
+def convert_llamagen(
+    source: str | Path,
+    out: str | Path,
+    tokenizer: str | Path,
+    *,
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+    text_encoder: str | None = None,
+    use_ema: bool = False,
+    variant: str | None = None,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+) -> PipelineReport:
+    """Converts a language model of LlamaGen to a Hub repository that holds a [`SVQVAEAutoregressivePipeline`].
+
+    The pipeline is written under a temporary name, loaded again and compared.
+
+    Args:
+        source (`str` or `Path`): Checkpoint of the language model: local file, or `org/repo:file` on the Hub.
+        out (`str` or `Path`): Folder to create.
+        tokenizer (`str` or `Path`): Tokenizer that it was trained with: checkpoint file, `org/repo:file`, model folder
+            or Hub id.
+        image_size (`int`, *optional*): Side in pixels of the training images. Required unless the source tells it.
+        num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
+        text_encoder (`str`, *optional*): T5 encoder of the captions: folder or Hub id, such as `google/flan-t5-xl`.
+            Required for a model for captions.
+        use_ema (`bool`, defaults to `False`): Use the averaged weights of the source, if it has them.
+        variant (`str`, *optional*): Also write half-precision weights, `fp16` or `bf16`.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`.
+        push_to_hub (`str`, *optional*): Hub repository `org/name` to upload the result to. It is created as soon as
+            the source is read.
+        private (`bool`, *optional*): Whether a new repository is private.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+
+    Returns:
+        [`PipelineReport`]: Sources, config and files.
+
+    Raises:
+        OSError: If a source cannot be read, `out` cannot be written, or the upload fails.
+        ValueError: If the source is not such a checkpoint, the tokenizer or the text encoder does not fit, or an
+            argument is wrong or missing.
+    """
+    check_arguments(variant, push_to_hub, private, create_pr)
+    out = check_new_folder(Path(out))
+    vqvae = load_tokenizer(tokenizer)
+    if image_size is not None and (image_size < 1 or image_size % vqvae.f):
+        raise ValueError(
+            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
+        )
+    checkpoint = read_llamagen(
+        source,
+        grid_size=None if image_size is None else image_size // vqvae.f,
+        num_attention_heads=num_attention_heads,
+        use_ema=use_ema,
+    )
+    pipeline = _make_pipeline(checkpoint, vqvae, text_encoder)
+    if push_to_hub is not None:
+        create_repo(push_to_hub, private)
+    card = _card(checkpoint, pipeline, tokenizer, text_encoder, push_to_hub or out.name, license)
+    with new_repository(out, card) as folder:
+        tensors = _save(pipeline, folder)
+        if variant is not None:
+            for model in _models(pipeline).values():
+                halve(model, variant)
+            _save(pipeline, folder, variant)
+    return PipelineReport(
+        source=checkpoint.source,
+        sha256=checkpoint.sha256,
+        tokenizer=str(tokenizer),
+        config=checkpoint.config,
+        tensors=tensors,
+        out=out,
+        files=tuple(sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())),
+        url=push_folder(out, push_to_hub, "Upload converted pipeline", create_pr=create_pr) if push_to_hub else None,
+    )
+
+
+def is_llamagen(source: str | Path) -> bool:
+    """Whether a checkpoint seems to hold a language model of LlamaGen, by a name of a weight in it."""
+    path = locate_checkpoint(source)
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(EMBEDDING.encode()) >= 0
+
+
+def _make_pipeline(
+    checkpoint: LlamaGenCheckpoint, vqvae: SVQVAE, text_encoder: str | None
+) -> SVQVAEAutoregressivePipeline:
+    language_model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
+    config = language_model.config
+    config.codebook_fingerprint = vqvae.codebook_fingerprint()
+    if (config.caption_dim is None) != (text_encoder is None):
+        raise ValueError(
+            f"`{checkpoint.source}` has classes instead of captions, and no text encoder. Leave `text_encoder` out."
+            if config.caption_dim is None
+            else f"`{checkpoint.source}` does not tell the encoder of its captions. Pass `text_encoder`, or "
+            "`--text-encoder` to `svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
+        )
+    encoder, tokenizer = (None, None) if text_encoder is None else _load_text_encoder(text_encoder)
+    if encoder is not None and encoder.config.d_model != config.caption_dim:
+        raise ValueError(
+            f"`text_encoder` must have {config.caption_dim} channels, as the captions of `{checkpoint.source}`, but "
+            f"`{text_encoder}` has {encoder.config.d_model}."
+        )
+    side = config.grid_size * vqvae.f
+    return SVQVAEAutoregressivePipeline(
+        vqvae,
+        language_model,
+        num_classes=config.num_classes,
+        height=side,
+        width=side,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def _load_text_encoder(source: str) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
+    """Loads a text encoder in bfloat16, as LlamaGen does, and its tokenizer."""
+    encoder, info = from_hub(
+        T5EncoderModel.from_pretrained, source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(info['missing_keys'])}.")
+    return encoder.eval(), from_hub(AutoTokenizer.from_pretrained, source)
+
+
+def _models(pipeline: SVQVAEAutoregressivePipeline) -> dict[str, torch.nn.Module]:
+    named = {name: getattr(pipeline, name) for name in ("vqvae", "language_model", "text_encoder")}
+    return {name: model for name, model in named.items() if model is not None}
+
+
+def _card(
+    checkpoint: LlamaGenCheckpoint,
+    pipeline: SVQVAEAutoregressivePipeline,
+    tokenizer: str | Path,
+    text_encoder: str | None,
+    repo_id: str,
+    license: str | None,
+) -> str:
+    condition = "classes" if text_encoder is None else "captions"
+    base_model = hub_repo(checkpoint.source)
+    file = checkpoint.source if base_model else checkpoint.path.name  # a public card must not show a path
+    rows = {
+        "layout": "LlamaGen's language model",
+        "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
+        "sha256 of the source": f"`{checkpoint.sha256}`",
+        "images": f"{pipeline.layout.height} x {pipeline.layout.width} pixels",
+        "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{pipeline.config['codebook_fingerprint']}`",
+    }
+    if text_encoder is not None:
+        rows["text encoder"] = f"`{public_name(text_encoder)}`"
+    return pipeline_card(
+        SVQVAEAutoregressivePipeline,
+        repo_id=repo_id,
+        summary=SUMMARY.format(condition=condition),
+        call=CALLS[condition],
+        tags=["svqvae", "llamagen", "autoregressive"],
+        license=license,
+        base_model=base_model,
+        pipeline_tag="text-to-image" if text_encoder else "unconditional-image-generation",
+        provenance=rows,
+    )
+
+
+def _save(pipeline: SVQVAEAutoregressivePipeline, folder: Path, variant: str | None = None) -> int:
+    """Writes a pipeline, loads it again, compares both, and returns the number of tensors."""
+    pipeline.save_pretrained(folder, variant=variant)
+    dtypes = {name: model.dtype for name, model in _models(pipeline).items()}
+    copy = SVQVAEAutoregressivePipeline.from_pretrained(folder, variant=variant, dtype=dtypes)
+    written, copied = (
+        {
+            f"{name}.{key}": tensor
+            for name, model in _models(each).items()
+            for key, tensor in model.state_dict().items()
+        }
+        for each in (pipeline, copy)
+    )
+    differing = sorted(key for key, tensor in written.items() if not torch.equal(tensor, copied[key]))
+    if differing or not torch.equal(_first_logits(pipeline), _first_logits(copy)):
+        raise OSError(
+            f"The written pipeline must equal the source, but differs in {', '.join(differing) or 'its logits'}. "
+            "Check the disk and convert again."
+        )
+    return len(written)
+
+
+@torch.no_grad()
+def _first_logits(pipeline: SVQVAEAutoregressivePipeline) -> torch.Tensor:
+    """Logits of the first id of an image without class or caption."""
+    model, captions = pipeline.language_model, {}
+    if model.config.caption_dim is not None:
+        captions["prompt_embeds"] = model.uncond_embedding[None]
+    return model(torch.tensor([[pipeline.layout.unconditional_token]]), **captions).logits

@@ -1,0 +1,157 @@
+"""Conversion of LlamaGen's language models to pipeline repositories."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_runner import fails, names, svqvae
+from conftest import ROOT, make_tiny
+from huggingface_hub import ModelCard
+from pipeline_parts import text_components
+from safetensors.torch import load_file
+
+from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
+from svqvae_hf.conversion.convert_llamagen import convert_llamagen
+
+GOLDEN = ROOT / "tests" / "golden"
+CLASSES, CAPTIONS = (GOLDEN / f"llamagen_gpt_{kind}_tiny.pt" for kind in ("c2i", "t2i"))
+SIZES = {"image_size": 16, "num_attention_heads": 4}
+LOAD = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+import svqvae_hf
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+expected = load_file(sys.argv[2])
+call = {"temperature": 0, "output_type": "latent", "guidance_scale": 2}
+print(json.dumps(pipeline(expected["class_labels"].tolist(), **call).images.flatten(1).tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folder of a tokenizer with f = 4, `tokenizer`, and of a text encoder, `t5`."""
+    folder = tmp_path_factory.mktemp("parts")
+    make_tiny(codebook_size=256).save_pretrained(folder / "tokenizer")
+    text = text_components()
+    text["text_encoder"].save_pretrained(folder / "t5")
+    text["tokenizer"].save_pretrained(folder / "t5")
+    return folder
+
+
+def assert_no_path_is_told(folder, *paths):
+    for file in folder.rglob("*"):
+        if file.suffix in (".md", ".json"):
+            assert not [path for path in paths if str(path) in file.read_text()], file
+
+
+def test_a_model_of_classes_is_a_whole_repository(parts, tmp_path):
+    report = convert_llamagen(CLASSES, tmp_path / "out", parts / "tokenizer", **SIZES, license="mit")
+    assert names(tmp_path) == ["out"]
+    assert {"README.md", "model_index.json", "language_model/config.json", "vqvae/config.json"} <= {*report.files}
+    assert report.sha256 == hashlib.sha256(CLASSES.read_bytes()).hexdigest()
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.config["height"] == 16
+    fingerprint = pipeline.vqvae.codebook_fingerprint()
+    assert pipeline.language_model.config.codebook_fingerprint == fingerprint
+    original = LlamaGenForCausalLM.from_single_file(CLASSES, grid_size=4, num_attention_heads=4).state_dict()
+    written = load_file(tmp_path / "out" / "language_model" / "model.safetensors")
+    assert written.keys() == original.keys()
+    assert all(torch.equal(tensor, original[key]) for key, tensor in written.items())
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit"
+    assert report.sha256 in card.text
+    assert fingerprint in card.text
+    assert_no_path_is_told(tmp_path / "out", tmp_path, parts, ROOT)
+
+
+@pytest.mark.usefixtures("process")
+def test_the_command_and_loading_in_a_new_process(parts, tmp_path, capsys):
+    options = ("--tokenizer", parts / "tokenizer", "--image-size", 16, "--num-heads", 4)
+    assert svqvae("convert", CLASSES, tmp_path / "out", *options) == 0
+    assert "sha256" in capsys.readouterr().out
+    outputs = GOLDEN / "llamagen_gpt_c2i_tiny.outputs.safetensors"
+    command = [sys.executable, "-c", LOAD, tmp_path / "out", outputs]
+    ids = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert ids == load_file(outputs)["greedy_cfg2.ids"].tolist()
+
+
+def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
+    report = convert_llamagen(CAPTIONS, tmp_path / "out", parts / "tokenizer", text_encoder=str(parts / "t5"), **SIZES)
+    assert {"text_encoder/config.json", "tokenizer/tokenizer.json"} <= {*report.files}
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    encoder = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    assert {tensor.dtype for tensor in encoder.values()} == {torch.bfloat16}
+    assert pipeline(prompt="a cat", output_type="pt").images.shape == (1, 3, 16, 16)
+    expected = load_file(GOLDEN / "llamagen_gpt_t2i_tiny.outputs.safetensors")
+    captions = {"prompt_embeds": expected["caption_embeddings"], "prompt_attention_mask": expected["caption_mask"]}
+    ids = pipeline(**captions, guidance_scale=2, temperature=0, output_type="latent").images
+    assert torch.equal(ids.flatten(1), expected["greedy_cfg2.ids"])
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.pipeline_tag == "text-to-image"
+    assert_no_path_is_told(tmp_path / "out", tmp_path, parts, ROOT)
+
+
+def test_half_precision_variant_keeps_the_codebook(parts, tmp_path):
+    convert_llamagen(CLASSES, tmp_path / "out", parts / "tokenizer", variant="bf16", **SIZES)
+    full = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
+    half = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out", variant="bf16", dtype=torch.bfloat16)
+    assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
+    assert torch.equal(half.language_model.lm_head.weight, full.language_model.lm_head.weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": None}, "does not tell the size of its images"),
+        ({"num_attention_heads": None}, "Pass `num_attention_heads`, or `--num-heads`"),
+        ({"image_size": 18}, "must be a positive multiple of f = 4 of the tokenizer, got 18"),
+        ({"text_encoder": "t5"}, "has classes instead of captions"),
+        ({"source": CAPTIONS}, "does not tell the encoder of its captions. Pass `text_encoder`"),
+        ({"source": GOLDEN / "llamagen_tiny.pt"}, "must be a checkpoint of a language model of LlamaGen"),
+        ({"tokenizer": GOLDEN / "llamagen_tiny.pt"}, r"must have 139 tokens \(128 codes, 10 classes.*got 267"),
+        ({"variant": "fp8"}, "`variant` must be one of fp16, bf16, got 'fp8'"),
+    ],
+)
+def test_wrong_arguments_leave_nothing(parts, tmp_path, arguments, message):
+    given = {"source": CLASSES, "out": tmp_path / "out", "tokenizer": parts / "tokenizer", **SIZES} | arguments
+    with pytest.raises(ValueError, match=message):
+        convert_llamagen(**given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_encoder_of_another_size_is_an_error(parts, tmp_path):
+    weights = torch.load(CAPTIONS, weights_only=True)["model"]
+    weights["cls_embedding.uncond_embedding"] = torch.zeros(120, 16)
+    weights["cls_embedding.cap_proj.fc1.weight"] = torch.zeros(64, 16)
+    torch.save(weights, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=r"must have 16 channels.* `.*t5` has 32"):
+        convert_llamagen(
+            tmp_path / "file.pt", tmp_path / "out", parts / "tokenizer", text_encoder=str(parts / "t5"), **SIZES
+        )
+    assert names(tmp_path) == ["file.pt"]
+
+
+def test_a_copy_with_other_weights_fails(parts, tmp_path, monkeypatch):
+    model = LlamaGenForCausalLM.from_single_file(CLASSES, grid_size=4, num_attention_heads=4)
+    model.lm_head.weight.data[0] += 1
+    copy = SVQVAEAutoregressivePipeline(make_tiny(codebook_size=256), model, num_classes=10, height=16, width=16)
+    monkeypatch.setattr(SVQVAEAutoregressivePipeline, "from_pretrained", lambda *_, **__: copy)
+    with pytest.raises(OSError, match=r"differs in language_model\.lm_head\.weight\."):
+        convert_llamagen(CLASSES, tmp_path / "out", parts / "tokenizer", **SIZES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("process")
+def test_wrong_options_of_the_command(parts, tmp_path, capsys):
+    out, tokenizer = tmp_path / "out", ("--tokenizer", parts / "tokenizer")
+    assert "`--tokenizer`" in fails(capsys, "convert", CLASSES, out)
+    assert "--image-size" in fails(capsys, "convert", CLASSES, out, *tokenizer)
+    assert "--num-heads" in fails(capsys, "convert", CLASSES, out, *tokenizer, "--image-size", 16)
+    assert "--num-heads needs --tokenizer" in fails(capsys, "convert", CLASSES, out, "--num-heads", 4)
+    flexvar = GOLDEN / "flexvar_transformer_tiny.pth"
+    assert "is not one" in fails(capsys, "convert", flexvar, out, *tokenizer, "--text-encoder", parts / "t5")
+    assert not list(tmp_path.iterdir())
