@@ -7,7 +7,7 @@ from conftest import make_tiny
 from diffusers import DiffusionPipeline
 from next_scale import GOLDEN, OUTPUTS, Golden, make_transformer
 from PIL import Image
-from torch.nn.functional import interpolate
+from torch.nn.functional import cross_entropy, interpolate
 
 from svqvae_hf import NextScaleTransformer, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 
@@ -229,6 +229,30 @@ def test_ids_outside_the_mask_are_kept_at_every_scale(pipeline, photo):
     masks = [mask, Image.new("L", (16, 16))]
     one_hole = collect(pipeline, [0, 1], image=images, mask_image=masks)
     assert all(torch.equal(grid[1], known[1]) for grid, known in zip(one_hole, whole, strict=True))
+
+
+def test_images_learned_by_heart_come_back_and_are_completed(monkeypatch):
+    torch.manual_seed(0)
+    vqvae, sizes, labels = make_tiny(), [(1, 1), (2, 2), (4, 4)], [0, 1, 2, 3]
+    latents = torch.randn(4, 8, 4, 4)
+    monkeypatch.setattr(vqvae, "encode", lambda _: type("Output", (), {"latents": latents}))
+    ids = [vqvae.quantize.nearest_ids(interpolate(latents, size, mode="area")) for size in sizes]
+    codes = [vqvae.quantize.get_codebook_entry(grid, (*grid.shape, 8)).detach() for grid in ids]
+    targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)
+    transformer = NextScaleTransformer(2, 4, 16, num_classes=4, codebook_size=64, position_size=4)
+    optimizer = torch.optim.Adam(transformer.parameters(), lr=3e-3)
+    for _ in range(100):
+        logits = transformer(torch.tensor(labels), codes[:-1], sizes).logits
+        optimizer.zero_grad()
+        cross_entropy(logits.transpose(1, 2), targets).backward()
+        optimizer.step()
+    pipeline = SVQVAENextScalePipeline(vqvae, transformer, schedule=[1, 2, 4])
+    pipeline.set_progress_bar_config(disable=True)
+    images, mask = [GREY] * 4, Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 8))
+    for editing in ({}, {"image": images, "mask_image": mask}, {"image": images, "image_scale": 0.25}):
+        found = collect(pipeline, labels, temperature=0, **editing)
+        assert all(map(torch.equal, found, ids))
 
 
 GREY = Image.new("RGB", (16, 16), "grey")
