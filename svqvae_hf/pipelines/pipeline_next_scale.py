@@ -57,7 +57,8 @@ class SVQVAENextScalePipeline(DiffusionPipeline):
             pipeline; the fingerprint of `vqvae` by default.
         class_names (`list[str]`, *optional*): Name of each class.
 
-    Both models are in evaluation mode during sampling.
+    The attribute `trained_schedule` lists the scales as pairs `(height, width)`. Both models are in evaluation mode
+    during sampling.
 
     Raises:
         ValueError: The models do not fit each other, `vqvae` does not have the codebook with this fingerprint, the
