@@ -255,6 +255,15 @@ def test_baselines(run, photo, tmp_path):
     assert values["JPEG", 1]["images of more bits"] == 1  # its headers alone need more
 
 
+def test_next_scale(run):
+    options = ["--side", "4", "--steps", "3", "--batch", "2", "--hidden-size", "64", "--layers", "1"]
+    sampling, steps = run("next_scale", *options, "--guidance-scale", "2")
+    assert [(row["step"], row["steps"]) for row in sampling] == [("one scale", 3), ("one id", 16)]
+    assert [row["tokens so far"] for row in steps] == [1, 5, 21]
+    floats = 2 * 2 * 64  # images with and without class, keys and values
+    assert [row["cache, MiB"] * 2**20 for row in steps] == [2 * 4 * floats * tokens for tokens in (1, 5, 21)]
+
+
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])
 def test_generation(run, guidance_scale):
     sizes = ["--sides", "4", "--batch", "2", "--hidden-size", "64", "--layers", "1"]
