@@ -23,9 +23,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
+LICENSES = ("apache-2.0", "cc-by-4.0", "mit", "other", "unknown")
 API = rf"/api/(models|datasets)/{REPO}"
 
 
@@ -59,6 +62,12 @@ def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, env: Mapping[str, str]) -> None:
+    """Makes the repositories of [`serve_hub`] the Hub of this process, for uploads only."""
+    monkeypatch.setattr(constants, "ENDPOINT", env["HF_ENDPOINT"])
+    monkeypatch.setenv("HF_TOKEN", env["HF_TOKEN"])
 
 
 def run_python(code: str, env: Mapping[str, str], *args: str | Path) -> str:
@@ -129,6 +138,8 @@ class HubHandler(BaseHTTPRequestHandler):
             for name in names
             if not re.fullmatch(REPO, name)
         ]
+        if metadata.get("license", "mit") not in LICENSES:
+            errors.append({"message": '"license" must be one of the known ones.'})
         warnings = [] if metadata else [{"message": "empty metadata"}]
         self._send_json({"errors": errors, "warnings": warnings}, 400 if errors else 200)
 

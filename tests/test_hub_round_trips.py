@@ -4,6 +4,7 @@ import json
 
 from conftest import make_tiny
 from hub_server import run_python, serve_hub
+from huggingface_hub import ModelCard
 from token_set_parts import content, save_photos
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +23,7 @@ def sample(pipeline):
 
 work = Path(sys.argv[1])
 saved = DiffusionPipeline.from_pretrained(work / "pipeline")  # found by `import svqvae_hf` alone
-saved.push_to_hub("org/dreams")
+saved.push_to_hub("org/dreams", private=True, license="mit")
 for cls in (DiffusionPipeline, svqvae_hf.SVQVAEAutoregressivePipeline):
     loaded = cls.from_pretrained("org/dreams")
     assert type(loaded) is svqvae_hf.SVQVAEAutoregressivePipeline
@@ -86,7 +87,11 @@ def test_pipeline_and_token_set_by_hub_id(tmp_path):
     assert "/org/tokens/commit/" in url
     assert rows == "['cat/0.png', 'dog/1.png'] ['cat', 'dog']"
     pushed = tmp_path / "hub" / "org" / "tokens"
-    assert json.loads((pushed / "settings.json").read_text())["visibility"] == "private"
+    for name in ("dreams", "tokens"):
+        settings = json.loads((tmp_path / "hub" / "org" / name / "settings.json").read_text())
+        assert settings["visibility"] == "private"
+    dreams = (tmp_path / "hub" / "org" / "dreams" / "main" / "README.md").read_text()
+    assert ModelCard(dreams).data.license == "mit"
     assert content(pushed / "main") == content(tmp_path / "out")
     card = (pushed / "main" / "README.md").read_text()
     assert 'load_dataset("org/tokens", split="train")' in card

@@ -55,9 +55,10 @@ NEW_RUN_OPTIONS = {
     **{"max_train_steps": 4, "learning_rate": 0.5, "lr_scheduler": "linear", "lr_warmup_steps": 3, "adam_beta1": 0.8},
     **{"adam_beta2": 0.7, "adam_weight_decay": 0.3, "max_grad_norm": 0.5, "max_skipped_steps": 3, "ema_decay": 0.5},
     **{"checkpointing_steps": 3, "checkpoints_total_limit": 1, "validation_steps": 3, "logging_steps": 1},
-    **{"report_to": "tensorboard", "mixed_precision": "bf16"},
+    **{"report_to": "tensorboard", "mixed_precision": "bf16", "license": "mit"},
 }
-UNREAD_OPTIONS = {"push_to_hub", "hub_model_id", "max_unreadable_share"}  # by a run without uploads and faults
+# by a run without uploads and faults
+UNREAD_OPTIONS = {"push_to_hub", "hub_model_id", "private", "max_unreadable_share"}
 
 
 def train_at_once_and_resumed(train, weights, options):

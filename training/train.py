@@ -334,6 +334,7 @@ def make_card(run: Run[TrainOptions], vqvae: SVQVAE, batches: list[torch.Tensor]
     return model_card(
         vqvae.config,
         repo_id=run.name,
+        license=options.license,
         base_model=model if model is not None and is_hub_id(model) else None,
         datasets=[images] if options.dataset_name is not None and is_hub_id(images) else [],
         provenance=provenance,

@@ -84,7 +84,7 @@ def train(run: Run[AutoregressiveOptions]) -> None:
         result = make_language_model(options, layout)
         result.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, result.eval(), source)
-        run.publish(pipeline.save_pretrained, make_card(run, pipeline, layout))
+        run.publish(pipeline.save_pretrained, make_card(run, pipeline))
     accelerator.end_training()
 
 
@@ -146,17 +146,10 @@ def validate(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipe
     log_samples(run, images, steps_done)
 
 
-def make_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, layout: SequenceLayout) -> str:
+def make_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:
     """Card of the pipeline."""
-    scales = ", ".join(f"{scale:g}" for scale in layout.scales)
-    return pipeline_card(
-        run,
-        pipeline,
-        script="training/train_autoregressive.py",
-        summary=f"Images of {layout.width} x {layout.height} pixels (width x height), id by id at scales {scales}, "
-        "from a causal language model over the codebook of an SVQVAE.",
-        call="class_labels=[0]" if layout.num_classes else "",
-    )
+    summary, call = pipeline.describe()
+    return pipeline_card(run, pipeline, script="training/train_autoregressive.py", summary=summary, call=call)
 
 
 if __name__ == "__main__":

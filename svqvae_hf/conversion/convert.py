@@ -9,7 +9,7 @@ import torch
 from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.conversion.new_repository import VARIANTS, check_arguments, halve, new_repository
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.repositories import create_repo, hub_repo, push_folder
+from svqvae_hf.hub.repositories import hub_repo, prepare_repo, push_output
 from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
@@ -94,7 +94,7 @@ def convert(
     out = check_new_folder(Path(out))
     checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
     if push_to_hub is not None:
-        create_repo(push_to_hub, private)
+        prepare_repo(push_to_hub, private=private, license=license)
     _write(checkpoint, out, push_to_hub or out.name, license, variant)
     return ConversionReport(
         source=checkpoint.source,
@@ -104,7 +104,7 @@ def convert(
         tensors=len(checkpoint.state_dict),
         out=out,
         files=tuple(sorted(file.name for file in out.iterdir())),
-        url=push_folder(out, push_to_hub, "Upload converted SVQVAE", create_pr=create_pr) if push_to_hub else None,
+        url=push_output(out, push_to_hub, "Upload converted SVQVAE", create_pr=create_pr) if push_to_hub else None,
     )
 
 

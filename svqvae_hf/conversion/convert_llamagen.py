@@ -10,7 +10,7 @@ from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.conversion.convert_next_scale import PipelineReport, load_tokenizer, public_name
 from svqvae_hf.conversion.new_repository import check_arguments, halve, new_repository
 from svqvae_hf.hub.model_cards import pipeline_card
-from svqvae_hf.hub.repositories import create_repo, from_hub, hub_repo, push_folder
+from svqvae_hf.hub.repositories import from_hub, hub_repo, prepare_repo, push_output
 from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, LlamaGenCheckpoint, read_llamagen
@@ -85,7 +85,7 @@ def convert_llamagen(
     )
     pipeline = _make_pipeline(checkpoint, vqvae, text_encoder)
     if push_to_hub is not None:
-        create_repo(push_to_hub, private)
+        prepare_repo(push_to_hub, private=private, license=license)
     card = _card(checkpoint, pipeline, tokenizer, text_encoder, push_to_hub or out.name, license)
     with new_repository(out, card) as folder:
         tensors = _save(pipeline, folder)
@@ -101,7 +101,7 @@ def convert_llamagen(
         tensors=tensors,
         out=out,
         files=tuple(sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())),
-        url=push_folder(out, push_to_hub, "Upload converted pipeline", create_pr=create_pr) if push_to_hub else None,
+        url=push_output(out, push_to_hub, "Upload converted pipeline", create_pr=create_pr) if push_to_hub else None,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.conversion.new_repository import check_arguments, halve, new_repository
 from svqvae_hf.hub.model_cards import pipeline_card
-from svqvae_hf.hub.repositories import create_repo, hub_repo, push_folder
+from svqvae_hf.hub.repositories import hub_repo, prepare_repo, push_output
 from svqvae_hf.loaders.checkpoints import Checkpoint
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
@@ -18,10 +18,6 @@ from svqvae_hf.pipelines.pipeline_next_scale import DEFAULT_STEPS, SVQVAENextSca
 from svqvae_hf.pipelines.schedules import make_schedule
 
 CHECK_SIDE = 4  # side in ids of the image that a written pipeline is checked on
-
-SUMMARY = (
-    "Generates images scale by scale: a transformer predicts all ids of a scale in one step, and SVQVAE decodes them."
-)
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,8 @@ def convert_next_scale(
     schedule = [list(size) for size in make_schedule((side, side), min(DEFAULT_STEPS, side))]
     pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(), schedule=schedule)
     if push_to_hub is not None:
-        create_repo(push_to_hub, private)
-    with new_repository(out, _card(checkpoint, tokenizer, push_to_hub or out.name, license)) as folder:
+        prepare_repo(push_to_hub, private=private, license=license)
+    with new_repository(out, _card(pipeline, checkpoint, tokenizer, push_to_hub or out.name, license)) as folder:
         _save(pipeline, folder)
         if variant is not None:
             for model in (vqvae, pipeline.transformer):
@@ -123,7 +119,7 @@ def convert_next_scale(
         tensors=len(checkpoint.state_dict) + len(vqvae.state_dict()),
         out=out,
         files=tuple(sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())),
-        url=push_folder(out, push_to_hub, "Upload converted pipeline", create_pr=create_pr) if push_to_hub else None,
+        url=push_output(out, push_to_hub, "Upload converted pipeline", create_pr=create_pr) if push_to_hub else None,
     )
 
 
@@ -141,14 +137,21 @@ def public_name(source: str | Path) -> str:
     return Path(source).name if Path(source).exists() else str(source)
 
 
-def _card(checkpoint: Checkpoint, tokenizer: str | Path, repo_id: str, license: str | None) -> str:
+def _card(
+    pipeline: SVQVAENextScalePipeline,
+    checkpoint: Checkpoint,
+    tokenizer: str | Path,
+    repo_id: str,
+    license: str | None,
+) -> str:
+    summary, call = pipeline.describe()
     base_model = hub_repo(checkpoint.source)
     file = checkpoint.source if base_model else checkpoint.path.name  # a public card must not show a path
     return pipeline_card(
         SVQVAENextScalePipeline,
         repo_id=repo_id,
-        summary=SUMMARY,
-        call="class_labels=0, guidance_scale=3.5, top_k=900, top_p=0.95",
+        summary=summary,
+        call=call,
         tags=["svqvae", "next-scale", "class-conditional"],
         license=license,
         base_model=base_model,

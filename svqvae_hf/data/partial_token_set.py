@@ -15,7 +15,7 @@ from svqvae_hf.atomic_io import write_file
 from svqvae_hf.data.shard_encoder import ShardContent, ShardName
 from svqvae_hf.data.token_set_cards import token_set_card
 from svqvae_hf.data.token_sets import CROPS, SETTINGS_FILE, TokenSettings
-from svqvae_hf.hub.repositories import push_folder
+from svqvae_hf.hub.repositories import push_output
 from svqvae_hf.tokens.token_files import METADATA_KEY
 
 SKIPPED_FILE = "skipped.json"
@@ -165,7 +165,7 @@ class PartialTokenSet:
         write_file(self.folder / "README.md", card.encode())
         self.folder.replace(self.out)
         self.record.unlink()
-        url = push_folder(self.out, push_to_hub, "Upload token set", "dataset") if push_to_hub else None
+        url = push_output(self.out, push_to_hub, "Upload token set", repo_type="dataset") if push_to_hub else None
         return TokenizeReport(self.out, images, rows, len(shards), skipped, url)
 
     def _record(self, options: Mapping[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from svqvae_hf.data.image_sets import ImageRows
 from svqvae_hf.data.partial_token_set import PartialTokenSet, TokenizeReport
 from svqvae_hf.data.shard_encoder import ShardEncoder, assigned_images, read_crops
 from svqvae_hf.data.token_sets import CROPS, TokenSettings, is_whole
-from svqvae_hf.hub.repositories import check_repo_id, create_repo
+from svqvae_hf.hub.repositories import check_repo_id, prepare_repo
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.paths import scale_endings
 
@@ -105,7 +105,7 @@ def tokenize_set(
     token_set = PartialTokenSet(check_new_folder(Path(out)), settings, images.features)
     if state.is_main_process:
         if push_to_hub is not None:
-            create_repo(push_to_hub, private, "dataset")  # a missing login raises before the work
+            prepare_repo(push_to_hub, private=private, license=license, repo_type="dataset")
         token_set.create(options)
     state.wait_for_everyone()
     token_set.check_options(options)

@@ -1,4 +1,4 @@
-"""Writes the model cards of SVQVAE repositories."""
+"""Writes the cards of repositories with an SVQVAE or a pipeline that holds one."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,12 +63,12 @@ PIPELINE_TEMPLATE = """---
 
 ## Use
 
-With the package `svqvae-hf`:
+The pipeline needs the package `svqvae-hf`. diffusers loads a pipeline that holds an SVQVAE only after
+`import svqvae_hf`.
 
 ```python
+import svqvae_hf
 from {module} import {pipeline}
-
-import svqvae_hf  # from here on, pipelines that hold an SVQVAE load
 
 pipeline = {pipeline}.from_pretrained({repo_id})
 image = pipeline({call}).images[0]
@@ -76,9 +76,7 @@ image = pipeline({call}).images[0]
 
 ## Origin
 
-| | |
-|---|---|
-{rows}
+{provenance}
 ## Licence
 
 {licence}
@@ -131,7 +129,6 @@ def model_card(
         model_name=name if eval_results else None,
         eval_results=list(eval_results) or None,
     )
-    rows = table_rows((provenance or {}).items())
     calls = " or ".join(
         f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
         for variant, dtype in (variants or {}).items()
@@ -152,7 +149,7 @@ def model_card(
         encoder_ch_mult=tuple(config["encoder_ch_mult"]),
         decoder_ch_mult=tuple(config["decoder_ch_mult"]),
         half_precision=HALF_PRECISION.format(calls=calls) if calls else "",
-        provenance=f"| | |\n|---|---|\n{rows}" if rows else "Not stated.\n",
+        provenance=_provenance_table(provenance or {}),
         licence=one_line(license or NO_LICENCE),
     )
 
@@ -200,9 +197,13 @@ def pipeline_card(
         module=pipeline.__module__.partition(".")[0],
         pipeline=pipeline.__name__,
         call=call,
-        rows=table_rows(provenance.items()),
+        provenance=_provenance_table(provenance),
         licence=one_line(license or NO_LICENCE),
     )
+
+
+def _provenance_table(provenance: Mapping[str, str]) -> str:
+    return f"| | |\n|---|---|\n{table_rows(provenance.items())}" if provenance else "Not stated.\n"
 
 
 def one_line(text: object) -> str:

@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CardData, HfApi, RepoCard, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -24,9 +25,8 @@ ANSWER_SECONDS = 4  # after which the Hub counts as unreachable
 
 Loaded = TypeVar("Loaded")
 
-UNREACHABLE = (
-    "the Hub cannot be reached, and the cache has no complete copy. Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
-)
+CHECK_NETWORK = "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
+UNREACHABLE = f"the Hub cannot be reached, and the cache has no complete copy. {CHECK_NETWORK}"
 HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
     (RepositoryNotFoundError, "the repository does not exist, or is private. Check its name, or `hf auth login`."),
@@ -89,27 +89,72 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
         raise OSError(f"could not load `{source}`: {UNREACHABLE}") from error
 
 
-def check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str, argument: str = "push_to_hub") -> None:
     """Raises ValueError unless the name is `org/name`, as the Hub allows it."""
     if not re.fullmatch(REPO_ID, repo_id):
-        raise ValueError(f"`push_to_hub` must be `org/name`, got {repo_id!r}.")
+        raise ValueError(f"`{argument}` must be `org/name`, got {repo_id!r}.")
     validate_repo_id(repo_id)
 
 
-def create_repo(repo_id: str, private: bool | None, repo_type: str = "model") -> None:
-    """Creates a repository on the Hub unless it exists.
+def prepare_repo(
+    repo_id: str, *, private: bool | None, license: str | None, repo_type: str = "model", token: str | None = None
+) -> str:
+    """Creates a repository on the Hub unless it exists, and checks the licence. Call it before the work to upload.
+
+    Args:
+        repo_id (`str`): `org/name`, or `name` of the user.
+        private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
+        license (`str`, *optional*): Licence for the card, by the Hub's identifier.
+        repo_type (`str`, defaults to `"model"`): `model` or `dataset`.
+        token (`str`, *optional*): Access token, by default the stored one.
+
+    Returns:
+        `str`: `org/name`.
 
     Raises:
         OSError: If the Hub denies it or cannot be reached.
+        ValueError: If the Hub does not know the licence.
     """
+    failed = f"Could not create `{repo_id}` on the Hub"
+    if not hub_answers():
+        raise OSError(f"{failed}: it cannot be reached. {CHECK_NETWORK}")
     try:
-        HfApi().create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+        if license is not None:
+            _check_license(license, repo_type)
+        return HfApi(token=token).create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
     except (HTTPError, OSError) as error:
-        raise OSError(f"Could not create `{repo_id}` on the Hub: {hub_reason(error)}") from error
+        raise OSError(f"{failed}: {hub_reason(error)}") from error
 
 
-def push_folder(out: Path, repo_id: str, message: str, repo_type: str = "model", create_pr: bool = False) -> str:
+def _check_license(license: str, repo_type: str) -> None:
+    try:
+        RepoCard(f"---\n{CardData(license=license).to_yaml()}\n---\n").validate(repo_type)
+    except ValueError as error:
+        raise ValueError(
+            f"`license` must be an identifier that the Hub knows, such as `apache-2.0` or `other`, got {license!r}."
+        ) from error
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    message: str,
+    *,
+    repo_type: str = "model",
+    create_pr: bool = False,
+    token: str | None = None,
+    files: Sequence[str] | None = None,
+) -> str:
     """Uploads a folder to an existing repository.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        repo_id (`str`): `org/name`.
+        message (`str`): Title of the commit.
+        repo_type (`str`, defaults to `"model"`): `model` or `dataset`.
+        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+        token (`str`, *optional*): Access token, by default the stored one.
+        files (`Sequence[str]`, *optional*): Globs of the files to upload, all by default.
 
     Returns:
         `str`: URL of the commit or pull request.
@@ -118,13 +163,25 @@ def push_folder(out: Path, repo_id: str, message: str, repo_type: str = "model",
         OSError: If the Hub denies it or cannot be reached.
     """
     try:
-        commit = HfApi().upload_folder(
-            repo_id=repo_id, folder_path=out, repo_type=repo_type, commit_message=message, create_pr=create_pr
+        commit = HfApi(token=token).upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            repo_type=repo_type,
+            commit_message=message,
+            create_pr=create_pr,
+            allow_patterns=None if files is None else list(files),
         )
     except (HTTPError, OSError) as error:
-        option = "" if repo_type == "model" else f" --repo-type {repo_type}"
-        raise OSError(
-            f"`{out}` is complete, but could not be pushed to `{repo_id}`: {hub_reason(error)} Push it with `hf "
-            f"upload {repo_id} {out}{option}`."
-        ) from error
+        raise OSError(f"the upload to `{repo_id}` failed: {hub_reason(error)}") from error
     return commit.pr_url or commit.commit_url
+
+
+def push_output(out: Path, repo_id: str, message: str, **options: Any) -> str:
+    """Uploads a folder that stays, as [`push_folder`] does. The error says how to upload it later."""
+    try:
+        return push_folder(out, repo_id, message, **options)
+    except OSError as error:
+        words = ["hf", "upload", repo_id, str(out)]
+        words += ["--repo-type", options["repo_type"]] if "repo_type" in options else []
+        words += [word for file in options.get("files") or () for word in ("--include", file)]
+        raise OSError(f"`{out}` is complete, but {error} Upload it by `{shlex.join(words)}`.") from error

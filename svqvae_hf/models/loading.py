@@ -10,10 +10,9 @@ from typing import Any, Self
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from huggingface_hub import HfApi
 
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, prepare_repo, push_folder
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
@@ -150,18 +149,18 @@ class SVQVAELoadingMixin(StrictLoadingMixin):
 
         Returns:
             `str`: URL of the commit or pull request.
+
+        Raises:
+            OSError: If the Hub denies it or cannot be reached.
+            ValueError: If the Hub does not know the licence.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = prepare_repo(repo_id, private=private, license=card.get("license"), token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
             if variant is None:
                 text = model_card(self.config, repo_id=repo_id, **card)
                 Path(folder, "README.md").write_text(text, encoding="utf-8")
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
-            )
-        return commit.pr_url or commit.commit_url
+            return push_folder(folder, repo_id, commit_message, create_pr=create_pr, token=token)
 
 
 def list_faults(loading_info: Mapping[str, Any]) -> str:

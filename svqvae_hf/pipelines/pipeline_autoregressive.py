@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import ImagePipelineOutput
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
@@ -21,6 +21,7 @@ from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.cards import PipelineCardMixin
 from svqvae_hf.pipelines.sampling import (
     Generators,
     Labels,
@@ -44,7 +45,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers 
 Callback = Callable[[Any, int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class SVQVAEAutoregressivePipeline(DiffusionPipeline):
+class SVQVAEAutoregressivePipeline(PipelineCardMixin):
     """Samples images token by token: a causal language model predicts ids, scale by scale, and SVQVAE decodes them.
 
     Args:
@@ -153,6 +154,18 @@ class SVQVAEAutoregressivePipeline(DiffusionPipeline):
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
+
+    def describe(self) -> tuple[str, str]:
+        """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
+        layout = self.layout
+        scales = ", ".join(f"{scale:g}" for scale in layout.scales)
+        summary = (
+            f"Images of {layout.width} x {layout.height} pixels (width x height), id by id at scales {scales}, from a "
+            "causal language model over the codebook of an SVQVAE."
+        )
+        if self.text_encoder is not None:
+            return summary, 'prompt="a caption like those it was trained on"'
+        return summary, "class_labels=[0]" if layout.num_classes else ""
 
     @torch.no_grad()
     def __call__(

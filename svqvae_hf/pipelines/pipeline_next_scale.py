@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from transformers import DynamicCache, LogitsProcessorList
 
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE, pad_to_multiple
+from svqvae_hf.pipelines.cards import PipelineCardMixin
 from svqvae_hf.pipelines.sampling import (
     Generators,
     Labels,
@@ -44,7 +45,7 @@ class KnownIds(NamedTuple):
     kept: torch.Tensor
 
 
-class SVQVAENextScalePipeline(DiffusionPipeline):
+class SVQVAENextScalePipeline(PipelineCardMixin):
     """Samples images scale by scale: a transformer predicts all ids of a scale at once, and SVQVAE decodes the last.
 
     Args:
@@ -131,6 +132,14 @@ class SVQVAENextScalePipeline(DiffusionPipeline):
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
+
+    def describe(self) -> tuple[str, str]:
+        """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
+        summary = (
+            "Generates images scale by scale: a transformer predicts all ids of a scale in one step, and SVQVAE "
+            "decodes them."
+        )
+        return summary, "class_labels=0, guidance_scale=3.5, top_k=900, top_p=0.95"
 
     @torch.no_grad()
     def __call__(

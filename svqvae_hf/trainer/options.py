@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from svqvae_hf.hub.repositories import REPO_ID
+from svqvae_hf.hub.repositories import REPO_ID, check_repo_id
 
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 
@@ -114,6 +114,8 @@ class RunOptions:
     hub_model_id: str | None = changeable(
         None, "Repository to upload to, org/name; the name of --output_dir by default."
     )
+    private: bool = changeable(False, "Make a new repository private.")
+    license: str | None = changeable(None, "Licence of the trained weights for the card, by its id on the Hub.")
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
@@ -124,6 +126,11 @@ class RunOptions:
         )
         self.check_not_negative("lr_warmup_steps", "adam_weight_decay", "max_skipped_steps", "seed")
         self.check_fractions("ema_decay")
+        for name in ("hub_model_id", "private"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"`--{name}` needs `--push_to_hub`. Add it, or leave `--{name}` out.")
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "--hub_model_id")
 
     @property
     def num_batches(self) -> int:

@@ -86,5 +86,6 @@ def pipeline_card(
         call=call,
         tags=["svqvae", type(run.network).__name__.lower()],
         provenance=rows,
+        license=run.options.license,
         pipeline_tag=pipeline_tag,
     )

@@ -22,13 +22,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
-from huggingface_hub import CommitOperationAdd, HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from svqvae_hf.atomic_io import write_file
+from svqvae_hf.hub.repositories import prepare_repo, push_output
 from svqvae_hf.trainer.checkpoints import (
     OPTIONS,
     checkpoint_step,
@@ -408,14 +408,8 @@ class Run(Generic[Options]):
         logger.info(f"Saved to {self.output_dir}")
         if self.repo_id is None:
             return
-        samples = [f"samples/{path.name}" for path in self.output_dir.glob("samples/*.png")]
-        files = [CommitOperationAdd(name, self.output_dir / name) for name in (*saved, "README.md", *samples)]
-        options = yaml.safe_dump(public_options(self.options), sort_keys=False)
-        HfApi().create_commit(
-            self.repo_id,
-            [*files, CommitOperationAdd("train_config.yaml", options.encode())],
-            commit_message="Upload the trained model",
-        )
+        files = [*saved, "README.md", "samples/*.png", OPTIONS]
+        push_output(self.output_dir, self.repo_id, "Upload the trained model", files=files)
 
     def provenance(self, script: str, examples: str) -> dict[str, str]:
         """Rows of a card that say how the weights were made.
@@ -435,7 +429,9 @@ class Run(Generic[Options]):
         """Makes the repository on the Hub before the run, so that an error comes first, and returns its id."""
         if not self.options.push_to_hub or not self.accelerator.is_main_process:
             return None
-        return HfApi().create_repo(self.options.hub_model_id or self.output_dir.name, exist_ok=True).repo_id
+        options = self.options
+        repo_id = options.hub_model_id or self.output_dir.absolute().name
+        return prepare_repo(repo_id, private=options.private or None, license=options.license)
 
 
 def move_files(source: Path, target: Path) -> list[str]:

@@ -56,6 +56,11 @@ del os.environ["HF_TOKEN"]
 error("no login", convert, file, work / "no_login", push_to_hub="org/new")
 seen["written without a login"] = (work / "no_login").exists()
 
+os.environ["HF_TOKEN"] = "hf_stand_in"
+error("licence", convert, file, work / "no_licence", push_to_hub="org/new", license="my own")
+error("licence of a model", model.push_to_hub, "org/new", license="my own")
+seen["written without a licence"] = (work / "no_licence").exists()
+
 constants.HF_HUB_OFFLINE = True
 seen["offline file"] = same(model, SVQVAE.from_single_file("org/raw:files/svqvae_tiny.safetensors"))
 seen["offline model"] = same(model, SVQVAE.from_pretrained("org/pushed"))
@@ -137,6 +142,16 @@ def test_errors_are_one_line(seen):
 
 def test_missing_login_is_found_before_files_are_written(seen):
     assert not seen["written without a login"]
+
+
+def test_wrong_licence_is_found_before_a_repository_is_made(hub, seen):
+    for fault in ("licence", "licence of a model"):
+        assert seen["errors"][fault] == [
+            "ValueError",
+            "`license` must be an identifier that the Hub knows, such as `apache-2.0` or `other`, got 'my own'.",
+        ]
+    assert not seen["written without a licence"]
+    assert not (hub[0] / "hub" / "org" / "new").exists()
 
 
 def test_offline_serves_downloaded_files(seen):

@@ -107,6 +107,15 @@ def test_commands_say_so_at_once(command, two_images, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("closed", "process")
+@pytest.mark.parametrize("command", ["convert", "tokenize"])
+def test_uploads_are_refused_before_the_work(command, two_images, golden_dir, tmp_path, capsys, saved_model):
+    source = [golden_dir / "svqvae_tiny.safetensors"] if command == "convert" else [two_images, "--model", saved_model]
+    line = fails(capsys, command, *source, tmp_path / "out", "--push-to-hub", "org/new", "--private")
+    assert line.startswith("svqvae: error: Could not create `org/new` on the Hub: it cannot be reached. Check the net")
+    assert not list(tmp_path.glob("out*"))
+
+
 CACHE = """
 import sys
 import time

@@ -98,6 +98,9 @@ def test_recipe_of_photographs_can_be_tried_for_a_few_steps():
         ({"scales": [0.5]}, "`--scales` must contain 1"),
         ({"validation_scales": [0.0]}, "`--validation_scales` must be more than 0"),
         ({"max_grad_norm": 0.0}, "`--max_grad_norm` must be more than 0, but is 0.0"),
+        ({"private": True}, "`--private` needs `--push_to_hub`"),
+        ({"hub_model_id": "org/name"}, "`--hub_model_id` needs `--push_to_hub`"),
+        ({"push_to_hub": True, "hub_model_id": "my name"}, "`--hub_model_id` must be `org/name`, got 'my name'"),
         ({"seed": -1}, "`--seed` must not be negative, but is -1"),
         (
             {"lpips_weight": 1.0, "lpips_start": 9, "max_train_steps": 9},

@@ -1,5 +1,6 @@
 """Runs of `training/train.py` on a tiny model and a few photographs."""
 
+import json
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,8 +22,8 @@ import training_runs
 import yaml
 from accelerate import Accelerator
 from conftest import ROOT, make_tiny
-from hub_server import serve_hub
-from huggingface_hub import HfApi, ModelCard
+from hub_server import serve_hub, use_hub
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from training_runs import (
@@ -406,10 +408,8 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     load_images(None, None, [], options["train_data_dir"], "image", "train", False).to_parquet(shard)
     options |= {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(shard)]}
     with serve_hub(tmp_path) as hub:
-        monkeypatch.setattr(
-            "svqvae_hf.trainer.run.HfApi", partial(HfApi, endpoint=hub["HF_ENDPOINT"], token=hub["HF_TOKEN"])
-        )
-        run(**options)
+        use_hub(monkeypatch, hub)
+        run(**options, private=True, license="mit")
     repository = tmp_path / "hub" / "org" / "trained" / "main"
     assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
         *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "preprocessor_config.json"),
@@ -419,6 +419,8 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     assert_equal_weights(repository, options["output_dir"])
     card = (repository / "README.md").read_text()
     assert 'from_pretrained("org/trained")' in card
+    assert ModelCard(card).data.license == "mit"
+    assert json.loads((repository.parent / "settings.json").read_text())["visibility"] == "private"
     assert re.search(r"validation \| 4 images, centre crops: psnr@0.25 \d+\.\d+", card)
     assert "started from | `model`" in card
     assert not {"base_model", "datasets"} & ModelCard(card).data.to_dict().keys()
@@ -428,6 +430,26 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     assert uploaded["data_files"] == ["set.parquet"]
     assert uploaded["validation_data_dir"] == "images"
     assert uploaded["resolution"] == 32
+
+
+@pytest.mark.parametrize(
+    ("hub", "license", "error", "message"),
+    [
+        ({}, "my own", ValueError, "`license` must be an identifier that the Hub knows.*got 'my own'"),
+        ({"HF_TOKEN": ""}, "mit", OSError, "Could not create `org/trained` on the Hub: you are not logged in"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, None, OSError, "`org/trained` on the Hub: it cannot be reached"),
+    ],
+)
+def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
+    hub, license, error, message, options, tmp_path, monkeypatch
+):
+    options |= SMALL | {"max_train_steps": 2, "push_to_hub": True, "hub_model_id": "org/trained"}
+    with serve_hub(tmp_path) as env, cpu():
+        use_hub(monkeypatch, env | hub)
+        with pytest.raises(error, match=message):
+            train.main(TrainOptions(**options, license=license))
+    assert not list((tmp_path / "hub").iterdir())
+    assert not list(Path(options["output_dir"]).glob("checkpoint-*"))
 
 
 def test_card_names_what_is_on_the_hub(options, inputs):

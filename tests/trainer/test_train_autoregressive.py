@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
-from hub_server import serve_hub
-from huggingface_hub import HfApi
+from hub_server import serve_hub, use_hub
 from PIL import Image
 from train_autoregressive import AutoregressiveOptions, main, next_code_loss
 from training_runs import (
@@ -256,9 +255,8 @@ def test_mismatched_tokens_model_and_labels_are_refused(options, parts, changes,
 def test_pushed_pipeline_loads_and_has_a_card(options, parts, tmp_path, monkeypatch):
     """tests/pipelines loads such a repository by its Hub id."""
     with serve_hub(tmp_path) as hub:
-        local_api = partial(HfApi, endpoint=hub["HF_ENDPOINT"], token=hub["HF_TOKEN"])
-        monkeypatch.setattr("svqvae_hf.trainer.run.HfApi", local_api)
-        train(**(options | {"max_train_steps": 1}), push_to_hub=True, hub_model_id="org/dreams")
+        use_hub(monkeypatch, hub)
+        train(**(options | {"max_train_steps": 1}), push_to_hub=True, hub_model_id="org/dreams", license="mit")
     repository = tmp_path / "hub" / "org" / "dreams" / "main"
     pipeline = DiffusionPipeline.from_pretrained(repository)
     assert isinstance(pipeline, SVQVAEAutoregressivePipeline)
@@ -267,3 +265,5 @@ def test_pushed_pipeline_loads_and_has_a_card(options, parts, tmp_path, monkeypa
     assert_no_private_path(parts, repository)
     card = (repository / "README.md").read_text()
     assert "from svqvae_hf import SVQVAEAutoregressivePipeline" in card
+    assert "trained by | `training/train_autoregressive.py`" in card
+    assert "license: mit" in card

@@ -18,8 +18,7 @@ import train_masked
 from accelerate import Accelerator
 from conftest import ROOT, make_tiny
 from diffusers import AmusedPipeline, DiffusionPipeline, DiTPipeline, LDMPipeline
-from hub_server import serve_hub
-from huggingface_hub import HfApi
+from hub_server import serve_hub, use_hub
 from PIL import Image
 from pipeline_parts import amused_parts
 from train_latent_diffusion import NUM_CLASSES, DiffusionOptions, drop_labels, make_denoiser
@@ -254,11 +253,10 @@ def test_pushed_pipelines_load_as_documented_and_have_cards(
         "out-masked": (fill_masks, masked_options),
     }
     with serve_hub(tmp_path) as hub:
-        local_api = partial(HfApi, endpoint=hub["HF_ENDPOINT"], token=hub["HF_TOKEN"])
-        monkeypatch.setattr("svqvae_hf.trainer.run.HfApi", local_api)
+        use_hub(monkeypatch, hub)
         for name, (train, each) in runs.items():
             pushed = {"max_train_steps": 1, "output_dir": str(tmp_path / name), "push_to_hub": True}
-            train(**(each | pushed), hub_model_id=f"org/{name}")
+            train(**(each | pushed), hub_model_id=f"org/{name}", license="mit")
     for name, call in {"ldm": {}, "dit": {"class_labels": [1]}, "masked": {"prompt": "cat"}}.items():
         pipeline = DiffusionPipeline.from_pretrained(tmp_path / "hub" / "org" / f"out-{name}" / "main")
         pipeline.set_progress_bar_config(disable=True)
@@ -274,6 +272,9 @@ def test_pushed_pipelines_load_as_documented_and_have_cards(
     }
     card = (repository / "README.md").read_text()
     assert 'LDMPipeline.from_pretrained("org/out-ldm")' in card
+    assert "only after\n`import svqvae_hf`" in card
+    assert "license: mit" in card
+    assert "Not stated" not in card
     assert "trained by | `training/train_latent_diffusion.py` of svqvae-hf" in card
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(

@@ -1,0 +1,31 @@
+"""Cards of saved pipelines. tests/test_hub_round_trips.py uploads one."""
+
+import pytest
+from huggingface_hub import ModelCard, constants
+from test_pipeline_autoregressive import make_pipeline
+
+
+def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
+    make_pipeline().save_pretrained(tmp_path / "dreams")
+    card = (tmp_path / "dreams" / "README.md").read_text()
+    assert "only after\n`import svqvae_hf`" in card
+    assert ModelCard(card).data.license == "unknown"
+    (code,) = ModelCard(card).text.split("```python\n")[1:]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.partition("```")[0], names)
+    assert names["image"].size == (16, 32)
+
+
+def test_card_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("my own")
+    make_pipeline().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own"
+
+
+def test_upload_fails_at_once_without_a_network(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    pipeline = make_pipeline()
+    monkeypatch.setattr(pipeline, "describe", lambda: pytest.fail("wrote the card first"))
+    with pytest.raises(OSError, match="Could not create `org/new` on the Hub: it cannot be reached"):
+        pipeline.push_to_hub("org/new")
