@@ -3,6 +3,7 @@
 import functools
 import html
 import ipaddress
+import math
 import re
 import tempfile
 import time
@@ -21,6 +22,7 @@ from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.hub.repositories import REPO_ID
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.tiling import CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, fits_whole
 from svqvae_hf.tokens.image_tokens import (
     check_memory,
     check_same_codebook,
@@ -46,8 +48,29 @@ PROGRESS = gr.Progress()  # as a default argument, it makes Gradio pass the prog
 # Gradio brings these fonts. Its theme draws bold text at weight 600, but the file of that weight lacks most letters.
 FONTS = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
 
-HEADING = "<h1>SVQVAE</h1><p>An image becomes ids of one codebook, and an image again, at several scales.</p>"
+HEADING = (
+    "<h1>SVQVAE</h1><p>An image becomes a grid of tokens, each the id of one code in a codebook. "
+    "Tokens become an image again, at several scales.</p>"
+)
 EMPTY = "<p class='empty'>Drop a photograph, or choose the example.</p>"
+BUSY = "<p class='empty'>Working …</p>"
+SCALES_INFO = "Side of each result over side of the photograph"
+SCALE_FROM_INFO = "The image: encoded once per scale. The latents: encoded once for all scales"
+TILE_INFO = "Large images are encoded tile by tile, which saves memory"
+OVERLAP_INFO = "Margin around a tile that is read, but not kept"
+UPLOAD_HINT = "A token file is decoded without its photograph."
+RUN_HINT = "Runs again with these settings. A new photograph runs by itself."
+DOWNLOAD_HINT = "The ids of all scales, to open here or with <code>svqvae decode</code>."
+FIGURE_NOTES = {
+    "size": "pixels of this result",
+    "tokens": "columns × rows, one id each",
+    "bits per pixel": "of the photograph, if all codes are equally likely",
+    "PSNR": "against the photograph at this size, higher is closer",
+    "SSIM": "against the photograph at this size, 1 is equal",
+    "decoded in": "this scale alone",
+}
+# Folds the settings on a phone, where they would push the result off the screen.
+FOLD_ON_PHONES = "() => ({__type__: 'update', open: !matchMedia('(max-width: 640px)').matches})"
 
 
 def _show_errors(handler: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -107,6 +130,40 @@ class Page:
         with tempfile.TemporaryDirectory() as empty:  # the cache of this machine may hold private models
             return self._load(source, token=False, cache_dir=empty)
 
+    def settings(
+        self, photograph: str | None, scales: Sequence[float], scale_from: str, tile_size: int
+    ) -> list[gr.Component]:
+        """Updates of `scale_from`, tile size and overlap: switched off, with the reason, where they change nothing."""
+        resized = set(scales) != {1}
+        tile, overlap = self._tile_reasons(photograph, scales, scale_from, tile_size)
+        return [
+            gr.Radio(
+                interactive=resized, info=SCALE_FROM_INFO if resized else "Not used: at scale 1 both are the same"
+            ),
+            gr.Dropdown(interactive=not tile, info=tile or TILE_INFO),
+            gr.Dropdown(interactive=not overlap, info=overlap or OVERLAP_INFO),
+        ]
+
+    def _tile_reasons(
+        self, photograph: str | None, scales: Sequence[float], scale_from: str, tile_size: int
+    ) -> tuple[str, str]:
+        """Why tile size and overlap change nothing; empty where they do."""
+        unset = "" if tile_size else "Not used without tiles"
+        size = photograph and _image_size(photograph)
+        if not size or not self._models:
+            return "", unset
+        (model,) = self._models.values()
+        largest = max([0 if scale_from == "image" else 1, *scales])
+        latents = [round(math.ceil(side / model.f) * largest) for side in size]
+        limit = math.isqrt(CONTEXT_WINDOWS) * CONTEXT_WINDOW_SIDE * model.f
+        whole = f"Not used: {size[0]} × {size[1]} pixels are encoded whole, as all images up to {limit} × {limit}"
+        smallest = TILE_SIZES[1][1]
+        if fits_whole(latents, smallest // model.f):
+            return whole, whole
+        if tile_size and fits_whole(latents, tile_size // model.f):
+            return "", "Not used: one tile holds the whole image"
+        return "", unset
+
     @_show_errors
     def encode(
         self,
@@ -125,7 +182,9 @@ class Page:
             raise ValueError("No scale is chosen. Choose at least one.")
         if not Path(photograph).exists():
             raise ValueError("The photograph is no longer stored here. Drop it again.")
-        _check_image_file(photograph, scales)
+        size = _image_size(photograph)
+        if size:
+            _check_size(*size, scales)
         original = load_image(photograph)
         model = self.model(source)
         configure_tiling(model, tile_size or None, overlap if tile_size else None, _tile_progress(progress))
@@ -169,49 +228,59 @@ def build(page: Page) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 photograph = gr.File(
-                    label="Photograph", file_types=list(IMAGE_SUFFIXES), height=130, elem_id="photograph"
-                )
-                example = gr.Dataset(
-                    label="Example", components=["image"], samples=[[str(EXAMPLE)]], type="index", elem_id="example"
-                )
-                scales = gr.CheckboxGroup(
-                    [(f"{scale:g}", scale) for scale in SCALES], value=DEFAULT_SCALES, label="Scales", elem_id="scales"
-                )
-                scale_from = gr.Radio(
-                    [("the image", "image"), ("the latents", "latents")],
-                    value="image",
-                    label="Resized to each scale",
-                    elem_id="scale_from",
+                    label="Photograph: JPEG, PNG, WebP and others",
+                    file_types=list(IMAGE_SUFFIXES),
+                    height=120,
+                    elem_id="photograph",
                 )
                 with gr.Row():
-                    tile_size = gr.Dropdown(TILE_SIZES, value=256, label="Tile size, pixels", min_width=100)
-                    overlap = gr.Dropdown(OVERLAPS, value=32, label="Overlap, pixels", min_width=100)
-                model = gr.Textbox(
-                    page.source,
-                    label="Model",
-                    placeholder="the small bundled model",
-                    info="org/name on the Hub" if page.public else "Folder or Hub id",
-                    elem_id="model",
-                )
-                run = gr.Button("Encode and decode", variant="primary", elem_id="run")
-                download = gr.DownloadButton("Download token file", interactive=False, elem_id="download")
-                upload = gr.UploadButton("Open token file", file_types=[".safetensors"], elem_id="upload")
+                    example = gr.Dataset(
+                        label="Or an example",
+                        components=["image"],
+                        samples=[[str(EXAMPLE)]],
+                        type="index",
+                        min_width=100,
+                        elem_id="example",
+                    )
+                    with gr.Column(min_width=150, elem_classes="explained"):
+                        upload = gr.UploadButton(
+                            "Open token file", file_types=[".safetensors"], size="md", elem_id="upload"
+                        )
+                        gr.HTML(UPLOAD_HINT)
+                with gr.Accordion("Settings", elem_id="settings") as settings:
+                    scales, scale_from, tile_size, overlap, model, run = _settings(page)
             with gr.Column(scale=3, min_width=560):
                 summary = gr.HTML(EMPTY, elem_id="summary")
                 with gr.Tabs(visible=False, elem_id="results") as tabs:
                     scale_tabs = [_scale_tab(index) for index in range(MAX_SCALES)]
+                with gr.Column(visible=False, elem_classes="explained") as saving:
+                    download = gr.DownloadButton("Download token file", size="md", elem_id="download")
+                    gr.HTML(DOWNLOAD_HINT)
+        cleared = [summary, tabs, saving]
         event = {
-            "outputs": [summary, download, tabs, *(component for tab in scale_tabs for component in tab)],
+            "outputs": [*cleared, download, *(component for tab in scale_tabs for component in tab)],
             "show_progress_on": summary,
             "concurrency_id": "model",  # one event at a time, because tiling is a state of the model
             "concurrency_limit": 1,
             "api_visibility": "private",
         }
+        at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         encode = {"fn": page.encode, "inputs": [photograph, scales, scale_from, tile_size, overlap, model], **event}
-        run.click(**encode)
-        photograph.upload(**encode)
-        example.click(lambda _: str(EXAMPLE), example, photograph, api_visibility="private").then(**encode)
-        upload.upload(page.decode, [upload, model], **event)
+        adapt = {
+            "fn": page.settings,
+            "inputs": [photograph, scales, scale_from, tile_size],
+            "outputs": [scale_from, tile_size, overlap],
+            **at_once,
+        }
+        show_example = example.click(lambda _: str(EXAMPLE), example, photograph, **at_once)
+        for start in (run.click, photograph.upload, show_example.then):
+            start(lambda: _cleared_values(BUSY), None, cleared, **at_once).then(**encode).then(**adapt)
+        photograph.clear(lambda: _cleared_values(EMPTY), None, cleared, **at_once)
+        upload.upload(lambda: [None, *_cleared_values(BUSY)], None, [photograph, *cleared], **at_once).then(
+            page.decode, [upload, model], **event
+        )
+        gr.on([photograph.change, scales.change, scale_from.change, tile_size.change], **adapt)
+        blocks.load(None, None, settings, js=FOLD_ON_PHONES, api_visibility="private")
     return blocks
 
 
@@ -265,6 +334,37 @@ def _launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
     return address
 
 
+def _settings(page: Page) -> tuple[gr.Component, ...]:
+    """Scales, what is resized to them, tile size, overlap, model, and the button that runs with these."""
+    scales = gr.CheckboxGroup(
+        [(f"{scale:g}", scale) for scale in SCALES],
+        value=DEFAULT_SCALES,
+        label="Scales",
+        info=SCALES_INFO,
+        elem_id="scales",
+    )
+    scale_from = gr.Radio(
+        [("the image", "image"), ("the latents", "latents")],
+        value="image",
+        label="Resized to each scale",
+        info=SCALE_FROM_INFO,
+        elem_id="scale_from",
+    )
+    tile_size = gr.Dropdown(TILE_SIZES, value=256, label="Tile size in pixels", info=TILE_INFO, elem_id="tile_size")
+    overlap = gr.Dropdown(OVERLAPS, value=32, label="Overlap in pixels", info=OVERLAP_INFO, elem_id="overlap")
+    model = gr.Textbox(
+        page.source,
+        label="Model",
+        placeholder="the small bundled model",
+        info="Hub id org/name of a public model" if page.public else "Folder, or Hub id org/name",
+        elem_id="model",
+    )
+    with gr.Column(elem_classes="explained"):
+        run = gr.Button("Encode and decode", variant="primary", elem_id="run")
+        gr.HTML(RUN_HINT)
+    return scales, scale_from, tile_size, overlap, model, run
+
+
 def _scale_tab(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.Image, gr.HTML, gr.HTML]:
     """Tab for one scale: the slider if there is an original, otherwise the image alone."""
     buttons = ["fullscreen", "download"]
@@ -292,8 +392,9 @@ def _result_values(
     """Values of the page's outputs after a success."""
     values = [
         f"<p><b>{html.escape(name)}</b> {facts}</p>",
-        gr.DownloadButton(value=_cache_token_file(tokens, Path(name).stem), interactive=True),
         gr.Tabs(visible=True, selected=tokens.scales.index(1) if 1 in tokens.scales else 0),
+        gr.Column(visible=True),
+        gr.DownloadButton(value=_cache_token_file(tokens, Path(name).stem)),
     ]
     left = original and save_pil_to_cache(original, CACHE, name="original", format="png")
     for preview in previews:
@@ -310,14 +411,15 @@ def _result_values(
     return values
 
 
+def _cleared_values(summary: str) -> list[Any]:
+    """Values of summary, results and download without a result."""
+    return [summary, gr.Tabs(visible=False), gr.Column(visible=False)]
+
+
 def _error_values(message: str) -> list[Any]:
     """Values of the page's outputs after an error."""
-    return [
-        f"<p class='error' role='alert'>{html.escape(message)}</p>",
-        gr.DownloadButton(interactive=False),
-        gr.Tabs(visible=False),
-        *[gr.skip()] * (5 * MAX_SCALES),
-    ]
+    alert = f"<p class='error' role='alert'>{html.escape(message)}</p>"
+    return [*_cleared_values(alert), *[gr.skip()] * (1 + 5 * MAX_SCALES)]
 
 
 def _cache_token_file(tokens: ImageTokens, stem: str) -> str:
@@ -329,7 +431,10 @@ def _cache_token_file(tokens: ImageTokens, stem: str) -> str:
 
 
 def _figures_html(figures: dict[str, str]) -> str:
-    cells = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items()]
+    cells = [
+        f"<div><dt>{name}</dt><dd>{value}</dd><dd class='note'>{FIGURE_NOTES[name]}</dd></div>"
+        for name, value in figures.items()
+    ]
     return f"<dl class='figures'>{''.join(cells)}</dl>"
 
 
@@ -344,16 +449,15 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_image_file(path: str, scales: Sequence[float]) -> None:
-    """Checks the size in an image's header, before its pixels are decoded."""
+def _image_size(path: str) -> tuple[int, int] | None:
+    """Width and height in an image's header, before its pixels are decoded; None if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=tuple(IMAGE_FORMATS)) as image:
-                width, height = image.size
+                return image.size
     except Exception:  # Pillow raises almost any type; `load_image` then explains the error
-        return
-    _check_size(width, height, scales)
+        return None
 
 
 def _check_size(width: int, height: int, scales: Sequence[float]) -> None:

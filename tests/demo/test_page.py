@@ -2,6 +2,8 @@ import base64
 import io
 import json
 import re
+import socket
+import time
 import tomllib
 import weakref
 from functools import partial
@@ -20,11 +22,22 @@ import svqvae_cli
 from svqvae_cli.loading import load_model
 from svqvae_hf import SVQVAE
 from svqvae_hf.demo import page as demo
-from svqvae_hf.demo.page import EXAMPLE, MAX_SCALES, OVERLAPS, STATIC, TILE_SIZES, Page, serving
+from svqvae_hf.demo.page import (
+    EXAMPLE,
+    FIGURE_NOTES,
+    MAX_SCALES,
+    OVERLAPS,
+    STATIC,
+    TILE_SIZES,
+    Page,
+    serving,
+)
 from svqvae_hf.demo.previews import draw_codes, preview_scales
 from svqvae_hf.evaluation.metrics import ssim
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
+from svqvae_hf.hub import repositories
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.models.tiling import fits_whole
 from svqvae_hf.tokens.image_tokens import configure_tiling, decode_image, encode_image
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
@@ -55,7 +68,7 @@ def encode(page, photograph, scales=SCALES, scale_from="image", tile_size=32, ov
 
 def scale_tabs(values):
     """Values of each tab."""
-    per_tab = values[3:]
+    per_tab = values[4:]
     return [per_tab[first : first + 5] for first in range(0, len(per_tab), 5)]
 
 
@@ -66,10 +79,11 @@ def pixels(path):
 
 def error_shown(values):
     """Message of an error, with no results shown."""
-    assert not values[1].interactive
-    assert not values[2].visible
-    assert "role='alert'" in values[0]
-    return values[0]
+    message, results, saving, *_ = values
+    assert not results.visible
+    assert not saving.visible
+    assert "role='alert'" in message
+    return message
 
 
 def test_previews_match_tokens_and_metrics(tiny_model, picture):
@@ -125,7 +139,8 @@ def test_picture_of_a_code_does_not_depend_on_the_batch(tiny_model):
 
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture, scale_from):
-    summary, download, tabs, *_ = values = encode(page, photograph, [1.0, 0.5], scale_from)
+    summary, tabs, saving, download, *_ = values = encode(page, photograph, [1.0, 0.5], scale_from)
+    assert saving.visible
     tiny_model.enable_tiling(32, 8)
     tokens = encode_image(tiny_model, picture, SCALES, scale_from)
     saved = load_tokens(download.value["path"])
@@ -150,9 +165,9 @@ def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_m
 
 def test_decode_shows_the_same_images(page, photograph):
     first = encode(page, photograph)
-    summary, download, _, *_ = again = page.decode(first[1].value["path"], "")
+    summary, _, _, download, *_ = again = page.decode(first[3].value["path"], "")
     assert "decoded from ids alone" in summary
-    assert Path(download.value["path"]).read_bytes() == Path(first[1].value["path"]).read_bytes()
+    assert Path(download.value["path"]).read_bytes() == Path(first[3].value["path"]).read_bytes()
     for before, after in zip(scale_tabs(first)[:2], scale_tabs(again)[:2], strict=True):
         np.testing.assert_array_equal(pixels(before[1].value[1]["path"]), pixels(after[2].value["path"]))
         assert before[4] == after[4]
@@ -160,8 +175,51 @@ def test_decode_shows_the_same_images(page, photograph):
 
 
 def test_tiles_are_optional(page, photograph):
-    saved = load_tokens(encode(page, photograph, tile_size=0)[1].value["path"])
+    saved = load_tokens(encode(page, photograph, tile_size=0)[3].value["path"])
     assert (saved.tile_size, saved.overlap) == (None, None)
+
+
+def test_each_figure_says_what_it_is(page, photograph):
+    for _, _, _, figures, _ in scale_tabs(encode(page, photograph))[:2]:
+        notes = dict(re.findall("<dt>(.+?)</dt>.*?class='note'>(.+?)</dd>", figures))
+        assert notes == FIGURE_NOTES
+    assert "against the photograph" in FIGURE_NOTES["PSNR"]
+
+
+@pytest.mark.parametrize("size", [(384, 384), (385, 384), (90, 1638), (90, 1639), (520, 500)])
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+@pytest.mark.parametrize("scales", [[0.5], [1.0], [0.5, 1.0, 2.0]])
+@pytest.mark.parametrize("tile_size", [0, 128, 512])
+def test_settings_are_off_exactly_where_they_change_nothing(page, tmp_path, size, scale_from, scales, tile_size):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", size).save(path)
+    model = page.model("")
+
+    def uses_tiles(side):
+        """Whether the network would be run on tiles, as `TilingMixin` decides."""
+        sizes = [[round(scale * -(-length // model.f)) for length in size] for scale in scales]
+        encoded = sizes if scale_from == "image" else [[-(-length // model.f) for length in size]]
+        return any(not fits_whole(grid, side // model.f) for grid in (*sizes, *encoded))
+
+    source, tile, overlap = page.settings(str(path), scales, scale_from, tile_size)
+    assert source.interactive == (scales != [1.0])
+    assert tile.interactive == any(uses_tiles(side) for _, side in TILE_SIZES[1:])
+    assert overlap.interactive == (tile_size > 0 and uses_tiles(tile_size))
+    for control in (source, tile, overlap):
+        assert control.info.startswith("Not used") != control.interactive
+    if not tile.interactive:
+        assert tile.info == (
+            f"Not used: {size[0]} × {size[1]} pixels are encoded whole, as all images up to 384 × 384"
+        )
+
+
+def test_settings_without_a_readable_photograph_are_on(page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page.model("")
+    for photograph in (None, str(tmp_path / "broken.png"), str(tmp_path / "gone.png")):
+        assert [control.interactive for control in page.settings(photograph, [0.5], "image", 256)] == [True] * 3
+        *_, overlap = page.settings(photograph, [0.5], "image", 0)
+        assert (overlap.interactive, overlap.info) == (False, "Not used without tiles")
 
 
 @pytest.mark.parametrize("levels", [3, 4, 5])
@@ -196,6 +254,21 @@ def test_missing_model_is_shown_as_error(photograph):
         raise OSError(f"there is no model `{source}`.")
 
     assert "there is no model `org/none`." in error_shown(encode(Page(load), photograph, source=" org/none "))
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # passed by diffusers
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("public", [False, True])
+def test_unreachable_model_is_an_error_within_5_seconds(photograph, monkeypatch, public):
+    page = Page(partial(load_model, device="cpu", dtype="float32"), public=public)
+    assert repositories.ANSWER_SECONDS < 5
+    monkeypatch.setattr(repositories, "ANSWER_SECONDS", 1)  # the machine may be busy
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        message = error_shown(encode(page, photograph, source="org/gone"))
+        assert time.monotonic() - start < 5
+    assert "could not load the model `org/gone`: the Hub cannot be reached" in message
 
 
 def test_previous_model_is_dropped_before_the_next_is_loaded(photograph):
@@ -275,7 +348,7 @@ def test_visitors_of_a_public_page_reach_only_public_models(hub, tiny_model, pho
 
 
 def test_wrong_codebook_is_an_error(page, photograph):
-    assert "codebook" in error_shown(page.decode(encode(page, photograph)[1].value["path"], "other"))
+    assert "codebook" in error_shown(page.decode(encode(page, photograph)[3].value["path"], "other"))
 
 
 def test_too_large_reconstruction_is_an_error_before_encoding(page, tmp_path):

@@ -1,11 +1,9 @@
 """`svqvae demo` in headless Chromium, as a visitor uses it. Screenshots are saved in outputs/screenshots."""
 
+import importlib.util
 import io
 import json
 import os
-import shutil
-import subprocess
-import sys
 import urllib.request
 
 import numpy as np
@@ -20,11 +18,15 @@ from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-PATIENCE = 90_000  # milliseconds: the machine may be busy
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
 SCALES = (0.25, 0.5, 1.0)  # the defaults of the page
+SETTINGS = {
+    "#scales": "Side of each result over side of the photograph",
+    "#scale_from": "encoded once per scale",
+    "#tile_size": "encoded tile by tile",
+    "#overlap": "read, but not kept",
+    "#model": "Folder, or Hub id",
+}  # and words of their explanations
 
 
 def skip_or_fail(reason):
@@ -36,41 +38,41 @@ def skip_or_fail(reason):
 
 @pytest.fixture(scope="module")
 def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("playwright") is None:
         skip_or_fail("the package playwright is missing")
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        skip_or_fail(f"none of {', '.join(BROWSERS)} is installed")
+    import demo_pictures
+
+    if demo_pictures.find_browser() is None:
+        skip_or_fail(f"none of {', '.join(demo_pictures.BROWSERS)} is installed")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=executable, args=OPTIONS)
+    with demo_pictures.open_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
-def address(browser, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gradio")
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "svqvae_cli", "demo", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as server:
-        line = server.stdout.readline()
-        assert "shows the page" in line
-        yield line.split()[0]
-        server.terminate()
+def address(browser):
+    from demo_pictures import serve_demo
+
+    with serve_demo() as address:
+        yield address
 
 
 @pytest.fixture
-def page(browser, address):
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
+def viewport():
+    return {"width": 1200, "height": 900}
+
+
+@pytest.fixture
+def page(browser, address, viewport):
+    from demo_pictures import PATIENCE
+
+    page = browser.new_page(viewport=viewport)
     page.set_default_timeout(PATIENCE)
     elsewhere, errors = [], []
     page.on("request", lambda request: elsewhere.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
-    page.locator("#run").wait_for()
+    page.locator("#settings").wait_for()
     yield page
     page.close()
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
@@ -139,7 +141,7 @@ def drag_slider(page, slider, fraction):
 
 
 def figures(page):
-    names, values = (page.locator(f".figures:visible {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    names, values = (page.locator(f".figures:visible {tag}").all_inner_texts() for tag in ("dt", "dd:not(.note)"))
     return dict(zip(names, values, strict=True))
 
 
@@ -178,6 +180,7 @@ def test_photograph_to_ids_and_back(page, model, picture, photograph, tmp_path):
     assert all((ids == other).all() for ids, other in zip(load_tokens(token_file).ids, tokens.ids, strict=True))
     choose(page, "#upload", token_file)
     wait_for(page, "again.safetensors 160 × 120 pixels, decoded from ids alone")
+    assert page.locator("#photograph").get_by_text("cat.png").count() == 0
     for scale, image in zip(SCALES, images, strict=True):
         page.get_by_role("tab", name=f"scale {scale:g}", exact=True).click()
         page.locator(".alone img:visible").wait_for()
@@ -251,7 +254,7 @@ def test_errors_are_shown_in_the_page(page, photograph, tmp_path):
     def wait_for_error(text):
         page.get_by_role("alert").filter(has_text=text).wait_for()
         assert not page.locator("#results").is_visible()
-        assert page.locator("#download").is_disabled()
+        assert not page.locator("#download").is_visible()
         assert "Traceback" not in page.content()
 
     page.locator("#run").click()
@@ -265,11 +268,77 @@ def test_errors_are_shown_in_the_page(page, photograph, tmp_path):
     page.locator("#example img").click()
     wait_for_error("there is no file or folder `nowhere/to be found`")
     page.get_by_label("Model").fill("")
+    states = watch_summary(page)
     page.locator("#run").click()
     wait_for(page, "example.webp 451 × 300 pixels, encoded in")
+    assert ["Working …", False] in states()
     page.locator(".compared img.fixed:visible").wait_for()
     page.locator(".code-grid:visible .name", has_text="code").wait_for()
     page.screenshot(path=SCREENSHOTS / "demo.png", full_page=True)
+
+
+def watch_summary(page):
+    """Records what the summary says, and whether results are visible, each time that the summary changes."""
+    page.evaluate("""() => {
+        window.states = [];
+        const summary = document.querySelector("#summary");
+        const paragraph = () => summary.querySelector("p")?.innerText;
+        const isVisible = () => document.querySelector("#results")?.offsetParent != null;
+        const note = () => setTimeout(() => window.states.push([paragraph(), isVisible()]), 50);
+        new MutationObserver(note).observe(summary, {subtree: true, childList: true, characterData: true});
+    }""")
+    return lambda: page.evaluate("() => window.states")
+
+
+def test_nothing_of_an_earlier_run_stays(page, model, picture, photograph, tmp_path):
+    save_tokens(tmp_path / "other.safetensors", encode_image(model, picture, 0.5))
+    choose(page, "#photograph button", photograph)
+    wait_for(page, "cat.png 160 × 120 pixels, encoded in")
+    page.locator("#results").wait_for()
+    states = watch_summary(page)
+    choose(page, "#upload", tmp_path / "other.safetensors")
+    wait_for(page, "other.safetensors 160 × 120 pixels, decoded from ids alone")
+    assert ["Working …", False] in states()
+    assert page.locator("#photograph").get_by_text("cat.png").count() == 0
+    assert page.get_by_role("tab").all_inner_texts() == ["scale 0.5"]
+    choose(page, "#photograph button", photograph)
+    wait_for(page, "cat.png 160 × 120 pixels, encoded in")
+    page.get_by_label("Remove this file").or_(page.get_by_label("Clear")).first.click()
+    page.locator("#summary .empty").wait_for()
+    assert not page.locator("#results").is_visible()
+    assert not page.locator("#download").is_visible()
+
+
+def test_settings_are_explained_and_say_why_they_are_off(page, photograph):
+    for name, words in SETTINGS.items():
+        assert words in page.locator(name).inner_text()
+    assert page.locator("#tile_size input").is_enabled()
+    choose(page, "#photograph button", photograph)
+    reason = "Not used: 160 × 120 pixels are encoded whole, as all images up to 768 × 768"
+    for name in ("#tile_size", "#overlap"):
+        page.locator(name).get_by_text(reason).wait_for()
+        assert page.locator(f"{name} input").is_disabled()
+    wait_for(page, "cat.png 160 × 120 pixels, encoded in")
+    for scale in ("0.25", "0.5"):
+        page.locator("#scales").get_by_label(scale, exact=True).uncheck()
+    page.locator("#scale_from").get_by_text("Not used: at scale 1 both are the same").wait_for()
+    assert page.locator("#scale_from input").first.is_disabled()
+
+
+@pytest.mark.parametrize("viewport", [{"width": 390, "height": 844}])
+def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tmp_path):
+    for name in SETTINGS:
+        assert not page.locator(name).is_visible()
+    photo.resize((300, 300)).save(tmp_path / "square.png")
+    choose(page, "#photograph button", tmp_path / "square.png")
+    wait_for(page, "square.png 300 × 300 pixels, encoded in")
+    page.locator(".compared img.fixed:visible").wait_for()
+    page.screenshot(path=SCREENSHOTS / "phone.png")
+    box = page.locator(".compared:visible").bounding_box()
+    assert page.evaluate("[scrollY, document.documentElement.scrollWidth]") == [0, viewport["width"]]
+    assert box["y"] + box["height"] < viewport["height"]
+    page.locator("#settings button").first.click()
+    page.locator("#scales").wait_for()
 
 
 def test_no_analytics_and_no_public_api(address):

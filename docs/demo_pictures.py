@@ -1,0 +1,71 @@
+"""Takes the pictures of the demo's page: `python docs/demo_pictures.py [FOLDER]`. Needs Chromium: `make browser`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+IMAGES = Path(__file__).parent / "images"
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+PATIENCE = 90_000  # milliseconds: the machine may be busy
+DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+
+
+def main(folder: Path = IMAGES) -> None:
+    """Writes `demo.jpg`, the whole page on a desktop, and `demo_phone.jpg`, the first screen of a phone."""
+    with open_browser() as browser, serve_demo() as address:
+        for name, viewport, density in (("demo", DESKTOP, 0.75), ("demo_phone", PHONE, 1)):
+            page = browser.new_page(viewport=viewport, device_scale_factor=density)
+            page.set_default_timeout(PATIENCE)
+            page.goto(address)
+            show_example(page)
+            path = folder / f"{name}.jpg"
+            page.screenshot(path=path, type="jpeg", quality=60, full_page=viewport is DESKTOP)
+            page.close()
+
+
+def find_browser() -> str | None:
+    """Path of Chromium, if it is installed."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Runs Chromium without a window."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def serve_demo() -> Iterator[str]:
+    """Runs `svqvae demo` with the bundled model, offline, and yields its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "svqvae_cli", "demo", "--device", "cpu"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as server:
+            line = server.stdout.readline()
+            if "shows the page" not in line:
+                raise OSError("`svqvae demo` did not start, see its error above.")
+            yield line.split()[0]
+            server.terminate()
+
+
+def show_example(page: Page) -> None:
+    """Chooses the example, and waits until its reconstruction and ids are drawn."""
+    page.locator("#example img").click()
+    page.locator("#summary p:not(.empty)", has_text="encoded in").wait_for()
+    page.locator(".compared img.fixed:visible").wait_for()
+    page.locator(".code-grid:visible .name", has_text="code").wait_for()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
