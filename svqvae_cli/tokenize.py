@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.atomic_io import check_new_folder
     from svqvae_hf.data.image_sets import is_hub_set, open_rows
+    from svqvae_hf.data.token_set_cards import BUNDLED_MODEL
     from svqvae_hf.data.token_set_writer import LABEL_COLUMNS, tokenize_set
 
     check_new_folder(args.out)
@@ -92,13 +93,16 @@ def run(args: argparse.Namespace) -> None:
     images = open_rows(args.data, columns=args.keep, optional_columns=LABEL_COLUMNS, **image_set_options(args))
     model = load_model(args.model, process_device(args.device, state), args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
-    source = Path(args.model or DEFAULT_MODEL)
+    if args.model is None or Path(args.model).resolve() == Path(DEFAULT_MODEL).resolve():
+        model_name = BUNDLED_MODEL
+    else:
+        model_name = Path(args.model).resolve().name if Path(args.model).exists() else args.model  # not a private path
     with explain_resume(args.out, "the same command"):
         report = tokenize_set(
             model,
             images,
             args.out,
-            model_name=source.resolve().name if source.exists() else args.model,  # no private path in a public set
+            model_name=model_name,
             source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
             scales=args.scales,
             scale_from=args.scale_from,

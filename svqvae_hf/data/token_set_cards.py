@@ -9,6 +9,7 @@ from huggingface_hub import DatasetCardData
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
 
 TAGS = ["svqvae", "image-tokens"]
+BUNDLED_MODEL = "bundled with svqvae-hf"  # in settings, for the model that commands use by default
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 COLUMNS = {
     "height": "height of the crop in pixels",
@@ -97,7 +98,8 @@ def token_set_card(
     }
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(scales)}
     meanings = {**ids, **COLUMNS}
-    command = shlex.join(["svqvae", "detokenize", repo_id, "--model", settings["model"], "--output", "DIR"])
+    model = [] if settings["model"] == BUNDLED_MODEL else ["--model", settings["model"]]
+    command = shlex.join(["svqvae", "detokenize", repo_id, *model, "--output", "DIR"])
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
         name=one_line(repo_id.rpartition("/")[2]),

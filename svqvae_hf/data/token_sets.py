@@ -62,7 +62,7 @@ class TokenSettings:
     """Settings that all rows of a token set share.
 
     Args:
-        model (`str`): Hub id of the model that encoded the images, or the name of its folder.
+        model (`str`): Hub id of the model that encoded the images, the name of its folder, or `BUNDLED_MODEL`.
         scales (`tuple[float, ...]`): Output side over input side; the columns `ids_0`, `ids_1`, ... are in this order.
         f (`int`): Pixels per latent side.
         codebook_size (`int`): Rows of the codebook.

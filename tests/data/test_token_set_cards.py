@@ -2,9 +2,12 @@ import ast
 import re
 import shlex
 
+import pytest
+from cli_runner import svqvae
 from huggingface_hub import DatasetCard
 
-from svqvae_hf.data.token_set_cards import token_set_card
+from svqvae_hf import DEFAULT_MODEL
+from svqvae_hf.data.token_set_cards import BUNDLED_MODEL, token_set_card
 
 SETTINGS = {
     "model": "org/name",
@@ -38,6 +41,12 @@ def test_card_describes_the_set_and_its_columns():
     assert "{" not in text
 
 
+def test_command_of_the_bundled_model_names_no_model():
+    text = card("org/tokens", model=BUNDLED_MODEL)
+    assert "`svqvae detokenize org/tokens --output DIR`" in text
+    assert "| model | bundled with svqvae-hf |" in text
+
+
 def test_user_text_cannot_break_the_card():
     repo_id = 'org/a"b\n# c'
     text = card(repo_id, ["a|b"], model="my|models/best one")
@@ -49,3 +58,13 @@ def test_user_text_cannot_break_the_card():
     assert [ast.literal_eval(call) for call in calls] == [repo_id] * 2
     command = re.search(r"`(svqvae detokenize .*?)`", text)[1]
     assert shlex.split(command)[3:5] == ["--model", "my|models/best one"]
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("model", [[], ["--model", DEFAULT_MODEL]])
+def test_command_on_the_card_decodes_a_set_of_the_bundled_model(model, two_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert svqvae("tokenize", two_images / "a.png", "tokens", *model) == 0
+    command = re.search(r"`svqvae (detokenize .*?)`", (tmp_path / "tokens" / "README.md").read_text())[1]
+    assert svqvae(*shlex.split(command)) == 0
+    assert len(list((tmp_path / "DIR").iterdir())) == 1
