@@ -13,10 +13,10 @@ def add_to(commands: Commands) -> None:
         "convert",
         run,
         "convert an original checkpoint to a Hub repository",
-        "Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training\n"
-        "and taming-transformers. Writes model card, config and safetensors, and verifies\n"
-        "them. With --tokenizer, SOURCE is FlexVAR's transformer or LlamaGen's language\n"
-        "model, and OUT a pipeline that holds both.",
+        "Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training,\n"
+        "taming-transformers and JanusVQVAE. Writes model card, config and safetensors,\n"
+        "and verifies them. With --tokenizer, SOURCE is FlexVAR's transformer or\n"
+        "LlamaGen's language model, and OUT a pipeline that holds both.",
         "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
     )
     parser.add_argument(

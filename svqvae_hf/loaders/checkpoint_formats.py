@@ -1,4 +1,4 @@
-"""The five formats of original checkpoints, as data: how weights are named, and the config that shapes do not tell."""
+"""The formats of original checkpoints, as data: how weights are named, and the config that shapes do not tell."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,8 @@ class CheckpointFormat:
         prefix (`str`): Text before every key.
         renames (`tuple[tuple[str, str], ...]`): Beginnings of keys, first in this library, then in the format. The
             first that fits is replaced. `{level}` stands for each level, `{flipped}` for its number from the end.
-        training_keys (`tuple[str, ...]`): Beginnings of keys that only training needs. They are dropped.
+        training_keys (`tuple[str, ...]`): Beginnings of keys that only training or other networks need. They are
+            dropped.
         network_range (`tuple[float, float]`): Range of the training images.
         codebook_l2_norm (`bool`): Whether latents and codes lie on the unit sphere.
     """
@@ -66,6 +67,23 @@ class CheckpointFormat:
         return self.prefix + key
 
 
+# Names of VQGANs, which FlexVAR and LlamaGen changed.
+VQGAN_NAMES = (
+    ("encoder.conv_blocks.{level}.res.", "encoder.down.{level}.block."),
+    ("encoder.conv_blocks.{level}.", "encoder.down.{level}."),
+    ("encoder.mid.0.", "encoder.mid.block_1."),
+    ("encoder.mid.1.", "encoder.mid.attn_1."),
+    ("encoder.mid.2.", "encoder.mid.block_2."),
+    ("decoder.mid.0.", "decoder.mid.block_1."),
+    ("decoder.mid.1.", "decoder.mid.attn_1."),
+    ("decoder.mid.2.", "decoder.mid.block_2."),
+)
+JANUS_NAMES = (
+    *VQGAN_NAMES,
+    ("decoder.conv_blocks.{level}.res.", "decoder.up.{level}.block."),
+    ("decoder.conv_blocks.{level}.", "decoder.up.{level}."),
+)
+
 CHECKPOINT_FORMATS = (
     CheckpointFormat(
         name="svqvae",
@@ -102,19 +120,30 @@ CHECKPOINT_FORMATS = (
         container="state_dict",
         level_prefix="encoder.down.",
         renames=(
-            ("encoder.conv_blocks.{level}.res.", "encoder.down.{level}.block."),
-            ("encoder.conv_blocks.{level}.", "encoder.down.{level}."),
-            ("encoder.mid.0.", "encoder.mid.block_1."),
-            ("encoder.mid.1.", "encoder.mid.attn_1."),
-            ("encoder.mid.2.", "encoder.mid.block_2."),
-            ("decoder.mid.0.", "decoder.mid.block_1."),
-            ("decoder.mid.1.", "decoder.mid.attn_1."),
-            ("decoder.mid.2.", "decoder.mid.block_2."),
+            *VQGAN_NAMES,
             ("decoder.conv_blocks.{level}.res.", "decoder.up.{flipped}.block."),
             ("decoder.conv_blocks.{level}.", "decoder.up.{flipped}."),
         ),
         training_keys=("loss.",),
         network_range=(-1.0, 1.0),
         codebook_l2_norm=False,
+    ),
+    CheckpointFormat(
+        name="janus-vqvae",
+        title="JanusVQVAE of transformers",
+        container=None,
+        level_prefix="encoder.down.",
+        renames=JANUS_NAMES,
+        network_range=(-1.0, 1.0),
+    ),
+    CheckpointFormat(
+        name="janus",
+        title="JanusVQVAE of transformers, within Janus",
+        container=None,
+        level_prefix="model.vqmodel.encoder.down.",
+        prefix="model.vqmodel.",
+        renames=JANUS_NAMES,
+        training_keys=("lm_head.", *(f"model.{name}" for name in ("language_", "vision_", "aligner.", "generation_"))),
+        network_range=(-1.0, 1.0),
     ),
 )

@@ -58,9 +58,9 @@ def read_checkpoint(
 ) -> Checkpoint[ModelT]:
     """Reads an original checkpoint, strictly. Its keys and shapes tell its format and config.
 
-    A safetensors file is `svqvae`. A pickle with `model` is `llamagen` if `args`, `ema` or `optimizer` stand beside
-    it, else `flexvar`, which has the same config. A pickle with `state_dict` is `lightning` or `taming`. Pickles are
-    read as weights only; code in them raises an error.
+    A safetensors file is `svqvae`, `janus-vqvae` or `janus`, by its names. A pickle with `model` is `llamagen` if
+    `args`, `ema` or `optimizer` stand beside it, else `flexvar`, which has the same config. A pickle with `state_dict`
+    is `lightning` or `taming`. Pickles are read as weights only; code in them raises an error.
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
