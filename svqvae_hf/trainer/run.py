@@ -375,7 +375,7 @@ class Run(Generic[Options]):
         processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
         logger.info(
             f"Training on {self.loader.contents}: {trained:,} of {sum(sizes.values()):,} parameters, steps "
-            f"{self.first_step + 1:,} to {options.max_train_steps:,} of {batch} examples, {processes} on "
+            f"{self.first_step + 1:,} to {options.max_train_steps:,} with a batch of {batch}, {processes} on "
             f"{self.accelerator.device.type}"
         )
 

@@ -254,7 +254,7 @@ def test_two_new_runs_cannot_share_a_folder(options):
 def test_run_says_what_it_trains_and_where_it_saved(options, caplog):
     caplog.set_level("INFO")
     run = train(options | {"gradient_accumulation_steps": 2})
-    line = "Training on toys: 16 of 16 parameters, steps 1 to 6 of 16 examples, 1 process on cpu"
+    line = "Training on toys: 16 of 16 parameters, steps 1 to 6 with a batch of 16, 1 process on cpu"
     assert line in caplog.text
     run.repo_id = None
     run.publish(lambda folder: None, "card")
