@@ -1,0 +1,87 @@
+"""Each command with three wrong inputs: one line that says what is wrong, exit code 2, and nothing is left."""
+
+import pytest
+from cli_runner import fails
+from conftest import ROOT
+
+from svqvae_cli.command_line import COMMANDS
+
+pytestmark = pytest.mark.usefixtures("process", "one_accelerator")
+WRONG = {  # words on the command line, and a part of the message
+    "reconstruct": [
+        ("broken.png --output out --model {model}", "`broken.png` (5 bytes) is not a readable image"),
+        ("empty --output out", "the folder `empty`, subfolders included, has no file that ends in .bmp"),
+        ("two_images --output two_images", "--output must not be an input folder, got `two_images`"),
+    ],
+    "encode": [
+        ("nowhere.png --output out", "no file or folder matches `nowhere.png`"),
+        ("two_images/a.png --output out --model {model} --scales 1e9", "would take about"),
+        ("two_images/a.png --output broken.png", "--output must be a writable folder, but `broken.png` is not"),
+    ],
+    "decode": [
+        (
+            "two_images --output out",
+            "the folder `two_images`, subfolders included, has no file that ends in .safetens",
+        ),
+        ("two_images/a.png --output out", "`two_images/a.png` must be a safetensors file"),
+        ("{golden} --output out", "is not a token file"),
+    ],
+    "tokenize": [
+        ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
+        ("two_images out --model {model} --crops centre", "`resolution` must be the side of the crops"),
+        ("two_images out --model {model} --batch-size 0", "`batch_size` must be at least 1, got 0"),
+    ],
+    "detokenize": [
+        ("nowhere --output out", "a token set must be a folder with svqvae_tokens.json"),
+        ("two_images --output out", "but `two_images` is neither"),
+        ("two_images --output out --max-images many", "argument --max-images: invalid int value: 'many'"),
+    ],
+    "evaluate": [
+        ("{model} broken.png --output out", "none of 1 is. The first, `broken.png`: `broken.png` (5 bytes) is not"),
+        ("./nowhere two_images --output out", "there is no file or folder `./nowhere`"),
+        ("{model} two_images --output out --codecs gif", "argument --codecs: invalid choice: 'gif'"),
+    ],
+    "convert": [
+        ("broken.png out", "`broken.png` must be a whole PyTorch checkpoint"),
+        ("nowhere.pt out", "There is no file `nowhere.pt`"),
+        ("{golden} two_images", "`two_images` must be a new or empty folder, but it is not empty"),
+    ],
+    "export": [
+        ("broken.png --output out", "a model must be a folder or a Hub id, got the file `broken.png`"),
+        ("empty --output out", "could not load the model `empty`"),
+        ("{model} --output two_images", "two_images"),
+    ],
+    "generate": [
+        ("empty --output out", "could not load the model `empty`"),
+        ("{model} --output out", "could not load the model"),
+        ("{model} --output out --seed x", "argument --seed: invalid int value: 'x'"),
+    ],
+    "info": [
+        ("two_images/a.png", "info describes models and tokens, got the image `two_images/a.png`"),
+        ("empty", "could not load the model `empty`"),
+        ("", "the following arguments are required: PATH"),
+    ],
+    "demo": [
+        ("--port 0", "a port must be a whole number from 1 to 65535, got '0'"),
+        ("--model broken.png", "a model must be a folder or a Hub id, got the file `broken.png`"),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"), [(command, *case) for command, cases in WRONG.items() for case in cases]
+)
+def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, command, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"hello")
+    before = sorted(tmp_path.rglob("*"))
+    golden = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
+    assert message in fails(capsys, command, *words.format(model=saved_model, golden=golden).split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_each_command_has_three_wrong_inputs():
+    assert list(WRONG) == [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    assert {len(cases) for cases in WRONG.values()} == {3}
