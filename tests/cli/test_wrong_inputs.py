@@ -63,7 +63,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "demo": [
         ("--port 0", "a port must be a whole number from 1 to 65535, got '0'"),
-        ("--model broken.png", "a model must be a folder or a Hub id, got the file `broken.png`"),
+        ("--port 65536", "a port must be a whole number from 1 to 65535, got '65536'"),
         ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ],
 }
