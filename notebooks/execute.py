@@ -1,6 +1,7 @@
 """Runs the notebook and keeps its outputs: `python notebooks/execute.py`."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -10,11 +11,12 @@ NOTEBOOK = Path(__file__).parent / "inference_example.ipynb"
 
 
 def main() -> None:
-    """Executes the notebook in its folder, and writes it back."""
+    """Executes the notebook in an empty folder, and writes it back."""
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # without ipywidgets, progress bars are text
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    NotebookClient(notebook, record_timing=False, resources=resources).execute()
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        NotebookClient(notebook, record_timing=False, resources=resources).execute()
     notebook.metadata["language_info"] = {"name": "python"}  # without the version of this machine
     nbformat.write(notebook, NOTEBOOK)
 

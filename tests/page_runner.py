@@ -48,10 +48,14 @@ def main(hub: Path, work: Path, *pages: Path) -> None:
     errors = {}
     for page in pages:
         folder = work / page.stem
-        shutil.copytree(files, folder, symlinks=True)
+        is_notebook = page.suffix == ".ipynb"
+        if is_notebook:
+            folder.mkdir()  # notebooks need no files
+        else:
+            shutil.copytree(files, folder, symlinks=True)
         os.chdir(folder)
         torch.set_grad_enabled(True)
-        errors[page.name] = run_notebook(page) if page.suffix == ".ipynb" else run_page(page)
+        errors[page.name] = run_notebook(page) if is_notebook else run_page(page)
     sys.stdout.write("\n" + json.dumps(errors))
 
 
@@ -72,8 +76,6 @@ def run_page(page: Path) -> str:
 
 def run_notebook(page: Path) -> str:
     """Runs the cells and returns the first error, or the first cell whose output is not the one in the file."""
-    Path("notebooks").mkdir()
-    os.chdir("notebooks")
     shell = InteractiveShell.instance()
     shell.display_trap.hook = lambda value: None if value is None else display(value)  # so that it is captured
     for cell in nbformat.read(page, as_version=4).cells:
