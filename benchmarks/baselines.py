@@ -15,7 +15,7 @@ import torch
 from measuring import Row, describe_machine, make_parser, report
 from tqdm import tqdm
 
-from svqvae_hf.data.image_sets import read_image
+from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline, fit_block_baselines, read_fit_images
 from svqvae_hf.evaluation.baselines.codecs import CODECS
 from svqvae_hf.evaluation.comparison import image_metrics, reconstruct_by_baselines, to_tensor

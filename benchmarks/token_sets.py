@@ -27,7 +27,7 @@ from measuring import Row, describe_machine, in_own_process, make_parser, report
 from PIL import Image, ImageOps
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.data.image_sets import open_rows
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.data.token_sets import read_settings, row_tokens
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
@@ -75,7 +75,7 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
     def tokenize(workers: int) -> Callable[[], None]:
         return lambda: tokenize_set(
             model,
-            open_rows([str(folder)]),
+            open_images([str(folder)]),
             folder.with_name(f"tokens-{next(outputs)}"),
             model_name="bundled",
             crops="centre",
@@ -104,7 +104,7 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
 def prepare_small(device: str, folder: Path, out: Path, workers: int) -> Callable[[], Any]:
     """Loads and warms up the model, and returns a run over a folder as a function."""
     model = load_model(device)
-    images = open_rows([str(folder)])
+    images = open_images([str(folder)])
     with torch.inference_mode():
         model.encode_tokens(torch.zeros(1, 3, SMALL, SMALL, device=device), [1.0])
     return lambda: tokenize_set(model, images, out, model_name="bundled", shard_size=100, num_workers=workers)

@@ -139,7 +139,8 @@ def add_image_set(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=path_or_name,
         metavar="DATA",
-        help="image files, folders of them, or globs; or the name of a data set on the Hub, which is streamed",
+        help="image files, tar, Parquet or Arrow files, folders of these, or patterns ('shard-{00..07}.tar'); or the "
+        "name of a data set on the Hub, which is streamed",
     )
     parser.add_argument("--config", type=not_empty, metavar="NAME", help="configuration of the data set")
     parser.add_argument(
@@ -148,9 +149,8 @@ def add_image_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-column",
         type=not_empty,
-        default="image",
         metavar="NAME",
-        help="column of the data set that holds images (default: image)",
+        help="column of the data set that holds images, or their suffix in tar files (default: found by its type)",
     )
     parser.add_argument("--max-images", type=int, metavar="N", help="stop after N images (default: all)")
 
@@ -173,7 +173,12 @@ def path(text: str) -> Path:
 
 def path_or_name(text: str) -> str:
     """Reads a path or a name on the Hub."""
-    return not_empty(text, " The current folder is `.`.")
+    from svqvae_hf.paths import check_local
+
+    try:
+        return check_local(not_empty(text, " The current folder is `.`."))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def not_empty(text: str, advice: str = "") -> str:

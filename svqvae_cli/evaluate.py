@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> None:
 
     check_output(args.output)
     state = PartialState(cpu=find_device(args.device).type == "cpu")
+    images = open_images(args.data, **image_set_options(args))
     lpips = load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
     inception = load_inception(args.inception_weights) if args.inception_weights else None
     model = load_model(args.model, process_device(args.device, state), "float32")
-    images = open_images(args.data, **image_set_options(args))
     block_baselines: list[BlockBaseline] = []
     if args.baselines:
         fit_images = read_fit_images(find_files(args.baselines, IMAGE_SUFFIXES), model.f, model.device)

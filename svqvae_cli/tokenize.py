@@ -52,7 +52,10 @@ def add_to(commands: Commands) -> None:
         type=not_empty,
         default=[],
         metavar="NAME",
-        help="further columns of the data set to keep (default: label, caption and text, if present)",
+        help="further columns of the data set to keep, besides label, caption, text, cls, txt and json",
+    )
+    parser.add_argument(
+        "--min-side", type=int, metavar="PIXELS", help="skip images with a smaller side (default: none)"
     )
     parser.add_argument(
         "--batch-size",
@@ -83,14 +86,14 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import find_device, load_model, process_device
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.atomic_io import check_new_folder
-    from svqvae_hf.data.image_sets import is_hub_set, open_rows
+    from svqvae_hf.data.image_sets import is_hub_set, open_images
     from svqvae_hf.data.token_set_cards import BUNDLED_MODEL
-    from svqvae_hf.data.token_set_writer import LABEL_COLUMNS, tokenize_set
+    from svqvae_hf.data.token_set_writer import tokenize_set
 
     check_new_folder(args.out)
     # Processes wait for each other at the end, and may finish hours apart.
     state = PartialState(cpu=find_device(args.device).type == "cpu", timeout=timedelta(weeks=1))
-    images = open_rows(args.data, columns=args.keep, optional_columns=LABEL_COLUMNS, **image_set_options(args))
+    images = open_images(args.data, columns=args.keep, **image_set_options(args))
     model = load_model(args.model, process_device(args.device, state), args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
     if args.model is None or Path(args.model).resolve() == Path(DEFAULT_MODEL).resolve():
@@ -108,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
             scale_from=args.scale_from,
             crops=args.crops,
             resolution=args.resolution,
+            min_side=args.min_side,
             batch_size=args.batch_size,
             shard_size=args.shard_size,
             num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,

@@ -2,10 +2,21 @@
 
 import glob
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+
+def check_local(name: str) -> str:
+    """Returns a path or a name on the Hub. Raises for a URL, which would be taken for a local path otherwise."""
+    if match := re.match(r"([a-zA-Z][\w+.-]*)://", name):
+        raise ValueError(
+            f"`{name}` must be a local path or a name on the Hub, because `{match[1]}://` is not supported. Copy or "
+            "mount it first."
+        )
+    return name
 
 
 class InputFile(NamedTuple):
@@ -72,6 +83,47 @@ def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = N
         for name in sorted(names):
             if name[0] != "." and Path(name).suffix.lower() in suffixes and (root / name).is_file():
                 yield root / name
+
+
+def walk_files(folder: str | os.PathLike, inside: str = "") -> list[str]:
+    """Lists the files of a folder and its subfolders, except for hidden ones.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder to search. Links to files and folders are followed.
+        inside (`str`, *optional*): Subfolder to search instead, relative to the folder.
+
+    Returns:
+        `list[str]`: Paths relative to the folder, in order.
+    """
+    found: list[str] = []
+    with os.scandir(os.path.join(folder, inside)) as entries:
+        for entry in entries:
+            name = os.path.join(inside, entry.name)
+            if entry.name[0] == ".":
+                continue
+            if not entry.is_dir():
+                found.append(name)
+            elif not (entry.is_symlink() and _is_above(entry.path)):
+                found += walk_files(folder, name)
+    return found if inside else sorted(found)
+
+
+def _is_above(link: str) -> bool:
+    """Whether a link leads to a folder that holds it, which makes a cycle."""
+    return Path(link).resolve() in Path(link).parent.resolve().joinpath("link").parents
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands braces as a shell does: `{00..07}` to numbers of equal width, and `{a,b}` to each of its words."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    options = words.split(",") if words else [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+    if not options:
+        raise ValueError(f"`{match[0]}` in `{pattern}` must count upwards.")
+    expanded = [expand_braces(f"{pattern[: match.start()]}{option}{pattern[match.end() :]}") for option in options]
+    return [each for patterns in expanded for each in patterns]
 
 
 def scale_endings(scales: Sequence[float]) -> list[str]:

@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
-from svqvae_hf.trainer.data.image_loading import load_images
 
 SHARDS, SHARD_SIZE = 4, 6
 NUM_IMAGES = SHARDS * SHARD_SIZE
@@ -36,6 +36,16 @@ def numbers(batch):
     return (batch.sample[:, 0, 0, 0] * 255).round().int().tolist()
 
 
+def write_tar(path, members, mode="w"):
+    """Writes a tar file of named contents."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
 def write_set(folder, kind, contents):
     """Encoded images as a folder, as tar shards or as Parquet shards."""
     folder.mkdir()
@@ -45,20 +55,14 @@ def write_set(folder, kind, contents):
             for number, content in members:
                 (folder / f"{number:03d}.png").write_bytes(content)
         elif kind == "webdataset":
-            with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
-                for number, content in members:
-                    member = tarfile.TarInfo(f"{number:03d}.png")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+            write_tar(folder / f"{shard:03d}.tar", [(f"{number:03d}.png", content) for number, content in members])
         else:
             rows = [{"bytes": content, "path": f"{number:03d}.png"} for number, content in members]
             Dataset.from_dict({"png": rows}).to_parquet(folder / f"{shard:03d}.parquet", batch_size=4)
 
 
 def open_set(folder, kind):
-    if kind == "folder":
-        return load_images(None, None, [], str(folder), "image", "train", streaming=False)
-    return load_images(kind, None, [f"{folder}/*"], None, "png", "train", streaming=True)
+    return open_images([str(folder)])
 
 
 def write_sets(root):
@@ -91,4 +95,4 @@ def assert_equal(batches, expected):
     assert len(batches) == len(expected)
     for batch, other in zip(batches, expected, strict=True):
         assert torch.equal(batch.sample, other.sample)
-        assert (batch.unreadable, batch.num_read) == (other.unreadable, other.num_read)
+        assert (batch.skipped, batch.num_read) == (other.skipped, other.num_read)

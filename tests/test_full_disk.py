@@ -13,7 +13,7 @@ import svqvae_cli
 from svqvae_hf.atomic_io import save_png, write_file
 from svqvae_hf.conversion import export
 from svqvae_hf.conversion.convert import convert
-from svqvae_hf.data.image_sets import open_rows
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.data.token_sets import read_settings
 from svqvae_hf.evaluation.evaluate import evaluate
@@ -93,7 +93,7 @@ def test_token_set_is_written_once_there_is_space(disk, tmp_path):
         noise(64).save(tmp_path / f"{index}.png")
 
     def tokenize():
-        images = open_rows([str(tmp_path / f"{index}.png") for index in range(6)])
+        images = open_images([str(tmp_path / f"{index}.png") for index in range(6)])
         return tokenize_set(make_tiny(), images, disk / "set", model_name="org/tiny", shard_size=1)
 
     fill(disk)

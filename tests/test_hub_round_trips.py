@@ -33,14 +33,14 @@ for cls in (DiffusionPipeline, svqvae_hf.SVQVAEAutoregressivePipeline):
 TOKEN_SET = """
 import datasets
 from huggingface_hub import HfApi
-from svqvae_hf.data.image_sets import open_rows
-from svqvae_hf.data.token_set_writer import LABEL_COLUMNS, tokenize_set
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.data.token_sets import detokenize_set, read_settings
 
 model = saved.vqvae.eval()
 HfApi().create_repo("org/photos", repo_type="dataset")
 HfApi().upload_folder(repo_id="org/photos", repo_type="dataset", folder_path=work / "photos")
-images = open_rows(["org/photos"], optional_columns=LABEL_COLUMNS)
+images = open_images(["org/photos"])
 report = tokenize_set(
     model, images, work / "out", model_name="org/tiny", push_to_hub="org/tokens", private=True, source_set="org/photos"
 )

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.atomic_io import write_file
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
-from svqvae_hf.trainer.data.image_loading import load_images
 
 BATCH_SIZE = 8
 
@@ -48,16 +48,23 @@ def measure_scaling_factor(vqvae: SVQVAE, batches: Iterable[torch.Tensor]) -> fl
 
 
 def read_crops(data: str, num_images: int, resolution: int, pixel_range: tuple[float, float]) -> CropLoader:
-    """Makes a loader of centre crops of a folder, or of a set of `datasets`, which is streamed."""
+    """Makes a loader of centre crops of an image set."""
     if min(num_images, resolution) < 1:
         raise ValueError(f"`--num_images` and `--resolution` must be at least 1, but are {num_images}, {resolution}.")
-    folder = data if Path(data).is_dir() else None
-    images = load_images(None if folder else data, None, [], folder, "image", "train", streaming=folder is None)
-    count = num_images if folder is None else min(num_images, len(images))
+    images = open_images([data])
+    count = min(num_images, images.length or num_images)
     batch_size = min(BATCH_SIZE, count)
     policy = CropPolicy([resolution], batch_size, center_crop=True, random_flip=False, resize_range=(1.0, 1.0))
-    workers = {"num_workers": 2, "process_index": 0, "num_processes": 1}
-    return CropLoader(images, policy, pixel_range, seed=0, num_batches=count // batch_size, **workers)
+    return CropLoader(
+        images,
+        policy,
+        pixel_range,
+        seed=0,
+        num_workers=2,
+        process_index=0,
+        num_processes=1,
+        num_batches=count // batch_size,
+    )
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
@@ -17,7 +18,6 @@ from svqvae_hf.models.modeling_svqvae import resize_latents
 from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import centre_crops
-from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective, Pair
@@ -255,7 +255,7 @@ def load_validation_batches(options: TrainOptions, pixel_range: tuple[float, flo
     """Centre crops of the validation images, in batches; empty without `--validation_data_dir`."""
     if options.validation_data_dir is None:
         return []
-    images = load_images(None, None, [], options.validation_data_dir, "image", "train", streaming=False)
+    images = open_images([options.validation_data_dir])
     crops = centre_crops(images, options.num_validation_images, options.resolution, pixel_range)
     return list(crops.split(options.train_batch_size))
 

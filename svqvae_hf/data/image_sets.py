@@ -1,62 +1,89 @@
-"""Opens image sets to read once: image files, or a streamed set of `datasets`."""
+"""Opens image sets of any kind, for training, evaluating and tokenizing."""
 
+import glob
 import hashlib
-import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, cast
 
 import datasets
-import fsspec
-from PIL import Image
+import pyarrow as pa
 
-from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image, to_rgb
-from svqvae_hf.paths import find_files
-from svqvae_hf.untrusted.set_rows import check_confined, confine_row
+from svqvae_hf.data.image_rows import LABEL_COLUMNS, FileRows, ImagePart, ImageRow, IndexedRows, fault_of, unreadable
+from svqvae_hf.data.tar_files import TAR_SUFFIXES, TarPart, open_tars
+from svqvae_hf.hub.repositories import UNREACHABLE, hub_answers
+from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+from svqvae_hf.paths import check_local, expand_braces, walk_files
+from svqvae_hf.untrusted.set_rows import confine_row
 
-ImageSource = Image.Image | str | Path | Mapping[str, Any] | None  # a mapping is a row of a set, `None` an empty one
-Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
+SAVED_FILES = ("state.json", "dataset_dict.json")  # of `save_to_disk`
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SHARDS = {  # suffixes of files that hold many images, by the loader of `datasets` for them
+    "webdataset": TAR_SUFFIXES,
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "imagefolder": (".zip",),
+}
 NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and revision on the Hub, or an archive
 
 
-class ImageRow(NamedTuple):
-    """An image of a set.
-
-    Args:
-        key (`str`): Path of the file in the set, or part and row if the image has no file.
-        source (`ImageSource`): Argument of [`read_image`].
-        values (`dict[str, Any]`): Values of other columns by name.
-    """
-
-    key: str
-    source: ImageSource
-    values: dict[str, Any]
-
-
 @dataclass(frozen=True)
-class ImageRows:
-    """An image set with a key per image, in parts that can be read independently.
+class ImageSet:
+    """An image set with a key per image. Iteration yields each [`ImageRow`] once.
 
     Args:
-        parts (`list[Iterable[ImageRow]]`): Parts of the set in its order, each to be read once. A part is a file of
-            `datasets`; image files together are one part.
+        parts (`Sequence[ImagePart]`): Parts of the set in its order: its shards, or one with random access.
         features (`datasets.Features`): Types of the columns in `ImageRow.values`.
-        fingerprint (`str`): SHA-256 in hexadecimal of the names, sizes and times of the files, or of their revision on
-            the Hub.
+        origin (`Callable`): Returns the names, sizes and times of the files, or their revision on the Hub.
         length (`int`, *optional*): Number of images; `None` if it is unknown before all are read.
     """
 
-    parts: list[Iterable[ImageRow]]
+    parts: Sequence[ImagePart]
     features: datasets.Features
-    fingerprint: str
-    length: int | None
+    origin: Callable[[], Any]
+    length: int | None = None
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        return itertools.chain.from_iterable(part.read() for part in self.parts)
+
+    def __length_hint__(self) -> int:
+        return self.length or 0
+
+    @property
+    def rows(self) -> IndexedRows | None:
+        """All images, if there is random access to them."""
+        part = self.parts[0]
+        return part if isinstance(part, IndexedRows) else None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of where the set comes from."""
+        return hashlib.sha256(json.dumps(self.origin()).encode()).hexdigest()
+
+    def first(self, count: int) -> "ImageSet":
+        """Returns the set of the first images, as one part."""
+        if count < 1:
+            raise ValueError(f"`max_images` must be at least 1, got {count}.")
+        length = count if self.length is None else min(count, self.length)
+        return ImageSet([FirstRows(self, count)], self.features, lambda: [self.origin(), count], length)
+
+
+class Selection(NamedTuple):
+    """Selection from a set: configuration, split, column of the images, and other columns to keep."""
+
+    config: str | None
+    split: str | None
+    image_column: str | None
+    columns: Sequence[str]
+    copy: bool
 
 
 def open_images(
@@ -64,125 +91,44 @@ def open_images(
     *,
     config: str | None = None,
     split: str | None = None,
-    image_column: str = "image",
+    image_column: str | None = None,
+    columns: Sequence[str] = (),
     max_images: int | None = None,
-) -> Iterable[ImageSource]:
+    data_files: Sequence[str] = (),
+    copy: bool = False,
+) -> ImageSet:
     """Finds the images of a set without reading them.
 
     Args:
-        data (`Sequence[str]`): Image files, folders of images and glob patterns. Or one set of `datasets`, which is
-            streamed: its name on the Hub, or a folder without images directly in it.
+        data (`Sequence[str]`): Image files, or shards: tar files in WebDataset's form, Parquet, Arrow, zip. Each is a
+            file, a folder, which is searched with its subfolders except for hidden files, or a pattern, such as
+            `photos/*.jpg` or `shard-{00..07}.tar`. Or the name of a set on the Hub, which is streamed.
         config (`str`, *optional*): Configuration of the set; required if it has several.
-        split (`str`, *optional*): Split of the set; required if it has several.
-        image_column (`str`, defaults to `"image"`): Column of the set that holds the images.
+        split (`str`, *optional*): Split of the set; required if it has several. Subfolders named as splits are splits.
+        image_column (`str`, *optional*): Column of the images, or their suffix in tar files. By default it is found by
+            its type, and of several the one named `image`.
+        columns (`Sequence[str]`): Other columns to keep, in addition to those of [`LABEL_COLUMNS`] that there are.
+            Image files in several folders have the column `label`, the name of the folder.
         max_images (`int`, *optional*): Number of images after which to stop; all by default.
-
-    Returns:
-        `Iterable`: Arguments of [`read_image`], one per image: a list of paths, or rows of the set.
+        data_files (`Sequence[str]`): Files of the set on the Hub, or patterns of them; all by default.
+        copy (`bool`, defaults to `False`): Copy shards to the cache of `datasets`, for random access.
 
     Raises:
         OSError: The set cannot be found or reached.
         ValueError: There is no image, no such split or column, or `max_images` is out of range.
     """
-    _check_max_images(max_images)
-    if len(data) > 1 or not _is_set(data[0]):
-        return find_files(data, IMAGE_SUFFIXES)[:max_images]
-    rows, repository, _ = _open_set(data[0], config, split, image_column)
-    sources = (row[image_column] for row in rows.select_columns(image_column))
-    return (confine_row(source, repository) for source in itertools.islice(sources, max_images))
-
-
-def open_rows(
-    data: Sequence[str],
-    *,
-    config: str | None = None,
-    split: str | None = None,
-    image_column: str = "image",
-    columns: Sequence[str] = (),
-    optional_columns: Sequence[str] = (),
-    max_images: int | None = None,
-) -> ImageRows:
-    """Finds the images of a set and other columns without reading them.
-
-    Args:
-        data (`Sequence[str]`): Image files or a set, as for [`open_images`].
-        config (`str`, *optional*): Configuration of the set; required if it has several.
-        split (`str`, *optional*): Split of the set; required if it has several.
-        image_column (`str`, defaults to `"image"`): Column of the set that holds the images.
-        columns (`Sequence[str]`): Other columns of the set to keep.
-        optional_columns (`Sequence[str]`): Other columns to keep if the set has them.
-        max_images (`int`, *optional*): Number of images after which to stop; all by default.
-
-    Raises:
-        OSError: The set cannot be found or reached.
-        ValueError: There is no image, no such split or column, or `max_images` is out of range.
-    """
-    _check_max_images(max_images)
-    if len(data) > 1 or not _is_set(data[0]):
-        if columns:
-            raise ValueError(f"image files have no columns, got {', '.join(columns)} to keep. Leave them out.")
-        return _file_rows(find_files(data, IMAGE_SUFFIXES)[:max_images])
-    rows, repository, origin = _open_set(data[0], config, split, image_column)
-    missing = sorted(set(columns) - set(rows.features))
-    if missing:
-        raise ValueError(f"columns must be among {', '.join(rows.features)}, got {', '.join(missing)}.")
-    chosen = [name for name in rows.features if name in (*columns, *optional_columns) and name != image_column]
-    features = datasets.Features({name: rows.features[name] for name in chosen})
-    rows = rows.select_columns([image_column, *chosen])
-    rows = rows if max_images is None else rows.take(max_images)
-    count = 1 if max_images is not None else rows.num_shards
-    splits = rows.info.splits or {}
-    known = splits[rows.split].num_examples if rows.split in splits else None
-    return ImageRows(
-        parts=[_set_rows(rows, image_column, data[0], repository, part, count) for part in range(count)],
-        features=features,
-        fingerprint=_digest([origin, image_column, max_images]),
-        length=min(known, max_images or known) if known else max_images,
-    )
-
-
-def disable_decoding(rows: Rows, image_column: str) -> Rows:
-    """Leaves the images of a set encoded, for [`read_image`], so that a broken image raises where it is read.
-
-    Args:
-        rows (`datasets.Dataset` or `datasets.IterableDataset`): The set.
-        image_column (`str`): Column of the images.
-    """
-    if isinstance(rows, datasets.IterableDataset):
-        rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
-    return rows.cast_column(image_column, datasets.Image(decode=False))
-
-
-def read_image(source: ImageSource) -> Image.Image:
-    """Reads an image as 8-bit RGB.
-
-    Args:
-        source (`PIL.Image.Image`, path or `Mapping`): An image, a file, or an undecoded row of `datasets`, which has
-            `"bytes"`, or a `"path"` for `fsspec`, or neither.
-
-    Raises:
-        OSError: The file cannot be opened.
-        ValueError: The file is not an image or broken (see [`load_image`]), the row is empty, or a row on the Hub
-            names a file outside its set.
-    """
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    if source is None or (isinstance(source, Mapping) and source["bytes"] is None and source["path"] is None):
-        raise ValueError("the row must hold an image, but is empty.")
-    if not isinstance(source, Mapping):
-        return load_image(source)
-    check_confined(source)
-    content = source["bytes"]
-    if content is None:
-        with fsspec.open(source["path"], "rb") as file:
-            content = file.read()
-    return load_image(io.BytesIO(content))
-
-
-def image_name(source: ImageSource, index: int) -> str:
-    """Name of the image's file, or its index in the set if it has no file."""
-    path = source.get("path") if isinstance(source, Mapping) else source
-    return Path(path).name if path and isinstance(path, str | Path) else f"image {index}"
+    selection = Selection(config, split, image_column, columns, copy)
+    for name in data:
+        check_local(name)
+    if len(data) == 1 and (data_files or is_hub_set(data[0])):
+        if not Path(data[0]).exists():
+            _check_hub(data[0])
+        images = _open_builder(data[0], selection, data_files)
+    elif len(data) == 1 and Path(data[0]).is_dir():
+        images = _open_folder(data[0], selection)
+    else:
+        images = _open_files(_find_files(data), selection)
+    return images if max_images is None else images.first(max_images)
 
 
 def is_hub_set(name: str) -> bool:
@@ -190,67 +136,287 @@ def is_hub_set(name: str) -> bool:
     return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
 
 
-def _is_set(name: str) -> bool:
-    path = Path(name)
-    if path.is_dir():
-        files = list(path.iterdir())
-        has_images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
-        return not has_images or any(file.name in METADATA_FILES for file in files)
-    return is_hub_set(name)
+class FirstRows:
+    """The first images of a set, as one part."""
+
+    def __init__(self, images: ImageSet, count: int):
+        self.images = images
+        self.count = count
+
+    def read(self, start: int = 0) -> Iterator[ImageRow]:
+        """Yields the images from a row on."""
+        return itertools.islice(self.images, start, self.count)
 
 
-def _check_max_images(max_images: int | None) -> None:
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"`max_images` must be at least 1, got {max_images}.")
+class StreamPart:
+    """A shard of a set of `datasets` that is streamed.
 
+    Args:
+        rows (`datasets.IterableDataset`): The set, with its images undecoded.
+        image_column (`str`): Column of the images.
+        root (`str`): Folder or name of the set.
+        repository (`str`, *optional*): Repository of the set if it is on the Hub.
+        name (`str`): Name of the shard's file.
+        number (`int`): Number of the shard.
+    """
 
-def _open_set(
-    name: str, config: str | None, split: str | None, image_column: str
-) -> tuple[datasets.IterableDataset, str | None, list[Any]]:
-    """Opens a split of a set: its stream, its repository if it is on the Hub, and a record of its files."""
-    if split is None:
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        image_column: str,
+        root: str,
+        repository: str | None,
+        name: str,
+        number: int,
+    ):
+        self.rows = rows
+        self.image_column = image_column
+        self.root = root
+        self.repository = repository
+        self.name = name
+        self.number = number
+
+    def read(self, start: int = 0) -> Iterator[ImageRow]:
+        """Yields the images from a row on. The rest of a broken file is one unreadable row."""
+        index = max(start - 1, 0)  # one row earlier, to know whether the file breaks before or after `start`
         try:
-            names = datasets.get_dataset_split_names(name, config)
-        except datasets.data_files.EmptyDatasetError as error:
-            raise FileNotFoundError(
-                f"a set must hold images, but `{name}` has none. Pass a folder of images, or the name of a set."
-            ) from error
-        if len(names) > 1:
-            raise ValueError(f"the set `{name}` has the splits {', '.join(names)}. Choose one with --split.")
-        split = names[0]
-    builder = datasets.load_dataset_builder(name, config)
-    rows = builder.as_streaming_dataset(split)
-    if image_column not in (rows.column_names or ()):
-        raise ValueError(
-            f"--image-column must be one of {', '.join(rows.column_names or ['none'])}, got `{image_column}`."
+            for row in self.rows.shard(self.rows.num_shards, self.number).skip(index):
+                index += 1
+                if index <= start:
+                    continue
+                source = confine_row(row.pop(self.image_column), self.repository)
+                path = source["path"] if isinstance(source, Mapping) else None
+                key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{self.number}-{index - 1}"
+                yield ImageRow(os.path.relpath(key, self.root) if os.path.isabs(key) else key, source, row)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            if self.repository is not None and isinstance(error, OSError):
+                raise
+            if index >= start:
+                reason = fault_of(error).removesuffix(".")
+                kept = [name for name in self.rows.features if name != self.image_column]
+                yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", kept)
+
+
+class DatasetRows(IndexedRows):
+    """A set of `datasets` on disk.
+
+    Args:
+        rows (`datasets.Dataset`): The set, with its images undecoded.
+        image_column (`str`): Column of the images.
+        key_column (`str`, *optional*): Column of the keys; by default the path in the image's row.
+    """
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, key_column: str | None = None):
+        self.rows = rows
+        self.image_column = image_column
+        self.key_column = key_column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> ImageRow:
+        """Returns one image, not read yet."""
+        row = self.rows[index]
+        source = row.pop(self.image_column)
+        path = row.pop(self.key_column) if self.key_column else source and source["path"]
+        return ImageRow(path or f"0-{index}", source, row)
+
+
+def _open_folder(folder: str, selection: Selection) -> ImageSet:
+    top = os.listdir(folder)
+    if any(name in top for name in SAVED_FILES):
+        return _open_saved(folder, selection)
+    if any(name in top for name in METADATA_FILES):
+        return _open_builder(folder, selection)
+    files = walk_files(folder)
+    kinds = {_kind(file) for file in files} - {None}
+    if not kinds:
+        raise FileNotFoundError(
+            f"a set must hold images, but `{folder}` has none. Pass a folder of images or of shards, or the name of a "
+            "set on the Hub."
         )
-    files = builder.config.data_files[split]
-    return disable_decoding(rows, image_column), builder.repo_id, [split, list(files), files.origin_metadata]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"`{folder}` must hold files of one kind, but holds {_named(kinds)}. Choose some by a pattern such as "
+            f"`{folder}/*.jpg`."
+        )
+    if kinds != {"image"}:
+        return _open_builder(folder, selection)
+    keys = [file for file in files if _kind(file) == "image"]
+    tops = {key.partition(os.sep)[0] for key in keys if os.sep in key}
+    are_splits = tops <= set(SPLITS) and all(os.sep in key for key in keys)
+    split = _choose_split(folder, sorted(tops) if are_splits else ["train"], selection.split)
+    if are_splits:
+        folder = os.path.join(folder, split)
+        keys = [key.partition(os.sep)[2] for key in keys if key.startswith(split + os.sep)]
+    return _image_files(os.path.abspath(folder), keys, selection)
 
 
-def _file_rows(paths: Sequence[Path]) -> ImageRows:
-    absolute = [os.path.abspath(path) for path in paths]
-    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    keys = [os.path.relpath(path, root) for path in absolute]
-    times = [(key, os.stat(path).st_size, os.stat(path).st_mtime_ns) for key, path in zip(keys, absolute, strict=True)]
-    rows = (ImageRow(key, {"path": path, "bytes": None}, {}) for key, path in zip(keys, absolute, strict=True))
-    return ImageRows(parts=[rows], features=datasets.Features(), fingerprint=_digest(times), length=len(keys))
+def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
+    kinds = {_kind(file) or "image" for file in files}  # a file that is named is an image, whatever its suffix
+    if len(kinds) > 1:
+        raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
+    (kind,) = kinds
+    if kind != "image":
+        return _open_builder(kind, selection, files)
+    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    return _image_files(root, [os.path.relpath(file, root) for file in files], selection)
 
 
-def _set_rows(
-    rows: datasets.IterableDataset,
-    image_column: str,
-    root: str,
-    repository: str | None,
-    part: int,
-    num_parts: int,
-) -> Iterator[ImageRow]:
-    for index, row in enumerate(rows.shard(num_parts, part)):
-        source = confine_row(row.pop(image_column), repository)
-        path = source["path"] if isinstance(source, Mapping) else None
-        key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{part}-{index}"
-        yield ImageRow(os.path.relpath(key, root) if os.path.isabs(key) else key, source, row)
+def _image_files(root: str, keys: Sequence[str], selection: Selection) -> ImageSet:
+    rows = FileRows(root, keys)
+    _check_columns(["image", *rows.features], selection)
+    return ImageSet([rows], rows.features, rows.stamps, len(rows))
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _open_saved(folder: str, selection: Selection) -> ImageSet:
+    """Opens a folder of `save_to_disk`."""
+    saved = datasets.load_from_disk(folder)
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    split = _choose_split(folder, list(splits), selection.split)
+    rows, image_column, kept = _select(splits[split], selection)
+    stamps = FileRows(folder, walk_files(folder)).stamps
+    part = DatasetRows(rows, image_column)
+    return ImageSet([part], kept, lambda: [split, image_column, stamps()], len(part))
+
+
+def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = ()) -> ImageSet:
+    """Opens a set of `datasets` by its name on the Hub or its folder, or files by the name of their loader."""
+    files = {selection.split or "train": list(data_files)} if data_files else None
+    with _explained(name):
+        builder = datasets.load_dataset_builder(name, selection.config, data_files=files)
+    split = _choose_split(name, [*builder.config.data_files], selection.split)
+    paths = builder.config.data_files[split]
+    if builder.name.startswith("webdataset"):
+        return _open_tars(builder, split, selection)
+    with _explained(name):
+        if selection.copy:
+            builder.download_and_prepare()
+        rows = builder.as_dataset(split) if selection.copy else builder.as_streaming_dataset(split)
+    rows, image_column, kept = _select(rows, selection)
+    origin = [split, list(paths), paths.origin_metadata, image_column]
+    if selection.copy:
+        return ImageSet([DatasetRows(rows, image_column)], kept, lambda: origin, len(rows))
+    names = [os.path.basename(path) for path in paths] if rows.num_shards == len(paths) else [name] * rows.num_shards
+    parts = [
+        StreamPart(rows, image_column, os.path.abspath(name), builder.repo_id, file, number)
+        for number, file in enumerate(names)
+    ]
+    splits = rows.info.splits or {}
+    length = splits[split].num_examples if split in splits else None
+    return ImageSet(parts, kept, lambda: origin, length or None)
+
+
+def _open_tars(builder: datasets.DatasetBuilder, split: str, selection: Selection) -> ImageSet:
+    """Opens tar files. `datasets` lists them, but its own reader takes only samples of equal suffixes."""
+    paths = builder.config.data_files[split]
+    parts = open_tars(list(paths), selection.image_column, selection.columns)
+    origin = [split, list(paths), paths.origin_metadata, selection.image_column]
+    features = parts[0].features
+    if not selection.copy:
+        return ImageSet(parts, features, lambda: origin)
+    source = {"path": datasets.Value("string"), "bytes": datasets.Value("binary"), "fault": datasets.Value("string")}
+    stored = datasets.Features({"key": datasets.Value("string"), "image": source, **features})
+    sources = {"parts": tuple(parts), "origin": tuple(origin)}
+    with _explained(builder.name):
+        rows = datasets.Dataset.from_generator(_stored_rows, features=stored, gen_kwargs=sources)
+    return ImageSet([DatasetRows(rows, "image", "key")], features, lambda: origin, len(rows))
+
+
+def _stored_rows(parts: Sequence[TarPart], origin: Any) -> Iterator[dict[str, Any]]:
+    """Rows to copy. `datasets` copies again if `origin` has changed."""
+    for key, source, values in itertools.chain.from_iterable(part.read() for part in parts):
+        yield {"key": key, "image": {"fault": None, **cast(Mapping[str, Any], source)}, **values}
+
+
+def _select(rows: Any, selection: Selection) -> tuple[Any, str, datasets.Features]:
+    """Selects columns, and leaves images encoded, so that a broken one raises where it is read."""
+    features = rows.features or {}
+    _check_columns([*features], selection)
+    found = [name for name, feature in features.items() if _holds_images(feature)]
+    image_column = selection.image_column or ("image" if "image" in found else "".join(found[:1]))
+    if image_column not in found or (selection.image_column is None and len(found) > 1 and image_column != "image"):
+        got = f", got `{image_column}`" if selection.image_column else ""
+        raise ValueError(f"--image-column must be one of {', '.join(found) or 'the columns of images'}{got}.")
+    kept = [name for name in features if name in (*LABEL_COLUMNS, *selection.columns) and name != image_column]
+    rows = rows.select_columns([image_column, *kept])
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    return rows, image_column, datasets.Features({name: features[name] for name in kept})
+
+
+def _check_columns(names: Sequence[str], selection: Selection) -> None:
+    missing = sorted(set(selection.columns) - set(names))
+    if missing:
+        raise ValueError(f"columns must be among {', '.join(names)}, got {', '.join(missing)}.")
+
+
+def _holds_images(feature: Any) -> bool:
+    return (
+        isinstance(feature, datasets.Image)
+        or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
+        or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+    )
+
+
+def _choose_split(name: str, splits: Sequence[str], split: str | None) -> str:
+    splits = [str(each) for each in splits]
+    if split is None and len(splits) > 1:
+        raise ValueError(f"the set `{name}` has the splits {', '.join(splits)}. Choose one with --split.")
+    if split is not None and split not in splits:
+        raise ValueError(f"--split must be one of {', '.join(splits)} in the set `{name}`, got `{split}`.")
+    return split or splits[0]
+
+
+def _find_files(patterns: Sequence[str]) -> list[str]:
+    """Absolute paths of the files of folders and patterns, each once."""
+    found: list[str] = []
+    for pattern in patterns:
+        names = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
+        for name in names:
+            if os.path.isdir(name):
+                files = [os.path.join(name, file) for file in walk_files(name) if _kind(file)]
+            elif os.path.exists(name):
+                files = [name]
+            else:
+                files = [file for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
+            if not files:
+                raise ValueError(
+                    f"the folder `{name}` has no images."
+                    if os.path.isdir(name)
+                    else f"no file or folder matches `{name}`, and it is not the name of a set on the Hub."
+                )
+            found += map(os.path.abspath, files)
+    return list(dict.fromkeys(found))
+
+
+def _kind(file: str) -> str | None:
+    """Kind of a file by its suffix: an image, the name of a loader of shards, or none."""
+    name = file.lower()
+    if name.endswith(IMAGE_SUFFIXES):
+        return "image"
+    return next((kind for kind, suffixes in SHARDS.items() if name.endswith(suffixes)), None)
+
+
+def _named(kinds: set[Any]) -> str:
+    suffixes = {"image": "images"} | {kind: f"{endings[0]} files" for kind, endings in SHARDS.items()}
+    return " and ".join(sorted(suffixes[kind] for kind in kinds))
+
+
+def _check_hub(name: str) -> None:
+    """Raises at once if the Hub does not answer, where `datasets` would try for half a minute."""
+    if not datasets.config.HF_HUB_OFFLINE and not hub_answers():
+        raise OSError(f"there is no file or folder `{name}`, and as a set on the Hub: {UNREACHABLE}")
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Makes one line of the errors of `datasets`, its readers of files and the network, which are of many types."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = " ".join(str(cause or error).split()).removesuffix(".") or type(error).__name__
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"the image set `{name}` cannot be opened: {reason}.") from error

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from svqvae_hf.data.image_sets import ImageRow, read_image
+from svqvae_hf.data.image_rows import ImagePart, ImageRow, IndexedRows, fault_of, read_image
 from svqvae_hf.data.token_sets import CROPS, TokenSettings, make_crops
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -69,36 +69,46 @@ class ShardContent:
 
 
 def assigned_images(
-    parts: Sequence[Iterable[ImageRow]], shard_size: int, finished: set[str], rank: int, world_size: int
+    parts: Sequence[ImagePart], shard_size: int, finished: set[str], rank: int, world_size: int
 ) -> Iterator[tuple[ShardName, ImageRow]]:
     """Yields the images that a process has to encode, shard after shard.
 
     The borders of shards depend on the image set alone, so any number of processes writes the same shards.
 
     Args:
-        parts (`Sequence[Iterable[ImageRow]]`): Parts of the image set.
+        parts (`Sequence[ImagePart]`): Parts of the image set. Of a part with random access, only the assigned images
+            are looked at.
         shard_size (`int`): Images per shard.
         finished (`set[str]`): File names of the shards that are already written.
         rank (`int`): Index of the process.
         world_size (`int`): Number of processes.
     """
     by_part = len(parts) >= PARTS_PER_PROCESS * world_size
-    for part, rows in enumerate(parts):
-        if by_part and part % world_size != rank:
+
+    def is_assigned(shard: ShardName) -> bool:
+        return (by_part or sum(shard) % world_size == rank) and shard.file not in finished
+
+    for number, part in enumerate(parts):
+        if by_part and number % world_size != rank:
             continue  # this process does not even read the part
-        for index, row in enumerate(rows):
-            shard = ShardName(part, index // shard_size)
-            assigned = by_part or sum(shard) % world_size == rank
-            if assigned and shard.file not in finished:
-                yield shard, row
+        if isinstance(part, IndexedRows):
+            for start in range(0, len(part), shard_size):
+                shard = ShardName(number, start // shard_size)
+                if is_assigned(shard):
+                    yield from ((shard, row) for row in part[start : start + shard_size])
+        else:
+            for index, row in enumerate(part.read()):
+                shard = ShardName(number, index // shard_size)
+                if is_assigned(shard):
+                    yield shard, row
 
 
 def read_crops(
-    images: Iterator[tuple[ShardName, ImageRow]], settings: TokenSettings, num_workers: int
+    images: Iterator[tuple[ShardName, ImageRow]], settings: TokenSettings, num_workers: int, min_side: int | None
 ) -> Iterable[CroppedImage]:
-    """Reads and crops images in their order. Worker processes, if any, read ahead."""
+    """Reads and crops images in their order, if no side is too small. Worker processes, if any, read ahead."""
     return DataLoader(
-        _CropReader(settings),
+        _CropReader(settings, min_side),
         batch_size=None,
         sampler=images,
         num_workers=num_workers,
@@ -110,17 +120,17 @@ def read_crops(
 class _CropReader(Dataset):
     """Reads and crops one image, here or in a worker process."""
 
-    def __init__(self, settings: TokenSettings):
+    def __init__(self, settings: TokenSettings, min_side: int | None):
         self.settings = settings
+        self.min_side = min_side
 
     def __getitem__(self, image: tuple[ShardName, ImageRow]) -> CroppedImage:
         shard, (key, source, values) = image
         try:
-            opened = read_image(source)
+            opened = read_image(source, self.min_side)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)  # `strerror` has no path of this machine
             is_remote = isinstance(source, Mapping) and "://" in (source["path"] or "")
-            return CroppedImage(shard, key, values, None, reason, is_remote and isinstance(error, OSError))
+            return CroppedImage(shard, key, values, None, fault_of(error), is_remote and isinstance(error, OSError))
         crops = [np.asarray(crop) for crop in make_crops(opened, self.settings.crops, self.settings.resolution)]
         pixels = torch.from_numpy(np.stack(crops)).movedim(-1, 1).contiguous()
         return CroppedImage(shard, key, values, pixels)

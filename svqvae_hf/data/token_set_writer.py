@@ -11,20 +11,18 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from svqvae_hf.atomic_io import check_new_folder
-from svqvae_hf.data.image_sets import ImageRows
+from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.data.partial_token_set import PartialTokenSet, TokenizeReport
 from svqvae_hf.data.shard_encoder import ShardEncoder, assigned_images, read_crops
 from svqvae_hf.data.token_sets import CROPS, TokenSettings, is_whole
 from svqvae_hf.hub.repositories import check_repo_id, prepare_repo
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.paths import scale_endings
-
-LABEL_COLUMNS = ("label", "caption", "text")  # columns of an image set that `svqvae tokenize` keeps by default
+from svqvae_hf.paths import check_local, scale_endings
 
 
 def tokenize_set(
     model: SVQVAE,
-    images: ImageRows,
+    images: ImageSet,
     out: str | os.PathLike,
     *,
     model_name: str,
@@ -33,6 +31,7 @@ def tokenize_set(
     scale_from: str = "latents",
     crops: str = "whole",
     resolution: int | None = None,
+    min_side: int | None = None,
     batch_size: int = 1,
     shard_size: int = 1000,
     num_workers: int = 0,
@@ -51,7 +50,7 @@ def tokenize_set(
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode, on its device, with its tiling configured.
-        images ([`ImageRows`]): Images from [`~svqvae_hf.data.image_sets.open_rows`]. Unreadable ones are skipped and
+        images ([`ImageSet`]): Images from [`~svqvae_hf.data.image_sets.open_images`]. Unreadable ones are skipped and
             listed.
         out (`str` or `os.PathLike`): Folder to create. It must be absent or empty.
         model_name (`str`): Hub id of the model, or the name of its folder, for the settings and the card.
@@ -60,6 +59,7 @@ def tokenize_set(
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
         crops (`str`, defaults to `"whole"`): Crops of an image that become rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
+        min_side (`int`, *optional*): Side in pixels below which an image is skipped like an unreadable one.
         batch_size (`int`, defaults to 1): Crops of equal size that are encoded together. With 1, the ids equal
             [`SVQVAE.encode_tokens`] of one image. With more, a few may differ, because sums are rounded differently.
         shard_size (`int`, defaults to 1000): Images per Parquet file.
@@ -76,7 +76,8 @@ def tokenize_set(
         ValueError: An option is out of range or differs from the interrupted run, no image can be read, or an image
             needs more memory than is available.
     """
-    _check_options(crops, resolution, batch_size, shard_size, num_workers)
+    check_local(os.fspath(out))
+    _check_options(crops, resolution, min_side, batch_size, shard_size, num_workers)
     if push_to_hub is not None:
         check_repo_id(push_to_hub)
     elif private is not None:
@@ -96,6 +97,7 @@ def tokenize_set(
     )
     options = {
         "image_set": images.fingerprint,
+        "min_side": min_side,
         "batch_size": batch_size,
         "shard_size": shard_size,
         "dtype": str(model.dtype),
@@ -114,7 +116,7 @@ def tokenize_set(
     assigned = assigned_images(images.parts, shard_size, finished, state.process_index, state.num_processes)
     encoder = ShardEncoder(model, settings, images.features, batch_size)
     with _progress_bar(images, token_set, state) as bar:
-        read = read_crops(assigned, settings, num_workers)
+        read = read_crops(assigned, settings, num_workers, min_side)
         for shard, shard_images in itertools.groupby(read, key=lambda image: image.shard):
             token_set.write_shard(shard, encoder.encode(shard_images, bar.update))
     state.wait_for_everyone()
@@ -122,7 +124,7 @@ def tokenize_set(
     return broadcast_object_list(report)[0]
 
 
-def _progress_bar(images: ImageRows, token_set: PartialTokenSet, state: PartialState) -> tqdm:
+def _progress_bar(images: ImageSet, token_set: PartialTokenSet, state: PartialState) -> tqdm:
     """Progress bar of the main process, over an equal share of the images, because shards have about one size."""
     if not state.is_main_process:
         return tqdm(disable=True)
@@ -131,16 +133,19 @@ def _progress_bar(images: ImageRows, token_set: PartialTokenSet, state: PartialS
     return tqdm(total=total, initial=finished, unit="image", disable=None)
 
 
-def _check_options(crops: str, resolution: int | None, batch_size: int, shard_size: int, num_workers: int) -> None:
+def _check_options(
+    crops: str, resolution: int | None, min_side: int | None, batch_size: int, shard_size: int, num_workers: int
+) -> None:
     if crops not in CROPS:
         raise ValueError(f"`crops` must be one of {', '.join(CROPS)}, got {crops!r}.")
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("shard_size", shard_size, 1),
         ("num_workers", num_workers, 0),
-        *([] if resolution is None else [("resolution", resolution, 1)]),
+        ("resolution", resolution, 1),
+        ("min_side", min_side, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     if is_whole(crops) != (resolution is None):
         raise ValueError(

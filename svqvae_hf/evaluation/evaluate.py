@@ -8,8 +8,9 @@ import copy
 import itertools
 import math
 import platform
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from svqvae_hf.data.image_sets import ImageSource, image_name, read_image
+from svqvae_hf.data.image_rows import ImageRow, ImageSource, fault_of, image_name, read_image
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
 from svqvae_hf.evaluation.baselines.codecs import CODECS
@@ -53,7 +54,7 @@ LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-
 
 def evaluate(
     model: SVQVAE,
-    images: Iterable[ImageSource],
+    images: Iterable[ImageSource | ImageRow],
     *,
     scales: Sequence[float] = SCALES,
     scale_from: str = "latents",
@@ -74,8 +75,8 @@ def evaluate(
 
     Args:
         model ([`SVQVAE`]): Model on the device to work on. Its copy runs in float32.
-        images (`Iterable`): Inputs of [`read_image`]: images, paths, undecoded rows of `datasets`. Read one by one;
-            unreadable images are skipped and named in the report.
+        images (`Iterable`): An [`ImageSet`], or other inputs of [`read_image`]: images, paths, undecoded rows of
+            `datasets`. Read one by one; unreadable images are skipped and named in the report.
         scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
             scale is the image resized by area below 1, bicubic above.
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
@@ -148,12 +149,12 @@ def _check_options(scales: Sequence[float], modes: Sequence[str], resolution: in
 
 
 def _measure_images(
-    evaluator: "_Evaluator", images: Iterable[ImageSource], resolution: int | None, state: PartialState
+    evaluator: "_Evaluator", images: Iterable[ImageSource | ImageRow], resolution: int | None, state: PartialState
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Records of the readable images and of the unreadable ones, from all processes, in the order of the set."""
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    total = len(images) if isinstance(images, Sized) else None
+    total = length_hint(images) or None
     bar = tqdm(images, total=total, unit="image", disable=None if state.is_main_process else True)
     for index, source in enumerate(bar):
         if index % state.num_processes != state.process_index:
@@ -162,7 +163,7 @@ def _measure_images(
         try:
             image = read_image(source)
         except (OSError, ValueError) as error:
-            skipped.append(identity | {"reason": str(error)})
+            skipped.append(identity | {"reason": fault_of(error)})
             continue
         if resolution is not None:
             image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)

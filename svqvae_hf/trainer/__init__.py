@@ -16,7 +16,6 @@ reuse any part:
 
 from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy, centre_crops
-from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.losses.adversarial import (
@@ -93,7 +92,6 @@ __all__ = [
     "initialise_codebook",
     "latent_side",
     "load_frozen_vqvae",
-    "load_images",
     "load_model",
     "log_image",
     "log_samples",

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id
+from svqvae_hf.paths import check_local
 
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 
@@ -120,6 +121,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Checks the options, except against data and model."""
+        check_local(self.output_dir)
         self.check_positive(
             *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "max_grad_norm"),
             *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
@@ -178,11 +180,14 @@ class ImageOptions(RunOptions):
     dataset_name: str | None = changeable(None, "Image set: Hub id, local data set, or a format such as webdataset.")
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
     data_files: list[str] = changeable([], "Files or globs of the image set, such as tar or Parquet shards.")
-    train_data_dir: str | None = changeable(None, "Folder of images, instead of --dataset_name.")
+    train_data_dir: str | None = changeable(None, "Folder or pattern of images or shards, instead of --dataset_name.")
     split: str = option("train", "Split of the image set.")
     streaming: bool = option(False, "Read the image set as a stream, without a copy on disk.")
     shuffle_buffer: int = option(1000, "Images of a stream that are shuffled at a time.")
-    image_column: str = option("image", "Column of the image set that holds the images.")
+    image_column: str | None = changeable(
+        None, "Column of the images in the image set, or their suffix in tar files; found by its type by default."
+    )
+    min_side: int | None = changeable(None, "Skip images with a smaller side in pixels; by default they are enlarged.")
     max_unreadable_share: float = changeable(0.1, "Maximum fraction of unreadable images; beyond it the run stops.")
     train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
     resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
@@ -202,7 +207,7 @@ class ImageOptions(RunOptions):
                 raise ValueError(
                     f"`--{name}` belongs to `--dataset_name`, but `--train_data_dir` is given. Leave one out."
                 )
-        self.check_positive("resolution", "shuffle_buffer")
+        self.check_positive("resolution", "shuffle_buffer", "min_side")
         self.check_not_negative("dataloader_num_workers")
         self.check_fractions("max_unreadable_share")
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:

@@ -16,7 +16,7 @@ def confine_row(source: Any, repository: str | None) -> Any:
         repository (`str`, *optional*): Repository of the set on the Hub. Rows of a local set may name any file.
 
     Returns:
-        `source`, marked for [`check_confined`] if its path leads outside.
+        `source`, with a `"fault"` if its path leads outside, so that `read_image` raises before it opens the file.
     """
     if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
         return source
@@ -25,13 +25,10 @@ def confine_row(source: Any, repository: str | None) -> Any:
     path = "/" if match is None else posixpath.normpath(match[1])
     outside = path == ".." or path.startswith(("../", "/"))
     outside = outside or not all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)
-    return {**source, "outside": True} if outside else source
-
-
-def check_confined(source: Mapping[str, Any]) -> None:
-    """Raises for a row that [`confine_row`] has marked, before its file is opened."""
-    if "outside" in source:
-        raise ValueError(
-            f"the row must hold an image of its set, but names `{source['path']}`, which is not in the set. Store the "
-            "set again with its images embedded."
-        )
+    if not outside:
+        return source
+    fault = (
+        f"the row must hold an image of its set, but names `{source['path']}`, which is not in the set. Store the set "
+        "again with its images embedded."
+    )
+    return {**source, "fault": fault}

@@ -37,7 +37,7 @@ WRONG = {  # words on the command line, and a part of the message
         ("two_images --output out --max-images many", "argument --max-images: invalid int value: 'many'"),
     ],
     "evaluate": [
-        ("{model} broken.png --output out", "none of 1 is. The first, `broken.png`: `broken.png` (5 bytes) is not"),
+        ("{model} broken.png --output out", "none of 1 is. The first, `broken.png`: the image (5 bytes) is not"),
         ("./nowhere two_images --output out", "there is no file or folder `./nowhere`"),
         ("{model} two_images --output out --codecs gif", "argument --codecs: invalid choice: 'gif'"),
     ],

@@ -1,13 +1,20 @@
 import io
+import json
+import os
+import resource
+import time
+import zipfile
 
 import datasets
 import fsspec
 import numpy as np
 import pytest
+from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, numbers, write_sets
 from PIL import Image
 
 from svqvae_hf.data import image_sets
-from svqvae_hf.data.image_sets import image_name, open_images, open_rows, read_image
+from svqvae_hf.data.image_rows import read_image
+from svqvae_hf.data.image_sets import open_images
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +25,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
 @pytest.fixture
 def photos(photo):
     return [photo.crop((20 * i, 0, 20 * i + 40, 30)) for i in range(3)]
@@ -26,11 +38,7 @@ def photos(photo):
 @pytest.fixture
 def parquet(photos, tmp_path):
     """Folder of a set with two splits, its images in a column `photo`."""
-    encoded = []
-    for i, image in enumerate(photos):
-        file = io.BytesIO()
-        image.save(file, "png")
-        encoded.append({"bytes": file.getvalue(), "path": f"{i}.png"})
+    encoded = [{"bytes": encode(image), "path": f"{i}.png"} for i, image in enumerate(photos)]
     features = datasets.Features({"photo": datasets.Image(), "label": datasets.Value("int64")})
     rows = datasets.Dataset.from_dict({"photo": encoded, "label": [0, 1, 2]}, features=features)
     folder = tmp_path / "set"
@@ -46,60 +54,192 @@ def same(found, photos):
     )
 
 
+def keys(images):
+    return [row.key for row in images]
+
+
+def save(image, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "png")
+
+
+# Image files
+
+
 def test_folder_and_files(photos, tmp_path):
     for i, image in enumerate(photos):
         image.save(tmp_path / f"{i}.png")
     found = open_images([str(tmp_path)])
-    assert [image_name(each, i) for i, each in enumerate(found)] == ["0.png", "1.png", "2.png"]
+    assert keys(found) == ["0.png", "1.png", "2.png"]
     assert same(found, photos)
-    assert open_images([str(tmp_path / "2.png"), str(tmp_path / "*.png")], max_images=2) == [found[2], found[0]]
+    some = open_images([str(tmp_path / "2.png"), str(tmp_path / "*.png")], max_images=2)
+    assert (keys(some), some.length) == (["2.png", "0.png"], 2)
+
+
+def test_folder_is_searched_through_except_for_hidden_files_and_cycles(tmp_path):
+    folder = tmp_path / "odd [1] *name?"
+    for name in ("b.png", "test/train/a.PNG", "sub.jpg/c.png", ".hidden/d.png", ".e.png", "notes.txt"):
+        save(numbered(len(name)), folder / name)
+    (folder / "sub.jpg" / "cycle").symlink_to(folder)
+    images = open_images([str(folder)])
+    assert keys(images) == ["b.png", "sub.jpg/c.png", "test/train/a.PNG"]
+    assert images.features["label"].names == [".", "sub.jpg", "test/train"]
+    assert [row.values["label"] for row in images] == [0, 1, 2]
+
+
+def test_subfolders_named_as_splits_are_splits(tmp_path):
+    for name in ("train/cat/0.png", "train/dog/1.png", "val/cat/2.png"):
+        save(numbered(0), tmp_path / "photos" / name)
+    images = open_images([str(tmp_path / "photos")], split="train")
+    assert keys(images) == ["cat/0.png", "dog/1.png"]
+    assert images.features["label"].names == ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"has the splits train, val. Choose one with --split"):
+        open_images([str(tmp_path / "photos")])
+    with pytest.raises(ValueError, match=r"--split must be one of train, val in the set .*photos`, got `test`"):
+        open_images([str(tmp_path / "photos")], split="test")
+
+
+def test_40000_files_in_40_folders_are_opened_in_a_moment(tmp_path):
+    for folder in range(40):
+        (tmp_path / f"{folder:02}").mkdir()
+        for number in range(1000):
+            os.mknod(tmp_path / f"{folder:02}" / f"{number:04}.jpg")
+    open_images([str(tmp_path / "00")])
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    images = open_images([str(tmp_path)])
+    assert time.process_time() - started < 1.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 0.6 * 40_000
+    assert (images.length, images.features["label"].num_classes) == (40_000, 40)
+
+
+def test_fingerprint_changes_with_a_file(tmp_path):
+    save(numbered(0), tmp_path / "0.png")
+    before = open_images([str(tmp_path)]).fingerprint
+    assert open_images([str(tmp_path)]).fingerprint == before
+    save(numbered(0).resize((5, 5)), tmp_path / "0.png")
+    assert open_images([str(tmp_path)]).fingerprint != before
+
+
+# Sets of `datasets`
 
 
 def test_a_set_is_streamed(parquet, photos, cache):
-    found = open_images([parquet], split="train", image_column="photo")
-    rows = list(found)
-    assert [image_name(row, i) for i, row in enumerate(rows)] == ["0.png", "1.png", "2.png"]
-    assert same(rows, photos)
+    images = open_images([parquet], split="train")
+    assert images.rows is None
+    assert keys(images) == ["0.png", "1.png", "2.png"]
+    assert [row.values for row in images] == [{"label": 0}, {"label": 1}, {"label": 2}]
+    assert same(images, photos)
+    assert keys(images.parts[0].read(2)) == ["2.png"]
     assert len(list(open_images([parquet], split="test", image_column="photo"))) == 2
-    assert len(list(open_images([parquet], split="train", image_column="photo", max_images=1))) == 1
+    assert len(list(open_images([parquet], split="train", max_images=1))) == 1
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_a_folder_of_folders_is_a_set(photos, tmp_path):
-    for i, image in enumerate(photos):
-        (tmp_path / "photos" / str(i)).mkdir(parents=True)
-        image.save(tmp_path / "photos" / str(i) / f"{i}.png")
-    (tmp_path / "photos" / "1" / "1.png").write_bytes(b"broken")
-    rows = list(open_images([str(tmp_path / "photos")]))
-    assert same([rows[0], rows[2]], photos[::2])
-    with pytest.raises(ValueError, match="is not a readable image"):
-        read_image(rows[1])
+def test_patterns_of_parquet_and_arrow_files(photos, parquet, tmp_path):
+    assert same(open_images([f"{parquet}/tr*.parquet"]), photos)
+    assert len(list(open_images([f"{parquet}/{{train,test}}.parquet"]))) == 5
+    rows = datasets.load_dataset(parquet, split="train")
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=rows, test=rows.select([2])).save_to_disk(tmp_path / "splits")
+    assert same(open_images([str(tmp_path / "saved" / "*.arrow")]), photos)
+    saved = open_images([str(tmp_path / "saved")])
+    assert saved.rows is not None
+    assert same(saved, photos)
+    assert same(open_images([str(tmp_path / "splits")], split="test"), photos[2:])
 
 
-def test_images_in_memory(photos):
-    assert same(photos, photos)
-    assert image_name(photos[0], 7) == "image 7"
-    assert image_name({"bytes": b"", "path": None}, 7) == "image 7"
+def test_captions_in_metadata(tmp_path):
+    for number in range(2):
+        save(numbered(number), tmp_path / "photos" / f"{number}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"photo {i}", "id": i}) for i in (1, 0)]
+    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    for copy in (False, True):
+        images = open_images([str(tmp_path / "photos")], copy=copy)
+        assert [row.values for row in images] == [{"caption": "photo 1"}, {"caption": "photo 0"}]
+        assert {number for batch in crop_loader(images) for number in numbers(batch)} == {0, 1}
 
 
-@pytest.mark.parametrize("row", [None, {"bytes": None, "path": None}])
-def test_an_empty_row_raises(row):
-    assert image_name(row, 3) == "image 3"
-    with pytest.raises(ValueError, match="the row must hold an image, but is empty"):
-        read_image(row)
+def test_files_inside_archives_are_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.png", encode(numbered(number)))
+    images = open_images([f"{tmp_path}/a.zip"])
+    assert next(iter(images)).source["path"].startswith("zip://")
+    assert {number for batch in crop_loader(images) for number in numbers(batch)} == {0, 1, 2}
 
 
-def test_a_split_column_or_file_that_does_not_exist_raises(parquet, tmp_path):
-    with pytest.raises(ValueError, match=r"has the splits train, test. Choose one with --split"):
-        open_images([parquet], image_column="photo")
-    with pytest.raises(ValueError, match="--image-column must be one of photo, label, got `image`"):
-        open_images([parquet], split="train")
-    with pytest.raises(ValueError, match="no file or folder matches"):
-        open_images([str(tmp_path / "none" / "*.png")])
-    with pytest.raises(ValueError, match="`max_images` must be at least 1, got 0"):
-        open_images([parquet], max_images=0)
-    with pytest.raises(OSError, match="org/none"):
-        open_images(["org/none"], split="train")
+@pytest.mark.parametrize("kind", STREAMS)
+def test_sets_are_copied_to_disk_if_asked_for(sets, kind, cache):
+    images = open_images([f"{sets[kind, 'broken']}"], copy=True)
+    assert (images.length, len(images.rows)) == (NUM_IMAGES, NUM_IMAGES)
+    assert keys(images)[:2] == ["000.png", "001.png"]
+    assert len({number for batch in crop_loader(images) for number in numbers(batch)}) == NUM_IMAGES - 2
+    assert list(cache.rglob("*.arrow"))
+
+
+def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
+    for number, name in enumerate(("a", "b", "c")):
+        content = (sets["parquet", "whole"] / "000.parquet").read_bytes()
+        (tmp_path / f"{name}.parquet").write_bytes(content if number != 1 else content[:-20])
+    images = open_images([str(tmp_path)])
+    assert keys(images)[6:8] == ["b.parquet", "000.png"]
+    with pytest.raises(ValueError, match="the rest of the file cannot be read: .*Parquet magic bytes not found"):
+        read_image(next(images.parts[1].read()))
+    assert list(images.parts[1].read(1)) == []  # as when a run resumes after it
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("nowhere/*.png", {}, "no file or folder matches `.*nowhere/.*.png`"),
+        ("shards/s-{0..2}.tar", {}, "no file or folder matches `.*s-2.tar`"),
+        ("shards/s-{1..0}.tar", {}, "`{1..0}` in .* must count upwards"),
+        ("empty", {}, "must hold images, but `.*empty` has none. Pass a folder of images"),
+        ("both", {}, "must hold files of one kind, but holds .parquet files and images. Choose some by a pattern"),
+        ("images", {"columns": ["label"]}, "columns must be among image, got label"),
+        ("images", {"split": "test"}, "--split must be one of train in the set .*, got `test`"),
+        ("images", {"max_images": 0}, "`max_images` must be at least 1, got 0"),
+        ("a.parquet", {}, "--image-column must be one of the columns of images"),
+        ("a.parquet", {"image_column": "text"}, "the columns of images, got `text`"),
+        ("a.parquet", {"columns": ["size"]}, "columns must be among number, text, got size"),
+        ("two.parquet", {}, "--image-column must be one of left, right"),
+        ("bad.parquet", {}, "`parquet` cannot be opened: Parquet magic bytes"),
+        ("bad.tar", {}, "tar files must hold images, but `.*bad.tar` has none: .*"),
+        ("s3://bucket/photos", {}, "`s3://` is not supported. Copy or mount it first"),
+        ("org/none", {}, "the image set `org/none` cannot be opened: "),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, data, options, message, copy):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images/a.png", "both/a.png"):
+        save(numbered(0), tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shards").mkdir()
+    for name in ("bad.tar", "bad.parquet", "shards/s-0.tar", "shards/s-1.tar"):
+        (tmp_path / name).write_text("no shard" * 200)
+    datasets.Dataset.from_dict({"number": [1], "text": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"left": [b""], "right": [b""]}).to_parquet(tmp_path / "two.parquet")
+    (tmp_path / "both" / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+    with pytest.raises((ValueError, OSError), match=message) as raised:
+        open_images([data], copy=copy, **options)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_an_unreachable_hub_is_one_line_at_once(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(OSError, match="there is no file or folder `nope`, and as a set on the Hub: "):
+        open_images(["nope"])
+    assert time.monotonic() - started < 5
+
+
+# Sets on the Hub
 
 
 REPO = "hf://datasets/org/set@1a2b/"
@@ -131,31 +271,33 @@ OUTSIDE = [
 
 def test_a_set_on_the_hub_can_only_name_its_own_images(monkeypatch, photos):
     """Otherwise the author of a set could have private images of its users encoded, and published with the ids."""
-    encoded = io.BytesIO()
-    photos[0].save(encoded, "png")
-    embedded = {"bytes": encoded.getvalue(), "path": OUTSIDE[0]}
+    encoded = encode(photos[0])
+    embedded = {"bytes": encoded, "path": OUTSIDE[0]}
     rows = [{"image": embedded}, *({"image": {"bytes": None, "path": path}} for path in INSIDE + OUTSIDE)]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
     origin = datasets.data_files.DataFilesList([f"{REPO}train.parquet"], [("org/set", "1a2b")])
-    config = type("Config", (), {"data_files": {"train": origin}})
     builder = type(
-        "Builder", (), {"repo_id": "org/set", "config": config, "as_streaming_dataset": lambda self, split: stream}
+        "Builder",
+        (),
+        {
+            "name": "parquet",
+            "repo_id": "org/set",
+            "config": type("Config", (), {"data_files": {"train": origin}}),
+            "as_streaming_dataset": lambda self, split: stream,
+        },
     )
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder())
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: builder())
     opened = []
-    monkeypatch.setattr(fsspec, "open", lambda name, mode: opened.append(name) or io.BytesIO(encoded.getvalue()))
-    for sources in (
-        list(open_images(["org/set"], split="train")),
-        [row.source for part in open_rows(["org/set"], split="train").parts for row in part],
-    ):
-        inside = sources[: 1 + len(INSIDE)]
-        assert same(inside, photos[:1] * len(inside))
-        for source in sources[len(inside) :]:
-            message = r"the row must hold an image of its set, but names .* with its images embedded"
-            with pytest.raises(ValueError, match=message):
-                read_image(source)
-    assert opened == INSIDE * 2
+    monkeypatch.setattr(fsspec, "open", lambda name, mode: opened.append(name) or io.BytesIO(encoded))
+    rows = list(open_images(["org/set"], split="train"))
+    inside = rows[: 1 + len(INSIDE)]
+    assert same(inside, photos[:1] * len(inside))
+    for row in rows[len(inside) :]:
+        message = r"the row must hold an image of its set, but names .* with its images embedded"
+        with pytest.raises(ValueError, match=message):
+            read_image(row)
+    assert opened == [path for path in INSIDE if "://" in path]
 
 
 def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
@@ -166,8 +308,3 @@ def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):
     ]
     Image.new("RGB", (1, 1)).save(tmp_path / "set", "png")
     assert not image_sets.is_hub_set("set")
-
-
-def test_an_empty_folder_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must hold images, but .* has none. Pass a folder of images"):
-        image_sets.open_images([str(tmp_path)])

@@ -23,7 +23,7 @@ from token_set_parts import (
 from tokenize_processes import free_port, processes, run_killed, run_rank
 
 from svqvae_hf import SVQVAEImageProcessor
-from svqvae_hf.data.image_sets import open_rows
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.data.partial_token_set import PartialTokenSet
 from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.data.token_sets import CROPS, make_crops, read_settings, row_tokens
@@ -81,13 +81,19 @@ def test_datasets_does_not_confuse_sets_of_one_name(photos, tmp_path):
 
 
 def test_unreadable_images_are_listed_without_paths_of_this_machine(photos, tmp_path):
-    images = open_rows([str(photos)])
+    images = open_images([str(photos)])
     (photos / "4.png").unlink()
     report = tokenize_set(make_tiny(), images, tmp_path / "out", model_name="org/tiny")
     assert [image["key"] for image in report.skipped] == ["2b.png", "4.png"]
     assert json.loads((tmp_path / "out" / "skipped.json").read_text()) == report.skipped
     assert "(unreadable images: 2)" in str(report)
     assert str(tmp_path) not in "".join(map(str, content(tmp_path / "out").values()))
+
+
+def test_small_images_are_skipped_if_asked_for(photos, tmp_path):
+    report = tokenize(make_tiny(), photos, tmp_path / "out", min_side=16)
+    assert report.rows == 5
+    assert report.skipped[-1] == {"key": "3.png", "reason": "its sides must be at least 16 pixels, but are 7 x 1."}
 
 
 def test_large_codebooks_take_32_bits(photos, tmp_path):
@@ -115,7 +121,7 @@ def test_captions_beside_images_are_kept(photos, tmp_path):
     rows = load(tmp_path / "out")
     assert (rows["key"], rows["caption"]) == (["3.png", "1.png"], ["photo 3", "photo 1"])
     assert "id" not in rows.column_names
-    images = open_rows([str(photos)], columns=["id"])
+    images = open_images([str(photos)], columns=["id"])
     tokenize_set(make_tiny(), images, tmp_path / "ids", model_name="tiny")
     assert load(tmp_path / "ids")["id"] == [3, 1]
 
@@ -127,8 +133,8 @@ def test_each_file_of_a_set_is_a_part(parquet, tmp_path):
     rows = load(tmp_path / "out")
     assert rows["key"] == ["0-0", "0-1", "0-2", "1-0", "2-0", "2-1"]
     assert rows["label"] == [0, 1, 2, 0, 0, 1]
-    first = open_rows([str(parquet)], max_images=4)
-    assert (first.length, first.fingerprint == open_rows([str(parquet)]).fingerprint) == (4, False)
+    first = open_images([str(parquet)], max_images=4)
+    assert (first.length, first.fingerprint == open_images([str(parquet)]).fingerprint) == (4, False)
     tokenize_set(make_tiny(), first, tmp_path / "first", model_name="tiny", scales=SCALES)
     assert load(tmp_path / "first")["ids_1"] == rows["ids_1"][:4]
 
@@ -190,7 +196,7 @@ def test_a_run_resumes_only_with_the_same_options(photos, tmp_path, monkeypatch)
         patch.setattr(PartialTokenSet, "write_shard", fail)
         with pytest.raises(OSError, match="disk full"):
             run()
-    changes = ({"scales": [1.0]}, {"scale_from": "image"}, {"shard_size": 3})
+    changes = ({"scales": [1.0]}, {"scale_from": "image"}, {"shard_size": 3}, {"min_side": 8})
     for options in changes:
         (name,) = options
         message = f"must resume with the same options, but in `.*out.partial` `{name}` was"
@@ -217,6 +223,7 @@ def test_a_run_resumes_only_with_the_same_options(photos, tmp_path, monkeypatch)
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
         ({"crops": "centre", "resolution": 0}, "`resolution` must be at least 1, got 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"min_side": 0}, "`min_side` must be at least 1, got 0"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
         ({"scales": [1, 1]}, "scales must differ within six digits"),
         ({"scales": []}, "`scales` of a token set is out of range"),
@@ -230,13 +237,22 @@ def test_options_out_of_range_raise_before_the_work(tiny_model, photos, tmp_path
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_url_is_not_taken_for_a_folder(tiny_model, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`s3://bucket/out` must be a local path .* `s3://` is not supported"):
+        tokenize(tiny_model, photos, "s3://bucket/out")
+    assert "`s3://` is not supported" in fails(capsys, "tokenize", photos, "s3://bucket/out")
+    assert "`gs://` is not supported" in fails(capsys, "tokenize", "gs://bucket/photos", "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
 def test_columns_must_exist_and_have_names_of_their_own(tiny_model, photos, parquet, tmp_path):
     with pytest.raises(ValueError, match="columns must be among image, label, got none"):
-        open_rows([str(parquet)], columns=["none"])
-    with pytest.raises(ValueError, match="image files have no columns, got label to keep"):
-        open_rows([str(photos)], columns=["label"])
+        open_images([str(parquet)], columns=["none"])
+    with pytest.raises(ValueError, match="columns must be among image, got label"):
+        open_images([str(photos)], columns=["label"])
     (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "key": "a"}))
-    images = open_rows([str(photos)], columns=["key"])
+    images = open_images([str(photos)], columns=["key"])
     with pytest.raises(ValueError, match="must not have names of columns of the token set, but key do"):
         tokenize_set(tiny_model, images, tmp_path / "out", model_name="tiny")
 

@@ -12,6 +12,7 @@ from numbered_images import (
     KINDS,
     NUM_IMAGES,
     SHARD_SIZE,
+    SHARDS,
     STREAMS,
     assert_equal,
     crop_loader,
@@ -24,8 +25,8 @@ from numbered_images import (
     write_sets,
 )
 
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crops import centre_crops
-from svqvae_hf.trainer.data.image_loading import load_images
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_map_style_resume_reads_nothing_again(sets, monkeypatch):
     loader = crop_loader(open_set(sets["folder", "whole"], "folder"), num_batches=10_001)
     loader.load_state_dict(loader.state_dict() | {"batch": 10_000, "reader": {"position": 20_000}})
     read = []
-    monkeypatch.setattr("svqvae_hf.data.image_sets.load_image", lambda file: read.append(file) or numbered(0))
+    monkeypatch.setattr("svqvae_hf.data.image_rows.load_image", lambda file: read.append(file) or numbered(0))
     assert len(list(loader)) == 1
     assert len(read) == 2
 
@@ -114,7 +115,7 @@ def test_streams_are_shuffled_within_the_buffer(sets, kind):
     for shuffle_buffer in (1, 24):
         loader = crop_loader(open_set(sets[kind, "whole"], kind), shuffle_buffer=shuffle_buffer)
         orders.append([number for batch in loader for number in numbers(batch)])
-    shards = [orders[0][start : start + SHARD_SIZE] for start in range(0, NUM_IMAGES, SHARD_SIZE)]
+    shards = [orders[0][start::SHARDS] for start in range(SHARDS)]  # one image of each in turn
     assert all(shard == list(range(shard[0], shard[0] + SHARD_SIZE)) for shard in shards)
     assert shards != sorted(shards), "the order of shards is random as well"
     assert sum(np.diff(orders[1]) == 1) < 6
@@ -213,9 +214,10 @@ def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_p
     contents = [BROKEN.get(number, encode(numbered(number))) for number in range(NUM_IMAGES)]
     rows = [{"bytes": content, "path": None} for content in contents]
     Dataset.from_dict({"label": list(range(NUM_IMAGES)), "png": rows}).to_parquet(tmp_path / "set.parquet")
-    images = load_images("parquet", None, [f"{tmp_path}/*.parquet"], None, "png", "train", streaming, "label")
-    batches = list(crop_loader(images, num_workers=num_workers, num_batches=NUM_IMAGES // 2))
-    assert any(batch.unreadable for batch in batches)
+    images = open_images([f"{tmp_path}/*.parquet"], copy=not streaming)
+    options = {"num_workers": num_workers, "num_batches": NUM_IMAGES // 2, "label_column": "label"}
+    batches = list(crop_loader(images, **options))
+    assert any(batch.skipped for batch in batches)
     assert all(batch.labels == numbers(batch) for batch in batches)
 
 
@@ -223,9 +225,9 @@ def test_labels_of_a_folder_are_its_subfolders(tmp_path):
     for number, name in enumerate(("b", "a/c", "b")):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         numbered(number).save(tmp_path / name / f"{number}.png")
-    images = load_images(None, None, [], str(tmp_path), "image", "train", False, "label")
+    images = open_images([str(tmp_path)])
     assert images.features["label"].names == ["a/c", "b"]
-    for batch in crop_loader(images):
+    for batch in crop_loader(images, label_column="label"):
         assert batch.labels == [(1, 0, 1)[number] for number in numbers(batch)]
 
 
@@ -240,10 +242,10 @@ def test_unreadable_files_of_a_folder_are_replaced_and_named(tmp_path, photo, nu
     (tmp_path / "21.png").write_bytes((tmp_path / "21.png").read_bytes()[:60])
     (tmp_path / "42.png").unlink()
     (tmp_path / "42.jpg").write_text("Dear diary, ...")
-    images = load_images(None, None, [], str(tmp_path), "image", "train", streaming=False)
+    images = open_images([str(tmp_path)])
     batches = list(crop_loader(images, policy(batch_size=4), num_batches=15, num_workers=num_workers))
-    named = [name for batch in batches for name in batch.unreadable]
-    assert set(named) == {str(tmp_path / name) for name in ("0.png", "21.png", "42.jpg")}
+    named = [image.key for batch in batches for image in batch.skipped]
+    assert set(named) == {"0.png", "21.png", "42.jpg"}
     assert sum(batch.num_read for batch in batches) == 60 + len(named)
     seen = Counter(number for batch in batches for number in numbers(batch))
     assert seen.total() == 60
@@ -253,21 +255,21 @@ def test_unreadable_files_of_a_folder_are_replaced_and_named(tmp_path, photo, nu
 @pytest.mark.parametrize("kind", STREAMS)
 def test_streams_replace_and_name_unreadable_images(sets, kind):
     batches = list(crop_loader(open_set(sets[kind, "broken"], kind), shuffle_buffer=1))
-    named = [name for batch in batches for name in batch.unreadable]
+    named = [image.key for batch in batches for image in batch.skipped]
     assert set(named) == {f"{number:03d}.png" for number in BROKEN}
     seen = [number for batch in batches for number in numbers(batch)]
     assert len(seen) == NUM_IMAGES
     assert set(range(NUM_IMAGES)) - set(seen) == set(BROKEN)
 
 
-@pytest.mark.parametrize(("streaming", "name"), [(True, "image {} of epoch 0"), (False, "row {}")])
-def test_unreadable_images_without_a_file_are_named_by_their_position(tmp_path, monkeypatch, streaming, name):
+@pytest.mark.parametrize("streaming", [True, False])
+def test_unreadable_images_without_a_file_are_named_by_their_position(tmp_path, monkeypatch, streaming):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     Dataset.from_dict({"png": [encode(numbered(0)), b"no image", None]}).to_parquet(tmp_path / "a.parquet")
-    images = load_images("parquet", None, [f"{tmp_path}/*.parquet"], None, "png", "train", streaming)
+    images = open_images([f"{tmp_path}/*.parquet"], copy=not streaming)
     (batch,) = crop_loader(images, policy(batch_size=3), num_batches=1)
     assert numbers(batch) == [0, 0, 0]
-    assert {name.format(1), name.format(2)} <= set(batch.unreadable)
+    assert {"0-1", "0-2"} <= {image.key for image in batch.skipped}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,7 +277,7 @@ def test_a_set_without_a_readable_image_is_an_error(tmp_path, kind):
     write_set(tmp_path / "set", kind, [b"no image", b""])
     images = open_set(tmp_path / "set", kind)
     with pytest.raises(
-        ValueError, match=r"must hold readable images, but 1000 in a row are unreadable, .*00[01].png`"
+        ValueError, match=r"must hold readable images, but 1000 in a row are not, .*00[01].png`: the image"
     ):
         next(iter(crop_loader(images)))
     with pytest.raises(ValueError, match="validation images must hold at least one readable image, but hold none"):
@@ -297,7 +299,7 @@ def test_workers_leave_signals_to_the_trainer(sets, monkeypatch):
         ignored = [signal.getsignal(each) == signal.SIG_IGN for each in (signal.SIGINT, signal.SIGTERM)]
         return numbered(10 * ignored[0] + ignored[1])
 
-    monkeypatch.setattr("svqvae_hf.data.image_sets.load_image", signals_as_image)
+    monkeypatch.setattr("svqvae_hf.data.image_rows.load_image", signals_as_image)
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         images = open_set(sets["folder", "whole"], "folder")

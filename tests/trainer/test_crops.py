@@ -95,11 +95,11 @@ def test_images_of_every_kind_equal_the_image_processors_output(tmp_path, photo,
     small.quantize(16).save(folder / "palette.gif")
     Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16) * 257).save(folder / "deep.tif")
     images = open_set(folder, "folder")
-    assert len(images) == 7
+    assert images.length == 7
     (batch,) = crop_loader(images, policy(sides=(32,), batch_size=7), pixel_range, num_batches=1)
     assert pixel_range[0] <= batch.sample.min() < sum(pixel_range) / 2 < batch.sample.max() <= pixel_range[1]
     assert batch.sample.dtype == torch.float32
-    paths = [row["path"] for row in images["image"]]
+    paths = [row.source["path"] for row in images]
     expected = SVQVAEImageProcessor(pixel_range=pixel_range)([load_image(path) for path in paths])["pixel_values"]
     order = [next(i for i in range(7) if torch.equal(batch.sample[i], each)) for each in expected]
     assert sorted(order) == list(range(7))

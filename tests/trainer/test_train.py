@@ -22,6 +22,7 @@ import training_runs
 import yaml
 from accelerate import Accelerator
 from conftest import ROOT, make_tiny
+from datasets import Dataset
 from hub_server import serve_hub, use_hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -37,7 +38,6 @@ from training_runs import (
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
 from svqvae_hf.trainer.losses.objective import Objective
@@ -166,7 +166,7 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
 def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options, inputs, tmp_path):
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "max_train_steps": 8, "train_batch_size": 1}
     options |= {"train_data_dir": None, "dataset_name": "webdataset", "data_files": [str(inputs / "shard-*.tar")]}
-    options |= {"streaming": True, "image_column": "png", "shuffle_buffer": 2, "checkpointing_steps": 2}
+    options |= {"streaming": True, "shuffle_buffer": 2, "checkpointing_steps": 2}
     options |= {"codebook_decay": 0.9, "full_crops_from": 3, "scales": [1, 2], "scale_probabilities": [0.5, 0.5]}
     whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     stopped = start(broken)
@@ -405,7 +405,8 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     options |= {"push_to_hub": True, "hub_model_id": "org/trained", "model_config_name_or_path": None}
     options |= {"pretrained_model_name_or_path": str(inputs / "model")}
     shard = tmp_path / "set.parquet"
-    load_images(None, None, [], options["train_data_dir"], "image", "train", False).to_parquet(shard)
+    images = [{"image": {"bytes": path.read_bytes(), "path": None}} for path in (inputs / "images").iterdir()]
+    Dataset.from_list(images).to_parquet(shard)
     options |= {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(shard)]}
     with serve_hub(tmp_path) as hub:
         use_hub(monkeypatch, hub)
@@ -466,7 +467,7 @@ def test_card_names_what_is_on_the_hub(options, inputs):
     [
         ({"crop_sizes": [24]}, "`--crop_sizes` must divide `--resolution` = 256, but 24 does not"),
         ({"resume_from_checkpoint": "nowhere"}, "or 'latest', but is 'nowhere'"),
-        ({"train_data_dir": "/nowhere"}, "must be a folder of images"),
+        ({"train_data_dir": "/nowhere"}, "no file or folder matches `/nowhere`"),
         ({"model_config_name_or_path": "runs/nowhere.json"}, "but there is no 'runs/nowhere.json'"),
         ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),
     ],

@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 import svqvae_cli
 from svqvae_hf import SVQVAE
-from svqvae_hf.data.image_sets import open_rows
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.trainer.data.readers import ORDER
@@ -62,7 +62,7 @@ def parts(tmp_path_factory):
     for name, crops in (("tokens", {"crops": "centre", "resolution": CROP}), ("mixed", {})):
         tokenize_set(
             vqvae,
-            open_rows([str(folder / "photos")], columns=["label"]),
+            open_images([str(folder / "photos")]),
             folder / name,
             model_name="vqvae",
             scales=SCALES,
@@ -143,7 +143,7 @@ def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
         (parts / "classes" / str(index)).mkdir(parents=True)
         shutil.copy(path, parts / "classes" / str(index))
     vqvae = SVQVAE.from_pretrained(parts / "vqvae").eval()
-    images = open_rows([str(parts / "classes")], columns=["label"])
+    images = open_images([str(parts / "classes")])
     crops = {"crops": "centre", "resolution": CROP}
     tokenize_set(vqvae, images, parts / "six_tokens", model_name="vqvae", scales=SCALES, **crops)
     options |= {"token_set": str(parts / "six_tokens"), "max_train_steps": 300, "learning_rate": 5e-3}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.data.image_sets import read_image
+from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.models.quantizer import Codebook
 
 MAX_BLOCKS = 1 << 20  # at most, that k-means is fitted on: more of them gain more than more iterations

@@ -8,15 +8,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from svqvae_hf.trainer.data.crops import Crop, CropPolicy, Cutter, Job
-from svqvae_hf.trainer.data.image_loading import ImageSet
-from svqvae_hf.trainer.data.readers import Item, RowReader, StreamReader
+from svqvae_hf.data.image_sets import ImageSet
+from svqvae_hf.trainer.data.crops import Crop, CropPolicy, Cutter, Job, Skipped
+from svqvae_hf.trainer.data.readers import OPEN_SHARDS, Item, RowReader, StreamReader
 
 MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
 SIDE, CROP = 0, 1  # first words of the seeds of sides and crops; readers.py uses 2 and 3
@@ -28,14 +26,14 @@ class CropBatch:
 
     Args:
         sample (`torch.Tensor` of shape `(batch, 3, side, side)`): Crops in the loader's `pixel_range`, float32.
-        labels (`list`): Label of each crop's image; None if the set was loaded without labels.
-        unreadable (`list[str]`): Names of unreadable images, which the next readable ones replaced.
-        num_read (`int`): Images tried, including the unreadable ones.
+        labels (`list`): Label of each crop's image; None without `label_column`.
+        skipped (`list[Skipped]`): Images that are unreadable or too small, which the next ones replaced.
+        num_read (`int`): Images tried, including the skipped ones.
     """
 
     sample: torch.Tensor
     labels: list[Any]
-    unreadable: list[str]
+    skipped: list[Skipped]
     num_read: int
 
 
@@ -45,7 +43,7 @@ class Pending:
 
     job: Job
     lookahead: Iterator[Item]
-    reader_state: dict[str, Any]
+    reader_state: dict[str, Any] | None
 
 
 class CropLoader:
@@ -57,13 +55,13 @@ class CropLoader:
     process, which is then seen twice.
 
     A stream is split between processes by shards if their number is a multiple of the number of processes; otherwise
-    each process skips the images of the others. It is read in the main process and shuffled `shuffle_buffer` images at
-    a time.
+    each process skips the images of the others. Eight shards are read at the same time, each by a thread that reads
+    ahead, so that the latency of a disk or network does not add up. `shuffle_buffer` images are shuffled at a time.
 
     Iteration continues after the last batch yielded, also after `load_state_dict`.
 
     Args:
-        images (`datasets.Dataset` or `datasets.IterableDataset`): From [`load_images`].
+        images ([`ImageSet`]): From [`~svqvae_hf.data.image_sets.open_images`]. It is a stream unless it has `rows`.
         policy ([`CropPolicy`]): How crops are cut.
         pixel_range (`tuple[float, float]`): Values of black and white.
         seed (`int`): Seed of the order, the sides, the positions, the factors and the flips.
@@ -72,6 +70,7 @@ class CropLoader:
         num_processes (`int`): Processes that share the set.
         num_batches (`int`): Batches in all, including those before the loaded state.
         shuffle_buffer (`int`, defaults to 1000): Images of a stream that are shuffled at a time.
+        label_column (`str`, *optional*): Column of the labels.
     """
 
     def __init__(
@@ -86,6 +85,7 @@ class CropLoader:
         num_processes: int,
         num_batches: int,
         shuffle_buffer: int = 1000,
+        label_column: str | None = None,
     ):
         self.images = images
         self.policy = policy
@@ -95,14 +95,16 @@ class CropLoader:
         self.num_processes = num_processes
         self.num_batches = num_batches
         self.shuffle_buffer = shuffle_buffer
-        streaming = isinstance(images, datasets.IterableDataset)
-        self.cutter = Cutter(None if streaming else images, policy, pixel_range)
+        rows = images.rows
+        streaming = rows is None
+        self.cutter = Cutter(rows, label_column, policy, pixel_range)
         self.order = {
             "seed": seed,
             "streaming": streaming,
             "shuffle_buffer": shuffle_buffer if streaming else None,
-            "num_shards": images.num_shards if streaming else None,
-            "num_rows": None if streaming else len(images),
+            "open_shards": OPEN_SHARDS if streaming else None,
+            "num_shards": len(images.parts) if streaming else None,
+            "num_rows": None if rows is None else len(rows),
         }
         self.batch = 0
         self.reader_state: dict[str, Any] | None = None
@@ -111,8 +113,8 @@ class CropLoader:
     def contents(self) -> str:
         """Size of the image set, for the log."""
         if self.order["streaming"]:
-            return f"a stream of images in {self.images.num_shards:,} shards"
-        return f"{len(self.images):,} images"
+            return f"a stream of images in {len(self.images.parts):,} shards"
+        return f"{self.images.length:,} images"
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, small: numbers, strings and dictionaries."""
@@ -126,9 +128,9 @@ class CropLoader:
                 shards in a stream.
         """
         for name, value in self.order.items():
-            if state["order"][name] != value:
+            if state["order"].get(name) != value:
                 raise ValueError(
-                    f"`{name}` must be {state['order'][name]} as when the state was saved, but is {value}."
+                    f"`{name}` must be {state['order'].get(name)} as when the state was saved, but is {value}."
                 )
         self.batch, self.reader_state = state["batch"], deepcopy(state["reader"])
 
@@ -150,12 +152,12 @@ class CropLoader:
         )
         for sample, labels, failed in loader:
             pending = queue.popleft()
-            unreadable = [name for _, name in failed]
+            skipped = [image for _, image in failed]
             for slot, _ in failed:
-                sample[slot], labels[slot] = self._replacement(pending, slot, unreadable)
+                sample[slot], labels[slot] = self._replacement(pending, slot, skipped)
             self.batch, self.reader_state = self.batch + 1, pending.reader_state
             # Each slot in `failed`, and each later failure, took one more try.
-            yield CropBatch(sample, labels, unreadable, num_read=len(pending.job.items) + len(unreadable))
+            yield CropBatch(sample, labels, skipped, num_read=len(pending.job.items) + len(skipped))
 
     def _jobs(self, queue: deque[Pending]) -> Iterator[Job]:
         """Yields the jobs for the workers, and queues what the main process needs when a batch comes back."""
@@ -170,23 +172,20 @@ class CropLoader:
             yield job
 
     def _reader(self) -> RowReader | StreamReader:
-        if not self.order["streaming"]:
-            return RowReader(len(self.images), self.seed, self.process_index, self.num_processes, self.reader_state)
-        images = self.images
-        if self.num_processes > 1:
-            images = split_dataset_by_node(images, self.process_index, self.num_processes)
-        # A copy, because a stream keeps the position at which it is read, and loaders may share a stream.
-        return StreamReader(deepcopy(images), self.seed, self.shuffle_buffer, self.reader_state)
+        rows, place = self.images.rows, (self.process_index, self.num_processes)
+        if rows is not None:
+            return RowReader(len(rows), self.seed, *place, self.reader_state)
+        return StreamReader(self.images.parts, self.seed, self.shuffle_buffer, *place, self.reader_state)
 
-    def _replacement(self, pending: Pending, slot: int, unreadable: list[str]) -> Crop:
+    def _replacement(self, pending: Pending, slot: int, skipped: list[Skipped]) -> Crop:
         for item in itertools.islice(pending.lookahead, MAX_IN_A_ROW):
             crop = self.cutter.cut(item, pending.job.side, pending.job.seeds[slot])
             if isinstance(crop, Crop):
                 return crop
-            unreadable.append(crop)
+            skipped.append(crop)
         raise ValueError(
-            f"The image set must hold readable images, but {MAX_IN_A_ROW} in a row are unreadable, the last one "
-            f"`{unreadable[-1]}`."
+            f"The image set must hold readable images, but {MAX_IN_A_ROW} in a row are not, the last one "
+            f"`{skipped[-1].key}`: {skipped[-1].reason}"
         )
 
 

@@ -1,20 +1,18 @@
 """Crops of images: how they are cut, each from a seed of its own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
-from svqvae_hf.data.image_sets import read_image
+from svqvae_hf.data.image_rows import ImageRow, IndexedRows, SmallImageError, fault_of, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.trainer.data.image_loading import ImageSet
-from svqvae_hf.trainer.data.readers import Encoded, Item, encoded
+from svqvae_hf.trainer.data.readers import Item
 from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
 CENTRE = (0.5, 0.5)
@@ -37,6 +35,7 @@ class CropPolicy:
             cropped. An image that would not hold the crop then is shrunk less, or enlarged.
         synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that [`synthetic_crop`] replaces.
         growth_batch (`int`, defaults to 0): First batch of the largest side only; 0: sides are mixed throughout.
+        min_side (`int`, *optional*): Side in pixels below which an image is skipped; by default it is enlarged.
     """
 
     sides: Sequence[int]
@@ -46,6 +45,7 @@ class CropPolicy:
     resize_range: tuple[float, float]
     synthetic_fraction: float = 0.0
     growth_batch: int = 0
+    min_side: int | None = None
 
     def sides_of(self, batch: int) -> list[int]:
         """Sides among which that of a batch is drawn."""
@@ -62,6 +62,14 @@ class Crop(NamedTuple):
     label: Any
 
 
+class Skipped(NamedTuple):
+    """An image without a crop: its key, the reason, and whether it is only too small."""
+
+    key: str
+    reason: str
+    is_small: bool
+
+
 class Job(NamedTuple):
     """A batch to cut: its images, and a seed for each of them."""
 
@@ -74,62 +82,71 @@ class Cutter(TorchDataset):
     """Cuts the crops of a job, in any process.
 
     Args:
-        images (`datasets.Dataset`, *optional*): Map-style set; images of a stream come with the job.
+        rows ([`IndexedRows`], *optional*): Set with random access; images of a stream come with the job.
+        label_column (`str`, *optional*): Column of the labels.
         policy ([`CropPolicy`]): How crops are cut.
         pixel_range (`tuple[float, float]`): Values of black and white.
     """
 
-    def __init__(self, images: datasets.Dataset | None, policy: CropPolicy, pixel_range: tuple[float, float]):
-        self.images = images
+    def __init__(
+        self,
+        rows: IndexedRows | None,
+        label_column: str | None,
+        policy: CropPolicy,
+        pixel_range: tuple[float, float],
+    ):
+        self.rows = rows
+        self.label_column = label_column
         self.policy = policy
         self.processor = SVQVAEImageProcessor(pixel_range=pixel_range)
 
-    def __getitem__(self, job: Job) -> tuple[torch.Tensor, list[Any], list[tuple[int, str]]]:
+    def __getitem__(self, job: Job) -> tuple[torch.Tensor, list[Any], list[tuple[int, Skipped]]]:
         """Cuts a batch.
 
         Returns:
-            Crops `(batch, 3, side, side)`, their labels, and slot and name of each unreadable image.
+            Crops `(batch, 3, side, side)`, their labels, and slot and image of each that is skipped.
         """
         sample = torch.zeros(len(job.items), 3, job.side, job.side)
         labels: list[Any] = [None] * len(job.items)
-        failed = []
+        skipped = []
         for slot, (item, seed) in enumerate(zip(job.items, job.seeds, strict=True)):
             crop = self.cut(item, job.side, seed)
             if isinstance(crop, Crop):
                 sample[slot], labels[slot] = crop
             else:
-                failed.append((slot, crop))
-        return sample, labels, failed
+                skipped.append((slot, crop))
+        return sample, labels, skipped
 
-    def cut(self, item: Item, side: int, seed: tuple[int, ...]) -> Crop | str:
-        """Returns a crop, or the name of the image if it is unreadable."""
-        source = item if isinstance(item, Encoded) else encoded(self._row(item), f"row {item}")
+    def cut(self, item: Item, side: int, seed: tuple[int, ...]) -> Crop | Skipped:
+        """Returns a crop, or why the image is skipped."""
+        row = item if isinstance(item, ImageRow) else self._row(item)
+        label = None if self.label_column is None else row.values[self.label_column]
         if self.policy.synthetic_fraction:
             rng = np.random.default_rng((SYNTHETIC, *seed))
             if rng.random() < self.policy.synthetic_fraction:
-                return Crop(self.processor.preprocess(synthetic_crop(side, rng))["pixel_values"][0], source.label)
+                return Crop(self.processor.preprocess(synthetic_crop(side, rng))["pixel_values"][0], label)
         try:
-            image = _read(source)
-        except (OSError, ValueError):
-            return source.name
+            image = read_image(row, self.policy.min_side)
+        except (OSError, ValueError) as error:
+            return Skipped(row.key, fault_of(error), isinstance(error, SmallImageError))
         rng = np.random.default_rng(seed)
         factor, origin, flip = rng.uniform(*self.policy.resize_range), rng.random(2).tolist(), rng.random() < 0.5
         crop = _crop(image, side, factor, CENTRE if self.policy.center_crop else origin)
         if flip and self.policy.random_flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return Crop(self.processor.preprocess(crop)["pixel_values"][0], source.label)
+        return Crop(self.processor.preprocess(crop)["pixel_values"][0], label)
 
-    def _row(self, row: int) -> dict[str, Any]:
-        if self.images is None:
-            raise TypeError(f"Items of a stream must be images, but one is the row {row}.")
-        return self.images[row]
+    def _row(self, number: int) -> ImageRow:
+        if self.rows is None:
+            raise TypeError(f"Items of a stream must be images, but one is the row {number}.")
+        return self.rows[number]
 
 
-def centre_crops(images: ImageSet, count: int, side: int, pixel_range: tuple[float, float]) -> torch.Tensor:
+def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range: tuple[float, float]) -> torch.Tensor:
     """Cuts the centres of the first readable images.
 
     Args:
-        images (`datasets.Dataset` or `datasets.IterableDataset`): From [`load_images`].
+        images (`Iterable[ImageRow]`): From [`~svqvae_hf.data.image_sets.open_images`].
         count (`int`): Maximum number of crops.
         side (`int`): Side in pixels. A smaller image is enlarged to hold it.
         pixel_range (`tuple[float, float]`): Values of black and white.
@@ -141,9 +158,9 @@ def centre_crops(images: ImageSet, count: int, side: int, pixel_range: tuple[flo
         ValueError: If no image is readable.
     """
     crops: list[Any] = []
-    for index, row in enumerate(images):
+    for row in images:
         try:
-            crops.append(_crop(_read(encoded(row, f"image {index}")), side, 1.0, CENTRE))
+            crops.append(_crop(read_image(row), side, 1.0, CENTRE))
         except (OSError, ValueError):
             continue
         if len(crops) == count:
@@ -151,10 +168,6 @@ def centre_crops(images: ImageSet, count: int, side: int, pixel_range: tuple[flo
     if not crops:
         raise ValueError("The validation images must hold at least one readable image, but hold none.")
     return SVQVAEImageProcessor(pixel_range=pixel_range).preprocess(crops)["pixel_values"]
-
-
-def _read(source: Encoded) -> Image.Image:
-    return read_image({"path": source.name, "bytes": source.content})
 
 
 def _crop(image: Image.Image, side: int, factor: float, origin: Sequence[float]) -> Image.Image:

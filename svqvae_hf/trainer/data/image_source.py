@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
-from svqvae_hf.trainer.data.image_loading import load_images
 from svqvae_hf.trainer.options import ImageOptions
 
+FORMATS = ("webdataset", "parquet", "arrow", "imagefolder")  # of `--data_files`, not names of image sets
 MIN_READ = 200  # images read before the fraction of unreadable ones is checked
 
 logger = get_logger(__name__, log_level="INFO")
@@ -43,19 +44,24 @@ class ImageSource:
         self.synthetic_fraction = synthetic_fraction
         self.accelerator = accelerator
         self.pixel_range = pixel_range
-        self.images = load_images(
-            options.dataset_name,
-            options.dataset_config_name,
-            options.data_files,
-            options.train_data_dir,
-            options.image_column,
-            options.split,
-            options.streaming,
-            label_column,
+        self.label_column = label_column
+        data, files = [options.train_data_dir or options.dataset_name or ""], options.data_files
+        if options.dataset_name in FORMATS:
+            if not files:
+                raise ValueError(f"`--dataset_name {data[0]}` needs `--data_files`: its files, or patterns of them.")
+            data, files = files, []
+        self.images = open_images(
+            data,
+            config=options.dataset_config_name,
+            split=options.split,
+            image_column=options.image_column,
+            columns=[] if label_column is None else [label_column],
+            data_files=files,
+            copy=not options.streaming,
         )
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
         self.num_read = self.num_unreadable = 0
-        self.unreadable: set[str] = set()
+        self.named: dict[str, bool] = {}  # keys of skipped images, and whether they are only too small
 
     def loader(self, sides: list[int], num_batches: int, seed: int, growth_batch: int = 0) -> CropLoader:
         """Makes a loader of this process's crops, cut as [`CropPolicy`] says; the seed decides which they are."""
@@ -68,6 +74,7 @@ class ImageSource:
             resize_range=(options.resize_range[0], options.resize_range[1]),
             synthetic_fraction=self.synthetic_fraction,
             growth_batch=growth_batch,
+            min_side=options.min_side,
         )
         return CropLoader(
             self.images,
@@ -79,6 +86,7 @@ class ImageSource:
             num_processes=self.accelerator.num_processes,
             num_batches=num_batches,
             shuffle_buffer=options.shuffle_buffer,
+            label_column=self.label_column,
         )
 
     def fresh_crops(self, num_batches: int) -> Iterator[torch.Tensor]:
@@ -87,22 +95,23 @@ class ImageSource:
             yield batch.sample.to(self.accelerator.device)
 
     def to_device(self, batch: CropBatch) -> torch.Tensor:
-        """Moves the crops of a batch to the device, and logs the names of unreadable images.
+        """Moves the crops of a batch to the device, and logs the names of skipped images.
 
         Raises:
             ValueError: If too many images are unreadable.
         """
         self.num_read += batch.num_read
-        self.num_unreadable += len(batch.unreadable)
-        for name in batch.unreadable:
-            if name not in self.unreadable:
-                self.unreadable.add(name)
-                logger.warning(f"Skipped, because it cannot be read as an image: {name}", main_process_only=False)
+        self.num_unreadable += sum(not image.is_small for image in batch.skipped)
+        for image in batch.skipped:
+            if image.key not in self.named:
+                self.named[image.key] = image.is_small
+                logger.warning(f"Skipped `{image.key}`: {image.reason}", main_process_only=False)
         fraction = self.num_unreadable / self.num_read
         if self.num_read >= MIN_READ and fraction > self.options.max_unreadable_share:
+            first = next(key for key, is_small in self.named.items() if not is_small)
             raise ValueError(
                 f"At most {self.options.max_unreadable_share:.1%} of the images may be unreadable, but "
-                f"{fraction:.1%} of the {self.num_read:,} read so far are, {min(self.unreadable)} among them. Repair "
+                f"{fraction:.1%} of the {self.num_read:,} read so far are, `{first}` among them. Repair "
                 "or remove them, or raise `--max_unreadable_share`."
             )
         return batch.sample.to(self.accelerator.device, non_blocking=True)

@@ -1,0 +1,166 @@
+"""Images of a set: their keys, sources and other values, and how one is read."""
+
+import io
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from svqvae_hf.models.image_processing_svqvae import load_image, to_rgb
+
+LABEL_COLUMNS = ("label", "caption", "text", "cls", "txt", "json")  # kept wherever a set has them
+
+# A mapping has `"bytes"`, or a `"path"`, or neither, and perhaps a `"fault"`: the reason why it cannot be read.
+ImageSource = Image.Image | str | Path | Mapping[str, Any] | None
+
+
+class ImageRow(NamedTuple):
+    """An image of a set.
+
+    Args:
+        key (`str`): Path of the file in the set, or part and row if the image has no file.
+        source (`ImageSource`): Where [`read_image`] finds the image.
+        values (`dict[str, Any]`): Values of other columns by name.
+    """
+
+    key: str
+    source: ImageSource
+    values: dict[str, Any]
+
+
+@runtime_checkable
+class ImagePart(Protocol):
+    """A part of an image set, which can be read independently of the others."""
+
+    def read(self, start: int = 0) -> Iterator[ImageRow]:
+        """Yields the images from a row on, always in the same order."""
+
+
+class IndexedRows(Sequence[ImageRow]):
+    """A part with random access."""
+
+    @abstractmethod
+    def row(self, index: int) -> ImageRow:
+        """Returns one image, not read yet."""
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRow: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ImageRow]: ...
+
+    def __getitem__(self, index: int | slice) -> ImageRow | Sequence[ImageRow]:
+        numbers = range(len(self))[index]
+        return self.row(numbers) if isinstance(numbers, int) else [self.row(number) for number in numbers]
+
+    def read(self, start: int = 0) -> Iterator[ImageRow]:
+        """Yields the images from a row on."""
+        return (self.row(index) for index in range(start, len(self)))
+
+
+class FileRows(IndexedRows):
+    """Image files. Their labels are the names of their folders, if there are several.
+
+    Args:
+        root (`str`): Folder above all files.
+        keys (`Sequence[str]`): Paths of the files, relative to `root`.
+    """
+
+    def __init__(self, root: str, keys: Sequence[str]):
+        self.root = root
+        self.keys = pa.array(keys, pa.string())
+        names = sorted({os.path.dirname(key) or "." for key in keys})
+        self.features = datasets.Features()
+        if names != ["."]:
+            index = {name: number for number, name in enumerate(names)}
+            self.labels = np.array([index[os.path.dirname(key) or "."] for key in keys], np.int32)
+            self.features["label"] = datasets.ClassLabel(names=names)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def row(self, index: int) -> ImageRow:
+        """Returns one image, not read yet."""
+        key = self.keys[index].as_py()
+        values = {"label": int(self.labels[index])} if self.features else {}
+        return ImageRow(key, {"path": os.path.join(self.root, key), "bytes": None}, values)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of change in ns of each file that is still there."""
+        stamps = []
+        for key in self.keys.to_pylist():
+            with suppress(OSError):
+                fact = os.stat(os.path.join(self.root, key))
+                stamps.append((key, fact.st_size, fact.st_mtime_ns))
+        return stamps
+
+
+def unreadable(key: str, fault: str, columns: Sequence[str] = ()) -> ImageRow:
+    """Row of an image that cannot be read, so that it is named, counted and skipped like a broken file.
+
+    Args:
+        key (`str`): Key of the image, or name of the file that ends before its time.
+        fault (`str`): Reason, which [`read_image`] raises.
+        columns (`Sequence[str]`): Other columns, which are empty.
+    """
+    return ImageRow(key, {"path": key, "bytes": None, "fault": fault}, dict.fromkeys(columns))
+
+
+def read_image(source: ImageSource | ImageRow, min_side: int | None = None) -> Image.Image:
+    """Reads an image as 8-bit RGB.
+
+    Args:
+        source (`PIL.Image.Image`, path, `Mapping` or [`ImageRow`]): An image, a file, an undecoded row of `datasets`,
+            which has `"bytes"`, or a `"path"` for `fsspec`, or neither; or a row of an image set.
+        min_side (`int`, *optional*): Smallest side in pixels that the image may have; any by default.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: The file is not an image or broken (see [`load_image`]), the row is empty, a row on the Hub names a
+            file outside its set, or a side is too small ([`SmallImageError`]).
+    """
+    image = _load(source.source if isinstance(source, ImageRow) else source)
+    if min_side is not None and min(image.size) < min_side:
+        raise SmallImageError(f"its sides must be at least {min_side} pixels, but are {image.width} x {image.height}.")
+    return image
+
+
+class SmallImageError(ValueError):
+    """An image is smaller than asked for."""
+
+
+def fault_of(error: Exception) -> str:
+    """Reason of an error of [`read_image`], in one line without a path of this machine."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
+
+
+def image_name(source: ImageSource | ImageRow, index: int) -> str:
+    """Key of a row, name of an image's file, or its index in the set if it has neither."""
+    if isinstance(source, ImageRow):
+        return source.key
+    path = source.get("path") if isinstance(source, Mapping) else source
+    return Path(path).name if path and isinstance(path, str | Path) else f"image {index}"
+
+
+def _load(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if isinstance(source, str | Path):
+        return load_image(source)
+    if source is not None and source.get("fault"):
+        raise ValueError(source["fault"])
+    if source is None or (source["bytes"] is None and source["path"] is None):
+        raise ValueError("the row must hold an image, but is empty.")
+    if source["bytes"] is not None:
+        return load_image(io.BytesIO(source["bytes"]))
+    path = source["path"]
+    with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+        return load_image(io.BytesIO(file.read()))

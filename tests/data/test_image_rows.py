@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+
+from svqvae_hf.data.image_rows import ImageRow, SmallImageError, image_name, read_image, unreadable
+
+
+def test_images_in_memory(photo):
+    assert np.array_equal(np.array(read_image(photo)), np.array(photo))
+    assert image_name(photo, 7) == "image 7"
+    assert image_name({"bytes": b"", "path": None}, 7) == "image 7"
+    assert image_name(ImageRow("cat/0.png", None, {}), 7) == "cat/0.png"
+
+
+@pytest.mark.parametrize("row", [None, {"bytes": None, "path": None}])
+def test_an_empty_row_raises(row):
+    assert image_name(row, 3) == "image 3"
+    with pytest.raises(ValueError, match="the row must hold an image, but is empty"):
+        read_image(row)
+
+
+def test_a_row_with_a_fault_raises_it():
+    row = unreadable("a.tar", "the tar file ends early.", ["cls"])
+    assert row.values == {"cls": None}
+    with pytest.raises(ValueError, match="the tar file ends early"):
+        read_image(row)
+
+
+def test_a_smallest_side_can_be_asked_for(photo):
+    small = photo.crop((0, 0, 9, 3))
+    assert read_image(small, min_side=3).size == (9, 3)
+    with pytest.raises(SmallImageError, match="its sides must be at least 4 pixels, but are 9 x 3"):
+        read_image(small, min_side=4)

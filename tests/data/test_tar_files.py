@@ -1,0 +1,108 @@
+import datasets
+import pytest
+from numbered_images import crop_loader, encode, numbered, numbers, write_tar
+
+from svqvae_hf.data.image_rows import read_image
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.untrusted import tars
+
+
+def sample(number, kind="png", **labels):
+    """Members of a sample: an image of a number, and labels by their suffix."""
+    labels = {"cls": str(number), "txt": f"caption {number}", "json": f'{{"n": {number}}}'} | labels
+    image = (f"{number:04}.{kind}", encode(numbered(number), {"jpg": "jpeg"}.get(kind, kind)))
+    return [image, *((f"{number:04}.{suffix}", text.encode()) for suffix, text in labels.items())]
+
+
+def members_of(numbers, **labels):
+    return [member for number in numbers for member in sample(number, ("jpg", "png", "webp")[number % 3], **labels)]
+
+
+def faults(images):
+    found = {}
+    for row in images:
+        try:
+            read_image(row)
+        except ValueError as error:
+            found[row.key] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_images_of_several_kinds_with_their_labels(tmp_path, mode):
+    write_tar(tmp_path / "a.tar", members_of(range(6)), mode)
+    images = open_images([str(tmp_path / "a.tar")])
+    integer, text = datasets.Value("int64"), datasets.Value("string")
+    assert images.features == {"cls": integer, "txt": text, "json": text}
+    rows = list(images)
+    assert [row.key for row in rows] == ["0000.jpg", "0001.png", "0002.webp", "0003.jpg", "0004.png", "0005.webp"]
+    assert rows[4].values == {"cls": 4, "txt": "caption 4", "json": '{"n": 4}'}
+    assert not faults(images)
+    for start in range(7):
+        assert list(images.parts[0].read(start)) == rows[start:]
+
+
+def test_classes_that_are_names_are_text(tmp_path):
+    write_tar(tmp_path / "a.tar", sample(0, cls="cat"))
+    assert next(iter(open_images([str(tmp_path)]))).values["cls"] == "cat"
+
+
+def test_a_missing_label_is_none_and_other_members_are_kept_if_named(tmp_path):
+    write_tar(tmp_path / "a.tar", [*sample(0, url="a/b"), ("0001.png", encode(numbered(1))), ("notes", b"")])
+    assert "url" not in open_images([str(tmp_path)]).features
+    rows = list(open_images([str(tmp_path)], columns=["url"]))
+    assert [row.values["url"] for row in rows] == ["a/b", None]
+    assert rows[1].values["cls"] is None
+    with pytest.raises(ValueError, match="columns must be among png, cls, txt, json, url, got author"):
+        open_images([str(tmp_path)], columns=["author"])
+
+
+def test_one_of_several_images_is_chosen_by_its_suffix(tmp_path):
+    members = [("0.left.png", encode(numbered(1))), ("0.jpg", encode(numbered(2), "jpeg"))]
+    write_tar(tmp_path / "a.tar", members)
+    assert [row.key for row in open_images([str(tmp_path)])] == ["0.jpg"]
+    assert [row.key for row in open_images([str(tmp_path)], image_column="left.png")] == ["0.left.png"]
+    with pytest.raises(ValueError, match=r"--image-column must be one of left.png, jpg, got `right`"):
+        open_images([str(tmp_path)], image_column="right")
+    write_tar(tmp_path / "a.tar", [*members, ("0.png", encode(numbered(3)))])
+    with pytest.raises(ValueError, match="the samples have several images: jpg, png. Choose one with --image-column"):
+        open_images([str(tmp_path)])
+
+
+def test_samples_that_cannot_be_read_are_named_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "MAX_MEMBER_BYTES", 10_000)
+    members = members_of(range(200))
+    members += [("a.txt", b"no image"), *sample(201, cls="x"), ("c.png", bytes(20_000)), ("d.png", b"")]
+    write_tar(tmp_path / "a.tar", members)
+    assert faults(open_images([str(tmp_path)])) == {
+        "a": "the sample must hold one image, but has txt.",
+        "0201.png": "a label beside it cannot be read: it must be an integer, but is b'x'.",
+        "c.png": "the image is too large for a member of a tar file.",
+        "d.png": "the image (0 bytes) is not a readable image. Supported formats: BMP, GIF, JPEG, PNG, PPM, TIFF, "
+        "WEBP, AVIF (BMP without run-length encoding).",
+    }
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_the_rest_of_a_truncated_file_is_one_unreadable_row(tmp_path, mode):
+    """Also where a run resumes: no row comes twice."""
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", members_of(range(12)), mode)
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[: int(len(content) * 0.57) + 5])
+    images = open_images([str(tmp_path)])
+    rows = list(images.parts[0].read())
+    assert 2 < len(rows) < 12
+    assert [*faults(images)] == ["a.tar"]
+    assert "the tar file ends early" in faults(images)["a.tar"]
+    for start in range(len(rows) + 1):
+        assert [row.key for row in images.parts[0].read(start)] == [row.key for row in rows[start:]]
+    batches = list(crop_loader(images, num_batches=24))
+    assert {image.key for batch in batches for image in batch.skipped} == {"a.tar"}
+    assert {number for batch in batches for number in numbers(batch)}
+
+
+def test_what_was_read_is_the_same_for_samples_across_folders_of_a_tar(tmp_path):
+    members = [("cat/0.png", encode(numbered(0))), ("dog/0.png", encode(numbered(1))), ("./.hidden.png", b"")]
+    write_tar(tmp_path / "a.tar", members)
+    assert [row.key for row in open_images([str(tmp_path)])] == ["cat/0.png", "dog/0.png"]

@@ -1,0 +1,79 @@
+"""Eight tar files of jpg, png and webp images with their labels: trained on, evaluated and tokenized."""
+
+import json
+import logging
+
+import datasets
+import pytest
+import train
+from cli_runner import svqvae
+from conftest import make_tiny
+from numbered_images import encode, numbered, write_tar
+from training_runs import run
+
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.trainer.train_options import TrainOptions
+
+KINDS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
+SHARDS, SHARD_SIZE = 8, 3
+SOURCES = ("{root}/shards", "{root}/shards/shard-*.tar", "{root}/shards/shard-{{00000..00007}}.tar")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A tiny model, and tar files of 24 images: one of them is broken, one is small."""
+    root = tmp_path_factory.mktemp("tars")
+    make_tiny().save_pretrained(root / "model")
+    (root / "shards").mkdir()
+    for shard in range(SHARDS):
+        members = []
+        for index, (suffix, kind) in enumerate(KINDS.items()):
+            number = shard * SHARD_SIZE + index
+            image = numbered(number).resize((9, 3)) if number == 7 else numbered(number)
+            content = b"broken" if number == 5 else encode(image, kind)
+            labels = {"cls": f"{number % 3}", "txt": f"red {number}", "json": json.dumps({"number": number})}
+            members += [(f"{number:05}.{suffix}", content)]
+            members += [(f"{number:05}.{name}", text.encode()) for name, text in labels.items()]
+        write_tar(root / "shards" / f"shard-{shard:05}.tar", members)
+    return root
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=("folder", "glob", "braces"))
+def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, source, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    options = ["--model", root / "model", "--min-side", "16", "--tile-size", "32", "--overlap", "8", "--workers", "0"]
+    assert svqvae("tokenize", source.format(root=root), tmp_path / "tokens", *options) == 1  # some are skipped
+    rows = datasets.load_dataset(str(tmp_path / "tokens"), split="train")
+    numbers = [number for number in range(SHARDS * SHARD_SIZE) if number not in (5, 7)]
+    assert rows["cls"] == [number % 3 for number in numbers]
+    assert rows["txt"] == [f"red {number}" for number in numbers]
+    assert [json.loads(text)["number"] for text in rows["json"]] == numbers
+    assert {key.partition(".")[2] for key in rows["key"]} == set(KINDS)
+    skipped = json.loads((tmp_path / "tokens" / "skipped.json").read_text())
+    assert [image["key"] for image in skipped] == ["00005.webp", "00007.png"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=("folder", "glob", "braces"))
+def test_evaluate_measures_the_readable_ones(root, tmp_path, source):
+    options = ["--scales", "1", "--modes", "plain", "--output", tmp_path / "report"]
+    assert svqvae("evaluate", root / "model", source.format(root=root), *options) == 1  # one is skipped
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert len(report["images"]) == SHARDS * SHARD_SIZE - 1
+    assert [image["name"] for image in report["skipped"]] == ["00005.webp"]
+
+
+@pytest.mark.usefixtures("one_accelerator")
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("source", SOURCES, ids=("folder", "glob", "braces"))
+def test_training_sees_every_image_with_its_label(root, tmp_path, source, streaming, caplog, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    caplog.set_level(logging.INFO)
+    options = {"train_data_dir": source.format(root=root), "streaming": streaming, "min_side": 16}
+    options |= {"model_config_name_or_path": str(root / "model"), "output_dir": str(tmp_path / "out")}
+    options |= {"resolution": 16, "train_batch_size": 6, "max_train_steps": 5, "num_scales": 1}
+    run(train.main, TrainOptions, **options, lr_warmup_steps=0, dataloader_num_workers=0)
+    assert "Skipped `00005.webp`: the image" in caplog.text
+    assert "Skipped `00007.png`: its sides must be at least 16 pixels, but are 9 x 3." in caplog.text
+    assert caplog.text.count("Skipped") == 2
+    images = open_images([options["train_data_dir"]], copy=not streaming)
+    assert [row.values["cls"] for row in images] == [number % 3 for number in range(SHARDS * SHARD_SIZE)]
