@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bundled model, svqvae_hf/pretrained: under two hours on one core of a CPU with bfloat16 instructions.
+# The bundled model, svqvae_hf/pretrained: under four hours on one core of a CPU with bfloat16 instructions.
 #   training/runs/default.sh CID22_TRAIN WORK
 # CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for photographs and checkpoints.
 # Run it again to resume from the latest checkpoint.
@@ -18,23 +18,32 @@ train() {
         --checkpointing_steps 1000 --checkpoints_total_limit 2 --resume_from_checkpoint latest "$@"
 }
 
+# Half precision for the networks halves the size; the codebook stays in float32.
+store() {
+    python - "$@" <<'PY'
+import sys
+import torch
+from svqvae_hf import SVQVAE
+
+model = SVQVAE.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
+model.register_to_config(_name_or_path="svqvae-default", sample_size=256)
+model.save_pretrained(sys.argv[2])
+PY
+}
+
 # From the linear start. Crops of 64 pixels grow to 128 late.
 train --output_dir "$work/start" --model_config_name_or_path training/runs/default_config.json --start linear \
     --resolution 128 --crop_sizes 64 --full_crops_from 21500 --train_batch_size 2 --max_train_steps 26000 --learning_rate 6e-4 --lr_warmup_steps 150 \
     --kmeans_steps 1 10400 --kmeans_batches 300 --dead_code_reset_steps 300 --ema_decay 0.999
 
-# Norms see whole images at last, or large parts of them. Codes become the means of their latents.
-train --output_dir "$work/default" --pretrained_model_name_or_path "$work/start" \
+# Norms see large crops. Codes become the means of their latents.
+train --output_dir "$work/large_crops" --pretrained_model_name_or_path "$work/start" \
     --resolution 256 --crop_sizes 128 --train_batch_size 1 --max_train_steps 1000 --learning_rate 1e-4 --lr_warmup_steps 50 \
     --kmeans_steps 1 --kmeans_batches 200 --codebook_decay 0.998 --dead_code_reset_steps 100 --ema_decay 0.998
+store "$work/large_crops" "$work/first_release"
 
-# Half precision for the networks halves the size; the codebook stays in float32.
-python - "$work/default" <<'PY'
-import sys
-import torch
-from svqvae_hf import DEFAULT_MODEL, SVQVAE
-
-model = SVQVAE.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
-model.register_to_config(_name_or_path="svqvae-default", sample_size=256)
-model.save_pretrained(DEFAULT_MODEL)
-PY
+# The same crops for longer, at a higher learning rate.
+train --output_dir "$work/default" --pretrained_model_name_or_path "$work/first_release" \
+    --resolution 256 --crop_sizes 128 --train_batch_size 1 --max_train_steps 16000 --learning_rate 3e-4 --lr_warmup_steps 200 \
+    --codebook_decay 0.998 --dead_code_reset_steps 200 --ema_decay 0.999
+store "$work/default" svqvae_hf/pretrained
