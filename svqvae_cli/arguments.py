@@ -173,12 +173,15 @@ def path(text: str) -> Path:
 
 def path_or_name(text: str) -> str:
     """Reads a path or a name on the Hub."""
-    from svqvae_hf.paths import check_local
+    not_empty(text, " The current folder is `.`.")
+    if "://" in text:
+        from svqvae_hf.paths import check_local
 
-    try:
-        return check_local(not_empty(text, " The current folder is `.`."))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        try:
+            check_local(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def not_empty(text: str, advice: str = "") -> str:

@@ -339,10 +339,10 @@ def _select(rows: Any, selection: Selection) -> tuple[Any, str, datasets.Feature
         got = f", got `{image_column}`" if selection.image_column else ""
         raise ValueError(f"--image-column must be one of {', '.join(found) or 'the columns of images'}{got}.")
     kept = [name for name in features if name in (*LABEL_COLUMNS, *selection.columns) and name != image_column]
-    rows = rows.select_columns([image_column, *kept])
     if isinstance(rows, datasets.IterableDataset):
         rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    rows = rows.select_columns([image_column, *kept])
     return rows, image_column, datasets.Features({name: features[name] for name in kept})
 
 

@@ -26,8 +26,10 @@ def check_layers(name: str, layers: int) -> None:
 
 
 def without_attributes(value: Any) -> Any:
-    """Returns a tensor without the attributes that a pickle gave it, which could hide its methods; else the value."""
-    return torch.Tensor.detach(value) if isinstance(value, torch.Tensor) else value
+    """Takes from a tensor the attributes that a pickle gave it, which could hide its methods. Returns the value."""
+    if isinstance(value, torch.Tensor):
+        vars(value).clear()
+    return value
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from cli_runner import fails, names, svqvae
 from conftest import make_tiny
 from huggingface_hub import ModelCard
-from next_scale import GOLDEN, OUTPUTS, Golden
+from next_scale_golden import GOLDEN, OUTPUTS, Golden
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.conversion.convert_next_scale import convert_next_scale

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from next_scale import GOLDEN
+from next_scale_golden import GOLDEN
 from safetensors.torch import save_file
 
 from svqvae_hf import SVQVAE, NextScaleTransformer

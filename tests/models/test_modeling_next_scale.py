@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import AutoModel
-from next_scale import GOLDEN, NO_CLASS, OUTPUTS, SIZES, Golden, make_codes, make_transformer
+from next_scale_golden import GOLDEN, NO_CLASS, OUTPUTS, SIZES, Golden, make_codes, make_transformer
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache

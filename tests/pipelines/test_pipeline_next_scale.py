@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from diffusers import DiffusionPipeline
-from next_scale import GOLDEN, OUTPUTS, Golden, make_transformer
+from next_scale_golden import GOLDEN, OUTPUTS, Golden, make_transformer
 from PIL import Image
 from torch.nn.functional import cross_entropy, interpolate
 

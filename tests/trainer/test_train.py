@@ -226,7 +226,14 @@ def test_resumed_run_applies_each_changed_option(options, inputs, tmp_path, monk
     changes = NEW_RUN_OPTIONS | {
         **{"train_data_dir": photos, "validation_data_dir": photos, "lpips_weights": str(tmp_path / "weights.pth")},
         **{"dataset_name": None, "data_files": [], "center_crop": True},
-        **{"random_flip": False, "resize_range": [0.9, 1.0], "dataloader_num_workers": 0, "crop_sizes": [24, 24]},
+        **{
+            "random_flip": False,
+            "resize_range": [0.9, 1.0],
+            "min_side": 8,
+            "image_column": "image",
+            "dataloader_num_workers": 0,
+            "crop_sizes": [24, 24],
+        },
         **{"full_crops_from": 1, "synthetic_fraction": 0.5, "scales": [1.0, 2.0], "scale_probabilities": [0.5, 0.5]},
         **{"scale_target": "upsampled", "l2_weight": 2.0, "l2_start": 0},
         **{"l1_weight": 0.1, "l1_start": 1, "lpips_weight": 0.2, "lpips_start": 1, "lpips_net": "squeeze"},

@@ -152,6 +152,8 @@ def test_resumed_run_applies_each_changed_option(request, parts, tmp_path, monke
         **{"train_data_dir": str(tmp_path / "pictures"), "dataset_name": None, "data_files": [], "center_crop": True},
         **{"random_flip": False, "resize_range": [0.5, 1.0], "dataloader_num_workers": 1, "label_dropout": 0.5},
         "num_validation_images": 1,
+        "min_side": 8,
+        "image_column": "image",
     }
     options = request.getfixturevalue(f"{kind}_options") | {"use_ema": True}
     if kind == "dit":
@@ -316,7 +318,7 @@ def test_scaling_factor_is_measured_and_stored(parts, tmp_path, monkeypatch, cap
     ("arguments", "message"),
     [
         (("nowhere", "photos"), "MODEL must be the folder of a model, but `nowhere` has no config.json"),
-        (("vqvae", "clip"), "The folder 'clip' must hold images"),
+        (("vqvae", "clip"), "a set must hold images, but `clip` has none"),
         (("vqvae", "photos", "--num_images", "0"), "must be at least 1, but are 0, 256"),
     ],
 )
