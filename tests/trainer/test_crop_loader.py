@@ -300,10 +300,11 @@ def test_workers_leave_signals_to_the_trainer(sets, monkeypatch):
         return numbered(10 * ignored[0] + ignored[1])
 
     monkeypatch.setattr("svqvae_hf.data.image_rows.load_image", signals_as_image)
-    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    handlers = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         images = open_set(sets["folder", "whole"], "folder")
         assert [numbers(batch) for batch in crop_loader(images, num_workers=2, num_batches=3)] == [[11, 11]] * 3
         assert [numbers(batch) for batch in crop_loader(images, num_batches=1)] == [[0, 0]], "this one keeps its own"
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
