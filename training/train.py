@@ -39,6 +39,7 @@ from svqvae_hf.trainer.train_options import TrainOptions
 
 SHOWN_IMAGES = 4
 START_BATCHES = 16
+RESET_BATCHES = 16  # whose latents replace dead codes: those of one step's crops are too much alike
 FLOOR_BLOCKS_PER_CODE = 16  # of the crops that k-means is fitted on
 CONVOLUTION_NDIM = 4  # only weights of convolutions decay, so no code does
 
@@ -86,7 +87,7 @@ def train(run: Run[TrainOptions]) -> None:
     )
     model, optimizer = accelerator.prepare(MultiScaleForward(vqvae), optimizer)
     models = [model]
-    codes = Codes(run, vqvae, optimizer)
+    codes = Codes(run, vqvae, images, optimizer)
     ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
     states: dict[str, Stateful] = {
         "codebook_average": codes.average,
@@ -110,7 +111,7 @@ def train(run: Run[TrainOptions]) -> None:
         adversarial = objective.weights.adversarial.at(step) > 0
         vqvae.quantize.entropy_loss_ratio = float(objective.weights.entropy.at(step) > 0)
         if step in options.kmeans_steps:
-            codes.set_by_kmeans(images)
+            codes.set_by_kmeans(step)
 
         for batch in batches:
             with accelerator.accumulate(*models):
@@ -193,24 +194,19 @@ class Codes:
     Args:
         run ([`Run`]): The run.
         vqvae ([`SVQVAE`]): Model that holds the codes.
+        images ([`ImageSource`]): Images whose latents become codes.
         optimizer (`torch.optim.Optimizer`): Optimizer of the model.
     """
 
-    def __init__(self, run: Run[TrainOptions], vqvae: SVQVAE, optimizer: torch.optim.Optimizer):
-        self.run, self.vqvae, self.optimizer = run, vqvae, optimizer
+    def __init__(self, run: Run[TrainOptions], vqvae: SVQVAE, images: ImageSource, optimizer: torch.optim.Optimizer):
+        self.run, self.vqvae, self.images, self.optimizer = run, vqvae, images, optimizer
         self.average = CodebookAverage(vqvae.quantize, run.options.codebook_decay).to(vqvae.device)
         self.dead = DeadCodeReset(vqvae.quantize.size).to(vqvae.device)
 
-    def set_by_kmeans(self, images: ImageSource) -> None:
+    def set_by_kmeans(self, step: int) -> None:
         """Sets all codes by k-means of the latents of fresh crops, from all processes."""
-        options, accelerator, quantizer = self.run.options, self.run.accelerator, self.vqvae.quantize
-        latents = []
-        self.vqvae.eval()  # without dropout
-        for sample in images.fresh_crops(options.kmeans_batches):
-            with torch.no_grad(), accelerator.autocast():
-                latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
-        self.vqvae.train()
-        initialise_codebook(quantizer, accelerator.gather(torch.cat(latents)), options.seed)
+        quantizer, options = self.vqvae.quantize, self.run.options
+        initialise_codebook(quantizer, self._fresh_latents(options.kmeans_batches, step), options.seed)
         weight = quantizer.embedding.weight
         broadcast(weight.data)  # sums of floats may differ in their last bits between processes
         self._forget(torch.arange(len(weight), device=weight.device))
@@ -227,10 +223,19 @@ class Codes:
         self.dead.observe(accelerator.reduce(count_codes(ids, quantizer.size), "sum"))
         if not accelerator.sync_gradients or (step + 1) % options.dead_code_reset_steps:
             return {}
-        gathered = accelerator.gather(flatten_latents(output.latents.detach().float()))
-        replaced = self.dead.reset(quantizer, gathered, options.seed, step)
+        replaced = self.dead.reset(quantizer, self._fresh_latents(RESET_BATCHES, step), options.seed, step)
         self._forget(replaced)
         return {"reset_codes": torch.tensor(float(len(replaced)), device=accelerator.device)}
+
+    def _fresh_latents(self, num_batches: int, step: int) -> torch.Tensor:
+        """Latents of crops that the run does not train on, from all processes."""
+        accelerator, latents = self.run.accelerator, []
+        self.vqvae.eval()  # without dropout
+        for sample in self.images.fresh_crops(num_batches, step):
+            with torch.no_grad(), accelerator.autocast():
+                latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
+        self.vqvae.train()
+        return accelerator.gather(torch.cat(latents))
 
     def _forget(self, replaced: torch.Tensor) -> None:
         """Starts averages and optimizer of replaced codes anew."""

@@ -48,6 +48,8 @@ def test_fresh_crops_are_other_crops_than_those_of_the_run(folder):
     source = make_source(folder)
     (fresh,) = source.fresh_crops(1)
     (again,) = source.fresh_crops(1)
+    (later,) = source.fresh_crops(1, step=3)
     (batch,) = source.loader([32], 1, seed=0)
     assert torch.equal(fresh, again)
+    assert not torch.equal(fresh, later)
     assert not torch.equal(fresh, batch.sample)

@@ -376,10 +376,10 @@ def test_kmeans_sees_latents_without_dropout(options, monkeypatch):
         run = Run(options)
     vqvae, seen = make_tiny(dropout_p=0.1).train(), []
     images = ImageSource(options, run.accelerator, (0.0, 1.0))
-    codes = train.Codes(run, vqvae, torch.optim.AdamW(vqvae.parameters()))
+    codes = train.Codes(run, vqvae, images, torch.optim.AdamW(vqvae.parameters()))
     monkeypatch.setattr("train.initialise_codebook", lambda quantizer, latents, seed: seen.append(latents))
     for _ in range(2):
-        codes.set_by_kmeans(images)
+        codes.set_by_kmeans(step=1)
     assert torch.equal(*seen)
     assert vqvae.training
 

@@ -89,9 +89,14 @@ class ImageSource:
             label_column=self.label_column,
         )
 
-    def fresh_crops(self, num_batches: int) -> Iterator[torch.Tensor]:
-        """Yields batches of the largest crops on the device, other than the crops that the run trains on."""
-        for batch in self.loader([self.options.resolution], num_batches, self.options.seed + 1):
+    def fresh_crops(self, num_batches: int, step: int = 0) -> Iterator[torch.Tensor]:
+        """Yields batches of the largest crops on the device, other than those that the run trains on.
+
+        Args:
+            num_batches (`int`): Number of batches.
+            step (`int`, defaults to 0): Step of the run. Each has crops of its own.
+        """
+        for batch in self.loader([self.options.resolution], num_batches, self.options.seed + 1 + step):
             yield batch.sample.to(self.accelerator.device)
 
     def to_device(self, batch: CropBatch) -> torch.Tensor:
