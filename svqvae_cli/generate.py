@@ -14,20 +14,27 @@ def add_to(commands: Commands) -> None:
         run,
         "generate images with an autoregressive pipeline",
         "Writes one image per class, index and scale, class_cat_0_x1.png and so on, or\n"
-        "image_0_x1.png without --class, and all at their finest scale on sheet.png, one\n"
-        "row per class. All images are sampled as one batch.",
+        "prompt_0_0_x1.png for the first caption, or image_0_x1.png without --class and\n"
+        "--prompt, and all at their finest scale on sheet.png, one row per class or\n"
+        "caption. All images are sampled as one batch.",
         "org/dreams --class cat 7 --num-images 4 --output out",
     )
     parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the pipeline")
     add_output(parser, "folder to write to")
-    parser.add_argument(
+    condition = parser.add_mutually_exclusive_group()
+    condition.add_argument(
         "--class",
         dest="class_labels",
         nargs="+",
         metavar="CLASS",
         help="classes by name or number, one row of images each (default: images without a class)",
     )
-    parser.add_argument("--num-images", type=int, default=1, metavar="COUNT", help="images per class (default: 1)")
+    condition.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="captions in quotes, one row of images each, instead of classes"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1, metavar="COUNT", help="images per class or caption (default: 1)"
+    )
     parser.add_argument(
         "--scales",
         nargs="+",
@@ -86,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
     endings = scale_endings(scales)
     classes = args.class_labels or []
     labels = [_class_label(text, pipeline.config["class_names"]) for text in classes] or None
-    names = [_class_file_name(text) for text in classes] or ["image"]
+    prompt_names = [f"prompt_{index}" for index in range(len(args.prompt or []))]
+    names = [_class_file_name(text) for text in classes] or prompt_names or ["image"]
     if len(set(names)) < len(names):
         raise ValueError(
             f"--class must name each class once, got {' '.join(classes)}. Ask for more images with --num-images."
@@ -94,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
     count = args.num_images
     images = pipeline(
         labels,
+        prompt=args.prompt,
         scales=scales,
         guidance_scale=args.guidance_scale,
         temperature=args.temperature,

@@ -1,8 +1,11 @@
 """The autoregressive pipeline with LlamaGen's language models, compared with ids of the original code."""
 
+import numpy as np
 import pytest
 import torch
+from cli_runner import fails, names, svqvae
 from conftest import ROOT, make_tiny
+from PIL import Image
 from pipeline_parts import text_components
 from safetensors.torch import load_file
 
@@ -83,6 +86,21 @@ def test_prompts_are_their_features(tmp_path):
     ids = pipeline(prompt=prompts, **call).images
     assert torch.equal(ids, pipeline(prompt_embeds=features, prompt_attention_mask=mask, **call).images)
     assert not torch.equal(ids[0], ids[1])
+
+
+def test_generate_writes_a_row_of_images_per_caption(tmp_path, capsys):
+    pipeline = make_pipeline("t2i", **text_components())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    call = ("generate", tmp_path / "pipeline", "--output", tmp_path / "out", "--prompt", "the cat", "a roof")
+    assert svqvae(*call, "--num-images", 2, "--guidance-scale", 2) == 0
+    files = [f"prompt_{caption}_{index}_x1.png" for caption in range(2) for index in range(2)]
+    assert names(tmp_path / "out") == [*files, "sheet.png"]
+    seeded = torch.Generator().manual_seed(2)
+    (image,) = pipeline(prompt="a roof", guidance_scale=2.0, generator=seeded).images
+    with Image.open(tmp_path / "out" / "prompt_1_0_x1.png") as written:
+        assert np.array_equal(written, image)
+    capsys.readouterr()
+    assert "not allowed with argument --prompt" in fails(capsys, *call, "--class", "0")
 
 
 @pytest.mark.parametrize(
