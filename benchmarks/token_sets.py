@@ -28,10 +28,10 @@ from PIL import Image, ImageOps
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.data.token_set_writer import tokenize_set
-from svqvae_hf.data.token_sets import read_settings, row_tokens
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.paths import find_files
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.token_sets.writer import tokenize_set
 
 SMALL = 64  # side in pixels of the images for `memory`
 MIXED = (32, 160)  # range of sides in pixels of the images for `killed`

@@ -8,7 +8,7 @@ from svqvae_cli.arguments import Commands, add_command, path_or_name
 
 if TYPE_CHECKING:
     from svqvae_hf import SVQVAE
-    from svqvae_hf.data.token_sets import TokenSettings
+    from svqvae_hf.token_sets.settings import TokenSettings
     from svqvae_hf.tokens.image_tokens import TokenOrigin
     from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_model
     from svqvae_hf import SVQVAE
-    from svqvae_hf.data.token_sets import SETTINGS_FILE, read_settings
     from svqvae_hf.hub.repositories import REPO_ID
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.paths import search_folder
+    from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
     from svqvae_hf.tokens.token_files import is_token_file, load_tokens
 
     path = Path(args.path)

@@ -19,7 +19,7 @@ from svqvae_cli.arguments import (
 )
 from svqvae_cli.errors import check_none_skipped, explain_resume
 
-CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.data.token_sets`
+CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 MAX_WORKERS = 4  # by default
 
 
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.atomic_io import check_new_folder
     from svqvae_hf.data.image_sets import is_hub_set, open_images
-    from svqvae_hf.data.token_set_cards import BUNDLED_MODEL
-    from svqvae_hf.data.token_set_writer import tokenize_set
+    from svqvae_hf.token_sets.cards import BUNDLED_MODEL
+    from svqvae_hf.token_sets.writer import tokenize_set
 
     check_new_folder(args.out)
     # Processes wait for each other at the end, and may finish hours apart.

@@ -34,8 +34,9 @@ TOKEN_SET = """
 import datasets
 from huggingface_hub import HfApi
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.data.token_set_writer import tokenize_set
-from svqvae_hf.data.token_sets import detokenize_set, read_settings
+from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.token_sets.decoding import detokenize_set
+from svqvae_hf.token_sets.settings import read_settings
 
 model = saved.vqvae.eval()
 HfApi().create_repo("org/photos", repo_type="dataset")

@@ -12,6 +12,7 @@ ROOMS = [
         "demo",
         "large",
         "evaluation",
+        "token_sets",
         "data",
         "conversion",
         "pipelines",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-MODULES = ["tokenize_processes", "svqvae_cli.tokenize", "svqvae_hf.data.token_set_writer"]
+MODULES = ["tokenize_processes", "svqvae_cli.tokenize", "svqvae_hf.token_sets.writer"]
 
 
 def processes() -> multiprocessing.context.BaseContext:
@@ -22,7 +22,7 @@ def processes() -> multiprocessing.context.BaseContext:
 def run_killed(arguments: Sequence[str], num_shards: int) -> None:
     """Runs the command and kills the process when so many shards are written."""
     from svqvae_cli import main
-    from svqvae_hf.data.partial_token_set import PartialTokenSet
+    from svqvae_hf.token_sets.partial import PartialTokenSet
 
     write_shard = PartialTokenSet.write_shard
 

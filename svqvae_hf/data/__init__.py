@@ -1,1 +1,1 @@
-"""Reads image sets, and makes token sets from them."""
+"""Reads image sets."""

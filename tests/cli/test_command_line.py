@@ -20,10 +20,10 @@ from svqvae_cli.arguments import OVERLAP, TILE_SIZE
 from svqvae_cli.command_line import COMMANDS, build_parser
 from svqvae_hf import __version__
 from svqvae_hf.conversion import convert, export
-from svqvae_hf.data import token_sets
 from svqvae_hf.evaluation import evaluate, perceptual
 from svqvae_hf.evaluation.baselines import codecs
 from svqvae_hf.models.tiling import OVERLAP_PX
+from svqvae_hf.token_sets.crops import CROPS
 
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
 COMMAND_NAMES = [command.__name__.removeprefix("svqvae_cli.") for command in COMMANDS]
@@ -272,7 +272,7 @@ def test_ctrl_c_of_tokenize_says_how_to_resume(two_images, saved_model, tmp_path
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("svqvae_hf.data.token_set_writer.tokenize_set", interrupt)
+    monkeypatch.setattr("svqvae_hf.token_sets.writer.tokenize_set", interrupt)
     assert svqvae("tokenize", two_images, tmp_path / "out", "--model", saved_model) == 130
     line, last = capsys.readouterr().err.splitlines()
     assert line == f"svqvae: `{tmp_path / 'out'}` is not complete yet. Resume it with the same command."
@@ -300,7 +300,7 @@ def test_choices_and_defaults_agree_with_the_library():
     model = make_tiny()
     model.enable_tiling()
     assert (TILE_SIZE, OVERLAP) == (model.tile_size, model.overlap) == (256, OVERLAP_PX)
-    assert choices("tokenize", "--crops") == tuple(token_sets.CROPS)
+    assert choices("tokenize", "--crops") == tuple(CROPS)
     assert choices("evaluate", "--modes") == evaluate.MODES
     assert choices("evaluate", "--codecs") == tuple(name.lower() for name in codecs.CODECS)
     assert set(choices("evaluate", "--lpips-net")) == perceptual.BACKBONES.keys()

@@ -15,8 +15,8 @@ from PIL import Image
 from readers import ZEROS
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.data.token_sets import TokenSettings
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat
+from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.token_files import ImageTokens, token_file_header
 
 CONFIG = {

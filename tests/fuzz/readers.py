@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.data.token_sets import SETTINGS_FILE, TokenSettings, read_settings
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings, read_settings
 from svqvae_hf.tokens.token_files import is_token_file, load_tokens, save_tokens
 
 ERRORS = (ValueError, OSError, TypeError)

@@ -11,9 +11,9 @@ from huggingface_hub import constants
 from transformers import AutoConfig
 
 from svqvae_hf import SVQVAE, SVQVAEAutoregressivePipeline, SVQVAEImageProcessor
-from svqvae_hf.data.token_sets import read_settings
 from svqvae_hf.hub import repositories
 from svqvae_hf.hub.repositories import from_hub, hub_answers
+from svqvae_hf.token_sets.settings import read_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # that diffusers passes
 SECONDS = 5

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.data.token_sets import SETTINGS_FILE, TokenSettings, read_settings
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.models.tiling import Core, crop_to_core, map_tiles, tile_axis
+from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings, read_settings
 from svqvae_hf.tokens.token_files import (
     METADATA_KEY,
     ImageTokens,

@@ -29,8 +29,8 @@ from transformers import LlamaForCausalLM
 import svqvae_cli
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.data.token_set_writer import tokenize_set
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.readers import ORDER
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 

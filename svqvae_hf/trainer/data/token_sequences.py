@@ -8,8 +8,8 @@ import datasets
 import numpy as np
 import torch
 
-from svqvae_hf.data.token_sets import read_settings
 from svqvae_hf.pipelines.sequences import SequenceLayout
+from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.trainer.data.readers import row_order
 
 

@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.data.image_sets import ImageSet
-from svqvae_hf.data.partial_token_set import PartialTokenSet, TokenizeReport
-from svqvae_hf.data.shard_encoder import ShardEncoder, assigned_images, read_crops
-from svqvae_hf.data.token_sets import CROPS, TokenSettings, is_whole
 from svqvae_hf.hub.repositories import check_repo_id, prepare_repo
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.paths import check_local, scale_endings
+from svqvae_hf.token_sets.crops import CROPS, is_whole
+from svqvae_hf.token_sets.encoder import ShardEncoder, assigned_images, read_crops
+from svqvae_hf.token_sets.partial import PartialTokenSet, TokenizeReport
+from svqvae_hf.token_sets.settings import TokenSettings
 
 
 def tokenize_set(

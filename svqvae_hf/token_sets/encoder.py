@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from svqvae_hf.data.image_rows import ImagePart, ImageRow, IndexedRows, fault_of, read_image
-from svqvae_hf.data.token_sets import CROPS, TokenSettings, make_crops
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.token_sets.crops import CROPS, make_crops
+from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.image_tokens import check_memory
 
 PARTS_PER_PROCESS = 4  # with at least this many parts per process, only one process reads each part

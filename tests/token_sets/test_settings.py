@@ -9,9 +9,11 @@ from conftest import make_tiny
 from PIL import Image, ImageOps
 from token_set_parts import SCALES, SIZES, load, make_other, make_tiled, save_photos, tokenize
 
-from svqvae_hf.data import token_sets
-from svqvae_hf.data.token_sets import CROPS, TokenSettings, detokenize_set, make_crops, read_settings, row_tokens
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.token_sets import settings as token_sets
+from svqvae_hf.token_sets.crops import CROPS, make_crops
+from svqvae_hf.token_sets.decoding import detokenize_set
+from svqvae_hf.token_sets.settings import TokenSettings, read_settings, row_tokens
 from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, encode_image
 
 

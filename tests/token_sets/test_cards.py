@@ -7,7 +7,7 @@ from cli_runner import svqvae
 from huggingface_hub import DatasetCard
 
 from svqvae_hf import DEFAULT_MODEL
-from svqvae_hf.data.token_set_cards import BUNDLED_MODEL, token_set_card
+from svqvae_hf.token_sets.cards import BUNDLED_MODEL, token_set_card
 
 SETTINGS = {
     "model": "org/name",

@@ -38,7 +38,7 @@ Images as ids of the codebook of an SVQVAE, an image tokenizer. Made with `svqva
 
 ```python
 import datasets
-from svqvae_hf.data.token_sets import read_settings, row_tokens
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
 
 settings = read_settings({quoted})  # scales, codebook and more
 row = datasets.load_dataset({quoted}, split="train")[0]
@@ -67,7 +67,7 @@ def token_set_card(
 
     Args:
         repo_id (`str`): Argument of `load_dataset` in the example: `org/name`, or a folder.
-        settings (`Mapping[str, Any]`): Fields of the [`~svqvae_hf.data.token_sets.TokenSettings`].
+        settings (`Mapping[str, Any]`): Fields of the [`~svqvae_hf.token_sets.settings.TokenSettings`].
         columns (`Mapping[str, Any]`): Features of the columns by name.
         images (`int`): Number of images of the image set.
         rows (`int`): Number of rows of the token set.

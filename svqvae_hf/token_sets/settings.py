@@ -1,7 +1,6 @@
 """Token sets: the settings that all rows share, ids of a row, crops, and rows decoded to images."""
 
 import dataclasses
-import itertools
 import json
 import math
 import operator
@@ -11,23 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from svqvae_hf.atomic_io import save_png
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.repositories import hub_answers, hub_reason
 from svqvae_hf.models.checks import SCALE_SOURCES
-from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.paths import scale_endings
-from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, configure_tiling, decode_image
+from svqvae_hf.token_sets.crops import CROPS, is_whole
 from svqvae_hf.tokens.token_files import (
     FINGERPRINT,
     INTEGER_LIMIT,
@@ -39,22 +32,6 @@ from svqvae_hf.tokens.token_files import (
 
 FORMAT_VERSION = 1
 SETTINGS_FILE = f"{METADATA_KEY}.json"
-FLIPPED = "-flipped"
-CROP_POSITIONS = {  # (x, y): 0 is left or top, 1 is right or bottom
-    "centre": (0.5, 0.5),
-    "top-left": (0.0, 0.0),
-    "top-right": (1.0, 0.0),
-    "bottom-left": (0.0, 1.0),
-    "bottom-right": (1.0, 1.0),
-}
-CROPS = {  # names of the crops of an image, in the order of the rows
-    "whole": ("whole",),
-    "whole-flip": ("whole", f"whole{FLIPPED}"),
-    "centre": ("centre",),
-    "centre-flip": ("centre", f"centre{FLIPPED}"),
-    "ten-crop": tuple(f"{position}{ending}" for position in CROP_POSITIONS for ending in ("", FLIPPED)),
-}
-TEN_CROP_MARGIN = 1.1  # side of the square that contains ten crops, over the side of a crop (LlamaGen's `crop_range`)
 
 
 @dataclass(frozen=True)
@@ -207,62 +184,6 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
     )
 
 
-def detokenize_set(
-    model: SVQVAE, data: str | os.PathLike, output: str | os.PathLike, *, max_images: int | None = None
-) -> None:
-    """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
-
-    Args:
-        model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
-            the set.
-        data (`str` or `os.PathLike`): Folder of the set, or its name on the Hub. Rows on the Hub are streamed.
-        output (`str` or `os.PathLike`): Folder to write to.
-        max_images (`int`, *optional*): Number of rows after which to stop; all by default.
-
-    Raises:
-        OSError: The set cannot be reached, or `output` cannot be written.
-        ValueError: The set has another codebook, a row does not match the settings, or a row needs more memory than
-            is available.
-    """
-    settings = read_settings(data)
-    check_same_codebook(model, settings)
-    endings = scale_endings(settings.scales)
-    configure_tiling(model, settings.tile_size, settings.overlap)
-    rows = datasets.load_dataset(os.fspath(data), split="train", streaming=True)
-    for index, row in enumerate(tqdm(itertools.islice(rows, max_images), unit="image", disable=None)):
-        tokens = row_tokens(row, settings)
-        check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
-        for image, ending in zip(decode_image(model, tokens), endings, strict=True):
-            save_png(image, Path(output, f"{index:08}{ending}"))
-
-
-def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[Image.Image]:
-    """Makes the crops of an image.
-
-    Args:
-        image (`PIL.Image.Image`): Image of any size.
-        crops (`str`): A key of `CROPS`. `"centre"` resizes the shorter side to `resolution` (bicubic) and crops the
-            centre. `"ten-crop"` resizes the centre square to 1.1 times `resolution` and crops the centre and the
-            corners, each also flipped.
-        resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
-
-    Returns:
-        `list[PIL.Image.Image]`: One crop per name in `CROPS[crops]`, all of one size.
-    """
-    if resolution is not None:
-        side = round(TEN_CROP_MARGIN * resolution) if crops == "ten-crop" else resolution
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-    made = []
-    for name in CROPS[crops]:
-        crop = image
-        if resolution is not None:
-            x, y = CROP_POSITIONS[name.removesuffix(FLIPPED)]
-            left, top = round(x * (image.width - resolution)), round(y * (image.height - resolution))
-            crop = image.crop((left, top, left + resolution, top + resolution))
-        made.append(ImageOps.mirror(crop) if name.endswith(FLIPPED) else crop)
-    return made
-
-
 def _settings_from(record: Any) -> TokenSettings:
     names = [field.name for field in dataclasses.fields(TokenSettings)]
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
@@ -275,11 +196,6 @@ def _settings_from(record: Any) -> TokenSettings:
     if isinstance(values["scales"], list):
         values["scales"] = tuple(values["scales"])
     return TokenSettings(**values)
-
-
-def is_whole(crops: object) -> bool:
-    """Whether these crops are whole images."""
-    return crops in ("whole", "whole-flip")
 
 
 def _is_scale(value: object) -> bool:

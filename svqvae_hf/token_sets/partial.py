@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svqvae_hf.atomic_io import write_file
-from svqvae_hf.data.shard_encoder import ShardContent, ShardName
-from svqvae_hf.data.token_set_cards import token_set_card
-from svqvae_hf.data.token_sets import CROPS, SETTINGS_FILE, TokenSettings
 from svqvae_hf.hub.repositories import push_output
+from svqvae_hf.token_sets.cards import token_set_card
+from svqvae_hf.token_sets.crops import CROPS
+from svqvae_hf.token_sets.encoder import ShardContent, ShardName
+from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
 from svqvae_hf.tokens.token_files import METADATA_KEY
 
 SKIPPED_FILE = "skipped.json"

@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import make_tiny
 
-from svqvae_hf.data import shard_encoder
 from svqvae_hf.data.image_rows import FileRows, ImageRow
-from svqvae_hf.data.shard_encoder import CroppedImage, ShardEncoder, ShardName, assigned_images, read_crops
-from svqvae_hf.data.token_sets import TokenSettings
+from svqvae_hf.token_sets import encoder as shard_encoder
+from svqvae_hf.token_sets.encoder import CroppedImage, ShardEncoder, ShardName, assigned_images, read_crops
+from svqvae_hf.token_sets.settings import TokenSettings
 
 
 @pytest.fixture

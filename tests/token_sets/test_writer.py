@@ -24,9 +24,10 @@ from tokenize_processes import free_port, processes, run_killed, run_rank
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.data.partial_token_set import PartialTokenSet
-from svqvae_hf.data.token_set_writer import tokenize_set
-from svqvae_hf.data.token_sets import CROPS, make_crops, read_settings, row_tokens
+from svqvae_hf.token_sets.crops import CROPS, make_crops
+from svqvae_hf.token_sets.partial import PartialTokenSet
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
 

@@ -1,0 +1,1 @@
+"""Token sets: image sets as ids, in Parquet files that `datasets` reads."""
