@@ -6,7 +6,8 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Ernie4_5ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Ernie4_5ForCausalLM, GenerationConfig
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from svqvae_hf.language_models.configuration_llamagen import LlamaGenConfig
@@ -196,6 +197,18 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
                     raise ValueError(MISSING_CAPTIONS)
                 inputs["prompt_embeds"] = prompt_embeds
         return inputs
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Makes static caches long enough for all positions of the condition token."""
+        positions = max_cache_length + self.config.num_condition_tokens - 1
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, positions)
 
     @classmethod
     def from_single_file(

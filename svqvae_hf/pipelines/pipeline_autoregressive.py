@@ -11,6 +11,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from transformers import (
     AutoModelForCausalLM,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -176,6 +177,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         scales: float | Sequence[float] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
         guidance_scale: float = 1.0,
+        guidance_stop: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -204,6 +206,8 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
                 ids high at each scale. At each scale its ids are kept, and the rows below are sampled.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional +
                 guidance_scale * (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
+            guidance_stop (`float`, defaults to 1.0): Fraction of the sampled ids after which guidance ends, as `stop`
+                of diffusers' guiders. LlamaGen's `cfg_interval` of n is `(n + 2) / (rows * columns)`.
             temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely token.
             top_k (`int`, defaults to 0): Number of most likely tokens to sample from; 0 means all.
             top_p (`float`, defaults to 1.0): Total probability of the most likely tokens to sample from.
@@ -237,57 +241,47 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         last = max(layout.scales.index(scale) for scale in wanted)
         check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
         check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        if not 0 <= guidance_stop <= 1:
+            raise ValueError(f"`guidance_stop` must be a fraction in [0, 1], got {guidance_stop}.")
         self._interrupt = False
         with evaluation_mode(self.vqvae, self.language_model):
             top = [] if image is None else self._encode_top(image, layout)
             captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
             if captions:
                 class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
-            labels = self._encode_labels(class_labels, len(top[0]) if top else 1)
             if guidance_scale != 1 and class_labels is None:
                 raise ValueError(
                     f"`guidance_scale` = {guidance_scale} needs `class_labels` or `prompt`. Pass them, or leave it at "
                     "1."
                 )
+            labels = self._encode_labels(class_labels, len(top[0]) if top else 1)
             sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
             captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
-            count = len(sequences)
-            check_generators(generator, count)
-            if guidance_scale != 1:
-                sequences = sequences.repeat(2, 1)  # the second half has no label
-                sequences[count:, 0] = layout.unconditional_token
-                captions = {name: torch.cat([each, each]) for name, each in captions.items()}
-
-            processors = LogitsProcessorList([LayoutLogitsProcessor(layout), *make_warpers(temperature, top_k, top_p)])
-            model = _CachedModel(self.language_model, captions)
+            check_generators(generator, len(sequences))
             rows = _rows_to_sample(layout, top, last)
+            sampler = _Sampler(
+                self.language_model,
+                layout,
+                captions,
+                guidance_scale=guidance_scale,
+                guided_ids=round(guidance_stop * sum(len(row) for _, row in rows)),
+                warpers=make_warpers(temperature, top_k, top_p),
+                greedy=temperature == 0,
+                generator=generator,
+            )
             for step, (index, row) in enumerate(self.progress_bar(rows)):
                 if self.interrupt:
                     break
-                highest = []
-                for position in range(row.start, row.stop):
-                    logits = model.next_logits(sequences[:, :position])
-                    if guidance_scale != 1:
-                        logits = guide(logits, guidance_scale)
-                    scores = processors(sequences[:count, :position], logits)
-                    highest.append(scores.amax(-1))
-                    tokens = scores.argmax(-1) if temperature == 0 else draw(scores, generator)
-                    sequences[:, position] = tokens.repeat(len(sequences) // count)
-                check_finite(torch.stack(highest), self.language_model, "language model")
+                sampler.sample(sequences, row)
                 if callback_on_step_end is not None:
-                    ids = sequences[:count, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
+                    ids = sequences[:, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
                     tensors = {"ids": ids.clone()} if callback_on_step_end_tensor_inputs else {}
                     returned = callback_on_step_end(self, step, layout.scales[index], tensors) or {}
-                    if "ids" in returned and not torch.equal(returned["ids"], ids):
-                        replaced = (
-                            check_returned_ids(returned["ids"], ids, layout.codebook_size)
-                            .flatten(1)
-                            .repeat(len(sequences) // count, 1)
-                        )
-                        sequences[:, layout.spans[index].start : row.stop] = replaced
-                        model = _CachedModel(self.language_model, captions)
-
-            grids, _ = layout.decode(sequences[:count, : layout.spans[last].stop])
+                    replaced = check_returned_ids(returned.get("ids", ids), ids, layout.codebook_size)
+                    if not torch.equal(replaced, ids):
+                        ids.copy_(replaced)  # a view of the sequences
+                        sampler.forget()
+            grids, _ = layout.decode(sequences[:, : layout.spans[last].stop])
             images = [self._decode(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in wanted]
         result = images if isinstance(scales, Sequence) else images[0]
         self.maybe_free_model_hooks()
@@ -405,21 +399,63 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         return self.image_processor.postprocess(sample, output_type=output_type)
 
 
-class _CachedModel:
-    """A language model with the cached keys and values of the tokens that it has read."""
+class _Sampler:
+    """Samples ids of sequences one by one, with the cached keys and values of the tokens before."""
 
-    def __init__(self, language_model: PreTrainedModel, captions: dict[str, torch.Tensor]):
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        layout: SequenceLayout,
+        captions: dict[str, torch.Tensor],
+        *,
+        guidance_scale: float,
+        guided_ids: int,
+        warpers: list[LogitsProcessor],
+        greedy: bool,
+        generator: Generators,
+    ):
         self.language_model = language_model
-        self.captions = dict(captions)  # further arguments of the model
+        self.layout = layout
+        self.captions = captions  # further arguments of the model
+        self.guidance_scale = guidance_scale
+        self.guided_ids = guided_ids if guidance_scale != 1 else 0  # ids that are still sampled with guidance
+        self.processors = LogitsProcessorList([LayoutLogitsProcessor(layout), *warpers])
+        self.greedy = greedy
+        self.generator = generator
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the cached keys and values, after tokens have been replaced."""
         self.cache: dict[str, Any] = {}  # under its name in the output of the model
         self.read = 0
+        self.doubled = False  # whether the cache has a second half without labels
 
-    def next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
+    def sample(self, sequences: torch.Tensor, row: range) -> None:
+        """Samples the ids at successive positions of sequences `(batch, length)`, in place."""
+        highest = []
+        for position in row:
+            before = sequences[:, :position]
+            scores = self.processors(before, self._next_logits(before))
+            highest.append(scores.amax(-1))
+            sequences[:, position] = scores.argmax(-1) if self.greedy else draw(scores, self.generator)
+            self.guided_ids = max(0, self.guided_ids - 1)
+        check_finite(torch.stack(highest), self.language_model, "language model")
+
+    def _next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
         """Float32 logits `(batch, vocab_size)` of the next token; `sequences` must extend the last call's."""
-        output = self.language_model(
-            input_ids=sequences[:, self.read :], use_cache=True, **self.captions, **self.cache
-        )
-        self.captions.pop("prompt_embeds", None)  # in the cache from now on
+        if self.doubled and not self.guided_ids:  # guidance has ended
+            for cache in self.cache.values():
+                cache.batch_select_indices(torch.arange(len(sequences)))
+        self.doubled = self.guided_ids > 0
+        tokens, captions = sequences[:, self.read :], dict(self.captions)
+        if self.read:
+            captions.pop("prompt_embeds", None)  # in the cache
+        if self.doubled:  # the second half has no label
+            tokens = tokens.repeat(2, 1)
+            captions = {name: torch.cat([each, each]) for name, each in captions.items()}
+            if not self.read:
+                tokens[len(sequences) :, 0] = self.layout.unconditional_token
+        output = self.language_model(input_ids=tokens, use_cache=True, **captions, **self.cache)
         self.cache = {name: output[name] for name in CACHE_NAMES if name in output.keys()}
         if not self.cache:
             raise ValueError(
@@ -427,7 +463,8 @@ class _CachedModel:
                 "not. Use a causal language model with attention."
             )
         self.read = sequences.shape[1]
-        return output.logits[:, -1].float()
+        logits = output.logits[:, -1].float()
+        return guide(logits, self.guidance_scale) if self.doubled else logits
 
 
 def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -> None:

@@ -63,11 +63,11 @@ def test_loss_equals_the_original_code(kind):
     torch.testing.assert_close(loss, expected["training.loss"], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_ids_of_generate_equal_the_original_code(kind, use_cache):
+@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_ids_of_generate_equal_the_original_code(kind, cache):
     expected, inputs, _ = load_inputs(kind)
     inputs["input_ids"] = inputs["input_ids"][:, :1]
-    sequences = load(kind).generate(**inputs, max_new_tokens=IDS, do_sample=False, use_cache=use_cache)
+    sequences = load(kind).generate(**inputs, max_new_tokens=IDS, do_sample=False, **cache)
     assert torch.equal(sequences[:, 1:], expected["greedy_cfg1.ids"])
 
 

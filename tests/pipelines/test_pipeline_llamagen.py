@@ -46,6 +46,32 @@ def test_ids_equal_the_original_code(kind, guidance_scale):
     assert torch.equal(ids.flatten(1), expected[f"greedy_cfg{guidance_scale}.ids"])
 
 
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+def test_ids_with_an_interval_of_guidance_equal_the_original_code(kind):
+    """`cfg_interval` of 4 guides the first 6 of 16 ids."""
+    expected, condition = load_expected(kind)
+    pipeline, batches = make_pipeline(kind), []
+    pipeline.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    call = {"guidance_scale": 2, "guidance_stop": 6 / 16, "temperature": 0, "output_type": "latent"}
+    ids = pipeline(**condition, **call).images
+    assert torch.equal(ids.flatten(1), expected["greedy_cfg2_interval4.ids"])
+    assert batches == [4] * 6 + [2] * 10
+
+
+def test_ids_replaced_after_the_guidance_decide_the_next_ones():
+    pipeline = make_pipeline("c2i")
+
+    def replace(pipe, step, scale, tensors):
+        return {"ids": tensors["ids"].flip(-1)} if step == 2 else None
+
+    call = {"guidance_scale": 2, "guidance_stop": 6 / 16, "temperature": 0, "output_type": "latent"}
+    ids = pipeline([3], **call, callback_on_step_end=replace).images.flatten(1)
+    logits = pipeline.language_model(torch.cat([torch.tensor([[256 + 3]]), ids], dim=1)).logits
+    assert torch.equal(logits[:, 12:16].argmax(-1), ids[:, 12:])
+
+
 def test_unmasked_captions_equal_the_original_code():
     expected, condition = load_expected("t2i")
     condition.pop("prompt_attention_mask")
@@ -114,6 +140,7 @@ def test_generate_writes_a_row_of_images_per_caption(tmp_path, capsys):
         ("t2i", {"prompt_embeds": torch.zeros(1, 9, 32)}, r"must have shape \(1, 120, 32\)"),
         ("c2i", {"prompt": "a cat"}, "need a language model with captions, but this one has 10 classes"),
         ("c2i", {"guidance_scale": 2}, "needs `class_labels` or `prompt`"),
+        ("c2i", {"guidance_stop": 6}, r"`guidance_stop` must be a fraction in \[0, 1\], got 6"),
     ],
 )
 def test_wrong_conditions_are_errors(kind, arguments, message):
