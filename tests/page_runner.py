@@ -139,6 +139,7 @@ def prepare_files(folder: Path) -> Path:
     classes = DiTPipeline(transformer, make_tiny(pixel_range=(-1, 1)), DDIMScheduler(), id2label={0: "cat", 1: "dog"})
     classes.register_to_config(id2label={0: "cat", 1: "dog"})
     classes.save_pretrained(folder / "out-dit")
+    make_tiny(codebook_size=256).save_pretrained(folder / "tokenizer")
     file = GOLDEN / "llamagen_gpt_t2i_tiny.pt"
     captions = svqvae_hf.LlamaGenForCausalLM.from_single_file(file, grid_size=4, num_attention_heads=4)
     svqvae_hf.SVQVAEAutoregressivePipeline(

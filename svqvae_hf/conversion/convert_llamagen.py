@@ -15,7 +15,7 @@ from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, LlamaGenCheckpoint, read_llamagen
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline, grid_side
 
 SUMMARY = (
     "Generates images id by id: LlamaGen's language model predicts ids from {condition}, and SVQVAE decodes them."
@@ -73,13 +73,9 @@ def convert_llamagen(
     check_arguments(variant, push_to_hub, private, create_pr)
     out = check_new_folder(Path(out))
     vqvae = load_tokenizer(tokenizer)
-    if image_size is not None and (image_size < 1 or image_size % vqvae.f):
-        raise ValueError(
-            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
-        )
     checkpoint = read_llamagen(
         source,
-        grid_size=None if image_size is None else image_size // vqvae.f,
+        grid_size=grid_side(vqvae, image_size),
         num_attention_heads=num_attention_heads,
         use_ema=use_ema,
     )
@@ -117,31 +113,18 @@ def is_llamagen(source: str | Path) -> bool:
 def _make_pipeline(
     checkpoint: LlamaGenCheckpoint, vqvae: SVQVAE, text_encoder: str | None
 ) -> SVQVAEAutoregressivePipeline:
-    language_model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
-    config = language_model.config
-    config.codebook_fingerprint = vqvae.codebook_fingerprint()
-    if (config.caption_dim is None) != (text_encoder is None):
+    with_captions = checkpoint.config["caption_dim"] is not None
+    if with_captions != (text_encoder is not None):
         raise ValueError(
-            f"`{checkpoint.source}` has classes instead of captions, and no text encoder. Leave `text_encoder` out."
-            if config.caption_dim is None
-            else f"`{checkpoint.source}` does not tell the encoder of its captions. Pass `text_encoder`, or "
+            f"`{checkpoint.source}` does not tell the encoder of its captions. Pass `text_encoder`, or "
             "`--text-encoder` to `svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
+            if with_captions
+            else f"`{checkpoint.source}` has classes instead of captions, and no text encoder. Leave `text_encoder` "
+            "out."
         )
     encoder, tokenizer = (None, None) if text_encoder is None else _load_text_encoder(text_encoder)
-    if encoder is not None and encoder.config.d_model != config.caption_dim:
-        raise ValueError(
-            f"`text_encoder` must have {config.caption_dim} channels, as the captions of `{checkpoint.source}`, but "
-            f"`{text_encoder}` has {encoder.config.d_model}."
-        )
-    side = config.grid_size * vqvae.f
-    return SVQVAEAutoregressivePipeline(
-        vqvae,
-        language_model,
-        num_classes=config.num_classes,
-        height=side,
-        width=side,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
+    return SVQVAEAutoregressivePipeline.from_llamagen(
+        vqvae, LlamaGenForCausalLM.from_checkpoint(checkpoint), text_encoder=encoder, tokenizer=tokenizer
     )
 
 

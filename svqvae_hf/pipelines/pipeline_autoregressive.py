@@ -18,6 +18,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.loading import list_faults
@@ -110,6 +111,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             scale_from=scale_from,
         )
         _check_language_model(language_model, self.layout)
+        _check_text_encoder(text_encoder, language_model)
         found = vqvae.codebook_fingerprint()
         for fingerprint in (codebook_fingerprint, getattr(language_model.config, "codebook_fingerprint", None)):
             if fingerprint not in (None, found):
@@ -155,6 +157,70 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        vqvae: SVQVAE,
+        *,
+        image_size: int | None = None,
+        num_attention_heads: int | None = None,
+        use_ema: bool = False,
+        dtype: torch.dtype | None = None,
+        class_names: list[str] | None = None,
+        text_encoder: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> "SVQVAEAutoregressivePipeline":
+        """Loads a checkpoint of LlamaGen's language model; the other components are passed.
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            vqvae ([`SVQVAE`]): Tokenizer that it was trained with. The file cannot tell whether it is the right one.
+            image_size (`int`, *optional*): Side in pixels of the training images. Required unless the file tells it.
+            num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
+            use_ema (`bool`, defaults to `False`): Load the averaged weights, which checkpoints of training may have.
+            dtype (`torch.dtype`, *optional*): Type of the language model's weights, by default float32.
+            class_names (`list[str]`, *optional*): Name of each class.
+            text_encoder ([`~transformers.T5EncoderModel`], *optional*): Encoder of captions. Without it, a model for
+                captions takes `prompt_embeds` alone.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer of captions.
+
+        Raises:
+            OSError: The file is missing or cannot be downloaded.
+            ValueError: The file is broken, does not hold exactly the weights of such a model, does not fit the other
+                components, or an argument that it needs is missing.
+
+        Example:
+            >>> vqvae = SVQVAE.from_single_file("vq_ds16_c2i.pt")
+            >>> pipe = SVQVAEAutoregressivePipeline.from_single_file("c2i_B_256.pt", vqvae, image_size=256)
+        """
+        language_model = LlamaGenForCausalLM.from_single_file(
+            source,
+            grid_size=grid_side(vqvae, image_size),
+            num_attention_heads=num_attention_heads,
+            use_ema=use_ema,
+            dtype=dtype,
+        )
+        return cls.from_llamagen(
+            vqvae, language_model, class_names=class_names, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+
+    @classmethod
+    def from_llamagen(
+        cls, vqvae: SVQVAE, language_model: LlamaGenForCausalLM, **components: Any
+    ) -> "SVQVAEAutoregressivePipeline":
+        """Joins a model of LlamaGen to its tokenizer, whose fingerprint its config stores from then on.
+
+        Args:
+            vqvae ([`SVQVAE`]): Tokenizer that the model was trained with.
+            language_model ([`LlamaGenForCausalLM`]): Model, whose config tells classes and size of the images.
+            **components: Further arguments of the pipeline.
+        """
+        config = language_model.config
+        config.codebook_fingerprint = vqvae.codebook_fingerprint()
+        side = config.grid_size * vqvae.f
+        return cls(vqvae, language_model, num_classes=config.num_classes, height=side, width=side, **components)
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
@@ -502,6 +568,29 @@ def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayou
             f"`max_position_embeddings` of the language model must be at least {layout.length}, the length of a "
             f"sequence, got {context}. Use smaller images or scales, or another model."
         )
+
+
+def _check_text_encoder(text_encoder: T5EncoderModel | None, language_model: PreTrainedModel) -> None:
+    caption_dim = getattr(language_model.config, "caption_dim", None)
+    if text_encoder is not None and text_encoder.config.d_model != caption_dim:
+        captions = "does not take captions" if caption_dim is None else f"takes captions of {caption_dim} channels"
+        raise ValueError(
+            f"`text_encoder` must fit the language model, which {captions}, but has {text_encoder.config.d_model} "
+            "channels. Use the text encoder that it was trained with."
+        )
+
+
+def grid_side(vqvae: SVQVAE, image_size: int | None) -> int | None:
+    """Rows and columns of ids of square images, by their side in pixels.
+
+    Raises:
+        ValueError: The side is not a multiple of f.
+    """
+    if image_size is not None and (image_size < 1 or image_size % vqvae.f):
+        raise ValueError(
+            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
+        )
+    return None if image_size is None else image_size // vqvae.f
 
 
 def _check_scales(scales: float | Sequence[float], layout: SequenceLayout) -> Sequence[float]:

@@ -128,7 +128,7 @@ def test_a_text_encoder_of_another_size_is_an_error(parts, tmp_path):
     weights["cls_embedding.uncond_embedding"] = torch.zeros(120, 16)
     weights["cls_embedding.cap_proj.fc1.weight"] = torch.zeros(64, 16)
     torch.save(weights, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"must have 16 channels.* `.*t5` has 32"):
+    with pytest.raises(ValueError, match="takes captions of 16 channels, but has 32"):
         convert_llamagen(
             tmp_path / "file.pt", tmp_path / "out", parts / "tokenizer", text_encoder=str(parts / "t5"), **SIZES
         )

@@ -12,13 +12,12 @@ from safetensors.torch import load_file
 from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
 
 GOLDEN = ROOT / "tests" / "golden"
+CHECKPOINT = str(GOLDEN / "llamagen_gpt_{kind}_tiny.pt")
 
 
 def make_pipeline(kind: str, **components) -> SVQVAEAutoregressivePipeline:
     """A pipeline of 16 x 16 pixels, 4 x 4 ids."""
-    model = LlamaGenForCausalLM.from_single_file(
-        GOLDEN / f"llamagen_gpt_{kind}_tiny.pt", grid_size=4, num_attention_heads=4
-    )
+    model = LlamaGenForCausalLM.from_single_file(CHECKPOINT.format(kind=kind), grid_size=4, num_attention_heads=4)
     pipeline = SVQVAEAutoregressivePipeline(
         make_tiny(codebook_size=256), model, num_classes=model.config.num_classes, height=16, width=16, **components
     )
@@ -77,6 +76,36 @@ def test_unmasked_captions_equal_the_original_code():
     condition.pop("prompt_attention_mask")
     ids = make_pipeline("t2i")(**condition, guidance_scale=2, temperature=0, output_type="latent").images
     assert torch.equal(ids.flatten(1), expected["greedy_cfg2_unmasked.ids"])
+
+
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+def test_a_checkpoint_and_its_tokenizer_are_a_pipeline(kind):
+    expected, condition = load_expected(kind)
+    text = text_components() if kind == "t2i" else {}
+    pipeline = SVQVAEAutoregressivePipeline.from_single_file(
+        CHECKPOINT.format(kind=kind), make_tiny(codebook_size=256), image_size=16, num_attention_heads=4, **text
+    )
+    call = {"guidance_scale": 2, "temperature": 0, "output_type": "latent"}
+    assert torch.equal(pipeline(**condition, **call).images.flatten(1), expected["greedy_cfg2.ids"])
+    if kind == "t2i":
+        assert pipeline(prompt="a cat", output_type="pt").images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("c2i", {}, "does not tell the size of its images. Pass .* `image_size`"),
+        ("c2i", {"image_size": 16}, "does not tell the number of heads"),
+        ("c2i", {"image_size": 18}, "must be a positive multiple of f = 4"),
+        ("c2i", {"image_size": 16, "num_attention_heads": 4, **text_components()}, "which does not take captions"),
+        ("c2i", {"image_size": 16, "num_attention_heads": 4, "class_names": ["cat"]}, "must be 10 different names"),
+    ],
+)
+def test_missing_and_wrong_components_of_a_checkpoint(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SVQVAEAutoregressivePipeline.from_single_file(
+            CHECKPOINT.format(kind=kind), make_tiny(codebook_size=256), **arguments
+        )
 
 
 def test_several_images_per_caption_and_a_replaced_row():
@@ -144,7 +173,7 @@ def test_generate_writes_a_row_of_images_per_caption(tmp_path, capsys):
     ],
 )
 def test_wrong_conditions_are_errors(kind, arguments, message):
-    pipeline = make_pipeline(kind, **text_components())
+    pipeline = make_pipeline(kind, **(text_components() if kind == "t2i" else {}))
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
 
