@@ -62,9 +62,9 @@ def train(run: Run[AutoregressiveOptions]) -> None:
     for step, batches in run.steps():
         for batch in batches:
             with accelerator.accumulate(model):
-                dropped = torch.rand(len(batch), generator=run.batch_generator()) < options.label_dropout
-                batch[dropped, 0] = layout.unconditional_token
-                sequences = batch.to(accelerator.device)  # all of one length, so there is no padding
+                dropped = torch.rand(len(batch.rows), generator=run.batch_generator()) < options.label_dropout
+                batch.sequences[dropped, 0] = layout.unconditional_token
+                sequences = batch.sequences.to(accelerator.device)  # all of one length, so there is no padding
                 logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
                 loss, accuracy = next_code_loss(logits, sequences[:, 1:], layout.codebook_size)
                 accelerator.backward(loss)

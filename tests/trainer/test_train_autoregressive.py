@@ -3,15 +3,18 @@
 import json
 import logging
 import shutil
+import textwrap
 from functools import partial
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
-from hub_server import serve_hub, use_hub
+from hub_server import run_python, serve_hub, use_hub
 from PIL import Image
 from train_autoregressive import AutoregressiveOptions, main, next_code_loss
 from training_runs import (
@@ -31,7 +34,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.token_sets.writer import tokenize_set
-from svqvae_hf.trainer.data.readers import ORDER
+from svqvae_hf.trainer.data import token_sequences
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 
 LLAMA = {
@@ -86,42 +89,74 @@ def options(parts, tmp_path):
     }
 
 
+def read_rows(folder) -> dict[str, np.ndarray]:
+    """Columns of a token set in the order of its rows."""
+    paths = sorted(str(path) for path in folder.rglob("*.parquet"))
+    table = pa.concat_tables([pq.read_table(path) for path in paths])
+    return {name: np.array(table[name].to_pylist()) for name in ("ids_0", "ids_1", "label")}
+
+
 def test_sequences_are_the_ids_of_the_images_coarse_to_fine(parts):
     source = TokenSource(str(parts / "tokens"), "label")
     assert source.layout.scales == (0.5, 1.0)
     assert source.layout.num_classes == 2
     assert source.class_names == ["cat", "dog"]
     assert source.layout.scale_from == "image"
-    ids, labels = source.layout.decode(source.sequences(np.arange(IMAGES)))
-    assert labels.tolist() == source.rows["label"][:].tolist()
+    (batch,) = SequenceLoader(source, IMAGES, 1, 0, 0, 1)
+    ids, labels = source.layout.decode(batch.sequences)
+    rows = read_rows(parts / "tokens")
+    assert np.array_equal(labels.numpy(), rows["label"][batch.rows])
     for column, grids in zip(("ids_1", "ids_0"), ids, strict=True):
-        assert np.array_equal(grids.flatten(1).numpy(), source.rows[column][:])
+        assert np.array_equal(grids.flatten(1).numpy(), rows[column][batch.rows])
 
 
-def test_every_epoch_has_each_row_once_over_all_processes(parts):
-    source = TokenSource(str(parts / "tokens"), None)
-    rows = {tuple(sequence): index for index, sequence in enumerate(source.sequences(np.arange(IMAGES)).tolist())}
+@pytest.mark.parametrize("block_rows", [1, 4, IMAGES])
+def test_every_epoch_has_each_row_once_over_all_processes(parts, tmp_path, monkeypatch, block_rows):
+    monkeypatch.setattr(token_sequences, "BLOCK_ROWS", block_rows)
+    shutil.copytree(parts / "tokens", tmp_path / "tokens")
+    (file,) = (tmp_path / "tokens" / "data").iterdir()
+    pq.write_table(pq.read_table(file), file, row_group_size=2)
+    source = TokenSource(str(tmp_path / "tokens"), None)
+    read, most = source.read, []
+    monkeypatch.setattr(source, "read", lambda group: most.append(group.rows) or read(group))
     loaders = [SequenceLoader(source, 1, 2 * IMAGES // 2, 7, process, 2) for process in range(2)]
-    order = [rows[tuple(batch[0].tolist())] for pair in zip(*loaders, strict=True) for batch in pair]
+    order = [int(batch.rows[0]) for pair in zip(*loaders, strict=True) for batch in pair]
     first, second = order[:IMAGES], order[IMAGES:]
     assert sorted(first) == sorted(second) == list(range(IMAGES))
     assert first != second
-    one = SequenceLoader(source, 4, 3, 7, 0, 1)  # batches go over the ends of epochs
-    assert [rows[tuple(sequence)] for batch in one for sequence in batch.tolist()] == order
+    assert most == [2] * 2 * IMAGES  # three row groups, two epochs and two processes: each is read once
+    one = SequenceLoader(source, 4, 3, 7, 0, 1)  # batches go over the ends of blocks and epochs
+    assert [row for batch in one for row in batch.rows.tolist()] == order
+    resumed = SequenceLoader(source, 4, 3, 7, 0, 1)
+    resumed.load_state_dict({"batch": 2, "num_rows": IMAGES})
+    assert [batch.rows.tolist() for batch in resumed] == [order[8:]]
 
 
-def test_rows_of_an_epoch_are_ordered_once(parts, monkeypatch):
-    source, calls = TokenSource(str(parts / "tokens"), None), []
-    make = np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: calls.append(seed) or make(seed))
-    assert len(list(SequenceLoader(source, 1, IMAGES, 8, 0, 1))) == IMAGES
-    assert calls == [(ORDER, 8, 0)]
+def test_a_token_set_is_not_copied(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    list(SequenceLoader(TokenSource(str(parts / "tokens"), "label"), 3, 4, 7, 0, 1))
+    assert not [path for path in tmp_path.rglob("*") if path.stat().st_size and path.is_file()]
+
+
+def test_a_token_set_on_the_hub_is_streamed(parts, tmp_path):
+    script = """
+        from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+        (batch,) = SequenceLoader(TokenSource("org/tokens", "label"), 6, 1, 7, 0, 1)
+        print(batch.sequences.tolist())
+    """
+    with serve_hub(tmp_path) as hub:
+        shutil.copytree(parts / "tokens", tmp_path / "hub" / "org" / "tokens" / "main")
+        (tmp_path / "hub" / "org" / "tokens" / "settings.json").write_text("{}")
+        streamed = run_python(textwrap.dedent(script), hub)
+    (batch,) = SequenceLoader(TokenSource(str(parts / "tokens"), "label"), 6, 1, 7, 0, 1)
+    assert json.loads(streamed) == batch.sequences.tolist()
+    assert not list((tmp_path / "hf_home").rglob("*.parquet"))
 
 
 def test_states_of_another_token_set_are_refused(parts, monkeypatch):
     loader = SequenceLoader(TokenSource(str(parts / "tokens"), None), 1, 3, 7, 0, 1)
     state = loader.state_dict()
-    loader.source.rows = loader.source.rows.take(IMAGES - 1)
+    loader.source.num_rows = IMAGES - 1
     with pytest.raises(ValueError, match="must have 6 rows as when the state was saved, but has 5"):
         loader.load_state_dict(state)
 
@@ -152,8 +187,8 @@ def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
     pipeline = SVQVAEAutoregressivePipeline.from_pretrained(options["output_dir"])
     labels = list(range(IMAGES))
     coarse, fine = pipeline(labels, temperature=0, scales=[0.5, 1], output_type="latent").images
-    rows = TokenSource(options["token_set"], "label").rows
-    for index, label in enumerate(rows["label"][:].tolist()):
+    rows = read_rows(parts / "six_tokens")
+    for index, label in enumerate(rows["label"].tolist()):
         assert np.array_equal(fine[label].flatten().numpy(), rows["ids_0"][index])
         assert np.array_equal(coarse[label].flatten().numpy(), rows["ids_1"][index])
     (half,) = pipeline(0, temperature=0, scales=[0.5], output_type="pt").images
@@ -220,7 +255,7 @@ def test_dropped_labels_become_the_label_of_no_class(options, monkeypatch):
     source = TokenSource(options["token_set"], "label")
     (batch,) = SequenceLoader(source, 3, 1, 0, 0, 1)
     assert (seen[0][:, 0] == source.layout.unconditional_token).all()
-    assert torch.equal(seen[0][:, 1:], batch[:, 1:-1])
+    assert torch.equal(seen[0][:, 1:], batch.sequences[:, 1:-1])
 
 
 def test_only_codes_are_learned(parts):
@@ -238,7 +273,7 @@ def test_only_codes_are_learned(parts):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token_set": "mixed"}, "All rows of the token set must be of one size, but it has 6 of `height`"),
+        ({"token_set": "mixed"}, "All rows of the token set must be of one size, but it has heights from 64 to 69"),
         ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
         ({"label_column": "key"}, "`--label_column` must hold classes, or integers of at least 0, but 'key' holds"),

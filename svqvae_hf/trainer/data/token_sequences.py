@@ -1,89 +1,193 @@
-"""Batches of the token sequences of a token set."""
+"""Batches of the token sequences of a token set, whose Parquet files are read as a stream."""
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.token_sets.settings import read_settings
-from svqvae_hf.trainer.data.readers import row_order
+from svqvae_hf.trainer.data.readers import ORDER, row_order
+
+BLOCK_ROWS = 2**18  # rows that are in memory and in random order at a time: 128 MiB of 16 x 16 ids
+ROW = "row"  # column with the number of a row in its set
+
+
+class RowGroup(NamedTuple):
+    """Successive rows of a Parquet file, the smallest part that is read at once."""
+
+    file: int
+    number: int
+    first_row: int
+    rows: int
+
+
+class TokenBatch(NamedTuple):
+    """Token sequences with their captions.
+
+    Args:
+        sequences (`torch.Tensor` of shape `(batch, length)`): Tokens, int64.
+        rows (`np.ndarray` of shape `(batch,)`): Numbers of their rows in the set.
+        captions (`list[list[str]]`, *optional*): Captions of each row, at least one; None without a column of them.
+    """
+
+    sequences: torch.Tensor
+    rows: np.ndarray
+    captions: list[list[str]] | None
 
 
 class TokenSource:
-    """A token set whose rows are of one size, as token sequences.
+    """A token set whose rows are of one size, as token sequences. Nothing is copied to disk.
 
     Args:
         data (`str`): Folder of the set, or its Hub id.
         label_column (`str`, *optional*): Column of the labels; without it, images have no class.
+        caption_column (`str`, *optional*): Column of the captions, a text or a list of texts per row. With it, the
+            layout has one class, "with its caption".
 
     Raises:
         OSError: If there is no such set.
-        ValueError: If its rows have several sizes, or its labels are not classes.
+        ValueError: If its rows have several sizes, its labels are not classes, or its captions are not texts.
     """
 
-    def __init__(self, data: str, label_column: str | None):
+    def __init__(self, data: str, label_column: str | None, caption_column: str | None = None):
         self.settings = read_settings(data)
-        self.rows = datasets.load_dataset(os.fspath(data), split="train").with_format("numpy")
-        height, width = (self._only(name) for name in ("height", "width"))
+        self.files = datasets.load_dataset_builder(os.fspath(data)).config.data_files["train"]
+        self.metadata = [_open_parquet(file).metadata for file in self.files]
+        self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
+        sizes = [
+            (file, index, metadata.row_group(index).num_rows)
+            for file, metadata in enumerate(self.metadata)
+            for index in range(metadata.num_row_groups)
+        ]
+        ends = np.cumsum([0, *(rows for *_, rows in sizes)])
+        self.groups = [
+            RowGroup(file, index, int(first), rows)
+            for (file, index, rows), first in zip(sizes, ends[:-1], strict=True)
+        ]
+        self.num_rows = int(ends[-1])
         order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
         self.id_columns = [f"ids_{index}" for index in order]
-        self.label_column = label_column
-        feature = self.rows.features.get(label_column)
+        self.label_column, self.caption_column = label_column, caption_column
+        feature = self.features.get(label_column)
         self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        num_classes = 0 if label_column is None else self._num_classes(label_column)
+        if caption_column is not None:
+            self._check_captions(caption_column)
+            num_classes = 1
         self.layout = SequenceLayout(
             codebook_size=self.settings.codebook_size,
             f=self.settings.f,
-            height=height,
-            width=width,
+            height=self._only("height"),
+            width=self._only("width"),
             scales=tuple(self.settings.scales[index] for index in order),
-            num_classes=0 if label_column is None else self._num_classes(label_column),
+            num_classes=num_classes,
             scale_from=self.settings.scale_from,
         )
 
-    def sequences(self, indices: np.ndarray) -> torch.Tensor:
-        """Sequences of some rows, `(rows, length)`, int64."""
-        rows = self.rows[indices]
+    @property
+    def columns(self) -> list[str]:
+        """Columns that sequences are made of."""
+        return [*self.id_columns, *(each for each in (self.label_column, self.caption_column) if each is not None)]
+
+    def read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
+        """Reads some columns of a row group, by default the sequences' own, and adds the numbers of the rows."""
+        file = _open_parquet(self.files[group.file])
+        table = file.read_row_group(group.number, self.columns if columns is None else columns)
+        return table.append_column(ROW, pa.array(np.arange(group.first_row, group.first_row + group.rows)))
+
+    def batch(self, table: pa.Table) -> TokenBatch:
+        """Sequences of the rows of a table."""
         ids = [
-            torch.from_numpy(rows[column].astype(np.int64)).unflatten(1, grid)
+            torch.from_numpy(np.stack(table[column].to_numpy()).astype(np.int64)).unflatten(1, grid)
             for column, grid in zip(self.id_columns, self.layout.grids, strict=True)
         ]
-        labels = None if self.label_column is None else torch.from_numpy(rows[self.label_column])
-        return self.layout.encode(ids, labels)
+        rows = table[ROW].to_numpy()
+        if self.caption_column is not None:
+            return TokenBatch(self.layout.encode(ids, 0 * rows), rows, self.captions(table))
+        labels = None if self.label_column is None else torch.from_numpy(table[self.label_column].to_numpy().copy())
+        return TokenBatch(self.layout.encode(ids, labels), rows, None)
+
+    def captions(self, table: pa.Table) -> list[list[str]]:
+        """Captions of the rows of a table.
+
+        Raises:
+            ValueError: If a row has none.
+        """
+        found = [[each] if isinstance(each, str) else each for each in table[self.caption_column].to_pylist()]
+        for row, captions in zip(table[ROW].to_pylist(), found, strict=True):
+            if not captions or not all(captions):
+                raise ValueError(
+                    f"`--caption_column` must hold a caption in each row, but {self.caption_column!r} of row {row} "
+                    f"holds {captions!r:.80}. Remove such rows."
+                )
+        return found
 
     def _only(self, column: str) -> int:
-        values = self.rows.unique(column)
-        if len(values) != 1:
+        least, most, _ = self._statistics(column)
+        if least != most:
             raise ValueError(
-                f"All rows of the token set must be of one size, but it has {len(values)} of `{column}`. Tokenize "
-                "crops: `svqvae tokenize --crops centre --resolution 256`."
+                f"All rows of the token set must be of one size, but it has {column}s from {least} to {most}. "
+                "Tokenize crops: `svqvae tokenize --crops centre --resolution 256`."
             )
-        return int(values[0])
+        return int(least)
 
     def _num_classes(self, column: str) -> int:
-        feature = self.rows.features.get(column)
+        feature = self.features.get(column)
         has_names = isinstance(feature, datasets.ClassLabel)
         if has_names or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
-            labels = self.rows.unique(column)
-            if None in labels:
+            least, most, empty = self._statistics(column)
+            if empty:
                 raise ValueError(
                     f"`--label_column` must hold a label in each row, but {column!r} has empty rows. Remove them."
                 )
-            if min(labels) >= 0:
-                return feature.num_classes if has_names else int(max(labels)) + 1
+            if least >= 0:
+                return feature.num_classes if has_names else int(most) + 1
         raise ValueError(
             f"`--label_column` must hold classes, or integers of at least 0, but {column!r} holds {feature}. The "
-            f"columns are {', '.join(self.rows.features)}."
+            f"columns are {', '.join(self.features)}."
         )
+
+    def _check_captions(self, column: str) -> None:
+        feature = self.features.get(column)
+        inner = getattr(feature, "feature", feature)
+        if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
+            raise ValueError(
+                f"`--caption_column` must hold texts or lists of texts, but {column!r} holds {feature}. The columns "
+                f"are {', '.join(self.features)}."
+            )
+
+    def _statistics(self, column: str) -> tuple[Any, Any, int]:
+        """Minimum, maximum and number of empty rows of a column, from the footers of the files."""
+        least, most, empty = [], [], 0
+        for metadata in self.metadata:
+            index = [metadata.schema.column(number).path for number in range(metadata.num_columns)].index(column)
+            for group in range(metadata.num_row_groups):
+                found = metadata.row_group(group).column(index).statistics
+                if found is None or not found.has_null_count:
+                    raise ValueError(
+                        f"the Parquet files of the token set must have statistics of {column!r}, but lack them. Write "
+                        "them again, with statistics."
+                    )
+                empty += found.null_count
+                if found.has_min_max:
+                    least.append(found.min)
+                    most.append(found.max)
+        return min(least, default=0), max(most, default=0), empty
 
 
 class SequenceLoader:
     """Batches of one process. All processes follow one order: epochs of all rows, each in a new random order.
 
-    A batch may span two epochs, so no row is dropped.
+    An epoch is cut into blocks of random row groups, and the rows of a block are in random order. A set of up to
+    `BLOCK_ROWS` rows is one block. A batch may span two epochs, so no row is dropped.
 
     Args:
         source ([`TokenSource`]): The sequences.
@@ -104,22 +208,24 @@ class SequenceLoader:
         self.process_index = process_index
         self.num_processes = num_processes
         self.batch = 0
+        self._blocks_of = lru_cache(maxsize=2)(self._make_blocks)
+        self._block_of = lru_cache(maxsize=1)(self._read_block)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Yields the remaining batches: sequences `(batch_size, length)`, int64."""
+    def __iter__(self) -> Iterator[TokenBatch]:
+        """Yields the remaining batches."""
         while self.batch < self.num_batches:
             first = (self.batch * self.num_processes + self.process_index) * self.batch_size
             self.batch += 1
-            yield self.source.sequences(self._order(first, first + self.batch_size))
+            yield self.source.batch(self._rows(first, first + self.batch_size))
 
     @property
     def contents(self) -> str:
         """Size of the token set, for the log."""
-        return f"{len(self.source.rows):,} token sequences"
+        return f"{self.source.num_rows:,} token sequences"
 
     def state_dict(self) -> dict[str, Any]:
         """Number of batches yielded, and number of rows."""
-        return {"batch": self.batch, "num_rows": len(self.source.rows)}
+        return {"batch": self.batch, "num_rows": self.source.num_rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the batch at which iteration continues.
@@ -127,16 +233,45 @@ class SequenceLoader:
         Raises:
             ValueError: If the saved state is of a set with another number of rows.
         """
-        num_rows = len(self.source.rows)
+        num_rows = self.source.num_rows
         if state["num_rows"] != num_rows:
             raise ValueError(
                 f"The token set must have {state['num_rows']} rows as when the state was saved, but has {num_rows}."
             )
         self.batch = state["batch"]
 
-    def _order(self, start: int, stop: int) -> np.ndarray:
-        """Rows at some positions of the order."""
-        count = len(self.source.rows)
-        epochs = range(start // count, -(-stop // count))
-        order = np.concatenate([row_order(count, self.seed, epoch) for epoch in epochs])
-        return order[start - epochs.start * count : stop - epochs.start * count]
+    def _rows(self, start: int, stop: int) -> pa.Table:
+        """Rows at some positions of the order of all epochs."""
+        pieces = []
+        while start < stop:
+            epoch, position = divmod(start, self.source.num_rows)
+            first, end, groups = next(block for block in self._blocks_of(epoch) if position < block[1])
+            piece = self._block_of(epoch, groups).slice(position - first, min(stop - start, end - position))
+            pieces.append(piece)
+            start += piece.num_rows
+        return pa.concat_tables(pieces)
+
+    def _make_blocks(self, epoch: int) -> list[tuple[int, int, tuple[int, ...]]]:
+        """First position, end and row groups of each block of an epoch."""
+        blocks: list[tuple[int, int, tuple[int, ...]]] = []
+        groups: list[int] = []
+        first = end = 0
+        for group in row_order(len(self.source.groups), self.seed, epoch).tolist():
+            rows = self.source.groups[group].rows
+            if groups and end + rows - first > BLOCK_ROWS:
+                blocks.append((first, end, tuple(groups)))
+                groups, first = [], end
+            groups.append(group)
+            end += rows
+        return [*blocks, (first, end, tuple(groups))]
+
+    def _read_block(self, epoch: int, groups: tuple[int, ...]) -> pa.Table:
+        """Rows of some row groups in random order."""
+        table = pa.concat_tables([self.source.read(self.source.groups[group]) for group in groups])
+        order = np.random.default_rng((ORDER, self.seed, epoch, groups[0])).permutation(table.num_rows)
+        return table.combine_chunks().take(order)
+
+
+@lru_cache(maxsize=8)
+def _open_parquet(path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(fsspec.open(path).open())
