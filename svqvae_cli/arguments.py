@@ -70,9 +70,18 @@ def add_output(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--output", required=True, type=path, metavar="DIR", help=help)
 
 
-def add_scales(parser: argparse.ArgumentParser, default: list[float]) -> None:
-    """Adds the scales to encode at, and what is resized to them."""
-    parser.add_argument(
+def add_scales(parser: argparse.ArgumentParser, default: list[float], sides: bool = False) -> None:
+    """Adds the scales to encode at, by their sides in ids as well if asked for, and what is resized to them."""
+    scales = parser.add_mutually_exclusive_group()
+    if sides:
+        scales.add_argument(
+            "--sides",
+            nargs="+",
+            type=positive,
+            metavar="IDS",
+            help="the scales of square crops by their sides in ids, as for next-scale generation",
+        )
+    scales.add_argument(
         "--scales",
         nargs="+",
         type=scale,
@@ -200,3 +209,10 @@ def scale(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"a scale must be a finite number above 0, got {text!r}.")
     return value
+
+
+def positive(text: str) -> int:
+    """Reads an integer above 0."""
+    if not (text.isdecimal() and text.isascii() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be an integer above 0, got {text!r}.")
+    return int(text)

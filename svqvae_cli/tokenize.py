@@ -1,6 +1,7 @@
 """`svqvae tokenize`."""
 
 import argparse
+import math
 import os
 
 from svqvae_cli.arguments import (
@@ -37,7 +38,7 @@ def add_to(commands: Commands) -> None:
     )
     add_image_set(parser)
     parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
-    add_scales(parser, [1.0])
+    add_scales(parser, [1.0], sides=True)
     parser.add_argument(
         "--crops",
         choices=CROPS,
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.token_sets.cards import BUNDLED_MODEL
     from svqvae_hf.token_sets.writer import tokenize_set
 
+    if args.sides and args.resolution is None:
+        raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
     check_new_folder(args.out)
     # Processes wait for each other at the end, and may finish hours apart.
     state = PartialState(cpu=find_device(args.device).type == "cpu", timeout=timedelta(weeks=1))
@@ -100,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
         model_name = BUNDLED_MODEL
     else:
         model_name = Path(args.model).resolve().name if Path(args.model).exists() else args.model  # not a private path
+    if args.sides:
+        args.scales = [side / math.ceil(args.resolution / model.f) for side in args.sides]
     with explain_resume(args.out, "the same command"):
         report = tokenize_set(
             model,

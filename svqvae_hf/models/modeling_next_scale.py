@@ -149,13 +149,13 @@ class NextScaleTransformer(StrictLoadingMixin):
         num_layers (`int`, defaults to 16): Number of blocks.
         num_attention_heads (`int`, defaults to 16): Number of attention heads.
         attention_head_dim (`int`, defaults to 64): Width of a head.
-        num_classes (`int`, defaults to 1000): Number of classes; label `num_classes` means no class.
+        num_classes (`int`, defaults to 1000): Number of classes, 0 for none; label `num_classes` means no class.
         codebook_size (`int`, defaults to 16384): Number of codes.
         codebook_embed_dim (`int`, defaults to 8): Dimension of a code.
         position_size (`int`, defaults to 32): Side of the learned grid of positions.
 
     Raises:
-        ValueError: If a value is not a positive integer, or there are too many layers.
+        ValueError: If a value is not a positive integer (`num_classes` may be 0), or there are too many layers.
     """
 
     _supports_gradient_checkpointing = True
@@ -174,7 +174,10 @@ class NextScaleTransformer(StrictLoadingMixin):
         position_size: int = 32,
     ):
         super().__init__()
-        check_positive_integers({key: value for key, value in self.config.items() if not key.startswith("_")})
+        numbers = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        if num_classes == 0:
+            del numbers["num_classes"]
+        check_positive_integers(numbers)
         check_layers("The config", num_layers)
         width = num_attention_heads * attention_head_dim
         self.class_emb = nn.Embedding(num_classes + 1, width)

@@ -139,7 +139,12 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             "Generates images scale by scale: a transformer predicts all ids of a scale in one step, and SVQVAE "
             "decodes them."
         )
-        return summary, "class_labels=0, guidance_scale=3.5, top_k=900, top_p=0.95"
+        images = (
+            "class_labels=0, guidance_scale=3.5"
+            if self.transformer.config["num_classes"]
+            else "num_images_per_prompt=4"
+        )
+        return summary, f"{images}, top_k=900, top_p=0.95"
 
     @torch.no_grad()
     def __call__(

@@ -15,23 +15,35 @@ from svqvae_hf.trainer.options import RunOptions
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def parameter_groups(network: nn.Module, weight_decay: float, decayed_ndim: int) -> list[dict[str, Any]]:
+def parameter_groups(
+    network: nn.Module, weight_decay: float, decayed_ndim: int, undecayed: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Trained parameters in two groups: with weight decay, and without.
 
     Args:
         network (`nn.Module`): Network to train.
         weight_decay (`float`): Weight decay of the first group.
         decayed_ndim (`int`): Parameters of at least so many dimensions decay.
+        undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further parameters without decay.
     """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= decayed_ndim and name.rpartition(".")[2] not in undecayed
+            groups[decays].append(parameter)
     return [
-        {"params": [each for each in trained if each.ndim >= decayed_ndim], "weight_decay": weight_decay},
-        {"params": [each for each in trained if each.ndim < decayed_ndim], "weight_decay": 0.0},
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
     ]
 
 
 def make_optimizer(
-    network: nn.Module, options: RunOptions, learning_rate: float, num_steps: int, decayed_ndim: int = 2
+    network: nn.Module,
+    options: RunOptions,
+    learning_rate: float,
+    num_steps: int,
+    decayed_ndim: int = 2,
+    undecayed: Sequence[str] = (),
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """Makes AdamW and its learning rate schedule.
 
@@ -41,8 +53,9 @@ def make_optimizer(
         learning_rate (`float`): Peak learning rate.
         num_steps (`int`): Length of the schedule in steps, for any number of processes.
         decayed_ndim (`int`, defaults to 2): Weights of at least so many dimensions decay.
+        undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further weights without decay.
     """
-    groups = parameter_groups(network, options.adam_weight_decay, decayed_ndim)
+    groups = parameter_groups(network, options.adam_weight_decay, decayed_ndim, undecayed)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(options.adam_beta1, options.adam_beta2))
     lr_scheduler = get_scheduler(
         options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=num_steps

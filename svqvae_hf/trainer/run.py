@@ -249,9 +249,15 @@ class Run(Generic[Options]):
             self.ema.step(self.network.parameters())
         return {"grad_norm": norm, "skipped": (~norm.isfinite()).float()}
 
-    def batch_generator(self) -> torch.Generator:
-        """Random generator for the last batch yielded, seeded by the run's seed, the batch and the process."""
-        words = np.random.SeedSequence((self.options.seed, self.loader.batch, self.accelerator.process_index))
+    def batch_generator(self, shared: bool = False) -> torch.Generator:
+        """Random generator for the last batch yielded, seeded by the run's seed and the batch.
+
+        Args:
+            shared (`bool`, defaults to `False`): Whether all processes draw the same numbers. Otherwise the process
+                is part of the seed.
+        """
+        process = () if shared else (self.accelerator.process_index,)
+        words = np.random.SeedSequence((self.options.seed, self.loader.batch, *process))
         return torch.Generator().manual_seed(int(words.generate_state(1, np.uint64)[0] >> 1))
 
     @contextmanager

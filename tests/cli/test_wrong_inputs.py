@@ -28,7 +28,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "tokenize": [
         ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
-        ("two_images out --model {model} --crops centre", "`resolution` must be the side of the crops"),
+        ("two_images out --sides 1 2", "--sides needs square crops of one size. Add --crops centre --resolution"),
         ("two_images out --model {model} --batch-size 0", "`batch_size` must be at least 1, got 0"),
     ],
     "detokenize": [

@@ -10,6 +10,7 @@ from conftest import ROOT
 from train_autoregressive import AutoregressiveOptions
 from train_latent_diffusion import DiffusionOptions
 from train_masked import MaskedOptions
+from train_next_scale import NextScaleOptions
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.trainer.options import LOCATION, changed_options, public_options, read_options
@@ -152,6 +153,7 @@ OPTIONS = {
     "train_autoregressive": AutoregressiveOptions,
     "train_latent_diffusion": DiffusionOptions,
     "train_masked": MaskedOptions,
+    "train_next_scale": NextScaleOptions,
 }
 EACH_OPTION = [
     pytest.param(options_class, each, id=f"{script}-{each.name}")

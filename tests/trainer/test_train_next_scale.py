@@ -1,0 +1,253 @@
+"""Next-scale transformers trained on the ids of a tiny SVQVAE, and their pipelines."""
+
+import json
+import logging
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from diffusers import DiffusionPipeline
+from hub_server import serve_hub, use_hub
+from PIL import Image
+from safetensors.torch import load_file
+from train_next_scale import UNDECAYED, NextScaleOptions, count_ids, draw_schedule, main
+from training_runs import (
+    NEW_RUN_OPTIONS,
+    UNREAD_OPTIONS,
+    assert_no_private_path,
+    assert_resumed_run_reads_changed_options,
+    cpu,
+    logged,
+    run,
+    train_at_once_and_resumed,
+)
+
+import svqvae_cli
+from svqvae_hf import NextScaleTransformer, SVQVAENextScalePipeline
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.pipelines.schedules import make_schedule
+from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.trainer.data.token_sequences import TokenSource
+from svqvae_hf.trainer.run import Run
+
+CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
+CROP, SIDE = 32, 8  # of images in pixels and in ids
+IMAGES = 6
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+pytestmark = pytest.mark.usefixtures("one_accelerator")
+train = partial(run, main, NextScaleOptions)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tiny SVQVAE, one of another codebook, a config, and token sets of six photographs, each a class of its own."""
+    folder = tmp_path_factory.mktemp("parts")
+    vqvae = make_tiny()
+    vqvae.save_pretrained(folder / "vqvae")
+    make_tiny(codebook_size=65).save_pretrained(folder / "other")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
+        for index in range(IMAGES):
+            path = folder / "photos" / f"class{index}" / "photo.png"
+            path.parent.mkdir(parents=True)
+            photo.convert("RGB").crop((60 * index, 0, 60 * index + 64, 64)).save(path)
+    photos, tokens = str(folder / "photos"), str(folder / "tokens")
+    sides = ["--scale-from", "latents", "--sides", *map(str, range(1, SIDE + 1))]
+    crops = ["--crops", "centre", "--resolution", str(CROP), "--workers", "0"]
+    model = ["--model", str(folder / "vqvae"), "--device", "cpu"]
+    assert svqvae_cli.main(["tokenize", photos, tokens, *sides, *crops, *model]) == 0
+    options = {"model_name": "vqvae", "crops": "centre", "resolution": CROP}
+    for name, scales, scale_from in (("pyramid", (1.0,), "image"), ("halves", (0.5, 1.0), "latents")):
+        images = open_images([photos])
+        tokenize_set(vqvae, images, folder / name, scales=scales, scale_from=scale_from, **options)
+    return folder
+
+
+@pytest.fixture
+def options(parts, tmp_path):
+    """Options of a tiny run."""
+    return {
+        "vqvae_name_or_path": str(parts / "vqvae"),
+        "model_config_name_or_path": str(parts / "config.json"),
+        "token_set": str(parts / "tokens"),
+        "label_column": "label",
+        "output_dir": str(tmp_path / "out"),
+        **{"train_batch_size": 3, "max_train_steps": 2, "lr_warmup_steps": 0, "logging_steps": 1},
+        **{"num_inference_steps": 4, "num_validation_images": 2},
+    }
+
+
+def test_sides_are_the_scales_of_the_token_set(parts):
+    source = TokenSource(str(parts / "tokens"), "label")
+    assert source.layout.grids == tuple((side, side) for side in range(1, SIDE + 1))
+    assert source.layout.scale_from == "latents"
+
+
+def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
+    """docs/next_scale.md has a longer run, of 64 photographs."""
+    options |= {"max_train_steps": 200, "learning_rate": 5e-3, "train_batch_size": IMAGES, "label_dropout": 0.0}
+    train(**(options | {"num_validation_images": 0, "logging_steps": 50, "schedule_share": 0.5}))
+    pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
+    assert pipeline.trained_schedule == make_schedule((SIDE, SIDE), 4)
+    assert pipeline.config["class_names"] == [f"class{index}" for index in range(IMAGES)]
+    photos = [
+        Image.open(parts / "photos" / f"class{index}" / "photo.png").resize((CROP, CROP)) for index in range(IMAGES)
+    ]
+    labels, known, found = list(range(IMAGES)), [], []
+    for grids, editing in ((known, {"image": photos, "image_scale": 1}), (found, {})):
+        pipeline(
+            labels,
+            temperature=0,
+            callback_on_step_end=lambda *step, grids=grids: grids.append(step[-1]["ids"]),
+            **editing,
+        )
+    assert all(map(torch.equal, found, known))
+
+
+def test_resumed_run_equals_an_unbroken_one(options):
+    whole, resumed = train_at_once_and_resumed(train, WEIGHTS, options)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_resumed_run_applies_each_changed_option(options, monkeypatch):
+    changes = {"label_dropout": 0.5, "num_validation_images": 1, "guidance_scale": 2.0, "schedule_share": 0.5}
+    resumed = assert_resumed_run_reads_changed_options(
+        monkeypatch,
+        main,
+        NextScaleOptions,
+        options | {"use_ema": True},
+        NEW_RUN_OPTIONS | changes,
+        UNREAD_OPTIONS - {"max_unreadable_share"},
+    )
+    assert resumed.lr_scheduler.base_lrs == [0.5, 0.5]
+
+
+def train_as_one_of_two(rank, port, options):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    main(NextScaleOptions(**options))
+
+
+def test_two_processes_equal_one_with_the_joined_batch(options, tmp_path):
+    options |= {"label_dropout": 0.0, "max_train_steps": 3, "num_validation_images": 0}
+    train(**(options | {"train_batch_size": 4}))
+    one = load_file(f"{options['output_dir']}/{WEIGHTS}")
+    options |= {"train_batch_size": 2, "output_dir": str(tmp_path / "two")}
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(train_as_one_of_two, args=(port, options), nprocs=2)
+    torch.testing.assert_close(load_file(tmp_path / "two" / WEIGHTS), one, rtol=0, atol=1e-5)
+
+
+def test_bf16_run_with_everything_on_learns_and_shows_samples(options, caplog):
+    caplog.set_level(logging.INFO)
+    options |= {"max_train_steps": 20, "learning_rate": 5e-3, "logging_steps": 10, "validation_steps": 20}
+    train(**options, mixed_precision="bf16", use_ema=True, guidance_scale=2.0, report_to="tensorboard")
+    losses = logged(caplog, "train/loss")
+    assert losses[20] < losses[10]
+    with Image.open(ROOT / options["output_dir"] / "samples" / "step-0000020.png") as grid:
+        assert grid.size == (2 * CROP + 3 * 4, CROP + 2 * 4)
+
+
+def test_dropped_labels_become_the_label_of_no_class(options, monkeypatch):
+    seen = []
+    forward = NextScaleTransformer.forward
+    monkeypatch.setattr(
+        NextScaleTransformer,
+        "forward",
+        lambda self, *args, **kwargs: seen.append(args) or forward(self, *args, **kwargs),
+    )
+    train(**(options | {"label_dropout": 1.0, "max_train_steps": 1, "num_validation_images": 0}))
+    assert seen[0][0].tolist() == [IMAGES] * 3
+
+
+def test_without_labels_images_have_no_class(options):
+    train(**(options | {"label_column": None, "max_train_steps": 1}))
+    pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
+    assert pipeline.transformer.config["num_classes"] == 0
+    assert len(pipeline(num_images_per_prompt=2).images) == 2
+    assert "num_images_per_prompt=4" in (ROOT / options["output_dir"] / "README.md").read_text()
+
+
+def test_the_learned_positions_and_factors_do_not_decay(options, monkeypatch):
+    runs, start = [], Run.start
+    monkeypatch.setattr(Run, "start", lambda self, *args: runs.append(self) or start(self, *args))
+    train(**(options | {"max_train_steps": 1, "num_validation_images": 0}))
+    names = {id(parameter): name for name, parameter in runs[0].network.named_parameters()}
+    decayed, others = (
+        {names[id(each)] for each in group["params"]} for group in runs[0].lr_scheduler.optimizer.param_groups
+    )
+    assert {name.rpartition(".")[2] for name in decayed} == {"weight"}
+    assert {name.rpartition(".")[2] for name in others} == {"bias", "q_bias", "v_bias", *UNDECAYED}
+
+
+# Schedules
+
+SQUARES = [(side, side) for side in range(1, 17)]
+
+
+def test_schedules_are_drawn_as_in_flexvar():
+    """Figures of FlexVAR's own code, simulated 20,000 times, without its batches with the pipeline's schedule."""
+    schedule, generator = make_schedule((16, 16), 10), torch.Generator().manual_seed(0)
+    drawn = [draw_schedule(SQUARES, schedule, generator) for _ in range(4000)]
+    assert all(sizes == sorted(set(sizes)) and count_ids(sizes) <= 680 for sizes in drawn)
+    assert sum(map(count_ids, drawn)) / 4000 == pytest.approx(586, abs=6)
+    shares = {
+        "no last scale": (sum((16, 16) not in sizes for sizes in drawn), 0.347),
+        "8 steps": (sum(len(sizes) == 8 for sizes in drawn), 0.41),
+        "9 steps": (sum(len(sizes) == 9 for sizes in drawn), 0.505),
+    }
+    for name, (count, expected) in shares.items():
+        assert count / 4000 == pytest.approx(expected, abs=0.03), name
+    assert {size for sizes in drawn for size in sizes} == set(SQUARES)
+
+
+@pytest.mark.parametrize("sizes", [[(4, 4)], [(1, 1), (4, 4)], [(2, 3), (4, 6)], SQUARES[:5]])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_few_scales_can_be_drawn_from(sizes, steps):
+    schedule, generator = make_schedule(sizes[-1], steps), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        drawn = draw_schedule(sizes, schedule, generator)
+        assert drawn
+        assert drawn == [size for size in sizes if size in drawn]
+        assert count_ids(drawn) <= max(count_ids(schedule), count_ids(sizes[:1]))
+
+
+# Mistakes and publishing
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_set": "pyramid"}, "must hold ids of resized latents, but has ids of a resized image"),
+        ({"token_set": "halves"}, "must hold the scales of the schedule, 1 x 1, .*, but lacks 1 x 1, 2 x 2"),
+        ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
+        ({"vqvae_name_or_path": "other"}, "codebook"),
+        ({"num_inference_steps": 0}, "`--num_inference_steps` must be more than 0, but is 0"),
+        ({"schedule_share": 1.5}, r"`--schedule_share` must lie in \[0, 1\], but is 1.5"),
+    ],
+)
+def test_mistakes_are_refused(options, parts, changes, message, monkeypatch):
+    monkeypatch.chdir(parts)
+    with cpu(), pytest.raises((ValueError, OSError), match=message):
+        main(NextScaleOptions(**(options | changes)))
+
+
+def test_pushed_pipeline_loads_and_has_a_card(options, parts, tmp_path, monkeypatch):
+    with serve_hub(tmp_path) as hub:
+        use_hub(monkeypatch, hub)
+        train(**(options | {"max_train_steps": 1}), push_to_hub=True, hub_model_id="org/dreams", license="mit")
+    repository = tmp_path / "hub" / "org" / "dreams" / "main"
+    pipeline = DiffusionPipeline.from_pretrained(repository)
+    assert isinstance(pipeline, SVQVAENextScalePipeline)
+    assert pipeline(class_labels=[1], output_type="np").images.shape == (1, CROP, CROP, 3)
+    assert_no_private_path(parts, repository)
+    card = (repository / "README.md").read_text()
+    assert "from svqvae_hf import SVQVAENextScalePipeline" in card
+    assert "trained by | `training/train_next_scale.py`" in card

@@ -1,0 +1,221 @@
+"""Trains a next-scale transformer on the ids of a token set, as FlexVAR does, and saves a pipeline.
+
+accelerate launch training/train_next_scale.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
+    --token_set TOKENS --output_dir OUT
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
+from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
+from svqvae_hf.pipelines.sequences import SequenceLayout
+from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+from svqvae_hf.trainer.optimization import make_optimizer
+from svqvae_hf.trainer.options import PipelineOptions, changeable, option, read_options, required
+from svqvae_hf.trainer.pipeline_run import load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.run import Run, one_line_errors
+
+PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
+UNDECAYED = ("pos_start", "pos_1LC", "scale_mul_1H11")
+
+# FlexVAR's random schedules: of 16 sides the first two, 5 of 3 to 10, 2 of 11 to 15, and the last
+NUM_FIRST = 2
+COARSE_UP_TO = 10 / 16  # of the last side
+COARSE_SHARE = 5 / 7  # of the scales between the first two and the last
+DROP_PROBABILITIES = (0.1, 0.05, 0.02, 0.01)  # of at least one, two, three or four scales less
+NUM_DROPPABLE = 4  # of the last scales, while a schedule has too many ids
+
+
+@dataclass
+class NextScaleOptions(PipelineOptions):
+    """Options of training a next-scale transformer."""
+
+    token_set: str = required("Token set of `svqvae tokenize --sides ... --scale-from latents`: folder or Hub id.")
+    train_batch_size: int = option(8, "Images per batch of one process.")
+    num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
+    schedule_share: float = changeable(0.05, "Share of batches with the pipeline's schedule; others are random.")
+    guidance_scale: float = changeable(1.0, "Guidance scale of the images of a validation.")
+
+    def __post_init__(self) -> None:
+        """Checks the options of next-scale training as well."""
+        super().__post_init__()
+        self.check_positive("num_inference_steps")
+        self.check_fractions("schedule_share")
+
+
+def main(options: NextScaleOptions) -> None:
+    """Trains a next-scale transformer, and saves its pipeline with a card in the output folder."""
+    with Run(options) as run:
+        train(run)
+
+
+def train(run: Run[NextScaleOptions]) -> None:
+    """Trains the transformer, from the start or from the checkpoint of the run."""
+    options, accelerator = run.options, run.accelerator
+
+    # Tokens and model
+    vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
+    source = TokenSource(options.token_set, options.label_column)
+    check_same_codebook(vqvae, source.settings)
+    layout = source.layout
+    schedule = trained_schedule(layout, options.num_inference_steps)
+    process = accelerator.process_index, accelerator.num_processes
+    loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
+    transformer = make_transformer(options, vqvae, source).to(accelerator.device)
+
+    # Optimizer
+    optimizer, lr_scheduler = make_optimizer(
+        transformer, options, options.learning_rate, options.max_train_steps, undecayed=UNDECAYED
+    )
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    run.start(transformer, loader, lr_scheduler)
+
+    for step, batches in run.steps():
+        for sequences, *_ in batches:
+            with accelerator.accumulate(model):
+                # Ids of the scales of a schedule, and labels
+                random = run.batch_generator(shared=True)  # all processes predict equally many ids
+                is_fixed = torch.rand((), generator=random) < options.schedule_share
+                sizes = schedule if is_fixed else draw_schedule(layout.grids, schedule, random)
+                grids, labels = layout.decode(sequences.to(accelerator.device))
+                ids = [grids[layout.grids.index(size)] for size in sizes]
+                dropped = torch.rand(len(sequences), generator=run.batch_generator()) < options.label_dropout
+                labels = labels.masked_fill(dropped.to(labels.device), layout.num_classes)
+
+                # The transformer predicts each scale from the ones before
+                codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
+                (logits,) = model(labels, codes, sizes, return_dict=False)
+                targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                accelerator.backward(loss)
+                numbers = {"loss": loss, "accuracy": (logits.argmax(-1) == targets).float().mean()}
+                if accelerator.sync_gradients:  # after the last batch of a step
+                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
+                run.add(numbers, images=len(sequences), tokens=targets.numel())
+
+        if run.logs_after(step):
+            run.log_training(step)
+        if run.validates_after(step):
+            validate(run, make_pipeline(vqvae, transformer, source, schedule), step + 1)
+
+    validate(run, make_pipeline(vqvae, transformer, source, schedule), options.max_train_steps)
+    state_dict = run.final_weights(model)
+    if accelerator.is_main_process:
+        result = make_transformer(options, vqvae, source)
+        result.load_state_dict(state_dict)
+        pipeline = make_pipeline(vqvae, result.eval(), source, schedule)
+        run.publish(pipeline.save_pretrained, make_card(run, pipeline))
+    accelerator.end_training()
+
+
+def make_transformer(options: NextScaleOptions, vqvae: SVQVAE, source: TokenSource) -> NextScaleTransformer:
+    """Transformer of the config, for this codebook, these classes and this size."""
+    description = from_hub(NextScaleTransformer.load_config, options.model_config_name_or_path)
+    derived = {
+        "num_classes": source.layout.num_classes,
+        "codebook_size": vqvae.config["codebook_size"],
+        "codebook_embed_dim": vqvae.config["codebook_embed_dim"],
+        "position_size": 2 * max(source.layout.grids[-1]),  # as in FlexVAR, for images twice as large
+    }
+    return NextScaleTransformer.from_config({**description, **derived}).train()
+
+
+def trained_schedule(layout: SequenceLayout, steps: int) -> list[Size]:
+    """Schedule of the pipeline.
+
+    Raises:
+        ValueError: If the token set lacks one of its scales, or its scales were not made from the latents.
+    """
+    if layout.scale_from != "latents":
+        raise ValueError(
+            f"The token set must hold ids of resized latents, but has ids of a resized {layout.scale_from}. Make it "
+            "again with `svqvae tokenize --scale-from latents`."
+        )
+    schedule = make_schedule(layout.grids[-1], min(steps, max(layout.grids[-1])))
+    if missing := [size for size in schedule if size not in layout.grids]:
+        raise ValueError(
+            f"The token set must hold the scales of the schedule, {describe(schedule)}, but lacks "
+            f"{describe(missing)}. Make it again with `svqvae tokenize --sides` and each side up to "
+            f"{max(layout.grids[-1])}, or change `--num_inference_steps`."
+        )
+    return schedule
+
+
+def draw_schedule(sizes: Sequence[Size], schedule: Sequence[Size], generator: torch.Generator) -> list[Size]:
+    """Draws scales as FlexVAR does, with at most as many ids as the pipeline's schedule, often without the last.
+
+    Args:
+        sizes (list of `(height, width)`): All scales, from coarse to fine.
+        schedule (list of `(height, width)`): Schedule of the pipeline.
+        generator (`torch.Generator`): Source of randomness.
+    """
+
+    def draw(among: Sequence[Size], count: int) -> list[Size]:
+        return [among[index] for index in torch.randperm(len(among), generator=generator)[:count].tolist()]
+
+    def drop(drawn: list[Size], first: int, last: int) -> None:
+        drawn.pop(int(torch.randint(first, last, (), generator=generator)))
+
+    sizes = list(dict.fromkeys(sizes))
+    inner = sizes[NUM_FIRST:-1]
+    coarse = [size for size in inner if max(size) <= COARSE_UP_TO * max(sizes[-1])]
+    count = max(0, len(schedule) - NUM_FIRST - 1)
+    num_coarse = round(COARSE_SHARE * count)
+    drawn = draw(coarse, num_coarse) + draw(inner[len(coarse) :], count - num_coarse)
+    drawn = [size for size in sizes if size in drawn or size in sizes[:NUM_FIRST] or size == sizes[-1]]
+    chance = float(torch.rand((), generator=generator))
+    for _ in range(sum(chance < probability for probability in DROP_PROBABILITIES)):
+        if len(drawn) > NUM_FIRST + 1:
+            drop(drawn, NUM_FIRST, len(drawn) - 1)
+    while count_ids(drawn) > count_ids(schedule):
+        drop(drawn, max(1, len(drawn) - NUM_DROPPABLE), len(drawn))
+    return drawn
+
+
+def count_ids(sizes: Sequence[Size]) -> int:
+    """Number of ids of all scales."""
+    return sum(height * width for height, width in sizes)
+
+
+def make_pipeline(
+    vqvae: SVQVAE, transformer: NextScaleTransformer, source: TokenSource, schedule: Sequence[Size]
+) -> SVQVAENextScalePipeline:
+    """Pipeline with this transformer, for the schedule and the classes of a token set."""
+    return SVQVAENextScalePipeline(
+        vqvae, transformer, schedule=[list(size) for size in schedule], class_names=source.class_names
+    )
+
+
+def validate(run: Run[NextScaleOptions], pipeline: SVQVAENextScalePipeline, steps_done: int) -> None:
+    """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
+    options, num_classes = run.options, pipeline.transformer.config["num_classes"]
+    count = options.num_validation_images
+    if not count:
+        return
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(options.seed)
+    with run.evaluating():
+        if num_classes:
+            labels, scale = [index % num_classes for index in range(count)], options.guidance_scale
+            images = pipeline(labels, guidance_scale=scale, generator=generator, output_type="np")[0]
+        else:
+            images = pipeline(num_images_per_prompt=count, generator=generator, output_type="np")[0]
+    log_samples(run, images, steps_done)
+
+
+def make_card(run: Run[NextScaleOptions], pipeline: SVQVAENextScalePipeline) -> str:
+    """Card of the pipeline."""
+    summary, call = pipeline.describe()
+    return pipeline_card(run, pipeline, script="training/train_next_scale.py", summary=summary, call=call)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(read_options(NextScaleOptions, sys.argv[1:]))
