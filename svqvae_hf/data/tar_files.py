@@ -15,7 +15,7 @@ import fsspec
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-from svqvae_hf.untrusted.tars import read_member
+from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError)
@@ -26,7 +26,7 @@ Sample = tuple[str, dict[str, bytes | None]]  # its name, and its members by suf
 
 
 class TarPart:
-    """A tar file of an image set. Samples that cannot be read, and the rest of a truncated file, are unreadable rows.
+    """A tar file of an image set. Samples that cannot be read, and the rest of a damaged file, are unreadable rows.
 
     Args:
         path (`str`): Local path, or a path for `fsspec`.
@@ -128,9 +128,9 @@ def _samples(path: str, start: int) -> Iterator[Sample]:
     with ExitStack() as stack:
         if "://" in path:
             file = stack.enter_context(fsspec.open(path, "rb"))
-            tar = stack.enter_context(tarfile.open(fileobj=file, mode="r|*"))
+            tar = stack.enter_context(tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo))
         else:
-            tar = stack.enter_context(tarfile.open(path))
+            tar = stack.enter_context(tarfile.open(path, tarinfo=StrictTarInfo))
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] # otherwise it keeps all
             match = MEMBER_NAME.fullmatch(member.name)
@@ -144,6 +144,7 @@ def _samples(path: str, start: int) -> Iterator[Sample]:
                 members[match[2].lower()] = read_member(tar, member)
         if name is not None:
             yield name, members
+        check_end(tar)
 
 
 def _type(suffix: str, samples: Sequence[Sample]) -> datasets.Value:

@@ -1,9 +1,13 @@
+import gzip
+import tarfile
+
 import datasets
 import pytest
 from numbered_images import crop_loader, encode, numbered, numbers, write_tar
 
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.data.tar_files import TarPart
 from svqvae_hf.untrusted import tars
 
 
@@ -100,6 +104,39 @@ def test_the_rest_of_a_truncated_file_is_one_unreadable_row(tmp_path, mode):
     batches = list(crop_loader(images, num_batches=24))
     assert {image.key for batch in batches for image in batch.skipped} == {"a.tar"}
     assert {number for batch in batches for number in numbers(batch)}
+
+
+def spoil_checksum(content, header):
+    content[header + tarfile.LENGTH_NAME] ^= 1
+
+
+def zero_header(content, header):
+    content[header : header + tarfile.BLOCKSIZE] = bytes(tarfile.BLOCKSIZE)
+
+
+def cut_before(content, header):
+    del content[header:]
+
+
+def cut_within(content, header):
+    del content[header + 7 :]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("damage", [spoil_checksum, zero_header, cut_before, cut_within])
+def test_a_damaged_header_is_not_the_end(tmp_path, damage, mode):
+    """`tarfile` ends there in silence."""
+    path = tmp_path / "a.tar"
+    write_tar(path, members_of(range(12)))
+    with tarfile.open(path) as tar:
+        header = tar.getmember("0008.webp").offset
+    content = bytearray(path.read_bytes())
+    damage(content, header)
+    path.write_bytes(gzip.compress(content) if mode == "w:gz" else content)
+    for place in (str(path), f"file://{path}"):
+        part = TarPart(place, datasets.Features({}), image_key=None)
+        assert [row.key for row in part.read()][:7] == [f"{n:04}.{('jpg', 'png', 'webp')[n % 3]}" for n in range(7)]
+        assert [*faults(part.read())] == ["a.tar"]
 
 
 def test_what_was_read_is_the_same_for_samples_across_folders_of_a_tar(tmp_path):
