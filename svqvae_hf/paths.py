@@ -75,42 +75,38 @@ def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
 
 
 def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:
-    """Yields the files that [`find_inputs`] finds in a folder, then in its subfolders, each sorted by name."""
-    left_out = output and output.resolve()
-    for place, folders, names in os.walk(folder):
-        root = Path(place)
-        folders[:] = sorted(name for name in folders if name[0] != "." and (root / name).resolve() != left_out)
-        for name in sorted(names):
-            if name[0] != "." and Path(name).suffix.lower() in suffixes and (root / name).is_file():
-                yield root / name
+    """Yields the files that [`find_inputs`] finds in a folder, in order of their paths."""
+    for name in walk_files(folder, left_out=output and output.resolve()):
+        if Path(name).suffix.lower() in suffixes and (folder / name).is_file():
+            yield folder / name
 
 
-def walk_files(folder: str | os.PathLike, inside: str = "") -> list[str]:
+def walk_files(folder: str | os.PathLike, left_out: Path | None = None) -> list[str]:
     """Lists the files of a folder and its subfolders, except for hidden ones.
 
     Args:
-        folder (`str` or `os.PathLike`): Folder to search. Links to files and folders are followed.
-        inside (`str`, *optional*): Subfolder to search instead, relative to the folder.
+        folder (`str` or `os.PathLike`): Folder to search. Links are followed, except to a folder above them.
+        left_out (`Path`, *optional*): Subfolder that is not searched, without links in its path.
 
     Returns:
         `list[str]`: Paths relative to the folder, in order.
     """
-    found: list[str] = []
-    with os.scandir(os.path.join(folder, inside)) as entries:
+    return sorted(_walk(os.fspath(folder), "", (left_out,)))
+
+
+def _walk(folder: str, inside: str, closed: tuple[Path | None, ...]) -> Iterator[str]:
+    here = Path(folder, inside).resolve()
+    if here in closed:
+        return
+    with os.scandir(here) as entries:
         for entry in entries:
             name = os.path.join(inside, entry.name)
             if entry.name[0] == ".":
                 continue
-            if not entry.is_dir():
-                found.append(name)
-            elif not (entry.is_symlink() and _is_above(entry.path)):
-                found += walk_files(folder, name)
-    return found if inside else sorted(found)
-
-
-def _is_above(link: str) -> bool:
-    """Whether a link leads to a folder that holds it, which makes a cycle."""
-    return Path(link).resolve() in Path(link).parent.resolve().joinpath("link").parents
+            if entry.is_dir():
+                yield from _walk(folder, name, (*closed, here))
+            else:
+                yield name
 
 
 def expand_braces(pattern: str) -> list[str]:

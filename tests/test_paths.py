@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from svqvae_hf.paths import InputFile, check_output, check_targets, find_files, find_inputs, scale_endings
+from svqvae_hf.paths import InputFile, check_output, check_targets, find_files, find_inputs, scale_endings, walk_files
 
 
 def test_each_file_is_found_once(tmp_path):
@@ -23,12 +23,21 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path)
     for name in ("b.png", "a/d.png", "a/c/e.png", "a/out/b_x1.png", ".hidden/f.png", "z.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "a" / "link").symlink_to(tmp_path / "a")  # not followed
+    (tmp_path / "a" / "up").symlink_to(tmp_path / "a")  # not followed
     found = find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / ".." / "a" / "out")
-    assert [str(file.name) for file in found] == ["b.png", "a/d.png", "a/c/e.png"]
-    assert found[2].target(tmp_path / "out", "_x1.png") == tmp_path / "out" / "a" / "c" / "e_x1.png"
+    assert [str(file.name) for file in found] == ["a/c/e.png", "a/d.png", "b.png"]
+    assert found[0].target(tmp_path / "out", "_x1.png") == tmp_path / "out" / "a" / "c" / "e_x1.png"
     with pytest.raises(ValueError, match="--output must not be an input folder"):
         find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / "..")
+
+
+def test_links_that_make_a_cycle_are_followed_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").touch()
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    assert walk_files(tmp_path) == ["a/a.png", "a/link/b.png", "b/b.png", "b/link/a.png"]
+    assert find_files([str(tmp_path)], (".png",)) == [tmp_path / "a/a.png", tmp_path / "a/link/b.png"]
 
 
 def test_links_with_different_names_are_kept(tmp_path):
