@@ -16,7 +16,8 @@ def add_to(commands: Commands) -> None:
         "decode token files to images",
         "Writes one image per scale in the file, NAME_x1.png and so on, in the subfolder\n"
         "that the file was found in. The model must have the codebook that the file was\n"
-        "encoded with. Files that cannot be read are named and skipped.",
+        "encoded with. Files that cannot be read, or whose images are too large for\n"
+        "memory, are named and skipped.",
         "tokens --output out",
     )
     add_files(parser, "token files, folders of them, which are searched with their subfolders, or globs")
@@ -41,7 +42,7 @@ def _decode(args: argparse.Namespace) -> None:
     from svqvae_cli.progress import progress
     from svqvae_hf.atomic_io import save_png
     from svqvae_hf.paths import check_output, check_targets, find_inputs, scale_endings
-    from svqvae_hf.tokens.image_tokens import check_memory, decode_image
+    from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
     from svqvae_hf.tokens.token_files import load_tokens
 
     check_output(args.output)
@@ -57,32 +58,33 @@ def _decode(args: argparse.Namespace) -> None:
         for file in files:
             tokens = load_tokens(file.path)
             with prefix_errors(file.path):
+                check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args, on_tile)
+            with skipping.attempt(ValueError), prefix_errors(file.path):
                 check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
-                images = decode_image(model, tokens)
-            for image, target in zip(images, targets[file], strict=True):
-                save_png(image, target)
+                for image, target in zip(decode_image(model, tokens), targets[file], strict=True):
+                    save_png(image, target)
     skipping.finish()
     print(f"written  {args.output} (images: {sum(map(len, targets.values()))})")
 
 
 def _decode_large(args: argparse.Namespace) -> None:
     with require_extra("--large", "large"):
-        from svqvae_hf.large.large_images import decode_large
+        from svqvae_hf.large.large_images import decode_large, load_large_tokens
     from svqvae_cli.loading import configure_decoding, load_model
     from svqvae_cli.progress import progress
     from svqvae_hf.paths import check_output, check_targets, find_inputs
     from svqvae_hf.tokens.image_tokens import check_same_codebook
-    from svqvae_hf.tokens.token_files import load_tokens
 
     check_output(args.output)
     inputs = find_inputs(args.inputs, [".safetensors"], args.output)
     targets = {file: [file.target(args.output, "_x1.tif")] for file in inputs}
     check_targets(targets, args.overwrite or args.resume)
     model = load_model(args.model, args.device, args.dtype)
+    skipping = Skipping(len(inputs))
     with progress(inputs) as (files, on_tile):
-        for file, target in unfinished(files, args, "_x1.tif"):
-            tokens = load_tokens(file.path, mapped=True)
+        for file, tokens in skipping.read(unfinished(files, targets, args.resume), load_large_tokens):
+            (target,) = targets[file]
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args)
@@ -90,4 +92,5 @@ def _decode_large(args: argparse.Namespace) -> None:
                 model.enable_tiling()
             with explain_resume(target, RESUME):
                 decode_large(model, file.path, target, args.resume, on_tile)
+    skipping.finish()
     print(f"written  {args.output} (images: {len(inputs)})")

@@ -1,9 +1,10 @@
 """`svqvae encode`."""
 
 import argparse
+from functools import partial
 
 from svqvae_cli.arguments import Commands, add_command, add_images
-from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
+from svqvae_cli.errors import Skipping, explain_resume, require_extra
 from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
 
@@ -15,8 +16,8 @@ def add_to(commands: Commands) -> None:
         run,
         "encode images to token files",
         "Writes one token file per image, NAME.safetensors, with the ids at all scales,\n"
-        "in the subfolder that the image was found in. Images that cannot be read are\n"
-        "named and skipped.",
+        "in the subfolder that the image was found in. Images that cannot be read, or are\n"
+        "too large for memory, are named and skipped.",
         "'photos/*.jpg' --output tokens --scales 1",
     )
     add_images(parser)
@@ -33,11 +34,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from svqvae_cli.loading import load_model
+    from svqvae_cli.loading import load_fitting_image, load_model
     from svqvae_cli.progress import progress
-    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.paths import check_output, check_targets, find_inputs
-    from svqvae_hf.tokens.image_tokens import check_memory, encode_image
+    from svqvae_hf.tokens.image_tokens import encode_image
     from svqvae_hf.tokens.token_files import save_tokens
 
     check_output(args.output)
@@ -45,23 +46,22 @@ def _encode(args: argparse.Namespace) -> None:
     check_targets({file: [file.target(args.output, ".safetensors")] for file in inputs}, args.overwrite)
     skipping = Skipping(len(inputs))
     model = load_model(args.model, args.device, args.dtype)
+    read = partial(load_fitting_image, model=model, args=args, decodes=False)
     with progress(inputs) as (files, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
-        for file, image in skipping.read(files, load_image):
-            with prefix_errors(file.path):
-                check_memory(model, image.height, image.width, args.scales, args.scale_from, decodes=False)
+        for file, image in skipping.read(files, read):
             tokens = encode_image(model, image, args.scales, args.scale_from)
             target = file.target(args.output, ".safetensors")
             target.parent.mkdir(parents=True, exist_ok=True)
             save_tokens(target, tokens)
     skipping.finish()
-    print(f"written  {args.output} (token files: {len(inputs) - skipping.skipped})")
+    print(f"written  {args.output} (token files: {len(inputs)})")
 
 
 def _encode_large(args: argparse.Namespace) -> None:
     with require_extra("--large", "large"):
         from svqvae_hf.large.large_images import encode_large
-        from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES
+        from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES, ImageError
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
     from svqvae_hf.paths import check_output, check_targets, find_inputs
@@ -72,8 +72,11 @@ def _encode_large(args: argparse.Namespace) -> None:
     check_targets(targets, args.overwrite or args.resume)
     model = load_model(args.model, args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
+    skipping = Skipping(len(inputs))
     with progress(inputs) as (files, on_tile):
-        for file, target in unfinished(files, args, ".safetensors"):
-            with explain_resume(target, RESUME):
+        for file in unfinished(files, targets, args.resume):
+            (target,) = targets[file]
+            with skipping.attempt(ImageError, PermissionError), explain_resume(target, RESUME):
                 encode_large(model, file.path, target, args.resume, on_tile)
+    skipping.finish()
     print(f"written  {args.output} (token files: {len(inputs)})")

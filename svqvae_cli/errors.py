@@ -17,7 +17,7 @@ class SkippedError(ValueError):
 
 
 class Skipping:
-    """Names inputs that cannot be read on stderr, counts them, and goes on. A single input that cannot be read raises.
+    """Names inputs that must be skipped on stderr, counts them, and goes on. A single input raises instead.
 
     Args:
         total (`int`): Number of inputs.
@@ -31,35 +31,39 @@ class Skipping:
         self, files: "Iterable[InputFile]", read: Callable[[Path], Content]
     ) -> "Iterator[tuple[InputFile, Content]]":
         """Yields each readable input and what `read` returns for its path."""
+        for file in files:
+            with self.attempt(OSError, ValueError):
+                yield file, read(file.path)
+
+    @contextmanager
+    def attempt(self, *errors: type[Exception]) -> Iterator[None]:
+        """Skips the input whose work raises one of these errors."""
         from tqdm import tqdm
 
-        for file in files:
-            try:
-                content = read(file.path)
-            except (OSError, ValueError) as error:
-                if self.total == 1:
-                    raise
-                self.skipped += 1
-                tqdm.write(f"svqvae: skipped: {one_line(str(error))}", sys.stderr)  # above the progress bars
-            else:
-                yield file, content
+        try:
+            yield
+        except errors as error:
+            if self.total == 1:
+                raise
+            self.skipped += 1
+            tqdm.write(f"svqvae: skipped: {one_line(str(error))}", sys.stderr)  # above the progress bars
 
     def finish(self) -> None:
         """Raises if inputs were skipped.
 
         Raises:
-            SkippedError: Some could be read.
-            ValueError: None could be read.
+            SkippedError: Some inputs were skipped.
+            ValueError: All inputs were skipped.
         """
         if self.skipped == self.total:
-            raise ValueError(f"at least one input must be readable, but none of {self.total} is.")
+            raise ValueError(f"none of the {self.total} inputs could be used, for the reasons above.")
         check_none_skipped(self.skipped, self.total)
 
 
 def check_none_skipped(skipped: int, total: int) -> None:
     """Raises SkippedError if inputs were skipped."""
     if skipped:
-        raise SkippedError(f"{skipped} of {total} inputs could not be read")
+        raise SkippedError(f"{skipped} of {total} inputs were skipped")
 
 
 def one_line(message: str) -> str:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.path)
     if is_token_file(path):
         facts = _token_facts(load_tokens(path))
-    elif token_files := [file for file in search_folder(path, [".safetensors"]) if is_token_file(file)]:
+    elif path.is_dir() and (token_files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):
         facts = _folder_facts([load_tokens(file, mapped=True) for file in token_files])
     elif (path / SETTINGS_FILE).is_file():
         facts = _set_facts(read_settings(path), sorted(path.glob("data/*.parquet")))

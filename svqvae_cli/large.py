@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +38,25 @@ def check_large(args: argparse.Namespace) -> None:
 
 
 def unfinished(
-    files: "Iterable[InputFile]", args: argparse.Namespace, ending: str
-) -> "Iterator[tuple[InputFile, Path]]":
-    """Yields each input and its output file, without outputs that an interrupted run already completed."""
-    from svqvae_hf.large.run_record import record_path
+    files: "Iterable[InputFile]", targets: "Mapping[InputFile, Sequence[Path]]", resume: bool
+) -> "Iterator[InputFile]":
+    """Yields each input without a complete output.
+
+    Args:
+        files (`Iterable[InputFile]`): Inputs.
+        targets (`Mapping[InputFile, Sequence[Path]]`): One output of each.
+        resume (`bool`): Whether to resume an interrupted run.
+
+    Raises:
+        ValueError: There is an interrupted run, but `resume` is false.
+    """
+    from svqvae_hf.large.run_record import check_not_interrupted, record_path
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors say what it would log
+    if not resume:
+        for (target,) in targets.values():
+            check_not_interrupted(target)
     for file in files:
-        target = file.target(args.output, ending)
-        if not (args.resume and target.exists() and not record_path(target).exists()):
-            yield file, target
+        (target,) = targets[file]
+        if not (resume and target.exists() and not record_path(target).exists()):
+            yield file

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from PIL import Image
 from safetensors import SafetensorError
 
+from svqvae_cli.errors import prefix_errors
 from svqvae_hf import DEFAULT_MODEL, SVQVAE
 from svqvae_hf.hub.repositories import REPO_ID, hub_reason
-from svqvae_hf.tokens.image_tokens import configure_tiling
+from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.tokens.image_tokens import check_memory, configure_tiling
 from svqvae_hf.tokens.token_files import ImageTokens
 
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
@@ -88,6 +91,14 @@ def process_device(name: str | None, state: PartialState) -> str:
     """Returns the device that was asked for, or the device that accelerate chose for this process."""
     # accelerate numbers CPUs, torch does not
     return name or ("cpu" if state.device.type == "cpu" else str(state.device))
+
+
+def load_fitting_image(path: Path, model: SVQVAE, args: argparse.Namespace, decodes: bool = True) -> Image.Image:
+    """Loads an image to encode, or also to decode, at `args.scales`. Raises if memory is too small for that."""
+    image = load_image(path)
+    with prefix_errors(path):
+        check_memory(model, image.height, image.width, args.scales, args.scale_from, decodes=decodes)
+    return image
 
 
 def configure_decoding(

@@ -1,9 +1,10 @@
 """`svqvae reconstruct`."""
 
 import argparse
+from functools import partial
 
 from svqvae_cli.arguments import Commands, add_command, add_images
-from svqvae_cli.errors import Skipping, explain_resume, prefix_errors, require_extra
+from svqvae_cli.errors import Skipping, explain_resume, require_extra
 from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
 
@@ -19,7 +20,7 @@ def add_to(commands: Commands) -> None:
         "original, PSNR against the original resized to that scale, and the fraction of\n"
         "the codebook that is used. For several images the last lines give totals and\n"
         "means, and the fraction of the codebook that all images together use. Images\n"
-        "that cannot be read are named and skipped.",
+        "that cannot be read, or are too large for memory, are named and skipped.",
         "photo.jpg --output out --scales 0.25 0.5 1 --side-by-side",
     )
     add_images(parser)
@@ -39,14 +40,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    from svqvae_cli.loading import load_model
+    from svqvae_cli.loading import load_fitting_image, load_model
     from svqvae_cli.progress import progress
     from svqvae_cli.results import ResultTable
     from svqvae_hf.atomic_io import save_png
     from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions, side_by_side
-    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.paths import check_output, check_targets, find_inputs, scale_endings
-    from svqvae_hf.tokens.image_tokens import check_memory, decode_image, encode_image
+    from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
     endings = [*scale_endings(args.scales), *(["_side_by_side.png"] if args.side_by_side else [])]
     check_output(args.output)
@@ -56,11 +57,10 @@ def _reconstruct(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.device, args.dtype)
     table = ResultTable([str(file.name) for file in inputs], model.config["codebook_size"])
     skipping = Skipping(len(inputs))
+    read = partial(load_fitting_image, model=model, args=args)
     with progress(inputs) as (files, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
-        for file, original in skipping.read(files, load_image):
-            with prefix_errors(file.path):
-                check_memory(model, original.height, original.width, args.scales, args.scale_from)
+        for file, original in skipping.read(files, read):
             tokens = encode_image(model, original, args.scales, args.scale_from)
             images = decode_image(model, tokens)
             results = measure_reconstructions(original, tokens, images)
@@ -76,7 +76,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
 def _reconstruct_large(args: argparse.Namespace) -> None:
     with require_extra("--large", "large"):
         from svqvae_hf.large.large_images import reconstruct_large
-        from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES
+        from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES, ImageError
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
     from svqvae_cli.results import ResultTable
@@ -89,8 +89,11 @@ def _reconstruct_large(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
     table = ResultTable([str(file.name) for file in inputs], model.config["codebook_size"])
+    skipping = Skipping(len(inputs))
     with progress(inputs) as (files, on_tile):
-        for file, target in unfinished(files, args, "_x1.tif"):
-            with explain_resume(target, RESUME):
+        for file in unfinished(files, targets, args.resume):
+            (target,) = targets[file]
+            with skipping.attempt(ImageError, PermissionError), explain_resume(target, RESUME):
                 result = reconstruct_large(model, file.path, target, args.resume, on_tile)
-            table.add(str(file.name), [result])
+                table.add(str(file.name), [result])
+    skipping.finish()

@@ -48,6 +48,25 @@ def encode_large(
         run.encode(image, run.partial)
 
 
+def load_large_tokens(source: Path) -> ImageTokens:
+    """Reads a token file for [`decode_large`], with its ids mapped into memory.
+
+    Args:
+        source (`Path`): Token file of scale 1.
+
+    Raises:
+        ValueError: If it is no token file, or has other scales.
+    """
+    tokens = load_tokens(source, mapped=True)
+    if tokens.scales != (1,):
+        scales = ", ".join(f"{scale:g}" for scale in tokens.scales)
+        raise ValueError(
+            f"`{source}` must have scale 1 alone to be decoded as a large image, got {scales}. Decode it without "
+            "--large, or encode it at scale 1."
+        )
+    return tokens
+
+
 @torch.inference_mode()
 def decode_large(
     model: SVQVAE, source: Path, target: Path, resume: bool = False, on_tile: OnTile | None = None
@@ -65,14 +84,8 @@ def decode_large(
         ValueError: If the tokens have other scales or another codebook, an interrupted run exists but `resume` is
             false, or that run had other tokens, another model or tiling.
     """
-    tokens = load_tokens(source, mapped=True)
+    tokens = load_large_tokens(source)
     check_same_codebook(model, tokens)
-    if tokens.scales != (1,):
-        scales = ", ".join(f"{scale:g}" for scale in tokens.scales)
-        raise ValueError(
-            f"`{source}` must have scale 1 alone to be decoded as a large image, got {scales}. Decode it without "
-            "--large, or encode it at scale 1."
-        )
     with _LargeRun(model, source, target, (tokens.height, tokens.width), 1, resume, on_tile) as run:
         run.decode(tokens.ids[0], run.partial)
 

@@ -16,6 +16,15 @@ def record_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial.json")
 
 
+def check_not_interrupted(target: Path) -> None:
+    """Raises ValueError if an interrupted run has begun the output."""
+    path = record_path(target)
+    if path.exists():
+        raise ValueError(
+            f"`{target}` belongs to an interrupted run. Resume it with --resume, or remove `{path}` to start again."
+        )
+
+
 class RunRecord:
     """Record of one run: its input, model and options, and how many rows of tiles are finished.
 
@@ -35,18 +44,17 @@ class RunRecord:
         status = source.stat()
         self.facts = {"input": [source.name, status.st_size, status.st_mtime_ns], **_model_facts(model)}
         self.finished_rows: dict[str, int] = {}  # rows of tiles per pass
-        if self.path.exists():
-            self._read(resume)
+        if not resume:
+            check_not_interrupted(target)
+        elif self.path.exists():
+            self._read()
 
     def write(self) -> None:
         """Writes the record."""
         content = {"facts": self.facts, "finished_rows": self.finished_rows}
         write_file(self.path, json.dumps(content).encode())
 
-    def _read(self, resume: bool) -> None:
-        restart = f"or remove `{self.path}` to start again."
-        if not resume:
-            raise ValueError(f"`{self.target}` belongs to an interrupted run. Resume it with --resume, {restart}")
+    def _read(self) -> None:
         try:
             content = json.loads(self.path.read_bytes())
             facts = dict(content["facts"])
@@ -57,7 +65,7 @@ class RunRecord:
         if differing:
             raise ValueError(
                 f"`{self.target}` must be resumed with the input, model and options it was started with, but these "
-                f"differ: {', '.join(differing)}. Use the same, {restart}"
+                f"differ: {', '.join(differing)}. Use the same, or remove `{self.path}` to start again."
             )
 
 

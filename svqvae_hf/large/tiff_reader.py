@@ -31,7 +31,11 @@ LAYOUTS = {  # number of channels, and TIFF's codes for the extra ones -> Pillow
 }
 
 
-class UnsupportedError(ValueError):
+class ImageError(ValueError):
+    """An image that cannot be read."""
+
+
+class UnsupportedError(ImageError):
     """An image file of a kind that is not supported, although it may be intact."""
 
 
@@ -111,7 +115,7 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
     Raises:
         FileNotFoundError: If the file does not exist.
         UnsupportedError: If it is an image of another kind.
-        ValueError: If it is broken or cut short.
+        ImageError: If it is broken or cut short.
     """
     with _named_errors(path):
         with path.open("rb") as header:
@@ -126,7 +130,7 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """Puts the file's name before errors, and turns the many error types of decoders into ValueError."""
+    """Puts the file's name before errors, and turns the many error types of decoders into ImageError."""
     try:
         yield
     except (MemoryError, FileNotFoundError, PermissionError):
@@ -139,7 +143,7 @@ def _named_errors(path: Path) -> Iterator[None]:
             errno.EINVAL,
         ):  # a disk error, maybe temporary
             raise os_error(f"`{path}` cannot be read: {error.strerror}.", error) from error
-        raise ValueError(f"`{path}` cannot be read as TIFF, it may be broken or cut short: {error}") from error
+        raise ImageError(f"`{path}` cannot be read as TIFF, it may be broken or cut short: {error}") from error
 
 
 def _open_page(path: Path, page: Any) -> LargeImage:

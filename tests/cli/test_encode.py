@@ -7,6 +7,7 @@ from conftest import ROOT
 from PIL import Image
 
 from svqvae_cli import loading
+from svqvae_hf.tokens import image_tokens
 from svqvae_hf.tokens.token_files import load_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
@@ -62,6 +63,25 @@ def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, ca
 
 
 @pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
+def test_images_too_large_for_memory_are_skipped(tmp_path, out, saved_model, monkeypatch, capsys, command):
+    source, model = tmp_path / "images", ["--model", saved_model]
+    source.mkdir()
+    for name, side in (("large", 200), ("small", 8)):
+        Image.new("RGB", (side, side)).save(source / f"{name}.png")
+    if command == "decode":
+        assert svqvae("encode", source, "--output", out / "tokens", *model) == 0
+        source = out / "tokens"
+    monkeypatch.setattr(image_tokens, "available_memory", lambda device: 2**20)
+    capsys.readouterr()
+    assert svqvae(command, source, "--output", out / "made", *model) == 1
+    (written,) = (out / "made").iterdir()
+    assert written.stem.startswith("small")
+    skipped, last = capsys.readouterr().err.splitlines()
+    assert re.match(r"svqvae: skipped: `.*/large\..*`: an image of 200 x 200 pixels .* of memory", skipped)
+    assert last == "svqvae: 1 of 2 inputs were skipped"
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
 def test_what_cannot_be_read_is_named_counted_and_skipped(two_images, out, saved_model, capsys, command):
     source, model = two_images, ["--model", saved_model]
     if command == "decode":
@@ -79,7 +99,7 @@ def test_what_cannot_be_read_is_named_counted_and_skipped(two_images, out, saved
     assert svqvae(*argv) == 1
     assert {path.stem.removesuffix("_x1") for path in (out / "made").iterdir()} == {"a", "b"}
     *skipped, last = capsys.readouterr().err.splitlines()
-    assert last == "svqvae: 3 of 5 inputs could not be read"
+    assert last == "svqvae: 3 of 5 inputs were skipped"
     for line, name in zip(skipped, ("a0", "a1", "a2"), strict=True):
         assert line.startswith(f"svqvae: skipped: `{whole.with_stem(name)}`")
 
@@ -91,7 +111,9 @@ def test_one_input_that_cannot_be_read_is_an_error(two_images, out, saved_model,
     (two_images / "b.jpg").write_bytes(b"")
     assert svqvae("encode", two_images, *argv) == 2
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[2:] == ["svqvae: error: at least one input must be readable, but none of 2 is."]
+    assert captured.err.splitlines()[2:] == [
+        "svqvae: error: none of the 2 inputs could be used, for the reasons above."
+    ]
     assert captured.out == ""
     assert not out.exists()
 

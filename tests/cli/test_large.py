@@ -65,6 +65,36 @@ def test_resume_leaves_complete_outputs(saved_model, tiff, tmp_path, capsys, mon
     assert names(out) == ["photo.safetensors", "second.safetensors"]
 
 
+@pytest.mark.parametrize("command", ["encode", "reconstruct", "decode"])
+def test_what_cannot_be_read_is_named_counted_and_skipped(saved_model, tiff, tmp_path, capsys, command):
+    whole, model = tiff, ["--large", "--model", saved_model]
+    if command == "decode":
+        assert svqvae("encode", tiff, "--output", tmp_path / "tokens", *model, *TILES) == 0
+        whole = tmp_path / "tokens" / "photo.safetensors"
+        scales = ["--scales", "1", "0.5", "--model", saved_model]
+        assert svqvae("encode", tiff, "--output", whole.parent / "a", *scales) == 0  # not at scale 1 alone
+    else:
+        whole.with_stem("cut").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    whole.with_stem("broken").write_bytes(b"II*\0")
+    capsys.readouterr()
+    assert svqvae(command, whole.parent, "--output", tmp_path / "out", *model, *TILES) == 1
+    (written,) = (tmp_path / "out").iterdir()
+    assert written.stem in ("photo", "photo_x1")
+    *skipped, last = capsys.readouterr().err.splitlines()
+    assert len(skipped) == 2
+    assert all(line.startswith("svqvae: skipped: `") for line in skipped)
+    assert last == "svqvae: 2 of 3 inputs were skipped"
+
+
+def test_an_interrupted_run_ends_the_command_before_its_work(saved_model, tiff, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "photo.safetensors.partial.json").write_text("{}")
+    shutil.copy(tiff, tmp_path / "a.tif")
+    argv = ["--large", "--output", tmp_path / "out", "--model", saved_model]
+    assert "photo.safetensors` belongs to an interrupted run" in fails(capsys, "encode", tmp_path, *argv)
+    assert names(tmp_path / "out") == ["photo.safetensors.partial.json"]
+
+
 def test_mistakes_are_one_line(saved_model, tiff, tmp_path, capsys):
     (tmp_path / "broken.tif").write_bytes(b"II*\0")
     out = ["--output", tmp_path / "out", "--model", saved_model]

@@ -274,7 +274,7 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     crops = ["--crops", "centre", "--resolution", "16", "--scales", "0.5", "1", "--max-images", "4"]
     assert svqvae("tokenize", photos, out, *crops, *model, "--tile-size", "32", "--overlap", "8") == 1
     written, error = capsys.readouterr()
-    assert error == "svqvae: 1 of 4 inputs could not be read\n"
+    assert error == "svqvae: 1 of 4 inputs were skipped\n"
     assert written == f"written  {out} (images: 4, rows: 3, shards: 1)\n" + (
         f"skipped  {out / 'skipped.json'} (unreadable images: 1)\n"
     )
