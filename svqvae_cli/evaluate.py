@@ -1,6 +1,7 @@
 """`svqvae evaluate`."""
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import (
     OVERLAP,
@@ -17,6 +18,17 @@ from svqvae_cli.arguments import (
 )
 from svqvae_cli.errors import check_none_skipped, require_extra
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+    from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
+    from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
+
+CLASSES = (
+    "SVQVAE; VQModel, AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers; Janus, Emu3 or Chameleon of "
+    "transformers"
+)
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.baselines.codecs`
 
 
@@ -27,14 +39,22 @@ def add_to(commands: Commands) -> None:
         "evaluate",
         run,
         "measure a model on an image set",
-        "Writes report.json, report.md, plots, and metadata for the model card. On\n"
-        "several GPUs:\n"
+        "Writes report.json, report.md, plots, and metadata for the model card. With\n"
+        "--beside, or a MODEL of another class, writes one table of all tokenizers at\n"
+        "the size of the images. On several GPUs:\n"
         "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
         "org/svqvae photos --output report --scales 1 0.5 0.25",
     )
-    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="model folder or Hub id")
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help=f"model folder or Hub id: {CLASSES}")
     add_image_set(parser)
     add_output(parser, "folder to write to")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        type=path_or_name,
+        metavar="OTHER",
+        help="further models of any of these classes for the same table",
+    )
     parser.add_argument(
         "--resolution",
         type=int,
@@ -86,56 +106,129 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures a model on an image set, and writes numbers, tables and plots."""
+    """Measures models on an image set, and writes numbers, tables and plots."""
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
-        from svqvae_hf.evaluation.baselines.blocks import BlockBaseline, fit_block_baselines, read_fit_images
-        from svqvae_hf.evaluation.baselines.codecs import CODECS
-        from svqvae_hf.evaluation.evaluate import evaluate
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
-        from svqvae_hf.evaluation.report import summary, write_report
+        from svqvae_hf.evaluation.tokenizers.loading import class_name
     from accelerate import PartialState
 
-    from svqvae_cli.loading import find_device, load_model, process_device
-    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-    from svqvae_hf.paths import check_output, find_files
+    from svqvae_cli.loading import check_source, explain_loading, find_device
+    from svqvae_hf.paths import check_output
 
     check_output(args.output)
+    for source in (args.model, *(args.beside or [])):
+        check_source(source, subfolder=True)
+    with explain_loading(args.model):
+        compares = args.beside is not None or class_name(args.model) != "SVQVAE"
+    if compares:
+        _check_comparison(args)
     state = PartialState(cpu=find_device(args.device).type == "cpu")
-    images = open_images(args.data, **image_set_options(args))
-    lpips = load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None
-    inception = load_inception(args.inception_weights) if args.inception_weights else None
+    options = {
+        "images": open_images(args.data, **image_set_options(args)),
+        "resolution": args.resolution,
+        "lpips": load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None,
+        "inception": load_inception(args.inception_weights) if args.inception_weights else None,
+    }
+    settings = {
+        "data": args.data,
+        "baselines": args.baselines,
+        **image_set_options(args),
+        "lpips_net": args.lpips_net,
+        "lpips_weights": args.lpips_weights and args.lpips_weights.name,
+        "inception_weights": args.inception_weights and args.inception_weights.name,
+    }
+    with require_extra("evaluate", "eval"):
+        measured, skipped = (_compare if compares else _evaluate)(args, state, options, settings)
+    state.destroy_process_group()
+    if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
+        check_none_skipped(skipped, measured + skipped)
+
+
+def _check_comparison(args: argparse.Namespace) -> None:
+    for name in ("modes", "tile_size", "overlap", "half_precision"):
+        if getattr(args, name) != args.parser.get_default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for one SVQVAE alone, because a comparison runs images as a whole in "
+                "float32. Leave it out."
+            )
+
+
+def _evaluate(
+    args: argparse.Namespace, state: "PartialState", options: dict[str, Any], settings: dict[str, Any]
+) -> tuple[int, int]:
+    """Measures one SVQVAE, whole and by tiles. Returns the number of images measured and skipped."""
+    from svqvae_cli.loading import load_model, process_device
+    from svqvae_hf.evaluation.baselines.codecs import CODECS
+    from svqvae_hf.evaluation.evaluate import evaluate
+    from svqvae_hf.evaluation.report import summary, write_report
+
     model = load_model(args.model, process_device(args.device, state), "float32")
-    block_baselines: list[BlockBaseline] = []
-    if args.baselines:
-        fit_images = read_fit_images(find_files(args.baselines, IMAGE_SUFFIXES), model.f, model.device)
-        codebook_size, dim = model.config["codebook_size"], model.config["codebook_embed_dim"]
-        block_baselines = fit_block_baselines(fit_images, model.f, codebook_size, dim)
     report = evaluate(
         model,
-        images,
         scales=args.scales,
         scale_from=args.scale_from,
         modes=args.modes,
         tile_size=args.tile_size,
         overlap=args.overlap,
-        resolution=args.resolution,
         half_precision=args.half_precision,
-        lpips=lpips,
-        inception=inception,
-        block_baselines=block_baselines,
+        block_baselines=_fit_baselines(
+            args, model.f, model.config["codebook_size"], model.config["codebook_embed_dim"], model.device
+        )
+        if args.baselines
+        else [],
         codecs=[name for name in CODECS if name.lower() in args.codecs],
+        **options,
     )
     if state.is_main_process:
-        report.settings |= {"model": args.model, "data": args.data, "baselines": args.baselines}
-        report.settings |= image_set_options(args)
-        report.settings |= {
-            "lpips_net": args.lpips_net,
-            "lpips_weights": args.lpips_weights and args.lpips_weights.name,
-            "inception_weights": args.inception_weights and args.inception_weights.name,
-        }
+        report.settings |= {"model": args.model, **settings}
         write_report(report, args.output)
         print(summary(report))
-    state.destroy_process_group()
-    if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
-        check_none_skipped(len(report.skipped), len(report.images) + len(report.skipped))
+    return len(report.images), len(report.skipped)
+
+
+def _compare(
+    args: argparse.Namespace, state: "PartialState", options: dict[str, Any], settings: dict[str, Any]
+) -> tuple[int, int]:
+    """Measures all tokenizers by one protocol. Returns the number of images measured and skipped."""
+    import torch
+
+    from svqvae_cli.loading import explain_loading, process_device
+    from svqvae_hf.evaluation.baselines.blocks import KMeans, LinearDecoder
+    from svqvae_hf.evaluation.baselines.codecs import CODECS
+    from svqvae_hf.evaluation.comparison import QUALITIES
+    from svqvae_hf.evaluation.tokenizers.baselines import BlockTokenizer, CodecTokenizer
+    from svqvae_hf.evaluation.tokenizers.compare import compare_tokenizers
+    from svqvae_hf.evaluation.tokenizers.loading import load_tokenizers
+    from svqvae_hf.evaluation.tokenizers.table import comparison_table, write_comparison
+
+    device = torch.device(process_device(args.device, state))
+    tokenizers: list[Tokenizer] = []
+    for source in (args.model, *(args.beside or [])):
+        with explain_loading(source):
+            tokenizers += load_tokenizers(source, device, args.scales, args.scale_from)
+    if args.baselines:
+        shape = next(((each.f, each.codebook_size) for each in tokenizers if each.codebook_size), None)
+        if shape is None:
+            raise ValueError("--baselines needs a model with a codebook, whose f and number of codes k-means takes.")
+        fitted = _fit_baselines(args, *shape, 1, device)
+        tokenizers += [BlockTokenizer(each) for each in fitted if isinstance(each, KMeans | LinearDecoder)]
+    codecs = [name for name in CODECS if name.lower() in args.codecs]
+    tokenizers += [CodecTokenizer(codec, quality) for codec in codecs for quality in QUALITIES]
+    comparison = compare_tokenizers(tokenizers, device=device, **options)
+    if state.is_main_process:
+        comparison.settings |= {"models": [args.model, *(args.beside or [])], **settings}
+        write_comparison(comparison, args.output)
+        print("\n".join([*comparison_table(comparison.rows), "", *comparison.notes]))
+    return len(comparison.images), len(comparison.skipped)
+
+
+def _fit_baselines(
+    args: argparse.Namespace, f: int, codebook_size: int, dim: int, device: "torch.device"
+) -> "list[BlockBaseline]":
+    from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines, read_fit_images
+    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+    from svqvae_hf.paths import find_files
+
+    images = read_fit_images(find_files(args.baselines, IMAGE_SUFFIXES), f, device)
+    return fit_block_baselines(images, f, codebook_size, dim)

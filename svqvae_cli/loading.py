@@ -3,7 +3,8 @@
 import argparse
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,36 @@ def load_model(source: str | None, device: str | None, dtype: str, **options: An
 
 def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **options: Any) -> Any:
     """Loads a model or a pipeline of class `cls`, as [`load_model`] does."""
+    check_source(source)
+    found_device = find_device(device)
+    with explain_loading(source):
+        model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+    return model.to(found_device)
+
+
+def check_source(source: str, subfolder: bool = False) -> None:
+    """Raises ValueError unless a model can be loaded from `source`: a folder or a Hub id, here with a subfolder."""
     path = Path(source)
     if path.is_file():
         raise ValueError(
             f"a model must be a folder or a Hub id, got the file `{source}`. Convert it with `svqvae convert` first."
         )
-    if not path.is_dir() and not re.fullmatch(REPO_ID, source):
+    if not path.is_dir() and not re.fullmatch(REPO_ID + (r"(/[\w.-]+)?" if subfolder else ""), source):
         raise ValueError(
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
             "for `convert` and `info`, is `org/repo:file`."
         )
-    found_device = find_device(device)
+
+
+@contextmanager
+def explain_loading(source: str) -> Iterator[None]:
+    """Names the model and the real cause in an error of loading it."""
     for library in ("diffusers", "huggingface_hub", "transformers"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # the error below says what they would log
     try:
-        model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+        yield
     except OSError as error:
         raise OSError(f"could not load the model `{source}`: {_find_cause(error)}") from error
-    return model.to(found_device)
 
 
 def _find_cause(error: OSError) -> str:

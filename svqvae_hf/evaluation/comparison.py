@@ -1,6 +1,5 @@
 """Metrics of one image's reconstructions, by the model or by a baseline. All images are 8-bit."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from PIL import Image
 
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
-from svqvae_hf.evaluation.baselines.codecs import save_image, save_within, usable_codecs
+from svqvae_hf.evaluation.baselines.codecs import open_image, save_image, save_within, usable_codecs
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.pictures import resize_image
 
@@ -61,7 +60,7 @@ def codec_metrics(image: Image.Image, codecs: Sequence[str], device: torch.devic
         for quality in QUALITIES:
             content = save_image(image, codec, quality)
             rate = metrics.bits_per_pixel(len(content), 8, image.width * image.height)
-            values = full_size_metrics(_open(content), image, device)
+            values = full_size_metrics(open_image(content), image, device)
             points.append({"codec": codec, "quality": quality, "bits_per_pixel": rate, **values})
     return points
 
@@ -93,12 +92,7 @@ def reconstruct_by_baselines(
         yield baseline.title, baseline.bits(image.height, image.width), reconstruction
     for codec in usable_codecs(image, codecs):
         content = save_within(image, codec, bits)
-        yield codec, 8 * len(content), _open(content)
-
-
-def _open(content: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(content)) as image:
-        return image.convert("RGB")
+        yield codec, 8 * len(content), open_image(content)
 
 
 def to_tensor(image: Image.Image, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from operator import length_hint
 from typing import Any
@@ -105,10 +105,7 @@ def evaluate(
     evaluator = _Evaluator(
         model, scales, scale_from, modes, tile_size, overlap, half_precision, lpips, inception, block_baselines, codecs
     )
-    records, skipped = _measure_images(evaluator, images, resolution, state)
-    if not records:
-        first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"At least one image must be readable, but none of {len(skipped)} is.{first}")
+    records, skipped = measure_images(evaluator.measure, images, resolution, state)
     shown = modes if any(record["tiled"] for record in records) else modes[:1]
     results, baselines = evaluator.results(records, shown), _baseline_means(records)
     notes = write_notes(results, baselines, records, lpips, inception)
@@ -148,10 +145,27 @@ def _check_options(scales: Sequence[float], modes: Sequence[str], resolution: in
         raise ValueError(f"`resolution` must be at least 1, got {resolution}.")
 
 
-def _measure_images(
-    evaluator: "_Evaluator", images: Iterable[ImageSource | ImageRow], resolution: int | None, state: PartialState
+def measure_images(
+    measure: Callable[..., dict[str, Any]],
+    images: Iterable[ImageSource | ImageRow],
+    resolution: int | None,
+    state: PartialState,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records of the readable images and of the unreadable ones, from all processes, in the order of the set."""
+    """Measures every n-th image of a set in each of n processes.
+
+    Args:
+        measure (`Callable`): Called with an image, its `index` and its `name`; returns its values.
+        images (`Iterable`): As in [`evaluate`].
+        resolution (`int`, *optional*): As in [`evaluate`].
+        state (`PartialState`): The processes.
+
+    Returns:
+        `tuple[list[dict], list[dict]]`: Records of the readable images and of the unreadable ones, from all processes,
+        in the order of the set.
+
+    Raises:
+        ValueError: No image can be read.
+    """
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     total = length_hint(images) or None
@@ -167,8 +181,19 @@ def _measure_images(
             continue
         if resolution is not None:
             image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
-        records.append(identity | evaluator.measure(image, **identity))
-    return _gather_records(records), _gather_records(skipped)
+        records.append(identity | measure(image, **identity))
+    records, skipped = _gather_records(records), _gather_records(skipped)
+    if not records:
+        first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
+        raise ValueError(f"At least one image must be readable, but none of {len(skipped)} is.{first}")
+    return records, skipped
+
+
+def new_fid(inception: nn.Module, device: torch.device) -> FrechetInceptionDistance:
+    """Accumulator of rFID with this network, as in [`evaluate`]."""
+    fid = FrechetInceptionDistance(inception)
+    fid.orig_dtype = torch.float32  # otherwise set by the first image, but a process may have none
+    return fid.to("cpu" if device.type == "mps" else device)  # mps has no float64
 
 
 class _ScaleTotals:
@@ -179,11 +204,7 @@ class _ScaleTotals:
         self.scale = scale
         self.counts = torch.zeros(model.config["codebook_size"], dtype=torch.int64)
         self.latent_sum = torch.zeros(model.config["codebook_embed_dim"], dtype=torch.float64)
-        self.fid: FrechetInceptionDistance | None = None
-        if inception is not None:
-            self.fid = FrechetInceptionDistance(inception)
-            self.fid.orig_dtype = torch.float32  # otherwise set by the first image, but a process may have none
-            self.fid.to("cpu" if model.device.type == "mps" else model.device)  # mps has no float64
+        self.fid = new_fid(inception, model.device) if inception is not None else None
 
     def add(self, ids: torch.Tensor, latents: torch.Tensor, sample: torch.Tensor, target: torch.Tensor) -> None:
         """Adds one image: its ids, its latents before quantisation, its reconstruction and its reference."""
@@ -361,16 +382,14 @@ def _scale_result(
         for values, record in zip(per_image, records, strict=True)
     ]
     means = {
-        key: _mean([values[key] for values in per_image])
-        for key in per_image[0]
-        if key not in ("mode", "scale", "ids")
+        key: mean([values[key] for values in per_image]) for key in per_image[0] if key not in ("mode", "scale", "ids")
     }
     over_set = {
         "rfid": totals.fid.compute().item() if totals.fid is not None and len(records) > 1 else None,
         "usage": metrics.usage(counts),
         "perplexity": metrics.perplexity(counts),
         "entropy": entropy,
-        "bits_per_pixel_entropy": _mean(entropy_rates),
+        "bits_per_pixel_entropy": mean(entropy_rates),
         "latent_cosine": metrics.mean_cosine(latent_sum, ids),
     }
     return ScaleResult(totals.mode, totals.scale, {"ids": ids / len(records), **means, **over_set}, counts.numpy())
@@ -398,7 +417,7 @@ def _gather_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(gather_object(records), key=lambda record: record["index"])
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
     """Mean of the available values. Infinite PSNRs (exact images) are excluded unless all are infinite."""
     present = [value for value in values if value is not None]
     counted = [value for value in present if value != math.inf] or present
@@ -411,7 +430,7 @@ def _codec_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((point["codec"], point["quality"]), []).append(point)
     return [
         {"codec": codec, "quality": quality}
-        | {key: _mean([point[key] for point in group]) for key in ("bits_per_pixel", "psnr", "ssim")}
+        | {key: mean([point[key] for point in group]) for key in ("bits_per_pixel", "psnr", "ssim")}
         | {"exact": sum(point["psnr"] == math.inf for point in group)}
         for (codec, quality), group in groups.items()
     ]
@@ -423,7 +442,7 @@ def _baseline_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((point["baseline"], point["scale"]), []).append(point)
     return [
         {"baseline": baseline, "scale": scale}
-        | {key: _mean([point[key] for point in group]) for key in BASELINE_VALUES}
+        | {key: mean([point[key] for point in group]) for key in BASELINE_VALUES}
         | {"exceeds": sum(point["exceeds"] for point in group), "images": len(group)}
         for (baseline, scale), group in groups.items()
     ]

@@ -85,8 +85,8 @@ def write_report(report: Report, folder: Path) -> None:
     write_file(folder / "report.md", markdown(report).encode())
     card = ModelCardData(model_name=_last_part(report.settings["model"]), eval_results=eval_results(report))
     write_file(folder / "model-index.yaml", (card.to_yaml() + "\n").encode())
-    _save_figure(codebook_figure(report), folder / "codebook.png")
-    _save_figure(rate_figure(report), folder / "rate_distortion.png")
+    save_figure(codebook_figure(report), folder / "codebook.png")
+    save_figure(rate_figure(report), folder / "rate_distortion.png")
     for name, examples in (("worst", report.worst), ("best", report.best)):
         save_png(examples_sheet(examples, report.settings["scales"]), folder / f"{name}.png")
     save_png(baselines_sheet(report.worst, report.settings["scales"][0]), folder / "baselines.png")
@@ -103,7 +103,7 @@ def markdown(report: Report) -> str:
         + (f", resized and cropped to {settings['resolution']} pixels a side." if settings["resolution"] else "."),
         f"Scales are made from the {settings['scale_from']}. "
         f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions; "
-        + f"the mean cosine between a code and its nearest neighbour is {_cell(codebook['redundancy'], '.3f')}.",
+        + f"the mean cosine between a code and its nearest neighbour is {format_cell(codebook['redundancy'], '.3f')}.",
     ]
     for title, keys in TABLES.items():
         lines += ["", f"## {title}", "", *results_table(report, keys)]
@@ -139,11 +139,11 @@ def results_table(report: Report, keys: Sequence[str]) -> list[str]:
         [
             MODE_NAMES[result.mode].format(**report.settings),
             f"{result.scale:g}",
-            *(_cell(result.values[key], METRICS[key].format) for key in shown),
+            *(format_cell(result.values[key], METRICS[key].format) for key in shown),
         ]
         for result in report.results
     ]
-    return _table(["images", "scale", *(METRICS[key].title for key in shown)], rows)
+    return format_table(["images", "scale", *(METRICS[key].title for key in shown)], rows)
 
 
 def baselines_table(report: Report) -> list[str]:
@@ -152,9 +152,9 @@ def baselines_table(report: Report) -> list[str]:
     for result in _first_mode(report):
         beside = [each for each in report.baselines if each["scale"] == result.scale]
         for title, values in (("the model", result.values), *((each["baseline"], each) for each in beside)):
-            cells = (_cell(values[key], METRICS[key].format) for key in BASELINE_METRICS)
+            cells = (format_cell(values[key], METRICS[key].format) for key in BASELINE_METRICS)
             rows.append([title, f"{result.scale:g}", *cells])
-    return _table(["coded by", "scale", *(METRICS[key].title for key in BASELINE_METRICS)], rows)
+    return format_table(["coded by", "scale", *(METRICS[key].title for key in BASELINE_METRICS)], rows)
 
 
 def _baselines_by_scale(report: Report) -> list[str]:
@@ -162,8 +162,8 @@ def _baselines_by_scale(report: Report) -> list[str]:
     psnr = {("the model", each.scale): each.values["psnr"] for each in _first_mode(report)}
     psnr |= {(each["baseline"], each["scale"]): each["psnr"] for each in report.baselines}
     scales, titles = report.settings["scales"], dict.fromkeys(title for title, _ in psnr)
-    rows = [[title, *(_cell(psnr.get((title, scale)), ".2f") for scale in scales)] for title in titles]
-    return _table(["PSNR, dB, at the same bits", *(f"scale {scale:g}" for scale in scales)], rows)
+    rows = [[title, *(format_cell(psnr.get((title, scale)), ".2f") for scale in scales)] for title in titles]
+    return format_table(["PSNR, dB, at the same bits", *(f"scale {scale:g}" for scale in scales)], rows)
 
 
 def eval_results(report: Report) -> list[EvalResult]:
@@ -214,7 +214,8 @@ def codebook_figure(report: Report) -> Figure:
     axes.set_ylim(bottom=0.8)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_title(f"Codes by frequency, {len(report.images)} images", loc="left")
-    _finish(axes)
+    finish_axes(axes)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -227,14 +228,15 @@ def rate_figure(report: Report) -> Figure:
         _plot_scales(axes, report, f"{key}_full_size")
         axes.set(xscale="log", xlabel="bits per pixel of the image", ylabel=f"{label}, at the image's size")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        _finish(axes)
+        finish_axes(axes)
+        axes.legend(frameon=False, fontsize=9)
     figure.suptitle(f"Rate and distortion, means over {len(report.images)} images", x=0.01, ha="left")
     return figure
 
 
 def _plot_codecs(axes: Axes, report: Report, key: str) -> None:
     for codec, (colour, style) in GREYS.items():
-        points = [each for each in report.codecs if each["codec"] == codec and _is_finite(each[key])]
+        points = [each for each in report.codecs if each["codec"] == codec and is_finite(each[key])]
         rates, values = ([each[name] for each in points] for name in ("bits_per_pixel", key))
         axes.plot(rates, values, color=colour, linestyle=style, marker=".", label=codec)
 
@@ -251,7 +253,7 @@ def _plot_block_baselines(axes: Axes, report: Report, key: str) -> None:
 
 def _plot_scales(axes: Axes, report: Report, key: str) -> None:
     results = sorted(_first_mode(report), key=lambda result: result.values["bits_per_pixel"] or 0)
-    shown = [result for result in results if _is_finite(result.values[key])]
+    shown = [result for result in results if is_finite(result.values[key])]
     values = np.array([result.values[key] for result in shown], float)
     for rate, fill, name in (
         ("bits_per_pixel", "white", "ids, plain"),
@@ -312,7 +314,7 @@ def _stack(panels: Iterable[Sequence[Panel]]) -> Image.Image:
 
 def _document(report: Report) -> dict[str, Any]:
     """Content of `report.json`. JSON has no infinity, so infinite values become the text "inf"."""
-    return _jsonable(
+    return to_json(
         {
             "settings": report.settings,
             "versions": report.versions,
@@ -330,11 +332,12 @@ def _document(report: Report) -> dict[str, Any]:
     )
 
 
-def _jsonable(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Replaces infinite values in a tree of dictionaries and lists by text, because JSON has none."""
     if isinstance(value, dict):
-        return {key: _jsonable(each) for key, each in value.items()}
+        return {key: to_json(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_jsonable(each) for each in value]
+        return [to_json(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -346,13 +349,14 @@ def _last_part(source: str) -> str:
 def _codec_table(report: Report) -> list[str]:
     formats = {"quality": "d", "bits_per_pixel": ".4f", "psnr": ".2f", "ssim": ".4f", "exact": "d"}
     rows = [
-        [each["codec"], *(_cell(each[key], format_spec) for key, format_spec in formats.items())]
+        [each["codec"], *(format_cell(each[key], format_spec) for key, format_spec in formats.items())]
         for each in report.codecs
     ]
-    return _table(["codec", "quality", "bits per pixel", "PSNR, dB", "SSIM", "exact images"], rows)
+    return format_table(["codec", "quality", "bits per pixel", "PSNR, dB", "SSIM", "exact images"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
     return [
@@ -360,7 +364,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _cell(value: float | None, format_spec: str) -> str:
+def format_cell(value: float | None, format_spec: str) -> str:
+    """Text of a value in a table; a dash if it could not be computed."""
     return "–" if value is None else format(value, format_spec)
 
 
@@ -368,18 +373,20 @@ def _first_mode(report: Report) -> list[ScaleResult]:
     return [result for result in report.results if result.mode == report.results[0].mode]
 
 
-def _is_finite(value: float | None) -> bool:
+def is_finite(value: float | None) -> bool:
+    """Whether a value can be plotted."""
     return value is not None and math.isfinite(value)
 
 
-def _finish(axes: Axes) -> None:
+def finish_axes(axes: Axes) -> None:
+    """Adds the grid of a plot and removes its frame."""
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a plot as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI)
     write_file(path, content.getvalue())

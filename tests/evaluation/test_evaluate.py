@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from conftest import make_tiny
+from conftest import Features, make_tiny
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -28,16 +28,6 @@ from svqvae_hf.evaluation.report import summary, write_report
 from svqvae_hf.models.checks import SCALE_SOURCES
 
 SCALES = (1.0, 0.5, 2.0)
-
-
-class Features(nn.Module):
-    """Stand-in for Inception: six numbers per image."""
-
-    num_features = 6
-
-    def forward(self, images):
-        images = images.double()
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def report(evaluated):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing them takes most of the time."""
-    monkeypatch.setattr("svqvae_hf.evaluation.report._save_figure", lambda *_: None)
+    monkeypatch.setattr("svqvae_hf.evaluation.report.save_figure", lambda *_: None)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -113,11 +113,18 @@ class KMeans(BlockBaseline):
             codes = torch.where(counts > 0, sums / counts.clamp(min=1), draw())
         return cls(codes)
 
+    def encode(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Ids `(batch, h, w)` of the nearest codes."""
+        flat = blocks.movedim(1, -1)
+        return self.codebook.nearest_ids((flat - self.mean).flatten(0, -2)).view(flat.shape[:-1])
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codes `(batch, 3 * side * side, h, w)` of ids."""
+        return self.codes[ids].movedim(-1, 1)
+
     def code(self, blocks: torch.Tensor) -> torch.Tensor:
         """Replaces blocks by codes."""
-        flat = blocks.movedim(1, -1)
-        ids = self.codebook.nearest_ids((flat - self.mean).flatten(0, -2)).view(flat.shape[:-1])
-        return self.codes[ids].movedim(-1, 1)
+        return self.decode(self.encode(blocks))
 
 
 class LinearDecoder(BlockBaseline):
@@ -133,6 +140,7 @@ class LinearDecoder(BlockBaseline):
     def __init__(self, kmeans: KMeans, weight: torch.Tensor):
         super().__init__(kmeans.side, kmeans.bits_per_block)
         self.kmeans = kmeans
+        self.codes = kmeans.codes
         self.weight = weight
 
     @classmethod
@@ -155,10 +163,18 @@ class LinearDecoder(BlockBaseline):
         products.diagonal().add_(RIDGE * products.diagonal().mean())
         return cls(kmeans, torch.linalg.solve(products, targets).T.float().reshape(dim, dim, 3, 3))
 
-    def code(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Replaces blocks by codes, and adds to each what its neighbourhood says."""
-        coded = self.kmeans.code(blocks)
+    def encode(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Ids `(batch, h, w)` of the nearest codes."""
+        return self.kmeans.encode(blocks)
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codes of ids, each with the correction that its neighbourhood predicts."""
+        coded = self.kmeans.decode(ids)
         return coded + F.conv2d(_padded(coded - self.kmeans.mean[:, None, None]), self.weight)
+
+    def code(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Replaces blocks by codes, each with the correction that its neighbourhood predicts."""
+        return self.decode(self.encode(blocks))
 
 
 class PrincipalComponents(BlockBaseline):

@@ -40,6 +40,12 @@ def save_image(image: Image.Image, codec: str, quality: int) -> bytes:
     return file.getvalue()
 
 
+def open_image(content: bytes) -> Image.Image:
+    """Image of the content of an image file."""
+    with Image.open(io.BytesIO(content)) as image:
+        return image.convert("RGB")
+
+
 def save_within(image: Image.Image, codec: str, bits: float) -> bytes:
     """Content of the image file with the highest quality whose size is at most `bits`, or of the lowest quality.
 

@@ -1,0 +1,107 @@
+"""Adapters of [`SVQVAE`] and of models of diffusers."""
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+
+
+class SVQVAETokenizer:
+    """[`SVQVAE`] at one scale, as a whole image.
+
+    Args:
+        title (`str`): Name in the tables.
+        model ([`SVQVAE`]): Model in evaluation mode.
+        scale (`float`, defaults to 1.0): Output side over input side. The reconstruction is resized to the image.
+        scale_from (`str`, defaults to `"image"`): What is resized to the scale, see [`SVQVAE.forward`].
+    """
+
+    def __init__(self, title: str, model: SVQVAE, scale: float = 1.0, scale_from: str = "image"):
+        self.title, self.model, self.scale, self.scale_from = title, model, scale, scale_from
+        self.f = model.f
+        self.codebook_size = model.config["codebook_size"]
+        self.low, high = model.config["pixel_range"]
+        self.half_range = (high - self.low) / 2
+
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Ids `(1, h, w)`."""
+        return self.model.encode_tokens((sample + 1) * self.half_range + self.low, [self.scale], self.scale_from)[0]
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Image `(1, 3, h * f, w * f)`."""
+        return (self.model.decode_tokens(codes) - self.low) / self.half_range - 1
+
+
+class VQModelTokenizer:
+    """`VQModel` of diffusers."""
+
+    def __init__(self, title: str, model: VQModel):
+        self.title, self.model = title, model
+        self.f = 2 ** (len(model.config.block_out_channels) - 1)
+        self.codebook_size = model.config.num_vq_embeddings
+
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Ids `(1, h, w)`."""
+        latents = self.model.encode(sample).latents
+        return self.model.quantize(latents)[2][2].view(1, *latents.shape[-2:])
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Image from the entries of the codebook."""
+        shape = (*codes.shape, self.model.config.vq_embed_dim or self.model.config.latent_channels)
+        quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)
+        spatial = quantized if self.model.config.norm_type == "spatial" else None
+        return self.model.decoder(self.model.post_quant_conv(quantized), spatial)
+
+
+class AutoencoderKLTokenizer:
+    """`AutoencoderKL` of diffusers. Latents are the mean of their distribution, stored in float16."""
+
+    codebook_size = None
+
+    def __init__(self, title: str, model: AutoencoderKL):
+        self.title, self.model = title, model
+        self.f = 2 ** (len(model.config.block_out_channels) - 1)
+
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Latents `(1, latent_channels, h, w)`."""
+        return self.model.encode(sample).latent_dist.mode().half()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Image from the latents."""
+        return self.model.decode(codes.float()).sample
+
+
+class AutoencoderTinyTokenizer:
+    """`AutoencoderTiny` of diffusers. Latents are stored in 8 bits, as its `forward` does."""
+
+    codebook_size = None
+
+    def __init__(self, title: str, model: AutoencoderTiny):
+        self.title, self.model = title, model
+        self.f = 2 ** (len(model.config.encoder_block_out_channels) - 1)
+
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Latents `(1, latent_channels, h, w)` in uint8."""
+        return self.model.scale_latents(self.model.encode(sample).latents).mul(255).round().byte()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Image from the latents."""
+        return self.model.decode(self.model.unscale_latents(codes / 255)).sample
+
+
+class AutoencoderDCTokenizer:
+    """`AutoencoderDC` of diffusers. Latents are stored in float16."""
+
+    codebook_size = None
+
+    def __init__(self, title: str, model: AutoencoderDC):
+        self.title, self.model = title, model
+        self.f = model.spatial_compression_ratio
+
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Latents `(1, latent_channels, h, w)`."""
+        return self.model.encode(sample).latent.half()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Image from the latents."""
+        return self.model.decode(codes.float()).sample

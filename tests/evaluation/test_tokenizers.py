@@ -1,0 +1,288 @@
+"""Tokenizers of other libraries, measured by one protocol: each figure is equal to a computation by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cli_runner import fails, svqvae
+from conftest import Features, make_tiny
+from foreign_tokenizers import CASES, make_tokenizer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.conversion.convert import convert
+from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
+from svqvae_hf.evaluation.baselines.codecs import CODECS, open_image, save_image
+from svqvae_hf.evaluation.evaluate import evaluate
+from svqvae_hf.evaluation.tokenizers.baselines import BlockTokenizer, CodecTokenizer
+from svqvae_hf.evaluation.tokenizers.compare import compare_tokenizers
+from svqvae_hf.evaluation.tokenizers.loading import load_tokenizers
+from svqvae_hf.evaluation.tokenizers.memory import PeakMemory
+
+
+@pytest.fixture
+def images(photo):
+    """Images whose sides are multiples of 4, and are not."""
+    return [photo.crop((100, 60, 148, 92)), photo.crop((200, 100, 233, 121))]
+
+
+def pixels(image):
+    return torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_figures_are_those_computed_by_hand(tmp_path, images, name):
+    model = make_tokenizer(name)
+    model.save_pretrained(tmp_path / name)
+    comparison = compare_tokenizers(load_tokenizers(str(tmp_path / name)), images)
+    (row,) = comparison.rows
+    expected, ids = [], []
+    for image, record in zip(images, comparison.images, strict=True):
+        (values,) = record["results"]
+        sample = pixels(image) / 127.5 - 1
+        f = CASES[name].f
+        padded = F.pad(sample, (0, -image.width % f, 0, -image.height % f), mode="replicate")
+        with torch.no_grad():
+            by_hand = CASES[name].by_hand(model, padded)
+        assert values["tokens"] == by_hand.tokens == padded[0, 0].numel() // f**2
+        assert values["bits_per_pixel"] == pytest.approx(by_hand.bits / (image.width * image.height))
+        ids += [] if by_hand.ids is None else by_hand.ids.flatten().tolist()
+        if by_hand.sample is None:
+            assert values["psnr"] is None
+            continue
+        cropped = by_hand.sample[0, :, : image.height, : image.width]
+        decoded = ((cropped.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
+        expected.append(peak_signal_noise_ratio(np.array(image), decoded, data_range=255))
+        assert values["psnr"] == pytest.approx(expected[-1], abs=1e-2)
+        ssim = structural_similarity(
+            *(np.array(image), decoded),
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+            channel_axis=2,
+        )
+        assert values["ssim"] == pytest.approx(ssim, abs=1e-3)
+    assert row["psnr"] == (pytest.approx(np.mean(expected), abs=1e-2) if expected else None)
+    assert (row["decode_speed"] is None) == (not expected)
+    assert row["encode_speed"] > 0
+    assert row["memory"] * 2**20 > sum(each.numel() * 4 for each in model.encoder.parameters())
+    if ids:
+        counts = np.bincount(ids)
+        assert len(set(ids)) > 1
+        frequency = counts[counts > 0] / len(ids)
+        assert row["usage"] == len(set(ids)) / (64 if name == "JanusVQVAE" else 32)
+        assert row["perplexity"] == pytest.approx(2 ** -(frequency * np.log2(frequency)).sum())
+    else:
+        assert row["usage"] is None
+
+
+@pytest.mark.parametrize("prefix", ["model.vqmodel.", "vqmodel."])
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("JanusVQVAE", "janus"), ("Emu3VQVAE", "emu3"), ("ChameleonVQVAE", "chameleon")]
+)
+def test_tokenizer_within_a_whole_model(tmp_path, images, name, model_type, prefix):
+    model = make_tokenizer(name)
+    config = {"model_type": model_type, "vq_config": model.config.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {f"{prefix}{key}": tensor for key, tensor in model.state_dict().items()}
+    others = {"model.language_model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
+    save_file(weights | others, tmp_path / "model.safetensors", {"format": "pt"})
+    (whole,) = load_tokenizers(str(tmp_path))
+    model.save_pretrained(tmp_path / "alone")
+    (alone,) = load_tokenizers(str(tmp_path / "alone"))
+    sample = pixels(images[0]) / 127.5 - 1
+    assert torch.equal(whole.encode(sample), alone.encode(sample))
+    assert {key: value.sum() for key, value in whole.model.state_dict().items()} == {
+        key: value.sum() for key, value in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "JanusVQVAE"])
+def test_missing_weights_are_an_error(tmp_path, name):
+    make_tokenizer(name).save_pretrained(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    weights = load_file(path)
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"must have all weights of {name}, but 1 are .* encoder.conv_in.weight"):
+        load_tokenizers(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"_class_name": "AutoencoderOobleck"}', "must name one of SVQVAE, VQModel, .*, got AutoencoderOobleck"),
+        ('{"model_type": ["janus"]}', r"got \['janus'\]"),
+        ("[1]", "got no class"),
+        ("{", "must be JSON, but is not"),
+        (None, "has no config.json"),
+    ],
+)
+def test_config_without_a_known_class(tmp_path, content, message):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizers(str(tmp_path))
+
+
+def test_scales_of_an_svqvae_are_those_of_its_own_report(saved_model, photo):
+    image = photo.crop((100, 60, 164, 108))
+    scales = [1.0, 0.5, 2.0]
+    report = evaluate(make_tiny(), [image], scales=scales, scale_from="image", modes=["plain"], codecs=[])
+    comparison = compare_tokenizers(load_tokenizers(saved_model, scales=scales), [image])
+    for row, result in zip(comparison.rows, report.results, strict=True):
+        assert row["psnr"] == pytest.approx(result.values["psnr_full_size"], abs=1e-4)
+        assert (row["tokens"], row["usage"]) == (result.values["ids"], result.values["usage"])
+        assert row["bits_per_pixel"] == pytest.approx(result.values["bits_per_pixel"])
+    assert [row["title"] for row in comparison.rows] == [
+        saved_model,
+        f"{saved_model}, scale 0.5",
+        f"{saved_model}, scale 2",
+    ]
+
+
+@pytest.mark.parametrize("name", ["llamagen_tiny.pt", "flexvar_tiny.pth"])
+def test_checkpoints_of_llamagen_and_flexvar_through_conversion(tmp_path, golden_dir, images, name):
+    convert(golden_dir / name, tmp_path / "model")
+    (row,) = compare_tokenizers(load_tokenizers(str(tmp_path / "model")), images[:1]).rows
+    model = SVQVAE.from_single_file(golden_dir / name, pixel_range=(-1, 1))
+    with torch.no_grad():
+        decoded = model(pixels(images[0]) / 127.5 - 1).sample
+    decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()[0].movedim(0, -1).numpy()
+    assert row["psnr"] == pytest.approx(
+        peak_signal_noise_ratio(np.array(images[0]), decoded, data_range=255), abs=1e-2
+    )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_image_files_count_all_their_bytes(images, codec):
+    (row,) = compare_tokenizers([CodecTokenizer(codec, 40)], images[:1]).rows
+    content = save_image(images[0], codec, 40)
+    assert row["bits_per_pixel"] == 8 * len(content) / (images[0].width * images[0].height)
+    decoded = np.array(open_image(content))
+    assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(np.array(images[0]), decoded), abs=1e-3)
+    assert [row[key] for key in ("tokens", "usage", "memory")] == [None] * 3
+
+
+def test_blocks_are_those_of_the_baselines(images):
+    baselines = fit_block_baselines([pixels(images[0])[0]], 4, size=16, count=1)[:2]
+    rows = compare_tokenizers([BlockTokenizer(each) for each in baselines], images[1:]).rows
+    sample, (width, height) = pixels(images[1]), images[1].size
+    for row, baseline in zip(rows, baselines, strict=True):
+        decoded = baseline.reconstruct(sample).clamp(0, 255).round().byte()[0].movedim(0, -1).numpy()
+        expected = peak_signal_noise_ratio(np.array(images[1]), decoded, data_range=255)
+        assert row["psnr"] == pytest.approx(expected, abs=1e-3)
+        assert row["bits_per_pixel"] == pytest.approx(baseline.bits(height, width) / (width * height))
+
+
+class Exact:
+    """Stores every value."""
+
+    title, f, codebook_size = "exact", 8, None
+
+    def encode(self, sample):
+        return ((sample + 1) * 127.5).round().byte()
+
+    def decode(self, codes):
+        return codes / 127.5 - 1
+
+
+class TooMany(Exact):
+    title, codebook_size = "too many", 4
+
+    def encode(self, sample):
+        return torch.full((1, 2, 2), 4)
+
+
+def test_an_adapter_of_ones_own(images):
+    comparison = compare_tokenizers([Exact()], images, inception=Features())
+    padded = 40 * 24 * 3 * 8  # the second image, in multiples of 8
+    assert comparison.images[1]["results"][0]["bits_per_pixel"] == pytest.approx(padded / (33 * 21))
+    assert comparison.rows[0]["psnr"] == math.inf
+    assert comparison.rows[0]["rfid"] == pytest.approx(0, abs=1e-3)
+    with pytest.raises(ValueError, match="`encode` of too many must return ids under 4, .* got 4"):
+        compare_tokenizers([TooMany()], images)
+
+
+def test_peak_memory_counts_each_tensor_once_while_it_is_alive():
+    weight = torch.ones(100)
+    with torch.no_grad(), PeakMemory() as memory:
+        first = torch.ones(1000)
+        second = (first * 2).view(10, 100)[:5]
+        second += weight
+        assert memory.alive == 4 * (1000 + 1000 + 100)
+        del first
+        assert memory.alive == 4 * (1000 + 100)
+    assert memory.peak == 4 * 2100
+
+
+def test_wrong_options(images):
+    with pytest.raises(ValueError, match=r"one or more with different titles, got \['exact', 'exact'\]"):
+        compare_tokenizers([Exact(), Exact()], images)
+    with pytest.raises(ValueError, match="`resolution` must be at least 1, got 0"):
+        compare_tokenizers([Exact()], images, resolution=0)
+
+
+@pytest.mark.usefixtures("process", "one_accelerator")
+def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys):
+    for name in ("AutoencoderKL", "ChameleonVQVAE"):
+        make_tokenizer(name).save_pretrained(tmp_path / name)
+    out = tmp_path / "out"
+    (two_images / "c.png").write_bytes(b"")
+    argv = ["evaluate", saved_model, two_images, "--output", out, "--scales", "1", "0.5"]
+    argv += ["--baselines", two_images / "a.png", two_images / "b.jpg"]
+    argv += ["--beside", tmp_path / "AutoencoderKL", tmp_path / "ChameleonVQVAE", "--codecs", "webp"]
+    assert svqvae(*argv, "--resolution", "32") == 1  # one is skipped
+    report = json.loads((out / "report.json").read_text())
+    titles = [
+        saved_model,
+        f"{saved_model}, scale 0.5",
+        str(tmp_path / "AutoencoderKL"),
+        str(tmp_path / "ChameleonVQVAE"),
+    ]
+    titles += ["k-means of blocks", "k-means with a linear 3 x 3 decoder"]
+    titles += [f"WebP, quality {quality}" for quality in (1, 5, 10, 20, 40, 75)]
+    assert [row["title"] for row in report["rows"]] == titles
+    assert [row["bits_per_pixel"] for row in report["rows"][:4]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4, 5 / 4])
+    assert {(image["width"], image["height"]) for image in report["images"]} == {(32, 32)}
+    table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(titles)
+    rates = [float(line.split("|")[3]) for line in table[2:]]
+    assert rates == sorted(rates)
+    printed = capsys.readouterr().out
+    assert table[2] in printed
+    assert "ChameleonVQVAE: this class has no decoder" in printed
+    with Image.open(out / "rate_distortion.png") as figure:
+        assert figure.width > 1000
+
+
+@pytest.mark.usefixtures("process", "one_accelerator")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("{kl} {images} --tile-size 32", "--tile-size is for one SVQVAE alone"),
+        ("{model} {images} --beside {kl} --half-precision", "--half-precision is for one SVQVAE alone"),
+        ("{kl} {images} --baselines {images}", "--baselines needs a model with a codebook"),
+        ("{model} {images} --beside {images}", "must be the folder of a model, but has no config.json"),
+        ("{model} {images} --beside {images}/a.png", "a model must be a folder or a Hub id, got the file"),
+        ("{model} {images} --beside {model}", "with different titles"),
+    ],
+)
+def test_wrong_inputs_of_a_comparison(tmp_path, two_images, saved_model, capsys, words, message):
+    make_tokenizer("AutoencoderKL").save_pretrained(tmp_path / "kl")
+    argv = words.format(kl=tmp_path / "kl", images=two_images, model=saved_model).split()
+    assert message in fails(capsys, "evaluate", *argv, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("process", "one_accelerator")
+def test_one_model_of_another_class_is_compared(tmp_path, two_images):
+    make_tokenizer("VQModel").save_pretrained(tmp_path / "vq")
+    assert svqvae("evaluate", tmp_path / "vq", two_images, "--output", tmp_path / "out", "--codecs") == 0
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rows"]) == 1
