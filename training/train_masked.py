@@ -54,6 +54,11 @@ def train(run: Run[MaskedOptions]) -> None:
     options.check_sources("text_encoder_name_or_path")
     text_encoder = from_hub(CLIPTextModelWithProjection.from_pretrained, options.text_encoder_name_or_path)
     tokenizer = from_hub(CLIPTokenizer.from_pretrained, options.text_encoder_name_or_path)
+    if len(tokenizer) != text_encoder.config.vocab_size:  # without its files, transformers makes one of two words
+        raise ValueError(
+            f"The tokenizer of `{options.text_encoder_name_or_path}` must have the {text_encoder.config.vocab_size} "
+            f"words of its text encoder, but has {len(tokenizer)}. Save or download it again with all its files."
+        )
     text_encoder.to(accelerator.device).requires_grad_(False)
     images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
     loader = images.loader([options.resolution], options.num_batches, options.seed)

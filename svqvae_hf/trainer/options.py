@@ -73,7 +73,7 @@ class RunOptions:
     """
 
     needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema",)
-    """Options that FSDP and DeepSpeed cannot serve, because they shard the weights."""
+    """Options, some with a value, that FSDP and DeepSpeed cannot serve, because they shard the weights."""
 
     output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, the trained model."})
 

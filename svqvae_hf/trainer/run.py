@@ -483,11 +483,13 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
             "ACCELERATE_USE_CPU=true and start them with torchrun."
         )
     if accelerator.distributed_type in SHARDED:
-        for name in options.needs_whole_weights:
-            if getattr(options, name):
+        for needing in options.needs_whole_weights:
+            name, _, value = needing.partition(" ")
+            given = getattr(options, name)
+            if given == value if value else given:
                 raise ValueError(
-                    f"`--{name}` needs whole weights on each process, but {accelerator.distributed_type.value} shards "
-                    "them. Use DDP, or leave it out."
+                    f"`--{needing}` needs whole weights on each process, but {accelerator.distributed_type.value} "
+                    "shards them. Use DDP, or leave it out."
                 )
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(

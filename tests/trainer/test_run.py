@@ -284,6 +284,11 @@ def test_options_that_need_whole_weights_are_refused_where_weights_are_sharded(t
     for name, value in needing.items():
         with cpu(), pytest.raises(ValueError, match=f"`--{name}` needs whole weights on each process, but FSDP"):
             make_accelerator(TrainOptions(**train_options, **{name: value}))
+    decoder = {"train": "decoder", "pretrained_model_name_or_path": "model", "validation_data_dir": "photos"}
+    with cpu(), pytest.raises(ValueError, match="`--train decoder` needs whole weights on each process, but FSDP"):
+        make_accelerator(TrainOptions(**(train_options | {"model_config_name_or_path": None}), **decoder))
+    with cpu():
+        make_accelerator(TrainOptions(**train_options))
 
 
 def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch):

@@ -376,3 +376,12 @@ def test_captions_without_text_are_refused(masked_options, tmp_path, photo):
     set_options = {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(tmp_path / "set.parquet")]}
     with pytest.raises(ValueError, match="must hold captions or classes with names, but has [12]"):
         fill_masks(**(masked_options | set_options))
+
+
+def test_text_encoder_without_the_files_of_its_tokenizer_is_refused(masked_options, parts, tmp_path):
+    """transformers then makes a tokenizer of two words, in silence."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "clip").mkdir(exist_ok=True)
+        shutil.copy(parts / "clip" / name, tmp_path / "clip" / name)
+    with pytest.raises(ValueError, match="must have the 5 words of its text encoder, but has 2"):
+        fill_masks(**(masked_options | {"text_encoder_name_or_path": str(tmp_path / "clip")}))
