@@ -1,15 +1,18 @@
-"""Token sets: speed against the bare encoder, memory as the set grows, and killed runs.
+"""Token sets: speed against the bare encoder, memory as the set grows, killed runs, and the joining of many parts.
 
-    python benchmarks/token_sets.py IMAGES speed     # `tokenize_set` against `encode_tokens`, crops of 256 pixels
-    python benchmarks/token_sets.py IMAGES memory    # peak memory for 200 and 2,000 small images
-    python benchmarks/token_sets.py IMAGES killed    # 2,000 images of mixed sizes, one in fifty broken
+    python benchmarks/token_sets.py speed IMAGES      # `tokenize_set` against `encode_tokens`, at 32 to 256 pixels
+    python benchmarks/token_sets.py memory IMAGES     # peak memory for 2,000 and 20,000 small images
+    python benchmarks/token_sets.py killed IMAGES     # 2,000 images of mixed sizes, one in fifty broken
+    python benchmarks/token_sets.py join              # a million parts, made up
 
-The bare encoder is a loop over tensors in memory with the same batch size, timed in the same turns. `killed` kills the
-command twice and finishes it on two processes. It then compares the files with the files of an uninterrupted run, and
-the ids with `encode_tokens` of one image at a time.
+The bare encoder is a loop over tensors in memory in batches of the same size, timed in the same turns; a second loop
+also reads and crops the files. `speed` also measures the time per image that `tokenize_set` spends in Python, with a
+model that returns at once. `killed` kills the command twice and finishes it with two processes at the same time. It
+then compares the files with the files of an unbroken run, and the ids with `encode_tokens` of one image at a time.
 """
 
 import argparse
+import json
 import random
 import signal
 import statistics
@@ -27,16 +30,25 @@ from measuring import Row, describe_machine, in_own_process, make_parser, report
 from PIL import Image, ImageOps
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.paths import find_files
-from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.storage import Folder
+from svqvae_hf.token_sets.crops import make_crops
+from svqvae_hf.token_sets.manifest import join_parts
+from svqvae_hf.token_sets.records import PARTS_PER_FOLDER, PartRecords
+from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings, read_settings, row_tokens
+from svqvae_hf.token_sets.shards import row_features, shard_name, write_shards
+from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
+from svqvae_hf.tokenizing.reading import read_crops
+from svqvae_hf.tokenizing.writer import tokenize_set
 
 SMALL = 64  # side in pixels of the images for `memory`
 MIXED = (32, 160)  # range of sides in pixels of the images for `killed`
 BROKEN_EVERY = 50
-KILLED_AT = (0.2, 0.6)  # fractions of the shards that are finished
+KILLED_AT = (0.2, 0.6)  # fractions of the parts that are done
+PARTS = 40  # for `killed`
 
 
 def load_model(device: str) -> SVQVAE:
@@ -55,28 +67,43 @@ def write_images(paths: Sequence[Path], folder: Path, sizes: Sequence[tuple[int,
 
 
 def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Measures images per second, from files and from tensors in memory."""
+    """Measures images per second of each size, from files and from tensors in memory."""
+    rows = []
+    for side in options.sides:
+        rows += measure_side(options, folder / str(side), side)
+    return rows
+
+
+def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[Row]:
+    """Measures images per second of one size."""
     paths = find_files([str(options.images)], IMAGE_SUFFIXES)
     model = load_model(options.device)
-    images = [load_image(paths[index % len(paths)]) for index in range(options.count)]
-    side = options.resolution
-    for index, image in enumerate(images):
-        image.save(folder / f"{index:05}.jpg", quality=95)
-    crops = [ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC) for image in images]
-    del images
-    sample = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])(crops)["pixel_values"].to(options.device)
+    count = options.count * (options.sides[-1] // side)
+    write_images(paths, folder, [(side, side)] * count)
+    images = open_images([str(folder)])
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+
+    def encode(pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return model.encode_tokens(processor(list(pictures))["pixel_values"].to(options.device), [1.0])[0].cpu()
+
+    def read_and_encode() -> None:
+        crops = [make_crops(read_image(row), "centre", side)[0] for row in images]
+        for start in range(0, count, options.batch_size):
+            encode(crops[start : start + options.batch_size])
+
+    sample = processor([load_image(path) for path in sorted(folder.iterdir())])["pixel_values"].to(options.device)
+
+    def bare() -> None:
+        for batch in sample.split(options.batch_size):
+            model.encode_tokens(batch, [1.0])[0].cpu()
+
     outputs = iter(range(sys.maxsize))
 
-    def encode() -> None:
-        with torch.inference_mode():
-            for batch in sample.split(options.batch_size):
-                model.encode_tokens(batch, [1.0])
-
-    def tokenize(workers: int) -> Callable[[], None]:
+    def tokenize(workers: int) -> Callable[[], object]:
         return lambda: tokenize_set(
             model,
-            open_images([str(folder)]),
-            folder.with_name(f"tokens-{next(outputs)}"),
+            images,
+            folder.with_name(f"tokens-{side}-{next(outputs)}"),
             model_name="bundled",
             crops="centre",
             resolution=side,
@@ -84,21 +111,47 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
             num_workers=workers,
         )
 
-    bare = "bare encoder, tensors in memory"
-    runs = {bare: encode} | {f"tokenize_set, {n} workers": tokenize(n) for n in options.workers}
-    for run in runs.values():
-        run()
-    seconds = take_turns(runs, options.rounds, options.device)
+    first = "encode_tokens of tensors in memory"
+    runs = {first: bare, "encode_tokens and reading": read_and_encode}
+    runs |= {f"tokenize_set, {number} workers": tokenize(number) for number in options.workers}
+    with torch.inference_mode():
+        for run in runs.values():
+            run()
+        seconds = take_turns(runs, options.rounds, options.device)
+        python = python_milliseconds(model, folder, side)
     return [
         {
+            "side": side,
+            "images": count,
             "method": name,
-            "images per second": options.count / statistics.median(times),
-            "times as fast as the bare encoder": statistics.median(seconds[bare]) / statistics.median(times),
-            "ratio of the fastest runs": min(seconds[bare]) / min(times),
+            "images per second": count / statistics.median(times),
+            "ratio to tensors in memory": statistics.median(seconds[first]) / statistics.median(times),
+            "ratio to encoding and reading": statistics.median(list(seconds.values())[1]) / statistics.median(times),
+            "ms of Python per image": python if name.startswith("tokenize_set") else None,
             "rounds": times,
         }
         for name, times in seconds.items()
     ]
+
+
+def python_milliseconds(model: SVQVAE, folder: Path, side: int) -> float:
+    """CPU time per image beside reading and encoding: batches, rows and the Parquet file."""
+    settings = TokenSettings(
+        "bundled", (1.0,), model.f, 2**14, model.codebook_fingerprint(), None, None, "centre", side
+    )
+    images = open_images([str(folder)])
+    read = list(read_crops(images, "centre", side, None, 0))
+    encoder = RowEncoder(model, settings, images.features, None)
+    ids = torch.zeros(64, side // model.f, side // model.f, dtype=torch.int64)
+    encode_tokens, model.encode_tokens = model.encode_tokens, lambda sample, *_: [ids[: len(sample)]]
+    begun = time.process_time()
+    rows = encoder.encode(read, ImageCounts(), lambda: None)
+    features = row_features(settings, images.features)
+    for _ in write_shards(Folder(folder.with_name("python")), 0, rows, settings, features, 256):
+        pass
+    spent = time.process_time() - begun
+    model.encode_tokens = encode_tokens
+    return 1000 * spent / len(read)
 
 
 def prepare_small(device: str, folder: Path, out: Path, workers: int) -> Callable[[], Any]:
@@ -107,7 +160,7 @@ def prepare_small(device: str, folder: Path, out: Path, workers: int) -> Callabl
     images = open_images([str(folder)])
     with torch.inference_mode():
         model.encode_tokens(torch.zeros(1, 3, SMALL, SMALL, device=device), [1.0])
-    return lambda: tokenize_set(model, images, out, model_name="bundled", shard_size=100, num_workers=workers)
+    return lambda: tokenize_set(model, images, out, model_name="bundled", num_workers=workers)
 
 
 def measure_memory(options: argparse.Namespace, folder: Path) -> list[Row]:
@@ -133,28 +186,37 @@ def run_killed(options: argparse.Namespace, folder: Path) -> list[Row]:
     broken = sorted((folder / "images").iterdir())[::BROKEN_EVERY]
     for path in broken:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    shard_size = max(1, options.count // 40)
-    num_shards = -(-options.count // shard_size)
-    command_options = ["--shard-size", str(shard_size), "--scales", "0.5", "1"]
+    command_options = ["--num-parts", str(PARTS), "--batch-size", "1", "--scales", "0.5", "1"]
 
     def command(out: str) -> list[str]:
-        return ["-m", "svqvae_cli", "tokenize", str(folder / "images"), str(folder / out), *command_options]
+        return [
+            sys.executable,
+            "-m",
+            "svqvae_cli",
+            "tokenize",
+            str(folder / "images"),
+            str(folder / out),
+            *command_options,
+        ]
+
+    def count_done() -> int:
+        return len(list((folder / "killed" / "parts" / "0000").glob("*.json")))
 
     steps = []
     for fraction in KILLED_AT:
-        run = subprocess.Popen([sys.executable, *command("killed")])
-        while len(list((folder / "killed.partial" / "data").glob("*.parquet"))) < fraction * num_shards:
+        run = subprocess.Popen(command("killed"))
+        while count_done() < fraction * PARTS:
             time.sleep(0.05)
             if run.poll() is not None:
                 raise RuntimeError("The run ended before it was killed. Raise --count.")
         run.send_signal(signal.SIGKILL)
         run.wait()
-        steps.append(len(list((folder / "killed.partial" / "data").glob("*.parquet"))))
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([sys.executable, *two, *command("killed")], check=True)
-    subprocess.run([sys.executable, *command("unbroken")], check=True)
+        steps.append(count_done())
+    for process in [subprocess.Popen(command("killed")) for _ in range(2)]:
+        process.wait()
+    subprocess.run(command("unbroken"), check=False)  # its exit code tells of broken images
     killed, unbroken = (
-        {path.name: path.read_bytes() for path in (folder / name / "data").iterdir()}
+        {path.name: path.read_bytes() for path in (folder / name / "data").rglob("*.parquet")}
         for name in ("killed", "unbroken")
     )
     rows = datasets.load_dataset(str(folder / "killed"), split="train", cache_dir=str(folder / "cache"))
@@ -164,9 +226,9 @@ def run_killed(options: argparse.Namespace, folder: Path) -> list[Row]:
             "broken": len(broken),
             "rows": len(rows),
             "duplicate rows": len(rows) - len(set(rows["key"])),
-            "shards when killed": " and ".join(map(str, steps)),
-            "shards": len(killed),
-            "shards that differ from one run": sum(killed[name] != unbroken.get(name) for name in killed),
+            "parts done when killed": " and ".join(map(str, steps)),
+            "parts": PARTS,
+            "files that differ from one run": sum(killed[name] != unbroken.get(name) for name in killed),
             "ids that differ from encode_tokens": count_differing(rows, folder),
         }
     ]
@@ -187,28 +249,64 @@ def count_differing(rows: datasets.Dataset, folder: Path) -> int:
     return differing
 
 
-MODES = {"speed": measure_speed, "memory": measure_memory, "killed": run_killed}
-COUNTS = {"speed": 64, "memory": 0, "killed": 2000}
+def measure_join(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Measures the joining of parts that were made up, each with one Parquet file that does not exist."""
+    out = Folder(folder / "tokens")
+    for start in range(0, options.parts, PARTS_PER_FOLDER):
+        place = folder / "tokens" / "parts" / f"{start // PARTS_PER_FOLDER:04}"
+        place.mkdir(parents=True)
+        for part in range(start, min(start + PARTS_PER_FOLDER, options.parts)):
+            record = {"part": part, "options": "0", "read": [f"shard-{part:07}.tar"], "images": 1000, "rows": 998}
+            record |= {"ids": 998 * 1024, "skipped": [{"key": f"{part}/7.jpg", "reason": "it is broken."}] * 2}
+            record |= {"files": [{"name": shard_name(part, 0), "rows": 998}]}
+            (place / f"{part:07}.json").write_text(json.dumps(record))
+    cost = in_own_process(options.device, options.threads, prepare_join, out.url, options.parts)
+    return [{"parts": options.parts, "seconds": cost.seconds, "peak memory, MiB": cost.peak_mib}]
+
+
+def prepare_join(out: str, parts: int) -> Callable[[], Any]:
+    """Returns the joining of parts as a function."""
+    folder = Folder(out)
+    settings = TokenSettings("bundled", (1.0,), 8, 2**14, 64 * "0", None, None, "whole", None)
+    features = row_features(settings, datasets.Features())
+    records = PartRecords(folder, parts, SETTINGS_FILE)
+    return lambda: join_parts(folder, records, settings, features, {"fingerprint": "0"}, None, None, "tokens")
+
+
+MODES = {"speed": measure_speed, "memory": measure_memory, "killed": run_killed, "join": measure_join}
+COUNTS = {"speed": 64, "memory": 0, "killed": 2000, "join": 0}
 
 
 def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=5)
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of source images")
     parser.add_argument("mode", choices=tuple(MODES))
+    parser.add_argument("images", type=Path, nargs="?", metavar="IMAGES", help="folder of source images")
     parser.add_argument(
-        "--count", type=int, help="number of images for `speed` (default: 64) and `killed` (default: 2000)"
+        "--count",
+        type=int,
+        help="number of images for `speed` at the last side, and more at smaller ones (default: 64), and for `killed` "
+        "(default: 2000)",
     )
     parser.add_argument(
-        "--counts", type=int, nargs="+", default=[200, 2000], help="numbers of images for `memory` (default: 200 2000)"
+        "--counts",
+        type=int,
+        nargs="+",
+        default=[2000, 20000],
+        help="numbers of images for `memory` (default: 2000 20000)",
     )
-    parser.add_argument("--resolution", type=int, default=256, help="side of the crops for `speed` (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=1, help="batch size for `speed` (default: 1)")
+    parser.add_argument("--parts", type=int, default=10**6, help="number of parts for `join` (default: 1000000)")
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=[0, 2], help="numbers of reading processes (default: 0 2)"
+        "--sides", type=int, nargs="+", default=[32, 64, 128, 256], help="sides for `speed` (default: 32 64 128 256)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="batch size for `speed` (default: 64)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 1], help="numbers of reading processes (default: 0 1)"
     )
     options = parser.parse_args()
     options.count = options.count or COUNTS[options.mode]
+    if options.images is None and options.mode != "join":
+        parser.error("IMAGES is missing")
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.paths import search_folder
+    from svqvae_hf.storage import Folder
+    from svqvae_hf.token_sets.manifest import read_totals
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
     from svqvae_hf.tokens.token_files import is_token_file, load_tokens
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     elif path.is_dir() and (token_files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):
         facts = _folder_facts([load_tokens(file, mapped=True) for file in token_files])
     elif (path / SETTINGS_FILE).is_file():
-        facts = _set_facts(read_settings(path), sorted(path.glob("data/*.parquet")))
+        facts = _set_facts(read_settings(path), read_totals(Folder(path)) or {})
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")
     elif path.is_file() or re.fullmatch(f"{REPO_ID}:.+", args.path):
@@ -88,13 +90,12 @@ def _folder_facts(files: "list[ImageTokens]") -> dict[str, Any]:
     }
 
 
-def _set_facts(settings: "TokenSettings", files: list[Path]) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
+def _set_facts(settings: "TokenSettings", totals: dict[str, int]) -> dict[str, Any]:
     return {
         "kind": "token set",
-        "rows": sum(pq.read_metadata(file).num_rows for file in files),
-        "Parquet files": len(files),
+        "rows": totals.get("rows"),
+        "ids": totals.get("ids"),
+        "Parquet files": totals.get("files"),
         "model": settings.model,
         "crops": settings.crops,
         "resolution": settings.resolution or "of the images",

@@ -3,6 +3,8 @@
 import argparse
 import math
 import os
+from pathlib import Path
+from typing import Any
 
 from svqvae_cli.arguments import (
     OVERLAP,
@@ -17,6 +19,7 @@ from svqvae_cli.arguments import (
     image_set_options,
     not_empty,
     path,
+    path_or_name,
 )
 from svqvae_cli.errors import check_none_skipped, explain_resume
 
@@ -32,8 +35,8 @@ def add_to(commands: Commands) -> None:
         run,
         "encode an image set to a token set",
         "Writes the ids of all images as Parquet files, which `datasets` loads. The same\n"
-        "command resumes a run that was killed. On several GPUs:\n"
-        "  accelerate launch -m svqvae_cli tokenize DATA OUT",
+        "command resumes a run that was killed. Any number of processes on any machines\n"
+        "may run it at the same time. Each makes parts that no other is making.",
         "photos tokens --crops centre --resolution 256 --scales 0.5 1",
     )
     add_image_set(parser)
@@ -61,12 +64,22 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--batch-size",
         type=int,
-        default=1,
         metavar="N",
-        help="crops of one size to encode together; above 1, rounding may change a few ids (default: 1)",
+        help="crops of one size to encode together; above 1, rounding may change a few ids (default: 64, or fewer "
+        "with more than a megapixel)",
     )
     parser.add_argument(
-        "--shard-size", type=int, default=1000, metavar="N", help="images per Parquet file (default: 1000)"
+        "--shard-mb", type=float, default=256, metavar="MB", help="size of a Parquet file (default: 256)"
+    )
+    parser.add_argument("--part", type=int, metavar="I", help="make this part alone, from 0 (default: all)")
+    parser.add_argument(
+        "--num-parts",
+        type=int,
+        metavar="N",
+        help="number of parts (default: one per 10,000 images or, in a stream, per file, at most 1,000)",
+    )
+    parser.add_argument(
+        "--status", action=_Status, metavar="FOLDER", help="show which parts of a set are done, instead of all else"
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read images (default: one per core, at most 4)"
@@ -77,27 +90,39 @@ def add_to(commands: Commands) -> None:
     add_tiles(parser, str(TILE_SIZE), str(OVERLAP), TILE_SIZE, OVERLAP)
 
 
+class _Status(argparse.Action):
+    """Runs [`show_status`] instead, without DATA and OUT."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, _: Any = None
+    ) -> None:
+        namespace.run, namespace.status = show_status, path_or_name(value)
+        for action in parser._actions:
+            action.required = False
+
+
+def show_status(args: argparse.Namespace) -> None:
+    """Prints which parts of a token set are done, running or failed."""
+    from svqvae_hf.token_sets.status import read_status
+
+    print(read_status(args.status))
+
+
 def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
-    from datetime import timedelta
-    from pathlib import Path
-
-    from accelerate import PartialState
-
-    from svqvae_cli.loading import find_device, load_model, process_device
+    from svqvae_cli.loading import find_device, load_model
     from svqvae_hf import DEFAULT_MODEL
-    from svqvae_hf.atomic_io import check_new_folder
     from svqvae_hf.data.image_sets import is_hub_set, open_images
     from svqvae_hf.token_sets.cards import BUNDLED_MODEL
-    from svqvae_hf.token_sets.writer import tokenize_set
+    from svqvae_hf.tokenizing.writer import tokenize_set
 
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
-    check_new_folder(args.out)
-    # Processes wait for each other at the end, and may finish hours apart.
-    state = PartialState(cpu=find_device(args.device).type == "cpu", timeout=timedelta(weeks=1))
     images = open_images(args.data, columns=args.keep, **image_set_options(args))
-    model = load_model(args.model, process_device(args.device, state), args.dtype)
+    rank = os.environ.get("LOCAL_RANK")  # of torchrun and accelerate
+    device = find_device(args.device)
+    is_numbered = rank is not None and args.device is None and device.type != "cpu"
+    model = load_model(args.model, f"{device}:{rank}" if is_numbered else args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
     if args.model is None or Path(args.model).resolve() == Path(DEFAULT_MODEL).resolve():
         model_name = BUNDLED_MODEL
@@ -118,14 +143,14 @@ def run(args: argparse.Namespace) -> None:
             resolution=args.resolution,
             min_side=args.min_side,
             batch_size=args.batch_size,
-            shard_size=args.shard_size,
+            shard_mb=args.shard_mb,
+            part=args.part,
+            num_parts=args.num_parts,
             num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
             license=args.license,
             push_to_hub=args.push_to_hub,
             private=args.private,
         )
-    if state.is_main_process:
-        print(report)
-    state.destroy_process_group()
-    if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
-        check_none_skipped(len(report.skipped), report.images)
+    print(report)
+    if rank is None and args.part is None:  # schedulers take any other exit code than 0 for a crash
+        check_none_skipped(report.skipped, report.images)

@@ -234,9 +234,14 @@ def test_token_sets(run, photo, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     photo.crop((100, 50, 260, 178)).save(folder / "cat.jpg")
-    (rows,) = run("token_sets", folder, "speed", "--count", "2", "--resolution", "32", "--workers", "0")
-    assert [row["method"] for row in rows] == ["bare encoder, tensors in memory", "tokenize_set, 0 workers"]
-    assert all(row["images per second"] * row["rounds"][0] == pytest.approx(2) for row in rows)
+    sides = ["--sides", "16", "32", "--workers", "0"]
+    (rows,) = run("token_sets", "speed", folder, "--count", "2", *sides)
+    bare, reading, tokenizing = rows[3:]
+    assert (bare["side"], bare["images"], rows[0]["images"]) == (32, 2, 4)
+    assert (reading["method"], tokenizing["method"]) == ("encode_tokens and reading", "tokenize_set, 0 workers")
+    assert tokenizing["images per second"] * tokenizing["rounds"][0] == pytest.approx(2)
+    (rows,) = run("token_sets", "join", "--parts", "3")
+    assert rows[0]["parts"] == 3
 
 
 def test_baselines(run, photo, tmp_path):

@@ -19,7 +19,7 @@ from svqvae_hf.evaluation.report import write_report
 from svqvae_hf.large.large_images import decode_large, encode_large
 from svqvae_hf.large.run_record import record_path
 from svqvae_hf.token_sets.settings import read_settings
-from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.tokenizing.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, save_tokens
 
@@ -94,12 +94,13 @@ def test_token_set_is_written_once_there_is_space(disk, tmp_path):
 
     def tokenize():
         images = open_images([str(tmp_path / f"{index}.png") for index in range(6)])
-        return tokenize_set(make_tiny(), images, disk / "set", model_name="org/tiny", shard_size=1)
+        return tokenize_set(make_tiny(), images, disk / "set", model_name="org/tiny", num_parts=6)
 
     fill(disk)
     with pytest.raises(OSError, match="cannot be written: No space left on device"):
         tokenize()
-    assert not (disk / "set").exists()
+    assert not list(disk.rglob("*.parquet"))
+    assert not list(disk.rglob("*[0-9].json"))  # no part is marked as done
     (disk / "ballast").unlink()
     assert tokenize().rows == 6
     assert read_settings(disk / "set").model == "org/tiny"

@@ -12,6 +12,7 @@ ROOMS = [
         "demo",
         "large",
         "evaluation",
+        "tokenizing",
         "token_sets",
         "data",
         "conversion",
@@ -22,7 +23,7 @@ ROOMS = [
         "loaders",
         "hub",
     ),
-    *("untrusted", "paths", "atomic_io"),
+    *("untrusted", "paths", "storage", "atomic_io"),
 ]
 TOP_LEVEL = ["training", "svqvae_cli", "svqvae_hf"]  # what a user starts with: nothing below imports it
 

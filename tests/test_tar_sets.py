@@ -49,7 +49,7 @@ def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, source, m
     assert rows["txt"] == [f"red {number}" for number in numbers]
     assert [json.loads(text)["number"] for text in rows["json"]] == numbers
     assert {key.partition(".")[2] for key in rows["key"]} == set(KINDS)
-    skipped = json.loads((tmp_path / "tokens" / "skipped.json").read_text())
+    skipped = [json.loads(line) for line in (tmp_path / "tokens" / "skipped.jsonl").open()]
     assert [image["key"] for image in skipped] == ["00005.webp", "00007.png"]
 
 

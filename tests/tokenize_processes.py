@@ -4,12 +4,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-MODULES = ["tokenize_processes", "svqvae_cli.tokenize", "svqvae_hf.token_sets.writer"]
+MODULES = ["tokenize_processes", "svqvae_cli.tokenize", "svqvae_hf.tokenizing.writer"]
 
 
 def processes() -> multiprocessing.context.BaseContext:
@@ -19,36 +18,29 @@ def processes() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_killed(arguments: Sequence[str], num_shards: int) -> None:
-    """Runs the command and kills the process when so many shards are written."""
+def run_killed(arguments: Sequence[str], step: str, count: int) -> None:
+    """Runs the command and kills the process at a step, such as the creation of a claim, when it comes up again."""
     from svqvae_cli import main
-    from svqvae_hf.token_sets.partial import PartialTokenSet
+    from svqvae_hf.storage import Folder
+    from svqvae_hf.token_sets.records import PartRecords
 
-    write_shard = PartialTokenSet.write_shard
+    owner = PartRecords if step == "finish" else Folder
+    original, calls = getattr(owner, step), []
 
-    def write_or_die(self, name, content):
-        if len(self.finished_shards()) == num_shards:
+    def die_or_go_on(*args):
+        calls.append(args)
+        if len(calls) > count:
             os.kill(os.getpid(), signal.SIGKILL)
-        write_shard(self, name, content)
+        return original(*args)
 
-    PartialTokenSet.write_shard = write_or_die
-    # The worker that reads images must be a child of this process, as on the command line, to end with it.
-    multiprocessing.set_start_method("fork", force=True)
+    setattr(owner, step, die_or_go_on)
     main(arguments)
 
 
-def run_rank(arguments: Sequence[str], rank: int, world_size: int, port: int, output: Path) -> None:
-    """Runs the command as one of several processes, with the environment that torchrun and accelerate set."""
+def run_to_end(arguments: Sequence[str], output: Path) -> None:
+    """Runs the command, and writes what it prints to a file."""
     from svqvae_cli import main
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with output.open("w") as file, contextlib.redirect_stdout(file):
         code = main(arguments)
     sys.exit(code)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -38,7 +38,9 @@ class ImageRow(NamedTuple):
 
 @runtime_checkable
 class ImagePart(Protocol):
-    """A part of an image set, which can be read independently of the others."""
+    """A part of an image set, which can be read independently of the others. Its name says what is read."""
+
+    name: str
 
     def read(self, start: int = 0) -> Iterator[ImageRow]:
         """Yields the images from a row on, always in the same order."""
@@ -46,6 +48,8 @@ class ImagePart(Protocol):
 
 class IndexedRows(Sequence[ImageRow]):
     """A part with random access."""
+
+    name = "all images"
 
     @abstractmethod
     def row(self, index: int) -> ImageRow:

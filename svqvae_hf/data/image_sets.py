@@ -73,7 +73,23 @@ class ImageSet:
         if count < 1:
             raise ValueError(f"`max_images` must be at least 1, got {count}.")
         length = count if self.length is None else min(count, self.length)
-        return ImageSet([FirstRows(self, count)], self.features, lambda: [self.origin(), count], length)
+        part = FirstRows(self, count) if self.rows is None else RowRange(self.rows, 0, length)
+        return ImageSet([part], self.features, lambda: [self.origin(), count], length)
+
+    @property
+    def max_parts(self) -> int:
+        """Number of parts that [`ImageSet.part`] can cut: images if there is random access, or files."""
+        return len(self.parts) if self.rows is None else len(self.rows)
+
+    def part(self, number: int, num_parts: int) -> list[ImagePart]:
+        """Cuts the set in parts of about equal numbers of images or files, and returns one.
+
+        Args:
+            number (`int`): Number of the part, from 0.
+            num_parts (`int`): Number of parts, at most `max_parts`.
+        """
+        start, stop = (end * self.max_parts // num_parts for end in (number, number + 1))
+        return list(self.parts[start:stop]) if self.rows is None else [RowRange(self.rows, start, stop)]
 
 
 class Selection(NamedTuple):
@@ -142,10 +158,33 @@ class FirstRows:
     def __init__(self, images: ImageSet, count: int):
         self.images = images
         self.count = count
+        self.name = f"images 0 to {count - 1}"
 
     def read(self, start: int = 0) -> Iterator[ImageRow]:
         """Yields the images from a row on."""
         return itertools.islice(self.images, start, self.count)
+
+
+class RowRange(IndexedRows):
+    """Consecutive images of a part with random access.
+
+    Args:
+        rows ([`IndexedRows`]): The part.
+        start (`int`): First image.
+        stop (`int`): Image after the last.
+    """
+
+    def __init__(self, rows: IndexedRows, start: int, stop: int):
+        self.rows = rows
+        self.range = range(start, stop)
+        self.name = f"images {start} to {stop - 1}"
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def row(self, index: int) -> ImageRow:
+        """Returns one image, not read yet."""
+        return self.rows.row(self.range[index])
 
 
 class StreamPart:

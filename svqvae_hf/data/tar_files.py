@@ -36,6 +36,7 @@ class TarPart:
 
     def __init__(self, path: str, features: datasets.Features, image_key: str | None):
         self.path = path
+        self.name = os.path.basename(path)
         self.features = features
         self.image_key = image_key
 
@@ -52,7 +53,7 @@ class TarPart:
                 raise
             if index >= start:
                 reason = f"the tar file ends early: {fault_of(error).removesuffix('.')}."
-                yield unreadable(os.path.basename(self.path), reason, [*self.features])
+                yield unreadable(self.name, reason, [*self.features])
 
     def _row(self, name: str, members: dict[str, bytes | None]) -> ImageRow:
         keys = image_keys(members, self.image_key)

@@ -20,6 +20,11 @@ CROPS = {  # names of the crops of an image, in the order of the rows
 TEN_CROP_MARGIN = 1.1  # side of the square that contains ten crops, over the side of a crop (LlamaGen's `crop_range`)
 
 
+def is_whole(crops: object) -> bool:
+    """Whether these crops are whole images."""
+    return crops in ("whole", "whole-flip")
+
+
 def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[Image.Image]:
     """Makes the crops of an image.
 
@@ -45,8 +50,3 @@ def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[I
             crop = image.crop((left, top, left + resolution, top + resolution))
         made.append(ImageOps.mirror(crop) if name.endswith(FLIPPED) else crop)
     return made
-
-
-def is_whole(crops: object) -> bool:
-    """Whether these crops are whole images."""
-    return crops in ("whole", "whole-flip")

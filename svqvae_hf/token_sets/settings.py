@@ -89,6 +89,11 @@ class TokenSettings:
         """Type of the ids in the columns: 16 bits if the codebook is small enough."""
         return "uint16" if self.codebook_size <= UINT16_CODES else "int32"
 
+    @property
+    def id_columns(self) -> list[str]:
+        """Names of the columns of ids, one per scale."""
+        return [f"ids_{index}" for index in range(len(self.scales))]
+
     def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of ids at a scale, for a row with this `height` and `width` in pixels."""
         return grid_shape(height, width, self.f, scale)
@@ -151,7 +156,7 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
     Raises:
         ValueError: A column is missing, or the ids do not match the height, the width or the codebook.
     """
-    names = [f"ids_{index}" for index in range(len(settings.scales))]
+    names = settings.id_columns
     try:
         height, width = operator.index(row["height"]), operator.index(row["width"])
         columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]

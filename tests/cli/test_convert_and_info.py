@@ -84,13 +84,13 @@ def test_info_of_a_folder_of_token_files(two_images, tmp_path, saved_model, caps
 
 
 def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
-    argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", "16", "--shard-size", "1"]
+    argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", "16", "--num-parts", "1"]
     svqvae("tokenize", two_images, tmp_path / "set", *argv)
     capsys.readouterr()
     assert svqvae("info", tmp_path / "set") == 0
     lines = capsys.readouterr().out.splitlines()
     facts = {line[:13].strip(): line[13:].strip() for line in lines}
-    assert (facts["kind"], facts["rows"], facts["Parquet files"]) == ("token set", "2", "2")
+    assert (facts["kind"], facts["rows"], facts["Parquet files"]) == ("token set", "2", "1")
     assert (facts["crops"], facts["resolution"], facts["scales"]) == ("centre", "16", "1")
 
 

@@ -50,7 +50,7 @@ def test_settings_and_features(token_set):
         crops="whole",
         resolution=None,
     )
-    for shard in (token_set / "data").iterdir():
+    for shard in (token_set / "data").rglob("*.parquet"):
         assert read_settings(shard) == settings
     ids = datasets.List(datasets.Value("uint16"))
     numbers = {"height": datasets.Value("int32"), "width": datasets.Value("int32")}

@@ -29,7 +29,7 @@ import svqvae_cli
 from svqvae_hf import NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.pipelines.schedules import make_schedule
-from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.tokenizing.writer import tokenize_set
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.run import Run
 

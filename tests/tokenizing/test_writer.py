@@ -1,13 +1,14 @@
 import json
+import os
+import random
 import re
 import signal
-from functools import partial
 
 import datasets
 import pytest
 import torch
 from cli_runner import fails, svqvae
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from PIL import Image
 from token_set_parts import (
     SCALES,
@@ -20,14 +21,15 @@ from token_set_parts import (
     save_photos,
     tokenize,
 )
-from tokenize_processes import free_port, processes, run_killed, run_rank
+from tokenize_processes import processes, run_killed, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor
+from svqvae_hf.data.image_rows import FileRows
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.crops import CROPS, make_crops
-from svqvae_hf.token_sets.partial import PartialTokenSet
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.token_sets.status import read_status
+from svqvae_hf.tokenizing.writer import _PartMaker, tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
 
@@ -48,6 +50,10 @@ def parquet(photos, tmp_path):
     return save_parquet(tmp_path / "set", photos)
 
 
+def skipped(folder):
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture
 def tiled_model(few_windows):
     return make_tiled()
@@ -63,7 +69,7 @@ def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, o
     scale_from = options.get("scale_from", "latents")
     assert read_settings(tmp_path / "out").scale_from == scale_from
     assert f"| scales made from | the {scale_from} |" in (tmp_path / "out" / "README.md").read_text()
-    assert (report.images, report.rows, report.shards) == (7, 6, 4)
+    assert (report.images, report.rows, report.files, report.complete) == (7, 6, 1, True)
     rows = load(tmp_path / "out")
     assert rows["key"] == [f"{i}.png" for i in range(6)]
     processor = SVQVAEImageProcessor()
@@ -72,7 +78,7 @@ def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, o
         assert (row["height"], row["width"]) == batch["image_sizes"][0]
         for index, ids in enumerate(tiled_model.encode_tokens(batch["pixel_values"], SCALES, scale_from)):
             assert row[f"ids_{index}"] == ids.flatten().tolist()
-    assert not list(tmp_path.glob("out.partial*"))
+    assert not (tmp_path / "out" / "parts").exists()
 
 
 def test_datasets_does_not_confuse_sets_of_one_name(photos, tmp_path):
@@ -85,8 +91,8 @@ def test_unreadable_images_are_listed_without_paths_of_this_machine(photos, tmp_
     images = open_images([str(photos)])
     (photos / "4.png").unlink()
     report = tokenize_set(make_tiny(), images, tmp_path / "out", model_name="org/tiny")
-    assert [image["key"] for image in report.skipped] == ["2b.png", "4.png"]
-    assert json.loads((tmp_path / "out" / "skipped.json").read_text()) == report.skipped
+    assert report.skipped == 2
+    assert [image["key"] for image in skipped(tmp_path / "out")] == ["2b.png", "4.png"]
     assert "(unreadable images: 2)" in str(report)
     assert str(tmp_path) not in "".join(map(str, content(tmp_path / "out").values()))
 
@@ -94,7 +100,10 @@ def test_unreadable_images_are_listed_without_paths_of_this_machine(photos, tmp_
 def test_small_images_are_skipped_if_asked_for(photos, tmp_path):
     report = tokenize(make_tiny(), photos, tmp_path / "out", min_side=16)
     assert report.rows == 5
-    assert report.skipped[-1] == {"key": "3.png", "reason": "its sides must be at least 16 pixels, but are 7 x 1."}
+    assert skipped(tmp_path / "out")[-1] == {
+        "key": "3.png",
+        "reason": "its sides must be at least 16 pixels, but are 7 x 1.",
+    }
 
 
 def test_large_codebooks_take_32_bits(photos, tmp_path):
@@ -127,10 +136,10 @@ def test_captions_beside_images_are_kept(photos, tmp_path):
     assert load(tmp_path / "ids")["id"] == [3, 1]
 
 
-def test_each_file_of_a_set_is_a_part(parquet, tmp_path):
+def test_each_file_of_a_stream_is_a_part(parquet, tmp_path):
     tokenize(make_tiny(), parquet, tmp_path / "out")
-    names = [f"train-{part:05}-{number:05}.parquet" for part, number in ((0, 0), (0, 1), (1, 0), (2, 0))]
-    assert sorted(path.name for path in (tmp_path / "out" / "data").iterdir()) == names
+    names = [f"train-{part:07}-00000.parquet" for part in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out" / "data").rglob("*.parquet")) == names
     rows = load(tmp_path / "out")
     assert rows["key"] == ["0-0", "0-1", "0-2", "1-0", "2-0", "2-1"]
     assert rows["label"] == [0, 1, 2, 0, 0, 1]
@@ -138,6 +147,21 @@ def test_each_file_of_a_set_is_a_part(parquet, tmp_path):
     assert (first.length, first.fingerprint == open_images([str(parquet)]).fingerprint) == (4, False)
     tokenize_set(make_tiny(), first, tmp_path / "first", model_name="tiny", scales=SCALES)
     assert load(tmp_path / "first")["ids_1"] == rows["ids_1"][:4]
+
+
+def test_a_part_spans_files_and_its_shards_end_by_size(parquet, tmp_path):
+    report = tokenize(make_tiny(), parquet, tmp_path / "out", num_parts=1, shard_mb=4e-4)
+    assert report.files == 3
+    rows = load(tmp_path / "out")
+    assert rows["key"] == ["0-0", "0-1", "0-2", "1-0", "2-0", "2-1"]
+    manifest = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    (part,) = manifest
+    assert part["read"] == ["0.parquet", "1.parquet", "2.parquet"]
+    assert [file["name"] for file in part["files"]] == [
+        f"data/0000-0000/train-0000000-{number:05}.parquet" for number in range(3)
+    ]
+    assert sum(file["rows"] for file in part["files"]) == part["rows"] == 6
+    assert part["ids"] == sum(len(ids) for name in ("ids_0", "ids_1") for ids in rows[name])
 
 
 def test_crops_are_rows(tiled_model, photos, tmp_path):
@@ -154,66 +178,129 @@ def test_crops_are_rows(tiled_model, photos, tmp_path):
     assert torch.equal(tokens.ids[1], encode_image(tiled_model, crop, [1]).ids[0])
 
 
-def test_killed_and_restarted_on_two_processes_the_set_equals_one_run(photos, tmp_path):
+@pytest.fixture
+def many(tmp_path):
+    """Twenty-four small images, two of which are broken, and a model."""
     make_tiny().save_pretrained(tmp_path / "tiny")
-    options = [*("--model", str(tmp_path / "tiny"), "--tile-size", "32", "--overlap", "8"), "--shard-size", "1"]
-    arguments = ["tokenize", str(photos), str(tmp_path / "out"), *options]
-    start = processes().Process
-    killed = start(target=run_killed, args=([*arguments, "--workers", "1"], 2))
-    killed.start()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    before = content(tmp_path / "out.partial" / "data")
-    assert len(before) == 2
-    (tmp_path / "out.partial" / "data" / ".0a0a0a0a.tmp").write_bytes(b"left over")
+    (tmp_path / "many").mkdir()
+    with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
+        for number in range(24):
+            photo.crop((9 * number, 0, 9 * number + 8 + number % 3, 9)).save(tmp_path / "many" / f"{number:02}.png")
+    for number in (3, 17):
+        (tmp_path / "many" / f"{number:02}.png").write_bytes(b"broken")
+    return tmp_path / "many"
 
-    outputs, port = [tmp_path / f"{rank}.txt" for rank in range(2)], free_port()
-    two = [
-        start(target=run_rank, args=([*arguments, "--workers", "0"], rank, 2, port, output))
-        for rank, output in enumerate(outputs)
-    ]
-    for process in two:
+
+def test_workers_killed_at_random_make_the_set_of_one_process(many, tmp_path):
+    options = ["--model", str(tmp_path / "tiny"), "--num-parts", "8", "--workers", "0", "--scales", "0.5", "1"]
+    arguments = ["tokenize", str(many), str(tmp_path / "out"), *options]
+    start = processes().Process
+    chance = random.Random(0)
+    deaths = [chance.choice(("create", "new_file", "finish")) for _ in range(4)]
+    for step, name in enumerate(deaths):
+        killed = [start(target=run_killed, args=(arguments, name, 1)) for _ in range(1 + step % 2)]
+        for process in killed:
+            process.start()
+        for process in killed:
+            process.join()
+        assert {process.exitcode for process in killed} <= {-signal.SIGKILL, 0, 1}
+    assert -signal.SIGKILL in {process.exitcode for process in killed}
+    outputs = [tmp_path / f"{number}.txt" for number in range(3)]
+    alone = [*arguments, "--part", "5"]
+    last = [start(target=run_to_end, args=each) for each in zip((arguments, alone, alone), outputs, strict=True)]
+    for process in last:
         process.start()
-    for process in two:
+    for process in last:
         process.join()
-    assert [process.exitcode for process in two] == [0, 0]
-    assert "(images: 7, rows: 6, shards: 7)" in outputs[0].read_text()
-    assert outputs[1].read_text() == ""
-    assert svqvae("tokenize", photos, tmp_path / "unbroken", *options) == 1
+    assert [process.exitcode for process in last] in ([0, 0, 0], [1, 0, 0])
+    assert svqvae(*arguments) == 1  # if a worker was still busy with the last part
+    assert svqvae("tokenize", many, tmp_path / "unbroken", *options) == 1
     found, expected = content(tmp_path / "out"), content(tmp_path / "unbroken")
-    assert before.items() <= content(tmp_path / "out" / "data").items()
     expected["README.md"] = expected["README.md"].replace(b"unbroken", b"out")
     assert found == expected
-    assert not list(tmp_path.glob("out.partial*"))
+    rows = load(tmp_path / "out")
+    assert rows["key"] == [f"{number:02}.png" for number in range(24) if number not in (3, 17)]
 
 
-def test_a_run_resumes_only_with_the_same_options(photos, tmp_path, monkeypatch):
-    def fail(self, name, content):
+def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
+    read = []
+    row = FileRows.row
+    monkeypatch.setattr(FileRows, "row", lambda self, index: read.append(index) or row(self, index))
+    for part in (2, 0, 2):
+        report = tokenize(make_tiny(), photos, tmp_path / "out", part=part, num_parts=3)
+        assert not report.complete
+    assert read == [4, 5, 6, 0, 1]
+    assert (report.images, report.rows) == (0, 0)
+    assert "waiting  for other parts, see svqvae tokenize --status" in str(report)
+    assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=3).complete
+    assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=3).rows == 6
+    assert tokenize(make_tiny(), photos, tmp_path / "out", part=1, num_parts=3).rows == 6
+    assert read == [4, 5, 6, 0, 1, 2, 3]
+
+
+def test_of_two_workers_on_a_part_the_slower_one_stops(photos, tmp_path, monkeypatch):
+    options = {"num_parts": 2, "part": 0}
+    tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2, part=1)
+    make, faster = _PartMaker._make, []
+
+    def overtaken(self, part, on_image):
+        if len(faster) == 0:
+            faster.append(None)
+            faster.append(tokenize(make_tiny(), photos, tmp_path / "out", **options))
+        return make(self, part, on_image)
+
+    monkeypatch.setattr(_PartMaker, "_make", overtaken)
+    slower = tokenize(make_tiny(), photos, tmp_path / "out", **options)
+    assert slower.complete
+    assert slower == faster[1]
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
+    def run(**options):
+        return tokenize(options.pop("model", make_tiled()), photos, tmp_path / "out", **{"num_parts": 2} | options)
+
+    def check_refused():
+        before = content(tmp_path / "out")
+        changes = ({"scales": [1.0]}, {"scale_from": "image"}, {"shard_mb": 3}, {"min_side": 8}, {"num_parts": 3})
+        for options in changes:
+            ((name, value),) = options.items()
+            name = "parts" if name == "num_parts" else name
+            with pytest.raises(
+                ValueError, match=rf"`{name}` was .* and is now {re.escape(repr(value))}\. Use the same"
+            ):
+                run(**options)
+        with pytest.raises(ValueError, match="`codebook_fingerprint` was"):
+            run(model=make_other())
+        (photos / "7.png").write_bytes((photos / "0.png").read_bytes())
+        with pytest.raises(ValueError, match="`images` was 7 and is now 8"):
+            run()
+        (photos / "7.png").unlink()
+        os.utime(photos / "1.png", (0, 0))
+        with pytest.raises(ValueError, match="`image_set` was"):
+            run()
+        os.utime(photos / "1.png", ns=(time, time))
+        assert content(tmp_path / "out") == before
+
+    time = (photos / "1.png").stat().st_mtime_ns
+    run(part=0)
+    check_refused()
+    run()
+    check_refused()
+
+
+def test_a_part_that_failed_says_why(photos, tmp_path, monkeypatch):
+    def fail(*args):
         raise OSError("disk full")
 
-    run = partial(tokenize, make_tiled(), photos, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(PartialTokenSet, "write_shard", fail)
+        patch.setattr("svqvae_hf.tokenizing.writer.write_shards", fail)
         with pytest.raises(OSError, match="disk full"):
-            run()
-    changes = ({"scales": [1.0]}, {"scale_from": "image"}, {"shard_size": 3}, {"min_side": 8})
-    for options in changes:
-        (name,) = options
-        message = f"must resume with the same options, but in `.*out.partial` `{name}` was"
-        with pytest.raises(ValueError, match=message):
-            run(**options)
-    with pytest.raises(ValueError, match="`codebook_fingerprint` was"):
-        tokenize(make_other(), photos, tmp_path / "out")
-    (photos / "7.png").write_bytes((photos / "0.png").read_bytes())
-    with pytest.raises(ValueError, match="`image_set` was"):
-        run()
-    (photos / "7.png").unlink()
-    (tmp_path / "out.partial.json").rename(tmp_path / "record.json")
-    with pytest.raises(ValueError, match=r"`.*out.partial` must have its record `.*out.partial.json`, but has none"):
-        run()
-    (tmp_path / "record.json").rename(tmp_path / "out.partial.json")
-    run()
+            tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2)
+    status = read_status(tmp_path / "out")
+    assert (status.parts, status.done, status.failed, status.complete) == (2, 0, {0: "disk full"}, False)
+    assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2).complete
+    assert str(read_status(tmp_path / "out")).startswith("parts    2 (complete; done: 2, running: 0, failed: 0")
 
 
 @pytest.mark.parametrize(
@@ -223,6 +310,10 @@ def test_a_run_resumes_only_with_the_same_options(photos, tmp_path, monkeypatch)
         ({"crops": "centre"}, "must be the side of the crops in pixels, got None for `crops` 'centre'. Pass it"),
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
         ({"crops": "centre", "resolution": 0}, "`resolution` must be at least 1, got 0"),
+        ({"shard_mb": 0}, "`shard_mb` must be a number of megabytes above 0, got 0"),
+        ({"part": 1}, "`part` needs `num_parts`"),
+        ({"num_parts": 8}, "`num_parts` must be in [1, 7], the number of images, got 8"),
+        ({"num_parts": 3, "part": 3}, "`part` must be in [0, 2] for 3 parts, got 3"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"min_side": 0}, "`min_side` must be at least 1, got 0"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
@@ -236,15 +327,6 @@ def test_options_out_of_range_raise_before_the_work(tiny_model, photos, tmp_path
     with pytest.raises(ValueError, match=re.escape(message)):
         tokenize(tiny_model, photos, tmp_path / "out", **options)
     assert not list(tmp_path.glob("out*"))
-
-
-def test_a_url_is_not_taken_for_a_folder(tiny_model, photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="`s3://bucket/out` must be a local path .* `s3://` is not supported"):
-        tokenize(tiny_model, photos, "s3://bucket/out")
-    assert "`s3://` is not supported" in fails(capsys, "tokenize", photos, "s3://bucket/out")
-    assert "`gs://` is not supported" in fails(capsys, "tokenize", "gs://bucket/photos", "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
 
 
 def test_columns_must_exist_and_have_names_of_their_own(tiny_model, photos, parquet, tmp_path):
@@ -275,15 +357,15 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     assert svqvae("tokenize", photos, out, *crops, *model, "--tile-size", "32", "--overlap", "8") == 1
     written, error = capsys.readouterr()
     assert error == "svqvae: 1 of 4 inputs were skipped\n"
-    assert written == f"written  {out} (images: 4, rows: 3, shards: 1)\n" + (
-        f"skipped  {out / 'skipped.json'} (unreadable images: 1)\n"
+    assert written == f"written  {out} (images: 4, rows: 3, files: 1)\n" + (
+        f"skipped  {out / 'skipped.jsonl'} (unreadable images: 1)\n"
     )
     settings = read_settings(out)
     assert (settings.model, settings.crops, settings.resolution) == ("tiny", "centre", 16)
     assert settings.scale_from == "image"
     assert svqvae("detokenize", out, "--output", images, *model) == 0
     assert len(list(images.iterdir())) == 6
-    assert "it is not empty" in fails(capsys, "tokenize", photos, out, *model)
+    assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, "tokenize", photos, out, *model)
     assert "must be a folder with svqvae_tokens.json" in fails(capsys, "detokenize", photos, "--output", images)
     bundled = fails(capsys, "detokenize", out, "--output", images)  # the bundled model has another codebook
     assert "the ids must be of the model's codebook" in bundled

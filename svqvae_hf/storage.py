@@ -1,0 +1,140 @@
+"""Folders that `fsspec` reaches, on a disk or in an object store. Each file in them is complete or absent."""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from svqvae_hf.atomic_io import os_error, write_file
+
+
+class Folder:
+    """A folder, which need not exist. Credentials come from the environment of `fsspec`'s file systems alone.
+
+    Args:
+        url (`str` or `os.PathLike`): Local path, or URL such as `s3://bucket/tokens`.
+
+    Raises:
+        ValueError: `fsspec` does not know the scheme of the URL, or a package for it is missing.
+    """
+
+    def __init__(self, url: str | os.PathLike):
+        self.url = os.fspath(url).rstrip("/") or "/"
+        try:
+            self.files, self.path = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"`{self.url}` cannot be reached: {str(error).removesuffix('.')}.") from error
+        self.is_local = isinstance(self.files, LocalFileSystem)
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file; `None` if it is absent."""
+        with self._explained(name, "read"), suppress(FileNotFoundError):
+            return self.files.cat_file(self._path(name))
+        return None
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        """Contents of several files, fetched together.
+
+        Raises:
+            FileNotFoundError: One is absent.
+        """
+        with self._explained(self.url, "read"):
+            if self.is_local:
+                return [Path(self._path(name)).read_bytes() for name in names]
+            paths = [self._path(name) for name in names]
+            if len(paths) == 1:  # `cat` would return the content alone
+                return [self.files.cat_file(paths[0])]
+            found = self.files.cat(paths)
+            return [found[path] for path in paths]
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file, and its folder if necessary."""
+        if self.is_local:
+            self._make_parent(name)
+            write_file(self._path(name), content)
+        else:
+            with self._explained(name, "written"):
+                self.files.pipe_file(self._path(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a file unless it exists; returns whether it did."""
+        with self._explained(name, "written"):
+            try:
+                if self.is_local:
+                    self._make_parent(name)
+                    with open(self._path(name), "xb") as file:
+                        file.write(content)
+                else:
+                    self.files.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        """Yields the path of a local file to write, which becomes the file `name` if the block raises nothing."""
+        if self.is_local:
+            self._make_parent(name)
+        folder = Path(self._path(name)).parent if self.is_local else Path(tempfile.gettempdir())
+        temporary = folder / f".{secrets.token_hex(8)}.tmp"
+        try:
+            with self._explained(name, "written"):
+                yield temporary
+                if self.is_local:
+                    temporary.replace(self._path(name))
+                else:
+                    self.files.put_file(str(temporary), self._path(name))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def names(self, subfolder: str) -> set[str]:
+        """Names of what is in a subfolder; none if it is absent."""
+        with self._explained(subfolder, "read"), suppress(FileNotFoundError):
+            if self.is_local:
+                return set(os.listdir(self._path(subfolder)))
+            self.files.invalidate_cache()  # others write there, too
+            return {path.rsplit("/", 1)[-1] for path in self.files.ls(self._path(subfolder), detail=False)}
+        return set()
+
+    def all_files(self, subfolder: str) -> list[str]:
+        """Files in a subfolder and its subfolders, relative to this folder."""
+        with self._explained(subfolder, "read"):
+            self.files.invalidate_cache()
+            return [path[len(self.path) :].lstrip("/") for path in self.files.find(self._path(subfolder))]
+
+    def delete(self, name: str) -> None:
+        """Deletes a file if it exists."""
+        with self._explained(name, "deleted"), suppress(FileNotFoundError):
+            self.files.rm_file(self._path(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Deletes a subfolder with all that is in it, if it exists."""
+        with self._explained(name, "deleted"), suppress(FileNotFoundError):
+            self.files.rm(self._path(name), recursive=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def _make_parent(self, name: str) -> None:
+        os.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
+
+    @contextmanager
+    def _explained(self, name: str, done: str) -> Iterator[None]:
+        """Makes one line of the errors of file systems, which are of many types. Absent and existing files stay."""
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise os_error(f"`{self._path(name)}` cannot be {done}: {reason.removesuffix('.')}.", error) from error
+        except Exception as error:
+            if self.is_local or not type(error).__module__.startswith(("botocore", "aiohttp", "gcsfs", "google")):
+                raise
+            reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+            raise OSError(f"`{self.url}/{name}` cannot be {done}: {reason}.") from error

@@ -1,0 +1,113 @@
+"""Parquet files of a token set."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from svqvae_hf.storage import Folder
+from svqvae_hf.token_sets.crops import CROPS
+from svqvae_hf.token_sets.settings import TokenSettings
+from svqvae_hf.tokens.token_files import METADATA_KEY
+
+DATA = "data"
+ROW_GROUP_BYTES = 2**21
+ROW_BYTES = 64  # of a row, besides its ids and texts
+
+
+def shard_name(part: int, number: int) -> str:
+    """Name of a Parquet file. `datasets` takes the split from its first word. A folder has at most 10,000 files."""
+    return f"{DATA}/{part // 1000:04}-{number // 10:04}/train-{part:07}-{number:05}.parquet"
+
+
+def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.Features:
+    """Columns of a token set.
+
+    Args:
+        settings ([`TokenSettings`]): Settings of the set.
+        kept (`datasets.Features`): Columns of the image set that are kept.
+
+    Raises:
+        ValueError: A kept column has the name of another column.
+    """
+    columns = dict.fromkeys(settings.id_columns, datasets.List(datasets.Value(settings.id_dtype)))
+    columns |= {"height": datasets.Value("int32"), "width": datasets.Value("int32"), "key": datasets.Value("string")}
+    if len(CROPS[settings.crops]) > 1:
+        columns |= {"crop": datasets.Value("string")}
+    taken = sorted(set(columns) & set(kept))
+    if taken:
+        raise ValueError(
+            f"columns of the image set must not have names of columns of the token set, but {', '.join(taken)} do."
+        )
+    return datasets.Features({**columns, **kept})
+
+
+def write_shards(
+    folder: Folder,
+    part: int,
+    rows: Iterable[dict[str, Any]],
+    settings: TokenSettings,
+    features: datasets.Features,
+    shard_mb: float,
+) -> Iterator[dict[str, Any]]:
+    """Writes rows to Parquet files.
+
+    Args:
+        folder ([`Folder`]): Folder of the token set.
+        part (`int`): Number of the part.
+        rows (`Iterable[dict[str, Any]]`): Rows of the part, with their ids as arrays.
+        settings ([`TokenSettings`]): Settings of the set, which each file repeats.
+        features (`datasets.Features`): Columns, from [`row_features`].
+        shard_mb (`float`): Size of a file in megabytes, without compression. It decides where files end, so that this
+            depends on the sizes of the images alone.
+
+    Yields:
+        `dict[str, Any]`: `name`, `rows` and `ids` of each file, once it is written.
+    """
+    schema = features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, METADATA_KEY.encode(): settings.to_json().encode()})
+    for number, shard in itertools.groupby(rows, key=_counter(shard_mb * 1e6, settings)):
+        name = shard_name(part, number)
+        counts = {"rows": 0, "ids": 0}
+        with folder.new_file(name) as path, pq.ParquetWriter(path, schema) as writer:
+            for _, group in itertools.groupby(shard, key=_counter(ROW_GROUP_BYTES, settings)):
+                group_rows = list(group)
+                writer.write_table(_table(group_rows, schema, settings))
+                counts["rows"] += len(group_rows)
+                counts["ids"] += sum(ids.size for row in group_rows for ids in _ids(row, settings))
+        yield {"name": name, **counts}
+
+
+def _counter(limit: float, settings: TokenSettings) -> Callable[[dict[str, Any]], int]:
+    """Returns a function that numbers rows by groups of about `limit` bytes."""
+    number, size = 0, 0.0
+
+    def count(row: dict[str, Any]) -> int:
+        nonlocal number, size
+        if size >= limit:
+            number, size = number + 1, 0
+        size += ROW_BYTES + sum(ids.nbytes for ids in _ids(row, settings))
+        size += sum(len(value) for value in row.values() if isinstance(value, str | bytes))
+        return number
+
+    return count
+
+
+def _ids(row: dict[str, Any], settings: TokenSettings) -> list[np.ndarray]:
+    return [row[name] for name in settings.id_columns]
+
+
+def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema, settings: TokenSettings) -> pa.Table:
+    columns = []
+    for column in schema:
+        values = [row[column.name] for row in rows]
+        if column.name in settings.id_columns:
+            ends = np.cumsum([0, *(len(ids) for ids in values)], dtype=np.int32)
+            columns.append(pa.ListArray.from_arrays(ends, pa.array(np.concatenate(values)), type=column.type))
+        else:
+            columns.append(pa.array(values, column.type))
+    return pa.Table.from_arrays(columns, schema=schema)

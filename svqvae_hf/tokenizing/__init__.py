@@ -1,0 +1,1 @@
+"""Makes token sets from image sets."""

@@ -1,0 +1,141 @@
+"""Encodes the crops of images to rows of a token set."""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.token_sets.crops import CROPS
+from svqvae_hf.token_sets.settings import TokenSettings
+from svqvae_hf.tokenizing.reading import CroppedImage
+from svqvae_hf.tokens.image_tokens import check_memory
+
+BATCH_CROPS = 64  # crops of a batch by default, if they are small
+BATCH_PIXELS = 2**20  # pixels of a batch by default, at most, unless one crop has more
+WAITING_PIXELS = 2**25  # pixels of crops that wait until their batches are full, at most: 96 MiB
+
+Crop = tuple[torch.Tensor, dict[str, Any]]  # (3, height, width), uint8; and its row
+
+
+@dataclass
+class ImageCounts:
+    """Counts of the images of a part.
+
+    Args:
+        images (`int`): Images that were read, including the skipped ones.
+        skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read.
+    """
+
+    images: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+class RowEncoder:
+    """Encodes the crops of images to rows of a token set. Crops of one size are encoded together.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode.
+        settings ([`TokenSettings`]): Settings of the token set.
+        features (`datasets.Features`): Columns of the image set that are kept.
+        batch_size (`int`, *optional*): Crops of a batch. By default 64, or fewer if they have over a megapixel in all.
+    """
+
+    def __init__(self, model: SVQVAE, settings: TokenSettings, features: datasets.Features, batch_size: int | None):
+        self.model = model
+        self.device, self.dtype = model.device, model.dtype  # each look-up visits all modules
+        self.settings = settings
+        self.features = features
+        self.batch_size = batch_size
+        self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+        self.fitting: set[tuple[int, ...]] = set()  # shapes of batches that fit in memory
+
+    def encode(
+        self, images: Iterable[CroppedImage], counts: ImageCounts, on_image: Callable[[], object]
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the rows of images in their order. The batches depend on the images alone.
+
+        Args:
+            images (`Iterable[CroppedImage]`): Images of one part.
+            counts ([`ImageCounts`]): Counts to add to.
+            on_image (`Callable`): Called after each image.
+
+        Raises:
+            OSError: An image could not be fetched.
+            ValueError: A crop needs more memory than is available.
+        """
+        queue: deque[dict[str, Any]] = deque()  # rows in order, complete once they have ids
+        waiting: dict[torch.Size, list[Crop]] = defaultdict(list)
+        waiting_pixels = 0
+        for pixels, row in self._crops(images, counts, on_image):
+            batch = waiting[pixels.shape]
+            batch.append((pixels, row))
+            queue.append(row)
+            size = row["height"] * row["width"]
+            waiting_pixels += size
+            if len(batch) >= (self.batch_size or min(BATCH_CROPS, BATCH_PIXELS // size)):
+                waiting_pixels -= len(batch) * size
+                self._encode_batch(waiting.pop(pixels.shape))
+            elif waiting_pixels > WAITING_PIXELS:
+                self._encode_all(waiting)
+                waiting_pixels = 0
+            while queue and "ids_0" in queue[0]:
+                yield queue.popleft()
+        self._encode_all(waiting)
+        yield from queue
+
+    def _crops(
+        self, images: Iterable[CroppedImage], counts: ImageCounts, on_image: Callable[[], object]
+    ) -> Iterator[Crop]:
+        """Yields the crops of readable images, and counts the images."""
+        names = CROPS[self.settings.crops]
+        for image in images:
+            if image.unreachable:
+                raise OSError(
+                    f"`{image.key}` could not be fetched: {image.fault} Run the same command again later to resume."
+                )
+            counts.images += 1
+            if image.crops is None:
+                counts.skipped.append({"key": image.key, "reason": str(image.fault)})
+            else:
+                height, width = image.crops.shape[-2:]
+                values = self.features.encode_example(image.values) if image.values else {}
+                row = {"height": height, "width": width, "key": image.key, **values}
+                for name, pixels in zip(names, image.crops, strict=True):
+                    yield pixels, row if len(names) == 1 else {**row, "crop": name}
+            on_image()
+
+    def _encode_all(self, waiting: dict[torch.Size, list[Crop]]) -> None:
+        for batch in waiting.values():
+            self._encode_batch(batch)
+        waiting.clear()
+
+    @torch.inference_mode()
+    def _encode_batch(self, crops: list[Crop]) -> None:
+        """Adds ids to the rows of crops of one size."""
+        pixels = torch.stack([pixels for pixels, _ in crops])
+        self._check_memory(pixels.shape, crops[0][1]["key"])
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        sample = self.processor(pixels.to(self.device, non_blocking=True))["pixel_values"].to(self.dtype)
+        encoded = self.model.encode_tokens(sample, self.settings.scales, self.settings.scale_from)
+        grids = [grid.flatten(1).cpu().numpy().astype(self.settings.id_dtype) for grid in encoded]
+        for number, (_, row) in enumerate(crops):
+            for index, grid in enumerate(grids):
+                row[f"ids_{index}"] = grid[number]
+
+    def _check_memory(self, shape: torch.Size, key: str) -> None:
+        """Raises if batches of a shape need more memory than is available, once per shape."""
+        if shape in self.fitting:
+            return
+        count, _, height, width = shape
+        try:
+            scales, scale_from = self.settings.scales, self.settings.scale_from
+            check_memory(self.model, count * height, width, scales, scale_from, decodes=False)
+        except ValueError as error:
+            raise ValueError(f"`{key}`: {error}") from error
+        self.fitting.add(shape)

@@ -1,0 +1,69 @@
+import errno
+
+import fsspec
+import pytest
+
+from svqvae_hf.storage import Folder
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        yield Folder(tmp_path / "folder")
+    else:
+        yield Folder("memory://folder")
+        fsspec.filesystem("memory").rm("/", recursive=True)
+
+
+def test_files_are_written_listed_and_deleted(folder):
+    assert folder.read("a/b.txt") is None
+    assert folder.names("a") == set()
+    assert folder.create("a/b.txt", b"one")
+    assert not folder.create("a/b.txt", b"two")
+    assert folder.read("a/b.txt") == b"one"
+    folder.write("a/b.txt", b"three")
+    folder.write("a/c/d.txt", b"four")
+    assert folder.read_all(["a/b.txt"]) == [b"three"]
+    assert folder.read_all(["a/c/d.txt", "a/b.txt"]) == [b"four", b"three"]
+    assert folder.names("a") == {"b.txt", "c"}
+    assert sorted(folder.all_files("a")) == ["a/b.txt", "a/c/d.txt"]
+    folder.delete("a/b.txt")
+    folder.delete("a/b.txt")
+    folder.delete_folder("a")
+    folder.delete_folder("a")
+    assert folder.read("a/c/d.txt") is None
+    with pytest.raises(FileNotFoundError):
+        folder.read_all(["a/b.txt", "a/c/d.txt"])
+
+
+def test_a_new_file_is_complete_or_absent(folder):
+    with folder.new_file("a/b.txt") as path:
+        path.write_bytes(b"one")
+        assert folder.read("a/b.txt") is None
+    assert folder.read("a/b.txt") == b"one"
+
+    def interrupted():
+        with folder.new_file("a/b.txt") as path:
+            path.write_bytes(b"tw")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert folder.read("a/b.txt") == b"one"
+    assert folder.names("a") == {"b.txt"}
+
+
+def test_errors_name_the_file_and_the_reason(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = Folder("memory://full")
+    monkeypatch.setattr(folder.files, "pipe_file", full)
+    with pytest.raises(OSError, match=r"`/full/a` cannot be written: No space left on device\.$") as caught:
+        folder.write("a", b"")
+    assert caught.value.errno == errno.ENOSPC
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"/file/a` cannot be read: Not a directory\.$"):
+        Folder(tmp_path / "file").read("a")
+    with pytest.raises(ValueError, match="`nope://bucket` cannot be reached: Protocol not known: nope"):
+        Folder("nope://bucket")

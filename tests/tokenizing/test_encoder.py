@@ -1,0 +1,91 @@
+import datasets
+import pytest
+import torch
+from conftest import make_tiny
+
+from svqvae_hf.data.image_rows import ImageRow
+from svqvae_hf.token_sets.settings import TokenSettings
+from svqvae_hf.tokenizing import encoder, reading
+from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
+from svqvae_hf.tokenizing.reading import CroppedImage, read_crops
+
+
+@pytest.fixture
+def settings():
+    model = make_tiny()
+    return TokenSettings("tiny", (1.0,), model.f, 64, model.codebook_fingerprint(), None, None, "whole", None)
+
+
+def encode(model, settings, images, batch_size=None):
+    counts = ImageCounts()
+    rows = RowEncoder(model, settings, datasets.Features(), batch_size).encode(images, counts, lambda: None)
+    return list(rows), counts
+
+
+def noise(*sizes):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        CroppedImage(str(key), {}, torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=generator))
+        for key, size in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("waiting_pixels", [2**25, 600])
+def test_sizes_are_batched_and_rows_stay_in_order(settings, monkeypatch, waiting_pixels):
+    monkeypatch.setattr(encoder, "WAITING_PIXELS", waiting_pixels)
+    model, batches = make_tiny(), []
+    encode_tokens = model.encode_tokens
+    monkeypatch.setattr(
+        model, "encode_tokens", lambda sample, *args: batches.append(sample.shape) or encode_tokens(sample, *args)
+    )
+    images = noise(*[(8, 8), (8, 12), (8, 8), (20, 20), (8, 12)] * 4)
+    images.insert(3, CroppedImage("broken", {}, None, "it is broken."))
+    rows, counts = encode(model, settings, images, batch_size=4)
+    assert [row["key"] for row in rows] == [str(number) for number in range(20)]
+    assert (counts.images, counts.skipped) == (21, [{"key": "broken", "reason": "it is broken."}])
+    assert max(shape[0] for shape in batches) <= 4
+    assert len(batches) < 20
+    assert len({tuple(shape) for shape in batches}) > 1
+    alone, _ = encode(make_tiny(), settings, images, batch_size=1)
+    assert all((one["ids_0"] == other["ids_0"]).all() for one, other in zip(rows, alone, strict=True))
+
+
+def test_default_batches_have_at_most_a_megapixel(settings, monkeypatch):
+    monkeypatch.setattr(encoder, "BATCH_PIXELS", 3 * 8 * 8)
+    model, batches = make_tiny(), []
+    encode_tokens = model.encode_tokens
+    monkeypatch.setattr(
+        model, "encode_tokens", lambda sample, *args: batches.append(len(sample)) or encode_tokens(sample, *args)
+    )
+    encode(model, settings, noise(*[(8, 8)] * 7, (40, 40)))
+    assert sorted(batches) == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_crops_are_read_in_order(photo, tmp_path, num_workers):
+    for number in range(40):
+        photo.crop((0, 0, 8 + number % 3, 9)).save(tmp_path / f"{number}.png")
+    (tmp_path / "7.png").write_bytes(b"broken")
+    names = [f"{number}.png" for number in range(40)]
+    rows = [ImageRow(name, {"path": str(tmp_path / name), "bytes": None}, {}) for name in names]
+    read = list(read_crops(rows, "whole-flip", None, None, num_workers))
+    assert [image.key for image in read] == names
+    assert [image.key for image in read if image.crops is None] == ["7.png"]
+    assert tuple(read[5].crops.shape) == (2, 3, 9, 10)
+    assert torch.equal(read[5].crops[0], read[5].crops[1].flip(-1))
+
+
+def test_an_image_that_cannot_be_fetched_ends_the_run(monkeypatch, settings):
+    def fail(*args):
+        raise OSError("no route to host.")
+
+    monkeypatch.setattr(reading, "read_image", fail)
+    row = ImageRow("a.png", {"path": "hf://datasets/org/set@main/a.png", "bytes": None}, {})
+    with pytest.raises(OSError, match="`a.png` could not be fetched: no route to host. Run the same command again"):
+        encode(make_tiny(), settings, read_crops([row], "whole", None, None, 0))
+
+
+def test_an_image_that_needs_too_much_memory_is_named(monkeypatch, settings):
+    monkeypatch.setattr("svqvae_hf.tokens.image_tokens.available_memory", lambda device: 1)
+    with pytest.raises(ValueError, match=r"`0`: an image of 8 x 8 pixels .* would take about"):
+        encode(make_tiny(), settings, noise((8, 8)))
