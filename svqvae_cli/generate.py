@@ -2,8 +2,26 @@
 
 import argparse
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from svqvae_cli.arguments import Commands, add_command, add_device, add_dtype, add_output, path_or_name, scale
+from svqvae_cli.arguments import (
+    Commands,
+    add_command,
+    add_device,
+    add_dtype,
+    add_output,
+    path,
+    path_or_name,
+    positive,
+    scale,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 
 
 def add_to(commands: Commands) -> None:
@@ -12,15 +30,23 @@ def add_to(commands: Commands) -> None:
         commands,
         "generate",
         run,
-        "generate images with an autoregressive pipeline",
+        "generate images with an autoregressive or next-scale pipeline",
         "Writes one image per class, index and scale, class_cat_0_x1.png and so on, or\n"
         "prompt_0_0_x1.png for the first caption, or image_0_x1.png without --class and\n"
         "--prompt, and all at their finest scale on sheet.png, one row per class or\n"
-        "caption. All images are sampled as one batch.",
+        "caption. All images are sampled as one batch. A next-scale pipeline writes one\n"
+        "scale.",
         "org/dreams --class cat 7 --num-images 4 --output out",
     )
     parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the pipeline")
     add_output(parser, "folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist (default: an error)")
+    parser.add_argument(
+        "--steps-picture",
+        type=path,
+        metavar="FILE",
+        help="PNG file for a picture of all scales: a row per image, from coarse to fine",
+    )
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument(
         "--class",
@@ -40,7 +66,10 @@ def add_to(commands: Commands) -> None:
         nargs="+",
         type=scale,
         metavar="SCALE",
-        help="scales to decode, among the pipeline's own (default: the finest)",
+        help="scales to decode, among an autoregressive pipeline's own (default: the finest)",
+    )
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="scales of a next-scale pipeline (default: as in training)"
     )
     parser.add_argument(
         "--guidance-scale",
@@ -80,17 +109,16 @@ def run(args: argparse.Namespace) -> None:
     import transformers
 
     from svqvae_cli.loading import load_pretrained
-    from svqvae_hf import SVQVAEAutoregressivePipeline
+    from svqvae_hf import SVQVAENextScalePipeline
     from svqvae_hf.atomic_io import save_png
-    from svqvae_hf.paths import check_output, scale_endings
+    from svqvae_hf.paths import InputFile, check_output, check_targets, scale_endings
 
     check_output(args.output)
+    if args.steps_picture and args.steps_picture.suffix != ".png":
+        raise ValueError(f"--steps-picture must end in .png, got `{args.steps_picture}`.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # while loading
-    pipeline = load_pretrained(SVQVAEAutoregressivePipeline, args.model, args.device, args.dtype)
-    pipeline.set_progress_bar_config(unit="row", disable=None)
-    scales = args.scales or pipeline.layout.scales[-1:]
-    endings = scale_endings(scales)
+    pipeline = load_pretrained(_Generator, args.model, args.device, args.dtype)
     classes = args.class_labels or []
     labels = [_class_label(text, pipeline.config["class_names"]) for text in classes] or None
     prompt_names = [f"prompt_{index}" for index in range(len(args.prompt or []))]
@@ -100,22 +128,86 @@ def run(args: argparse.Namespace) -> None:
             f"--class must name each class once, got {' '.join(classes)}. Ask for more images with --num-images."
         )
     count = args.num_images
-    images = pipeline(
-        labels,
-        prompt=args.prompt,
-        scales=scales,
-        guidance_scale=args.guidance_scale,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        generator=[torch.Generator().manual_seed(args.seed + index) for index in range(len(names) * count)],
-        num_images_per_prompt=count,
-    ).images
-    for images_at_scale, ending in zip(images, endings, strict=True):
-        for index, image in enumerate(images_at_scale):
-            save_png(image, args.output / f"{names[index // count]}_{index % count}{ending}")
+    is_next_scale = isinstance(pipeline, SVQVAENextScalePipeline)
+    scales = [1.0] if is_next_scale else args.scales or list(pipeline.layout.scales[-1:])
+    files = [
+        [args.output / f"{name}_{index}{ending}" for name in names for index in range(count)]
+        for ending in scale_endings(scales)
+    ]
+    pictures = [args.output / "sheet.png", *([args.steps_picture] if args.steps_picture else [])]
+    check_targets({InputFile(Path(args.model), Path(args.model)): [*sum(files, []), *pictures]}, args.overwrite)
+    sampling: dict[str, Any] = {
+        "class_labels": labels,
+        "guidance_scale": args.guidance_scale,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "generator": [torch.Generator().manual_seed(args.seed + index) for index in range(len(names) * count)],
+        "num_images_per_prompt": count,
+    }
+    sample = _sample_next_scale if is_next_scale else _sample_autoregressive
+    images, steps = sample(pipeline, args, sampling, scales)
+    for files_at_scale, images_at_scale in zip(files, images, strict=True):
+        for file, image in zip(files_at_scale, images_at_scale, strict=True):
+            save_png(image, file)
     finest = images[scales.index(max(scales))]
     save_png(diffusers.utils.make_image_grid(finest, rows=len(names), cols=count), args.output / "sheet.png")
+    if args.steps_picture:
+        rows = [image.resize(row[-1].size) for row in zip(*steps, strict=True) for image in row]
+        save_png(diffusers.utils.make_image_grid(rows, rows=len(finest), cols=len(steps)), args.steps_picture)
+    print(f"written  {args.output} (images: {sum(map(len, files))})")
+
+
+class _Generator:
+    """Either kind of pipeline, by the class in its `model_index.json`."""
+
+    @staticmethod
+    def from_pretrained(source: str, **options: Any) -> "SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline":
+        from diffusers import DiffusionPipeline
+
+        from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+        from svqvae_hf.hub.repositories import from_hub
+
+        found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
+        classes = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
+        if found not in classes:
+            raise ValueError(f"the pipeline of `{source}` must be one of {', '.join(classes)}, but is a {found}.")
+        return classes[found].from_pretrained(source, **options)
+
+
+Images = list[list["Image.Image"]]  # by scale
+
+
+def _sample_autoregressive(
+    pipeline: "SVQVAEAutoregressivePipeline", args: argparse.Namespace, sampling: dict[str, Any], scales: list[float]
+) -> tuple[Images, Images]:
+    """Samples images at some scales and, for a picture, at all."""
+    if args.steps is not None:
+        raise ValueError("--steps belongs to next-scale pipelines, but MODEL is autoregressive. Leave it out.")
+    pipeline.set_progress_bar_config(unit="row", disable=None)
+    steps = [*pipeline.layout.scales] if args.steps_picture else []
+    asked = [*scales, *(each for each in steps if each not in scales)]
+    images = dict(zip(asked, pipeline(prompt=args.prompt, scales=asked, **sampling)[0], strict=True))
+    return [images[each] for each in scales], [images[each] for each in steps]
+
+
+def _sample_next_scale(
+    pipeline: "SVQVAENextScalePipeline", args: argparse.Namespace, sampling: dict[str, Any], scales: list[float]
+) -> tuple[Images, Images]:
+    """Samples images and, for a picture, decodes each step."""
+    for flag, value in {"--prompt": args.prompt, "--scales": args.scales}.items():
+        if value is not None:
+            raise ValueError(f"{flag} belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
+    pipeline.set_progress_bar_config(unit="scale", disable=None)
+    steps: Images = []
+
+    def decode(_pipeline: object, _step: int, _size: Sequence[int], tensors: dict[str, Any]) -> None:
+        sample = pipeline.vqvae.decode_tokens(tensors["ids"])
+        steps.append(pipeline.image_processor.postprocess(sample, output_type="pil"))
+
+    callback = decode if args.steps_picture else None
+    images = pipeline(num_inference_steps=args.steps, callback_on_step_end=callback, **sampling)[0]
+    return [images], [*steps[:-1], images] if steps else []
 
 
 def _class_file_name(text: str) -> str:

@@ -481,12 +481,13 @@ def test_the_size_defaults_to_the_sample_size_of_the_vqvae():
 
 
 @pytest.mark.usefixtures("process")
-def test_generate_writes_images_and_a_sheet(saved, pipeline, tmp_path):
+def test_generate_writes_images_and_a_sheet(saved, pipeline, tmp_path, capsys):
     arguments = ["--class", "2", "0", "--num-images", "3", "--scales", "1", "0.5", "--seed", "7", "--top-k", "9"]
     arguments += ["--guidance-scale", "2", "--temperature", "0.9", "--top-p", "0.8", "--output", tmp_path]
     assert svqvae("generate", saved, *arguments) == 0
     names = {f"class_{label}_{index}_x{scale}.png" for label in (2, 0) for index in range(3) for scale in ("1", "0.5")}
     assert {file.name for file in tmp_path.iterdir()} == names | {"sheet.png"}
+    assert capsys.readouterr().out == f"written  {tmp_path} (images: 12)\n"
     whole, half = pipeline(
         0, scales=[1.0, 0.5], generator=[seeded(7 + 4)], top_k=9, guidance_scale=2.0, temperature=0.9, top_p=0.8
     ).images
@@ -519,6 +520,20 @@ def test_generate_without_a_class(saved, tmp_path):
 
 
 @pytest.mark.usefixtures("process")
+def test_generate_overwrites_only_if_asked(saved, tmp_path, capsys):
+    command = ["generate", saved, "--output", tmp_path / "out", "--temperature", "0"]
+    assert svqvae(*command) == 0
+    capsys.readouterr()
+    before = (tmp_path / "out" / "sheet.png").stat()
+    assert "image_0_x1.png` already exists. Pass --overwrite" in fails(capsys, *command)
+    assert (tmp_path / "out" / "sheet.png").stat() == before
+    assert svqvae(*command, "--overwrite", "--steps-picture", tmp_path / "steps.png") == 0
+    with Image.open(tmp_path / "out" / "image_0_x1.png") as image, Image.open(tmp_path / "steps.png") as strip:
+        assert strip.size == (3 * image.width, image.height)  # scales 0.25, 0.5 and 1
+        assert np.array_equal(strip.crop((2 * image.width, 0, *strip.size)), image)
+
+
+@pytest.mark.usefixtures("process")
 def test_generate_reports_a_mistake_in_one_line(saved, tmp_path, capsys):
     (tmp_path / "ldm").mkdir()
     (tmp_path / "ldm" / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
@@ -527,7 +542,9 @@ def test_generate_reports_a_mistake_in_one_line(saved, tmp_path, capsys):
         ([saved, "--class", "cat"], "`class_labels` must be numbers in [0, 3) or names of classes, [], got 'cat'."),
         ([saved, "--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
         ([saved / "vqvae"], "no file named model_index.json found"),
-        ([tmp_path / "ldm"], "must be a SVQVAEAutoregressivePipeline, but is a LDMPipeline."),
+        ([tmp_path / "ldm"], "must be one of SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline, but is a LDM"),
+        ([saved, "--steps-picture", "steps.jpg"], "--steps-picture must end in .png, got `steps.jpg`."),
+        ([saved, "--steps", "3"], "--steps belongs to next-scale pipelines, but MODEL is autoregressive"),
     ):
         assert message in fails(capsys, "generate", *arguments, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()

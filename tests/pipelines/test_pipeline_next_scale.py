@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cli_runner import fails, names, svqvae
 from conftest import make_tiny
 from diffusers import DiffusionPipeline
 from next_scale_golden import GOLDEN, OUTPUTS, Golden, make_transformer
@@ -301,3 +302,33 @@ def test_infinite_logits_are_one_error(pipeline):
 def test_class_names_are_one_per_class():
     with pytest.raises(ValueError, match="must be 3 different names"):
         make_pipeline(class_names=["cat", "dog"])
+
+
+# svqvae generate
+
+
+@pytest.mark.usefixtures("process")
+def test_generate_writes_images_and_their_scales(pipeline, tmp_path, capsys):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    command = ["generate", tmp_path / "pipeline", "--class", "2", "0", "--guidance-scale", "2", "--seed", "5"]
+    arguments = [*command, "--output", tmp_path / "out", "--steps-picture", tmp_path / "steps.png"]
+    assert svqvae(*arguments) == 0
+    assert names(tmp_path / "out") == ["class_0_0_x1.png", "class_2_0_x1.png", "sheet.png"]
+    previews = []
+    images = pipeline(
+        [2, 0],
+        guidance_scale=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        callback_on_step_end=lambda *step: previews.append(pipeline.vqvae.decode_tokens(step[-1]["ids"])),
+    ).images
+    assert np.array_equal(Image.open(tmp_path / "out" / "class_0_0_x1.png"), images[1])
+    strip = Image.open(tmp_path / "steps.png")
+    assert strip.size == (4 * 16, 2 * 16)
+    assert np.array_equal(strip.crop((48, 16, 64, 32)), images[1])
+    small = pipeline.image_processor.postprocess(previews[1][:1], output_type="pil")[0]
+    assert np.array_equal(strip.crop((16, 0, 32, 16)), small.resize((16, 16)))
+    assert svqvae(*command, "--steps", "2", "--output", tmp_path / "two") == 0
+    capsys.readouterr()
+    for flags in (["--prompt", "a cat"], ["--scales", "1"]):
+        wrong = ["generate", tmp_path / "pipeline", *flags, "--output", tmp_path / "new"]
+        assert f"{flags[0]} belongs to autoregressive pipelines" in fails(capsys, *wrong)
