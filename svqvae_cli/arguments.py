@@ -202,12 +202,21 @@ def not_empty(text: str, advice: str = "") -> str:
 
 def scale(text: str) -> float:
     """Reads a scale."""
+    return _positive(text, "a scale")
+
+
+def target(text: str) -> float:
+    """Reads a PSNR or a number of bits to reach."""
+    return _positive(text, "the target")
+
+
+def _positive(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a scale must be a finite number above 0, got {text!r}.")
+        raise argparse.ArgumentTypeError(f"{what} must be a finite number above 0, got {text!r}.")
     return value
 
 

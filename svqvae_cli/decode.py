@@ -23,6 +23,11 @@ def add_to(commands: Commands) -> None:
     add_files(parser, "token files, folders of them, which are searched with their subfolders, or globs")
     add_model(parser)
     add_tiles(parser, "as encoded", "as encoded")
+    parser.add_argument(
+        "--full-size",
+        action="store_true",
+        help="resize images of all scales to the size of the original: bicubic below scale 1, by area above",
+    )
     add_large(parser)
 
 
@@ -62,7 +67,7 @@ def _decode(args: argparse.Namespace) -> None:
                 configure_decoding(model, tokens, args, on_tile)
             with skipping.attempt(ValueError), prefix_errors(file.path):
                 check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
-                for image, target in zip(decode_image(model, tokens), targets[file], strict=True):
+                for image, target in zip(decode_image(model, tokens, args.full_size), targets[file], strict=True):
                     save_png(image, target)
     skipping.finish()
     print(f"written  {args.output} (images: {sum(map(len, targets.values()))})")

@@ -1,9 +1,10 @@
 """`svqvae encode`."""
 
 import argparse
+from collections import Counter
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_images
+from svqvae_cli.arguments import Commands, add_command, add_images, target
 from svqvae_cli.errors import Skipping, explain_resume, require_extra
 from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
@@ -21,12 +22,31 @@ def add_to(commands: Commands) -> None:
         "'photos/*.jpg' --output tokens --scales 1",
     )
     add_images(parser)
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument(
+        "--min-psnr",
+        type=target,
+        metavar="DB",
+        help="store each image at the smallest of the scales whose PSNR, resized to the image, is at least this; at "
+        "the largest if none is",
+    )
+    targets.add_argument(
+        "--max-bits",
+        type=target,
+        metavar="BITS",
+        help="store each image at the largest of the scales whose ids take at most so many bits; at the smallest if "
+        "none does",
+    )
     add_large(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes one token file per image."""
     check_large(args)
+    if (args.min_psnr or args.max_bits) and len(set(args.scales)) < 2:
+        raise ValueError(
+            "--min-psnr and --max-bits choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."
+        )
     if args.large:
         _encode_large(args)
     else:
@@ -38,7 +58,7 @@ def _encode(args: argparse.Namespace) -> None:
     from svqvae_cli.progress import progress
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.paths import check_output, check_targets, find_inputs
-    from svqvae_hf.tokens.image_tokens import encode_image
+    from svqvae_hf.tokens.image_tokens import encode_image, encode_to_bits, encode_to_psnr
     from svqvae_hf.tokens.token_files import save_tokens
 
     check_output(args.output)
@@ -46,16 +66,29 @@ def _encode(args: argparse.Namespace) -> None:
     check_targets({file: [file.target(args.output, ".safetensors")] for file in inputs}, args.overwrite)
     skipping = Skipping(len(inputs))
     model = load_model(args.model, args.device, args.dtype)
-    read = partial(load_fitting_image, model=model, args=args, decodes=False)
+    read = partial(load_fitting_image, model=model, args=args, decodes=args.min_psnr is not None)
+    chosen: Counter[float] = Counter()
+    missed = 0
     with progress(inputs) as (files, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
         for file, image in skipping.read(files, read):
-            tokens = encode_image(model, image, args.scales, args.scale_from)
-            target = file.target(args.output, ".safetensors")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_tokens(target, tokens)
+            reached = True
+            if args.min_psnr is not None:
+                tokens, reached = encode_to_psnr(model, image, args.scales, args.min_psnr, args.scale_from)
+            elif args.max_bits is not None:
+                tokens, reached = encode_to_bits(model, image, args.scales, args.max_bits, args.scale_from)
+            else:
+                tokens = encode_image(model, image, args.scales, args.scale_from)
+            chosen += Counter(tokens.scales)
+            missed += not reached
+            path = file.target(args.output, ".safetensors")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tokens(path, tokens)
     skipping.finish()
     print(f"written  {args.output} (token files: {len(inputs)})")
+    if args.min_psnr is not None or args.max_bits is not None:
+        print(f"images by scale: {', '.join(f'{scale:g}: {chosen[scale]}' for scale in sorted(chosen))}")
+        print(f"images beyond the target at every scale: {missed}")
 
 
 def _encode_large(args: argparse.Namespace) -> None:

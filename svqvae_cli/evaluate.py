@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import (
     OVERLAP,
+    TILE_SIZE,
     Commands,
     add_command,
     add_device,
@@ -87,7 +88,7 @@ def add_to(commands: Commands) -> None:
         help="image files to compare with, among jpeg, webp and avif, which takes seconds per image; none if no name "
         "follows (default: all three)",
     )
-    add_tiles(parser, "the model's sample_size", f"{OVERLAP}, or less if the tile is too small")
+    add_tiles(parser, str(TILE_SIZE), f"{OVERLAP}, or less if the tile is too small", TILE_SIZE)
     parser.add_argument(
         "--half-precision",
         action="store_true",

@@ -33,6 +33,11 @@ def check_large(args: argparse.Namespace) -> None:
             "--large works at scale 1 alone, because other scales resize the whole image or all latents at once. "
             "Resize the file first, or leave out --scales or --large."
         )
+    for option in ("min_psnr", "max_bits", "full_size"):
+        if args.large and getattr(args, option, None):
+            raise ValueError(
+                f"--{option.replace('_', '-')} resizes the whole image at once. Leave it out, or leave out --large."
+            )
     if args.large and getattr(args, "side_by_side", False):
         raise ValueError("--side-by-side is for images that fit into memory. Leave out --side-by-side or --large.")
 

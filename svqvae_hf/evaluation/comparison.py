@@ -11,7 +11,7 @@ from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
 from svqvae_hf.evaluation.baselines.codecs import open_image, save_image, save_within, usable_codecs
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.pictures import resize_image
+from svqvae_hf.tokens.image_tokens import resize_image
 
 QUALITIES = (1, 5, 10, 20, 40, 75)
 

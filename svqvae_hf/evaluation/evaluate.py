@@ -34,13 +34,12 @@ from svqvae_hf.evaluation.comparison import (
     to_tensor,
 )
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.pictures import resize_image
-from svqvae_hf.evaluation.results import Example, Report, ScaleResult, write_notes
+from svqvae_hf.evaluation.results import Example, Report, ScaleResult, choose_scales, write_notes
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents, resize_sample
 from svqvae_hf.models.tiling import fits_whole
-from svqvae_hf.tokens.image_tokens import check_memory
+from svqvae_hf.tokens.image_tokens import check_memory, resize_image
 from svqvae_hf.tokens.token_files import grid_shape
 
 MODES = ("plain", "tiled")
@@ -59,7 +58,7 @@ def evaluate(
     scales: Sequence[float] = SCALES,
     scale_from: str = "latents",
     modes: Sequence[str] = MODES,
-    tile_size: int | None = None,
+    tile_size: int = 256,
     overlap: int | None = None,
     resolution: int | None = None,
     half_precision: bool = False,
@@ -82,7 +81,7 @@ def evaluate(
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
         modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both. Both are run
             only for images that are large enough for tiles. If none is, the report has the first mode alone.
-        tile_size (`int`, *optional*): Largest side of a tile in pixels; the model's `sample_size` if not given.
+        tile_size (`int`, defaults to 256): Largest side of a tile in pixels, as in [`SVQVAE.enable_tiling`].
         overlap (`int`, *optional*): Overlap (halo) of a tile in pixels; 32 if not given, or less for a small tile.
         resolution (`int`, *optional*): Side in pixels. The shorter side of each image is resized to it (bicubic) and
             the centre cropped. Images keep their size if not given.
@@ -126,6 +125,7 @@ def evaluate(
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         codebook=_describe_codebook(model),
         results=results,
+        targets=choose_scales(records, scales),
         codecs=_codec_means(records),
         baselines=baselines,
         images=records,
@@ -224,7 +224,7 @@ class _Evaluator:
         scales: Sequence[float],
         scale_from: str,
         modes: Sequence[str],
-        tile_size: int | None,
+        tile_size: int,
         overlap: int | None,
         half_precision: bool,
         lpips: LPIPS | None,
@@ -234,7 +234,7 @@ class _Evaluator:
     ):
         # `nn.Module.to`, because diffusers' own warns about the codebook, which stays float32 by itself.
         self.model = nn.Module.to(copy.deepcopy(model), torch.float32).eval()
-        self.model.enable_tiling(model.config["sample_size"] if tile_size is None else tile_size, overlap)
+        self.model.enable_tiling(tile_size, overlap)
         self.half_models = {
             name: nn.Module.to(copy.deepcopy(self.model), dtype)
             for name, dtype in (HALF_DTYPES if half_precision else {}).items()

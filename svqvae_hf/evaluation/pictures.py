@@ -1,4 +1,4 @@
-"""Resizes images for comparison, and draws sheets of images with titles and captions."""
+"""Draws sheets of images with titles and captions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -47,14 +47,3 @@ def contact_sheet(panels: Sequence[Panel]) -> Image.Image:
         draw.text((left, caption_top), panel.caption, CAPTION_COLOUR, caption_font)
         left += column + GAP
     return sheet
-
-
-def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes an image to `(width, height)`: by area if a side gets shorter, otherwise bicubic.
-
-    Area resampling averages all pixels, so a smaller reference has no aliasing.
-    """
-    if image.size == size:
-        return image
-    shrinks = size[0] < image.width or size[1] < image.height
-    return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)

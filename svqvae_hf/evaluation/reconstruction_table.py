@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from svqvae_hf.evaluation.pictures import Panel, contact_sheet, resize_image
+from svqvae_hf.evaluation.pictures import Panel, contact_sheet
+from svqvae_hf.tokens.image_tokens import resize_image
 from svqvae_hf.tokens.token_files import ImageTokens
 
 COLUMNS = (("scale", 5), ("size", 9), ("tokens", 7), ("bits/pixel", 10), ("PSNR dB", 7), ("codes used", 10))

@@ -23,6 +23,7 @@ from svqvae_hf.evaluation.results import Example, Report, ScaleResult
 # Okabe and Ito, safe for colour blindness.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":"), "AVIF": ("#8a8a8a", "-.")}
+TARGETS_COLOUR = COLOURS[5]
 BASELINE_MARKERS = "s^D"
 DPI = 150
 BACKGROUND = "#ffffff"
@@ -107,6 +108,8 @@ def markdown(report: Report) -> str:
     ]
     for title, keys in TABLES.items():
         lines += ["", f"## {title}", "", *results_table(report, keys)]
+    if report.targets:
+        lines += ["", "## The smallest scale that reaches a PSNR, image by image", "", *_targets_table(report)]
     if report.baselines:
         lines += ["", "## Baselines at the bits of the model", "", *baselines_table(report)]
     if report.codecs:
@@ -226,6 +229,10 @@ def rate_figure(report: Report) -> Figure:
         _plot_codecs(axes, report, key)
         _plot_block_baselines(axes, report, key)
         _plot_scales(axes, report, f"{key}_full_size")
+        if key == "psnr" and report.targets:
+            rates, values = ([getattr(each, name) for each in report.targets] for name in ("bits_per_pixel", "psnr"))
+            label = "smallest scale that reaches a PSNR"
+            axes.plot(rates, values, color=TARGETS_COLOUR, marker="x", linewidth=1.2, label=label)
         axes.set(xscale="log", xlabel="bits per pixel of the image", ylabel=f"{label}, at the image's size")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         finish_axes(axes)
@@ -319,6 +326,7 @@ def _document(report: Report) -> dict[str, Any]:
             "settings": report.settings,
             "versions": report.versions,
             "codebook": report.codebook,
+            "targets": [each._asdict() for each in report.targets],
             "results": [
                 {"mode": each.mode, "scale": each.scale, **each.values, "counts": each.counts.tolist()}
                 for each in report.results
@@ -344,6 +352,22 @@ def to_json(value: Any) -> Any:
 def _last_part(source: str) -> str:
     """Last part of a path or Hub id. `.` and `..` are resolved first."""
     return Path(source).resolve().name
+
+
+def _targets_table(report: Report) -> list[str]:
+    rows = [
+        [
+            str(each.min_psnr),
+            f"{each.reached} of {len(report.images)}",
+            f"{each.psnr:.2f}",
+            f"{each.ids:.0f}",
+            f"{each.bits_per_pixel:.4f}",
+            f"{each.fixed_ids:.0f} (scale {each.fixed_scale:g})",
+        ]
+        for each in report.targets
+    ]
+    header = ["at least, dB", "images that reach it", "PSNR at full size, dB", "ids per image", "bits per pixel"]
+    return format_table([*header, "ids at one scale for all"], rows)
 
 
 def _codec_table(report: Report) -> list[str]:

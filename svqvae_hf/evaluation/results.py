@@ -1,8 +1,10 @@
 """Results of an evaluation: the report that `evaluate` returns, and the notes in it."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -35,6 +37,28 @@ class ScaleResult:
     scale: float
     values: dict[str, float | None]
     counts: np.ndarray
+
+
+class TargetResult(NamedTuple):
+    """Means over the set if each image is stored at the smallest scale that reaches a PSNR.
+
+    Args:
+        min_psnr (`int`): The target in dB, at full size.
+        reached (`int`): Images that reach it. The others are stored at the largest scale.
+        psnr (`float`): Mean PSNR at full size.
+        ids (`float`): Ids per image.
+        bits_per_pixel (`float`): Mean bits per pixel, not entropy-coded.
+        fixed_scale (`float`): One scale for all images by which as many reach the target.
+        fixed_ids (`float`): Ids per image at this scale.
+    """
+
+    min_psnr: int
+    reached: int
+    psnr: float
+    ids: float
+    bits_per_pixel: float
+    fixed_scale: float
+    fixed_ids: float
 
 
 @dataclass
@@ -72,6 +96,7 @@ class Report:
         results (`list[ScaleResult]`): One per mode and scale, grouped by mode.
         codecs (`list[dict[str, Any]]`): Means for JPEG, WebP and AVIF at each quality: `codec`, `quality`,
             `bits_per_pixel`, `psnr`, `ssim`, and `exact`, the number of images without any loss.
+        targets (`list[TargetResult]`): The first mode with a scale for each image, by PSNR; empty with one scale.
         baselines (`list[dict[str, Any]]`): Means for each baseline at each scale, at the bits of the model:
             `baseline`, `scale`, `bits_per_pixel` (of the image as a whole), `psnr`, `ssim`, `ms_ssim`, `lpips`,
             `images`, and `exceeds`, the number of images for which it needs more bits than the model.
@@ -87,6 +112,7 @@ class Report:
     versions: dict[str, str]
     codebook: dict[str, Any]
     results: list[ScaleResult]
+    targets: list[TargetResult]
     codecs: list[dict[str, Any]]
     baselines: list[dict[str, Any]]
     images: list[dict[str, Any]]
@@ -94,6 +120,44 @@ class Report:
     notes: list[str]
     worst: list[Example]
     best: list[Example]
+
+
+def choose_scales(records: Sequence[dict[str, Any]], scales: Sequence[float]) -> list[TargetResult]:
+    """Stores each image at the smallest scale that reaches a PSNR at full size, or else at the largest.
+
+    The targets are whole dB, from the mean PSNR of the smallest scale to the mean PSNR of the largest.
+
+    Args:
+        records (`Sequence[dict[str, Any]]`): `images` of [`Report`], of which the first mode is used.
+        scales (`Sequence[float]`): As in [`evaluate`].
+    """
+    by_scale = sorted(range(len(scales)), key=scales.__getitem__)
+    ends = [
+        [record["results"][index]["psnr_full_size"] for record in records] for index in (by_scale[0], by_scale[-1])
+    ]
+    if len(scales) < 2 or not all(map(math.isfinite, itertools.chain(*ends))):
+        return []
+    low, high = (math.fsum(each) / len(each) for each in ends)
+    results = []
+    for min_psnr in range(math.ceil(low), math.floor(high) + 1):
+        chosen = []
+        for record in records:
+            in_order = [record["results"][index] for index in by_scale]
+            chosen.append(next((each for each in in_order if each["psnr_full_size"] >= min_psnr), in_order[-1]))
+        fixed_scale = max(each["scale"] for each in chosen)
+        fixed = [record["results"][list(scales).index(fixed_scale)] for record in records]
+        results.append(
+            TargetResult(
+                min_psnr=min_psnr,
+                reached=sum(each["psnr_full_size"] >= min_psnr for each in chosen),
+                psnr=math.fsum(each["psnr_full_size"] for each in chosen) / len(records),
+                ids=sum(each["ids"] for each in chosen) / len(records),
+                bits_per_pixel=math.fsum(each["bits_per_pixel"] for each in chosen) / len(records),
+                fixed_scale=fixed_scale,
+                fixed_ids=sum(each["ids"] for each in fixed) / len(records),
+            )
+        )
+    return results
 
 
 def write_notes(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import psutil
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
-from svqvae_hf.tokens.token_files import ImageTokens
+from svqvae_hf.tokens.token_files import ImageTokens, grid_shape
 
 GIB = 2**30
 
@@ -98,15 +99,17 @@ def image_tokens(
     )
 
 
-def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
+def decode_image(model: SVQVAE, tokens: ImageTokens, full_size: bool = False) -> list[Image.Image]:
     """Decodes ids to the images that `model(image, scales)` reconstructs.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         tokens ([`ImageTokens`]): Ids of one image, from the codebook of the model.
+        full_size (`bool`, defaults to `False`): Whether to resize all images to the size of the image that was
+            encoded, with [`resize_image`].
 
     Returns:
-        `list[PIL.Image.Image]`: One image per scale with sides of `round(scale * side)` pixels.
+        `list[PIL.Image.Image]`: One image per scale with sides of `round(scale * side)` pixels, or of the full size.
 
     Raises:
         ValueError: The ids belong to another codebook, or their f differs.
@@ -119,7 +122,70 @@ def decode_image(model: SVQVAE, tokens: ImageTokens) -> list[Image.Image]:
         for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
             decoded = model.decode(ids[None].to(model.device)).sample
             images += processor.postprocess(model.resize_to_image(decoded, image_size, scale))
-    return images
+    return [resize_image(image, (tokens.width, tokens.height)) for image in images] if full_size else images
+
+
+def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes an image to `(width, height)`: by area if a side gets shorter, otherwise bicubic.
+
+    Area resampling averages all pixels, so a smaller reference has no aliasing.
+    """
+    if image.size == size:
+        return image
+    shrinks = size[0] < image.width or size[1] < image.height
+    return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
+
+
+def encode_to_psnr(
+    model: SVQVAE, image: Image.Image, scales: Sequence[float], min_psnr: float, scale_from: str = "latents"
+) -> tuple[ImageTokens, bool]:
+    """Encodes an image at the smallest scale whose reconstruction, resized to the image, reaches a PSNR.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode.
+        image (`PIL.Image.Image`): Image of any size.
+        scales (`Sequence[float]`): Output side over input side, each above 0, tried from the smallest.
+        min_psnr (`float`): Lowest PSNR in dB of all pixels in 8 bits, resized as [`decode_image`] does.
+        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+
+    Returns:
+        `tuple[ImageTokens, bool]`: Ids at one scale, and whether the PSNR is reached. If no scale reaches it, they are
+        the ids of the largest.
+    """
+    target = np.asarray(image.convert("RGB"), np.float64)
+    largest_error = 255**2 / 10 ** (min_psnr / 10)
+    for scale in sorted(check_scales(scales)):
+        tokens = encode_image(model, image, scale, scale_from)
+        (reconstruction,) = decode_image(model, tokens, full_size=True)
+        if np.square(np.asarray(reconstruction, np.float64) - target).mean() <= largest_error:
+            return tokens, True
+    return tokens, False
+
+
+def encode_to_bits(
+    model: SVQVAE, image: Image.Image, scales: Sequence[float], max_bits: float, scale_from: str = "latents"
+) -> tuple[ImageTokens, bool]:
+    """Encodes an image at the largest scale whose ids take at most so many bits.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode.
+        image (`PIL.Image.Image`): Image of any size.
+        scales (`Sequence[float]`): Output side over input side, each above 0.
+        max_bits (`float`): Most bits of the image: ids times `log2(codebook_size)`.
+        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+
+    Returns:
+        `tuple[ImageTokens, bool]`: Ids at one scale, and whether they take at most `max_bits`. If the ids of no scale
+        do, they are the ids of the smallest.
+    """
+    bits = {
+        scale: math.prod(grid_shape(image.height, image.width, model.f, scale))
+        * math.log2(model.config["codebook_size"])
+        for scale in check_scales(scales)
+    }
+    fitting = [scale for scale in bits if bits[scale] <= max_bits]
+    scale = max(fitting) if fitting else min(bits)
+    return encode_image(model, image, scale, scale_from), bool(fitting)
 
 
 def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:

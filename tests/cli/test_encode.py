@@ -1,13 +1,15 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 from cli_runner import fails, names, svqvae
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 from PIL import Image
 
 from svqvae_cli import loading
 from svqvae_hf.tokens import image_tokens
+from svqvae_hf.tokens.image_tokens import decode_image
 from svqvae_hf.tokens.token_files import load_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
@@ -174,3 +176,56 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
     assert f"`{out / f'a{ending}'}` cannot be written: Is a directory." in error
     assert names(out) == [f"a{ending}"]
     assert names(two_images) == ["a.png", "b.jpg", "notes.txt"]
+
+
+@pytest.mark.parametrize("option", ["--min-psnr", "--max-bits"])
+def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved_model, capsys, option):
+    model = ["--model", saved_model]
+    Image.new("RGB", (40, 24), "red").save(two_images / "c.png")
+    scales = ["--scales", "1", "0.25", "0.5", *model]
+    if option == "--max-bits":
+        goal = 6 * 40  # a has 15 x 9 ids at scale 1, b and c have 10 x 6
+    else:
+        originals, psnr = [], []
+        for path in sorted(two_images.glob("*.*g")):
+            with Image.open(path) as image:
+                originals.append(image.convert("RGB"))
+        assert svqvae("encode", two_images, "--output", tmp_path / "all", *scales) == 0
+        for original, name in zip(originals, "abc", strict=True):
+            decoded = decode_image(make_tiny(), load_tokens(tmp_path / "all" / f"{name}.safetensors"))
+            each = [
+                np.square(np.asarray(image.resize(original.size, 3), float) - original).mean() for image in decoded
+            ]
+            psnr.append([10 * np.log10(255**2 / error) for error in each])
+        goal = sorted(np.ravel(psnr))[4]
+    capsys.readouterr()
+    assert svqvae("encode", two_images, "--output", out, option, goal, *scales) == 0
+    files = [load_tokens(out / f"{name}.safetensors") for name in "abc"]
+    if option == "--max-bits":
+        expected, missed = [0.5, 0.5, 0.5], 0
+    else:
+        expected = [next((scale for scale, value in ((0.25, b), (0.5, c)) if value >= goal), 1.0) for _, b, c in psnr]
+        missed = sum(max(values) < goal for values in psnr)
+    assert [file.scales for file in files] == [(scale,) for scale in expected]
+    printed = capsys.readouterr().out
+    by_scale = ", ".join(f"{scale:g}: {expected.count(scale)}" for scale in sorted(set(expected)))
+    assert f"images by scale: {by_scale}\nimages beyond the target at every scale: {missed}\n" in printed
+    assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0
+    with Image.open(tmp_path / "made" / f"a_x{expected[0]:g}.png") as image:
+        assert image.size == (57, 35)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--min-psnr 26", "choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."),
+        ("--max-bits 26 --scales 1 1", "choose among at least two scales"),
+        ("--min-psnr nan --scales 1 2", "argument --min-psnr: the target must be a finite number above 0, got 'nan'"),
+        ("--max-bits -1 --scales 1 2", "argument --max-bits: the target must be a finite number above 0, got '-1'"),
+        ("--min-psnr 20 --max-bits 9 --scales 1 2", "not allowed with argument --min-psnr"),
+        ("--min-psnr 20 --large", "--min-psnr resizes the whole image at once. Leave it out, or leave out --large."),
+    ],
+)
+def test_wrong_targets(two_images, out, capsys, words, message):
+    assert message in fails(capsys, "encode", two_images, "--output", out, *words.split())
+    assert not out.exists()

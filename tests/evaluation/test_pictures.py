@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svqvae_hf.evaluation.pictures import GAP, Panel, contact_sheet, resize_image
+from svqvae_hf.evaluation.pictures import GAP, Panel, contact_sheet
+from svqvae_hf.tokens.image_tokens import resize_image
 
 
 def sheet_of(*sizes):

@@ -27,6 +27,7 @@ from svqvae_hf.evaluation.report import (
     summary,
     write_report,
 )
+from svqvae_hf.evaluation.results import TargetResult
 from svqvae_hf.hub.model_cards import model_card
 
 PICTURES = ["baselines.png", "best.png", "codebook.png", "rate_distortion.png", "worst.png"]
@@ -167,6 +168,21 @@ def test_rate_figure_has_a_point_per_scale_and_quality(report):
         assert key.upper() in axes.get_ylabel()
 
 
+def test_targets_have_a_table_and_a_line(report):
+    label = "smallest scale that reaches a PSNR"
+    two = [TargetResult(25, 2, 26.5, 40.4, 0.03906, 0.5, 64), TargetResult(26, 1, 28, 64, 0.0625, 1.0, 64)]
+    for targets in ([], two):
+        report.targets = targets
+        psnr, ssim = rate_figure(report).axes
+        lines = [line for line in psnr.lines if line.get_label() == label]
+        assert [line.get_xydata().tolist() for line in lines] == [[[0.03906, 26.5], [0.0625, 28]]] * bool(targets)
+        assert label not in [line.get_label() for line in ssim.lines]
+        assert ("## The smallest scale that reaches a PSNR" in markdown(report)) == bool(targets)
+    row = next(line for line in markdown(report).splitlines() if "64 (scale 0.5)" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["25", f"2 of {len(report.images)}", "26.50", "40", "0.0391", "64 (scale 0.5)"]
+
+
 def test_codebook_figure_has_a_line_per_scale(report):
     (axes,) = codebook_figure(report).axes
     lines = [line for line in axes.get_lines() if line.get_label().startswith("scale")]
@@ -217,7 +233,7 @@ def test_command_writes_the_report(model, photos, tmp_path, capsys):
             assert min(image.size) >= 300
     document = json.loads((out / "report.json").read_text())
     assert [each["name"] for each in document["images"]] == ["a.png", "b.jpg"]
-    assert document["settings"]["tile_size"] == 32
+    assert document["settings"]["tile_size"] == 256  # not the model's `sample_size`
     assert document["settings"]["scale_from"] == "image"
     assert document["results"][0]["ids_changed_float16"] is not None
     assert document["settings"]["data"] == [photos]

@@ -18,12 +18,12 @@ from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.comparison import image_metrics, to_tensor
 from svqvae_hf.evaluation.evaluate import LIBRARIES, mean, measure_images, new_fid
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.pictures import resize_image
 from svqvae_hf.evaluation.results import IDS_PER_CODE, MANY_IMAGES, NOT_COMPUTED
 from svqvae_hf.evaluation.tokenizers.baselines import to_image
 from svqvae_hf.evaluation.tokenizers.memory import PeakMemory
 from svqvae_hf.evaluation.tokenizers.protocol import Codes, Tokenizer, count_bits, count_tokens
 from svqvae_hf.models.modeling_svqvae import pad_to_multiple
+from svqvae_hf.tokens.image_tokens import resize_image
 
 MEGA = 1_000_000
 MIB = 1 << 20
