@@ -58,7 +58,8 @@ def _encode(args: argparse.Namespace) -> None:
     from svqvae_cli.progress import progress
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.paths import check_output, check_targets, find_inputs
-    from svqvae_hf.tokens.image_tokens import encode_image, encode_to_bits, encode_to_psnr
+    from svqvae_hf.tokens.image_tokens import encode_image
+    from svqvae_hf.tokens.scale_choice import encode_to_bits, encode_to_psnr
     from svqvae_hf.tokens.token_files import save_tokens
 
     check_output(args.output)

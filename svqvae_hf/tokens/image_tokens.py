@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import psutil
 import torch
 from PIL import Image
@@ -14,7 +13,7 @@ from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
-from svqvae_hf.tokens.token_files import ImageTokens, grid_shape
+from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
 
@@ -134,58 +133,6 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         return image
     shrinks = size[0] < image.width or size[1] < image.height
     return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
-
-
-def encode_to_psnr(
-    model: SVQVAE, image: Image.Image, scales: Sequence[float], min_psnr: float, scale_from: str = "latents"
-) -> tuple[ImageTokens, bool]:
-    """Encodes an image at the smallest scale whose reconstruction, resized to the image, reaches a PSNR.
-
-    Args:
-        model ([`SVQVAE`]): Model in evaluation mode.
-        image (`PIL.Image.Image`): Image of any size.
-        scales (`Sequence[float]`): Output side over input side, each above 0, tried from the smallest.
-        min_psnr (`float`): Lowest PSNR in dB of all pixels in 8 bits, resized as [`decode_image`] does.
-        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
-
-    Returns:
-        `tuple[ImageTokens, bool]`: Ids at one scale, and whether the PSNR is reached. If no scale reaches it, they are
-        the ids of the largest.
-    """
-    target = np.asarray(image.convert("RGB"), np.float64)
-    largest_error = 255**2 / 10 ** (min_psnr / 10)
-    for scale in sorted(check_scales(scales)):
-        tokens = encode_image(model, image, scale, scale_from)
-        (reconstruction,) = decode_image(model, tokens, full_size=True)
-        if np.square(np.asarray(reconstruction, np.float64) - target).mean() <= largest_error:
-            return tokens, True
-    return tokens, False
-
-
-def encode_to_bits(
-    model: SVQVAE, image: Image.Image, scales: Sequence[float], max_bits: float, scale_from: str = "latents"
-) -> tuple[ImageTokens, bool]:
-    """Encodes an image at the largest scale whose ids take at most so many bits.
-
-    Args:
-        model ([`SVQVAE`]): Model in evaluation mode.
-        image (`PIL.Image.Image`): Image of any size.
-        scales (`Sequence[float]`): Output side over input side, each above 0.
-        max_bits (`float`): Most bits of the image: ids times `log2(codebook_size)`.
-        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
-
-    Returns:
-        `tuple[ImageTokens, bool]`: Ids at one scale, and whether they take at most `max_bits`. If the ids of no scale
-        do, they are the ids of the smallest.
-    """
-    bits = {
-        scale: math.prod(grid_shape(image.height, image.width, model.f, scale))
-        * math.log2(model.config["codebook_size"])
-        for scale in check_scales(scales)
-    }
-    fitting = [scale for scale in bits if bits[scale] <= max_bits]
-    scale = max(fitting) if fitting else min(bits)
-    return encode_image(model, image, scale, scale_from), bool(fitting)
 
 
 def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:

@@ -13,8 +13,6 @@ from svqvae_hf.tokens.image_tokens import (
     check_memory,
     decode_image,
     encode_image,
-    encode_to_bits,
-    encode_to_psnr,
 )
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -137,39 +135,6 @@ def test_memory_depends_on_the_tile_and_at_most_on_the_image(tiny_model, availab
     check_memory(tiny_model, 64, 64, [1.0])
     with pytest.raises(ValueError, match="in tiles of 1048576 pixels, would take about"):
         check_memory(tiny_model, 2**20, 2**20, [0.01])
-
-
-def full_size_psnr(model, image, tokens):
-    (decoded,) = decode_image(model, tokens)
-    enlarged = np.asarray(decoded.resize(image.size, Image.Resampling.BICUBIC), float)
-    return 10 * np.log10(255**2 / np.square(enlarged - np.asarray(image, float)).mean())
-
-
-@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
-def test_smallest_scale_that_reaches_a_psnr(tiny_model, photo, scale_from):
-    scales = (1.0, 0.25, 0.5)
-    crops = [photo.crop((40 * i, 30 * i, 40 * i + 57, 30 * i + 35)) for i in range(4)]
-    seen = set()
-    for crop in crops:
-        files = {scale: encode_image(tiny_model, crop, scale, scale_from) for scale in sorted(scales)}
-        psnr = {scale: full_size_psnr(tiny_model, crop, tokens) for scale, tokens in files.items()}
-        for min_psnr in (*(value + shift for value in psnr.values() for shift in (-1e-6, 1e-6)), 90):
-            tokens, reached = encode_to_psnr(tiny_model, crop, scales, min_psnr, scale_from)
-            expected = next((scale for scale in psnr if psnr[scale] >= min_psnr), 1.0)
-            assert tokens.scales == (expected,)
-            assert reached == (max(psnr.values()) >= min_psnr)
-            assert torch.equal(tokens.ids[0], files[expected].ids[0])
-            seen.add(expected)
-    assert len(seen) > 1
-
-
-def test_largest_scale_within_a_number_of_bits(tiny_model, crop):
-    scales = (0.5, 1.0, 0.25)
-    bits = {scale: encode_image(tiny_model, crop, scale).ids[0].numel() * 6 for scale in scales}
-    for scale, max_bits, fits in ((0.25, 1, False), *((scale, bits[scale], True) for scale in scales)):
-        tokens, reached = encode_to_bits(tiny_model, crop, scales, max_bits)
-        assert (tokens.scales, reached) == ((scale,), fits)
-    assert encode_to_bits(tiny_model, crop, scales, bits[1.0] - 0.1)[0].scales == (0.5,)
 
 
 def test_full_size_is_the_size_of_the_image(tiny_model, crop):
