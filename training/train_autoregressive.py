@@ -1,29 +1,69 @@
 """Trains a causal language model on the ids of a token set, and saves an `SVQVAEAutoregressivePipeline`.
 
+With --caption_column it trains a LlamaGen for captions, and with --lora_rank it saves an adapter of peft.
+
 accelerate launch training/train_autoregressive.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --token_set TOKENS --output_dir OUT
 """
 
 import sys
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub import ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5EncoderModel
 
-from svqvae_hf import SVQVAE
+from svqvae_hf import SVQVAE, LlamaGenConfig
+from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
-from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.trainer.data.captions import CaptionEncoder, StoredCaptions, store_captions
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import PipelineOptions, changeable, option, read_options, required
+from svqvae_hf.trainer.options import (
+    PipelineOptions,
+    changeable,
+    is_hub_id,
+    option,
+    public_name,
+    read_options,
+    required,
+)
 from svqvae_hf.trainer.pipeline_run import load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
 IGNORED = -100  # target that the loss skips
+SCRIPT = "training/train_autoregressive.py"
+ADAPTER_CARD = """---
+{metadata}
+---
+
+# {name}
+
+LoRA adapter for the language model of the pipeline `{base}`.
+
+```python
+from peft import PeftModel
+from svqvae_hf import SVQVAEAutoregressivePipeline
+
+pipe = SVQVAEAutoregressivePipeline.from_pretrained("{base}")
+adapter = PeftModel.from_pretrained(pipe.language_model, "{name}")  # changes the model of the pipeline
+images = pipe({call}).images
+with adapter.disable_adapter():
+    images += pipe({call}).images
+```
+
+| | |
+|---|---|
+{provenance}"""
 
 
 @dataclass
@@ -31,12 +71,44 @@ class AutoregressiveOptions(PipelineOptions):
     """Options of training a language model on ids."""
 
     token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder or Hub id.")
+    model_config_name_or_path: str | None = option(  # type: ignore[assignment]
+        None, "Config of a new language model: a config.json, its folder or Hub id. LlamaGen's is of type llamagen."
+    )
+    pretrained_model_name_or_path: str | None = option(
+        None, "Pipeline whose language model is trained further, instead of a new one: folder or Hub id."
+    )
+    lora_rank: int = option(0, "Rank of LoRA on all linear layers but the head; 0 trains all weights.")
     train_batch_size: int = option(8, "Sequences per batch of one process.")
     guidance_scale: float = changeable(1.0, "Guidance scale of the images of a validation.")
+    caption_column: str | None = option(
+        None, "Column of captions, a text or a list of texts per row, of which one is drawn; for models of LlamaGen."
+    )
+    text_encoder_name_or_path: str | None = option(
+        None, "T5 encoder of the captions, with its tokenizer: folder or Hub id. By default the pretrained pipeline's."
+    )
+    caption_features: str | None = option(
+        None, "Folder to keep the features of all captions in, encoded by the first run; by default at each step."
+    )
+    validation_prompts: list[str] = changeable(
+        [], "Captions of the images of a validation, in turn; by default the first ones of the set."
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the options of captions and of fine-tuning as well."""
+        super().__post_init__()
+        self.check_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
+        self.check_not_negative("lora_rank")
+        if self.lora_rank and self.pretrained_model_name_or_path is None:
+            raise ValueError("`--lora_rank` needs `--pretrained_model_name_or_path`. Name the pipeline to adapt.")
+        if self.caption_column is not None and self.label_column is not None:
+            raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
+        for name in ("text_encoder_name_or_path", "caption_features", "validation_prompts"):
+            if getattr(self, name) and self.caption_column is None:
+                raise ValueError(f"`--{name}` needs `--caption_column`. Name the column of the captions.")
 
 
 def main(options: AutoregressiveOptions) -> None:
-    """Trains a language model, and saves its pipeline with a card in the output folder."""
+    """Trains a language model, and saves its pipeline, or its LoRA adapter, with a card in the output folder."""
     with Run(options) as run:
         train(run)
 
@@ -47,12 +119,16 @@ def train(run: Run[AutoregressiveOptions]) -> None:
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
-    source = TokenSource(options.token_set, options.label_column)
+    source = TokenSource(options.token_set, options.label_column, options.caption_column)
     check_same_codebook(vqvae, source.settings)
     layout = source.layout
     process = accelerator.process_index, accelerator.num_processes
     loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
-    language_model = make_language_model(options, layout).to(accelerator.device)
+    pipeline = make_pipeline(options, vqvae, source)
+    language_model = pipeline.language_model.to(accelerator.device).train()
+    if options.lora_rank:
+        add_lora(options, language_model)
+    captions = None if options.caption_column is None else read_captions(run, pipeline, source)
 
     # Optimizer
     optimizer, lr_scheduler = make_optimizer(language_model, options, options.learning_rate, options.max_train_steps)
@@ -62,10 +138,13 @@ def train(run: Run[AutoregressiveOptions]) -> None:
     for step, batches in run.steps():
         for batch in batches:
             with accelerator.accumulate(model):
-                dropped = torch.rand(len(batch.rows), generator=run.batch_generator()) < options.label_dropout
-                batch.sequences[dropped, 0] = layout.unconditional_token
+                generator = run.batch_generator()
+                dropped = torch.rand(len(batch.rows), generator=generator) < options.label_dropout
+                batch.sequences[dropped, 0] = layout.unconditional_token  # drops its caption as well
                 sequences = batch.sequences.to(accelerator.device)  # all of one length, so there is no padding
-                logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
+                features = {} if captions is None else captions.draw(batch, generator)
+                features = {name: each.to(accelerator.device) for name, each in features.items()}
+                logits = model(input_ids=sequences[:, :-1], use_cache=False, **features).logits
                 loss, accuracy = next_code_loss(logits, sequences[:, 1:], layout.codebook_size)
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "accuracy": accuracy}
@@ -76,25 +155,115 @@ def train(run: Run[AutoregressiveOptions]) -> None:
         if run.logs_after(step):
             run.log_training(step)
         if run.validates_after(step):
-            validate(run, make_pipeline(vqvae, language_model, source), step + 1)
+            validate(run, pipeline, source, step + 1)
 
-    validate(run, make_pipeline(vqvae, language_model, source), options.max_train_steps)
+    validate(run, pipeline, source, options.max_train_steps)
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
-        result = make_language_model(options, layout)
-        result.load_state_dict(state_dict)
-        pipeline = make_pipeline(vqvae, result.eval(), source)
-        run.publish(pipeline.save_pretrained, make_card(run, pipeline))
+        result = make_pipeline(options, vqvae, source)
+        adapter = add_lora(options, result.language_model) if options.lora_rank else None
+        result.language_model.load_state_dict(state_dict)
+        if adapter is None:
+            run.publish(result.save_pretrained, make_card(run, result))
+        else:
+            save = partial(adapter.save_pretrained, save_embedding_layers=False)
+            run.publish(save, make_adapter_card(run, result))
     accelerator.end_training()
 
 
-def make_language_model(options: AutoregressiveOptions, layout: SequenceLayout) -> PreTrainedModel:
+def make_pipeline(options: AutoregressiveOptions, vqvae: SVQVAE, source: TokenSource) -> SVQVAEAutoregressivePipeline:
+    """Pipeline for the sequences of a token set, with a new language model, or with a pretrained one."""
+    layout, text = source.layout, {}
+    options.check_sources("pretrained_model_name_or_path", "text_encoder_name_or_path")
+    if options.text_encoder_name_or_path is not None:
+        text_encoder, tokenizer = load_text_encoder(options.text_encoder_name_or_path)
+        text = {"text_encoder": text_encoder, "tokenizer": tokenizer}
+    if options.pretrained_model_name_or_path is None:
+        language_model = make_language_model(options, source, text.get("text_encoder"))
+    else:
+        pretrained = SVQVAEAutoregressivePipeline.from_pretrained(
+            options.pretrained_model_name_or_path, vqvae=vqvae, **text
+        )
+        if pretrained.layout != layout:
+            raise ValueError(
+                f"the token set must have the sequences of the pretrained pipeline, {pretrained.layout}, but has "
+                f"{layout}. Tokenize images at its size and scales, and name a column with its classes, or captions."
+            )
+        language_model = pretrained.language_model.float()
+        text = {"text_encoder": pretrained.text_encoder, "tokenizer": pretrained.tokenizer}
+    if options.caption_column is not None:
+        check_captions(language_model, text)
+    return SVQVAEAutoregressivePipeline(
+        vqvae,
+        language_model,
+        num_classes=layout.num_classes,
+        height=layout.height,
+        width=layout.width,
+        scales=list(layout.scales),
+        scale_from=layout.scale_from,
+        class_names=source.class_names,
+        **text,
+    )
+
+
+def make_language_model(
+    options: AutoregressiveOptions, source: TokenSource, text_encoder: T5EncoderModel | None
+) -> PreTrainedModel:
     """Language model of the config, with the vocabulary and the length of the sequences."""
-    config = from_hub(AutoConfig.from_pretrained, options.model_config_name_or_path)
-    config.vocab_size = layout.vocab_size
-    config.max_position_embeddings = layout.length
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    layout = source.layout
+    config = from_hub(AutoConfig.from_pretrained, str(options.model_config_name_or_path))
+    if isinstance(config, LlamaGenConfig):
+        config = LlamaGenConfig(
+            **config.to_diff_dict()
+            | {
+                "codebook_size": layout.codebook_size,
+                "num_classes": layout.num_classes,
+                "grid_size": layout.grids[-1][0],
+                "num_condition_tokens": 1 if text_encoder is None else config.num_condition_tokens,
+                "caption_dim": None if text_encoder is None else text_encoder.config.d_model,
+                "codebook_fingerprint": source.settings.codebook_fingerprint,
+            }
+        )
+    else:
+        config.vocab_size = layout.vocab_size
+        config.max_position_embeddings = layout.length
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def check_captions(language_model: PreTrainedModel, text: dict[str, Any]) -> None:
+    """Raises unless there is a text encoder, and a model that reads captions."""
+    if text.get("text_encoder") is None:
+        raise ValueError("`--caption_column` needs a text encoder. Name one by `--text_encoder_name_or_path`.")
+    if getattr(language_model.config, "caption_dim", None) is None:
+        raise ValueError(
+            f"`--caption_column` needs a language model of LlamaGen for captions, but {type(language_model).__name__} "
+            "takes none. Use a config of type llamagen, or a pipeline for captions."
+        )
+
+
+def add_lora(options: AutoregressiveOptions, language_model: PreTrainedModel) -> PeftModel:
+    """Freezes a model and adds LoRA to its linear layers, in place."""
+    config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules="all-linear")
+    adapter = get_peft_model(language_model, config)
+    config.base_model_name_or_path = public_name(str(options.pretrained_model_name_or_path))
+    return adapter
+
+
+def read_captions(
+    run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, source: TokenSource
+) -> CaptionEncoder | StoredCaptions:
+    """Features of captions: from the folder for them, which is made first if it is absent, or encoded at each step."""
+    pipeline.text_encoder.to(run.accelerator.device)
+    length = pipeline.language_model.config.num_condition_tokens
+    encoder = CaptionEncoder(pipeline.text_encoder, pipeline.tokenizer, length)
+    if run.options.caption_features is None:
+        return encoder
+    folder = Path(run.options.caption_features)
+    with run.accelerator.main_process_first():
+        if not folder.exists():
+            store_captions(folder, source, encoder)
+    return StoredCaptions(folder, source, encoder)
 
 
 def next_code_loss(
@@ -113,43 +282,52 @@ def next_code_loss(
     return loss, (logits.argmax(-1) == targets)[is_code].float().mean()
 
 
-def make_pipeline(vqvae: SVQVAE, language_model: PreTrainedModel, source: TokenSource) -> SVQVAEAutoregressivePipeline:
-    """Pipeline with this language model, for the sequences and classes of a token set."""
-    layout = source.layout
-    return SVQVAEAutoregressivePipeline(
-        vqvae,
-        language_model,
-        num_classes=layout.num_classes,
-        height=layout.height,
-        width=layout.width,
-        scales=list(layout.scales),
-        scale_from=layout.scale_from,
-        class_names=source.class_names,
-    )
-
-
-def validate(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, steps_done: int) -> None:
-    """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
+def validate(
+    run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, source: TokenSource, steps_done: int
+) -> None:
+    """Samples images with fixed noise, of each class or caption in turn. The main process logs them."""
     options, num_classes = run.options, pipeline.config["num_classes"]
-    if not options.num_validation_images:
+    count = options.num_validation_images
+    if not count:
         return
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(options.seed)
+    call: dict[str, Any] = {"generator": torch.Generator().manual_seed(options.seed), "output_type": "np"}
+    if options.caption_column is not None:
+        prompts = options.validation_prompts or source.first_captions(count)
+        call |= {"prompt": [prompts[index % len(prompts)] for index in range(count)]}
+    elif num_classes:
+        call |= {"class_labels": [index % num_classes for index in range(count)]}
+    else:
+        call |= {"num_images_per_prompt": count}
+    if num_classes:
+        call |= {"guidance_scale": options.guidance_scale}
     with run.evaluating():
-        if num_classes:
-            labels = [index % num_classes for index in range(options.num_validation_images)]
-            scale = options.guidance_scale
-            images = pipeline(labels, guidance_scale=scale, generator=generator, output_type="np")[0]
-        else:
-            count = options.num_validation_images
-            images = pipeline(num_images_per_prompt=count, generator=generator, output_type="np")[0]
+        images = pipeline(**call)[0]
     log_samples(run, images, steps_done)
 
 
 def make_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:
     """Card of the pipeline."""
     summary, call = pipeline.describe()
-    return pipeline_card(run, pipeline, script="training/train_autoregressive.py", summary=summary, call=call)
+    return pipeline_card(run, pipeline, script=SCRIPT, summary=summary, call=call)
+
+
+def make_adapter_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:
+    """Card of a LoRA adapter."""
+    options = run.options
+    base = str(options.pretrained_model_name_or_path)
+    name = public_name(base)
+    metadata = ModelCardData(
+        license=options.license or "unknown",
+        library_name="peft",
+        tags=["svqvae", "lora"],
+        base_model=name if is_hub_id(base) else None,
+    )
+    _, call = pipeline.describe()
+    rows = {"adapts": f"`{name}`", "LoRA rank": options.lora_rank} | run.provenance(SCRIPT, "images")
+    return ADAPTER_CARD.format(
+        metadata=metadata.to_yaml(), name=run.name, base=name, call=call, provenance=table_rows(rows.items())
+    )
 
 
 if __name__ == "__main__":

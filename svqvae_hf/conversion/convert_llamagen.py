@@ -4,17 +4,17 @@ import mmap
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.conversion.convert_next_scale import PipelineReport, load_tokenizer, public_name
 from svqvae_hf.conversion.new_repository import check_arguments, halve, new_repository
 from svqvae_hf.hub.model_cards import pipeline_card
-from svqvae_hf.hub.repositories import from_hub, hub_repo, prepare_repo, push_output
+from svqvae_hf.hub.repositories import hub_repo, prepare_repo, push_output
 from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, LlamaGenCheckpoint, read_llamagen
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline, grid_side
 
 SUMMARY = (
@@ -122,20 +122,10 @@ def _make_pipeline(
             else f"`{checkpoint.source}` has classes instead of captions, and no text encoder. Leave `text_encoder` "
             "out."
         )
-    encoder, tokenizer = (None, None) if text_encoder is None else _load_text_encoder(text_encoder)
+    encoder, tokenizer = (None, None) if text_encoder is None else load_text_encoder(text_encoder)
     return SVQVAEAutoregressivePipeline.from_llamagen(
         vqvae, LlamaGenForCausalLM.from_checkpoint(checkpoint), text_encoder=encoder, tokenizer=tokenizer
     )
-
-
-def _load_text_encoder(source: str) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
-    """Loads a text encoder in bfloat16, as LlamaGen does, and its tokenizer."""
-    encoder, info = from_hub(
-        T5EncoderModel.from_pretrained, source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(info['missing_keys'])}.")
-    return encoder.eval(), from_hub(AutoTokenizer.from_pretrained, source)
 
 
 def _models(pipeline: SVQVAEAutoregressivePipeline) -> dict[str, torch.nn.Module]:

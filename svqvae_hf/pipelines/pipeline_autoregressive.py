@@ -23,6 +23,7 @@ from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.cards import PipelineCardMixin
 from svqvae_hf.pipelines.sampling import (
     Generators,
@@ -358,7 +359,6 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
         return self._interrupt
 
-    @torch.no_grad()
     def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes captions to the features that the language model reads.
 
@@ -381,17 +381,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts or not all(isinstance(each, str) for each in prompts):
             raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompt)}.")
-        batch = self.tokenizer(prompts, padding="max_length", max_length=length)
-        longest = max(batch["input_ids"], key=len)
-        if len(longest) > length:
-            text = reprlib.repr(prompts[batch["input_ids"].index(longest)])
-            raise ValueError(f"`prompt` must have at most {length} tokens, but {text} has {len(longest)}. Shorten it.")
-        ids, mask = (
-            torch.tensor(batch[name], device=self._execution_device) for name in ("input_ids", "attention_mask")
-        )
-        features = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        pairs = zip(features, mask.sum(1).tolist(), strict=True)
-        return torch.stack([each.roll(length - tokens, dims=0) for each, tokens in pairs]), mask.flip(1)
+        return encode_captions(self.text_encoder, self.tokenizer, prompts, length)
 
     def _encode_captions(
         self,

@@ -114,7 +114,7 @@ def test_sequences_are_the_ids_of_the_images_coarse_to_fine(parts):
 def test_every_epoch_has_each_row_once_over_all_processes(parts, tmp_path, monkeypatch, block_rows):
     monkeypatch.setattr(token_sequences, "BLOCK_ROWS", block_rows)
     shutil.copytree(parts / "tokens", tmp_path / "tokens")
-    (file,) = (tmp_path / "tokens" / "data").iterdir()
+    (file,) = (tmp_path / "tokens").rglob("*.parquet")
     pq.write_table(pq.read_table(file), file, row_group_size=2)
     source = TokenSource(str(tmp_path / "tokens"), None)
     read, most = source.read, []

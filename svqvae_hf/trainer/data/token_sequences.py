@@ -76,6 +76,7 @@ class TokenSource:
         order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
         self.id_columns = [f"ids_{index}" for index in order]
         self.label_column, self.caption_column = label_column, caption_column
+        self.caption_columns = [] if caption_column is None else [caption_column]
         feature = self.features.get(label_column)
         self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         num_classes = 0 if label_column is None else self._num_classes(label_column)
@@ -95,7 +96,7 @@ class TokenSource:
     @property
     def columns(self) -> list[str]:
         """Columns that sequences are made of."""
-        return [*self.id_columns, *(each for each in (self.label_column, self.caption_column) if each is not None)]
+        return [*self.id_columns, *self.caption_columns, *([] if self.label_column is None else [self.label_column])]
 
     def read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
         """Reads some columns of a row group, by default the sequences' own, and adds the numbers of the rows."""
@@ -129,6 +130,11 @@ class TokenSource:
                     f"holds {captions!r:.80}. Remove such rows."
                 )
         return found
+
+    def first_captions(self, count: int) -> list[str]:
+        """First caption of each of the first rows, up to `count`."""
+        table = self.read(self.groups[0], self.caption_columns).slice(0, count)
+        return [captions[0] for captions in self.captions(table)]
 
     def _only(self, column: str) -> int:
         least, most, _ = self._statistics(column)

@@ -1,0 +1,58 @@
+"""Features of captions, for language models that read them."""
+
+import reprlib
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from svqvae_hf.hub.repositories import from_hub
+
+
+def load_text_encoder(source: str) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
+    """Loads a text encoder in bfloat16, as LlamaGen does, and its tokenizer.
+
+    Args:
+        source (`str`): Folder or Hub id of a T5 encoder, such as `google/flan-t5-xl`.
+
+    Raises:
+        OSError: It does not exist or cannot be downloaded.
+        ValueError: It is not a T5 encoder.
+    """
+    encoder, info = from_hub(
+        T5EncoderModel.from_pretrained, source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(info['missing_keys'])}.")
+    return encoder.eval(), from_hub(AutoTokenizer.from_pretrained, source)
+
+
+@torch.no_grad()
+def encode_captions(
+    text_encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes captions as LlamaGen does, with their text at the end.
+
+    Args:
+        text_encoder ([`~transformers.T5EncoderModel`]): Text encoder.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        captions (`Sequence[str]`): Captions.
+        length (`int`): Number of positions.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Features `(batch, length, channels)` with zeros before the text, and their
+        mask `(batch, length)`, on the device of the encoder.
+
+    Raises:
+        ValueError: A caption has more tokens than positions.
+    """
+    batch = tokenizer(list(captions), padding="max_length", max_length=length)
+    longest = max(batch["input_ids"], key=len)
+    if len(longest) > length:
+        text = reprlib.repr(captions[batch["input_ids"].index(longest)])
+        raise ValueError(f"A caption must have at most {length} tokens, but {text} has {len(longest)}. Shorten it.")
+    device = text_encoder.device
+    ids, mask = (torch.tensor(batch[name], device=device) for name in ("input_ids", "attention_mask"))
+    features = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+    pairs = zip(features, mask.sum(1).tolist(), strict=True)
+    return torch.stack([each.roll(length - tokens, dims=0) for each, tokens in pairs]), mask.flip(1)
