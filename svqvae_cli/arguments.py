@@ -146,10 +146,10 @@ def add_image_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
         nargs="+",
-        type=path_or_name,
+        type=path_or_url,
         metavar="DATA",
-        help="image files, tar, Parquet or Arrow files, folders of these, or patterns ('shard-{00..07}.tar'); or the "
-        "name of a data set on the Hub, which is streamed",
+        help="image files, tar, Parquet or Arrow files, folders of these, or patterns ('shard-{00..07}.tar'), also as "
+        "URLs (s3://bucket/*.tar); or the name of a data set on the Hub, which is streamed",
     )
     parser.add_argument("--config", type=not_empty, metavar="NAME", help="configuration of the data set")
     parser.add_argument(
@@ -191,6 +191,11 @@ def path_or_name(text: str) -> str:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def path_or_url(text: str) -> str:
+    """Reads a path, a name on the Hub or a URL for `fsspec`."""
+    return not_empty(text, " The current folder is `.`.")
 
 
 def not_empty(text: str, advice: str = "") -> str:

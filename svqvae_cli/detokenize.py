@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_model, add_output, path_or_name
+from svqvae_cli.arguments import Commands, add_command, add_model, add_output, path_or_url
 
 
 def add_to(commands: Commands) -> None:
@@ -13,14 +13,18 @@ def add_to(commands: Commands) -> None:
         run,
         "decode a token set to images",
         "Writes one image per row and scale, 00000000_x1.png and so on. The model must\n"
-        "have the codebook that the token set was encoded with.",
+        "have the codebook that the token set was encoded with. On several machines, each\n"
+        "decodes a part.",
         "tokens --output out --max-images 16",
     )
     parser.add_argument(
-        "tokens", type=path_or_name, metavar="TOKENS", help="folder of the token set, or its name on the Hub"
+        "tokens", type=path_or_url, metavar="TOKENS", help="folder or URL of the token set, or its name on the Hub"
     )
     add_output(parser, "folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace images that exist (default: an error)")
     parser.add_argument("--max-images", type=int, metavar="N", help="stop after N rows (default: all)")
+    parser.add_argument("--part", type=int, default=0, metavar="I", help="decode this part alone, from 0 (default: 0)")
+    parser.add_argument("--num-parts", type=int, default=1, metavar="N", help="number of parts (default: 1)")
     add_model(parser)
 
 
@@ -34,4 +38,13 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     read_settings(args.tokens)  # fails before the model is loaded
     model = load_model(args.model, args.device, args.dtype)
-    detokenize_set(model, args.tokens, args.output, max_images=args.max_images)
+    images = detokenize_set(
+        model,
+        args.tokens,
+        args.output,
+        max_images=args.max_images,
+        part=args.part,
+        num_parts=args.num_parts,
+        overwrite=args.overwrite,
+    )
+    print(f"written  {args.output} (images: {images})")

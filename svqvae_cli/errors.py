@@ -93,7 +93,7 @@ def require_extra(feature: str, extra: str) -> Iterator[None]:
 
 
 @contextmanager
-def explain_resume(target: Path, command: str) -> Iterator[None]:
+def explain_resume(target: Path | str, command: str) -> Iterator[None]:
     """Says after an interruption which command resumes the work on `target`."""
     try:
         yield

@@ -18,8 +18,7 @@ from svqvae_cli.arguments import (
     add_tiles,
     image_set_options,
     not_empty,
-    path,
-    path_or_name,
+    path_or_url,
 )
 from svqvae_cli.errors import check_none_skipped, explain_resume
 
@@ -40,7 +39,7 @@ def add_to(commands: Commands) -> None:
         "photos tokens --crops centre --resolution 256 --scales 0.5 1",
     )
     add_image_set(parser)
-    parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
+    parser.add_argument("out", type=path_or_url, metavar="OUT", help="folder or URL to write to")
     add_scales(parser, [1.0], sides=True)
     parser.add_argument(
         "--crops",
@@ -96,7 +95,7 @@ class _Status(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, _: Any = None
     ) -> None:
-        namespace.run, namespace.status = show_status, path_or_name(value)
+        namespace.run, namespace.status = show_status, path_or_url(value)
         for action in parser._actions:
             action.required = False
 

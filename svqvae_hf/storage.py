@@ -4,13 +4,16 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from svqvae_hf.atomic_io import os_error, write_file
+
+CLIENTS = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests")  # some errors are no OSErrors
 
 
 class Folder:
@@ -52,6 +55,12 @@ class Folder:
             found = self.files.cat(paths)
             return [found[path] for path in paths]
 
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """Opens a file to read parts of it."""
+        with self._explained(name, "read"), self.files.open(self._path(name), "rb") as file:
+            yield file
+
     def write(self, name: str, content: bytes) -> None:
         """Writes a file, and its folder if necessary."""
         if self.is_local:
@@ -67,7 +76,7 @@ class Folder:
             try:
                 if self.is_local:
                     self._make_parent(name)
-                    with open(self._path(name), "xb") as file:
+                    with Path(self._path(name)).open("xb") as file:
                         file.write(content)
                 else:
                     self.files.pipe_file(self._path(name), content, mode="create")
@@ -123,18 +132,31 @@ class Folder:
     def _make_parent(self, name: str) -> None:
         os.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
 
-    @contextmanager
-    def _explained(self, name: str, done: str) -> Iterator[None]:
-        """Makes one line of the errors of file systems, which are of many types. Absent and existing files stay."""
-        try:
-            yield
-        except (FileNotFoundError, FileExistsError):
+    def _explained(self, name: str, done: str) -> AbstractContextManager[None]:
+        return explained(self._path(name) if self.is_local else f"{self.url}/{name}", done)
+
+
+@contextmanager
+def explained(name: str, done: str) -> Iterator[None]:
+    """Makes an `OSError` of one line from the errors of file systems, which are of many types.
+
+    Args:
+        name (`str`): Path or URL.
+        done (`str`): Past participle of what the block does with it.
+
+    Raises:
+        FileNotFoundError: The file is absent; as raised.
+        OSError: Another error of the file system.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise os_error(f"`{name}` cannot be {done}: {reason.removesuffix('.')}.", error) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(CLIENTS):
             raise
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise os_error(f"`{self._path(name)}` cannot be {done}: {reason.removesuffix('.')}.", error) from error
-        except Exception as error:
-            if self.is_local or not type(error).__module__.startswith(("botocore", "aiohttp", "gcsfs", "google")):
-                raise
-            reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-            raise OSError(f"`{self.url}/{name}` cannot be {done}: {reason}.") from error
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        raise OSError(f"`{name}` cannot be {done}: {reason}.") from error

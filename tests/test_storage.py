@@ -59,7 +59,7 @@ def test_errors_name_the_file_and_the_reason(tmp_path, monkeypatch):
 
     folder = Folder("memory://full")
     monkeypatch.setattr(folder.files, "pipe_file", full)
-    with pytest.raises(OSError, match=r"`/full/a` cannot be written: No space left on device\.$") as caught:
+    with pytest.raises(OSError, match=r"`memory://full/a` cannot be written: No space left on device\.$") as caught:
         folder.write("a", b"")
     assert caught.value.errno == errno.ENOSPC
     (tmp_path / "file").write_bytes(b"")

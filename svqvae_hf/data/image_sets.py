@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
+import fsspec
 import pyarrow as pa
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, FileRows, ImagePart, ImageRow, IndexedRows, fault_of, unreadable
 from svqvae_hf.data.tar_files import TAR_SUFFIXES, TarPart, open_tars
 from svqvae_hf.hub.repositories import UNREACHABLE, hub_answers
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-from svqvae_hf.paths import check_local, expand_braces, walk_files
+from svqvae_hf.paths import expand_braces, walk_files
+from svqvae_hf.storage import explained
 from svqvae_hf.untrusted.set_rows import confine_row
 
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
@@ -32,6 +34,7 @@ SHARDS = {  # suffixes of files that hold many images, by the loader of `dataset
     "arrow": (".arrow",),
     "imagefolder": (".zip",),
 }
+VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "created")  # names in file systems
 NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and revision on the Hub, or an archive
 
 
@@ -118,7 +121,8 @@ def open_images(
     Args:
         data (`Sequence[str]`): Image files, or shards: tar files in WebDataset's form, Parquet, Arrow, zip. Each is a
             file, a folder, which is searched with its subfolders except for hidden files, or a pattern, such as
-            `photos/*.jpg` or `shard-{00..07}.tar`. Or the name of a set on the Hub, which is streamed.
+            `photos/*.jpg` or `shard-{00..07}.tar`. Each may be a URL for `fsspec`, such as `s3://bucket/*.tar`. Or
+            the name of a set on the Hub, which is streamed.
         config (`str`, *optional*): Configuration of the set; required if it has several.
         split (`str`, *optional*): Split of the set; required if it has several. Subfolders named as splits are splits.
         image_column (`str`, *optional*): Column of the images, or their suffix in tar files. By default it is found by
@@ -134,9 +138,9 @@ def open_images(
         ValueError: There is no image, no such split or column, or `max_images` is out of range.
     """
     selection = Selection(config, split, image_column, columns, copy)
-    for name in data:
-        check_local(name)
-    if len(data) == 1 and (data_files or is_hub_set(data[0])):
+    if any("://" in name for name in data):
+        images = _open_urls(data, selection)
+    elif len(data) == 1 and (data_files or is_hub_set(data[0])):
         if not Path(data[0]).exists():
             _check_hub(data[0])
         images = _open_builder(data[0], selection, data_files)
@@ -302,6 +306,65 @@ def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
     return _image_files(root, [os.path.relpath(file, root) for file in files], selection)
 
 
+def _open_urls(patterns: Sequence[str], selection: Selection) -> ImageSet:
+    """Opens files that `fsspec` reaches."""
+    urls = [url for pattern in patterns for name in expand_braces(pattern) for url in _find_urls(name)]
+    kinds = {_kind(url) or "image" for url in urls}
+    if len(kinds) > 1:
+        raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
+    (kind,) = kinds
+    if kind not in ("image", "webdataset"):
+        return _open_builder(kind, selection, urls)
+    stamps = _url_stamps(urls)
+    if kind == "webdataset":
+        parts = open_tars(urls, selection.image_column, selection.columns)
+        return ImageSet(parts, parts[0].features, lambda: [stamps, selection.image_column])
+    scheme, _, _ = urls[0].partition("://")
+    paths = [url.partition("://")[2] for url in urls]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    rows = FileRows(f"{scheme}://{root}", [os.path.relpath(path, root) for path in paths])
+    _check_columns(["image", *rows.features], selection)
+    return ImageSet([rows], rows.features, lambda: stamps, len(rows))
+
+
+def _find_urls(name: str) -> list[str]:
+    """URLs of the files of a folder or a glob, or of one file."""
+    with explained(name, "read"):
+        try:
+            files, path = fsspec.core.url_to_fs(name)
+        except ImportError as error:
+            raise ValueError(f"`{name}` cannot be reached: {str(error).removesuffix('.')}.") from error
+        if glob.has_magic(path):
+            found = sorted(files.glob(path))
+        elif _kind(path) is None and files.isdir(path):
+            found = [file for file in sorted(files.find(path)) if _kind(file)]
+        else:
+            found = [path]
+    if not found:
+        raise ValueError(f"no file or folder matches `{name}`.")
+    return [files.unstrip_protocol(file) for file in found]
+
+
+def _url_stamps(urls: Sequence[str]) -> list[tuple[str, int, str]]:
+    """Name, bytes and version of each file. Folders are listed, which takes fewer requests than asking for each file.
+
+    Raises:
+        FileNotFoundError: A file is absent.
+    """
+    found = {}
+    for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
+        with explained(folder, "read"):
+            files, path = fsspec.core.url_to_fs(folder)
+            entries = files.ls(path, detail=True)
+        for entry in entries:
+            version = next((str(entry[name]) for name in VERSIONS if entry.get(name)), "")
+            found[files.unstrip_protocol(entry["name"])] = (entry["size"], version)
+    absent = [url for url in urls if url not in found]
+    if absent:
+        raise FileNotFoundError(f"there is no file `{absent[0]}`.")
+    return [(url, *found[url]) for url in urls]
+
+
 def _image_files(root: str, keys: Sequence[str], selection: Selection) -> ImageSet:
     rows = FileRows(root, keys)
     _check_columns(["image", *rows.features], selection)
@@ -336,9 +399,11 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
     origin = [split, list(paths), paths.origin_metadata, image_column]
     if selection.copy:
         return ImageSet([DatasetRows(rows, image_column)], kept, lambda: origin, len(rows))
+    is_remote = any("://" in path for path in data_files)
+    repository = builder.repo_id or ("" if is_remote else None)  # no file outside it may be named
     names = [os.path.basename(path) for path in paths] if rows.num_shards == len(paths) else [name] * rows.num_shards
     parts = [
-        StreamPart(rows, image_column, os.path.abspath(name), builder.repo_id, file, number)
+        StreamPart(rows, image_column, os.path.abspath(name), repository, file, number)
         for number, file in enumerate(names)
     ]
     splits = rows.info.splits or {}

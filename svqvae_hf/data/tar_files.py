@@ -15,6 +15,7 @@ import fsspec
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+from svqvae_hf.storage import explained
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -128,6 +129,7 @@ def _samples(path: str, start: int) -> Iterator[Sample]:
     members: dict[str, bytes | None] = {}
     with ExitStack() as stack:
         if "://" in path:
+            stack.enter_context(explained(path, "read"))
             file = stack.enter_context(fsspec.open(path, "rb"))
             tar = stack.enter_context(tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo))
         else:

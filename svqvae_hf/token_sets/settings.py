@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.repositories import hub_answers, hub_reason
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.storage import Folder
 from svqvae_hf.token_sets.crops import CROPS, is_whole
 from svqvae_hf.tokens.token_files import (
     FINGERPRINT,
@@ -107,7 +108,8 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
     """Reads the settings of a token set.
 
     Args:
-        path (`str` or `os.PathLike`): Folder of the set, its name on the Hub, or one of its Parquet files.
+        path (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, its name on the Hub, or one
+            of its Parquet files.
 
     Raises:
         OSError: The set does not exist or cannot be reached.
@@ -135,12 +137,13 @@ def _read_settings(name: str) -> bytes:
             if isinstance(error, OSError) and error.errno is not None:  # pyarrow's errors about content have none
                 raise
             raise ValueError(f"`{name}` must be a Parquet file, but is of another kind or truncated.") from error
-    if not Path(name, SETTINGS_FILE).is_file():
+    content = Folder(name).read(SETTINGS_FILE) if "://" in name or Path(name, SETTINGS_FILE).is_file() else None
+    if content is None:
         raise FileNotFoundError(
             f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make "
             "one with `svqvae tokenize`."
         )
-    return Path(name, SETTINGS_FILE).read_bytes()
+    return content
 
 
 def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import make_tiny
 from PIL import Image, ImageOps
-from token_set_parts import SCALES, SIZES, load, make_other, make_tiled, save_photos, tokenize
+from token_set_parts import SCALES, SIZES, content, load, make_other, make_tiled, save_photos, tokenize
 
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.token_sets import settings as token_sets
@@ -88,6 +88,17 @@ def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp
                 assert np.array_equal(found, picture)
     detokenize_set(model, tmp_path / "tokens", tmp_path / "first", max_images=1)
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["00000000_x0.5.png", "00000000_x1.png"]
+
+
+def test_parts_decode_all_rows_once(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.token_sets.shards.ROW_GROUP_BYTES", 500)  # so that files have several row groups
+    tokenize(make_tiled(), photos, tmp_path / "tokens", shard_mb=1e-3, num_parts=2)
+    assert detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "whole") == 12
+    for part in range(4):
+        detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "parts", part=part, num_parts=4)  # none twice
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"`part` must be in \[0, 3\] for 4 parts, got 4"):
+        detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "parts", part=4, num_parts=4)
 
 
 def test_another_codebook_raises(token_set, tmp_path):

@@ -364,7 +364,13 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     assert (settings.model, settings.crops, settings.resolution) == ("tiny", "centre", 16)
     assert settings.scale_from == "image"
     assert svqvae("detokenize", out, "--output", images, *model) == 0
+    assert capsys.readouterr().out == f"written  {images} (images: 6)\n"
     assert len(list(images.iterdir())) == 6
+    assert "00000001_x0.5.png` already exists. Pass --overwrite" in fails(
+        capsys, "detokenize", out, "--output", images, *model, "--part", "1", "--num-parts", "3"
+    )
+    assert svqvae("detokenize", out, "--output", images, *model, "--overwrite", "--max-images", "1") == 0
+    assert capsys.readouterr().out == f"written  {images} (images: 2)\n"
     assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, "tokenize", photos, out, *model)
     assert "must be a folder with svqvae_tokens.json" in fails(capsys, "detokenize", photos, "--output", images)
     bundled = fails(capsys, "detokenize", out, "--output", images)  # the bundled model has another codebook
