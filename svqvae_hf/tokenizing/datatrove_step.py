@@ -1,0 +1,82 @@
+"""A step of datatrove, whose executors run the parts of a token set on one machine, with SLURM or with Ray."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datatrove.pipeline.base import PipelineStep
+
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokenizing.writer import tokenize_set
+
+
+class TokenizeImages(PipelineStep):
+    """Makes the part of a token set that has the number of the task. The pipeline needs no other step.
+
+    Args:
+        data (`Sequence[str]`): Image set, as for [`~svqvae_hf.data.image_sets.open_images`].
+        out (`str`): Folder of the token set, or its URL for `fsspec`. All tasks must reach it.
+        model (`str`): Folder or Hub id of the model.
+        model_name (`str`, *optional*): Name of the model for the settings and the card; by default its id, or the name
+            of its folder.
+        device (`str`, *optional*): Device of the model; by default a GPU if there is one.
+        dtype (`str`, defaults to `"float32"`): Precision of the weights.
+        tile_size (`int`, defaults to 256): Side of a tile in pixels.
+        overlap (`int`, defaults to 32): Pixels that a tile reads beyond each of its sides.
+        images (`Mapping[str, Any]`, *optional*): Further options of `open_images`.
+        **options: Further options of [`~svqvae_hf.tokenizing.writer.tokenize_set`], except `part` and `num_parts`.
+    """
+
+    name = "Tokenize images"
+    type = "Tokenizer"
+
+    def __init__(
+        self,
+        data: Sequence[str],
+        out: str,
+        model: str,
+        *,
+        model_name: str | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        tile_size: int = 256,
+        overlap: int = 32,
+        images: Mapping[str, Any] | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        self.data = list(data)
+        self.out = out
+        self.model = model
+        self.model_name = model_name or (Path(model).resolve().name if Path(model).exists() else model)
+        self.device = device
+        self.dtype = dtype
+        self.tiles = (tile_size, overlap)
+        self.images = dict(images or {})
+        self.options = options
+
+    def run(self, data: Iterable[Any] | None = None, rank: int = 0, world_size: int = 1) -> None:
+        """Makes a part.
+
+        Args:
+            data (`Iterable`, *optional*): Documents of the steps before; must be `None`.
+            rank (`int`, defaults to 0): Number of the task, and of the part.
+            world_size (`int`, defaults to 1): Number of tasks, and of parts.
+        """
+        if data is not None:
+            raise ValueError("`TokenizeImages` must be the first step, because it reads the images itself.")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with self.track_time():
+            model = SVQVAE.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).to(device).eval()
+            model.enable_tiling(*self.tiles)
+            tokenize_set(
+                model,
+                open_images(self.data, **self.images),
+                self.out,
+                model_name=self.model_name,
+                part=rank,
+                num_parts=world_size,
+                **self.options,
+            )
