@@ -269,6 +269,14 @@ def test_next_scale(run):
     assert [row["cache, MiB"] * 2**20 for row in steps] == [2 * 4 * floats * tokens for tokens in (1, 5, 21)]
 
 
+def test_llamagen(run):
+    sizes = ["--side", "2", "--hidden-size", "32", "--inner-size", "32", "--layers", "1", "--heads", "2"]
+    (rows,) = run("llamagen", *sizes, "--batches", "2")
+    assert [(row["sampling"], row["batch"]) for row in rows] == [("LlamaGen's loop", 2), ("pipeline", 2)]
+    assert rows[0]["times as fast"] == 1
+    assert all(len(row["all seconds"]) == 1 for row in rows)
+
+
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])
 def test_generation(run, guidance_scale):
     sizes = ["--sides", "4", "--batch", "2", "--hidden-size", "64", "--layers", "1"]
