@@ -223,7 +223,8 @@ class Codes:
         self.dead.observe(accelerator.reduce(count_codes(ids, quantizer.size), "sum"))
         if not accelerator.sync_gradients or (step + 1) % options.dead_code_reset_steps:
             return {}
-        replaced = self.dead.reset(quantizer, self._fresh_latents(RESET_BATCHES, step), options.seed, step)
+        fresh = self._fresh_latents(RESET_BATCHES, step)
+        replaced = self.dead.reset(quantizer, fresh, len(fresh) // RESET_BATCHES, options.seed, step)
         self._forget(replaced)
         return {"reset_codes": torch.tensor(float(len(replaced)), device=accelerator.device)}
 

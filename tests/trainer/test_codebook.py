@@ -21,14 +21,14 @@ def make_quantizer(l2_norm=True):
     return VectorQuantizer(SIZE, DIM, 0.25, 0.0, l2_norm)
 
 
-def reset(dead, latents, l2_norm=True, seed=0, step=0):
+def reset(dead, latents, l2_norm=True, limit=SIZE, seed=0, step=0):
     """Codes before and after a reset, and the ids of the replaced ones."""
     quantizer, dead_codes = make_quantizer(l2_norm), DeadCodeReset(SIZE)
     before = quantizer.embedding.weight.detach().clone()
     counts = torch.ones(SIZE, dtype=torch.int64)
     counts[dead] = 0
     dead_codes.observe(counts)
-    replaced = dead_codes.reset(quantizer, latents, seed, step)
+    replaced = dead_codes.reset(quantizer, latents, limit, seed, step)
     assert dead_codes.counts.eq(0).all()
     return before, quantizer.embedding.weight.detach(), replaced
 
@@ -167,9 +167,17 @@ def test_code_is_dead_if_unused_since_the_last_reset():
     found[:60] = 1
     dead_codes.observe(found)
     dead_codes.observe(found.flip(0))
-    assert dead_codes.reset(quantizer, latents, seed=0, step=0).tolist() == []
+    assert dead_codes.reset(quantizer, latents, SIZE, seed=0, step=0).tolist() == []
     dead_codes.observe(found)
-    assert dead_codes.reset(quantizer, latents, seed=0, step=1).tolist() == [60, 61, 62, 63]
+    assert dead_codes.reset(quantizer, latents, SIZE, seed=0, step=1).tolist() == [60, 61, 62, 63]
+
+
+def test_no_more_than_the_limit_are_replaced():
+    dead = torch.arange(40)
+    before, after, replaced = reset(dead, torch.randn(100, DIM), limit=7)
+    assert len(replaced) == 7
+    assert set(replaced.tolist()) < set(dead.tolist())
+    assert (before != after).any(-1).nonzero().flatten().equal(replaced)
 
 
 def test_no_latent_is_used_twice_and_too_few_replace_a_random_subset():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bundled model, svqvae_hf/pretrained: under four hours on one core of a CPU with bfloat16 instructions.
+# The bundled model, svqvae_hf/pretrained: under five hours on one core of a CPU with bfloat16 instructions.
 #   training/runs/default.sh CID22_TRAIN WORK
 # CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for photographs and checkpoints.
 # Run it again to resume from the latest checkpoint.
@@ -43,7 +43,13 @@ train --output_dir "$work/large_crops" --pretrained_model_name_or_path "$work/st
 store "$work/large_crops" "$work/first_release"
 
 # The same crops for longer, at a higher learning rate.
-train --output_dir "$work/default" --pretrained_model_name_or_path "$work/first_release" \
+train --output_dir "$work/longer" --pretrained_model_name_or_path "$work/first_release" \
     --resolution 256 --crop_sizes 128 --train_batch_size 1 --max_train_steps 16000 --learning_rate 3e-4 --lr_warmup_steps 200 \
     --codebook_decay 0.998 --dead_code_reset_steps 200 --ema_decay 0.999
+store "$work/longer" "$work/second_release"
+
+# Photographs that are shrunk by up to 2.5, for the smaller scales. Larger steps, and longer between resets, so that few codes die.
+train --output_dir "$work/default" --pretrained_model_name_or_path "$work/second_release" \
+    --resolution 256 --crop_sizes 128 --train_batch_size 2 --resize_range 0.4 1 --max_train_steps 4200 --learning_rate 3e-4 \
+    --lr_warmup_steps 200 --codebook_decay 0.998 --dead_code_reset_steps 300 --ema_decay 0.998
 store "$work/default" svqvae_hf/pretrained

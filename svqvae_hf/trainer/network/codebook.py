@@ -134,16 +134,20 @@ class DeadCodeReset(nn.Module):
         self.counts += counts
 
     @torch.no_grad()
-    def reset(self, quantizer: VectorQuantizer, latents: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-        """Replaces each dead code by a random latent, normalised if the codebook is, and sets the counts to 0.
+    def reset(
+        self, quantizer: VectorQuantizer, latents: torch.Tensor, limit: int, seed: int, step: int
+    ) -> torch.Tensor:
+        """Replaces dead codes by random latents, normalised if the codebook is, and sets the counts to 0.
 
-        No latent is used twice: if there are more dead codes than latents, a random subset is replaced. Latents that
-        are not finite are left out. Equal counts, latents, seed and step give bit-equal codes on every process.
+        If more codes than `limit` are dead, a random subset is replaced: after few steps, a code that was not used
+        may only be rare. No latent is used twice. Latents that are not finite are left out. Equal arguments and counts
+        give bit-equal codes on every process.
 
         Args:
             quantizer ([`VectorQuantizer`]): Quantizer whose dead codes are replaced.
             latents (`torch.Tensor` of shape `(n, codebook_embed_dim)`): Latents before quantisation of all processes,
                 in the same order on each process.
+            limit (`int`): Maximum number of codes to replace.
             seed (`int`): Seed of the run.
             step (`int`): Step of the run.
 
@@ -153,7 +157,7 @@ class DeadCodeReset(nn.Module):
         rng = np.random.default_rng((seed, step))
         latents = latents[latents.isfinite().all(-1)].float()
         dead = (self.counts == 0).nonzero().flatten()
-        count = min(len(dead), len(latents))
+        count = min(len(dead), len(latents), limit)
 
         def draw(rows: torch.Tensor) -> torch.Tensor:
             return rows[torch.from_numpy(rng.permutation(len(rows))[:count]).to(rows.device)]
