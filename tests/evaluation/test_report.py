@@ -235,6 +235,7 @@ def test_command_writes_the_report(model, photos, tmp_path, capsys):
     assert [each["name"] for each in document["images"]] == ["a.png", "b.jpg"]
     assert document["settings"]["tile_size"] == 256  # not the model's `sample_size`
     assert document["settings"]["scale_from"] == "image"
+    assert {each["codec"] for each in document["codecs"]} == {"JPEG"}
     assert document["results"][0]["ids_changed_float16"] is not None
     assert document["settings"]["data"] == [photos]
     assert document["settings"]["baselines"] == [f"{photos}/a.png", f"{photos}/b.jpg"]
