@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_model, not_empty
+from svqvae_cli.arguments import Commands, add_command, add_model, not_empty, path_or_name
 from svqvae_cli.errors import require_extra
 
 
@@ -16,10 +16,17 @@ def add_to(commands: Commands) -> None:
         "Shows original and reconstruction under one slider and the ids as a picture.\n"
         "Token files can be saved and opened. The page needs no network. With a --host\n"
         "beyond this machine, visitors may choose public models on the Hub, but no\n"
-        "folders and no private models.",
+        "folders and no private models. With --generator, the page generates images\n"
+        "instead: they grow step by step, and painted parts are generated anew.",
         "--model org/svqvae",
     )
     add_model(parser)
+    parser.add_argument(
+        "--generator",
+        type=path_or_name,
+        metavar="PIPELINE",
+        help="folder or Hub id of an autoregressive or next-scale pipeline: a page that generates images instead",
+    )
     parser.add_argument(
         "--host",
         type=not_empty,
@@ -33,14 +40,22 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
     with require_extra("demo", "demo"):
+        from svqvae_hf.demo.generator_page import serving_generator
         from svqvae_hf.demo.page import serving
     import threading
     from functools import partial
 
-    from svqvae_cli.loading import load_model
+    from svqvae_cli.loading import load_generator, load_model
 
-    load = partial(load_model, device=args.device, dtype=args.dtype)
-    with serving(load, args.model or "", args.host, args.port) as address:
+    if args.model and args.generator:
+        raise ValueError("--generator brings its own model. Leave out --model or --generator.")
+    if args.generator:
+        pipeline = load_generator(args.generator, args.device, args.dtype)
+        served = serving_generator(pipeline, args.host, args.port)
+    else:
+        load = partial(load_model, device=args.device, dtype=args.dtype)
+        served = serving(load, args.model or "", args.host, args.port)
+    with served as address:
         print(f"{address} shows the page until Ctrl-C", flush=True)
         threading.Event().wait()
 

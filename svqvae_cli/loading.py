@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 
 from svqvae_cli.errors import prefix_errors
-from svqvae_hf import DEFAULT_MODEL, SVQVAE
-from svqvae_hf.hub.repositories import REPO_ID, hub_reason
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+from svqvae_hf.hub.repositories import REPO_ID, from_hub, hub_reason
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.tokens.image_tokens import check_memory, configure_tiling
 from svqvae_hf.tokens.token_files import ImageTokens
@@ -72,6 +73,24 @@ def explain_loading(source: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"could not load the model `{source}`: {_find_cause(error)}") from error
+
+
+def load_generator(
+    source: str, device: str | None, dtype: str
+) -> SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline:
+    """Loads a pipeline of either kind, as [`load_model`] does."""
+    return load_pretrained(_AnyGenerator, source, device, dtype)
+
+
+class _AnyGenerator:
+    @staticmethod
+    def from_pretrained(source: str, **options: Any) -> Any:
+        """Loads a pipeline of the class in its `model_index.json`."""
+        classes = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
+        found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
+        if found not in classes:
+            raise ValueError(f"the pipeline `{source}` must be one of {', '.join(classes)}, but is a {found}.")
+        return classes[found].from_pretrained(source, **options)
 
 
 def _find_cause(error: OSError) -> str:

@@ -305,12 +305,13 @@ def serving(load: Callable[..., SVQVAE], source: str, host: str, port: int | Non
     page.model(source)  # raises before the page opens
     blocks = build(page)
     try:
-        yield _launch(blocks, host, port)
+        yield launch(blocks, host, port)
     finally:
         blocks.close()
 
 
-def _launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
+def launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
+    """Serves a page and returns its address; see [`serving`] for the arguments and errors."""
     try:
         _, address, _ = blocks.launch(
             server_name=host,

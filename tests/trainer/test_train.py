@@ -340,6 +340,16 @@ def work_of_two_processes(rank, port, options, sample, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def one_thread():
+    """As in the processes under test, because more threads add numbers in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exactly(inputs, tmp_path):
     """All in one launch, because processes take long to start."""
     options = EVERYTHING | {"lpips_weight": 0.0, "adversarial_start": 1, "kmeans_steps": [1]}

@@ -1,0 +1,330 @@
+"""The page of `svqvae demo --generator`: images grow scale by scale or row by row, and parts are painted anew."""
+
+import base64
+import dataclasses
+import html
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from svqvae_hf.demo.page import CACHE_SECONDS, FOLD_ON_PHONES, launch
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
+from svqvae_hf.tokens.image_tokens import is_out_of_memory
+
+Generator = SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline
+
+NO_CLASS = -1
+EDITOR_PX = 512  # longer side of the picture to paint on
+THUMBNAIL_PX = 96
+PAPER = (128, 128, 128)  # colour of rows that are still to come
+BRUSH = "#ff2d6f"
+HEADING = "<h1>SVQVAE</h1><p>{}</p>"
+BY_SCALE = "An image is generated from coarse to fine. Each step predicts all tokens of one scale at once."
+BY_ROW = "An image is generated token by token, row by row, as a language model writes text."
+EMPTY = "<p class='empty'>Click Generate. The picture appears here while it grows.</p>"
+PAINT_HINT = "Paint over a part of the picture. It is generated anew, and all other tokens stay."
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a generation.
+
+    Args:
+        image (`PIL.Image.Image`): What the ids so far decode to, as large as the result.
+        title (`str`): Number of the step, and size of its scale in ids.
+        scale (`str`): Size of the scale in ids.
+    """
+
+    image: Image.Image
+    title: str
+    scale: str
+
+
+class GeneratorPage:
+    """The handlers behind the page.
+
+    Args:
+        pipeline ([`SVQVAEAutoregressivePipeline`] or [`SVQVAENextScalePipeline`]): Pipeline of the page. Visitors
+            cannot choose another.
+    """
+
+    def __init__(self, pipeline: Generator) -> None:
+        self.pipeline = pipeline
+        self.next_scale = isinstance(pipeline, SVQVAENextScalePipeline)
+        self.unit = "step" if self.next_scale else "row"
+        self.reads_prompts = not self.next_scale and pipeline.text_encoder is not None
+        pipeline.set_progress_bar_config(disable=True)
+        f = pipeline.vqvae.f
+        if self.next_scale:
+            self.grids = pipeline.trained_schedule
+            self.size = self.grids[-1][1] * f, self.grids[-1][0] * f
+            self.num_classes = pipeline.transformer.config["num_classes"]
+        else:
+            self.grids = pipeline.layout.grids
+            self.size = pipeline.layout.width, pipeline.layout.height
+            self.num_classes = 0 if self.reads_prompts else pipeline.layout.num_classes
+
+    @property
+    def classes(self) -> list[tuple[str, int]]:
+        """Names and numbers of the classes, and of no class."""
+        names = self.pipeline.config["class_names"] or map(str, range(self.num_classes))
+        return [*((name, number) for number, name in enumerate(names)), ("no class", NO_CLASS)]
+
+    def generate(
+        self, label: int, prompt: str, seed: float, guidance: float, top_p: float, steps: int, **edited: Any
+    ) -> Iterator[list[Any]]:
+        """Generates an image, and yields the values of the page's outputs after each step."""
+        options: dict[str, Any] = {
+            "top_p": top_p,
+            "generator": torch.Generator().manual_seed(int(seed or 0)),
+            **edited,
+        }
+        if self.next_scale:
+            options["num_inference_steps"] = None if steps == len(self.grids) else int(steps)  # None: as in training
+        if self.reads_prompts:
+            options |= {"prompt": prompt, "guidance_scale": guidance}
+        elif label != NO_CLASS:
+            options |= {"class_labels": int(label), "guidance_scale": guidance}
+        shown: list[Step] = []
+        try:
+            for step in self._steps(options):
+                if shown and shown[-1].scale == step.scale:
+                    shown.pop()  # of the same scale, with a row less
+                shown.append(step)
+                yield _values(f"<p>{step.title}</p>", shown)
+        except (ValueError, OSError) as error:
+            yield _error_values(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield _error_values("Out of memory.")
+        else:
+            facts = f"<b>{self.size[0]} × {self.size[1]} pixels</b> in {self._total(options)} {self.unit}s"
+            yield _values(f"<p>{facts}</p>", shown, editable=self.next_scale)
+
+    def repaint(
+        self, picture: Image.Image | None, drawing: dict[str, Any] | None, *settings: Any
+    ) -> Iterator[list[Any]]:
+        """Generates the painted part of a picture anew, as [`generate`] does."""
+        mask = _painted(drawing, self.size)
+        if picture is None or mask is None:
+            alert, *_ = _error_values("Nothing is painted yet. Paint over a part of the picture.")
+            yield [alert, *[gr.skip()] * 5]
+        else:
+            yield from self.generate(*settings, image=picture, mask_image=mask)
+
+    def _steps(self, options: dict[str, Any]) -> Iterator[Step]:
+        """Runs the pipeline in a thread, and yields each step as soon as it is done, the last one with the result."""
+        previews: SimpleQueue[Step | None] = SimpleQueue()
+
+        def note(_: Any, step: int, at: Any, tensors: dict[str, torch.Tensor]) -> None:
+            previews.put(self._preview(step, at, tensors["ids"], options))
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(self.pipeline, callback_on_step_end=note, **options)
+            running.add_done_callback(lambda _: previews.put(None))
+            try:
+                while (preview := previews.get()) is not None:
+                    last = preview
+                    yield preview
+            finally:
+                self.pipeline._interrupt = True  # the visitor may have left
+            image = running.result()[0][0]
+            yield dataclasses.replace(last, image=image)
+
+    def _preview(self, step: int, at: Any, ids: torch.Tensor, options: dict[str, Any]) -> Step:
+        """Decodes the ids of a scale, which may lack rows."""
+        rows, columns = at if self.next_scale else self.grids[self.pipeline.layout.scales.index(at)]
+        f = self.pipeline.vqvae.f
+        image = Image.new("RGB", (columns * f, rows * f), PAPER)
+        image.paste(self.pipeline.image_processor.postprocess(self.pipeline.vqvae.decode_tokens(ids))[0])
+        title = f"{self.unit.capitalize()} {step + 1} of {self._total(options)}: {columns} × {rows} tokens"
+        return Step(image.resize(self.size, Image.Resampling.BICUBIC), title, f"{columns} × {rows}")
+
+    def _total(self, options: dict[str, Any]) -> int:
+        """Number of steps, or of rows."""
+        if self.next_scale:
+            return options["num_inference_steps"] or len(self.grids)
+        return sum(rows for rows, _ in self.grids)
+
+
+def build(page: GeneratorPage) -> gr.Blocks:
+    """Builds the layout of the page and connects it with its handlers.
+
+    Args:
+        page ([`GeneratorPage`]): Handlers.
+    """
+    with gr.Blocks(
+        title="SVQVAE", analytics_enabled=False, fill_width=True, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
+    ) as blocks:
+        gr.HTML(HEADING.format(BY_SCALE if page.next_scale else BY_ROW), elem_classes="heading")
+        picture = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                condition = _condition(page)
+                run = gr.Button("Generate", variant="primary", elem_id="run")
+                with gr.Accordion("Settings", elem_id="settings") as folded:
+                    settings = [*condition, *_sampling(page)]
+            with gr.Column(scale=3, min_width=560):
+                summary = gr.HTML(EMPTY, elem_id="summary")
+                with gr.Row():
+                    image = gr.Image(
+                        show_label=False,
+                        interactive=False,
+                        visible=False,
+                        format="png",
+                        buttons=["fullscreen", "download"],
+                        elem_id="result",
+                        elem_classes="alone",
+                    )
+                    with gr.Column(visible=False, elem_classes="explained", elem_id="painting") as painting:
+                        canvas = gr.ImageEditor(
+                            show_label=False,
+                            type="pil",
+                            sources=(),
+                            transforms=(),
+                            layers=False,
+                            brush=gr.Brush(default_size=40, colors=[BRUSH], color_mode="fixed"),
+                            canvas_size=(EDITOR_PX, EDITOR_PX),
+                            elem_id="canvas",
+                        )
+                        gr.HTML(PAINT_HINT)
+                        repaint = gr.Button("Generate the painted part anew", elem_id="repaint")
+                strip = gr.HTML(elem_id="strip")
+        event: dict[str, Any] = {
+            "outputs": [summary, image, strip, picture, painting, canvas],
+            "show_progress": "hidden",  # the picture itself shows it
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+        }
+        run.click(page.generate, settings, **event)
+        repaint.click(page.repaint, [picture, canvas, *settings], **event)
+        blocks.load(None, None, folded, js=FOLD_ON_PHONES, api_visibility="private")
+    return blocks
+
+
+def _condition(page: GeneratorPage) -> tuple[gr.Component, ...]:
+    """Class and caption."""
+    label = gr.Dropdown(
+        page.classes,
+        value=page.classes[0][1],
+        label="Class",
+        info="What the picture shows",
+        visible=page.num_classes > 0,
+        elem_id="class",
+    )
+    prompt = gr.Textbox(
+        label="Prompt",
+        info="What the picture shows, as a caption",
+        lines=3,
+        visible=page.reads_prompts,
+        elem_id="prompt",
+    )
+    return label, prompt
+
+
+def _sampling(page: GeneratorPage) -> tuple[gr.Component, ...]:
+    """Seed, guidance, share of the likely tokens, and number of steps."""
+    guided = page.reads_prompts or page.num_classes > 0
+    seed = gr.Number(0, precision=0, label="Seed", info="Another number makes another picture", elem_id="seed")
+    guidance = gr.Slider(
+        1,
+        10,
+        value=3 if guided else 1,
+        step=0.5,
+        label="Guidance",
+        info="How closely the picture follows its class or prompt; 1 is off",
+        visible=guided,
+        elem_id="guidance",
+    )
+    top_p = gr.Slider(
+        0.05,
+        1,
+        value=0.95,
+        step=0.05,
+        label="Top p",
+        info="Draws from the likeliest tokens that add up to this probability",
+        elem_id="top_p",
+    )
+    steps = gr.Slider(
+        1,
+        max(page.grids[-1]),
+        value=len(page.grids),
+        step=1,
+        label="Steps",
+        info="Scales from one token to the whole picture",
+        visible=page.next_scale,
+        elem_id="steps",
+    )
+    return seed, guidance, top_p, steps
+
+
+@contextmanager
+def serving_generator(pipeline: Generator, host: str, port: int | None) -> Iterator[str]:
+    """Serves the page while the context lasts.
+
+    Args:
+        pipeline ([`SVQVAEAutoregressivePipeline`] or [`SVQVAENextScalePipeline`]): Pipeline of the page.
+        host (`str`): Address to listen on.
+        port (`int`, *optional*): Port to listen on; by default the first free one from 7860.
+
+    Yields:
+        `str`: Address of the page.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    blocks = build(GeneratorPage(pipeline))
+    try:
+        yield launch(blocks, host, port)
+    finally:
+        blocks.close()
+
+
+def _painted(drawing: dict[str, Any] | None, size: tuple[int, int]) -> Image.Image | None:
+    """Mask of what a visitor painted, white where there is any paint; None without paint."""
+    layers = (drawing or {}).get("layers") or []
+    if not layers or layers[0].getchannel("A").getextrema()[1] == 0:
+        return None
+    return layers[0].getchannel("A").resize(size, Image.Resampling.BOX).point(lambda paint: 255 * (paint > 0))
+
+
+def _values(summary: str, steps: list[Step], editable: bool = False) -> list[Any]:
+    """Values of the page's outputs; with an editable result, also of the canvas."""
+    image = steps[-1].image
+    values = [summary, gr.update(value=image, visible=True), _strip(steps)]
+    if not editable:
+        return [*values, None, gr.Column(visible=False), gr.skip()]
+    factor = EDITOR_PX / max(image.size)
+    enlarged = image.resize([round(factor * side) for side in image.size], Image.Resampling.BICUBIC)
+    drawing = {"background": enlarged, "layers": [], "composite": None}
+    return [*values, image, gr.Column(visible=True), drawing]
+
+
+def _strip(steps: list[Step]) -> str:
+    """A thumbnail of each scale, from coarse to fine."""
+    return f"<div class='strip'>{''.join(map(_thumbnail, steps))}</div>" if len(steps) > 1 else ""
+
+
+def _thumbnail(step: Step) -> str:
+    image, content = step.image.copy(), io.BytesIO()
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    image.save(content, "webp")
+    url = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f"<figure><img src='{url}' alt='{step.scale} tokens'><figcaption>{step.scale}</figcaption></figure>"
+
+
+def _error_values(message: str) -> list[Any]:
+    """Values of the page's outputs after an error."""
+    alert = f"<p class='error' role='alert'>{html.escape(message)}</p>"
+    return [alert, gr.Image(visible=False), "", None, gr.Column(visible=False), gr.skip()]
