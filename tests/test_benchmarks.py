@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 
+from svqvae_hf import NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.models import tiling
 from svqvae_hf.models.tiling import tile_axis
 
@@ -275,6 +276,21 @@ def test_llamagen(run):
     assert [(row["sampling"], row["batch"]) for row in rows] == [("LlamaGen's loop", 2), ("pipeline", 2)]
     assert rows[0]["times as fast"] == 1
     assert all(len(row["all seconds"]) == 1 for row in rows)
+
+
+def test_by_heart(run, photo, tmp_path):
+    """An untrained pipeline, to which no id comes back but the kept ones."""
+    transformer = NextScaleTransformer(1, 1, 16, num_classes=2, codebook_size=64)
+    pipeline = SVQVAENextScalePipeline(make_tiny(), transformer, schedule=[1, 2, 4], class_names=["cat", "dog"])
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        photo.save(tmp_path / "photos" / name / "photo.png")
+    (rows,) = run("by_heart", tmp_path / "pipeline", tmp_path / "photos")
+    assert [(row["images"], row["images with all ids"]) for row in rows] == [(2, 0)] * 3
+    new, filled, refined = (row["fraction of equal ids"] for row in rows)
+    assert new < 0.5 < filled
+    assert refined >= 1 / 21
 
 
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])

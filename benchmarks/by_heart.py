@@ -1,0 +1,78 @@
+"""Images learned by heart: `python benchmarks/by_heart.py PIPELINE PHOTOS`.
+
+The pipeline is one of `training/train_next_scale.py`, trained on the folder of photographs, one per subfolder, each
+a class of its own. At temperature 0 it samples each class, fills a masked quarter of each photograph, and refines the
+ids of scales up to a quarter of the last one. The ids are compared with the photographs' own at every scale.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Row, describe_machine, make_parser, report
+from PIL import Image
+
+from svqvae_hf import SVQVAENextScalePipeline
+from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.token_sets.crops import make_crops
+
+
+def sample(pipeline: SVQVAENextScalePipeline, labels: list[int], **editing: Any) -> list[torch.Tensor]:
+    """Ids of all scales, `(images, h, w)` each."""
+    grids: list[torch.Tensor] = []
+    pipeline(
+        labels,
+        temperature=0,
+        output_type="latent",
+        callback_on_step_end=lambda *step: grids.append(step[-1]["ids"]),
+        **editing,
+    )
+    return grids
+
+
+def main() -> None:
+    """Reads the arguments, compares ids and reports."""
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("pipeline", help="folder of the pipeline")
+    parser.add_argument("photos", type=Path, help="folder with a subfolder per class")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pipeline = SVQVAENextScalePipeline.from_pretrained(options.pipeline).to(options.device)
+    pipeline.set_progress_bar_config(disable=True)
+    classes = pipeline.config["class_names"]
+    side = pipeline.trained_schedule[-1][0] * pipeline.vqvae.f
+    photos = [
+        make_crops(load_image(path), "centre", side)[0]
+        for name in classes
+        for path in (options.photos / name).iterdir()
+    ]
+    labels = list(range(len(classes)))
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (0, 0, side // 2, side // 2))
+    tasks = {
+        "sample a class": {},
+        "fill a quarter": {"image": photos, "mask_image": mask},
+        "refine from a quarter": {"image": photos, "image_scale": 0.25},
+    }
+    own = sample(pipeline, labels, image=photos, image_scale=1)
+    rows: list[Row] = []
+    for task, editing in tasks.items():
+        start = time.perf_counter()
+        found = sample(pipeline, labels, **editing)
+        seconds = time.perf_counter() - start
+        equal = torch.cat([(a == b).flatten(1) for a, b in zip(found, own, strict=True)], dim=1)
+        rows.append(
+            {
+                "task": task,
+                "images": len(photos),
+                "images with all ids": int(equal.all(1).sum()),
+                "fraction of equal ids": equal.double().mean().item(),
+                "seconds per image": seconds / len(photos),
+            }
+        )
+    report(options, describe_machine(options.device, options.threads), {"Ids that come back": rows})
+
+
+if __name__ == "__main__":
+    main()
