@@ -179,7 +179,7 @@ def make_loader(options: TrainOptions, images: ImageSource) -> CropLoader:
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
     """Sets the weights with which a new model starts, from some crops, alike on all processes."""
-    crops = images.fresh_crops(START_BATCHES)
+    crops = images.fresh_crops([options.resolution], START_BATCHES)
     if options.start == "linear":
         start_linear(vqvae, torch.cat([*crops]))
     else:
@@ -229,10 +229,13 @@ class Codes:
         return {"reset_codes": torch.tensor(float(len(replaced)), device=accelerator.device)}
 
     def _fresh_latents(self, num_batches: int, step: int) -> torch.Tensor:
-        """Latents of crops that the run does not train on, from all processes."""
-        accelerator, latents = self.run.accelerator, []
+        """Latents of crops that the run does not train on, with sides as at that step, from all processes."""
+        options, accelerator, latents = self.run.options, self.run.accelerator, []
+        sides, growth_batch = [options.resolution, *options.crop_sizes], 0
+        if options.full_crops_from:
+            sides, growth_batch = (sides, num_batches) if step < options.full_crops_from else (sides[:1], 0)
         self.vqvae.eval()  # without dropout
-        for sample in self.images.fresh_crops(num_batches, step):
+        for sample in self.images.fresh_crops(sides, num_batches, step, growth_batch):
             with torch.no_grad(), accelerator.autocast():
                 latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
         self.vqvae.train()
@@ -273,7 +276,7 @@ def measure_floor(
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     crops_needed = FLOOR_BLOCKS_PER_CODE * codebook_size / (run.options.resolution // vqvae.f) ** 2
     crops_per_batch = run.options.train_batch_size * run.accelerator.num_processes
-    crops = torch.cat([*images.fresh_crops(math.ceil(crops_needed / crops_per_batch))])
+    crops = torch.cat([*images.fresh_crops([run.options.resolution], math.ceil(crops_needed / crops_per_batch))])
     return kmeans_floor(run.accelerator.gather(crops), batches, vqvae.f, codebook_size, pixel_range)
 
 

@@ -46,9 +46,9 @@ def test_too_many_unreadable_files_are_an_error(folder):
 
 def test_fresh_crops_are_other_crops_than_those_of_the_run(folder):
     source = make_source(folder)
-    (fresh,) = source.fresh_crops(1)
-    (again,) = source.fresh_crops(1)
-    (later,) = source.fresh_crops(1, step=3)
+    (fresh,) = source.fresh_crops([32], 1)
+    (again,) = source.fresh_crops([32], 1)
+    (later,) = source.fresh_crops([32], 1, step=3)
     (batch,) = source.loader([32], 1, seed=0)
     assert torch.equal(fresh, again)
     assert not torch.equal(fresh, later)

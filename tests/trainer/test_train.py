@@ -394,6 +394,19 @@ def test_kmeans_sees_latents_without_dropout(options, monkeypatch):
     assert vqvae.training
 
 
+@pytest.mark.parametrize(("step", "side"), [(1, 24), (5, 48)])
+def test_new_codes_are_latents_of_crops_as_large_as_those_of_the_step(options, step, side):
+    growing = {"resolution": 48, "crop_sizes": [24], "full_crops_from": 5, "kmeans_steps": [1], "kmeans_batches": 2}
+    options = TrainOptions(**options, **(SMALL | growing))
+    with cpu():
+        run = Run(options)
+    vqvae, sides = make_tiny(), []
+    images = ImageSource(options, run.accelerator, (0.0, 1.0))
+    vqvae.encoder.register_forward_hook(lambda module, inputs, output: sides.append(inputs[0].shape[-1]))
+    train.Codes(run, vqvae, images, torch.optim.AdamW(vqvae.parameters())).set_by_kmeans(step)
+    assert sides == [side, side]
+
+
 def test_decoder_training_keeps_all_ids(options, inputs, caplog):
     caplog.set_level(logging.INFO)
     before = SVQVAE.from_pretrained(inputs / "model")

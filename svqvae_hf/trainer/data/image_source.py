@@ -89,14 +89,18 @@ class ImageSource:
             label_column=self.label_column,
         )
 
-    def fresh_crops(self, num_batches: int, step: int = 0) -> Iterator[torch.Tensor]:
-        """Yields batches of the largest crops on the device, other than those that the run trains on.
+    def fresh_crops(
+        self, sides: list[int], num_batches: int, step: int = 0, growth_batch: int = 0
+    ) -> Iterator[torch.Tensor]:
+        """Yields batches of crops on the device, other than those that the run trains on.
 
         Args:
+            sides (`list[int]`): Sides of the crops in pixels, see [`CropPolicy`].
             num_batches (`int`): Number of batches.
             step (`int`, defaults to 0): Step of the run. Each has crops of its own.
+            growth_batch (`int`, defaults to 0): First batch of the largest side only, see [`CropPolicy`].
         """
-        for batch in self.loader([self.options.resolution], num_batches, self.options.seed + 1 + step):
+        for batch in self.loader(sides, num_batches, self.options.seed + 1 + step, growth_batch):
             yield batch.sample.to(self.accelerator.device)
 
     def to_device(self, batch: CropBatch) -> torch.Tensor:
