@@ -250,3 +250,11 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
     conditioned = "caption_projection.fc1.weight" if kind == "t2i" else "model.embed_tokens.weight"
     assert gradients[0][conditioned].any()
+
+
+def test_device_map_places_the_model(kind, tmp_path):
+    model = load(kind)
+    model.save_pretrained(tmp_path)
+    _, inputs, _ = load_inputs(kind)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert torch.equal(placed(**inputs).logits, model(**inputs).logits)
