@@ -231,8 +231,8 @@ def rate_figure(report: Report) -> Figure:
         _plot_scales(axes, report, f"{key}_full_size")
         if key == "psnr" and report.targets:
             rates, values = ([getattr(each, name) for each in report.targets] for name in ("bits_per_pixel", "psnr"))
-            label = "smallest scale that reaches a PSNR"
-            axes.plot(rates, values, color=TARGETS_COLOUR, marker="x", linewidth=1.2, label=label)
+            name = "smallest scale that reaches a PSNR"
+            axes.plot(rates, values, color=TARGETS_COLOUR, marker="x", linewidth=1.2, label=name)
         axes.set(xscale="log", xlabel="bits per pixel of the image", ylabel=f"{label}, at the image's size")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         finish_axes(axes)
@@ -244,6 +244,8 @@ def rate_figure(report: Report) -> Figure:
 def _plot_codecs(axes: Axes, report: Report, key: str) -> None:
     for codec, (colour, style) in GREYS.items():
         points = [each for each in report.codecs if each["codec"] == codec and is_finite(each[key])]
+        if not points:
+            continue
         rates, values = ([each[name] for each in points] for name in ("bits_per_pixel", key))
         axes.plot(rates, values, color=colour, linestyle=style, marker=".", label=codec)
 

@@ -148,6 +148,13 @@ def test_plot_excludes_infinite_values(report):
     assert [len(axes.get_lines()[0].get_xdata()) for axes in (psnr, ssim)] == [5, 6]
 
 
+def test_codecs_without_values_are_not_in_the_legend(report):
+    report.codecs = [each for each in report.codecs if each["codec"] == "WebP"]
+    for axes in rate_figure(report).axes:
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert [name for name in names if name in ("JPEG", "WebP", "AVIF")] == ["WebP"]
+
+
 def test_rate_figure_has_a_point_per_scale_and_quality(report):
     for axes, key in zip(rate_figure(report).axes, ("psnr", "ssim"), strict=True):
         lines = {line.get_label(): line for line in axes.get_lines()}
@@ -177,6 +184,7 @@ def test_targets_have_a_table_and_a_line(report):
         lines = [line for line in psnr.lines if line.get_label() == label]
         assert [line.get_xydata().tolist() for line in lines] == [[[0.03906, 26.5], [0.0625, 28]]] * bool(targets)
         assert label not in [line.get_label() for line in ssim.lines]
+        assert psnr.get_ylabel() == "PSNR, dB, at the image's size"
         assert ("## The smallest scale that reaches a PSNR" in markdown(report)) == bool(targets)
     row = next(line for line in markdown(report).splitlines() if "64 (scale 0.5)" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
