@@ -14,7 +14,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.models.modeling_svqvae import resize_latents
+from svqvae_hf.models.image_processing_svqvae import resize_latents
 from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import centre_crops

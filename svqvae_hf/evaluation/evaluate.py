@@ -36,8 +36,8 @@ from svqvae_hf.evaluation.comparison import (
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult, choose_scales, write_notes
 from svqvae_hf.models.checks import check_scale_from
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.modeling_svqvae import SVQVAE, resize_latents, resize_sample
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, resize_latents, resize_sample
+from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import fits_whole
 from svqvae_hf.tokens.image_tokens import check_memory, resize_image
 from svqvae_hf.tokens.token_files import grid_shape

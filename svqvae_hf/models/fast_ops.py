@@ -1,8 +1,32 @@
 """Operations tuned for speed or memory. Each computes exactly the plain operation that its docstring names."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+class Cuts(NamedTuple):
+    """Sides at which windows are cut from their image: 1 for a cut, 0 for a border of the image.
+
+    Args:
+        top (`torch.Tensor` of shape `(windows, 1, 1, 1)`): Upper side of each window.
+        bottom (`torch.Tensor` of shape `(windows, 1, 1, 1)`): Lower side.
+        left (`torch.Tensor` of shape `(windows, 1, 1, 1)`): Left side.
+        right (`torch.Tensor` of shape `(windows, 1, 1, 1)`): Right side.
+    """
+
+    top: torch.Tensor
+    bottom: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def make_cuts(sides: Sequence[tuple[bool, bool, bool, bool]], like: torch.Tensor) -> Cuts:
+    """Cuts of windows from whether each is cut at its top, bottom, left and right."""
+    return Cuts(*torch.tensor(sides, dtype=like.dtype, device=like.device).T[..., None, None, None])
 
 
 def fast_layout(hidden: torch.Tensor) -> torch.Tensor:
@@ -25,6 +49,32 @@ def silu(normed: torch.Tensor) -> torch.Tensor:
 def group_norm(hidden: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
     """`F.group_norm` without its check, which raises for a 1 x 1 image with one value per group."""
     return torch.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def moments(hidden: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each group of channels: `(batch, channels, h, w)` -> `(batch, num_groups)` each."""
+    values = hidden.to(at_least_float32(hidden.dtype)).unflatten(1, (num_groups, -1))
+    variance, mean = torch.var_mean(values, dim=(2, 3, 4), correction=0)
+    return mean, variance
+
+
+def moments_of_bands(bands: Sequence[torch.Tensor], norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance `(batch, groups)` of the groups of an image that is cut into bands. Has no gradient."""
+    parts = []
+    for band in bands:
+        batch, channels, height, width = band.shape
+        layout = torch.channels_last if band.device.type == "cpu" else torch.contiguous_format
+        values = band.to(at_least_float32(band.dtype)).contiguous(memory_format=layout)
+        # The fastest kernel that computes statistics. It also normalises the band, which is thrown away.
+        _, mean, rstd = torch.native_group_norm(
+            values, None, None, batch, channels, height * width, norm.num_groups, norm.eps
+        )
+        parts.append((mean, rstd.pow(-2) - norm.eps))
+    mean, variance = (torch.stack(each) for each in zip(*parts, strict=True))  # (bands, batch, groups)
+    shares = mean.new_tensor([band.shape[-2] for band in bands])[:, None, None]
+    shares = shares / shares.sum()
+    whole = (shares * mean).sum(0)
+    return whole, (shares * (variance + (mean - whole).square())).sum(0).clamp(min=0)
 
 
 def normalise(hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
@@ -54,6 +104,70 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class Conv3x3(nn.Conv2d):
+    """3 x 3 convolution with padding 1: zeros at a border of the image, and the edge repeated at a cut of a window.
+
+    Args:
+        in_channels (`int`): Channels in.
+        out_channels (`int`): Channels out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
+        """`(windows, in_channels, h, w)` -> `(windows, out_channels, h, w)`."""
+        output = super().forward(hidden)
+        return output if cuts is None else add_edges(output, hidden, self.weight, cuts)
+
+
+class HalvingConv2d(nn.Conv2d):
+    """3 x 3 convolution of stride 2, padded at the bottom and at the right only, as in [`Conv3x3`].
+
+    Args:
+        channels (`int`): Channels in and out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
+        """`(windows, channels, h, w)` -> `(windows, channels, h / 2, w / 2)`."""
+        hidden = F.pad(hidden, (0, 1, 0, 1))
+        if cuts is not None:
+            hidden[..., -1:, :] = hidden[..., -2:-1, :] * cuts.bottom
+            hidden[..., -1:] = hidden[..., -2:-1] * cuts.right
+        return super().forward(hidden)
+
+
+def add_edges(
+    output: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, cuts: Cuts, repeat: int = 1
+) -> torch.Tensor:
+    """Adds to a 3 x 3 convolution, in place, the share of repeated edges beyond the cuts, which were zeros.
+
+    Args:
+        output (`torch.Tensor` of shape `(windows, out_channels, h * repeat, w * repeat)`): Result with zeros.
+        hidden (`torch.Tensor` of shape `(windows, in_channels, h, w)`): Input.
+        weight (`torch.Tensor` of shape `(out_channels, in_channels, 3, 3)`): Weight of the convolution.
+        cuts ([`Cuts`]): Cut sides of the windows.
+        repeat (`int`, defaults to 1): Repetitions of each position of the input along each side.
+    """
+    for cut, row, kernel, edge in (
+        (cuts.top, hidden[..., :1, :], weight[..., :1, :], output[..., :1, :]),
+        (cuts.bottom, hidden[..., -1:, :], weight[..., 2:, :], output[..., -1:, :]),
+    ):
+        with_corners = torch.cat(
+            [row[..., :1] * cuts.left, row.repeat_interleave(repeat, -1), row[..., -1:] * cuts.right], -1
+        )
+        edge += F.conv2d(with_corners * cut, kernel)
+    for cut, column, kernel, edge in (
+        (cuts.left, hidden[..., :1], weight[..., :1], output[..., :1]),
+        (cuts.right, hidden[..., -1:], weight[..., 2:], output[..., -1:]),
+    ):
+        edge += F.conv2d(column.repeat_interleave(repeat, -2) * cut, kernel, padding=(1, 0))
+    return output
+
+
 class RepeatConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with padding 1, in 4 / 9 of the arithmetic.
 
@@ -67,10 +181,11 @@ class RepeatConv2d(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`(batch, channels, h, w)` -> `(batch, channels, 2 * h, 2 * w)`."""
+    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
+        """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`, with edges as in [`Conv3x3`]."""
         kernel = F.pad(self.weight.to(at_least_float32(self.weight.dtype)), (1, 1, 1, 1))
         kernel = kernel[..., 1:] + kernel[..., :-1]
         kernel = kernel[..., 1:, :] + kernel[..., :-1, :]
         kernel = kernel.flip(-2, -1).transpose(0, 1).to(self.weight.dtype)
-        return F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
+        output = F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
+        return output if cuts is None else add_edges(output, hidden, self.weight, cuts, repeat=2)

@@ -23,7 +23,8 @@ The architecture and the names of the weights come from the Open Model Initiativ
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,13 +44,32 @@ from svqvae_hf.models.checks import (
     check_scales,
     check_tiles,
 )
-from svqvae_hf.models.fast_ops import RepeatConv2d, fast_layout, group_norm, normalise, silu
+from svqvae_hf.models.fast_ops import (
+    Conv3x3,
+    Cuts,
+    HalvingConv2d,
+    RepeatConv2d,
+    fast_layout,
+    group_norm,
+    normalise,
+    silu,
+)
+from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple, resize_latents, resize_sample
 from svqvae_hf.models.loading import SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
-from svqvae_hf.models.tiling import OVERLAP_PX, Core, TileContext, TilingMixin, crop_to_core, decode_core, to_positions
+from svqvae_hf.models.tiling import (
+    OVERLAP_PX,
+    Core,
+    TileContext,
+    TilingMixin,
+    crop_to_core,
+    cut_bands,
+    decode_core,
+    run_in_bands,
+    to_positions,
+)
 
 NORM_EPS = 1e-6
-AREA_SCALE = 0.25  # largest scale to which images shrink by area
 
 
 @dataclass
@@ -95,7 +115,7 @@ class GroupNorm(nn.GroupNorm):
             hidden = hidden.contiguous()  # in channels_last the backward pass takes half of a training step on CPU
         if shared is None:
             return group_norm(hidden, self)
-        return normalise(hidden, *shared.statistics(self, hidden), self)
+        return normalise(hidden, *shared.moments[self], self)
 
 
 class ResnetBlock(nn.Module):
@@ -104,18 +124,25 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, dropout: float):
         super().__init__()
         self.norm1 = GroupNorm(num_groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = GroupNorm(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h, w)`."""
-        # One expression, and the shortcut last: a name or an earlier shortcut would hold memory at the peak.
-        residual = self.conv2(
-            self.dropout(silu(self.norm2(self.conv1(silu(self.norm1(hidden, shared))), shared))),
-        )
+        if shared is None and (bands := cut_bands(hidden)):
+            return run_in_bands(self, hidden, bands)
+        if shared is not None and shared.measures(self.norm1, hidden):
+            return hidden
+        cuts = None if shared is None else shared.cuts
+        # One name for all steps, and the shortcut last: another name or an earlier shortcut would hold memory.
+        residual = self.conv1(silu(self.norm1(hidden, shared)), cuts)
+        if shared is not None and shared.measures(self.norm2, residual):
+            return hidden
+        residual = self.norm2(residual, shared)
+        residual = self.conv2(self.dropout(silu(residual)), cuts)
         return residual.add_(hidden if self.nin_shortcut is None else self.nin_shortcut(hidden))
 
 
@@ -132,11 +159,15 @@ class AttnBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> the same shape."""
+        if shared is not None and shared.measures(self.norm, hidden):
+            return hidden
         normed = self.norm(hidden, shared)
         if shared is None:
             key, value = (to_positions(project(normed).unsqueeze(1)) for project in (self.k, self.v))
+        elif shared.collects(self, lambda: (self.k(normed), self.v(normed))):
+            return hidden
         else:
-            key, value = shared.keys_and_values(self, lambda: (self.k(normed), self.v(normed)))
+            key, value = shared.attended[self]
         query = to_positions(self.q(normed).unflatten(0, (key.shape[0], -1)))
         attended = F.scaled_dot_product_attention(query, key, value)  # (images, 1, positions, channels)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
@@ -148,11 +179,11 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = HalvingConv2d(channels)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, h / 2, w / 2)`."""
-        return self.conv(F.pad(hidden, (0, 1, 0, 1)))
+        return self.conv(hidden, cuts)
 
 
 class Upsample(nn.Module):
@@ -162,9 +193,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = RepeatConv2d(channels)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, 2 * h, 2 * w)`."""
-        return self.conv(hidden)
+        return self.conv(hidden, cuts)
 
 
 class ResolutionBlock(nn.Module):
@@ -192,19 +223,27 @@ class ResolutionBlock(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
-    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
+    def forward(
+        self, hidden: torch.Tensor, shared: TileContext | None = None, only: int | None = None
+    ) -> torch.Tensor:
+        """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept.
+
+        With `only`, one of [`layers`] runs alone.
+        """
         if shared is not None:
             hidden = shared.crop(hidden, self)
-        for i, res in enumerate(self.res):
-            hidden = self._checkpointed(res, hidden, shared)
-            if self.attn:
-                hidden = self._checkpointed(self.attn[i], hidden, shared)
-        if self.downsample is not None:
-            hidden = self.downsample(hidden)
-        if self.upsample is not None:
-            hidden = self.upsample(hidden)
+        for layer in self.layers() if only is None else [self.layers()[only]]:
+            if isinstance(layer, Downsample | Upsample):
+                hidden = layer(hidden, None if shared is None else shared.cuts)
+            else:
+                hidden = self._checkpointed(layer, hidden, shared)
         return hidden
+
+    def layers(self) -> list[nn.Module]:
+        """Blocks and the change of resolution, in their order."""
+        blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
+        resamples = (layer for layer in (self.downsample, self.upsample) if layer is not None)
+        return [*itertools.chain(*blocks), *resamples]
 
     def _checkpointed(self, block: nn.Module, hidden: torch.Tensor, shared: TileContext | None) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -239,7 +278,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = [base_channels * mult for mult in ch_mult]
         last = len(channels) - 1
-        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.conv_in = Conv3x3(in_channels, base_channels)
         self.conv_blocks = nn.ModuleList(
             ResolutionBlock(
                 channels[i - 1] if i else base_channels,
@@ -254,14 +293,19 @@ class Encoder(nn.Module):
         )
         self.mid = middle_blocks(channels[last], num_groups, dropout)
         self.norm_out = GroupNorm(num_groups, channels[last])
-        self.conv_out = nn.Conv2d(channels[last], z_channels, 3, padding=1)
+        self.conv_out = Conv3x3(channels[last], z_channels)
 
     def forward(self, sample: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, height, width)` -> `(batch, z_channels, h, w)`."""
-        hidden = self.conv_in(fast_layout(sample))
-        for block in (*self.conv_blocks, *self.mid):
-            hidden = block(hidden, shared)
-        return self.conv_out(silu(self.norm_out(hidden, shared)))
+        hidden = fast_layout(sample)
+        blocks = (*self.conv_blocks, *self.mid)
+        if shared is not None and shared.gathering:
+            hidden = shared.gather(hidden, self.conv_in, blocks, self.norm_out)
+        else:
+            hidden = self.conv_in(hidden, None if shared is None else shared.cuts)
+            for block in blocks:
+                hidden = block(hidden, shared)
+        return self.conv_out(silu(self.norm_out(hidden, shared)), None if shared is None else shared.cuts)
 
 
 class Decoder(nn.Module):
@@ -280,7 +324,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = [base_channels * mult for mult in reversed(ch_mult)]
         last = len(channels) - 1
-        self.conv_in = nn.Conv2d(z_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv3x3(z_channels, channels[0])
         self.mid = middle_blocks(channels[0], num_groups, dropout)
         self.conv_blocks = nn.ModuleList(
             ResolutionBlock(
@@ -295,14 +339,19 @@ class Decoder(nn.Module):
             for i in range(len(channels))
         )
         self.norm_out = GroupNorm(num_groups, channels[last])
-        self.conv_out = nn.Conv2d(channels[last], out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(channels[last], out_channels)
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, z_channels, h, w)` -> `(batch, out_channels, height, width)`."""
-        hidden = self.conv_in(fast_layout(hidden))
-        for block in (*self.mid, *self.conv_blocks):
-            hidden = block(hidden, shared)
-        return self.conv_out(silu(self.norm_out(hidden, shared)))
+        hidden = fast_layout(hidden)
+        blocks = (*self.mid, *self.conv_blocks)
+        if shared is not None and shared.gathering:
+            hidden = shared.gather(hidden, self.conv_in, blocks, self.norm_out)
+        else:
+            hidden = self.conv_in(hidden, None if shared is None else shared.cuts)
+            for block in blocks:
+                hidden = block(hidden, shared)
+        return self.conv_out(silu(self.norm_out(hidden, shared)), None if shared is None else shared.cuts)
 
 
 class SVQVAE(SVQVAELoadingMixin, TilingMixin):
@@ -552,13 +601,16 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
 
     def _encode_scales(
         self, sample: torch.Tensor, scales: Sequence[float], scale_from: str, tiles: tuple[int, int] | None
-    ) -> list[torch.Tensor]:
+    ) -> Iterator[torch.Tensor]:
+        """Yields the latents of each scale, so that a caller holds one at a time."""
         check_sample(sample, self.config, self.dtype, self.training)
         check_scale_from(scale_from)
-        if scale_from == "image":
-            return [self._encode(resize_sample(sample, scale, self.f), tiles) for scale in scales]
-        latents = self._encode(sample, tiles)
-        return [resize_latents(latents, scale) for scale in scales]
+        latents = sample if scale_from == "image" else self._encode(sample, tiles)
+        for scale in scales:
+            if scale_from == "image":
+                yield self._encode(resize_sample(sample, scale, self.f), tiles)
+            else:
+                yield resize_latents(latents, scale)
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
         padded = pad_to_multiple(sample, self.f)
@@ -582,6 +634,8 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             quantisation.
         """
         window = map_range(window, self.config["pixel_range"], self.config["network_range"])
+        if shared is not None and core is not None:
+            shared = shared.for_core(core, window, self.f)
         latents = self.quant_conv(self.encoder(window, shared))
         return (latents if core is None else crop_to_core(latents, core)[0]).contiguous()
 
@@ -640,58 +694,3 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
 
     def _clamp(self, sample: torch.Tensor) -> torch.Tensor:
         return sample.clamp(*self.config["pixel_range"])
-
-
-def pad_to_multiple(sample: torch.Tensor, f: int) -> torch.Tensor:
-    """Pads both sides to multiples of `f`, at the bottom and right, by repeating the last row and column."""
-    bottom, right = (-side % f for side in sample.shape[-2:])
-    return F.pad(sample, (0, right, 0, bottom), mode="replicate")
-
-
-def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
-    """Resizes images to a scale, so that their latents have the same grid as [`resize_latents`] returns.
-
-    Images are padded as in [`SVQVAE.encode`], then resized to whole latents: bicubic with antialiasing, or by area at
-    scales up to 0.25. On Kodak images bicubic was 0.16 dB better at 0.75, and both were equal at 0.25 and 0.1. At very
-    small scales PyTorch's bicubic kernel for CUDA needs too much shared memory.
-
-    Args:
-        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images of any size and range.
-        scale (`float`): Above 0.
-        f (`int`): Pixels per latent side.
-
-    Returns:
-        `torch.Tensor`: Images `(batch, channels, f * max(1, round(scale * h)), f * max(1, round(scale * w)))`, where
-        `h = ceil(height / f)` and `w = ceil(width / f)`. Bicubic overshoot is not clamped.
-    """
-    padded = pad_to_multiple(sample, f)
-    size = [max(1, round(scale * (side // f))) * f for side in padded.shape[-2:]]
-    if list(padded.shape[-2:]) == size:
-        return padded
-    mode = "area" if scale <= AREA_SCALE else "bicubic"
-    return F.interpolate(padded.float(), size, mode=mode, antialias=mode == "bicubic").to(sample.dtype)
-
-
-def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
-    """Resizes latents to a scale, by area below 1 and bilinearly above.
-
-    Args:
-        latents (`torch.Tensor` of shape `(batch, channels, h, w)`): Latents before quantisation.
-        scale (`float`): Above 0.
-
-    Returns:
-        `torch.Tensor`: Latents `(batch, channels, max(1, round(scale * h)), max(1, round(scale * w)))`.
-    """
-    size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
-    if list(latents.shape[-2:]) == size:
-        return latents
-    mode = "area" if scale < 1 else "bilinear"
-    return F.interpolate(latents.float(), size, mode=mode).to(latents.dtype)
-
-
-def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:
-    """Maps values linearly from the range `source` (low, high) to `target` (low, high), without clamping."""
-    if list(source) == list(target):
-        return values
-    gain = (target[1] - target[0]) / (source[1] - source[0])
-    return values * gain + (target[0] - source[0] * gain)

@@ -10,9 +10,9 @@ from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from transformers import DynamicCache, LogitsProcessorList
 
-from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
+from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor, pad_to_multiple
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
-from svqvae_hf.models.modeling_svqvae import SVQVAE, pad_to_multiple
+from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.cards import PipelineCardMixin
 from svqvae_hf.pipelines.sampling import (
     Generators,

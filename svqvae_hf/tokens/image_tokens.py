@@ -12,17 +12,16 @@ from PIL import Image
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
+from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
 from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
 
-# Bytes at the peak of memory, in float32 on the CPU. `check_memory` adds them up to an estimate on the safe side.
-# Without tiles, the bundled model (16 base channels) was measured at 290 bytes per pixel when it encodes a square of
-# 512 pixels, and at 381 when it decodes one. The estimate is 1,090.
-PIXEL_BYTES = 64  # per pixel of the input when encoding, per pixel of the output when decoding
+# Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured: the bundled model
+# takes 290 bytes per pixel when it encodes a square of 512 pixels, and 381 when it decodes one. The estimates are 320
+# and 448.
+PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
-TILE_BYTES = 64  # per base channel and per pixel that the network computes at once: a tile, or the whole image
 
 
 class TokenOrigin(Protocol):
@@ -221,12 +220,10 @@ def check_memory(
     pixels = height * width
     output = max(scale * scale for scale in scales) * pixels
     latents = sum(scale * scale for scale in scales) * pixels / model.f**2
-    tile = TILE_BYTES * model.config["base_channels"]
-    context_pixels = CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2
-    tile_pixels = max(model.tile_size**2, context_pixels) if model.use_tiling else math.inf
     encoded = max(pixels, output) if scale_from == "image" else pixels
-    encoding = PIXEL_BYTES * encoded + LATENT_BYTES * latents + tile * min(tile_pixels, encoded)
-    decoding = PIXEL_BYTES * output + tile * min(tile_pixels, output)
+    before, after = ([*model.config[f"{name}_ch_mult"]] for name in ("encoder", "decoder"))
+    encoding = PIXEL_BYTES * encoded + LATENT_BYTES * latents + _feature_bytes(model, before, [1, *before], encoded)
+    decoding = PIXEL_BYTES * output + _feature_bytes(model, after, [*after[1:], after[-1]], output)
     needed = max(encodes * encoding, decodes * decoding)
     available = available_memory(model.device)
     if needed > available:
@@ -236,3 +233,26 @@ def check_memory(
             f"would take about {needed / GIB:.3g} GiB of memory, but {available / GIB:.3g} GiB are available. Use "
             "smaller scales, smaller tiles or a smaller image, or `--large` on the command line."
         )
+
+
+def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], pixels: float) -> float:
+    """Bytes of the features of a network at its peak, in float32.
+
+    Args:
+        model ([`SVQVAE`]): Its tiling decides how many pixels the network computes at once.
+        widths (`Sequence[int]`): Channel multiplier of each level, full resolution first.
+        inputs (`Sequence[int]`): Channel multiplier of the features that each level reads.
+        pixels (`float`): Pixels of the image.
+    """
+    # A residual block holds its input, the normalised input and the result of its first convolution.
+    per_pixel = max(
+        (2 * max(width, read) + width) / 4**level
+        for level, (width, read) in enumerate(zip(widths, inputs, strict=False))
+    )
+    channel = 4 * model.config["base_channels"]
+    window_pixels = (CONTEXT_WINDOW_SIDE * model.f) ** 2
+    whole = max(model.tile_size**2, CONTEXT_WINDOWS * window_pixels) if model.use_tiling else math.inf
+    if pixels <= whole:
+        return channel * per_pixel * pixels
+    held = min(CONTEXT_WINDOWS * window_pixels, CONTEXT_FRACTION * pixels)  # pixels of the sample of windows
+    return channel * (per_pixel * model.tile_size**2 + widths[0] * held)

@@ -1,8 +1,10 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.fast_ops import RepeatConv2d
+from svqvae_hf.models.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, make_cuts
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -41,3 +43,34 @@ def test_fast_inference_equals_inference_with_gradients(tiny_model, tiled):
     assert torch.equal(fast_ids, ids)
     torch.testing.assert_close(fast_latents, latents.detach())
     torch.testing.assert_close(fast_decoded, decoded.detach())
+
+
+def pad_sides(hidden, sides):
+    """Pads by 1: repeats the edge where a side is True, zeros elsewhere."""
+    padded = F.pad(hidden, (1, 1, 1, 1), mode="replicate")
+    borders = [padded[..., 0, :], padded[..., -1, :], padded[..., 0], padded[..., -1]]
+    for repeated, border in zip(sides, borders, strict=True):
+        if not repeated:
+            border.zero_()
+    return padded
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("sides", [*itertools.product([False, True], repeat=4)])
+def test_convolutions_repeat_the_edges_of_a_cut(sides):
+    """Whichever sides are cut, and for each window of a batch apart."""
+    hidden = torch.randn(2, 4, 6, 8)
+    both = sides, (False, True, True, False)
+    cuts = make_cuts(both, hidden)
+
+    def pad(values):
+        return torch.cat([pad_sides(window[None], each) for window, each in zip(values, both, strict=True)])
+
+    plain, half, twice = Conv3x3(4, 5), HalvingConv2d(4), RepeatConv2d(4)
+    enlarged = F.interpolate(hidden, scale_factor=2.0)
+    for output, padded, layer, stride in (
+        (plain(hidden, cuts), pad(hidden), plain, 1),
+        (half(hidden, cuts), pad(hidden)[..., 1:, 1:], half, 2),
+        (twice(hidden, cuts), pad(enlarged), twice, 1),
+    ):
+        torch.testing.assert_close(output, F.conv2d(padded, layer.weight, layer.bias, stride))

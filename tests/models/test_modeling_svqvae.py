@@ -7,8 +7,10 @@ from conftest import make_tiny, psnr, smooth_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.models import tiling
 from svqvae_hf.models.checks import SCALE_SOURCES
-from svqvae_hf.models.modeling_svqvae import ResolutionBlock, resize_latents, resize_sample
+from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
+from svqvae_hf.models.modeling_svqvae import ResolutionBlock
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 SIZES = [(1, 1), (3, 200), (65, 130)]
@@ -359,3 +361,18 @@ def test_offloading_changes_no_result(tiny_model, tmp_path, kind):
         )
     for output, wanted in zip(use_everything(tiny_model, images), expected, strict=True):
         torch.testing.assert_close(output, wanted)
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize(("dtype", "agreement"), [(torch.float32, 90), (torch.bfloat16, 25)])
+def test_bands_of_large_images_change_nothing_but_rounding(monkeypatch, dtype, agreement):
+    """Also with a last band of one row."""
+    model = make_tiny(encoder_ch_mult=(1, 2, 2), decoder_ch_mult=(1, 2, 2)).to(dtype)
+    images = torch.rand(2, 3, 36, 28).to(dtype)
+    latents = model.encode(images).latents
+    sample = model.decode(latents).sample
+    monkeypatch.setattr(tiling, "WHOLE_VALUES", 0)
+    monkeypatch.setattr(tiling, "BAND_VALUES", 0)
+    monkeypatch.setattr(tiling, "BAND_ROWS", 5)
+    for output, whole in ((model.encode(images).latents, latents), (model.decode(latents).sample, sample)):
+        assert psnr(output, whole) - psnr(torch.zeros_like(whole), whole) > agreement

@@ -1,11 +1,12 @@
 """Quality of the bundled model on the photograph of the README, which it was not trained on."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiles import Measurement
+from tiles import Measurement, border_bands, moved_axis
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.models import tiling
@@ -32,6 +33,24 @@ def test_tiles_are_invisible(model, photo, monkeypatch):
     assert figures["agreement, dB"] > 38
     assert figures["error along tile borders"] < 1.2
     assert figures["error along image border"] < 1.3
+
+
+@pytest.mark.usefixtures("few_windows")
+def test_tiles_leave_no_lattice_on_flat_dark_and_gradient_images(model):
+    """Along tile borders, the result is as bright as with the grid moved by half a tile."""
+    along = torch.linspace(0, 1, 288)
+    diagonal = (along[:, None] + along) / 2
+    images = torch.stack([start + rise * diagonal for start, rise in ((0.02, 0), (0.02, 0.05), (0.2, 0.6))])
+    model.enable_tiling(96, 24)
+    measurement = Measurement(model, images[:, None].expand(-1, 3, -1, -1))
+    bands, _ = border_bands(measurement.image.shape[-1], model)
+    with patch("svqvae_hf.models.tiling.tile_axis", moved_axis):
+        ids, moved = measurement.reconstruct()
+    for lattice in 255 * (measurement.tiled - moved).mean(1):
+        assert lattice[bands].mean().abs() < 0.25
+        assert lattice[:, bands].mean().abs() < 0.25
+    assert (ids == measurement.ids).float().mean() > 0.95
+    model.disable_tiling()
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,7 @@ from conftest import make_tiny, psnr, smooth_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.models.modeling_svqvae import AttnBlock
+from svqvae_hf.models.modeling_svqvae import AttnBlock, GroupNorm, ResnetBlock
 from svqvae_hf.models.tiling import CONTEXT_WINDOWS, ContextWindows, TileContext, gather_context
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -45,10 +47,11 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     codes = model.quantize(torch.randn(1, 8, 40, 40))[0]
     context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
+    uncropped = context.for_core(tuple(slice(*span) for span in core), codes)
     with FlopCounterMode(display=False) as of_window:
-        whole = model.decode_window(codes, context)
+        whole = model.decode_window(codes, uncropped)
     with FlopCounterMode(display=False) as of_core:
-        decoded = model.decode_window(codes, context, tuple(slice(*span) for span in core))
+        decoded = model.decode_window(codes, context, uncropped.core)
     torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
     share = of_core.get_total_flops() / of_window.get_total_flops()
     assert share == 1 if core[0] == (0, 40) else share < 0.9
@@ -136,34 +139,65 @@ def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypa
     assert psnr(model.decode(latents, force_not_quantize=True).sample, sample) > 60
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_norm_and_attention_of_all_windows_equal_those_of_the_whole_image():
+def random_attention() -> AttnBlock:
     block = AttnBlock(6, 2)
     for parameter in block.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("positions", [1, 80, 4096])
+def test_blocks_on_all_windows_equal_blocks_on_the_whole_image(monkeypatch, positions):
+    """However many windows pass at once."""
+    monkeypatch.setattr("svqvae_hf.models.tiling.GATHERED_POSITIONS", positions)
+    blocks, norm_out = [random_attention(), random_attention()], GroupNorm(2, 6)
     hidden = torch.randn(2, 6, 10, 12) * 3 + 20
-    expected = block(hidden)
-    context = TileContext(batch=2, window=(10, 4), margin=(0, 0))
-    windows = torch.stack(hidden.split(4, dim=-1), dim=1).flatten(0, 1)
-    gathered = block(windows, context).unflatten(0, (2, 3))
-    torch.testing.assert_close(torch.cat(gathered.unbind(1), dim=-1), expected, rtol=1e-4, atol=1e-4)
-    context.gathering = False
-    torch.testing.assert_close(block(hidden[..., 2:9, 3:], context), expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
+    expected = hidden
+    for block in blocks:
+        expected = block(expected)
+    contexts = []
+    for image in hidden:
+        contexts.append(TileContext(window=(10, 4), margin=(0, 0)))
+        windows = torch.stack(image.split(4, dim=-1))
+        contexts[-1].gather(windows, lambda hidden, cuts: hidden, blocks, norm_out)
+    context = TileContext.join(contexts)
+    tile = hidden[..., 2:9, 3:]
+    for block in blocks:
+        tile = block(tile, context)
+    torch.testing.assert_close(tile, expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm_out(tile, context), norm_out(expected)[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("no_grad")
 def test_margins_of_windows_are_ignored():
-    block = AttnBlock(6, 2)
+    block = random_attention()
     contexts = []
     windows = torch.randn(3, 6, 24, 12)
     for border in (0.0, 100.0):
         padded = F.pad(windows[..., 4:-4, :], (0, 0, 4, 4), value=border)
-        contexts.append(TileContext(batch=1, window=(12, 12), margin=(2, 0)))
-        block(padded, contexts[-1])
+        contexts.append(TileContext(window=(12, 12), margin=(2, 0)))
+        contexts[-1].gather(padded, lambda hidden, cuts: hidden, [block], GroupNorm(2, 6))
     (one, other) = ([*context.moments[block.norm], *context.attended[block]] for context in contexts)
     assert one[2].shape == (1, 1, 3 * 16 * 12, 6)
     for before, after in zip(one, other, strict=True):
         torch.testing.assert_close(before, after)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_only_the_windows_are_held_from_block_to_block(monkeypatch):
+    """Memory grows with the sample by the features of its windows alone, not by what a block computes."""
+    monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", 64)
+    monkeypatch.setattr("svqvae_hf.models.tiling.GATHERED_POSITIONS", 48 * 48)
+    model = make_tiny()
+    seen = []
+    for block in model.modules():
+        if isinstance(block, ResnetBlock):
+            block.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    codes = torch.randn(1, 8, 200, 200)
+    gather_context(model.decode_window, lambda y, x: codes[..., y, x], (200, 200), 16, input_stride=1)
+    assert max(math.prod(shape) // shape[1] for shape in seen) == 4 * 48 * 48  # after an upsampling
+    assert max(shape[0] for shape in seen) > 4
 
 
 @pytest.mark.usefixtures("no_grad")

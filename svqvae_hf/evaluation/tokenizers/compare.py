@@ -22,7 +22,7 @@ from svqvae_hf.evaluation.results import IDS_PER_CODE, MANY_IMAGES, NOT_COMPUTED
 from svqvae_hf.evaluation.tokenizers.baselines import to_image
 from svqvae_hf.evaluation.tokenizers.memory import PeakMemory
 from svqvae_hf.evaluation.tokenizers.protocol import Codes, Tokenizer, count_bits, count_tokens
-from svqvae_hf.models.modeling_svqvae import pad_to_multiple
+from svqvae_hf.models.image_processing_svqvae import pad_to_multiple
 from svqvae_hf.tokens.image_tokens import resize_image
 
 MEGA = 1_000_000
