@@ -76,8 +76,13 @@ class Folder:
             try:
                 if self.is_local:
                     self._make_parent(name)
-                    with Path(self._path(name)).open("xb") as file:
-                        file.write(content)
+                    path = Path(self._path(name))
+                    with path.open("xb", buffering=0) as file:
+                        try:
+                            file.write(content)
+                        except OSError:  # the disk is full
+                            path.unlink()
+                            raise
                 else:
                     self.files.pipe_file(self._path(name), content, mode="create")
             except FileExistsError:

@@ -155,7 +155,7 @@ def test_extras_and_targets_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     makefile = (ROOT / "Makefile").read_text()
     for page, text in PAGES.items():
-        for names in re.findall(r"pip install (?:-e )?\"[^\"]*\[([\w,]+)\]\"", text):
+        for names in re.findall(r"pip install (?:-e )?\"(?:\.|svqvae-hf)\[([\w,]+)\]\"", text):
             assert set(names.split(",")) <= set(extras), page
         for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
             assert f"\n{target}:" in makefile, page

@@ -161,11 +161,11 @@ def tokenize_set(
         device=model.device.type,
     )
     records = PartRecords(folder, num_parts, SETTINGS_FILE)
+    if push_to_hub is not None and read_totals(folder) is None:
+        prepare_repo(push_to_hub, private=private, license=license, repo_type="dataset")
     _start(folder, options)
     made: list[PartRecord] = []
     if read_totals(folder) is None:
-        if push_to_hub is not None:
-            prepare_repo(push_to_hub, private=private, license=license, repo_type="dataset")
         encoder = RowEncoder(model, settings, images.features, batch_size)
         maker = _PartMaker(images, records, encoder, features, options["fingerprint"], shard_mb, min_side, num_workers)
         with tqdm(total=images.length if part is None else None, unit="image", disable=None) as bar:

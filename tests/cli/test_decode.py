@@ -41,7 +41,7 @@ def used_tiles(monkeypatch):
     """Replaces the decoder, and collects the tiling of its calls."""
     used = []
 
-    def decode_image(model, tokens):
+    def decode_image(model, tokens, full_size):
         used.append((model.tile_size, model.overlap) if model.use_tiling else None)
         return [Image.new("RGB", (1, 1))]
 

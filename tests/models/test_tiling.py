@@ -105,7 +105,7 @@ def test_context_windows_have_the_proportions_of_the_image():
 def test_context_windows_are_read_image_by_image():
     images = torch.rand(2, 3, 60, 40)
     windows = context_windows((30, 20), 6, 1, 8)
-    pixels = windows.read(lambda rows, columns: images[..., rows, columns], stride=2).unflatten(0, (2, -1))
+    pixels = windows.read(lambda rows, columns: images[..., rows, columns], stride=2)
     assert pixels.shape == (2, len(windows.origins), 3, 12, 12)
     for index, (y, x) in enumerate(windows.origins):
         assert torch.equal(pixels[:, index], images[..., 2 * y : 2 * y + 12, 2 * x : 2 * x + 12])
