@@ -19,7 +19,7 @@ def settings():
 def encode(model, settings, images, batch_size=None):
     counts = ImageCounts()
     rows = RowEncoder(model, settings, datasets.Features(), batch_size).encode(images, counts, lambda: None)
-    return list(rows), counts
+    return [dict(row) for row in rows], counts  # each as it comes, because the writer writes it at once
 
 
 def noise(*sizes):
