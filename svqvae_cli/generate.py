@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from svqvae_cli.loading import load_pretrained
+    from svqvae_cli.loading import load_generator
     from svqvae_hf import SVQVAENextScalePipeline
     from svqvae_hf.atomic_io import save_png
     from svqvae_hf.paths import InputFile, check_output, check_targets, scale_endings
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps-picture must end in .png, got `{args.steps_picture}`.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # while loading
-    pipeline = load_pretrained(_Generator, args.model, args.device, args.dtype)
+    pipeline = load_generator(args.model, args.device, args.dtype)
     classes = args.class_labels or []
     labels = [_class_label(text, pipeline.config["class_names"]) for text in classes] or None
     prompt_names = [f"prompt_{index}" for index in range(len(args.prompt or []))]
@@ -156,23 +156,6 @@ def run(args: argparse.Namespace) -> None:
         rows = [image.resize(row[-1].size) for row in zip(*steps, strict=True) for image in row]
         save_png(diffusers.utils.make_image_grid(rows, rows=len(finest), cols=len(steps)), args.steps_picture)
     print(f"written  {args.output} (images: {sum(map(len, files))})")
-
-
-class _Generator:
-    """Either kind of pipeline, by the class in its `model_index.json`."""
-
-    @staticmethod
-    def from_pretrained(source: str, **options: Any) -> "SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline":
-        from diffusers import DiffusionPipeline
-
-        from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-        from svqvae_hf.hub.repositories import from_hub
-
-        found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
-        classes = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
-        if found not in classes:
-            raise ValueError(f"the pipeline of `{source}` must be one of {', '.join(classes)}, but is a {found}.")
-        return classes[found].from_pretrained(source, **options)
 
 
 Images = list[list["Image.Image"]]  # by scale
