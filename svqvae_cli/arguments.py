@@ -71,7 +71,7 @@ def add_output(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def add_scales(parser: argparse.ArgumentParser, default: list[float], sides: bool = False) -> None:
-    """Adds the scales to encode at, by their sides in ids as well if asked for, and what is resized to them."""
+    """Adds options for the scales to encode at, optionally also as sides in ids, and for what is resized to them."""
     scales = parser.add_mutually_exclusive_group()
     if sides:
         scales.add_argument(

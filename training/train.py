@@ -39,7 +39,7 @@ from svqvae_hf.trainer.train_options import TrainOptions
 
 SHOWN_IMAGES = 4
 START_BATCHES = 16
-RESET_BATCHES = 16  # whose latents replace dead codes: those of one step's crops are too much alike
+RESET_BATCHES = 16  # batches whose latents replace dead codes, because the crops of one step are too similar
 FLOOR_BLOCKS_PER_CODE = 16  # of the crops that k-means is fitted on
 CONVOLUTION_NDIM = 4  # only weights of convolutions decay, so no code does
 

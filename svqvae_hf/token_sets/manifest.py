@@ -34,7 +34,7 @@ def join_parts(
     source_set: str | None,
     repo_id: str,
 ) -> None:
-    """Completes a token set of which all parts are done, from their records. No Parquet file is opened.
+    """Completes a token set from the records of its parts, which must all be done. Opens no Parquet file.
 
     The settings are written last: they make the set complete. Files of no part and the records are deleted.
 

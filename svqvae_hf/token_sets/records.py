@@ -147,7 +147,7 @@ class PartRecords:
         return all(self._all_done_in((first + index) % count) for index in range(count))
 
     def read_claim(self, part: int) -> Claim | None:
-        """Claim of a part; `None` if there is none, or it is being written."""
+        """Reads the claim of a part. Returns `None` if nobody has claimed it, or the claim is still being written."""
         content = self.folder.read(_claim_name(part))
         return Claim(**json.loads(content)) if content else None
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
 from svqvae_hf.token_sets.crops import make_crops
 
-CROPS_PER_TASK = 16  # images of which a worker sends the crops together, because each sending has a cost
+CROPS_PER_TASK = 16  # images whose crops a worker sends at once, because each transfer has a cost
 WHOLE_PER_TASK = 4  # fewer, because whole images can be large
 
 
