@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from svqvae_hf.atomic_io import check_new_folder
-from svqvae_hf.conversion.convert_next_scale import PipelineReport, load_tokenizer, public_name
-from svqvae_hf.conversion.new_repository import check_arguments, halve, new_repository
+from svqvae_hf.conversion.convert_next_scale import load_tokenizer, public_name
+from svqvae_hf.conversion.new_repository import ConversionReport, check_arguments, provenance, write_repository
 from svqvae_hf.hub.model_cards import pipeline_card
-from svqvae_hf.hub.repositories import hub_repo, prepare_repo, push_output
+from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, LlamaGenCheckpoint, read_llamagen
@@ -40,7 +40,7 @@ def convert_llamagen(
     push_to_hub: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
-) -> PipelineReport:
+) -> ConversionReport:
     """Converts a language model of LlamaGen to a Hub repository that holds a [`SVQVAEAutoregressivePipeline`].
 
     The pipeline is written under a temporary name, loaded again and compared.
@@ -63,7 +63,7 @@ def convert_llamagen(
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
 
     Returns:
-        [`PipelineReport`]: Sources, config and files.
+        [`ConversionReport`]: Sources, config and files.
 
     Raises:
         OSError: If a source cannot be read, `out` cannot be written, or the upload fails.
@@ -80,24 +80,19 @@ def convert_llamagen(
         use_ema=use_ema,
     )
     pipeline = _make_pipeline(checkpoint, vqvae, text_encoder)
-    if push_to_hub is not None:
-        prepare_repo(push_to_hub, private=private, license=license)
-    card = _card(checkpoint, pipeline, tokenizer, text_encoder, push_to_hub or out.name, license)
-    with new_repository(out, card) as folder:
-        tensors = _save(pipeline, folder)
-        if variant is not None:
-            for model in _models(pipeline).values():
-                halve(model, variant)
-            _save(pipeline, folder, variant)
-    return PipelineReport(
-        source=checkpoint.source,
-        sha256=checkpoint.sha256,
+    return write_repository(
+        pipeline,
+        checkpoint,
+        out,
+        _card(checkpoint, pipeline, tokenizer, text_encoder, push_to_hub or out.name, license),
+        _first_logits,
+        format="transformer",
         tokenizer=str(tokenizer),
-        config=checkpoint.config,
-        tensors=tensors,
-        out=out,
-        files=tuple(sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())),
-        url=push_output(out, push_to_hub, "Upload converted pipeline", create_pr=create_pr) if push_to_hub else None,
+        variant=variant,
+        license=license,
+        push_to_hub=push_to_hub,
+        private=private,
+        create_pr=create_pr,
     )
 
 
@@ -128,11 +123,6 @@ def _make_pipeline(
     )
 
 
-def _models(pipeline: SVQVAEAutoregressivePipeline) -> dict[str, torch.nn.Module]:
-    named = {name: getattr(pipeline, name) for name in ("vqvae", "language_model", "text_encoder")}
-    return {name: model for name, model in named.items() if model is not None}
-
-
 def _card(
     checkpoint: LlamaGenCheckpoint,
     pipeline: SVQVAEAutoregressivePipeline,
@@ -142,12 +132,7 @@ def _card(
     license: str | None,
 ) -> str:
     condition = "classes" if text_encoder is None else "captions"
-    base_model = hub_repo(checkpoint.source)
-    file = checkpoint.source if base_model else checkpoint.path.name  # a public card must not show a path
-    rows = {
-        "layout": "LlamaGen's language model",
-        "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
-        "sha256 of the source": f"`{checkpoint.sha256}`",
+    rows = provenance(checkpoint, "LlamaGen's language model") | {
         "images": f"{pipeline.layout.height} x {pipeline.layout.width} pixels",
         "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{pipeline.config['codebook_fingerprint']}`",
     }
@@ -160,32 +145,10 @@ def _card(
         call=CALLS[condition],
         tags=["svqvae", "llamagen", "autoregressive"],
         license=license,
-        base_model=base_model,
+        base_model=hub_repo(checkpoint.source),
         pipeline_tag="text-to-image" if text_encoder else "unconditional-image-generation",
         provenance=rows,
     )
-
-
-def _save(pipeline: SVQVAEAutoregressivePipeline, folder: Path, variant: str | None = None) -> int:
-    """Writes a pipeline, loads it again, compares both, and returns the number of tensors."""
-    pipeline.save_pretrained(folder, variant=variant)
-    dtypes = {name: model.dtype for name, model in _models(pipeline).items()}
-    copy = SVQVAEAutoregressivePipeline.from_pretrained(folder, variant=variant, dtype=dtypes)
-    written, copied = (
-        {
-            f"{name}.{key}": tensor
-            for name, model in _models(each).items()
-            for key, tensor in model.state_dict().items()
-        }
-        for each in (pipeline, copy)
-    )
-    differing = sorted(key for key, tensor in written.items() if not torch.equal(tensor, copied[key]))
-    if differing or not torch.equal(_first_logits(pipeline), _first_logits(copy)):
-        raise OSError(
-            f"The written pipeline must equal the source, but differs in {', '.join(differing) or 'its logits'}. "
-            "Check the disk and convert again."
-        )
-    return len(written)
 
 
 @torch.no_grad()

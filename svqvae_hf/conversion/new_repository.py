@@ -1,21 +1,60 @@
-"""Folders of converted models: complete and checked, or absent."""
+"""Repositories of converted models: complete and checked, or absent."""
 
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 
-from svqvae_hf.hub.repositories import check_repo_id
+from svqvae_hf.hub.repositories import check_repo_id, hub_repo, prepare_repo, push_output
+from svqvae_hf.loaders.checkpoints import Checkpoint
+from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-ModelT = TypeVar("ModelT", bound=ModelMixin)
+ConvertedT = TypeVar("ConvertedT", bound=ModelMixin | DiffusionPipeline)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Result of a conversion. `str(report)` formats it for a terminal.
+
+    Args:
+        source (`str`): Source, as passed by the caller.
+        sha256 (`str`): SHA-256 of the source file, in hexadecimal.
+        format (`str`): Name of the format of the source.
+        tokenizer (`str`, *optional*): Source of the tokenizer, if a generator was converted.
+        config (`dict[str, Any]`): Config of the converted model.
+        tensors (`int`): Number of tensors. All were bit-equal when the result was loaded again.
+        out (`Path`): Folder of the repository.
+        files (`tuple[str, ...]`): Paths of the files in it.
+        url (`str`, *optional*): URL of the commit or pull request, if the result was pushed.
+    """
+
+    source: str
+    sha256: str
+    format: str
+    tokenizer: str | None
+    config: dict[str, Any]
+    tensors: int
+    out: Path
+    files: tuple[str, ...]
+    url: str | None
+
+    def __str__(self) -> str:
+        tokenizer = "" if self.tokenizer is None else f", {self.tokenizer} (tokenizer)"
+        lines = [
+            f"read     {self.source} ({self.format}, sha256 {self.sha256}){tokenizer}",
+            f"config   {', '.join(f'{key}={value}' for key, value in self.config.items())}",
+            f"checked  {self.tensors} tensors and an output, bit-equal after loading again",
+            f"written  {self.out}: {', '.join(self.files)}",
+        ]
+        return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
 
 
 def check_arguments(variant: str | None, push_to_hub: str | None, private: bool | None, create_pr: bool) -> None:
@@ -28,33 +67,121 @@ def check_arguments(variant: str | None, push_to_hub: str | None, private: bool 
         check_repo_id(push_to_hub)
 
 
-@contextmanager
-def new_repository(out: Path, card: str) -> Iterator[Path]:
-    """Opens a temporary folder for a repository, adds its card, and renames it to `out` if nothing failed.
+def provenance(checkpoint: Checkpoint | LlamaGenCheckpoint, layout: str) -> dict[str, str]:
+    """Rows of a card about the source. A local one is named without its folders, because cards are public."""
+    file = checkpoint.source if hub_repo(checkpoint.source) else checkpoint.path.name
+    return {
+        "layout": layout,
+        "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
+        "sha256 of the source": f"`{checkpoint.sha256}`",
+    }
+
+
+def write_repository(
+    converted: ConvertedT,
+    checkpoint: Checkpoint | LlamaGenCheckpoint,
+    out: Path,
+    card: str,
+    probe: Callable[[ConvertedT], torch.Tensor],
+    *,
+    format: str,
+    tokenizer: str | None,
+    variant: str | None,
+    license: str | None,
+    push_to_hub: str | None,
+    private: bool | None,
+    create_pr: bool,
+) -> ConversionReport:
+    """Writes a repository to a temporary folder, checks it, renames it to `out` and uploads it.
 
     Args:
+        converted (`ModelMixin` or `DiffusionPipeline`): Model or pipeline. With `variant`, it is cast.
+        checkpoint ([`Checkpoint`] or [`LlamaGenCheckpoint`]): Source.
         out (`Path`): Folder to create.
         card (`str`): Text of `README.md`.
+        probe (`Callable`): Computes an output, which must be bit-equal after the result is loaded again.
+        format (`str`): Name of the format of the source.
+        tokenizer (`str`, *optional*): Source of the tokenizer.
+        variant (`str`, *optional*): Also write half-precision weights.
+        license (`str`, *optional*): Licence of the weights.
+        push_to_hub (`str`, *optional*): Repository to upload to, created before anything is written.
+        private (`bool`, *optional*): Whether a new repository is private.
+        create_pr (`bool`): Open a pull request instead of committing.
 
     Raises:
-        OSError: If a file cannot be written.
+        OSError: If a file cannot be written, the result differs from the source, or the upload fails.
+        ValueError: If weights are out of the range of `variant`.
     """
+    if push_to_hub is not None:
+        prepare_repo(push_to_hub, private=private, license=license)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
             folder = Path(beside, out.name)
-            yield folder
+            tensors = _save(converted, folder, probe)
+            if variant is not None:
+                for model in _models(converted).values():
+                    _halve(model, variant)
+                _save(converted, folder, probe, variant)
             (folder / "README.md").write_text(card, encoding="utf-8")
             mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
-            for path in folder.rglob("*"):
-                if path.is_file():
-                    path.chmod(mode)  # safetensors makes files that only their owner can read
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            for path in files:
+                path.chmod(mode)  # safetensors makes files that only their owner can read
             folder.replace(out)
     except (SafetensorError, OSError) as error:
         raise OSError(f"`{out}` cannot be written: {error}") from error
+    message = f"Upload converted {type(converted).__name__}"
+    return ConversionReport(
+        source=checkpoint.source,
+        sha256=checkpoint.sha256,
+        format=format,
+        tokenizer=tokenizer,
+        config=checkpoint.config,
+        tensors=tensors,
+        out=out,
+        files=tuple(str(path.relative_to(folder)) for path in files),
+        url=push_output(out, push_to_hub, message, create_pr=create_pr) if push_to_hub else None,
+    )
 
 
-def halve(model: ModelT, variant: str) -> ModelT:
+def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The model, or the models of a pipeline by name."""
+    if isinstance(converted, torch.nn.Module):
+        return {"": converted}
+    return {name: part for name, part in converted.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _save(
+    converted: ConvertedT, folder: Path, probe: Callable[[ConvertedT], torch.Tensor], variant: str | None = None
+) -> int:
+    """Saves a model or a pipeline, loads it again, compares both, and returns the number of tensors."""
+    converted.save_pretrained(folder, variant=variant)
+    dtypes = {name: model.dtype for name, model in _models(converted).items()}
+    copy = type(converted).from_pretrained(folder, variant=variant, dtype=dtypes.get("", dtypes))
+    expected, written = _tensors(converted), _tensors(copy)
+    differing = sorted(
+        key
+        for key, tensor in expected.items()
+        if tensor.dtype != written[key].dtype or not torch.equal(tensor, written[key])
+    )
+    if differing or not torch.equal(probe(converted), probe(copy)):
+        raise OSError(
+            f"What is written must equal the source, but differs in {', '.join(differing) or 'its output'}. "
+            "Check the disk and convert again."
+        )
+    return len(expected)
+
+
+def _tensors(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}".removeprefix("."): tensor
+        for name, model in _models(converted).items()
+        for key, tensor in model.state_dict().items()
+    }
+
+
+def _halve(model: torch.nn.Module, variant: str) -> None:
     """Casts a model in place; its codebook stays in float32 by itself."""
     model.to(VARIANTS[variant])
     overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
@@ -62,4 +189,3 @@ def halve(model: ModelT, variant: str) -> ModelT:
         raise ValueError(
             f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
         )
-    return model

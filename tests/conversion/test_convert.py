@@ -127,7 +127,7 @@ def test_copy_with_other_weights_fails(golden_dir, tmp_path, monkeypatch):
 def test_copy_with_another_reconstruction_fails(golden_dir, tmp_path, monkeypatch):
     other = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", network_range=(-1, 1))
     monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
-    with pytest.raises(OSError, match="differs in its reconstruction"):
+    with pytest.raises(OSError, match="differs in its output"):
         convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
 
 
