@@ -245,6 +245,14 @@ def test_token_sets(run, photo, tmp_path):
     assert rows[0]["parts"] == 3
 
 
+def test_image_sets(run):
+    sizes = ["--files", "40", "--folders", "4", "--batches", "3", "--latency", "0.001", "--steps", "0.1", "0"]
+    folder, stream = run("image_sets", *sizes, "--workers", "0")
+    assert folder[0]["seconds"] > 0
+    assert [row["over the step"] is None for row in stream] == [False, True]
+    assert 1 <= stream[0]["over the step"] == pytest.approx(stream[0]["time per batch, s"] / 0.1)
+
+
 def test_baselines(run, photo, tmp_path):
     for name, box in (("fit", (0, 0, 128, 96)), ("photos", (100, 50, 164, 98))):
         (tmp_path / name).mkdir()
