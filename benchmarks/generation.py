@@ -62,8 +62,8 @@ def prepare(
     def generate() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         labels = [index % NUM_CLASSES for index in range(batch)]
-        guidance = {"guidance_scale": options.guidance_scale}
-        return pipeline(labels, generator=generator, output_type="latent", **guidance).images
+        settings = {"guidance_scale": options.guidance_scale, "temperature": options.temperature}
+        return pipeline(labels, generator=generator, output_type="latent", **settings).images
 
     return generate
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=256, help="of the language model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the language model (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="default: 1, no guidance")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default: 1; 0 takes the most likely ids")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -11,8 +11,7 @@ from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.pipelines.pipeline_next_scale import DEFAULT_STEPS, SVQVAENextScalePipeline
-from svqvae_hf.pipelines.schedules import make_schedule
+from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, square_schedule
 
 CHECK_SIDE = 4  # side in ids of the image that a written pipeline is checked on
 
@@ -59,11 +58,7 @@ def convert_next_scale(
     out = check_new_folder(Path(out))
     checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
     vqvae = load_tokenizer(tokenizer)
-    pixels = vqvae.config["sample_size"] if image_size is None else image_size
-    if pixels < 1 or pixels % vqvae.f:
-        raise ValueError(f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {pixels}.")
-    side = pixels // vqvae.f
-    schedule = [list(size) for size in make_schedule((side, side), min(DEFAULT_STEPS, side))]
+    schedule = [list(size) for size in square_schedule(vqvae, image_size)]
     pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(), schedule=schedule)
     summary, call = pipeline.describe()
     card = pipeline_card(

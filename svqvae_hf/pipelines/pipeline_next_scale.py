@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -87,8 +88,7 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
             raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")
         if schedule is None:
-            side = max(1, vqvae.config["sample_size"] // vqvae.f)
-            self.trained_schedule = make_schedule((side, side), min(DEFAULT_STEPS, side))
+            self.trained_schedule = default_schedule(max(1, vqvae.config["sample_size"] // vqvae.f))
         else:
             last = schedule[-1] if schedule else 1
             size = (last, last) if isinstance(last, int) else (last[0], last[-1])
@@ -132,6 +132,38 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        vqvae: SVQVAE,
+        *,
+        image_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        class_names: list[str] | None = None,
+    ) -> "SVQVAENextScalePipeline":
+        """Loads a checkpoint of FlexVAR's transformer; the tokenizer is passed.
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            vqvae ([`SVQVAE`]): Tokenizer that it was trained with. The file cannot tell whether it is the right one.
+            image_size (`int`, *optional*): Side in pixels of the training images, by default `sample_size` of `vqvae`.
+            dtype (`torch.dtype`, *optional*): Type of the transformer's weights, by default float32.
+            class_names (`list[str]`, *optional*): Name of each class.
+
+        Raises:
+            OSError: The file is missing or cannot be downloaded.
+            ValueError: The file is broken, does not hold exactly the weights of such a transformer, or does not fit
+                `vqvae`; or `image_size` is not a positive multiple of its f.
+
+        Example:
+            >>> vqvae = SVQVAE.from_single_file("FlexVAE.pth")
+            >>> pipe = SVQVAENextScalePipeline.from_single_file("FlexVARd24-epo349.pth", vqvae, image_size=256)
+        """
+        schedule = [list(size) for size in square_schedule(vqvae, image_size)]
+        transformer = NextScaleTransformer.from_single_file(source, dtype=dtype)
+        return cls(vqvae, transformer, schedule=schedule, class_names=class_names)
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
@@ -373,6 +405,23 @@ class _ScalePredictor:
         """Takes the ids `(images, h, w)` of the scale."""
         codes = self.codebook[ids].permute(0, 3, 1, 2)
         self.codes = [codes.repeat(len(self.labels) // len(ids), 1, 1, 1)]
+
+
+def default_schedule(side: int) -> list[Size]:
+    """Schedule to a square of ids in ten steps, or in one per id of a smaller side."""
+    return make_schedule((side, side), min(DEFAULT_STEPS, side))
+
+
+def square_schedule(vqvae: SVQVAE, image_size: int | None) -> list[Size]:
+    """Schedule of a transformer trained on square images, whose side in pixels is `sample_size` by default.
+
+    Raises:
+        ValueError: The side is not a positive multiple of f.
+    """
+    pixels = vqvae.config["sample_size"] if image_size is None else image_size
+    if pixels < 1 or pixels % vqvae.f:
+        raise ValueError(f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {pixels}.")
+    return default_schedule(pixels // vqvae.f)
 
 
 def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:

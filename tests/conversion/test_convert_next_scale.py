@@ -48,6 +48,23 @@ def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
     assert str(tokenizer.parent) not in card
 
 
+def test_a_pipeline_of_a_single_file_is_the_converted_one(tokenizer, tmp_path):
+    convert_next_scale(GOLDEN, tmp_path / "out", tokenizer, image_size=32)
+    vqvae, names_of_classes = SVQVAE.from_pretrained(tokenizer), [str(number) for number in range(10)]
+    loaded = SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, image_size=32, class_names=names_of_classes)
+    converted = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out")
+    assert loaded.trained_schedule == converted.trained_schedule
+    state_dict = converted.transformer.state_dict()
+    assert all(torch.equal(tensor, state_dict[key]) for key, tensor in loaded.transformer.state_dict().items())
+    assert loaded.config["class_names"] == names_of_classes
+
+    half = SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    assert half.trained_schedule[-1] == (4, 4)
+    with pytest.raises(ValueError, match="must be a positive multiple of f = 4 of the tokenizer, got 18"):
+        SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, image_size=18)
+
+
 def test_half_precision_variant_keeps_the_codebook(tokenizer, tmp_path):
     report = convert_next_scale(GOLDEN, tmp_path / "out", tokenizer, variant="bf16", image_size=32)
     full = SVQVAENextScalePipeline.from_pretrained(report.out)
