@@ -98,6 +98,33 @@ def add_scales(parser: argparse.ArgumentParser, default: list[float], sides: boo
     )
 
 
+def add_scale_target(parser: argparse.ArgumentParser) -> None:
+    """Adds targets that choose one of the scales for each image."""
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument(
+        "--min-psnr",
+        type=_target,
+        metavar="DB",
+        help="store each image at the smallest of the scales whose PSNR, resized to the image, is at least this; at "
+        "the largest if none is",
+    )
+    targets.add_argument(
+        "--max-bits",
+        type=_target,
+        metavar="BITS",
+        help="store each image at the largest of the scales whose ids take at most so many bits; at the smallest if "
+        "none does",
+    )
+
+
+def check_scale_target(args: argparse.Namespace) -> None:
+    """Raises ValueError if a target has only one scale to choose from."""
+    if (args.min_psnr or args.max_bits) and len(set(args.scales)) < 2:
+        raise ValueError(
+            "--min-psnr and --max-bits choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."
+        )
+
+
 def add_tiles(
     parser: argparse.ArgumentParser,
     tile_default: str,
@@ -210,8 +237,7 @@ def scale(text: str) -> float:
     return _positive(text, "a scale")
 
 
-def target(text: str) -> float:
-    """Reads a PSNR or a number of bits to reach."""
+def _target(text: str) -> float:
     return _positive(text, "the target")
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_images, target
+from svqvae_cli.arguments import Commands, add_command, add_images, add_scale_target, check_scale_target
 from svqvae_cli.errors import Skipping, explain_resume, require_extra
 from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
@@ -22,31 +22,14 @@ def add_to(commands: Commands) -> None:
         "'photos/*.jpg' --output tokens --scales 1",
     )
     add_images(parser)
-    targets = parser.add_mutually_exclusive_group()
-    targets.add_argument(
-        "--min-psnr",
-        type=target,
-        metavar="DB",
-        help="store each image at the smallest of the scales whose PSNR, resized to the image, is at least this; at "
-        "the largest if none is",
-    )
-    targets.add_argument(
-        "--max-bits",
-        type=target,
-        metavar="BITS",
-        help="store each image at the largest of the scales whose ids take at most so many bits; at the smallest if "
-        "none does",
-    )
+    add_scale_target(parser)
     add_large(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes one token file per image."""
     check_large(args)
-    if (args.min_psnr or args.max_bits) and len(set(args.scales)) < 2:
-        raise ValueError(
-            "--min-psnr and --max-bits choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."
-        )
+    check_scale_target(args)
     if args.large:
         _encode_large(args)
     else:

@@ -14,8 +14,10 @@ from svqvae_cli.arguments import (
     add_image_set,
     add_model,
     add_push,
+    add_scale_target,
     add_scales,
     add_tiles,
+    check_scale_target,
     image_set_options,
     not_empty,
     path_or_url,
@@ -41,6 +43,7 @@ def add_to(commands: Commands) -> None:
     add_image_set(parser)
     parser.add_argument("out", type=path_or_url, metavar="OUT", help="folder or URL to write to")
     add_scales(parser, [1.0], sides=True)
+    add_scale_target(parser)
     parser.add_argument(
         "--crops",
         choices=CROPS,
@@ -117,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
+    check_scale_target(args)
     images = open_images(args.data, columns=args.keep, **image_set_options(args))
     rank = os.environ.get("LOCAL_RANK")  # of torchrun and accelerate
     device = find_device(args.device)
@@ -138,6 +142,8 @@ def run(args: argparse.Namespace) -> None:
             source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
             scales=args.scales,
             scale_from=args.scale_from,
+            min_psnr=args.min_psnr,
+            max_bits=args.max_bits,
             crops=args.crops,
             resolution=args.resolution,
             min_side=args.min_side,

@@ -16,7 +16,9 @@ COLUMNS = {
     "width": "width of the crop in pixels",
     "key": "key of the image in its set: path of its file, or part and row",
     "crop": "name of the crop",
+    "scale": "scale of the ids",
 }
+
 
 TEMPLATE = """---
 {metadata}
@@ -97,6 +99,9 @@ def token_set_card(
         "tiles": f"{tile_size} pixels, overlap {settings['overlap']}" if tile_size else "none",
     }
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(scales)}
+    if target := describe_target(settings["min_psnr"], settings["max_bits"]):
+        facts["scale of a row"] = target
+        ids = {"ids_0": "ids at the scale of the row, row by row"}
     meanings = {**ids, **COLUMNS}
     model = [] if settings["model"] == BUNDLED_MODEL else ["--model", settings["model"]]
     command = shlex.join(["svqvae", "detokenize", repo_id, *model, "--output", "DIR"])
@@ -109,3 +114,10 @@ def token_set_card(
         columns=table_rows((f"`{name}`", meanings.get(name, "as in the image set")) for name in columns),
         licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
     )
+
+
+def describe_target(min_psnr: float | None, max_bits: float | None) -> str | None:
+    """Rule that chose the scale of each row; `None` without a target."""
+    if min_psnr is not None:
+        return f"the smallest that reaches {min_psnr:g} dB, or else the largest"
+    return None if max_bits is None else f"the largest with at most {max_bits:g} bits, or else the smallest"

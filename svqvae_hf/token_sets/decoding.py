@@ -34,6 +34,8 @@ def detokenize_set(
 ) -> int:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
+    A row whose scale was chosen by `min_psnr` or `max_bits` becomes one image, at this scale.
+
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
             the set.
@@ -66,12 +68,14 @@ def detokenize_set(
     if not overwrite:
         _check_absent(Path(output), endings, wanted)
     configure_tiling(model, settings.tile_size, settings.overlap)
+    written = 0
     for index, row in tqdm(_rows(folder, files, wanted), total=len(wanted), unit="image", disable=None):
         tokens = row_tokens(row, settings)
         check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
-        for image, ending in zip(decode_image(model, tokens), endings, strict=True):
+        for image, ending in zip(decode_image(model, tokens), scale_endings(tokens.scales), strict=True):
             save_png(image, Path(output, f"{index:08}{ending}"))
-    return len(wanted) * len(endings)
+            written += 1
+    return written
 
 
 def _files(folder: Folder) -> list[tuple[str, int]]:

@@ -42,6 +42,7 @@ class TokenSettings:
     Args:
         model (`str`): Hub id of the model that encoded the images, the name of its folder, or `BUNDLED_MODEL`.
         scales (`tuple[float, ...]`): Output side over input side; the columns `ids_0`, `ids_1`, ... are in this order.
+            With `min_psnr` or `max_bits`, a row has ids at one of them, in `ids_0`, and its column `scale` names it.
         f (`int`): Pixels per latent side.
         codebook_size (`int`): Rows of the codebook.
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
@@ -51,6 +52,8 @@ class TokenSettings:
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Sets
             without it hold scales from the latents.
+        min_psnr (`float`, *optional*): PSNR in dB that chose the scale of each row, see [`encode_to_psnr`].
+        max_bits (`float`, *optional*): Number of bits that chose the scale of each row, see [`encode_to_bits`].
 
     Raises:
         ValueError: A value is out of range.
@@ -66,6 +69,8 @@ class TokenSettings:
     crops: str
     resolution: int | None
     scale_from: str = "latents"
+    min_psnr: float | None = None
+    max_bits: float | None = None
 
     def __post_init__(self) -> None:
         scales = self.scales
@@ -80,10 +85,17 @@ class TokenSettings:
             "crops": self.crops in tuple(CROPS),
             "scale_from": self.scale_from in SCALE_SOURCES,
             "resolution": self.resolution is None if is_whole(self.crops) else _is_integer(self.resolution, 1),
+            "min_psnr": self.min_psnr is None or _is_target(self.min_psnr),
+            "max_bits": self.max_bits is None or (_is_target(self.max_bits) and self.min_psnr is None),
         }
         for name, is_valid in valid.items():
             if not is_valid:
                 raise ValueError(f"`{name}` of a token set is out of range, got {getattr(self, name)!r:.80}.")
+
+    @property
+    def chooses_scale(self) -> bool:
+        """Whether each row has ids at one scale of its own."""
+        return self.min_psnr is not None or self.max_bits is not None
 
     @property
     def id_dtype(self) -> str:
@@ -92,8 +104,8 @@ class TokenSettings:
 
     @property
     def id_columns(self) -> list[str]:
-        """Names of the columns of ids, one per scale."""
-        return [f"ids_{index}" for index in range(len(self.scales))]
+        """Names of the columns of ids, one per scale of a row."""
+        return [f"ids_{index}" for index in range(1 if self.chooses_scale else len(self.scales))]
 
     def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of ids at a scale, for a row with this `height` and `width` in pixels."""
@@ -154,12 +166,13 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         settings ([`TokenSettings`]): Settings of the set.
 
     Returns:
-        [`ImageTokens`]: One grid of ids per scale.
+        [`ImageTokens`]: One grid of ids per scale of the row.
 
     Raises:
-        ValueError: A column is missing, or the ids do not match the height, the width or the codebook.
+        ValueError: A column is missing, or the ids do not match the height, the width, the scale or the codebook.
     """
     names = settings.id_columns
+    scales = (_row_scale(row, settings),) if settings.chooses_scale else settings.scales
     try:
         height, width = operator.index(row["height"]), operator.index(row["width"])
         columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
@@ -170,7 +183,7 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
             "Make the set again with `svqvae tokenize`."
         ) from error
     grids = []
-    for ids, scale in zip(map(torch.as_tensor, columns), settings.scales, strict=True):
+    for ids, scale in zip(map(torch.as_tensor, columns), scales, strict=True):
         shape = settings.grid(scale, height, width)
         if ids.shape != (math.prod(shape),):
             raise ValueError(
@@ -182,7 +195,7 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         ids=grids,
         height=height,
         width=width,
-        scales=settings.scales,
+        scales=scales,
         f=settings.f,
         tile_size=settings.tile_size,
         overlap=settings.overlap,
@@ -192,11 +205,19 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
     )
 
 
+def _row_scale(row: Mapping[str, Any], settings: TokenSettings) -> float:
+    found = row.get("scale")
+    if not isinstance(found, float) or found not in settings.scales:
+        known = ", ".join(f"{scale:g}" for scale in settings.scales)
+        raise ValueError(f"`scale` of a row must be one of the set's, {known}, got {found!r:.40}.")
+    return found
+
+
 def _settings_from(record: Any) -> TokenSettings:
     names = [field.name for field in dataclasses.fields(TokenSettings)]
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"its settings must have format version {FORMAT_VERSION}, got {record!r:.80}.")
-    record = {"scale_from": "latents", **record}  # older sets do not say it
+    record = {"scale_from": "latents", "min_psnr": None, "max_bits": None, **record}  # older sets do not say it
     missing = sorted(set(names) - set(record))
     if missing:
         raise ValueError(f"its settings must also have {', '.join(missing)}.")
@@ -208,6 +229,10 @@ def _settings_from(record: Any) -> TokenSettings:
 
 def _is_scale(value: object) -> bool:
     return isinstance(value, int | float) and 0 < value < INTEGER_LIMIT
+
+
+def _is_target(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_integer(value: object, least: int) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
@@ -14,6 +15,7 @@ from svqvae_hf.token_sets.crops import CROPS
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokenizing.reading import CroppedImage
 from svqvae_hf.tokens.image_tokens import check_memory
+from svqvae_hf.tokens.scale_choice import choose_by_bits, choose_by_psnr
 
 BATCH_CROPS = 64  # crops of a batch by default, if they are small
 BATCH_PIXELS = 2**20  # pixels of a batch by default, at most, unless one crop has more
@@ -118,15 +120,29 @@ class RowEncoder:
     def _encode_batch(self, crops: list[Crop]) -> None:
         """Adds ids to the rows of crops of one size."""
         pixels = torch.stack([pixels for pixels, _ in crops])
+        settings, scales = self.settings, self.settings.scales
         self._check_memory(pixels.shape, crops[0][1]["key"])
+        if settings.min_psnr is not None:
+            choices = choose_by_psnr(self.model, pixels, scales, settings.min_psnr, settings.scale_from)
+            for (_, row), choice in zip(crops, choices, strict=True):
+                row |= {"scale": choice.scale, "ids_0": self._stored(choice.ids.flatten())}
+            return
+        if settings.max_bits is not None:
+            height, width = pixels.shape[-2:]
+            scales = (choose_by_bits(self.model, height, width, scales, settings.max_bits)[0],)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         sample = self.processor(pixels.to(self.device, non_blocking=True))["pixel_values"].to(self.dtype)
-        encoded = self.model.encode_tokens(sample, self.settings.scales, self.settings.scale_from)
-        grids = [grid.flatten(1).cpu().numpy().astype(self.settings.id_dtype) for grid in encoded]
+        encoded = self.model.encode_tokens(sample, scales, settings.scale_from)
+        grids = [self._stored(grid.flatten(1)) for grid in encoded]
         for number, (_, row) in enumerate(crops):
+            if settings.chooses_scale:
+                row["scale"] = scales[0]
             for index, grid in enumerate(grids):
                 row[f"ids_{index}"] = grid[number]
+
+    def _stored(self, ids: torch.Tensor) -> np.ndarray:
+        return ids.cpu().numpy().astype(self.settings.id_dtype)
 
     def _check_memory(self, shape: torch.Size, key: str) -> None:
         """Raises if batches of a shape need more memory than is available, once per shape."""
@@ -135,7 +151,8 @@ class RowEncoder:
         count, _, height, width = shape
         try:
             scales, scale_from = self.settings.scales, self.settings.scale_from
-            check_memory(self.model, count * height, width, scales, scale_from, decodes=False)
+            decodes = self.settings.min_psnr is not None
+            check_memory(self.model, count * height, width, scales, scale_from, decodes=decodes)
         except ValueError as error:
             raise ValueError(f"`{key}`: {error}") from error
         self.fitting.add(shape)

@@ -77,6 +77,8 @@ def tokenize_set(
     source_set: str | None = None,
     scales: Sequence[float] = (1.0,),
     scale_from: str = "latents",
+    min_psnr: float | None = None,
+    max_bits: float | None = None,
     crops: str = "whole",
     resolution: int | None = None,
     min_side: int | None = None,
@@ -106,6 +108,8 @@ def tokenize_set(
         source_set (`str`, *optional*): Name of the image set on the Hub, for the card.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over input side, one column of ids each.
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+        min_psnr (`float`, *optional*): Target of [`encode_to_psnr`], which chooses one of the scales for each row.
+        max_bits (`float`, *optional*): Target of [`encode_to_bits`], which chooses one of the scales for each row.
         crops (`str`, defaults to `"whole"`): Crops of an image that become rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         min_side (`int`, *optional*): Side in pixels below which an image is skipped like an unreadable one.
@@ -146,6 +150,8 @@ def tokenize_set(
         crops=crops,
         resolution=resolution,
         scale_from=scale_from,
+        min_psnr=min_psnr,
+        max_bits=max_bits,
     )
     features = row_features(settings, images.features)
     options = _options(
@@ -168,10 +174,7 @@ def tokenize_set(
     if read_totals(folder) is None:
         encoder = RowEncoder(model, settings, images.features, batch_size)
         maker = _PartMaker(images, records, encoder, features, options["fingerprint"], shard_mb, min_side, num_workers)
-        with tqdm(total=images.length if part is None else None, unit="image", disable=None) as bar:
-            for number in records.not_done() if part is None else [part]:
-                if records.claim(number, anyway=part is not None):
-                    made += maker.make(number, bar.update)
+        made = maker.make(part)
         if records.all_done(made[-1].part if made else 0):
             name = push_to_hub or folder.path.rpartition("/")[2]
             try:
@@ -188,7 +191,7 @@ def tokenize_set(
 
 @dataclass
 class _PartMaker:
-    """Makes parts of a token set, one at a time."""
+    """Makes parts of a token set."""
 
     images: ImageSet
     records: PartRecords
@@ -199,7 +202,16 @@ class _PartMaker:
     min_side: int | None
     num_workers: int
 
-    def make(self, part: int, on_image: Callable[[], object]) -> list[PartRecord]:
+    def make(self, part: int | None) -> list[PartRecord]:
+        """Makes a part, or all that are not done and that no other process is making. Returns their records."""
+        made: list[PartRecord] = []
+        with tqdm(total=self.images.length if part is None else None, unit="image", disable=None) as bar:
+            for number in self.records.not_done() if part is None else [part]:
+                if self.records.claim(number, anyway=part is not None):
+                    made += self._make_claimed(number, bar.update)
+        return made
+
+    def _make_claimed(self, part: int, on_image: Callable[[], object]) -> list[PartRecord]:
         """Makes a claimed part, and returns its record; none if another process was faster."""
         try:
             return self._make(part, on_image)

@@ -1,15 +1,32 @@
-"""Chooses the scale at which one image is encoded, by quality or by bits."""
+"""Chooses the scale at which an image is encoded, by quality or by bits."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from svqvae_hf.models.checks import check_scales
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, to_rgb
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import decode_image, encode_image
+from svqvae_hf.tokens.image_tokens import encode_image, image_tokens, resize_image
 from svqvae_hf.tokens.token_files import ImageTokens, grid_shape
+
+
+class ScaleChoice(NamedTuple):
+    """Ids of an image at the chosen scale.
+
+    Args:
+        scale (`float`): Output side over input side.
+        ids (`torch.Tensor` of shape `(h, w)`): Ids, int64, on the device of the model.
+        reached (`bool`): Whether the target is reached.
+    """
+
+    scale: float
+    ids: torch.Tensor
+    reached: bool
 
 
 def encode_to_psnr(
@@ -28,14 +45,10 @@ def encode_to_psnr(
         `tuple[ImageTokens, bool]`: Ids at one scale, and whether the PSNR is reached. If no scale reaches it, they are
         the ids of the largest.
     """
-    target = np.asarray(image.convert("RGB"), np.float64)
-    largest_error = 255**2 / 10 ** (min_psnr / 10)
-    for scale in sorted(check_scales(scales)):
-        tokens = encode_image(model, image, scale, scale_from)
-        (reconstruction,) = decode_image(model, tokens, full_size=True)
-        if np.square(np.asarray(reconstruction, np.float64) - target).mean() <= largest_error:
-            return tokens, True
-    return tokens, False
+    pixels = torch.from_numpy(np.array(to_rgb(image))).movedim(-1, 0)[None]
+    (choice,) = choose_by_psnr(model, pixels, scales, min_psnr, scale_from)
+    tokens = image_tokens(model, [choice.ids.cpu()], image.height, image.width, [choice.scale], scale_from)
+    return tokens, choice.reached
 
 
 def encode_to_bits(
@@ -54,11 +67,47 @@ def encode_to_bits(
         `tuple[ImageTokens, bool]`: Ids at one scale, and whether they take at most `max_bits`. If the ids of no scale
         do, they are the ids of the smallest.
     """
-    bits = {
-        scale: math.prod(grid_shape(image.height, image.width, model.f, scale))
-        * math.log2(model.config["codebook_size"])
-        for scale in check_scales(scales)
-    }
+    scale, fits = choose_by_bits(model, image.height, image.width, scales, max_bits)
+    return encode_image(model, image, scale, scale_from), fits
+
+
+@torch.inference_mode()
+def choose_by_psnr(
+    model: SVQVAE, pixels: torch.Tensor, scales: Sequence[float], min_psnr: float, scale_from: str
+) -> list[ScaleChoice]:
+    """Encodes a batch of images as [`encode_to_psnr`] does, each at its own scale.
+
+    Args:
+        model ([`SVQVAE`]): Model in evaluation mode.
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`, uint8): Images.
+        scales (`Sequence[float]`): As in [`encode_to_psnr`].
+        min_psnr (`float`): As in [`encode_to_psnr`].
+        scale_from (`str`): As in [`encode_to_psnr`].
+    """
+    height, width = pixels.shape[-2:]
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    sample = processor(pixels.to(model.device))["pixel_values"].to(model.dtype)
+    targets = pixels.movedim(1, -1).numpy().astype(np.float64)
+    largest_error = 255**2 * 10 ** (-min_psnr / 10)
+    chosen: dict[int, ScaleChoice] = {}
+    waiting = list(range(len(pixels)))
+    for scale in sorted(check_scales(scales)):
+        (ids,) = model.encode_tokens(sample[waiting], [scale], scale_from)
+        decoded = processor.postprocess(model.resize_to_image(model.decode(ids).sample, (height, width), scale))
+        for number, grid, image in zip(waiting, ids, decoded, strict=True):
+            error = np.square(np.asarray(resize_image(image, (width, height))) - targets[number]).mean()
+            chosen[number] = ScaleChoice(scale, grid, bool(error <= largest_error))
+        waiting = [number for number in waiting if not chosen[number].reached]
+        if not waiting:
+            break
+    return [chosen[number] for number in range(len(pixels))]
+
+
+def choose_by_bits(
+    model: SVQVAE, height: int, width: int, scales: Sequence[float], max_bits: float
+) -> tuple[float, bool]:
+    """Scale of [`encode_to_bits`] for an image of this size in pixels, and whether its ids take at most `max_bits`."""
+    code_bits = math.log2(model.config["codebook_size"])
+    bits = {scale: math.prod(grid_shape(height, width, model.f, scale)) * code_bits for scale in check_scales(scales)}
     fitting = [scale for scale in bits if bits[scale] <= max_bits]
-    scale = max(fitting) if fitting else min(bits)
-    return encode_image(model, image, scale, scale_from), bool(fitting)
+    return (max(fitting), True) if fitting else (min(bits), False)

@@ -20,6 +20,8 @@ SETTINGS = {
     "resolution": None,
     "tile_size": None,
     "overlap": None,
+    "min_psnr": None,
+    "max_bits": None,
 }
 
 

@@ -54,11 +54,17 @@ class TokenSource:
 
     Raises:
         OSError: If there is no such set.
-        ValueError: If its rows have several sizes, its labels are not classes, or its captions are not texts.
+        ValueError: If its rows have several sizes or each a scale of its own, its labels are not classes, or its
+            captions are not texts.
     """
 
     def __init__(self, data: str, label_column: str | None, caption_column: str | None = None):
         self.settings = read_settings(data)
+        if self.settings.chooses_scale:
+            raise ValueError(
+                "All rows of the token set must have the same scales, but each has one of its own. Make it again with "
+                "`svqvae tokenize` without --min-psnr and --max-bits."
+            )
         self.files = datasets.load_dataset_builder(os.fspath(data)).config.data_files["train"]
         self.metadata = [_open_parquet(file).metadata for file in self.files]
         self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
