@@ -131,7 +131,9 @@ def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: floa
 @torch.no_grad()
 def main() -> int:
     """Runs the script and returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("original_checkout", type=Path, help="folder with the original's svqvae.py and modules.py")
     parser.add_argument("checkpoint", help=".safetensors file of the original, local or `org/repo:file` on the Hub")
     parser.add_argument(

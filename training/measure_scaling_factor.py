@@ -20,6 +20,7 @@ from svqvae_hf.atomic_io import write_file
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.run import one_line_errors
 
 BATCH_SIZE = 8
 
@@ -68,8 +69,10 @@ def read_crops(data: str, num_images: int, resolution: int, pixel_range: tuple[f
 
 
 def main() -> None:
-    """Measures, prints and stores the factor. A user's mistake is printed as one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measures, prints and stores the factor."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", metavar="MODEL", help="folder of the model, whose config.json is changed")
     parser.add_argument("data", metavar="DATA", help="folder of images, or image set on the Hub, which is streamed")
     parser.add_argument(
@@ -78,20 +81,17 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels")
     args = parser.parse_args()
     config_file = Path(args.model, "config.json")
-    try:
-        if not config_file.is_file():
-            raise ValueError(f"MODEL must be the folder of a model, but `{args.model}` has no config.json.")
-        vqvae = SVQVAE.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
-        loader = read_crops(args.data, args.num_images, args.resolution, vqvae.config["pixel_range"])
-        progress = tqdm(loader, total=loader.num_batches, unit="batch", disable=not sys.stderr.isatty())
-        factor = measure_scaling_factor(vqvae, (batch.sample for batch in progress))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"measure_scaling_factor.py: error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+    if not config_file.is_file():
+        raise ValueError(f"MODEL must be the folder of a model, but `{args.model}` has no config.json.")
+    vqvae = SVQVAE.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    loader = read_crops(args.data, args.num_images, args.resolution, vqvae.config["pixel_range"])
+    progress = tqdm(loader, total=loader.num_batches, unit="batch", disable=not sys.stderr.isatty())
+    factor = measure_scaling_factor(vqvae, (batch.sample for batch in progress))
     config = json.loads(config_file.read_text(encoding="utf-8")) | {"scaling_factor": factor}
     write_file(config_file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     print(f"scaling_factor {factor:.6g}, over {loader.num_batches * loader.policy.batch_size:,} images")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

