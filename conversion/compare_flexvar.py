@@ -113,7 +113,9 @@ def logits_distance(
 @torch.no_grad()
 def main() -> int:
     """Runs the script and returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("flexvar_checkout", type=Path, help="folder of the original code")
     parser.add_argument("checkpoint", help="file of a transformer, local or `org/repo:file` on the Hub")
     args = parser.parse_args()

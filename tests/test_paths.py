@@ -17,6 +17,7 @@ def test_each_file_is_found_once(tmp_path):
     (tmp_path / "in" / "link").symlink_to(tmp_path)
     found = find_files([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.png", f"{tmp_path}/in/link"], (".png",))
     assert found == [tmp_path / "a.png", tmp_path / "b.PNG"]
+    assert find_files([f"{tmp_path}/*.png"], (".png",)) == found[:1]
 
 
 def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path):

@@ -180,6 +180,24 @@ def test_empty_arguments_are_errors(capsys):
         assert f"{advice} (see" in fails(capsys, *argv)
 
 
+def test_urls_are_refused_where_local_paths_are_needed(tmp_path, capsys, monkeypatch):
+    """Otherwise `s3:` would be the name of a local folder."""
+    monkeypatch.chdir(tmp_path)
+    url = "s3://bucket/x"
+    for argv in (
+        *([name, url, "--output", "out"] for name in ("reconstruct", "encode", "decode", "export", "generate")),
+        *([name, "in", "--output", url] for name in ("reconstruct", "encode", "decode", "export", "generate")),
+        ["detokenize", "in", "--output", url],
+        ["evaluate", "model", "in", "--output", url],
+        ["convert", url, "out"],
+        ["convert", GOLDEN, url],
+        ["info", url],
+        ["demo", "--model", url],
+    ):
+        assert f"`{url}` must be a local path or a name on the Hub, because `s3://` is not" in fails(capsys, *argv)
+    assert names(tmp_path) == []
+
+
 def test_missing_input_is_an_error(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for command in ("reconstruct", "encode", "decode"):

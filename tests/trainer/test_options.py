@@ -93,6 +93,10 @@ def test_recipe_of_photographs_can_be_tried_for_a_few_steps():
     ("options", "message"),
     [
         ({"crop_sizes": [24]}, "`--crop_sizes` must divide `--resolution` = 256, but 24 does not"),
+        (
+            {"output_dir": "s3://bucket/run"},
+            "`s3://bucket/run` must be a local path .* because `s3://` is not supported",
+        ),
         ({"max_train_steps": 0}, "`--max_train_steps` must be more than 0, but is 0"),
         ({"lpips_weight": -1.0}, "`--lpips_weight` must not be negative, but is -1.0"),
         ({"max_unreadable_share": 2.0}, r"must lie in \[0, 1\], but is 2.0"),
