@@ -103,14 +103,14 @@ def add_scale_target(parser: argparse.ArgumentParser) -> None:
     targets = parser.add_mutually_exclusive_group()
     targets.add_argument(
         "--min-psnr",
-        type=_target,
+        type=target,
         metavar="DB",
         help="store each image at the smallest of the scales whose PSNR, resized to the image, is at least this; at "
         "the largest if none is",
     )
     targets.add_argument(
         "--max-bits",
-        type=_target,
+        type=target,
         metavar="BITS",
         help="store each image at the largest of the scales whose ids take at most so many bits; at the smallest if "
         "none does",
@@ -237,7 +237,8 @@ def scale(text: str) -> float:
     return _positive(text, "a scale")
 
 
-def _target(text: str) -> float:
+def target(text: str) -> float:
+    """Reads a PSNR or a number of bits to reach."""
     return _positive(text, "the target")
 
 

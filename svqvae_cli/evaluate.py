@@ -16,6 +16,7 @@ from svqvae_cli.arguments import (
     image_set_options,
     path,
     path_or_name,
+    target,
 )
 from svqvae_cli.errors import check_none_skipped, require_extra
 
@@ -51,10 +52,10 @@ def add_to(commands: Commands) -> None:
     add_output(parser, "folder to write to")
     parser.add_argument(
         "--beside",
-        nargs="+",
+        nargs="*",
         type=path_or_name,
         metavar="OTHER",
-        help="further models of any of these classes for the same table",
+        help="make one table of MODEL, further models of any of these classes, and the baselines",
     )
     parser.add_argument(
         "--resolution",
@@ -63,6 +64,14 @@ def add_to(commands: Commands) -> None:
         help="resize the shorter side and crop the centre to this side (default: images as they are)",
     )
     add_scales(parser, [1.0, 0.5, 0.25])
+    parser.add_argument(
+        "--min-psnr",
+        nargs="+",
+        type=target,
+        metavar="DB",
+        help="also measure each SVQVAE with every image at the smallest of the scales that reaches this PSNR, or else "
+        "at the largest (default: whole dB for one SVQVAE alone, none with --beside)",
+    )
     parser.add_argument(
         "--baselines",
         nargs="+",
@@ -117,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import check_source, explain_loading, find_device
     from svqvae_hf.paths import check_output
 
+    if args.min_psnr and len(set(args.scales)) < 2:
+        raise ValueError("--min-psnr chooses among at least two scales. Pass them, such as --scales 0.25 0.5 1.")
     check_output(args.output)
     for source in (args.model, *(args.beside or [])):
         check_source(source, subfolder=True)
@@ -169,6 +180,7 @@ def _evaluate(
         model,
         scales=args.scales,
         scale_from=args.scale_from,
+        min_psnr=args.min_psnr,
         modes=args.modes,
         tile_size=args.tile_size,
         overlap=args.overlap,
@@ -207,7 +219,7 @@ def _compare(
     tokenizers: list[Tokenizer] = []
     for source in (args.model, *(args.beside or [])):
         with explain_loading(source):
-            tokenizers += load_tokenizers(source, device, args.scales, args.scale_from)
+            tokenizers += load_tokenizers(source, device, args.scales, args.scale_from, args.min_psnr or ())
     if args.baselines:
         shape = next(((each.f, each.codebook_size) for each in tokenizers if each.codebook_size), None)
         if shape is None:

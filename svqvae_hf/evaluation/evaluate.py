@@ -57,6 +57,7 @@ def evaluate(
     *,
     scales: Sequence[float] = SCALES,
     scale_from: str = "latents",
+    min_psnr: Sequence[float] | None = None,
     modes: Sequence[str] = MODES,
     tile_size: int = 256,
     overlap: int | None = None,
@@ -79,6 +80,8 @@ def evaluate(
         scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
             scale is the image resized by area below 1, bicubic above.
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+        min_psnr (`Sequence[float]`, *optional*): Targets in dB, for each of which the report says what images at the
+            smallest scale that reaches it take. By default whole dB between the means of the scales.
         modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both. Both are run
             only for images that are large enough for tiles. If none is, the report has the first mode alone.
         tile_size (`int`, defaults to 256): Largest side of a tile in pixels, as in [`SVQVAE.enable_tiling`].
@@ -125,7 +128,7 @@ def evaluate(
         versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         codebook=_describe_codebook(model),
         results=results,
-        targets=choose_scales(records, scales),
+        targets=choose_scales(records, scales, min_psnr),
         codecs=_codec_means(records),
         baselines=baselines,
         images=records,

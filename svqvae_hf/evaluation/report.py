@@ -229,8 +229,9 @@ def rate_figure(report: Report) -> Figure:
         _plot_codecs(axes, report, key)
         _plot_block_baselines(axes, report, key)
         _plot_scales(axes, report, f"{key}_full_size")
-        if key == "psnr" and report.targets:
-            rates, values = ([getattr(each, name) for each in report.targets] for name in ("bits_per_pixel", "psnr"))
+        targets = [each for each in report.targets if is_finite(getattr(each, key))]
+        if targets:
+            rates, values = ([getattr(each, name) for each in targets] for name in ("bits_per_pixel", key))
             name = "smallest scale that reaches a PSNR"
             axes.plot(rates, values, color=TARGETS_COLOUR, marker="x", linewidth=1.2, label=name)
         axes.set(xscale="log", xlabel="bits per pixel of the image", ylabel=f"{label}, at the image's size")
@@ -359,17 +360,18 @@ def _last_part(source: str) -> str:
 def _targets_table(report: Report) -> list[str]:
     rows = [
         [
-            str(each.min_psnr),
+            f"{each.min_psnr:g}",
             f"{each.reached} of {len(report.images)}",
             f"{each.psnr:.2f}",
+            format_cell(each.ssim, ".4f"),
             f"{each.ids:.0f}",
             f"{each.bits_per_pixel:.4f}",
             f"{each.fixed_ids:.0f} (scale {each.fixed_scale:g})",
         ]
         for each in report.targets
     ]
-    header = ["at least, dB", "images that reach it", "PSNR at full size, dB", "ids per image", "bits per pixel"]
-    return format_table([*header, "ids at one scale for all"], rows)
+    header = ["at least, dB", "images that reach it", "PSNR at full size, dB", "SSIM at full size"]
+    return format_table([*header, "ids per image", "bits per pixel", "ids at one scale for all"], rows)
 
 
 def _codec_table(report: Report) -> list[str]:

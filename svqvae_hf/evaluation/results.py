@@ -43,18 +43,20 @@ class TargetResult(NamedTuple):
     """Means over the set if each image is stored at the smallest scale that reaches a PSNR.
 
     Args:
-        min_psnr (`int`): The target in dB, at full size.
+        min_psnr (`float`): The target in dB, at full size.
         reached (`int`): Images that reach it. The others are stored at the largest scale.
         psnr (`float`): Mean PSNR at full size.
+        ssim (`float`, *optional*): Mean SSIM at full size; `None` if an image is too small.
         ids (`float`): Ids per image.
         bits_per_pixel (`float`): Mean bits per pixel, not entropy-coded.
         fixed_scale (`float`): One scale for all images by which as many reach the target.
         fixed_ids (`float`): Ids per image at this scale.
     """
 
-    min_psnr: int
+    min_psnr: float
     reached: int
     psnr: float
+    ssim: float | None
     ids: float
     bits_per_pixel: float
     fixed_scale: float
@@ -122,14 +124,16 @@ class Report:
     best: list[Example]
 
 
-def choose_scales(records: Sequence[dict[str, Any]], scales: Sequence[float]) -> list[TargetResult]:
+def choose_scales(
+    records: Sequence[dict[str, Any]], scales: Sequence[float], targets: Sequence[float] | None = None
+) -> list[TargetResult]:
     """Stores each image at the smallest scale that reaches a PSNR at full size, or else at the largest.
-
-    The targets are whole dB, from the mean PSNR of the smallest scale to the mean PSNR of the largest.
 
     Args:
         records (`Sequence[dict[str, Any]]`): `images` of [`Report`], of which the first mode is used.
         scales (`Sequence[float]`): As in [`evaluate`].
+        targets (`Sequence[float]`, *optional*): PSNR in dB. By default whole dB, from the mean PSNR of the smallest
+            scale to the mean PSNR of the largest.
     """
     by_scale = sorted(range(len(scales)), key=scales.__getitem__)
     ends = [
@@ -139,18 +143,20 @@ def choose_scales(records: Sequence[dict[str, Any]], scales: Sequence[float]) ->
         return []
     low, high = (math.fsum(each) / len(each) for each in ends)
     results = []
-    for min_psnr in range(math.ceil(low), math.floor(high) + 1):
+    for min_psnr in range(math.ceil(low), math.floor(high) + 1) if targets is None else targets:
         chosen = []
         for record in records:
             in_order = [record["results"][index] for index in by_scale]
             chosen.append(next((each for each in in_order if each["psnr_full_size"] >= min_psnr), in_order[-1]))
         fixed_scale = max(each["scale"] for each in chosen)
+        ssim = [each["ssim_full_size"] for each in chosen]
         fixed = [record["results"][list(scales).index(fixed_scale)] for record in records]
         results.append(
             TargetResult(
                 min_psnr=min_psnr,
                 reached=sum(each["psnr_full_size"] >= min_psnr for each in chosen),
                 psnr=math.fsum(each["psnr_full_size"] for each in chosen) / len(records),
+                ssim=None if None in ssim else math.fsum(ssim) / len(records),
                 ids=sum(each["ids"] for each in chosen) / len(records),
                 bits_per_pixel=math.fsum(each["bits_per_pixel"] for each in chosen) / len(records),
                 fixed_scale=fixed_scale,

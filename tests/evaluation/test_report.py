@@ -177,18 +177,19 @@ def test_rate_figure_has_a_point_per_scale_and_quality(report):
 
 def test_targets_have_a_table_and_a_line(report):
     label = "smallest scale that reaches a PSNR"
-    two = [TargetResult(25, 2, 26.5, 40.4, 0.03906, 0.5, 64), TargetResult(26, 1, 28, 64, 0.0625, 1.0, 64)]
+    two = [TargetResult(25, 2, 26.5, 0.75, 40.4, 0.03906, 0.5, 64), TargetResult(26, 1, 28, None, 64, 0.0625, 1.0, 64)]
     for targets in ([], two):
         report.targets = targets
         psnr, ssim = rate_figure(report).axes
         lines = [line for line in psnr.lines if line.get_label() == label]
         assert [line.get_xydata().tolist() for line in lines] == [[[0.03906, 26.5], [0.0625, 28]]] * bool(targets)
-        assert label not in [line.get_label() for line in ssim.lines]
+        ssim_lines = [line.get_xydata().tolist() for line in ssim.lines if line.get_label() == label]
+        assert ssim_lines == [[[0.03906, 0.75]]] * bool(targets)
         assert psnr.get_ylabel() == "PSNR, dB, at the image's size"
         assert ("## The smallest scale that reaches a PSNR" in markdown(report)) == bool(targets)
     row = next(line for line in markdown(report).splitlines() if "64 (scale 0.5)" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["25", f"2 of {len(report.images)}", "26.50", "40", "0.0391", "64 (scale 0.5)"]
+    assert cells == ["25", f"2 of {len(report.images)}", "26.50", "0.7500", "40", "0.0391", "64 (scale 0.5)"]
 
 
 def test_codebook_figure_has_a_line_per_scale(report):

@@ -23,6 +23,7 @@ from svqvae_hf.evaluation.tokenizers.baselines import BlockTokenizer, CodecToken
 from svqvae_hf.evaluation.tokenizers.compare import compare_tokenizers
 from svqvae_hf.evaluation.tokenizers.loading import load_tokenizers
 from svqvae_hf.evaluation.tokenizers.memory import PeakMemory
+from svqvae_hf.evaluation.tokenizers.table import comparison_figure
 
 
 @pytest.fixture
@@ -147,6 +148,27 @@ def test_scales_of_an_svqvae_are_those_of_its_own_report(saved_model, photo):
     ]
 
 
+def test_smallest_scale_that_reaches_a_target(saved_model, photo):
+    images = [photo.crop((40 * i, 30 * i, 40 * i + 64, 30 * i + 48)) for i in range(6)]
+    scales = [1.0, 0.25, 0.5]
+    fixed = compare_tokenizers(load_tokenizers(saved_model, scales=scales), images)
+    target = float(np.median([record["results"][1]["psnr"] for record in fixed.images])) - 1e-6
+    tokenizers = load_tokenizers(saved_model, scales=scales, min_psnr=[target])
+    comparison = compare_tokenizers(tokenizers, images, inception=Features())
+    assert comparison.rows[3]["title"] == f"{saved_model}, at least {target:g} dB"
+    chosen = []
+    for record in comparison.images:
+        by_scale = [record["results"][index] for index in (1, 2, 0)]
+        chosen.append(next((each for each in by_scale if each["psnr"] >= target), by_scale[-1]))
+        for key in ("tokens", "bits_per_pixel", "psnr", "ssim"):
+            assert record["results"][3][key] == pytest.approx(chosen[-1][key])
+    assert len({each["tokens"] for each in chosen}) > 1
+    assert all(comparison.rows[3][key] > 0 for key in ("rfid", "usage", "perplexity", "encode_speed", "decode_speed"))
+    psnr = comparison_figure(comparison).axes[0]
+    lines = {line.get_label(): len(line.get_xdata()) for line in psnr.lines}
+    assert lines == {saved_model: 3, f"{saved_model}, smallest scale that reaches a PSNR": 1}
+
+
 @pytest.mark.parametrize("name", ["llamagen_tiny.pt", "flexvar_tiny.pth"])
 def test_checkpoints_of_llamagen_and_flexvar_through_conversion(tmp_path, golden_dir, images, name):
     convert(golden_dir / name, tmp_path / "model")
@@ -258,6 +280,8 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     printed = capsys.readouterr().out
     assert table[2] in printed
     assert "ChameleonVQVAE: this class has no decoder" in printed
+    assert "Image files have no tokens." in printed
+    assert f"Codes used and perplexity need ids. {tmp_path / 'AutoencoderKL'} code latents." in printed
     with Image.open(out / "rate_distortion.png") as figure:
         assert figure.width > 1000
 
@@ -268,6 +292,7 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     [
         ("{kl} {images} --tile-size 32", "--tile-size is for one SVQVAE alone"),
         ("{model} {images} --beside {kl} --half-precision", "--half-precision is for one SVQVAE alone"),
+        ("{model} {images} --scales 1 --min-psnr 24", "--min-psnr chooses among at least two scales"),
         ("{kl} {images} --baselines {images}", "--baselines needs a model with a codebook"),
         ("{model} {images} --beside {images}", "must be the folder of a model, but has no config.json"),
         ("{model} {images} --beside {images}/a.png", "a model must be a folder or a Hub id, got the file"),

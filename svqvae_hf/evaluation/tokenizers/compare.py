@@ -193,14 +193,25 @@ def _write_notes(
     inception: nn.Module | None,
 ) -> list[str]:
     notes = [NOT_COMPUTED[key] for key, network in (("lpips", lpips), ("rfid", inception)) if network is None]
-    if inception is not None and len(records) < MANY_IMAGES:
+    if inception is not None and len(records) == 1:
+        notes.append("rFID was not computed: it needs at least two images.")
+    elif inception is not None and len(records) < MANY_IMAGES:
         notes.append(f"rFID of {len(records)} images is far too high to be compared with published values.")
-    small = sum(min(record["width"], record["height"]) < metrics.MS_SSIM_SIDE for record in records)
-    if small:
-        notes.append(
-            f"MS-SSIM was not computed for {small} of {len(records)} images. It needs sides of at least "
-            f"{metrics.MS_SSIM_SIDE} pixels."
-        )
+    sides = {"SSIM": metrics.SSIM_SIDE, "MS-SSIM": metrics.MS_SSIM_SIDE}
+    if lpips is not None:
+        sides["LPIPS"] = lpips.min_side
+    for title, side in sides.items():
+        small = sum(min(record["width"], record["height"]) < side for record in records)
+        if small:
+            notes.append(
+                f"{title} was not computed for {small} of {len(records)} images. It needs sides of at least {side} "
+                "pixels."
+            )
+    if any(row["tokens"] is None for row in rows):
+        notes.append("Image files have no tokens. The memory of their encoders and decoders was not measured.")
+    latents = [row["title"] for row in rows if row["tokens"] is not None and row["usage"] is None]
+    if latents:
+        notes.append(f"Codes used and perplexity need ids. {', '.join(latents)} code latents.")
     few = [
         meter.tokenizer.title
         for meter, row in zip(meters, rows, strict=True)

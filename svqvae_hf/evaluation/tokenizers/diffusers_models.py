@@ -1,9 +1,12 @@
 """Adapters of [`SVQVAE`] and of models of diffusers."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.scale_choice import choose_by_psnr
 
 
 class SVQVAETokenizer:
@@ -30,6 +33,28 @@ class SVQVAETokenizer:
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Image `(1, 3, h * f, w * f)`."""
         return (self.model.decode_tokens(codes) - self.low) / self.half_range - 1
+
+
+class SmallestScaleTokenizer(SVQVAETokenizer):
+    """[`SVQVAE`] at the smallest scale that reaches a PSNR, or else the largest, chosen for each image.
+
+    Args:
+        title (`str`): Name in the tables.
+        model ([`SVQVAE`]): Model in evaluation mode.
+        scales (`Sequence[float]`): Scales to choose from.
+        min_psnr (`float`): PSNR in dB, as in [`encode_to_psnr`].
+        scale_from (`str`): What is resized to a scale, see [`SVQVAE.forward`].
+    """
+
+    def __init__(self, title: str, model: SVQVAE, scales: Sequence[float], min_psnr: float, scale_from: str):
+        super().__init__(title, model, scale_from=scale_from)
+        self.scales, self.min_psnr = scales, min_psnr
+
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Ids `(1, h, w)`. Their grid tells the scale."""
+        pixels = ((sample + 1) * 127.5).round().byte().cpu()
+        (choice,) = choose_by_psnr(self.model, pixels, self.scales, self.min_psnr, self.scale_from)
+        return choice.ids[None]
 
 
 class VQModelTokenizer:

@@ -16,6 +16,7 @@ from svqvae_hf.evaluation.tokenizers.diffusers_models import (
     AutoencoderDCTokenizer,
     AutoencoderKLTokenizer,
     AutoencoderTinyTokenizer,
+    SmallestScaleTokenizer,
     SVQVAETokenizer,
     VQModelTokenizer,
 )
@@ -41,9 +42,13 @@ WITHIN_WHOLE = {r"^(model\.)?vqmodel\.": ""}  # names of its weights there
 
 
 def load_tokenizers(
-    source: str, device: str | torch.device = "cpu", scales: Sequence[float] = (1.0,), scale_from: str = "image"
+    source: str,
+    device: str | torch.device = "cpu",
+    scales: Sequence[float] = (1.0,),
+    scale_from: str = "image",
+    min_psnr: Sequence[float] = (),
 ) -> list[Tokenizer]:
-    """Loads a tokenizer in float32 for [`compare_tokenizers`], an [`SVQVAE`] once per scale.
+    """Loads a tokenizer in float32 for [`compare_tokenizers`], an [`SVQVAE`] once per scale and per target.
 
     Args:
         source (`str`): Folder, `org/repo` or `org/repo/subfolder` on the Hub. Its `config.json` must name an
@@ -52,6 +57,8 @@ def load_tokenizers(
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to load it to.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Scales of an [`SVQVAE`].
         scale_from (`str`, defaults to `"image"`): What an [`SVQVAE`] resizes to a scale.
+        min_psnr (`Sequence[float]`): Targets in dB. For each, an [`SVQVAE`] codes an image at the smallest of the
+            scales that reaches it, or else at the largest.
 
     Raises:
         OSError: If it cannot be loaded.
@@ -76,7 +83,13 @@ def load_tokenizers(
     if model_class is not SVQVAE:
         return [adapter(source, model)]
     titles = [source if scale == 1 else f"{source}, scale {scale:g}" for scale in scales]
-    return [SVQVAETokenizer(*each, scale_from) for each in zip(titles, repeat(model), scales)]
+    return [
+        *(SVQVAETokenizer(*each, scale_from) for each in zip(titles, repeat(model), scales)),
+        *(
+            SmallestScaleTokenizer(f"{source}, at least {target:g} dB", model, scales, target, scale_from)
+            for target in min_psnr
+        ),
+    ]
 
 
 def class_name(source: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Plots PSNR and SSIM against bits per pixel: a point per tokenizer, a line per image codec."""
+    """Plots PSNR and SSIM against bits per pixel: a line per image codec, per model's scales, and per its targets."""
     figure = Figure(figsize=(12, 6 + 0.2 * len(comparison.rows)), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(panels, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
@@ -105,14 +106,17 @@ def comparison_figure(comparison: Comparison) -> Figure:
 
 
 def _plot(axes: Axes, rows: Sequence[dict[str, Any]], key: str) -> None:
-    number = 0
-    for codec, (colour, style) in GREYS.items():
-        points = [row for row in rows if row["title"].startswith(f"{codec}, quality ")]
-        if points:
-            rates, values = ([row[name] for row in points] for name in ("bits_per_pixel", key))
-            axes.plot(rates, values, color=colour, linestyle=style, marker=".", label=codec)
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if not row["title"].startswith(tuple(f"{codec}, quality " for codec in GREYS)):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
-            axes.plot(row["bits_per_pixel"], row[key], color=colour, marker=marker, ls="", label=row["title"])
-            number += 1
+        name = re.sub(r", (scale|quality) [\d.e+-]+$", "", row["title"])
+        name = re.sub(r", at least [\d.e+-]+ dB$", ", smallest scale that reaches a PSNR", name)
+        lines.setdefault(name, []).append((row["bits_per_pixel"], row[key]))
+    others = [name for name in lines if name not in GREYS]
+    for name, points in lines.items():
+        if name in GREYS:
+            colour, style = GREYS[name]
+            marker = "."
+        else:
+            number = others.index(name)
+            colour, style, marker = COLOURS[number % len(COLOURS)], "-", MARKERS[number // len(COLOURS) % len(MARKERS)]
+        axes.plot(*zip(*sorted(points), strict=True), color=colour, ls=style, marker=marker, linewidth=1.2, label=name)
