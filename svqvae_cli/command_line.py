@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        from svqvae_hf.tokens.image_tokens import is_out_of_memory
+        from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        return _fail("out of memory. Use smaller scales, smaller tiles or smaller images.")
+        return _fail(OUT_OF_MEMORY)
     return 0
 
 

@@ -56,18 +56,19 @@ def _encode(args: argparse.Namespace) -> None:
     with progress(inputs) as (files, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
         for file, image in skipping.read(files, read):
-            reached = True
-            if args.min_psnr is not None:
-                tokens, reached = encode_to_psnr(model, image, args.scales, args.min_psnr, args.scale_from)
-            elif args.max_bits is not None:
-                tokens, reached = encode_to_bits(model, image, args.scales, args.max_bits, args.scale_from)
-            else:
-                tokens = encode_image(model, image, args.scales, args.scale_from)
-            chosen += Counter(tokens.scales)
-            missed += not reached
-            path = file.target(args.output, ".safetensors")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_tokens(path, tokens)
+            with skipping.attempt(file.path):
+                reached = True
+                if args.min_psnr is not None:
+                    tokens, reached = encode_to_psnr(model, image, args.scales, args.min_psnr, args.scale_from)
+                elif args.max_bits is not None:
+                    tokens, reached = encode_to_bits(model, image, args.scales, args.max_bits, args.scale_from)
+                else:
+                    tokens = encode_image(model, image, args.scales, args.scale_from)
+                chosen += Counter(tokens.scales)
+                missed += not reached
+                path = file.target(args.output, ".safetensors")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tokens(path, tokens)
     skipping.finish()
     print(f"written  {args.output} (token files: {len(inputs)})")
     if args.min_psnr is not None or args.max_bits is not None:
@@ -93,7 +94,7 @@ def _encode_large(args: argparse.Namespace) -> None:
     with progress(inputs) as (files, on_tile):
         for file in unfinished(files, targets, args.resume):
             (target,) = targets[file]
-            with skipping.attempt(ImageError, PermissionError), explain_resume(target, RESUME):
+            with skipping.attempt(file.path, ImageError, PermissionError), explain_resume(target, RESUME):
                 encode_large(model, file.path, target, args.resume, on_tile)
     skipping.finish()
     print(f"written  {args.output} (token files: {len(inputs)})")

@@ -32,21 +32,30 @@ class Skipping:
     ) -> "Iterator[tuple[InputFile, Content]]":
         """Yields each readable input and what `read` returns for its path."""
         for file in files:
-            with self.attempt(OSError, ValueError):
+            with self.attempt(file.path, OSError, ValueError):
                 yield file, read(file.path)
 
     @contextmanager
-    def attempt(self, *errors: type[Exception]) -> Iterator[None]:
-        """Skips the input whose work raises one of these errors."""
-        from tqdm import tqdm
-
+    def attempt(self, path: Path, *errors: type[Exception]) -> Iterator[None]:
+        """Skips the input whose work raises one of these errors, or runs out of memory."""
         try:
             yield
         except errors as error:
-            if self.total == 1:
+            self._skip(error, str(error))
+        except (MemoryError, RuntimeError) as error:
+            from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, is_out_of_memory
+
+            if not is_out_of_memory(error):
                 raise
-            self.skipped += 1
-            tqdm.write(f"svqvae: skipped: {one_line(str(error))}", sys.stderr)  # above the progress bars
+            self._skip(error, f"`{path}`: {OUT_OF_MEMORY}")
+
+    def _skip(self, error: Exception, reason: str) -> None:
+        from tqdm import tqdm
+
+        if self.total == 1:
+            raise error
+        self.skipped += 1
+        tqdm.write(f"svqvae: skipped: {one_line(reason)}", sys.stderr)  # above the progress bars
 
     def finish(self) -> None:
         """Raises if inputs were skipped.

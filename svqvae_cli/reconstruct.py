@@ -61,13 +61,14 @@ def _reconstruct(args: argparse.Namespace) -> None:
     with progress(inputs) as (files, on_tile):
         model.enable_tiling(args.tile_size, args.overlap, on_tile)
         for file, original in skipping.read(files, read):
-            tokens = encode_image(model, original, args.scales, args.scale_from)
-            images = decode_image(model, tokens)
-            results = measure_reconstructions(original, tokens, images)
-            sheet = [side_by_side(original, images, results)] if args.side_by_side else []
-            for image, target in zip([*images, *sheet], targets[file], strict=True):
-                save_png(image, target)
-            table.add(str(file.name), results)
+            with skipping.attempt(file.path):
+                tokens = encode_image(model, original, args.scales, args.scale_from)
+                images = decode_image(model, tokens)
+                results = measure_reconstructions(original, tokens, images)
+                sheet = [side_by_side(original, images, results)] if args.side_by_side else []
+                for image, target in zip([*images, *sheet], targets[file], strict=True):
+                    save_png(image, target)
+                table.add(str(file.name), results)
     if len(inputs) > 1:
         table.add_totals()
     skipping.finish()
@@ -93,7 +94,7 @@ def _reconstruct_large(args: argparse.Namespace) -> None:
     with progress(inputs) as (files, on_tile):
         for file in unfinished(files, targets, args.resume):
             (target,) = targets[file]
-            with skipping.attempt(ImageError, PermissionError), explain_resume(target, RESUME):
+            with skipping.attempt(file.path, ImageError, PermissionError), explain_resume(target, RESUME):
                 result = reconstruct_large(model, file.path, target, args.resume, on_tile)
                 table.add(str(file.name), [result])
     skipping.finish()

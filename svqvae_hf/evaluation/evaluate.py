@@ -39,7 +39,13 @@ from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, resize_latents, resize_sample
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import fits_whole
-from svqvae_hf.tokens.image_tokens import check_memory, resize_image
+from svqvae_hf.tokens.image_tokens import (
+    OUT_OF_MEMORY,
+    TooLargeError,
+    check_memory,
+    is_out_of_memory,
+    resize_image,
+)
 from svqvae_hf.tokens.token_files import grid_shape
 
 MODES = ("plain", "tiled")
@@ -76,7 +82,8 @@ def evaluate(
     Args:
         model ([`SVQVAE`]): Model on the device to work on. Its copy runs in float32.
         images (`Iterable`): An [`ImageSet`], or other inputs of [`read_image`]: images, paths, undecoded rows of
-            `datasets`. Read one by one; unreadable images are skipped and named in the report.
+            `datasets`. Read one by one; images that cannot be read or are too large for memory are skipped and named
+            in the report.
         scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
             scale is the image resized by area below 1, bicubic above.
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
@@ -99,7 +106,7 @@ def evaluate(
             seconds per image.
 
     Raises:
-        ValueError: If an option is out of range, no image can be read, or an image needs more memory than is free.
+        ValueError: If an option is out of range, or all images are skipped.
     """
     _check_options(scales, modes, resolution)
     check_scale_from(scale_from)
@@ -163,11 +170,11 @@ def measure_images(
         state (`PartialState`): The processes.
 
     Returns:
-        `tuple[list[dict], list[dict]]`: Records of the readable images and of the unreadable ones, from all processes,
-        in the order of the set.
+        `tuple[list[dict], list[dict]]`: Records of the measured images and of the skipped ones, from all processes, in
+        the order of the set. Images are skipped that cannot be read or are too large for memory.
 
     Raises:
-        ValueError: No image can be read.
+        ValueError: All images are skipped.
     """
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
@@ -178,18 +185,33 @@ def measure_images(
             continue
         identity: dict[str, Any] = {"index": index, "name": image_name(source, index)}
         try:
-            image = read_image(source)
-        except (OSError, ValueError) as error:
-            skipped.append(identity | {"reason": fault_of(error)})
-            continue
-        if resolution is not None:
-            image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
-        records.append(identity | measure(image, **identity))
+            image = _read_crop(source, resolution)
+            records.append(identity | measure(image, **identity))
+        except (_UnreadableError, TooLargeError) as error:
+            skipped.append(identity | {"reason": str(error)})
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            skipped.append(identity | {"reason": OUT_OF_MEMORY})
     records, skipped = _gather_records(records), _gather_records(skipped)
     if not records:
         first = f" The first, `{skipped[0]['name']}`: {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"At least one image must be readable, but none of {len(skipped)} is.{first}")
+        raise ValueError(f"At least one image must be usable, but none of {len(skipped)} is.{first}")
     return records, skipped
+
+
+class _UnreadableError(Exception):
+    """An image cannot be read."""
+
+
+def _read_crop(source: ImageSource | ImageRow, resolution: int | None) -> Image.Image:
+    try:
+        image = read_image(source)
+    except (OSError, ValueError) as error:
+        raise _UnreadableError(fault_of(error)) from error
+    if resolution is None:
+        return image
+    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
 def new_fid(inception: nn.Module, device: torch.device) -> FrechetInceptionDistance:
@@ -249,6 +271,7 @@ class _Evaluator:
         self.block_baselines = block_baselines
         self.codecs = codecs
         self.totals = {mode: [_ScaleTotals(mode, scale, model, inception) for scale in scales] for mode in modes}
+        self.pending: list[tuple[_ScaleTotals, tuple[torch.Tensor, ...]]] = []  # of the image that is being measured
         self.worst: list[Example] = []
         self.best: list[Example] = []
 
@@ -257,13 +280,11 @@ class _Evaluator:
         """Measures an image at all scales in all modes, adds it to the sums, and returns its values."""
         sample = self.processor(image)["pixel_values"].to(self.model.device)
         results, baselines = [], []
+        self.pending = []
         tiled = self._needs_tiles(image)
         for mode in self.totals if tiled else [next(iter(self.totals))]:  # without tiles, modes do not differ
             self._set_tiling(mode == "tiled")
-            try:
-                check_memory(self.model, image.height, image.width, self.scales, self.scale_from)
-            except ValueError as error:
-                raise ValueError(f"`{name}`: {error}") from error
+            check_memory(self.model, image.height, image.width, self.scales, self.scale_from)
             latents = self._encode(self.model, sample)
             half_latents = {key: self._encode(half, sample) for key, half in self.half_models.items()}
             per_scale = []
@@ -282,6 +303,8 @@ class _Evaluator:
         if not tiled:
             results = [{**values, "mode": mode} for mode in self.totals for values in results]
         codecs = codec_metrics(image, self.codecs, self.model.device)
+        for sums, tensors in self.pending:  # only now, because the image may run out of memory before
+            sums.add(*tensors)
         record = {"width": image.width, "height": image.height, "tiled": tiled, "results": results}
         return record | {"baselines": baselines, "codecs": codecs}
 
@@ -313,15 +336,14 @@ class _Evaluator:
         latents: torch.Tensor,
         half_latents: dict[str, torch.Tensor],
     ) -> tuple[dict[str, Any], Image.Image]:
-        """Values and reconstruction of an image at one scale. Adds it to the sums of one mode, or of all."""
+        """Values and reconstruction of an image at one scale, which [`measure`] adds to the sums at its end."""
         model, device, scale = self.model, self.model.device, totals[0].scale
         ids = model.quantize.nearest_ids(latents)
         decoded = model.resize_to_image(model.decode(ids).sample, (image.height, image.width), scale)
         reconstruction = self.processor.postprocess(decoded)[0]
         sample = to_tensor(reconstruction, device)
         target = to_tensor(resize_image(image, reconstruction.size), device)
-        for each in totals:
-            each.add(ids, latents, sample, target)
+        self.pending += [(each, (ids, latents, sample, target)) for each in totals]
         values: dict[str, Any] = {"mode": totals[0].mode, "scale": scale, "ids": ids.numel()}
         values |= image_metrics(sample, target, self.lpips)
         full_size = full_size_metrics(reconstruction, image, device)

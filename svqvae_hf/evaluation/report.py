@@ -117,7 +117,7 @@ def markdown(report: Report) -> str:
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     if report.skipped:
-        lines += ["", f"## Skipped: {len(report.skipped)} unreadable", ""]
+        lines += ["", f"## Skipped: {len(report.skipped)}", ""]
         lines += [f"- `{each['name']}` (index {each['index']}): {each['reason']}" for each in report.skipped]
     libraries = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines += ["", "## Pictures", "", *PICTURES, "", f"Made with {libraries}."]
@@ -129,9 +129,9 @@ def summary(report: Report) -> str:
     lines = results_table(report, ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel"))
     lines += ["", *(_baselines_by_scale(report) if report.baselines else []), ""]
     if len(report.skipped) == 1:
-        lines.append("1 image could not be read; the report names it.")
+        lines.append("1 image was skipped; the report names it.")
     elif report.skipped:
-        lines.append(f"{len(report.skipped)} images could not be read; the report names them.")
+        lines.append(f"{len(report.skipped)} images were skipped; the report names them.")
     return "\n".join([*lines, *report.notes])
 
 

@@ -102,9 +102,9 @@ class Report:
         baselines (`list[dict[str, Any]]`): Means for each baseline at each scale, at the bits of the model:
             `baseline`, `scale`, `bits_per_pixel` (of the image as a whole), `psnr`, `ssim`, `ms_ssim`, `lpips`,
             `images`, and `exceeds`, the number of images for which it needs more bits than the model.
-        images (`list[dict[str, Any]]`): Readable images in the order of the set: `index`, `name`, `width`, `height`,
+        images (`list[dict[str, Any]]`): Measured images in the order of the set: `index`, `name`, `width`, `height`,
             `results`, `baselines` and `codecs`.
-        skipped (`list[dict[str, Any]]`): Unreadable images: `index`, `name`, `reason`.
+        skipped (`list[dict[str, Any]]`): Skipped images: `index`, `name`, `reason`.
         notes (`list[str]`): Sentences about values that are missing or need care.
         worst (`list[Example]`): Images with the lowest PSNR at the first scale, lowest first.
         best (`list[Example]`): Images with the highest PSNR at the first scale, highest first.

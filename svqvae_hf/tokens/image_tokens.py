@@ -16,12 +16,17 @@ from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTE
 from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
+OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
 
 # Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured: the bundled model
 # takes 290 bytes per pixel when it encodes a square of 512 pixels, and 381 when it decodes one. The estimates are 320
 # and 448.
 PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
+
+
+class TooLargeError(ValueError):
+    """An image needs more memory than is available."""
 
 
 class TokenOrigin(Protocol):
@@ -215,7 +220,7 @@ def check_memory(
         decodes (`bool`, defaults to `True`): Whether the scales will be decoded.
 
     Raises:
-        ValueError: The estimate exceeds the available memory.
+        TooLargeError: The estimate exceeds the available memory.
     """
     pixels = height * width
     output = max(scale * scale for scale in scales) * pixels
@@ -228,7 +233,7 @@ def check_memory(
     available = available_memory(model.device)
     if needed > available:
         tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
-        raise ValueError(
+        raise TooLargeError(
             f"an image of {width} x {height} pixels at scales {', '.join(f'{scale:g}' for scale in scales)}, {tiles}, "
             f"would take about {needed / GIB:.3g} GiB of memory, but {available / GIB:.3g} GiB are available. Use "
             "smaller scales, smaller tiles or a smaller image, or `--large` on the command line."

@@ -263,7 +263,7 @@ def test_out_of_memory_is_one_line(two_images, saved_model, tmp_path, capsys, fa
         RuntimeError("MPS backend out of memory"),
     ):
         failing_encoder(error)
-        argv = ["encode", two_images, "--output", tmp_path / "out", "--model", saved_model]
+        argv = ["encode", two_images / "a.png", "--output", tmp_path / "out", "--model", saved_model]
         assert "error: out of memory. Use smaller scales" in fails(capsys, *argv)
 
 

@@ -8,6 +8,7 @@ from conftest import ROOT, make_tiny
 from PIL import Image
 
 from svqvae_cli import loading
+from svqvae_hf import SVQVAE
 from svqvae_hf.tokens import image_tokens
 from svqvae_hf.tokens.image_tokens import decode_image
 from svqvae_hf.tokens.token_files import load_tokens
@@ -64,8 +65,24 @@ def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, ca
     assert not out.exists()
 
 
+def exhaust_memory(monkeypatch):
+    """Lets memory run out in the middle of the work on an image of 200 pixels."""
+
+    def exhausted(function):
+        def run(self, values, *args, **kwargs):
+            if values.shape[-1] in (200, 50):  # pixels or ids
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return function(self, values, *args, **kwargs)
+
+        return run
+
+    for name in ("encode_tokens", "decode"):
+        monkeypatch.setattr(SVQVAE, name, exhausted(getattr(SVQVAE, name)))
+
+
 @pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
-def test_images_too_large_for_memory_are_skipped(tmp_path, out, saved_model, monkeypatch, capsys, command):
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_images_too_large_for_memory_are_skipped(tmp_path, out, saved_model, monkeypatch, capsys, command, foreseen):
     source, model = tmp_path / "images", ["--model", saved_model]
     source.mkdir()
     for name, side in (("large", 200), ("small", 8)):
@@ -73,13 +90,17 @@ def test_images_too_large_for_memory_are_skipped(tmp_path, out, saved_model, mon
     if command == "decode":
         assert svqvae("encode", source, "--output", out / "tokens", *model) == 0
         source = out / "tokens"
-    monkeypatch.setattr(image_tokens, "available_memory", lambda device: 2**20)
+    if foreseen:
+        monkeypatch.setattr(image_tokens, "available_memory", lambda device: 2**20)
+    else:
+        exhaust_memory(monkeypatch)
     capsys.readouterr()
     assert svqvae(command, source, "--output", out / "made", *model) == 1
     (written,) = (out / "made").iterdir()
     assert written.stem.startswith("small")
     skipped, last = capsys.readouterr().err.splitlines()
-    assert re.match(r"svqvae: skipped: `.*/large\..*`: an image of 200 x 200 pixels .* of memory", skipped)
+    reason = "an image of 200 x 200 pixels .* of memory" if foreseen else "out of memory. Use smaller scales"
+    assert re.match(rf"svqvae: skipped: `.*/large\..*`: {reason}", skipped)
     assert last == "svqvae: 1 of 2 inputs were skipped"
 
 

@@ -18,7 +18,7 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from svqvae_hf import SVQVAEImageProcessor
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation import evaluate as evaluation
 from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
@@ -26,6 +26,7 @@ from svqvae_hf.evaluation.evaluate import MODES, evaluate
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.report import summary, write_report
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.tokens.image_tokens import TooLargeError
 
 SCALES = (1.0, 0.5, 2.0)
 
@@ -160,6 +161,36 @@ def test_unreadable_images_are_skipped_and_named(tiny_model, photos, tmp_path):
     assert "is not a readable image" in report.skipped[0]["reason"]
     with pytest.raises(ValueError, match=r"none of 1 is. The first, `broken.png`: .* is not a readable image"):
         evaluate(tiny_model, sources[1:2])
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_images_too_large_for_memory_are_skipped_and_add_nothing(tiny_model, photos, monkeypatch, foreseen):
+    options = {"scales": [1.0, 0.5], "modes": ["plain"], "codecs": []}
+    expected = evaluate(tiny_model, photos[:2], **options, inception=Features())
+    large = photos[0].resize((200, 40))
+    decode = SVQVAE.decode
+
+    def exhausted(self, ids, *args, **kwargs):
+        if ids.shape[-1] == 25:  # at the second scale
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(self, ids, *args, **kwargs)
+
+    if foreseen:
+        monkeypatch.setattr(evaluation, "check_memory", lambda model, height, width, *args: fail_if(width == 200))
+    else:
+        monkeypatch.setattr(SVQVAE, "decode", exhausted)
+    report = evaluate(tiny_model, [large, *photos[:2]], **options, inception=Features())
+    (skipped,) = report.skipped
+    assert (skipped["index"], skipped["name"]) == (0, "image 0")
+    assert skipped["reason"].startswith("too large" if foreseen else "out of memory. Use smaller scales")
+    for found, result in zip(report.results, expected.results, strict=True):
+        assert found.values == pytest.approx(result.values)
+        assert np.array_equal(found.counts, result.counts)
+
+
+def fail_if(is_large):
+    if is_large:
+        raise TooLargeError("too large")
 
 
 def test_model_is_not_changed(tiny_model, photos):

@@ -251,7 +251,7 @@ def test_command_writes_the_report(model, photos, tmp_path, capsys):
     assert f"{document['baselines'][1]['psnr']:.2f}" in captured.out
     assert document["baselines"][1]["baseline"] == "k-means with a linear 3 x 3 decoder"
     assert f"{document['results'][0]['psnr']:.2f}" in captured.out
-    assert "1 image could not be read; the report names it." in captured.out
+    assert "1 image was skipped; the report names it." in captured.out
     assert captured.err == "svqvae: 1 of 3 inputs were skipped\n"
     assert {each["codec"] for each in document["codecs"]} == {"JPEG"}
 

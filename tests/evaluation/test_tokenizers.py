@@ -232,6 +232,25 @@ def test_an_adapter_of_ones_own(images):
         compare_tokenizers([TooMany()], images)
 
 
+class Greedy(Exact):
+    title = "greedy"
+
+    def decode(self, codes):
+        if codes.shape[-1] > 60:
+            raise MemoryError
+        return super().decode(codes)
+
+
+def test_an_image_that_exhausts_the_memory_of_one_is_skipped_for_all(saved_model, photo, images):
+    tokenizers = [*load_tokenizers(saved_model), Greedy()]
+    expected = compare_tokenizers(tokenizers, images, inception=Features())
+    found = compare_tokenizers(tokenizers, [photo.crop((0, 0, 64, 64)), *images], inception=Features())
+    assert [(each["index"], each["reason"][:14]) for each in found.skipped] == [(0, "out of memory.")]
+    for row, other in zip(found.rows, expected.rows, strict=True):
+        timeless = {key: value for key, value in other.items() if not key.endswith("speed")}
+        assert {key: row[key] for key in timeless} == pytest.approx(timeless)
+
+
 def test_peak_memory_counts_each_tensor_once_while_it_is_alive():
     weight = torch.ones(100)
     with torch.no_grad(), PeakMemory() as memory:

@@ -42,9 +42,9 @@ class Comparison:
         versions (`dict[str, str]`): Versions of Python and of the libraries that affect the values.
         rows (`list[dict[str, Any]]`): Values of each tokenizer by the names of `COLUMNS` in
             [`svqvae_hf.evaluation.tokenizers.table`]; `None` if a value could not be computed.
-        images (`list[dict[str, Any]]`): Readable images in the order of the set: `index`, `name`, `width`, `height`
+        images (`list[dict[str, Any]]`): Measured images in the order of the set: `index`, `name`, `width`, `height`
             and `results`, the values of the image for each tokenizer.
-        skipped (`list[dict[str, Any]]`): Unreadable images: `index`, `name`, `reason`.
+        skipped (`list[dict[str, Any]]`): Skipped images: `index`, `name`, `reason`.
         notes (`list[str]`): Sentences about values that are missing or need care.
     """
 
@@ -79,7 +79,7 @@ def compare_tokenizers(
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
 
     Raises:
-        ValueError: If an option is out of range, titles are equal, or no image can be read.
+        ValueError: If an option is out of range, titles are equal, or all images are skipped.
     """
     device = torch.device(device)
     titles = [each.title for each in tokenizers]
@@ -93,8 +93,10 @@ def compare_tokenizers(
 
     def measure(image: Image.Image, **identity: Any) -> dict[str, Any]:
         target = to_tensor(image, device)
-        results = [meter.measure(target) for meter in meters]
-        return {"width": image.width, "height": image.height, "results": results}
+        measured = [meter.measure(target) for meter in meters]
+        for meter, (values, counts, reconstruction) in zip(meters, measured, strict=True):
+            meter.add(values, counts, reconstruction, target)  # only now, because a tokenizer may run out of memory
+        return {"width": image.width, "height": image.height, "results": [values for values, _, _ in measured]}
 
     records, skipped = measure_images(measure, images, resolution, state)
     rows = [meter.row([record["results"][index] for record in records], records) for index, meter in enumerate(meters)]
@@ -120,14 +122,15 @@ class _Meter:
         self.peak_memory: int | None = None
 
     @torch.no_grad()
-    def measure(self, target: torch.Tensor) -> dict[str, Any]:
-        """Values of an image `(1, 3, height, width)` in uint8."""
+    def measure(self, target: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
+        """Values, counts of codes, and reconstruction of an image `(1, 3, height, width)` in uint8."""
         tokenizer, (height, width) = self.tokenizer, target.shape[-2:]
         sample = pad_to_multiple(target / 127.5 - 1, tokenizer.f)
-        if self.peak_memory is None:
+        peak_memory = self.peak_memory
+        if peak_memory is None:
             with PeakMemory() as memory:
                 tokenizer.decode(tokenizer.encode(sample))
-            self.peak_memory = memory.peak
+            peak_memory = memory.peak
         codes, encode_seconds = self._timed(lambda: tokenizer.encode(sample))
         decoded, decode_seconds = self._timed(lambda: tokenizer.decode(codes))
         values: dict[str, Any] = {
@@ -135,18 +138,25 @@ class _Meter:
             "bits_per_pixel": count_bits(codes, tokenizer.codebook_size) / (height * width),
             "encode_seconds": encode_seconds,
             "decode_seconds": decode_seconds,
-            "memory": None if isinstance(codes, bytes) else self.peak_memory,
+            "memory": None if isinstance(codes, bytes) else peak_memory,
             **dict.fromkeys(QUALITY),
         }
-        self._count_codes(codes)
+        counts = self._count_codes(codes)
         if decoded is None:
-            return values
+            return values, counts, None
         image = resize_image(to_image(decoded), (sample.shape[-1], sample.shape[-2]))
         reconstruction = to_tensor(image.crop((0, 0, width, height)), self.device)
-        if self.fid is not None:
+        return values | image_metrics(reconstruction, target, self.lpips), counts, reconstruction
+
+    def add(
+        self, values: dict[str, Any], counts: torch.Tensor, reconstruction: torch.Tensor | None, target: torch.Tensor
+    ) -> None:
+        """Adds a measured image to the sums."""
+        self.peak_memory = values["memory"] or 0
+        self.counts += counts
+        if self.fid is not None and reconstruction is not None:
             self.fid.update(reconstruction.to(self.fid.device), real=False)
             self.fid.update(target.to(self.fid.device), real=True)
-        return values | image_metrics(reconstruction, target, self.lpips)
 
     def row(self, results: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Means and sums over the images of all processes."""
@@ -166,16 +176,16 @@ class _Meter:
             "memory": results[0]["memory"] and results[0]["memory"] / MIB,
         }
 
-    def _count_codes(self, codes: Codes) -> None:
+    def _count_codes(self, codes: Codes) -> torch.Tensor:
         if isinstance(codes, bytes) or not len(self.counts):
-            return
+            return torch.zeros_like(self.counts)
         counts = metrics.count_codes(codes, len(self.counts)).cpu()
         if len(counts) > len(self.counts):
             raise ValueError(
                 f"`encode` of {self.tokenizer.title} must return ids under {len(self.counts)}, its `codebook_size`, "
                 f"got {len(counts) - 1}."
             )
-        self.counts += counts
+        return counts
 
     def _timed(self, run: Callable[[], Result]) -> tuple[Result, float]:
         begun = time.perf_counter()

@@ -74,7 +74,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     if comparison.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in comparison.notes)]
     if comparison.skipped:
-        lines += ["", f"## Skipped: {len(comparison.skipped)} unreadable", ""]
+        lines += ["", f"## Skipped: {len(comparison.skipped)}", ""]
         lines += [f"- `{each['name']}` (index {each['index']}): {each['reason']}" for each in comparison.skipped]
     libraries = ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
     lines += ["", "![Bits per pixel against PSNR and SSIM](rate_distortion.png)", "", f"Made with {libraries}."]
