@@ -3,6 +3,9 @@
 The pipeline is one of `training/train_next_scale.py`, trained on the folder of photographs, one per subfolder, each
 a class of its own. At temperature 0 it samples each class, fills a masked quarter of each photograph, and refines the
 ids of scales up to a quarter of the last one. The ids are compared with the photographs' own at every scale.
+
+It also samples each class on a canvas twice as wide. At a seam, the codes of neighbouring columns would be further
+apart than elsewhere. The cosine distance across the middle is compared with the distances between all other columns.
 """
 
 import time
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 
@@ -29,6 +33,24 @@ def sample(pipeline: SVQVAENextScalePipeline, labels: list[int], **editing: Any)
         **editing,
     )
     return grids
+
+
+def measure_seam(pipeline: SVQVAENextScalePipeline, labels: list[int]) -> Row:
+    """Samples a canvas of 2 : 1, and compares its middle with the other columns."""
+    height, width = (side * pipeline.vqvae.f for side in pipeline.trained_schedule[-1])
+    ids = sample(pipeline, labels, height=height, width=2 * width)[-1]
+    codes = pipeline.vqvae.quantize.get_codebook_entry(ids)  # (images, rows, columns, codebook_embed_dim)
+    distances = 1 - F.cosine_similarity(codes[:, :, 1:], codes[:, :, :-1], dim=-1).mean((0, 1))
+    middle = len(distances) // 2
+    others = torch.cat([distances[:middle], distances[middle + 1 :]])
+    return {
+        "canvas": f"{2 * width} x {height}",
+        "images": len(ids),
+        "distance across the middle": distances[middle].item(),
+        "mean of other columns": others.mean().item(),
+        "least": others.min().item(),
+        "largest": others.max().item(),
+    }
 
 
 def main() -> None:
@@ -71,7 +93,8 @@ def main() -> None:
                 "seconds per image": seconds / len(photos),
             }
         )
-    report(options, describe_machine(options.device, options.threads), {"Ids that come back": rows})
+    tables = {"Ids that come back": rows, "Seam": [measure_seam(pipeline, labels)]}
+    report(options, describe_machine(options.device, options.threads), tables)
 
 
 if __name__ == "__main__":

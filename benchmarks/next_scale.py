@@ -79,7 +79,8 @@ def time_steps(pipeline: SVQVAENextScalePipeline, sizes: list[Size], options: ar
                 WHOLE: whole,
                 LAYERS: layers,
                 "step over layers": whole / layers,
-                "all seconds": seconds,
+                "all seconds": seconds[WHOLE],
+                "all seconds of its layers": seconds[LAYERS],
             }
         )
         codes = [torch.randn(options.batch, transformer.config["codebook_embed_dim"], *size, device=device)]

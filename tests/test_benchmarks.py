@@ -295,11 +295,13 @@ def test_by_heart(run, photo, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         photo.save(tmp_path / "photos" / name / "photo.png")
-    (rows,) = run("by_heart", tmp_path / "pipeline", tmp_path / "photos")
+    rows, (seam,) = run("by_heart", tmp_path / "pipeline", tmp_path / "photos")
     assert [(row["images"], row["images with all ids"]) for row in rows] == [(2, 0)] * 3
     new, filled, refined = (row["fraction of equal ids"] for row in rows)
     assert new < 0.5 < filled
     assert refined >= 1 / 21
+    assert seam["canvas"] == "32 x 16"
+    assert -1e-6 < seam["least"] <= seam["mean of other columns"] <= seam["largest"] <= 2
 
 
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])

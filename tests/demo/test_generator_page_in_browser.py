@@ -36,7 +36,7 @@ def result(page):
 
 
 def test_image_grows_and_a_painted_part_is_generated_anew(page):
-    from demo_pictures import generate, paint
+    from demo_pictures import PHONE, generate, paint
 
     page.locator("#run").wait_for()
     states = watch_summary(page)
@@ -55,3 +55,6 @@ def test_image_grows_and_a_painted_part_is_generated_anew(page):
     changed = np.abs(result(page) - before).mean(-1)
     page.screenshot(path=SCREENSHOTS / "repainted.png", full_page=True)
     assert changed[12:20, 12:20].mean() > 3 * changed[:, :4].mean()
+    page.set_viewport_size(PHONE)
+    page.screenshot(path=SCREENSHOTS / "generator_on_a_phone.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
