@@ -70,7 +70,7 @@ with adapter.disable_adapter():
 class AutoregressiveOptions(PipelineOptions):
     """Options of training a language model on ids."""
 
-    token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder or Hub id.")
+    token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder, URL or Hub id.")
     model_config_name_or_path: str | None = option(  # type: ignore[assignment]
         None, "Config of a new language model: a config.json, its folder or Hub id. LlamaGen's is of type llamagen."
     )

@@ -37,7 +37,7 @@ NUM_DROPPABLE = 4  # of the last scales, while a schedule has too many ids
 class NextScaleOptions(PipelineOptions):
     """Options of training a next-scale transformer."""
 
-    token_set: str = required("Token set of `svqvae tokenize --sides ... --scale-from latents`: folder or Hub id.")
+    token_set: str = required("Token set of `svqvae tokenize --sides ... --scale-from latents`: folder, URL, Hub id.")
     train_batch_size: int = option(8, "Images per batch of one process.")
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
     schedule_share: float = changeable(0.05, "Share of batches with the pipeline's schedule; others are random.")

@@ -4,6 +4,7 @@ import json
 import datasets
 import fsspec
 import pytest
+import torch
 from conftest import make_tiny
 from numbered_images import write_tar
 from s3_server import s3_server
@@ -15,6 +16,7 @@ from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.status import read_status
 from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 
 PARTS = 3
 
@@ -94,6 +96,18 @@ def test_a_changed_or_missing_file_at_a_url_is_refused(memory):
         open_images([f"{memory}/none*.tar"])
     with pytest.raises(ValueError, match="must be a new or empty folder, but it is not empty"):
         tokenize(f"{memory}/photos", f"{memory}/tars")
+
+
+def test_training_streams_a_token_set_from_a_url(local, memory):
+    tokenize(f"{memory}/photos", f"{memory}/tokens", crops="centre", resolution=16, num_parts=3)
+    tokenize(local / "photos", local / "tokens", crops="centre", resolution=16, num_parts=3)
+    found, expected = (TokenSource(str(place), None) for place in (f"{memory}/tokens/", local / "tokens"))
+    assert (found.layout, found.num_rows, len(found.files)) == (expected.layout, 6, 3)
+    first, second = (list(SequenceLoader(source, 2, 4, 0, 1, 2)) for source in (found, expected))
+    assert all(torch.equal(one.sequences, other.sequences) for one, other in zip(first, second, strict=True))
+    resumed = SequenceLoader(found, 2, 4, 0, 1, 2)
+    resumed.load_state_dict({"batch": 3, "num_rows": 6})
+    assert torch.equal(next(iter(resumed)).sequences, first[3].sequences)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

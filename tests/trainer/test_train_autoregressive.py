@@ -119,17 +119,21 @@ def test_every_epoch_has_each_row_once_over_all_processes(parts, tmp_path, monke
     source = TokenSource(str(tmp_path / "tokens"), None)
     read, most = source.read, []
     monkeypatch.setattr(source, "read", lambda group: most.append(group.rows) or read(group))
-    loaders = [SequenceLoader(source, 1, 2 * IMAGES // 2, 7, process, 2) for process in range(2)]
-    order = [int(batch.rows[0]) for pair in zip(*loaders, strict=True) for batch in pair]
-    first, second = order[:IMAGES], order[IMAGES:]
-    assert sorted(first) == sorted(second) == list(range(IMAGES))
-    assert first != second
-    assert most == [2] * 2 * IMAGES  # three row groups, two epochs and two processes: each is read once
-    one = SequenceLoader(source, 4, 3, 7, 0, 1)  # batches go over the ends of blocks and epochs
-    assert [row for batch in one for row in batch.rows.tolist()] == order
+    orders = [
+        [int(batch.rows[0]) for batch in SequenceLoader(source, 1, IMAGES, 7, process, 2)] for process in range(2)
+    ]
+    epochs = [[row for order in orders for row in order[start : start + IMAGES // 2]] for start in (0, IMAGES // 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(IMAGES))
+    assert epochs[0] != epochs[1]
+    assert most == [2] * 2 * 2 * 2  # of three row groups, each process reads two per epoch, one of which in part
+    batches = list(SequenceLoader(source, 4, 3, 7, 0, 1))  # they go over the ends of blocks and epochs
+    order = [row for batch in batches for row in batch.rows.tolist()]
+    assert sorted(order[:IMAGES]) == sorted(order[IMAGES:]) == list(range(IMAGES))
     resumed = SequenceLoader(source, 4, 3, 7, 0, 1)
     resumed.load_state_dict({"batch": 2, "num_rows": IMAGES})
     assert [batch.rows.tolist() for batch in resumed] == [order[8:]]
+    with pytest.raises(ValueError, match="must have a row for each of the 7 processes, but has 6"):
+        SequenceLoader(source, 1, 1, 7, 0, IMAGES + 1)
 
 
 def test_a_token_set_is_not_copied(parts, tmp_path, monkeypatch):

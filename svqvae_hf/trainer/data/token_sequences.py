@@ -1,8 +1,10 @@
 """Batches of the token sequences of a token set, whose Parquet files are read as a stream."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import datasets
@@ -13,10 +15,13 @@ import pyarrow.parquet as pq
 import torch
 
 from svqvae_hf.pipelines.sequences import SequenceLayout
+from svqvae_hf.storage import Folder, explained
 from svqvae_hf.token_sets.settings import read_settings
+from svqvae_hf.token_sets.shards import DATA
 from svqvae_hf.trainer.data.readers import ORDER, row_order
 
-BLOCK_ROWS = 2**18  # rows that are in memory and in random order at a time: 128 MiB of 16 x 16 ids
+BLOCK_ROWS = 2**18  # rows of a process that are in random order at a time: 128 MiB of 16 x 16 ids
+FOOTERS_AT_ONCE = 16  # of Parquet files, because those at a URL take a while to answer
 ROW = "row"  # column with the number of a row in its set
 
 
@@ -27,6 +32,22 @@ class RowGroup(NamedTuple):
     number: int
     first_row: int
     rows: int
+
+
+class RowSlice(NamedTuple):
+    """Some rows of a row group."""
+
+    group: int
+    start: int
+    stop: int
+
+
+class Block(NamedTuple):
+    """Rows of a process in an epoch that are in memory, and in random order, at a time."""
+
+    first: int
+    end: int
+    slices: Sequence[RowSlice]
 
 
 class TokenBatch(NamedTuple):
@@ -47,13 +68,13 @@ class TokenSource:
     """A token set whose rows are of one size, as token sequences. Nothing is copied to disk.
 
     Args:
-        data (`str`): Folder of the set, or its Hub id.
+        data (`str`): Folder of the set, its URL for `fsspec`, or its Hub id.
         label_column (`str`, *optional*): Column of the labels; without it, images have no class.
         caption_column (`str`, *optional*): Column of the captions, a text or a list of texts per row. With it, the
             layout has one class, "with its caption".
 
     Raises:
-        OSError: If there is no such set.
+        OSError: If there is no such set, or it cannot be reached.
         ValueError: If its rows have several sizes or each a scale of its own, its labels are not classes, or its
             captions are not texts.
     """
@@ -65,8 +86,10 @@ class TokenSource:
                 "All rows of the token set must have the same scales, but each has one of its own. Make it again with "
                 "`svqvae tokenize` without --min-psnr and --max-bits."
             )
-        self.files = datasets.load_dataset_builder(os.fspath(data)).config.data_files["train"]
-        self.metadata = [_open_parquet(file).metadata for file in self.files]
+        self.reading = Lock()  # threads share the open files
+        self.files = _find_files(os.fspath(data))
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            self.metadata = list(pool.map(_read_metadata, self.files))
         self.features = datasets.Features.from_arrow_schema(self.metadata[0].schema.to_arrow_schema())
         sizes = [
             (file, index, metadata.row_group(index).num_rows)
@@ -106,8 +129,9 @@ class TokenSource:
 
     def read(self, group: RowGroup, columns: list[str] | None = None) -> pa.Table:
         """Reads some columns of a row group, by default the sequences' own, and adds the numbers of the rows."""
-        file = _open_parquet(self.files[group.file])
-        table = file.read_row_group(group.number, self.columns if columns is None else columns)
+        path = self.files[group.file]
+        with self.reading, explained(path, "read"):
+            table = _open_parquet(path).read_row_group(group.number, self.columns if columns is None else columns)
         return table.append_column(ROW, pa.array(np.arange(group.first_row, group.first_row + group.rows)))
 
     def batch(self, table: pa.Table) -> TokenBatch:
@@ -196,10 +220,12 @@ class TokenSource:
 
 
 class SequenceLoader:
-    """Batches of one process. All processes follow one order: epochs of all rows, each in a new random order.
+    """Batches of one process, which reads no more than its share of each epoch.
 
-    An epoch is cut into blocks of random row groups, and the rows of a block are in random order. A set of up to
-    `BLOCK_ROWS` rows is one block. A batch may span two epochs, so no row is dropped.
+    In each epoch the row groups come in a new random order, and are cut into equal shares, one per process. Each row
+    is in one share. A share is cut into blocks of row groups, and the rows of a block are in random order. A share of
+    up to `BLOCK_ROWS` rows is one block. The next block is read ahead. A batch may span two epochs, so no row is
+    dropped.
 
     Args:
         source ([`TokenSource`]): The sequences.
@@ -208,25 +234,35 @@ class SequenceLoader:
         seed (`int`): Seed of the order.
         process_index (`int`): Index of this process.
         num_processes (`int`): Number of processes.
+
+    Raises:
+        ValueError: If there are fewer rows than processes.
     """
 
     def __init__(
         self, source: TokenSource, batch_size: int, num_batches: int, seed: int, process_index: int, num_processes: int
     ):
+        if source.num_rows < num_processes:
+            raise ValueError(
+                f"The token set must have a row for each of the {num_processes} processes, but has {source.num_rows}. "
+                "Start fewer processes."
+            )
         self.source = source
         self.batch_size = batch_size
         self.num_batches = num_batches
         self.seed = seed
-        self.process_index = process_index
-        self.num_processes = num_processes
+        self.share = range(
+            process_index * source.num_rows // num_processes, (process_index + 1) * source.num_rows // num_processes
+        )
         self.batch = 0
+        self.thread = ThreadPoolExecutor(1)
         self._blocks_of = lru_cache(maxsize=2)(self._make_blocks)
-        self._block_of = lru_cache(maxsize=1)(self._read_block)
+        self._block_of = lru_cache(maxsize=2)(self._begin_block)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yields the remaining batches."""
         while self.batch < self.num_batches:
-            first = (self.batch * self.num_processes + self.process_index) * self.batch_size
+            first = self.batch * self.batch_size
             self.batch += 1
             yield self.source.batch(self._rows(first, first + self.batch_size))
 
@@ -253,35 +289,62 @@ class SequenceLoader:
         self.batch = state["batch"]
 
     def _rows(self, start: int, stop: int) -> pa.Table:
-        """Rows at some positions of the order of all epochs."""
+        """Rows at some positions of the share of this process, epoch after epoch."""
         pieces = []
         while start < stop:
-            epoch, position = divmod(start, self.source.num_rows)
-            first, end, groups = next(block for block in self._blocks_of(epoch) if position < block[1])
-            piece = self._block_of(epoch, groups).slice(position - first, min(stop - start, end - position))
+            epoch, position = divmod(start, len(self.share))
+            blocks = self._blocks_of(epoch)
+            number = next(index for index, block in enumerate(blocks) if position < block.end)
+            first, end, _ = blocks[number]
+            table = self._block_of(epoch, number).result()
+            if start + end - position < self.num_batches * self.batch_size:  # more blocks will be needed
+                self._block_of(*((epoch, number + 1) if number + 1 < len(blocks) else (epoch + 1, 0)))
+            piece = table.slice(position - first, min(stop - start, end - position))
             pieces.append(piece)
             start += piece.num_rows
         return pa.concat_tables(pieces)
 
-    def _make_blocks(self, epoch: int) -> list[tuple[int, int, tuple[int, ...]]]:
-        """First position, end and row groups of each block of an epoch."""
-        blocks: list[tuple[int, int, tuple[int, ...]]] = []
-        groups: list[int] = []
-        first = end = 0
+    def _make_blocks(self, epoch: int) -> list[Block]:
+        """Blocks of the share of this process in an epoch."""
+        blocks: list[Block] = []
+        slices: list[RowSlice] = []
+        first = end = passed = 0
         for group in row_order(len(self.source.groups), self.seed, epoch).tolist():
             rows = self.source.groups[group].rows
-            if groups and end + rows - first > BLOCK_ROWS:
-                blocks.append((first, end, tuple(groups)))
-                groups, first = [], end
-            groups.append(group)
-            end += rows
-        return [*blocks, (first, end, tuple(groups))]
+            start, stop = (min(max(side - passed, 0), rows) for side in (self.share.start, self.share.stop))
+            passed += rows
+            if start == stop:
+                continue
+            if slices and end + stop - start - first > BLOCK_ROWS:
+                blocks.append(Block(first, end, slices))
+                slices, first = [], end
+            slices.append(RowSlice(group, start, stop))
+            end += stop - start
+        return [*blocks, Block(first, end, slices)]
 
-    def _read_block(self, epoch: int, groups: tuple[int, ...]) -> pa.Table:
-        """Rows of some row groups in random order."""
-        table = pa.concat_tables([self.source.read(self.source.groups[group]) for group in groups])
-        order = np.random.default_rng((ORDER, self.seed, epoch, groups[0])).permutation(table.num_rows)
+    def _begin_block(self, epoch: int, number: int) -> Future[pa.Table]:
+        return self.thread.submit(self._read_block, epoch, self._blocks_of(epoch)[number].slices)
+
+    def _read_block(self, epoch: int, slices: Sequence[RowSlice]) -> pa.Table:
+        """Rows of some slices of row groups in random order."""
+        table = pa.concat_tables(
+            [self.source.read(self.source.groups[group]).slice(start, stop - start) for group, start, stop in slices]
+        )
+        order = np.random.default_rng((ORDER, self.seed, epoch, slices[0].group)).permutation(table.num_rows)
         return table.combine_chunks().take(order)
+
+
+def _find_files(data: str) -> list[str]:
+    """Parquet files of a token set in its order."""
+    if "://" not in data:
+        return datasets.load_dataset_builder(data).config.data_files["train"]
+    names = sorted(Folder(data).all_files(DATA))
+    return [f"{data.rstrip('/')}/{name}" for name in names if name.endswith(".parquet")]
+
+
+def _read_metadata(path: str) -> pq.FileMetaData:
+    with explained(path, "read"):
+        return _open_parquet(path).metadata
 
 
 @lru_cache(maxsize=8)
