@@ -5,10 +5,10 @@
     python benchmarks/token_sets.py killed IMAGES     # 2,000 images of mixed sizes, one in fifty broken
     python benchmarks/token_sets.py join              # a million parts, made up
 
-The bare encoder is a loop over tensors in memory in batches of the same size, timed in the same turns; a second loop
-also reads and crops the files. `speed` also measures the time per image that `tokenize_set` spends in Python, with a
-model that returns at once. `killed` kills the command twice and finishes it with two processes at the same time. It
-then compares the files with the files of an unbroken run, and the ids with `encode_tokens` of one image at a time.
+The bare encoder is a loop over tensors in memory in batches of the same size, timed in the same turns. `speed` also
+measures the time per image that `tokenize_set` spends in Python, with a model that returns at once. `killed` kills the
+command twice and finishes it with two processes at the same time. It then compares the files with the files of an
+unbroken run, and the ids with `encode_tokens` of one image at a time.
 """
 
 import argparse
@@ -30,12 +30,10 @@ from measuring import Row, describe_machine, in_own_process, make_parser, report
 from PIL import Image, ImageOps
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.paths import find_files
 from svqvae_hf.storage import Folder
-from svqvae_hf.token_sets.crops import make_crops
 from svqvae_hf.token_sets.manifest import join_parts
 from svqvae_hf.token_sets.records import PARTS_PER_FOLDER, PartRecords
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings, read_settings, row_tokens
@@ -44,7 +42,7 @@ from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
 from svqvae_hf.tokenizing.reading import read_crops
 from svqvae_hf.tokenizing.writer import tokenize_set
 
-SMALL = 64  # side in pixels of the images for `memory`
+SMALL = 32  # side in pixels of the images for `memory`
 MIXED = (32, 160)  # range of sides in pixels of the images for `killed`
 BROKEN_EVERY = 50
 KILLED_AT = (0.2, 0.6)  # fractions of the parts that are done
@@ -63,7 +61,8 @@ def write_images(paths: Sequence[Path], folder: Path, sizes: Sequence[tuple[int,
     folder.mkdir()
     images = [load_image(path) for path in paths]
     for index, size in enumerate(sizes):
-        ImageOps.fit(images[index % len(images)], size, Image.Resampling.BOX).save(folder / f"{index:05}.png")
+        image = ImageOps.fit(images[index % len(images)], size, Image.Resampling.BOX)
+        image.save(folder / f"{index:05}.jpg", quality=95)
 
 
 def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
@@ -78,19 +77,12 @@ def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[R
     """Measures images per second of one size."""
     paths = find_files([str(options.images)], IMAGE_SUFFIXES)
     model = load_model(options.device)
-    count = options.count * (options.sides[-1] // side)
+    count = options.count * (options.sides[-1] // side) ** 2
     write_images(paths, folder, [(side, side)] * count)
     images = open_images([str(folder)])
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
 
-    def encode(pictures: Sequence[Image.Image]) -> torch.Tensor:
-        return model.encode_tokens(processor(list(pictures))["pixel_values"].to(options.device), [1.0])[0].cpu()
-
-    def read_and_encode() -> None:
-        crops = [make_crops(read_image(row), "centre", side)[0] for row in images]
-        for start in range(0, count, options.batch_size):
-            encode(crops[start : start + options.batch_size])
-
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     sample = processor([load_image(path) for path in sorted(folder.iterdir())])["pixel_values"].to(options.device)
 
     def bare() -> None:
@@ -112,7 +104,7 @@ def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[R
         )
 
     first = "encode_tokens of tensors in memory"
-    runs = {first: bare, "encode_tokens and reading": read_and_encode}
+    runs: dict[str, Callable[[], object]] = {first: bare}
     runs |= {f"tokenize_set, {number} workers": tokenize(number) for number in options.workers}
     with torch.inference_mode():
         for run in runs.values():
@@ -126,7 +118,6 @@ def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[R
             "method": name,
             "images per second": count / statistics.median(times),
             "ratio to tensors in memory": statistics.median(seconds[first]) / statistics.median(times),
-            "ratio to encoding and reading": statistics.median(list(seconds.values())[1]) / statistics.median(times),
             "ms of Python per image": python if name.startswith("tokenize_set") else None,
             "rounds": times,
         }
@@ -250,18 +241,39 @@ def count_differing(rows: datasets.Dataset, folder: Path) -> int:
 
 
 def measure_join(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Measures the joining of parts that were made up, each with one Parquet file that does not exist."""
-    out = Folder(folder / "tokens")
+    """Measures the end of a set of many parts, whose records were made up. Their Parquet files do not exist.
+
+    Records are gathered by the thousand while a set is made, so all but the last thousand are gathered already.
+    """
     for start in range(0, options.parts, PARTS_PER_FOLDER):
-        place = folder / "tokens" / "parts" / f"{start // PARTS_PER_FOLDER:04}"
-        place.mkdir(parents=True)
-        for part in range(start, min(start + PARTS_PER_FOLDER, options.parts)):
-            record = {"part": part, "options": "0", "read": [f"shard-{part:07}.tar"], "images": 1000, "rows": 998}
-            record |= {"ids": 998 * 1024, "skipped": [{"key": f"{part}/7.jpg", "reason": "it is broken."}] * 2}
-            record |= {"files": [{"name": shard_name(part, 0), "rows": 998}]}
-            (place / f"{part:07}.json").write_text(json.dumps(record))
-    cost = in_own_process(options.device, options.threads, prepare_join, out.url, options.parts)
-    return [{"parts": options.parts, "seconds": cost.seconds, "peak memory, MiB": cost.peak_mib}]
+        records = [made_up_record(part) for part in range(start, min(start + PARTS_PER_FOLDER, options.parts))]
+        name = folder / "tokens" / "parts" / f"{start // PARTS_PER_FOLDER:04}"
+        if start + PARTS_PER_FOLDER < options.parts:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.with_suffix(".jsonl").write_text("".join(record + "\n" for record in records))
+        else:
+            name.mkdir(parents=True)
+            for part, record in enumerate(records, start):
+                (name / f"{part:07}.json").write_text(record)
+    rows = []
+    for step, prepare in (("last records gathered", prepare_gather), ("records joined", prepare_join)):
+        cost = in_own_process(options.device, options.threads, prepare, Folder(folder / "tokens").url, options.parts)
+        row = {"step": step, "parts": options.parts, "seconds": cost.seconds, "CPU seconds": cost.cpu_seconds}
+        rows.append(row | {"peak memory, MiB": cost.peak_mib})
+    return rows
+
+
+def made_up_record(part: int) -> str:
+    """A record of a part of 1,000 images in JSON, two of which could not be read."""
+    record = {"part": part, "options": "0", "read": [f"shard-{part:07}.tar"], "images": 1000, "rows": 998}
+    record |= {"ids": 998 * 1024, "skipped": [{"key": f"{part}/7.jpg", "reason": "it is broken."}] * 2}
+    return json.dumps(record | {"files": [{"name": shard_name(part, 0), "rows": 998}]})
+
+
+def prepare_gather(out: str, parts: int) -> Callable[[], Any]:
+    """Returns the gathering of the last records as a function."""
+    records = PartRecords(Folder(out), parts, SETTINGS_FILE)
+    return lambda: records.gather(parts - 1, "0")
 
 
 def prepare_join(out: str, parts: int) -> Callable[[], Any]:

@@ -116,11 +116,12 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import is_hub_set, open_images
     from svqvae_hf.token_sets.cards import BUNDLED_MODEL
-    from svqvae_hf.tokenizing.writer import tokenize_set
+    from svqvae_hf.tokenizing.writer import check_out, tokenize_set
 
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
     check_scale_target(args)
+    check_out(args.out)
     images = open_images(args.data, columns=args.keep, **image_set_options(args))
     rank = os.environ.get("LOCAL_RANK")  # of torchrun and accelerate
     device = find_device(args.device)

@@ -11,7 +11,6 @@ from svqvae_hf.storage import Folder
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.records import RECORDS, PartRecords
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
-from svqvae_hf.token_sets.shards import DATA
 
 MANIFEST_FILE = "manifest.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
@@ -34,9 +33,9 @@ def join_parts(
     source_set: str | None,
     repo_id: str,
 ) -> None:
-    """Completes a token set from the records of its parts, which must all be done. Opens no Parquet file.
+    """Completes a token set from the gathered records of its parts. Opens no Parquet file.
 
-    The settings are written last: they make the set complete. Files of no part and the records are deleted.
+    The settings are written last: they make the set complete. Then the records are deleted.
 
     Args:
         folder ([`Folder`]): Folder of the set.
@@ -49,34 +48,25 @@ def join_parts(
         repo_id (`str`): Name of the set in the example on the card.
 
     Raises:
-        FileNotFoundError: A record is missing.
-        ValueError: No image could be read, or a part was made with other options.
+        FileNotFoundError: Some records are not gathered.
+        ValueError: No image could be read.
     """
-    totals = dict.fromkeys(("images", "rows", "ids", "skipped"), 0)
-    files: set[str] = set()
+    totals = dict.fromkeys(("images", "rows", "ids", "skipped", "files"), 0)
     first_skipped = ""
     with folder.new_file(MANIFEST_FILE) as path, folder.new_file(SKIPPED_FILE) as skipped_path:
         with open(path, "w") as manifest, open(skipped_path, "w") as skipped:
-            for record in records.read_all():
-                if record["options"] != options["fingerprint"]:
-                    raise ValueError(
-                        f"part {record['part']} of `{folder.url}` was made with other options. Delete its record in "
-                        f"`{RECORDS}`, and run it again."
-                    )
+            for record in records.read_gathered():
                 images = record.pop("skipped")
                 for image in images:
                     first_skipped = first_skipped or f" The first, `{image['key']}`: {image['reason']}"
                     skipped.write(json.dumps(image) + "\n")
                 manifest.write(json.dumps(record | {"skipped": len(images)}) + "\n")
-                files.update(file["name"] for file in record["files"])
                 totals["skipped"] += len(images)
+                totals["files"] += len(record["files"])
                 for name in ("images", "rows", "ids"):
                     totals[name] += record[name]
         if not totals["rows"]:
             raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first_skipped}")
-        for name in folder.all_files(DATA):
-            if name not in files:  # left by a process that was killed
-                folder.delete(name)
     card = token_set_card(
         repo_id=repo_id,
         settings=dataclasses.asdict(settings),
@@ -87,6 +77,6 @@ def join_parts(
         source_set=source_set,
     )
     folder.write(CARD_FILE, card.encode())
-    complete = json.loads(settings.to_json()) | {"options": options, "totals": {**totals, "files": len(files)}}
+    complete = json.loads(settings.to_json()) | {"options": options, "totals": totals}
     folder.write(SETTINGS_FILE, (json.dumps(complete, indent=2) + "\n").encode())
     folder.delete_folder(RECORDS)

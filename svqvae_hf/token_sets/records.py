@@ -1,7 +1,8 @@
 """Records of the parts of a token set: which are done, running or failed. They are files beside the set.
 
 No process waits for another. A part is done once its record is there. A claim says who works on it, only to save work:
-two processes on one part write the same files.
+two processes on one part write the same files. Once a thousand parts in a row are done, their records are gathered in
+one file, so that no process has to read or delete a file per part at the end.
 """
 
 import json
@@ -19,6 +20,7 @@ from svqvae_hf.storage import Folder
 RECORDS = "parts"
 OPTIONS_FILE = f"{RECORDS}/options.json"
 PARTS_PER_FOLDER = 1000
+READ_AT_ONCE = 4  # files of gathered records
 BEAT_SECONDS = 60  # between two signs of life of a running part
 DEAD_SECONDS = 600  # without a sign of life from another machine, after which its part counts as dead
 
@@ -138,13 +140,23 @@ class PartRecords:
 
     def is_done(self, part: int) -> bool:
         """Whether a part is done."""
-        return self.folder.read(_record_name(part)) is not None or self.folder.read(self.complete_file) is not None
+        # in this order, because each file is written before the one above it is deleted
+        names = (_record_name(part), _gathered_name(part // PARTS_PER_FOLDER), self.complete_file)
+        return any(self.folder.read(name) is not None for name in names)
 
-    def all_done(self, part: int) -> bool:
-        """Whether all parts are done. Looks at the neighbours of a part first, to find out soon if not."""
-        count = -(-self.num_parts // PARTS_PER_FOLDER)
-        first = part // PARTS_PER_FOLDER
-        return all(self._all_done_in((first + index) % count) for index in range(count))
+    def gather(self, part: int, options: str) -> bool:
+        """Gathers the records of thousands of parts that are all done. Returns whether all parts are gathered.
+
+        Args:
+            part (`int`): Number of a part. It and its neighbours come first, to find out soon if some are not done.
+            options (`str`): Fingerprint that all records must have.
+
+        Raises:
+            ValueError: A part was made with other options.
+        """
+        waiting = self._not_gathered()
+        waiting.sort(key=lambda number: (number < part // PARTS_PER_FOLDER, number))
+        return all(self._gather(number, options) for number in waiting)
 
     def read_claim(self, part: int) -> Claim | None:
         """Reads the claim of a part. Returns `None` if nobody has claimed it, or the claim is still being written."""
@@ -153,8 +165,7 @@ class PartRecords:
 
     def read_claims(self) -> dict[int, Claim]:
         """Claims by part, in order."""
-        starts = range(0, self.num_parts, PARTS_PER_FOLDER)
-        names = [self.folder.names(_subfolder(start // PARTS_PER_FOLDER)) for start in starts]
+        names = [self.folder.names(_subfolder(number)) for number in self._not_gathered()]
         claimed = sorted(part for each in names for part in _numbers(each, ".claim") - _numbers(each, ".json"))
         found = {part: self.read_claim(part) for part in claimed}
         return {part: claim for part, claim in found.items() if claim is not None}
@@ -165,25 +176,61 @@ class PartRecords:
 
     def not_done(self) -> Iterator[int]:
         """Yields the parts that are not done, in order."""
-        for start in range(0, self.num_parts, PARTS_PER_FOLDER):
-            done = _numbers(self.folder.names(_subfolder(start // PARTS_PER_FOLDER)), ".json")
-            yield from (part for part in self._parts_from(start) if part not in done)
+        for number in self._not_gathered():
+            done = _numbers(self.folder.names(_subfolder(number)), ".json")
+            yield from (part for part in self._parts_of(number) if part not in done)
 
-    def read_all(self) -> Iterator[dict[str, Any]]:
+    def read_gathered(self) -> Iterator[dict[str, Any]]:
         """Yields the fields of all [`PartRecord`]s in order.
 
         Raises:
-            FileNotFoundError: A record is missing.
+            FileNotFoundError: Some are not gathered.
         """
-        for start in range(0, self.num_parts, PARTS_PER_FOLDER):
-            names = [_record_name(part) for part in self._parts_from(start)]
-            yield from map(json.loads, self.folder.read_all(names))
+        names = list(map(_gathered_name, range(self._num_folders())))
+        for start in range(0, len(names), READ_AT_ONCE):
+            for content in self.folder.read_all(names[start : start + READ_AT_ONCE]):
+                yield from map(json.loads, content.splitlines())
 
-    def _all_done_in(self, number: int) -> bool:
-        done = _numbers(self.folder.names(_subfolder(number)), ".json")
-        return len(done) == len(self._parts_from(number * PARTS_PER_FOLDER))
+    def _gather(self, number: int, options: str) -> bool:
+        """Gathers the records of a folder if all its parts are done. Returns whether they are gathered."""
+        parts = self._parts_of(number)
+        if len(_numbers(self.folder.names(_subfolder(number)), ".json")) < len(parts):
+            return self.folder.read(_gathered_name(number)) is not None  # another process was faster
+        try:
+            contents = self.folder.read_all([_record_name(part) for part in parts])
+        except FileNotFoundError:  # another process has gathered and deleted them
+            return True
+        records = list(map(json.loads, contents))
+        for record in records:
+            if record["options"] != options:
+                raise ValueError(
+                    f"part {record['part']} of `{self.folder.url}` was made with other options. Delete "
+                    f"`{_record_name(record['part'])}` there, and run the part again."
+                )
+        self._delete_unfinished({file["name"] for record in records for file in record["files"]})
+        self.folder.write(_gathered_name(number), b"".join(content + b"\n" for content in contents))
+        self.folder.delete_folder(_subfolder(number))
+        if self.folder.read(self.complete_file) is not None:  # another process has gathered them, too
+            self.folder.delete_folder(RECORDS)
+        return True
 
-    def _parts_from(self, start: int) -> range:
+    def _delete_unfinished(self, files: set[str]) -> None:
+        """Deletes what processes that were killed have left beside the files of finished parts."""
+        for subfolder in {name.rpartition("/")[0] for name in files}:
+            for name in self.folder.names(subfolder):
+                if f"{subfolder}/{name}" not in files:
+                    self.folder.delete(f"{subfolder}/{name}")
+
+    def _num_folders(self) -> int:
+        return -(-self.num_parts // PARTS_PER_FOLDER)
+
+    def _not_gathered(self) -> list[int]:
+        """Numbers of the folders whose records are not gathered yet."""
+        gathered = _numbers(self.folder.names(RECORDS), ".jsonl")
+        return [number for number in range(self._num_folders()) if number not in gathered]
+
+    def _parts_of(self, number: int) -> range:
+        start = number * PARTS_PER_FOLDER
         return range(start, min(start + PARTS_PER_FOLDER, self.num_parts))
 
 
@@ -213,6 +260,10 @@ def _subfolder(number: int) -> str:
 
 def _record_name(part: int) -> str:
     return f"{_subfolder(part // PARTS_PER_FOLDER)}/{part:07}.json"
+
+
+def _gathered_name(number: int) -> str:
+    return f"{_subfolder(number)}.jsonl"
 
 
 def _claim_name(part: int) -> str:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from svqvae_hf.storage import Folder
 from svqvae_hf.token_sets.crops import CROPS
+from svqvae_hf.token_sets.records import PARTS_PER_FOLDER
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.token_files import METADATA_KEY
 
@@ -21,7 +22,7 @@ ROW_BYTES = 64  # of a row, besides its ids and texts
 
 def shard_name(part: int, number: int) -> str:
     """Name of a Parquet file. `datasets` takes the split from its first word. A folder has at most 10,000 files."""
-    return f"{DATA}/{part // 1000:04}-{number // 10:04}/train-{part:07}-{number:05}.parquet"
+    return f"{DATA}/{part // PARTS_PER_FOLDER:04}-{number // 10:04}/train-{part:07}-{number:05}.parquet"
 
 
 def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.Features:

@@ -53,6 +53,7 @@ def read_crops(
         batch_size=None,
         sampler=_batched(images, WHOLE_PER_TASK if resolution is None else CROPS_PER_TASK),
         num_workers=num_workers,
+        collate_fn=_as_read,
         generator=torch.Generator(),  # otherwise the loader draws from the global one
         worker_init_fn=_ignore_signals,
     )
@@ -76,6 +77,7 @@ class _CropReader(Dataset):
 
     def __getitem__(self, rows: list[ImageRow]) -> tuple[list[CroppedImage], list[tuple[int, ...]], torch.Tensor]:
         images, pixels = [], []
+        shapes: list[tuple[int, ...]] = []
         for key, source, values in rows:
             try:
                 opened = read_image(source, self.min_side)
@@ -84,17 +86,24 @@ class _CropReader(Dataset):
                 unreachable = is_remote and isinstance(error, OSError)
                 images.append(CroppedImage(key, values, None, fault_of(error), unreachable))
             else:
-                made = [np.asarray(crop) for crop in make_crops(opened, self.crops, self.resolution)]
-                pixels.append(np.stack(made).transpose(0, 3, 1, 2))
+                made = make_crops(opened, self.crops, self.resolution)
+                shapes.append((len(made), 3, made[0].height, made[0].width))
+                pixels += [np.asarray(crop).transpose(2, 0, 1) for crop in made]
                 images.append(CroppedImage(key, values, None))
-        flat = np.concatenate([each.ravel() for each in pixels]) if pixels else np.empty(0, np.uint8)
-        return images, [each.shape for each in pixels], torch.from_numpy(flat)
+        flat = torch.empty(sum(map(math.prod, shapes)), dtype=torch.uint8)
+        for crop, place in zip(pixels, flat.split([each.size for each in pixels]), strict=True):
+            place.numpy().reshape(crop.shape)[:] = crop
+        return images, shapes, flat
 
 
 def _batched(rows: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
     iterator = iter(rows)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def _as_read(read: Any) -> Any:
+    return read  # by default, the loader would look into each image for arrays
 
 
 def _ignore_signals(worker: int) -> None:

@@ -18,11 +18,11 @@ from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.hub.repositories import check_repo_id, prepare_repo, push_output
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.paths import scale_endings
+from svqvae_hf.paths import is_writable, scale_endings
 from svqvae_hf.storage import Folder
 from svqvae_hf.token_sets.crops import CROPS, is_whole
 from svqvae_hf.token_sets.manifest import SKIPPED_FILE, join_parts, read_totals
-from svqvae_hf.token_sets.records import OPTIONS_FILE, PartRecord, PartRecords, check_options
+from svqvae_hf.token_sets.records import OPTIONS_FILE, RECORDS, PartRecord, PartRecords, check_options
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
 from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
@@ -136,7 +136,7 @@ def tokenize_set(
     """
     _check_options(crops, resolution, min_side, batch_size, shard_mb, num_workers)
     num_parts = _choose_parts(images, part, num_parts)
-    folder = Folder(out)
+    folder = check_out(out)
     _check_push(folder, push_to_hub, private)
     scale_endings(scales)  # `detokenize_set` names files by them
     settings = TokenSettings(
@@ -175,7 +175,7 @@ def tokenize_set(
         encoder = RowEncoder(model, settings, images.features, batch_size)
         maker = _PartMaker(images, records, encoder, features, options["fingerprint"], shard_mb, min_side, num_workers)
         made = maker.make(part)
-        if records.all_done(made[-1].part if made else 0):
+        if records.gather(part or 0, options["fingerprint"]):
             name = push_to_hub or folder.path.rpartition("/")[2]
             try:
                 join_parts(folder, records, settings, features, options, license, source_set, name)
@@ -209,6 +209,7 @@ class _PartMaker:
             for number in self.records.not_done() if part is None else [part]:
                 if self.records.claim(number, anyway=part is not None):
                     made += self._make_claimed(number, bar.update)
+                    self.records.gather(number, self.fingerprint)
         return made
 
     def _make_claimed(self, part: int, on_image: Callable[[], object]) -> list[PartRecord]:
@@ -256,16 +257,47 @@ class _PartMaker:
         return [record]
 
 
+def check_out(out: str | os.PathLike) -> Folder:
+    """Raises unless a folder can become a token set: it is absent or empty, or a token set was started in it.
+
+    Args:
+        out (`str` or `os.PathLike`): Folder, or its URL for `fsspec`.
+
+    Returns:
+        [`Folder`]: The folder.
+
+    Raises:
+        OSError: The folder cannot be reached.
+        ValueError: It has something else in it, or cannot be written.
+    """
+    folder = Folder(out)
+    path = Path(folder.url.removeprefix("file://"))
+    if (path.is_dir() or not folder.is_local) and _is_started(folder):
+        return folder
+    if not folder.is_local:
+        if folder.names(""):
+            raise ValueError(f"`{folder.url}` must be a new or empty folder, but it is not empty. Choose another.")
+        return folder
+    check_new_folder(path)
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not is_writable(nearest):
+        raise ValueError(f"`{path}` must be a folder that can be written, but `{nearest}` cannot be. Choose another.")
+    return folder
+
+
+def _is_started(folder: Folder) -> bool:
+    """Whether a token set was started in a folder, or another process is starting one right now."""
+    if folder.names("") == {RECORDS} and all(name.startswith(".") for name in folder.names(RECORDS)):
+        return True
+    return any(folder.read(name) is not None for name in (SETTINGS_FILE, OPTIONS_FILE))
+
+
 def _start(folder: Folder, options: Mapping[str, Any]) -> None:
     """Starts a token set, or raises if it was started with other options."""
-    if folder.is_local and not any(Path(folder.path, name).exists() for name in (SETTINGS_FILE, OPTIONS_FILE)):
-        check_new_folder(Path(folder.url.removeprefix("file://")))
     complete = folder.read(SETTINGS_FILE)
     recorded = complete and json.dumps(json.loads(complete).get("options", {})).encode()
     recorded = recorded or folder.read(OPTIONS_FILE)
     if recorded is None:
-        if not folder.is_local and folder.names(""):
-            raise ValueError(f"`{folder.url}` must be a new or empty folder, but it is not empty. Choose another.")
         folder.write(OPTIONS_FILE, json.dumps(options, indent=2).encode())
         recorded = folder.read(OPTIONS_FILE) or b"{}"  # perhaps of another process that has started it, too
     check_options(json.loads(recorded), options, folder.url)

@@ -60,13 +60,62 @@ def test_a_done_part_cannot_be_claimed(records):
     assert records.folder.names("parts/0000") == {"0000007.json"}
 
 
-def test_all_parts_are_done_once_the_last_record_is_there(records):
+def finish(records, part, options="a", files=()):
+    record = {"part": part, "options": options, "files": [{"name": name, "rows": 1} for name in files]}
+    records.folder.write(f"parts/{part // 1000:04}/{part:07}.json", json.dumps(record).encode())
+
+
+def test_records_are_gathered_by_the_thousand(records):
     for part in range(2500):
-        assert not records.all_done(part)
-        records.folder.write(f"parts/{part // 1000:04}/{part:07}.json", json.dumps({"part": part}).encode())
-    assert records.all_done(3)
+        finish(records, part)
+        assert records.gather(part, "a") == (part == 2499)
+    assert records.folder.names("parts") == {"0000.jsonl", "0001.jsonl", "0002.jsonl"}
     assert list(records.not_done()) == []
-    assert [record["part"] for record in records.read_all()] == list(range(2500))
+    assert not records.claim(1234, anyway=True)
+    assert [record["part"] for record in records.read_gathered()] == list(range(2500))
+
+
+def test_parts_that_another_process_did_not_live_to_gather_are_gathered_at_the_end(records):
+    for part in range(2499):
+        finish(records, part)
+    assert not records.gather(2498, "a")
+    assert records.folder.names("parts") == {"0000", "0001", "0002"}
+    finish(records, 2499)
+    assert records.gather(2499, "a")
+    assert records.folder.names("parts") == {"0000.jsonl", "0001.jsonl", "0002.jsonl"}
+
+
+def test_gathering_deletes_what_killed_processes_left(tmp_path):
+    records = PartRecords(Folder(tmp_path), 2, COMPLETE)
+    for name in ("train-0.parquet", ".1a2b.tmp"):
+        records.folder.write(f"data/0000-0000/{name}", b"")
+    finish(records, 0, files=["data/0000-0000/train-0.parquet"])
+    finish(records, 1, options="b")
+    with pytest.raises(ValueError, match=r"part 1 of .* with other options. Delete `parts/0000/0000001.json` there"):
+        records.gather(0, "a")
+    finish(records, 1)
+    assert records.gather(0, "a")
+    assert records.folder.names("data/0000-0000") == {"train-0.parquet"}
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_two_processes_gather_the_same_parts(tmp_path, monkeypatch, is_complete):
+    faster, slower = (PartRecords(Folder(tmp_path), 2, COMPLETE) for _ in range(2))
+    for part in range(2):
+        finish(slower, part)
+    read_all = slower.folder.read_all
+
+    def overtaken(names):
+        contents = read_all(names)
+        assert faster.gather(0, "a")
+        if is_complete:
+            faster.folder.write(COMPLETE, b"")
+            faster.folder.delete_folder("parts")
+        return contents
+
+    monkeypatch.setattr(slower.folder, "read_all", overtaken)
+    assert slower.gather(0, "a")
+    assert slower.folder.names("parts") == (set() if is_complete else {"0000.jsonl"})
 
 
 def test_status_names_the_parts_that_run_or_failed(records, tmp_path):

@@ -29,7 +29,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.crops import CROPS, make_crops
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.status import read_status
-from svqvae_hf.tokenizing.writer import _PartMaker, tokenize_set
+from svqvae_hf.tokenizing.writer import _PartMaker, check_out, tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
 
@@ -343,10 +343,24 @@ def test_columns_must_exist_and_have_names_of_their_own(tiny_model, photos, parq
 def test_the_folder_must_be_new_and_one_image_readable(tiny_model, photos, tmp_path):
     with pytest.raises(ValueError, match="must be a new or empty folder, but it is not empty"):
         tokenize(tiny_model, photos, photos)
+    (tmp_path / "starting" / "parts").mkdir(parents=True)
+    (tmp_path / "starting" / "parts" / ".1a2b.tmp").touch()  # of a process that writes the options at this moment
+    assert check_out(tmp_path / "starting").path == str(tmp_path / "starting")
+    (tmp_path / "starting" / "parts" / "arm.stl").touch()
+    with pytest.raises(ValueError, match="must be a new or empty folder, but it is not empty"):
+        check_out(tmp_path / "starting")
     for path in photos.iterdir():
         path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="at least one image must be readable, but none of 7 is. The first, `0.png`"):
         tokenize(tiny_model, photos, tmp_path / "out")
+
+
+def test_the_command_checks_the_folder_before_it_loads_the_model(photos, tmp_path, capsys):
+    message = fails(capsys, "tokenize", photos, photos, "--model", tmp_path / "none")
+    assert "must be a new or empty folder, but it is not empty" in message
+    assert "must be a folder that can be written, but `/proc` cannot be" in fails(
+        capsys, "tokenize", photos, "/proc/tokens", "--model", tmp_path / "none"
+    )
 
 
 def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
