@@ -30,6 +30,13 @@ def test_to_tokens_and_back(saved_model, tiff, tmp_path, capsys):
     assert capsys.readouterr().out == written
     assert svqvae("reconstruct", tiff, "--large", "--output", tmp_path / "again", *model, *TILES) == 0
     head, row = capsys.readouterr().out.splitlines()
+    for argv in (
+        ["encode", tiff, "--output", out],
+        ["decode", out / "photo.safetensors", "--output", out],
+        ["reconstruct", tiff, "--output", tmp_path / "again"],
+    ):
+        assert "already exists. Pass --overwrite" in fails(capsys, *argv, "--large", *model)
+    assert svqvae("encode", tiff, "--large", "--output", out, *model, *TILES, "--overwrite") == 0
     assert head.split()[0] == "image"
     assert row.split()[:4] == ["photo.tif", "1", "50x60", str(13 * 15)]
     assert names(out) == ["photo.safetensors", "photo_x1.tif"]

@@ -106,8 +106,3 @@ def test_inputs_are_not_overwritten(two_images, saved_model, capsys):
     error = fails(capsys, "reconstruct", *inputs, "--output", two_images, "--model", saved_model)
     assert f"the input `{two_images / 'a_x1.png'}` would be overwritten" in error
     assert (two_images / "a_x1.png").read_bytes() == before
-
-
-def test_no_header_without_a_row(two_images, out, saved_model, capsys):
-    (two_images / "a.png").write_bytes(b"")
-    fails(capsys, "reconstruct", two_images / "a.png", "--output", out, "--model", saved_model)
