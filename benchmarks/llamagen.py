@@ -1,215 +1,126 @@
-"""LlamaGen's sampling loop and this package's pipeline on the same weights: `python benchmarks/llamagen.py`.
+"""LlamaGen's sampling loop and this package's pipeline: `python benchmarks/llamagen.py --original LLAMAGEN`.
 
-Both sample the ids of images from a model of LlamaGen-B's size with random weights. `LlamaGenReference` does what
-LlamaGen's `generate` does: a cache of full length, a mask over its unused part, and both halves of the guided batch in
-each step. Decoding the ids to images is not included.
+Both sample the ids of images from a model of LlamaGen-B's size with random weights; LLAMAGEN is a checkout of
+FoundationVision/LlamaGen, whose code runs unchanged. Decoding the ids to images is not included. The second table
+tells how the time per id of the pipeline grows from the first row of ids to the last one, and how that of its
+attention layers does.
 """
 
 import argparse
-import math
 import statistics
-import tempfile
+import sys
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
-from torch import nn
 
-from svqvae_hf import SVQVAE, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
+from svqvae_hf import SVQVAE, LlamaGenConfig, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
 
-THEIRS, OURS = "LlamaGen's loop", "pipeline"
+sys.path.insert(0, str(Path(__file__).parent.parent / "conversion"))
+
+from compare_llamagen import import_original
+
+ORIGINAL, OURS = "the original", "svqvae-hf"
 CODES, NUM_CLASSES = 16384, 1000
-
-
-class Norm(nn.Module):
-    """RMSNorm whose normalisation is in float32."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises `(..., channels)`."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weight
-
-
-class Attention(nn.Module):
-    """Attention over a cache of full length."""
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.wqkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.wo = nn.Linear(channels, channels, bias=False)
-
-    def make_cache(self, batch: int, length: int) -> None:
-        """Makes an empty cache in the type of the weights."""
-        shape = (2, batch, self.heads, length, self.wo.in_features // self.heads)
-        self.cache = self.wo.weight.new_zeros(shape)
-
-    def forward(
-        self, x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Attends from `(batch, length, channels)` to all positions that the mask `(length, all)` allows."""
-        q, k, v = (each.unflatten(-1, (self.heads, -1)) for each in self.wqkv(x).chunk(3, dim=-1))
-        q, k = (rotate(each, table) for each in (q, k))
-        self.cache[0, :, :, positions] = k.transpose(1, 2)
-        self.cache[1, :, :, positions] = v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), self.cache[0], self.cache[1], attn_mask=mask)
-        return self.wo(out.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, channels: int, inner: int):
-        super().__init__()
-        self.w1, self.w3 = (nn.Linear(channels, inner, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(inner, channels, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps `(..., channels)`."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward block."""
-
-    def __init__(self, channels: int, inner: int, heads: int):
-        super().__init__()
-        self.attention, self.feed_forward = Attention(channels, heads), FeedForward(channels, inner)
-        self.attention_norm, self.ffn_norm = Norm(channels), Norm(channels)
-
-    def forward(
-        self, x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Maps `(batch, length, channels)`."""
-        x = x + self.attention(self.attention_norm(x), table, positions, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
-class LlamaGenReference(nn.Module):
-    """LlamaGen's language model for classes, written for this benchmark, with the names of its weights.
-
-    Args:
-        grid_size (`int`): Rows and columns of ids.
-        channels (`int`): Channels.
-        inner (`int`): Channels within a feed-forward block.
-        layers (`int`): Number of layers.
-        heads (`int`): Number of heads.
-        codes (`int`): Number of codes.
-        num_classes (`int`): Number of classes.
-    """
-
-    def __init__(
-        self, grid_size: int, channels: int, inner: int, layers: int, heads: int, codes: int, num_classes: int
-    ):
-        super().__init__()
-        self.grid_size, self.num_classes = grid_size, num_classes
-        self.tok_embeddings = nn.Embedding(codes, channels)
-        self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, channels)})
-        self.layers = nn.ModuleList(Layer(channels, inner, heads) for _ in range(layers))
-        self.norm = Norm(channels)
-        self.output = nn.Linear(channels, codes, bias=False)
-        self.table = rotation_table(grid_size, channels // heads)
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `(batch, codes)` after embeddings `(batch, length, channels)` at these positions."""
-        for layer in self.layers:
-            x = layer(x, self.table[positions], positions, self.mask[positions])
-        return self.output(self.norm(x))[:, -1].float()
-
-    @torch.no_grad()
-    def generate(
-        self, labels: torch.Tensor, guidance_scale: float = 1.0, top_k: int = 0, greedy: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples ids `(batch, grid_size ** 2)`, and returns them with the logits of each step after guidance."""
-        count, ids, steps = len(labels), [], self.grid_size**2
-        length = 8 * math.ceil((1 + steps) / 8)
-        guided = guidance_scale > 1
-        if guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-        self.mask = torch.ones(length, length, dtype=torch.bool, device=labels.device).tril()
-        for layer in self.layers:
-            layer.attention.make_cache(len(labels), length)
-        x = self.cls_embedding["embedding_table"](labels)[:, None]
-        seen = []
-        for step in range(steps):
-            logits = self(x, torch.tensor([step], device=labels.device))
-            if guided:
-                conditional, null = logits.chunk(2)
-                logits = null + (conditional - null) * guidance_scale
-            seen.append(logits)
-            ids.append(logits.argmax(-1) if greedy else draw(logits, top_k))
-            x = self.tok_embeddings(ids[-1].repeat(len(labels) // count))[:, None]
-        return torch.stack(ids, dim=1), torch.stack(seen, dim=1)
-
-
-def draw(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Draws one id per row from the most likely ones."""
-    if top_k:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
-
-
-def rotation_table(grid_size: int, head_dim: int) -> torch.Tensor:
-    """Cosines and sines `(1 + grid_size ** 2, head_dim / 2, 2)`, rows first, and zeros at the class."""
-    half = head_dim // 2
-    frequencies = 1 / 10000 ** (torch.arange(0, half, 2) / half)
-    places = torch.cartesian_prod(torch.arange(grid_size), torch.arange(grid_size))
-    angles = (places[..., None] * frequencies).flatten(1)
-    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.cat([torch.zeros(1, half, 2), table])
-
-
-def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring channels of `(batch, length, heads, head_dim)`, in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table[:, None].unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
-
-
-def make_reference(options: argparse.Namespace) -> LlamaGenReference:
-    """Reference with random weights, always the same."""
-    torch.manual_seed(0)
-    sizes = (options.hidden_size, options.inner_size, options.layers, options.heads)
-    model = LlamaGenReference(options.side, *sizes, CODES, NUM_CLASSES)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.02)
-    return model.to(getattr(torch, options.dtype)).eval()
 
 
 def prepare(name: str, batch: int, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
     """Returns a run of a contestant as a function, whose result is the ids."""
     labels = torch.arange(batch) % NUM_CLASSES
-    if name == THEIRS:
-        reference = make_reference(options)
-        return lambda: reference.generate(labels, options.guidance_scale, options.top_k)[0]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "gpt.pt")
-        torch.save(make_reference(options).state_dict(), file)
-        model = LlamaGenForCausalLM.from_single_file(
-            file, grid_size=options.side, num_attention_heads=options.heads, dtype=getattr(torch, options.dtype)
+    if name == OURS:
+        pipeline = make_pipeline(options)
+        return lambda: pipeline(labels, **call_of(options)).images.flatten(1)
+    gpt, sampling = import_original(options.original)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of `sdp_kernel`, which the original calls
+    model = gpt.Transformer(
+        gpt.ModelArgs(
+            dim=options.hidden_size,
+            n_layer=options.layers,
+            n_head=options.heads,
+            vocab_size=CODES,
+            block_size=options.side**2,
+            num_classes=NUM_CLASSES,
         )
+    )
+    torch.nn.init.normal_(model.output.weight, std=0.02)  # zero at first
+    model.to(getattr(torch, options.dtype)).eval()
+    call = {"cfg_scale": options.guidance_scale, "top_k": options.top_k}
+    return lambda: sampling.generate(model, labels, options.side**2, **call)
+
+
+def make_pipeline(options: argparse.Namespace) -> SVQVAEAutoregressivePipeline:
+    """Pipeline with random weights."""
+    config = LlamaGenConfig(
+        codebook_size=CODES,
+        num_classes=NUM_CLASSES,
+        grid_size=options.side,
+        hidden_size=options.hidden_size,
+        intermediate_size=256 * -(-options.hidden_size * 8 // 3 // 256),
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+    )
+    model = LlamaGenForCausalLM(config).to(getattr(torch, options.dtype)).eval()
     vqvae = SVQVAE(codebook_size=CODES, base_channels=32)  # decodes nothing here
     pipeline = SVQVAEAutoregressivePipeline.from_llamagen(vqvae, model)
     pipeline.set_progress_bar_config(disable=True)
-    call = {"guidance_scale": options.guidance_scale, "top_k": options.top_k, "output_type": "latent"}
-    return lambda: pipeline(labels, **call).images.flatten(1)
+    return pipeline
+
+
+def call_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline besides the labels."""
+    return {"guidance_scale": options.guidance_scale, "top_k": options.top_k, "output_type": "latent"}
+
+
+def measure_growth(batch: int, options: argparse.Namespace) -> list[Row]:
+    """Time per id in the second and in the last row, and of this in attention layers."""
+    pipeline = make_pipeline(options)
+    attention_seconds = [0.0]
+    for layer in pipeline.language_model.model.layers:
+        layer.self_attn.forward = _timed(layer.self_attn.forward, attention_seconds)
+    rows: dict[int, list[tuple[float, float]]] = {1: [], options.side - 1: []}  # the first row has the class as well
+    ends: list[tuple[float, float]] = []
+
+    def end_row(*_: Any) -> None:
+        ends.append((time.perf_counter(), attention_seconds[0]))
+
+    for _ in range(options.rounds):
+        ends.clear()
+        pipeline(torch.arange(batch), **call_of(options), callback_on_step_end=end_row)
+        for row, found in rows.items():
+            (begun, before), (ended, after) = ends[row - 1 : row + 1]
+            found.append((ended - begun, after - before))
+    return [
+        {
+            "row of ids": row + 1,
+            "batch": batch,
+            "milliseconds per id": 1e3 * statistics.median(each for each, _ in found) / options.side,
+            "in attention layers": 1e3 * statistics.median(each for _, each in found) / options.side,
+        }
+        for row, found in rows.items()
+    ]
+
+
+def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds[0] += time.perf_counter() - begun
+        return result
+
+    return timed
 
 
 def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("--original", type=Path, help="checkout of LlamaGen; left out by default")
     parser.add_argument("--side", type=int, default=16, help="ids per side of the grid (default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images per batch (default: 1 8)")
     parser.add_argument("--hidden-size", type=int, default=768, help="default: %(default)s")
-    parser.add_argument("--inner-size", type=int, default=2048, help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--heads", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="default: %(default)s")
@@ -220,25 +131,28 @@ def main() -> None:
         parser.error("--device must be cpu")
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
-    rows: list[Row] = []
+    names = [ORIGINAL, OURS] if options.original else [OURS]
+    sampling: list[Row] = []
+    growth: list[Row] = []
     for batch in options.batches:
-        runs = {name: prepare(name, batch, options) for name in (THEIRS, OURS)}
+        runs = {name: prepare(name, batch, options) for name in names}
         seconds = take_turns(runs, options.rounds, options.device)
         medians = {name: statistics.median(each) for name, each in seconds.items()}
         del runs
-        for name in seconds:
+        for name in names:
             cost = in_own_process(options.device, options.threads, prepare, name, batch, options)
-            rows.append(
+            sampling.append(
                 {
                     "sampling": name,
                     "batch": batch,
-                    "milliseconds per id of the batch": 1e3 * medians[name] / options.side**2,
-                    "times as fast": medians[THEIRS] / medians[name],
+                    "milliseconds per id": 1e3 * medians[name] / options.side**2,
+                    "times as fast": medians[names[0]] / medians[name],
                     "peak memory beyond the weights, MiB": cost.peak_mib,
                     "all seconds": seconds[name],
                 }
             )
-    report(options, machine, {"Sampling": rows})
+        growth += measure_growth(batch, options)
+    report(options, machine, {"Sampling": sampling, "Growth": growth})
 
 
 if __name__ == "__main__":

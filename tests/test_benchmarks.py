@@ -8,10 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_tiny
+from llamagen_checkout import MODULES, make_checkout
 
-from svqvae_hf import NextScaleTransformer, SVQVAENextScalePipeline
+from svqvae_hf import (
+    SVQVAE,
+    LlamaGenConfig,
+    LlamaGenForCausalLM,
+    NextScaleTransformer,
+    SVQVAEAutoregressivePipeline,
+    SVQVAENextScalePipeline,
+)
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.models import tiling
 from svqvae_hf.models.tiling import tile_axis
+from svqvae_hf.pipelines.captions import load_text_encoder
+from svqvae_hf.tokenizing.writer import tokenize_set
 
 BENCHMARKS = str(ROOT / "benchmarks")
 # A stand-in for the original's checkout that runs our own model.
@@ -37,7 +48,8 @@ def load(monkeypatch):
     """Imports a module of benchmarks/."""
     monkeypatch.setattr(sys, "path", [BENCHMARKS, *sys.path])
     yield importlib.import_module
-    sys.modules.pop("svqvae", None)
+    for module in ("svqvae", *MODULES):
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture
@@ -279,12 +291,37 @@ def test_next_scale(run):
     assert all(row["step over layers"] > 0 for row in steps)
 
 
-def test_llamagen(run):
-    sizes = ["--side", "2", "--hidden-size", "32", "--inner-size", "32", "--layers", "1", "--heads", "2"]
-    (rows,) = run("llamagen", *sizes, "--batches", "2")
-    assert [(row["sampling"], row["batch"]) for row in rows] == [("LlamaGen's loop", 2), ("pipeline", 2)]
+def test_llamagen(run, tmp_path):
+    sizes = ["--side", "2", "--hidden-size", "32", "--layers", "1", "--heads", "2"]
+    options = ["--original", make_checkout(tmp_path / "original"), *sizes]
+    rows, growth = run("llamagen", *options, "--batches", "2")
+    assert [(row["sampling"], row["batch"]) for row in rows] == [("the original", 2), ("svqvae-hf", 2)]
     assert rows[0]["times as fast"] == 1
     assert all(len(row["all seconds"]) == 1 for row in rows)
+    assert all(0 < row["in attention layers"] < row["milliseconds per id"] for row in growth)
+
+
+def test_captions_by_heart(run, load, photo, tmp_path):
+    """An untrained pipeline, to which no image comes back."""
+    (tmp_path / "photos").mkdir()
+    for index in range(128):
+        photo.crop((index, 0, index + 16, 16)).save(tmp_path / "photos" / f"{index:03}.png")
+    work = tmp_path / "work"
+    load("captioned_photos").prepare(tmp_path / "photos", work)
+    vqvae = SVQVAE.from_pretrained(work / "tokenizer")
+    assert vqvae.config["codebook_size"] == 256
+    images, crops = open_images([str(work / "first")]), {"crops": "centre", "resolution": 32}
+    tokenize_set(vqvae, images, work / "tokens", model_name="tokenizer", **crops)
+    config = LlamaGenConfig(
+        256, 1, 4, 20, 32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    text_encoder, tokenizer = load_text_encoder(str(work / "text_encoder"))
+    pipeline = SVQVAEAutoregressivePipeline.from_llamagen(
+        vqvae, LlamaGenForCausalLM(config), text_encoder=text_encoder, tokenizer=tokenizer
+    )
+    pipeline.save_pretrained(work / "pipeline")
+    ((row,),) = run("captions_by_heart", work / "pipeline", work / "tokens")
+    assert (row["images"], row["images with all ids"]) == (64, 0)
 
 
 def test_by_heart(run, photo, tmp_path):

@@ -6,6 +6,7 @@ accelerate launch training/train_autoregressive.py --vqvae_name_or_path SVQVAE -
     --token_set TOKENS --output_dir OUT
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +82,9 @@ class AutoregressiveOptions(PipelineOptions):
     train_batch_size: int = option(8, "Sequences per batch of one process.")
     guidance_scale: float = changeable(1.0, "Guidance scale of the images of a validation.")
     caption_column: str | None = option(
-        None, "Column of captions, a text or a list of texts per row, of which one is drawn; for models of LlamaGen."
+        None,
+        "Column of captions, a text or a list of texts per row, of which one is drawn; for models of LlamaGen. "
+        "Captions longer than the model reads are cut.",
     )
     text_encoder_name_or_path: str | None = option(
         None, "T5 encoder of the captions, with its tokenizer: folder or Hub id. By default the pretrained pipeline's."
@@ -184,9 +187,12 @@ def make_pipeline(options: AutoregressiveOptions, vqvae: SVQVAE, source: TokenSo
         pretrained = SVQVAEAutoregressivePipeline.from_pretrained(
             options.pretrained_model_name_or_path, vqvae=vqvae, **text
         )
-        if pretrained.layout != layout:
+        trained = pretrained.layout
+        if trained.scales == (1.0,):  # nothing was resized
+            trained = dataclasses.replace(trained, scale_from=layout.scale_from)
+        if trained != layout:
             raise ValueError(
-                f"the token set must have the sequences of the pretrained pipeline, {pretrained.layout}, but has "
+                f"the token set must have the sequences of the pretrained pipeline, {trained}, but has "
                 f"{layout}. Tokenize images at its size and scales, and name a column with its classes, or captions."
             )
         language_model = pretrained.language_model.float()
@@ -294,7 +300,9 @@ def validate(
     call: dict[str, Any] = {"generator": torch.Generator().manual_seed(options.seed), "output_type": "np"}
     if options.caption_column is not None:
         prompts = options.validation_prompts or source.first_captions(count)
-        call |= {"prompt": [prompts[index % len(prompts)] for index in range(count)]}
+        length = pipeline.language_model.config.num_condition_tokens
+        encoder = CaptionEncoder(pipeline.text_encoder, pipeline.tokenizer, length)
+        call |= encoder.encode([prompts[index % len(prompts)] for index in range(count)])
     elif num_classes:
         call |= {"class_labels": [index % num_classes for index in range(count)]}
     else:

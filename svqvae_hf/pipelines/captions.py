@@ -29,7 +29,12 @@ def load_text_encoder(source: str) -> tuple[T5EncoderModel, PreTrainedTokenizerB
 
 @torch.no_grad()
 def encode_captions(
-    text_encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int
+    text_encoder: T5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str],
+    length: int,
+    *,
+    truncate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes captions as LlamaGen does, with their text at the end.
 
@@ -38,6 +43,7 @@ def encode_captions(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         captions (`Sequence[str]`): Captions.
         length (`int`): Number of positions.
+        truncate (`bool`, defaults to `False`): Cut longer captions to `length` tokens, instead of raising an error.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Features `(batch, length, channels)` with zeros before the text, and their
@@ -46,7 +52,7 @@ def encode_captions(
     Raises:
         ValueError: A caption has more tokens than positions.
     """
-    batch = tokenizer(list(captions), padding="max_length", max_length=length)
+    batch = tokenizer(list(captions), padding="max_length", max_length=length, truncation=truncate)
     longest = max(batch["input_ids"], key=len)
     if len(longest) > length:
         text = reprlib.repr(captions[batch["input_ids"].index(longest)])

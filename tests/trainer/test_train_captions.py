@@ -84,8 +84,8 @@ def parts(tmp_path_factory):
             photo.convert("RGB").crop((*corner, corner[0] + 16, corner[1] + 16)).save(
                 folder / "photos" / f"{index}.png"
             )
-    images = open_images([str(folder / "photos")])
-    tokenize_set(vqvae, images, folder / "tokens", model_name="vqvae", crops="centre", resolution=16)
+    images, crops = open_images([str(folder / "photos")]), {"crops": "centre", "resolution": 16}
+    tokenize_set(vqvae, images, folder / "tokens", model_name="vqvae", scale_from="image", **crops)
     write_captions(folder / "tokens", CAPTIONS)
     convert_llamagen(
         GOLDEN,
@@ -207,6 +207,20 @@ def test_a_random_caption_of_several_is_drawn(parts, tmp_path):
     assert lengths == {row: [{3, 6}, {3}, {2, 3, 4}][row % 3] for row in range(8)}
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_long_captions_are_cut(options, parts, tmp_path, kept):
+    """Features are of the first 7 words and the token that ends a text."""
+    tuned = []
+    for name, caption in (("long", "a cat on the roof on the roof"), ("cut", "a cat on the roof on the")):
+        shutil.copytree(parts / "tokens", tmp_path / name)
+        write_captions(tmp_path / name, [caption])
+        folders = {"token_set": str(tmp_path / name), "output_dir": str(tmp_path / f"{name}_out")}
+        features = str(tmp_path / f"{name}_features") if kept else None
+        train(**(options | folders | {"num_validation_images": 1}), caption_features=features)
+        tuned.append(load_file(tmp_path / f"{name}_out" / "language_model" / "model.safetensors"))
+    torch.testing.assert_close(*tuned, rtol=0, atol=0)
+
+
 def test_dropped_captions_are_not_read(options, monkeypatch):
     seen = []
     draw = CaptionEncoder.draw
@@ -233,15 +247,16 @@ def test_dropped_captions_are_not_read(options, monkeypatch):
         ({"caption_column": None}, "`--text_encoder_name_or_path` needs `--caption_column`"),
         ({"lora_rank": 2}, "`--lora_rank` needs `--pretrained_model_name_or_path`"),
         ({"pretrained_model_name_or_path": "converted"}, "Exactly one of `--model_config_name_or_path`"),
-        ({"token_set": "no_captions"}, r"but 'caption' of row \d holds None. Remove such rows"),
-        ({"token_set": "long"}, "A caption must have at most 8 tokens, but 'a cat on the.*' has 9"),
+        ({"token_set": "no_captions"}, "must hold a caption in each row, but 'caption' has empty"),
+        ({"token_set": "empty"}, "must hold a caption in each row, but 'caption' has empty"),
+        ({"token_set": "empty_lists"}, "must hold a caption in each row, but 'caption' has empty"),
         ({"token_set": "wide"}, "has 4 x 4 ids per image, but images of 16 x 32"),
         ({"caption_features": "features"}, "must hold features of this token set by this text encoder"),
     ],
 )
 def test_wrong_inputs_are_one_error(options, parts, tmp_path, changes, message, monkeypatch):
     monkeypatch.chdir(parts)
-    if not (parts / "long").exists():
+    if not (parts / "wide").exists():
         make_wrong_parts(parts)
     with cpu(), pytest.raises((ValueError, OSError), match=message):
         main(AutoregressiveOptions(**(options | changes)))
@@ -251,7 +266,9 @@ def make_wrong_parts(parts: Path) -> None:
     (parts / "llama.json").write_text(json.dumps(LLAMAGEN | {"model_type": "llama"}))
     for name, captions in (
         ("no_captions", ["a cat", None]),
-        ("long", ["a cat on the roof on the roof"]),
+        ("empty", ["a cat", ""]),
+        ("empty_lists", [["a cat"], []]),
+        ("other", ["the cat"]),
         ("wide", CAPTIONS),
     ):
         shutil.copytree(parts / "tokens", parts / name)
@@ -261,7 +278,7 @@ def make_wrong_parts(parts: Path) -> None:
     width = table.column_names.index("width")
     table = table.set_column(width, "width", pa.array([32] * len(table)))
     pq.write_table(table, file)
-    source = TokenSource(str(parts / "long"), None, "caption")
+    source = TokenSource(str(parts / "other"), None, "caption")
     store_captions(parts / "features", source, CaptionEncoder(**text_components(), length=16))
 
 

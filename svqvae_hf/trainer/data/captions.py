@@ -17,7 +17,7 @@ FEATURES, TOKEN_ENDS, ROW_ENDS = "features.bin", "token_ends.npy", "row_ends.npy
 
 
 class CaptionEncoder:
-    """Encodes captions to the arguments of a language model.
+    """Encodes captions to the arguments of a language model. Longer ones are cut, as in LlamaGen's training.
 
     Args:
         text_encoder ([`~transformers.T5EncoderModel`]): Text encoder, in bfloat16.
@@ -32,7 +32,7 @@ class CaptionEncoder:
 
     def encode(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encodes captions to `prompt_embeds` and `prompt_attention_mask`."""
-        features, mask = encode_captions(self.text_encoder, self.tokenizer, captions, self.length)
+        features, mask = encode_captions(self.text_encoder, self.tokenizer, captions, self.length, truncate=True)
         return {"prompt_embeds": features, "prompt_attention_mask": mask}
 
     def draw(self, batch: TokenBatch, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -100,7 +100,6 @@ def store_captions(folder: Path, source: TokenSource, encoder: CaptionEncoder) -
 
     Raises:
         OSError: If it cannot be written.
-        ValueError: If a row has no caption, or a caption is too long.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,220 @@
+"""Compares a converted language model with the original code of LlamaGen on the same weights.
+
+python conversion/compare_llamagen.py LLAMAGEN_CHECKOUT CHECKPOINT --grid-size 16
+
+LLAMAGEN_CHECKOUT is a checkout of FoundationVision/LlamaGen. Its code runs unchanged, on random conditions. In float32
+and in bfloat16, the script compares the logits of one pass and the greedy ids, with and without guidance. The exit
+code is 1 if the two differ by more than rounding.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from svqvae_hf import SVQVAE, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
+from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint, find_language_model, read_llamagen
+from svqvae_hf.pipelines.sampling import guide
+
+IMAGES = 8
+GUIDANCE_SCALES = (1.0, 4.0)
+FLOAT32_TOLERANCE = 1e-4  # of logits
+# The original's `generate` asks for plain attention. PyTorch's choice is the fused one, which rounds in another way.
+ATTENTION = {"plain": [SDPBackend.MATH], "fused": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]}
+
+
+class Original:
+    """A model of the original code, in float32 unless it is moved to another type.
+
+    Args:
+        checkout (`Path`): Folder with the original's `autoregressive`.
+        checkpoint ([`LlamaGenCheckpoint`]): Checkpoint, whose file is loaded by the original's names.
+    """
+
+    def __init__(self, checkout: Path, checkpoint: LlamaGenCheckpoint):
+        gpt, self.sampling = import_original(checkout)
+        config = checkpoint.config
+        self.model: nn.Module = gpt.Transformer(
+            gpt.ModelArgs(
+                dim=config["hidden_size"],
+                n_layer=config["num_hidden_layers"],
+                n_head=config["num_attention_heads"],
+                vocab_size=config["codebook_size"],
+                block_size=config["grid_size"] ** 2,
+                num_classes=config["num_classes"],
+                cls_token_num=config["num_condition_tokens"],
+                caption_dim=config["caption_dim"],
+                model_type="c2i" if config["caption_dim"] is None else "t2i",
+            )
+        )
+        weights = find_language_model(torch.load(checkpoint.path, map_location="cpu", weights_only=True)) or {}
+        self.model.load_state_dict({name: weight for name, weight in weights.items() if name != "freqs_cis"})
+        self.model.eval()
+
+    def logits(self, ids: torch.Tensor, condition: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Logits `(2 * images, ids, codes)` of one pass, the second half without conditions."""
+        for layer in self.model.layers:
+            layer.attention.kv_cache = None  # generation leaves it there
+        tokens = self.model.cls_token_num
+        length = tokens + ids.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(ids), 1, 1)
+        if mask is None:
+            null = torch.full_like(condition, self.model.num_classes)
+        else:
+            null = self.model.cls_embedding.uncond_embedding.expand_as(condition)
+            seen[:, :, :tokens] &= mask.bool()[:, None]
+            seen |= torch.eye(length, dtype=torch.bool)
+        logits, _ = self.model(ids.repeat(2, 1), torch.cat([condition, null]), mask=seen.repeat(2, 1, 1)[:, None])
+        return logits[:, tokens - 1 : -1]
+
+    def greedy_ids(
+        self, condition: torch.Tensor, mask: torch.Tensor | None, guidance_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most likely ids `(images, ids)`, and the logits `(images, ids, codes)` that they were chosen by."""
+        steps: list[torch.Tensor] = []
+        recording = self.model.register_forward_hook(lambda module, args, output: steps.append(output[0][:, -1]))
+        ids = self.sampling.generate(
+            self.model, condition, self.model.block_size, mask, cfg_scale=guidance_scale, sample_logits=False
+        )
+        recording.remove()
+        logits = torch.stack(steps, dim=1)
+        return ids.long(), logits if guidance_scale == 1 else guide(logits, guidance_scale)
+
+
+class Converted:
+    """The same model in this package.
+
+    Args:
+        checkpoint ([`LlamaGenCheckpoint`]): Checkpoint.
+    """
+
+    def __init__(self, checkpoint: LlamaGenCheckpoint):
+        self.model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
+        tokenizer = SVQVAE(codebook_size=self.model.config.codebook_size, base_channels=32)  # decodes nothing here
+        self.pipeline = SVQVAEAutoregressivePipeline.from_llamagen(tokenizer, self.model)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def logits(self, ids: torch.Tensor, condition: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Logits `(2 * images, ids, codes)` of one pass, the second half without conditions."""
+        codes, count = self.model.config.codebook_size, ids.shape[1]
+        first = codes + (condition if mask is None else condition.new_zeros(len(ids), dtype=torch.int64))
+        first = torch.cat([first, torch.full_like(first, self.model.config.unconditional_token)])
+        tokens = torch.cat([first[:, None], ids.repeat(2, 1)], dim=1)
+        captions = {}
+        if mask is not None:
+            captions = {"prompt_embeds": condition.repeat(2, 1, 1), "prompt_attention_mask": mask.repeat(2, 1)}
+        return self.model(tokens, **captions).logits[:, :count, :codes].float()
+
+    def greedy_ids(self, condition: torch.Tensor, mask: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:
+        """Most likely ids `(images, ids)`."""
+        given = {"class_labels": condition}
+        if mask is not None:
+            given = {"prompt_embeds": condition, "prompt_attention_mask": mask}
+        call = {"guidance_scale": guidance_scale, "temperature": 0, "output_type": "latent"}
+        return self.pipeline(**given, **call).images.flatten(1)
+
+
+def import_original(checkout: Path) -> tuple[ModuleType, ModuleType]:
+    """Imports the original's modules of the model and of sampling."""
+    if not (checkout / "autoregressive" / "models" / "gpt.py").is_file():
+        raise FileNotFoundError(
+            f"`{checkout}` must be a checkout of FoundationVision/LlamaGen, but has no autoregressive/models/gpt.py."
+        )
+    sys.path.insert(0, str(checkout))
+    return tuple(importlib.import_module(f"autoregressive.models.{name}") for name in ("gpt", "generate"))
+
+
+def make_condition(checkpoint: LlamaGenCheckpoint) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Classes, or random features of captions of several lengths with their mask."""
+    config = checkpoint.config
+    if config["caption_dim"] is None:
+        return torch.arange(IMAGES) % config["num_classes"], None
+    tokens = config["num_condition_tokens"]
+    lengths = torch.linspace(1, tokens, IMAGES).long()
+    mask = (torch.arange(tokens) >= tokens - lengths[:, None]).long()
+    return F.normalize(torch.randn(IMAGES, tokens, config["caption_dim"]), dim=-1) * mask[..., None], mask
+
+
+def compare(checkout: Path, checkpoint: LlamaGenCheckpoint) -> Iterator[tuple[bool, str]]:
+    """Yields whether each comparison passed, and its line."""
+    original, converted = Original(checkout, checkpoint), Converted(checkpoint)
+    torch.manual_seed(0)
+    condition, mask = make_condition(checkpoint)
+    ids = torch.randint(checkpoint.config["codebook_size"], (IMAGES, checkpoint.config["grid_size"] ** 2))
+    exact = original.logits(ids, condition, mask)
+    for dtype in (torch.float32, torch.bfloat16):
+        for model in (original.model, converted.model):
+            model.to(dtype)
+        if mask is not None:
+            condition = condition.to(dtype)
+        logits = original.logits(ids, condition, mask)
+        tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else _distance(logits, exact)
+        distance = _distance(converted.logits(ids, condition, mask), logits)
+        allowed = "allowed" if dtype == torch.float32 else "the original's own rounding"
+        line = f"logits of one pass up to {distance:.1e} apart, {allowed} {tolerance:.1e}"
+        yield distance <= tolerance, f"{dtype}  {line}"
+        for guidance_scale in GUIDANCE_SCALES:
+            expected, chosen_by = original.greedy_ids(condition, mask, guidance_scale)
+            # Logits that are `tolerance` off move the difference of two guided ones by at most this much.
+            margin = 2 * (2 * guidance_scale - 1) * tolerance
+            for attention, kernels in ATTENTION.items():
+                with sdpa_kernel(kernels):
+                    found = converted.greedy_ids(condition, mask, guidance_scale)
+                passed, line = compare_ids(found, expected, chosen_by, margin)
+                yield passed, f"{dtype}  guidance {guidance_scale:g}, {attention} attention: {line}"
+
+
+def compare_ids(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor, margin: float) -> tuple[bool, str]:
+    """Compares ids `(images, ids)`, given the logits `(images, ids, codes)` of the expected ones.
+
+    The first unequal id of an image may have a logit up to `margin` below the expected one. Later ids follow from
+    other ones, and are not compared.
+    """
+    unequal = found != expected
+    rows = unequal.any(1).nonzero().flatten()
+    firsts = unequal[rows].float().argmax(1)
+    best, ours = (logits[rows, firsts, ids[rows, firsts]] for ids in (expected, found))
+    line = f"all {found.shape[1]} ids equal in {len(found) - len(rows)} of {len(found)} images"
+    if not len(rows):
+        return True, line
+    gap = (best - ours).max().item()
+    where = ", ".join(map(str, firsts.tolist()))
+    return (
+        gap <= margin,
+        f"{line}, first unequal at {where} in others, logits up to {gap:.1e} apart, allowed {margin:.1e}",
+    )
+
+
+def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
+    return (logits - others).abs().max().item()
+
+
+@torch.no_grad()
+def main() -> int:
+    """Runs the script and returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("llamagen_checkout", type=Path, help="folder of the original code")
+    parser.add_argument("checkpoint", help="file of a language model, local or `org/repo:file` on the Hub")
+    parser.add_argument("--grid-size", type=int, help="ids per side of an image")
+    parser.add_argument("--num-heads", type=int, help="for sizes that LlamaGen does not define")
+    args = parser.parse_args()
+    try:
+        checkpoint = read_llamagen(args.checkpoint, grid_size=args.grid_size, num_attention_heads=args.num_heads)
+        passed = True
+        for holds, line in compare(args.llamagen_checkout, checkpoint):
+            print(f"{line.removeprefix('torch.')}  {'ok' if holds else 'DIFFERS'}")
+            passed &= holds
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
