@@ -1,5 +1,6 @@
 """Tokenizers of other libraries, measured by one protocol: each figure is equal to a computation by hand."""
 
+import inspect
 import json
 import math
 
@@ -21,7 +22,7 @@ from svqvae_hf.evaluation.baselines.codecs import CODECS, open_image, save_image
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.tokenizers.baselines import BlockTokenizer, CodecTokenizer
 from svqvae_hf.evaluation.tokenizers.compare import compare_tokenizers
-from svqvae_hf.evaluation.tokenizers.loading import load_tokenizers
+from svqvae_hf.evaluation.tokenizers.loading import ADAPTERS, load_tokenizers
 from svqvae_hf.evaluation.tokenizers.memory import PeakMemory
 from svqvae_hf.evaluation.tokenizers.table import comparison_figure
 
@@ -81,6 +82,11 @@ def test_figures_are_those_computed_by_hand(tmp_path, images, name):
         assert row["perplexity"] == pytest.approx(2 ** -(frequency * np.log2(frequency)).sum())
     else:
         assert row["usage"] is None
+
+
+def test_adapters_have_at_most_30_lines():
+    lines = {name: len(inspect.getsource(adapter).splitlines()) for name, (_, adapter) in ADAPTERS.items()}
+    assert max(lines.values()) <= 30, lines
 
 
 @pytest.mark.parametrize("prefix", ["model.vqmodel.", "vqmodel."])
