@@ -1,4 +1,4 @@
-"""An S3 server on this machine that drops connections and answers 503 at random."""
+"""An S3 server on this machine that drops connections and answers 503 at random, and whose disk can be full."""
 
 import random
 import socket
@@ -10,13 +10,16 @@ from typing import Any
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+FULL = b"<Error><Code>XMinioStorageFull</Code><Message>The disk is full.</Message></Error>"
+
 
 class Faults:
-    """A WSGI application that fails at random in front of another."""
+    """A WSGI application that fails at random in front of another. It takes a limited number of files, if any."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]]):
         self.application = application
         self.rate = 0.0
+        self.room: int | None = None
         self.random = random.Random(0)
         self.requests: list[str] = []
 
@@ -27,6 +30,11 @@ class Faults:
                 start_response("503 Slow Down", [("Content-Length", "0")])
                 return []
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        if self.room is not None and environ["REQUEST_METHOD"] == "PUT":
+            if self.room == 0:
+                start_response("507 Insufficient Storage", [("Content-Length", str(len(FULL)))])
+                return [FULL]
+            self.room -= 1
         return self.application(environ, start_response)
 
 

@@ -249,12 +249,15 @@ def test_token_sets(run, photo, tmp_path):
     photo.crop((100, 50, 260, 178)).save(folder / "cat.jpg")
     sides = ["--sides", "16", "32", "--workers", "0"]
     (rows,) = run("token_sets", "speed", folder, "--count", "2", *sides)
-    bare, reading, tokenizing = rows[3:]
-    assert (bare["side"], bare["images"], rows[0]["images"]) == (32, 2, 4)
-    assert (reading["method"], tokenizing["method"]) == ("encode_tokens and reading", "tokenize_set, 0 workers")
+    bare, tokenizing = rows[2:]
+    assert (bare["side"], bare["images"], rows[0]["images"]) == (32, 2, 8)
+    assert tokenizing["method"] == "tokenize_set, 0 workers"
     assert tokenizing["images per second"] * tokenizing["rounds"][0] == pytest.approx(2)
-    (rows,) = run("token_sets", "join", "--parts", "3")
-    assert rows[0]["parts"] == 3
+    (rows,) = run("token_sets", "join", "--parts", "1003")
+    assert [(row["step"], row["parts"]) for row in rows] == [
+        ("last records gathered", 1003),
+        ("records joined", 1003),
+    ]
 
 
 def test_image_sets(run):

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,5 +43,16 @@ def run_to_end(arguments: Sequence[str], output: Path) -> None:
     from svqvae_cli import main
 
     with output.open("w") as file, contextlib.redirect_stdout(file):
+        code = main(arguments)
+    sys.exit(code)
+
+
+def run_on_a_full_disk(arguments: Sequence[str], output: Path, room: int) -> None:
+    """Runs the command, which cannot write more than `room` bytes to a file, and writes its errors to a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing raises an error
+    with output.open("w") as file, contextlib.redirect_stderr(file):
+        from svqvae_cli import main
+
         code = main(arguments)
     sys.exit(code)

@@ -112,11 +112,8 @@ def test_training_streams_a_token_set_from_a_url(local, memory):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_an_s3_server_with_faults_gets_the_same_set(local, tmp_path, monkeypatch):
-    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     with s3_server() as (address, faults):
-        for name, value in {**names, "AWS_ENDPOINT_URL": address}.items():
-            monkeypatch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("bucket")
+        make_bucket("bucket", address, monkeypatch)
         fsspec.filesystem("s3").put(f"{local}/tars/", "bucket/tars/", recursive=True)
         faults.rate = 0.1
         failures = []
@@ -140,3 +137,27 @@ def test_an_s3_server_with_faults_gets_the_same_set(local, tmp_path, monkeypatch
         rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True)
         assert list(rows) == list(load(local / "tokens"))
         assert detokenize_set(make_tiny(), "s3://bucket/tokens", tmp_path / "images", max_images=1) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_full_bucket_leaves_no_part_that_counts_as_done(local, monkeypatch):
+    with s3_server() as (address, faults):
+        make_bucket("small", address, monkeypatch)
+        folder = Folder("s3://small/tokens")
+        for room in range(4):  # for the options, a claim, a Parquet file, and the record of the part
+            faults.room = room
+            with pytest.raises(OSError, match=r"s3://small/tokens/.* cannot be written: .*The disk is full\.$"):
+                tokenize(local / "photos", folder.url, num_parts=1)
+            assert [name for name in folder.all_files("parts") if "/0000" in name and name.endswith(".json")] == []
+        faults.room = None
+        assert tokenize(local / "photos", folder.url, num_parts=1).complete
+        tokenize(local / "photos", local / "tokens", num_parts=1)
+        check_equal(local / "tokens", folder.url)
+
+
+def make_bucket(name, address, monkeypatch):
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for variable, value in {**names, "AWS_ENDPOINT_URL": address}.items():
+        monkeypatch.setenv(variable, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # of an earlier server
+    fsspec.filesystem("s3").mkdir(name)

@@ -21,7 +21,7 @@ from token_set_parts import (
     save_photos,
     tokenize,
 )
-from tokenize_processes import processes, run_killed, run_to_end
+from tokenize_processes import processes, run_killed, run_on_a_full_disk, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import FileRows
@@ -220,6 +220,25 @@ def test_workers_killed_at_random_make_the_set_of_one_process(many, tmp_path):
     assert found == expected
     rows = load(tmp_path / "out")
     assert rows["key"] == [f"{number:02}.png" for number in range(24) if number not in (3, 17)]
+
+
+def test_a_full_disk_leaves_no_part_that_counts_as_done(many, tmp_path):
+    arguments = ["tokenize", str(many), str(tmp_path / "out"), "--model", str(tmp_path / "tiny"), "--workers", "0"]
+    arguments += ["--num-parts", "2"]
+    assert svqvae("tokenize", many, tmp_path / "unbroken", *arguments[3:]) == 1
+    expected = content(tmp_path / "unbroken" / "data")
+    room = min(map(len, expected.values())) - 1
+    process = processes().Process(target=run_on_a_full_disk, args=(arguments, tmp_path / "errors.txt", room))
+    process.start()
+    process.join()
+    assert process.exitcode == 2
+    error = (tmp_path / "errors.txt").read_text().splitlines()[-1]
+    assert re.search(r"svqvae: error: .*train-0000000-00000.parquet` cannot be written: .*File too large\.$", error)
+    status = read_status(tmp_path / "out")
+    assert (status.done, [*status.failed]) == (0, [0])
+    assert [path.name for path in (tmp_path / "out" / "data").rglob("*") if path.is_file()] == []
+    assert svqvae(*arguments) == 1
+    assert content(tmp_path / "out" / "data") == expected
 
 
 def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
