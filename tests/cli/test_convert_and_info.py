@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from cli_runner import fails, names, svqvae
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
@@ -26,8 +26,10 @@ def test_convert_and_info(tmp_path, capsys):
     assert svqvae("info", repo) == 0
     facts = read_facts(capsys)
     assert facts["kind"] == "SVQVAE model"
-    assert facts["f"] == "2"
-    assert SVQVAE.from_pretrained(repo).codebook_fingerprint() in facts["codebook"]
+    model = SVQVAE.from_pretrained(repo)
+    assert (facts["f"], facts["encoder_ch_mult"]) == ("2", "[1, 2]")
+    assert facts["parameters"] == f"{model.num_parameters():,}"
+    assert model.codebook_fingerprint() in facts["codebook"]
     assert svqvae("info", GOLDEN) == 0
     facts = read_facts(capsys)
     assert facts["kind"].startswith("original checkpoint, SVQVAE")
@@ -80,11 +82,19 @@ def test_info_of_a_folder_of_token_files(two_images, tmp_path, saved_model, caps
     facts = read_facts(capsys)
     assert (facts["kind"], facts["files"], facts["scales"]) == ("folder of token files", "2", "0.5, 1")
     assert int(facts["tokens"]) == 15 * 9 + 8 * 4 + 10 * 6 + 5 * 3
-    assert facts["codebook"] == f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
+    codebook = f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
+    assert facts["codebook"] == codebook
+    make_tiny(codebook_size=32).save_pretrained(tmp_path / "other")
+    svqvae("encode", two_images / "a.png", "--output", tmp_path / "tokens" / "more", "--model", tmp_path / "other")
+    capsys.readouterr()
+    svqvae("info", tmp_path / "tokens")
+    other, ours = read_facts(capsys)["codebook"].split("; ")
+    assert (other[:8], ours) == ("32 codes", codebook)
 
 
 def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", "16", "--num-parts", "1"]
+    argv += ["--tile-size", "32", "--overlap", "8", "--scale-from", "latents"]
     svqvae("tokenize", two_images, tmp_path / "set", *argv)
     capsys.readouterr()
     assert svqvae("info", tmp_path / "set") == 0
@@ -92,6 +102,8 @@ def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     facts = {line[:13].strip(): line[13:].strip() for line in lines}
     assert (facts["kind"], facts["rows"], facts["Parquet files"]) == ("token set", "2", "1")
     assert (facts["crops"], facts["resolution"], facts["scales"]) == ("centre", "16", "1")
+    assert (facts["tiles"], facts["scales from"]) == ("32 pixels, overlap 8", "latents")
+    assert facts["codebook"] == f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
 
 
 def test_info_of_an_image_says_what_to_do_with_it(two_images, capsys):
