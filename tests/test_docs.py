@@ -194,12 +194,16 @@ def test_reference_of_the_command_line_is_complete():
     (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     assert sections.keys() == commands.choices.keys()
     for name, parser in commands.choices.items():
-        rows = dict(re.findall(r"^- `([^`]+)`(?: \(required\))?: (.+)$", sections[name], re.MULTILINE))
-        shown = [action for action in parser._actions if action.dest != "help"]
-        assert len(rows) == len(shown)
-        for action in shown:
+        found = re.findall(r"^- `([^`]+)`( \(required\))?: (.+)$", sections[name], re.MULTILINE)
+        rows = {shown: text for shown, _, text in found}
+        required = {shown.split()[0] for shown, mark, _ in found if mark}
+        assert f"```bash\n{parser.epilog.removeprefix('example:').strip()}\n```" in sections[name]
+        arguments = [action for action in parser._actions if action.dest != "help"]
+        assert len(rows) == len(arguments)
+        for action in arguments:
             (row,) = (key for key in rows if key.split()[0] in (*action.option_strings, action.metavar))
             assert (action.help % {"default": action.default}) in rows[row]
+            assert (row.split()[0] in required) == bool(action.option_strings and action.required)
             assert all(str(choice) in row + rows[row] for choice in action.choices or ())
 
 
