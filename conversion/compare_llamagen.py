@@ -199,7 +199,9 @@ def _distance(logits: torch.Tensor, others: torch.Tensor) -> float:
 @torch.no_grad()
 def main() -> int:
     """Runs the script and returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("llamagen_checkout", type=Path, help="folder of the original code")
     parser.add_argument("checkpoint", help="file of a language model, local or `org/repo:file` on the Hub")
     parser.add_argument("--grid-size", type=int, help="ids per side of an image")

@@ -1,4 +1,4 @@
-"""Scripts of `training/` and `conversion/` with three wrong inputs: one line, exit code 2, and nothing is left."""
+"""Each script of `training/` and `conversion/` with three wrong inputs: one line, exit code 2, and nothing is left."""
 
 import runpy
 import shutil
@@ -64,6 +64,11 @@ WRONG = {  # words on the command line, and a part of the message
         ("empty {golden}", "must be a checkpoint of FlexVAR's transformer"),
         ("empty", "the following arguments are required: checkpoint"),
     ],
+    "conversion/compare_llamagen.py": [
+        ("empty broken.json", "`broken.json` must be a whole PyTorch checkpoint"),
+        ("empty {golden}", "must be a checkpoint of a language model of LlamaGen"),
+        ("empty {golden} --grid-size x", "argument --grid-size: invalid int value: 'x'"),
+    ],
     "conversion/convert.py": [
         ("broken.json out", "`broken.json` must be a whole PyTorch checkpoint"),
         ("{golden} two_images", "`two_images` must be a new or empty folder, but it is not empty"),
@@ -93,6 +98,7 @@ def test_wrong_inputs_of_scripts(two_images, tmp_path, saved_model, monkeypatch,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_each_training_script_has_three_wrong_inputs():
-    assert {f"training/{path.name}" for path in (ROOT / "training").glob("*.py")} <= WRONG.keys()
+def test_each_script_has_three_wrong_inputs():
+    paths = [path for room in ("training", "conversion") for path in (ROOT / room).glob("*.py")]
+    assert WRONG.keys() == {str(path.relative_to(ROOT)) for path in paths}
     assert {len(cases) for cases in WRONG.values()} == {3}
