@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from svqvae_hf import LlamaGenConfig, LlamaGenForCausalLM
@@ -258,3 +259,19 @@ def test_device_map_places_the_model(kind, tmp_path):
     _, inputs, _ = load_inputs(kind)
     placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
     assert torch.equal(placed(**inputs).logits, model(**inputs).logits)
+
+
+def test_decode_steps_are_compiled_once(kind):
+    """Ids equal those of the original code. A static cache keeps all shapes; each step is one graph."""
+    model, (expected, inputs, _) = load(kind), load_inputs(kind)
+    counter = CompileCounter()
+    decode = torch.compile(model.forward, backend=counter, fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=model.config.max_position_embeddings)
+    tokens, ids = inputs.pop("input_ids")[:, :1], []
+    for step in range(IDS):
+        logits = (decode if step else model)(tokens, **inputs, cache=cache).logits
+        tokens = logits[:, -1:].argmax(-1)
+        ids.append(tokens)
+        inputs.pop("prompt_embeds", None)
+    assert counter.frame_count == 1
+    assert torch.equal(torch.cat(ids, dim=1), expected["greedy_cfg1.ids"])

@@ -8,6 +8,7 @@ from conftest import ROOT, make_tiny
 from PIL import Image
 from pipeline_parts import text_components
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
@@ -101,6 +102,16 @@ def test_64_ids_in_bfloat16_equal_the_original_code_up_to_rounding(guidance_scal
         first = int(unequal[image].float().argmax())
         assert guided[image, first, expected[image, first]] - guided[image, first, ids[image, first]] <= margin
     assert (~unequal).float().mean() > 0.5
+
+
+def test_a_compiled_model_is_not_compiled_at_each_step():
+    """Takes five seconds, because shapes that change are traced several times."""
+    expected, condition = load_expected("c2i")
+    pipeline, counter = make_pipeline("c2i"), CompileCounter()
+    pipeline.language_model.compile(backend=counter, dynamic=True)
+    ids = pipeline(**condition, guidance_scale=2, temperature=0, output_type="latent").images
+    assert torch.equal(ids.flatten(1), expected["greedy_cfg2.ids"])
+    assert counter.frame_count <= 3  # the first token, the first decode step, all others
 
 
 def test_unmasked_captions_equal_the_original_code():
