@@ -120,7 +120,7 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
         Panel(
             sampled.resize(shown_size, Image.Resampling.LANCZOS),
             "windows",
-            f"{len(windows)} of 96 x 96 pixels, for the statistics that all tiles share",
+            f"{len(windows)} of 64 x 64 pixels, for the statistics that all tiles share",
         ),
     ]
     return contact_sheet(panels)

@@ -77,6 +77,7 @@ def two_images(tmp_path, photo) -> Path:
 def few_windows(monkeypatch):
     """Limits the context that tiles share to two windows, so that small images are cut into tiles, too."""
     monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", 2)
+    monkeypatch.setattr("svqvae_hf.models.tiling.WHOLE_SQUARES", 2)
 
 
 @pytest.fixture

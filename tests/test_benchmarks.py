@@ -211,7 +211,8 @@ def test_search(run, load, monkeypatch):
 
 
 def test_tiles(run, photo, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiling, "CONTEXT_WINDOWS", 2)  # so that a small image is tiled
+    monkeypatch.setattr(tiling, "WHOLE_SQUARES", 2)  # so that a small image is tiled
+    monkeypatch.setattr(tiling, "CONTEXT_WINDOWS", 2)
     monkeypatch.setattr(tiling, "CONTEXT_FRACTION", 1)
     folder = tmp_path / "images"
     folder.mkdir()

@@ -44,7 +44,8 @@ from svqvae_hf.models.checks import (
     check_scales,
     check_tiles,
 )
-from svqvae_hf.models.fast_ops import (
+from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple, resize_latents, resize_sample
+from svqvae_hf.models.layers.fast_ops import (
     Conv3x3,
     Cuts,
     HalvingConv2d,
@@ -54,22 +55,14 @@ from svqvae_hf.models.fast_ops import (
     normalise,
     silu,
 )
-from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple, resize_latents, resize_sample
+from svqvae_hf.models.layers.pieces import Core, Pieces, TileContext, crop_to_core, cut_pieces
 from svqvae_hf.models.loading import SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
-from svqvae_hf.models.tiling import (
-    OVERLAP_PX,
-    Core,
-    TileContext,
-    TilingMixin,
-    crop_to_core,
-    cut_bands,
-    decode_core,
-    run_in_bands,
-    to_positions,
-)
+from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin, decode_core
 
 NORM_EPS = 1e-6
+
+Features = torch.Tensor | Pieces
 
 
 @dataclass
@@ -130,17 +123,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv3x3(out_channels, out_channels)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
+    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h, w)`."""
-        if shared is None and (bands := cut_bands(hidden)):
-            return run_in_bands(self, hidden, bands)
-        if shared is not None and shared.measures(self.norm1, hidden):
-            return hidden
+        if isinstance(hidden, Pieces):
+            return hidden.run_residual(self)
         cuts = None if shared is None else shared.cuts
         # One name for all steps, and the shortcut last: another name or an earlier shortcut would hold memory.
         residual = self.conv1(silu(self.norm1(hidden, shared)), cuts)
-        if shared is not None and shared.measures(self.norm2, residual):
-            return hidden
         residual = self.norm2(residual, shared)
         residual = self.conv2(self.dropout(silu(residual)), cuts)
         return residual.add_(hidden if self.nin_shortcut is None else self.nin_shortcut(hidden))
@@ -157,21 +146,34 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
+    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
         """`(batch, channels, h, w)` -> the same shape."""
-        if shared is not None and shared.measures(self.norm, hidden):
-            return hidden
+        if isinstance(hidden, Pieces):
+            return hidden.run_attention(self)
         normed = self.norm(hidden, shared)
-        if shared is None:
-            key, value = (to_positions(project(normed).unsqueeze(1)) for project in (self.k, self.v))
-        elif shared.collects(self, lambda: (self.k(normed), self.v(normed))):
-            return hidden
-        else:
-            key, value = shared.attended[self]
-        query = to_positions(self.q(normed).unflatten(0, (key.shape[0], -1)))
+        key, value = self.keys_and_values(normed, len(hidden)) if shared is None else shared.attended[self]
+        return self.attend(hidden, normed, key, value)
+
+    def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(images, 1, positions, channels)`."""
+        return to_positions(self.k(normed), images), to_positions(self.v(normed), images)
+
+    def attend(
+        self, hidden: torch.Tensor, normed: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Adds to each position what it finds at the keys."""
+        query = to_positions(self.q(normed), len(key))
         attended = F.scaled_dot_product_attention(query, key, value)  # (images, 1, positions, channels)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)
+
+
+def to_positions(hidden: torch.Tensor, images: int) -> torch.Tensor:
+    """`(images * windows, channels, h, w)` -> `(images, 1, windows * h * w, channels)`.
+
+    Contiguous, because the fused attention kernels, which never hold all pairs of positions, take no other layout.
+    """
+    return hidden.unflatten(0, (images, -1)).movedim(2, -1).flatten(1, 3).unsqueeze(1).contiguous()
 
 
 class Downsample(nn.Module):
@@ -181,9 +183,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = HalvingConv2d(channels)
 
-    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
+    def forward(self, hidden: Features, cuts: Cuts | None = None) -> Features:
         """`(batch, channels, h, w)` -> `(batch, channels, h / 2, w / 2)`."""
-        return self.conv(hidden, cuts)
+        return hidden.convolve(self.conv) if isinstance(hidden, Pieces) else self.conv(hidden, cuts)
 
 
 class Upsample(nn.Module):
@@ -193,9 +195,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = RepeatConv2d(channels)
 
-    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
+    def forward(self, hidden: Features, cuts: Cuts | None = None) -> Features:
         """`(batch, channels, h, w)` -> `(batch, channels, 2 * h, 2 * w)`."""
-        return self.conv(hidden, cuts)
+        return hidden.convolve(self.conv) if isinstance(hidden, Pieces) else self.conv(hidden, cuts)
 
 
 class ResolutionBlock(nn.Module):
@@ -223,29 +225,19 @@ class ResolutionBlock(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
-    def forward(
-        self, hidden: torch.Tensor, shared: TileContext | None = None, only: int | None = None
-    ) -> torch.Tensor:
-        """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept.
-
-        With `only`, one of [`layers`] runs alone.
-        """
-        if shared is not None:
+    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
+        """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
+        if shared is not None and isinstance(hidden, torch.Tensor):
             hidden = shared.crop(hidden, self)
-        for layer in self.layers() if only is None else [self.layers()[only]]:
-            if isinstance(layer, Downsample | Upsample):
-                hidden = layer(hidden, None if shared is None else shared.cuts)
-            else:
-                hidden = self._checkpointed(layer, hidden, shared)
+        blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
+        for block in itertools.chain(*blocks):
+            hidden = self._checkpointed(block, hidden, shared)
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
+                hidden = resample(hidden, None if shared is None else shared.cuts)
         return hidden
 
-    def layers(self) -> list[nn.Module]:
-        """Blocks and the change of resolution, in their order."""
-        blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
-        resamples = (layer for layer in (self.downsample, self.upsample) if layer is not None)
-        return [*itertools.chain(*blocks), *resamples]
-
-    def _checkpointed(self, block: nn.Module, hidden: torch.Tensor, shared: TileContext | None) -> torch.Tensor:
+    def _checkpointed(self, block: nn.Module, hidden: Features, shared: TileContext | None) -> Features:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden, shared)
         return block(hidden, shared)
@@ -262,7 +254,31 @@ def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleLi
     )
 
 
-class Encoder(nn.Module):
+class Network(nn.Module):
+    """A convolution, blocks, a norm and a convolution."""
+
+    conv_in: Conv3x3
+    norm_out: GroupNorm
+    conv_out: Conv3x3
+    full_values: int  # values of the largest features per position of the input
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Returns the blocks in their order."""
+        raise NotImplementedError
+
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
+        """`(batch, in_channels, height, width)` -> `(batch, out_channels, height', width')`."""
+        hidden = fast_layout(hidden)
+        if pieces := cut_pieces(hidden, shared, self.full_values):
+            return pieces.run(self.conv_in, self.blocks(), self.norm_out, self.conv_out)
+        cuts = None if shared is None else shared.cuts
+        hidden = self.conv_in(hidden, cuts)
+        for block in self.blocks():
+            hidden = block(hidden, shared)
+        return self.conv_out(silu(self.norm_out(hidden, shared)), cuts)
+
+
+class Encoder(Network):
     """Image -> features, one per `2 ** (len(ch_mult) - 1)` pixels along each side."""
 
     def __init__(
@@ -294,21 +310,14 @@ class Encoder(nn.Module):
         self.mid = middle_blocks(channels[last], num_groups, dropout)
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = Conv3x3(channels[last], z_channels)
+        self.full_values = base_channels
 
-    def forward(self, sample: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, in_channels, height, width)` -> `(batch, z_channels, h, w)`."""
-        hidden = fast_layout(sample)
-        blocks = (*self.conv_blocks, *self.mid)
-        if shared is not None and shared.gathering:
-            hidden = shared.gather(hidden, self.conv_in, blocks, self.norm_out)
-        else:
-            hidden = self.conv_in(hidden, None if shared is None else shared.cuts)
-            for block in blocks:
-                hidden = block(hidden, shared)
-        return self.conv_out(silu(self.norm_out(hidden, shared)), None if shared is None else shared.cuts)
+    def blocks(self) -> Iterable[nn.Module]:
+        """Levels, then the middle."""
+        return *self.conv_blocks, *self.mid
 
 
-class Decoder(nn.Module):
+class Decoder(Network):
     """Features -> image, with one residual block more per level than the encoder."""
 
     def __init__(
@@ -340,18 +349,11 @@ class Decoder(nn.Module):
         )
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = Conv3x3(channels[last], out_channels)
+        self.full_values = base_channels * 4**last
 
-    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, z_channels, h, w)` -> `(batch, out_channels, height, width)`."""
-        hidden = fast_layout(hidden)
-        blocks = (*self.mid, *self.conv_blocks)
-        if shared is not None and shared.gathering:
-            hidden = shared.gather(hidden, self.conv_in, blocks, self.norm_out)
-        else:
-            hidden = self.conv_in(hidden, None if shared is None else shared.cuts)
-            for block in blocks:
-                hidden = block(hidden, shared)
-        return self.conv_out(silu(self.norm_out(hidden, shared)), None if shared is None else shared.cuts)
+    def blocks(self) -> Iterable[nn.Module]:
+        """The middle, then levels."""
+        return *self.mid, *self.conv_blocks
 
 
 class SVQVAE(SVQVAELoadingMixin, TilingMixin):

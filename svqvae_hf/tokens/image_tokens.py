@@ -12,7 +12,7 @@ from PIL import Image
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS
+from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, WHOLE_SIDE, WHOLE_SQUARES
 from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
@@ -255,9 +255,9 @@ def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], 
         for level, (width, read) in enumerate(zip(widths, inputs, strict=False))
     )
     channel = 4 * model.config["base_channels"]
-    window_pixels = (CONTEXT_WINDOW_SIDE * model.f) ** 2
-    whole = max(model.tile_size**2, CONTEXT_WINDOWS * window_pixels) if model.use_tiling else math.inf
+    whole = max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2) if model.use_tiling else math.inf
     if pixels <= whole:
         return channel * per_pixel * pixels
-    held = min(CONTEXT_WINDOWS * window_pixels, CONTEXT_FRACTION * pixels)  # pixels of the sample of windows
-    return channel * (per_pixel * model.tile_size**2 + widths[0] * held)
+    held = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * pixels)
+    sample = max(2 * widths[0], inputs[0]) * held  # the windows hold two features of a block, or a wider input
+    return channel * max(per_pixel * model.tile_size**2, sample)

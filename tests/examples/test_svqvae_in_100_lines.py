@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.models.fast_ops import RepeatConv2d
+from svqvae_hf.models.layers.fast_ops import RepeatConv2d
 
 
 @pytest.fixture

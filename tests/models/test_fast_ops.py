@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, make_cuts
+from svqvae_hf.models.layers.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, make_cuts
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 

@@ -7,9 +7,9 @@ from conftest import make_tiny, psnr, smooth_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.models import tiling
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
+from svqvae_hf.models.layers import pieces
 from svqvae_hf.models.modeling_svqvae import ResolutionBlock
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -366,13 +366,13 @@ def test_offloading_changes_no_result(tiny_model, tmp_path, kind):
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize(("dtype", "agreement"), [(torch.float32, 90), (torch.bfloat16, 25)])
 def test_bands_of_large_images_change_nothing_but_rounding(monkeypatch, dtype, agreement):
-    """Also with a last band of one row."""
+    """Also with a last band of two rows."""
     model = make_tiny(encoder_ch_mult=(1, 2, 2), decoder_ch_mult=(1, 2, 2)).to(dtype)
     images = torch.rand(2, 3, 36, 28).to(dtype)
     latents = model.encode(images).latents
     sample = model.decode(latents).sample
-    monkeypatch.setattr(tiling, "WHOLE_VALUES", 0)
-    monkeypatch.setattr(tiling, "BAND_VALUES", 0)
-    monkeypatch.setattr(tiling, "BAND_ROWS", 5)
+    monkeypatch.setattr(pieces, "WHOLE_VALUES", 0)
+    monkeypatch.setattr(pieces, "BAND_VALUES", 0)
+    monkeypatch.setattr(pieces, "BAND_ROWS", 10)
     for output, whole in ((model.encode(images).latents, latents), (model.decode(latents).sample, sample)):
         assert psnr(output, whole) - psnr(torch.zeros_like(whole), whole) > agreement

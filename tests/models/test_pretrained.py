@@ -25,7 +25,7 @@ def test_size_and_config_are_as_documented(model):
 
 
 def test_tiles_are_invisible(model, photo, monkeypatch):
-    monkeypatch.setattr(tiling, "CONTEXT_WINDOWS", 28)  # as many as would fill the image; with more it is not tiled
+    monkeypatch.setattr(tiling, "WHOLE_SQUARES", 0)  # so that the photograph is tiled
     measurement = Measurement(model, SVQVAEImageProcessor()(photo.resize((704, 470)))["pixel_values"])
     figures = measurement.measure_tiles() | measurement.compare_with_whole()
     assert figures["PSNR whole, dB"] > 25

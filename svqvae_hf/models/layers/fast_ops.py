@@ -51,30 +51,19 @@ def group_norm(hidden: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
     return torch.group_norm(hidden, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def moments(hidden: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of each group of channels: `(batch, channels, h, w)` -> `(batch, num_groups)` each."""
-    values = hidden.to(at_least_float32(hidden.dtype)).unflatten(1, (num_groups, -1))
-    variance, mean = torch.var_mean(values, dim=(2, 3, 4), correction=0)
-    return mean, variance
-
-
-def moments_of_bands(bands: Sequence[torch.Tensor], norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance `(batch, groups)` of the groups of an image that is cut into bands. Has no gradient."""
-    parts = []
-    for band in bands:
-        batch, channels, height, width = band.shape
-        layout = torch.channels_last if band.device.type == "cpu" else torch.contiguous_format
-        values = band.to(at_least_float32(band.dtype)).contiguous(memory_format=layout)
-        # The fastest kernel that computes statistics. It also normalises the band, which is thrown away.
-        _, mean, rstd = torch.native_group_norm(
-            values, None, None, batch, channels, height * width, norm.num_groups, norm.eps
-        )
-        parts.append((mean, rstd.pow(-2) - norm.eps))
-    mean, variance = (torch.stack(each) for each in zip(*parts, strict=True))  # (bands, batch, groups)
-    shares = mean.new_tensor([band.shape[-2] for band in bands])[:, None, None]
-    shares = shares / shares.sum()
-    whole = (shares * mean).sum(0)
-    return whole, (shares * (variance + (mean - whole).square())).sum(0).clamp(min=0)
+def moments(hidden: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each group of channels: `(batch, channels, h, w)` -> `(batch, groups)` each."""
+    values = hidden.to(at_least_float32(hidden.dtype))
+    if torch.is_grad_enabled():
+        variance, mean = torch.var_mean(values.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)
+        return mean, variance
+    # The fastest kernel that computes statistics. It also normalises the values, which are thrown away.
+    batch, channels, height, width = values.shape
+    layout = torch.channels_last if values.device.type == "cpu" else torch.contiguous_format
+    _, mean, rstd = torch.native_group_norm(
+        values.contiguous(memory_format=layout), None, None, batch, channels, height * width, norm.num_groups, norm.eps
+    )
+    return mean, (rstd.pow(-2) - norm.eps).clamp(min=0)
 
 
 def normalise(hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
@@ -112,6 +101,8 @@ class Conv3x3(nn.Conv2d):
         out_channels (`int`): Channels out.
     """
 
+    scale = 1  # rows out per row in
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
@@ -127,6 +118,8 @@ class HalvingConv2d(nn.Conv2d):
     Args:
         channels (`int`): Channels in and out.
     """
+
+    scale = 0.5
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2)
@@ -177,6 +170,8 @@ class RepeatConv2d(nn.Conv2d):
     Args:
         channels (`int`): Channels in and out.
     """
+
+    scale = 2
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3)
