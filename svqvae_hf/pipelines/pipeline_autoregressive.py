@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
-from transformers import (
-    AutoModelForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5EncoderModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.checks import check_scales
@@ -28,21 +21,17 @@ from svqvae_hf.pipelines.cards import PipelineCardMixin
 from svqvae_hf.pipelines.sampling import (
     Generators,
     Labels,
-    check_finite,
     check_generators,
     check_returned_ids,
     check_sampling,
     check_tensor_inputs,
-    draw,
     evaluation_mode,
     fetch_pipeline,
-    guide,
     make_warpers,
     number_labels,
 )
-from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
-
-CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
+from svqvae_hf.pipelines.sequences import SequenceLayout
+from svqvae_hf.pipelines.token_sampler import TokenSampler
 
 # Pipeline, rows sampled before, scale, tensors -> tensors that replace them
 Callback = Callable[[Any, int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -326,7 +315,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
             check_generators(generator, len(sequences))
             rows = _rows_to_sample(layout, top, last)
-            sampler = _Sampler(
+            sampler = TokenSampler(
                 self.language_model,
                 layout,
                 captions,
@@ -453,74 +442,6 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             return ids
         sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (layout.height, layout.width), scale)
         return self.image_processor.postprocess(sample, output_type=output_type)
-
-
-class _Sampler:
-    """Samples ids of sequences one by one, with the cached keys and values of the tokens before."""
-
-    def __init__(
-        self,
-        language_model: PreTrainedModel,
-        layout: SequenceLayout,
-        captions: dict[str, torch.Tensor],
-        *,
-        guidance_scale: float,
-        guided_ids: int,
-        warpers: list[LogitsProcessor],
-        greedy: bool,
-        generator: Generators,
-    ):
-        self.language_model = language_model
-        self.layout = layout
-        self.captions = captions  # further arguments of the model
-        self.guidance_scale = guidance_scale
-        self.guided_ids = guided_ids if guidance_scale != 1 else 0  # ids that are still sampled with guidance
-        self.processors = LogitsProcessorList([LayoutLogitsProcessor(layout), *warpers])
-        self.greedy = greedy
-        self.generator = generator
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops the cached keys and values, after tokens have been replaced."""
-        self.cache: dict[str, Any] = {}  # under its name in the output of the model
-        self.read = 0
-        self.doubled = False  # whether the cache has a second half without labels
-
-    def sample(self, sequences: torch.Tensor, row: range) -> None:
-        """Samples the ids at successive positions of sequences `(batch, length)`, in place."""
-        highest = []
-        for position in row:
-            before = sequences[:, :position]
-            scores = self.processors(before, self._next_logits(before))
-            highest.append(scores.amax(-1))
-            sequences[:, position] = scores.argmax(-1) if self.greedy else draw(scores, self.generator)
-            self.guided_ids = max(0, self.guided_ids - 1)
-        check_finite(torch.stack(highest), self.language_model, "language model")
-
-    def _next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `(batch, vocab_size)` of the next token; `sequences` must extend the last call's."""
-        if self.doubled and not self.guided_ids:  # guidance has ended
-            for cache in self.cache.values():
-                cache.batch_select_indices(torch.arange(len(sequences)))
-        self.doubled = self.guided_ids > 0
-        tokens, captions = sequences[:, self.read :], dict(self.captions)
-        if self.read:
-            captions.pop("prompt_embeds", None)  # in the cache
-        if self.doubled:  # the second half has no label
-            tokens = tokens.repeat(2, 1)
-            captions = {name: torch.cat([each, each]) for name, each in captions.items()}
-            if not self.read:
-                tokens[len(sequences) :, 0] = self.layout.unconditional_token
-        output = self.language_model(input_ids=tokens, use_cache=True, **captions, **self.cache)
-        self.cache = {name: output[name] for name in CACHE_NAMES if name in output.keys()}
-        if not self.cache:
-            raise ValueError(
-                f"`language_model` must return its keys and values, but {type(self.language_model).__name__} does "
-                "not. Use a causal language model with attention."
-            )
-        self.read = sequences.shape[1]
-        logits = output.logits[:, -1].float()
-        return guide(logits, self.guidance_scale) if self.doubled else logits
 
 
 def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -> None:
