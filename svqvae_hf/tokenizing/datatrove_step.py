@@ -27,6 +27,7 @@ class TokenizeImages(PipelineStep):
         overlap (`int`, defaults to 32): Pixels that a tile reads beyond each of its sides.
         images (`Mapping[str, Any]`, *optional*): Further options of `open_images`.
         **options: Further options of [`~svqvae_hf.tokenizing.writer.tokenize_set`], except `part` and `num_parts`.
+            `scale_from` is `"image"` by default, as on the command line, so that both make the same files.
     """
 
     name = "Tokenize images"
@@ -55,7 +56,7 @@ class TokenizeImages(PipelineStep):
         self.dtype = dtype
         self.tiles = (tile_size, overlap)
         self.images = dict(images or {})
-        self.options = options
+        self.options = {"scale_from": "image", **options}
 
     def run(self, data: Iterable[Any] | None = None, rank: int = 0, world_size: int = 1) -> None:
         """Makes a part.

@@ -1,8 +1,9 @@
 import datasets
 import pytest
+from cli_runner import svqvae
 from conftest import make_tiny
 from datatrove.executor import LocalPipelineExecutor
-from token_set_parts import SCALES, content, save_photos, tokenize
+from token_set_parts import SCALES, content, save_photos
 
 from svqvae_hf.tokenizing.datatrove_step import TokenizeImages
 
@@ -19,9 +20,8 @@ def test_tasks_of_datatrove_make_the_set_of_one_process(tmp_path, monkeypatch):
     for _ in range(2):  # the second run finds all tasks done
         LocalPipelineExecutor([step], tasks=3, workers=1, logging_dir=str(tmp_path / "logs")).run()
     assert len(list((tmp_path / "logs" / "completions").iterdir())) == 3
-    model = make_tiny()
-    model.enable_tiling()
-    tokenize(model, photos, tmp_path / "alone" / "out", model_name="tiny", num_parts=3)
+    arguments = ["--model", tmp_path / "tiny", "--scales", *SCALES, "--num-parts", "3", "--workers", "0"]
+    assert svqvae("tokenize", photos, tmp_path / "alone" / "out", *arguments, "--device", "cpu") == 1  # skips an image
     assert content(tmp_path / "fleet" / "out") == content(tmp_path / "alone" / "out")
 
 
