@@ -5,7 +5,8 @@ a class of its own. At temperature 0 it samples each class, fills a masked quart
 ids of scales up to a quarter of the last one. The ids are compared with the photographs' own at every scale.
 
 It also samples each class on a canvas twice as wide. At a seam, the codes of neighbouring columns would be further
-apart than elsewhere. The cosine distance across the middle is compared with the distances between all other columns.
+apart than elsewhere. The photographs are stretched there, so columns come in pairs, and the middle lies between two of
+them. The cosine distance across the middle is compared with the distances between other pairs.
 """
 
 import time
@@ -36,18 +37,18 @@ def sample(pipeline: SVQVAENextScalePipeline, labels: list[int], **editing: Any)
 
 
 def measure_seam(pipeline: SVQVAENextScalePipeline, labels: list[int]) -> Row:
-    """Samples a canvas of 2 : 1, and compares its middle with the other columns."""
+    """Samples a canvas of 2 : 1, and compares its middle with the other borders of pairs of columns."""
     height, width = (side * pipeline.vqvae.f for side in pipeline.trained_schedule[-1])
     ids = sample(pipeline, labels, height=height, width=2 * width)[-1]
     codes = pipeline.vqvae.quantize.get_codebook_entry(ids)  # (images, rows, columns, codebook_embed_dim)
     distances = 1 - F.cosine_similarity(codes[:, :, 1:], codes[:, :, :-1], dim=-1).mean((0, 1))
     middle = len(distances) // 2
-    others = torch.cat([distances[:middle], distances[middle + 1 :]])
+    others = torch.cat([distances[middle % 2 : middle : 2], distances[middle + 2 :: 2]])
     return {
         "canvas": f"{2 * width} x {height}",
         "images": len(ids),
         "distance across the middle": distances[middle].item(),
-        "mean of other columns": others.mean().item(),
+        "mean between other pairs": others.mean().item(),
         "least": others.min().item(),
         "largest": others.max().item(),
     }

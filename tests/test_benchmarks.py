@@ -342,7 +342,7 @@ def test_by_heart(run, photo, tmp_path):
     assert new < 0.5 < filled
     assert refined >= 1 / 21
     assert seam["canvas"] == "32 x 16"
-    assert -1e-6 < seam["least"] <= seam["mean of other columns"] <= seam["largest"] <= 2
+    assert -1e-6 < seam["least"] <= seam["mean between other pairs"] <= seam["largest"] <= 2
 
 
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])
