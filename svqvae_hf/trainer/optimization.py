@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from svqvae_hf.trainer.options import RunOptions
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+MAX_PRECONDITION_DIM = 2048  # SOAP rotates the gradient along each shorter side of a weight
 
 
 def parameter_groups(
@@ -45,18 +46,25 @@ def make_optimizer(
     decayed_ndim: int = 2,
     undecayed: Sequence[str] = (),
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Makes AdamW and its learning rate schedule.
+    """Makes AdamW or SOAP (arXiv 2409.11321) and its learning rate schedule.
 
     Args:
         network (`nn.Module`): Network to train.
-        options ([`RunOptions`]): Options of AdamW and of the schedule.
+        options ([`RunOptions`]): Options of the optimizer and of the schedule.
         learning_rate (`float`): Peak learning rate.
         num_steps (`int`): Length of the schedule in steps, for any number of processes.
         decayed_ndim (`int`, defaults to 2): Weights of at least so many dimensions decay.
         undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further weights without decay.
     """
     groups = parameter_groups(network, options.adam_weight_decay, decayed_ndim, undecayed)
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(options.adam_beta1, options.adam_beta2))
+    betas = options.adam_beta1, options.adam_beta2
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "soap":
+        from pytorch_optimizer.optimizer.soap import SOAP  # takes a second
+
+        optimizer = SOAP(groups, lr=learning_rate, betas=betas, max_precondition_dim=MAX_PRECONDITION_DIM)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
     lr_scheduler = get_scheduler(
         options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=num_steps
     )

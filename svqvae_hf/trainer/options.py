@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id
 from svqvae_hf.paths import check_local
 
+OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
 
 PATHS = (  # options that may hold a path of this machine
@@ -72,7 +73,7 @@ class RunOptions:
         ValueError: If a value is out of its range, or two options contradict each other.
     """
 
-    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema",)
+    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema", "optimizer soap")
     """Options, some with a value, that FSDP and DeepSpeed cannot serve, because they shard the weights."""
 
     output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, the trained model."})
@@ -81,12 +82,13 @@ class RunOptions:
     train_batch_size: int = option(8, "Examples in a batch of one process.")
     gradient_accumulation_steps: int = option(1, "Batches per step, whose mean gradient updates the weights.")
     max_train_steps: int = changeable(100_000, "Updates of the weights.")
+    optimizer: str = option("adamw", "SOAP takes longer per step than AdamW, but learns more in it.", OPTIMIZERS)
     learning_rate: float = changeable(1e-4, "Peak learning rate.")
     lr_scheduler: str = changeable("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
     lr_warmup_steps: int = changeable(500, "Steps in which the learning rate rises from 0.")
-    adam_beta1: float = changeable(0.9, "Decay of AdamW's mean of gradients.")
-    adam_beta2: float = changeable(0.95, "Decay of AdamW's mean of squared gradients.")
-    adam_weight_decay: float = changeable(0.05, "AdamW's weight decay, only on weights of convolutions and matrices.")
+    adam_beta1: float = changeable(0.9, "Decay of the optimizer's mean of gradients.")
+    adam_beta2: float = changeable(0.95, "Decay of the optimizer's mean of squared gradients.")
+    adam_weight_decay: float = changeable(0.05, "Weight decay, only on weights of convolutions and matrices.")
     max_grad_norm: float = changeable(1.0, "Norm to which gradients are clipped.")
     max_skipped_steps: int = changeable(
         10, "Maximum number of successive steps skipped for gradients that are not finite; after more the run stops."
@@ -193,6 +195,7 @@ class ImageOptions(RunOptions):
     resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
     center_crop: bool = changeable(False, "Cut crops at the centre, not at random positions.")
     random_flip: bool = changeable(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
+    random_rotation: bool = changeable(False, "Turn crops by 0, 90, 180 or 270 degrees, for more different content.")
     resize_range: list[float] = changeable(
         [1.0, 1.0], "Range of the random factor by which an image is resized before it is cropped."
     )
@@ -220,7 +223,7 @@ class ImageOptions(RunOptions):
 class PipelineOptions(RunOptions):
     """Options of runs that train a generator on an SVQVAE's latents or ids, and save a pipeline."""
 
-    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema", "num_validation_images")
+    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema", "optimizer soap", "num_validation_images")
 
     vqvae_name_or_path: str = required("SVQVAE of the pipeline, which stays frozen: folder or Hub id.")
     model_config_name_or_path: str = required("Config of the network to train: a config.json, its folder or Hub id.")

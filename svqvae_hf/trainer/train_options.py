@@ -19,6 +19,7 @@ class TrainOptions(ImageOptions):
 
     needs_whole_weights: ClassVar[tuple[str, ...]] = (
         *("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "use_ema", "adversarial_weight", "train decoder"),
+        "optimizer soap",
     )
 
     # Model

@@ -38,6 +38,14 @@ def test_crops_are_cut_at_random_positions(ramp):
     assert lefts == set(range(60 - 16 + 1))
 
 
+def test_rotated_crops_have_all_eight_orientations(ramp):
+    (batch,) = crop_loader(ramp, policy(random_flip=True, random_rotation=True, batch_size=200), num_batches=1)
+    red, green, _ = (batch.sample * 255).round().long().unbind(1)
+    values = red * 256 + green
+    slopes = {(int(crop[1, 0] - crop[0, 0]), int(crop[0, 1] - crop[0, 0])) for crop in values}
+    assert slopes == {(a * 60, b) for a in (1, -1) for b in (1, -1)} | {(a, b * 60) for a in (1, -1) for b in (1, -1)}
+
+
 def test_centre_without_flip(ramp):
     batches = list(crop_loader(ramp, policy(center_crop=True), num_batches=2))
     expected = centre_crops(ramp, 1, 16, (0, 1))

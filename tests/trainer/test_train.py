@@ -228,6 +228,7 @@ def test_resumed_run_applies_each_changed_option(options, inputs, tmp_path, monk
         **{"dataset_name": None, "data_files": [], "center_crop": True},
         **{
             "random_flip": False,
+            "random_rotation": True,
             "resize_range": [0.9, 1.0],
             "min_side": 8,
             "image_column": "image",

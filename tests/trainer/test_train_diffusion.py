@@ -150,7 +150,8 @@ def test_resumed_run_applies_each_changed_option(request, parts, tmp_path, monke
     shutil.copytree(parts / "photos", tmp_path / "pictures")
     changes = NEW_RUN_OPTIONS | {
         **{"train_data_dir": str(tmp_path / "pictures"), "dataset_name": None, "data_files": [], "center_crop": True},
-        **{"random_flip": False, "resize_range": [0.5, 1.0], "dataloader_num_workers": 1, "label_dropout": 0.5},
+        **{"random_flip": False, "random_rotation": True, "resize_range": [0.5, 1.0]},
+        **{"dataloader_num_workers": 1, "label_dropout": 0.5},
         "num_validation_images": 1,
         "min_side": 8,
         "image_column": "image",

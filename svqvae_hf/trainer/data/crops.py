@@ -16,6 +16,7 @@ from svqvae_hf.trainer.data.readers import Item
 from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
 CENTRE = (0.5, 0.5)
+QUARTER_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 SYNTHETIC = 4  # first word of the seeds of synthetic crops; crop_loader.py and readers.py use 0 to 3
 
 
@@ -36,6 +37,7 @@ class CropPolicy:
         synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that [`synthetic_crop`] replaces.
         growth_batch (`int`, defaults to 0): First batch of the largest side only; 0: sides are mixed throughout.
         min_side (`int`, *optional*): Side in pixels below which an image is skipped; by default it is enlarged.
+        random_rotation (`bool`, defaults to `False`): Turn crops by 0, 90, 180 or 270 degrees.
     """
 
     sides: Sequence[int]
@@ -46,6 +48,7 @@ class CropPolicy:
     synthetic_fraction: float = 0.0
     growth_batch: int = 0
     min_side: int | None = None
+    random_rotation: bool = False
 
     def sides_of(self, batch: int) -> list[int]:
         """Sides among which that of a batch is drawn."""
@@ -134,6 +137,9 @@ class Cutter(TorchDataset):
         crop = _crop(image, side, factor, CENTRE if self.policy.center_crop else origin)
         if flip and self.policy.random_flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        turn = QUARTER_TURNS[rng.integers(4)]
+        if turn is not None and self.policy.random_rotation:
+            crop = crop.transpose(turn)
         return Crop(self.processor.preprocess(crop)["pixel_values"][0], label)
 
     def _row(self, number: int) -> ImageRow:

@@ -75,6 +75,7 @@ class ImageSource:
             synthetic_fraction=self.synthetic_fraction,
             growth_batch=growth_batch,
             min_side=options.min_side,
+            random_rotation=options.random_rotation,
         )
         return CropLoader(
             self.images,
