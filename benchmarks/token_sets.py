@@ -1,22 +1,16 @@
-"""Token sets: speed against the bare encoder, memory as the set grows, killed runs, and the joining of many parts.
+"""Token sets: speed against the bare encoder, memory as the set grows, and the joining of many parts.
 
     python benchmarks/token_sets.py speed IMAGES      # `tokenize_set` against `encode_tokens`, at 32 to 256 pixels
     python benchmarks/token_sets.py memory IMAGES     # peak memory for 2,000 and 20,000 small images
-    python benchmarks/token_sets.py killed IMAGES     # 2,000 images of mixed sizes, one in fifty broken
     python benchmarks/token_sets.py join              # a million parts, made up
 
 The bare encoder is a loop over tensors in memory in batches of the same size, timed in the same turns. `speed` also
-measures the time per image that `tokenize_set` spends in Python, with a model that returns at once. `killed` kills the
-command twice and finishes it with two processes at the same time. It then compares the files with the files of an
-unbroken run, and the ids with `encode_tokens` of one image at a time.
+measures the time per image that `tokenize_set` spends in Python, with a model that returns at once.
 """
 
 import argparse
 import json
-import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,17 +30,13 @@ from svqvae_hf.paths import find_files
 from svqvae_hf.storage import Folder
 from svqvae_hf.token_sets.manifest import join_parts
 from svqvae_hf.token_sets.records import PARTS_PER_FOLDER, PartRecords
-from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings, read_settings, row_tokens
+from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
 from svqvae_hf.token_sets.shards import row_features, shard_name, write_shards
 from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
 from svqvae_hf.tokenizing.reading import read_crops
 from svqvae_hf.tokenizing.writer import tokenize_set
 
 SMALL = 32  # side in pixels of the images for `memory`
-MIXED = (32, 160)  # range of sides in pixels of the images for `killed`
-BROKEN_EVERY = 50
-KILLED_AT = (0.2, 0.6)  # fractions of the parts that are done
-PARTS = 40  # for `killed`
 
 
 def load_model(device: str) -> SVQVAE:
@@ -167,79 +157,6 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
-def run_killed(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Kills a run twice, finishes it on two processes, and checks the whole set."""
-    paths = find_files([str(options.images)], IMAGE_SUFFIXES)[:20]
-    choose = random.Random(0)
-    write_images(
-        paths, folder / "images", [(choose.randint(*MIXED), choose.randint(*MIXED)) for _ in range(options.count)]
-    )
-    broken = sorted((folder / "images").iterdir())[::BROKEN_EVERY]
-    for path in broken:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    command_options = ["--num-parts", str(PARTS), "--batch-size", "1", "--scales", "0.5", "1"]
-
-    def command(out: str) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "svqvae_cli",
-            "tokenize",
-            str(folder / "images"),
-            str(folder / out),
-            *command_options,
-        ]
-
-    def count_done() -> int:
-        return len(list((folder / "killed" / "parts" / "0000").glob("*.json")))
-
-    steps = []
-    for fraction in KILLED_AT:
-        run = subprocess.Popen(command("killed"))
-        while count_done() < fraction * PARTS:
-            time.sleep(0.05)
-            if run.poll() is not None:
-                raise RuntimeError("The run ended before it was killed. Raise --count.")
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        steps.append(count_done())
-    for process in [subprocess.Popen(command("killed")) for _ in range(2)]:
-        process.wait()
-    subprocess.run(command("unbroken"), check=False)  # its exit code tells of broken images
-    killed, unbroken = (
-        {path.name: path.read_bytes() for path in (folder / name / "data").rglob("*.parquet")}
-        for name in ("killed", "unbroken")
-    )
-    rows = datasets.load_dataset(str(folder / "killed"), split="train", cache_dir=str(folder / "cache"))
-    return [
-        {
-            "images": options.count,
-            "broken": len(broken),
-            "rows": len(rows),
-            "duplicate rows": len(rows) - len(set(rows["key"])),
-            "parts done when killed": " and ".join(map(str, steps)),
-            "parts": PARTS,
-            "files that differ from one run": sum(killed[name] != unbroken.get(name) for name in killed),
-            "ids that differ from encode_tokens": count_differing(rows, folder),
-        }
-    ]
-
-
-def count_differing(rows: datasets.Dataset, folder: Path) -> int:
-    """Counts the ids of a set that differ from its images encoded one at a time."""
-    model, settings = load_model("cpu"), read_settings(folder / "killed")
-    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    differing = 0
-    with torch.inference_mode():
-        for row in rows:
-            expected = model.encode_tokens(
-                processor(str(folder / "images" / row["key"]))["pixel_values"], settings.scales
-            )
-            found = row_tokens(row, settings).ids
-            differing += sum(int((one[0] != other).sum()) for one, other in zip(expected, found, strict=True))
-    return differing
-
-
 def measure_join(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Measures the end of a set of many parts, whose records were made up. Their Parquet files do not exist.
 
@@ -285,8 +202,7 @@ def prepare_join(out: str, parts: int) -> Callable[[], Any]:
     return lambda: join_parts(folder, records, settings, features, {"fingerprint": "0"}, None, None, "tokens")
 
 
-MODES = {"speed": measure_speed, "memory": measure_memory, "killed": run_killed, "join": measure_join}
-COUNTS = {"speed": 64, "memory": 0, "killed": 2000, "join": 0}
+MODES = {"speed": measure_speed, "memory": measure_memory, "join": measure_join}
 
 
 def main() -> None:
@@ -297,8 +213,8 @@ def main() -> None:
     parser.add_argument(
         "--count",
         type=int,
-        help="number of images for `speed` at the last side, and more at smaller ones (default: 64), and for `killed` "
-        "(default: 2000)",
+        default=64,
+        help="number of images for `speed` at the last side, and more at smaller ones (default: 64)",
     )
     parser.add_argument(
         "--counts",
@@ -316,7 +232,6 @@ def main() -> None:
         "--workers", type=int, nargs="+", default=[0, 1], help="numbers of reading processes (default: 0 1)"
     )
     options = parser.parse_args()
-    options.count = options.count or COUNTS[options.mode]
     if options.images is None and options.mode != "join":
         parser.error("IMAGES is missing")
     torch.set_num_threads(options.threads)
