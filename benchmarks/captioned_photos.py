@@ -70,8 +70,13 @@ def save_small_tokenizer(folder: Path) -> None:
     small.save_pretrained(folder)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Reads the arguments and writes the sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder of at least 128 photographs")
     parser.add_argument("out", type=Path, help="new folder")
     prepare(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
