@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from svqvae_hf.pipelines.reserved_cache import reserve
 from svqvae_hf.pipelines.sampling import Generators, check_finite, draw, guide
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
 
@@ -85,6 +86,9 @@ class TokenSampler:
                 f"`language_model` must return its keys and values, but {type(self.language_model).__name__} does "
                 "not. Use a causal language model with attention."
             )
+        if not self.read:
+            for cache in self.cache.values():
+                reserve(cache, self.layout.length - sequences.shape[1])
         self.read = sequences.shape[1]
         logits = output.logits[:, -1].float()
         return guide(logits, self.guidance_scale) if self.doubled else logits
