@@ -151,7 +151,7 @@ class AttnBlock(nn.Module):
         if isinstance(hidden, Pieces):
             return hidden.run_attention(self)
         normed = self.norm(hidden, shared)
-        key, value = self.keys_and_values(normed, len(hidden)) if shared is None else shared.attended[self]
+        key, value = self.keys_and_values(normed, hidden.shape[0]) if shared is None else shared.attended[self]
         return self.attend(hidden, normed, key, value)
 
     def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +162,7 @@ class AttnBlock(nn.Module):
         self, hidden: torch.Tensor, normed: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """Adds to each position what it finds at the keys."""
-        query = to_positions(self.q(normed), len(key))
+        query = to_positions(self.q(normed), key.shape[0])
         attended = F.scaled_dot_product_attention(query, key, value)  # (images, 1, positions, channels)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)

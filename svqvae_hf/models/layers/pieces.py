@@ -316,7 +316,8 @@ def cut_pieces(hidden: torch.Tensor, shared: TileContext | None, growth: int) ->
     """
     if isinstance(shared, Sample):
         return Windows(shared, 1, [hidden])
-    large = math.prod(hidden.shape[-2:]) * growth > WHOLE_VALUES
-    if shared is not None or not large or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if shared is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return Bands(TileContext(), len(hidden), [hidden])
+    if math.prod(hidden.shape[-2:]) * growth <= WHOLE_VALUES:  # not before, because a graph takes images of any size
+        return None
+    return Bands(TileContext(), hidden.shape[0], [hidden])
