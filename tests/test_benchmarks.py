@@ -196,6 +196,27 @@ def test_growth(run):
     assert rows[1]["microseconds per pixel"] == pytest.approx(rows[1]["seconds"] / (96 * 64) * 1e6)
 
 
+def test_runtimes(run):
+    for package in ("onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="the extra `bench` is not installed")
+    (rows,) = run(
+        "runtimes", "--base-channels", "32", "--sides", "32", "--runtimes", "eager", "ONNX Runtime", "OpenVINO"
+    )
+    values = {row["runtime"]: row for row in rows}
+    assert list(values) == [
+        "eager, float32",
+        "eager, bfloat16",
+        "ONNX Runtime, float32",
+        "OpenVINO, float32",
+        "OpenVINO, bfloat16",
+    ]
+    assert values["eager, float32"]["largest difference of a pixel, grey levels"] == 0
+    for label in ("ONNX Runtime, float32", "OpenVINO, float32"):
+        assert values[label]["ids equal"] == "100.000%"
+        assert values[label]["largest difference of a pixel, grey levels"] < 0.1
+    assert values["eager, bfloat16"]["largest difference of a pixel, grey levels"] > 0
+
+
 def test_search(run, load, monkeypatch):
     pytest.importorskip("vector_quantize_pytorch", reason="the extra `bench` is not installed")
     (rows,) = run("search", "--latents", "4096", "--codes", "2048")

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import train_next_scale
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
 from hub_server import serve_hub, use_hub
@@ -30,7 +31,7 @@ from svqvae_hf import NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.pipelines.schedules import make_schedule
 from svqvae_hf.tokenizing.writer import tokenize_set
-from svqvae_hf.trainer.data.token_sequences import TokenSource
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.run import Run
 
 CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
@@ -133,7 +134,21 @@ def train_as_one_of_two(rank, port, options):
     main(NextScaleOptions(**options))
 
 
-def test_two_processes_equal_one_with_the_joined_batch(options, tmp_path):
+class JoinedLoader(SequenceLoader):
+    """The batches of two processes in one."""
+
+    def __iter__(self):
+        loaders = [
+            SequenceLoader(self.source, self.batch_size // 2, self.num_batches, self.seed, process, 2)
+            for process in range(2)
+        ]
+        for one, other in zip(*loaders, strict=True):
+            self.batch += 1
+            yield [torch.cat([one.sequences, other.sequences])]
+
+
+def test_two_processes_equal_one_with_the_joined_batch(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_next_scale, "SequenceLoader", JoinedLoader)
     options |= {"label_dropout": 0.0, "max_train_steps": 3, "num_validation_images": 0}
     train(**(options | {"train_batch_size": 4}))
     one = load_file(f"{options['output_dir']}/{WEIGHTS}")
