@@ -24,8 +24,8 @@ from svqvae_hf.models.layers.pieces import Core, Sample, TileContext, crop_to_co
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
 CONTEXT_WINDOWS = 42  # maximum number of windows per image
 CONTEXT_FRACTION = 1 / 4  # maximum fraction of the image that they cover
-CONTEXT_WINDOW_SIDE = 8  # side of a window, in latents
-CONTEXT_MARGIN = 1  # latents next to a cut that are ignored
+CONTEXT_WINDOW_SIDE = 10  # side of a window, in latents
+CONTEXT_MARGIN = 2  # latents next to a cut that are ignored
 WHOLE_SQUARES, WHOLE_SIDE = 64, 12  # an image of at most so many squares, sides in latents, is not tiled
 
 Read = Callable[[slice, slice], torch.Tensor]
@@ -272,7 +272,7 @@ class TilingMixin(AutoencoderMixin):
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
         All tiles of an image share their normalisation statistics and what they attend to. Both come from at
-        most 42 windows of 8 x 8 latents, spread over the image, which cover a quarter of it. An image with no more
+        most 42 windows of 10 x 10 latents, spread over the image, which cover a quarter of it. An image with no more
         latents than one tile, or than 96 x 96, is not tiled, because as a whole it takes less time and is exact. At
         f = 8 that is up to 768 x 768 pixels.
 

@@ -65,7 +65,7 @@ def test_tiles_agree_with_the_whole_image_without_attention():
     images = smooth_images(392, 400)
     whole = model.encode(images).latents
     model.enable_tiling(96, 32)
-    assert psnr(model.encode(images).latents, whole) - psnr(torch.zeros_like(whole), whole) > 18
+    assert psnr(model.encode(images).latents, whole) - psnr(torch.zeros_like(whole), whole) > 20
 
 
 @pytest.mark.usefixtures("no_grad")
