@@ -37,7 +37,7 @@ NUM_DROPPABLE = 4  # of the last scales, while a schedule has too many ids
 class NextScaleOptions(PipelineOptions):
     """Options of training a next-scale transformer."""
 
-    token_set: str = required("Token set of `svqvae tokenize --sides ... --scale-from latents`: folder, URL, Hub id.")
+    token_set: str = required("Token set of `svqvae tokenize --sides`: folder, URL, Hub id.")
     train_batch_size: int = option(8, "Images per batch of one process.")
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
     schedule_share: float = changeable(0.05, "Share of batches with the pipeline's schedule; others are random.")
@@ -131,13 +131,8 @@ def trained_schedule(layout: SequenceLayout, steps: int) -> list[Size]:
     """Schedule of the pipeline.
 
     Raises:
-        ValueError: If the token set lacks one of its scales, or its scales were not made from the latents.
+        ValueError: If the token set lacks one of its scales.
     """
-    if layout.scale_from != "latents":
-        raise ValueError(
-            f"The token set must hold ids of resized latents, but has ids of a resized {layout.scale_from}. Make it "
-            "again with `svqvae tokenize --scale-from latents`."
-        )
     schedule = make_schedule(layout.grids[-1], min(steps, max(layout.grids[-1])))
     if missing := [size for size in schedule if size not in layout.grids]:
         raise ValueError(
@@ -187,9 +182,13 @@ def count_ids(sizes: Sequence[Size]) -> int:
 def make_pipeline(
     vqvae: SVQVAE, transformer: NextScaleTransformer, source: TokenSource, schedule: Sequence[Size]
 ) -> SVQVAENextScalePipeline:
-    """Pipeline with this transformer, for the schedule and the classes of a token set."""
+    """Pipeline with this transformer, for the schedule, the classes and the kind of scales of a token set."""
     return SVQVAENextScalePipeline(
-        vqvae, transformer, schedule=[list(size) for size in schedule], class_names=source.class_names
+        vqvae,
+        transformer,
+        schedule=[list(size) for size in schedule],
+        class_names=source.class_names,
+        scale_from=source.layout.scale_from,
     )
 
 

@@ -1,5 +1,6 @@
 """Pipeline that samples images scale by scale, each scale in one step, and edits images the same way."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from transformers import DynamicCache, LogitsProcessorList
 
-from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor, pad_to_multiple
+from svqvae_hf.models.checks import check_scale_from
+from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor, pad_to_multiple, resize_sample
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.cards import PipelineCardMixin
@@ -58,6 +60,8 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] in training, which is saved with the
             pipeline; the fingerprint of `vqvae` by default.
         class_names (`list[str]`, *optional*): Name of each class.
+        scale_from (`str`, defaults to `"latents"`): What was resized to the scales in training, see
+            [`SVQVAE.forward`]. Images to edit are encoded the same way.
 
     The attribute `trained_schedule` lists the scales as pairs `(height, width)`. Both models are in evaluation mode
     during sampling.
@@ -81,8 +85,10 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         schedule: list[int] | list[list[int]] | None = None,
         codebook_fingerprint: str | None = None,
         class_names: list[str] | None = None,
+        scale_from: str = "latents",
     ):
         super().__init__()
+        check_scale_from(scale_from)
         check_fit(vqvae, transformer)
         num_classes = transformer.config["num_classes"]
         if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
@@ -104,6 +110,7 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             schedule=[list(size) for size in self.trained_schedule],
             codebook_fingerprint=found,
             class_names=class_names,
+            scale_from=scale_from,
         )
         self._interrupt = False
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
@@ -364,14 +371,24 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             if len(mask) not in (1, images):
                 raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
         mask = pad_to_multiple(mask, self.vqvae.f).to(device)
-        latents = self.vqvae.encode(batch["pixel_values"].to(device, self.vqvae.dtype)).latents
+        grids = self._encode_scales(batch["pixel_values"].to(device, self.vqvae.dtype), sizes)
         up_to = 0.0 if image_scale is None else image_scale * max(sizes[-1])
         return [
-            KnownIds(
-                ids=self.vqvae.quantize.nearest_ids(F.interpolate(latents.float(), size, mode="area")),
-                kept=(F.adaptive_max_pool2d(mask, size)[:, 0] == 0) | (max(size) <= up_to),
-            )
-            for size in sizes
+            KnownIds(ids=ids, kept=(F.adaptive_max_pool2d(mask, size)[:, 0] == 0) | (max(size) <= up_to))
+            for ids, size in zip(grids, sizes, strict=True)
+        ]
+
+    def _encode_scales(self, sample: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
+        """Ids `(images, h, w)` of each scale, made as in training."""
+        if self.config["scale_from"] == "image":
+            f = self.vqvae.f
+            longest = math.ceil(max(sample.shape[-2:]) / f)
+            latents = [self.vqvae.encode(resize_sample(sample, max(size) / longest, f)).latents for size in sizes]
+        else:
+            latents = [self.vqvae.encode(sample).latents] * len(sizes)
+        return [
+            self.vqvae.quantize.nearest_ids(F.interpolate(each.float(), size, mode="area"))
+            for each, size in zip(latents, sizes, strict=True)
         ]
 
     def _decode(self, ids: torch.Tensor, height: int, width: int, output_type: str) -> Any:

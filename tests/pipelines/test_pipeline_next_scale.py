@@ -1,5 +1,7 @@
 """The next-scale pipeline, against the original code and by its properties."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, interpolate
 
 from svqvae_hf import NextScaleTransformer, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+from svqvae_hf.models.checks import SCALE_SOURCES
 
 TRAINED = [1, 2, 3, 4]
 NAMES = ["cat", "dog", "fox"]
@@ -26,6 +29,12 @@ def make_pipeline(**arguments) -> SVQVAENextScalePipeline:
 @pytest.fixture
 def pipeline():
     return make_pipeline()
+
+
+@pytest.fixture(params=SCALE_SOURCES)
+def editor(request):
+    """A pipeline for scales of each source."""
+    return make_pipeline(scale_from=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +96,27 @@ def test_known_ids_are_the_targets_of_the_original(golden_pipeline, monkeypatch)
 
 
 def test_saved_and_loaded_pipelines_sample_the_same(tmp_path, caplog):
-    pipeline = make_pipeline(class_names=NAMES, schedule=[[1, 1], [2, 1], [4, 3]])
+    pipeline = make_pipeline(class_names=NAMES, schedule=[[1, 1], [2, 1], [4, 3]], scale_from="image")
     pipeline.save_pretrained(tmp_path)
     expected = collect(pipeline, ["dog", 2], guidance_scale=2, temperature=0)
     for cls in (SVQVAENextScalePipeline, DiffusionPipeline):
         loaded = cls.from_pretrained(str(tmp_path))
         assert type(loaded) is SVQVAENextScalePipeline
         assert type(loaded.transformer) is NextScaleTransformer
+        assert loaded.config["scale_from"] == "image"
         assert all(map(torch.equal, collect(loaded, [1, "fox"], guidance_scale=2, temperature=0), expected))
     assert not caplog.records
     with pytest.raises(ValueError, match="must be a SVQVAEAutoregressivePipeline, but is a SVQVAENextScalePipeline"):
         SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
+
+
+def test_pipelines_saved_before_have_scales_from_latents(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    config = json.loads(index.read_text())
+    del config["scale_from"]
+    index.write_text(json.dumps(config))
+    assert SVQVAENextScalePipeline.from_pretrained(tmp_path).config["scale_from"] == "latents"
 
 
 def test_a_foreign_codebook_is_one_error(pipeline, tmp_path):
@@ -201,26 +220,38 @@ def test_sampling_in_both_types(dtype):
     assert pipeline([0, 1], guidance_scale=2, top_k=10, output_type="pt").images.isfinite().all()
 
 
-def test_images_of_large_scale_are_refined(pipeline, photo):
+@pytest.mark.parametrize("sides", [(16, 16), (14, 15)])
+def test_known_ids_are_those_of_a_token_set(editor, photo, sides):
+    image = photo.crop((100, 100, 100 + sides[1], 100 + sides[0]))
+    sample = editor.image_processor(image)["pixel_values"]
+    expected = editor.vqvae.encode_tokens(sample, [side / 4 for side in TRAINED], editor.config["scale_from"])
+    found = collect(editor, 1, *sides, image=image, image_scale=1)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_known_ids_have_the_sizes_of_any_schedule(editor, photo):
+    sizes = [(1, 2), (1, 3), (2, 4), (8, 8)]
     image = photo.crop((100, 100, 116, 116))
-    own = pipeline.vqvae.encode(pipeline.image_processor(image)["pixel_values"]).latents
-    grids = collect(pipeline, 1, image=image, image_scale=0.5)
-    for grid in grids[:2]:
-        pooled = interpolate(own, grid.shape[-2:], mode="area")
-        assert torch.equal(grid, pipeline.vqvae.quantize.nearest_ids(pooled))
-    whole = collect(pipeline, 1, image=image, image_scale=1)
-    assert not torch.equal(grids[-1], whole[-1])
-    larger = collect(pipeline, 1, 32, 32, image=image, image_scale=0.25)
+    grids = collect(editor, 1, 32, 32, schedule=sizes, image=image, image_scale=1)
+    assert [grid.shape[1:] for grid in grids] == sizes
+
+
+def test_images_of_large_scale_are_refined(editor, photo):
+    image = photo.crop((100, 100, 116, 116))
+    whole = collect(editor, 1, image=image, image_scale=1)
+    refined = collect(editor, 1, image=image, image_scale=0.5)
+    assert [torch.equal(*pair) for pair in zip(refined, whole, strict=True)] == [True, True, False, False]
+    larger = collect(editor, 1, 32, 32, image=image, image_scale=0.25)
     assert larger[-1].shape == (1, 8, 8)
     assert torch.equal(larger[0], whole[0])
 
 
-def test_ids_outside_the_mask_are_kept_at_every_scale(pipeline, photo):
+def test_ids_outside_the_mask_are_kept_at_every_scale(editor, photo):
     images = [photo.crop((x, 100, x + 16, 116)) for x in (100, 200)]
-    whole = collect(pipeline, image=images, image_scale=1)
+    whole = collect(editor, image=images, image_scale=1)
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 8))
-    filled = collect(pipeline, [0, 1], image=images, mask_image=mask, num_images_per_prompt=2)
+    filled = collect(editor, [0, 1], image=images, mask_image=mask, num_images_per_prompt=2)
     for grid, known in zip(filled, whole, strict=True):
         hole = -(-grid.shape[-1] // 2)
         outside = torch.ones(grid.shape[-2:], dtype=torch.bool)
@@ -228,7 +259,7 @@ def test_ids_outside_the_mask_are_kept_at_every_scale(pipeline, photo):
         assert torch.equal(grid[:, outside], known.repeat_interleave(2, 0)[:, outside])
     assert not torch.equal(filled[-1][:, :2, :2], whole[-1].repeat_interleave(2, 0)[:, :2, :2])
     masks = [mask, Image.new("L", (16, 16))]
-    one_hole = collect(pipeline, [0, 1], image=images, mask_image=masks)
+    one_hole = collect(editor, [0, 1], image=images, mask_image=masks)
     assert all(torch.equal(grid[1], known[1]) for grid, known in zip(one_hole, whole, strict=True))
 
 
@@ -297,6 +328,11 @@ def test_infinite_logits_are_one_error(pipeline):
     torch.nn.init.constant_(pipeline.transformer.head.bias, float("inf"))
     with pytest.raises(ValueError, match="the logits of the transformer must be finite"):
         pipeline(1)
+
+
+def test_the_source_of_the_scales_is_known():
+    with pytest.raises(ValueError, match="`scale_from` must be one of latents, image, got 'pixels'"):
+        make_pipeline(scale_from="pixels")
 
 
 def test_class_names_are_one_per_class():

@@ -28,10 +28,9 @@ from training_runs import (
 
 import svqvae_cli
 from svqvae_hf import NextScaleTransformer, SVQVAENextScalePipeline
-from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.pipelines.schedules import make_schedule
-from svqvae_hf.tokenizing.writer import tokenize_set
-from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader
 from svqvae_hf.trainer.run import Run
 
 CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
@@ -56,15 +55,16 @@ def parts(tmp_path_factory):
             path = folder / "photos" / f"class{index}" / "photo.png"
             path.parent.mkdir(parents=True)
             photo.convert("RGB").crop((60 * index, 0, 60 * index + 64, 64)).save(path)
-    photos, tokens = str(folder / "photos"), str(folder / "tokens")
-    sides = ["--scale-from", "latents", "--sides", *map(str, range(1, SIDE + 1))]
+    photos = str(folder / "photos")
     crops = ["--crops", "centre", "--resolution", str(CROP), "--workers", "0"]
     model = ["--model", str(folder / "vqvae"), "--device", "cpu"]
-    assert svqvae_cli.main(["tokenize", photos, tokens, *sides, *crops, *model]) == 0
-    options = {"model_name": "vqvae", "crops": "centre", "resolution": CROP}
-    for name, scales, scale_from in (("pyramid", (1.0,), "image"), ("halves", (0.5, 1.0), "latents")):
-        images = open_images([photos])
-        tokenize_set(vqvae, images, folder / name, scales=scales, scale_from=scale_from, **options)
+    sides = ["--sides", *map(str, range(1, SIDE + 1))]
+    for name, scales in {
+        "latents": ["--scale-from", "latents", *sides],
+        "image": ["--scale-from", "image", *sides],
+        "halves": ["--scales", "0.5", "1"],
+    }.items():
+        assert svqvae_cli.main(["tokenize", photos, str(folder / name), *scales, *crops, *model]) == 0
     return folder
 
 
@@ -74,7 +74,7 @@ def options(parts, tmp_path):
     return {
         "vqvae_name_or_path": str(parts / "vqvae"),
         "model_config_name_or_path": str(parts / "config.json"),
-        "token_set": str(parts / "tokens"),
+        "token_set": str(parts / "latents"),
         "label_column": "label",
         "output_dir": str(tmp_path / "out"),
         **{"train_batch_size": 3, "max_train_steps": 2, "lr_warmup_steps": 0, "logging_steps": 1},
@@ -82,17 +82,19 @@ def options(parts, tmp_path):
     }
 
 
-def test_sides_are_the_scales_of_the_token_set(parts):
-    source = TokenSource(str(parts / "tokens"), "label")
-    assert source.layout.grids == tuple((side, side) for side in range(1, SIDE + 1))
-    assert source.layout.scale_from == "latents"
-
-
-def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_images_learned_by_heart_come_back_at_each_scale(options, parts, scale_from):
     """docs/next_scale.md has a longer run, of 64 photographs."""
-    options |= {"max_train_steps": 200, "learning_rate": 5e-3, "train_batch_size": IMAGES, "label_dropout": 0.0}
+    options |= {
+        "token_set": str(parts / scale_from),
+        "max_train_steps": 200,
+        "learning_rate": 5e-3,
+        "train_batch_size": IMAGES,
+        "label_dropout": 0.0,
+    }
     train(**(options | {"num_validation_images": 0, "logging_steps": 50, "schedule_share": 0.5}))
     pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
+    assert pipeline.config["scale_from"] == scale_from
     assert pipeline.trained_schedule == make_schedule((SIDE, SIDE), 4)
     assert pipeline.config["class_names"] == [f"class{index}" for index in range(IMAGES)]
     photos = [
@@ -240,7 +242,6 @@ def test_few_scales_can_be_drawn_from(sizes, steps):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token_set": "pyramid"}, "must hold ids of resized latents, but has ids of a resized image"),
         ({"token_set": "halves"}, "must hold the scales of the schedule, 1 x 1, .*, but lacks 1 x 1, 2 x 2"),
         ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
