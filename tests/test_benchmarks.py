@@ -1,5 +1,6 @@
 import importlib
 import json
+import math
 import pickle
 import sys
 import time
@@ -16,12 +17,15 @@ from svqvae_hf import (
     LlamaGenForCausalLM,
     NextScaleTransformer,
     SVQVAEAutoregressivePipeline,
+    SVQVAEImageProcessor,
     SVQVAENextScalePipeline,
 )
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.models import tiling
 from svqvae_hf.models.tiling import tile_axis
 from svqvae_hf.pipelines.captions import load_text_encoder
+from svqvae_hf.token_sets.crops import make_crops
 from svqvae_hf.tokenizing.writer import tokenize_set
 
 BENCHMARKS = str(ROOT / "benchmarks")
@@ -364,6 +368,30 @@ def test_by_heart(run, photo, tmp_path):
     assert refined >= 1 / 21
     assert seam["canvas"] == "32 x 16"
     assert -1e-6 < seam["least"] <= seam["mean between other pairs"] <= seam["largest"] <= 2
+
+
+def test_held_out_scales(run, photo, tmp_path):
+    """Untrained pipelines, which know nothing but the ids of the photograph."""
+    vqvae = make_tiny()
+    for scale_from in ("latents", "image"):
+        transformer = NextScaleTransformer(1, 1, 16, num_classes=0, codebook_size=64)
+        SVQVAENextScalePipeline(vqvae, transformer, schedule=[1, 2, 4], scale_from=scale_from).save_pretrained(
+            tmp_path / scale_from
+        )
+    (tmp_path / "photos").mkdir()
+    photo.save(tmp_path / "photos" / "photo.png")
+    (rows,) = run("held_out_scales", tmp_path / "photos", tmp_path / "latents", tmp_path / "image")
+    assert [(row["scales from"], row["scale"]) for row in rows] == [
+        (scale_from, f"{side} x {side}") for scale_from in ("latents", "image") for side in (1, 2, 4)
+    ]
+    image = make_crops(photo, "centre", 16)[0]
+    pixels = SVQVAEImageProcessor()(image)["pixel_values"]
+    with torch.no_grad():
+        expected = psnr(vqvae.eval()(pixels).sample, pixels, 1.0).item()
+    for _, before, last in (rows[:3], rows[3:]):
+        this, final = (f"loss of {which} scale, nats per id" for which in ("this", "the last"))
+        assert before[final] == last[final] == last[this] == pytest.approx(math.log(64), abs=0.2)
+        assert last["PSNR, dB"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("guidance_scale", ["1", "2"])
