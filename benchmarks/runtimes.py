@@ -77,8 +77,14 @@ def load_onnx(path: Path, threads: int) -> Graph:
 def load_openvino(path: Path, dtype: str, threads: int) -> Graph:
     """Loads a graph in OpenVINO."""
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[dtype]}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = openvino_core().compile_model(path, "CPU", settings)
     return lambda value: torch.from_numpy(compiled([value.numpy()])[0])
+
+
+@functools.cache
+def openvino_core() -> openvino.Core:
+    """Returns the one core of the process. Two leave it with a freed signal stack: the next signal kills it."""
+    return openvino.Core()
 
 
 def compare(side: int, checkpoint: Path, graphs: Path, options: argparse.Namespace) -> list[Row]:
