@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import (
@@ -114,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
     from svqvae_cli.loading import find_device, load_model
     from svqvae_hf import DEFAULT_MODEL
-    from svqvae_hf.data.image_sets import is_hub_set, open_images
-    from svqvae_hf.token_sets.cards import BUNDLED_MODEL
+    from svqvae_hf.data.image_sets import open_images
+    from svqvae_hf.token_sets.cards import public_names
     from svqvae_hf.tokenizing.writer import check_out, tokenize_set
 
     if args.sides and args.resolution is None:
@@ -128,10 +127,6 @@ def run(args: argparse.Namespace) -> None:
     is_numbered = rank is not None and args.device is None and device.type != "cpu"
     model = load_model(args.model, f"{device}:{rank}" if is_numbered else args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
-    if args.model is None or Path(args.model).resolve() == Path(DEFAULT_MODEL).resolve():
-        model_name = BUNDLED_MODEL
-    else:
-        model_name = Path(args.model).resolve().name if Path(args.model).exists() else args.model  # not a private path
     if args.sides:
         args.scales = [side / math.ceil(args.resolution / model.f) for side in args.sides]
     with explain_resume(args.out, "the same command"):
@@ -139,8 +134,7 @@ def run(args: argparse.Namespace) -> None:
             model,
             images,
             args.out,
-            model_name=model_name,
-            source_set=args.data[0] if len(args.data) == 1 and is_hub_set(args.data[0]) else None,
+            **public_names(args.data, args.model or DEFAULT_MODEL),
             scales=args.scales,
             scale_from=args.scale_from,
             min_psnr=args.min_psnr,

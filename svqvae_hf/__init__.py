@@ -1,7 +1,5 @@
 """SVQVAE, a multi-scale vector-quantized image tokenizer, as a library of the Hugging Face ecosystem."""
 
-from pathlib import Path
-
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -14,6 +12,7 @@ from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses
+from svqvae_hf.paths import DEFAULT_MODEL
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
@@ -35,8 +34,6 @@ __all__ = [
     "SVQVAEOutput",
     "VQLosses",
 ]
-
-DEFAULT_MODEL = str(Path(__file__).parent / "pretrained")  # folder of the small bundled model
 
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
 # package is in its table and has the base class in its namespace; the same goes for the other classes.

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+DEFAULT_MODEL = str(Path(__file__).parent / "pretrained")  # folder of the small bundled model
+
 
 def check_local(name: str) -> str:
     """Returns a path or a name on the Hub. Raises for a URL, which would be taken for a local path otherwise."""

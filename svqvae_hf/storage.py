@@ -77,9 +77,10 @@ class Folder:
                 if self.is_local:
                     self._make_parent(name)
                     path = Path(self._path(name))
-                    with path.open("xb", buffering=0) as file:
+                    with path.open("xb") as file:
                         try:
                             file.write(content)
+                            file.flush()
                         except OSError:  # the disk is full
                             path.unlink()
                             raise

@@ -1,4 +1,4 @@
-"""An S3 server on this machine that drops connections and answers 503 at random, and whose disk can be full."""
+"""An S3 server on this machine that drops connections and answers 503 at random, and that can be full."""
 
 import random
 import socket
@@ -6,7 +6,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import Request, urlopen
 
+import fsspec
+import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -14,12 +17,12 @@ FULL = b"<Error><Code>XMinioStorageFull</Code><Message>The disk is full.</Messag
 
 
 class Faults:
-    """A WSGI application that fails at random in front of another. It takes a limited number of files, if any."""
+    """A WSGI application in front of another. It fails at random, and has no room for files of some name."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]]):
         self.application = application
         self.rate = 0.0
-        self.room: int | None = None
+        self.no_room_for: str | None = None
         self.random = random.Random(0)
         self.requests: list[str] = []
 
@@ -30,11 +33,9 @@ class Faults:
                 start_response("503 Slow Down", [("Content-Length", "0")])
                 return []
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-        if self.room is not None and environ["REQUEST_METHOD"] == "PUT":
-            if self.room == 0:
-                start_response("507 Insufficient Storage", [("Content-Length", str(len(FULL)))])
-                return [FULL]
-            self.room -= 1
+        if environ["REQUEST_METHOD"] == "PUT" and self.no_room_for and self.no_room_for in environ["PATH_INFO"]:
+            start_response("507 Insufficient Storage", [("Content-Length", str(len(FULL)))])
+            return [FULL]
         return self.application(environ, start_response)
 
 
@@ -45,9 +46,20 @@ def s3_server() -> Iterator[tuple[str, Faults]]:
     server = make_server("127.0.0.1", 0, faults, threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield f"http://127.0.0.1:{server.server_port}", faults
+        urlopen(Request(f"{address}/moto-api/reset", method="POST")).close()  # forgets the buckets of earlier servers
+        yield address, faults
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def make_bucket(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a bucket. From now on, `s3://` is at the address, in processes that are started, too."""
+    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for variable, value in {**names, "AWS_ENDPOINT_URL": address}.items():
+        monkeypatch.setenv(variable, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # of an earlier server
+    fsspec.filesystem("s3").mkdir(name)

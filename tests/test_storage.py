@@ -2,6 +2,7 @@ import errno
 
 import fsspec
 import pytest
+from conftest import fill
 
 from svqvae_hf.storage import Folder
 
@@ -51,6 +52,15 @@ def test_a_new_file_is_complete_or_absent(folder):
         interrupted()
     assert folder.read("a/b.txt") == b"one"
     assert folder.names("a") == {"b.txt"}
+    with pytest.raises(FileNotFoundError), folder.new_file("a/c.txt") as path:
+        pass  # the file was not written
+
+
+def test_no_part_of_a_claim_stays_on_a_full_disk(disk):
+    fill(disk)
+    with pytest.raises(OSError, match="/claim` cannot be written: No space left on device"):
+        Folder(disk).create("claim", bytes(8192))
+    assert not (disk / "claim").exists()
 
 
 def test_errors_name_the_file_and_the_reason(tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
 """Writes the cards of token sets."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCardData
 
+from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
+from svqvae_hf.paths import DEFAULT_MODEL
 
 TAGS = ["svqvae", "image-tokens"]
 BUNDLED_MODEL = "bundled with svqvae-hf"  # in settings, for the model that commands use by default
@@ -53,6 +56,25 @@ tokens = row_tokens(row, settings)  # ids as grids, for `svqvae_hf.tokens.image_
 
 {licence}
 """
+
+
+def public_names(data: Sequence[str], model: str) -> dict[str, Any]:
+    """Names of a model and an image set for the settings and the card, without paths of this machine.
+
+    Args:
+        data (`Sequence[str]`): Image set, as for [`~svqvae_hf.data.image_sets.open_images`].
+        model (`str`): Folder or Hub id of the model.
+
+    Returns:
+        `dict[str, Any]`: `model_name`, a Hub id, the name of the folder, or `BUNDLED_MODEL`; and `source_set`, a Hub
+        id, or `None` if the images are not a set on the Hub.
+    """
+    folder = Path(model).resolve()
+    name = folder.name if folder.exists() else model
+    return {
+        "model_name": BUNDLED_MODEL if folder == Path(DEFAULT_MODEL).resolve() else name,
+        "source_set": data[0] if len(data) == 1 and is_hub_set(data[0]) else None,
+    }
 
 
 def token_set_card(

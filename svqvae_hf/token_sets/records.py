@@ -132,6 +132,7 @@ class PartRecords:
     def release(self, part: int) -> None:
         """Withdraws a claim."""
         self.folder.delete(_claim_name(part))
+        self._delete_if_complete()
 
     def finish(self, record: PartRecord) -> None:
         """Records that a part is done."""
@@ -210,9 +211,13 @@ class PartRecords:
         self._delete_unfinished({file["name"] for record in records for file in record["files"]})
         self.folder.write(_gathered_name(number), b"".join(content + b"\n" for content in contents))
         self.folder.delete_folder(_subfolder(number))
-        if self.folder.read(self.complete_file) is not None:  # another process has gathered them, too
-            self.folder.delete_folder(RECORDS)
+        self._delete_if_complete()
         return True
+
+    def _delete_if_complete(self) -> None:
+        """Deletes what was written here after another process had completed the set."""
+        if self.folder.read(self.complete_file) is not None:
+            self.folder.delete_folder(RECORDS)
 
     def _delete_unfinished(self, files: set[str]) -> None:
         """Deletes what processes that were killed have left beside the files of finished parts."""

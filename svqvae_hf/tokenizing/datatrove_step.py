@@ -1,7 +1,6 @@
 """A step of datatrove, whose executors run the parts of a token set on one machine, with SLURM or with Ray."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.token_sets.cards import public_names
 from svqvae_hf.tokenizing.writer import tokenize_set
 
 
@@ -19,15 +19,13 @@ class TokenizeImages(PipelineStep):
         data (`Sequence[str]`): Image set, as for [`~svqvae_hf.data.image_sets.open_images`].
         out (`str`): Folder of the token set, or its URL for `fsspec`. All tasks must reach it.
         model (`str`): Folder or Hub id of the model.
-        model_name (`str`, *optional*): Name of the model for the settings and the card; by default its id, or the name
-            of its folder.
         device (`str`, *optional*): Device of the model; by default a GPU if there is one.
         dtype (`str`, defaults to `"float32"`): Precision of the weights.
         tile_size (`int`, defaults to 256): Side of a tile in pixels.
         overlap (`int`, defaults to 32): Pixels that a tile reads beyond each of its sides.
         images (`Mapping[str, Any]`, *optional*): Further options of `open_images`.
         **options: Further options of [`~svqvae_hf.tokenizing.writer.tokenize_set`], except `part` and `num_parts`.
-            `scale_from` is `"image"` by default, as on the command line, so that both make the same files.
+            All defaults, such as `scale_from="image"`, are those of `svqvae tokenize`, so both make the same files.
     """
 
     name = "Tokenize images"
@@ -39,7 +37,6 @@ class TokenizeImages(PipelineStep):
         out: str,
         model: str,
         *,
-        model_name: str | None = None,
         device: str | None = None,
         dtype: str = "float32",
         tile_size: int = 256,
@@ -51,12 +48,11 @@ class TokenizeImages(PipelineStep):
         self.data = list(data)
         self.out = out
         self.model = model
-        self.model_name = model_name or (Path(model).resolve().name if Path(model).exists() else model)
         self.device = device
         self.dtype = dtype
         self.tiles = (tile_size, overlap)
         self.images = dict(images or {})
-        self.options = {"scale_from": "image", **options}
+        self.options = {"scale_from": "image", **public_names(self.data, model), **options}
 
     def run(self, data: Iterable[Any] | None = None, rank: int = 0, world_size: int = 1) -> None:
         """Makes a part.
@@ -68,7 +64,8 @@ class TokenizeImages(PipelineStep):
         """
         if data is not None:
             raise ValueError("`TokenizeImages` must be the first step, because it reads the images itself.")
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = self.device or gpu or "cpu"
         with self.track_time():
             model = SVQVAE.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).to(device).eval()
             model.enable_tiling(*self.tiles)
@@ -76,7 +73,6 @@ class TokenizeImages(PipelineStep):
                 model,
                 open_images(self.data, **self.images),
                 self.out,
-                model_name=self.model_name,
                 part=rank,
                 num_parts=world_size,
                 **self.options,

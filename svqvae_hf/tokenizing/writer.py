@@ -223,6 +223,7 @@ class _PartMaker:
         except Exception as error:
             with suppress(OSError):
                 if self.records.is_done(part):  # the other process has deleted our unfinished file
+                    self.records.release(part)
                     return []
                 self.records.fail(part, " ".join(str(error).split()))
             raise
@@ -241,6 +242,7 @@ class _PartMaker:
         files = []
         for file in write_shards(self.records.folder, part, encoded, settings, self.features, self.shard_mb):
             if self.records.is_done(part):
+                self.records.release(part)
                 return []
             files.append(file)
         record = PartRecord(

@@ -118,6 +118,32 @@ def test_two_processes_gather_the_same_parts(tmp_path, monkeypatch, is_complete)
     assert slower.folder.names("parts") == (set() if is_complete else {"0000.jsonl"})
 
 
+@pytest.mark.parametrize("is_gathered", [False, True])
+def test_a_done_part_counts_as_done_at_every_moment(tmp_path, monkeypatch, is_gathered):
+    ours, other = (PartRecords(Folder(tmp_path), 2, COMPLETE) for _ in range(2))
+    for part in range(2):
+        finish(other, part)
+    done = []
+    for name in ("write", "delete_folder"):
+        step = getattr(other.folder, name)
+        monkeypatch.setattr(other.folder, name, lambda *args, step=step: (step(*args), done.append(ours.is_done(0))))
+    if is_gathered:
+        other.gather(0, "a")
+    read = ours.folder.read
+
+    def overtaken(name):
+        content = read(name)
+        monkeypatch.setattr(ours.folder, "read", read)
+        other.gather(0, "a")
+        other.folder.write(COMPLETE, b"")
+        other.folder.delete_folder("parts")
+        return content
+
+    monkeypatch.setattr(ours.folder, "read", overtaken)
+    assert ours.is_done(0)
+    assert done == [True] * 4
+
+
 def test_status_names_the_parts_that_run_or_failed(records, tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "options.json").write_text(json.dumps({"parts": 2500}))

@@ -7,7 +7,7 @@ from cli_runner import svqvae
 from huggingface_hub import DatasetCard
 
 from svqvae_hf import DEFAULT_MODEL
-from svqvae_hf.token_sets.cards import BUNDLED_MODEL, token_set_card
+from svqvae_hf.token_sets.cards import BUNDLED_MODEL, public_names, token_set_card
 
 SETTINGS = {
     "model": "org/name",
@@ -70,3 +70,13 @@ def test_command_on_the_card_decodes_a_set_of_the_bundled_model(model, two_image
     command = re.search(r"`svqvae (detokenize .*?)`", (tmp_path / "tokens" / "README.md").read_text())[1]
     assert svqvae(*shlex.split(command)) == 0
     assert len(list((tmp_path / "DIR").iterdir())) == 1
+
+
+def test_names_are_public(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    models = {"models/tiny": "tiny", "org/name": "org/name", DEFAULT_MODEL: BUNDLED_MODEL}
+    assert {model: public_names(["photos"], model)["model_name"] for model in models} == models
+    sets = {("org/photos",): "org/photos", ("org/photos", "more"): None, ("org/here",): None, ("s3://a/b",): None}
+    assert {data: public_names(data, "tiny")["source_set"] for data in sets} == sets

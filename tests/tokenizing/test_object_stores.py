@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from numbered_images import write_tar
-from s3_server import s3_server
+from s3_server import make_bucket, s3_server
 from token_set_parts import SCALES, content, load, save_photos
 
 from svqvae_hf.data.image_sets import open_images
@@ -144,20 +144,12 @@ def test_a_full_bucket_leaves_no_part_that_counts_as_done(local, monkeypatch):
     with s3_server() as (address, faults):
         make_bucket("small", address, monkeypatch)
         folder = Folder("s3://small/tokens")
-        for room in range(4):  # for the options, a claim, a Parquet file, and the record of the part
-            faults.room = room
-            with pytest.raises(OSError, match=r"s3://small/tokens/.* cannot be written: .*The disk is full\.$"):
+        for name in ("options.json", "0000000.claim", ".parquet", "0000000.json"):
+            faults.no_room_for = name
+            with pytest.raises(OSError, match=rf"s3://small/.*{name}` cannot be written: .*The disk is full\.$"):
                 tokenize(local / "photos", folder.url, num_parts=1)
             assert [name for name in folder.all_files("parts") if "/0000" in name and name.endswith(".json")] == []
-        faults.room = None
+        faults.no_room_for = None
         assert tokenize(local / "photos", folder.url, num_parts=1).complete
         tokenize(local / "photos", local / "tokens", num_parts=1)
         check_equal(local / "tokens", folder.url)
-
-
-def make_bucket(name, address, monkeypatch):
-    names = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-    for variable, value in {**names, "AWS_ENDPOINT_URL": address}.items():
-        monkeypatch.setenv(variable, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # of an earlier server
-    fsspec.filesystem("s3").mkdir(name)

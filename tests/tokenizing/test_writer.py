@@ -26,9 +26,13 @@ from tokenize_processes import processes, run_killed, run_on_a_full_disk, run_to
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import FileRows
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.storage import Folder
+from svqvae_hf.token_sets import records
 from svqvae_hf.token_sets.crops import CROPS, make_crops
+from svqvae_hf.token_sets.records import PartRecords
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.status import read_status
+from svqvae_hf.tokenizing.encoder import RowEncoder
 from svqvae_hf.tokenizing.writer import _PartMaker, check_out, tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
@@ -257,22 +261,46 @@ def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
     assert read == [4, 5, 6, 0, 1, 2, 3]
 
 
-def test_of_two_workers_on_a_part_the_slower_one_stops(photos, tmp_path, monkeypatch):
-    options = {"num_parts": 2, "part": 0}
-    tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2, part=1)
-    make, faster = _PartMaker._make, []
+@pytest.mark.parametrize(
+    ("owner", "step", "encoded_after"),
+    [(Folder, "create", 0), (_PartMaker, "_make", 2), (PartRecords, "beat", 1), (PartRecords, "finish", 0)],
+    ids=["about to claim it", "about to read", "writing the first file", "about to mark it as done"],
+)
+def test_of_two_workers_on_a_part_the_slower_one_stops(photos, tmp_path, monkeypatch, owner, step, encoded_after):
+    """The other one completes the set while this one is at a step."""
+    options = {"num_parts": 2, "part": 0, "batch_size": 1, "shard_mb": 1e-6}  # a file per image, of three
+    monkeypatch.setattr(records, "BEAT_SECONDS", -1)
+    tokenize(make_tiny(), photos, tmp_path / "out", **options | {"part": 1})
+    original, encode, encoded, faster = getattr(owner, step), RowEncoder._encode_batch, [], []
 
-    def overtaken(self, part, on_image):
+    def overtaken(*args):
         if len(faster) == 0:
             faster.append(None)
             faster.append(tokenize(make_tiny(), photos, tmp_path / "out", **options))
-        return make(self, part, on_image)
+            faster.append(content(tmp_path / "out"))
+            encoded.clear()
+        return original(*args)
 
-    monkeypatch.setattr(_PartMaker, "_make", overtaken)
+    monkeypatch.setattr(owner, step, overtaken)
+    monkeypatch.setattr(RowEncoder, "_encode_batch", lambda self, crops: encoded.append(crops) or encode(self, crops))
     slower = tokenize(make_tiny(), photos, tmp_path / "out", **options)
     assert slower.complete
     assert slower == faster[1]
+    assert content(tmp_path / "out") == faster[2]
     assert not (tmp_path / "out" / "parts").exists()
+    assert len(encoded) == encoded_after
+
+
+def test_gathered_records_are_kept_until_the_set_is_complete(photos, tmp_path, monkeypatch):
+    deleted, delete = [], Folder.delete_folder
+
+    def note(self, name):
+        deleted.append((name, self.read("svqvae_tokens.json") is not None))
+        delete(self, name)
+
+    monkeypatch.setattr(Folder, "delete_folder", note)
+    tokenize(make_tiny(), photos, tmp_path / "out")
+    assert deleted == [("parts/0000", False), ("parts", True)]
 
 
 def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
