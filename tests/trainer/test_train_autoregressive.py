@@ -7,6 +7,7 @@ import textwrap
 from functools import partial
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
 from hub_server import run_python, serve_hub, use_hub
 from PIL import Image
+from s3_server import make_bucket, s3_server
 from train_autoregressive import AutoregressiveOptions, main, next_code_loss
 from training_runs import (
     NEW_RUN_OPTIONS,
@@ -23,6 +25,7 @@ from training_runs import (
     assert_no_private_path,
     assert_resumed_run_reads_changed_options,
     cpu,
+    forget_accelerate,
     logged,
     run,
     train_at_once_and_resumed,
@@ -36,6 +39,7 @@ from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipe
 from svqvae_hf.tokenizing.writer import tokenize_set
 from svqvae_hf.trainer.data import token_sequences
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+from svqvae_hf.trainer.options import read_options
 
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
@@ -44,6 +48,7 @@ LLAMA = {
 SCALES = (1.0, 0.5)  # not in the order of the sequence
 CROP = 32
 IMAGES = 6
+WEIGHTS = "language_model/model.safetensors"
 
 pytestmark = pytest.mark.usefixtures("one_accelerator")
 train = partial(run, main, AutoregressiveOptions)
@@ -213,9 +218,23 @@ def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
     assert (out / "class_cat_2_x1.png").exists()
 
 
-def test_resumed_run_equals_an_unbroken_one(options):
-    whole, resumed = train_at_once_and_resumed(train, "language_model/model.safetensors", options)
-    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_resumed_runs_from_a_folder_and_a_url_equal_an_unbroken_one(options, parts, monkeypatch):
+    def train_by_command(**options):
+        flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+        with cpu():
+            main(read_options(AutoregressiveOptions, flags))
+        forget_accelerate()
+
+    whole, resumed = train_at_once_and_resumed(train_by_command, WEIGHTS, options)
+    options |= {"token_set": "s3://bucket/tokens", "output_dir": f"{options['output_dir']}-remote"}
+    with s3_server() as (address, faults):
+        make_bucket("bucket", address, monkeypatch)
+        fsspec.filesystem("s3").put(f"{parts}/tokens/", "bucket/tokens/", recursive=True)
+        remote = train_at_once_and_resumed(train_by_command, WEIGHTS, options)
+        assert any(request.startswith("GET") and request.endswith(".parquet") for request in faults.requests)
+    for weights in (resumed, *remote):
+        torch.testing.assert_close(weights, whole, rtol=0, atol=0)
 
 
 def test_resumed_run_applies_each_changed_option(options, monkeypatch):
