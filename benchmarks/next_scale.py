@@ -16,6 +16,7 @@ from measuring import Row, describe_machine, make_parser, report, take_turns
 from transformers import DynamicCache, LlamaForCausalLM
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
+from svqvae_hf.pipelines.reserved_cache import reserve
 from svqvae_hf.pipelines.schedules import Size, make_schedule
 
 SCALES, IDS = "one scale", "one id"
@@ -69,6 +70,8 @@ def time_steps(pipeline: SVQVAENextScalePipeline, sizes: list[Size], options: ar
         seconds = take_turns(runs, options.rounds, device)
         whole, layers = (1e3 * statistics.median(seconds[name]) for name in runs)
         transformer(labels, codes, [size], cache)
+        if not codes:
+            reserve(cache, sum(height * width for height, width in sizes[1:]))
         stored = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         rows.append(
             {

@@ -34,6 +34,7 @@ from svqvae_hf.models.loading import StrictLoadingMixin
 from svqvae_hf.untrusted.weights import check_layers
 
 NORM_EPS = 1e-6
+LENGTH_EPS = 1e-12  # as in `F.normalize`
 MLP_RATIO = 4
 POSITION_PERIOD = 10_000  # of the initial positions
 MAX_LOG_FACTOR = math.log(100)  # of queries
@@ -74,9 +75,8 @@ class Attention(nn.Module):
         """`(batch, tokens, width)` -> the same shape. `lengths` are the numbers of tokens of the scales."""
         query, key, value = self.mat_qkv(hidden).chunk(3, dim=-1)
         query, key, value = map(self._split_heads, (query + self.q_bias, key, value + self.v_bias))
-        factor = self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()
-        query = (F.normalize(query.float(), dim=-1) * factor).to(value.dtype)
-        key = F.normalize(key.float(), dim=-1).to(value.dtype)
+        query = set_length(query, self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp())
+        key = set_length(key)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
         attended = self._attend(query, key, value, lengths)
@@ -88,6 +88,8 @@ class Attention(nn.Module):
     @staticmethod
     def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Runs attention once per scale, which needs no mask, because a scale sees all keys up to its own last one."""
+        if len(lengths) == 1:
+            return F.scaled_dot_product_attention(query, key, value, scale=1.0)
         parts = []
         seen = key.shape[2] - query.shape[2]  # cached tokens
         for part in query.split(list(lengths), dim=2):
@@ -123,8 +125,8 @@ class NextScaleBlock(nn.Module):
     ) -> torch.Tensor:
         """`(batch, tokens, width)` -> the same shape. `condition` `(batch, 1, width)` is the embedded class."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
-        hidden = hidden + gate1 * self.attn(modulate(hidden, scale1, shift1), lengths, cache)
-        return hidden + gate2 * self.ffn(modulate(hidden, scale2, shift2))
+        hidden = torch.addcmul(hidden, gate1, self.attn(modulate(hidden, scale1, shift1), lengths, cache))
+        return torch.addcmul(hidden, gate2, self.ffn(modulate(hidden, scale2, shift2)))
 
 
 class ModulatedNorm(nn.Module):
@@ -285,7 +287,13 @@ class NextScaleTransformer(StrictLoadingMixin):
 
 def modulate(hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Normalises tokens `(batch, tokens, width)` without weights, then scales and shifts them."""
-    return F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+def set_length(vectors: torch.Tensor, length: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Scales vectors along the last dimension to a length, computed in float32."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float32)
+    return (vectors * (length / norms.clamp(min=LENGTH_EPS))).to(vectors.dtype)
 
 
 def resize_codes(codes: torch.Tensor, size: Size) -> torch.Tensor:

@@ -17,6 +17,7 @@ from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProc
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.cards import PipelineCardMixin
+from svqvae_hf.pipelines.reserved_cache import reserve
 from svqvae_hf.pipelines.sampling import (
     Generators,
     Labels,
@@ -268,7 +269,7 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             check_generators(generator, len(labels))
             warpers = LogitsProcessorList(make_warpers(temperature, top_k, top_p))
             greedy = LogitsProcessorList(make_warpers(temperature, 1, 1.0))
-            predictor = _ScalePredictor(self, labels, guided=guidance_scale != 1)
+            predictor = _ScalePredictor(self, labels, sizes, guided=guidance_scale != 1)
             for step, size in enumerate(self.progress_bar(sizes)):
                 logits = predictor.next_logits(size, scales[step])
                 scores = (greedy if step in greedy_scales else warpers)(None, logits.flatten(0, 1)).view_as(logits)
@@ -401,7 +402,7 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
 class _ScalePredictor:
     """The transformer with its cache, and the codes of the scale that it reads next."""
 
-    def __init__(self, pipeline: SVQVAENextScalePipeline, labels: torch.Tensor, guided: bool):
+    def __init__(self, pipeline: SVQVAENextScalePipeline, labels: torch.Tensor, sizes: list[Size], guided: bool):
         self.transformer = pipeline.transformer
         quantize = pipeline.vqvae.quantize
         stored_on = quantize.embedding.stored().device  # the CPU while the tokenizer is offloaded
@@ -411,6 +412,7 @@ class _ScalePredictor:
         no_class = torch.full_like(labels, self.transformer.config["num_classes"])
         self.labels = torch.cat([labels, no_class]) if guided else labels
         self.cache = DynamicCache()
+        self.later_tokens = sum(height * width for height, width in sizes[1:])
         self.codes: list[torch.Tensor] = []
 
     def next_logits(self, size: Size, guidance_scale: float) -> torch.Tensor:
@@ -420,6 +422,8 @@ class _ScalePredictor:
 
     def add(self, ids: torch.Tensor) -> None:
         """Takes the ids `(images, h, w)` of the scale."""
+        if not self.codes:
+            reserve(self.cache, self.later_tokens)
         codes = self.codebook[ids].permute(0, 3, 1, 2)
         self.codes = [codes.repeat(len(self.labels) // len(ids), 1, 1, 1)]
 

@@ -182,6 +182,13 @@ def test_guidance_of_one_is_no_guidance(pipeline):
     assert not torch.equal(strong[-1], plain[-1])
 
 
+def test_later_scales_do_not_copy_the_cache(pipeline):
+    places = []
+    pipeline.transformer.register_forward_hook(lambda _, args, __: places.append(args[3].layers[0].keys.data_ptr()))
+    pipeline(1)
+    assert places[1] == places[2] == places[3]
+
+
 def test_both_models_get_their_modes_back(pipeline):
     pipeline.vqvae.train()
     pipeline.transformer.train()
