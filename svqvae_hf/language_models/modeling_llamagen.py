@@ -19,6 +19,9 @@ MISSING_CAPTIONS = (
 )
 
 
+FEW_ROWS = 32
+
+
 class LlamaGenRotaryEmbedding(nn.Module):
     """Angles by row and column of an id, in float32. It has no buffers, which `model.to(torch.bfloat16)` would round.
 
@@ -51,7 +54,29 @@ class LlamaGenRotaryEmbedding(nn.Module):
         return angles.cos() * is_image, angles.sin() * is_image
 
 
-class CodeHead(nn.Linear):
+class FewRowsLinear(nn.Linear):
+    """Linear layer without bias, made for the few rows of a decoding step.
+
+    On a CPU the time of such a step is that of reading the weights. The product `weight @ rows.T` reads them up to 2.6
+    times as fast as `rows @ weight.T`.
+
+    Args:
+        in_features (`int`): Channels of the input.
+        out_features (`int`): Channels of the output.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` -> `(..., out_features)`."""
+        rows = input.flatten(0, -2)
+        if len(rows) > FEW_ROWS or input.device.type != "cpu" or input.dtype != torch.float32:
+            return super().forward(input)
+        return torch.mm(self.weight, rows.t()).t().contiguous().unflatten(0, input.shape[:-1])
+
+
+class CodeHead(FewRowsLinear):
     """Logits of the codes. All other tokens get the lowest finite logit, because they are never predicted.
 
     Args:
@@ -59,7 +84,7 @@ class CodeHead(nn.Linear):
     """
 
     def __init__(self, config: LlamaGenConfig):
-        super().__init__(config.hidden_size, config.codebook_size, bias=False)
+        super().__init__(config.hidden_size, config.codebook_size)
         self.other_tokens = config.vocab_size - config.codebook_size
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -109,6 +134,11 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__(config)
+        for layer in self.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, linear in part.named_children():
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, FewRowsLinear(linear.in_features, linear.out_features))
         self.model.rotary_emb = LlamaGenRotaryEmbedding(config)
         self.lm_head = CodeHead(config)
         if config.caption_dim is not None:

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from svqvae_hf import LlamaGenConfig, LlamaGenForCausalLM
-from svqvae_hf.language_models.modeling_llamagen import LlamaGenRotaryEmbedding
+from svqvae_hf.language_models.modeling_llamagen import FEW_ROWS, FewRowsLinear, LlamaGenRotaryEmbedding
 
 GOLDEN = ROOT / "tests" / "golden"
 CODES, IDS = 256, 16
@@ -275,3 +276,26 @@ def test_decode_steps_are_compiled_once(kind):
         inputs.pop("prompt_embeds", None)
     assert counter.frame_count == 1
     assert torch.equal(torch.cat(ids, dim=1), expected["greedy_cfg1.ids"])
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_few_rows_give_what_a_linear_layer_gives(rows):
+    with torch.enable_grad():
+        layer, inputs = FewRowsLinear(12, 20), torch.randn(rows, 1, 12, requires_grad=True)
+        outputs, expected = layer(inputs), F.linear(inputs, layer.weight)
+        assert outputs.is_contiguous()
+        torch.testing.assert_close(outputs, expected)
+        weights = torch.randn_like(expected)
+        found, wanted = (
+            torch.autograd.grad((each * weights).sum(), [layer.weight, inputs]) for each in (outputs, expected)
+        )
+        torch.testing.assert_close(found, wanted)
+
+
+def test_decoding_steps_read_all_weights_as_few_rows(monkeypatch):
+    model, calls = load("c2i"), []
+    forward = FewRowsLinear.forward
+    monkeypatch.setattr(FewRowsLinear, "forward", lambda self, rows: calls.append(self) or forward(self, rows))
+    model(torch.tensor([[CODES]]))
+    linears = {module for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    assert set(calls) == linears
