@@ -20,6 +20,7 @@ import torch
 
 from svqvae_hf.atomic_io import write_file
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 MIB = 1 << 20
 # Imported once, in the process from which the measured processes fork. It does not find modules of this folder.
@@ -66,6 +67,17 @@ def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE.json", help="write JSON to this file, and the tables as .md beside it"
     )
     return parser
+
+
+def add_dtypes(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of the types to measure."""
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="default: all; leave out bfloat16 on a CPU without instructions for it",
+    )
 
 
 def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:

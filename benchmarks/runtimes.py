@@ -19,7 +19,7 @@ import onnxruntime
 import openvino
 import torch
 from contestants import make_checkpoint
-from measuring import Row, describe_machine, make_parser, report, take_turns
+from measuring import DTYPES, Row, add_dtypes, describe_machine, make_parser, report, take_turns
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.conversion.export import export_graphs
@@ -58,7 +58,7 @@ def load(runtime: str, dtype: str, checkpoint: Path, graphs: Path, threads: int)
         return Tokenizer(*(load_onnx(graphs / f"{name}.onnx", threads) for name in ("encoder", "decoder")))
     if runtime == OPENVINO:
         return Tokenizer(*(load_openvino(graphs / f"{name}.onnx", dtype, threads) for name in ("encoder", "decoder")))
-    model = SVQVAE.from_single_file(checkpoint).to(getattr(torch, dtype))
+    model = SVQVAE.from_single_file(checkpoint).to(DTYPES[dtype])
     encode, decode = model.encode_tokens, model.decode_tokens
     if runtime == COMPILED:
         encode, decode = torch.compile(encode), torch.compile(decode)
@@ -92,7 +92,7 @@ def compare(side: int, checkpoint: Path, graphs: Path, options: argparse.Namespa
     sample = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     tokenizers, first_runs, parity = {}, {}, {}
     for runtime in options.runtimes:
-        for dtype in RUNTIMES[runtime]:
+        for dtype in filter(options.dtypes.__contains__, RUNTIMES[runtime]):
             label = f"{runtime}, {dtype}"
             begun = time.perf_counter()
             tokenizer = load(runtime, dtype, checkpoint, graphs, options.threads)
@@ -129,6 +129,7 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], metavar="PIXELS", help="default: 256 512")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), help="default: all")
+    add_dtypes(parser)
     parser.add_argument("--base-channels", type=int, default=128, help="a multiple of 32 (default: 128, as released)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

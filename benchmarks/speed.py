@@ -14,7 +14,7 @@ import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -29,9 +29,8 @@ from contestants import (
     prepare_reconstruction,
 )
 from layers import profile_layers
-from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
+from measuring import DTYPES, Row, add_dtypes, describe_machine, in_own_process, make_parser, report, take_turns
 
-DTYPES = (torch.float32, torch.bfloat16)
 MATMUL_SIDE = 2048
 MATMULS = 5  # per run
 
@@ -42,10 +41,10 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> None:
         left @ right
 
 
-def matmuls(device: str) -> dict[str, Callable[[], None]]:
+def matmuls(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, Callable[[], None]]:
     """Products of random square matrices in each precision, as contestants."""
     matrices = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=device)
-    return {f"matmul, {dtype}": functools.partial(multiply, *matrices.to(dtype)) for dtype in DTYPES}
+    return {f"matmul, {dtype}": functools.partial(multiply, *matrices.to(dtype)) for dtype in dtypes}
 
 
 def compare_models(
@@ -54,7 +53,8 @@ def compare_models(
     """Compares the models at one image size, with a row per contestant."""
     runs = {each.label: prepare_reconstruction(each, side, side) for each in contestants}
     outputs = {label: run() for label, run in runs.items()}
-    seconds = take_turns(runs | matmuls(options.device), options.rounds, options.device)
+    products = matmuls(options.device, {each.dtype for each in contestants})
+    seconds = take_turns(runs | products, options.rounds, options.device)
     del runs
     medians = {label: statistics.median(times) for label, times in seconds.items()}
     reference = next((each for each in contestants if each.name == ORIGINAL), contestants[0]).label
@@ -85,6 +85,7 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], metavar="PIXELS", help="default: 256 512")
     parser.add_argument("--original", type=Path, metavar="CHECKOUT", help="folder with the original's svqvae.py")
+    add_dtypes(parser)
     parser.add_argument("--base-channels", type=int, default=128, help="a multiple of 32 (default: 128, as released)")
     parser.add_argument(
         "--channels-last", action="store_true", help="use the channels-last memory format for all models"
@@ -100,9 +101,10 @@ def main() -> None:
         make_checkpoint(checkpoint, options.base_channels)
         contestants = [
             Contestant(
-                *(name, dtype, checkpoint, options.original, options.device, options.channels_last, options.compile)
+                *(name, DTYPES[dtype], checkpoint, options.original),
+                *(options.device, options.channels_last, options.compile),
             )
-            for dtype in DTYPES
+            for dtype in options.dtypes
             for name in names
         ]
         tables: dict[str, list[Row]] = {}

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from contestants import KL, LATENT_PIXELS, ORIGINAL, OURS, VQ_MODEL, Contestant, make_checkpoint
-from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
+from measuring import DTYPES, Row, add_dtypes, describe_machine, in_own_process, make_parser, report, take_turns
 from torch import nn
 
-DTYPES = (torch.float32, torch.bfloat16)
 PARTS = ("scales", "diffusers", "ratio")
 
 
@@ -89,7 +88,7 @@ def make_tables(checkpoint: Path, options: argparse.Namespace) -> dict[str, list
     if "scales" in options.parts:
         # The original's tiles fail in bfloat16.
         contestants = [make(ORIGINAL, torch.float32)] if options.original else []
-        contestants += [make(OURS, dtype) for dtype in DTYPES]
+        contestants += [make(OURS, DTYPES[dtype]) for dtype in options.dtypes]
         title = f"{side} x {side}, tiles of {tiles.side}, overlap {tiles.overlap}, patch_nums {list(tiles.patch_nums)}"
         tables[title] = compare_runs({each.label: (each, side, tiles) for each in contestants}, options)
     if "diffusers" in options.parts:
@@ -100,15 +99,15 @@ def make_tables(checkpoint: Path, options: argparse.Namespace) -> dict[str, list
             (VQ_MODEL, None, "whole"),
             (OURS, None, "whole"),
         ]
-        for dtype in DTYPES:
+        for dtype in options.dtypes:
             runs = {
-                f"{make(name, dtype).label}, {method}": (make(name, dtype), side, cut)
+                f"{make(name, DTYPES[dtype]).label}, {method}": (make(name, DTYPES[dtype]), side, cut)
                 for name, cut, method in variants
             }
-            tables[f"{side} x {side}, scale 1, {str(dtype).removeprefix('torch.')}"] = compare_runs(runs, options)
+            tables[f"{side} x {side}, scale 1, {dtype}"] = compare_runs(runs, options)
     if "ratio" in options.parts:
-        for dtype in DTYPES:
-            each = make(OURS, dtype)
+        for dtype in options.dtypes:
+            each = make(OURS, DTYPES[dtype])
             sides = (tiles.side, tiles.side * 75 // 64)
             rows = compare_runs({f"{each.label}, {size} x {size}": (each, size, plain) for size in sides}, options)
             ratio = rows[1]["microseconds per pixel"] / rows[0]["microseconds per pixel"]
@@ -125,6 +124,7 @@ def main() -> None:
     parser.add_argument("--overlap", type=int, default=32, metavar="PIXELS", help="default: 32")
     parser.add_argument("--patch-nums", type=int, nargs="+", default=[4, 8, 16, 32], help="default: 4 8 16 32")
     parser.add_argument("--original", type=Path, metavar="CHECKOUT", help="folder with the original's svqvae.py")
+    add_dtypes(parser)
     parser.add_argument("--base-channels", type=int, default=128, help="a multiple of 32 (default: 128, as released)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
