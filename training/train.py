@@ -14,6 +14,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.hub.repositories import is_hub_id, public_name
 from svqvae_hf.models.image_processing_svqvae import resize_latents
 from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.data.crop_loader import CropLoader
@@ -32,7 +33,7 @@ from svqvae_hf.trainer.optimization import (
     make_optimizer,
     rescale_gradients,
 )
-from svqvae_hf.trainer.options import is_hub_id, public_name, read_options
+from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.run import Run, Stateful, one_line_errors
 from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, kmeans_floor, log_image
 from svqvae_hf.trainer.train_options import TrainOptions

@@ -21,22 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5En
 
 from svqvae_hf import SVQVAE, LlamaGenConfig
 from svqvae_hf.hub.model_cards import table_rows
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, is_hub_id, public_name
 from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.tokens.image_tokens import check_same_codebook
 from svqvae_hf.trainer.data.captions import CaptionEncoder, StoredCaptions, store_captions
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import (
-    PipelineOptions,
-    changeable,
-    is_hub_id,
-    option,
-    public_name,
-    read_options,
-    required,
-)
+from svqvae_hf.trainer.options import PipelineOptions, changeable, option, read_options, required
 from svqvae_hf.trainer.pipeline_run import load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, one_line_errors
 

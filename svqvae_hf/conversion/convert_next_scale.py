@@ -7,7 +7,7 @@ import torch
 from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.conversion.new_repository import ConversionReport, check_arguments, provenance, write_repository
 from svqvae_hf.hub.model_cards import pipeline_card
-from svqvae_hf.hub.repositories import hub_repo
+from svqvae_hf.hub.repositories import hub_repo, public_name
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -94,11 +94,6 @@ def load_tokenizer(source: str | Path) -> SVQVAE:
     vqvae = SVQVAE.from_pretrained(source).eval()
     vqvae.register_to_config(_name_or_path=public_name(source))
     return vqvae
-
-
-def public_name(source: str | Path) -> str:
-    """Name of a source, without the path of a local one."""
-    return Path(source).name if Path(source).exists() else str(source)
 
 
 def _generate(pipeline: SVQVAENextScalePipeline) -> torch.Tensor:

@@ -38,6 +38,16 @@ HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a source is `org/name` on the Hub, and not a local file or folder."""
+    return re.fullmatch(REPO_ID, str(source)) is not None and not Path(source).exists()
+
+
+def public_name(source: str | Path) -> str:
+    """A source as it may be published: its Hub id, `org/repo:file`, or its file name without the directory."""
+    return str(source) if is_hub_id(source) or hub_repo(source) else Path(source).absolute().name
+
+
 def hub_repo(source: str | Path) -> str | None:
     """Returns the repository in `org/repo:file`, or None for a local file."""
     match = re.fullmatch(rf"({REPO_ID}):(.+)", str(source))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from svqvae_hf.hub.repositories import REPO_ID, check_repo_id
+from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 from svqvae_hf.paths import check_local
 
 OPTIMIZERS = ("adamw", "soap")
@@ -281,16 +281,6 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
         return None if text == "none" else convert(text)
 
     return convert_or_none
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source is `org/name` on the Hub, and not a local file or folder."""
-    return re.fullmatch(REPO_ID, source) is not None and not Path(source).exists()
-
-
-def public_name(source: str) -> str:
-    """A source as it may be published: its Hub id, or its file name without the directory."""
-    return source if is_hub_id(source) else Path(source).absolute().name
 
 
 def public_options(options: RunOptions) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline
 from torchvision.utils import make_grid
 
 from svqvae_hf.hub import model_cards
+from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.trainer.options import PipelineOptions, public_name
+from svqvae_hf.trainer.options import PipelineOptions
 from svqvae_hf.trainer.run import Run
 from svqvae_hf.trainer.tracking import log_image
 

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.models.image_processing_svqvae import resize_latents
 from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock
 from svqvae_hf.models.quantizer import VQLosses, flatten_latents
-from svqvae_hf.trainer.options import public_name
 from svqvae_hf.trainer.train_options import TrainOptions
 
 RESIDUAL_GAIN = 0.1
