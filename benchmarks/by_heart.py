@@ -2,7 +2,8 @@
 
 The pipeline is one of `training/train_next_scale.py`, trained on the folder of photographs, one per subfolder, each
 a class of its own. At temperature 0 it samples each class, fills a masked quarter of each photograph, and refines the
-ids of scales up to a quarter of the last one. The ids are compared with the photographs' own at every scale.
+ids of scales up to a quarter of the last one. The ids are compared with the photographs' own at every scale, and the
+images with the photographs.
 
 It also samples each class on a canvas twice as wide. At a seam, the codes of neighbouring columns would be further
 apart than elsewhere. The photographs are stretched there, so columns come in pairs, and the middle lies between two of
@@ -19,6 +20,7 @@ from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 
 from svqvae_hf import SVQVAENextScalePipeline
+from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.token_sets.crops import make_crops
 
@@ -79,11 +81,13 @@ def main() -> None:
         "refine from a quarter": {"image": photos, "image_scale": 0.25},
     }
     own = sample(pipeline, labels, image=photos, image_scale=1)
+    pixels = pipeline.image_processor(photos)["pixel_values"].to(pipeline.device)
     rows: list[Row] = []
     for task, editing in tasks.items():
         start = time.perf_counter()
         found = sample(pipeline, labels, **editing)
         seconds = time.perf_counter() - start
+        images = pipeline.vqvae.decode_tokens(found[-1])
         equal = torch.cat([(a == b).flatten(1) for a, b in zip(found, own, strict=True)], dim=1)
         rows.append(
             {
@@ -91,6 +95,7 @@ def main() -> None:
                 "images": len(photos),
                 "images with all ids": int(equal.all(1).sum()),
                 "fraction of equal ids": equal.double().mean().item(),
+                "PSNR, dB": psnr(images, pixels, data_range=1.0).mean().item(),
                 "seconds per image": seconds / len(photos),
             }
         )

@@ -366,6 +366,7 @@ def test_by_heart(run, photo, tmp_path):
     new, filled, refined = (row["fraction of equal ids"] for row in rows)
     assert new < 0.5 < filled
     assert refined >= 1 / 21
+    assert rows[0]["PSNR, dB"] < rows[1]["PSNR, dB"]
     assert seam["canvas"] == "32 x 16"
     assert -1e-6 < seam["least"] <= seam["mean between other pairs"] <= seam["largest"] <= 2
 
