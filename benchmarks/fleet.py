@@ -2,10 +2,11 @@
 
     python benchmarks/fleet.py part     # `svqvae tokenize --part`, four jobs at a time
     python benchmarks/fleet.py local    # four local executors of datatrove, each with a quarter of the parts
+    python benchmarks/fleet.py ray      # datatrove's executor for Ray, on two nodes of this machine; `pip install ray`
 
 The images are small, made on the spot, and one in fifty is broken. The model is tiny, because its speed does not
 matter here. Each worker logs the files that it reads and the parts that it has marked as done. Killed jobs are
-started again, as a scheduler would start them.
+started again, as a scheduler would start them; datatrove itself does so with Ray.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +133,7 @@ def run_jobs(target: Callable[..., None], jobs: int, kills: int, *arguments: Any
         time.sleep(LOOK_SECONDS)
         job = chance.choice(list(running))
         if killed < kills and chance.random() < KILL_CHANCE and running[job].is_alive():
-            for process in [*psutil.Process(running[job].pid).children(), running[job]]:
-                process.kill()
+            kill(psutil.Process(running[job].pid))
             running[job].join()
             killed += 1
         for job, process in list(running.items()):
@@ -142,6 +144,42 @@ def run_jobs(target: Callable[..., None], jobs: int, kills: int, *arguments: Any
                 waiting.append(job)
             elif process.exitcode != 0:
                 raise RuntimeError(f"job {job} ended with code {process.exitcode}.")
+    return killed
+
+
+def kill(process: psutil.Process) -> None:
+    """Kills a process and its children, which would go on otherwise."""
+    for each in [*process.children(), process]:
+        each.kill()
+
+
+def run_ray(parts: int, kills: int, folder: Path, out: str) -> int:
+    """Runs datatrove's executor on two nodes of Ray, kills some workers, and returns how many."""
+    import ray
+    from datatrove.executor import RayPipelineExecutor
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    for _ in range(2):
+        cluster.add_node(num_cpus=AT_ONCE // 2, memory=AT_ONCE // 2 * 2**30, object_store_memory=2**27)
+    ray.init(address=cluster.address)
+    step = LoggedTokenize([str(folder / "images")], str(folder / out / "set"), str(folder / "tiny"), device="cpu")
+    executor = RayPipelineExecutor(
+        pipeline=[step], tasks=parts, workers=AT_ONCE, mem_per_cpu_gb=1, logging_dir=str(folder / out / "logs")
+    )
+    running = threading.Thread(target=executor.run)
+    running.start()
+    chance, killed = random.Random(0), 0
+    while running.is_alive():
+        time.sleep(LOOK_SECONDS)
+        with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+            workers = [each for each in psutil.process_iter(["name"]) if each.info["name"].startswith("ray::RankWork")]
+            busy = [each for each in workers if each.children()]  # each child runs a task
+            if busy and killed < kills and chance.random() < KILL_CHANCE:
+                kill(chance.choice(busy))
+                killed += 1
+    ray.shutdown()
+    cluster.shutdown()
     return killed
 
 
@@ -165,8 +203,12 @@ def count_read_again(log: Path, count: int, parts: int) -> tuple[int, int]:
     return total, again
 
 
-# What a job runs, and the number of jobs; by default one per part.
-ENGINES = {"part": (run_part, None), "local": (run_executor, EXECUTORS)}
+# What makes a set, by its number of parts, the number of kills, its folder and name; returns the number of kills
+ENGINES: dict[str, Callable[[int, int, Path, str], int]] = {
+    "part": lambda parts, kills, *folder: run_jobs(run_part, parts, kills, *folder, parts),
+    "local": lambda parts, kills, *folder: run_jobs(run_executor, EXECUTORS, kills, *folder, parts),
+    "ray": run_ray,
+}
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Row:
@@ -178,9 +220,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Row:
     model.enable_tiling()
     images, alone = open_images([str(folder / "images")]), folder / "alone" / "set"
     tokenize_set(model, images, alone, model_name="tiny", scale_from="image", num_parts=options.parts)
-    target, jobs = ENGINES[options.engine]
     begun = time.perf_counter()
-    killed = run_jobs(target, jobs or options.parts, options.kills, folder, "fleet", options.parts)
+    killed = ENGINES[options.engine](options.parts, options.kills, folder, "fleet")
     seconds = time.perf_counter() - begun
     expected, found = (read_files(folder / name / "set") for name in ("alone", "fleet"))
     records = [json.loads(line) for line in found["manifest.jsonl"].splitlines()]
