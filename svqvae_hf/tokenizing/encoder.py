@@ -131,7 +131,7 @@ class RowEncoder:
             scales = (choose_by_bits(self.model, height, width, scales, settings.max_bits)[0],)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
-        unit = pixels.to(self.device, non_blocking=True).div(255)
+        unit = pixels.to(self.device, non_blocking=True).float().div_(255)
         sample = unit.mul_(self.white - self.black).add_(self.black)  # as the image processor, with fewer copies
         encoded = self.model.encode_tokens(sample.to(self.dtype), scales, settings.scale_from)
         grids = [self._stored(grid.flatten(1)) for grid in encoded]
