@@ -11,7 +11,6 @@ from PIL import Image
 
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.layers.pieces import WHOLE_VALUES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, WHOLE_SIDE, WHOLE_SQUARES
 from svqvae_hf.tokens.token_files import ImageTokens
@@ -20,8 +19,8 @@ GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
 
 # Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured: the bundled model
-# takes 292 bytes per pixel when it encodes a square of 512 pixels, and 440 when it decodes one; the estimates are 320
-# and 448. At 1,536 pixels, by bands, it takes 216 and 217; the estimates are 256 and 320.
+# takes 290 bytes per pixel when it encodes a square of 512 pixels, and 381 when it decodes one. The estimates are 320
+# and 448.
 PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
 
@@ -250,17 +249,15 @@ def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], 
         inputs (`Sequence[int]`): Channel multiplier of the features that each level reads.
         pixels (`float`): Pixels of the image.
     """
-    channels = model.config["base_channels"]
-    whole = max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2) if model.use_tiling else math.inf
-    by_bands = pixels <= whole and channels * widths[0] * pixels > WHOLE_VALUES
-    # A residual block holds its input, the result of its first convolution and, unless by bands, the normalised input.
-    held_inputs = 1 if by_bands else 2
+    # A residual block holds its input, the normalised input and the result of its first convolution.
     per_pixel = max(
-        (held_inputs * max(width, read) + width) / 4**level
+        (2 * max(width, read) + width) / 4**level
         for level, (width, read) in enumerate(zip(widths, inputs, strict=False))
     )
+    channel = 4 * model.config["base_channels"]
+    whole = max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2) if model.use_tiling else math.inf
     if pixels <= whole:
-        return 4 * channels * per_pixel * pixels
+        return channel * per_pixel * pixels
     held = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * pixels)
     sample = max(2 * widths[0], inputs[0]) * held  # the windows hold two features of a block, or a wider input
-    return 4 * channels * max(per_pixel * model.tile_size**2, sample)
+    return channel * max(per_pixel * model.tile_size**2, sample)

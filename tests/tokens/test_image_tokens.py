@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from svqvae_hf import DEFAULT_MODEL, SVQVAE
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.tokens.image_tokens import (
@@ -126,7 +125,7 @@ def test_the_unused_reserve_of_a_gpu_is_available(monkeypatch):
 
 
 def test_memory_depends_on_the_tile_and_at_most_on_the_image(tiny_model, available):
-    available.available = 600 * 2**20
+    available.available = 2**30
     tiny_model.enable_tiling(256, 32)
     check_memory(tiny_model, 2000, 2000, [1.0])
     tiny_model.disable_tiling()
@@ -136,20 +135,6 @@ def test_memory_depends_on_the_tile_and_at_most_on_the_image(tiny_model, availab
     check_memory(tiny_model, 64, 64, [1.0])
     with pytest.raises(ValueError, match="in tiles of 1048576 pixels, would take about"):
         check_memory(tiny_model, 2**20, 2**20, [0.01])
-
-
-@pytest.mark.parametrize(
-    ("side", "task", "bytes_per_pixel"),
-    [(512, "encodes", 292), (512, "decodes", 440), (1536, "encodes", 216), (1536, "decodes", 217)],
-)
-def test_estimate_is_at_most_half_above_what_was_measured(available, side, task, bytes_per_pixel):
-    model = SVQVAE.from_pretrained(DEFAULT_MODEL)
-    uses = {"encodes": False, "decodes": False, task: True}
-    available.available = 1.5 * bytes_per_pixel * side**2
-    check_memory(model, side, side, [1.0], **uses)
-    available.available = bytes_per_pixel * side**2
-    with pytest.raises(ValueError, match="would take about"):
-        check_memory(model, side, side, [1.0], **uses)
 
 
 def test_full_size_is_the_size_of_the_image(tiny_model, crop):
