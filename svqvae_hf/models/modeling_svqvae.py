@@ -222,20 +222,23 @@ class ResolutionBlock(nn.Module):
         self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0))
         self.downsample = Downsample(out_channels) if downsample else None
         self.upsample = Upsample(out_channels) if upsample else None
+        self.margin: int | None = None  # in a decoder: positions of the result around a core that later layers read
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
-        if shared is not None and isinstance(hidden, torch.Tensor):
-            hidden = shared.crop(hidden, self)
         blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
         for block in itertools.chain(*blocks):
             hidden = self._checkpointed(block, hidden, shared)
         for resample in (self.downsample, self.upsample):
             if resample is not None:
                 hidden = resample(hidden, None if shared is None else shared.cuts)
-        return hidden
+        if self.margin is None:
+            return hidden
+        if isinstance(hidden, Pieces):
+            return hidden.crop(self.margin)
+        return hidden if shared is None else shared.crop(hidden, self.margin)
 
     def _checkpointed(self, block: nn.Module, hidden: Features, shared: TileContext | None) -> Features:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -245,13 +248,8 @@ class ResolutionBlock(nn.Module):
 
 def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
     """Residual block, attention and residual block at the lowest resolution."""
-    return nn.ModuleList(
-        [
-            ResnetBlock(channels, channels, num_groups, dropout),
-            AttnBlock(channels, num_groups),
-            ResnetBlock(channels, channels, num_groups, dropout),
-        ]
-    )
+    of_block = channels, channels, num_groups, dropout
+    return nn.ModuleList([ResnetBlock(*of_block), AttnBlock(channels, num_groups), ResnetBlock(*of_block)])
 
 
 class Network(nn.Module):
@@ -335,7 +333,7 @@ class Decoder(Network):
         last = len(channels) - 1
         self.conv_in = Conv3x3(z_channels, channels[0])
         self.mid = middle_blocks(channels[0], num_groups, dropout)
-        self.conv_blocks = nn.ModuleList(
+        levels = [
             ResolutionBlock(
                 channels[i - 1] if i else channels[0],
                 channels[i],
@@ -346,7 +344,11 @@ class Decoder(Network):
                 upsample=i != last,
             )
             for i in range(len(channels))
-        )
+        ]
+        margin = 0
+        for level in reversed(levels[:-1]):  # per block two 3 x 3 convolutions, and one after the last block
+            level.margin = margin = 2 * len(level.res) + 1 + margin // 2
+        self.conv_blocks = nn.ModuleList(levels)
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = Conv3x3(channels[last], out_channels)
         self.full_values = base_channels * 4**last

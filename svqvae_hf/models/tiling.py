@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
-from torch import nn
 
 from svqvae_hf.models.checks import check_tiles
 from svqvae_hf.models.layers.fast_ops import make_cuts
@@ -236,21 +235,11 @@ def decode_core(decoder: Any, hidden: torch.Tensor, shared: TileContext, core: C
         shared ([`TileContext`]): Values that the tiles of the image share.
         core (`tuple[slice, slice]`): Rows and columns of the window, in latents.
     """
-    tile = shared.for_core(core, hidden, level_margins=_level_margins(decoder))
+    tile = shared.for_core(core, hidden)
     decoded = decoder(hidden, tile)
     if tile.core is None or tile.core is core:  # a compiled decoder, which crops nothing
         return crop_to_core(decoded, scale_core(core, 2 ** (len(decoder.conv_blocks) - 1)))[0]
     return crop_to_core(decoded, tile.core)[0]
-
-
-def _level_margins(decoder: Any) -> dict[nn.Module, int]:
-    """Positions around a core that each level and all later layers read, at the resolution of the level."""
-    # Two 3 x 3 convolutions per block, then one that follows the level.
-    reach = 2 * len(decoder.conv_blocks[0].res) + 1
-    margins = [reach]
-    for _ in decoder.conv_blocks[1:]:
-        margins.append(reach + margins[-1] // 2)
-    return dict(zip(decoder.conv_blocks, reversed(margins), strict=True))
 
 
 class TilingMixin(AutoencoderMixin):

@@ -1,10 +1,12 @@
 import itertools
+import sys
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.layers.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, make_cuts
+from svqvae_hf.models.layers.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, copy_to_own_pages, make_cuts
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -74,3 +76,31 @@ def test_convolutions_repeat_the_edges_of_a_cut(sides):
         (twice(hidden, cuts), pad(enlarged), twice, 1),
     ):
         torch.testing.assert_close(output, F.conv2d(padded, layer.weight, layer.bias, stride))
+
+
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_copy_to_own_pages_keeps_values_and_layout(dtype, layout):
+    rows = torch.randn(3, 8, 12, 10, dtype=dtype).contiguous(memory_format=layout)[..., 2:9, :]
+    copied = copy_to_own_pages(rows)
+    assert torch.equal(copied, rows)
+    assert copied.is_contiguous(memory_format=layout)
+    assert copied.untyped_storage().nbytes() == rows.nbytes
+
+
+def test_copies_with_gradients_stay_in_the_graph():
+    rows = torch.randn(1, 4, 2, 2, requires_grad=True)
+    assert copy_to_own_pages(rows) is rows
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
+@pytest.mark.usefixtures("no_grad")
+def test_memory_of_own_pages_returns_between_others():
+    """The heap would keep what lies before a block that is still used."""
+    process, block = psutil.Process(), torch.randn(1, 1, 1024, 256)  # 1 MiB
+    before = process.memory_info().rss
+    copies = [copy_to_own_pages(block) for _ in range(100)]
+    assert process.memory_info().rss - before > 90 << 20
+    del copies[:-1]
+    assert process.memory_info().rss - before < 10 << 20

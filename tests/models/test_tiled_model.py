@@ -7,6 +7,7 @@ from conftest import make_tiny, psnr, smooth_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.models.layers.fast_ops import Cuts, make_cuts
 from svqvae_hf.models.layers.pieces import Bands, Pieces, Sample, TileContext, Windows
 from svqvae_hf.models.modeling_svqvae import AttnBlock, GroupNorm, ResnetBlock
 from svqvae_hf.models.tiling import CONTEXT_WINDOWS, ContextWindows, gather_context
@@ -48,14 +49,39 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     codes = model.quantize(torch.randn(1, 8, 40, 40))[0]
     context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
-    uncropped = context.for_core(tuple(slice(*span) for span in core), codes)
+    core = tuple(slice(*span) for span in core)
+    uncropped = context.for_core(core, codes)
+    uncropped.core = None
     with FlopCounterMode(display=False) as of_window:
         whole = model.decode_window(codes, uncropped)
     with FlopCounterMode(display=False) as of_core:
-        decoded = model.decode_window(codes, context, uncropped.core)
+        decoded = model.decode_window(codes, context, core)
     torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
     share = of_core.get_total_flops() / of_window.get_total_flops()
-    assert share == 1 if core[0] == (0, 40) else share < 0.9
+    assert share == 1 if core[0] == slice(0, 40) else share < 0.9
+
+
+@pytest.mark.usefixtures("no_grad", "all_windows")
+@pytest.mark.parametrize("size", [(40, 40), (8, 90)])
+def test_decoding_windows_crops_them_and_keeps_the_context(size):
+    """Also where a window spans an axis, along which nothing is cropped."""
+    model = make_tiny(num_res_blocks=1)
+    codes = model.quantize(torch.randn(2, 8, *size))[0]
+
+    def gather():
+        with FlopCounterMode(display=False) as flops:
+            context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], size, 16, input_stride=1)
+        return context, flops.get_total_flops()
+
+    context, cropped_flops = gather()
+    for level in model.decoder.conv_blocks:
+        level.margin = None
+    expected, flops = gather()
+    assert cropped_flops < 0.95 * flops
+    for norm, moments in expected.moments.items():
+        torch.testing.assert_close(context.moments[norm], moments, rtol=1e-5, atol=1e-5)
+    for attention, attended in expected.attended.items():
+        torch.testing.assert_close(context.attended[attention], attended, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("no_grad", "all_windows")
@@ -140,6 +166,10 @@ def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypa
     assert psnr(model.decode(latents, force_not_quantize=True).sample, sample) > 60
 
 
+def no_cuts(windows: int) -> Cuts:
+    return make_cuts([(False,) * 4] * windows, torch.empty(0))
+
+
 def random_attention() -> AttnBlock:
     block = AttnBlock(6, 2)
     for parameter in block.parameters():
@@ -159,7 +189,7 @@ def test_blocks_on_all_windows_equal_blocks_on_the_whole_image(monkeypatch, posi
         expected = block(expected)
     contexts = []
     for image in hidden:
-        contexts.append(Sample(window=(10, 4), margin=(0, 0)))
+        contexts.append(Sample((10, 4), (0, 0), no_cuts(3)))
         windows = Windows(contexts[-1], 1, [torch.stack(image.split(4, dim=-1))])
         for block in blocks:
             windows = block(windows)
@@ -179,7 +209,7 @@ def test_margins_of_windows_are_ignored():
     windows = torch.randn(3, 6, 24, 12)
     for border in (0.0, 100.0):
         padded = F.pad(windows[..., 4:-4, :], (0, 0, 4, 4), value=border)
-        contexts.append(Sample(window=(12, 12), margin=(2, 0)))
+        contexts.append(Sample((12, 12), (2, 0), no_cuts(3)))
         block(Windows(contexts[-1], 1, [padded]))
     (one, other) = ([*context.moments[block.norm], *context.attended[block]] for context in contexts)
     assert one[2].shape == (1, 1, 3 * 16 * 12, 6)
@@ -225,7 +255,7 @@ def test_a_block_in_pieces_holds_two_features_and_a_step(monkeypatch, held, kind
 
 
 def make_windows(parts) -> Windows:
-    return Windows(Sample(window=(4, 4), margin=(1, 1)), 1, parts)
+    return Windows(Sample((4, 4), (1, 1), no_cuts(100)), 1, parts)
 
 
 @pytest.mark.usefixtures("no_grad")

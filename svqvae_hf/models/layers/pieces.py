@@ -6,17 +6,28 @@ time and frees what it has read, so that memory holds little more than the featu
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from svqvae_hf.models.layers.fast_ops import Cuts, fast_layout, make_cuts, moments, silu
+from svqvae_hf.models.layers.fast_ops import (
+    Cuts,
+    add,
+    copy_to_own_pages,
+    fast_layout,
+    make_cuts,
+    moments,
+    silu,
+)
 
 WHOLE_VALUES = 1 << 24  # an image with larger features, 64 MiB in float32, runs by bands
-BAND_VALUES = 1 << 22  # maximum number of values of a band
+BAND_VALUES = 1 << 21  # maximum number of values of a band
 BAND_ROWS = 16  # minimum number of rows of a band, because each computes two rows more
+ATTENTION_GROWTH = (
+    8  # features that an attention holds of each step: normed, queries, keys, values, their copies, result
+)
 WINDOW_POSITIONS = 1 << 12  # positions of the windows that pass through a layer at once
 
 Core = tuple[slice, slice]  # rows and columns of a window
@@ -34,7 +45,6 @@ class TileContext:
         self.attended: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # (images, 1, positions, channels)
         self.cuts: Cuts | None = None  # of the tile
         self.core: Core | None = None
-        self.level_margins: Mapping[nn.Module, int] = {}
 
     @classmethod
     def join(cls, contexts: Sequence["TileContext"]) -> "TileContext":
@@ -46,35 +56,29 @@ class TileContext:
             joined.attended[attention] = _join(context.attended[attention] for context in contexts)
         return joined
 
-    def for_core(
-        self, core: Core, window: torch.Tensor, stride: int = 1, level_margins: Mapping[nn.Module, int] | None = None
-    ) -> "TileContext":
+    def for_core(self, core: Core, window: torch.Tensor, stride: int = 1) -> "TileContext":
         """Copy for one tile, which is cut on the sides that its core does not reach.
 
         Args:
             core (`tuple[slice, slice]`): Rows and columns of the window, in latents.
             window (`torch.Tensor` of shape `(batch, channels, h * stride, w * stride)`): Input of the network.
             stride (`int`, defaults to 1): Input positions per latent along each side.
-            level_margins (`Mapping[nn.Module, int]`, *optional*): Levels at which [`crop`] drops what the core of the
-                tile does not depend on.
         """
         lengths = [side // stride for side in window.shape[-2:]]
         top, bottom, left, right = (
             cut for span, side in zip(core, lengths, strict=True) for cut in (span.start > 0, span.stop < side)
         )
         tile = copy.copy(self)
-        tile.core, tile.level_margins = core, level_margins or {}
+        tile.core = core
         tile.cuts = make_cuts([(top, bottom, left, right)], window) if top or bottom or left or right else None
         return tile
 
-    def crop(self, hidden: torch.Tensor, level: nn.Module) -> torch.Tensor:
-        """Crops the input of a decoder level to what the core depends on. A compiled graph keeps one size instead."""
-        if self.core is None or level not in self.level_margins or torch.compiler.is_compiling():
-            return hidden
-        hidden, self.core = crop_to_core(hidden, self.core, self.level_margins[level])
-        if level.upsample is not None:
-            self.core = scale_core(self.core, 2)
-        return fast_layout(hidden)
+    def crop(self, upsampled: torch.Tensor, margin: int) -> torch.Tensor:
+        """Crops the result of a decoder level to what the core depends on. A compiled graph keeps one size instead."""
+        if self.core is None or torch.compiler.is_compiling():
+            return upsampled
+        cropped, self.core = crop_to_core(upsampled, scale_core(self.core, 2), margin)
+        return fast_layout(cropped)
 
 
 def crop_to_core(window: torch.Tensor, core: Core, margin: int = 0) -> tuple[torch.Tensor, Core]:
@@ -104,13 +108,13 @@ class Sample(TileContext):
     """Context that windows sampled from an image are to fill.
 
     Args:
-        window (`tuple[int, int]`): Height and width of a window in latents.
-        margin (`tuple[int, int]`): Latents at each end of the height and of the width that do not count, because they
-            see repeated edges instead of their real neighbours.
-        window_cuts ([`Cuts`], *optional*): Cut sides of the windows.
+        window (`tuple[int, int]`): Height and width of a window, in latents at first.
+        margin (`tuple[int, int]`): Positions at each end of the height and of the width that do not count, because
+            they see repeated edges instead of their real neighbours.
+        window_cuts ([`Cuts`]): Cut sides of the windows.
     """
 
-    def __init__(self, window: Sequence[int], margin: Sequence[int], window_cuts: Cuts | None = None):
+    def __init__(self, window: Sequence[int], margin: Sequence[int], window_cuts: Cuts):
         super().__init__()
         self.window, self.margin, self.window_cuts = window, margin, window_cuts
 
@@ -141,6 +145,10 @@ class Pieces:
         """Adds the next part."""
         self.parts.append(part)
         self.length += part.shape[self.dim]
+
+    def store(self, part: torch.Tensor) -> None:
+        """Copies the next part to memory of its own."""
+        self.append(copy_to_own_pages(part))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Reads from `start` to `stop`."""
@@ -191,7 +199,7 @@ class Pieces:
         """Runs a convolution, and what comes before it."""
         output = self.like()
         for start, stop in self.steps(conv.scale**2 * conv.out_channels / conv.in_channels):
-            output.append(self.convolve_step(start, stop, conv, *before))
+            output.store(self.convolve_step(start, stop, conv, *before))
             self.free(stop)
         return output
 
@@ -201,14 +209,14 @@ class Pieces:
         shortcut = self if block.nin_shortcut is None else self.like()
         self.measure(block.norm1)
         for start, stop in self.steps():
-            residual.append(self.convolve_step(start, stop, block.conv1, self.normalise(block.norm1)))
+            residual.store(self.convolve_step(start, stop, block.conv1, self.normalise(block.norm1)))
             if shortcut is not self:
-                shortcut.append(block.nin_shortcut(self.read(start, stop)))
+                shortcut.store(block.nin_shortcut(self.read(start, stop)))
                 self.free(stop)
         residual.measure(block.norm2)
         for start, stop in residual.steps():
             part = residual.convolve_step(start, stop, block.conv2, self.normalise(block.norm2), block.dropout)
-            output.append(part.add_(shortcut.read(start, stop)))
+            output.append(add(shortcut.read(start, stop), part))
             residual.free(stop)
             shortcut.free(stop)
         return output
@@ -216,18 +224,24 @@ class Pieces:
     def run_attention(self, attention: Any) -> "Pieces":
         """Runs an attention from each position to all positions of the image."""
         self.measure(attention.norm)
+        steps = self.steps(ATTENTION_GROWTH)
         parts = []
-        for start, stop in self.steps():
+        for start, stop in steps:
             normed = self.interior(attention.norm(self.read(start, stop), self.context))
             parts.append(attention.keys_and_values(normed, self.images))
         key, value = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+        del parts
         output = self.like()
-        for start, stop in self.steps():
+        for start, stop in steps:
             hidden = self.read(start, stop)
-            output.append(attention.attend(hidden, attention.norm(hidden, self.context), key, value))
+            output.store(attention.attend(hidden, attention.norm(hidden, self.context), key, value))
             self.free(stop)
         self.keep_attended(attention, key, value)
         return output
+
+    def crop(self, margin: int) -> "Pieces":
+        """Drops what no later layer of a decoder reads."""
+        return self
 
     def keep_attended(self, attention: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         """Adds keys and values to the context, if tiles share it."""
@@ -268,16 +282,32 @@ class Windows(Pieces):
         hidden = self.read(start, stop)
         for layer in before:
             hidden = layer(hidden)
-        cuts = self.context.window_cuts
-        return conv(hidden, None if cuts is None else Cuts(*(side[start:stop] for side in cuts)))
+        return conv(hidden, Cuts(*(side[start:stop] for side in self.context.window_cuts)))
 
     def interior(self, hidden: torch.Tensor) -> torch.Tensor:
         """Windows without their margins."""
-        lengths = zip(hidden.shape[-2:], self.context.window, self.context.margin, strict=True)
+        return crop_to_core(hidden, self.core())[0]
+
+    def core(self) -> Core:
+        """Rows and columns that count, at the resolution of the pieces."""
+        lengths = zip(self.parts[0].shape[-2:], self.context.window, self.context.margin, strict=True)
         rows, columns = (
             slice(margin * side // window, side - margin * side // window) for side, window, margin in lengths
         )
-        return hidden[..., rows, columns]
+        return rows, columns
+
+    def crop(self, margin: int) -> Pieces:
+        """Crops windows to what counts and `margin` positions around it, which all later layers of a decoder read."""
+        core = self.core()
+        if all(span.start <= margin for span in core):
+            return self
+        cropped = self.like()
+        for start, stop in self.steps():
+            part, cropped_core = crop_to_core(self.read(start, stop), core, margin)
+            cropped.store(part)
+            self.free(stop)
+        self.context.window, self.context.margin = part.shape[-2:], [span.start for span in cropped_core]
+        return cropped
 
     def keep_attended(self, attention: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
         """Adds keys and values to the context."""
@@ -300,6 +330,8 @@ class Bands(Pieces):
         hidden = self.read(first, min(stop + 1, self.length))
         for layer in before:
             hidden = layer(hidden)
+        if conv.scale == 1 and 0 < start and stop < self.length:
+            return conv(hidden, inner_rows=True)
         return conv(hidden).narrow(-2, int((start - first) * conv.scale), int((stop - start) * conv.scale))
 
 
