@@ -152,7 +152,7 @@ class RowEncoder:
         try:
             scales, scale_from = self.settings.scales, self.settings.scale_from
             decodes = self.settings.min_psnr is not None
-            check_memory(self.model, count * height, width, scales, scale_from, decodes=decodes)
+            check_memory(self.model, height, width, scales, scale_from, decodes=decodes, images=count)
         except ValueError as error:
             raise ValueError(f"`{key}`: {error}") from error
         self.fitting.add(shape)

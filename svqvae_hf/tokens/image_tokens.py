@@ -11,6 +11,7 @@ from PIL import Image
 
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.layers.pieces import WHOLE_VALUES
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, WHOLE_SIDE, WHOLE_SQUARES
 from svqvae_hf.tokens.token_files import ImageTokens
@@ -19,10 +20,12 @@ GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
 
 # Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured: the bundled model
-# takes 290 bytes per pixel when it encodes a square of 512 pixels, and 381 when it decodes one. The estimates are 320
-# and 448.
+# takes 292 bytes per pixel when it encodes a square of 512 pixels, and 381 to 544 when it decodes one, depending on what
+# the heap has kept. The estimates are 320 and 448. By bands it takes 186 and 187 for a square of 1280 pixels. The
+# estimates are 320 and 338.
 PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
+BAND_BYTES = 1 << 27  # of the bands that pass through a layer
 
 
 class TooLargeError(ValueError):
@@ -207,8 +210,9 @@ def check_memory(
     scale_from: str = "latents",
     encodes: bool = True,
     decodes: bool = True,
+    images: int = 1,
 ) -> None:
-    """Raises before the work if an image would need more memory than is available.
+    """Raises before the work if images of one size would need more memory than is available.
 
     Args:
         model ([`SVQVAE`]): Model on its device, with its tiling configured.
@@ -218,17 +222,20 @@ def check_memory(
         scale_from (`str`, defaults to `"latents"`): What is resized to a scale when encoding.
         encodes (`bool`, defaults to `True`): Whether the image will be encoded.
         decodes (`bool`, defaults to `True`): Whether the scales will be decoded.
+        images (`int`, defaults to 1): Number of images in a batch.
 
     Raises:
         TooLargeError: The estimate exceeds the available memory.
     """
-    pixels = height * width
+    pixels = images * height * width
     output = max(scale * scale for scale in scales) * pixels
     latents = sum(scale * scale for scale in scales) * pixels / model.f**2
     encoded = max(pixels, output) if scale_from == "image" else pixels
     before, after = ([*model.config[f"{name}_ch_mult"]] for name in ("encoder", "decoder"))
-    encoding = PIXEL_BYTES * encoded + LATENT_BYTES * latents + _feature_bytes(model, before, [1, *before], encoded)
-    decoding = PIXEL_BYTES * output + _feature_bytes(model, after, [*after[1:], after[-1]], output)
+    encoding = (
+        PIXEL_BYTES * encoded + LATENT_BYTES * latents + _feature_bytes(model, before, [1, *before], encoded, images)
+    )
+    decoding = PIXEL_BYTES * output + _feature_bytes(model, after, [*after[1:], after[-1]], output, images)
     needed = max(encodes * encoding, decodes * decoding)
     available = available_memory(model.device)
     if needed > available:
@@ -240,22 +247,24 @@ def check_memory(
         )
 
 
-def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], pixels: float) -> float:
+def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], pixels: float, images: int) -> float:
     """Bytes of the features of a network at its peak, in float32.
 
     Args:
         model ([`SVQVAE`]): Its tiling decides how many pixels the network computes at once.
         widths (`Sequence[int]`): Channel multiplier of each level, full resolution first.
         inputs (`Sequence[int]`): Channel multiplier of the features that each level reads.
-        pixels (`float`): Pixels of the image.
+        pixels (`float`): Pixels of the images.
+        images (`int`): Number of images.
     """
     # A residual block holds its input, the normalised input and the result of its first convolution.
-    per_pixel = max(
-        (2 * max(width, read) + width) / 4**level
-        for level, (width, read) in enumerate(zip(widths, inputs, strict=False))
-    )
+    by_level = [(width, read, 4**level) for level, (width, read) in enumerate(zip(widths, inputs, strict=False))]
+    per_pixel = max((2 * max(width, read) + width) / area for width, read, area in by_level)
     channel = 4 * model.config["base_channels"]
     whole = max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2) if model.use_tiling else math.inf
+    if pixels <= whole and pixels / images * model.config["base_channels"] > WHOLE_VALUES:  # by bands of rows
+        held = max(max(2 * width, read) / area for width, read, area in by_level)
+        return channel * held * pixels + BAND_BYTES
     if pixels <= whole:
         return channel * per_pixel * pixels
     held = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * pixels)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.layers.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, copy_to_own_pages, make_cuts
+from svqvae_hf.models.layers.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, cat_on_own_pages, make_cuts
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -81,17 +81,22 @@ def test_convolutions_repeat_the_edges_of_a_cut(sides):
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_copy_to_own_pages_keeps_values_and_layout(dtype, layout):
-    rows = torch.randn(3, 8, 12, 10, dtype=dtype).contiguous(memory_format=layout)[..., 2:9, :]
-    copied = copy_to_own_pages(rows)
-    assert torch.equal(copied, rows)
-    assert copied.is_contiguous(memory_format=layout)
-    assert copied.untyped_storage().nbytes() == rows.nbytes
+@pytest.mark.parametrize("lengths", [[9], [1, 6, 2]])
+def test_cat_on_own_pages_is_cat_and_keeps_the_layout(dtype, layout, lengths):
+    rows = torch.randn(3, 8, 12, 10, dtype=dtype).contiguous(memory_format=layout)[..., 2:11, :]
+    joined = cat_on_own_pages(rows.split(lengths, -2), -2)
+    assert torch.equal(joined, rows)
+    assert joined.is_contiguous(memory_format=layout)
+    assert joined.untyped_storage().nbytes() == rows.nbytes
+    joined.zero_()
+    assert rows.any()
 
 
-def test_copies_with_gradients_stay_in_the_graph():
-    rows = torch.randn(1, 4, 2, 2, requires_grad=True)
-    assert copy_to_own_pages(rows) is rows
+def test_cat_on_own_pages_passes_gradients():
+    parts = [torch.randn(1, 4, 2, 2, requires_grad=True) for _ in range(2)]
+    cat_on_own_pages(parts, 0)[1].sum().backward()
+    assert parts[0].grad.sum() == 0
+    assert parts[1].grad.sum() == 16
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
@@ -100,7 +105,7 @@ def test_memory_of_own_pages_returns_between_others():
     """The heap would keep what lies before a block that is still used."""
     process, block = psutil.Process(), torch.randn(1, 1, 1024, 256)  # 1 MiB
     before = process.memory_info().rss
-    copies = [copy_to_own_pages(block) for _ in range(100)]
+    copies = [cat_on_own_pages([block], 0) for _ in range(100)]
     assert process.memory_info().rss - before > 90 << 20
     del copies[:-1]
     assert process.memory_info().rss - before < 10 << 20

@@ -125,7 +125,7 @@ def test_the_unused_reserve_of_a_gpu_is_available(monkeypatch):
 
 
 def test_memory_depends_on_the_tile_and_at_most_on_the_image(tiny_model, available):
-    available.available = 2**30
+    available.available = 3 * 2**28
     tiny_model.enable_tiling(256, 32)
     check_memory(tiny_model, 2000, 2000, [1.0])
     tiny_model.disable_tiling()
@@ -135,6 +135,13 @@ def test_memory_depends_on_the_tile_and_at_most_on_the_image(tiny_model, availab
     check_memory(tiny_model, 64, 64, [1.0])
     with pytest.raises(ValueError, match="in tiles of 1048576 pixels, would take about"):
         check_memory(tiny_model, 2**20, 2**20, [0.01])
+
+
+def test_an_image_by_bands_takes_less_than_a_batch_of_as_many_pixels(tiny_model, available):
+    available.available = 2**30
+    check_memory(tiny_model, 2048, 2048, [1.0])
+    with pytest.raises(ValueError, match="would take about"):
+        check_memory(tiny_model, 64, 64, [1.0], images=2048 * 2048 // 64**2)
 
 
 def test_full_size_is_the_size_of_the_image(tiny_model, crop):

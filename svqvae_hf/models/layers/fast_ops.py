@@ -54,20 +54,22 @@ def add(into: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return into + values if torch.is_grad_enabled() else into.add_(values)
 
 
-def copy_to_own_pages(hidden: torch.Tensor) -> torch.Tensor:
-    """Copies to pages that return to the system with the tensor: on CPU and Linux, without gradients.
+def cat_on_own_pages(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """`torch.cat` on pages that return to the system with the tensor: on Linux, on CPU, without gradients.
 
     In the heap of glibc, features that layers free would leave gaps, too small for the features of the next layer.
-    Huge pages make this copy faster than one in the heap.
+    Huge pages make this faster than `torch.cat` in the heap. Elsewhere parts are joined as usual, and a single part is
+    returned as it is.
     """
-    own_pages = sys.platform == "linux" and hidden.device.type == "cpu"
+    own_pages = sys.platform == "linux" and parts[0].device.type == "cpu"
     if not own_pages or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return hidden
-    pages = mmap.mmap(-1, hidden.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    joined = torch.cat([torch.empty_like(part, device="meta") for part in parts], dim)
+    pages = mmap.mmap(-1, joined.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
-    strides = torch.empty_like(hidden, device="meta").stride()
-    return torch.frombuffer(pages, dtype=hidden.dtype).as_strided(hidden.shape, strides).copy_(hidden)
+    values = torch.frombuffer(pages, dtype=joined.dtype)
+    return torch.cat(parts, dim, out=values.as_strided(joined.shape, joined.stride()))
 
 
 def group_norm(hidden: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:

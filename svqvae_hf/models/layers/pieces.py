@@ -15,7 +15,7 @@ from torch import nn
 from svqvae_hf.models.layers.fast_ops import (
     Cuts,
     add,
-    copy_to_own_pages,
+    cat_on_own_pages,
     fast_layout,
     make_cuts,
     moments,
@@ -148,7 +148,7 @@ class Pieces:
 
     def store(self, part: torch.Tensor) -> None:
         """Copies the next part to memory of its own."""
-        self.append(copy_to_own_pages(part))
+        self.append(cat_on_own_pages([part], self.dim))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Reads from `start` to `stop`."""
@@ -159,7 +159,7 @@ class Pieces:
             if first < last:
                 found.append(part.narrow(self.dim, first - begin, last - first))
             begin = end
-        return found[0] if len(found) == 1 else torch.cat(found, self.dim)
+        return found[0] if len(found) == 1 else cat_on_own_pages(found, self.dim)
 
     def free(self, stop: int) -> None:
         """Frees the parts that a step from `stop` on does not read."""
