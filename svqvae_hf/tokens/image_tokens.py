@@ -19,10 +19,9 @@ from svqvae_hf.tokens.token_files import ImageTokens
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
 
-# Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured: the bundled model
-# takes 292 bytes per pixel when it encodes a square of 512 pixels, and 381 to 544 when it decodes one, depending on what
-# the heap has kept. The estimates are 320 and 448. By bands it takes 186 and 187 for a square of 1280 pixels. The
-# estimates are 320 and 338.
+# Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured with the bundled
+# model, on squares: of 512 pixels, 292 bytes per pixel to encode and 381 to 544 to decode, depending on what the heap
+# has kept, where the estimates are 320 and 448; of 1280 pixels, by bands, 186 and 187, where both estimates are 340.
 PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
 BAND_BYTES = 1 << 27  # of the bands that pass through a layer

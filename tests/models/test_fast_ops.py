@@ -84,7 +84,7 @@ def test_convolutions_repeat_the_edges_of_a_cut(sides):
 @pytest.mark.parametrize("lengths", [[9], [1, 6, 2]])
 def test_cat_on_own_pages_is_cat_and_keeps_the_layout(dtype, layout, lengths):
     rows = torch.randn(3, 8, 12, 10, dtype=dtype).contiguous(memory_format=layout)[..., 2:11, :]
-    joined = cat_on_own_pages(rows.split(lengths, -2), -2)
+    joined = cat_on_own_pages(list(rows.split(lengths, -2)), -2)
     assert torch.equal(joined, rows)
     assert joined.is_contiguous(memory_format=layout)
     assert joined.untyped_storage().nbytes() == rows.nbytes

@@ -54,7 +54,7 @@ def add(into: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return into + values if torch.is_grad_enabled() else into.add_(values)
 
 
-def cat_on_own_pages(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def cat_on_own_pages(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     """`torch.cat` on pages that return to the system with the tensor: on Linux, on CPU, without gradients.
 
     In the heap of glibc, features that layers free would leave gaps, too small for the features of the next layer.
