@@ -237,7 +237,7 @@ def decode_core(decoder: Any, hidden: torch.Tensor, shared: TileContext, core: C
     """
     tile = shared.for_core(core, hidden)
     decoded = decoder(hidden, tile)
-    if tile.core is None or tile.core is core:  # a compiled decoder, which crops nothing
+    if tile.core is None or tile.core is core:  # a compiled decoder, or one of a single level, crops nothing
         return crop_to_core(decoded, scale_core(core, 2 ** (len(decoder.conv_blocks) - 1)))[0]
     return crop_to_core(decoded, tile.core)[0]
 

@@ -261,11 +261,12 @@ def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], 
     per_pixel = max((2 * max(width, read) + width) / area for width, read, area in by_level)
     channel = 4 * model.config["base_channels"]
     whole = max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2) if model.use_tiling else math.inf
-    if pixels <= whole and pixels / images * model.config["base_channels"] > WHOLE_VALUES:  # by bands of rows
+    of_image = pixels / images
+    if of_image > whole:  # the images of a batch are sampled one by one, and their tiles run together
+        held = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * of_image)
+        sample = max(2 * widths[0], inputs[0]) * held  # the windows hold two features of a block, or a wider input
+        return channel * max(images * per_pixel * model.tile_size**2, sample)
+    if of_image * model.config["base_channels"] > WHOLE_VALUES:  # by bands of rows, likewise
         held = max(max(2 * width, read) / area for width, read, area in by_level)
         return channel * held * pixels + BAND_BYTES
-    if pixels <= whole:
-        return channel * per_pixel * pixels
-    held = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * pixels)
-    sample = max(2 * widths[0], inputs[0]) * held  # the windows hold two features of a block, or a wider input
-    return channel * max(per_pixel * model.tile_size**2, sample)
+    return channel * per_pixel * pixels

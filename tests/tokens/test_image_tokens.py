@@ -144,6 +144,14 @@ def test_an_image_by_bands_takes_less_than_a_batch_of_as_many_pixels(tiny_model,
         check_memory(tiny_model, 64, 64, [1.0], images=2048 * 2048 // 64**2)
 
 
+def test_small_images_of_a_large_batch_are_not_tiled(tiny_model, available):
+    available.available = 2**30
+    tiny_model.enable_tiling(64, 16)
+    check_memory(tiny_model, 2048, 2048, [1.0])
+    with pytest.raises(ValueError, match="would take about"):
+        check_memory(tiny_model, 64, 64, [1.0], images=2048 * 2048 // 64**2)
+
+
 def test_full_size_is_the_size_of_the_image(tiny_model, crop):
     tokens = encode_image(tiny_model, crop, SCALES)
     plain, full = decode_image(tiny_model, tokens), decode_image(tiny_model, tokens, full_size=True)

@@ -24,10 +24,8 @@ from svqvae_hf.models.layers.fast_ops import (
 
 WHOLE_VALUES = 1 << 24  # an image with larger features, 64 MiB in float32, runs by bands
 BAND_VALUES = 1 << 21  # maximum number of values of a band
-BAND_ROWS = 16  # minimum number of rows of a band, because each computes two rows more
-ATTENTION_GROWTH = (
-    8  # features that an attention holds of each step: normed, queries, keys, values, their copies, result
-)
+BAND_ROWS = 16  # minimum number of rows of a band, because each reads two rows more
+ATTENTION_GROWTH = 8  # features that an attention holds of each step, such as queries, keys and values
 WINDOW_POSITIONS = 1 << 12  # positions of the windows that pass through a layer at once
 
 Core = tuple[slice, slice]  # rows and columns of a window
