@@ -23,7 +23,7 @@ CONFIG = {"norm_num_groups": 1, "encoder_ch_mult": [1, 2, 4], "decoder_ch_mult":
 OPTIONS = {
     **{"start": "linear", "resolution": SIDE, "train_batch_size": 8, "scales": [1.0]},
     **{"max_train_steps": 90, "learning_rate": 4e-4, "lr_warmup_steps": 10, "adam_weight_decay": 0.0},
-    **{"kmeans_steps": [1, 50], "kmeans_batches": 8, "use_ema": True, "ema_decay": 0.95, "mixed_precision": "bf16"},
+    **{"kmeans_steps": [1, 50], "kmeans_batches": 8, "use_ema": True, "ema_decay": 0.95},
     **{
         "validation_scales": [1.0],
         "num_validation_images": 100,
