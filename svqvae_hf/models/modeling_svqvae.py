@@ -47,7 +47,6 @@ from svqvae_hf.models.checks import (
 from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple, resize_latents, resize_sample
 from svqvae_hf.models.layers.fast_ops import (
     Conv3x3,
-    Cuts,
     HalvingConv2d,
     RepeatConv2d,
     fast_layout,
@@ -55,7 +54,7 @@ from svqvae_hf.models.layers.fast_ops import (
     normalise,
     silu,
 )
-from svqvae_hf.models.layers.pieces import Core, Pieces, TileContext, crop_to_core, cut_pieces
+from svqvae_hf.models.layers.pieces import Core, Pieces, TileContext, cut_pieces
 from svqvae_hf.models.loading import SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
 from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin, decode_core
@@ -183,21 +182,27 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = HalvingConv2d(channels)
 
-    def forward(self, hidden: Features, cuts: Cuts | None = None) -> Features:
+    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
         """`(batch, channels, h, w)` -> `(batch, channels, h / 2, w / 2)`."""
-        return hidden.convolve(self.conv) if isinstance(hidden, Pieces) else self.conv(hidden, cuts)
+        if isinstance(hidden, Pieces):
+            return hidden.convolve(self.conv)
+        return self.conv(hidden, None if shared is None else shared.cuts)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution."""
+    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution, cropped to what later layers read."""
+
+    margin: int  # positions around a core that later layers read: two per residual block, one for the last layer
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = RepeatConv2d(channels)
 
-    def forward(self, hidden: Features, cuts: Cuts | None = None) -> Features:
+    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
         """`(batch, channels, h, w)` -> `(batch, channels, 2 * h, 2 * w)`."""
-        return hidden.convolve(self.conv) if isinstance(hidden, Pieces) else self.conv(hidden, cuts)
+        if isinstance(hidden, Pieces):
+            return hidden.upsample(self.conv, self.margin)
+        return self.conv(hidden) if shared is None else shared.crop(self.conv(hidden, shared.cuts), self.margin)
 
 
 class ResolutionBlock(nn.Module):
@@ -222,7 +227,6 @@ class ResolutionBlock(nn.Module):
         self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0))
         self.downsample = Downsample(out_channels) if downsample else None
         self.upsample = Upsample(out_channels) if upsample else None
-        self.margin: int | None = None  # in a decoder: positions of the result around a core that later layers read
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
@@ -233,12 +237,8 @@ class ResolutionBlock(nn.Module):
             hidden = self._checkpointed(block, hidden, shared)
         for resample in (self.downsample, self.upsample):
             if resample is not None:
-                hidden = resample(hidden, None if shared is None else shared.cuts)
-        if self.margin is None:
-            return hidden
-        if isinstance(hidden, Pieces):
-            return hidden.crop(self.margin)
-        return hidden if shared is None else shared.crop(hidden, self.margin)
+                hidden = resample(hidden, shared)
+        return hidden
 
     def _checkpointed(self, block: nn.Module, hidden: Features, shared: TileContext | None) -> Features:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -346,8 +346,8 @@ class Decoder(Network):
             for i in range(len(channels))
         ]
         margin = 0
-        for level in reversed(levels[:-1]):  # per block two 3 x 3 convolutions, and one after the last block
-            level.margin = margin = 2 * len(level.res) + 1 + margin // 2
+        for upsample in reversed([level.upsample for level in levels if level.upsample]):
+            upsample.margin = margin = 2 * (num_res_blocks + 1) + 1 + margin // 2
         self.conv_blocks = nn.ModuleList(levels)
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = Conv3x3(channels[last], out_channels)
@@ -641,7 +641,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         if shared is not None and core is not None:
             shared = shared.for_core(core, window, self.f)
         latents = self.quant_conv(self.encoder(window, shared))
-        return (latents if core is None else crop_to_core(latents, core)[0]).contiguous()
+        return (latents if core is None else latents[..., *core]).contiguous()
 
     def decode_window(
         self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None

@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 
 from svqvae_hf.models.checks import check_tiles
 from svqvae_hf.models.layers.fast_ops import make_cuts
-from svqvae_hf.models.layers.pieces import Core, Sample, TileContext, crop_to_core, scale_core
+from svqvae_hf.models.layers.pieces import Core, Sample, TileContext
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
 CONTEXT_WINDOWS = 42  # maximum number of windows per image
@@ -237,9 +237,7 @@ def decode_core(decoder: Any, hidden: torch.Tensor, shared: TileContext, core: C
     """
     tile = shared.for_core(core, hidden)
     decoded = decoder(hidden, tile)
-    if tile.core is None or tile.core is core:  # a compiled decoder, or one of a single level, crops nothing
-        return crop_to_core(decoded, scale_core(core, 2 ** (len(decoder.conv_blocks) - 1)))[0]
-    return crop_to_core(decoded, tile.core)[0]
+    return decoded[..., *tile.core_of(decoded.shape[-2:])]
 
 
 class TilingMixin(AutoencoderMixin):

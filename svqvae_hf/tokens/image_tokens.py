@@ -1,6 +1,5 @@
 """Encodes one image to its tokens and back, and checks the memory that this needs."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -11,7 +10,7 @@ from PIL import Image
 
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.layers.pieces import WHOLE_VALUES
+from svqvae_hf.models.layers.pieces import step_bytes
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, WHOLE_SIDE, WHOLE_SQUARES
 from svqvae_hf.tokens.token_files import ImageTokens
@@ -20,11 +19,11 @@ GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
 
 # Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured with the bundled
-# model, on squares: of 512 pixels, 292 bytes per pixel to encode and 381 to 544 to decode, depending on what the heap
-# has kept, where the estimates are 320 and 448; of 1280 pixels, by bands, 186 and 187, where both estimates are 340.
+# model, on squares: of 512 pixels, 233 bytes per pixel to encode and 215 to decode, where the estimates are 512; of 1280
+# pixels, 165 and 153, where both estimates are 299.
 PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
-BAND_BYTES = 1 << 27  # of the bands that pass through a layer
+STEPS_HELD = 16  # steps of pieces that a layer holds beside its features, with its weights
 
 
 class TooLargeError(ValueError):
@@ -256,17 +255,21 @@ def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], 
         pixels (`float`): Pixels of the images.
         images (`int`): Number of images.
     """
-    # A residual block holds its input, the normalised input and the result of its first convolution.
     by_level = [(width, read, 4**level) for level, (width, read) in enumerate(zip(widths, inputs, strict=False))]
-    per_pixel = max((2 * max(width, read) + width) / area for width, read, area in by_level)
-    channel = 4 * model.config["base_channels"]
-    whole = max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2) if model.use_tiling else math.inf
+    # Two features of a residual block, or an input that is wider.
+    in_pieces = max(max(2 * width, read) / area for width, read, area in by_level)
+    # As a whole: the input, the normalised input and the result of the first convolution.
+    as_whole = max((2 * max(width, read) + width) / area for width, read, area in by_level)
+    channel, step = 4 * model.config["base_channels"], step_bytes(model.device)
+
+    def of_network(pixels: float) -> float:
+        if channel * pixels > step:
+            return channel * in_pieces * pixels + STEPS_HELD * step
+        return channel * as_whole * pixels
+
     of_image = pixels / images
-    if of_image > whole:  # the images of a batch are sampled one by one, and their tiles run together
-        held = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * of_image)
-        sample = max(2 * widths[0], inputs[0]) * held  # the windows hold two features of a block, or a wider input
-        return channel * max(images * per_pixel * model.tile_size**2, sample)
-    if of_image * model.config["base_channels"] > WHOLE_VALUES:  # by bands of rows, likewise
-        held = max(max(2 * width, read) / area for width, read, area in by_level)
-        return channel * held * pixels + BAND_BYTES
-    return channel * per_pixel * pixels
+    if not model.use_tiling or of_image <= max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2):
+        return of_network(pixels)
+    # The images of a batch are sampled one by one, and their tiles run together.
+    sampled = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * of_image)
+    return max(of_network(images * model.tile_size**2), of_network(sampled))

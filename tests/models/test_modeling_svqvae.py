@@ -371,8 +371,7 @@ def test_bands_of_large_images_change_nothing_but_rounding(monkeypatch, dtype, a
     images = torch.rand(2, 3, 36, 28).to(dtype)
     latents = model.encode(images).latents
     sample = model.decode(latents).sample
-    monkeypatch.setattr(pieces, "WHOLE_VALUES", 0)
-    monkeypatch.setattr(pieces, "BAND_VALUES", 0)
-    monkeypatch.setattr(pieces, "BAND_ROWS", 10)
+    monkeypatch.setattr(pieces, "STEP_BYTES", 0)
+    monkeypatch.setattr(pieces.Bands, "least", 10)
     for output, whole in ((model.encode(images).latents, latents), (model.decode(latents).sample, sample)):
         assert psnr(output, whole) - psnr(torch.zeros_like(whole), whole) > agreement

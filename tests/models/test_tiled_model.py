@@ -61,6 +61,22 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     assert share == 1 if core[0] == slice(0, 40) else share < 0.9
 
 
+@pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("core", [((3, 14), (5, 27)), ((0, 9), (10, 30)), ((7, 30), (0, 20)), ((0, 30), (0, 30))])
+def test_tiles_by_bands_change_nothing_but_rounding(monkeypatch, core):
+    """Whichever sides are cut, also for several images."""
+    model = make_tiny(encoder_ch_mult=(1, 2, 4), decoder_ch_mult=(1, 2, 4))
+    core = tuple(slice(*span) for span in core)
+    images = torch.rand(2, 3, 120, 120)
+    codes = model.quantize(torch.randn(2, 8, 30, 30))[0]
+    for network, source, stride in ((model.encode_window, images, 4), (model.decode_window, codes, 1)):
+        context = gather_context(network, lambda y, x, s=source: s[..., y, x], (30, 30), 16, input_stride=stride)
+        expected = network(source, context, core)
+        with monkeypatch.context() as patch:
+            patch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 0)
+            torch.testing.assert_close(network(source, context, core), expected, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.usefixtures("no_grad", "all_windows")
 @pytest.mark.parametrize("size", [(40, 40), (8, 90)])
 def test_decoding_windows_crops_them_and_keeps_the_context(size):
@@ -74,8 +90,8 @@ def test_decoding_windows_crops_them_and_keeps_the_context(size):
         return context, flops.get_total_flops()
 
     context, cropped_flops = gather()
-    for level in model.decoder.conv_blocks:
-        level.margin = None
+    for level in model.decoder.conv_blocks[:-1]:
+        level.upsample.margin = 1000
     expected, flops = gather()
     assert cropped_flops < 0.95 * flops
     for norm, moments in expected.moments.items():
@@ -178,10 +194,10 @@ def random_attention() -> AttnBlock:
 
 
 @pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("positions", [1, 80, 4096])
-def test_blocks_on_all_windows_equal_blocks_on_the_whole_image(monkeypatch, positions):
+@pytest.mark.parametrize("step_bytes", [1, 2000, 1 << 22])
+def test_blocks_on_all_windows_equal_blocks_on_the_whole_image(monkeypatch, step_bytes):
     """However many windows pass at once."""
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.WINDOW_POSITIONS", positions)
+    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", step_bytes)
     blocks, norm_out = [random_attention(), random_attention()], GroupNorm(2, 6)
     hidden = torch.randn(2, 6, 10, 12) * 3 + 20
     expected = hidden
@@ -241,9 +257,8 @@ def held(monkeypatch):
 @pytest.mark.parametrize("kind", ["bands", "windows"])
 def test_a_block_in_pieces_holds_two_features_and_a_step(monkeypatch, held, kind, in_channels):
     """However large the image or the sample is. A wider input gives way to the result and its shortcut."""
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.WINDOW_POSITIONS", 16)
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.BAND_VALUES", 0)
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.BAND_ROWS", 2)
+    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 1)
+    monkeypatch.setattr(Bands, "least", 2)
     make = (lambda parts: Bands(TileContext(), 1, parts)) if kind == "bands" else make_windows
     dim = Bands.dim if kind == "bands" else Windows.dim
     shape = (1, in_channels, 400, 4) if kind == "bands" else (100, in_channels, 4, 4)

@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from svqvae_hf.models.tiling import context_windows, crop_to_core, map_tiles, scale_core, tile_axis
+from svqvae_hf.models.layers.pieces import TileContext
+from svqvae_hf.models.tiling import context_windows, map_tiles, tile_axis
 
 GEOMETRIES = [(8, 0), (8, 2), (9, 4), (5, 1), (3, 1), (1, 0)]
 
 
 def kept(function=lambda window: window, cell=1):
     """A function of a window whose result is cut to the core, a cell of which is `cell` of it along each side."""
-    return lambda window, core: crop_to_core(function(window), scale_core(core, cell))[0]
+    return lambda window, core: function(window)[..., *(slice(cell * span.start, cell * span.stop) for span in core)]
 
 
 @pytest.mark.parametrize(("tile", "overlap"), GEOMETRIES)
@@ -60,12 +61,15 @@ def test_overlap_of_the_filter_radius_makes_a_tiled_filter_exact():
 
 
 def test_crop_keeps_the_core_and_its_margin():
-    window = torch.rand(2, 3, 12, 20)
-    core = slice(2, 7), slice(5, 20)
-    cropped, within = crop_to_core(window, core, margin=3)
-    assert torch.equal(cropped, window[..., :10, 2:])
-    assert within == (slice(2, 7), slice(3, 18))
-    assert torch.equal(cropped[..., *within], window[..., *core])
+    latents = torch.rand(2, 3, 6, 10)
+    upsampled = latents.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    core = slice(1, 3), slice(4, 10)
+    tile = TileContext().for_core(core, latents)
+    cropped = tile.crop(upsampled, margin=3)
+    assert torch.equal(cropped, upsampled[..., :9, 5:])
+    assert torch.equal(cropped[..., *tile.core_of(cropped.shape[-2:])], upsampled[..., 2:6, 8:20])
+    larger = cropped.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.equal(larger[..., *tile.core_of(larger.shape[-2:])][..., ::2, ::2], upsampled[..., 2:6, 8:20])
 
 
 def test_gradient_passes_through_tiles():

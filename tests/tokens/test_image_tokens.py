@@ -137,15 +137,17 @@ def test_memory_depends_on_the_tile_and_at_most_on_the_image(tiny_model, availab
         check_memory(tiny_model, 2**20, 2**20, [0.01])
 
 
-def test_an_image_by_bands_takes_less_than_a_batch_of_as_many_pixels(tiny_model, available):
+@pytest.mark.parametrize(("side", "images"), [(2048, 1), (64, 2048 * 2048 // 64**2)])
+def test_images_in_pieces_take_less_than_as_a_whole(tiny_model, available, monkeypatch, side, images):
     available.available = 2**30
-    check_memory(tiny_model, 2048, 2048, [1.0])
+    check_memory(tiny_model, side, side, [1.0], images=images)
+    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 2**40)
     with pytest.raises(ValueError, match="would take about"):
-        check_memory(tiny_model, 64, 64, [1.0], images=2048 * 2048 // 64**2)
+        check_memory(tiny_model, side, side, [1.0], images=images)
 
 
 def test_small_images_of_a_large_batch_are_not_tiled(tiny_model, available):
-    available.available = 2**30
+    available.available = 3 * 2**28
     tiny_model.enable_tiling(64, 16)
     check_memory(tiny_model, 2048, 2048, [1.0])
     with pytest.raises(ValueError, match="would take about"):

@@ -54,10 +54,10 @@ def add(into: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return into + values if torch.is_grad_enabled() else into.add_(values)
 
 
-def cat_on_own_pages(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def cat_on_own_pages(parts: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int) -> torch.Tensor:
     """`torch.cat` on pages that return to the system with the tensor: on Linux, on CPU, without gradients.
 
-    In the heap of glibc, features that layers free would leave gaps, too small for the features of the next layer.
+    In the heap of glibc, tensors that layers free would leave gaps, too small for the features of the next layer.
     Huge pages make this faster than `torch.cat` in the heap. Elsewhere parts are joined as usual, and a single part is
     returned as it is.
     """
@@ -135,7 +135,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None, inner_rows: bool = False) -> torch.Tensor:
         """`(windows, in_channels, h, w)` -> `(windows, out_channels, h, w)`, or only the rows between two rows."""
         output = F.conv2d(hidden, self.weight, self.bias, padding=(0 if inner_rows else 1, 1))
-        return output if cuts is None else add_edges(output, hidden, self.weight, cuts)
+        return output if cuts is None else add_edges(output, hidden, self.weight, cuts, inner_rows=inner_rows)
 
 
 class HalvingConv2d(nn.Conv2d):
@@ -160,7 +160,12 @@ class HalvingConv2d(nn.Conv2d):
 
 
 def add_edges(
-    output: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, cuts: Cuts, repeat: int = 1
+    output: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    cuts: Cuts,
+    repeat: int = 1,
+    inner_rows: bool = False,
 ) -> torch.Tensor:
     """Adds to a 3 x 3 convolution, in place, the share of repeated edges beyond the cuts, which were zeros.
 
@@ -170,11 +175,13 @@ def add_edges(
         weight (`torch.Tensor` of shape `(out_channels, in_channels, 3, 3)`): Weight of the convolution.
         cuts ([`Cuts`]): Cut sides of the windows.
         repeat (`int`, defaults to 1): Repetitions of each position of the input along each side.
+        inner_rows (`bool`, defaults to `False`): Whether the result has only the rows between two rows.
     """
-    for cut, row, kernel, edge in (
+    rows = (
         (cuts.top, hidden[..., :1, :], weight[..., :1, :], output[..., :1, :]),
         (cuts.bottom, hidden[..., -1:, :], weight[..., 2:, :], output[..., -1:, :]),
-    ):
+    )
+    for cut, row, kernel, edge in () if inner_rows else rows:
         with_corners = torch.cat(
             [row[..., :1] * cuts.left, row.repeat_interleave(repeat, -1), row[..., -1:] * cuts.right], -1
         )
@@ -183,7 +190,8 @@ def add_edges(
         (cuts.left, hidden[..., :1], weight[..., :1], output[..., :1]),
         (cuts.right, hidden[..., -1:], weight[..., 2:], output[..., -1:]),
     ):
-        edge += F.conv2d(column.repeat_interleave(repeat, -2) * cut, kernel, padding=(1, 0))
+        share = F.conv2d(column.repeat_interleave(repeat, -2) * cut, kernel, padding=(1, 0))
+        edge += share[..., repeat:-repeat, :] if inner_rows else share
     return output
 
 
@@ -202,11 +210,27 @@ class RepeatConv2d(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3)
 
-    def forward(self, hidden: torch.Tensor, cuts: Cuts | None = None) -> torch.Tensor:
-        """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`, with edges as in [`Conv3x3`]."""
-        kernel = F.pad(self.weight.to(at_least_float32(self.weight.dtype)), (1, 1, 1, 1))
-        kernel = kernel[..., 1:] + kernel[..., :-1]
-        kernel = kernel[..., 1:, :] + kernel[..., :-1, :]
-        kernel = kernel.flip(-2, -1).transpose(0, 1).to(self.weight.dtype)
-        output = F.conv_transpose2d(hidden, kernel, self.bias, stride=2, padding=1)
-        return output if cuts is None else add_edges(output, hidden, self.weight, cuts, repeat=2)
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        cuts: Cuts | None = None,
+        inner_rows: bool = False,
+        kernels: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`, with edges and rows as in [`Conv3x3`].
+
+        A list that several calls share keeps the summed kernel between them.
+        """
+        kernels = [] if kernels is None else kernels
+        if not kernels:
+            kernels.append(cat_on_own_pages([self.summed_kernel()], 0))
+        output = F.conv_transpose2d(hidden, kernels[0], self.bias, stride=2, padding=(3 if inner_rows else 1, 1))
+        return output if cuts is None else add_edges(output, hidden, self.weight, cuts, 2, inner_rows)
+
+    def summed_kernel(self) -> torch.Tensor:
+        """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`."""
+        flipped = self.weight.to(at_least_float32(self.weight.dtype)).flip(-2, -1).transpose(0, 1)
+        kernel = F.pad(fast_layout(flipped), (0, 1, 0, 1))
+        for row, column in ((0, 1), (1, 0), (1, 1)):
+            kernel[..., row : row + 3, column : column + 3] += flipped
+        return kernel.to(self.weight.dtype)

@@ -1,11 +1,10 @@
 """Networks run in pieces, layer by layer, and the context that the tiles of an image share.
 
-Pieces are windows sampled from an image, or bands of rows that make up a large image. A layer reads a few of them at a
-time and frees what it has read, so that memory holds little more than the features between two layers.
+Pieces are windows sampled from an image, or bands of rows that make up an image or a tile. A layer reads a few of them
+at a time and frees what it has read, so that memory holds little more than the features between two layers.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,11 +21,9 @@ from svqvae_hf.models.layers.fast_ops import (
     silu,
 )
 
-WHOLE_VALUES = 1 << 24  # an image with larger features, 64 MiB in float32, runs by bands
-BAND_VALUES = 1 << 21  # maximum number of values of a band
-BAND_ROWS = 16  # minimum number of rows of a band, because each reads two rows more
+STEP_BYTES = 1 << 22  # features that pass through a layer at once, on CPU
+GPU_STEP_BYTES = 1 << 26  # likewise on other devices, which need more at once to be busy
 ATTENTION_GROWTH = 8  # features that an attention holds of each step, such as queries, keys and values
-WINDOW_POSITIONS = 1 << 12  # positions of the windows that pass through a layer at once
 
 Core = tuple[slice, slice]  # rows and columns of a window
 
@@ -42,7 +39,8 @@ class TileContext:
         self.moments: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # mean and variance (images, groups)
         self.attended: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # (images, 1, positions, channels)
         self.cuts: Cuts | None = None  # of the tile
-        self.core: Core | None = None
+        self.core: Core | None = None  # what counts of the tile, whose features have the sides `window`
+        self.window: Sequence[int] = ()
 
     @classmethod
     def join(cls, contexts: Sequence["TileContext"]) -> "TileContext":
@@ -62,39 +60,47 @@ class TileContext:
             window (`torch.Tensor` of shape `(batch, channels, h * stride, w * stride)`): Input of the network.
             stride (`int`, defaults to 1): Input positions per latent along each side.
         """
-        lengths = [side // stride for side in window.shape[-2:]]
-        top, bottom, left, right = (
-            cut for span, side in zip(core, lengths, strict=True) for cut in (span.start > 0, span.stop < side)
-        )
         tile = copy.copy(self)
-        tile.core = core
+        tile.core, tile.window = core, [side // stride for side in window.shape[-2:]]
+        top, bottom, left, right = (
+            cut for span, side in zip(core, tile.window, strict=True) for cut in (span.start > 0, span.stop < side)
+        )
         tile.cuts = make_cuts([(top, bottom, left, right)], window) if top or bottom or left or right else None
         return tile
 
+    def core_of(self, size: Sequence[int]) -> Core:
+        """Core of features of this height and width, which may have another resolution than `window`."""
+        if self.core is None:
+            return slice(0, size[0]), slice(0, size[1])
+        rows, columns = (
+            slice(span.start * side // window, span.stop * side // window)
+            for span, side, window in zip(self.core, size, self.window, strict=True)
+        )
+        return rows, columns
+
+    def keep(self, size: Sequence[int], margin: int) -> Core:
+        """Rows and columns that later layers of a decoder read: the core and `margin` around it, which remain."""
+        if self.core is None:
+            return self.core_of(size)
+        core = self.core_of(size)
+        rows, columns = (
+            slice(max(0, span.start - margin), min(side, span.stop + margin))
+            for span, side in zip(core, size, strict=True)
+        )
+        self.core = shift(core[0], -rows.start), shift(core[1], -columns.start)
+        self.window = rows.stop - rows.start, columns.stop - columns.start
+        return rows, columns
+
     def crop(self, upsampled: torch.Tensor, margin: int) -> torch.Tensor:
-        """Crops the result of a decoder level to what the core depends on. A compiled graph keeps one size instead."""
+        """Crops the result of a decoder level to what later layers read. A compiled graph keeps one size instead."""
         if self.core is None or torch.compiler.is_compiling():
             return upsampled
-        cropped, self.core = crop_to_core(upsampled, scale_core(self.core, 2), margin)
-        return fast_layout(cropped)
+        return fast_layout(upsampled[..., *self.keep(upsampled.shape[-2:], margin)])
 
 
-def crop_to_core(window: torch.Tensor, core: Core, margin: int = 0) -> tuple[torch.Tensor, Core]:
-    """Crops a window to its core and `margin` around it. Returns the crop, and the core inside the crop."""
-    kept = [
-        slice(max(0, span.start - margin), min(side, span.stop + margin))
-        for side, span in zip(window.shape[-2:], core, strict=True)
-    ]
-    rows, columns = (
-        slice(span.start - around.start, span.stop - around.start) for span, around in zip(core, kept, strict=True)
-    )
-    return window[..., kept[0], kept[1]], (rows, columns)
-
-
-def scale_core(core: Core, stride: int) -> Core:
-    """Scales a core to a resolution `stride` times as high."""
-    rows, columns = (slice(span.start * stride, span.stop * stride) for span in core)
-    return rows, columns
+def shift(span: slice, by: int) -> slice:
+    """Moves both ends of a slice."""
+    return slice(span.start + by, span.stop + by)
 
 
 def _join(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +112,7 @@ class Sample(TileContext):
     """Context that windows sampled from an image are to fill.
 
     Args:
-        window (`tuple[int, int]`): Height and width of a window, in latents at first.
+        window (`tuple[int, int]`): Height and width of a window in latents.
         margin (`tuple[int, int]`): Positions at each end of the height and of the width that do not count, because
             they see repeated edges instead of their real neighbours.
         window_cuts ([`Cuts`]): Cut sides of the windows.
@@ -114,7 +120,9 @@ class Sample(TileContext):
 
     def __init__(self, window: Sequence[int], margin: Sequence[int], window_cuts: Cuts):
         super().__init__()
-        self.window, self.margin, self.window_cuts = window, margin, window_cuts
+        self.window, self.window_cuts = window, window_cuts
+        rows, columns = (slice(ignored, side - ignored) for side, ignored in zip(window, margin, strict=True))
+        self.core = rows, columns
 
 
 class Pieces:
@@ -128,6 +136,8 @@ class Pieces:
 
     dim: int
     reach: int  # neighbours along `dim` that a convolution reads
+    unit: int  # a step's length along `dim` is a multiple of it
+    least: int  # minimum length of a step
 
     def __init__(self, context: TileContext, images: int, parts: Sequence[torch.Tensor] = ()):
         self.context, self.images = context, images
@@ -148,8 +158,8 @@ class Pieces:
         """Copies the next part to memory of its own."""
         self.append(cat_on_own_pages([part], self.dim))
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Reads from `start` to `stop`."""
+    def read(self, start: int, stop: int, cat: Callable[..., torch.Tensor] = torch.cat) -> torch.Tensor:
+        """Reads from `start` to `stop`, and joins several parts with `cat`."""
         found, begin = [], self.freed
         for part in self.parts:
             end = begin + part.shape[self.dim]
@@ -157,7 +167,7 @@ class Pieces:
             if first < last:
                 found.append(part.narrow(self.dim, first - begin, last - first))
             begin = end
-        return found[0] if len(found) == 1 else cat_on_own_pages(found, self.dim)
+        return found[0] if len(found) == 1 else cat(found, self.dim)
 
     def free(self, stop: int) -> None:
         """Frees the parts that a step from `stop` on does not read."""
@@ -167,15 +177,25 @@ class Pieces:
 
     def steps(self, growth: float = 1) -> list[tuple[int, int]]:
         """Start and stop of each step of a layer whose result has `growth` times the values."""
-        size = self.step_length(max(1, growth))
+        if torch.compiler.is_compiling():
+            return [(0, self.length)]
+        part = self.parts[0]
+        units = int(step_bytes(part.device) / max(1, growth)) * part.shape[self.dim] // (part.nbytes * self.unit)
+        size = max(self.least, units * self.unit)
         return [(start, min(start + size, self.length)) for start in range(0, self.length, size)]
 
-    def step_length(self, growth: float) -> int:
-        """Length of a step along `dim`."""
+    def size(self) -> tuple[int, int]:
+        """Height and width of the features of a window or of the image."""
         raise NotImplementedError
 
-    def convolve_step(self, start: int, stop: int, conv: Any, *before: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """Runs a convolution, and what comes before it, on one step with its neighbours."""
+    def convolve_step(
+        self, start: int, stop: int, conv: Any, *before: Callable[..., torch.Tensor], **options: Any
+    ) -> torch.Tensor:
+        """Runs a convolution with `options`, and what comes before it, on one step with its neighbours."""
+        raise NotImplementedError
+
+    def crop_step(self, part: torch.Tensor, start: int, kept: Core) -> torch.Tensor:
+        """Crops the result of a step, which starts at `start`, to the kept rows and columns."""
         raise NotImplementedError
 
     def interior(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -201,6 +221,19 @@ class Pieces:
             self.free(stop)
         return output
 
+    def upsample(self, conv: Any, margin: int) -> "Pieces":
+        """Runs an upsampling convolution, and drops what no later layer of a decoder reads."""
+        height, width = self.size()
+        kept = self.context.keep((height * conv.scale, width * conv.scale), margin)
+        kernels: list[torch.Tensor] = []
+        output = self.like()
+        for start, stop in self.steps(conv.scale**2):
+            part = self.crop_step(self.convolve_step(start, stop, conv, kernels=kernels), start * conv.scale, kept)
+            if part.shape[self.dim]:
+                output.store(part)
+            self.free(stop)
+        return output
+
     def run_residual(self, block: Any) -> "Pieces":
         """Runs a residual block. Beyond its input it holds one more feature map of the image."""
         residual, output = self.like(), self.like()
@@ -214,7 +247,7 @@ class Pieces:
         residual.measure(block.norm2)
         for start, stop in residual.steps():
             part = residual.convolve_step(start, stop, block.conv2, self.normalise(block.norm2), block.dropout)
-            output.append(add(shortcut.read(start, stop), part))
+            output.append(add(shortcut.read(start, stop, cat_on_own_pages), part))
             residual.free(stop)
             shortcut.free(stop)
         return output
@@ -222,34 +255,31 @@ class Pieces:
     def run_attention(self, attention: Any) -> "Pieces":
         """Runs an attention from each position to all positions of the image."""
         self.measure(attention.norm)
-        steps = self.steps(ATTENTION_GROWTH)
-        parts = []
-        for start, stop in steps:
-            normed = self.interior(attention.norm(self.read(start, stop), self.context))
-            parts.append(attention.keys_and_values(normed, self.images))
-        key, value = (torch.cat(each, 2) for each in zip(*parts, strict=True))
-        del parts
+        key, value = self.keys_and_values(attention)
         output = self.like()
-        for start, stop in steps:
+        for start, stop in self.steps(ATTENTION_GROWTH):
             hidden = self.read(start, stop)
             output.store(attention.attend(hidden, attention.norm(hidden, self.context), key, value))
             self.free(stop)
-        self.keep_attended(attention, key, value)
         return output
 
-    def crop(self, margin: int) -> "Pieces":
-        """Drops what no later layer of a decoder reads."""
-        return self
-
-    def keep_attended(self, attention: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Adds keys and values to the context, if tiles share it."""
+    def keys_and_values(self, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all positions that count."""
+        parts = []
+        for start, stop in self.steps(ATTENTION_GROWTH):
+            normed = self.interior(attention.norm(self.read(start, stop), self.context))
+            parts.append(attention.keys_and_values(normed, self.images))
+        key, value = zip(*parts, strict=True)
+        return cat_on_own_pages(key, 2), cat_on_own_pages(value, 2)
 
     def normalise(self, norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """Norm and SiLU, with the statistics of the context."""
         return lambda hidden: silu(norm(hidden, self.context))
 
     def measure(self, norm: Any) -> None:
-        """Adds the statistics of a norm to the context."""
+        """Adds the statistics of a norm to the context, unless tiles share them."""
+        if norm in self.context.moments:
+            return
         means, variances, rows = [], [], []
         for start, stop in self.steps():
             hidden = self.interior(self.read(start, stop))
@@ -266,79 +296,81 @@ class Pieces:
 class Windows(Pieces):
     """Windows of one size, `(windows, channels, h, w)`, sampled from one image. Steps are a few windows each."""
 
-    dim, reach = 0, 0
+    dim, reach, unit, least = 0, 0, 1, 1
     context: Sample
 
-    def step_length(self, growth: float) -> int:
-        """Number of windows."""
-        if torch.compiler.is_compiling():
-            return self.length
-        return max(1, int(WINDOW_POSITIONS / growth) // math.prod(self.parts[0].shape[-2:]))
-
-    def convolve_step(self, start: int, stop: int, conv: Any, *before: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def convolve_step(
+        self, start: int, stop: int, conv: Any, *before: Callable[..., torch.Tensor], **options: Any
+    ) -> torch.Tensor:
         """Convolves a few windows, which repeat their edges where they are cut."""
         hidden = self.read(start, stop)
         for layer in before:
             hidden = layer(hidden)
-        return conv(hidden, Cuts(*(side[start:stop] for side in self.context.window_cuts)))
+        return conv(hidden, Cuts(*(side[start:stop] for side in self.context.window_cuts)), **options)
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of a window."""
+        height, width = self.parts[0].shape[-2:]
+        return height, width
+
+    def crop_step(self, part: torch.Tensor, start: int, kept: Core) -> torch.Tensor:
+        """Crops a few windows alike."""
+        return part[..., *kept]
 
     def interior(self, hidden: torch.Tensor) -> torch.Tensor:
         """Windows without their margins."""
-        return crop_to_core(hidden, self.core())[0]
+        return hidden[..., *self.context.core_of(hidden.shape[-2:])]
 
-    def core(self) -> Core:
-        """Rows and columns that count, at the resolution of the pieces."""
-        lengths = zip(self.parts[0].shape[-2:], self.context.window, self.context.margin, strict=True)
-        rows, columns = (
-            slice(margin * side // window, side - margin * side // window) for side, window, margin in lengths
-        )
-        return rows, columns
-
-    def crop(self, margin: int) -> Pieces:
-        """Crops windows to what counts and `margin` positions around it, which all later layers of a decoder read."""
-        core = self.core()
-        if all(span.start <= margin for span in core):
-            return self
-        cropped = self.like()
-        for start, stop in self.steps():
-            part, cropped_core = crop_to_core(self.read(start, stop), core, margin)
-            cropped.store(part)
-            self.free(stop)
-        self.context.window, self.context.margin = part.shape[-2:], [span.start for span in cropped_core]
-        return cropped
-
-    def keep_attended(self, attention: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+    def keys_and_values(self, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds keys and values to the context."""
-        self.context.attended[attention] = key, value
+        self.context.attended[attention] = super().keys_and_values(attention)
+        return self.context.attended[attention]
 
 
 class Bands(Pieces):
-    """Bands of rows that make up images, `(images, channels, h, w)`. Results differ from the whole by rounding."""
+    """Bands of rows that make up images or tiles, `(images, channels, h, w)`. Results differ by rounding."""
 
-    dim, reach = -2, 1
+    dim, reach, unit, least = -2, 1, 2, 4  # rows: an even number, because a level halves them
 
-    def step_length(self, growth: float) -> int:
-        """Even number of rows."""
-        _, channels, _, width = self.parts[0].shape
-        return max(BAND_ROWS, int(BAND_VALUES / growth) // (channels * width) // 2 * 2)
+    def size(self) -> tuple[int, int]:
+        """Height and width of the features."""
+        return self.length, self.parts[0].shape[-1]
 
-    def convolve_step(self, start: int, stop: int, conv: Any, *before: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def convolve_step(
+        self, start: int, stop: int, conv: Any, *before: Callable[..., torch.Tensor], **options: Any
+    ) -> torch.Tensor:
         """Convolves a band with the rows around it, and keeps the rows of the band."""
         first = start if conv.scale < 1 else max(0, start - 1)  # a halving convolution reads no row above
         hidden = self.read(first, min(stop + 1, self.length))
         for layer in before:
             hidden = layer(hidden)
-        if conv.scale == 1 and 0 < start and stop < self.length:
-            return conv(hidden, inner_rows=True)
-        return conv(hidden).narrow(-2, int((start - first) * conv.scale), int((stop - start) * conv.scale))
+        if conv.scale >= 1 and 0 < start and stop < self.length:
+            return conv(hidden, self.context.cuts, inner_rows=True, **options)
+        convolved = conv(hidden, self.context.cuts, **options)
+        return convolved.narrow(-2, int((start - first) * conv.scale), int((stop - start) * conv.scale))
+
+    def crop_step(self, part: torch.Tensor, start: int, kept: Core) -> torch.Tensor:
+        """Crops a band to its share of the kept rows."""
+        rows, columns = kept
+        return part[..., max(0, rows.start - start) : max(0, rows.stop - start), columns]
+
+    def keys_and_values(self, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that tiles share, or those of the image."""
+        shared = self.context.attended.get(attention)
+        return super().keys_and_values(attention) if shared is None else shared
+
+
+def step_bytes(device: torch.device) -> int:
+    """Bytes of features that pass through a layer at once."""
+    return STEP_BYTES if device.type == "cpu" else GPU_STEP_BYTES
 
 
 def cut_pieces(hidden: torch.Tensor, shared: TileContext | None, growth: int) -> Pieces | None:
-    """Cuts the input of a network into pieces: a sample of windows, or a large image without gradients.
+    """Cuts the input of a network into pieces: a sample of windows, or a large image or tile without gradients.
 
     Args:
         hidden (`torch.Tensor` of shape `(batch, channels, h, w)`): Input of the network.
-        shared ([`TileContext`], *optional*): A [`Sample`] for windows.
+        shared ([`TileContext`], *optional*): A [`Sample`] for windows, or what tiles share for a tile.
         growth (`int`): Values of the features at full resolution per position of the input.
 
     Returns:
@@ -346,8 +378,8 @@ def cut_pieces(hidden: torch.Tensor, shared: TileContext | None, growth: int) ->
     """
     if isinstance(shared, Sample):
         return Windows(shared, 1, [hidden])
-    if shared is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if math.prod(hidden.shape[-2:]) * growth <= WHOLE_VALUES:  # not before, because a graph takes images of any size
+    if hidden[:, 0].nbytes * growth <= step_bytes(hidden.device):  # not before: a graph takes images of any size
         return None
-    return Bands(TileContext(), hidden.shape[0], [hidden])
+    return Bands(shared or TileContext(), hidden.shape[0], [hidden])
