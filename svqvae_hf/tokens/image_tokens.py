@@ -19,8 +19,8 @@ GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
 
 # Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured with the bundled
-# model, on squares: of 512 pixels, 233 bytes per pixel to encode and 215 to decode, where the estimates are 512; of 1280
-# pixels, 165 and 153, where both estimates are 299.
+# model, on squares: of 512 pixels, 233 bytes per pixel to encode and 215 to decode, where the estimates are 512; of
+# 1280 pixels, 165 and 153, where both estimates are 299.
 PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
 STEPS_HELD = 16  # steps of pieces that a layer holds beside its features, with its weights

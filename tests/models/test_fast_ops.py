@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.layers.fast_ops import Conv3x3, HalvingConv2d, RepeatConv2d, cat_on_own_pages, make_cuts
+from svqvae_hf.models.layers.fast_ops import (
+    Conv3x3,
+    HalvingConv2d,
+    RepeatConv2d,
+    cat_on_own_pages,
+    make_cuts,
+    trim_heap,
+)
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -109,3 +116,13 @@ def test_memory_of_own_pages_returns_between_others():
     assert process.memory_info().rss - before > 90 << 20
     del copies[:-1]
     assert process.memory_info().rss - before < 10 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
+def test_trimming_returns_what_lies_before_a_block_that_is_still_used():
+    process = psutil.Process()
+    blocks = [torch.ones(1 << 14) for _ in range(1600)]  # 100 MiB, in the heap
+    del blocks[:-1]
+    before = process.memory_info().rss
+    trim_heap()
+    assert before - process.memory_info().rss > 50 << 20

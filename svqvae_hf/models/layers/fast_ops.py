@@ -1,6 +1,7 @@
 """Operations tuned for speed or memory. Each computes exactly the plain operation that its docstring names."""
 
 import contextlib
+import ctypes
 import mmap
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,12 @@ def cat_on_own_pages(parts: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: 
         pages.madvise(mmap.MADV_HUGEPAGE)
     values = torch.frombuffer(pages, dtype=joined.dtype)
     return torch.cat(parts, dim, out=values.as_strided(joined.shape, joined.stride()))
+
+
+def trim_heap() -> None:
+    """Returns to the system what is free in the heap of glibc; elsewhere it does nothing."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def group_norm(hidden: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:

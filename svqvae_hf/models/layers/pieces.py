@@ -19,10 +19,12 @@ from svqvae_hf.models.layers.fast_ops import (
     make_cuts,
     moments,
     silu,
+    trim_heap,
 )
 
 STEP_BYTES = 1 << 22  # features that pass through a layer at once, on CPU
 GPU_STEP_BYTES = 1 << 26  # likewise on other devices, which need more at once to be busy
+TRIM_BYTES = 1 << 26  # before larger features, what is free in the heap goes back to the system
 ATTENTION_GROWTH = 8  # features that an attention holds of each step, such as queries, keys and values
 
 Core = tuple[slice, slice]  # rows and columns of a window
@@ -225,6 +227,8 @@ class Pieces:
         """Runs an upsampling convolution, and drops what no later layer of a decoder reads."""
         height, width = self.size()
         kept = self.context.keep((height * conv.scale, width * conv.scale), margin)
+        if sum(part.nbytes for part in self.parts) * conv.scale**2 > TRIM_BYTES:
+            trim_heap()
         kernels: list[torch.Tensor] = []
         output = self.like()
         for start, stop in self.steps(conv.scale**2):
