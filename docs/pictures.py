@@ -14,7 +14,7 @@ from svqvae_hf.demo.previews import draw_codes
 from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.models.tiling import Core, crop_to_core, gather_context, map_tiles, scale_core, tile_axis
+from svqvae_hf.models.tiling import Core, gather_context, map_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 IMAGES = Path(__file__).parent / "images"
@@ -145,7 +145,8 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
     shared = model(sample, tile_size=TILE * model.f, overlap=HALO * model.f).sample
 
     def decode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
-        return crop_to_core(model.decode_window(window), scale_core(core, model.f))[0]
+        rows, columns = (slice(span.start * model.f, span.stop * model.f) for span in core)
+        return model.decode_window(window)[..., rows, columns]
 
     latents = map_tiles(model.encode_window, sample, TILE, HALO, input_stride=model.f)
     apart = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, output_stride=model.f)

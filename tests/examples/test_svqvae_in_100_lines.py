@@ -17,10 +17,11 @@ def models():
 def plain_operations(monkeypatch):
     """The package with the plain operations that `fast_ops` replaces; `test_fast_ops.py` compares the two."""
     monkeypatch.setattr("svqvae_hf.models.modeling_svqvae.fast_layout", lambda hidden: hidden)
+    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 1 << 40)
     monkeypatch.setattr(
         RepeatConv2d,
         "forward",
-        lambda self, hidden, _: F.conv2d(F.interpolate(hidden, scale_factor=2.0), self.weight, self.bias, padding=1),
+        lambda self, hidden: F.conv2d(F.interpolate(hidden, scale_factor=2.0), self.weight, self.bias, padding=1),
     )
 
 
