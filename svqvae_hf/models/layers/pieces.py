@@ -227,7 +227,8 @@ class Pieces:
         """Runs an upsampling convolution, and drops what no later layer of a decoder reads."""
         height, width = self.size()
         kept = self.context.keep((height * conv.scale, width * conv.scale), margin)
-        if sum(part.nbytes for part in self.parts) * conv.scale**2 > TRIM_BYTES:
+        upsampled_bytes = sum(part.nbytes for part in self.parts) * conv.scale**2
+        if self.parts[0].device.type == "cpu" and upsampled_bytes > TRIM_BYTES:
             trim_heap()
         kernels: list[torch.Tensor] = []
         output = self.like()
