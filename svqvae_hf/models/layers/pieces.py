@@ -23,7 +23,7 @@ from svqvae_hf.models.layers.fast_ops import (
 )
 
 STEP_BYTES = 1 << 22  # features that pass through a layer at once, on CPU
-GPU_STEP_BYTES = 1 << 26  # likewise on other devices, which need more at once to be busy
+GPU_STEP_BYTES = 1 << 26  # the same on other devices: small steps would leave a GPU idle
 TRIM_BYTES = 1 << 26  # before larger features, what is free in the heap goes back to the system
 ATTENTION_GROWTH = 8  # features that an attention holds of each step, such as queries, keys and values
 
@@ -89,8 +89,9 @@ class TileContext:
             slice(max(0, span.start - margin), min(side, span.stop + margin))
             for span, side in zip(core, size, strict=True)
         )
-        self.core = shift(core[0], -rows.start), shift(core[1], -columns.start)
-        self.window = rows.stop - rows.start, columns.stop - columns.start
+        top, left = rows.start, columns.start
+        self.core = slice(core[0].start - top, core[0].stop - top), slice(core[1].start - left, core[1].stop - left)
+        self.window = rows.stop - top, columns.stop - left
         return rows, columns
 
     def crop(self, upsampled: torch.Tensor, margin: int) -> torch.Tensor:
@@ -98,11 +99,6 @@ class TileContext:
         if self.core is None or torch.compiler.is_compiling():
             return upsampled
         return fast_layout(upsampled[..., *self.keep(upsampled.shape[-2:], margin)])
-
-
-def shift(span: slice, by: int) -> slice:
-    """Moves both ends of a slice."""
-    return slice(span.start + by, span.stop + by)
 
 
 def _join(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -360,7 +356,7 @@ class Bands(Pieces):
         return part[..., max(0, rows.start - start) : max(0, rows.stop - start), columns]
 
     def keys_and_values(self, attention: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that tiles share, or those of the image."""
+        """Returns the keys and values that tiles share; for an image without tiles, its own."""
         shared = self.context.attended.get(attention)
         return super().keys_and_values(attention) if shared is None else shared
 
