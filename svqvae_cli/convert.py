@@ -33,7 +33,8 @@ def add_to(commands: Commands) -> None:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="side of the images that the transformer was trained on (default: the tokenizer's)",
+        help="side of the images that the transformer was trained on; required for LlamaGen (default: the "
+        "tokenizer's)",
     )
     parser.add_argument(
         "--num-heads",

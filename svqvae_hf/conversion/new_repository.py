@@ -120,8 +120,9 @@ def write_repository(
             folder = Path(beside, out.name)
             tensors = _save(converted, folder, probe)
             if variant is not None:
-                for model in _models(converted).values():
-                    _halve(model, variant)
+                for name, model in _models(converted).items():
+                    if name != "text_encoder":  # in bfloat16 already; T5 overflows in float16
+                        _halve(model, variant)
                 _save(converted, folder, probe, variant)
             (folder / "README.md").write_text(card, encoding="utf-8")
             mode = stat.S_IMODE((folder / "README.md").stat().st_mode)

@@ -149,23 +149,34 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at each position.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
+            input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for tokens that are
+                seen, those in the cache included. All are seen by default.
+            position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions, those of the caption
+                included.
+            inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Embeddings, instead of
+                `input_ids` and `prompt_embeds`.
+            labels (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens for the loss, -100 for none.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions with logits, 0 for all.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_condition_tokens, caption_dim)`, *optional*): Features
                 of the captions, their text at the end. Passed with sequences that begin with a condition token, and
                 not with later tokens, for which they are in the cache. In rows that begin with the unconditional
                 token they are replaced.
             prompt_attention_mask (`torch.Tensor` of shape `(batch, num_condition_tokens)`, *optional*): 1 for features
                 of text, 0 for padding. Passed with all tokens. All features are seen by default.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions with logits, 0 for all.
             **kwargs: Arguments of [`~transformers.LlamaForCausalLM`]'s `forward`.
 
         Returns:
@@ -174,22 +185,43 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         Raises:
             ValueError: The features have another shape, or are missing, or the model has classes instead of captions.
         """
-        with_captions = self.config.caption_dim is not None
-        if with_captions and prompt_embeds is None and not {"cache", "past_key_values"} & kwargs.keys():
+        if self.config.caption_dim is None:
+            if prompt_embeds is not None:
+                raise ValueError(
+                    "`prompt_embeds` are for models with captions, but this one has classes. Leave them out."
+                )
+        elif prompt_embeds is not None:
+            if input_ids is None or inputs_embeds is not None:
+                raise ValueError("`prompt_embeds` need `input_ids`, and no `inputs_embeds`. Pass the tokens.")
+            length = input_ids.shape[1]
+            attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, length)
+            logits_to_keep = logits_to_keep or length
+            inputs_embeds, input_ids = self._embed(input_ids, prompt_embeds), None
+        elif kwargs.get("cache", kwargs.get("past_key_values")) is None:
             raise ValueError(MISSING_CAPTIONS)
-        if not with_captions and prompt_embeds is not None:
-            raise ValueError("`prompt_embeds` are for models with captions, but this one has classes. Leave them out.")
-        if prompt_attention_mask is not None:
-            # Without features all tokens before are in a cache, and its length bounds the mask.
-            ids = self.config.grid_size**2 if prompt_embeds is None else input_ids.shape[1] - 1
-            kwargs["attention_mask"] = F.pad(prompt_attention_mask, (0, ids), value=1)
-        if prompt_embeds is None:
-            return super().forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
+        else:  # all tokens before are in the cache, whose length bounds the mask
+            attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, 1 + self.config.grid_size**2)
         return super().forward(
-            inputs_embeds=self._embed(input_ids, prompt_embeds),
-            logits_to_keep=logits_to_keep or input_ids.shape[1],
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _mask_positions(
+        self, attention_mask: torch.Tensor | None, prompt_attention_mask: torch.Tensor | None, tokens: int
+    ) -> torch.Tensor | None:
+        """Mask of the caption and of the `tokens - 1` tokens after it."""
+        if prompt_attention_mask is None:
+            if attention_mask is None:
+                return None
+            prompt_attention_mask = attention_mask[:, :1].expand(-1, self.config.num_condition_tokens)
+        if attention_mask is None:
+            return F.pad(prompt_attention_mask, (0, tokens - 1), value=1)
+        return torch.cat([prompt_attention_mask, attention_mask[:, 1:]], dim=1)
 
     def _embed(self, input_ids: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """Embeddings of captions and ids `(batch, num_condition_tokens + ids, hidden_size)`."""

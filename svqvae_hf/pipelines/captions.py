@@ -33,6 +33,7 @@ def encode_captions(
     tokenizer: PreTrainedTokenizerBase,
     captions: Sequence[str],
     length: int,
+    device: torch.device,
     *,
     truncate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,11 +44,12 @@ def encode_captions(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         captions (`Sequence[str]`): Captions.
         length (`int`): Number of positions.
+        device (`torch.device`): Where the encoder runs. With accelerate's hooks its weights are elsewhere until then.
         truncate (`bool`, defaults to `False`): Cut longer captions to `length` tokens, instead of raising an error.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Features `(batch, length, channels)` with zeros before the text, and their
-        mask `(batch, length)`, on the device of the encoder.
+        mask `(batch, length)`, on `device`.
 
     Raises:
         ValueError: A caption has more tokens than positions.
@@ -57,7 +59,6 @@ def encode_captions(
     if len(longest) > length:
         text = reprlib.repr(captions[batch["input_ids"].index(longest)])
         raise ValueError(f"A caption must have at most {length} tokens, but {text} has {len(longest)}. Shorten it.")
-    device = text_encoder.device
     ids, mask = (torch.tensor(batch[name], device=device) for name in ("input_ids", "attention_mask"))
     features = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
     pairs = zip(features, mask.sum(1).tolist(), strict=True)

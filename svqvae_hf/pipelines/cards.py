@@ -18,6 +18,11 @@ class PipelineCardMixin(DiffusionPipeline):
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
         raise NotImplementedError
 
+    @property
+    def task(self) -> str:
+        """Task of the Hub."""
+        return "unconditional-image-generation" if self.components.get("text_encoder") is None else "text-to-image"
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves the pipeline, with a card unless the folder has one.
 
@@ -25,7 +30,12 @@ class PipelineCardMixin(DiffusionPipeline):
             save_directory (`str` or `os.PathLike`): Folder to write to.
             *args: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
             **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: If `push_to_hub` is given, which would upload a card without an example.
         """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("`save_pretrained` does not upload. Call `push_to_hub` of the pipeline, with its card.")
         super().save_pretrained(save_directory, *args, **kwargs)
         card = Path(save_directory, "README.md")
         if not card.exists():
@@ -69,6 +79,13 @@ class PipelineCardMixin(DiffusionPipeline):
     def _write_card(self, file: Path, repo_id: str, license: str | None = None) -> None:
         summary, call = self.describe()
         text = pipeline_card(
-            type(self), repo_id=repo_id, summary=summary, call=call, tags=["svqvae"], provenance={}, license=license
+            type(self),
+            repo_id=repo_id,
+            summary=summary,
+            call=call,
+            tags=["svqvae"],
+            provenance={},
+            license=license,
+            pipeline_tag=self.task,
         )
         file.write_text(text, encoding="utf-8")

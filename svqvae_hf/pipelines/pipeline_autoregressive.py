@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +220,9 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             f"Images of {layout.width} x {layout.height} pixels (width x height), id by id at scales {scales}, from a "
             "causal language model over the codebook of an SVQVAE."
         )
-        if self.text_encoder is not None:
-            return summary, 'prompt="a caption like those it was trained on"'
+        if getattr(self.language_model.config, "caption_dim", None) is not None:
+            prompt = 'prompt="a caption like those it was trained on"'
+            return summary, "prompt_embeds=features" if self.text_encoder is None else prompt
         return summary, "class_labels=[0]" if layout.num_classes else ""
 
     @torch.no_grad()
@@ -339,7 +340,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
                         sampler.forget()
             grids, _ = layout.decode(sequences[:, : layout.spans[last].stop])
             images = [self._decode(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in wanted]
-        result = images if isinstance(scales, Sequence) else images[0]
+        result = images if isinstance(scales, Iterable) else images[0]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
@@ -370,7 +371,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts or not all(isinstance(each, str) for each in prompts):
             raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompt)}.")
-        return encode_captions(self.text_encoder, self.tokenizer, prompts, length)
+        return encode_captions(self.text_encoder, self.tokenizer, prompts, length, self._execution_device)
 
     def _encode_captions(
         self,
@@ -446,6 +447,8 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
 
 def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -> None:
     """Raises for missing and unexpected weights, because transformers only warns."""
+    if not any(f".{variant}" in file.name for file in folder.glob("*.safetensors")):
+        variant = None  # as diffusers, component by component
     _, info = AutoModelForCausalLM.from_pretrained(
         folder, device_map="meta", use_safetensors=True, variant=variant, output_loading_info=True
     )

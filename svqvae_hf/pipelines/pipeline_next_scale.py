@@ -13,7 +13,13 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from transformers import DynamicCache, LogitsProcessorList
 
 from svqvae_hf.models.checks import check_scale_from
-from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor, pad_to_multiple, resize_sample
+from svqvae_hf.models.image_processing_svqvae import (
+    ImageInput,
+    SVQVAEImageProcessor,
+    pad_to_multiple,
+    resize_area,
+    resize_sample,
+)
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.cards import PipelineCardMixin
@@ -371,11 +377,11 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             images = len(batch["image_sizes"])
             if len(mask) not in (1, images):
                 raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
-        mask = pad_to_multiple(mask, self.vqvae.f).to(device)
+        mask = pad_to_multiple(mask, self.vqvae.f)
         grids = self._encode_scales(batch["pixel_values"].to(device, self.vqvae.dtype), sizes)
         up_to = 0.0 if image_scale is None else image_scale * max(sizes[-1])
         return [
-            KnownIds(ids=ids, kept=(F.adaptive_max_pool2d(mask, size)[:, 0] == 0) | (max(size) <= up_to))
+            KnownIds(ids=ids, kept=(F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device) | (max(size) <= up_to))
             for ids, size in zip(grids, sizes, strict=True)
         ]
 
@@ -388,7 +394,7 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         else:
             latents = [self.vqvae.encode(sample).latents] * len(sizes)
         return [
-            self.vqvae.quantize.nearest_ids(F.interpolate(each.float(), size, mode="area"))
+            self.vqvae.quantize.nearest_ids(resize_area(each.float(), size))
             for each, size in zip(latents, sizes, strict=True)
         ]
 

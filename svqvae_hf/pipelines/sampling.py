@@ -87,8 +87,8 @@ def check_tensor_inputs(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def check_returned_ids(returned: torch.Tensor, sampled: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """Returns ids of a callback in int64, and raises unless they can replace the sampled ones."""
-    ids = to_int64("ids", returned)
+    """Returns ids of a callback as the sampled ones are, and raises unless they can replace these."""
+    ids = to_int64("ids", returned).to(sampled.device)
     if ids.shape != sampled.shape or not 0 <= ids.min() <= ids.max() < codebook_size:
         raise ValueError(
             f"`ids` that `callback_on_step_end` returns must have shape {tuple(sampled.shape)} and lie in [0, "

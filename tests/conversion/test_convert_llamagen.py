@@ -114,6 +114,19 @@ def test_half_precision_variant_keeps_the_codebook(parts, tmp_path):
     assert torch.equal(half.language_model.lm_head.weight, full.language_model.lm_head.weight.bfloat16())
 
 
+def test_the_text_encoder_stays_in_bfloat16_whatever_the_variant(parts, tmp_path):
+    text_encoder = str(parts / "t5")
+    convert_llamagen(
+        CAPTIONS, tmp_path / "out", parts / "tokenizer", text_encoder=text_encoder, variant="fp16", **SIZES
+    )
+    dtypes = {"default": torch.float16, "text_encoder": torch.bfloat16}
+    half = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out", variant="fp16", dtype=dtypes)
+    assert (half.text_encoder.dtype, half.language_model.dtype) == (torch.bfloat16, torch.float16)
+    encoder, variant = (tmp_path / "out" / "text_encoder" / f"model{name}.safetensors" for name in ("", ".fp16"))
+    assert load_file(encoder).keys() == load_file(variant).keys()
+    assert all(torch.equal(tensor, load_file(variant)[name]) for name, tensor in load_file(encoder).items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,9 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import find_labels
 
 from svqvae_hf import LlamaGenConfig, LlamaGenForCausalLM
 from svqvae_hf.language_models.modeling_llamagen import FEW_ROWS, FewRowsLinear, LlamaGenRotaryEmbedding
@@ -145,6 +154,59 @@ def test_missing_captions_are_an_error():
     for call in (lambda: model(tokens), lambda: model.generate(tokens, max_new_tokens=IDS, do_sample=False)):
         with pytest.raises(ValueError, match="`prompt_embeds` must be passed"):
             call()
+
+
+def test_a_mask_of_tokens_also_covers_the_caption(kind):
+    """As collators and peft pass it: ones change nothing, and what is masked is not seen."""
+    model = load(kind)
+    _, inputs, _ = load_inputs(kind)
+    mask = torch.ones_like(inputs["input_ids"])
+    logits = model(**inputs).logits
+    assert torch.equal(model(**inputs, attention_mask=mask).logits, logits)
+    mask[:, 5] = 0
+    masked = model(**inputs, attention_mask=mask).logits
+    torch.testing.assert_close(masked[:, :5], logits[:, :5], atol=1e-5, rtol=0)
+    assert not torch.equal(masked[:, 6:], logits[:, 6:])
+    inputs["input_ids"][:, 5] = 0
+    torch.testing.assert_close(model(**inputs, attention_mask=mask).logits[:, 6:], masked[:, 6:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+def test_generate_takes_a_mask_of_ones(kind, cache):
+    expected, inputs, _ = load_inputs(kind)
+    inputs["input_ids"] = inputs["input_ids"][:, :1]
+    mask = torch.ones_like(inputs["input_ids"])
+    sequences = load(kind).generate(**inputs, attention_mask=mask, max_new_tokens=IDS, do_sample=False, **cache)
+    assert torch.equal(sequences[:, 1:], expected["greedy_cfg1.ids"])
+
+
+def test_guidance_of_generate_is_that_of_the_pipeline_for_classes_and_an_error_for_captions(kind):
+    expected, inputs, dropped = load_inputs(kind)
+    prompt, null = (each["input_ids"][:, :1] for each in (inputs, dropped))
+    call = {"guidance_scale": 2.0, "negative_prompt_ids": null, "max_new_tokens": IDS, "do_sample": False}
+    if kind == "c2i":
+        assert torch.equal(load(kind).generate(prompt, **call)[:, 1:], expected["greedy_cfg2.ids"])
+        return
+    with pytest.raises(ValueError, match="`prompt_embeds` must be passed"):
+        load(kind).generate(**(inputs | {"input_ids": prompt}), **call)
+
+
+@torch.enable_grad()
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_trainer_and_peft_take_the_model(kind, tmp_path):
+    _, inputs, _ = load_inputs(kind)
+    rows = [{name: value[index] for name, value in inputs.items()} for index in range(2)]
+    rows = [row | {"labels": row["input_ids"]} for row in rows]
+    model = load(kind)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, report_to=[], per_device_train_batch_size=2, use_cpu=True, eval_strategy="steps"
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    loss = load(kind)(**inputs, labels=inputs["input_ids"]).loss.item()
+    assert trainer.train().training_loss == pytest.approx(loss, rel=0.2)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=0.2)
+    assert find_labels(LlamaGenForCausalLM) == ["labels"]
 
 
 # The rotation

@@ -2,7 +2,11 @@
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from pipeline_parts import text_components
 from test_pipeline_autoregressive import make_pipeline
+from test_pipeline_llamagen import make_pipeline as make_captioned
+
+from svqvae_hf import SVQVAEAutoregressivePipeline
 
 
 def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
@@ -15,6 +19,28 @@ def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
     names = {}
     exec(code.partition("```")[0], names)
     assert names["image"].size == (16, 32)
+
+
+def test_card_of_a_pipeline_for_captions(tmp_path):
+    for number, text in enumerate((text_components(), {})):
+        make_captioned("t2i", **text).save_pretrained(tmp_path / str(number))
+        card = ModelCard.load(tmp_path / str(number) / "README.md")
+        assert ("prompt=" in card.text, "prompt_embeds=" in card.text) == (bool(text), not text)
+        assert card.data.pipeline_tag == ("text-to-image" if text else "unconditional-image-generation")
+
+
+def test_saving_does_not_upload(tmp_path):
+    with pytest.raises(ValueError, match="`save_pretrained` does not upload. Call `push_to_hub`"):
+        make_pipeline().save_pretrained(tmp_path / "dreams", push_to_hub=True)
+    assert not (tmp_path / "dreams").exists()
+
+
+def test_a_variant_of_one_component_loads(tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    pipeline.vqvae.save_pretrained(tmp_path / "vqvae", variant="fp16")
+    loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path, variant="fp16")
+    assert loaded.vqvae.codebook_fingerprint() == pipeline.vqvae.codebook_fingerprint()
 
 
 def test_card_that_is_there_stays(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from cli_runner import fails, names, svqvae
 from conftest import ROOT, make_tiny
 from PIL import Image
@@ -132,6 +133,16 @@ def test_a_checkpoint_and_its_tokenizer_are_a_pipeline(kind):
     assert torch.equal(pipeline(**condition, **call).images.flatten(1), expected["greedy_cfg2.ids"])
     if kind == "t2i":
         assert pipeline(prompt="a cat", output_type="pt").images.shape == (1, 3, 16, 16)
+
+
+def test_captions_are_encoded_where_the_pipeline_runs():
+    """With accelerate's offloading the text encoder is elsewhere until it runs."""
+    pipeline = make_pipeline("t2i", **text_components())
+    call = {"prompt": ["a cat", "the roof"], "temperature": 0, "output_type": "latent"}
+    expected = pipeline(**call).images
+    cpu_offload(pipeline.text_encoder, torch.device("cpu"))
+    assert pipeline.text_encoder.device.type == "meta"
+    assert torch.equal(pipeline(**call).images, expected)
 
 
 @pytest.mark.parametrize(
