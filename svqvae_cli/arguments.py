@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -117,12 +117,10 @@ def add_scale_target(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_scale_target(args: argparse.Namespace) -> None:
-    """Raises ValueError if a target has only one scale to choose from."""
-    if (args.min_psnr or args.max_bits) and len(set(args.scales)) < 2:
-        raise ValueError(
-            "--min-psnr and --max-bits choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."
-        )
+def check_several(scales: Collection[float], chooser: str) -> None:
+    """Raises ValueError if an option has only one scale to choose from. `chooser` names it, with its verb."""
+    if len(set(scales)) < 2:
+        raise ValueError(f"{chooser} among at least two scales. Pass them, such as --scales 0.25 0.5 1.")
 
 
 def add_tiles(

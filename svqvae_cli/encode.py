@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_images, add_scale_target, check_scale_target
+from svqvae_cli.arguments import Commands, add_command, add_images, add_scale_target, check_several
 from svqvae_cli.errors import Skipping, explain_resume, require_extra
 from svqvae_cli.large import RESUME, add_large, check_large, unfinished
 
@@ -29,7 +29,8 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes one token file per image."""
     check_large(args)
-    check_scale_target(args)
+    if args.min_psnr or args.max_bits:
+        check_several(args.scales, "--min-psnr and --max-bits choose")
     if args.large:
         _encode_large(args)
     else:

@@ -13,6 +13,7 @@ from svqvae_cli.arguments import (
     add_output,
     add_scales,
     add_tiles,
+    check_several,
     image_set_options,
     path,
     path_or_name,
@@ -126,8 +127,8 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import check_source, explain_loading, find_device
     from svqvae_hf.paths import check_output
 
-    if args.min_psnr and len(set(args.scales)) < 2:
-        raise ValueError("--min-psnr chooses among at least two scales. Pass them, such as --scales 0.25 0.5 1.")
+    if args.min_psnr:
+        check_several(args.scales, "--min-psnr chooses")
     check_output(args.output)
     for source in (args.model, *(args.beside or [])):
         check_source(source, subfolder=True)
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         _check_comparison(args)
     state = PartialState(cpu=find_device(args.device).type == "cpu")
     options = {
-        "images": open_images(args.data, **image_set_options(args)),
+        "images": open_images(args.data, left_out=args.output, **image_set_options(args)),
         "resolution": args.resolution,
         "lpips": load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None,
         "inception": load_inception(args.inception_weights) if args.inception_weights else None,

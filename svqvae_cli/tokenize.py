@@ -16,7 +16,7 @@ from svqvae_cli.arguments import (
     add_scale_target,
     add_scales,
     add_tiles,
-    check_scale_target,
+    check_several,
     image_set_options,
     not_empty,
     path_or_url,
@@ -119,9 +119,10 @@ def run(args: argparse.Namespace) -> None:
 
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
-    check_scale_target(args)
+    if args.min_psnr or args.max_bits:
+        check_several(args.sides or args.scales, "--min-psnr and --max-bits choose")
     check_out(args.out)
-    images = open_images(args.data, columns=args.keep, **image_set_options(args))
+    images = open_images(args.data, columns=args.keep, left_out=args.out, **image_set_options(args))
     rank = os.environ.get("LOCAL_RANK")  # of torchrun and accelerate
     device = find_device(args.device)
     is_numbered = rank is not None and args.device is None and device.type != "cpu"

@@ -96,6 +96,11 @@ def walk_files(folder: str | os.PathLike, left_out: Path | None = None) -> list[
     return sorted(_walk(os.fspath(folder), "", (left_out,)))
 
 
+def readable(name: str) -> str:
+    """Name of a file as text that can be stored and shown: bytes that are not UTF-8 become escapes."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def _walk(folder: str, inside: str, closed: tuple[Path | None, ...]) -> Iterator[str]:
     here = Path(folder, inside).resolve()
     if here in closed:
@@ -105,10 +110,17 @@ def _walk(folder: str, inside: str, closed: tuple[Path | None, ...]) -> Iterator
             name = os.path.join(inside, entry.name)
             if entry.name[0] == ".":
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(folder, name, (*closed, here))
             else:
                 yield name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def expand_braces(pattern: str) -> list[str]:

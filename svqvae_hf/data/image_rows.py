@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from svqvae_hf.models.image_processing_svqvae import load_image, to_rgb
+from svqvae_hf.paths import readable
 
 LABEL_COLUMNS = ("label", "caption", "text", "cls", "txt", "json")  # kept wherever a set has them
 
@@ -80,30 +81,30 @@ class FileRows(IndexedRows):
 
     def __init__(self, root: str, keys: Sequence[str]):
         self.root = root
-        self.keys = pa.array(keys, pa.string())
-        names = sorted({os.path.dirname(key) or "." for key in keys})
+        self.names = pa.array(map(os.fsencode, keys), pa.binary(), size=len(keys))
+        names = sorted({readable(os.path.dirname(key)) or "." for key in keys})
         self.features = datasets.Features()
         if names != ["."]:
             index = {name: number for number, name in enumerate(names)}
-            self.labels = np.array([index[os.path.dirname(key) or "."] for key in keys], np.int32)
+            self.labels = np.array([index[readable(os.path.dirname(key)) or "."] for key in keys], np.int32)
             self.features["label"] = datasets.ClassLabel(names=names)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.names)
 
     def row(self, index: int) -> ImageRow:
         """Returns one image, not read yet."""
-        key = self.keys[index].as_py()
+        name = os.fsdecode(self.names[index].as_py())
         values = {"label": int(self.labels[index])} if self.features else {}
-        return ImageRow(key, {"path": os.path.join(self.root, key), "bytes": None}, values)
+        return ImageRow(readable(name), {"path": os.path.join(self.root, name), "bytes": None}, values)
 
     def stamps(self) -> list[tuple[str, int, int]]:
         """Name, bytes and time of change in ns of each file that is still there."""
         stamps = []
-        for key in self.keys.to_pylist():
+        for name in map(os.fsdecode, self.names.to_pylist()):
             with suppress(OSError):
-                fact = os.stat(os.path.join(self.root, key))
-                stamps.append((key, fact.st_size, fact.st_mtime_ns))
+                fact = os.stat(os.path.join(self.root, name))
+                stamps.append((name, fact.st_size, fact.st_mtime_ns))
         return stamps
 
 

@@ -22,7 +22,7 @@ from svqvae_hf.hub.repositories import UNREACHABLE, hub_answers
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.paths import expand_braces, walk_files
 from svqvae_hf.storage import explained
-from svqvae_hf.untrusted.set_rows import confine_row
+from svqvae_hf.untrusted.set_rows import confine_copied_row, confine_row
 
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
@@ -96,13 +96,19 @@ class ImageSet:
 
 
 class Selection(NamedTuple):
-    """Selection from a set: configuration, split, column of the images, and other columns to keep."""
+    """Selection from a set: configuration, split, column of the images, other columns to keep, what is left out."""
 
     config: str | None
     split: str | None
     image_column: str | None
     columns: Sequence[str]
     copy: bool
+    left_out: str | os.PathLike | None
+
+    @property
+    def left_out_folder(self) -> Path | None:
+        """The folder that is left out, without links in its path."""
+        return None if self.left_out is None else Path(self.left_out).resolve()
 
 
 def open_images(
@@ -115,6 +121,7 @@ def open_images(
     max_images: int | None = None,
     data_files: Sequence[str] = (),
     copy: bool = False,
+    left_out: str | os.PathLike | None = None,
 ) -> ImageSet:
     """Finds the images of a set without reading them.
 
@@ -132,12 +139,14 @@ def open_images(
         max_images (`int`, *optional*): Number of images after which to stop; all by default.
         data_files (`Sequence[str]`): Files of the set on the Hub, or patterns of them; all by default.
         copy (`bool`, defaults to `False`): Copy shards to the cache of `datasets`, for random access.
+        left_out (`str` or `os.PathLike`, *optional*): Folder or URL that is not searched, such as that of the results.
 
     Raises:
         OSError: The set cannot be found or reached.
-        ValueError: There is no image, no such split or column, or `max_images` is out of range.
+        ValueError: There is no image, no such split or column, a folder of shards holds `left_out`, or `max_images` is
+            out of range.
     """
-    selection = Selection(config, split, image_column, columns, copy)
+    selection = Selection(config, split, image_column, columns, copy, left_out)
     if any("://" in name for name in data):
         images = _open_urls(data, selection)
     elif len(data) == 1 and (data_files or is_hub_set(data[0])):
@@ -147,7 +156,7 @@ def open_images(
     elif len(data) == 1 and Path(data[0]).is_dir():
         images = _open_folder(data[0], selection)
     else:
-        images = _open_files(_find_files(data), selection)
+        images = _open_files(_find_files(data, selection.left_out_folder), selection)
     return images if max_images is None else images.first(max_images)
 
 
@@ -247,12 +256,20 @@ class DatasetRows(IndexedRows):
         rows (`datasets.Dataset`): The set, with its images undecoded.
         image_column (`str`): Column of the images.
         key_column (`str`, *optional*): Column of the keys; by default the path in the image's row.
+        repository (`str`, *optional*): Repository on the Hub that the set was copied from.
     """
 
-    def __init__(self, rows: datasets.Dataset, image_column: str, key_column: str | None = None):
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        image_column: str,
+        key_column: str | None = None,
+        repository: str | None = None,
+    ):
         self.rows = rows
         self.image_column = image_column
         self.key_column = key_column
+        self.repository = repository
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -260,7 +277,7 @@ class DatasetRows(IndexedRows):
     def row(self, index: int) -> ImageRow:
         """Returns one image, not read yet."""
         row = self.rows[index]
-        source = row.pop(self.image_column)
+        source = confine_copied_row(row.pop(self.image_column), self.repository)
         path = row.pop(self.key_column) if self.key_column else source and source["path"]
         return ImageRow(path or f"0-{index}", source, row)
 
@@ -271,7 +288,7 @@ def _open_folder(folder: str, selection: Selection) -> ImageSet:
         return _open_saved(folder, selection)
     if any(name in top for name in METADATA_FILES):
         return _open_builder(folder, selection)
-    files = walk_files(folder)
+    files = walk_files(folder, selection.left_out_folder)
     kinds = {_kind(file) for file in files} - {None}
     if not kinds:
         raise FileNotFoundError(
@@ -284,15 +301,25 @@ def _open_folder(folder: str, selection: Selection) -> ImageSet:
             f"`{folder}/*.jpg`."
         )
     if kinds != {"image"}:
+        if selection.left_out_folder and Path(folder).resolve() in selection.left_out_folder.parents:
+            raise ValueError(f"`{selection.left_out}` must not be in `{folder}`, which is read whole. Choose another.")
         return _open_builder(folder, selection)
-    keys = [file for file in files if _kind(file) == "image"]
-    tops = {key.partition(os.sep)[0] for key in keys if os.sep in key}
-    are_splits = tops <= set(SPLITS) and all(os.sep in key for key in keys)
-    split = _choose_split(folder, sorted(tops) if are_splits else ["train"], selection.split)
-    if are_splits:
-        folder = os.path.join(folder, split)
-        keys = [key.partition(os.sep)[2] for key in keys if key.startswith(split + os.sep)]
-    return _image_files(os.path.abspath(folder), keys, selection)
+    split, keys = _files_of_split(folder, [file for file in files if _kind(file) == "image"], selection.split)
+    return _image_files(os.path.abspath(os.path.join(folder, split)), keys, selection)
+
+
+def _files_of_split(name: str, keys: Sequence[str], split: str | None) -> tuple[str, list[str]]:
+    """Chooses a split of a folder, if all its files are in subfolders named as splits.
+
+    Returns:
+        `tuple[str, list[str]]`: The subfolder, empty if there are no splits, and the paths of the files in it.
+    """
+    tops = {Path(key).parts[0] for key in keys}
+    if not tops <= set(SPLITS) or any(key in tops for key in keys):
+        _choose_split(name, ["train"], split)
+        return "", list(keys)
+    split = _choose_split(name, sorted(tops), split)
+    return split, [key[len(split) + 1 :] for key in keys if Path(key).parts[0] == split]
 
 
 def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
@@ -300,6 +327,7 @@ def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
     if len(kinds) > 1:
         raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
     (kind,) = kinds
+    _choose_split(files[0], ["train"], selection.split)
     if kind != "image":
         return _open_builder(kind, selection, files)
     root = os.path.commonpath([os.path.dirname(file) for file in files])
@@ -308,27 +336,33 @@ def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
 
 def _open_urls(patterns: Sequence[str], selection: Selection) -> ImageSet:
     """Opens files that `fsspec` reaches."""
-    urls = [url for pattern in patterns for name in expand_braces(pattern) for url in _find_urls(name)]
+    found = [_find_urls(name, selection.left_out) for pattern in patterns for name in expand_braces(pattern)]
+    urls = [url for _, files in found for url in files]
     kinds = {_kind(url) or "image" for url in urls}
     if len(kinds) > 1:
         raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
     (kind,) = kinds
+    folder = found[0][0] if len(found) == 1 else None
+    if folder is None:
+        _choose_split(urls[0], ["train"], selection.split)
+        scheme, _, _ = urls[0].partition("://")
+        folder = f"{scheme}://{os.path.commonpath([os.path.dirname(url.partition('://')[2]) for url in urls])}"
+    else:
+        split, keys = _files_of_split(folder, [url[len(folder) + 1 :] for url in urls], selection.split)
+        folder = f"{folder}/{split}".rstrip("/")
+        urls = [f"{folder}/{key}" for key in keys]
     if kind not in ("image", "webdataset"):
-        return _open_builder(kind, selection, urls)
+        return _open_builder(kind, selection._replace(split=None), urls)
     stamps = _url_stamps(urls)
     if kind == "webdataset":
         parts = open_tars(urls, selection.image_column, selection.columns)
         return ImageSet(parts, parts[0].features, lambda: [stamps, selection.image_column])
-    scheme, _, _ = urls[0].partition("://")
-    paths = [url.partition("://")[2] for url in urls]
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    rows = FileRows(f"{scheme}://{root}", [os.path.relpath(path, root) for path in paths])
-    _check_columns(["image", *rows.features], selection)
-    return ImageSet([rows], rows.features, lambda: stamps, len(rows))
+    return _image_files(folder, [url[len(folder) + 1 :] for url in urls], selection, lambda: stamps)
 
 
-def _find_urls(name: str) -> list[str]:
-    """URLs of the files of a folder or a glob, or of one file."""
+def _find_urls(name: str, left_out: str | os.PathLike | None) -> tuple[str | None, list[str]]:
+    """URL of a folder, if it is one, and those of its files; or those of the files of a glob, or of one file."""
+    folder = None
     with explained(name, "read"):
         try:
             files, path = fsspec.core.url_to_fs(name)
@@ -337,12 +371,17 @@ def _find_urls(name: str) -> list[str]:
         if glob.has_magic(path):
             found = sorted(files.glob(path))
         elif _kind(path) is None and files.isdir(path):
-            found = [file for file in sorted(files.find(path)) if _kind(file)]
+            path = path.rstrip("/")
+            folder = files.unstrip_protocol(path)
+            found = [file for file in sorted(files.find(path)) if _kind(file) and "/." not in file[len(path) :]]
         else:
             found = [path]
-    if not found:
+        urls = [files.unstrip_protocol(file) for file in found]
+    if left_out is not None:
+        urls = [url for url in urls if not url.startswith(f"{os.fspath(left_out).rstrip('/')}/")]
+    if not urls:
         raise ValueError(f"no file or folder matches `{name}`.")
-    return [files.unstrip_protocol(file) for file in found]
+    return folder, urls
 
 
 def _url_stamps(urls: Sequence[str]) -> list[tuple[str, int, str]]:
@@ -365,10 +404,14 @@ def _url_stamps(urls: Sequence[str]) -> list[tuple[str, int, str]]:
     return [(url, *found[url]) for url in urls]
 
 
-def _image_files(root: str, keys: Sequence[str], selection: Selection) -> ImageSet:
+def _image_files(
+    root: str, keys: Sequence[str], selection: Selection, stamps: Callable[[], Any] | None = None
+) -> ImageSet:
+    if selection.config or selection.image_column not in (None, "image"):
+        raise ValueError(f"--config and --image-column are for sets with columns, but `{root}` holds image files.")
     rows = FileRows(root, keys)
     _check_columns(["image", *rows.features], selection)
-    return ImageSet([rows], rows.features, rows.stamps, len(rows))
+    return ImageSet([rows], rows.features, stamps or rows.stamps, len(rows))
 
 
 def _open_saved(folder: str, selection: Selection) -> ImageSet:
@@ -397,10 +440,11 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
         rows = builder.as_dataset(split) if selection.copy else builder.as_streaming_dataset(split)
     rows, image_column, kept = _select(rows, selection)
     origin = [split, list(paths), paths.origin_metadata, image_column]
-    if selection.copy:
-        return ImageSet([DatasetRows(rows, image_column)], kept, lambda: origin, len(rows))
     is_remote = any("://" in path for path in data_files)
     repository = builder.repo_id or ("" if is_remote else None)  # no file outside it may be named
+    if selection.copy:
+        copied = DatasetRows(rows, image_column, repository=repository)
+        return ImageSet([copied], kept, lambda: origin, len(rows))
     names = [os.path.basename(path) for path in paths] if rows.num_shards == len(paths) else [name] * rows.num_shards
     parts = [
         StreamPart(rows, image_column, os.path.abspath(name), repository, file, number)
@@ -473,14 +517,14 @@ def _choose_split(name: str, splits: Sequence[str], split: str | None) -> str:
     return split or splits[0]
 
 
-def _find_files(patterns: Sequence[str]) -> list[str]:
+def _find_files(patterns: Sequence[str], left_out: Path | None) -> list[str]:
     """Absolute paths of the files of folders and patterns, each once."""
     found: list[str] = []
     for pattern in patterns:
         names = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
         for name in names:
             if os.path.isdir(name):
-                files = [os.path.join(name, file) for file in walk_files(name) if _kind(file)]
+                files = [os.path.join(name, file) for file in walk_files(name, left_out) if _kind(file)]
             elif os.path.exists(name):
                 files = [name]
             else:

@@ -15,6 +15,7 @@ import fsspec
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+from svqvae_hf.paths import readable
 from svqvae_hf.storage import explained
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 
@@ -37,7 +38,7 @@ class TarPart:
 
     def __init__(self, path: str, features: datasets.Features, image_key: str | None):
         self.path = path
-        self.name = os.path.basename(path)
+        self.name = readable(os.path.basename(path))
         self.features = features
         self.image_key = image_key
 
@@ -136,7 +137,7 @@ def _samples(path: str, start: int) -> Iterator[Sample]:
             tar = stack.enter_context(tarfile.open(path, tarinfo=StrictTarInfo))
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] # otherwise it keeps all
-            match = MEMBER_NAME.fullmatch(member.name)
+            match = MEMBER_NAME.fullmatch(readable(member.name))
             if match is None or not member.isfile():
                 continue
             if match[1] != name:

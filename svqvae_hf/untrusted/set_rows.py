@@ -3,7 +3,12 @@
 import posixpath
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import datasets
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 
 ARCHIVES = r"(bz2|gzip|lz4|tar|xz|zip|zstd)://.*"  # files inside a file, in fsspec's names
 
@@ -27,8 +32,29 @@ def confine_row(source: Any, repository: str | None) -> Any:
     outside = outside or not all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)
     if not outside:
         return source
-    fault = (
-        f"the row must hold an image of its set, but names `{source['path']}`, which is not in the set. Store the set "
-        "again with its images embedded."
+    return {**source, "fault": _fault(source["path"])}
+
+
+def confine_copied_row(source: Any, repository: str | None) -> Any:
+    """The same for a set that `datasets` has copied from the Hub. Its files lie in the caches on this machine.
+
+    Args:
+        source: Image of a row, see [`confine_row`].
+        repository (`str`, *optional*): Repository of the set on the Hub. Rows of a local set may name any file.
+    """
+    if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
+        return source
+    path = Path(source["path"]).resolve()
+    folders = [Path(datasets.config.EXTRACTED_DATASETS_PATH)]
+    if repository:
+        folders.append(Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")))
+    if any(path.is_relative_to(folder.resolve()) for folder in folders):
+        return source
+    return {**source, "fault": _fault(source["path"])}
+
+
+def _fault(path: str) -> str:
+    return (
+        f"the row must hold an image of its set, but names `{path}`, which is not in the set. Store the set again "
+        "with its images embedded."
     )
-    return {**source, "fault": fault}

@@ -4,10 +4,18 @@ import tarfile
 from typing import Self
 
 MAX_MEMBER_BYTES = 1 << 29  # 512 MiB, because a member is read as a whole, and a compressed file can hold any size
+MAX_HEADER_BYTES = 1 << 20  # of an extended header, which holds names and is read as a whole
+EXTENDED = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """Member of a tar file. Raises ReadError for a damaged header, which `tarfile` takes for the end of the file."""
+    """Member of a tar file. Raises ReadError for a damaged header, which `tarfile` takes for the end of the file.
+
+    Also for a huge extended header, and for a chain of them, which `tarfile` reads by recursion.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
@@ -16,8 +24,13 @@ class StrictTarInfo(tarfile.TarInfo):
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # zeros, which mark the end
             raise
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError, RecursionError) as error:
             raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
+
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in EXTENDED and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes at byte {tarfile_.offset}")
+        return super()._proc_member(tarfile_)  # type: ignore[misc] # documented there as the place to extend
 
 
 def check_end(tar: tarfile.TarFile) -> None:

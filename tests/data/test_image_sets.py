@@ -99,6 +99,67 @@ def test_subfolders_named_as_splits_are_splits(tmp_path):
         open_images([str(tmp_path / "photos")], split="test")
 
 
+def test_a_folder_at_a_url_has_the_images_of_the_local_one(tmp_path):
+    for name in ("train/cat/0.png", "train/dog/1.png", "val/cat/2.png", ".cache/3.png", "train/._0.png"):
+        save(numbered(0), tmp_path / "photos" / name)
+    local, remote = f"{tmp_path}/photos", f"file://{tmp_path}/photos"
+    for split in ("train", "val"):
+        expected, images = (open_images([name], split=split) for name in (local, remote))
+        assert keys(images) == keys(expected)
+        assert [row.values for row in images] == [row.values for row in expected]
+        assert images.features == expected.features
+    for name in (local, remote):
+        with pytest.raises(ValueError, match=r"has the splits train, val. Choose one with --split"):
+            open_images([name])
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_files_of_several_folders_have_no_splits(tmp_path, prefix):
+    for name in ("a/train/0.png", "b/val/1.png"):
+        save(numbered(0), tmp_path / name)
+    data = [f"{prefix}{tmp_path}/{name}" for name in ("a", "b")]
+    assert keys(open_images(data)) == ["a/train/0.png", "b/val/1.png"]
+    with pytest.raises(ValueError, match="--split must be one of train in the set .*, got `val`"):
+        open_images(data, split="val")
+    for option in ("config", "image_column"):
+        with pytest.raises(ValueError, match="--config and --image-column are for sets with columns"):
+            open_images(data, **{option: "x"})
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_the_folder_of_the_results_is_left_out(tmp_path, prefix):
+    for name in ("0.png", "report/worst.png"):
+        save(numbered(0), tmp_path / name)
+    folder, report = f"{prefix}{tmp_path}", f"{prefix}{tmp_path}/report"
+    assert keys(open_images([folder], left_out=report)) == ["0.png"]
+    assert keys(open_images([folder, folder], left_out=report)) == ["0.png"] * (2 if prefix else 1)
+
+
+def test_results_must_not_be_in_a_folder_of_shards(parquet, tmp_path):
+    with pytest.raises(ValueError, match="tokens` must not be in .*which is read whole. Choose another"):
+        open_images([parquet], split="train", left_out=f"{parquet}/tokens")
+
+
+def test_names_that_are_not_text_are_escaped(photo, tmp_path):
+    os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    photo.save(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/\xe8.png"))
+    photo.save(tmp_path / "é.png")
+    images = open_images([str(tmp_path)])
+    assert keys(images) == ["caf\\xe9/\\xe8.png", "é.png"]
+    assert images.features["label"].names == [".", "caf\\xe9"]
+    assert same(images, [photo, photo])
+    assert images.fingerprint == open_images([str(tmp_path)]).fingerprint
+
+
+def test_a_link_to_itself_is_an_unreadable_image(tmp_path):
+    save(numbered(0), tmp_path / "0.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    images = open_images([str(tmp_path)])
+    assert keys(images) == ["0.png", "loop.png"]
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        read_image(images.rows[1])
+
+
 def test_40000_files_in_40_folders_are_opened_in_a_moment(tmp_path):
     for folder in range(40):
         (tmp_path / f"{folder:02}").mkdir()
@@ -298,6 +359,38 @@ def test_a_set_on_the_hub_can_only_name_its_own_images(monkeypatch, photos):
         with pytest.raises(ValueError, match=message):
             read_image(row)
     assert opened == [path for path in INSIDE if "://" in path]
+
+
+def test_a_copied_set_of_the_hub_can_only_name_its_own_images(monkeypatch, photos, tmp_path):
+    hub, extracted = tmp_path / "hub", tmp_path / "extracted"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", extracted)
+    inside = [hub / "datasets--org--set" / "snapshots" / "1" / "a.png", extracted / "1" / "a.png"]
+    outside = [hub / "datasets--org--other" / "a.png", tmp_path / "private.png", inside[0].parent / "link.png"]
+    for path in (*inside, *outside[:-1]):
+        save(photos[0], path)
+    outside[-1].symlink_to(tmp_path / "private.png")
+    names = [*map(str, inside), *map(str, outside), f"{inside[0].parent}/../../../../private.png", "http://host/a.png"]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_list([{"image": {"bytes": None, "path": name}} for name in names], features=features)
+    origin = datasets.data_files.DataFilesList([f"{REPO}train.parquet"], [("org/set", "1a2b")])
+    builder = type(
+        "Builder",
+        (),
+        {
+            "name": "parquet",
+            "repo_id": "org/set",
+            "config": type("Config", (), {"data_files": {"train": origin}}),
+            "download_and_prepare": lambda self: None,
+            "as_dataset": lambda self, split: rows,
+        },
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: builder())
+    images = list(open_images(["org/set"], split="train", copy=True))
+    assert same(images[: len(inside)], photos[:1] * len(inside))
+    for row in images[len(inside) :]:
+        with pytest.raises(ValueError, match="the row must hold an image of its set, but names"):
+            read_image(row)
 
 
 def test_names_on_the_hub_are_told_from_paths(tmp_path, monkeypatch):

@@ -106,6 +106,30 @@ def test_the_rest_of_a_truncated_file_is_one_unreadable_row(tmp_path, mode):
     assert {number for batch in batches for number in numbers(batch)}
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_headers_that_take_unbounded_memory_or_recursion_are_refused(tmp_path, monkeypatch, kind, prefix):
+    monkeypatch.setattr(tars, "MAX_HEADER_BYTES", 1000)
+
+    def header(size):
+        member = tarfile.TarInfo("././@LongLink")
+        member.type, member.size = kind, size
+        return member.tobuf(tarfile.GNU_FORMAT) + b"1" * (-(-size // 512) * 512)
+
+    for name, headers in (("large", header(2000)), ("many", header(3) * 5000)):
+        write_tar(tmp_path / f"{name}.tar", sample(0))
+        content = (tmp_path / f"{name}.tar").read_bytes()
+        (tmp_path / f"{name}.tar").write_bytes(content[: -len(content) % 512 - 1024] + headers + content[-1024:])
+        part = TarPart(f"{prefix}{tmp_path}/{name}.tar", datasets.Features({}), image_key=None)
+        assert [*faults(part.read())] == [f"{name}.tar"]
+
+
+def test_names_that_are_not_text_are_escaped(tmp_path):
+    write_tar(tmp_path / "a.tar", [(b"caf\xe9.png".decode(errors="surrogateescape"), encode(numbered(0)))])
+    (row,) = open_images([str(tmp_path)])
+    assert row.key == "caf\\xe9.png"
+
+
 def spoil_checksum(content, header):
     content[header + tarfile.LENGTH_NAME] ^= 1
 

@@ -77,6 +77,9 @@ def test_readers_refuse_a_scale_that_is_not_of_the_set_and_trainers_the_set(phot
 def test_command_and_its_card(photos, tmp_path, capsys):
     argv = ["tokenize", photos / "0.png", tmp_path / "tokens", "--min-psnr", "20"]
     assert "--min-psnr and --max-bits choose among at least two scales" in fails(capsys, *argv)
+    crops = ["--crops", "centre", "--resolution", "16", "--max-images", "1"]
+    assert "Pass them" in fails(capsys, *argv, *crops, "--sides", "2")
+    assert svqvae(*argv[:2], tmp_path / "by-sides", *argv[3:], *crops, "--sides", "1", "2") == 0
     assert svqvae(*argv, "--scales", "0.25", "0.5", "1") == 0
     card = (tmp_path / "tokens" / "README.md").read_text()
     assert "| scale of a row | the smallest that reaches 20 dB, or else the largest |\n" in card

@@ -58,6 +58,7 @@ class ImageSource:
             columns=[] if label_column is None else [label_column],
             data_files=files,
             copy=not options.streaming,
+            left_out=options.output_dir,
         )
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
         self.num_read = self.num_unreadable = 0
