@@ -66,7 +66,9 @@ def _decode(args: argparse.Namespace) -> None:
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args, on_tile)
             with skipping.attempt(file.path, ValueError), prefix_errors(file.path):
-                check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
+                check_memory(
+                    model, tokens.height, tokens.width, tokens.scales, encodes=False, full_size=args.full_size
+                )
                 for image, target in zip(decode_image(model, tokens, args.full_size), targets[file], strict=True):
                     save_png(image, target)
     skipping.finish()

@@ -63,6 +63,8 @@ def detokenize_set(
     folder = Folder(f"hf://datasets/{name}" if is_hub_set(name) else name)
     files = _files(folder)
     total = sum(rows for _, rows in files)
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"`max_images` must be at least 1, got {max_images}.")
     stop = total if max_images is None else min(max_images, total)
     wanted = range(part * stop // num_parts, (part + 1) * stop // num_parts)
     if not overwrite:
@@ -83,7 +85,10 @@ def _files(folder: Folder) -> list[tuple[str, int]]:
     manifest = folder.read(MANIFEST_FILE)
     if manifest is None:
         raise ValueError(f"`{folder.url}` must have a {MANIFEST_FILE}, but has none. Make it with `svqvae tokenize`.")
-    return [(file["name"], file["rows"]) for line in manifest.splitlines() for file in json.loads(line)["files"]]
+    try:
+        return [(file["name"], file["rows"]) for line in manifest.splitlines() for file in json.loads(line)["files"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`{MANIFEST_FILE}` in `{folder.url}` is damaged. Fetch or make the set again.") from error
 
 
 def _rows(folder: Folder, files: list[tuple[str, int]], wanted: range) -> Iterator[tuple[int, dict[str, Any]]]:

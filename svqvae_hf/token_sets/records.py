@@ -181,6 +181,12 @@ class PartRecords:
             done = _numbers(self.folder.names(_subfolder(number)), ".json")
             yield from (part for part in self._parts_of(number) if part not in done)
 
+    def to_do(self) -> Iterator[int]:
+        """Yields the parts that are not done, in order, and at the end those that have failed before."""
+        failed = {part for part, claim in self.read_claims().items() if claim.failure is not None}
+        yield from (part for part in self.not_done() if part not in failed)
+        yield from sorted(failed)
+
     def read_gathered(self) -> Iterator[dict[str, Any]]:
         """Yields the fields of all [`PartRecord`]s in order.
 

@@ -185,7 +185,7 @@ def tokenize_set(
     totals = read_totals(folder)
     if totals is None:
         return _partial_report(folder, made)
-    url = push_output(Path(out), push_to_hub, "Upload token set", repo_type="dataset") if push_to_hub else None
+    url = push_output(Path(folder.path), push_to_hub, "Upload token set", repo_type="dataset") if push_to_hub else None
     return TokenizeReport(folder.url, True, num_parts, **totals, url=url)
 
 
@@ -203,13 +203,30 @@ class _PartMaker:
     num_workers: int
 
     def make(self, part: int | None) -> list[PartRecord]:
-        """Makes a part, or all that are not done and that no other process is making. Returns their records."""
+        """Makes a part, or all that are not done and that no other process is making. Returns their records.
+
+        Raises:
+            Exception: The first that made a part fail: at the end, or once two parts in a row have failed.
+        """
         made: list[PartRecord] = []
+        failure: Exception | None = None
+        failed_before = False
         with tqdm(total=self.images.length if part is None else None, unit="image", disable=None) as bar:
-            for number in self.records.not_done() if part is None else [part]:
-                if self.records.claim(number, anyway=part is not None):
+            for number in self.records.to_do() if part is None else [part]:
+                if not self.records.claim(number, anyway=part is not None):
+                    continue
+                try:
                     made += self._make_claimed(number, bar.update)
-                    self.records.gather(number, self.fingerprint)
+                except Exception as error:
+                    failure = failure or error
+                    if failed_before:
+                        break
+                    failed_before = True
+                    continue
+                failed_before = False
+                self.records.gather(number, self.fingerprint)
+        if failure is not None:
+            raise failure
         return made
 
     def _make_claimed(self, part: int, on_image: Callable[[], object]) -> list[PartRecord]:

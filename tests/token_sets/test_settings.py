@@ -87,7 +87,17 @@ def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp
             with Image.open(tmp_path / "images" / f"{i:08}_x{scale:g}.png") as found:
                 assert np.array_equal(found, picture)
     detokenize_set(model, tmp_path / "tokens", tmp_path / "first", max_images=1)
+    with pytest.raises(ValueError, match="`max_images` must be at least 1, got -1"):
+        detokenize_set(model, tmp_path / "tokens", tmp_path / "none", max_images=-1)
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["00000000_x0.5.png", "00000000_x1.png"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"no json", b'{"files": [{}]}'])
+def test_a_damaged_manifest_is_one_line(photos, tmp_path, content):
+    tokenize(make_tiled(), photos, tmp_path / "tokens")
+    (tmp_path / "tokens" / "manifest.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="`manifest.jsonl` in `.*tokens` is damaged. Fetch or make the set again"):
+        detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "images")
 
 
 def test_parts_decode_all_rows_once(photos, tmp_path, monkeypatch):

@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_no_part_that_counts_as_done(many, tmp_path):
     error = (tmp_path / "errors.txt").read_text().splitlines()[-1]
     assert re.search(r"svqvae: error: .*train-0000000-00000.parquet` cannot be written: .*File too large\.$", error)
     status = read_status(tmp_path / "out")
-    assert (status.done, [*status.failed]) == (0, [0])
+    assert (status.done, [*status.failed]) == (0, [0, 1])
     assert [path.name for path in (tmp_path / "out" / "data").rglob("*") if path.is_file()] == []
     assert svqvae(*arguments) == 1
     assert content(tmp_path / "out" / "data") == expected
@@ -336,6 +336,41 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
     check_refused()
 
 
+def test_other_parts_are_made_if_one_fails(photos, tmp_path, monkeypatch):
+    """And later runs make the failed one last. Two failures in a row end a run, because all parts may fail."""
+    failing, made = {1}, []
+    make = _PartMaker._make
+
+    def make_or_fail(self, part, on_image):
+        made.append(part)
+        if part in failing:
+            raise OSError(f"part {part} cannot be fetched")
+        return make(self, part, on_image)
+
+    monkeypatch.setattr(_PartMaker, "_make", make_or_fail)
+
+    def run():
+        made.clear()
+        with pytest.raises(OSError, match=r"part \d cannot be fetched"):
+            tokenize(make_tiny(), photos, tmp_path / "out", num_parts=5)
+        return list(made)
+
+    assert run() == [0, 1, 2, 3, 4]
+    assert run() == [1]
+    assert (read_status(tmp_path / "out").done, list(read_status(tmp_path / "out").failed)) == (4, [1])
+    failing.clear()
+    assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=5).complete
+    failing |= {0, 1, 4}
+    made.clear()
+    with pytest.raises(OSError, match="part 0 cannot be fetched"):
+        tokenize(make_tiny(), photos, tmp_path / "other", num_parts=5)
+    assert made == [0, 1]
+    made.clear()
+    with pytest.raises(OSError, match="part 4 cannot be fetched"):
+        tokenize(make_tiny(), photos, tmp_path / "other", num_parts=5)
+    assert made == [2, 3, 4, 0]
+
+
 def test_a_part_that_failed_says_why(photos, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
@@ -345,7 +380,12 @@ def test_a_part_that_failed_says_why(photos, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2)
     status = read_status(tmp_path / "out")
-    assert (status.parts, status.done, status.failed, status.complete) == (2, 0, {0: "disk full"}, False)
+    assert (status.parts, status.done, status.failed, status.complete) == (
+        2,
+        0,
+        dict.fromkeys((0, 1), "disk full"),
+        False,
+    )
     assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2).complete
     assert str(read_status(tmp_path / "out")).startswith("parts    2 (complete; done: 2, running: 0, failed: 0")
 
