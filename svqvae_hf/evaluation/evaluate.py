@@ -34,7 +34,7 @@ from svqvae_hf.evaluation.comparison import (
     to_tensor,
 )
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.results import Example, Report, ScaleResult, choose_scales, write_notes
+from svqvae_hf.evaluation.results import Example, Report, ScaleResult, choose_scales, mean, write_notes
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, resize_latents, resize_sample
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -440,13 +440,6 @@ def _highest_psnr(examples: Iterable[Example]) -> list[Example]:
 
 def _gather_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(gather_object(records), key=lambda record: record["index"])
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the available values. Infinite PSNRs (exact images) are excluded unless all are infinite."""
-    present = [value for value in values if value is not None]
-    counted = [value for value in present if value != math.inf] or present
-    return math.fsum(counted) / len(counted) if counted else None
 
 
 def _codec_means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

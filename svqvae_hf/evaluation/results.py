@@ -1,10 +1,9 @@
 """Results of an evaluation: the report that `evaluate` returns, and the notes in it."""
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -45,7 +44,7 @@ class TargetResult(NamedTuple):
     Args:
         min_psnr (`float`): The target in dB, at full size.
         reached (`int`): Images that reach it. The others are stored at the largest scale.
-        psnr (`float`): Mean PSNR at full size.
+        psnr (`float`): Mean PSNR at full size, without exact images.
         ssim (`float`, *optional*): Mean SSIM at full size; `None` if an image is too small.
         ids (`float`): Ids per image.
         bits_per_pixel (`float`): Mean bits per pixel, not entropy-coded.
@@ -124,6 +123,13 @@ class Report:
     best: list[Example]
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the available values. Infinite PSNRs (exact images) are excluded unless all are infinite."""
+    present = [value for value in values if value is not None]
+    counted = [value for value in present if value != math.inf] or present
+    return math.fsum(counted) / len(counted) if counted else None
+
+
 def choose_scales(
     records: Sequence[dict[str, Any]], scales: Sequence[float], targets: Sequence[float] | None = None
 ) -> list[TargetResult]:
@@ -136,14 +142,16 @@ def choose_scales(
             scale to the mean PSNR of the largest.
     """
     by_scale = sorted(range(len(scales)), key=scales.__getitem__)
-    ends = [
-        [record["results"][index]["psnr_full_size"] for record in records] for index in (by_scale[0], by_scale[-1])
-    ]
-    if len(scales) < 2 or not all(map(math.isfinite, itertools.chain(*ends))):
+    if len(scales) < 2:
         return []
-    low, high = (math.fsum(each) / len(each) for each in ends)
+    if targets is None:
+        low, high = (
+            cast(float, mean([record["results"][index]["psnr_full_size"] for record in records]))
+            for index in (by_scale[0], by_scale[-1])
+        )
+        targets = range(math.ceil(low), math.floor(high) + 1) if math.isfinite(low + high) else []
     results = []
-    for min_psnr in range(math.ceil(low), math.floor(high) + 1) if targets is None else targets:
+    for min_psnr in targets:
         chosen = []
         for record in records:
             in_order = [record["results"][index] for index in by_scale]
@@ -155,7 +163,7 @@ def choose_scales(
             TargetResult(
                 min_psnr=min_psnr,
                 reached=sum(each["psnr_full_size"] >= min_psnr for each in chosen),
-                psnr=math.fsum(each["psnr_full_size"] for each in chosen) / len(records),
+                psnr=cast(float, mean([each["psnr_full_size"] for each in chosen])),
                 ssim=None if None in ssim else math.fsum(ssim) / len(records),
                 ids=sum(each["ids"] for each in chosen) / len(records),
                 bits_per_pixel=math.fsum(each["bits_per_pixel"] for each in chosen) / len(records),

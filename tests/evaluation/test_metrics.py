@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from svqvae_hf.evaluation import metrics
 
@@ -39,6 +40,19 @@ def test_ssim_by_bands_equals_ssim_at_once(photo, band, monkeypatch):
     torch.testing.assert_close(metrics.ssim(*pair), whole)
 
 
+@pytest.mark.parametrize("band", [7, 256])
+def test_ms_ssim_by_bands_equals_that_of_torchmetrics(photo, band, monkeypatch):
+    images = [to_tensor(photo.crop((x, 0, x + 180, 201))) for x in (0, 60)]
+    pair = torch.cat(images), torch.cat([images[0] // 2, 255 - images[1]])
+    expected = multiscale_structural_similarity_index_measure(
+        *(each.float() for each in pair), sigma=1.5, data_range=255.0, reduction="none", normalize="relu"
+    )
+    monkeypatch.setattr(metrics, "SSIM_BAND", band)
+    torch.testing.assert_close(metrics.ms_ssim(*pair), expected)
+    assert expected[1] == 0  # the correlation is negative
+    assert expected[0] > 0.5
+
+
 def test_each_image_of_a_batch_has_its_own_value(photo):
     image = to_tensor(photo.crop((0, 0, 200, 180)))
     darker = torch.cat([image // 2, image // 3])
@@ -67,7 +81,7 @@ def test_metrics_work_from_their_smallest_side(photo):
     for metric, side in ((metrics.ssim, metrics.SSIM_SIDE), (metrics.ms_ssim, metrics.MS_SSIM_SIDE)):
         image = to_tensor(photo.crop((0, 0, 200, side)))
         assert metric(image, image).item() == 1
-    with pytest.raises(ValueError, match="height must be larger"):
+    with pytest.raises(ValueError, match="MS-SSIM needs sides of at least 176 pixels, got 200 x 175"):
         metrics.ms_ssim(image[..., 1:, :], image[..., 1:, :])
 
 

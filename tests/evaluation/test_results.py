@@ -31,6 +31,11 @@ def test_each_image_has_the_smallest_scale_that_reaches_the_psnr():
     assert results[4] == TargetResult(26, 1, 28, 28 / 128, 64, 256 / 4096, 1.0, 64)
 
 
+def test_exact_images_count_for_targets_that_are_asked_for():
+    (found,) = choose_scales([record(math.inf, 20, 20), record(30, 20, 26)], SCALES, [25])
+    assert (found.reached, found.psnr, found.ids) == (2, 26, 40)
+
+
 @pytest.mark.parametrize(("records", "scales"), [([record(math.inf, 20, 20)], SCALES), ([record(30, 2, 3)], (1.0,))])
 def test_no_targets_for_one_scale_or_exact_images(records, scales):
     assert choose_scales(records, scales) == []

@@ -16,9 +16,9 @@ from torch import nn
 from svqvae_hf.data.image_rows import ImageRow, ImageSource
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.comparison import image_metrics, to_tensor
-from svqvae_hf.evaluation.evaluate import LIBRARIES, mean, measure_images, new_fid
+from svqvae_hf.evaluation.evaluate import LIBRARIES, measure_images, new_fid
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.results import IDS_PER_CODE, MANY_IMAGES, NOT_COMPUTED
+from svqvae_hf.evaluation.results import IDS_PER_CODE, MANY_IMAGES, NOT_COMPUTED, mean
 from svqvae_hf.evaluation.tokenizers.baselines import to_image
 from svqvae_hf.evaluation.tokenizers.memory import PeakMemory
 from svqvae_hf.evaluation.tokenizers.protocol import Codes, Tokenizer, count_bits, count_tokens
