@@ -1,6 +1,6 @@
 """Measures `scaling_factor` over an image set, and stores it in the model's config.
 
-python training/measure_scaling_factor.py MODEL DATA [--num_images 1000] [--resolution 256]
+python training/measure_scaling_factor.py MODEL DATA [--num_images 1000] [--resolution 256] [--split train]
 
 The factor is 1 / the standard deviation of latents before quantisation, over all channels and positions. A denoiser is
 trained on latents times this factor, whose variance is near 1.
@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -48,11 +49,13 @@ def measure_scaling_factor(vqvae: SVQVAE, batches: Iterable[torch.Tensor]) -> fl
     return variance**-0.5
 
 
-def read_crops(data: str, num_images: int, resolution: int, pixel_range: tuple[float, float]) -> CropLoader:
-    """Makes a loader of centre crops of an image set."""
+def read_crops(
+    data: str, num_images: int, resolution: int, pixel_range: tuple[float, float], **selection: Any
+) -> CropLoader:
+    """Makes a loader of centre crops of an image set, with options of `open_images`."""
     if min(num_images, resolution) < 1:
         raise ValueError(f"`--num_images` and `--resolution` must be at least 1, but are {num_images}, {resolution}.")
-    images = open_images([data])
+    images = open_images([data], **selection)
     count = min(num_images, images.length or num_images)
     batch_size = min(BATCH_SIZE, count)
     policy = CropPolicy([resolution], batch_size, center_crop=True, random_flip=False, resize_range=(1.0, 1.0))
@@ -79,12 +82,15 @@ def main() -> None:
         "--num_images", type=int, default=1000, help="maximum number of images; each gives its centre crop"
     )
     parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels")
+    parser.add_argument("--split", help="split of the set, required if it has several")
+    parser.add_argument("--image_column", help="column of the images (default: found by its type)")
     args = parser.parse_args()
     config_file = Path(args.model, "config.json")
     if not config_file.is_file():
         raise ValueError(f"MODEL must be the folder of a model, but `{args.model}` has no config.json.")
     vqvae = SVQVAE.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    loader = read_crops(args.data, args.num_images, args.resolution, vqvae.config["pixel_range"])
+    selection = {"split": args.split, "image_column": args.image_column}
+    loader = read_crops(args.data, args.num_images, args.resolution, vqvae.config["pixel_range"], **selection)
     progress = tqdm(loader, total=loader.num_batches, unit="batch", disable=not sys.stderr.isatty())
     factor = measure_scaling_factor(vqvae, (batch.sample for batch in progress))
     config = json.loads(config_file.read_text(encoding="utf-8")) | {"scaling_factor": factor}

@@ -62,6 +62,8 @@ def train(run: Run[TrainOptions]) -> None:
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
     loader = make_loader(options, images)
+    if options.never_reached:
+        logger.warning(f"{options.max_train_steps} steps end before {' and '.join(options.never_reached)}")
     validation_batches = load_validation_batches(options, pixel_range)
     floor = measure_floor(run, vqvae, images, validation_batches) if options.validation_floor else {}
 
@@ -182,7 +184,9 @@ def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -
     """Sets the weights with which a new model starts, from some crops, alike on all processes."""
     crops = images.fresh_crops([options.resolution], START_BATCHES)
     if options.start == "linear":
-        start_linear(vqvae, torch.cat([*crops]))
+        device = vqvae.device
+        start_linear(vqvae.cpu(), torch.cat([*crops]).cpu())  # in float64, which Apple's GPUs do not have
+        vqvae.to(device)
     else:
         whiten_latents(vqvae, crops)
     for parameter in vqvae.parameters():

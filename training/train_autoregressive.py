@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5EncoderModel
@@ -258,7 +259,8 @@ def read_captions(
     if run.options.caption_features is None:
         return encoder
     folder = Path(run.options.caption_features)
-    with run.accelerator.main_process_first():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):  # may take hours, and collectives wait for minutes only
         if not folder.exists():
             store_captions(folder, source, encoder)
     return StoredCaptions(folder, source, encoder)

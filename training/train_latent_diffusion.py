@@ -181,10 +181,10 @@ def read_label_names(feature: Any) -> list[str]:
     raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
 
 
-def drop_labels(labels: list[int | None], label_dropout: float, generator: torch.Generator) -> torch.Tensor:
+def drop_labels(labels: list[int], label_dropout: float, generator: torch.Generator) -> torch.Tensor:
     """Labels of a batch, a random fraction of them replaced by the label of no class."""
     for label in labels:
-        if label is None or not 0 <= label < NUM_CLASSES:
+        if not 0 <= label < NUM_CLASSES:
             raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
     dropped = torch.rand(len(labels), generator=generator) < label_dropout
     return torch.tensor(labels).masked_fill(dropped, NUM_CLASSES)

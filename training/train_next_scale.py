@@ -46,7 +46,8 @@ class NextScaleOptions(PipelineOptions):
     def __post_init__(self) -> None:
         """Checks the options of next-scale training as well."""
         super().__post_init__()
-        self.check_positive("num_inference_steps")
+        if self.num_inference_steps < 2:
+            raise ValueError(f"`--num_inference_steps` must be at least 2, but is {self.num_inference_steps}.")
         self.check_fractions("schedule_share")
 
 

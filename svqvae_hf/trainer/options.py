@@ -337,8 +337,11 @@ def _flags(options_class: type[RunOptions], path: Path) -> Iterable[str]:
     unknown = sorted(str(key) for key in entries.keys() - {each.name for each in fields(options_class)})
     if unknown:
         raise ValueError(f"`{path}` must have only options of the script, but has {', '.join(unknown)}.")
+    choices = {each.name: each.metadata.get("choices", ()) for each in fields(options_class)}
     flags = []
     for name, value in entries.items():
+        if value is False and "no" in choices[name]:
+            value = "no"  # which YAML reads as a truth value
         if value is not None:
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return flags

@@ -477,6 +477,11 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
             f"The launcher started {started} processes, but accelerate would let each of them train alone. On CPUs "
             "set ACCELERATE_USE_CPU=true and start them with torchrun."
         )
+    if accelerator.gradient_accumulation_steps != options.gradient_accumulation_steps:
+        raise ValueError(
+            f"accelerate's settings have gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, but "
+            f"`--gradient_accumulation_steps` is {options.gradient_accumulation_steps}. Make both equal."
+        )
     if LAUNCHED in os.environ and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
         logger.warning(
             "Training on one process, because that is all `accelerate launch` starts on a CPU. For more, set "

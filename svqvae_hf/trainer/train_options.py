@@ -87,7 +87,9 @@ class TrainOptions(ImageOptions):
 
     # Codebook
     kmeans_steps: list[int] = changeable(
-        [], "Steps at which k-means of latents sets the codebook; a new model does not quantise before the first."
+        [],
+        "Steps at which k-means of latents sets the codebook; a new model does not quantise before the first.",
+        unless=lambda old, new: min(old, default=0) != min(new, default=0),
     )
     kmeans_batches: int = changeable(64, "Batches of each process whose latents k-means uses.")
     codebook_decay: float = changeable(
@@ -153,6 +155,15 @@ class TrainOptions(ImageOptions):
     def quantize_from(self) -> int:
         """First step that quantises: before its first k-means, a new model's codebook is random."""
         return 0 if self.pretrained_model_name_or_path is not None else min(self.kmeans_steps, default=0)
+
+    @property
+    def never_reached(self) -> list[str]:
+        """Options with steps after the end of the run, as flags: a recipe that is tried for a few steps has some."""
+        late = {
+            name: [step for step in steps if step >= self.max_train_steps]
+            for name, steps in (("kmeans_steps", self.kmeans_steps), ("full_crops_from", [self.full_crops_from]))
+        }
+        return [f"--{name} {' '.join(map(str, steps))}" for name, steps in late.items() if steps]
 
     def _check_loss_weights(self) -> None:
         weights = self.loss_weights

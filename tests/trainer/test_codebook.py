@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny
 from diffusers.training_utils import EMAModel
+from pytorch_optimizer.optimizer.soap import SOAP
+from torch import nn
 
 from svqvae_hf.models.quantizer import VectorQuantizer
 from svqvae_hf.trainer.network.codebook import (
@@ -109,6 +111,18 @@ def test_a_replaced_code_starts_its_average_anew():
     expected = quantizer.embedding.weight[:2].clone()
     average.update(quantizer, torch.randn(1, DIM), torch.tensor([5]))
     torch.testing.assert_close(quantizer.embedding.weight[:2], expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_latents_that_are_not_finite_move_no_code(value):
+    quantizer = make_quantizer()
+    average = CodebookAverage(quantizer, 0.9)
+    latents = torch.randn(64, DIM)
+    before = quantizer.embedding.weight.clone(), average.sums.clone(), average.weights.clone()
+    latents[3, 1] = value
+    average.update(quantizer, latents, torch.randint(SIZE, (64,)))
+    after = quantizer.embedding.weight, average.sums, average.weights
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_kmeans_leaves_out_latents_that_are_not_finite():
@@ -245,6 +259,24 @@ def test_optimizer_forgets_only_replaced_codes():
         for name in ("exp_avg", "exp_avg_sq"):
             cleared = (state[name].flatten(1) if state[name].ndim > 1 else state[name][:, None]).eq(0).any(1)
             assert cleared.nonzero().flatten().tolist() == (replaced.tolist() if parameter is weight else [])
+
+
+@pytest.mark.parametrize("max_dim", [2048, 32], ids=["rotated", "by code"])
+def test_replaced_codes_do_not_jump_with_soap(max_dim):
+    torch.manual_seed(1)
+    weight, target, used = nn.Parameter(torch.randn(SIZE, DIM)), torch.randn(SIZE, DIM), torch.rand(SIZE) < 0.8
+    optimizer = SOAP([weight], lr=1e-3, betas=(0.95, 0.95), max_precondition_dim=max_dim, weight_decay=0.0)
+    moves = []
+    for step in range(60):
+        if step == 50:
+            reset_code_state(optimizer, weight, (~used).nonzero().flatten())
+            used[:] = True
+        noise = 0.3 * torch.randn(SIZE, DIM)
+        weight.grad = torch.where(used[:, None], weight.detach() - target + noise, 0)
+        before = weight.detach().clone()
+        optimizer.step()
+        moves.append((weight.detach() - before).abs().max().item())
+    assert max(moves[50:]) < 3 * max(moves[40:50])
 
 
 def test_average_of_replaced_codes_restarts_at_them():

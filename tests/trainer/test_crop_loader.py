@@ -221,6 +221,17 @@ def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_p
     assert all(batch.labels == numbers(batch) for batch in batches)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_without_a_label_are_replaced_and_named(tmp_path, streaming):
+    rows = [{"bytes": encode(numbered(number)), "path": f"{number}.png"} for number in range(4)]
+    Dataset.from_dict({"label": [0, None, 2, 3], "png": rows}).to_parquet(tmp_path / "set.parquet")
+    images = open_images([str(tmp_path)], copy=not streaming)
+    batches = list(crop_loader(images, num_batches=4, label_column="label"))
+    assert {number for batch in batches for number in batch.labels} == {0, 2, 3}
+    skipped = {(each.key, each.reason) for batch in batches for each in batch.skipped}
+    assert skipped == {("1.png", "it has no label.")}
+
+
 def test_labels_of_a_folder_are_its_subfolders(tmp_path):
     for number, name in enumerate(("b", "a/c", "b")):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)

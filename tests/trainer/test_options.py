@@ -86,7 +86,23 @@ def test_flags_override_a_file_with_nothing(tmp_path):
 def test_recipe_of_photographs_can_be_tried_for_a_few_steps():
     recipe = str(ROOT / "training" / "configs" / "train_photos.yaml")
     flags = ["--train_data_dir", "photos", "--output_dir", "out", "--max_train_steps", "500"]
-    assert read_options(TrainOptions, [recipe, *flags]).kmeans_steps == [1, 8000, 17000]
+    options = read_options(TrainOptions, [recipe, *flags])
+    assert options.kmeans_steps == [1, 8000, 17000]
+    assert options.never_reached == ["--kmeans_steps 8000 17000", "--full_crops_from 17000"]
+    assert read_options(TrainOptions, [recipe, *flags[:4]]).never_reached == []
+
+
+def test_no_in_a_file_is_a_choice(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(NEEDED) + "mixed_precision: no\n")
+    assert read_options(TrainOptions, [str(file)]).mixed_precision == "no"
+
+
+def test_the_first_kmeans_step_must_stay_when_a_run_resumes():
+    first, later, moved = (TrainOptions(**NEEDED, kmeans_steps=steps) for steps in ([5, 80], [5, 90], [6, 80]))
+    assert changed_options(public_options(first), later, Path("checkpoint")) == {"kmeans_steps": ([5, 80], [5, 90])}
+    with pytest.raises(ValueError, match=r"`--kmeans_steps` must stay \[5, 80\]"):
+        changed_options(public_options(first), moved, Path("checkpoint"))
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,12 @@ def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch)
     assert not os.path.exists(options["output_dir"])
 
 
+def test_settings_of_accelerate_cannot_change_the_accumulation(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 4, but `--gradient_accumulation_steps` is 1"):
+        make_accelerator(RunOptions(**options))
+
+
 def test_single_process_says_so_where_more_were_asked_for(options, monkeypatch, caplog):
     monkeypatch.setenv(LAUNCHED, "no")
     with cpu():

@@ -245,7 +245,7 @@ def test_few_scales_can_be_drawn_from(sizes, steps):
         ({"token_set": "halves"}, "must hold the scales of the schedule, 1 x 1, .*, but lacks 1 x 1, 2 x 2"),
         ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
-        ({"num_inference_steps": 0}, "`--num_inference_steps` must be more than 0, but is 0"),
+        ({"num_inference_steps": 0}, "`--num_inference_steps` must be at least 2, but is 0"),
         ({"schedule_share": 1.5}, r"`--schedule_share` must lie in \[0, 1\], but is 1.5"),
     ],
 )

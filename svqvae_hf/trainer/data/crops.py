@@ -132,6 +132,8 @@ class Cutter(TorchDataset):
             image = read_image(row, self.policy.min_side)
         except (OSError, ValueError) as error:
             return Skipped(row.key, fault_of(error), isinstance(error, SmallImageError))
+        if label is None and self.label_column is not None:
+            return Skipped(row.key, "it has no label.", False)
         rng = np.random.default_rng(seed)
         factor, origin, flip = rng.uniform(*self.policy.resize_range), rng.random(2).tolist(), rng.random() < 0.5
         crop = _crop(image, side, factor, CENTRE if self.policy.center_crop else origin)

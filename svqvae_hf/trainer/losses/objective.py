@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf.evaluation.perceptual import LPIPS
+from svqvae_hf.models.image_processing_svqvae import resize_area
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.trainer.losses.adversarial import (
     MIN_SIDE,
@@ -72,7 +73,9 @@ def make_pairs(
 def _resize(sample: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if sample.shape[-2:] == tuple(size):
         return sample
-    return F.interpolate(sample, tuple(size), mode="area" if size[0] < sample.shape[-2] else "bicubic")
+    if size[0] < sample.shape[-2]:
+        return resize_area(sample, size)
+    return F.interpolate(sample, tuple(size), mode="bicubic")
 
 
 class Term(NamedTuple):

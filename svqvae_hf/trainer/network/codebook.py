@@ -91,7 +91,7 @@ class CodebookAverage(nn.Module):
         ids: torch.Tensor,
         mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     ) -> None:
-        """Adds the latents of a batch to the averages, and moves the codes there.
+        """Adds the latents of a batch to the averages, and moves the codes there. Not if a latent is not finite.
 
         Args:
             quantizer ([`VectorQuantizer`]): Quantizer whose codes move.
@@ -103,6 +103,8 @@ class CodebookAverage(nn.Module):
         share = torch.full((len(ids),), quantizer.size / len(ids), device=ids.device)
         weights = mean(torch.zeros_like(self.weights).index_add_(0, ids, share))
         sums = mean(torch.zeros_like(self.sums).index_add_(0, ids, latents * share[:, None]))
+        if not sums.isfinite().all():
+            return  # as the update of the network is skipped; a code would not recover
         self.weights.lerp_(weights, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         known = self.weights > FORGOTTEN
@@ -182,7 +184,7 @@ def forget_codes(
         model (`nn.Module`): Model that holds the codebook, and whose weights are averaged.
         codes (`nn.Parameter` of shape `(size, dim)`): The codebook.
         replaced (`torch.Tensor`): Ids of the replaced codes.
-        optimizer (`torch.optim.Optimizer`): AdamW, or Accelerate's wrapper of it.
+        optimizer (`torch.optim.Optimizer`): AdamW or SOAP, or Accelerate's wrapper of it.
         ema (`EMAModel`, *optional*): Average of `model.parameters()`.
     """
     reset_code_state(optimizer, codes, replaced)
@@ -191,9 +193,13 @@ def forget_codes(
 
 
 def reset_code_state(optimizer: torch.optim.Optimizer, codes: nn.Parameter, replaced: torch.Tensor) -> None:
-    """Sets AdamW's moments of replaced codes to 0, once its first step has created them."""
+    """Sets the optimizer's moments of replaced codes to 0, once its first step has created them.
+
+    If SOAP rotates the rows of a codebook, its squares are not by code. They remain.
+    """
     state = optimizer.state.get(codes, {})
-    for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
+    are_rotated = "Q" in state and len(state["Q"][0]) > 0
+    for name in state.keys() & ({"exp_avg"} if are_rotated else {"exp_avg", "exp_avg_sq"}):
         state[name][replaced] = 0
 
 
