@@ -22,7 +22,7 @@ from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.hub.repositories import REPO_ID
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import WHOLE_SIDE, WHOLE_SQUARES, fits_whole
+from svqvae_hf.models.tiling import fits_whole, whole_latents
 from svqvae_hf.tokens.image_tokens import (
     check_memory,
     check_same_codebook,
@@ -155,9 +155,9 @@ class Page:
         (model,) = self._models.values()
         largest = max([0 if scale_from == "image" else 1, *scales])
         latents = [round(math.ceil(side / model.f) * largest) for side in size]
-        limit = math.isqrt(WHOLE_SQUARES) * WHOLE_SIDE * model.f
-        whole = f"Not used: {size[0]} × {size[1]} pixels are encoded whole, as all images up to {limit} × {limit}"
         smallest = TILE_SIZES[1][1]
+        limit = math.isqrt(whole_latents(smallest // model.f)) * model.f
+        whole = f"Not used: {size[0]} × {size[1]} pixels are encoded whole, as all images up to {limit} × {limit}"
         if fits_whole(latents, smallest // model.f):
             return whole, whole
         if tile_size and fits_whole(latents, tile_size // model.f):

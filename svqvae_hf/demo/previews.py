@@ -16,7 +16,7 @@ from svqvae_hf.evaluation.metrics import SSIM_SIDE, ssim
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import decode_image, resize_image
+from svqvae_hf.tokens.image_tokens import decode_image, execution_device, resize_image
 from svqvae_hf.tokens.token_files import ImageTokens
 
 CODES_AT_ONCE = 256  # codes per pass of the decoder
@@ -88,7 +88,7 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
     with torch.inference_mode():
         for batch in codes.split(CODES_AT_ONCE):
             grids = batch[:, None, None].expand(-1, 2, 2).contiguous()  # (codes, 2, 2)
-            sample = model.decode(grids.to(model.device)).sample
+            sample = model.decode(grids.to(execution_device(model))).sample
             looks += map(np.asarray, processor.postprocess(sample[:, :, low:high, low:high]))
     return np.stack(looks)
 

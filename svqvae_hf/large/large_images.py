@@ -18,7 +18,7 @@ from svqvae_hf.large.tiff_writer import TILE_PX, TiffWriter
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import Read, fits_whole, gather_context, map_tile, tile_axis
-from svqvae_hf.tokens.image_tokens import check_same_codebook, image_tokens
+from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device, image_tokens
 from svqvae_hf.tokens.token_files import UINT16_CODES, ImageTokens, load_tokens, token_file_header
 
 OnTile = Callable[[int, int], None]
@@ -186,7 +186,7 @@ class _LargeRun:
             TiffWriter.create(path, *self.size)
 
         def read(rows: slice, columns: slice) -> torch.Tensor:
-            window = ids[rows, columns].long().to(self.model.device)
+            window = ids[rows, columns].long().to(execution_device(self.model))
             codes = self.model.quantize.get_codebook_entry(window, (1, *window.shape, dim))
             return codes.to(self.model.dtype)
 
@@ -247,7 +247,7 @@ def _read_sample(model: SVQVAE, image: LargeImage, rows: slice, columns: slice) 
     bottom, right = max(0, rows.stop - image.height), max(0, columns.stop - image.width)
     pixels = image.read(slice(rows.start, rows.stop - bottom), slice(columns.start, columns.stop - right))
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    sample = processor(pixels)["pixel_values"].to(model.device, model.dtype)
+    sample = processor(pixels)["pixel_values"].to(execution_device(model), model.dtype)
     return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
 

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -81,7 +81,7 @@ def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.d
     if sample.ndim != 4 or sample.shape[1] != config["in_channels"] or 0 in sample.shape:
         raise ValueError(
             f"`sample` must have shape (batch, {config['in_channels']}, height, width) with no side of 0, got "
-            f"{tuple(sample.shape)}. Prepare images with SVQVAEImageProcessor."
+            f"{tuple(sample.shape)}." + " Prepare images with SVQVAEImageProcessor." * (config["in_channels"] == 3)
         )
     if not training and not sample.is_meta and not torch.compiler.is_compiling():
         _warn_outside_range(sample, config["pixel_range"])
@@ -149,13 +149,14 @@ def check_ids(
 
 def check_scales(scales: float | Iterable[float], name: str = "`scales`") -> list[float]:
     """Raises if scales are not finite numbers above 0. Returns them as a list."""
-    checked = list(scales) if isinstance(scales, Iterable) else [scales]
+    is_list = isinstance(scales, Iterable) and getattr(scales, "ndim", None) != 0
+    checked: list[Any] = list(cast(Iterable[float], scales)) if is_list else [scales]
     if not all(isinstance(scale, Real) for scale in checked):
         raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
     for scale in checked:
         if not 0 < scale < float("inf"):
             raise ValueError(f"{name} must be finite and above 0, got {scale}.")
-    return checked
+    return [scale if isinstance(scale, int) else float(scale) for scale in checked]
 
 
 def check_scale_from(scale_from: str) -> None:

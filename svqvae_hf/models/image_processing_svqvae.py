@@ -434,8 +434,9 @@ def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
     size = [max(1, round(scale * (side // f))) * f for side in padded.shape[-2:]]
     if list(padded.shape[-2:]) == size:
         return padded
-    mode = "area" if scale <= AREA_SCALE else "bicubic"
-    return F.interpolate(padded.float(), size, mode=mode, antialias=mode == "bicubic").to(sample.dtype)
+    if scale <= AREA_SCALE:
+        return resize_area(padded.float(), size).to(sample.dtype)
+    return F.interpolate(padded.float(), size, mode="bicubic", antialias=True).to(sample.dtype)
 
 
 def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
@@ -451,8 +452,15 @@ def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
     size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
     if list(latents.shape[-2:]) == size:
         return latents
-    mode = "area" if scale < 1 else "bilinear"
-    return F.interpolate(latents.float(), size, mode=mode).to(latents.dtype)
+    if scale < 1:
+        return resize_area(latents.float(), size).to(latents.dtype)
+    return F.interpolate(latents.float(), size, mode="bilinear").to(latents.dtype)
+
+
+def resize_area(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resizes `(batch, channels, h, w)` by area. Apple's GPUs can only divide sides, so there the CPU does it."""
+    device = torch.device("cpu") if values.device.type == "mps" else values.device
+    return F.interpolate(values.to(device), list(size), mode="area").to(values.device)
 
 
 def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:

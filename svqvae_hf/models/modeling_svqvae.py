@@ -390,7 +390,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock", "AttnBlock", "VectorQuantizer"]
+    _no_split_modules = ["Encoder", "Decoder", "VectorQuantizer"]
     _repeated_blocks = ["ResnetBlock", "AttnBlock"]
     _skip_layerwise_casting_patterns = ["quantize", "norm"]
     _keep_in_fp32_modules = ["quantize"]
@@ -570,7 +570,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
                 `tile_size` pixels, so that a scale is `patch_num * f / tile_size`.
             tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
             overlap (`int`, *optional*): Overlap of this call. Switches tiling on. By default the model's, or the
-                largest that fits a small tile.
+                a quarter of a small tile.
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
             scale_from (`str`, defaults to `"latents"`): What is resized to a scale. With `"latents"` the encoder runs
                 once and its latents are resized, as in the original and in FlexVAR. With `"image"` the image is

@@ -164,7 +164,12 @@ def fits_whole(size: Sequence[int], tile: int) -> bool:
         size (`tuple[int, int]`): Height and width of the image.
         tile (`int`): Maximum side of a tile.
     """
-    return math.prod(size) <= max(tile**2, WHOLE_SQUARES * min(WHOLE_SIDE, tile) ** 2)
+    return math.prod(size) <= whole_latents(tile)
+
+
+def whole_latents(tile: int) -> int:
+    """Latents up to which an image is not tiled, with tiles of this side."""
+    return max(tile**2, WHOLE_SQUARES * min(WHOLE_SIDE, tile) ** 2)
 
 
 # Running a network over tiles
@@ -261,12 +266,12 @@ class TilingMixin(AutoencoderMixin):
         All tiles of an image share their normalisation statistics and what they attend to. Both come from at
         most 42 windows of 10 x 10 latents, spread over the image, which cover a quarter of it. An image with no more
         latents than one tile, or than 96 x 96, is not tiled, because as a whole it takes less time and is exact. At
-        f = 8 that is up to 768 x 768 pixels.
+        f = 8 that is up to 768 x 768 pixels. With tiles of less than 12 x 12 latents, it is 64 tiles.
 
         Args:
             tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
             overlap (`int`, *optional*): Overlap (halo) on each side of a tile in pixels, which is read but not kept: a
-                multiple of `f`, less than half of `tile_size`. By default 32, or the largest that fits a small tile.
+                multiple of `f`, less than half of `tile_size`. By default 32, or a quarter of a small tile.
             on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
             tile_sample_min_height (`int`, *optional*): `tile_size` by its name in diffusers.
             tile_sample_min_width (`int`, *optional*): `tile_size` by its name in diffusers.
@@ -287,10 +292,11 @@ class TilingMixin(AutoencoderMixin):
         """Tile and overlap in latents; `None` without tiling."""
         if not self.use_tiling and tile_size is None and overlap is None:
             return None
-        tile_size = self.tile_size if tile_size is None else tile_size
-        check_tiles(self.f, tile_size, overlap)
-        overlap = fit_overlap(self.f, tile_size, self.overlap) if overlap is None else overlap
-        return tile_size // self.f, overlap // self.f
+        side = self.tile_size if tile_size is None else tile_size
+        check_tiles(self.f, side, overlap)
+        if overlap is None:
+            overlap = self.overlap if tile_size is None else fit_overlap(self.f, side, self.overlap)
+        return side // self.f, overlap // self.f
 
     def _run(
         self,
@@ -321,5 +327,5 @@ class TilingMixin(AutoencoderMixin):
 
 
 def fit_overlap(f: int, tile_size: int, overlap: int) -> int:
-    """`overlap`, or the largest that fits a small tile, in pixels."""
-    return max(0, min(overlap // f, (tile_size // f - 1) // 2)) * f
+    """`overlap`, or a quarter of a small tile, in pixels: a larger one would leave little of the tile."""
+    return min(overlap // f, tile_size // f // 4) * f

@@ -12,7 +12,7 @@ from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.layers.pieces import step_bytes
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, WHOLE_SIDE, WHOLE_SQUARES
+from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, whole_latents
 from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
@@ -23,6 +23,7 @@ OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller ima
 # 1280 pixels, 165 and 153, where both estimates are 299.
 PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
 LATENT_BYTES = 128  # per latent in quantisation
+FULL_SIZE_BYTES = 8  # per pixel of an image resized to the full size, with its copy between two passes
 STEPS_HELD = 16  # steps of pieces that a layer holds beside its features, with its weights
 
 
@@ -65,7 +66,7 @@ def encode_image(
     batch = processor(image)
     ((height, width),) = batch["image_sizes"]
     with torch.inference_mode():
-        grids = model.encode_tokens(batch["pixel_values"].to(model.device, model.dtype), scales, scale_from)
+        grids = model.encode_tokens(batch["pixel_values"].to(execution_device(model), model.dtype), scales, scale_from)
     return image_tokens(model, [grid[0].cpu() for grid in grids], height, width, scales, scale_from)
 
 
@@ -124,7 +125,7 @@ def decode_image(model: SVQVAE, tokens: ImageTokens, full_size: bool = False) ->
     images: list[Image.Image] = []
     with torch.inference_mode():
         for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
-            decoded = model.decode(ids[None].to(model.device)).sample
+            decoded = model.decode(ids[None].to(execution_device(model))).sample
             images += processor.postprocess(model.resize_to_image(decoded, image_size, scale))
     return [resize_image(image, (tokens.width, tokens.height)) for image in images] if full_size else images
 
@@ -187,6 +188,15 @@ def configure_tiling(
         model.disable_tiling()
 
 
+def execution_device(model: torch.nn.Module) -> torch.device:
+    """Device on which a model computes. With accelerate's offloading its weights are elsewhere until then."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device
+
+
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     """Whether an error means that memory is exhausted; PyTorch says so only in the message."""
     return isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)) is not None
@@ -209,6 +219,7 @@ def check_memory(
     encodes: bool = True,
     decodes: bool = True,
     images: int = 1,
+    full_size: bool = False,
 ) -> None:
     """Raises before the work if images of one size would need more memory than is available.
 
@@ -221,6 +232,7 @@ def check_memory(
         encodes (`bool`, defaults to `True`): Whether the image will be encoded.
         decodes (`bool`, defaults to `True`): Whether the scales will be decoded.
         images (`int`, defaults to 1): Number of images in a batch.
+        full_size (`bool`, defaults to `False`): Whether all scales will be resized to the size of the image.
 
     Raises:
         TooLargeError: The estimate exceeds the available memory.
@@ -234,8 +246,9 @@ def check_memory(
         PIXEL_BYTES * encoded + LATENT_BYTES * latents + _feature_bytes(model, before, [1, *before], encoded, images)
     )
     decoding = PIXEL_BYTES * output + _feature_bytes(model, after, [*after[1:], after[-1]], output, images)
+    decoding += full_size * FULL_SIZE_BYTES * len(scales) * pixels
     needed = max(encodes * encoding, decodes * decoding)
-    available = available_memory(model.device)
+    available = available_memory(execution_device(model))
     if needed > available:
         tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
         raise TooLargeError(
@@ -260,7 +273,7 @@ def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], 
     in_pieces = max(max(2 * width, read) / area for width, read, area in by_level)
     # As a whole: the input, the normalised input and the result of the first convolution.
     as_whole = max((2 * max(width, read) + width) / area for width, read, area in by_level)
-    channel, step = 4 * model.config["base_channels"], step_bytes(model.device)
+    channel, step = 4 * model.config["base_channels"], step_bytes(execution_device(model))
 
     def of_network(pixels: float) -> float:
         if channel * pixels > step:
@@ -268,7 +281,7 @@ def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], 
         return channel * as_whole * pixels
 
     of_image = pixels / images
-    if not model.use_tiling or of_image <= max(model.tile_size**2, WHOLE_SQUARES * (WHOLE_SIDE * model.f) ** 2):
+    if not model.use_tiling or of_image <= whole_latents(model.tile_size // model.f) * model.f**2:
         return of_network(pixels)
     # The images of a batch are sampled one by one, and their tiles run together.
     sampled = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * of_image)

@@ -11,7 +11,7 @@ from PIL import Image
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, to_rgb
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import encode_image, image_tokens, resize_image
+from svqvae_hf.tokens.image_tokens import encode_image, execution_device, image_tokens, resize_image
 from svqvae_hf.tokens.token_files import ImageTokens, grid_shape
 
 
@@ -45,7 +45,8 @@ def encode_to_psnr(
         `tuple[ImageTokens, bool]`: Ids at one scale, and whether the PSNR is reached. If no scale reaches it, they are
         the ids of the largest.
     """
-    pixels = torch.from_numpy(np.array(to_rgb(image))).movedim(-1, 0)[None]
+    image = to_rgb(image)
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None]
     (choice,) = choose_by_psnr(model, pixels, scales, min_psnr, scale_from)
     tokens = image_tokens(model, [choice.ids.cpu()], image.height, image.width, [choice.scale], scale_from)
     return tokens, choice.reached
@@ -86,7 +87,7 @@ def choose_by_psnr(
     """
     height, width = pixels.shape[-2:]
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    sample = processor(pixels.to(model.device))["pixel_values"].to(model.dtype)
+    sample = processor(pixels.to(execution_device(model)))["pixel_values"].to(model.dtype)
     targets = pixels.movedim(1, -1).numpy().astype(np.float64)
     largest_error = 255**2 * 10 ** (-min_psnr / 10)
     chosen: dict[int, ScaleChoice] = {}

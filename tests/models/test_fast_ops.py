@@ -99,6 +99,18 @@ def test_cat_on_own_pages_is_cat_and_keeps_the_layout(dtype, layout, lengths):
     assert rows.any()
 
 
+@torch.no_grad()
+def test_cat_without_pages_of_its_own_is_cat(monkeypatch):
+    """Where the system refuses them, PyTorch's allocator decides whether memory is exhausted."""
+
+    def refuse(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    parts = torch.rand(4, 3).split(2)
+    assert torch.equal(cat_on_own_pages(parts, 0), torch.cat(parts))
+
+
 def test_cat_on_own_pages_passes_gradients():
     parts = [torch.randn(1, 4, 2, 2, requires_grad=True) for _ in range(2)]
     cat_on_own_pages(parts, 0)[1].sum().backward()

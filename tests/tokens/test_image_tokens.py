@@ -4,6 +4,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
 from svqvae_hf.models.checks import SCALE_SOURCES
@@ -13,6 +14,7 @@ from svqvae_hf.tokens.image_tokens import (
     check_memory,
     decode_image,
     encode_image,
+    execution_device,
 )
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -41,6 +43,21 @@ def test_decoding_the_encoded_is_the_forward_pass(tiny_model, crop, tiled, scale
         (reference,) = processor.postprocess(sample)
         assert image.size == reference.size
         assert np.abs(np.asarray(image, int) - np.asarray(reference, int)).max() <= 1
+
+
+def test_a_model_whose_weights_are_elsewhere_until_they_are_used(tiny_model, crop):
+    expected = encode_image(tiny_model, crop, SCALES)
+    images = decode_image(tiny_model, expected)
+    cpu_offload(tiny_model, torch.device("cpu"))
+    assert (tiny_model.device.type, execution_device(tiny_model).type) == ("meta", "cpu")
+    tokens = encode_image(tiny_model, crop, SCALES)
+    assert all(torch.equal(ids, wanted) for ids, wanted in zip(tokens.ids, expected.ids, strict=True))
+    assert decode_image(tiny_model, tokens) == images
+
+
+def test_scales_of_numpy_are_stored_as_numbers(tiny_model, crop):
+    tokens = encode_image(tiny_model, crop, np.array([0.5, 1], np.float32))
+    assert [(type(scale), scale) for scale in tokens.scales] == [(float, 0.5), (float, 1.0)]
 
 
 def test_a_number_is_one_scale(tiny_model, crop):
@@ -108,6 +125,7 @@ def available(monkeypatch):
         ((1000, 1000), [1000.0], {"decodes": False}, False),
         ((100_000, 100_000), [0.01], {}, False),
         ((100_000, 100_000), [0.01], {"encodes": False}, True),
+        ((100_000, 100_000), [0.01], {"encodes": False, "full_size": True}, False),
     ],
 )
 def test_memory_is_checked_for_encoding_and_decoding_apart(tiny_model, available, size, scales, uses, fits):

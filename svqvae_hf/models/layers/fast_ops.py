@@ -66,7 +66,10 @@ def cat_on_own_pages(parts: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: 
     if not own_pages or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
     joined = torch.cat([torch.empty_like(part, device="meta") for part in parts], dim)
-    pages = mmap.mmap(-1, joined.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, joined.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # out of memory: PyTorch finds some in its heap, or says so in its own way
+        return torch.cat(parts, dim)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     values = torch.frombuffer(pages, dtype=joined.dtype)
