@@ -7,7 +7,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
 # The bundled photograph by the bundled model: images and a side-by-side picture in outputs/, PSNR on the terminal.
