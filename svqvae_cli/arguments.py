@@ -117,10 +117,10 @@ def add_scale_target(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_several(scales: Collection[float], chooser: str) -> None:
+def check_several(scales: Collection[float], chooser: str, example: str = "--scales 0.25 0.5 1") -> None:
     """Raises ValueError if an option has only one scale to choose from. `chooser` names it, with its verb."""
     if len(set(scales)) < 2:
-        raise ValueError(f"{chooser} among at least two scales. Pass them, such as --scales 0.25 0.5 1.")
+        raise ValueError(f"{chooser} among at least two scales. Pass them, such as {example}.")
 
 
 def add_tiles(

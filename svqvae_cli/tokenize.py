@@ -120,7 +120,8 @@ def run(args: argparse.Namespace) -> None:
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
     if args.min_psnr or args.max_bits:
-        check_several(args.sides or args.scales, "--min-psnr and --max-bits choose")
+        example = "--sides 8 16 32" if args.sides else "--scales 0.25 0.5 1"
+        check_several(args.sides or args.scales, "--min-psnr and --max-bits choose", example)
     check_out(args.out)
     images = open_images(args.data, columns=args.keep, left_out=args.out, **image_set_options(args))
     rank = os.environ.get("LOCAL_RANK")  # of torchrun and accelerate

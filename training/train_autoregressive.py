@@ -259,10 +259,11 @@ def read_captions(
     if run.options.caption_features is None:
         return encoder
     folder = Path(run.options.caption_features)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):  # may take hours, and collectives wait for minutes only
-        if not folder.exists():
-            store_captions(folder, source, encoder)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):  # for hours, which a collective would not wait
+            if not folder.exists():
+                store_captions(folder, source, encoder)
     return StoredCaptions(folder, source, encoder)
 
 
@@ -311,7 +312,7 @@ def validate(
 def make_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:
     """Card of the pipeline."""
     summary, call = pipeline.describe()
-    return pipeline_card(run, pipeline, script=SCRIPT, summary=summary, call=call)
+    return pipeline_card(run, pipeline, script=SCRIPT, summary=summary, call=call, pipeline_tag=pipeline.task)
 
 
 def make_adapter_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:

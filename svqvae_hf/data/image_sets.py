@@ -283,10 +283,13 @@ class DatasetRows(IndexedRows):
 
 
 def _open_folder(folder: str, selection: Selection) -> ImageSet:
+    if selection.left_out_folder == Path(folder).resolve():
+        raise ValueError(f"the folder of the results must not be the image set, got `{folder}`. Choose another.")
     top = os.listdir(folder)
     if any(name in top for name in SAVED_FILES):
         return _open_saved(folder, selection)
     if any(name in top for name in METADATA_FILES):
+        _check_left_out(folder, selection)
         return _open_builder(folder, selection)
     files = walk_files(folder, selection.left_out_folder)
     kinds = {_kind(file) for file in files} - {None}
@@ -301,25 +304,35 @@ def _open_folder(folder: str, selection: Selection) -> ImageSet:
             f"`{folder}/*.jpg`."
         )
     if kinds != {"image"}:
-        if selection.left_out_folder and Path(folder).resolve() in selection.left_out_folder.parents:
-            raise ValueError(f"`{selection.left_out}` must not be in `{folder}`, which is read whole. Choose another.")
+        _check_left_out(folder, selection)
         return _open_builder(folder, selection)
     split, keys = _files_of_split(folder, [file for file in files if _kind(file) == "image"], selection.split)
     return _image_files(os.path.abspath(os.path.join(folder, split)), keys, selection)
 
 
-def _files_of_split(name: str, keys: Sequence[str], split: str | None) -> tuple[str, list[str]]:
-    """Chooses a split of a folder, if all its files are in subfolders named as splits.
+def _check_left_out(folder: str, selection: Selection) -> None:
+    if selection.left_out_folder and Path(folder).resolve() in selection.left_out_folder.parents:
+        raise ValueError(f"`{selection.left_out}` must not be in `{folder}`, which is read whole. Choose another.")
+
+
+def _files_of_split(
+    name: str, keys: Sequence[str], split: str | None, are_shards: bool = False
+) -> tuple[str, list[str]]:
+    """Chooses a split of a folder, if all its subfolders are named as splits, or all its shards.
 
     Returns:
-        `tuple[str, list[str]]`: The subfolder, empty if there are no splits, and the paths of the files in it.
+        `tuple[str, list[str]]`: The subfolder, empty if there is none for the split, and the paths of the files in it.
     """
-    tops = {Path(key).parts[0] for key in keys}
-    if not tops <= set(SPLITS) or any(key in tops for key in keys):
-        _choose_split(name, ["train"], split)
-        return "", list(keys)
-    split = _choose_split(name, sorted(tops), split)
-    return split, [key[len(split) + 1 :] for key in keys if Path(key).parts[0] == split]
+    tops = {key.partition("/")[0] for key in keys}
+    if tops <= set(SPLITS):
+        split = _choose_split(name, sorted(tops), split)
+        return split, [key[len(split) + 1 :] for key in keys if key.startswith(f"{split}/")]
+    first_words = [re.split("[^a-z]", os.path.basename(key), maxsplit=1)[0] for key in keys]
+    if are_shards and set(first_words) <= set(SPLITS):
+        split = _choose_split(name, sorted(set(first_words)), split)
+        return "", [key for key, word in zip(keys, first_words, strict=True) if word == split]
+    _choose_split(name, ["train"], split)
+    return "", list(keys)
 
 
 def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
@@ -327,28 +340,31 @@ def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
     if len(kinds) > 1:
         raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
     (kind,) = kinds
-    _choose_split(files[0], ["train"], selection.split)
+    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    _choose_split(root, ["train"], selection.split)
     if kind != "image":
         return _open_builder(kind, selection, files)
-    root = os.path.commonpath([os.path.dirname(file) for file in files])
     return _image_files(root, [os.path.relpath(file, root) for file in files], selection)
 
 
 def _open_urls(patterns: Sequence[str], selection: Selection) -> ImageSet:
     """Opens files that `fsspec` reaches."""
     found = [_find_urls(name, selection.left_out) for pattern in patterns for name in expand_braces(pattern)]
-    urls = [url for _, files in found for url in files]
+    urls = list(dict.fromkeys(url for _, files in found for url in files))
     kinds = {_kind(url) or "image" for url in urls}
     if len(kinds) > 1:
         raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
     (kind,) = kinds
     folder = found[0][0] if len(found) == 1 else None
     if folder is None:
-        _choose_split(urls[0], ["train"], selection.split)
         scheme, _, _ = urls[0].partition("://")
-        folder = f"{scheme}://{os.path.commonpath([os.path.dirname(url.partition('://')[2]) for url in urls])}"
+        paths = [url.partition("://")[2] for url in urls]
+        root = os.path.commonpath([os.path.dirname(path) for path in paths])
+        folder, keys = f"{scheme}://{root}", [os.path.relpath(path, root) for path in paths]
+        _choose_split(folder, ["train"], selection.split)
     else:
-        split, keys = _files_of_split(folder, [url[len(folder) + 1 :] for url in urls], selection.split)
+        keys = [url[len(folder) + 1 :] for url in urls]
+        split, keys = _files_of_split(folder, keys, selection.split, are_shards=kind != "image")
         folder = f"{folder}/{split}".rstrip("/")
         urls = [f"{folder}/{key}" for key in keys]
     if kind not in ("image", "webdataset"):
@@ -357,11 +373,11 @@ def _open_urls(patterns: Sequence[str], selection: Selection) -> ImageSet:
     if kind == "webdataset":
         parts = open_tars(urls, selection.image_column, selection.columns)
         return ImageSet(parts, parts[0].features, lambda: [stamps, selection.image_column])
-    return _image_files(folder, [url[len(folder) + 1 :] for url in urls], selection, lambda: stamps)
+    return _image_files(folder, keys, selection, lambda: stamps)
 
 
 def _find_urls(name: str, left_out: str | os.PathLike | None) -> tuple[str | None, list[str]]:
-    """URL of a folder, if it is one, and those of its files; or those of the files of a glob, or of one file."""
+    """Returns the URL of a folder, or `None` for a glob or a file, and the URLs of the files found."""
     folder = None
     with explained(name, "read"):
         try:
@@ -420,7 +436,7 @@ def _open_saved(folder: str, selection: Selection) -> ImageSet:
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     split = _choose_split(folder, list(splits), selection.split)
     rows, image_column, kept = _select(splits[split], selection)
-    stamps = FileRows(folder, walk_files(folder)).stamps
+    stamps = FileRows(folder, walk_files(folder, selection.left_out_folder)).stamps
     part = DatasetRows(rows, image_column)
     return ImageSet([part], kept, lambda: [split, image_column, stamps()], len(part))
 
@@ -528,7 +544,8 @@ def _find_files(patterns: Sequence[str], left_out: Path | None) -> list[str]:
             elif os.path.exists(name):
                 files = [name]
             else:
-                files = [file for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
+                matches = [file for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
+                files = [file for file in matches if left_out not in Path(file).absolute().parents]
             if not files:
                 raise ValueError(
                     f"the folder `{name}` has no images."

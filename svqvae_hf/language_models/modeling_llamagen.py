@@ -165,10 +165,10 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for tokens that are
                 seen, those in the cache included. All are seen by default.
-            position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions, those of the caption
-                included.
+            position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions, counted with those of
+                the caption, and one for each of these where it is passed.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Embeddings, instead of
-                `input_ids` and `prompt_embeds`.
+                `input_ids`. A model with captions takes them after a caption that is in the cache.
             labels (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens for the loss, -100 for none.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions with logits, 0 for all.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_condition_tokens, caption_dim)`, *optional*): Features
@@ -186,9 +186,10 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             ValueError: The features have another shape, or are missing, or the model has classes instead of captions.
         """
         if self.config.caption_dim is None:
-            if prompt_embeds is not None:
+            if prompt_embeds is not None or prompt_attention_mask is not None:
                 raise ValueError(
-                    "`prompt_embeds` are for models with captions, but this one has classes. Leave them out."
+                    "`prompt_embeds` and `prompt_attention_mask` are for models with captions, but this one has "
+                    "classes. Leave them out."
                 )
         elif prompt_embeds is not None:
             if input_ids is None or inputs_embeds is not None:

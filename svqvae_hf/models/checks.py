@@ -78,10 +78,11 @@ def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.d
         raise TypeError(
             f"`sample` must be of the model's type {dtype}, got {sample.dtype}. Pass `sample.to(model.dtype)`."
         )
+    advice = " Prepare images with SVQVAEImageProcessor." if config["in_channels"] == 3 else ""
     if sample.ndim != 4 or sample.shape[1] != config["in_channels"] or 0 in sample.shape:
         raise ValueError(
             f"`sample` must have shape (batch, {config['in_channels']}, height, width) with no side of 0, got "
-            f"{tuple(sample.shape)}." + " Prepare images with SVQVAEImageProcessor." * (config["in_channels"] == 3)
+            f"{tuple(sample.shape)}.{advice}"
         )
     if not training and not sample.is_meta and not torch.compiler.is_compiling():
         _warn_outside_range(sample, config["pixel_range"])

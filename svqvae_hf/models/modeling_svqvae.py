@@ -569,8 +569,8 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             patch_nums (`Sequence[int]`, *optional*): The original's form of `scales`: latents along a tile of
                 `tile_size` pixels, so that a scale is `patch_num * f / tile_size`.
             tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
-            overlap (`int`, *optional*): Overlap of this call. Switches tiling on. By default the model's, or the
-                a quarter of a small tile.
+            overlap (`int`, *optional*): Overlap of this call. Switches tiling on. By default the model's, or a
+                quarter of a small tile.
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
             scale_from (`str`, defaults to `"latents"`): What is resized to a scale. With `"latents"` the encoder runs
                 once and its latents are resized, as in the original and in FlexVAR. With `"image"` the image is

@@ -266,7 +266,7 @@ class TilingMixin(AutoencoderMixin):
         All tiles of an image share their normalisation statistics and what they attend to. Both come from at
         most 42 windows of 10 x 10 latents, spread over the image, which cover a quarter of it. An image with no more
         latents than one tile, or than 96 x 96, is not tiled, because as a whole it takes less time and is exact. At
-        f = 8 that is up to 768 x 768 pixels. With tiles of less than 12 x 12 latents, it is 64 tiles.
+        f = 8 that is up to 768 x 768 pixels. With smaller tiles than 12 x 12 latents, it is the area of 64 tiles.
 
         Args:
             tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.tokens.image_tokens import execution_device
 
 
 def load_text_encoder(source: str) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
@@ -33,7 +34,6 @@ def encode_captions(
     tokenizer: PreTrainedTokenizerBase,
     captions: Sequence[str],
     length: int,
-    device: torch.device,
     *,
     truncate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,12 +44,11 @@ def encode_captions(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         captions (`Sequence[str]`): Captions.
         length (`int`): Number of positions.
-        device (`torch.device`): Where the encoder runs. With accelerate's hooks its weights are elsewhere until then.
         truncate (`bool`, defaults to `False`): Cut longer captions to `length` tokens, instead of raising an error.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Features `(batch, length, channels)` with zeros before the text, and their
-        mask `(batch, length)`, on `device`.
+        mask `(batch, length)`, on the device of the encoder.
 
     Raises:
         ValueError: A caption has more tokens than positions.
@@ -59,6 +58,7 @@ def encode_captions(
     if len(longest) > length:
         text = reprlib.repr(captions[batch["input_ids"].index(longest)])
         raise ValueError(f"A caption must have at most {length} tokens, but {text} has {len(longest)}. Shorten it.")
+    device = execution_device(text_encoder)
     ids, mask = (torch.tensor(batch[name], device=device) for name in ("input_ids", "attention_mask"))
     features = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
     pairs = zip(features, mask.sum(1).tolist(), strict=True)

@@ -32,10 +32,12 @@ class PipelineCardMixin(DiffusionPipeline):
             **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:
-            ValueError: If `push_to_hub` is given, which would upload a card without an example.
+            ValueError: `push_to_hub` is set.
         """
         if kwargs.get("push_to_hub"):
-            raise ValueError("`save_pretrained` does not upload. Call `push_to_hub` of the pipeline, with its card.")
+            raise ValueError(
+                "`save_pretrained` cannot upload. Call the pipeline's `push_to_hub`, which uploads the card as well."
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         card = Path(save_directory, "README.md")
         if not card.exists():

@@ -221,8 +221,9 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             "causal language model over the codebook of an SVQVAE."
         )
         if getattr(self.language_model.config, "caption_dim", None) is not None:
-            prompt = 'prompt="a caption like those it was trained on"'
-            return summary, "prompt_embeds=features" if self.text_encoder is None else prompt
+            if self.text_encoder is None:
+                return summary, "prompt_embeds=pipeline.language_model.uncond_embedding[None]"
+            return summary, 'prompt="a caption like those it was trained on"'
         return summary, "class_labels=[0]" if layout.num_classes else ""
 
     @torch.no_grad()
@@ -371,7 +372,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not prompts or not all(isinstance(each, str) for each in prompts):
             raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompt)}.")
-        return encode_captions(self.text_encoder, self.tokenizer, prompts, length, self._execution_device)
+        return encode_captions(self.text_encoder, self.tokenizer, prompts, length)
 
     def _encode_captions(
         self,

@@ -87,7 +87,7 @@ def check_tensor_inputs(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def check_returned_ids(returned: torch.Tensor, sampled: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """Returns ids of a callback as the sampled ones are, and raises unless they can replace these."""
+    """Returns the ids of a callback in int64, on the device of the sampled ids. Raises if they cannot replace them."""
     ids = to_int64("ids", returned).to(sampled.device)
     if ids.shape != sampled.shape or not 0 <= ids.min() <= ids.max() < codebook_size:
         raise ValueError(

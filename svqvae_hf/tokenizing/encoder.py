@@ -13,7 +13,7 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokenizing.reading import CroppedImage
-from svqvae_hf.tokens.image_tokens import check_memory
+from svqvae_hf.tokens.image_tokens import check_memory, execution_device
 from svqvae_hf.tokens.scale_choice import choose_by_bits, choose_by_psnr
 
 BATCH_CROPS = 64  # crops of a batch by default, if they are small
@@ -48,7 +48,7 @@ class RowEncoder:
 
     def __init__(self, model: SVQVAE, settings: TokenSettings, features: datasets.Features, batch_size: int | None):
         self.model = model
-        self.device, self.dtype = model.device, model.dtype  # each look-up visits all modules
+        self.device, self.dtype = execution_device(model), model.dtype  # each look-up visits all modules
         self.settings = settings
         self.features = features
         self.batch_size = batch_size

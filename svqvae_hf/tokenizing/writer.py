@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ class _PartMaker:
         """Makes a part, or all that are not done and that no other process is making. Returns their records.
 
         Raises:
-            Exception: The first that made a part fail: at the end, or once two parts in a row have failed.
+            Exception: A part failed. Raised once the others are made, or once two parts in a row have failed.
         """
         made: list[PartRecord] = []
         failure: Exception | None = None
@@ -218,6 +219,7 @@ class _PartMaker:
                 try:
                     made += self._make_claimed(number, bar.update)
                 except Exception as error:
+                    traceback.clear_frames(error.__traceback__)  # which would keep batches and worker processes alive
                     failure = failure or error
                     if failed_before:
                         break

@@ -189,7 +189,7 @@ def configure_tiling(
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:
-    """Device on which a model computes. With accelerate's offloading its weights are elsewhere until then."""
+    """Device on which a model computes. With accelerate's offloading, its weights are elsewhere between calls."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:

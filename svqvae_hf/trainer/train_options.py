@@ -158,7 +158,7 @@ class TrainOptions(ImageOptions):
 
     @property
     def never_reached(self) -> list[str]:
-        """Options with steps after the end of the run, as flags: a recipe that is tried for a few steps has some."""
+        """Flags of options whose steps lie beyond the end of the run, as when a recipe is tried for a few steps."""
         late = {
             name: [step for step in steps if step >= self.max_train_steps]
             for name, steps in (("kmeans_steps", self.kmeans_steps), ("full_crops_from", [self.full_crops_from]))

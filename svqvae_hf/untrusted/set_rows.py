@@ -36,7 +36,7 @@ def confine_row(source: Any, repository: str | None) -> Any:
 
 
 def confine_copied_row(source: Any, repository: str | None) -> Any:
-    """The same for a set that `datasets` has copied from the Hub. Its files lie in the caches on this machine.
+    """Marks a row of a Hub set that `datasets` has copied, if it names a file outside the caches of its set.
 
     Args:
         source: Image of a row, see [`confine_row`].
@@ -44,8 +44,15 @@ def confine_copied_row(source: Any, repository: str | None) -> Any:
     """
     if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
         return source
-    path = Path(source["path"]).resolve()
-    folders = [Path(datasets.config.EXTRACTED_DATASETS_PATH)]
+    try:
+        path = Path(source["path"]).resolve()
+    except (ValueError, RuntimeError):  # a zero byte, or a loop of links
+        return {**source, "fault": _fault(source["path"])}
+    config = datasets.config
+    folders = [
+        Path(config.EXTRACTED_DATASETS_PATH),
+        Path(config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_DIR),
+    ]
     if repository:
         folders.append(Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")))
     if any(path.is_relative_to(folder.resolve()) for folder in folders):

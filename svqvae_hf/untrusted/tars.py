@@ -14,7 +14,8 @@ EXTENDED = (
 class StrictTarInfo(tarfile.TarInfo):
     """Member of a tar file. Raises ReadError for a damaged header, which `tarfile` takes for the end of the file.
 
-    Also for a huge extended header, and for a chain of them, which `tarfile` reads by recursion.
+    It also raises for an extended header that is too large, and for a long chain of them, which `tarfile` reads by
+    recursion.
     """
 
     @classmethod

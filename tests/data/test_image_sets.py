@@ -132,7 +132,26 @@ def test_the_folder_of_the_results_is_left_out(tmp_path, prefix):
         save(numbered(0), tmp_path / name)
     folder, report = f"{prefix}{tmp_path}", f"{prefix}{tmp_path}/report"
     assert keys(open_images([folder], left_out=report)) == ["0.png"]
-    assert keys(open_images([folder, folder], left_out=report)) == ["0.png"] * (2 if prefix else 1)
+    for data in ([folder, folder], [f"{folder}/**/*.png"]):
+        assert keys(open_images(data, left_out=report)) == ["0.png"]
+
+
+@pytest.mark.parametrize("names", [("train/a", "test/a"), ("data/train-0000", "data/test-0000")])
+def test_a_folder_of_shards_at_a_url_has_the_splits_of_the_local_one(parquet, photos, tmp_path, names):
+    for name, source in zip(names, ("train", "test"), strict=True):
+        path = tmp_path / "shards" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((tmp_path / "set" / f"{source}.parquet").read_bytes())
+    for prefix in ("", "file://"):
+        assert same(open_images([f"{prefix}{tmp_path}/shards"], split="test"), photos[:2])
+        with pytest.raises(ValueError, match=r"has the splits .*. Choose one with --split"):
+            open_images([f"{prefix}{tmp_path}/shards"])
+
+
+def test_the_folder_of_the_results_must_be_another(tmp_path):
+    save(numbered(0), tmp_path / "0.png")
+    with pytest.raises(ValueError, match="the folder of the results must not be the image set"):
+        open_images([str(tmp_path)], left_out=tmp_path)
 
 
 def test_results_must_not_be_in_a_folder_of_shards(parquet, tmp_path):
@@ -370,7 +389,13 @@ def test_a_copied_set_of_the_hub_can_only_name_its_own_images(monkeypatch, photo
     for path in (*inside, *outside[:-1]):
         save(photos[0], path)
     outside[-1].symlink_to(tmp_path / "private.png")
-    names = [*map(str, inside), *map(str, outside), f"{inside[0].parent}/../../../../private.png", "http://host/a.png"]
+    names = [
+        *map(str, inside),
+        *map(str, outside),
+        f"{inside[0].parent}/../../../../private.png",
+        "http://host/a.png",
+        "a\0b",
+    ]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     rows = datasets.Dataset.from_list([{"image": {"bytes": None, "path": name}} for name in names], features=features)
     origin = datasets.data_files.DataFilesList([f"{REPO}train.parquet"], [("org/set", "1a2b")])

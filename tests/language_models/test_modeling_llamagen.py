@@ -145,7 +145,7 @@ def test_captions_of_the_wrong_shape_are_an_error():
 
 
 def test_captions_in_a_model_of_classes_are_an_error():
-    with pytest.raises(ValueError, match="`prompt_embeds` are for models with captions"):
+    with pytest.raises(ValueError, match="`prompt_embeds` and `prompt_attention_mask` are for models with captions"):
         load("c2i")(torch.tensor([[CODES]]), prompt_embeds=torch.zeros(1, 1, 32))
 
 

@@ -21,16 +21,20 @@ def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
     assert names["image"].size == (16, 32)
 
 
-def test_card_of_a_pipeline_for_captions(tmp_path):
+def test_card_of_a_pipeline_for_captions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for number, text in enumerate((text_components(), {})):
         make_captioned("t2i", **text).save_pretrained(tmp_path / str(number))
         card = ModelCard.load(tmp_path / str(number) / "README.md")
         assert ("prompt=" in card.text, "prompt_embeds=" in card.text) == (bool(text), not text)
         assert card.data.pipeline_tag == ("text-to-image" if text else "unconditional-image-generation")
+        names = {}
+        exec(card.text.split("```python\n")[1].partition("```")[0], names)
+        assert names["image"].size == (16, 16)
 
 
 def test_saving_does_not_upload(tmp_path):
-    with pytest.raises(ValueError, match="`save_pretrained` does not upload. Call `push_to_hub`"):
+    with pytest.raises(ValueError, match="`save_pretrained` cannot upload. Call the pipeline's `push_to_hub`"):
         make_pipeline().save_pretrained(tmp_path / "dreams", push_to_hub=True)
     assert not (tmp_path / "dreams").exists()
 

@@ -78,7 +78,7 @@ def test_command_and_its_card(photos, tmp_path, capsys):
     argv = ["tokenize", photos / "0.png", tmp_path / "tokens", "--min-psnr", "20"]
     assert "--min-psnr and --max-bits choose among at least two scales" in fails(capsys, *argv)
     crops = ["--crops", "centre", "--resolution", "16", "--max-images", "1"]
-    assert "Pass them" in fails(capsys, *argv, *crops, "--sides", "2")
+    assert "Pass them, such as --sides 8 16 32" in fails(capsys, *argv, *crops, "--sides", "2")
     assert svqvae(*argv[:2], tmp_path / "by-sides", *argv[3:], *crops, "--sides", "1", "2") == 0
     assert svqvae(*argv, "--scales", "0.25", "0.5", "1") == 0
     card = (tmp_path / "tokens" / "README.md").read_text()

@@ -32,9 +32,7 @@ class CaptionEncoder:
 
     def encode(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encodes captions to `prompt_embeds` and `prompt_attention_mask`."""
-        features, mask = encode_captions(
-            self.text_encoder, self.tokenizer, captions, self.length, self.text_encoder.device, truncate=True
-        )
+        features, mask = encode_captions(self.text_encoder, self.tokenizer, captions, self.length, truncate=True)
         return {"prompt_embeds": features, "prompt_attention_mask": mask}
 
     def draw(self, batch: TokenBatch, generator: torch.Generator) -> dict[str, torch.Tensor]:

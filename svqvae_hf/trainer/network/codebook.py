@@ -91,7 +91,9 @@ class CodebookAverage(nn.Module):
         ids: torch.Tensor,
         mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     ) -> None:
-        """Adds the latents of a batch to the averages, and moves the codes there. Not if a latent is not finite.
+        """Adds the latents of a batch to the averages, and moves the codes there.
+
+        A batch with a latent that is not finite is left out.
 
         Args:
             quantizer ([`VectorQuantizer`]): Quantizer whose codes move.
@@ -104,7 +106,7 @@ class CodebookAverage(nn.Module):
         weights = mean(torch.zeros_like(self.weights).index_add_(0, ids, share))
         sums = mean(torch.zeros_like(self.sums).index_add_(0, ids, latents * share[:, None]))
         if not sums.isfinite().all():
-            return  # as the update of the network is skipped; a code would not recover
+            return  # the optimizer skips this step as well; a code that is not finite would never recover
         self.weights.lerp_(weights, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         known = self.weights > FORGOTTEN
