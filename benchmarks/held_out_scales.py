@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 
-from svqvae_hf import SVQVAENextScalePipeline
+from svqvae_hf import SVQVAEImageProcessor, SVQVAENextScalePipeline
 from svqvae_hf.evaluation.metrics import psnr, ssim
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.pipelines.schedules import describe
@@ -52,7 +52,7 @@ def measure(pipeline: SVQVAENextScalePipeline, photo: Image.Image, temperature: 
     """Figures of a photograph `(scales, 4)`: both losses, PSNR and SSIM."""
     longest = max(pipeline.trained_schedule[-1])
     own = predict(pipeline, photo, 1)
-    pixels = pipeline.image_processor(photo)["pixel_values"].to(own.image)
+    pixels = SVQVAEImageProcessor(pixel_range=(0, 1))(photo)["pixel_values"].to(own.image)
     rows = []
     for step, size in enumerate(pipeline.trained_schedule):
         generator = torch.Generator().manual_seed(0)

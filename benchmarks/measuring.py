@@ -5,6 +5,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import platform
 import shlex
 import statistics
 import sys
@@ -130,6 +131,7 @@ def in_own_process(device: str, threads: int, prepare: Callable[..., Callable[[]
 
 def _measure(device: str, threads: int, prepare: Callable[..., Callable[[], Any]], arguments: Sequence[Any]) -> Cost:
     torch.set_num_threads(threads)
+    use_device(device)
     run = prepare(*arguments)
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
@@ -155,13 +157,21 @@ def _resident_memory(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
+def use_device(device: str) -> None:
+    """Makes a numbered GPU the one whose events and memory are measured."""
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+
+
 def describe_machine(device: str, threads: int) -> dict[str, Any]:
     """Describes the hardware and the versions that the figures depend on."""
+    use_device(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
-    instructions = [flag for flag in BFLOAT16_FLAGS if flag in fields["flags"].split()]
+    flags = fields.get("flags", fields.get("Features", ""))  # on x86, and on ARM
+    instructions = [flag for flag in BFLOAT16_FLAGS if flag in flags.split()]
     return {
-        "processor": fields["model name"],
+        "processor": fields.get("model name", platform.machine()),
         "cores": psutil.cpu_count(logical=False),
         "threads": threads,
         "bfloat16 instructions": ", ".join(instructions) or "none",

@@ -126,7 +126,7 @@ def measure(model: SVQVAE, image: torch.Tensor, with_whole: bool) -> dict[str, f
 
 def load(options: argparse.Namespace) -> tuple[SVQVAE, SVQVAEImageProcessor]:
     """Loads the model, with tiling configured, and the processor."""
-    model = SVQVAE.from_pretrained(options.model).eval().to(options.device)
+    model = SVQVAE.from_pretrained(options.model, pixel_range=(0, 1)).eval().to(options.device)
     model.enable_tiling(options.tile_size, options.overlap)
     return model, SVQVAEImageProcessor(pixel_range=(0, 1))
 

@@ -105,6 +105,7 @@ class Decoder(nn.Module):
 class SVQVAE(nn.Module):
     def __init__(self, config):
         super().__init__()
+        assert config["codebook_l2_norm"], "only codebooks on the unit sphere"
         self.config, self.f = config, 2 ** (len(config["encoder_ch_mult"]) - 1)
         base, blocks, groups = (config[key] for key in ("base_channels", "num_res_blocks", "norm_num_groups"))
         z, dim = config["z_channels"], config["codebook_embed_dim"]

@@ -45,6 +45,11 @@ def vq_by_hand(model: VQModel, sample: torch.Tensor) -> ByHand:
     return ByHand(model.decode(latents).sample, 5 * len(ids), len(ids), ids)
 
 
+def amused_by_hand(model: VQModel, sample: torch.Tensor) -> ByHand:
+    found = vq_by_hand(model, (sample + 1) / 2)
+    return found._replace(sample=2 * found.sample - 1)
+
+
 def kl_by_hand(model: AutoencoderKL, sample: torch.Tensor) -> ByHand:
     mean = model.quant_conv(model.encoder(sample)).chunk(2, 1)[0]
     return ByHand(model.decode(mean.half().float()).sample, 16 * mean.numel(), mean[0, 0].numel(), None)
@@ -102,7 +107,7 @@ CASES = {
         lambda: VQModel(**SPATIAL, num_vq_embeddings=CODES, latent_channels=4, norm_type="spatial"), vq_by_hand, 2
     ),
     "VQModel-lookup": Case(
-        lambda: VQModel(**TWO_LEVELS, num_vq_embeddings=CODES, lookup_from_codebook=True), vq_by_hand, 2
+        lambda: VQModel(**TWO_LEVELS, num_vq_embeddings=CODES, lookup_from_codebook=True), amused_by_hand, 2
     ),
     "AutoencoderKL": Case(lambda: AutoencoderKL(**TWO_LEVELS), kl_by_hand, 2),
     "AutoencoderTiny": Case(make_tiny_autoencoder, tiny_by_hand, 4),

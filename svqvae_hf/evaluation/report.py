@@ -253,7 +253,8 @@ def _plot_codecs(axes: Axes, report: Report, key: str) -> None:
 
 def _plot_block_baselines(axes: Axes, report: Report, key: str) -> None:
     """Draws baselines of blocks at scale 1: points, or a line if they are not quantised."""
-    shown = [each for each in report.baselines if each["scale"] == 1 and each["baseline"] not in GREYS]
+    blocks = [each for each in report.baselines if each["scale"] == 1 and each["baseline"] not in GREYS]
+    shown = [each for each in blocks if is_finite(each[key])]
     for each, colour, marker in zip(shown, COLOURS[1:], BASELINE_MARKERS, strict=False):
         if each["bits_per_pixel"] is None:
             axes.axhline(each[key], color=colour, linewidth=1, linestyle="--", label=each["baseline"])

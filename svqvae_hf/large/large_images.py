@@ -162,7 +162,7 @@ class _LargeRun:
         placeholder = torch.zeros((), dtype=torch.int64).expand(*self.latent_size)
         header = token_file_header(image_tokens(self.model, [placeholder], *self.size, [1.0]))
         dtype = np.dtype("<i4" if self.model.config["codebook_size"] > UINT16_CODES else "<u2")
-        if "encode" not in self.record.finished_rows:
+        if self._is_new("encode", path):
             with path.open("wb") as empty:
                 empty.write(header)
                 empty.truncate(len(header) + math.prod(self.latent_size) * dtype.itemsize)
@@ -182,7 +182,7 @@ class _LargeRun:
         """Writes the image of ids `(h, w)` to `path`."""
         f, dim = self.model.f, self.model.config["codebook_embed_dim"]
         processor = SVQVAEImageProcessor(pixel_range=self.model.config["pixel_range"])
-        if "decode" not in self.record.finished_rows:
+        if self._is_new("decode", path):
             TiffWriter.create(path, *self.size)
 
         def read(rows: slice, columns: slice) -> torch.Tensor:
@@ -197,6 +197,12 @@ class _LargeRun:
 
         with TiffWriter(path) as output:
             self._map("decode", self.model.decode_window, read, write, output.flush, 1)
+
+    def _is_new(self, name: str, path: Path) -> bool:
+        """Whether a pass starts anew. A run that was killed at its very end has a record, but no unfinished file."""
+        if not path.exists():
+            self.record.finished_rows.pop(name, None)
+        return name not in self.record.finished_rows
 
     def _map(
         self,
@@ -226,6 +232,9 @@ class _LargeRun:
             self.record.write()
 
     def __enter__(self) -> Self:
+        hook = getattr(self.model, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.model)  # loads offloaded weights, as `encode` and `decode` do
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:

@@ -148,6 +148,15 @@ def test_plot_excludes_infinite_values(report):
     assert [len(axes.get_lines()[0].get_xdata()) for axes in (psnr, ssim)] == [5, 6]
 
 
+def test_plot_leaves_out_baselines_without_a_value(report):
+    for each in report.baselines:
+        each["ssim"] = None  # of images that are too small
+    psnr, ssim = rate_figure(report).axes
+    titles = {each["baseline"] for each in report.baselines[:3]}
+    assert titles <= {line.get_label() for line in psnr.get_lines()}
+    assert not titles & {line.get_label() for line in ssim.get_lines()}
+
+
 def test_codecs_without_values_are_not_in_the_legend(report):
     report.codecs = [each for each in report.codecs if each["codec"] == "WebP"]
     for axes in rate_figure(report).axes:

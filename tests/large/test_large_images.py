@@ -1,4 +1,5 @@
 import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +171,29 @@ def test_resumed_encoding_and_decoding_equal_unbroken_ones(model, tiff, tmp_path
             run(model, source, target, resume=True)
     for suffix in (".safetensors", ".tif"):
         assert (tmp_path / f"broken{suffix}").read_bytes() == (tmp_path / f"unbroken{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("run", [encode_large, reconstruct_large])
+def test_a_run_that_was_killed_at_its_very_end_is_made_again(model, tiff, tmp_path, monkeypatch, run):
+    """When its result had its name, but its record was not deleted yet."""
+    unbroken, target = tmp_path / "unbroken.tif", tmp_path / "a.tif"
+    run(model, tiff, unbroken)
+
+    def kill_at_record(path, missing_ok=False):
+        if path == record_path(target):
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    unlink = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill_at_record)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tiff, target)
+    assert record_path(target).exists()
+    target.unlink()
+    run(model, tiff, target, resume=True)
+    assert target.read_bytes() == unbroken.read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_run_resumes_after_a_disk_error(model, tiff, tmp_path, monkeypatch):

@@ -153,15 +153,16 @@ class LinearDecoder(BlockBaseline):
             images (`Iterable[torch.Tensor]`): Images `(3, height, width)`, sides multiples of `side`.
         """
         dim = kmeans.codes.shape[1]
-        products, targets = (kmeans.codes.new_zeros(9 * dim, n, dtype=torch.float64) for n in (9 * dim, dim))
+        products, targets = (torch.zeros(9 * dim, n, dtype=torch.float64) for n in (9 * dim, dim))  # on the CPU
         for image in images:
             blocks = F.pixel_unshuffle(image[None].float(), kmeans.side)
             coded = kmeans.code(blocks)
             inputs = F.unfold(_padded(coded - kmeans.mean[:, None, None]), 3)[0]  # (9 * dim, h * w)
-            products += inputs @ inputs.T
-            targets += inputs @ (blocks - coded).flatten(2)[0].T
+            products += (inputs @ inputs.T).cpu()
+            targets += (inputs @ (blocks - coded).flatten(2)[0].T).cpu()
         products.diagonal().add_(RIDGE * products.diagonal().mean())
-        return cls(kmeans, torch.linalg.solve(products, targets).T.float().reshape(dim, dim, 3, 3))
+        weight = torch.linalg.solve(products, targets).T.float().reshape(dim, dim, 3, 3)
+        return cls(kmeans, weight.to(kmeans.codes.device))
 
     def encode(self, blocks: torch.Tensor) -> torch.Tensor:
         """Ids `(batch, h, w)` of the nearest codes."""
@@ -252,8 +253,8 @@ def principal_components(blocks: torch.Tensor, count: int) -> tuple[torch.Tensor
     """Mean `(dim,)` of blocks `(n, dim)`, and their leading principal components as columns `(dim, count)`."""
     vectors = blocks[:: math.ceil(len(blocks) / REGRESSION_BLOCKS)].float()
     mean = vectors.mean(0)
-    components = torch.linalg.eigh((vectors - mean).T.cov()).eigenvectors
-    return mean, components.flip(-1)[:, :count]
+    components = torch.linalg.eigh((vectors - mean).T.cov().cpu()).eigenvectors  # Apple's GPUs cannot
+    return mean, components.flip(-1)[:, :count].to(mean.device)
 
 
 def _codebook(codes: torch.Tensor) -> Codebook:

@@ -188,11 +188,15 @@ class _Meter:
         return counts
 
     def _timed(self, run: Callable[[], Result]) -> tuple[Result, float]:
+        self._wait()
         begun = time.perf_counter()
         result = run()
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        self._wait()
         return result, time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
 
 def _write_notes(

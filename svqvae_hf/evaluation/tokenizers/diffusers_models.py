@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
+from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.scale_choice import choose_by_psnr
 
@@ -58,16 +59,17 @@ class SmallestScaleTokenizer(SVQVAETokenizer):
 
 
 class VQModelTokenizer:
-    """`VQModel` of diffusers."""
+    """`VQModel` of diffusers. Those that look up codes are aMUSEd's, whose pixels lie in [0, 1]; others in [-1, 1]."""
 
     def __init__(self, title: str, model: VQModel):
         self.title, self.model = title, model
         self.f = 2 ** (len(model.config.block_out_channels) - 1)
         self.codebook_size = model.config.num_vq_embeddings
+        self.pixel_range = (0, 1) if model.config.lookup_from_codebook else (-1, 1)
 
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Ids `(1, h, w)`."""
-        latents = self.model.encode(sample).latents
+        latents = self.model.encode(map_range(sample, (-1, 1), self.pixel_range)).latents
         return self.model.quantize(latents)[2][2].view(1, *latents.shape[-2:])
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -75,7 +77,8 @@ class VQModelTokenizer:
         shape = (*codes.shape, self.model.config.vq_embed_dim or self.model.config.latent_channels)
         quantized = self.model.quantize.get_codebook_entry(codes.flatten(), shape)
         spatial = quantized if self.model.config.norm_type == "spatial" else None
-        return self.model.decoder(self.model.post_quant_conv(quantized), spatial)
+        decoded = self.model.decoder(self.model.post_quant_conv(quantized), spatial)
+        return map_range(decoded, self.pixel_range, (-1, 1))
 
 
 class AutoencoderKLTokenizer:
