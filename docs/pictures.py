@@ -108,6 +108,8 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     _box(draw, model.f, (y.core_start, y.core_stop), (x.core_start, x.core_stop), GREEN, 5)
     draw = ImageDraw.Draw(sampled)
     windows = _context_windows(size)
+    (start, stop), _ = windows[0]
+    side = (stop - start) * model.f
     for window in windows:
         _box(draw, model.f, *window, GREEN, 4)
     shown_size = photo.width * 2 // 3, photo.height * 2 // 3
@@ -120,7 +122,7 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
         Panel(
             sampled.resize(shown_size, Image.Resampling.LANCZOS),
             "windows",
-            f"{len(windows)} of 64 x 64 pixels, for the statistics that all tiles share",
+            f"{len(windows)} of {side} x {side} pixels, for the statistics that all tiles share",
         ),
     ]
     return contact_sheet(panels)
