@@ -139,7 +139,7 @@ def open_images(
         max_images (`int`, *optional*): Number of images after which to stop; all by default.
         data_files (`Sequence[str]`): Files of the set on the Hub, or patterns of them; all by default.
         copy (`bool`, defaults to `False`): Copy shards to the cache of `datasets`, for random access.
-        left_out (`str` or `os.PathLike`, *optional*): Folder or URL that is not searched, such as that of the results.
+        left_out (`str` or `os.PathLike`, *optional*): Folder or URL of the results, which is not searched.
 
     Raises:
         OSError: The set cannot be found or reached.
@@ -321,7 +321,7 @@ def _files_of_split(
     """Chooses a split of a folder, if all its subfolders are named as splits, or all its shards.
 
     Returns:
-        `tuple[str, list[str]]`: The subfolder, empty if there is none for the split, and the paths of the files in it.
+        `tuple[str, list[str]]`: The subfolder of the split, or `""`, and the paths of the files below it.
     """
     tops = {key.partition("/")[0] for key in keys}
     if tops <= set(SPLITS):

@@ -165,8 +165,8 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             input_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 1 for tokens that are
                 seen, those in the cache included. All are seen by default.
-            position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions, counted with those of
-                the caption, and one for each of these where it is passed.
+            position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions. A caption has
+                `num_condition_tokens` of them, which come first. They are passed together with `prompt_embeds`.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Embeddings, instead of
                 `input_ids`. A model with captions takes them after a caption that is in the cache.
             labels (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens for the loss, -100 for none.
