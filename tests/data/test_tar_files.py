@@ -116,12 +116,19 @@ def test_headers_that_take_unbounded_memory_or_recursion_are_refused(tmp_path, m
         member.type, member.size = kind, size
         return member.tobuf(tarfile.GNU_FORMAT) + b"1" * (-(-size // 512) * 512)
 
-    for name, headers in (("large", header(2000)), ("many", header(3) * 5000)):
+    for name, headers, reason in (
+        ("large", header(2000), "a header of 2000 bytes"),
+        ("many", header(3) * 5000, "maximum recursion depth exceeded"),
+    ):
         write_tar(tmp_path / f"{name}.tar", sample(0))
+        with tarfile.open(tmp_path / f"{name}.tar") as tar:
+            end = tar.getmembers()[-1].offset_data + 512
         content = (tmp_path / f"{name}.tar").read_bytes()
-        (tmp_path / f"{name}.tar").write_bytes(content[: -len(content) % 512 - 1024] + headers + content[-1024:])
+        (tmp_path / f"{name}.tar").write_bytes(content[:end] + headers + content[end:])
         part = TarPart(f"{prefix}{tmp_path}/{name}.tar", datasets.Features({}), image_key=None)
-        assert [*faults(part.read())] == [f"{name}.tar"]
+        ((found, fault),) = faults(part.read()).items()
+        assert found == f"{name}.tar"
+        assert f"the tar file ends early: {reason}" in fault
 
 
 def test_names_that_are_not_text_are_escaped(tmp_path):
