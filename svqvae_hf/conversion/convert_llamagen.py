@@ -146,7 +146,7 @@ def _card(
         tags=["svqvae", "llamagen", "autoregressive"],
         license=license,
         base_model=hub_repo(checkpoint.source),
-        pipeline_tag="text-to-image" if text_encoder else "unconditional-image-generation",
+        pipeline_tag=pipeline.task,
         provenance=rows,
     )
 

@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,7 @@ def confine_row(source: Any, repository: str | None) -> Any:
     Returns:
         `source`, with a `"fault"` if its path leads outside, so that `read_image` raises before it opens the file.
     """
-    if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
-        return source
-    *archives, file = source["path"].split("::")
-    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
-    path = "/" if match is None else posixpath.normpath(match[1])
-    outside = path == ".." or path.startswith(("../", "/"))
-    outside = outside or not all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)
-    if not outside:
-        return source
-    return {**source, "fault": _fault(source["path"])}
+    return _confine(source, repository, _is_in_repository)
 
 
 def confine_copied_row(source: Any, repository: str | None) -> Any:
@@ -42,12 +33,35 @@ def confine_copied_row(source: Any, repository: str | None) -> Any:
         source: Image of a row, see [`confine_row`].
         repository (`str`, *optional*): Repository of the set on the Hub. Rows of a local set may name any file.
     """
+    return _confine(source, repository, _is_in_caches)
+
+
+def _confine(source: Any, repository: str | None, is_inside: Callable[[str, str], bool]) -> Any:
     if repository is None or not isinstance(source, Mapping) or source["bytes"] is not None or source["path"] is None:
         return source
+    if is_inside(source["path"], repository):
+        return source
+    fault = (
+        f"the row must hold an image of its set, but names `{source['path']}`, which is not in the set. Store the set "
+        "again with its images embedded."
+    )
+    return {**source, "fault": fault}
+
+
+def _is_in_repository(path: str, repository: str) -> bool:
+    *archives, file = path.split("::")
+    match = re.fullmatch(rf"hf://datasets/{re.escape(repository)}@[^/]+/(.+)", file)
+    inside = "/" if match is None else posixpath.normpath(match[1])
+    if inside == ".." or inside.startswith(("../", "/")):
+        return False
+    return all(re.fullmatch(ARCHIVES, archive, re.DOTALL) for archive in archives)
+
+
+def _is_in_caches(path: str, repository: str) -> bool:
     try:
-        path = Path(source["path"]).resolve()
+        file = Path(path).resolve()
     except (ValueError, RuntimeError):  # a zero byte, or a loop of links
-        return {**source, "fault": _fault(source["path"])}
+        return False
     config = datasets.config
     folders = [
         Path(config.EXTRACTED_DATASETS_PATH),
@@ -55,13 +69,4 @@ def confine_copied_row(source: Any, repository: str | None) -> Any:
     ]
     if repository:
         folders.append(Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="dataset")))
-    if any(path.is_relative_to(folder.resolve()) for folder in folders):
-        return source
-    return {**source, "fault": _fault(source["path"])}
-
-
-def _fault(path: str) -> str:
-    return (
-        f"the row must hold an image of its set, but names `{path}`, which is not in the set. Store the set again "
-        "with its images embedded."
-    )
+    return any(file.is_relative_to(folder.resolve()) for folder in folders)

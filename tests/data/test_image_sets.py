@@ -4,6 +4,7 @@ import os
 import resource
 import time
 import zipfile
+from types import SimpleNamespace
 
 import datasets
 import fsspec
@@ -349,6 +350,14 @@ OUTSIDE = [
 ]
 
 
+def stand_in_for_the_hub(monkeypatch, **methods):
+    """Makes `datasets` find the set `org/set` with these methods of its builder."""
+    origin = datasets.data_files.DataFilesList([f"{REPO}train.parquet"], [("org/set", "1a2b")])
+    config = SimpleNamespace(data_files={"train": origin})
+    builder = SimpleNamespace(name="parquet", repo_id="org/set", config=config, **methods)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: builder)
+
+
 def test_a_set_on_the_hub_can_only_name_its_own_images(monkeypatch, photos):
     """Otherwise the author of a set could have private images of its users encoded, and published with the ids."""
     encoded = encode(photos[0])
@@ -356,18 +365,7 @@ def test_a_set_on_the_hub_can_only_name_its_own_images(monkeypatch, photos):
     rows = [{"image": embedded}, *({"image": {"bytes": None, "path": path}} for path in INSIDE + OUTSIDE)]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
-    origin = datasets.data_files.DataFilesList([f"{REPO}train.parquet"], [("org/set", "1a2b")])
-    builder = type(
-        "Builder",
-        (),
-        {
-            "name": "parquet",
-            "repo_id": "org/set",
-            "config": type("Config", (), {"data_files": {"train": origin}}),
-            "as_streaming_dataset": lambda self, split: stream,
-        },
-    )
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: builder())
+    stand_in_for_the_hub(monkeypatch, as_streaming_dataset=lambda split: stream)
     opened = []
     monkeypatch.setattr(fsspec, "open", lambda name, mode: opened.append(name) or io.BytesIO(encoded))
     rows = list(open_images(["org/set"], split="train"))
@@ -398,19 +396,7 @@ def test_a_copied_set_of_the_hub_can_only_name_its_own_images(monkeypatch, photo
     ]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     rows = datasets.Dataset.from_list([{"image": {"bytes": None, "path": name}} for name in names], features=features)
-    origin = datasets.data_files.DataFilesList([f"{REPO}train.parquet"], [("org/set", "1a2b")])
-    builder = type(
-        "Builder",
-        (),
-        {
-            "name": "parquet",
-            "repo_id": "org/set",
-            "config": type("Config", (), {"data_files": {"train": origin}}),
-            "download_and_prepare": lambda self: None,
-            "as_dataset": lambda self, split: rows,
-        },
-    )
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: builder())
+    stand_in_for_the_hub(monkeypatch, download_and_prepare=lambda: None, as_dataset=lambda split: rows)
     images = list(open_images(["org/set"], split="train", copy=True))
     assert same(images[: len(inside)], photos[:1] * len(inside))
     for row in images[len(inside) :]:
