@@ -36,10 +36,10 @@ from PIL import Image
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.token_sets import reading
+from svqvae_hf.token_sets.datatrove_step import TokenizeImages
 from svqvae_hf.token_sets.records import PartRecord, PartRecords
-from svqvae_hf.tokenizing import reading
-from svqvae_hf.tokenizing.datatrove_step import TokenizeImages
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 
 SIDES = (8, 24)  # range in pixels
 BROKEN_EVERY = 50
@@ -123,7 +123,7 @@ def run_jobs(target: Callable[..., None], jobs: int, kills: int, *arguments: Any
     """Runs jobs, four at a time, kills some at random, and starts those again. Returns how many were killed."""
     chance, killed = random.Random(0), 0
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["svqvae_cli.tokenize", "svqvae_hf.tokenizing.datatrove_step"])
+    context.set_forkserver_preload(["svqvae_cli.tokenize", "svqvae_hf.token_sets.datatrove_step"])
     waiting, running = deque(range(jobs)), {}
     while waiting or running:
         while waiting and len(running) < AT_ONCE:

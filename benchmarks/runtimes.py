@@ -22,7 +22,7 @@ from contestants import make_checkpoint
 from measuring import DTYPES, Row, add_dtypes, describe_machine, make_parser, report, take_turns
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.conversion.export import export_graphs
+from svqvae_hf.export.export import export_graphs
 
 EAGER, COMPILED, ONNX, OPENVINO = "eager", "torch.compile", "ONNX Runtime", "OpenVINO"
 RUNTIMES = {  # precisions of each: an ONNX graph of `svqvae export` is in float32

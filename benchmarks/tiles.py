@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.evaluation.metrics import psnr
+from svqvae_hf.files.paths import find_files
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.models.tiling import Tile, tile_axis
-from svqvae_hf.paths import find_files
 
 BAND = 4  # pixels on each side of a border
 FRAME = 16  # pixels cut off each side first, because scans such as Kodak's have dark lines there

@@ -25,16 +25,16 @@ from PIL import Image, ImageOps
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.files.paths import find_files
+from svqvae_hf.files.storage import Folder
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
-from svqvae_hf.paths import find_files
-from svqvae_hf.storage import Folder
+from svqvae_hf.token_sets.encoder import ImageCounts, RowEncoder
 from svqvae_hf.token_sets.manifest import join_parts
+from svqvae_hf.token_sets.reading import read_crops
 from svqvae_hf.token_sets.records import PARTS_PER_FOLDER, PartRecords
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
 from svqvae_hf.token_sets.shards import row_features, shard_name, write_shards
-from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
-from svqvae_hf.tokenizing.reading import read_crops
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 
 SMALL = 32  # side in pixels of the images for `memory`
 

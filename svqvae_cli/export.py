@@ -33,7 +33,7 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes a model as two graphs, and prints how close they are to it."""
     from svqvae_cli.loading import load_model
-    from svqvae_hf.conversion.export import export_graphs
+    from svqvae_hf.export.export import export_graphs
 
     model = load_model(args.model, "cpu", "float32")
     with require_extra("export", "export"):

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
-    from svqvae_hf.tokenizing.writer import check_out, tokenize_set
+    from svqvae_hf.token_sets.writer import check_out, tokenize_set
 
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")

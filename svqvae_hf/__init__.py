@@ -6,13 +6,13 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin
 
-from svqvae_hf.language_models.configuration_llamagen import LlamaGenConfig
-from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
+from svqvae_hf.files.paths import DEFAULT_MODEL
+from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses
-from svqvae_hf.paths import DEFAULT_MODEL
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 

@@ -26,7 +26,7 @@ from svqvae_hf.models import tiling
 from svqvae_hf.models.tiling import tile_axis
 from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.token_sets.crops import make_crops
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 
 BENCHMARKS = str(ROOT / "benchmarks")
 # A stand-in for the original's checkout that runs our own model.

@@ -19,7 +19,7 @@ from conftest import ROOT
 from hub_server import serve_hub
 from hugging_face_docstrings import HuggingFaceDocstrings, to_markdown
 from page_runner import kept_kinds, python_blocks, without_numbers
-from test_imports import ROOMS
+from test_imports import SUBPACKAGES
 from train_autoregressive import AutoregressiveOptions
 from train_latent_diffusion import DiffusionOptions
 from train_masked import MaskedOptions
@@ -207,9 +207,9 @@ def test_reference_of_the_command_line_is_complete():
             assert all(str(choice) in row + rows[row] for choice in action.choices or ())
 
 
-def test_architecture_names_each_room():
+def test_architecture_names_each_subpackage():
     named = re.findall(r"^\| `(\w+)/?` \|", PAGES[ROOT / "docs" / "architecture.md"], re.MULTILINE)
-    assert named == ROOMS
+    assert named == SUBPACKAGES
 
 
 # Site

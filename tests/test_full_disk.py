@@ -10,16 +10,16 @@ from conftest import ROOT, fill, make_tiny
 from PIL import Image
 
 import svqvae_cli
-from svqvae_hf.atomic_io import save_png, write_file
-from svqvae_hf.conversion import export
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.report import write_report
+from svqvae_hf.export import export
+from svqvae_hf.files.atomic_io import save_png, write_file
 from svqvae_hf.large.large_images import decode_large, encode_large
 from svqvae_hf.large.run_record import record_path
 from svqvae_hf.token_sets.settings import read_settings
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, save_tokens
 

@@ -34,7 +34,7 @@ TOKEN_SET = """
 import datasets
 from huggingface_hub import HfApi
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import read_settings
 

@@ -1,4 +1,4 @@
-"""The rooms of the package, top to bottom: each imports only from rooms below it."""
+"""The subpackages of the package, top to bottom: each imports only from those below it."""
 
 import ast
 from pathlib import Path
@@ -6,26 +6,10 @@ from pathlib import Path
 from conftest import ROOT
 
 PACKAGE = ROOT / "svqvae_hf"
-ROOMS = [
-    *(
-        "trainer",
-        "demo",
-        "large",
-        "evaluation",
-        "tokenizing",
-        "token_sets",
-        "data",
-        "conversion",
-        "pipelines",
-        "tokens",
-        "models",
-        "language_models",
-        "loaders",
-        "hub",
-    ),
-    *("untrusted", "paths", "storage", "atomic_io"),
+SUBPACKAGES = [
+    *("trainer", "demo", "large", "evaluation", "export", "token_sets", "data", "conversion", "pipelines", "tokens"),
+    *("models", "loaders", "hub", "untrusted", "files"),
 ]
-TOP_LEVEL = ["training", "svqvae_cli", "svqvae_hf"]  # what a user starts with: nothing below imports it
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -39,33 +23,22 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] in ("svqvae_hf", "svqvae_cli", "training", "conversion")}
 
 
-def room_of(module: str) -> str:
-    """Room of a module of the package; the package's own `__init__` is the roof, above all rooms."""
-    name = module.split(".")[1] if "." in module else "svqvae_hf"
-    return name if name in ROOMS else "svqvae_hf"
+def wrong_imports(path: Path, subpackage: str) -> list[str]:
+    """Imports of a file that do not go down. `__init__.py` of the package may import all subpackages."""
+    first = 0 if subpackage == "__init__.py" else SUBPACKAGES.index(subpackage)
+    allowed = tuple(f"svqvae_hf.{name}." for name in SUBPACKAGES[first:])
+    return sorted(module for module in imported_modules(path) if not module.startswith(allowed))
 
 
-def wrong_imports(path: Path, room: str) -> list[str]:
-    """Imports of a file that do not go down."""
-    allowed = {"svqvae_hf": set(ROOMS)}.get(room, {room, *ROOMS[ROOMS.index(room) + 1 :]} if room in ROOMS else set())
-    return [
-        module
-        for module in sorted(imported_modules(path))
-        if not module.startswith("svqvae_hf") or room_of(module) not in allowed
-    ]
+def test_every_subpackage_is_listed():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*SUBPACKAGES}
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
 
 
-def test_every_room_is_listed():
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {path.stem for path in PACKAGE.glob("*.py")}
-    assert rooms == {*ROOMS, "__init__"}
-
-
-def test_rooms_import_only_from_below():
-    wrong = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        wrong[str(path.relative_to(ROOT))] = wrong_imports(path, "svqvae_hf" if room == "__init__" else room)
-    assert {path: modules for path, modules in wrong.items() if modules} == {}
+def test_subpackages_import_only_from_below():
+    files = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
+    wrong = {str(name): wrong_imports(path, name.parts[0]) for name, path in files.items()}
+    assert {name: modules for name, modules in wrong.items() if modules} == {}
 
 
 def test_an_import_upwards_is_found(tmp_path):

@@ -5,7 +5,7 @@ from conftest import ROOT, make_tiny
 from PIL import Image
 
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 
 SIZES = [(33, 20), (40, 30), (40, 30), (7, 1), (90, 50), (16, 16)]
 TILES = (32, 8)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.conversion.convert_next_scale import load_tokenizer
 from svqvae_hf.conversion.new_repository import ConversionReport, check_arguments, provenance, write_repository
+from svqvae_hf.files.atomic_io import check_new_folder
 from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.repositories import hub_repo, public_name
-from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, LlamaGenCheckpoint, read_llamagen
+from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline, grid_side

@@ -14,9 +14,9 @@ import datasets
 import fsspec
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
+from svqvae_hf.files.paths import readable
+from svqvae_hf.files.storage import explained
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-from svqvae_hf.paths import readable
-from svqvae_hf.storage import explained
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

@@ -1,1 +1,1 @@
-"""Repositories on the Hugging Face Hub and the cards in them. Imports no other room."""
+"""Repositories on the Hugging Face Hub and the cards in them. Imports no subpackage above it."""

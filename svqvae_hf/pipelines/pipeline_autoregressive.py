@@ -11,10 +11,10 @@ import torch
 from diffusers import ImagePipelineOutput
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from svqvae_hf.language_models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
 from svqvae_hf.models.loading import list_faults
+from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.cards import PipelineCardMixin

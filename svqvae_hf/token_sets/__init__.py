@@ -1,1 +1,1 @@
-"""Token sets: image sets as ids, in Parquet files that `datasets` reads."""
+"""Image sets as token sets: ids in Parquet files that `datasets` reads."""

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from svqvae_hf.data.image_sets import is_hub_set
+from svqvae_hf.files.paths import DEFAULT_MODEL
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
-from svqvae_hf.paths import DEFAULT_MODEL
 
 TAGS = ["svqvae", "image-tokens"]
 BUNDLED_MODEL = "bundled with svqvae-hf"  # in settings, for the model that commands use by default

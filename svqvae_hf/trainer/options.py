@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from svqvae_hf.files.paths import check_local
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
-from svqvae_hf.paths import check_local
 
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")

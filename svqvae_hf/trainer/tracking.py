@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torchvision.utils import make_grid
 
-from svqvae_hf.atomic_io import save_png
 from svqvae_hf.evaluation.baselines.blocks import KMeans, take_blocks
 from svqvae_hf.evaluation.metrics import count_codes, perplexity, psnr, usage
+from svqvae_hf.files.atomic_io import save_png
 from svqvae_hf.trainer.losses.objective import Pair
 
 

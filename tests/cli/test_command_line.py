@@ -19,9 +19,10 @@ from svqvae_cli import progress
 from svqvae_cli.arguments import OVERLAP, TILE_SIZE
 from svqvae_cli.command_line import COMMANDS, build_parser
 from svqvae_hf import __version__
-from svqvae_hf.conversion import convert, export
+from svqvae_hf.conversion import convert
 from svqvae_hf.evaluation import evaluate, perceptual
 from svqvae_hf.evaluation.baselines import codecs
+from svqvae_hf.export import export
 from svqvae_hf.models.tiling import OVERLAP_PX
 from svqvae_hf.token_sets.crops import CROPS
 
@@ -290,7 +291,7 @@ def test_ctrl_c_of_tokenize_says_how_to_resume(two_images, saved_model, tmp_path
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("svqvae_hf.tokenizing.writer.tokenize_set", interrupt)
+    monkeypatch.setattr("svqvae_hf.token_sets.writer.tokenize_set", interrupt)
     assert svqvae("tokenize", two_images, tmp_path / "out", "--model", saved_model) == 130
     line, last = capsys.readouterr().err.splitlines()
     assert line == f"svqvae: `{tmp_path / 'out'}` is not complete yet. Resume it with the same command."

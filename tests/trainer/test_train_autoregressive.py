@@ -36,7 +36,7 @@ import svqvae_cli
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data import token_sequences
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.options import read_options

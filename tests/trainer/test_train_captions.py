@@ -28,7 +28,7 @@ from training_runs import (
 from svqvae_hf import SVQVAEAutoregressivePipeline
 from svqvae_hf.conversion.convert_llamagen import convert_llamagen
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.captions import CaptionEncoder, StoredCaptions, store_captions
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 

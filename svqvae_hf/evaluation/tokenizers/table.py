@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from svqvae_hf.atomic_io import write_file
 from svqvae_hf.evaluation.report import (
     COLOURS,
     GREYS,
@@ -23,6 +22,7 @@ from svqvae_hf.evaluation.report import (
     to_json,
 )
 from svqvae_hf.evaluation.tokenizers.compare import Comparison
+from svqvae_hf.files.atomic_io import write_file
 
 COLUMNS = {
     "tokens": Metric("tokens", ".0f"),

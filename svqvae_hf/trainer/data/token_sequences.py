@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from svqvae_hf.files.storage import Folder, explained
 from svqvae_hf.pipelines.sequences import SequenceLayout
-from svqvae_hf.storage import Folder, explained
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.shards import DATA
 from svqvae_hf.trainer.data.readers import ORDER, row_order

@@ -15,19 +15,19 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
-from svqvae_hf.atomic_io import check_new_folder
 from svqvae_hf.data.image_sets import ImageSet
+from svqvae_hf.files.atomic_io import check_new_folder
+from svqvae_hf.files.paths import is_writable, scale_endings
+from svqvae_hf.files.storage import Folder
 from svqvae_hf.hub.repositories import check_repo_id, prepare_repo, push_output
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.paths import is_writable, scale_endings
-from svqvae_hf.storage import Folder
 from svqvae_hf.token_sets.crops import CROPS, is_whole
+from svqvae_hf.token_sets.encoder import ImageCounts, RowEncoder
 from svqvae_hf.token_sets.manifest import SKIPPED_FILE, join_parts, read_totals
+from svqvae_hf.token_sets.reading import read_crops
 from svqvae_hf.token_sets.records import OPTIONS_FILE, RECORDS, PartRecord, PartRecords, check_options
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
-from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
-from svqvae_hf.tokenizing.reading import read_crops
 
 IMAGES_PER_PART = 10_000  # by default, in sets with random access
 MAX_PARTS = 1000  # by default

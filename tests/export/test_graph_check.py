@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny
 
-from svqvae_hf.conversion.graph_check import CHECKED_GRIDS, TIE, compare_graphs
-from svqvae_hf.conversion.graphs import TRACED_GRID
+from svqvae_hf.export.graph_check import CHECKED_GRIDS, TIE, compare_graphs
+from svqvae_hf.export.graphs import TRACED_GRID
 from svqvae_hf.models import quantizer
 
 SMALL = {"encoder_ch_mult": (1, 2), "decoder_ch_mult": (1, 2)}  # f = 2

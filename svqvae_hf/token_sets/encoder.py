@@ -11,8 +11,8 @@ import torch
 
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS
+from svqvae_hf.token_sets.reading import CroppedImage
 from svqvae_hf.token_sets.settings import TokenSettings
-from svqvae_hf.tokenizing.reading import CroppedImage
 from svqvae_hf.tokens.image_tokens import check_memory, execution_device
 from svqvae_hf.tokens.scale_choice import choose_by_bits, choose_by_psnr
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-DEFAULT_MODEL = str(Path(__file__).parent / "pretrained")  # folder of the small bundled model
+DEFAULT_MODEL = str(Path(__file__).parents[1] / "pretrained")  # folder of the small bundled model
 
 
 def check_local(name: str) -> str:

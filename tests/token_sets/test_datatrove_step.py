@@ -14,9 +14,9 @@ from numbered_images import write_tar
 from s3_server import make_bucket, s3_server
 from token_set_parts import content, save_photos
 
-from svqvae_hf.storage import Folder
+from svqvae_hf.files.storage import Folder
+from svqvae_hf.token_sets.datatrove_step import TokenizeImages
 from svqvae_hf.token_sets.status import read_status
-from svqvae_hf.tokenizing.datatrove_step import TokenizeImages
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 

@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.conversion.graph_files import Graph
-from svqvae_hf.conversion.graphs import example_images
+from svqvae_hf.export.graph_files import Graph
+from svqvae_hf.export.graphs import example_images
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 # Batch, rows and columns of ids. No grid equals the traced one. They include a single id, a single row and column,

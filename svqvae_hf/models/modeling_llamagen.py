@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Ernie4_5ForCausalLM, 
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from svqvae_hf.language_models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint, read_llamagen
+from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 
 MISSING_CAPTIONS = (
     "`prompt_embeds` must be passed with the first tokens, because this model has captions. Pass the caption "

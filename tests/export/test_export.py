@@ -17,10 +17,10 @@ from PIL import Image
 import svqvae_cli
 import svqvae_hf
 from svqvae_hf import SVQVAEImageProcessor
-from svqvae_hf.conversion import export, graph_files
-from svqvae_hf.conversion.export import export_graphs
-from svqvae_hf.conversion.graph_check import CHECKED_GRIDS
-from svqvae_hf.conversion.graphs import trace_graphs
+from svqvae_hf.export import export, graph_files
+from svqvae_hf.export.export import export_graphs
+from svqvae_hf.export.graph_check import CHECKED_GRIDS
+from svqvae_hf.export.graphs import trace_graphs
 from svqvae_hf.models import quantizer
 from svqvae_hf.models.image_processing_svqvae import load_image
 

@@ -11,11 +11,11 @@ from s3_server import make_bucket, s3_server
 from token_set_parts import SCALES, content, load, save_photos
 
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.storage import Folder
+from svqvae_hf.files.storage import Folder
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.status import read_status
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 
 PARTS = 3

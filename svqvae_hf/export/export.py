@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from svqvae_hf.atomic_io import check_new_folder
-from svqvae_hf.conversion import graph_files
-from svqvae_hf.conversion.graph_check import CHECKED_GRIDS, compare_graphs
-from svqvae_hf.conversion.graphs import trace_graphs
+from svqvae_hf.export import graph_files
+from svqvae_hf.export.graph_check import CHECKED_GRIDS, compare_graphs
+from svqvae_hf.export.graphs import trace_graphs
+from svqvae_hf.files.atomic_io import check_new_folder
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}

@@ -4,10 +4,10 @@ import torch
 from conftest import make_tiny
 
 from svqvae_hf.data.image_rows import ImageRow
+from svqvae_hf.token_sets import encoder, reading
+from svqvae_hf.token_sets.encoder import ImageCounts, RowEncoder
+from svqvae_hf.token_sets.reading import CroppedImage, read_crops
 from svqvae_hf.token_sets.settings import TokenSettings
-from svqvae_hf.tokenizing import encoder, reading
-from svqvae_hf.tokenizing.encoder import ImageCounts, RowEncoder
-from svqvae_hf.tokenizing.reading import CroppedImage, read_crops
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from datatrove.pipeline.base import PipelineStep
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import public_names
-from svqvae_hf.tokenizing.writer import tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 
 
 class TokenizeImages(PipelineStep):
@@ -24,7 +24,7 @@ class TokenizeImages(PipelineStep):
         tile_size (`int`, defaults to 256): Side of a tile in pixels.
         overlap (`int`, defaults to 32): Pixels that a tile reads beyond each of its sides.
         images (`Mapping[str, Any]`, *optional*): Further options of `open_images`.
-        **options: Further options of [`~svqvae_hf.tokenizing.writer.tokenize_set`], except `part` and `num_parts`.
+        **options: Further options of [`~svqvae_hf.token_sets.writer.tokenize_set`], except `part` and `num_parts`.
             All defaults, such as `scale_from="image"`, are those of `svqvae tokenize`, so both make the same files.
     """
 

@@ -3,7 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from svqvae_hf.paths import InputFile, check_output, check_targets, find_files, find_inputs, scale_endings, walk_files
+from svqvae_hf.files.paths import (
+    InputFile,
+    check_output,
+    check_targets,
+    find_files,
+    find_inputs,
+    scale_endings,
+    walk_files,
+)
 
 
 def test_each_file_is_found_once(tmp_path):

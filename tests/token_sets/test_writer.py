@@ -26,14 +26,14 @@ from tokenize_processes import processes, run_killed, run_on_a_full_disk, run_to
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import FileRows
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.storage import Folder
+from svqvae_hf.files.storage import Folder
 from svqvae_hf.token_sets import records
 from svqvae_hf.token_sets.crops import CROPS, make_crops
+from svqvae_hf.token_sets.encoder import RowEncoder
 from svqvae_hf.token_sets.records import PartRecords
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.status import read_status
-from svqvae_hf.tokenizing.encoder import RowEncoder
-from svqvae_hf.tokenizing.writer import _PartMaker, check_out, tokenize_set
+from svqvae_hf.token_sets.writer import _PartMaker, check_out, tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
 
@@ -376,7 +376,7 @@ def test_a_part_that_failed_says_why(photos, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("svqvae_hf.tokenizing.writer.write_shards", fail)
+        patch.setattr("svqvae_hf.token_sets.writer.write_shards", fail)
         with pytest.raises(OSError, match="disk full"):
             tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2)
     status = read_status(tmp_path / "out")

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import find_labels
 
 from svqvae_hf import LlamaGenConfig, LlamaGenForCausalLM
-from svqvae_hf.language_models.modeling_llamagen import FEW_ROWS, FewRowsLinear, LlamaGenRotaryEmbedding
+from svqvae_hf.models.modeling_llamagen import FEW_ROWS, FewRowsLinear, LlamaGenRotaryEmbedding
 
 GOLDEN = ROOT / "tests" / "golden"
 CODES, IDS = 256, 16

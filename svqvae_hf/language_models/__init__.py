@@ -1,1 +1,0 @@
-"""Language models over the ids of a tokenizer, as models of transformers."""

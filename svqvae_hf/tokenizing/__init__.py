@@ -1,1 +1,0 @@
-"""Makes token sets from image sets."""
