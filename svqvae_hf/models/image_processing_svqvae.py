@@ -10,14 +10,14 @@ from typing import Any, BinaryIO, TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import BaseImageProcessor, BatchFeature
 
 # diffusers loads a pipeline's component only if the base class that it knows is a name of the component's module.
 from transformers import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.hub.repositories import from_hub
-from svqvae_hf.untrusted.images import limited_pixels, open_image, unidentified_reason
+from svqvae_hf.untrusted.images import opened_image
 
 # Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
 IMAGE_FORMATS = {
@@ -63,25 +63,10 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
-    with limited_pixels(name):
-        try:
-            with open_image(file, tuple(IMAGE_FORMATS)) as image:
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-        except UnidentifiedImageError as error:
-            size = file.seek(0, os.SEEK_END)
-            reason = unidentified_reason(file, tuple(IMAGE_FORMATS))
-            formats = f"Supported formats: {', '.join(IMAGE_FORMATS)} (BMP without run-length encoding)."
-            advice = f"{reason} Save it as an 8-bit PNG." if reason else formats
-            raise ValueError(f"{name} ({size} bytes) is not a readable image. {advice}") from error
-        except (MemoryError, Image.DecompressionBombError):
-            raise
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-            raise ValueError(f"{name} is not a readable image, it may be broken or truncated: {error}") from error
-        try:
-            return _convert(image)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    with opened_image(file, name, tuple(IMAGE_FORMATS)) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _convert(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """Guards for image files."""
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,34 +13,48 @@ PREFIX_BYTES = 16  # by which Pillow tells formats apart
 MAX_CHUNK_BYTES = 1 << 28  # 256 MiB per strip, tile or chunk, because each is decoded as a whole
 
 
-def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """Opens an image file. Stops run-length encoded BMPs, which have no size limit, and all formats but those allowed.
-
-    For some formats, such as EPS, Pillow would start another program.
+@contextmanager
+def opened_image(file: BinaryIO, name: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """Opens an image file to decode it. Raises one kind of error, because decoders raise almost any kind.
 
     Args:
         file (binary file object): Open file.
-        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read.
+        name (`str`): Name of the file for errors.
+        formats (`Sequence[str]`): Pillow's names of the formats that may be read. For some others, such as EPS, Pillow
+            would start another program.
 
-    Returns:
+    Yields:
         `PIL.Image.Image`: The image, not decoded yet.
+
+    Raises:
+        ValueError: The file is of another format, broken, or a decompression bomb: it has over twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, is a BMP with run lengths, which have no size limit, or exhausts the memory.
     """
-    image = Image.open(file, formats=formats)
-    if any(tile.codec_name == "bmp_rle" for tile in image.tile):  # decoded in Python, beyond the image's size
-        raise UnidentifiedImageError
-    return image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
+            with Image.open(file, formats=formats) as image:
+                if any(tile.codec_name == "bmp_rle" for tile in image.tile):
+                    raise UnidentifiedImageError
+                yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} must keep to Pillow's limit against decompression bombs: {error} Make it smaller. In "
+            "Python you can raise `PIL.Image.MAX_IMAGE_PIXELS` if you trust it."
+        ) from error
+    except UnidentifiedImageError as error:
+        size = file.seek(0, os.SEEK_END)
+        raise ValueError(f"{name} ({size} bytes) is not a readable image. {_advice(file, formats)}") from error
+    except MemoryError as error:
+        raise ValueError(f"{name} takes more memory than there is to decode. Make it smaller.") from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name} is not a readable image: {reason}") from error
 
 
-def unidentified_reason(file: BinaryIO, formats: tuple[str, ...]) -> str | None:
-    """Explains why [`open_image`] identified no image in a file.
-
-    Args:
-        file (binary file object): Open file.
-        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read.
-
-    Returns:
-        `str`, *optional*: Format that the file starts like, and Pillow's error; `None` if it starts like no format.
-    """
+def _advice(file: BinaryIO, formats: Sequence[str]) -> str:
+    """Says which format a file starts like, and why Pillow does not read it as that, or which formats are read."""
+    Image.init()  # otherwise Pillow knows only the most common formats
     for name in formats:
         factory, accept = Image.OPEN[name]
         try:
@@ -47,23 +62,9 @@ def unidentified_reason(file: BinaryIO, formats: tuple[str, ...]) -> str | None:
             if accept is not None and accept(file.read(PREFIX_BYTES)):
                 file.seek(0)
                 factory(file, "")
-        except Exception as error:  # Pillow's readers raise almost anything for broken files
-            return f"It is a {name} file that is broken or of an unsupported kind: {error}."
-    return None
-
-
-@contextmanager
-def limited_pixels(name: str) -> Iterator[None]:
-    """Stops decompression bombs: small files of more pixels than Pillow allows, twice `PIL.Image.MAX_IMAGE_PIXELS`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
-        try:
-            yield
-        except Image.DecompressionBombError as error:
-            raise ValueError(
-                f"{name} must keep to Pillow's limit against decompression bombs: {error} Make it smaller or, if you "
-                "trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
-            ) from error
+        except Exception as error:
+            return f"It is a {name} file that is broken or of an unsupported kind: {error}. Save it as an 8-bit PNG."
+    return f"Supported formats: {', '.join(formats)} (BMP without run-length encoding)."
 
 
 def is_chunk_too_large(shape: Sequence[int], itemsize: int) -> bool:

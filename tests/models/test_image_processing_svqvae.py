@@ -246,7 +246,7 @@ def test_float_grey_is_scaled(tmp_path):
     ],
 )
 def test_values_outside_the_range_of_a_mode(tmp_path, values, message):
-    with pytest.raises(ValueError, match=f"a.tif`: .*{message}"):
+    with pytest.raises(ValueError, match=f"a.tif` is not a readable image: .*{message}"):
         load_image(save(Image.fromarray(values), tmp_path / "a.tif"))
 
 
@@ -319,7 +319,7 @@ def test_files_cut_short_are_named(pixels, tmp_path, name, share):
 
 def test_broken_bytes_are_refused(pixels, tmp_path):
     encoded = save(Image.fromarray(pixels), tmp_path / "a.png").read_bytes()
-    with pytest.raises(ValueError, match="^the image is not a readable image, it may be broken or truncated"):
+    with pytest.raises(ValueError, match="^the image is not a readable image: "):
         load_image(io.BytesIO(encoded[:-40]))
     with pytest.raises(ValueError, match="^the image \\(5 bytes\\) is not a readable image. Supported formats"):
         load_image(io.BytesIO(b"hello"))
