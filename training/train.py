@@ -316,7 +316,11 @@ def validate(
 
 def encode_ids(vqvae: SVQVAE, batches: list[torch.Tensor], options: TrainOptions) -> list[torch.Tensor]:
     """Ids of the validation images, batch by batch and scale by scale."""
-    return [ids for batch in batches for ids in vqvae.encode_tokens(batch.to(vqvae.device), options.validation_scales)]
+    return [
+        ids
+        for batch in batches
+        for ids in vqvae.encode_tokens(batch.to(vqvae.device), options.validation_scales, "latents")
+    ]
 
 
 def check_ids(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:

@@ -36,7 +36,7 @@ from svqvae_hf.evaluation.comparison import (
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult, choose_scales, mean, write_notes
 from svqvae_hf.models.checks import check_scale_from
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, resize_latents, resize_sample
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import fits_whole
 from svqvae_hf.tokens.image_tokens import (
@@ -62,7 +62,7 @@ def evaluate(
     images: Iterable[ImageSource | ImageRow],
     *,
     scales: Sequence[float] = SCALES,
-    scale_from: str = "latents",
+    scale_from: str = "image",
     min_psnr: Sequence[float] | None = None,
     modes: Sequence[str] = MODES,
     tile_size: int = 256,
@@ -86,7 +86,7 @@ def evaluate(
             in the report.
         scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
             scale is the image resized by area below 1, bicubic above.
-        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+        scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
         min_psnr (`Sequence[float]`, *optional*): Targets in dB, for each of which the report says what images at the
             smallest scale that reaches it take. By default whole dB between the means of the scales.
         modes (`Sequence[str]`, defaults to `("plain", "tiled")`): Images as a whole, by tiles, or both. Both are run
@@ -310,11 +310,7 @@ class _Evaluator:
 
     def _encode(self, model: SVQVAE, sample: torch.Tensor) -> list[torch.Tensor]:
         """Latents of each scale, before quantisation."""
-        sample = sample.to(model.dtype)
-        if self.scale_from == "image":
-            return [model.encode(resize_sample(sample, scale, model.f)).latents for scale in self.scales]
-        latents = model.encode(sample).latents
-        return [resize_latents(latents, scale) for scale in self.scales]
+        return model.encode_scales(sample.to(model.dtype), self.scales, self.scale_from)
 
     def _needs_tiles(self, image: Image.Image) -> bool:
         """Whether the image is too large to be run as a whole: the image itself, or resized to one of the scales."""

@@ -5,7 +5,7 @@
                                                          v
     image (3, sH, sW) <--crop-- Decoder <--post_quant_conv-- codes (8, sH/f, sW/f) = codebook[ids]
 
-    With `scale_from="image"` the padded image is resized by s instead, and the encoder runs for each scale.
+    By default the padded image is resized by s instead, and the encoder runs for each scale.
 
     Encoder, ch_mult (1, 2, 2, 4), f = 8               Decoder, the same levels from the last to the first
 
@@ -24,8 +24,8 @@ The architecture and the names of the weights come from the Open Model Initiativ
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -77,22 +77,23 @@ class SVQVAEEncoderOutput(BaseOutput):
 
 @dataclass
 class SVQVAEOutput(BaseOutput):
-    """Output of [`SVQVAE.forward`]. For several scales, both fields are lists in their order.
+    """Output of [`SVQVAE.forward`]. For several scales, all fields are lists in their order.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, out_channels, height, width)` or a list of them): Reconstruction in
             `pixel_range`.
-        losses ([`VQLosses`] or a list of them): Losses of the quantisation.
+        losses ([`VQLosses`] or a list of them, *optional*): Losses of the quantisation. `None` or empty if nothing
+            was quantised.
+        latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)` or a list of them): Latents before
+            quantisation.
+        ids (`torch.Tensor` of shape `(batch, h, w)` or a list of them, *optional*): Ids in int64. `None` or empty if
+            nothing was quantised.
     """
 
     sample: torch.Tensor | list[torch.Tensor]
-    losses: VQLosses | list[VQLosses] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Accepts one mapping for both fields: accelerate's hooks rebuild an output on another device that way."""
-        if isinstance(self.sample, dict):
-            self.sample, self.losses = self.sample["sample"], self.sample["losses"]
-        super().__post_init__()
+    losses: VQLosses | list[VQLosses] | None = None
+    latents: torch.Tensor | list[torch.Tensor] | None = None
+    ids: torch.Tensor | list[torch.Tensor] | None = None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -503,9 +504,46 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
+    def encode_scales(
+        self,
+        sample: torch.Tensor,
+        scales: Sequence[float],
+        scale_from: str = "image",
+        tile_size: int | None = None,
+        overlap: int | None = None,
+    ) -> list[torch.Tensor]:
+        """Encodes images to the latents of each scale, before quantisation.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
+                `pixel_range`.
+            scales (`Sequence[float]`): Scales, each above 0.
+            scale_from (`str`, defaults to `"image"`): What is resized to a scale. With `"image"` the image is resized
+                and the encoder runs for each scale (an image pyramid). With `"latents"` the encoder runs once and its
+                latents are resized, as in the original and in FlexVAR: faster, but 1 to 3 dB worse from as many ids.
+                At scale 1 both are the same.
+            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
+            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
+
+        Returns:
+            `list[torch.Tensor]`: Latents `(batch, codebook_embed_dim, max(1, round(scale * h)), max(1, round(scale *
+            w)))` of each scale, where `h = ceil(height / f)` and `w = ceil(width / f)`.
+
+        Raises:
+            ValueError: If an argument is out of range or does not fit the model.
+        """
+        check_sample(sample, self.config, self.dtype, self.training)
+        check_scale_from(scale_from)
+        tiles = self._tiles(tile_size, overlap)
+        if scale_from == "image":
+            return [self._encode(resize_sample(sample, scale, self.f), tiles) for scale in scales]
+        latents = self._encode(sample, tiles)
+        return [resize_latents(latents, scale) for scale in scales]
+
+    @apply_forward_hook
     @torch.no_grad()
     def encode_tokens(
-        self, sample: torch.Tensor, scales: float | Sequence[float] | None = None, scale_from: str = "latents"
+        self, sample: torch.Tensor, scales: float | Sequence[float] | None = None, scale_from: str = "image"
     ) -> torch.Tensor | list[torch.Tensor]:
         """Encodes images to ids, without gradients.
 
@@ -513,7 +551,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
                 `pixel_range`.
             scales (`float` or `Sequence[float]`, *optional*): One scale or several, each above 0.
-            scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`~SVQVAE.forward`].
+            scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`~SVQVAE.encode_scales`].
 
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
@@ -523,10 +561,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             ValueError: If an argument is out of range or does not fit the model.
         """
         checked = [1.0] if scales is None else check_scales(scales)
-        grids = [
-            self.quantize.nearest_ids(latents)
-            for latents in self._encode_scales(sample, checked, scale_from, self._tiles())
-        ]
+        grids = [self.quantize.nearest_ids(latents) for latents in self.encode_scales(sample, checked, scale_from)]
         return grids if isinstance(scales, Iterable) else grids[0]
 
     @apply_forward_hook
@@ -556,8 +591,9 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         tile_size: int | None = None,
         overlap: int | None = None,
         return_dict: bool = True,
-        scale_from: str = "latents",
-    ) -> SVQVAEOutput | tuple[torch.Tensor | list[torch.Tensor], VQLosses | list[VQLosses]]:
+        scale_from: str = "image",
+        force_not_quantize: bool = False,
+    ) -> SVQVAEOutput | tuple[torch.Tensor | list[torch.Tensor], VQLosses | list[VQLosses] | None]:
         """Reconstructs images at one or several scales.
 
         In evaluation mode the reconstruction is clamped to `pixel_range`, in training mode it is not.
@@ -567,19 +603,20 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
                 `pixel_range`.
             scales (`float` or `Sequence[float]`, *optional*): Output side over input side of each reconstruction.
             patch_nums (`Sequence[int]`, *optional*): The original's form of `scales`: latents along a tile of
-                `tile_size` pixels, so that a scale is `patch_num * f / tile_size`.
+                `tile_size` pixels, so that a scale is `patch_num * f / tile_size`. The latents are resized, whatever
+                `scale_from` is.
             tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
             overlap (`int`, *optional*): Overlap of this call. Switches tiling on. By default the model's, or a
                 quarter of a small tile.
-            return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
-            scale_from (`str`, defaults to `"latents"`): What is resized to a scale. With `"latents"` the encoder runs
-                once and its latents are resized, as in the original and in FlexVAR. With `"image"` the image is
-                resized and the encoder runs for each scale (an image pyramid): better reconstructions from as many
-                ids. At scale 1 both are the same.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object or the tuple `(sample,
+                losses)`.
+            scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`~SVQVAE.encode_scales`].
+            force_not_quantize (`bool`, defaults to `False`): Whether to decode the latents without quantising them,
+                at unit length if the codes are.
 
         Returns:
             [`SVQVAEOutput`] or `tuple`: Reconstruction `(batch, out_channels, round(scale * height), round(scale *
-            width))`, at least one pixel per side, and [`VQLosses`]. Both are lists, in the order of the scales, if
+            width))`, at least one pixel per side, and [`VQLosses`]. All are lists, in the order of the scales, if
             `scales` is a list or `patch_nums` is given.
 
         Raises:
@@ -591,30 +628,23 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             tile_size = self.tile_size if tile_size is None else tile_size
             check_tiles(self.f, tile_size, None)
             scales = [patch_num * self.f / tile_size for patch_num in check_scales(patch_nums, "`patch_nums`")]
+            scale_from = "latents"
         checked = [1.0] if scales is None else check_scales(scales)
-        tiles = self._tiles(tile_size, overlap)
-
-        reconstructions, losses = [], []
-        for scale, latents in zip(checked, self._encode_scales(sample, checked, scale_from, tiles), strict=True):
-            quantized, loss, _ = self.quantize(latents)
-            decoded = self._decode(quantized, tiles)
-            reconstructions.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
-            losses.append(loss)
-        output = (reconstructions, losses) if isinstance(scales, Iterable) else (reconstructions[0], losses[0])
-        return SVQVAEOutput(*output) if return_dict else output
-
-    def _encode_scales(
-        self, sample: torch.Tensor, scales: Sequence[float], scale_from: str, tiles: tuple[int, int] | None
-    ) -> Iterator[torch.Tensor]:
-        """Yields the latents of each scale, so that a caller holds one at a time."""
-        check_sample(sample, self.config, self.dtype, self.training)
-        check_scale_from(scale_from)
-        latents = sample if scale_from == "image" else self._encode(sample, tiles)
-        for scale in scales:
-            if scale_from == "image":
-                yield self._encode(resize_sample(sample, scale, self.f), tiles)
+        latents = self.encode_scales(sample, checked, scale_from, tile_size, overlap)
+        reconstructions, losses, ids = [], [], []
+        for scale, of_scale in zip(checked, latents, strict=True):
+            if force_not_quantize:
+                quantized = self.quantize.normalise(of_scale)
             else:
-                yield resize_latents(latents, scale)
+                quantized, loss, (_, _, flat_ids) = self.quantize(of_scale)
+                losses.append(loss)
+                ids.append(flat_ids.view(of_scale.shape[0], *of_scale.shape[-2:]))
+            decoded = self._decode(quantized, self._tiles(tile_size, overlap))
+            reconstructions.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
+        output = SVQVAEOutput(reconstructions, losses, latents, ids)
+        if not isinstance(scales, Iterable):
+            output = SVQVAEOutput(**{name: values[0] for name, values in output.items() if values})
+        return output if return_dict else (output.sample, output.losses)
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
         padded = pad_to_multiple(sample, self.f)

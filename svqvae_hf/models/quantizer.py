@@ -24,13 +24,18 @@ class VQLosses(NamedTuple):
         commit (`torch.Tensor`): `commit_loss_beta * mean((sg[q] - z)^2)`, moves the latents to the codes.
         entropy (`torch.Tensor`): `entropy_loss_ratio` times the entropy term; 0 if the ratio is 0, and in evaluation.
         usage (`torch.Tensor`): Fraction of the codebook in use: by this call, or in training by all calls since the
-            counts were reset.
+            counts were reset. `sum(losses)` would add it too: use `losses.total`.
     """
 
     vq: torch.Tensor
     commit: torch.Tensor
     entropy: torch.Tensor
     usage: torch.Tensor
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Sum of the three losses."""
+        return self.vq + self.commit + self.entropy
 
 
 class Codebook(nn.Module):
@@ -181,6 +186,10 @@ class VectorQuantizer(nn.Module):
     def reset_counts(self) -> None:
         """Sets the counts of used codes to zero."""
         self.code_counts.zero_()
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(batch, codebook_embed_dim, h, w)` at unit length if codes are, not quantised."""
+        return F.normalize(latents.float(), dim=1).to(latents.dtype) if self.l2_norm else latents
 
     def _flatten(self, latents: torch.Tensor) -> torch.Tensor:
         flat = flatten_latents(latents).float()

@@ -18,7 +18,6 @@ from svqvae_hf.models.image_processing_svqvae import (
     SVQVAEImageProcessor,
     pad_to_multiple,
     resize_area,
-    resize_sample,
 )
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -387,12 +386,8 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
 
     def _encode_scales(self, sample: torch.Tensor, sizes: list[Size]) -> list[torch.Tensor]:
         """Ids `(images, h, w)` of each scale, made as in training."""
-        if self.config["scale_from"] == "image":
-            f = self.vqvae.f
-            longest = math.ceil(max(sample.shape[-2:]) / f)
-            latents = [self.vqvae.encode(resize_sample(sample, max(size) / longest, f)).latents for size in sizes]
-        else:
-            latents = [self.vqvae.encode(sample).latents] * len(sizes)
+        longest = math.ceil(max(sample.shape[-2:]) / self.vqvae.f)
+        latents = self.vqvae.encode_scales(sample, [max(size) / longest for size in sizes], self.config["scale_from"])
         return [
             self.vqvae.quantize.nearest_ids(resize_area(each.float(), size))
             for each, size in zip(latents, sizes, strict=True)

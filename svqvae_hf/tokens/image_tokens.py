@@ -48,7 +48,7 @@ class TokenOrigin(Protocol):
 
 
 def encode_image(
-    model: SVQVAE, image: Image.Image, scales: float | Sequence[float], scale_from: str = "latents"
+    model: SVQVAE, image: Image.Image, scales: float | Sequence[float], scale_from: str = "image"
 ) -> ImageTokens:
     """Encodes an image to ids at each scale.
 
@@ -56,7 +56,7 @@ def encode_image(
         model ([`SVQVAE`]): Model in evaluation mode.
         image (`PIL.Image.Image`): Image of any size.
         scales (`float` or `Sequence[float]`): Output side over input side, each above 0.
-        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+        scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
 
     Returns:
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
@@ -76,7 +76,7 @@ def image_tokens(
     height: int,
     width: int,
     scales: Sequence[float],
-    scale_from: str = "latents",
+    scale_from: str = "image",
 ) -> ImageTokens:
     """Joins the ids of an image with the facts of the model that a token file stores.
 
@@ -88,7 +88,7 @@ def image_tokens(
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
         scales (`Sequence[float]`): Output side over input side, one per grid.
-        scale_from (`str`, defaults to `"latents"`): What was resized to the scales.
+        scale_from (`str`, defaults to `"image"`): What was resized to the scales.
     """
     return ImageTokens(
         ids=ids,
@@ -215,7 +215,7 @@ def check_memory(
     height: int,
     width: int,
     scales: Sequence[float],
-    scale_from: str = "latents",
+    scale_from: str = "image",
     encodes: bool = True,
     decodes: bool = True,
     images: int = 1,
@@ -228,7 +228,7 @@ def check_memory(
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
         scales (`Sequence[float]`): Scales to encode or decode, each above 0.
-        scale_from (`str`, defaults to `"latents"`): What is resized to a scale when encoding.
+        scale_from (`str`, defaults to `"image"`): What is resized to a scale when encoding.
         encodes (`bool`, defaults to `True`): Whether the image will be encoded.
         decodes (`bool`, defaults to `True`): Whether the scales will be decoded.
         images (`int`, defaults to 1): Number of images in a batch.

@@ -30,7 +30,7 @@ class ScaleChoice(NamedTuple):
 
 
 def encode_to_psnr(
-    model: SVQVAE, image: Image.Image, scales: Sequence[float], min_psnr: float, scale_from: str = "latents"
+    model: SVQVAE, image: Image.Image, scales: Sequence[float], min_psnr: float, scale_from: str = "image"
 ) -> tuple[ImageTokens, bool]:
     """Encodes an image at the smallest scale whose reconstruction, resized to the image, reaches a PSNR.
 
@@ -39,7 +39,7 @@ def encode_to_psnr(
         image (`PIL.Image.Image`): Image of any size.
         scales (`Sequence[float]`): Output side over input side, each above 0, tried from the smallest.
         min_psnr (`float`): Lowest PSNR in dB of all pixels in 8 bits, resized as [`decode_image`] does.
-        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+        scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
 
     Returns:
         `tuple[ImageTokens, bool]`: Ids at one scale, and whether the PSNR is reached. If no scale reaches it, they are
@@ -53,7 +53,7 @@ def encode_to_psnr(
 
 
 def encode_to_bits(
-    model: SVQVAE, image: Image.Image, scales: Sequence[float], max_bits: float, scale_from: str = "latents"
+    model: SVQVAE, image: Image.Image, scales: Sequence[float], max_bits: float, scale_from: str = "image"
 ) -> tuple[ImageTokens, bool]:
     """Encodes an image at the largest scale whose ids take at most so many bits.
 
@@ -62,7 +62,7 @@ def encode_to_bits(
         image (`PIL.Image.Image`): Image of any size.
         scales (`Sequence[float]`): Output side over input side, each above 0.
         max_bits (`float`): Most bits of the image: ids times `log2(codebook_size)`.
-        scale_from (`str`, defaults to `"latents"`): What is resized to a scale, see [`SVQVAE.forward`].
+        scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
 
     Returns:
         `tuple[ImageTokens, bool]`: Ids at one scale, and whether they take at most `max_bits`. If the ids of no scale

@@ -103,7 +103,7 @@ def test_equals_the_original_code_at_smaller_scales(name, golden_dir):
         ids = expected[f"ids_{size}"]
         scale = ids.shape[-1] / expected["ids"].shape[-1]
         latents = torch.nn.functional.interpolate(expected["latents"], ids.shape[-2:], mode="area")
-        assert_same_ids(model, latents, model.encode_tokens(sample, scales=[scale])[0], ids)
+        assert_same_ids(model, latents, model.encode_tokens(sample, scale, "latents"), ids)
         reconstruction = model.decode(ids).sample * (high - low) + low
         torch.testing.assert_close(reconstruction, expected[f"reconstruction_{size}"], atol=1e-3, rtol=0)
 

@@ -77,6 +77,29 @@ def test_outputs_read_as_object_mapping_and_tuple(tiny_model):
 
 
 @pytest.mark.usefixtures("no_grad")
+@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
+def test_output_holds_the_latents_and_ids_of_each_scale(tiny_model, scale_from):
+    images = torch.rand(2, 3, 30, 16)
+    output = tiny_model(images, [0.5, 1], scale_from=scale_from)
+    latents = tiny_model.encode_scales(images, [0.5, 1], scale_from)
+    assert all(map(torch.equal, output.latents, latents))
+    assert all(map(torch.equal, output.ids, tiny_model.encode_tokens(images, [0.5, 1], scale_from)))
+    assert torch.equal(latents[1], tiny_model.encode(images).latents)
+    for losses in output.losses:
+        assert losses.total == losses.vq + losses.commit + losses.entropy
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_latents_that_are_not_quantised_are_decoded_at_unit_length(tiny_model):
+    images = torch.rand(1, 3, 16, 16)
+    output = tiny_model(images, force_not_quantize=True)
+    assert output.losses is output.ids is None
+    direction = F.normalize(tiny_model.encode(images).latents, dim=1)
+    expected = tiny_model.decode(direction, force_not_quantize=True).sample.clamp(0, 1)
+    torch.testing.assert_close(output.sample, expected)
+
+
+@pytest.mark.usefixtures("no_grad")
 def test_pixel_range_maps_images_in_and_out(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     images = torch.rand(1, 3, 20, 20)
@@ -137,16 +160,17 @@ def test_latents_resize_by_area_below_one_and_bilinearly_above():
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_encoder_runs_once_for_all_scales(tiny_model, encoder_inputs):
-    tiny_model(torch.rand(1, 3, 32, 32), scales=(scale for scale in (0.5, 1, 2)))
-    tiny_model.encode_tokens(torch.rand(1, 3, 32, 32), scales=[0.5, 1, 2])
-    assert encoder_inputs == [(1, 3, 32, 32)] * 2
+def test_encoder_runs_once_for_all_scales_from_latents(tiny_model, encoder_inputs):
+    tiny_model(torch.rand(1, 3, 32, 32), scales=(scale for scale in (0.5, 1, 2)), scale_from="latents")
+    tiny_model.encode_tokens(torch.rand(1, 3, 32, 32), [0.5, 1, 2], "latents")
+    tiny_model(torch.rand(1, 3, 32, 32), patch_nums=[1, 2])
+    assert encoder_inputs == [(1, 3, 32, 32)] * 3
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_encoder_runs_once_per_level_of_an_image_pyramid(tiny_model, encoder_inputs):
-    tiny_model(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2], scale_from="image")
-    tiny_model.encode_tokens(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2], scale_from="image")
+def test_by_default_the_encoder_runs_for_each_scale(tiny_model, encoder_inputs):
+    tiny_model(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2])
+    tiny_model.encode_tokens(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2])
     assert encoder_inputs == [(1, 3, 16, 16), (1, 3, 32, 32), (1, 3, 64, 64)] * 2
 
 
@@ -187,7 +211,7 @@ def test_gradient_passes_through_each_level_of_a_pyramid():
 def test_patch_nums_equal_their_scales(tiny_model):
     images = torch.rand(1, 3, 32, 32)
     by_patches = tiny_model(images, patch_nums=[4, 1, 2], tile_size=32, overlap=4).sample
-    by_scales = tiny_model(images, scales=[0.5, 0.125, 0.25]).sample
+    by_scales = tiny_model(images, scales=[0.5, 0.125, 0.25], scale_from="latents").sample
     assert [sample.shape[-1] for sample in by_patches] == [16, 4, 8]
     for one, other in zip(by_patches, by_scales, strict=True):
         torch.testing.assert_close(one, other)
@@ -200,10 +224,10 @@ def test_content_keeps_its_position_at_every_scale(tiny_model, scale, scale_from
     """With networks that only resample, a scaled reconstruction is the scaled image, to its last column."""
     f = tiny_model.f
     monkeypatch.setattr(tiny_model, "_encode", lambda sample, tiles: F.avg_pool2d(sample, f).repeat(1, 3, 1, 1)[:, :8])
-    monkeypatch.setattr(tiny_model.quantize, "forward", lambda latents: (latents, None, None))
+    monkeypatch.setattr(tiny_model.quantize, "normalise", lambda latents: latents)
     monkeypatch.setattr(tiny_model, "_decode", lambda latents, tiles: F.interpolate(latents[:, :3], scale_factor=f))
     ramp = torch.linspace(0, 1, 160).expand(1, 3, 120, 160).contiguous()
-    (scaled,) = tiny_model(ramp, scales=[scale], scale_from=scale_from).sample
+    (scaled,) = tiny_model(ramp, scales=[scale], scale_from=scale_from, force_not_quantize=True).sample
     expected = torch.linspace(0, 1, scaled.shape[-1])
     assert (scaled[0, 0, 0] - expected).abs().max() < 2.5 * f / 160
 
