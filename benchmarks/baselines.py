@@ -19,7 +19,7 @@ from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline, fit_block_baselines, read_fit_images
 from svqvae_hf.evaluation.baselines.codecs import CODECS
 from svqvae_hf.evaluation.comparison import image_metrics, reconstruct_by_baselines, to_tensor
-from svqvae_hf.files.paths import find_files
+from svqvae_hf.files.inputs import find_files
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.tokens.image_tokens import resize_image
 

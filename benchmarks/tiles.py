@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.evaluation.metrics import psnr
-from svqvae_hf.files.paths import find_files
+from svqvae_hf.files.inputs import find_files
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.models.tiling import Tile, tile_axis
 

@@ -25,8 +25,8 @@ from PIL import Image, ImageOps
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.files.paths import find_files
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
+from svqvae_hf.files.inputs import find_files
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
 from svqvae_hf.token_sets.encoder import ImageCounts, RowEncoder
 from svqvae_hf.token_sets.manifest import join_parts

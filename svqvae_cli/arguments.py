@@ -209,7 +209,7 @@ def path_or_name(text: str) -> str:
     """Reads a path or a name on the Hub."""
     not_empty(text, " The current folder is `.`.")
     if "://" in text:
-        from svqvae_hf.files.paths import check_local
+        from svqvae_hf.files.inputs import check_local
 
         try:
             check_local(text)

@@ -45,8 +45,8 @@ def _decode(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import configure_decoding, load_model
     from svqvae_cli.progress import progress
-    from svqvae_hf.files.atomic_io import save_png
-    from svqvae_hf.files.paths import check_output, check_targets, find_inputs, scale_endings
+    from svqvae_hf.files.inputs import find_inputs
+    from svqvae_hf.files.outputs import check_output, check_targets, save_png, scale_endings
     from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
     from svqvae_hf.tokens.token_files import load_tokens
 
@@ -80,7 +80,8 @@ def _decode_large(args: argparse.Namespace) -> None:
         from svqvae_hf.large.large_images import decode_large, load_large_tokens
     from svqvae_cli.loading import configure_decoding, load_model
     from svqvae_cli.progress import progress
-    from svqvae_hf.files.paths import check_output, check_targets, find_inputs
+    from svqvae_hf.files.inputs import find_inputs
+    from svqvae_hf.files.outputs import check_output, check_targets
     from svqvae_hf.tokens.image_tokens import check_same_codebook
 
     check_output(args.output)

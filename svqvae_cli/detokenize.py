@@ -31,7 +31,7 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the images of a token set, with the tiles that they were encoded with."""
     from svqvae_cli.loading import load_model
-    from svqvae_hf.files.paths import check_output
+    from svqvae_hf.files.outputs import check_output
     from svqvae_hf.token_sets.decoding import detokenize_set
     from svqvae_hf.token_sets.settings import read_settings
 

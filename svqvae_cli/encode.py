@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
 def _encode(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import load_fitting_image, load_model
     from svqvae_cli.progress import progress
-    from svqvae_hf.files.paths import check_output, check_targets, find_inputs
+    from svqvae_hf.files.inputs import find_inputs
+    from svqvae_hf.files.outputs import check_output, check_targets
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.tokens.image_tokens import encode_image
     from svqvae_hf.tokens.scale_choice import encode_to_bits, encode_to_psnr
@@ -83,7 +84,8 @@ def _encode_large(args: argparse.Namespace) -> None:
         from svqvae_hf.large.tiff_reader import TIFF_SUFFIXES, ImageError
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
-    from svqvae_hf.files.paths import check_output, check_targets, find_inputs
+    from svqvae_hf.files.inputs import find_inputs
+    from svqvae_hf.files.outputs import check_output, check_targets
 
     check_output(args.output)
     inputs = find_inputs(args.inputs, TIFF_SUFFIXES, args.output)

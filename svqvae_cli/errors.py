@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from svqvae_hf.files.paths import InputFile
+    from svqvae_hf.files.inputs import InputFile
 
 Content = TypeVar("Content")
 

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from svqvae_cli.loading import check_source, explain_loading, find_device
-    from svqvae_hf.files.paths import check_output
+    from svqvae_hf.files.outputs import check_output
 
     if args.min_psnr:
         check_several(args.scales, "--min-psnr chooses")
@@ -241,7 +241,7 @@ def _fit_baselines(
     args: argparse.Namespace, f: int, codebook_size: int, dim: int, device: "torch.device"
 ) -> "list[BlockBaseline]":
     from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines, read_fit_images
-    from svqvae_hf.files.paths import find_files
+    from svqvae_hf.files.inputs import find_files
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 
     images = read_fit_images(find_files(args.baselines, IMAGE_SUFFIXES), f, device)

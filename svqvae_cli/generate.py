@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_generator
     from svqvae_hf import SVQVAENextScalePipeline
-    from svqvae_hf.files.atomic_io import save_png
-    from svqvae_hf.files.paths import InputFile, check_output, check_targets, scale_endings
+    from svqvae_hf.files.inputs import InputFile
+    from svqvae_hf.files.outputs import check_output, check_targets, save_png, scale_endings
 
     check_output(args.output)
     if args.steps_picture and args.steps_picture.suffix != ".png":

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_model
     from svqvae_hf import SVQVAE
-    from svqvae_hf.files.paths import search_folder
-    from svqvae_hf.files.storage import Folder
+    from svqvae_hf.files.folders import Folder
+    from svqvae_hf.files.inputs import search_folder
     from svqvae_hf.hub.repositories import REPO_ID
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES

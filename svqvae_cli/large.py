@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svqvae_hf.files.paths import InputFile
+    from svqvae_hf.files.inputs import InputFile
 
 RESUME = "the same command and --resume"
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from svqvae_hf.files.paths import InputFile
+from svqvae_hf.files.inputs import InputFile
 
 
 @contextmanager

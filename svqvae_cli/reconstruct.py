@@ -44,8 +44,8 @@ def _reconstruct(args: argparse.Namespace) -> None:
     from svqvae_cli.progress import progress
     from svqvae_cli.results import ResultTable
     from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions, side_by_side
-    from svqvae_hf.files.atomic_io import save_png
-    from svqvae_hf.files.paths import check_output, check_targets, find_inputs, scale_endings
+    from svqvae_hf.files.inputs import find_inputs
+    from svqvae_hf.files.outputs import check_output, check_targets, save_png, scale_endings
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
@@ -81,7 +81,8 @@ def _reconstruct_large(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import load_model
     from svqvae_cli.progress import progress
     from svqvae_cli.results import ResultTable
-    from svqvae_hf.files.paths import check_output, check_targets, find_inputs
+    from svqvae_hf.files.inputs import find_inputs
+    from svqvae_hf.files.outputs import check_output, check_targets
 
     check_output(args.output)
     inputs = find_inputs(args.inputs, TIFF_SUFFIXES, args.output)

@@ -6,7 +6,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin
 
-from svqvae_hf.files.paths import DEFAULT_MODEL
+from svqvae_hf.files.inputs import DEFAULT_MODEL
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM

@@ -15,7 +15,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.report import write_report
 from svqvae_hf.export import export
-from svqvae_hf.files.atomic_io import save_png, write_file
+from svqvae_hf.files.outputs import save_png, write_file
 from svqvae_hf.large.large_images import decode_large, encode_large
 from svqvae_hf.large.run_record import record_path
 from svqvae_hf.token_sets.settings import read_settings

@@ -22,7 +22,7 @@ def processes() -> multiprocessing.context.BaseContext:
 def run_killed(arguments: Sequence[str], step: str, count: int) -> None:
     """Runs the command and kills the process at a step, such as the creation of a claim, when it comes up again."""
     from svqvae_cli import main
-    from svqvae_hf.files.storage import Folder
+    from svqvae_hf.files.folders import Folder
     from svqvae_hf.token_sets.records import PartRecords
 
     owner = PartRecords if step == "finish" else Folder

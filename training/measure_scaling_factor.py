@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.files.atomic_io import write_file
+from svqvae_hf.files.outputs import write_file
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.run import one_line_errors

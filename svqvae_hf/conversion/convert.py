@@ -12,7 +12,7 @@ from svqvae_hf.conversion.new_repository import (
     provenance,
     write_repository,
 )
-from svqvae_hf.files.atomic_io import check_new_folder
+from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.loaders.checkpoints import read_checkpoint

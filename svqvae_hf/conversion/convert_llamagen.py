@@ -7,7 +7,7 @@ import torch
 
 from svqvae_hf.conversion.convert_next_scale import load_tokenizer
 from svqvae_hf.conversion.new_repository import ConversionReport, check_arguments, provenance, write_repository
-from svqvae_hf.files.atomic_io import check_new_folder
+from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.repositories import hub_repo, public_name
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from svqvae_hf.files.paths import readable
+from svqvae_hf.files.inputs import readable
 from svqvae_hf.models.image_processing_svqvae import load_image, to_rgb
 
 LABEL_COLUMNS = ("label", "caption", "text", "cls", "txt", "json")  # kept wherever a set has them

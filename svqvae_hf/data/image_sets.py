@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, FileRows, ImagePart, ImageRow, IndexedRows, fault_of, unreadable
 from svqvae_hf.data.tar_files import TAR_SUFFIXES, TarPart, open_tars
-from svqvae_hf.files.paths import expand_braces, walk_files
-from svqvae_hf.files.storage import explained
+from svqvae_hf.files.folders import explained
+from svqvae_hf.files.inputs import expand_braces, walk_files
 from svqvae_hf.hub.repositories import UNREACHABLE, hub_answers
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.set_rows import confine_copied_row, confine_row

@@ -14,8 +14,8 @@ import datasets
 import fsspec
 
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
-from svqvae_hf.files.paths import readable
-from svqvae_hf.files.storage import explained
+from svqvae_hf.files.folders import explained
+from svqvae_hf.files.inputs import readable
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 

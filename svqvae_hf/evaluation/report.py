@@ -18,7 +18,7 @@ from PIL import Image
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.evaluation.results import Example, Report, ScaleResult
-from svqvae_hf.files.atomic_io import save_png, write_file
+from svqvae_hf.files.outputs import save_png, write_file
 
 # Okabe and Ito, safe for colour blindness.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")

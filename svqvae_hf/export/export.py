@@ -11,7 +11,7 @@ import torch
 from svqvae_hf.export import graph_files
 from svqvae_hf.export.graph_check import CHECKED_GRIDS, compare_graphs
 from svqvae_hf.export.graphs import trace_graphs
-from svqvae_hf.files.atomic_io import check_new_folder
+from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from svqvae_hf.files.atomic_io import write_file
+from svqvae_hf.files.outputs import write_file
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from svqvae_hf.data.image_sets import is_hub_set
-from svqvae_hf.files.paths import DEFAULT_MODEL
+from svqvae_hf.files.inputs import DEFAULT_MODEL
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
 
 TAGS = ["svqvae", "image-tokens"]

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from svqvae_hf.data.image_sets import is_hub_set
-from svqvae_hf.files.atomic_io import save_png
-from svqvae_hf.files.paths import scale_endings
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
+from svqvae_hf.files.outputs import save_png, scale_endings
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.manifest import MANIFEST_FILE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens

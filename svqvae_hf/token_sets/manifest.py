@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.records import RECORDS, PartRecords
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings

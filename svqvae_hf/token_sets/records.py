@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 
 RECORDS = "parts"
 OPTIONS_FILE = f"{RECORDS}/options.json"

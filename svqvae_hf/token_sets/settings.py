@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from svqvae_hf.data.image_sets import is_hub_set
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.hub.repositories import hub_answers, hub_reason
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.token_sets.crops import CROPS, is_whole

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.crops import CROPS
 from svqvae_hf.token_sets.records import PARTS_PER_FOLDER
 from svqvae_hf.token_sets.settings import TokenSettings

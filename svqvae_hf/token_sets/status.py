@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.records import OPTIONS_FILE, Claim, PartRecords
 from svqvae_hf.token_sets.settings import SETTINGS_FILE
 

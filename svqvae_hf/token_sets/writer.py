@@ -16,9 +16,8 @@ import datasets
 from tqdm import tqdm
 
 from svqvae_hf.data.image_sets import ImageSet
-from svqvae_hf.files.atomic_io import check_new_folder
-from svqvae_hf.files.paths import is_writable, scale_endings
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
+from svqvae_hf.files.outputs import check_new_folder, is_writable, scale_endings
 from svqvae_hf.hub.repositories import check_repo_id, prepare_repo, push_output
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS, is_whole

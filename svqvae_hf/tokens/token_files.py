@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from svqvae_hf.files.atomic_io import write_file
+from svqvae_hf.files.outputs import write_file
 from svqvae_hf.models.checks import check_scale_from
 
 METADATA_KEY = "svqvae_tokens"  # key of one JSON document, because the order of several keys would vary

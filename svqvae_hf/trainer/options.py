@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from svqvae_hf.files.paths import check_local
+from svqvae_hf.files.inputs import check_local
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 
 OPTIMIZERS = ("adamw", "soap")

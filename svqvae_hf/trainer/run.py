@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from svqvae_hf.files.atomic_io import write_file
+from svqvae_hf.files.outputs import write_file
 from svqvae_hf.hub.repositories import prepare_repo, push_output
 from svqvae_hf.trainer.checkpoints import (
     OPTIONS,

@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 from svqvae_hf.evaluation.baselines.blocks import KMeans, take_blocks
 from svqvae_hf.evaluation.metrics import count_codes, perplexity, psnr, usage
-from svqvae_hf.files.atomic_io import save_png
+from svqvae_hf.files.outputs import save_png
 from svqvae_hf.trainer.losses.objective import Pair
 
 

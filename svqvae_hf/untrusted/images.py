@@ -14,13 +14,13 @@ MAX_CHUNK_BYTES = 1 << 28  # 256 MiB per strip, tile or chunk, because each is d
 
 
 @contextmanager
-def opened_image(file: BinaryIO, name: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """Opens an image file to decode it. Raises one kind of error, because decoders raise almost any kind.
 
     Args:
         file (binary file object): Open file.
         name (`str`): Name of the file for errors.
-        formats (`Sequence[str]`): Pillow's names of the formats that may be read. For some others, such as EPS, Pillow
+        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read. For some others, such as EPS, Pillow
             would start another program.
 
     Yields:
@@ -52,7 +52,7 @@ def opened_image(file: BinaryIO, name: str, formats: Sequence[str]) -> Iterator[
         raise ValueError(f"{name} is not a readable image: {reason}") from error
 
 
-def _advice(file: BinaryIO, formats: Sequence[str]) -> str:
+def _advice(file: BinaryIO, formats: tuple[str, ...]) -> str:
     """Says which format a file starts like, and why Pillow does not read it as that, or which formats are read."""
     Image.init()  # otherwise Pillow knows only the most common formats
     for name in formats:

@@ -5,7 +5,7 @@ import pytest
 import tifffile
 from conftest import make_tiny, save_tiff
 
-from svqvae_hf.files.atomic_io import os_error
+from svqvae_hf.files.outputs import os_error
 from svqvae_hf.large import run_record
 from svqvae_hf.large.large_images import encode_large
 from svqvae_hf.large.run_record import record_path

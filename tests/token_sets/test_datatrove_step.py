@@ -14,7 +14,7 @@ from numbered_images import write_tar
 from s3_server import make_bucket, s3_server
 from token_set_parts import content, save_photos
 
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.datatrove_step import TokenizeImages
 from svqvae_hf.token_sets.status import read_status
 

@@ -11,7 +11,7 @@ from s3_server import make_bucket, s3_server
 from token_set_parts import SCALES, content, load, save_photos
 
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.status import read_status

@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.records import DEAD_SECONDS, PartRecord, PartRecords
 from svqvae_hf.token_sets.status import read_status
 

@@ -26,7 +26,7 @@ from tokenize_processes import processes, run_killed, run_on_a_full_disk, run_to
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import FileRows
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets import records
 from svqvae_hf.token_sets.crops import CROPS, make_crops
 from svqvae_hf.token_sets.encoder import RowEncoder

@@ -22,7 +22,7 @@ from svqvae_hf.evaluation.report import (
     to_json,
 )
 from svqvae_hf.evaluation.tokenizers.compare import Comparison
-from svqvae_hf.files.atomic_io import write_file
+from svqvae_hf.files.outputs import write_file
 
 COLUMNS = {
     "tokens": Metric("tokens", ".0f"),

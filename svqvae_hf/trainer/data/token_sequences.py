@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from svqvae_hf.files.storage import Folder, explained
+from svqvae_hf.files.folders import Folder, explained
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.shards import DATA

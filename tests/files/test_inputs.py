@@ -3,15 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from svqvae_hf.files.paths import (
-    InputFile,
-    check_output,
-    check_targets,
-    find_files,
-    find_inputs,
-    scale_endings,
-    walk_files,
-)
+from svqvae_hf.files.inputs import InputFile, find_files, find_inputs, walk_files
+from svqvae_hf.files.outputs import check_output, check_targets, scale_endings
 
 
 def test_each_file_is_found_once(tmp_path):

@@ -4,7 +4,7 @@ import fsspec
 import pytest
 from conftest import fill
 
-from svqvae_hf.files.storage import Folder
+from svqvae_hf.files.folders import Folder
 
 
 @pytest.fixture(params=["local", "memory"])

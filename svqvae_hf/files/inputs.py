@@ -1,10 +1,9 @@
-"""Paths of the files that a command reads and writes."""
+"""Input files: which files a path, a folder or a pattern stands for."""
 
 import glob
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,54 +133,3 @@ def expand_braces(pattern: str) -> list[str]:
         raise ValueError(f"`{match[0]}` in `{pattern}` must count upwards.")
     expanded = [expand_braces(f"{pattern[: match.start()]}{option}{pattern[match.end() :]}") for option in options]
     return [each for patterns in expanded for each in patterns]
-
-
-def scale_endings(scales: Sequence[float]) -> list[str]:
-    """Endings of the file names of an image, one per scale."""
-    endings = [f"_x{scale:g}.png" for scale in scales]
-    if len(set(endings)) < len(endings):
-        raise ValueError(
-            f"scales must differ within six digits, because they name files, but are {', '.join(map(str, scales))}."
-        )
-    return endings
-
-
-def is_writable(folder: Path) -> bool:
-    """Whether files can be created in a folder. Permissions alone do not tell: not even root can write to `/proc`."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def check_output(output: Path) -> None:
-    """Raises if the output folder cannot be written."""
-    nearest = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir() or not is_writable(nearest):
-        raise ValueError(f"--output must be a writable folder, but `{nearest}` is not.")
-
-
-def check_targets(targets: Mapping[InputFile, Iterable[Path]], overwrite: bool) -> None:
-    """Raises if output files clash.
-
-    Args:
-        targets (`Mapping[InputFile, Iterable[Path]]`): Output files of each input.
-        overwrite (`bool`): Whether output files may exist.
-
-    Raises:
-        ValueError: An output file is an input, or is written for two inputs, or exists.
-    """
-    sources = {file.path.resolve() for file in targets}
-    writers: dict[Path, InputFile] = {}
-    for file, paths in targets.items():
-        for path in paths:
-            if path.resolve() in sources:
-                raise ValueError(f"the input `{path}` would be overwritten. Use another --output.")
-            other = writers.setdefault(path, file)
-            if other != file:
-                raise ValueError(
-                    f"`{other.path}` and `{file.path}` would both write `{path}`. Rename one, or use two --output."
-                )
-            if not overwrite and path.exists():
-                raise ValueError(f"`{path}` already exists. Pass --overwrite, or use another --output.")

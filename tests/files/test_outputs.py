@@ -3,7 +3,7 @@ import errno
 import pytest
 from PIL import Image
 
-from svqvae_hf.files.atomic_io import save_png, write_file
+from svqvae_hf.files.outputs import save_png, write_file
 
 
 def names(folder):

@@ -11,7 +11,7 @@ from typing import IO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from svqvae_hf.files.atomic_io import os_error, write_file
+from svqvae_hf.files.outputs import os_error, write_file
 
 CLIENTS = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests")  # some errors are no OSErrors
 
