@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
-.PHONY: install reconstruct browser test lint
+.PHONY: install reconstruct browser test quick lowest lint dist
 
 install: .venv/installed
 
@@ -20,9 +21,23 @@ browser:
 	apt-get install -qq --yes --no-install-recommends chromium-headless-shell
 
 test: install
-	$(BIN)/pytest --numprocesses auto --dist worksteal --durations 15
+	$(BIN)/$(PYTEST)
+
+quick: install
+	$(BIN)/$(PYTEST) -m "not slow"
+
+# The suite with the lowest versions that pyproject.toml admits; 6 GB, because old releases of torch come with CUDA.
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
+	.venv-lowest/bin/$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Wheel and source archive, in dist/.
+dist: install
+	$(BIN)/hatchling build

@@ -16,7 +16,7 @@ from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = [
     "DEFAULT_MODEL",
     "SVQVAE",

@@ -1,0 +1,88 @@
+"""What a release holds: wheel, source archive, citation, and the workflow that checks it."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import svqvae_hf
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Folder of the wheel and the source archive."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", folder], cwd=ROOT, check=True)
+    return folder
+
+
+def test_wheel_holds_the_packages_alone(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (archive.read(name) for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    tracked = subprocess.run(
+        ["git", "ls-files", "svqvae_hf", "svqvae_cli"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert files == set(tracked.stdout.split())
+    assert {"svqvae_hf/py.typed", "svqvae_cli/py.typed"} <= files
+    headers = message_from_bytes(metadata)
+    for header in ("Summary", "Author", "License-Expression", "License-File", "Keywords", "Project-URL"):
+        assert headers[header], header
+    assert headers["Version"] == svqvae_hf.__version__
+    assert set(headers.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+
+
+def test_source_archive_is_small_and_builds_the_wheel(built):
+    (archive,) = built.glob("*.tar.gz")
+    assert archive.stat().st_size < 8e6  # the bundled model takes 6.5 MB
+    with tarfile.open(archive) as tar:
+        top = {Path(name).parts[1] for name in tar.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "model_card.md", "svqvae_hf", "svqvae_cli"} <= top
+    assert not {"tests", "docs", "benchmarks"} & top
+
+
+@pytest.mark.slow
+def test_wheel_reconstructs_in_an_empty_environment(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / SCRIPTS / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel]
+    subprocess.run(pip, check=True)
+    paths = "import json, site, sys; print(json.dumps(site.getsitepackages()))"
+    here, there = (json.loads(subprocess.check_output([each, "-c", paths]))[0] for each in (sys.executable, python))
+    (Path(there) / "dependencies.pth").write_text(here)  # there is no network to install them from
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    photo, out = ROOT / "docs" / "images" / "chelsea.png", tmp_path / "out"
+    command = [python.with_name("svqvae"), "reconstruct", photo, "--scales", "0.25", "--output", out]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    assert [path.suffix for path in out.iterdir()] == [".png"]
+    where = [python, "-c", "import svqvae_cli, svqvae_hf; print(svqvae_cli.__file__, svqvae_hf.__file__)"]
+    found = subprocess.check_output(where, cwd=tmp_path, env=env, text=True).split()
+    assert all(path.startswith(there) for path in found)
+
+
+def test_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == svqvae_hf.__version__
+    assert citation["license"] in PROJECT["license"]
+    assert f"\n## {svqvae_hf.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_hosted_workflow_runs_ci_on_each_version_of_python():
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+    versions = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if "Python :: 3." in text]
+    assert job["strategy"]["matrix"]["python"] == versions
+    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
