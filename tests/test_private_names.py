@@ -29,12 +29,12 @@ IMPORTED = {
     "diffusers.utils.accelerate_utils.apply_forward_hook": (
         "Copy its ten lines. They bring an offloaded model to the device before methods other than `forward`."
     ),
-    "diffusers.models.autoencoders.vae.AutoencoderMixin": "Define its four methods for tiling and slicing in `SVQVAE`.",
+    "diffusers.models.autoencoders.vae.AutoencoderMixin": "Define its methods for tiling and slicing in `SVQVAE`.",
     "diffusers.models.autoencoders.vae.DecoderOutput": "Define a `BaseOutput` with the field `sample`.",
     "diffusers.models.embeddings.LabelEmbedding": "Copy it to `modeling_next_scale.py`, with its parameters' names.",
     "gradio.processing_utils.save_bytes_to_cache": "See how `gr.Image.postprocess` stores its files.",
     "gradio.processing_utils.save_pil_to_cache": "See how `gr.Image.postprocess` stores its files.",
-    "gradio.utils.get_upload_folder": "Read `GRADIO_TEMP_DIR`, or else take `gradio` in the folder of temporary files.",
+    "gradio.utils.get_upload_folder": "Read `GRADIO_TEMP_DIR`, or else `gradio` in the folder of temporary files.",
 }
 USED = {
     "_execution_device": "Take the device of the transformer, or the device to which its hook brings it.",
