@@ -28,6 +28,8 @@ for cls in (DiffusionPipeline, svqvae_hf.SVQVAEAutoregressivePipeline):
     loaded = cls.from_pretrained("org/dreams")
     assert type(loaded) is svqvae_hf.SVQVAEAutoregressivePipeline
     assert torch.equal(sample(loaded), sample(saved))
+saved.push_to_hub("org/dreams", variant="fp16")
+saved.save_pretrained(work / "twice", push_to_hub=True, repo_id="org/twice", private=True)
 """
 
 TOKEN_SET = """
@@ -88,7 +90,16 @@ def test_pipeline_and_token_set_by_hub_id(tmp_path):
     assert "/org/tokens/commit/" in url
     assert rows == "['cat/0.png', 'dog/1.png'] ['cat', 'dog']"
     pushed = tmp_path / "hub" / "org" / "tokens"
-    for name in ("dreams", "tokens"):
+    weights = {
+        name: {*(tmp_path / "hub" / "org" / name / "main").rglob("*model*.safetensors")}
+        for name in ("dreams", "twice")
+    }
+    assert {name: sum(".fp16." in file.name for file in files) for name, files in weights.items()} == {
+        "dreams": 2,
+        "twice": 0,
+    }
+    assert len(weights["dreams"]) == 2 * len(weights["twice"]) == 4
+    for name in ("dreams", "tokens", "twice"):
         settings = json.loads((tmp_path / "hub" / "org" / name / "settings.json").read_text())
         assert settings["visibility"] == "private"
     dreams = (tmp_path / "hub" / "org" / "dreams" / "main" / "README.md").read_text()

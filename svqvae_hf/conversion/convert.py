@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from svqvae_hf.conversion.new_repository import (
     VARIANTS,
     ConversionReport,
@@ -17,8 +15,6 @@ from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-
-CHECK_LATENTS = 8  # side in latents of the random image that a written model is checked on
 
 
 def convert(
@@ -36,7 +32,7 @@ def convert(
     """Converts an original checkpoint to a Hub repository: card, config and safetensors.
 
     The repository is written to a temporary folder beside `out` and loaded again. It is renamed to `out`
-    once all tensors and the reconstruction of a random image equal the source. A process that is killed before that
+    once its tensors and config equal the source. A process that is killed before that
     leaves the temporary folder, `.{out}-*`.
 
     Args:
@@ -77,7 +73,6 @@ def convert(
         checkpoint,
         out,
         card,
-        _reconstruct,
         format=checkpoint.format.name,
         tokenizer=None,
         variant=variant,
@@ -86,12 +81,3 @@ def convert(
         private=private,
         create_pr=create_pr,
     )
-
-
-@torch.no_grad()
-def _reconstruct(model: SVQVAE) -> torch.Tensor:
-    """Reconstruction of a random image."""
-    side = CHECK_LATENTS * model.f
-    sample = torch.rand((1, model.config["in_channels"], side, side), generator=torch.Generator().manual_seed(0))
-    low, high = model.config["pixel_range"]
-    return model((low + (high - low) * sample).to(model.dtype)).sample

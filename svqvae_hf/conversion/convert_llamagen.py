@@ -3,8 +3,6 @@
 import mmap
 from pathlib import Path
 
-import torch
-
 from svqvae_hf.conversion.convert_next_scale import load_tokenizer
 from svqvae_hf.conversion.new_repository import ConversionReport, check_arguments, provenance, write_repository
 from svqvae_hf.files.outputs import check_new_folder
@@ -85,7 +83,6 @@ def convert_llamagen(
         checkpoint,
         out,
         _card(checkpoint, pipeline, tokenizer, text_encoder, push_to_hub or out.name, license),
-        _first_logits,
         format="transformer",
         tokenizer=str(tokenizer),
         variant=variant,
@@ -149,12 +146,3 @@ def _card(
         pipeline_tag=pipeline.task,
         provenance=rows,
     )
-
-
-@torch.no_grad()
-def _first_logits(pipeline: SVQVAEAutoregressivePipeline) -> torch.Tensor:
-    """Logits of the first id of an image without class or caption."""
-    model, captions = pipeline.language_model, {}
-    if model.config.caption_dim is not None:
-        captions["prompt_embeds"] = model.uncond_embedding[None]
-    return model(torch.tensor([[pipeline.layout.unconditional_token]]), **captions).logits

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from svqvae_hf.conversion.new_repository import ConversionReport, check_arguments, provenance, write_repository
 from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.model_cards import pipeline_card
@@ -12,8 +10,6 @@ from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, square_schedule
-
-CHECK_SIDE = 4  # side in ids of the image that a written pipeline is checked on
 
 
 def convert_next_scale(
@@ -76,7 +72,6 @@ def convert_next_scale(
         checkpoint,
         out,
         card,
-        _generate,
         format="transformer",
         tokenizer=str(tokenizer),
         variant=variant,
@@ -94,11 +89,3 @@ def load_tokenizer(source: str | Path) -> SVQVAE:
     vqvae = SVQVAE.from_pretrained(source).eval()
     vqvae.register_to_config(_name_or_path=public_name(source))
     return vqvae
-
-
-def _generate(pipeline: SVQVAENextScalePipeline) -> torch.Tensor:
-    """Ids of a small image."""
-    pipeline.set_progress_bar_config(disable=True)
-    side = CHECK_SIDE * pipeline.vqvae.f
-    (ids,) = pipeline(0, side, side, num_inference_steps=2, temperature=0, output_type="latent", return_dict=False)
-    return ids

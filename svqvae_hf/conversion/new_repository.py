@@ -1,11 +1,11 @@
 """Repositories of converted models: complete and checked, or absent."""
 
+import json
 import stat
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -16,8 +16,6 @@ from svqvae_hf.loaders.checkpoints import Checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-ConvertedT = TypeVar("ConvertedT", bound=ModelMixin | DiffusionPipeline)
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class ConversionReport:
         format (`str`): Name of the format of the source.
         tokenizer (`str`, *optional*): Source of the tokenizer, if a generator was converted.
         config (`dict[str, Any]`): Config of the converted model.
-        tensors (`int`): Number of tensors. All were bit-equal when the result was loaded again.
+        tensors (`int`): Number of tensors, all bit-equal after loading again.
         out (`Path`): Folder of the repository.
         files (`tuple[str, ...]`): Paths of the files in it.
         url (`str`, *optional*): URL of the commit or pull request, if the result was pushed.
@@ -51,7 +49,7 @@ class ConversionReport:
         lines = [
             f"read     {self.source} ({self.format}, sha256 {self.sha256}){tokenizer}",
             f"config   {', '.join(f'{key}={value}' for key, value in self.config.items())}",
-            f"checked  {self.tensors} tensors and an output, bit-equal after loading again",
+            f"checked  {self.tensors} tensors and the config, equal after loading again",
             f"written  {self.out}: {', '.join(self.files)}",
         ]
         return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
@@ -78,11 +76,10 @@ def provenance(checkpoint: Checkpoint | LlamaGenCheckpoint, layout: str) -> dict
 
 
 def write_repository(
-    converted: ConvertedT,
+    converted: ModelMixin | DiffusionPipeline,
     checkpoint: Checkpoint | LlamaGenCheckpoint,
     out: Path,
     card: str,
-    probe: Callable[[ConvertedT], torch.Tensor],
     *,
     format: str,
     tokenizer: str | None,
@@ -95,11 +92,10 @@ def write_repository(
     """Writes a repository to a temporary folder, checks it, renames it to `out` and uploads it.
 
     Args:
-        converted (`ModelMixin` or `DiffusionPipeline`): Model or pipeline. With `variant`, it is cast.
+        converted (`ModelMixin` or `DiffusionPipeline`): Model or pipeline.
         checkpoint ([`Checkpoint`] or [`LlamaGenCheckpoint`]): Source.
         out (`Path`): Folder to create.
         card (`str`): Text of `README.md`.
-        probe (`Callable`): Computes an output, which must be bit-equal after the result is loaded again.
         format (`str`): Name of the format of the source.
         tokenizer (`str`, *optional*): Source of the tokenizer.
         variant (`str`, *optional*): Also write half-precision weights.
@@ -118,12 +114,11 @@ def write_repository(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
             folder = Path(beside, out.name)
-            tensors = _save(converted, folder, probe)
-            if variant is not None:
-                for name, model in _models(converted).items():
-                    if name != "text_encoder":  # in bfloat16 already; T5 overflows in float16
-                        _halve(model, variant)
-                _save(converted, folder, probe, variant)
+            converted.save_pretrained(folder)
+            half = None if variant is None else _save_half(type(converted), folder, variant)
+            tensors = _check(converted, folder)
+            if half is not None:
+                _check(half, folder, variant)
             (folder / "README.md").write_text(card, encoding="utf-8")
             mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -153,40 +148,50 @@ def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Mod
     return {name: part for name, part in converted.components.items() if isinstance(part, torch.nn.Module)}
 
 
-def _save(
-    converted: ConvertedT, folder: Path, probe: Callable[[ConvertedT], torch.Tensor], variant: str | None = None
-) -> int:
-    """Saves a model or a pipeline, loads it again, compares both, and returns the number of tensors."""
-    converted.save_pretrained(folder, variant=variant)
-    dtypes = {name: model.dtype for name, model in _models(converted).items()}
-    copy = type(converted).from_pretrained(folder, variant=variant, dtype=dtypes.get("", dtypes))
-    expected, written = _tensors(converted), _tensors(copy)
-    differing = sorted(
-        key
-        for key, tensor in expected.items()
-        if tensor.dtype != written[key].dtype or not torch.equal(tensor, written[key])
-    )
-    if differing or not torch.equal(probe(converted), probe(copy)):
+def _save_half(
+    kind: type[ModelMixin | DiffusionPipeline], folder: Path, variant: str
+) -> ModelMixin | DiffusionPipeline:
+    """Adds half-precision weights to a folder. The codebook stays in float32 by itself."""
+    half = kind.from_pretrained(folder)
+    for name, model in _models(half).items():
+        # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
+        model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
+        overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
+        if overflowed:
+            raise ValueError(
+                f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
+            )
+    half.save_pretrained(folder, variant=variant)
+    return half
+
+
+def _check(expected: ModelMixin | DiffusionPipeline, folder: Path, variant: str | None = None) -> int:
+    """Raises unless a folder loads with the same config and bit-equal tensors, and returns the number of tensors."""
+    dtypes = {name: model.dtype for name, model in _models(expected).items()}
+    written = type(expected).from_pretrained(folder, variant=variant, dtype=dtypes.get("", dtypes))
+    state, copy = _state(expected), _state(written)
+    differing = sorted(key for key, value in state.items() if not _equal(value, copy.get(key)))
+    if differing:
         raise OSError(
-            f"What is written must equal the source, but differs in {', '.join(differing) or 'its output'}. "
-            "Check the disk and convert again."
+            f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk and "
+            "convert again."
         )
-    return len(expected)
+    return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
-def _tensors(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}".removeprefix("."): tensor
-        for name, model in _models(converted).items()
-        for key, tensor in model.state_dict().items()
-    }
+def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:
+    """All that outputs depend on, by name: weights, buffers and configs."""
+    state: dict[str, Any] = {}
+    for name, model in {"": converted, **_models(converted)}.items():
+        config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+        values = {key: value for key, value in config.items() if not key.startswith("_") and key != "architectures"}
+        if isinstance(model, torch.nn.Module):
+            values |= dict(model.state_dict()) | dict(model.named_buffers())
+        state |= {f"{name}.{key}".removeprefix("."): value for key, value in values.items()}
+    return state
 
 
-def _halve(model: torch.nn.Module, variant: str) -> None:
-    """Casts a model in place; its codebook stays in float32 by itself."""
-    model.to(VARIANTS[variant])
-    overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
-    if overflowed:
-        raise ValueError(
-            f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
-        )
+def _equal(value: Any, copy: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dtype == copy.dtype and torch.equal(value, copy)
+    return json.dumps(value) == json.dumps(copy)  # tuples become lists

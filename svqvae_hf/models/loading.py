@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +11,8 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.repositories import from_hub, prepare_repo, push_folder
+from svqvae_hf.hub.publishing import CardMixin
+from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
@@ -81,23 +81,21 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in DERIVED_CONFIG}, **kwargs)
 
 
-class SVQVAELoadingMixin(StrictLoadingMixin):
+class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):
     """Strict loading, `from_single_file` for original checkpoints, and what a model's repository holds beside it."""
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Saves the model, and its pixel range in `preprocessor_config.json`, which [`SVQVAEImageProcessor`] loads.
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the config, and the pixel range in `preprocessor_config.json` for [`SVQVAEImageProcessor`].
+
+        diffusers' `save_pretrained` calls it before it writes the weights.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write to.
-            is_main_process (`bool`, defaults to `True`): Whether this process writes the configs.
-            *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
-            **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+            push_to_hub (`bool`, defaults to `False`): Whether to upload the folder.
+            **kwargs: Further arguments of [`~diffusers.ConfigMixin.save_config`].
         """
-        if is_main_process:  # before the weights, because an upload follows these at once
-            SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
+        super().save_config(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def from_single_file(
@@ -125,42 +123,9 @@ class SVQVAELoadingMixin(StrictLoadingMixin):
         dtype = dtype or torch_dtype
         return model if dtype is None else model.to(dtype)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str = "Upload SVQVAE",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        variant: str | None = None,
-        **card: Any,
-    ) -> str:
-        """Uploads the model with its card.
-
-        Args:
-            repo_id (`str`): `org/name`; created if it does not exist.
-            commit_message (`str`, defaults to `"Upload SVQVAE"`): Title of the commit.
-            private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
-            token (`str`, *optional*): Access token, by default the stored one.
-            create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. The repository keeps
-                its card.
-            **card: Arguments of [`~svqvae_hf.hub.model_cards.model_card`].
-
-        Returns:
-            `str`: URL of the commit or pull request.
-
-        Raises:
-            OSError: If the Hub denies it or cannot be reached.
-            ValueError: If the Hub does not know the licence.
-        """
-        repo_id = prepare_repo(repo_id, private=private, license=card.get("license"), token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant)
-            if variant is None:
-                text = model_card(self.config, repo_id=repo_id, **card)
-                Path(folder, "README.md").write_text(text, encoding="utf-8")
-            return push_folder(folder, repo_id, commit_message, create_pr=create_pr, token=token)
+    def make_card(self, repo_id: str, **options: Any) -> str:
+        """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`]."""
+        return model_card(self.config, repo_id=repo_id, **options)
 
 
 def list_faults(loading_info: Mapping[str, Any]) -> str:

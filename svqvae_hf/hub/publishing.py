@@ -1,0 +1,66 @@
+"""Uploads models and pipelines with their cards."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from svqvae_hf.hub.repositories import prepare_repo, push_folder
+
+
+class CardMixin:
+    """Upload with a card, for models and pipelines of diffusers."""
+
+    save_pretrained: Callable[..., Any]
+
+    def make_card(self, repo_id: str, **options: Any) -> str:
+        """Text of `README.md`.
+
+        Args:
+            repo_id (`str`): Repository or folder that the card's example loads.
+            **options: Further arguments of the card, such as `license`.
+        """
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        **card: Any,
+    ) -> str:
+        """Uploads the weights and configs, with a card.
+
+        Args:
+            repo_id (`str`): `org/name`; created if it does not exist.
+            commit_message (`str`, *optional*): Title of the commit, by default `Upload` and the name of the class.
+            private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
+            token (`str`, *optional*): Access token, by default the stored one.
+            create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+            safe_serialization (`bool`, defaults to `True`): Write safetensors, not pickles.
+            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. The repository keeps its card.
+            subfolder (`str`, *optional*): Folder of the repository to upload to. The repository keeps its card.
+            **card: Arguments of `make_card`, such as `license`, the Hub's identifier of the licence of the weights.
+
+        Returns:
+            `str`: URL of the commit or pull request.
+
+        Raises:
+            OSError: If the Hub denies it or cannot be reached.
+            ValueError: If the Hub does not know the licence.
+        """
+        repo_id = prepare_repo(repo_id, private=private, license=card.get("license"), token=token)
+        with TemporaryDirectory() as root:
+            folder = Path(root, subfolder or "")
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            readme = folder / "README.md"
+            readme.unlink(missing_ok=True)
+            if variant is None and subfolder is None:
+                readme.write_text(self.make_card(repo_id, **card), encoding="utf-8")
+            message = commit_message or f"Upload {type(self).__name__}"
+            return push_folder(root, repo_id, message, create_pr=create_pr, token=token)
