@@ -54,6 +54,16 @@ WRONG = {  # words on the command line, and a part of the message
             "must have the columns licence, package, path, registry",
         ),
     ],
+    "training/prepare_drawings.py": [
+        ("out", "the following arguments are required: --photos"),
+        ("out --photos empty", "`empty/train` must hold photographs"),
+        ("empty --photos empty", "OUT must be a new folder"),
+    ],
+    "training/add_colours.py": [
+        ("empty two_images out", "config.json"),
+        ("{model} two_images empty", "OUT must be a new folder, but `empty` exists"),
+        ("{model} two_images out", "MODEL must have more than 2,744 codes"),
+    ],
     "conversion/compare.py": [
         ("empty broken.json", "`broken.json` must be a whole PyTorch checkpoint"),
         ("empty {golden}", "`empty` must be a checkout of Open-Model-Initiative/SVQVAE, but has no svqvae.py"),

@@ -6,12 +6,13 @@ A tokenizer trained on photographs alone has no codes for them, so that a plain 
 import numpy as np
 
 KINDS = ("flat", "flat", "gradient", "edge")  # half of the crops are flat
+CORNERS = 0.1  # fraction of the colours that are corners of the RGB cube
 
 
 def synthetic_crop(side: int, rng: np.random.Generator) -> np.ndarray:
     """Draws a crop of one colour, a linear gradient between two, or a straight edge between two.
 
-    Half of the colours are uniform in the RGB cube, the others are its corners.
+    Most colours are uniform in the RGB cube, the others are its corners.
 
     Args:
         side (`int`): Side in pixels.
@@ -35,6 +36,6 @@ def synthetic_crop(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
-    if rng.random() < 0.5:
-        return rng.uniform(0, 255, 3)
-    return 255.0 * rng.integers(0, 2, 3)
+    if rng.random() < CORNERS:
+        return 255.0 * rng.integers(0, 2, 3)
+    return rng.uniform(0, 255, 3)

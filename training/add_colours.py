@@ -1,0 +1,71 @@
+"""Gives a model codes for flat colours: `python training/add_colours.py MODEL IMAGES OUT`.
+
+A flat area has one code, so its colour is as exact as the codes for colours are dense. Photographs alone have some 200
+of them. This replaces the codes that IMAGES use least by the latents of colours on a lattice of the RGB cube.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from svqvae_hf import SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.data.image_rows import read_image
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.evaluation.metrics import count_codes
+from svqvae_hf.trainer.run import one_line_errors
+
+LEVELS = 14  # of red, green and blue
+SIDE = 64  # pixels of a flat image
+SCALES = (1.0, 0.5, 0.25)  # at which the use of codes is counted
+BATCH = 49
+COUNTED = 200  # images, spread over the set
+
+
+def colour_latents(model: SVQVAE, levels: int) -> torch.Tensor:
+    """Latents at the centres of flat images, whose colours are the centres of the cells of a lattice."""
+    axis = (torch.arange(levels) + 0.5) / levels
+    latents = []
+    for colours in tqdm(torch.cartesian_prod(axis, axis, axis).split(BATCH), desc="colours"):
+        sample = colours[..., None, None].expand(-1, -1, SIDE, SIDE)
+        latents.append(model.encode(sample).latents[..., SIDE // 2 // model.f, SIDE // 2 // model.f])
+    return F.normalize(torch.cat(latents).float(), dim=-1)
+
+
+def replace_rarest(codes: torch.Tensor, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Replaces the codes with the lowest counts by new ones."""
+    codes = codes.clone()
+    codes[counts.argsort(stable=True)[: len(new)]] = new
+    return codes
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Reads the arguments and writes the model."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model folder")
+    parser.add_argument("images", help="folder of images like those that the model is for")
+    parser.add_argument("out", type=Path, help="folder to write")
+    options = parser.parse_args()
+    if options.out.exists():
+        raise ValueError(f"OUT must be a new folder, but `{options.out}` exists. Choose another.")
+    model = SVQVAE.from_pretrained(options.model, torch_dtype=torch.float32).eval()
+    weight = model.quantize.embedding.weight
+    if len(weight) <= LEVELS**3:
+        raise ValueError(f"MODEL must have more than {LEVELS**3:,} codes, one per colour, got {len(weight)}.")
+    rows, processor = list(open_images([options.images])), SVQVAEImageProcessor()
+    counts = torch.zeros(len(weight), dtype=torch.int64)
+    for row in tqdm(rows[:: max(1, len(rows) // COUNTED)], desc="images"):
+        for ids in model.encode_tokens(processor(read_image(row))["pixel_values"], scales=SCALES):
+            counts += count_codes(ids, len(weight))
+    weight.copy_(replace_rarest(weight, counts, colour_latents(model, LEVELS)))
+    model.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
