@@ -15,12 +15,11 @@ import torch
 from measuring import Row, describe_machine, make_parser, report
 from tqdm import tqdm
 
+from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.evaluation.baselines.blocks import BlockBaseline, fit_block_baselines, read_fit_images
 from svqvae_hf.evaluation.baselines.codecs import CODECS
 from svqvae_hf.evaluation.comparison import image_metrics, reconstruct_by_baselines, to_tensor
-from svqvae_hf.files.inputs import find_files
-from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.tokens.image_tokens import resize_image
 
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
@@ -67,14 +66,14 @@ def main() -> None:
     machine = describe_machine(options.device, options.threads)
     device = torch.device(options.device)
     begun = time.perf_counter()
-    images = read_fit_images(find_files(options.fit, IMAGE_SUFFIXES), options.side, device)
+    images = read_fit_images([file.path for file in find_inputs(options.fit, IMAGE_SUFFIXES)], options.side, device)
     baselines = fit_block_baselines(images, options.side, options.codes, options.components)
     blocks = sum(image[0].numel() for image in images) // options.side**2
     fit = {"images": len(images), "blocks": blocks, "codes": options.codes, "seconds": time.perf_counter() - begun}
     tables = {"Fit": [fit]}
     for name in options.sets:
         groups: dict[tuple[str, float], list[Row]] = {}
-        paths = find_files([name], IMAGE_SUFFIXES)
+        paths = [file.path for file in find_inputs([name], IMAGE_SUFFIXES)]
         for scale in options.scales:
             for path in tqdm(paths, desc=f"{Path(name).name}, scale {scale:g}", disable=None):
                 for row in measure(path, scale, options.side, options.codes, baselines, device):

@@ -18,10 +18,9 @@ import torch
 from measuring import Cost, Row, describe_machine, in_own_process, make_parser, median_cost, report
 from tqdm import tqdm
 
+from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.evaluation.metrics import psnr
-from svqvae_hf.files.inputs import find_files
-from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.models.tiling import Tile, tile_axis
 
 BAND = 4  # pixels on each side of a border
@@ -154,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
-    paths = find_files([str(options.images)], IMAGE_SUFFIXES)
+    paths = [file.path for file in find_inputs([str(options.images)], IMAGE_SUFFIXES)]
     model, processor = load(options)
     figures_per_image = [
         measure(model, processor(path)["pixel_values"].to(options.device), not options.tiled_only)

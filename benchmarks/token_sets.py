@@ -23,11 +23,11 @@ import torch
 from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
 from PIL import Image, ImageOps
 
+from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.folders import Folder
-from svqvae_hf.files.inputs import find_files
-from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES, load_image
+from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.token_sets.encoder import ImageCounts, RowEncoder
 from svqvae_hf.token_sets.manifest import join_parts
 from svqvae_hf.token_sets.reading import read_crops
@@ -65,7 +65,7 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[Row]:
     """Measures images per second of one size."""
-    paths = find_files([str(options.images)], IMAGE_SUFFIXES)
+    paths = [file.path for file in find_inputs([str(options.images)], IMAGE_SUFFIXES)]
     model = load_model(options.device)
     count = options.count * (options.sides[-1] // side) ** 2
     write_images(paths, folder, [(side, side)] * count)
@@ -149,7 +149,7 @@ def prepare_small(device: str, folder: Path, out: Path, workers: int) -> Callabl
 
 def measure_memory(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Measures peak memory of the encoding process, without the loaded model."""
-    paths = find_files([str(options.images)], IMAGE_SUFFIXES)[:20]
+    paths = [file.path for file in find_inputs([str(options.images)], IMAGE_SUFFIXES)][:20]
     rows = []
     for count in options.counts:
         images = folder / f"images-{count}"

@@ -14,6 +14,16 @@ OVERLAP = 32  # pixels, as in `SVQVAE.enable_tiling`
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
+class Scales(argparse.Action):
+    """Stores scales. They must differ, because they name files."""
+
+    def __call__(self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, _: Any = None) -> None:
+        """Raises ValueError for two equal scales."""
+        if len({f"{value:g}" for value in values}) < len(values):
+            parser.error(f"--scales must differ within six digits, got {' '.join(map(str, values))}.")
+        setattr(args, self.dest, values)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps line breaks, with a wide column of options."""
 
@@ -54,7 +64,16 @@ def add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
     """Adds input files, the folder for output files, and whether these may exist."""
     parser.add_argument("inputs", nargs="+", type=path_or_name, metavar="INPUT", help=kinds)
     add_output(parser, "folder to write to; it is not searched for inputs")
-    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist (default: an error)")
+    add_overwrite(parser)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice between resuming and replacing."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="make and replace all output files (default: keep those of an earlier run with the same options)",
+    )
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +104,7 @@ def add_scales(parser: argparse.ArgumentParser, default: list[float], sides: boo
         "--scales",
         nargs="+",
         type=scale,
+        action=Scales,
         default=default,
         metavar="SCALE",
         help=f"output side over input side, one or more (default: {' '.join(f'{value:g}' for value in default)})",
@@ -119,7 +139,7 @@ def add_scale_target(parser: argparse.ArgumentParser) -> None:
 
 def check_several(scales: Collection[float], chooser: str, example: str = "--scales 0.25 0.5 1") -> None:
     """Raises ValueError if an option has only one scale to choose from. `chooser` names it, with its verb."""
-    if len(set(scales)) < 2:
+    if len(scales) < 2:
         raise ValueError(f"{chooser} among at least two scales. Pass them, such as {example}.")
 
 
@@ -209,12 +229,10 @@ def path_or_name(text: str) -> str:
     """Reads a path or a name on the Hub."""
     not_empty(text, " The current folder is `.`.")
     if "://" in text:
-        from svqvae_hf.files.inputs import check_local
-
-        try:
-            check_local(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(
+            f"`{text}` must be a local path or a name on the Hub, because URLs are not supported here. Copy or mount "
+            "it first."
+        )
     return text
 
 

@@ -4,6 +4,7 @@ import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_model, not_empty, path_or_name
 from svqvae_cli.errors import require_extra
+from svqvae_cli.files import check_source
 
 
 def add_to(commands: Commands) -> None:
@@ -39,6 +40,9 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
+    if args.model and args.generator:
+        raise ValueError("--generator brings its own model. Leave out --model or --generator.")
+    check_source(args.generator or args.model)
     with require_extra("demo", "demo"):
         from svqvae_hf.demo.generator_page import serving_generator
         from svqvae_hf.demo.page import serving
@@ -47,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_generator, load_model
 
-    if args.model and args.generator:
-        raise ValueError("--generator brings its own model. Leave out --model or --generator.")
     if args.generator:
         pipeline = load_generator(args.generator, args.device, args.dtype)
         served = serving_generator(pipeline, args.host, args.port)

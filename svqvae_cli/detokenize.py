@@ -3,6 +3,7 @@
 import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_model, add_output, path_or_url
+from svqvae_cli.files import check_output
 
 
 def add_to(commands: Commands) -> None:
@@ -31,7 +32,6 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the images of a token set, with the tiles that they were encoded with."""
     from svqvae_cli.loading import load_model
-    from svqvae_hf.files.outputs import check_output
     from svqvae_hf.token_sets.decoding import detokenize_set
     from svqvae_hf.token_sets.settings import read_settings
 

@@ -20,6 +20,7 @@ from svqvae_cli.arguments import (
     target,
 )
 from svqvae_cli.errors import check_none_skipped, require_extra
+from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_output, check_source, find_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("model", type=path_or_name, metavar="MODEL", help=f"model folder or Hub id: {CLASSES}")
     add_image_set(parser)
     add_output(parser, "folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that exists (default: an error)")
     parser.add_argument(
         "--beside",
         nargs="*",
@@ -118,20 +120,21 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures models on an image set, and writes numbers, tables and plots."""
+    if args.min_psnr:
+        check_several(args.scales, "--min-psnr chooses")
+    for source in (args.model, *(args.beside or [])):
+        check_source(source, subfolder=True)
+    check_output(args.output)
+    if not args.overwrite:
+        check_absent(args.output / "report.json")
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
         from svqvae_hf.evaluation.tokenizers.loading import class_name
     from accelerate import PartialState
 
-    from svqvae_cli.loading import check_source, explain_loading, find_device
-    from svqvae_hf.files.outputs import check_output
+    from svqvae_cli.loading import explain_loading, find_device
 
-    if args.min_psnr:
-        check_several(args.scales, "--min-psnr chooses")
-    check_output(args.output)
-    for source in (args.model, *(args.beside or [])):
-        check_source(source, subfolder=True)
     with explain_loading(args.model):
         compares = args.beside is not None or class_name(args.model) != "SVQVAE"
     if compares:
@@ -241,8 +244,6 @@ def _fit_baselines(
     args: argparse.Namespace, f: int, codebook_size: int, dim: int, device: "torch.device"
 ) -> "list[BlockBaseline]":
     from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines, read_fit_images
-    from svqvae_hf.files.inputs import find_files
-    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 
-    images = read_fit_images(find_files(args.baselines, IMAGE_SUFFIXES), f, device)
+    images = read_fit_images([file.path for file in find_inputs(args.baselines, IMAGE_SUFFIXES)], f, device)
     return fit_block_baselines(images, f, codebook_size, dim)

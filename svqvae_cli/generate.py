@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import (
@@ -17,6 +16,7 @@ from svqvae_cli.arguments import (
     positive,
     scale,
 )
+from svqvae_cli.files import check_absent, check_output
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,8 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_generator
     from svqvae_hf import SVQVAENextScalePipeline
-    from svqvae_hf.files.inputs import InputFile
-    from svqvae_hf.files.outputs import check_output, check_targets, save_png, scale_endings
+    from svqvae_hf.files.outputs import save_png, scale_endings
 
     check_output(args.output)
     if args.steps_picture and args.steps_picture.suffix != ".png":
@@ -135,7 +134,9 @@ def run(args: argparse.Namespace) -> None:
         for ending in scale_endings(scales)
     ]
     pictures = [args.output / "sheet.png", *([args.steps_picture] if args.steps_picture else [])]
-    check_targets({InputFile(Path(args.model), Path(args.model)): [*sum(files, []), *pictures]}, args.overwrite)
+    for file in [*sum(files, []), *pictures]:
+        if not args.overwrite:
+            check_absent(file)
     sampling: dict[str, Any] = {
         "class_labels": labels,
         "guidance_scale": args.guidance_scale,

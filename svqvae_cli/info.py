@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import Commands, add_command, path_or_name
+from svqvae_cli.files import search_folder
 
 if TYPE_CHECKING:
     from svqvae_hf import SVQVAE
@@ -33,7 +34,6 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_cli.loading import load_model
     from svqvae_hf import SVQVAE
     from svqvae_hf.files.folders import Folder
-    from svqvae_hf.files.inputs import search_folder
     from svqvae_hf.hub.repositories import REPO_ID
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,9 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from svqvae_cli.errors import prefix_errors
+from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-from svqvae_hf.hub.repositories import REPO_ID, from_hub, hub_reason
+from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.tokens.image_tokens import check_memory, configure_tiling
 from svqvae_hf.tokens.token_files import ImageTokens
@@ -41,6 +41,13 @@ def load_model(source: str | None, device: str | None, dtype: str, **options: An
     return load_pretrained(SVQVAE, source or DEFAULT_MODEL, device, dtype, **options).eval()
 
 
+def load_tiled_model(args: argparse.Namespace, on_tile: Callable[[int, int], None] | None = None) -> SVQVAE:
+    """Loads the model of a command that encodes, with the tiles of the command line."""
+    model = load_model(args.model, args.device, args.dtype)
+    model.enable_tiling(args.tile_size, args.overlap, on_tile)
+    return model
+
+
 def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **options: Any) -> Any:
     """Loads a model or a pipeline of class `cls`, as [`load_model`] does."""
     check_source(source)
@@ -48,20 +55,6 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
     with explain_loading(source):
         model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     return model.to(found_device)
-
-
-def check_source(source: str, subfolder: bool = False) -> None:
-    """Raises ValueError unless a model can be loaded from `source`: a folder or a Hub id, here with a subfolder."""
-    path = Path(source)
-    if path.is_file():
-        raise ValueError(
-            f"a model must be a folder or a Hub id, got the file `{source}`. Convert it with `svqvae convert` first."
-        )
-    if not path.is_dir() and not re.fullmatch(REPO_ID + (r"(/[\w.-]+)?" if subfolder else ""), source):
-        raise ValueError(
-            f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
-            "for `convert` and `info`, is `org/repo:file`."
-        )
 
 
 @contextmanager

@@ -24,3 +24,8 @@ def fails(capsys, *argv: object) -> str:
 def names(folder: Path) -> list[str]:
     """Sorted names in a folder."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def visible(folder: Path) -> list[str]:
+    """Sorted names in a folder, without the record of a run."""
+    return [name for name in names(folder) if name[0] != "."]

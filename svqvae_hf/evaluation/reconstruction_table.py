@@ -61,15 +61,17 @@ def table_header(name_width: int) -> str:
 def table_row(name_width: int, name: str, figures: Sequence[ReconstructionFigures], codebook_size: int) -> str:
     """Line for one or several images at one scale.
 
-    Tokens are summed, bits per pixel and PSNR averaged, and a code counts as used if any of the images uses it.
+    Tokens and pixels are summed, PSNR is averaged, and a code counts as used if any of the images uses it.
     """
+    tokens = sum(each.tokens for each in figures)
+    tokens_per_bit_rate = sum(each.tokens / each.bits_per_pixel for each in figures)  # pixels over the bits of a token
     sizes = {f"{each.width}x{each.height}" for each in figures}
     used = np.unique(np.concatenate([each.codes for each in figures])).size / codebook_size
     cells = [
         f"{figures[0].scale:g}",
         sizes.pop() if len(sizes) == 1 else "",
-        str(sum(each.tokens for each in figures)),
-        f"{np.mean([each.bits_per_pixel for each in figures]):.4f}",
+        str(tokens),
+        f"{tokens / tokens_per_bit_rate:.4f}",
         f"{np.mean([each.psnr for each in figures]):.2f}",
         f"{used:.1%}",
     ]

@@ -1,11 +1,9 @@
 """Input files: which files a path, a folder or a pattern stands for."""
 
-import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 DEFAULT_MODEL = str(Path(__file__).parents[1] / "pretrained")  # folder of the small bundled model
 
@@ -18,68 +16,6 @@ def check_local(name: str) -> str:
             "mount it first."
         )
     return name
-
-
-class InputFile(NamedTuple):
-    """Input of a command.
-
-    Args:
-        path (`Path`): The file.
-        name (`Path`): Path below the folder in which the file was found, or its file name. Outputs are named after it.
-    """
-
-    path: Path
-    name: Path
-
-    def target(self, output: Path, ending: str) -> Path:
-        """Output file: the input `a/b.png` and the ending `_x1.png` make `a/b_x1.png` in the output folder."""
-        return output / self.name.parent / f"{self.name.stem}{ending}"
-
-
-def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path | None = None) -> list[InputFile]:
-    """Finds the input files of a command and lists each once.
-
-    Args:
-        patterns (`Sequence[str]`): Files, folders and glob patterns. A folder stands for the files in it and in its
-            subfolders that have one of the suffixes. Hidden files and folders are left out.
-        suffixes (`Sequence[str]`): Suffixes in lower case, such as `.png`.
-        output (`Path`, *optional*): Folder that the command writes to. It is not searched.
-
-    Raises:
-        ValueError: A pattern matches no file, or is the output folder.
-    """
-    found: dict[Path, InputFile] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            if output is not None and path.resolve() == output.resolve():
-                raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
-            files = [InputFile(file, file.relative_to(path)) for file in search_folder(path, suffixes, output)]
-            missing = f"the folder `{pattern}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
-        elif path.exists():
-            files = [InputFile(path, Path(path.name))] if path.is_file() else []
-            missing = f"an input must be a file or a folder, but `{pattern}` is neither."
-        else:
-            matches = (Path(match) for match in sorted(glob.glob(pattern, recursive=True)))
-            files = [InputFile(match, Path(match.name)) for match in matches if match.is_file()]
-            missing = f"no file or folder matches `{pattern}`."
-        if not files:
-            raise ValueError(missing)
-        for file in files:  # links with different names are kept, even to the same file
-            found.setdefault(file.path.parent.resolve() / file.path.name, file)
-    return list(found.values())
-
-
-def find_files(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """Paths that [`find_inputs`] finds."""
-    return [file.path for file in find_inputs(patterns, suffixes)]
-
-
-def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:
-    """Yields the files that [`find_inputs`] finds in a folder, in order of their paths."""
-    for name in walk_files(folder, left_out=output and output.resolve()):
-        if Path(name).suffix.lower() in suffixes and (folder / name).is_file():
-            yield folder / name
 
 
 def walk_files(folder: str | os.PathLike, left_out: Path | None = None) -> list[str]:

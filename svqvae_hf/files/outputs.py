@@ -1,16 +1,14 @@
-"""Output files: their names, checks before the work, and files that are either complete or absent."""
+"""Output files: their names, and files that are either complete or absent."""
 
 import contextlib
 import io
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-
-from svqvae_hf.files.inputs import InputFile
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
@@ -84,35 +82,3 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def check_output(output: Path) -> None:
-    """Raises if the output folder cannot be written."""
-    nearest = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir() or not is_writable(nearest):
-        raise ValueError(f"--output must be a writable folder, but `{nearest}` is not.")
-
-
-def check_targets(targets: Mapping[InputFile, Iterable[Path]], overwrite: bool) -> None:
-    """Raises if output files clash.
-
-    Args:
-        targets (`Mapping[InputFile, Iterable[Path]]`): Output files of each input.
-        overwrite (`bool`): Whether output files may exist.
-
-    Raises:
-        ValueError: An output file is an input, or is written for two inputs, or exists.
-    """
-    sources = {file.path.resolve() for file in targets}
-    writers: dict[Path, InputFile] = {}
-    for file, paths in targets.items():
-        for path in paths:
-            if path.resolve() in sources:
-                raise ValueError(f"the input `{path}` would be overwritten. Use another --output.")
-            other = writers.setdefault(path, file)
-            if other != file:
-                raise ValueError(
-                    f"`{other.path}` and `{file.path}` would both write `{path}`. Rename one, or use two --output."
-                )
-            if not overwrite and path.exists():
-                raise ValueError(f"`{path}` already exists. Pass --overwrite, or use another --output.")

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from cli_runner import fails, names, svqvae
+from cli_runner import fails, names, svqvae, visible
 from conftest import ROOT, make_tiny
 from PIL import Image
 
@@ -24,7 +24,7 @@ def out(tmp_path):
 def test_one_token_file_per_image(two_images, out, saved_model):
     argv = ["--model", saved_model, "--tile-size", "32", "--overlap", "8", "--scales", "1", "0.5"]
     assert svqvae("encode", two_images, "--output", out, *argv) == 0
-    assert names(out) == ["a.safetensors", "b.safetensors"]
+    assert visible(out) == ["a.safetensors", "b.safetensors"]
     tokens = load_tokens(out / "a.safetensors")
     assert tokens.scales == (1.0, 0.5)
     assert tokens.scale_from == "image"
@@ -47,13 +47,6 @@ def test_bundled_model_is_the_default(two_images, out, saved_model, monkeypatch)
     monkeypatch.setattr(loading, "DEFAULT_MODEL", saved_model)
     assert svqvae("encode", two_images / "a.png", "--output", out) == 0
     assert load_tokens(out / "a.safetensors").f == 4
-
-
-def test_folder_gives_all_formats(tmp_path, out, saved_model):
-    for ending in (".ppm", ".bmp", ".webp"):
-        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{ending[1:]}{ending}")
-    assert svqvae("encode", tmp_path, "--output", out, "--model", saved_model) == 0
-    assert sorted(path.stem for path in out.iterdir()) == ["bmp", "ppm", "webp"]
 
 
 @pytest.mark.parametrize("command", ["reconstruct", "encode"])
@@ -96,8 +89,8 @@ def test_images_too_large_for_memory_are_skipped(tmp_path, out, saved_model, mon
         exhaust_memory(monkeypatch)
     capsys.readouterr()
     assert svqvae(command, source, "--output", out / "made", *model) == 1
-    (written,) = (out / "made").iterdir()
-    assert written.stem.startswith("small")
+    (written,) = visible(out / "made")
+    assert written.startswith("small")
     skipped, last = capsys.readouterr().err.splitlines()
     reason = "an image of 200 x 200 pixels .* of memory" if foreseen else "out of memory. Use smaller scales"
     assert re.match(rf"svqvae: skipped: `.*/large\..*`: {reason}", skipped)
@@ -120,7 +113,7 @@ def test_what_cannot_be_read_is_named_counted_and_skipped(two_images, out, saved
         whole.with_stem(name).write_bytes(content)
     argv = [command, source, "--output", out / "made", *model]
     assert svqvae(*argv) == 1
-    assert {path.stem.removesuffix("_x1") for path in (out / "made").iterdir()} == {"a", "b"}
+    assert {name[0] for name in visible(out / "made")} == {"a", "b"}
     *skipped, last = capsys.readouterr().err.splitlines()
     assert last == "svqvae: 3 of 5 inputs were skipped"
     for line, name in zip(skipped, ("a0", "a1", "a2"), strict=True):
@@ -139,13 +132,6 @@ def test_one_input_that_cannot_be_read_is_an_error(two_images, out, saved_model,
     ]
     assert captured.out == ""
     assert not out.exists()
-
-
-def test_inputs_of_one_stem_are_an_error(two_images, out, capsys):
-    Image.open(two_images / "a.png").save(two_images / "a.bmp")
-    error = fails(capsys, "encode", two_images, "--output", out)
-    both = f"`{two_images / 'a.bmp'}` and `{two_images / 'a.png'}` would both write `{out / 'a.safetensors'}`"
-    assert both in error
 
 
 def test_outputs_keep_the_subfolders_of_the_inputs(two_images, tmp_path, saved_model, capsys):
@@ -169,23 +155,6 @@ def test_outputs_keep_the_subfolders_of_the_inputs(two_images, tmp_path, saved_m
     assert f"written  {two_images / 'tokens'} (token files: 2)\nwritten  {tmp_path / 'decoded'} (images: 2)\n" in out
 
 
-@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
-def test_outputs_that_exist_are_replaced_only_with_overwrite(two_images, tmp_path, saved_model, capsys, command):
-    svqvae("encode", two_images, "--output", tmp_path / "tokens", "--model", saved_model)
-    argv = [command, tmp_path / "tokens" if command == "decode" else two_images, "--output", tmp_path / "out"]
-    argv += ["--model", saved_model]
-    assert svqvae(*argv) == 0
-    capsys.readouterr()
-    second = sorted((tmp_path / "out").iterdir())[1]
-    second.write_bytes(b"mine")
-    sorted((tmp_path / "out").iterdir())[0].unlink()
-    assert f"`{second}` already exists. Pass --overwrite" in fails(capsys, *argv)
-    assert second.read_bytes() == b"mine"
-    assert names(tmp_path / "out") == [second.name]
-    assert svqvae(*argv, "--overwrite") == 0
-    assert second.read_bytes() != b"mine"
-
-
 @pytest.mark.parametrize(("command", "ending"), [("reconstruct", "_x1.png"), ("encode", ".safetensors")])
 def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model, capsys, command, ending):
     file = two_images / "notes.txt"
@@ -195,7 +164,7 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
     (out / f"a{ending}").mkdir(parents=True)
     error = fails(capsys, command, two_images, "--output", out, "--model", saved_model, "--overwrite")
     assert f"`{out / f'a{ending}'}` cannot be written: Is a directory." in error
-    assert names(out) == [f"a{ending}"]
+    assert visible(out) == [f"a{ending}"]
     assert names(two_images) == ["a.png", "b.jpg", "notes.txt"]
 
 
@@ -232,7 +201,7 @@ def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved
     by_scale = ", ".join(f"{scale:g}: {expected.count(scale)}" for scale in sorted(set(expected)))
     assert f"images by scale: {by_scale}\nimages beyond the target at every scale: {missed}\n" in printed
     assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0
-    with Image.open(tmp_path / "made" / f"a_x{expected[0]:g}.png") as image:
+    with Image.open(tmp_path / "made" / f"a_x{expected[0]:g}_full_size.png") as image:
         assert image.size == (57, 35)
 
 
@@ -240,7 +209,7 @@ def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved
     ("words", "message"),
     [
         ("--min-psnr 26", "choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."),
-        ("--max-bits 26 --scales 1 1", "choose among at least two scales"),
+        ("--max-bits 26 --scales 1 1", "--scales must differ within six digits, got 1.0 1.0."),
         ("--min-psnr nan --scales 1 2", "argument --min-psnr: the target must be a finite number above 0, got 'nan'"),
         ("--max-bits -1 --scales 1 2", "argument --max-bits: the target must be a finite number above 0, got '-1'"),
         ("--min-psnr 20 --max-bits 9 --scales 1 2", "not allowed with argument --min-psnr"),

@@ -3,8 +3,22 @@ from pathlib import Path
 
 import pytest
 
-from svqvae_hf.files.inputs import InputFile, find_files, find_inputs, walk_files
-from svqvae_hf.files.outputs import check_output, check_targets, scale_endings
+from svqvae_cli import files
+from svqvae_cli.files import check_output, find_inputs
+from svqvae_hf.files.inputs import walk_files
+from svqvae_hf.hub import repositories
+from svqvae_hf.large import tiff_reader
+from svqvae_hf.models import image_processing_svqvae
+
+
+def find_files(patterns, suffixes):
+    return [file.path for file in find_inputs(patterns, suffixes)]
+
+
+def test_suffixes_and_ids_agree_with_the_library():
+    assert files.IMAGE_SUFFIXES == image_processing_svqvae.IMAGE_SUFFIXES
+    assert files.TIFF_SUFFIXES == tiff_reader.TIFF_SUFFIXES
+    assert files.REPO_ID == repositories.REPO_ID
 
 
 def test_each_file_is_found_once(tmp_path):
@@ -53,6 +67,14 @@ def test_links_with_different_names_are_kept(tmp_path):
     assert find_files([str(tmp_path / "snapshot"), str(tmp_path / "other")], (".png",)) == links
 
 
+def test_inputs_of_one_stem_keep_their_suffix(tmp_path):
+    for name in ("a.png", "a.jpg", "b.png", "c/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(file.target(Path("out"), ".x")) for file in find_inputs([str(tmp_path)], (".png", ".jpg"))]
+    assert found == ["out/a.jpg.x", "out/a.png.x", "out/b.x", "out/c/b.x"]
+
+
 def test_input_must_be_a_file_or_folder(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     with pytest.raises(ValueError, match=r"an input must be a file or a folder, but `.*fifo.png` is neither"):
@@ -71,30 +93,3 @@ def test_output_must_not_be_a_broken_link(tmp_path):
 def test_output_must_be_writable_whatever_its_permissions_say():
     with pytest.raises(ValueError, match=r"--output must be a writable folder, but `/proc` is not"):
         check_output(Path("/proc/x"))
-
-
-def targets(output, ending, *paths):
-    files = [InputFile(path, Path(path.name)) for path in paths]
-    return {file: [file.target(output, ending)] for file in files}
-
-
-def test_inputs_are_not_overwritten(tmp_path):
-    inputs = [tmp_path / "a.png", tmp_path / "a_x1.png"]
-    check_targets(targets(tmp_path / "out", "_x1.png", *inputs), overwrite=False)
-    check_targets(targets(tmp_path, "_x2.png", *inputs), overwrite=False)
-    with pytest.raises(ValueError, match=r"the input `.*a_x1.png` would be overwritten"):
-        check_targets(targets(tmp_path, "_x1.png", *inputs), overwrite=True)
-
-
-def test_existing_files_are_overwritten_only_if_asked_for(tmp_path):
-    (tmp_path / "a_x1.png").touch()
-    planned = targets(tmp_path, "_x1.png", tmp_path / "a.png")
-    check_targets(planned, overwrite=True)
-    with pytest.raises(ValueError, match=r"`.*a_x1.png` already exists. Pass --overwrite"):
-        check_targets(planned, overwrite=False)
-
-
-def test_scales_name_files_with_six_digits():
-    assert scale_endings([0.5, 1.0, 1 / 3]) == ["_x0.5.png", "_x1.png", "_x0.333333.png"]
-    with pytest.raises(ValueError, match=r"scales must differ within six digits, .* but are 1, 1.0000001"):
-        scale_endings([1, 1.0000001])

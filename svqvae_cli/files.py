@@ -1,0 +1,129 @@
+"""Files that commands read and write. Nothing slow is imported, so a wrong path is an error at once."""
+
+import argparse
+import glob
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# As in `svqvae_hf.models.image_processing_svqvae`, in the same order.
+IMAGE_SUFFIXES = tuple(".bmp .gif .jpg .jpeg .png .ppm .pgm .pnm .tif .tiff .webp .avif".split())
+TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
+REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # as in `svqvae_hf.hub.repositories`
+
+
+class InputFile(NamedTuple):
+    """Input of a command.
+
+    Args:
+        path (`Path`): The file.
+        name (`Path`): Path below the folder in which the file was found, or its file name.
+        stem (`str`): Start of the names of its outputs.
+    """
+
+    path: Path
+    name: Path
+    stem: str
+
+    def target(self, output: Path, ending: str) -> Path:
+        """Output file: the input `a/b.png` and the ending `_x1.png` make `a/b_x1.png` in the output folder."""
+        return output / self.name.parent / f"{self.stem}{ending}"
+
+
+def find_images(args: argparse.Namespace) -> list[InputFile]:
+    """Finds the images that a command encodes, and checks the names of its model and its output folder."""
+    check_source(args.model)
+    check_output(args.output)
+    return find_inputs(args.inputs, TIFF_SUFFIXES if args.large else IMAGE_SUFFIXES, args.output)
+
+
+def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path | None = None) -> list[InputFile]:
+    """Finds the input files of a command and lists each once.
+
+    Outputs are named after the stem of an input or, if two inputs share a folder and a stem, after its whole name.
+
+    Args:
+        patterns (`Sequence[str]`): Files, folders and glob patterns. A folder stands for the files in it and in its
+            subfolders that have one of the suffixes. Hidden files and folders are left out.
+        suffixes (`Sequence[str]`): Suffixes in lower case, such as `.png`.
+        output (`Path`, *optional*): Folder that the command writes to. It is not searched.
+
+    Raises:
+        ValueError: A pattern matches no file, or is the output folder.
+    """
+    found: dict[Path, tuple[Path, Path]] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            if output is not None and path.resolve() == output.resolve():
+                raise ValueError(f"--output must not be an input folder, got `{output}`. Choose another.")
+            files = [(file, file.relative_to(path)) for file in search_folder(path, suffixes, output)]
+            missing = f"the folder `{pattern}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
+        elif path.exists():
+            files = [(path, Path(path.name))] if path.is_file() else []
+            missing = f"an input must be a file or a folder, but `{pattern}` is neither."
+        else:
+            matches = (Path(match) for match in sorted(glob.glob(pattern, recursive=True)))
+            files = [(match, Path(match.name)) for match in matches if match.is_file()]
+            missing = f"no file or folder matches `{pattern}`."
+        if not files:
+            raise ValueError(missing)
+        for path, name in files:  # links with different names are kept, even to the same file
+            found.setdefault(path.parent.resolve() / path.name, (path, name))
+    stems = Counter(name.with_suffix("") for _, name in found.values())
+    return [
+        InputFile(path, name, name.stem if stems[name.with_suffix("")] == 1 else name.name)
+        for path, name in found.values()
+    ]
+
+
+def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:
+    """Yields the files that [`find_inputs`] finds in a folder, in order of their paths."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files = []
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        closed = {path.resolve() for path in (Path(here), *Path(here).parents)}  # links may lead back to them
+        if output is not None:
+            closed.add(output.resolve())
+        folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() not in closed]
+        files += [Path(here, name) for name in names if name[0] != "." and Path(name).suffix.lower() in suffixes]
+    yield from sorted((file for file in files if file.is_file()), key=os.fspath)
+
+
+def check_output(output: Path) -> None:
+    """Raises ValueError if the output folder cannot be written."""
+    nearest = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # permissions alone do not tell: not even root can write to `/proc`
+            pass
+    except OSError as error:
+        raise ValueError(f"--output must be a writable folder, but `{nearest}` is not.") from error
+
+
+def check_absent(path: Path) -> None:
+    """Raises ValueError if a file to write exists."""
+    if path.exists():
+        raise ValueError(f"`{path}` already exists. Pass --overwrite, or use another --output.")
+
+
+def check_source(source: str | None, subfolder: bool = False) -> None:
+    """Raises ValueError unless a model can be loaded from `source`: a folder or a Hub id, here with a subfolder."""
+    if source is None:  # the bundled model
+        return
+    path = Path(source)
+    if path.is_file():
+        raise ValueError(
+            f"a model must be a folder or a Hub id, got the file `{source}`. Convert it with `svqvae convert` first."
+        )
+    if not path.is_dir() and not re.fullmatch(REPO_ID + (r"(/[\w.-]+)?" if subfolder else ""), source):
+        raise ValueError(
+            f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
+            "for `convert` and `info`, is `org/repo:file`."
+        )

@@ -1,0 +1,188 @@
+"""Runs over many inputs. Finished outputs are kept, unusable inputs are skipped, and a summary ends each run."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
+
+from svqvae_cli.errors import check_none_skipped, one_line
+from svqvae_cli.files import InputFile, check_absent, check_output
+
+Item = TypeVar("Item", bound=Hashable)
+Content = TypeVar("Content")
+
+# Arguments that do not change the content of an output.
+NOT_OPTIONS = {"command", "device", "inputs", "num_images", "output", "overwrite", "parser", "run", "batch_size"}
+
+
+class Run(Generic[Item]):
+    """A run of a command over inputs, which resumes an earlier run with the same options.
+
+    The options are recorded in the output folder. Its files are kept if they are from such a run and not older than
+    their input. With `--overwrite` all are made again.
+
+    Args:
+        args (`argparse.Namespace`): Parsed command line.
+        targets (`Mapping[Item, Sequence[Path]]`): Output files of each input.
+        made (`str`): Plural noun for the output files.
+
+    Raises:
+        ValueError: The output folder cannot be written; an output file is an input, or is written for two inputs; or
+            it exists, but not from a run with the same options.
+    """
+
+    def __init__(self, args: argparse.Namespace, targets: Mapping[Item, Sequence[Path]], made: str):
+        self.output, self.targets, self.made, self.overwrite = args.output, targets, made, args.overwrite
+        self.record = self.output / f".svqvae-{args.parser.prog.split()[-1]}.json"
+        self.options = {name: _plain(name, value) for name, value in vars(args).items() if name not in NOT_OPTIONS}
+        self.is_recorded = False
+        self.written = self.skipped = 0
+        self.pending = 0  # files of the input in work
+        check_output(self.output)
+        self._check_clashes()
+        self.left = [item for item in targets if self.overwrite or not self._is_done(item)]
+        self.done = len(targets) - len(self.left)
+        self._check_earlier()
+
+    def _check_clashes(self) -> None:
+        sources = {item.path.resolve() for item in self.targets if isinstance(item, InputFile)}
+        writers: dict[Path, Item] = {}
+        for item, paths in self.targets.items():
+            for path in paths:
+                if path.resolve() in sources:
+                    raise ValueError(f"the input `{path}` would be overwritten. Use another --output.")
+                other = writers.setdefault(path, item)
+                if other != item:
+                    raise ValueError(
+                        f"`{_name(other)}` and `{_name(item)}` would both write `{path}`. Rename one, or use two "
+                        "--output."
+                    )
+
+    def _is_done(self, item: Item) -> bool:
+        paths = self.targets[item]
+        if not paths or not all(path.exists() for path in paths):
+            return False
+        made = min(path.stat().st_mtime_ns for path in paths)
+        return not isinstance(item, InputFile) or item.path.stat().st_mtime_ns <= made
+
+    def _check_earlier(self) -> None:
+        """Raises if there are outputs that are not from a run with the same options."""
+        existing = [path for paths in self.targets.values() for path in paths if path.exists()]
+        if self.overwrite or not existing:
+            return
+        if not self.record.exists():
+            check_absent(existing[0])
+        earlier = json.loads(self.record.read_text())
+        for name, value in self.options.items():
+            if earlier.get(name) != value:
+                raise ValueError(
+                    f"`{self.output}` holds {self.made} made with other options: `{name}` was {earlier.get(name)}, "
+                    f"got {value}. Pass --overwrite to replace them, or use another --output."
+                )
+
+    def __enter__(self) -> "Run[Item]":
+        if self.done:
+            print(f"resumed: {self.done:,} of {len(self.targets):,} were there")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Prints the summary, unless an error ended the run before its first output.
+
+        Raises:
+            SkippedError: Some inputs were skipped.
+            ValueError: All inputs were skipped.
+        """
+        total = len(self.targets)
+        if kind is None and self.skipped == total:
+            raise ValueError(f"none of the {total} inputs could be used, for the reasons above.")
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        if kind is None or interrupted or self.written:
+            print(f"written  {self.output} ({self.made}: {self.written})")
+        if interrupted:
+            print(f"svqvae: `{self.output}` is not complete. Run the same command again to resume.", file=sys.stderr)
+        if kind is None:
+            check_none_skipped(self.skipped, total)
+
+    def files(self) -> Iterator[Item]:
+        """Yields each input without its outputs. Shows a bar on a terminal."""
+        with self._bars() as bar:
+            for item in self.left:
+                yield item
+                bar.update()
+
+    @contextmanager
+    def _bars(self) -> Iterator[tqdm]:
+        with (
+            tqdm(total=len(self.targets), initial=self.done, unit="image", disable=None) as bar,
+            tqdm(unit="tile", position=1, leave=False, delay=1, disable=None) as self._tiles,
+        ):
+            yield bar
+
+    def on_tile(self, done: int, total: int) -> None:
+        """Shows a bar over the tiles of the current input. For [`SVQVAE.enable_tiling`]."""
+        if done == 1:
+            self._tiles.reset(total)
+        self._tiles.update()
+
+    def read(self, read: Callable[[Path], Content]) -> Iterator[tuple[Item, Content]]:
+        """Yields each input without its outputs, and its content. Skips those that cannot be read."""
+        for item in self.files():
+            with self.attempt(item, OSError, ValueError):
+                yield item, read(item.path)  # type: ignore[attr-defined] # only for inputs that are files
+
+    @contextmanager
+    def attempt(self, item: Item, *errors: type[Exception]) -> Iterator[None]:
+        """Skips the input whose work raises one of these errors, or runs out of memory. A single input raises."""
+        try:
+            yield
+            self.written += self.pending
+        except errors as error:
+            self._skip(error, str(error))
+        except (MemoryError, RuntimeError) as error:
+            from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            self._skip(error, f"`{_name(item)}`: {OUT_OF_MEMORY}")
+        finally:
+            self.pending = 0
+
+    def _skip(self, error: Exception, reason: str) -> None:
+        if len(self.targets) == 1:
+            raise error
+        self.skipped += 1
+        tqdm.write(f"svqvae: skipped: {one_line(reason)}", sys.stderr)  # above the progress bars
+
+    def outputs(self, item: Item) -> Sequence[Path]:
+        """Output files of an input whose content is about to be written. Creates their folder and the record."""
+        from svqvae_hf.files.outputs import write_file
+
+        paths = self.targets[item]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.is_recorded:
+            if self.overwrite:  # what is left of an earlier run must not count as done if this one is interrupted
+                for old in (path for each in self.targets.values() for path in each if path.is_file()):
+                    old.unlink()
+            write_file(self.record, json.dumps(self.options).encode())
+            self.is_recorded = True
+        self.pending = len(paths)
+        return paths
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option as JSON stores it. Paths do not depend on the current folder."""
+    if isinstance(value, Path) or (name == "model" and value and os.path.isdir(value)):
+        return os.path.abspath(value)
+    return value
+
+
+def _name(item: Any) -> str:
+    return str(item.path) if isinstance(item, InputFile) else str(item)

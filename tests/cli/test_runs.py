@@ -1,0 +1,147 @@
+"""Runs over folders that are interrupted, resumed, or started anew."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cli_runner import fails, svqvae, visible
+
+from svqvae_cli import main
+
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
+COMMANDS = ("encode", "decode", "reconstruct")
+
+
+@pytest.fixture
+def photos(tmp_path, photo):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(5):
+        photo.crop((50 * index, 100, 50 * index + 24, 116)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def argv(photos, tmp_path, saved_model):
+    """Returns the words of a command over the five images."""
+
+    def words(command, output, *options):
+        source = photos
+        if command == "decode":
+            source = tmp_path / "tokens"
+            svqvae("encode", photos, "--output", source, "--model", saved_model, "--scales", "0.5", "1")
+        scales = [] if command == "decode" else ["--scales", "0.5", "1"]
+        return [command, source, "--output", output, "--model", saved_model, *scales, *options]
+
+    return words
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in visible(folder)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_three_interrupted_runs_end_with_the_files_of_an_unbroken_one(command, argv, tmp_path, monkeypatch, capsys):
+    assert svqvae(*argv(command, tmp_path / "whole")) == 0
+    words = argv(command, tmp_path / "out")
+    replace, left = Path.replace, []
+
+    def interrupt(path, target):
+        if not left.pop():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return replace(path, target)
+
+    done = []
+    for writes in (2, 3, 2):  # the record, the first file and so on
+        monkeypatch.setattr(Path, "replace", interrupt)
+        left[:] = [False, *[True] * writes]
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            svqvae(*words)
+        captured = capsys.readouterr()
+        assert f"written  {tmp_path / 'out'} (" in captured.out
+        assert "is not complete. Run the same command again to resume." in captured.err
+        done.append(len(visible(tmp_path / "out")))
+    assert done == sorted(done)
+    assert 0 < done[0] < done[-1] < len(visible(tmp_path / "whole"))
+    monkeypatch.setattr(Path, "replace", replace)
+    assert svqvae(*words) == 0
+    assert " of 5 were there\n" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert svqvae(*words) == 0
+    assert "resumed: 5 of 5 were there\n" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_files_of_other_runs_are_replaced_only_with_overwrite(command, argv, tmp_path, capsys):
+    words = argv(command, tmp_path / "out")
+    capsys.readouterr()
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / ("0.safetensors" if command == "encode" else "0_x1.png")
+    mine.write_bytes(b"mine")
+    assert f"`{mine}` already exists. Pass --overwrite" in fails(capsys, *words)
+    assert svqvae(*words, "--overwrite") == 0
+    capsys.readouterr()
+    error = fails(capsys, *words, "--dtype", "float16")
+    assert "made with other options: `dtype` was float32, got float16. Pass --overwrite" in error
+    assert mine.read_bytes() != b"mine"
+
+
+def test_an_interrupted_overwrite_leaves_nothing_of_the_run_before(argv, tmp_path, monkeypatch):
+    words = argv("encode", tmp_path / "out")
+    assert svqvae(*words) == 0
+    old, replace = contents(tmp_path / "out"), Path.replace
+    targets = []
+
+    def interrupt(path, target):
+        targets.append(target)
+        if len(targets) == 3:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    words[words.index("1")] = "2"
+    assert svqvae(*words, "--overwrite") == 130
+    (new,) = contents(tmp_path / "out").items()
+    assert new not in old.items()
+
+
+def test_an_input_that_changed_is_done_again(argv, photos, tmp_path, capsys):
+    words = argv("encode", tmp_path / "out")
+    assert svqvae(*words) == 0
+    made = (tmp_path / "out" / "3.safetensors").stat().st_mtime_ns
+    os.utime(photos / "3.png", ns=(made + 1, made + 1))
+    assert svqvae(*words) == 0
+    assert "resumed: 4 of 5 were there\n" in capsys.readouterr().out
+
+
+def test_summary_after_inputs_that_cannot_be_read(argv, photos, tmp_path, capsys):
+    (photos / "2.png").write_bytes(b"")
+    assert svqvae(*argv("encode", tmp_path / "out", "--min-psnr", "20")) == 1
+    captured = capsys.readouterr()
+    assert "images by scale: " in captured.out
+    assert captured.out.endswith(f"written  {tmp_path / 'out'} (token files: 4)\n")
+    assert captured.err.endswith("svqvae: 1 of 5 inputs were skipped\n")
+
+
+def test_inputs_are_not_overwritten_and_outputs_do_not_clash(photos, tmp_path, saved_model, capsys):
+    (photos / "0.png").rename(photos / "1_x1.png")
+    before = contents(photos)
+    words = ["--output", photos, "--model", saved_model]
+    inputs = [photos / "1.png", photos / "1_x1.png"]
+    assert f"the input `{inputs[1]}` would be overwritten" in fails(capsys, "reconstruct", *inputs, *words)
+    assert contents(photos) == before
+    (tmp_path / "other").mkdir()
+    (photos / "1.png").rename(tmp_path / "other" / "2.png")
+    words = ["--output", tmp_path / "out", "--model", saved_model]
+    error = fails(capsys, "encode", photos, tmp_path / "other", *words)
+    assert f"would both write `{tmp_path / 'out' / '2.png.safetensors'}`. Rename one, or use two --output." in error
+
+
+def test_control_characters_in_names_are_escaped(photos, tmp_path, saved_model, capsys):
+    (photos / "0.png").rename(photos / "\x1b[31m\n.png")
+    assert main(["reconstruct", str(photos), "--output", str(tmp_path / "out"), "--model", saved_model]) == 0
+    assert "\n\\x1b[31m .png " in capsys.readouterr().out
