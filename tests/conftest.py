@@ -80,7 +80,7 @@ def few_windows(monkeypatch):
     monkeypatch.setattr("svqvae_hf.models.tiling.WHOLE_SQUARES", 2)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def process():
     """Restores the signal handler, log levels and progress bars that a command sets for its process."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
@@ -93,9 +93,9 @@ def process():
         bars.enable_progress_bar()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_accelerator():
-    """Each run sets up accelerate anew, and leaves the log as it was."""
+    """Lets each run set up accelerate anew, and leaves the log as it was."""
     handlers = logging.root.handlers[:]
     yield
     logging.root.handlers[:] = handlers

@@ -16,7 +16,6 @@ from svqvae_hf.trainer.train_options import TrainOptions
 
 KINDS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 SHARDS, SHARD_SIZE = 8, 3
-SOURCES = ("{root}/shards", "{root}/shards/shard-*.tar", "{root}/shards/shard-{{00000..00007}}.tar")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +37,10 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=("folder", "glob", "braces"))
-def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, source, monkeypatch):
+def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     options = ["--model", root / "model", "--min-side", "16", "--tile-size", "32", "--overlap", "8", "--workers", "0"]
-    assert svqvae("tokenize", source.format(root=root), tmp_path / "tokens", *options) == 1  # some are skipped
+    assert svqvae("tokenize", root / "shards", tmp_path / "tokens", *options) == 1  # some are skipped
     rows = datasets.load_dataset(str(tmp_path / "tokens"), split="train")
     numbers = [number for number in range(SHARDS * SHARD_SIZE) if number not in (5, 7)]
     assert rows["cls"] == [number % 3 for number in numbers]
@@ -53,10 +51,9 @@ def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, source, m
     assert [image["key"] for image in skipped] == ["00005.webp", "00007.png"]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=("folder", "glob", "braces"))
-def test_evaluate_measures_the_readable_ones(root, tmp_path, source):
+def test_evaluate_measures_the_readable_ones(root, tmp_path):
     options = ["--scales", "1", "--modes", "plain", "--output", tmp_path / "report"]
-    assert svqvae("evaluate", root / "model", source.format(root=root), *options) == 1  # one is skipped
+    assert svqvae("evaluate", root / "model", root / "shards" / "shard-*.tar", *options) == 1  # one is skipped
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert len(report["images"]) == SHARDS * SHARD_SIZE - 1
     assert [image["name"] for image in report["skipped"]] == ["00005.webp"]
@@ -64,11 +61,10 @@ def test_evaluate_measures_the_readable_ones(root, tmp_path, source):
 
 @pytest.mark.usefixtures("one_accelerator")
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("source", SOURCES, ids=("folder", "glob", "braces"))
-def test_training_sees_every_image_with_its_label(root, tmp_path, source, streaming, caplog, monkeypatch):
+def test_training_sees_every_image_with_its_label(root, tmp_path, streaming, caplog, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     caplog.set_level(logging.INFO)
-    options = {"train_data_dir": source.format(root=root), "streaming": streaming, "min_side": 16}
+    options = {"train_data_dir": f"{root}/shards/shard-{{00000..00007}}.tar", "streaming": streaming, "min_side": 16}
     options |= {"model_config_name_or_path": str(root / "model"), "output_dir": str(tmp_path / "out")}
     options |= {"resolution": 16, "train_batch_size": 6, "max_train_steps": 5, "num_scales": 1}
     run(train.main, TrainOptions, **options, lr_warmup_steps=0, dataloader_num_workers=0)
