@@ -3,10 +3,12 @@
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from svqvae_hf.files.inputs import DEFAULT_MODEL
+from svqvae_hf.language.image_vocabulary import ImageVocabulary
+from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
@@ -32,6 +34,7 @@ __all__ = [
     "SVQVAEImageProcessor",
     "SVQVAENextScalePipeline",
     "SVQVAEOutput",
+    "SVQVAEProcessor",
     "VQLosses",
 ]
 
@@ -48,3 +51,7 @@ diffusers.SVQVAE = SVQVAE
 diffusers.NextScaleTransformer = NextScaleTransformer
 diffusers.SVQVAEAutoregressivePipeline = SVQVAEAutoregressivePipeline
 diffusers.SVQVAENextScalePipeline = SVQVAENextScalePipeline
+
+# `AutoProcessor.from_pretrained` looks for the class in `processor_config.json` among the registered ones. The key is
+# what the configs of its language models have in common.
+AutoProcessor.register(ImageVocabulary, SVQVAEProcessor, exist_ok=True)

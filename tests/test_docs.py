@@ -185,12 +185,14 @@ def test_files_named_by_their_path_exist():
 
 
 def test_page_of_the_command_line_has_each_command():
-    named = re.findall(r"^\| `(\w+)` \|", PAGES[ROOT / "docs" / "command_line.md"], re.MULTILINE)
-    assert named == [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    named = re.findall(r"^\| `([\w-]+)` \|", PAGES[ROOT / "docs" / "command_line.md"], re.MULTILINE)
+    assert named == [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
 
 
 def test_reference_of_the_command_line_is_complete():
-    sections = dict(re.findall(r"^### svqvae (\w+)\n(.*?)(?=^### |\Z)", site_hooks.command_reference(), re.M | re.S))
+    sections = dict(
+        re.findall(r"^### svqvae ([\w-]+)\n(.*?)(?=^### |\Z)", site_hooks.command_reference(), re.M | re.S)
+    )
     (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     assert sections.keys() == commands.choices.keys()
     for name, parser in commands.choices.items():
@@ -244,7 +246,8 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     assert "encode_window" not in text
     assert "TileContext" not in text
     text = (tmp_path / "command_line.html").read_text()
-    assert all(f'id="svqvae-{command.__name__.rpartition(".")[2]}"' in text for command in COMMANDS)
+    names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
+    assert all(f'id="svqvae-{name}"' in text for name in names)
     assert "The bundled model is trained anew" in (tmp_path / "changelog.html").read_text()
     text = (tmp_path / "api" / "model.html").read_text()
     assert "<strong>Args</strong>" in text

@@ -7,8 +7,8 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "svqvae_hf"
 SUBPACKAGES = [
-    *("trainer", "demo", "large", "evaluation", "export", "token_sets", "data", "conversion", "pipelines", "tokens"),
-    *("models", "loaders", "hub", "untrusted", "files"),
+    *("trainer", "demo", "large", "evaluation", "export", "token_sets", "data", "conversion", "language", "pipelines"),
+    *("tokens", "models", "loaders", "hub", "untrusted", "files"),
 ]
 
 

@@ -20,7 +20,7 @@ DOCUMENTED = {
     *("diffusers", "diffusers.configuration_utils", "diffusers.image_processor", "diffusers.models.modeling_utils"),
     *("diffusers.optimization", "diffusers.training_utils", "diffusers.utils", "diffusers.utils.torch_utils"),
     *("transformers", "transformers.cache_utils", "transformers.generation", "transformers.modeling_outputs"),
-    *("transformers.image_processing_utils", "gradio"),
+    *("transformers.image_processing_utils", "transformers.image_utils", "transformers.processing_utils", "gradio"),
 }
 IMPORTED = {
     "diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES": (
@@ -40,6 +40,8 @@ USED = {
     "_execution_device": "Take the device of the transformer, or the device to which its hook brings it.",
 }
 OVERRIDDEN = {  # attributes and methods of a library's class
+    "_get_arguments_from_pretrained": "Load the vqvae of the processor in `from_pretrained`.",
+    "_process_images": "See how `ProcessorMixin.__call__` puts the tokens of images in place of `image_token`.",
     "_keep_in_fp32_modules": "See how the library keeps modules in float32: the quantizer must never be cast.",
     "_keys_to_ignore_on_load_unexpected": "Drop these keys before loading.",
     "_no_split_modules": "See how `device_map` learns what must stay on one device.",

@@ -27,7 +27,7 @@ from svqvae_hf.models.tiling import OVERLAP_PX
 from svqvae_hf.token_sets.crops import CROPS
 
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
-COMMAND_NAMES = [command.__name__.removeprefix("svqvae_cli.") for command in COMMANDS]
+COMMAND_NAMES = [command.__name__.removeprefix("svqvae_cli.").replace("_", "-") for command in COMMANDS]
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
 
 
@@ -51,8 +51,9 @@ def test_every_command_has_a_file_of_its_name():
         "__init__",
         "__main__",
     }
-    assert {path.stem for path in (ROOT / "svqvae_cli").glob("*.py")} == {*COMMAND_NAMES, *shared}
-    for name in COMMAND_NAMES:
+    modules = {name.replace("-", "_") for name in COMMAND_NAMES}
+    assert {path.stem for path in (ROOT / "svqvae_cli").glob("*.py")} == {*modules, *shared}
+    for name in modules:
         assert callable(importlib.import_module(f"svqvae_cli.{name}").run)
 
 
@@ -62,7 +63,7 @@ def test_help_fits_a_terminal_and_shows_an_example_that_parses(capsys, monkeypat
         text = help_text(capsys, name)
         assert max(map(len, text.splitlines())) <= 80
         example = re.search(rf"\nexample:\n  svqvae ({name} \S.*)\n", text)[1].split()
-        assert build_parser().parse_args(example).run.__module__ == f"svqvae_cli.{name}"
+        assert build_parser().parse_args(example).run.__module__ == f"svqvae_cli.{name}".replace("-", "_")
     text = help_text(capsys)
     assert max(map(len, text.splitlines())) <= 80
     assert "\nexample:\n  svqvae reconstruct photo.jpg" in text

@@ -51,6 +51,11 @@ WRONG = {  # words on the command line, and a part of the message
         ("empty --output out", "could not load the model `empty`"),
         ("{model} --output two_images", "two_images"),
     ],
+    "extend-lm": [
+        ("empty out --vqvae {model}", "`empty` must be a causal language model of transformers with its tokenizer"),
+        ("empty out", "the following arguments are required: --vqvae"),
+        ("empty out --vqvae {model} --grids 16", "a grid must be rows x columns of codes, such as 16x24, got '16'"),
+    ],
     "generate": [
         ("empty --output out", "could not load the model `empty`"),
         ("{model} --output out", "could not load the model"),
@@ -83,5 +88,5 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
 
 
 def test_each_command_has_three_wrong_inputs():
-    assert list(WRONG) == [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    assert list(WRONG) == [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
     assert {len(cases) for cases in WRONG.values()} == {3}

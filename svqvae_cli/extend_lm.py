@@ -1,0 +1,58 @@
+"""`svqvae extend-lm`."""
+
+import argparse
+
+from svqvae_cli.arguments import Commands, add_command, path, path_or_name
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "extend-lm",
+        run,
+        "add image tokens to a causal language model",
+        "Writes a folder with the language model, its tokenizer and chat template, a\n"
+        "processor for texts and images, and the image tokenizer in vqvae/. The rows of\n"
+        "the old tokens stay as they are.",
+        "org/lm lm-with-images --vqvae org/svqvae --grids 16x16 16x24",
+    )
+    parser.add_argument("lm", type=path_or_name, metavar="LM", help="causal language model: folder or Hub id")
+    parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
+    parser.add_argument(
+        "--vqvae", type=path_or_name, required=True, metavar="MODEL", help="image tokenizer: folder or Hub id"
+    )
+    parser.add_argument(
+        "--grids",
+        nargs="+",
+        type=grid,
+        metavar="ROWSxCOLUMNS",
+        help="sizes of images in codes (default: a square of the size that the image tokenizer was trained on)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the new rows (default: 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Extends a language model."""
+    import diffusers
+    import transformers
+
+    from svqvae_cli.loading import check_source, explain_loading
+    from svqvae_hf.language.extension import extend_language_model
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # while loading
+    for source in (args.lm, args.vqvae):
+        check_source(source)
+    with explain_loading(args.lm):
+        vocabulary = extend_language_model(args.lm, args.out, args.vqvae, args.grids, args.seed)
+    grids = ", ".join(f"{rows} x {columns}" for rows, columns in vocabulary.grids)
+    print(f"written  {args.out} (image tokens {vocabulary.first_token} to {vocabulary.stop - 1}, grids {grids})")
+
+
+def grid(text: str) -> tuple[int, int]:
+    """Reads rows and columns of codes."""
+    rows, separator, columns = text.partition("x")
+    if not (separator and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"a grid must be rows x columns of codes, such as 16x24, got {text!r}.")
+    return int(rows), int(columns)

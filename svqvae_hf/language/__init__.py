@@ -1,0 +1,1 @@
+"""Causal language models of transformers that read and write images."""

@@ -1,0 +1,187 @@
+"""Image tokens of a language model: their names, their ids, and images among other tokens."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+PLACEHOLDER = "<|image|>"  # stands for an image in a text; it is not a token
+BEGIN, END, NO_CONDITION = "<|image_begin|>", "<|image_end|>", "<|no_condition|>"
+CONFIG_KEY = "image_vocabulary"  # in the config of the language model and of the processor
+
+
+@dataclass(frozen=True)
+class ImageVocabulary:
+    """Image tokens of a language model.
+
+    An image is one sequence of tokens:
+
+        <|image_begin|> <|image_16x24|> <|image_00017|> ... 16 x 24 codes, row by row ... <|image_end|>
+
+    They follow the tokens of the text: the codes, begin, end, the token for "no condition", and one token per grid.
+
+    Args:
+        first_token (`int`): Token of code 0.
+        codebook_size (`int`): Number of codes.
+        codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
+        f (`int`): Pixels per latent side.
+        grids (`Sequence[tuple[int, int]]`): Rows and columns of codes of the images. Stored as a tuple.
+
+    Raises:
+        ValueError: If a value is out of range, or a grid occurs twice.
+    """
+
+    first_token: int
+    codebook_size: int
+    codebook_fingerprint: str
+    f: int
+    grids: Sequence[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        grids = tuple((int(rows), int(columns)) for rows, columns in self.grids)  # a config stores lists
+        if not grids or len(set(grids)) < len(grids) or min(map(min, grids)) < 1:
+            raise ValueError(
+                f"`grids` must be different pairs of rows and columns of codes, at least 1, got {self.grids}."
+            )
+        object.__setattr__(self, "grids", grids)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig | Mapping[str, Any]) -> "ImageVocabulary":
+        """Reads the image tokens from the config of a language model or of a processor.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        entries = config if isinstance(config, Mapping) else config.to_dict()
+        if CONFIG_KEY not in entries:
+            raise ValueError(
+                f"the config must have an `{CONFIG_KEY}`, but has none, so the model has no image tokens. Add them "
+                "with `svqvae extend-lm`."
+            )
+        return cls(**entries[CONFIG_KEY])
+
+    def to_config(self) -> dict[str, Any]:
+        """Entries for a config."""
+        return asdict(self)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tokens, in the order of their ids."""
+        digits = max(5, len(str(self.codebook_size - 1)))
+        codes = [f"<|image_{code:0{digits}}|>" for code in range(self.codebook_size)]
+        return [*codes, BEGIN, END, NO_CONDITION, *(f"<|image_{rows}x{columns}|>" for rows, columns in self.grids)]
+
+    @property
+    def begin(self) -> int:
+        """Token before an image."""
+        return self.first_token + self.codebook_size
+
+    @property
+    def end(self) -> int:
+        """Token after an image."""
+        return self.begin + 1
+
+    @property
+    def no_condition(self) -> int:
+        """Token in place of a caption, for classifier-free guidance."""
+        return self.begin + 2
+
+    @property
+    def first_size(self) -> int:
+        """Token of the first grid."""
+        return self.begin + 3
+
+    @property
+    def stop(self) -> int:
+        """The token after the last."""
+        return self.first_size + len(self.grids)
+
+    def size_token(self, grid: Sequence[int]) -> int:
+        """Token of a grid.
+
+        Raises:
+            ValueError: If the vocabulary has no such grid.
+        """
+        if tuple(grid) not in self.grids:
+            known = ", ".join(f"{rows} x {columns}" for rows, columns in self.grids)
+            raise ValueError(
+                f"`grid` must be one of the rows x columns of codes that the model knows, {known}, got "
+                f"{' x '.join(map(str, grid))}. Choose one, or extend the language model with more `--grids`."
+            )
+        return self.first_size + self.grids.index(tuple(grid))
+
+    def begin_image(self, grid: Sequence[int]) -> list[int]:
+        """Tokens before the codes of an image."""
+        return [self.begin, self.size_token(grid)]
+
+    def encode(self, ids: torch.Tensor) -> list[int]:
+        """Tokens of an image with ids `(h, w)`.
+
+        Raises:
+            ValueError: If the vocabulary has no such grid or no such codes.
+        """
+        start = self.begin_image(ids.shape)
+        if ids.min() < 0 or ids.max() >= self.codebook_size:
+            raise ValueError(
+                f"ids must be in [0, {self.codebook_size}), the codes of the codebook, got {ids.min()} to "
+                f"{ids.max()}. Encode the image with the tokenizer in the folder of the language model."
+            )
+        return [*start, *(ids.flatten().long() + self.first_token).tolist(), self.end]
+
+    def split(self, tokens: torch.Tensor, unfinished: bool = False) -> list[torch.Tensor]:
+        """Splits a sequence into text and images.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(length,)`): Sequence.
+            unfinished (`bool`, defaults to `False`): Whether the sequence may end inside an image, as a prompt may.
+
+        Returns:
+            `list[torch.Tensor]`: In turn, the tokens of a text, which may be empty, and the ids `(h, w)` of an image,
+            from the first text to the last. An unfinished image is left out.
+
+        Raises:
+            ValueError: If there is an image token outside an image, a text inside one, or too few or too many codes.
+        """
+        parts, position = [], 0
+        for begin in (tokens == self.begin).nonzero().flatten().tolist():
+            parts.append(self._check_text(tokens[position:begin], position))
+            size, *_ = [*tokens[begin + 1 : begin + 2].tolist(), None]
+            if size is None:
+                position = len(tokens) + 1
+                break
+            if not self.first_size <= size < self.stop:
+                raise ValueError(f"the token after {BEGIN} must be one of the size tokens, got token {size}.")
+            rows, columns = self.grids[size - self.first_size]
+            position = begin + 3 + rows * columns
+            ids = tokens[begin + 2 : position - 1] - self.first_token
+            wrong = ((ids < 0) | (ids >= self.codebook_size)).nonzero().flatten().tolist()
+            if wrong or (position <= len(tokens) and tokens[position - 1] != self.end):
+                place = begin + 2 + wrong[0] if wrong else position - 1
+                raise ValueError(
+                    f"an image of {rows} x {columns} must have {rows * columns} codes and then {END}, got token "
+                    f"{tokens[place]} at position {place}. Correct the prompt, or generate "
+                    "with `ImageGrammar`."
+                )
+            if position <= len(tokens):
+                parts.append(ids.view(rows, columns))
+        if position <= len(tokens):
+            return [*parts, self._check_text(tokens[position:], position)]
+        if not unfinished:
+            raise ValueError(
+                "the last image must be complete, but the sequence ends inside it. Generate with more "
+                "`max_new_tokens`."
+            )
+        return parts
+
+    def _check_text(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        is_image = (tokens >= self.first_token) & (tokens < self.stop) & (tokens != self.no_condition)
+        if is_image.any():
+            place = int(is_image.nonzero()[0])
+            raise ValueError(
+                f"outside an image there must be no image token, got token {tokens[place]} at position "
+                f"{start + place}. Correct the prompt, or generate "
+                "with `ImageGrammar`."
+            )
+        return tokens

@@ -1,0 +1,237 @@
+"""Texts and images to the tokens of a language model, and back."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers.image_utils import load_image as fetch_image
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
+
+from svqvae_hf.language.image_vocabulary import CONFIG_KEY, NO_CONDITION, PLACEHOLDER, ImageVocabulary
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device
+
+VQVAE_FOLDER = "vqvae"  # beside the language model
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+class SVQVAEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Arguments for images: `grid`, rows and columns of codes, by default the grid of the closest aspect ratio."""
+
+    grid: Any
+
+
+class SVQVAEProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Arguments of [`SVQVAEProcessor`]."""
+
+    images_kwargs: SVQVAEImagesKwargs
+
+
+class SVQVAEProcessor(ProcessorMixin):
+    """Prepares texts and images for a language model with image tokens, and converts what it generates back.
+
+    In a text, `<|image|>` stands for an image. The language model sees codes between begin and end tokens, no pixels.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the image tokens.
+        vqvae ([`SVQVAE`]): Image tokenizer. Move it to the device on which it shall run.
+        image_vocabulary (`ImageVocabulary` or `dict`): Image tokens of the language model.
+        chat_template (`str`, *optional*): Chat template, by default the tokenizer's.
+
+    Raises:
+        ValueError: If the vqvae has another codebook, or the tokenizer lacks image tokens.
+
+    Example:
+        >>> processor = AutoProcessor.from_pretrained("lm-with-images")  # after `import svqvae_hf`
+        >>> inputs = processor(text="<|image|> shows", images="photo.jpg", return_tensors="pt")
+        >>> tokens = model.generate(**inputs, logits_processor=[ImageGrammar(model.config)])
+        >>> parts = processor.post_process_multimodal_output(tokens)[0]  # texts and Pillow images, in order
+    """
+
+    valid_processor_kwargs = SVQVAEProcessorKwargs
+    image_token = PLACEHOLDER
+    no_condition = NO_CONDITION
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vqvae: SVQVAE,
+        image_vocabulary: ImageVocabulary | dict[str, Any],
+        chat_template: str | dict[str, str] | None = None,
+    ):
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        if isinstance(image_vocabulary, dict):
+            image_vocabulary = ImageVocabulary(**image_vocabulary)
+        check_same_codebook(vqvae, image_vocabulary)
+        self.vocabulary = image_vocabulary
+        self.image_token_ids = [*range(self.vocabulary.first_token, self.vocabulary.stop)]
+        if tokenizer.convert_tokens_to_ids(self.vocabulary.names) != self.image_token_ids:
+            raise ValueError(
+                f"the tokenizer must have the image tokens {self.image_token_ids[0]} to {self.image_token_ids[-1]} of "
+                "the processor, but has others. Use the tokenizer that `svqvae extend-lm` saved."
+            )
+        self.vqvae = vqvae.eval()
+        self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict[str, Any], **kwargs: Any
+    ) -> list[Any]:
+        """Loads the vqvae after the tokenizer."""
+        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        ImageVocabulary.from_config(processor_dict)
+        return [*arguments, SVQVAE.from_pretrained(pretrained_model_name_or_path, subfolder=VQVAE_FOLDER, **options)]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Saves the config, the tokenizer with the chat template, and the vqvae in a subfolder.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            push_to_hub (`bool`, defaults to `False`): Whether to upload the folder.
+            **kwargs: Further arguments of transformers' method.
+        """
+        self.vqvae.save_pretrained(Path(save_directory, VQVAE_FOLDER))
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of `processor_config.json`."""
+        return {
+            "processor_class": type(self).__name__,
+            CONFIG_KEY: self.vocabulary.to_config(),
+            **({"auto_map": self.auto_map} if hasattr(self, "auto_map") else {}),
+        }
+
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Converts texts with images to tokens.
+
+        Args:
+            images: Images in the order of the placeholders, in one list or in one list per text: Pillow images, paths,
+                URLs, arrays and tensors. Each is resized and cropped to a grid.
+            text (`str` or `list[str]`): Texts, with `<|image|>` for each image.
+            **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`.
+
+        Returns:
+            `BatchFeature`: `input_ids` and `attention_mask`.
+
+        Raises:
+            ValueError: If the number of images differs from the number of placeholders, the model does not know the
+                grid, or a text itself has malformed images.
+        """
+        if text is None:
+            raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
+        features = super().__call__(images=images, text=text, **kwargs)
+        for tokens in features["input_ids"]:
+            self.vocabulary.split(torch.as_tensor(tokens), unfinished=True)
+        return features
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Opens the images as Pillow images."""
+        _, text, *others = super().prepare_inputs_layout(text=text, **kwargs)
+        return None if images is None else [*map(self._open, _flatten(images))], text, *others
+
+    def _process_images(self, images: Any, grid: Any = None, **_: Any) -> tuple[dict[str, Any], list[str]]:
+        return {}, [self.image_text(ids) for ids in self.encode_images(make_flat_list_of_images(images), grid)]
+
+    def encode_images(self, images: Sequence[Image.Image], grid: tuple[int, int] | None = None) -> list[torch.Tensor]:
+        """Encodes images to ids `(h, w)`.
+
+        Args:
+            images (`Sequence[PIL.Image.Image]`): Images of any size.
+            grid (`tuple[int, int]`, *optional*): Rows and columns of codes of all images, by default the known grid
+                whose aspect ratio is closest to the image's.
+
+        Raises:
+            ValueError: If the model does not know the grid.
+        """
+        if grid is not None:
+            self.vocabulary.size_token(grid)  # raises for an unknown one
+        return [self._encode(image, grid or self._closest_grid(image)) for image in images]
+
+    @torch.inference_mode()
+    def _encode(self, image: Image.Image, grid: tuple[int, int]) -> torch.Tensor:
+        height, width = (side * self.vqvae.f for side in grid)
+        image = ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.BICUBIC)
+        sample = self.image_processor(image)["pixel_values"].to(execution_device(self.vqvae), self.vqvae.dtype)
+        return self.vqvae.encode_tokens(sample)[0].cpu()
+
+    def _closest_grid(self, image: Image.Image) -> tuple[int, int]:
+        aspect = image.width / image.height
+
+        def ratio(grid: tuple[int, int]) -> float:
+            rows, columns = grid
+            return max(columns / rows / aspect, aspect * rows / columns)
+
+        return min(self.vocabulary.grids, key=lambda grid: (ratio(grid), -grid[0]))
+
+    @torch.inference_mode()
+    def decode_images(self, grids: Sequence[torch.Tensor]) -> list[Image.Image]:
+        """Decodes ids, one grid `(h, w)` per image, to Pillow images."""
+        device = execution_device(self.vqvae)
+        samples = [self.vqvae.decode_tokens(ids[None].to(device)) for ids in grids]
+        return [self.image_processor.postprocess(sample)[0] for sample in samples]
+
+    def image_text(self, ids: torch.Tensor) -> str:
+        """Text whose tokens are an image with ids `(h, w)`, such as ids of a token set."""
+        return "".join(self.tokenizer.convert_ids_to_tokens(self.vocabulary.encode(ids)))
+
+    def begin_image(self, grid: tuple[int, int]) -> str:
+        """Text after which the language model generates the codes of an image with this grid.
+
+        Raises:
+            ValueError: If the model does not know the grid.
+        """
+        return "".join(self.tokenizer.convert_ids_to_tokens(self.vocabulary.begin_image(grid)))
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: torch.Tensor | Sequence[Any],
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Converts sequences back to texts and images.
+
+        Args:
+            generated_outputs (`torch.Tensor` of shape `(batch, length)` or a list of sequences): Tokens. Include the
+                prompt if the prompt begins an image.
+            skip_special_tokens (`bool`, defaults to `True`): Whether to leave out special tokens of texts.
+            generation_mode (`str`, *optional*): `"text"` for the text of each sequence, `"image"` for a list of its
+                images, by default a list of both in order.
+            **kwargs: Further arguments of the tokenizer's `decode`.
+
+        Raises:
+            ValueError: If a sequence has a malformed image, or ends inside one.
+        """
+        if generation_mode not in (None, "text", "image"):
+            raise ValueError(f'`generation_mode` must be "text", "image" or None, got {generation_mode!r}.')
+        results: list[Any] = []
+        for tokens in generated_outputs:
+            parts = self.vocabulary.split(torch.as_tensor(tokens).cpu())
+            texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in parts[::2]]
+            if generation_mode == "text":
+                results.append("".join(texts))
+                continue
+            images = self.decode_images(parts[1::2])
+            mixed = [part for pair in zip(texts, [*images, None], strict=True) for part in pair if part]
+            results.append(images if generation_mode == "image" else mixed)
+        return results
+
+    def _open(self, image: Any) -> Image.Image:
+        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+            return to_rgb(fetch_image(image))
+        if isinstance(image, str | os.PathLike):
+            return load_image(image)
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+        return self.image_processor.postprocess(self.image_processor(image)["pixel_values"])[0]
+
+
+def _flatten(images: Any) -> list[Any]:
+    return [each for one in images for each in _flatten(one)] if isinstance(images, list | tuple) else [images]

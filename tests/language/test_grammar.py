@@ -1,0 +1,167 @@
+import re
+
+import pytest
+import torch
+from tiny_language_models import FAMILIES, load_extended
+
+from svqvae_hf.language.grammar import OUTSIDE, ImageGrammar, ImageGuidance, grammar_regex
+from svqvae_hf.language.image_vocabulary import ImageVocabulary
+
+SAMPLES = 2000  # the command in docs/language_models.md takes 100,000
+
+
+def sample(grammar, prompts, length, generator):
+    """Samples tokens from random logits under the grammar."""
+    tokens, vocab_size = prompts, grammar.allowed.shape[1]
+    for _ in range(length):
+        logits = torch.randn(len(tokens), vocab_size, generator=generator)
+        logits[:, grammar.begin] += 6  # images often begin
+        scores = grammar(tokens, logits)
+        tokens = torch.cat([tokens, scores.softmax(-1).multinomial(1, generator=generator)], dim=1)
+    return tokens
+
+
+def left_padded(sequences):
+    length = max(map(len, sequences))
+    return torch.tensor([[0] * (length - len(sequence)) + sequence for sequence in sequences])
+
+
+def test_random_logits_make_no_malformed_image():
+    model, processor = load_extended("qwen")  # whose padded rows are barred, too
+    vocabulary = processor.vocabulary
+    image = vocabulary.encode(torch.zeros(2, 3))
+    starts = [[5], [5, 6], [5, vocabulary.begin], [5, *vocabulary.begin_image((4, 4))], [*image, 5], image[:5]]
+    prompts = left_padded(starts).repeat(-(-SAMPLES // len(starts)), 1)
+    tokens = sample(ImageGrammar(model.config), prompts, 40, torch.Generator().manual_seed(0))
+    images = 0
+    for sequence in tokens:
+        images += len(vocabulary.split(sequence, unfinished=True)) // 2
+    assert images > 2 * SAMPLES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_sequences_match_the_regular_expression(family):
+    model, processor = load_extended(family)
+    vocabulary = processor.vocabulary
+    pattern = re.compile(grammar_regex(vocabulary))
+    tokens = sample(ImageGrammar(model.config), torch.full((100, 1), 70), 40, torch.Generator().manual_seed(0))
+    for sequence in tokens:
+        try:
+            parts = vocabulary.split(sequence)
+        except ValueError:  # it ends inside an image
+            assert not pattern.fullmatch(processor.tokenizer.decode(sequence))
+        else:
+            assert len(parts) % 2
+            assert pattern.fullmatch(processor.tokenizer.decode(sequence))
+
+
+def test_regular_expression_of_single_cases():
+    vocabulary = ImageVocabulary(100, 64, "", 4, [(1, 2), (2, 2)])
+    pattern = re.compile(grammar_regex(vocabulary))
+    begin, end, code = "<|image_begin|>", "<|image_end|>", "<|image_00063|>"
+    image = f"{begin}<|image_1x2|>{code}{code}{end}"
+    right = ["", "a < b <| c <|im_end|> <<|image", image, f"<{image}<|{image}{image}\n", "<|im<|i"]
+    assert all(pattern.fullmatch(text) for text in right)
+    wrong = [
+        *(code, f"{begin}", f"{begin}{code}", f"{begin}<|image_1x2|>{code}{end}", f"{image}{end}", f"<{code}"),
+        *(f"{begin}<|image_1x2|>{code}{code}{code}{end}", f"{begin}<|image_3x2|>{code * 6}{end}"),
+        *(image.replace("63", "64"), image.replace("00063", "63"), f"{begin}<|image_1x2|>{code} {code}{end}"),
+    ]
+    assert not any(pattern.fullmatch(text) for text in wrong)
+
+
+@pytest.mark.parametrize("codebook_size", [1, 64, 100, 4096, 16384])
+def test_regular_expression_takes_every_code_and_no_other(codebook_size):
+    vocabulary = ImageVocabulary(0, codebook_size, "", 4, [(1, 1)])
+    pattern = re.compile(grammar_regex(vocabulary))
+    for code in (0, codebook_size // 2, codebook_size - 1, codebook_size, codebook_size + 100, 99999):
+        text = f"<|image_begin|><|image_1x1|><|image_{code:05}|><|image_end|>"
+        assert bool(pattern.fullmatch(text)) == (code < codebook_size)
+
+
+def test_image_tokens_outside_an_image_have_probability_zero():
+    model, processor = load_extended("qwen")
+    vocabulary = processor.vocabulary
+    scores = torch.zeros(1, model.config.vocab_size)
+    probabilities = ImageGrammar(model.config)(torch.tensor([[5]]), scores).softmax(-1)[0]
+    barred = [*range(vocabulary.first_token, vocabulary.begin), *range(vocabulary.begin + 1, model.config.vocab_size)]
+    assert (probabilities[barred] == 0).all()
+    assert (probabilities[: vocabulary.first_token] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"num_beams": 3},
+        {"cache_implementation": "static", "do_sample": True},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+)
+def test_generate_makes_images_only(options):
+    torch.manual_seed(0)
+    model, processor = load_extended("qwen")
+    processor.tokenizer.padding_side = "left"
+    texts = [f"{text}{processor.begin_image((2, 3))}" for text in ("a", "a cat left of a pear")]
+    inputs = processor(text=texts, padding=True, return_tensors="pt")
+    grammar = ImageGrammar(model.config)
+    tokens = model.generate(**inputs, max_new_tokens=7, logits_processor=[grammar], **options)
+    for parts in processor.post_process_multimodal_output(tokens):
+        assert [getattr(part, "size", part) for part in parts][1] == (12, 8)
+
+
+def test_the_grammar_compiles():
+    model, processor = load_extended()
+    grammar = ImageGrammar(model.config)
+    compiled = torch.compile(grammar.__call__, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (3, 4, 9):
+        tokens = left_padded([[5], [5, processor.vocabulary.begin], processor.vocabulary.begin_image((2, 2))])
+        tokens = torch.cat([tokens, tokens[:, -1:].repeat(1, length)], dim=1)
+        scores = torch.randn(3, model.config.vocab_size)
+        assert torch.equal(compiled(tokens, scores), grammar(tokens, scores))
+
+
+def guided(model, processor, texts, **options):
+    grammar = ImageGrammar(model.config)
+    negative = processor(text=[processor.no_condition + processor.begin_image((4, 4))] * 2, return_tensors="pt")
+    inputs = processor(text=texts, return_tensors="pt")
+    if "guidance_scale" in options:
+        options["negative_prompt_ids"] = negative["input_ids"]
+    processors = [grammar]
+    if "scale" in options:
+        processors.insert(0, ImageGuidance(options.pop("scale"), model, unconditional_ids=negative["input_ids"]))
+    return model.generate(
+        **inputs,
+        do_sample=False,
+        logits_processor=processors,
+        output_logits=True,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def test_guidance_inside_an_image_is_that_of_transformers():
+    model, processor = load_extended("qwen")
+    texts = [f"{text}{processor.begin_image((4, 4))}" for text in ("red", "key")]
+    own = guided(model, processor, texts, scale=5.0, max_new_tokens=17)
+    theirs = guided(model, processor, texts, guidance_scale=5.0, max_new_tokens=17)
+    plain = guided(model, processor, texts, max_new_tokens=17)
+    assert torch.equal(own.sequences, theirs.sequences)
+    assert not torch.equal(own.sequences, plain.sequences)
+
+
+def test_text_is_not_guided():
+    model, processor = load_extended("qwen")
+    result = guided(model, processor, ["red", "key"], scale=5.0, max_new_tokens=3)
+    grammar = ImageGrammar(model.config)
+    assert (grammar.next_kind(result.sequences) == OUTSIDE).all()
+    for logits, scores in zip(result.logits, result.scores, strict=True):
+        first = processor.vocabulary.first_token
+        assert torch.equal(scores[:, :first], logits.float().log_softmax(-1)[:, :first])
+
+
+def test_a_plain_language_model_is_refused():
+    config = load_extended("qwen")[0].config.__class__()
+    with pytest.raises(ValueError, match="the model has no image tokens. Add them with `svqvae extend-lm`"):
+        ImageGrammar(config)

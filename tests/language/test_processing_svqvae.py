@@ -1,0 +1,164 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny
+from PIL import Image
+from tiny_language_models import FAMILIES, extended, load_extended
+from transformers import AutoProcessor, AutoTokenizer
+
+from svqvae_hf import SVQVAEProcessor
+
+SIZES = {(16, 16): (4, 4), (8, 8): (4, 4), (24, 16): (2, 3), (40, 10): (2, 3), (10, 40): (4, 4)}  # pixels to a grid
+
+
+def noise(width=16, height=16, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def image_part(**size):
+    return {"type": "image", "image": noise(**size)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_and_images_come_back_in_order(family):
+    _, processor = load_extended(family)
+    images = [noise(seed=1), noise(24, 16, seed=2)]
+    inputs = processor(text="<|image|> left of a <|image|>red key", images=images, return_tensors="pt")
+    first, text, second, last = processor.post_process_multimodal_output(inputs["input_ids"])[0]
+    assert (text, last) == (" left of a ", "red key")
+    expected = processor.decode_images(processor.encode_images(images))
+    assert [np.array(image).tolist() for image in (first, second)] == [np.array(image).tolist() for image in expected]
+    assert [image.size for image in expected] == [(16, 16), (12, 8)]
+
+
+def test_ids_are_those_of_the_tokenizer():
+    _, processor = load_extended()
+    image = noise()
+    sample = torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 255
+    assert torch.equal(processor.encode_images([image])[0], processor.vqvae.encode_tokens(sample)[0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_template_round_trip(family, count):
+    _, processor = load_extended(family)
+    question = [*(image_part(seed=seed) for seed in range(count)), {"type": "text", "text": "a cat"}]
+    answer = [{"type": "text", "text": "a key"}, *(image_part(width=24, seed=seed) for seed in range(count))]
+    conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text = processor.apply_chat_template(conversation)
+    plain = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "a key"}]
+    assert text.replace("<|image|>", "") == processor.apply_chat_template(plain)
+    tokens = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+    (parts,) = processor.post_process_multimodal_output(tokens)
+    images = processor.encode_images([part["image"] for part in [*question, *answer] if part["type"] == "image"])
+    grids = processor.vocabulary.split(torch.tensor(tokens[0]))[1::2]
+    assert [grid.tolist() for grid in grids] == [ids.tolist() for ids in images]
+    assert "".join(part for part in parts if isinstance(part, str)).count("a cat") == 1
+
+
+def test_a_template_of_the_language_model_is_kept():
+    _, processor = load_extended("qwen")
+    original = AutoTokenizer.from_pretrained(extended("qwen").parent / "original")
+    plain = [{"role": "user", "content": "a cat"}]
+    text = original.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    assert processor.apply_chat_template(plain, add_generation_prompt=True) == text
+    assert processor.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True) == text
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_default_grid_has_the_closest_aspect_ratio(size):
+    _, processor = load_extended()
+    assert processor.encode_images([noise(*size)])[0].shape == SIZES[size]
+
+
+def test_a_grid_can_be_asked_for():
+    _, processor = load_extended()
+    tokens = processor(text="<|image|>", images=noise(), grid=(2, 3), return_tensors="pt")["input_ids"][0]
+    assert processor.vocabulary.split(tokens)[1].shape == (2, 3)
+    prompt = processor(text="a cat" + processor.begin_image((2, 3)))["input_ids"]
+    assert prompt[0][-2:] == processor.vocabulary.begin_image((2, 3))
+
+
+def test_images_of_all_kinds(tmp_path):
+    _, processor = load_extended()
+    noise().save(tmp_path / "noise.png")
+    array = np.array(noise())
+    kinds = [noise(), tmp_path / "noise.png", str(tmp_path / "noise.png"), array, torch.tensor(array).permute(2, 0, 1)]
+    tokens = processor(text=["<|image|>"] * 5, images=[[kind] for kind in kinds])["input_ids"]
+    assert tokens == [tokens[0]] * 5
+
+
+def test_output_of_one_mode():
+    _, processor = load_extended()
+    tokens = processor(text=["a <|image|> b", "c"], images=noise())["input_ids"]
+    assert processor.post_process_multimodal_output(tokens, generation_mode="text") == ["a  b", "c"]
+    images = processor.post_process_multimodal_output(tokens, generation_mode="image")
+    assert [len(each) for each in images] == [1, 0]
+    with pytest.raises(ValueError, match='`generation_mode` must be "text", "image" or None'):
+        processor.post_process_multimodal_output(tokens, generation_mode="audio")
+
+
+def test_saved_and_loaded_again(tmp_path):
+    _, processor = load_extended("qwen")
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, SVQVAEProcessor)
+    assert loaded.vocabulary == processor.vocabulary
+    assert loaded.chat_template == processor.chat_template
+    arguments = {"text": "a <|image|>", "images": noise()}
+    assert loaded(**arguments)["input_ids"] == processor(**arguments)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"text": "<|image|>"}, "Found 1 <\\|image\\|> tokens in the text but no images were passed"),
+        ({"text": "a", "images": noise()}, "Found total 0 <\\|image\\|> tokens and 1 images"),
+        ({"images": noise()}, "`text` must be given"),
+        ({"text": "<|image|>", "images": noise(), "grid": (3, 3)}, "knows, 2 x 2, 2 x 3, 4 x 4, got 3 x 3. Choose"),
+        ({"text": "<|image_00001|> a"}, "outside an image there must be no image token"),
+        ({"text": "<|image_begin|>a"}, "after <\\|image_begin\\|> must be one of the size tokens"),
+        ({"text": "<|image_begin|><|image_2x2|><|image_00001|>a"}, "must have 4 codes and then <\\|image_end\\|>"),
+        ({"text": "<|image_begin|><|image_2x2|>" + "<|image_00001|>" * 5}, "must have 4 codes and then"),
+    ],
+)
+def test_wrong_inputs_are_explained(call, message):
+    _, processor = load_extended()
+    with pytest.raises(ValueError, match=message):
+        processor(**call)
+
+
+def test_a_sequence_that_ends_inside_an_image_is_explained():
+    _, processor = load_extended()
+    tokens = processor(text="a" + processor.begin_image((2, 2)))["input_ids"]
+    for cut in (tokens[0], [*tokens[0], processor.vocabulary.first_token], tokens[0][:-1]):
+        with pytest.raises(ValueError, match="the last image must be complete.*more `max_new_tokens`"):
+            processor.post_process_multimodal_output([cut])
+
+
+def test_ids_of_another_codebook_are_refused():
+    _, processor = load_extended()
+    with pytest.raises(ValueError, match="ids must be in \\[0, 64\\)"):
+        processor.image_text(torch.full((2, 2), 64))
+
+
+@pytest.mark.parametrize("change", ["codebook", "tokenizer", "config"])
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, change):
+    shutil.copytree(extended("qwen"), tmp_path / "lm")
+    if change == "codebook":
+        vqvae = make_tiny()
+        torch.nn.init.ones_(vqvae.quantize.embedding.weight)
+        vqvae.save_pretrained(tmp_path / "lm" / "vqvae")
+        message = "of the model's codebook, with fingerprint"
+    elif change == "tokenizer":
+        AutoTokenizer.from_pretrained(extended("qwen").parent / "original").save_pretrained(tmp_path / "lm")
+        message = "the tokenizer must have the image tokens 300 to 369"
+    else:
+        (tmp_path / "lm" / "processor_config.json").write_text(json.dumps({"processor_class": "SVQVAEProcessor"}))
+        message = "must have an `image_vocabulary`, but has none"
+    with pytest.raises(ValueError, match=message):
+        AutoProcessor.from_pretrained(tmp_path / "lm")
