@@ -4,7 +4,7 @@ import pytest
 from code_lines import count_code, count_folder
 from conftest import ROOT
 
-BUDGETS = {"svqvae_hf": 13_100, "svqvae_cli": 1_630, "training": 1_180, "tests": 17_700}
+BUDGETS = {"svqvae_hf": 14_000, "svqvae_cli": 1_900, "training": 1_600, "tests": 18_500}
 
 
 @pytest.mark.parametrize("folder", BUDGETS)
