@@ -22,7 +22,9 @@ def add_to(commands: Commands) -> None:
         "tokens", type=path_or_url, metavar="TOKENS", help="folder or URL of the token set, or its name on the Hub"
     )
     add_output(parser, "folder to write to")
-    parser.add_argument("--overwrite", action="store_true", help="replace images that exist (default: an error)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="decode images that are there, too (default: skip them)"
+    )
     parser.add_argument("--max-images", type=int, metavar="N", help="stop after N rows (default: all)")
     parser.add_argument("--part", type=int, default=0, metavar="I", help="decode this part alone, from 0 (default: 0)")
     parser.add_argument("--num-parts", type=int, default=1, metavar="N", help="number of parts (default: 1)")
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     read_settings(args.tokens)  # fails before the model is loaded
     model = load_model(args.model, args.device, args.dtype)
-    images = detokenize_set(
+    written, kept = detokenize_set(
         model,
         args.tokens,
         args.output,
@@ -47,4 +49,6 @@ def run(args: argparse.Namespace) -> None:
         num_parts=args.num_parts,
         overwrite=args.overwrite,
     )
-    print(f"written  {args.output} (images: {images})")
+    print(f"written  {args.output} (images: {written})")
+    if kept:
+        print(f"resumed  images that were there: {kept} (--overwrite decodes them again)")

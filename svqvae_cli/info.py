@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.hub.repositories import REPO_ID
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-    from svqvae_hf.token_sets.manifest import read_totals
+    from svqvae_hf.token_sets.parts import read_totals
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
     from svqvae_hf.tokens.token_files import is_token_file, load_tokens
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from contextlib import suppress
 from typing import Any
 
 from svqvae_cli.arguments import (
@@ -21,7 +22,7 @@ from svqvae_cli.arguments import (
     not_empty,
     path_or_url,
 )
-from svqvae_cli.errors import check_none_skipped, explain_resume
+from svqvae_cli.errors import check_none_skipped
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 MAX_WORKERS = 4  # by default
@@ -35,8 +36,7 @@ def add_to(commands: Commands) -> None:
         run,
         "encode an image set to a token set",
         "Writes the ids of all images as Parquet files, which `datasets` loads. The same\n"
-        "command resumes a run that was killed. Any number of processes on any machines\n"
-        "may run it at the same time. Each makes parts that no other is making.",
+        "command resumes a run that was interrupted. On many machines, each makes a part.",
         "photos tokens --crops centre --resolution 256 --scales 0.5 1",
     )
     add_image_set(parser)
@@ -73,6 +73,7 @@ def add_to(commands: Commands) -> None:
         "--shard-mb", type=float, default=256, metavar="MB", help="size of a Parquet file (default: 256)"
     )
     parser.add_argument("--part", type=int, metavar="I", help="make this part alone, from 0 (default: all)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the token set in OUT and start over")
     parser.add_argument(
         "--num-parts",
         type=int,
@@ -80,7 +81,10 @@ def add_to(commands: Commands) -> None:
         help="number of parts (default: one per 10,000 images or, in a stream, per file, at most 1,000)",
     )
     parser.add_argument(
-        "--status", action=_Status, metavar="FOLDER", help="show which parts of a set are done, instead of all else"
+        "--status",
+        action=_Status,
+        metavar="FOLDER",
+        help="only show which parts of a set are finished, and the time left",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read images (default: one per core, at most 4)"
@@ -103,8 +107,8 @@ class _Status(argparse.Action):
 
 
 def show_status(args: argparse.Namespace) -> None:
-    """Prints which parts of a token set are done, running or failed."""
-    from svqvae_hf.token_sets.status import read_status
+    """Prints which parts of a token set are finished."""
+    from svqvae_hf.token_sets.parts import read_status
 
     print(read_status(args.status))
 
@@ -115,23 +119,28 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
-    from svqvae_hf.token_sets.writer import check_out, tokenize_set
+    from svqvae_hf.token_sets.parts import read_status
+    from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
 
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
     if args.min_psnr or args.max_bits:
         example = "--sides 8 16 32" if args.sides else "--scales 0.25 0.5 1"
         check_several(args.sides or args.scales, "--min-psnr and --max-bits choose", example)
+    if args.overwrite and (args.part is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     check_out(args.out)
     images = open_images(args.data, columns=args.keep, left_out=args.out, **image_set_options(args))
-    rank = os.environ.get("LOCAL_RANK")  # of torchrun and accelerate
+    num_parts = count_parts(images, args.num_parts)
+    rank, local_rank, world_size = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    own = range(num_parts)[int(rank or 0) :: int(world_size or 1)]  # of this process under torchrun or accelerate
     device = find_device(args.device)
-    is_numbered = rank is not None and args.device is None and device.type != "cpu"
-    model = load_model(args.model, f"{device}:{rank}" if is_numbered else args.device, args.dtype)
+    is_numbered = local_rank is not None and args.device is None and device.type != "cpu"
+    model = load_model(args.model, f"{device}:{local_rank}" if is_numbered else args.device, args.dtype)
     model.enable_tiling(args.tile_size, args.overlap)
     if args.sides:
         args.scales = [side / math.ceil(args.resolution / model.f) for side in args.sides]
-    with explain_resume(args.out, "the same command"):
+    try:
         report = tokenize_set(
             model,
             images,
@@ -146,13 +155,18 @@ def run(args: argparse.Namespace) -> None:
             min_side=args.min_side,
             batch_size=args.batch_size,
             shard_mb=args.shard_mb,
-            part=args.part,
-            num_parts=args.num_parts,
+            parts=own if args.part is None else [args.part],
+            num_parts=num_parts,
             num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
+            overwrite=args.overwrite,
             license=args.license,
             push_to_hub=args.push_to_hub,
             private=args.private,
         )
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(ValueError):  # it was not started yet
+            print(f"{read_status(args.out)}\nresume   with the same command")
+        raise
     print(report)
     if rank is None and args.part is None:  # schedulers take any other exit code than 0 for a crash
         check_none_skipped(report.skipped, report.images)

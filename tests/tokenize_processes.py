@@ -19,23 +19,46 @@ def processes() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_killed(arguments: Sequence[str], step: str, count: int) -> None:
-    """Runs the command and kills the process at a step, such as the creation of a claim, when it comes up again."""
+def run_killed(arguments: Sequence[str], step: str) -> None:
+    """Runs the command and kills the process at a step: writing a shard, writing a record, or before either."""
     from svqvae_cli import main
     from svqvae_hf.files.folders import Folder
-    from svqvae_hf.token_sets.records import PartRecords
+    from svqvae_hf.token_sets import writer
 
-    owner = PartRecords if step == "finish" else Folder
-    original, calls = getattr(owner, step), []
+    @contextlib.contextmanager
+    def die_in_new_file(self, name):
+        Path(self.path, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(self.path, name).with_name(f".{os.getpid()}.tmp").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
 
-    def die_or_go_on(*args):
-        calls.append(args)
-        if len(calls) > count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
-
-    setattr(owner, step, die_or_go_on)
+    write = Folder.write
+    if step == "new_file":
+        Folder.new_file = die_in_new_file
+    elif step == "write":
+        Folder.write = lambda self, name, content: die() if name[:7] == "parts/0" else write(self, name, content)
+    else:
+        writer._write_part = lambda *args: die()
     main(arguments)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_stopped(arguments: Sequence[str], output: Path, part: int) -> None:
+    """Runs the command until a part is to be written, stops the process then, and writes what it prints to a file."""
+    from svqvae_hf.token_sets import writer
+
+    write_part = writer._write_part
+
+    def stop_or_write(folder, record, files):
+        if record.part == part:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_part(folder, record, files)
+
+    writer._write_part = stop_or_write
+    run_to_end(arguments, output)
 
 
 def run_to_end(arguments: Sequence[str], output: Path) -> None:

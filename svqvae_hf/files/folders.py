@@ -70,26 +70,6 @@ class Folder:
             with self._explained(name, "written"):
                 self.files.pipe_file(self._path(name), content)
 
-    def create(self, name: str, content: bytes) -> bool:
-        """Writes a file unless it exists; returns whether it did."""
-        with self._explained(name, "written"):
-            try:
-                if self.is_local:
-                    self._make_parent(name)
-                    path = Path(self._path(name))
-                    with path.open("xb") as file:
-                        try:
-                            file.write(content)
-                            file.flush()
-                        except OSError:  # the disk is full
-                            path.unlink()
-                            raise
-                else:
-                    self.files.pipe_file(self._path(name), content, mode="create")
-            except FileExistsError:
-                return False
-        return True
-
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
         """Yields the path of a local file to write, which becomes the file `name` if the block raises nothing."""
@@ -121,6 +101,11 @@ class Folder:
         with self._explained(subfolder, "read"):
             self.files.invalidate_cache()
             return [path[len(self.path) :].lstrip("/") for path in self.files.find(self._path(subfolder))]
+
+    def modified(self, name: str) -> float:
+        """Time of the last change of a file, in seconds since 1970."""
+        with self._explained(name, "read"):
+            return self.files.modified(self._path(name)).timestamp()
 
     def delete(self, name: str) -> None:
         """Deletes a file if it exists."""

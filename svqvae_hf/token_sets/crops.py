@@ -1,6 +1,16 @@
-"""Crops of an image that become rows of a token set."""
+"""Crops of images that become rows of a token set, and reading them."""
 
+import itertools
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
 
 FLIPPED = "-flipped"
 CROP_POSITIONS = {  # (x, y): 0 is left or top, 1 is right or bottom
@@ -17,6 +27,8 @@ CROPS = {  # names of the crops of an image, in the order of the rows
     "centre-flip": ("centre", f"centre{FLIPPED}"),
     "ten-crop": tuple(f"{position}{ending}" for position in CROP_POSITIONS for ending in ("", FLIPPED)),
 }
+IMAGES_PER_TASK = 16  # of a worker, because each transfer has a cost
+WHOLE_PER_TASK = 4  # fewer, because whole images can be large
 TEN_CROP_MARGIN = 1.1  # side of the square that contains ten crops, over the side of a crop (LlamaGen's `crop_range`)
 
 
@@ -50,3 +62,75 @@ def make_crops(image: Image.Image, crops: str, resolution: int | None) -> list[I
             crop = image.crop((left, top, left + resolution, top + resolution))
         made.append(ImageOps.mirror(crop) if name.endswith(FLIPPED) else crop)
     return made
+
+
+class CroppedImage(NamedTuple):
+    """Crops of an image, or the reason why the image could not be read.
+
+    Args:
+        key (`str`): Key of the image in its set.
+        values (`dict[str, Any]`): Columns of the image set that are kept.
+        crops (`np.ndarray` of shape `(crops, 3, height, width)`, uint8, *optional*): `None` if the image could
+            not be read.
+        fault (`str`, *optional*): Reason why the image could not be read.
+        unreachable (`bool`): Whether the image could not be fetched, as opposed to decoded.
+    """
+
+    key: str
+    values: dict[str, Any]
+    crops: np.ndarray | None
+    fault: str | None = None
+    unreachable: bool = False
+
+
+def read_crops(
+    images: Iterable[ImageRow], crops: str, resolution: int | None, min_side: int | None, num_workers: int
+) -> Iterator[CroppedImage]:
+    """Reads and crops images in their order. Worker processes, if any, read ahead.
+
+    Args:
+        images (`Iterable[ImageRow]`): Images of a set.
+        crops (`str`): A key of `CROPS`.
+        resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
+        min_side (`int`, *optional*): Side in pixels below which an image counts as unreadable.
+        num_workers (`int`): Worker processes; with 0, this process reads.
+    """
+    rows, size = iter(images), WHOLE_PER_TASK if resolution is None else IMAGES_PER_TASK
+    tasks = DataLoader(
+        _CropReader(crops, resolution, min_side),
+        batch_size=None,
+        sampler=iter(lambda: list(itertools.islice(rows, size)), []),
+        num_workers=num_workers,
+        collate_fn=list,  # by default, the loader would make tensors of all arrays
+        generator=torch.Generator(),  # otherwise the loader draws from the global one
+        worker_init_fn=_ignore_signals,
+    )
+    return itertools.chain.from_iterable(tasks)
+
+
+class _CropReader(Dataset):
+    """Reads and crops a few images, here or in a worker process."""
+
+    def __init__(self, crops: str, resolution: int | None, min_side: int | None):
+        self.crops = crops
+        self.resolution = resolution
+        self.min_side = min_side
+
+    def __getitem__(self, rows: list[ImageRow]) -> list[CroppedImage]:
+        return [self._read(row) for row in rows]
+
+    def _read(self, row: ImageRow) -> CroppedImage:
+        key, source, values = row
+        try:
+            image = read_image(source, self.min_side)
+        except (OSError, ValueError) as error:
+            is_remote = isinstance(source, Mapping) and "://" in (source["path"] or "")
+            return CroppedImage(key, values, None, fault_of(error), is_remote and isinstance(error, OSError))
+        pixels = [np.asarray(crop) for crop in make_crops(image, self.crops, self.resolution)]
+        return CroppedImage(key, values, np.stack(pixels).transpose(0, 3, 1, 2))
+
+
+def _ignore_signals(worker: int) -> None:
+    """Lets a worker end with its parent, because Ctrl-C reaches every process of a terminal at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

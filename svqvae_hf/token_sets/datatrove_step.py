@@ -24,8 +24,8 @@ class TokenizeImages(PipelineStep):
         tile_size (`int`, defaults to 256): Side of a tile in pixels.
         overlap (`int`, defaults to 32): Pixels that a tile reads beyond each of its sides.
         images (`Mapping[str, Any]`, *optional*): Further options of `open_images`.
-        **options: Further options of [`~svqvae_hf.token_sets.writer.tokenize_set`], except `part` and `num_parts`.
-            All defaults, such as `scale_from="image"`, are those of `svqvae tokenize`, so both make the same files.
+        **options: Further options of [`~svqvae_hf.token_sets.writer.tokenize_set`], except `parts` and
+            `num_parts`.
     """
 
     name = "Tokenize images"
@@ -52,7 +52,7 @@ class TokenizeImages(PipelineStep):
         self.dtype = dtype
         self.tiles = (tile_size, overlap)
         self.images = dict(images or {})
-        self.options = {"scale_from": "image", **public_names(self.data, model), **options}
+        self.options = {**public_names(self.data, model), **options}
 
     def run(self, data: Iterable[Any] | None = None, rank: int = 0, world_size: int = 1) -> None:
         """Makes a part.
@@ -73,7 +73,7 @@ class TokenizeImages(PipelineStep):
                 model,
                 open_images(self.data, **self.images),
                 self.out,
-                part=rank,
+                parts=[rank],
                 num_parts=world_size,
                 **self.options,
             )

@@ -2,10 +2,9 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -14,11 +13,16 @@ from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import save_png, scale_endings
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.token_sets.manifest import MANIFEST_FILE
+from svqvae_hf.token_sets.parts import MANIFEST_FILE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, configure_tiling, decode_image
 
-ROWS_AT_ONCE = 64
+
+class DecodedCounts(NamedTuple):
+    """Numbers of images that [`detokenize_set`] has written, and that it has kept, because they were there."""
+
+    written: int
+    kept: int
 
 
 def detokenize_set(
@@ -30,10 +34,11 @@ def detokenize_set(
     part: int = 0,
     num_parts: int = 1,
     overwrite: bool = False,
-) -> int:
+) -> DecodedCounts:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
-    A row whose scale was chosen by `min_psnr` or `max_bits` becomes one image, at this scale.
+    A row whose scale was chosen by `min_psnr` or `max_bits` becomes one image, at this scale. A row whose images are
+    all there is skipped, so a run that was interrupted can be run again.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
@@ -43,40 +48,41 @@ def detokenize_set(
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
         part (`int`, defaults to 0): Number of the part to decode, from 0.
         num_parts (`int`, defaults to 1): Number of parts of about equal numbers of rows.
-        overwrite (`bool`, defaults to `False`): Whether images that exist are replaced.
+        overwrite (`bool`, defaults to `False`): Whether images that are there are decoded again.
 
     Returns:
-        `int`: Number of images written.
+        [`DecodedCounts`]: Numbers of images written and kept.
 
     Raises:
         OSError: The set cannot be reached, or `output` cannot be written.
         ValueError: The set has another codebook, a row does not match the settings, a row needs more memory than is
-            available, an image exists, or there is no such part.
+            available, or there is no such part.
     """
     if not 0 <= part < num_parts:
         raise ValueError(f"`part` must be in [0, {num_parts - 1}] for {num_parts} parts, got {part}.")
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"`max_images` must be at least 1, got {max_images}.")
     name = os.fspath(data)
     settings = read_settings(name)
     check_same_codebook(model, settings)
-    endings = scale_endings(settings.scales)
     folder = Folder(f"hf://datasets/{name}" if is_hub_set(name) else name)
     files = _files(folder)
     total = sum(rows for _, rows in files)
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"`max_images` must be at least 1, got {max_images}.")
     stop = total if max_images is None else min(max_images, total)
     wanted = range(part * stop // num_parts, (part + 1) * stop // num_parts)
-    if not overwrite:
-        _check_absent(Path(output), endings, wanted)
     configure_tiling(model, settings.tile_size, settings.overlap)
-    written = 0
+    written = kept = 0
     for index, row in tqdm(_rows(folder, files, wanted), total=len(wanted), unit="image", disable=None):
         tokens = row_tokens(row, settings)
+        paths = [Path(output, f"{index:08}{ending}") for ending in scale_endings(tokens.scales)]
+        if not overwrite and all(path.exists() for path in paths):
+            kept += len(paths)
+            continue
         check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
-        for image, ending in zip(decode_image(model, tokens), scale_endings(tokens.scales), strict=True):
-            save_png(image, Path(output, f"{index:08}{ending}"))
+        for image, path in zip(decode_image(model, tokens), paths, strict=True):
+            save_png(image, path)
             written += 1
-    return written
+    return DecodedCounts(written, kept)
 
 
 def _files(folder: Folder) -> list[tuple[str, int]]:
@@ -95,26 +101,12 @@ def _rows(folder: Folder, files: list[tuple[str, int]], wanted: range) -> Iterat
     start = 0
     for name, rows in files:
         if start < wanted.stop and start + rows > wanted.start:
-            with folder.open(name) as file:
-                yield from _rows_of(pq.ParquetFile(file), start, wanted)
+            with folder.open(name) as opened:
+                file, first = pq.ParquetFile(opened), start
+                for group in range(file.num_row_groups):
+                    stop = first + file.metadata.row_group(group).num_rows
+                    if first < wanted.stop and stop > wanted.start:
+                        numbered = enumerate(file.read_row_group(group).to_pylist(), first)
+                        yield from ((index, row) for index, row in numbered if index in wanted)
+                    first = stop
         start += rows
-
-
-def _rows_of(file: pq.ParquetFile, start: int, wanted: range) -> Iterator[tuple[int, dict[str, Any]]]:
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if start < wanted.stop and start + rows > wanted.start:
-            first = start
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group]):
-                numbered = enumerate(batch.to_pylist(), first)
-                yield from ((index, row) for index, row in numbered if index in wanted)
-                first += batch.num_rows
-        start += rows
-
-
-def _check_absent(output: Path, endings: list[str], wanted: range) -> None:
-    pattern = re.compile(rf"(\d+)({'|'.join(map(re.escape, endings))})")
-    for path in output.glob("*.png"):
-        match = pattern.fullmatch(path.name)
-        if match and int(match[1]) in wanted:
-            raise ValueError(f"`{path}` already exists. Pass --overwrite, or use another --output.")

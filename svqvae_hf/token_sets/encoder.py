@@ -2,7 +2,6 @@
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -10,8 +9,8 @@ import numpy as np
 import torch
 
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.token_sets.crops import CROPS
-from svqvae_hf.token_sets.reading import CroppedImage
+from svqvae_hf.token_sets.crops import CROPS, CroppedImage
+from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.image_tokens import check_memory, execution_device
 from svqvae_hf.tokens.scale_choice import choose_by_bits, choose_by_psnr
@@ -21,19 +20,6 @@ BATCH_PIXELS = 2**20  # pixels of a batch by default, at most, unless one crop h
 WAITING_PIXELS = 2**25  # pixels of crops that wait until their batches are full, at most: 96 MiB
 
 Crop = tuple[torch.Tensor, dict[str, Any]]  # (3, height, width), uint8; and its row
-
-
-@dataclass
-class ImageCounts:
-    """Counts of the images of a part.
-
-    Args:
-        images (`int`): Images that were read, including the skipped ones.
-        skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read.
-    """
-
-    images: int = 0
-    skipped: list[dict[str, str]] = field(default_factory=list)
 
 
 class RowEncoder:
@@ -56,13 +42,13 @@ class RowEncoder:
         self.fitting: set[tuple[int, ...]] = set()  # shapes of batches that fit in memory
 
     def encode(
-        self, images: Iterable[CroppedImage], counts: ImageCounts, on_image: Callable[[], object]
+        self, images: Iterable[CroppedImage], record: PartRecord, on_image: Callable[[], object]
     ) -> Iterator[dict[str, Any]]:
         """Yields the rows of images in their order. The batches depend on the images alone.
 
         Args:
             images (`Iterable[CroppedImage]`): Images of one part.
-            counts ([`ImageCounts`]): Counts to add to.
+            record ([`PartRecord`]): Record of the part, in which images are counted and skipped ones are listed.
             on_image (`Callable`): Called after each image.
 
         Raises:
@@ -72,7 +58,7 @@ class RowEncoder:
         queue: deque[dict[str, Any]] = deque()  # rows in order, complete once they have ids
         waiting: dict[torch.Size, list[Crop]] = defaultdict(list)
         waiting_pixels = 0
-        for pixels, row in self._crops(images, counts, on_image):
+        for pixels, row in self._crops(images, record, on_image):
             batch = waiting[pixels.shape]
             batch.append((pixels, row))
             queue.append(row)
@@ -90,7 +76,7 @@ class RowEncoder:
         yield from queue
 
     def _crops(
-        self, images: Iterable[CroppedImage], counts: ImageCounts, on_image: Callable[[], object]
+        self, images: Iterable[CroppedImage], record: PartRecord, on_image: Callable[[], object]
     ) -> Iterator[Crop]:
         """Yields the crops of readable images, and counts the images."""
         names = CROPS[self.settings.crops]
@@ -99,14 +85,14 @@ class RowEncoder:
                 raise OSError(
                     f"`{image.key}` could not be fetched: {image.fault} Run the same command again later to resume."
                 )
-            counts.images += 1
+            record.images += 1
             if image.crops is None:
-                counts.skipped.append({"key": image.key, "reason": str(image.fault)})
+                record.skipped.append({"key": image.key, "reason": str(image.fault)})
             else:
                 height, width = image.crops.shape[-2:]
                 values = self.features.encode_example(image.values) if image.values else {}
                 row = {"height": height, "width": width, "key": image.key, **values}
-                for name, pixels in zip(names, image.crops, strict=True):
+                for name, pixels in zip(names, torch.from_numpy(image.crops), strict=True):
                     yield pixels, row if len(names) == 1 else {**row, "crop": name}
             on_image()
 

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.crops import CROPS
-from svqvae_hf.token_sets.records import PARTS_PER_FOLDER
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.token_files import METADATA_KEY
 
 DATA = "data"
+PARTS_PER_FOLDER = 1000
 ROW_GROUP_BYTES = 2**21
 ROW_BYTES = 64  # of a row, besides its ids and texts
 

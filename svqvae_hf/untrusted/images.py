@@ -20,8 +20,8 @@ def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterato
     Args:
         file (binary file object): Open file.
         name (`str`): Name of the file for errors.
-        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read. For some others, such as EPS, Pillow
-            would start another program.
+        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read. For some others, such as EPS,
+            Pillow would start another program.
 
     Yields:
         `PIL.Image.Image`: The image, not decoded yet.

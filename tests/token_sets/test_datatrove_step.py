@@ -16,7 +16,7 @@ from token_set_parts import content, save_photos
 
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.datatrove_step import TokenizeImages
-from svqvae_hf.token_sets.status import read_status
+from svqvae_hf.token_sets.parts import read_status
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -64,7 +64,7 @@ def test_the_slurm_script_of_the_page_makes_the_set_of_one_process(tmp_path, mon
         script = (logs / "launch_script.slurm").read_text()
         directives = {"array=0-1%64", "cpus-per-task=4", "mem-per-cpu=4G", "gpus=1", "partition=gpu", "time=04:00:00"}
         assert directives <= set(re.findall("^#SBATCH --(.*)", script, re.MULTILINE))
-        assert read_status("s3://bucket/tokens").done == 1
+        assert read_status("s3://bucket/tokens").missing == [1]
         assert not (logs / "stats.json").exists()
         monkeypatch.delenv("KILLED_TASK")
         run_block("SLURM", changes)  # starts the task again that was killed

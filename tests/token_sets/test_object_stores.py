@@ -13,8 +13,8 @@ from token_set_parts import SCALES, content, load, save_photos
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.decoding import detokenize_set
+from svqvae_hf.token_sets.parts import read_status
 from svqvae_hf.token_sets.settings import read_settings
-from svqvae_hf.token_sets.status import read_status
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 
@@ -86,7 +86,7 @@ def test_parquet_files_at_a_url_name_no_files_of_this_machine(local, memory):
 
 
 def test_a_changed_or_missing_file_at_a_url_is_refused(memory):
-    tokenize(f"{memory}/photos", f"{memory}/tokens", part=0, num_parts=2)
+    tokenize(f"{memory}/photos", f"{memory}/tokens", parts=[0], num_parts=2)
     Folder(memory).write("photos/0.png", b"other")
     with pytest.raises(ValueError, match="`image_set` was"):
         tokenize(f"{memory}/photos", f"{memory}/tokens", num_parts=2)
@@ -128,15 +128,15 @@ def test_an_s3_server_with_faults_gets_the_same_set(local, tmp_path, monkeypatch
         assert report.complete, failures
         tokenize(local / "tars", local / "tokens")
         check_equal(local / "tokens", "s3://bucket/tokens")
-        assert read_status("s3://bucket/tokens").done == PARTS
+        assert (read_status("s3://bucket/tokens").parts, read_status("s3://bucket/tokens").missing) == (PARTS, [])
         tars = [request for request in faults.requests if request.startswith("GET") and ".tar" in request]
-        assert tokenize("s3://bucket/tars/shard-{00..02}.tar", "s3://bucket/tokens") == report
+        assert tokenize("s3://bucket/tars/shard-{00..02}.tar", "s3://bucket/tokens").rows == report.rows
         again = [request for request in faults.requests if request.startswith("GET") and ".tar" in request]
         assert len(again) - len(tars) <= 1  # one is looked into, to find the columns
         url = "s3://bucket/tokens/data/**/*.parquet"
         rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True)
         assert list(rows) == list(load(local / "tokens"))
-        assert detokenize_set(make_tiny(), "s3://bucket/tokens", tmp_path / "images", max_images=1) == 2
+        assert detokenize_set(make_tiny(), "s3://bucket/tokens", tmp_path / "images", max_images=1) == (2, 0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -144,7 +144,7 @@ def test_a_full_bucket_leaves_no_part_that_counts_as_done(local, monkeypatch):
     with s3_server() as (address, faults):
         make_bucket("small", address, monkeypatch)
         folder = Folder("s3://small/tokens")
-        for name in ("options.json", "0000000.claim", ".parquet", "0000000.json"):
+        for name in ("options.json", ".parquet", "0000000.json"):
             faults.no_room_for = name
             with pytest.raises(OSError, match=rf"s3://small/.*{name}` cannot be written: .*The disk is full\.$"):
                 tokenize(local / "photos", folder.url, num_parts=1)

@@ -49,6 +49,7 @@ def test_settings_and_features(token_set):
         overlap=8,
         crops="whole",
         resolution=None,
+        scale_from="image",
     )
     for shard in (token_set / "data").rglob("*.parquet"):
         assert read_settings(shard) == settings
@@ -103,7 +104,7 @@ def test_a_damaged_manifest_is_one_line(photos, tmp_path, content):
 def test_parts_decode_all_rows_once(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("svqvae_hf.token_sets.shards.ROW_GROUP_BYTES", 500)  # so that files have several row groups
     tokenize(make_tiled(), photos, tmp_path / "tokens", shard_mb=1e-3, num_parts=2)
-    assert detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "whole") == 12
+    assert detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "whole") == (12, 0)
     for part in range(4):
         detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "parts", part=part, num_parts=4)  # none twice
     assert content(tmp_path / "parts") == content(tmp_path / "whole")

@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import re
 import signal
 
@@ -21,19 +20,17 @@ from token_set_parts import (
     save_photos,
     tokenize,
 )
-from tokenize_processes import processes, run_killed, run_on_a_full_disk, run_to_end
+from tokenize_processes import processes, run_killed, run_on_a_full_disk, run_stopped, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import FileRows
-from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.files.folders import Folder
-from svqvae_hf.token_sets import records
+from svqvae_hf.data.image_sets import ImageSet, open_images
+from svqvae_hf.token_sets import writer
 from svqvae_hf.token_sets.crops import CROPS, make_crops
 from svqvae_hf.token_sets.encoder import RowEncoder
-from svqvae_hf.token_sets.records import PartRecords
+from svqvae_hf.token_sets.parts import read_status
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.status import read_status
-from svqvae_hf.token_sets.writer import _PartMaker, check_out, tokenize_set
+from svqvae_hf.token_sets.writer import check_out, tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
 
@@ -65,12 +62,12 @@ def tiled_model(few_windows):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batch_size": 3, "num_workers": 1, "scale_from": "latents"}, {"scale_from": "image"}],
-    ids=["one by one", "in batches", "from the image"],
+    [{"batch_size": 1}, {"batch_size": 3, "num_workers": 1}, {"scale_from": "latents"}],
+    ids=["one by one", "in batches", "from the latents"],
 )
 def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, options):
     report = tokenize(tiled_model, photos, tmp_path / "out", **options)
-    scale_from = options.get("scale_from", "latents")
+    scale_from = options.get("scale_from", "image")
     assert read_settings(tmp_path / "out").scale_from == scale_from
     assert f"| scales made from | the {scale_from} |" in (tmp_path / "out" / "README.md").read_text()
     assert (report.images, report.rows, report.files, report.complete) == (7, 6, 1, True)
@@ -195,29 +192,25 @@ def many(tmp_path):
     return tmp_path / "many"
 
 
-def test_workers_killed_at_random_make_the_set_of_one_process(many, tmp_path):
+def test_killed_and_repeated_parts_make_the_set_of_one_process(many, tmp_path):
     options = ["--model", str(tmp_path / "tiny"), "--num-parts", "8", "--workers", "0", "--scales", "0.5", "1"]
     arguments = ["tokenize", str(many), str(tmp_path / "out"), *options]
     start = processes().Process
-    chance = random.Random(0)
-    deaths = [chance.choice(("create", "new_file", "finish")) for _ in range(4)]
-    for step, name in enumerate(deaths):
-        killed = [start(target=run_killed, args=(arguments, name, 1)) for _ in range(1 + step % 2)]
-        for process in killed:
-            process.start()
-        for process in killed:
-            process.join()
-        assert {process.exitcode for process in killed} <= {-signal.SIGKILL, 0, 1}
-    assert -signal.SIGKILL in {process.exitcode for process in killed}
-    outputs = [tmp_path / f"{number}.txt" for number in range(3)]
-    alone = [*arguments, "--part", "5"]
-    last = [start(target=run_to_end, args=each) for each in zip((arguments, alone, alone), outputs, strict=True)]
-    for process in last:
+    kills = [(step, ["--part", f"{part}"]) for part, step in enumerate(("new_file", "write", "_write_part"))]
+    for step, part in [*kills, *kills, ("new_file", []), ("write", [])]:
+        killed = start(target=run_killed, args=([*arguments, *part], step))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+    assert [*(tmp_path / "out").rglob(".*.tmp")]
+    both = [start(target=run_to_end, args=([*arguments, "--part", "5"], tmp_path / f"{name}.txt")) for name in "ab"]
+    for process in both:
         process.start()
-    for process in last:
+    for process in both:
         process.join()
-    assert [process.exitcode for process in last] in ([0, 0, 0], [1, 0, 0])
-    assert svqvae(*arguments) == 1  # if a worker was still busy with the last part
+    assert [process.exitcode for process in both] == [0, 0]
+    for _ in range(2):  # the second finds all finished
+        assert svqvae(*arguments) == 1  # skips an image
     assert svqvae("tokenize", many, tmp_path / "unbroken", *options) == 1
     found, expected = content(tmp_path / "out"), content(tmp_path / "unbroken")
     expected["README.md"] = expected["README.md"].replace(b"unbroken", b"out")
@@ -226,7 +219,7 @@ def test_workers_killed_at_random_make_the_set_of_one_process(many, tmp_path):
     assert rows["key"] == [f"{number:02}.png" for number in range(24) if number not in (3, 17)]
 
 
-def test_a_full_disk_leaves_no_part_that_counts_as_done(many, tmp_path):
+def test_a_full_disk_leaves_no_part_that_counts_as_finished(many, tmp_path):
     arguments = ["tokenize", str(many), str(tmp_path / "out"), "--model", str(tmp_path / "tiny"), "--workers", "0"]
     arguments += ["--num-parts", "2"]
     assert svqvae("tokenize", many, tmp_path / "unbroken", *arguments[3:]) == 1
@@ -238,11 +231,22 @@ def test_a_full_disk_leaves_no_part_that_counts_as_done(many, tmp_path):
     assert process.exitcode == 2
     error = (tmp_path / "errors.txt").read_text().splitlines()[-1]
     assert re.search(r"svqvae: error: .*train-0000000-00000.parquet` cannot be written: .*File too large\.$", error)
-    status = read_status(tmp_path / "out")
-    assert (status.done, [*status.failed]) == (0, [0, 1])
+    assert read_status(tmp_path / "out").missing == [0, 1]
     assert [path.name for path in (tmp_path / "out" / "data").rglob("*") if path.is_file()] == []
     assert svqvae(*arguments) == 1
     assert content(tmp_path / "out" / "data") == expected
+
+
+def test_sigterm_prints_what_is_finished_and_how_to_resume(many, tmp_path):
+    arguments = ["tokenize", str(many), str(tmp_path / "out"), "--model", str(tmp_path / "tiny"), "--workers", "0"]
+    stopped = processes().Process(
+        target=run_stopped, args=([*arguments, "--num-parts", "4"], tmp_path / "said.txt", 1)
+    )
+    stopped.start()
+    stopped.join()
+    assert stopped.exitcode == 128 + signal.SIGTERM
+    lines = ["parts    4 (not complete; finished: 1)", "missing  1-3", "resume   with the same command"]
+    assert (tmp_path / "said.txt").read_text().splitlines() == lines
 
 
 def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
@@ -250,57 +254,53 @@ def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
     row = FileRows.row
     monkeypatch.setattr(FileRows, "row", lambda self, index: read.append(index) or row(self, index))
     for part in (2, 0, 2):
-        report = tokenize(make_tiny(), photos, tmp_path / "out", part=part, num_parts=3)
+        report = tokenize(make_tiny(), photos, tmp_path / "out", parts=[part], num_parts=3)
         assert not report.complete
     assert read == [4, 5, 6, 0, 1]
-    assert (report.images, report.rows) == (0, 0)
+    assert (report.images, report.rows, report.resumed) == (0, 0, 1)
     assert "waiting  for other parts, see svqvae tokenize --status" in str(report)
-    assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=3).complete
+    report = tokenize(make_tiny(), photos, tmp_path / "out", num_parts=3)
+    assert (report.complete, report.resumed) == (True, 2)
+    assert "resumed  parts that were finished before: 2 of 3" in str(report)
     assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=3).rows == 6
-    assert tokenize(make_tiny(), photos, tmp_path / "out", part=1, num_parts=3).rows == 6
+    assert tokenize(make_tiny(), photos, tmp_path / "out", parts=[1], num_parts=3).rows == 6
     assert read == [4, 5, 6, 0, 1, 2, 3]
+    tokenize(make_tiny(), photos, tmp_path / "out", num_parts=1, overwrite=True)
+    assert read[7:] == list(range(7))
+    assert not (tmp_path / "out" / "parts").exists()
 
 
-@pytest.mark.parametrize(
-    ("owner", "step", "encoded_after"),
-    [(Folder, "create", 0), (_PartMaker, "_make", 2), (PartRecords, "beat", 1), (PartRecords, "finish", 0)],
-    ids=["about to claim it", "about to read", "writing the first file", "about to mark it as done"],
-)
-def test_of_two_workers_on_a_part_the_slower_one_stops(photos, tmp_path, monkeypatch, owner, step, encoded_after):
+@pytest.mark.parametrize("step", ["images.part", "join_parts", "is_finished", "folder.write"])
+def test_two_processes_may_make_the_same_part(photos, tmp_path, monkeypatch, step):
     """The other one completes the set while this one is at a step."""
-    options = {"num_parts": 2, "part": 0, "batch_size": 1, "shard_mb": 1e-6}  # a file per image, of three
-    monkeypatch.setattr(records, "BEAT_SECONDS", -1)
-    tokenize(make_tiny(), photos, tmp_path / "out", **options | {"part": 1})
-    original, encode, encoded, faster = getattr(owner, step), RowEncoder._encode_batch, [], []
+    options = {"num_parts": 2, "parts": [0]}
+    tokenize(make_tiny(), photos, tmp_path / "out", **options | {"parts": [1]})
+    owner, name = {
+        "images.part": (ImageSet, "part"),
+        "folder.write": (writer, "_write_part"),
+    }.get(step, (writer, step))
+    original, faster = getattr(owner, name), []
 
     def overtaken(*args):
-        if len(faster) == 0:
+        if not faster:
             faster.append(None)
-            faster.append(tokenize(make_tiny(), photos, tmp_path / "out", **options))
-            faster.append(content(tmp_path / "out"))
-            encoded.clear()
+            faster[:] = [tokenize(make_tiny(), photos, tmp_path / "out", **options), content(tmp_path / "out")]
         return original(*args)
 
-    monkeypatch.setattr(owner, step, overtaken)
-    monkeypatch.setattr(RowEncoder, "_encode_batch", lambda self, crops: encoded.append(crops) or encode(self, crops))
+    monkeypatch.setattr(owner, name, overtaken)
     slower = tokenize(make_tiny(), photos, tmp_path / "out", **options)
-    assert slower.complete
-    assert slower == faster[1]
-    assert content(tmp_path / "out") == faster[2]
-    assert not (tmp_path / "out" / "parts").exists()
-    assert len(encoded) == encoded_after
+    assert (slower.complete, slower.rows) == (True, faster[0].rows)
+    assert content(tmp_path / "out") == faster[1]
 
 
-def test_gathered_records_are_kept_until_the_set_is_complete(photos, tmp_path, monkeypatch):
-    deleted, delete = [], Folder.delete_folder
-
-    def note(self, name):
-        deleted.append((name, self.read("svqvae_tokens.json") is not None))
-        delete(self, name)
-
-    monkeypatch.setattr(Folder, "delete_folder", note)
-    tokenize(make_tiny(), photos, tmp_path / "out")
-    assert deleted == [("parts/0000", False), ("parts", True)]
+def test_files_of_earlier_tries_are_no_part_of_the_set(photos, tmp_path):
+    stray = tmp_path / "out" / "data" / "0000-0000" / "train-0000000-00007.parquet"
+    tokenize(make_tiny(), photos, tmp_path / "out", parts=[1], num_parts=2)
+    for path in (stray, stray.with_name(".1a2b.tmp")):
+        path.write_bytes(b"")
+    tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2)
+    assert len(list(stray.parent.iterdir())) == 2
+    assert load(tmp_path / "out").num_rows == 6
 
 
 def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
@@ -309,85 +309,53 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
 
     def check_refused():
         before = content(tmp_path / "out")
-        changes = ({"scales": [1.0]}, {"scale_from": "image"}, {"shard_mb": 3}, {"min_side": 8}, {"num_parts": 3})
+        changes = ({"scales": [1.0]}, {"scale_from": "latents"}, {"shard_mb": 3}, {"min_side": 8}, {"num_parts": 3})
         for options in changes:
             ((name, value),) = options.items()
             name = "parts" if name == "num_parts" else name
             with pytest.raises(
-                ValueError, match=rf"`{name}` was .* and is now {re.escape(repr(value))}\. Use the same"
+                ValueError, match=rf"`{name}` was .* and is now {re.escape(repr(value))}\. Pass --over"
             ):
                 run(**options)
         with pytest.raises(ValueError, match="`codebook_fingerprint` was"):
             run(model=make_other())
         (photos / "7.png").write_bytes((photos / "0.png").read_bytes())
-        with pytest.raises(ValueError, match="`images` was 7 and is now 8"):
+        with pytest.raises(ValueError, match="the images have changed since: `images` was 7 and is now 8"):
             run()
         (photos / "7.png").unlink()
         os.utime(photos / "1.png", (0, 0))
-        with pytest.raises(ValueError, match="`image_set` was"):
+        with pytest.raises(ValueError, match="the images have changed since: `image_set` was"):
             run()
         os.utime(photos / "1.png", ns=(time, time))
         assert content(tmp_path / "out") == before
 
     time = (photos / "1.png").stat().st_mtime_ns
-    run(part=0)
+    run(parts=[0])
     check_refused()
     run()
     check_refused()
 
 
-def test_other_parts_are_made_if_one_fails(photos, tmp_path, monkeypatch):
-    """And later runs make the failed one last. Two failures in a row end a run, because all parts may fail."""
-    failing, made = {1}, []
-    make = _PartMaker._make
-
-    def make_or_fail(self, part, on_image):
-        made.append(part)
-        if part in failing:
-            raise OSError(f"part {part} cannot be fetched")
-        return make(self, part, on_image)
-
-    monkeypatch.setattr(_PartMaker, "_make", make_or_fail)
-
-    def run():
-        made.clear()
-        with pytest.raises(OSError, match=r"part \d cannot be fetched"):
-            tokenize(make_tiny(), photos, tmp_path / "out", num_parts=5)
-        return list(made)
-
-    assert run() == [0, 1, 2, 3, 4]
-    assert run() == [1]
-    assert (read_status(tmp_path / "out").done, list(read_status(tmp_path / "out").failed)) == (4, [1])
-    failing.clear()
-    assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=5).complete
-    failing |= {0, 1, 4}
-    made.clear()
-    with pytest.raises(OSError, match="part 0 cannot be fetched"):
-        tokenize(make_tiny(), photos, tmp_path / "other", num_parts=5)
-    assert made == [0, 1]
-    made.clear()
-    with pytest.raises(OSError, match="part 4 cannot be fetched"):
-        tokenize(make_tiny(), photos, tmp_path / "other", num_parts=5)
-    assert made == [2, 3, 4, 0]
-
-
-def test_a_part_that_failed_says_why(photos, tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError("disk full")
-
+def test_before_the_first_part_is_finished_anything_may_change(photos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("svqvae_hf.token_sets.writer.write_shards", fail)
-        with pytest.raises(OSError, match="disk full"):
-            tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2)
-    status = read_status(tmp_path / "out")
-    assert (status.parts, status.done, status.failed, status.complete) == (
-        2,
-        0,
-        dict.fromkeys((0, 1), "disk full"),
-        False,
-    )
-    assert tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2).complete
-    assert str(read_status(tmp_path / "out")).startswith("parts    2 (complete; done: 2, running: 0, failed: 0")
+        patch.setattr(RowEncoder, "encode", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tokenize(make_tiny(), photos, tmp_path / "out")
+    (photos / "2b.png").unlink()
+    assert tokenize(make_tiny(), photos, tmp_path / "out", scales=[1.0]).images == 6
+
+
+def test_status_names_missing_parts_and_the_time_left(photos, tmp_path):
+    for part, seconds in ((0, 1000), (1, 1060), (5, 1180)):
+        tokenize(make_tiny(), photos, tmp_path / "out", parts=[part], num_parts=7)
+        os.utime(tmp_path / "out" / "parts" / f"{part:07}.json", (seconds, seconds))
+    lines = ["parts    7 (not complete; finished: 3)", "missing  2-4,6"]
+    lines += ["rate     0.0111 images per second, 0 h 6 min left"]  # 2 images in 180 s, 4 parts to go
+    assert str(read_status(tmp_path / "out")).splitlines() == lines
+    tokenize(make_tiny(), photos, tmp_path / "out", num_parts=7)
+    assert str(read_status(tmp_path / "out")) == "parts    7 (complete; finished: 7)"
+    with pytest.raises(ValueError, match="must be a token set, but has no record of one"):
+        read_status(photos)
 
 
 @pytest.mark.parametrize(
@@ -398,9 +366,8 @@ def test_a_part_that_failed_says_why(photos, tmp_path, monkeypatch):
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
         ({"crops": "centre", "resolution": 0}, "`resolution` must be at least 1, got 0"),
         ({"shard_mb": 0}, "`shard_mb` must be a number of megabytes above 0, got 0"),
-        ({"part": 1}, "`part` needs `num_parts`"),
         ({"num_parts": 8}, "`num_parts` must be in [1, 7], the number of images, got 8"),
-        ({"num_parts": 3, "part": 3}, "`part` must be in [0, 2] for 3 parts, got 3"),
+        ({"num_parts": 3, "parts": [0, 3]}, "`parts` must be in [0, 2] for 3 parts, got [0, 3]"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"min_side": 0}, "`min_side` must be at least 1, got 0"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
@@ -445,7 +412,7 @@ def test_the_folder_must_be_new_and_one_image_readable(tiny_model, photos, tmp_p
 def test_the_command_checks_the_folder_before_it_loads_the_model(photos, tmp_path, capsys):
     message = fails(capsys, "tokenize", photos, photos, "--model", tmp_path / "none")
     assert "must be a new or empty folder, but it is not empty" in message
-    assert "must be a folder that can be written, but `/proc` cannot be" in fails(
+    assert "must be a writable folder, but `/proc` is not" in fails(
         capsys, "tokenize", photos, "/proc/tokens", "--model", tmp_path / "none"
     )
 
@@ -467,9 +434,10 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     assert svqvae("detokenize", out, "--output", images, *model) == 0
     assert capsys.readouterr().out == f"written  {images} (images: 6)\n"
     assert len(list(images.iterdir())) == 6
-    assert "00000001_x0.5.png` already exists. Pass --overwrite" in fails(
-        capsys, "detokenize", out, "--output", images, *model, "--part", "1", "--num-parts", "3"
-    )
+    (images / "00000001_x0.5.png").unlink()
+    assert svqvae("detokenize", out, "--output", images, *model) == 0
+    written = f"written  {images} (images: 2)\nresumed  images that were there: 4 (--overwrite decodes them again)\n"
+    assert capsys.readouterr().out == written
     assert svqvae("detokenize", out, "--output", images, *model, "--overwrite", "--max-images", "1") == 0
     assert capsys.readouterr().out == f"written  {images} (images: 2)\n"
     assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, "tokenize", photos, out, *model)

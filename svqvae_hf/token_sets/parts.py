@@ -1,0 +1,192 @@
+"""Parts of a token set: the files of a finished part, which parts are finished, and the set that all of them complete.
+
+A part is a pure function of the image set, the options and its number. It is finished when its record is there, which
+is written last. It knows no other part: two processes that make the same part write the same files.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from svqvae_hf.files.folders import Folder
+from svqvae_hf.token_sets.settings import SETTINGS_FILE
+from svqvae_hf.token_sets.shards import DATA
+
+RECORDS = "parts"
+OPTIONS_FILE = f"{RECORDS}/options.json"
+MANIFEST_FILE = "manifest.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
+CARD_FILE = "README.md"
+RECENT = 50  # parts whose times give the rate
+
+
+@dataclass
+class PartRecord:
+    """Facts of a part. They are equal however often and wherever it is made.
+
+    Args:
+        part (`int`): Number of the part.
+        read (`list[str]`): Files, or the range of images, that were read.
+        images (`int`): Images that were read, including the skipped ones.
+        rows (`int`): Rows that were written.
+        ids (`int`): Ids in them, of all scales.
+        skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read.
+        files (`list[dict[str, Any]]`): `name` and `rows` of each Parquet file.
+    """
+
+    part: int
+    read: list[str]
+    images: int = 0
+    rows: int = 0
+    ids: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    files: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TokenSetStatus:
+    """State of a token set; `str` formats it.
+
+    Args:
+        parts (`int`): Number of parts.
+        missing (`list[int]`): Parts that are not finished.
+        images_per_second (`float`, *optional*): Rate of all processes together, by the times of the last files.
+        seconds_left (`float`, *optional*): Time until the set is complete at this rate.
+    """
+
+    parts: int
+    missing: list[int]
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+
+    def __str__(self) -> str:
+        state = "not complete" if self.missing else "complete"
+        lines = [f"parts    {self.parts} ({state}; finished: {self.parts - len(self.missing)})"]
+        if self.missing:
+            lines.append(f"missing  {_ranges(self.missing)}")
+        if self.images_per_second is not None and self.seconds_left is not None:
+            minutes = round(self.seconds_left / 60)
+            lines.append(
+                f"rate     {self.images_per_second:.3g} images per second, {minutes // 60} h {minutes % 60} min left"
+            )
+        return "\n".join(lines)
+
+
+def read_status(out: str | os.PathLike) -> TokenSetStatus:
+    """Reads which parts of a token set are finished.
+
+    Args:
+        out (`str` or `os.PathLike`): Folder of the set, or its URL for `fsspec`.
+
+    Raises:
+        OSError: The folder cannot be read.
+        ValueError: It is not a token set.
+    """
+    folder = Folder(out)
+    options = read_options(folder)
+    if "parts" not in options:
+        raise ValueError(f"`{folder.url}` must be a token set, but has no record of one. Start it: svqvae tokenize.")
+    num_parts = options["parts"]
+    if read_totals(folder) is not None:
+        return TokenSetStatus(num_parts, [])
+    finished = finished_parts(folder)
+    missing = [part for part in range(num_parts) if part not in finished]
+    times = sorted((folder.modified(record_name(part)), part) for part in finished)[-RECENT:]
+    seconds = times[-1][0] - times[0][0] if times else 0
+    if not seconds:
+        return TokenSetStatus(num_parts, missing)
+    recent = [json.loads(each) for each in folder.read_all([record_name(part) for _, part in times[1:]])]
+    rate = sum(record["images"] for record in recent) / seconds
+    return TokenSetStatus(num_parts, missing, rate, len(missing) * seconds / len(recent))
+
+
+def record_name(part: int) -> str:
+    """Name of the record of a part."""
+    return f"{RECORDS}/{part:07}.json"
+
+
+def is_finished(folder: Folder, part: int) -> bool:
+    """Whether a part is finished."""
+    return folder.read(record_name(part)) is not None or read_totals(folder) is not None
+
+
+def finished_parts(folder: Folder) -> set[int]:
+    """Numbers of the parts that are finished, of a set that is not complete."""
+    return {int(name[:7]) for name in folder.names(RECORDS) if name[:7].isdecimal()}
+
+
+def read_totals(folder: Folder) -> dict[str, int] | None:
+    """Reads the numbers of images, rows, ids, skipped images and files; `None` if the set is not complete."""
+    content = folder.read(SETTINGS_FILE)
+    return None if content is None else json.loads(content).get("totals")
+
+
+def read_options(folder: Folder) -> dict[str, Any]:
+    """Reads the options that a token set was started with; empty if there is none."""
+    complete = folder.read(SETTINGS_FILE)
+    return json.loads(complete).get("options", {}) if complete else json.loads(folder.read(OPTIONS_FILE) or b"{}")
+
+
+def start_set(folder: Folder, options: Mapping[str, Any]) -> None:
+    """Starts a token set, or raises if parts of it were made with other options."""
+    recorded = read_options(folder)
+    for name in {**recorded, **options}:
+        before, now = recorded.get(name), options.get(name)
+        if before != now and (finished_parts(folder) or read_totals(folder) is not None):
+            reason = "the images have changed since" if name in ("images", "image_set") else "it was made otherwise"
+            raise ValueError(
+                f"`{folder.url}` must be continued with the same images and options, but {reason}: `{name}` was "
+                f"{before!r:.80} and is now {now!r:.80}. Pass --overwrite to start over, or choose another folder."
+            )
+    if recorded != options:
+        folder.write(OPTIONS_FILE, json.dumps(options, indent=2).encode())
+
+
+def delete_set(folder: Folder) -> None:
+    """Deletes all files of a token set."""
+    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE):
+        folder.delete(name)
+    for name in (RECORDS, DATA):
+        folder.delete_folder(name)
+
+
+def join_parts(folder: Folder, num_parts: int) -> dict[str, int]:
+    """Lists the files and the skipped images of all parts. Opens no Parquet file, and deletes those of no part.
+
+    Args:
+        folder ([`Folder`]): Folder of the set.
+        num_parts (`int`): Number of its parts, which are all finished.
+
+    Returns:
+        `dict[str, int]`: Numbers of images, rows, ids, skipped images and files.
+
+    Raises:
+        FileNotFoundError: Another process has completed the set at the same time.
+        ValueError: No image could be read.
+    """
+    records = [json.loads(each) for each in folder.read_all([record_name(part) for part in range(num_parts)])]
+    skipped = [image for record in records for image in record["skipped"]]
+    files = [file["name"] for record in records for file in record["files"]]
+    totals = {name: sum(record[name] for record in records) for name in ("images", "rows", "ids")}
+    if not totals["rows"]:
+        first = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}" if skipped else ""
+        raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first}")
+    for name in {*folder.all_files(DATA)} - {*files}:  # left by processes that were killed
+        folder.delete(name)
+    lines = [record | {"skipped": len(record["skipped"])} for record in records]
+    for name, rows in ((MANIFEST_FILE, lines), (SKIPPED_FILE, skipped)):
+        folder.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return totals | {"skipped": len(skipped), "files": len(files)}
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers as SLURM's `--array` takes them: `3-5,9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
