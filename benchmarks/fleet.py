@@ -5,15 +5,13 @@
     python benchmarks/fleet.py ray      # datatrove's executor for Ray, on two nodes of this machine; `pip install ray`
 
 The images are small, made on the spot, and one in fifty is broken. The model is tiny, because its speed does not
-matter here. Each worker logs the files that it reads and the parts that it has marked as done. Killed jobs are
-started again, as a scheduler would start them; datatrove itself does so with Ray.
+matter here. Killed jobs are started again, as a scheduler would start them; datatrove itself does so with Ray.
 """
 
 import argparse
 import io
 import json
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -34,11 +32,8 @@ from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.token_sets import reading
 from svqvae_hf.token_sets.datatrove_step import TokenizeImages
-from svqvae_hf.token_sets.records import PartRecord, PartRecords
 from svqvae_hf.token_sets.writer import tokenize_set
 
 SIDES = (8, 24)  # range in pixels
@@ -49,33 +44,6 @@ KILL_CHANCE = 0.1  # per look
 LOOK_SECONDS = 0.1
 TINY = {"base_channels": 8, "encoder_ch_mult": (1, 2, 2), "decoder_ch_mult": (1, 2, 2), "num_res_blocks": 1}
 TINY |= {"norm_num_groups": 2, "z_channels": 8, "codebook_size": 64, "codebook_embed_dim": 8}
-
-
-class LoggedTokenize(TokenizeImages):
-    """The step of datatrove, which logs what it reads and the parts that it has done."""
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Makes a part."""
-        log_work(Path(self.out).parent)
-        super().run(data, rank, world_size)
-
-
-def log_work(folder: Path) -> None:
-    """Lets this process log what it reads and the parts that it has done."""
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    finish = PartRecords.finish
-
-    def read_logged(source: Any, min_side: int | None) -> Image.Image:
-        path = source["path"]
-        os.write(log, f"read {int(Path(path).stem)} {os.path.getsize(path)}\n".encode())
-        return read_image(source, min_side)
-
-    def finish_logged(records: PartRecords, record: PartRecord) -> None:
-        finish(records, record)
-        os.write(log, f"done {record.part} 0\n".encode())
-
-    reading.read_image = read_logged  # type: ignore[attr-defined]
-    PartRecords.finish = finish_logged  # type: ignore[method-assign]
 
 
 def write_set(folder: Path, count: int) -> None:
@@ -97,7 +65,6 @@ def run_part(folder: Path, out: str, parts: int, part: int) -> None:
     """Runs `svqvae tokenize` for one part in this process, and exits with its code."""
     from svqvae_cli import main
 
-    log_work(folder / out)
     arguments = ["tokenize", folder / "images", folder / out / "set", "--model", folder / "tiny", "--device", "cpu"]
     arguments += ["--num-parts", parts, "--part", part, "--workers", 0]
     sys.exit(main(list(map(str, arguments))))
@@ -107,7 +74,7 @@ def run_executor(folder: Path, out: str, parts: int, number: int) -> None:
     """Runs a local executor of datatrove with its share of the parts."""
     from datatrove.executor import LocalPipelineExecutor
 
-    step = LoggedTokenize([str(folder / "images")], str(folder / out / "set"), str(folder / "tiny"), device="cpu")
+    step = TokenizeImages([str(folder / "images")], str(folder / out / "set"), str(folder / "tiny"), device="cpu")
     first, end = (index * parts // EXECUTORS for index in (number, number + 1))
     LocalPipelineExecutor(
         pipeline=[step],
@@ -163,7 +130,7 @@ def run_ray(parts: int, kills: int, folder: Path, out: str) -> int:
     for _ in range(2):
         cluster.add_node(num_cpus=AT_ONCE // 2, memory=AT_ONCE // 2 * 2**30, object_store_memory=2**27)
     ray.init(address=cluster.address)
-    step = LoggedTokenize([str(folder / "images")], str(folder / out / "set"), str(folder / "tiny"), device="cpu")
+    step = TokenizeImages([str(folder / "images")], str(folder / out / "set"), str(folder / "tiny"), device="cpu")
     executor = RayPipelineExecutor(
         pipeline=[step], tasks=parts, workers=AT_ONCE, mem_per_cpu_gb=1, logging_dir=str(folder / out / "logs")
     )
@@ -189,20 +156,6 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in names}
 
 
-def count_read_again(log: Path, count: int, parts: int) -> tuple[int, int]:
-    """Bytes that were read, and bytes of parts that were done already."""
-    starts = [part * count // parts for part in range(parts)]
-    done, total, again = set(), 0, 0
-    for line in log.read_text().splitlines():
-        kind, number, size = line.split()
-        if kind == "done":
-            done.add(int(number))
-        else:
-            total += int(size)
-            again += int(size) * (int(np.searchsorted(starts, int(number), "right")) - 1 in done)
-    return total, again
-
-
 # What makes a set, by its number of parts, the number of kills, its folder and name; returns the number of kills
 ENGINES: dict[str, Callable[[int, int, Path, str], int]] = {
     "part": lambda parts, kills, *folder: run_jobs(run_part, parts, kills, *folder, parts),
@@ -219,7 +172,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Row:
     model = SVQVAE.from_pretrained(folder / "tiny").eval()
     model.enable_tiling()
     images, alone = open_images([str(folder / "images")]), folder / "alone" / "set"
-    tokenize_set(model, images, alone, model_name="tiny", scale_from="image", num_parts=options.parts)
+    tokenize_set(model, images, alone, model_name="tiny", num_parts=options.parts)
     begun = time.perf_counter()
     killed = ENGINES[options.engine](options.parts, options.kills, folder, "fleet")
     seconds = time.perf_counter() - begun
@@ -228,8 +181,6 @@ def measure(options: argparse.Namespace, folder: Path) -> Row:
     names = [file["name"] for record in records for file in record["files"]]
     keys = [key for name in names for key in pq.read_table(folder / "fleet" / "set" / name)["key"].to_pylist()]
     readable = [f"{index:06}.png" for index in range(options.count) if index % BROKEN_EVERY]
-    size = sum(path.stat().st_size for path in (folder / "images").iterdir())
-    total, again = count_read_again(folder / "fleet" / "log.txt", options.count, options.parts)
     return {
         "engine": options.engine,
         "images": options.count,
@@ -237,8 +188,6 @@ def measure(options: argparse.Namespace, folder: Path) -> Row:
         "killed": killed,
         "files that differ": sum(found.get(name) != expected.get(name) for name in {**found, **expected}),
         "rows missing, twice or out of order": "none" if keys == readable else "some",
-        "bytes read / bytes of the set": total / size,
-        "bytes read after the part's mark": again,
         "seconds": seconds,
     }
 

@@ -1,15 +1,13 @@
-"""Token sets: speed against the bare encoder, memory as the set grows, and the joining of many parts.
+"""Token sets: speed against the bare encoder, and memory as the set grows.
 
     python benchmarks/token_sets.py speed IMAGES      # `tokenize_set` against `encode_tokens`, at 32 to 256 pixels
     python benchmarks/token_sets.py memory IMAGES     # peak memory for 2,000 and 20,000 small images
-    python benchmarks/token_sets.py join              # a million parts, made up
 
 The bare encoder is a loop over tensors in memory in batches of the same size, timed in the same turns. `speed` also
 measures the time per image that `tokenize_set` spends in Python, with a model that returns at once.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -18,22 +16,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
 from PIL import Image, ImageOps
+from svqvae_hf.token_sets.reading import read_crops
 
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.token_sets.encoder import ImageCounts, RowEncoder
-from svqvae_hf.token_sets.manifest import join_parts
-from svqvae_hf.token_sets.reading import read_crops
-from svqvae_hf.token_sets.records import PARTS_PER_FOLDER, PartRecords
-from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
-from svqvae_hf.token_sets.shards import row_features, shard_name, write_shards
+from svqvae_hf.token_sets.encoder import RowEncoder
+from svqvae_hf.token_sets.settings import TokenSettings
+from svqvae_hf.token_sets.shards import row_features, write_shards
 from svqvae_hf.token_sets.writer import tokenize_set
 
 SMALL = 32  # side in pixels of the images for `memory`
@@ -128,7 +123,7 @@ def python_milliseconds(model: SVQVAE, folder: Path, side: int) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # CPU time counts threads that wait
     begun = time.process_time()
-    rows = encoder.encode(read, ImageCounts(), lambda: None)
+    rows = encoder.encode(read, PartRecord(0, []), lambda: None)
     features = row_features(settings, images.features)
     for _ in write_shards(Folder(folder.with_name("python")), 0, rows, settings, features, 256):
         pass
@@ -160,59 +155,14 @@ def measure_memory(options: argparse.Namespace, folder: Path) -> list[Row]:
     return rows
 
 
-def measure_join(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Measures the end of a set of many parts, whose records were made up. Their Parquet files do not exist.
-
-    Records are gathered by the thousand while a set is made, so all but the last thousand are gathered already.
-    """
-    for start in range(0, options.parts, PARTS_PER_FOLDER):
-        records = [made_up_record(part) for part in range(start, min(start + PARTS_PER_FOLDER, options.parts))]
-        name = folder / "tokens" / "parts" / f"{start // PARTS_PER_FOLDER:04}"
-        if start + PARTS_PER_FOLDER < options.parts:
-            name.parent.mkdir(parents=True, exist_ok=True)
-            name.with_suffix(".jsonl").write_text("".join(record + "\n" for record in records))
-        else:
-            name.mkdir(parents=True)
-            for part, record in enumerate(records, start):
-                (name / f"{part:07}.json").write_text(record)
-    rows = []
-    for step, prepare in (("last records gathered", prepare_gather), ("records joined", prepare_join)):
-        cost = in_own_process(options.device, options.threads, prepare, Folder(folder / "tokens").url, options.parts)
-        row = {"step": step, "parts": options.parts, "seconds": cost.seconds, "CPU seconds": cost.cpu_seconds}
-        rows.append(row | {"peak memory, MiB": cost.peak_mib})
-    return rows
-
-
-def made_up_record(part: int) -> str:
-    """A record of a part of 1,000 images in JSON, two of which could not be read."""
-    record = {"part": part, "options": "0", "read": [f"shard-{part:07}.tar"], "images": 1000, "rows": 998}
-    record |= {"ids": 998 * 1024, "skipped": [{"key": f"{part}/7.jpg", "reason": "it is broken."}] * 2}
-    return json.dumps(record | {"files": [{"name": shard_name(part, 0), "rows": 998}]})
-
-
-def prepare_gather(out: str, parts: int) -> Callable[[], Any]:
-    """Returns the gathering of the last records as a function."""
-    records = PartRecords(Folder(out), parts, SETTINGS_FILE)
-    return lambda: records.gather(parts - 1, "0")
-
-
-def prepare_join(out: str, parts: int) -> Callable[[], Any]:
-    """Returns the joining of parts as a function."""
-    folder = Folder(out)
-    settings = TokenSettings("bundled", (1.0,), 8, 2**14, 64 * "0", None, None, "whole", None)
-    features = row_features(settings, datasets.Features())
-    records = PartRecords(folder, parts, SETTINGS_FILE)
-    return lambda: join_parts(folder, records, settings, features, {"fingerprint": "0"}, None, None, "tokens")
-
-
-MODES = {"speed": measure_speed, "memory": measure_memory, "join": measure_join}
+MODES = {"speed": measure_speed, "memory": measure_memory}
 
 
 def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("mode", choices=tuple(MODES))
-    parser.add_argument("images", type=Path, nargs="?", metavar="IMAGES", help="folder of source images")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of source images")
     parser.add_argument(
         "--count",
         type=int,
@@ -226,7 +176,6 @@ def main() -> None:
         default=[2000, 20000],
         help="numbers of images for `memory` (default: 2000 20000)",
     )
-    parser.add_argument("--parts", type=int, default=10**6, help="number of parts for `join` (default: 1000000)")
     parser.add_argument(
         "--sides", type=int, nargs="+", default=[32, 64, 128, 256], help="sides for `speed` (default: 32 64 128 256)"
     )
@@ -235,8 +184,6 @@ def main() -> None:
         "--workers", type=int, nargs="+", default=[0, 1], help="numbers of reading processes (default: 0 1)"
     )
     options = parser.parse_args()
-    if options.images is None and options.mode != "join":
-        parser.error("IMAGES is missing")
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -49,6 +49,6 @@ def run(args: argparse.Namespace) -> None:
         num_parts=args.num_parts,
         overwrite=args.overwrite,
     )
-    print(f"written  {args.output} (images: {written})")
     if kept:
-        print(f"resumed  images that were there: {kept} (--overwrite decodes them again)")
+        print(f"resumed: {kept:,} of {written + kept:,} images were there")
+    print(f"written  {args.output} (images: {written})")

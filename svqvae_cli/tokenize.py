@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -165,7 +166,8 @@ def run(args: argparse.Namespace) -> None:
         )
     except (KeyboardInterrupt, SystemExit):
         with suppress(ValueError):  # it was not started yet
-            print(f"{read_status(args.out)}\nresume   with the same command")
+            print(read_status(args.out))
+        print(f"svqvae: `{args.out}` is not complete. Run the same command again to resume.", file=sys.stderr)
         raise
     print(report)
     if rank is None and args.part is None:  # schedulers take any other exit code than 0 for a crash

@@ -280,11 +280,6 @@ def test_token_sets(run, photo, tmp_path):
     assert (bare["side"], bare["images"], rows[0]["images"]) == (32, 2, 8)
     assert tokenizing["method"] == "tokenize_set, 0 workers"
     assert tokenizing["images per second"] * tokenizing["rounds"][0] == pytest.approx(2)
-    (rows,) = run("token_sets", "join", "--parts", "1003")
-    assert [(row["step"], row["parts"]) for row in rows] == [
-        ("last records gathered", 1003),
-        ("records joined", 1003),
-    ]
 
 
 def test_image_sets(run):

@@ -88,7 +88,7 @@ def test_token_set_is_written_once_there_is_space(disk, tmp_path):
         return tokenize_set(make_tiny(), images, disk / "set", model_name="org/tiny", num_parts=6)
 
     fill(disk)
-    with pytest.raises(OSError, match="cannot be written: No space left on device"):
+    with pytest.raises(OSError, match="cannot be written: .*No space left on device"):
         tokenize()
     assert not list(disk.rglob("*.parquet"))
     assert not list(disk.rglob("*[0-9].json"))  # no part is marked as done

@@ -71,9 +71,8 @@ class TokenizeReport:
     url: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"written  {self.out} (images: {self.images}, rows: {self.rows}, files: {self.files})"]
-        if self.resumed:
-            lines.append(f"resumed  parts that were finished before: {self.resumed} of {self.parts}")
+        lines = [f"resumed: {self.resumed:,} of {self.parts:,} parts were there"] if self.resumed else []
+        lines.append(f"written  {self.out} (images: {self.images}, rows: {self.rows}, files: {self.files})")
         if not self.complete:
             lines.append(f"waiting  for other parts, see svqvae tokenize --status {self.out}")
         elif self.skipped:

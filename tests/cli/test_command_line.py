@@ -324,7 +324,7 @@ def test_ctrl_c_of_tokenize_says_how_to_resume(two_images, saved_model, tmp_path
     monkeypatch.setattr("svqvae_hf.token_sets.writer.tokenize_set", interrupt)
     assert svqvae("tokenize", two_images, tmp_path / "out", "--model", saved_model) == 130
     line, last = capsys.readouterr().err.splitlines()
-    assert line == f"svqvae: `{tmp_path / 'out'}` is not complete yet. Resume it with the same command."
+    assert line == f"svqvae: `{tmp_path / 'out'}` is not complete. Run the same command again to resume."
     assert last == "svqvae: interrupted"
 
 
