@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from measuring import Row, describe_machine, in_own_process, make_parser, report, take_turns
 from PIL import Image, ImageOps
-from svqvae_hf.token_sets.reading import read_crops
 
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.token_sets.crops import read_crops
 from svqvae_hf.token_sets.encoder import RowEncoder
+from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
 from svqvae_hf.token_sets.writer import tokenize_set
