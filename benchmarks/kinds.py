@@ -21,7 +21,7 @@ from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 
 COLOURS, COLOUR_SIDE, BATCH = 500, 128, 20
 SMALL, LARGE = (32, 64, 96), 512  # pixels
-SCALE_2 = 12  # pictures of a kind that are measured at scale 2, which takes four times as long
+SCALE_2 = 6  # pictures of a kind that are measured at scale 2, which takes four times as long
 WORST = 3  # pictures of a kind that are shown
 
 
