@@ -23,6 +23,7 @@ from svqvae_hf import (
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.models import tiling
+from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 from svqvae_hf.models.tiling import tile_axis
 from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.token_sets.crops import make_crops
@@ -398,3 +399,30 @@ def test_generation(run, guidance_scale):
     assert [row["cache"] for row in rows] == ["yes", "no"]
     assert all(row["fraction of equal ids"] == 1 for row in rows)
     assert all(row["different ids"] > 16 for row in rows)
+
+
+def test_kinds_of_a_perfect_model_have_no_errors_and_worst_pictures_come_first(load):
+    kinds = load("kinds")
+
+    class Dark:
+        """Enlarges as the measurement does, and makes bright images darker, by levels of 255."""
+
+        def __init__(self, levels: float):
+            self.levels = levels
+
+        def __call__(self, sample, scales, scale_from):
+            enlarged = torch.nn.functional.interpolate(sample, scale_factor=scales[0], mode="bicubic").clamp(0, 1)
+            return SVQVAEOutput(sample=[enlarged - self.levels / 255 * enlarged.mean().ceil()], losses=[])
+
+    images = [torch.full((1, 3, 16, 16), value) for value in (0.0, 1.0)]
+    figures, pairs = kinds.measure_folder(Dark(5.0), images)
+    assert figures["PSNR, dB"] == pytest.approx((100 + 20 * math.log10(255 / 5)) / 2, abs=0.01)
+    assert figures["scale 2 over scale 1 enlarged, dB"] == pytest.approx(0, abs=0.01)
+    assert [pair.mean().item() > 0.5 for pair in pairs] == [True, False]
+    colours = kinds.measure_colours(Dark(5.0), seed=0)
+    assert list(colours.values()) == pytest.approx([5, 5, 5], abs=0.6)
+    assert kinds.measure_small(Dark(0.0), [torch.rand(1, 3, 520, 530)]) == {
+        "32 pixels": 0,
+        "64 pixels": 0,
+        "96 pixels": 0,
+    }
