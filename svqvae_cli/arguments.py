@@ -10,6 +10,7 @@ SCALE_SOURCES = ("latents", "image")  # as in `svqvae_hf.models.checks`
 DTYPES = ("float32", "bfloat16", "float16")
 TILE_SIZE = 256  # pixels, as in `SVQVAE.enable_tiling`
 OVERLAP = 32  # pixels, as in `SVQVAE.enable_tiling`
+TILES_DEFAULT = f"{TILE_SIZE} for images that would take more than 1 GiB as a whole, otherwise none"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -81,7 +82,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add_files(parser, "image files, folders of them, which are searched with their subfolders, or globs")
     add_scales(parser, [1.0])
     add_model(parser)
-    add_tiles(parser, str(TILE_SIZE), str(OVERLAP), TILE_SIZE, OVERLAP)
+    add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
 
 
 def add_output(parser: argparse.ArgumentParser, help: str) -> None:

@@ -58,9 +58,8 @@ def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args, work.on_tile)
             with work.attempt(file, ValueError), prefix_errors(file.path):
-                check_memory(
-                    model, tokens.height, tokens.width, tokens.scales, encodes=False, full_size=args.full_size
-                )
+                largest = max([*tokens.scales, *[1.0] * args.full_size])
+                check_memory(model, largest * tokens.height, largest * tokens.width)
                 images = decode_image(model, tokens, args.full_size)
                 for image, path in zip(images, work.outputs(file), strict=True):
                     save_png(image, path)

@@ -49,9 +49,7 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
     chosen: Counter[float] = Counter()
     missed = 0
     try:
-        for file, image in work.read(
-            partial(load_fitting_image, model=model, args=args, decodes=args.min_psnr is not None)
-        ):
+        for file, image in work.read(partial(load_fitting_image, model=model, args=args)):
             with work.attempt(file):
                 reached = True
                 if args.min_psnr is not None:

@@ -19,7 +19,7 @@ from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.tokens.image_tokens import check_memory, configure_tiling
+from svqvae_hf.tokens.image_tokens import check_memory
 from svqvae_hf.tokens.token_files import ImageTokens
 
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
@@ -118,11 +118,13 @@ def process_device(name: str | None, state: PartialState) -> str:
     return name or ("cpu" if state.device.type == "cpu" else str(state.device))
 
 
-def load_fitting_image(path: Path, model: SVQVAE, args: argparse.Namespace, decodes: bool = True) -> Image.Image:
-    """Loads an image to encode, or also to decode, at `args.scales`. Raises if memory is too small for that."""
+def load_fitting_image(path: Path, model: SVQVAE, args: argparse.Namespace) -> Image.Image:
+    """Loads an image to encode at `args.scales`, and sets its tiles. Raises if memory is too small for it."""
     image = load_image(path)
     with prefix_errors(path):
-        check_memory(model, image.height, image.width, args.scales, args.scale_from, decodes=decodes)
+        largest = max(1, *args.scales)
+        model.tile_if_large(largest * image.height, largest * image.width, args.tile_size, args.overlap, model.on_tile)
+        check_memory(model, largest * image.height, largest * image.width)
     return image
 
 
@@ -135,4 +137,5 @@ def configure_decoding(
     """Sets the tiles of the command line or, where it has none, the tiles that the image was encoded with."""
     tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
     overlap = tokens.overlap if args.overlap is None else args.overlap
-    configure_tiling(model, tile_size, overlap, on_tile)
+    largest = max(1, *tokens.scales)
+    model.tile_if_large(largest * tokens.height, largest * tokens.width, tile_size, overlap, on_tile)

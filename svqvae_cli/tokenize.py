@@ -9,7 +9,7 @@ from typing import Any
 
 from svqvae_cli.arguments import (
     OVERLAP,
-    TILE_SIZE,
+    TILES_DEFAULT,
     Commands,
     add_command,
     add_image_set,
@@ -93,7 +93,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--license", type=not_empty, help="licence of the images for the card, by its id on the Hub")
     add_push(parser, "the token set")
     add_model(parser)
-    add_tiles(parser, str(TILE_SIZE), str(OVERLAP), TILE_SIZE, OVERLAP)
+    add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
 
 
 class _Status(argparse.Action):
@@ -138,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     is_numbered = local_rank is not None and args.device is None and device.type != "cpu"
     model = load_model(args.model, f"{device}:{local_rank}" if is_numbered else args.device, args.dtype)
-    model.enable_tiling(args.tile_size, args.overlap)
+    if args.tile_size is not None or args.overlap is not None:
+        model.enable_tiling(args.tile_size, args.overlap)
     if args.sides:
         args.scales = [side / math.ceil(args.resolution / model.f) for side in args.sides]
     try:

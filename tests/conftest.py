@@ -75,9 +75,8 @@ def two_images(tmp_path, photo) -> Path:
 
 @pytest.fixture
 def few_windows(monkeypatch):
-    """Limits the context that tiles share to two windows, so that small images are cut into tiles, too."""
+    """Limits the sample that tiles share to two windows, which takes less time."""
     monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", 2)
-    monkeypatch.setattr("svqvae_hf.models.tiling.WHOLE_SQUARES", 2)
 
 
 @pytest.fixture(autouse=True)

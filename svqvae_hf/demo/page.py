@@ -22,11 +22,9 @@ from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.hub.repositories import REPO_ID
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import fits_whole, whole_latents
 from svqvae_hf.tokens.image_tokens import (
     check_memory,
     check_same_codebook,
-    configure_tiling,
     encode_image,
     is_out_of_memory,
 )
@@ -154,13 +152,12 @@ class Page:
             return "", unset
         (model,) = self._models.values()
         largest = max([0 if scale_from == "image" else 1, *scales])
-        latents = [round(math.ceil(side / model.f) * largest) for side in size]
+        longest = round(math.ceil(max(size) / model.f) * largest) * model.f
         smallest = TILE_SIZES[1][1]
-        limit = math.isqrt(whole_latents(smallest // model.f)) * model.f
-        whole = f"Not used: {size[0]} × {size[1]} pixels are encoded whole, as all images up to {limit} × {limit}"
-        if fits_whole(latents, smallest // model.f):
-            return whole, whole
-        if tile_size and fits_whole(latents, tile_size // model.f):
+        if longest <= smallest:
+            reason = f"Not used: a tile of {smallest} × {smallest} pixels holds the whole image"
+            return reason, reason
+        if longest <= tile_size:
             return "", "Not used: one tile holds the whole image"
         return "", unset
 
@@ -187,8 +184,12 @@ class Page:
             _check_size(*size, scales)
         original = load_image(photograph)
         model = self.model(source)
-        configure_tiling(model, tile_size or None, overlap if tile_size else None, _tile_progress(progress))
-        check_memory(model, original.height, original.width, scales, scale_from)
+        if tile_size:
+            model.enable_tiling(tile_size, overlap, _tile_progress(progress))
+        else:
+            model.disable_tiling()
+        largest = max(1, *scales)
+        check_memory(model, largest * original.height, largest * original.width)
         progress(0, desc="encoding")
         start = time.perf_counter()
         tokens = encode_image(model, original, sorted(scales), scale_from)
@@ -208,8 +209,10 @@ class Page:
         _check_size(tokens.width, tokens.height, tokens.scales)
         model = self.model(source)
         check_same_codebook(model, tokens)
-        configure_tiling(model, tokens.tile_size, tokens.overlap, _tile_progress(progress))
-        check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
+        largest = max(1, *tokens.scales)
+        size = largest * tokens.height, largest * tokens.width
+        model.tile_if_large(*size, tokens.tile_size, tokens.overlap, _tile_progress(progress))
+        check_memory(model, *size)
         previews = _decode(model, tokens, None, progress)
         facts = f"{tokens.width} × {tokens.height} pixels, decoded from ids alone"
         return _result_values(Path(token_file).name, facts, tokens, previews, None)

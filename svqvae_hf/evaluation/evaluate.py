@@ -38,7 +38,6 @@ from svqvae_hf.evaluation.results import Example, Report, ScaleResult, choose_sc
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import fits_whole
 from svqvae_hf.tokens.image_tokens import (
     OUT_OF_MEMORY,
     TooLargeError,
@@ -46,7 +45,6 @@ from svqvae_hf.tokens.image_tokens import (
     is_out_of_memory,
     resize_image,
 )
-from svqvae_hf.tokens.token_files import grid_shape
 
 MODES = ("plain", "tiled")
 SCALES = (1.0, 0.5, 0.25)
@@ -284,7 +282,7 @@ class _Evaluator:
         tiled = self._needs_tiles(image)
         for mode in self.totals if tiled else [next(iter(self.totals))]:  # without tiles, modes do not differ
             self._set_tiling(mode == "tiled")
-            check_memory(self.model, image.height, image.width, self.scales, self.scale_from)
+            check_memory(self.model, *self._largest(image))
             latents = self._encode(self.model, sample)
             half_latents = {key: self._encode(half, sample) for key, half in self.half_models.items()}
             per_scale = []
@@ -313,10 +311,13 @@ class _Evaluator:
         return model.encode_scales(sample.to(model.dtype), self.scales, self.scale_from)
 
     def _needs_tiles(self, image: Image.Image) -> bool:
-        """Whether the image is too large to be run as a whole: the image itself, or resized to one of the scales."""
-        scales = self.scales if self.scale_from == "image" else [1, *self.scales]
-        grids = (grid_shape(image.height, image.width, self.model.f, scale) for scale in scales)
-        return any(not fits_whole(grid, self.model.tile_size // self.model.f) for grid in grids)
+        """Whether a tile does not hold the image, or its largest scale."""
+        return max(self._largest(image)) > self.model.tile_size
+
+    def _largest(self, image: Image.Image) -> tuple[float, float]:
+        """Height and width in pixels of the image, or of its largest scale."""
+        largest = max(1, *self.scales)
+        return largest * image.height, largest * image.width
 
     def _set_tiling(self, tiled: bool) -> None:
         for model in (self.model, *self.half_models.values()):

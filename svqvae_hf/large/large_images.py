@@ -17,7 +17,7 @@ from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
 from svqvae_hf.large.tiff_writer import TILE_PX, TiffWriter
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import Read, fits_whole, gather_context, map_tile, tile_axis
+from svqvae_hf.models.tiling import Read, gather_context, map_tile, tile_axis
 from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device, image_tokens
 from svqvae_hf.tokens.token_files import UINT16_CODES, ImageTokens, load_tokens, token_file_header
 
@@ -150,7 +150,7 @@ class _LargeRun:
         target.parent.mkdir(parents=True, exist_ok=True)
         self.tile_latent = model.tile_size // model.f
         self.latent_size = [-(-side // model.f) for side in size]
-        self.is_whole = fits_whole(self.latent_size, self.tile_latent)
+        self.is_whole = max(self.latent_size) <= self.tile_latent
         side = max(self.latent_size) if self.is_whole else self.tile_latent
         self.rows, self.columns = (tile_axis(length, side, model.overlap // model.f) for length in self.latent_size)
         self.tiles = passes * len(self.rows) * len(self.columns)

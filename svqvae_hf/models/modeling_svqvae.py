@@ -45,23 +45,20 @@ from svqvae_hf.models.checks import (
     check_tiles,
 )
 from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple, resize_latents, resize_sample
-from svqvae_hf.models.layers.fast_ops import (
+from svqvae_hf.models.layers import (
     Conv3x3,
+    Core,
+    GroupNorm,
     HalvingConv2d,
+    Pair,
     RepeatConv2d,
+    TileContext,
     fast_layout,
-    group_norm,
-    normalise,
     silu,
 )
-from svqvae_hf.models.layers.pieces import Core, Pieces, TileContext, cut_pieces
 from svqvae_hf.models.loading import SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
-from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin, decode_core
-
-NORM_EPS = 1e-6
-
-Features = torch.Tensor | Pieces
+from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin
 
 
 @dataclass
@@ -96,21 +93,6 @@ class SVQVAEOutput(BaseOutput):
     ids: torch.Tensor | list[torch.Tensor] | None = None
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation, with the statistics of the input, or with statistics that tiles share."""
-
-    def __init__(self, num_groups: int, num_channels: int):
-        super().__init__(num_groups, num_channels, eps=NORM_EPS)
-
-    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, channels, h, w)` -> the same shape."""
-        if torch.is_grad_enabled() and hidden.device.type == "cpu":
-            hidden = hidden.contiguous()  # in channels_last the backward pass takes half of a training step on CPU
-        if shared is None:
-            return group_norm(hidden, self)
-        return normalise(hidden, *shared.moments[self], self)
-
-
 class ResnetBlock(nn.Module):
     """Two normalised 3 x 3 convolutions beside a shortcut."""
 
@@ -123,10 +105,8 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv3x3(out_channels, out_channels)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h, w)`."""
-        if isinstance(hidden, Pieces):
-            return hidden.run_residual(self)
         cuts = None if shared is None else shared.cuts
         # One name for all steps, and the shortcut last: another name or an earlier shortcut would hold memory.
         residual = self.conv1(silu(self.norm1(hidden, shared)), cuts)
@@ -146,26 +126,23 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> the same shape."""
-        if isinstance(hidden, Pieces):
-            return hidden.run_attention(self)
         normed = self.norm(hidden, shared)
-        key, value = self.keys_and_values(normed, hidden.shape[0]) if shared is None else shared.attended[self]
-        return self.attend(hidden, normed, key, value)
-
-    def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(images, 1, positions, channels)`."""
-        return to_positions(self.k(normed), images), to_positions(self.v(normed), images)
-
-    def attend(
-        self, hidden: torch.Tensor, normed: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """Adds to each position what it finds at the keys."""
+        if shared is None:
+            key, value = self._keys_and_values(normed, hidden.shape[0])
+        else:
+            if shared.images is not None:
+                shared.attended[self] = self._keys_and_values(shared.core_of(normed), shared.images)
+            key, value = shared.attended[self]
         query = to_positions(self.q(normed), key.shape[0])
         attended = F.scaled_dot_product_attention(query, key, value)  # (images, 1, positions, channels)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)
+
+    def _keys_and_values(self, normed: torch.Tensor, images: int) -> Pair:
+        """Keys and values `(images, 1, positions, channels)`."""
+        return to_positions(self.k(normed), images), to_positions(self.v(normed), images)
 
 
 def to_positions(hidden: torch.Tensor, images: int) -> torch.Tensor:
@@ -183,10 +160,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = HalvingConv2d(channels)
 
-    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, h / 2, w / 2)`."""
-        if isinstance(hidden, Pieces):
-            return hidden.convolve(self.conv)
         return self.conv(hidden, None if shared is None else shared.cuts)
 
 
@@ -199,10 +174,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = RepeatConv2d(channels)
 
-    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, 2 * h, 2 * w)`."""
-        if isinstance(hidden, Pieces):
-            return hidden.upsample(self.conv, self.margin)
         return self.conv(hidden) if shared is None else shared.crop(self.conv(hidden, shared.cuts), self.margin)
 
 
@@ -231,7 +204,7 @@ class ResolutionBlock(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
-    def forward(self, hidden: Features, shared: TileContext | None = None) -> Features:
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
         blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
         for block in itertools.chain(*blocks):
@@ -241,7 +214,7 @@ class ResolutionBlock(nn.Module):
                 hidden = resample(hidden, shared)
         return hidden
 
-    def _checkpointed(self, block: nn.Module, hidden: Features, shared: TileContext | None) -> Features:
+    def _checkpointed(self, block: nn.Module, hidden: torch.Tensor, shared: TileContext | None) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden, shared)
         return block(hidden, shared)
@@ -259,7 +232,6 @@ class Network(nn.Module):
     conv_in: Conv3x3
     norm_out: GroupNorm
     conv_out: Conv3x3
-    full_values: int  # values of the largest features per position of the input
 
     def blocks(self) -> Iterable[nn.Module]:
         """Returns the blocks in their order."""
@@ -267,11 +239,8 @@ class Network(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, height, width)` -> `(batch, out_channels, height', width')`."""
-        hidden = fast_layout(hidden)
-        if pieces := cut_pieces(hidden, shared, self.full_values):
-            return pieces.run(self.conv_in, self.blocks(), self.norm_out, self.conv_out)
         cuts = None if shared is None else shared.cuts
-        hidden = self.conv_in(hidden, cuts)
+        hidden = self.conv_in(fast_layout(hidden), cuts)
         for block in self.blocks():
             hidden = block(hidden, shared)
         return self.conv_out(silu(self.norm_out(hidden, shared)), cuts)
@@ -309,7 +278,6 @@ class Encoder(Network):
         self.mid = middle_blocks(channels[last], num_groups, dropout)
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = Conv3x3(channels[last], z_channels)
-        self.full_values = base_channels
 
     def blocks(self) -> Iterable[nn.Module]:
         """Levels, then the middle."""
@@ -352,7 +320,6 @@ class Decoder(Network):
         self.conv_blocks = nn.ModuleList(levels)
         self.norm_out = GroupNorm(num_groups, channels[last])
         self.conv_out = Conv3x3(channels[last], out_channels)
-        self.full_values = base_channels * 4**last
 
     def blocks(self) -> Iterable[nn.Module]:
         """The middle, then levels."""
@@ -656,12 +623,12 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
     def encode_window(
         self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
     ) -> torch.Tensor:
-        """Runs the encoder on a whole image or on one window of it. Used by the tiling code; call `encode` for images.
+        """Runs the encoder on a whole image or on windows of it. Used by the tiling code; call `encode` for images.
 
         Args:
             window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
             shared ([`TileContext`], *optional*): Values that the tiles of the image share.
-            core (`tuple[slice, slice]`, *optional*): Rows and columns to return, in latents.
+            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents.
 
         Returns:
             `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)` of the window or of its core, before
@@ -669,29 +636,33 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         """
         window = map_range(window, self.config["pixel_range"], self.config["network_range"])
         if shared is not None and core is not None:
-            shared = shared.for_core(core, window, self.f)
+            shared = shared.for_tile(core, (window.shape[-2] // self.f, window.shape[-1] // self.f), window)
         latents = self.quant_conv(self.encoder(window, shared))
         return (latents if core is None else latents[..., *core]).contiguous()
 
     def decode_window(
         self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
     ) -> torch.Tensor:
-        """Runs the decoder on a whole image or on one window of it. Used by the tiling code; call `decode` for images.
+        """Runs the decoder on a whole image or on windows of it. Used by the tiling code; call `decode` for images.
+
+        With a core the decoder crops, from level to level, to what the core depends on, so the result is exact.
 
         Args:
             window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
             shared ([`TileContext`], *optional*): Values that the tiles of the image share.
-            core (`tuple[slice, slice]`, *optional*): Rows and columns to return, in latents. Ignored without `shared`.
+            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents. Ignored
+                without `shared`.
 
         Returns:
             `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` of the window or of its core, in
             `pixel_range`, not clamped.
         """
         hidden = self.post_quant_conv(window)
-        if shared is None or core is None:
-            decoded = self.decoder(hidden, shared)
-        else:
-            decoded = decode_core(self.decoder, hidden, shared, core)
+        if shared is not None and core is not None:
+            shared = shared.for_tile(core, (window.shape[-2], window.shape[-1]), hidden)
+        decoded = self.decoder(hidden, shared)
+        if shared is not None:
+            decoded = shared.core_of(decoded)
         return map_range(decoded.contiguous(), self.config["network_range"], self.config["pixel_range"])
 
     def resize_to_image(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:

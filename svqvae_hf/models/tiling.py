@@ -11,32 +11,23 @@ Lengths are in latents unless a name says otherwise, so that pixels and latents 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 
 from svqvae_hf.models.checks import check_tiles
-from svqvae_hf.models.layers.fast_ops import make_cuts
-from svqvae_hf.models.layers.pieces import Core, Sample, TileContext
+from svqvae_hf.models.layers import Core, TileContext, make_cuts
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
-CONTEXT_WINDOWS = 42  # maximum number of windows per image
-CONTEXT_FRACTION = 1 / 4  # maximum fraction of the image that they cover
+CONTEXT_WINDOWS = 16  # maximum number of windows per image
 CONTEXT_WINDOW_SIDE = 10  # side of a window, in latents
 CONTEXT_MARGIN = 2  # latents next to a cut that are ignored
-WHOLE_SQUARES, WHOLE_SIDE = 64, 12  # an image of at most so many squares, sides in latents, is not tiled
+WHOLE_BYTES = 1 << 30  # memory of an image above which the commands tile it
+FEATURES_HELD = 4  # feature maps that a residual block holds: its input, normalised values, two convolutions
 
 Read = Callable[[slice, slice], torch.Tensor]
-
-
-class Network(Protocol):
-    """[`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]."""
-
-    def __call__(
-        self, window: torch.Tensor, shared: "TileContext | None" = None, core: Core | None = None
-    ) -> torch.Tensor:
-        """Window and core -> result of the core."""
+RunWindow = Callable[..., torch.Tensor]  # [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]
 
 
 # Geometry
@@ -85,6 +76,11 @@ class ContextWindows(NamedTuple):
     origins: list[tuple[int, int]]
     size: tuple[int, int]
     margin: tuple[int, int]
+
+    def core(self) -> Core:
+        """Rows and columns of a window that are not next to a cut."""
+        rows, columns = (slice(ignored, side - ignored) for side, ignored in zip(self.size, self.margin, strict=True))
+        return rows, columns
 
     def cut_sides(self, size: Sequence[int]) -> list[tuple[bool, bool, bool, bool]]:
         """Whether each window of an image of this size is cut at its top, bottom, left and right."""
@@ -137,46 +133,31 @@ def _span(start: int, stop: int, stride: int) -> slice:
 # The context that tiles share
 
 
-def gather_context(network: Network, read: Read, size: Sequence[int], tile: int, input_stride: int) -> TileContext:
-    """Runs a network over a few windows of an image, and returns the context that its tiles share.
+def gather_context(run: RunWindow, read: Read, size: Sequence[int], tile: int, input_stride: int) -> TileContext:
+    """Runs a network over a sample of windows of an image, as one batch, and returns the context that its tiles share.
 
     Args:
-        network (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
+        run (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
         size (`tuple[int, int]`): Height and width of the image.
         tile (`int`): Maximum side of a window.
         input_stride (`int`): Input positions per latent along each side.
     """
     side = min(CONTEXT_WINDOW_SIDE, tile)
-    count = min(CONTEXT_WINDOWS, max(1, round(CONTEXT_FRACTION * math.prod(size) / side**2)))
-    windows = context_windows(size, side, min(CONTEXT_MARGIN, (side - 1) // 2), count)
-    contexts = []
-    for of_image in windows.read(read, input_stride):
-        contexts.append(Sample(windows.size, windows.margin, make_cuts(windows.cut_sides(size), of_image)))
-        network(of_image, contexts[-1])
-    return TileContext.join(contexts)
-
-
-def fits_whole(size: Sequence[int], tile: int) -> bool:
-    """Whether an image is not tiled: as a whole it takes less time, and its result is exact.
-
-    Args:
-        size (`tuple[int, int]`): Height and width of the image.
-        tile (`int`): Maximum side of a tile.
-    """
-    return math.prod(size) <= whole_latents(tile)
-
-
-def whole_latents(tile: int) -> int:
-    """Latents up to which an image is not tiled, with tiles of this side."""
-    return max(tile**2, WHOLE_SQUARES * min(WHOLE_SIDE, tile) ** 2)
+    windows = context_windows(size, side, min(CONTEXT_MARGIN, (side - 1) // 2), CONTEXT_WINDOWS)
+    sample = windows.read(read, input_stride)
+    images = sample.shape[0]
+    cuts = make_cuts(windows.cut_sides(size) * images, sample)
+    context = TileContext(windows.size, windows.core(), cuts, images)
+    run(sample.flatten(0, 1), context)
+    return context
 
 
 # Running a network over tiles
 
 
 def map_tiles(
-    network: Network,
+    run: RunWindow,
     source: torch.Tensor,
     tile: int,
     overlap: int,
@@ -189,7 +170,7 @@ def map_tiles(
     Beyond the input and the result it takes the memory of one tile.
 
     Args:
-        network (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, and returns the result at the
+        run (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, and returns the result at the
             core.
         source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `input_stride`.
         tile (`int`): Maximum side of a tile.
@@ -202,7 +183,7 @@ def map_tiles(
     grid = [(y, x) for y in tile_axis(rows, tile, overlap) for x in tile_axis(columns, tile, overlap)]
     joined = source
     for finished, (y, x) in enumerate(grid, start=1):
-        core = map_tile(network, lambda rows, columns: source[..., rows, columns], y, x, input_stride)
+        core = map_tile(run, lambda rows, columns: source[..., rows, columns], y, x, input_stride)
         if finished == 1:
             joined = core.new_empty(*core.shape[:-2], rows * output_stride, columns * output_stride)
         core_rows, core_columns = (_span(axis.core_start, axis.core_stop, output_stride) for axis in (y, x))
@@ -212,11 +193,11 @@ def map_tiles(
     return joined
 
 
-def map_tile(network: Network, read: Read, y: Tile, x: Tile, input_stride: int = 1) -> torch.Tensor:
+def map_tile(run: RunWindow, read: Read, y: Tile, x: Tile, input_stride: int = 1) -> torch.Tensor:
     """Runs a network over one tile of an image of any size. Only the tile is read.
 
     Args:
-        network (`Callable`): As in [`map_tiles`].
+        run (`Callable`): As in [`map_tiles`].
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
         y (`Tile`): The tile along the vertical axis.
         x (`Tile`): The tile along the horizontal axis.
@@ -226,28 +207,13 @@ def map_tile(network: Network, read: Read, y: Tile, x: Tile, input_stride: int =
         `torch.Tensor`: Result at the core.
     """
     core = slice(y.core_start - y.start, y.core_stop - y.start), slice(x.core_start - x.start, x.core_stop - x.start)
-    return network(read(_span(y.start, y.stop, input_stride), _span(x.start, x.stop, input_stride)), core=core)
-
-
-def decode_core(decoder: Any, hidden: torch.Tensor, shared: TileContext, core: Core) -> torch.Tensor:
-    """Decodes the core of a window, and crops between levels to what the core depends on.
-
-    The result is exact, because each level keeps everything that the core still depends on.
-
-    Args:
-        decoder ([`Decoder`]): Decoder of the model.
-        hidden (`torch.Tensor` of shape `(batch, z_channels, h, w)`): Input of the decoder.
-        shared ([`TileContext`]): Values that the tiles of the image share.
-        core (`tuple[slice, slice]`): Rows and columns of the window, in latents.
-    """
-    tile = shared.for_core(core, hidden)
-    decoded = decoder(hidden, tile)
-    return decoded[..., *tile.core_of(decoded.shape[-2:])]
+    return run(read(_span(y.start, y.stop, input_stride), _span(x.start, x.stop, input_stride)), core=core)
 
 
 class TilingMixin(AutoencoderMixin):
     """Runs an autoencoder's `encode_window` and `decode_window` on slices of a batch, and on tiles of each image."""
 
+    config: Any
     f: int
     overlap: int
     tile_size: int
@@ -263,10 +229,8 @@ class TilingMixin(AutoencoderMixin):
     ) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
-        All tiles of an image share their normalisation statistics and what they attend to. Both come from at
-        most 42 windows of 10 x 10 latents, spread over the image, which cover a quarter of it. An image with no more
-        latents than one tile, or than 96 x 96, is not tiled, because as a whole it takes less time and is exact. At
-        f = 8 that is up to 768 x 768 pixels. With smaller tiles than 12 x 12 latents, it is the area of 64 tiles.
+        An image that one tile holds is not tiled. All tiles of an image share their normalisation statistics and what
+        they attend to. Both come from at most 16 windows of 10 x 10 latents, spread over the image.
 
         Args:
             tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
@@ -288,6 +252,33 @@ class TilingMixin(AutoencoderMixin):
         self.tile_size, self.on_tile = side, on_tile
         self.overlap = fit_overlap(self.f, side, OVERLAP_PX) if overlap is None else overlap
 
+    def tile_if_large(
+        self,
+        height: float,
+        width: float,
+        tile_size: int | None = None,
+        overlap: int | None = None,
+        on_tile: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Enables tiling if asked for, or if an image would take more than 1 GiB as a whole. Otherwise disables it.
+
+        Args:
+            height (`float`): Height of the image in pixels.
+            width (`float`): Width of the image in pixels.
+            tile_size (`int`, *optional*): As in [`~SVQVAE.enable_tiling`]; enables tiling.
+            overlap (`int`, *optional*): As in [`~SVQVAE.enable_tiling`]; enables tiling.
+            on_tile (`Callable`, *optional*): As in [`~SVQVAE.enable_tiling`].
+        """
+        self.enable_tiling(tile_size, overlap, on_tile)
+        asked = tile_size is not None or overlap is not None
+        self.use_tiling = asked or self.whole_bytes(height, width) > WHOLE_BYTES
+
+    def whole_bytes(self, height: float, width: float) -> float:
+        """Estimates the memory of an image as a whole: four float32 feature maps of the widest at full resolution."""
+        encoder, decoder = self.config["encoder_ch_mult"], self.config["decoder_ch_mult"]
+        channels = self.config["base_channels"] * max(encoder[0], *decoder[:2])  # the second level is enlarged
+        return FEATURES_HELD * 4 * channels * height * width
+
     def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
         """Tile and overlap in latents; `None` without tiling."""
         if not self.use_tiling and tile_size is None and overlap is None:
@@ -300,7 +291,7 @@ class TilingMixin(AutoencoderMixin):
 
     def _run(
         self,
-        network: Network,
+        run: RunWindow,
         source: torch.Tensor,
         tiles: tuple[int, int] | None,
         input_stride: int,
@@ -308,21 +299,19 @@ class TilingMixin(AutoencoderMixin):
     ) -> torch.Tensor:
         """Runs a network over a batch: as a whole, or by slices and tiles."""
         if self.use_slicing and source.shape[0] > 1:
-            slices = [self._run(network, image, tiles, input_stride, output_stride) for image in source.split(1)]
+            slices = [self._run(run, image, tiles, input_stride, output_stride) for image in source.split(1)]
             return torch.cat(slices)
         size = [side // input_stride for side in source.shape[-2:]]
-        if tiles is None or fits_whole(size, tiles[0]):
-            return network(source)
+        if tiles is None or max(size) <= tiles[0]:
+            return run(source)
         if torch.is_grad_enabled() and self.is_gradient_checkpointing:
             raise ValueError(
                 "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
                 "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
             )
-        shared = gather_context(
-            network, lambda rows, columns: source[..., rows, columns], size, tiles[0], input_stride
-        )
+        shared = gather_context(run, lambda rows, columns: source[..., rows, columns], size, tiles[0], input_stride)
         return map_tiles(
-            partial(network, shared=shared), source, *tiles, input_stride, output_stride, on_tile=self.on_tile
+            partial(run, shared=shared), source, *tiles, input_stride, output_stride, on_tile=self.on_tile
         )
 
 

@@ -21,8 +21,9 @@ class TokenizeImages(PipelineStep):
         model (`str`): Folder or Hub id of the model.
         device (`str`, *optional*): Device of the model; by default a GPU if there is one.
         dtype (`str`, defaults to `"float32"`): Precision of the weights.
-        tile_size (`int`, defaults to 256): Side of a tile in pixels.
-        overlap (`int`, defaults to 32): Pixels that a tile reads beyond each of its sides.
+        tile_size (`int`, *optional*): Side of a tile in pixels; by default 256 for images that would take more than
+            1 GiB as a whole, and no tiles for others.
+        overlap (`int`, *optional*): Pixels that a tile reads beyond each of its sides, by default 32.
         images (`Mapping[str, Any]`, *optional*): Further options of `open_images`.
         **options: Further options of [`~svqvae_hf.token_sets.writer.tokenize_set`], except `parts` and
             `num_parts`.
@@ -39,8 +40,8 @@ class TokenizeImages(PipelineStep):
         *,
         device: str | None = None,
         dtype: str = "float32",
-        tile_size: int = 256,
-        overlap: int = 32,
+        tile_size: int | None = None,
+        overlap: int | None = None,
         images: Mapping[str, Any] | None = None,
         **options: Any,
     ):
@@ -68,7 +69,8 @@ class TokenizeImages(PipelineStep):
         device = self.device or gpu or "cpu"
         with self.track_time():
             model = SVQVAE.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).to(device).eval()
-            model.enable_tiling(*self.tiles)
+            if self.tiles != (None, None):
+                model.enable_tiling(*self.tiles)
             tokenize_set(
                 model,
                 open_images(self.data, **self.images),

@@ -15,7 +15,7 @@ from svqvae_hf.files.outputs import save_png, scale_endings
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.parts import MANIFEST_FILE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, configure_tiling, decode_image
+from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
 
 
 class DecodedCounts(NamedTuple):
@@ -70,7 +70,6 @@ def detokenize_set(
     total = sum(rows for _, rows in files)
     stop = total if max_images is None else min(max_images, total)
     wanted = range(part * stop // num_parts, (part + 1) * stop // num_parts)
-    configure_tiling(model, settings.tile_size, settings.overlap)
     written = kept = 0
     for index, row in tqdm(_rows(folder, files, wanted), total=len(wanted), unit="image", disable=None):
         tokens = row_tokens(row, settings)
@@ -78,7 +77,9 @@ def detokenize_set(
         if not overwrite and all(path.exists() for path in paths):
             kept += len(paths)
             continue
-        check_memory(model, tokens.height, tokens.width, tokens.scales, encodes=False)
+        largest = max(1, *tokens.scales)
+        model.tile_if_large(largest * tokens.height, largest * tokens.width, settings.tile_size, settings.overlap)
+        check_memory(model, largest * tokens.height, largest * tokens.width)
         for image, path in zip(decode_image(model, tokens), paths, strict=True):
             save_png(image, path)
             written += 1

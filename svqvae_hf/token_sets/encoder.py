@@ -73,6 +73,7 @@ class RowEncoder:
             while queue and "ids_0" in queue[0]:
                 yield queue.popleft()
         self._encode_all(waiting)
+        self.model.use_tiling = self.settings.tile_size is not None  # as before the images
         yield from queue
 
     def _crops(
@@ -106,7 +107,7 @@ class RowEncoder:
         """Adds ids to the rows of crops of one size."""
         pixels = torch.stack([pixels for pixels, _ in crops])
         settings, scales = self.settings, self.settings.scales
-        self._check_memory(pixels.shape, crops[0][1]["key"])
+        self._fit(pixels.shape, crops[0][1]["key"])
         if settings.min_psnr is not None:
             choices = choose_by_psnr(self.model, pixels, scales, settings.min_psnr, settings.scale_from)
             for (_, row), choice in zip(crops, choices, strict=True):
@@ -130,15 +131,15 @@ class RowEncoder:
     def _stored(self, ids: torch.Tensor) -> np.ndarray:
         return ids.cpu().numpy().astype(self.settings.id_dtype)
 
-    def _check_memory(self, shape: torch.Size, key: str) -> None:
-        """Raises if batches of a shape need more memory than is available, once per shape."""
+    def _fit(self, shape: torch.Size, key: str) -> None:
+        """Sets the tiles for images of a shape, and raises if their batches need more memory than is available."""
+        count, _, height, width = shape
+        largest, settings = max(1, *self.settings.scales), self.settings
+        self.model.tile_if_large(largest * height, largest * width, settings.tile_size, settings.overlap)
         if shape in self.fitting:
             return
-        count, _, height, width = shape
         try:
-            scales, scale_from = self.settings.scales, self.settings.scale_from
-            decodes = self.settings.min_psnr is not None
-            check_memory(self.model, height, width, scales, scale_from, decodes=decodes, images=count)
+            check_memory(self.model, largest * height, largest * width, count)
         except ValueError as error:
             raise ValueError(f"`{key}`: {error}") from error
         self.fitting.add(shape)

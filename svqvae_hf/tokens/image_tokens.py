@@ -1,7 +1,7 @@
 """Encodes one image to its tokens and back, and checks the memory that this needs."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import psutil
@@ -10,21 +10,13 @@ from PIL import Image
 
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.layers.pieces import step_bytes
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import CONTEXT_FRACTION, CONTEXT_WINDOW_SIDE, CONTEXT_WINDOWS, whole_latents
 from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
 
-# Bytes at the peak of memory, in float32 on the CPU, beyond the features of the networks. Measured with the bundled
-# model, on squares: of 512 pixels, 233 bytes per pixel to encode and 215 to decode, where the estimates are 512; of
-# 1280 pixels, 165 and 153, where both estimates are 299.
-PIXEL_BYTES = 128  # per pixel of the input when encoding, per pixel of the output when decoding
-LATENT_BYTES = 128  # per latent in quantisation
-FULL_SIZE_BYTES = 8  # per pixel of an image resized to the full size, with its copy between two passes
-STEPS_HELD = 16  # steps of pieces that a layer holds beside its features, with its weights
+PIXEL_BYTES = 64  # per pixel: the image, its float32 sample and reconstruction, and a copy of each
 
 
 class TooLargeError(ValueError):
@@ -162,32 +154,6 @@ def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:
             )
 
 
-def configure_tiling(
-    model: SVQVAE,
-    tile_size: int | None,
-    overlap: int | None,
-    on_tile: Callable[[int, int], None] | None = None,
-) -> None:
-    """Enables tiling if a tile size or an overlap is given, and disables it otherwise.
-
-    Args:
-        model ([`SVQVAE`]): Model to configure.
-        tile_size (`int`, *optional*): Side of a tile in pixels; the default of [`SVQVAE.enable_tiling`] if only an
-            overlap is given.
-        overlap (`int`, *optional*): Overlap (halo) in pixels; the default of [`SVQVAE.enable_tiling`] if only a tile
-            size is given.
-        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all tiles.
-
-    Raises:
-        ValueError: A value is not possible for the model.
-    """
-    given = {key: value for key, value in (("tile_size", tile_size), ("overlap", overlap)) if value is not None}
-    if given:
-        model.enable_tiling(**given, on_tile=on_tile)
-    else:
-        model.disable_tiling()
-
-
 def execution_device(model: torch.nn.Module) -> torch.device:
     """Device on which a model computes. With accelerate's offloading, its weights are elsewhere between calls."""
     for module in model.modules():
@@ -210,79 +176,25 @@ def available_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def check_memory(
-    model: SVQVAE,
-    height: int,
-    width: int,
-    scales: Sequence[float],
-    scale_from: str = "image",
-    encodes: bool = True,
-    decodes: bool = True,
-    images: int = 1,
-    full_size: bool = False,
-) -> None:
+def check_memory(model: SVQVAE, height: float, width: float, images: int = 1) -> None:
     """Raises before the work if images of one size would need more memory than is available.
 
     Args:
         model ([`SVQVAE`]): Model on its device, with its tiling configured.
-        height (`int`): Height of the image in pixels.
-        width (`int`): Width of the image in pixels.
-        scales (`Sequence[float]`): Scales to encode or decode, each above 0.
-        scale_from (`str`, defaults to `"image"`): What is resized to a scale when encoding.
-        encodes (`bool`, defaults to `True`): Whether the image will be encoded.
-        decodes (`bool`, defaults to `True`): Whether the scales will be decoded.
+        height (`float`): Height in pixels of the image, or of its largest scale.
+        width (`float`): Width in pixels.
         images (`int`, defaults to 1): Number of images in a batch.
-        full_size (`bool`, defaults to `False`): Whether all scales will be resized to the size of the image.
 
     Raises:
         TooLargeError: The estimate exceeds the available memory.
     """
-    pixels = images * height * width
-    output = max(scale * scale for scale in scales) * pixels
-    latents = sum(scale * scale for scale in scales) * pixels / model.f**2
-    encoded = max(pixels, output) if scale_from == "image" else pixels
-    before, after = ([*model.config[f"{name}_ch_mult"]] for name in ("encoder", "decoder"))
-    encoding = (
-        PIXEL_BYTES * encoded + LATENT_BYTES * latents + _feature_bytes(model, before, [1, *before], encoded, images)
-    )
-    decoding = PIXEL_BYTES * output + _feature_bytes(model, after, [*after[1:], after[-1]], output, images)
-    decoding += full_size * FULL_SIZE_BYTES * len(scales) * pixels
-    needed = max(encodes * encoding, decodes * decoding)
+    sides = [min(side, model.tile_size) if model.use_tiling else side for side in (height, width)]
+    needed = images * (model.whole_bytes(*sides) + PIXEL_BYTES * height * width)
     available = available_memory(execution_device(model))
     if needed > available:
         tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
         raise TooLargeError(
-            f"an image of {width} x {height} pixels at scales {', '.join(f'{scale:g}' for scale in scales)}, {tiles}, "
-            f"would take about {needed / GIB:.3g} GiB of memory, but {available / GIB:.3g} GiB are available. Use "
-            "smaller scales, smaller tiles or a smaller image, or `--large` on the command line."
+            f"{width:.0f} x {height:.0f} pixels {tiles} would take about {needed / GIB:.3g} GiB of memory, but "
+            f"{available / GIB:.3g} GiB are available. Use smaller scales, smaller tiles or a smaller image, or "
+            "`--large` on the command line."
         )
-
-
-def _feature_bytes(model: SVQVAE, widths: Sequence[int], inputs: Sequence[int], pixels: float, images: int) -> float:
-    """Bytes of the features of a network at its peak, in float32.
-
-    Args:
-        model ([`SVQVAE`]): Its tiling decides how many pixels the network computes at once.
-        widths (`Sequence[int]`): Channel multiplier of each level, full resolution first.
-        inputs (`Sequence[int]`): Channel multiplier of the features that each level reads.
-        pixels (`float`): Pixels of the images.
-        images (`int`): Number of images.
-    """
-    by_level = [(width, read, 4**level) for level, (width, read) in enumerate(zip(widths, inputs, strict=False))]
-    # Two features of a residual block, or an input that is wider.
-    in_pieces = max(max(2 * width, read) / area for width, read, area in by_level)
-    # As a whole: the input, the normalised input and the result of the first convolution.
-    as_whole = max((2 * max(width, read) + width) / area for width, read, area in by_level)
-    channel, step = 4 * model.config["base_channels"], step_bytes(execution_device(model))
-
-    def of_network(pixels: float) -> float:
-        if channel * pixels > step:
-            return channel * in_pieces * pixels + STEPS_HELD * step
-        return channel * as_whole * pixels
-
-    of_image = pixels / images
-    if not model.use_tiling or of_image <= whole_latents(model.tile_size // model.f) * model.f**2:
-        return of_network(pixels)
-    # The images of a batch are sampled one by one, and their tiles run together.
-    sampled = min(CONTEXT_WINDOWS * (CONTEXT_WINDOW_SIDE * model.f) ** 2, CONTEXT_FRACTION * of_image)
-    return max(of_network(images * model.tile_size**2), of_network(sampled))

@@ -44,9 +44,7 @@ def evaluated():
     pixels = [torch.from_numpy(np.array(image)).movedim(-1, 0)[:, :28] for image in images[:3]]
     baselines = fit_block_baselines(pixels, side=4, size=64, count=8)
     options = {"scales": [1.0, 0.5], "half_precision": True, "block_baselines": baselines, "tile_size": 16}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("svqvae_hf.models.tiling.WHOLE_SQUARES", 2)  # so that images of 40 x 30 pixels are tiled
-        return evaluate(make_tiny(), images, **options)
+    return evaluate(make_tiny(), images, **options)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.models.layers.fast_ops import RepeatConv2d
+from svqvae_hf.models.layers import RepeatConv2d
 
 
 @pytest.fixture
@@ -15,9 +15,8 @@ def models():
 
 @pytest.fixture
 def plain_operations(monkeypatch):
-    """The package with the plain operations that `fast_ops` replaces; `test_fast_ops.py` compares the two."""
+    """The package with plain operations instead of its fast ones; `test_layers.py` compares the two."""
     monkeypatch.setattr("svqvae_hf.models.modeling_svqvae.fast_layout", lambda hidden: hidden)
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 1 << 40)
     monkeypatch.setattr(
         RepeatConv2d,
         "forward",

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from tiles import Measurement, border_bands, moved_axis
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.models import tiling
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,7 @@ def test_size_and_config_are_as_documented(model):
     assert all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
-def test_tiles_are_invisible(model, photo, monkeypatch):
-    monkeypatch.setattr(tiling, "WHOLE_SQUARES", 0)  # so that the photograph is tiled
+def test_tiles_are_invisible(model, photo):
     measurement = Measurement(model, SVQVAEImageProcessor()(photo.resize((704, 470)))["pixel_values"])
     figures = measurement.measure_tiles() | measurement.compare_with_whole()
     assert figures["PSNR whole, dB"] > 25
@@ -35,7 +33,6 @@ def test_tiles_are_invisible(model, photo, monkeypatch):
     assert figures["error along image border"] < 1.3
 
 
-@pytest.mark.usefixtures("few_windows")
 def test_tiles_leave_no_lattice_on_flat_dark_and_gradient_images(model):
     """Along tile borders, the result is as bright as with the grid moved by half a tile."""
     along = torch.linspace(0, 1, 288)

@@ -1,5 +1,3 @@
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +5,8 @@ from conftest import make_tiny, psnr, smooth_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.models.layers.fast_ops import Cuts, make_cuts
-from svqvae_hf.models.layers.pieces import Bands, Pieces, Sample, TileContext, Windows
-from svqvae_hf.models.modeling_svqvae import AttnBlock, GroupNorm, ResnetBlock
+from svqvae_hf.models.layers import GroupNorm, TileContext
+from svqvae_hf.models.modeling_svqvae import AttnBlock
 from svqvae_hf.models.tiling import CONTEXT_WINDOWS, ContextWindows, gather_context
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -53,8 +50,8 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
     core = tuple(slice(*span) for span in core)
-    uncropped = context.for_core(core, codes)
-    uncropped.core = None
+    uncropped = context.for_tile(core, (40, 40), codes)
+    uncropped.core = (slice(0, 40), slice(0, 40))
     with FlopCounterMode(display=False) as of_window:
         whole = model.decode_window(codes, uncropped)
     with FlopCounterMode(display=False) as of_core:
@@ -62,22 +59,6 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
     share = of_core.get_total_flops() / of_window.get_total_flops()
     assert share == 1 if core[0] == slice(0, 40) else share < 0.9
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("core", [((3, 14), (5, 27)), ((0, 9), (10, 30)), ((7, 30), (0, 20)), ((0, 30), (0, 30))])
-def test_tiles_by_bands_change_nothing_but_rounding(monkeypatch, core):
-    """Whichever sides are cut, also for several images."""
-    model = make_tiny(encoder_ch_mult=(1, 2, 4), decoder_ch_mult=(1, 2, 4))
-    core = tuple(slice(*span) for span in core)
-    images = torch.rand(2, 3, 120, 120)
-    codes = model.quantize(torch.randn(2, 8, 30, 30))[0]
-    for network, source, stride in ((model.encode_window, images, 4), (model.decode_window, codes, 1)):
-        context = gather_context(network, lambda y, x, s=source: s[..., y, x], (30, 30), 16, input_stride=stride)
-        expected = network(source, context, core)
-        with monkeypatch.context() as patch:
-            patch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 0)
-            torch.testing.assert_close(network(source, context, core), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.usefixtures("no_grad", "all_windows")
@@ -137,16 +118,6 @@ def test_small_tile_takes_a_smaller_overlap(tiny_model, encoder_inputs):
     assert max(max(shape[-2:]) for shape in encoder_inputs) <= 32
 
 
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize(
-    ("size", "whole"), [((72, 64), True), ((16, 288), True), ((76, 64), False), ((16, 292), False)]
-)
-def test_images_with_no_more_latents_than_the_windows_are_not_tiled(tiny_model, encoder_inputs, size, whole):
-    tiny_model.enable_tiling(64, 8)  # 16 latents a side; the sample is 2 windows of 12 latents a side, 288 in all
-    tiny_model.encode_tokens(torch.rand(1, 3, *size))
-    assert (encoder_inputs == [(1, 3, *size)]) == whole
-
-
 def test_tiles_keep_results_on_the_device():
     with torch.device("meta"):
         model = make_tiny()
@@ -158,8 +129,7 @@ def test_tiles_keep_results_on_the_device():
 
 @pytest.mark.usefixtures("no_grad", "all_windows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tiles_work_in_every_precision(tiny_model, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("svqvae_hf.models.tiling.WHOLE_SQUARES", 16)  # because some CPUs are slow in half precision
+def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
     tiny_model.save_pretrained(tmp_path)
     model = SVQVAE.from_pretrained(tmp_path, torch_dtype=dtype).eval()
     images = smooth_images(136, 132)
@@ -186,10 +156,6 @@ def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypa
     assert psnr(model.decode(latents, force_not_quantize=True).sample, sample) > 60
 
 
-def no_cuts(windows: int) -> Cuts:
-    return make_cuts([(False,) * 4] * windows, torch.empty(0))
-
-
 def random_attention() -> AttnBlock:
     block = AttnBlock(6, 2)
     for parameter in block.parameters():
@@ -198,24 +164,18 @@ def random_attention() -> AttnBlock:
 
 
 @pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("step_bytes", [1, 2000, 1 << 22])
-def test_blocks_on_all_windows_equal_blocks_on_the_whole_image(monkeypatch, step_bytes):
-    """However many windows pass at once."""
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", step_bytes)
+def test_blocks_on_all_windows_equal_blocks_on_the_whole_image():
     blocks, norm_out = [random_attention(), random_attention()], GroupNorm(2, 6)
     hidden = torch.randn(2, 6, 10, 12) * 3 + 20
     expected = hidden
     for block in blocks:
         expected = block(expected)
-    contexts = []
-    for image in hidden:
-        contexts.append(Sample((10, 4), (0, 0), no_cuts(3)))
-        windows = Windows(contexts[-1], 1, [torch.stack(image.split(4, dim=-1))])
-        for block in blocks:
-            windows = block(windows)
-        windows.measure(norm_out)
-    context = TileContext.join(contexts)
-    tile = hidden[..., 2:9, 3:]
+    context = TileContext((10, 4), (slice(0, 10), slice(0, 4)), cuts=None, images=2)
+    windows = torch.stack(hidden.split(4, dim=-1), dim=1).flatten(0, 1)
+    for block in blocks:
+        windows = block(windows, context)
+    norm_out(windows, context)
+    tile, context = hidden[..., 2:9, 3:], context.for_tile((slice(0, 7), slice(0, 9)), (7, 9), hidden)
     for block in blocks:
         tile = block(tile, context)
     torch.testing.assert_close(tile, expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
@@ -229,52 +189,12 @@ def test_margins_of_windows_are_ignored():
     windows = torch.randn(3, 6, 24, 12)
     for border in (0.0, 100.0):
         padded = F.pad(windows[..., 4:-4, :], (0, 0, 4, 4), value=border)
-        contexts.append(Sample((12, 12), (2, 0), no_cuts(3)))
-        block(Windows(contexts[-1], 1, [padded]))
+        contexts.append(TileContext((12, 12), (slice(2, 10), slice(0, 12)), cuts=None, images=1))
+        block(padded, contexts[-1])
     (one, other) = ([*context.moments[block.norm], *context.attended[block]] for context in contexts)
     assert one[2].shape == (1, 1, 3 * 16 * 12, 6)
     for before, after in zip(one, other, strict=True):
         torch.testing.assert_close(before, after)
-
-
-@pytest.fixture
-def held(monkeypatch):
-    """Number of values in all pieces, after each part that a layer adds."""
-    alive, counts = weakref.WeakSet(), []
-    start, append = Pieces.__init__, Pieces.append
-
-    def follow(self, *arguments):
-        start(self, *arguments)
-        alive.add(self)
-
-    def count(self, part):
-        append(self, part)
-        counts.append(sum(each.numel() for pieces in alive for each in pieces.parts))
-
-    monkeypatch.setattr(Pieces, "__init__", follow)
-    monkeypatch.setattr(Pieces, "append", count)
-    return counts
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("in_channels", [8, 16])
-@pytest.mark.parametrize("kind", ["bands", "windows"])
-def test_a_block_in_pieces_holds_two_features_and_a_step(monkeypatch, held, kind, in_channels):
-    """However large the image or the sample is. A wider input gives way to the result and its shortcut."""
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 1)
-    monkeypatch.setattr(Bands, "least", 2)
-    make = (lambda parts: Bands(TileContext(), 1, parts)) if kind == "bands" else make_windows
-    dim = Bands.dim if kind == "bands" else Windows.dim
-    shape = (1, in_channels, 400, 4) if kind == "bands" else (100, in_channels, 4, 4)
-    pieces = make(list(torch.randn(shape).split(2, dim)))
-    output = ResnetBlock(in_channels, 8, 2, 0)(pieces)
-    assert max(held) <= 1.05 * 2 * 8 * 1600
-    assert sum(part.numel() for part in output.parts) == 8 * 1600
-    assert pieces.parts == []
-
-
-def make_windows(parts) -> Windows:
-    return Windows(Sample((4, 4), (1, 1), no_cuts(100)), 1, parts)
 
 
 @pytest.mark.usefixtures("no_grad")

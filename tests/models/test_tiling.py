@@ -1,7 +1,7 @@
 import pytest
 import torch
+from conftest import make_tiny
 
-from svqvae_hf.models.layers.pieces import TileContext
 from svqvae_hf.models.tiling import context_windows, map_tiles, tile_axis
 
 GEOMETRIES = [(8, 0), (8, 2), (9, 4), (5, 1), (3, 1), (1, 0)]
@@ -60,18 +60,6 @@ def test_overlap_of_the_filter_radius_makes_a_tiled_filter_exact():
     assert not torch.allclose(map_tiles(kept(smooth), image, 9, 1), smooth(image))
 
 
-def test_crop_keeps_the_core_and_its_margin():
-    latents = torch.rand(2, 3, 6, 10)
-    upsampled = latents.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    core = slice(1, 3), slice(4, 10)
-    tile = TileContext().for_core(core, latents)
-    cropped = tile.crop(upsampled, margin=3)
-    assert torch.equal(cropped, upsampled[..., :9, 5:])
-    assert torch.equal(cropped[..., *tile.core_of(cropped.shape[-2:])], upsampled[..., 2:6, 8:20])
-    larger = cropped.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    assert torch.equal(larger[..., *tile.core_of(larger.shape[-2:])][..., ::2, ::2], upsampled[..., 2:6, 8:20])
-
-
 def test_gradient_passes_through_tiles():
     image = torch.rand(1, 1, 9, 9, requires_grad=True)
     map_tiles(kept(lambda window: window * 2), image, 4, 1).sum().backward()
@@ -113,3 +101,19 @@ def test_context_windows_are_read_image_by_image():
     assert pixels.shape == (2, len(windows.origins), 3, 12, 12)
     for index, (y, x) in enumerate(windows.origins):
         assert torch.equal(pixels[:, index], images[..., 2 * y : 2 * y + 12, 2 * x : 2 * x + 12])
+
+
+@pytest.mark.parametrize(("config", "channels"), [({}, 16), ({"encoder_ch_mult": (4, 2, 2)}, 32)])
+def test_images_are_tiled_if_asked_for_or_if_they_take_more_than_a_gib_as_a_whole(config, channels):
+    model = make_tiny(**config)
+    side = 2**15 / channels**0.5 / 4
+    assert model.whole_bytes(side, side) == pytest.approx(2**26 * 4**2)
+    for size, asked, tiled in [
+        ((side, side * 0.99), {}, False),
+        ((side, side * 1.01), {}, True),
+        ((8, 8), {"tile_size": 32}, True),
+        ((8, 8), {"overlap": 8}, True),
+    ]:
+        model.tile_if_large(*size, **asked)
+        assert model.use_tiling == tiled
+        assert model.tile_size == asked.get("tile_size", 256)

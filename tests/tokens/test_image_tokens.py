@@ -116,60 +116,23 @@ def available(monkeypatch):
     return memory
 
 
-@pytest.mark.parametrize(
-    ("size", "scales", "uses", "fits"),
-    [
-        ((1000, 1000), [0.5, 20.0], {}, False),
-        ((1000, 1000), [20.0], {"decodes": False}, True),
-        ((1000, 1000), [20.0], {"scale_from": "image", "decodes": False}, False),
-        ((1000, 1000), [1000.0], {"decodes": False}, False),
-        ((100_000, 100_000), [0.01], {}, False),
-        ((100_000, 100_000), [0.01], {"encodes": False}, True),
-        ((100_000, 100_000), [0.01], {"encodes": False, "full_size": True}, False),
-    ],
-)
-def test_memory_is_checked_for_encoding_and_decoding_apart(tiny_model, available, size, scales, uses, fits):
-    if fits:
-        check_memory(tiny_model, *size, scales, **uses)
-    else:
-        with pytest.raises(ValueError, match=r"would take about \S+ GiB of memory, but 8 GiB are available"):
-            check_memory(tiny_model, *size, scales, **uses)
-
-
 def test_the_unused_reserve_of_a_gpu_is_available(monkeypatch):
     for name, value in (("mem_get_info", (1000, 9000)), ("memory_reserved", 500), ("memory_allocated", 200)):
         monkeypatch.setattr(torch.cuda, name, {torch.device("cuda", 1): value}.get)
     assert available_memory(torch.device("cuda", 1)) == 1000 + 500 - 200
 
 
-def test_memory_depends_on_the_tile_and_at_most_on_the_image(tiny_model, available):
+def test_memory_depends_on_the_tile_and_on_the_image(tiny_model, available):
     available.available = 3 * 2**28
     tiny_model.enable_tiling(256, 32)
-    check_memory(tiny_model, 2000, 2000, [1.0])
+    check_memory(tiny_model, 2000, 2000)
+    with pytest.raises(ValueError, match="20000 x 20000 pixels in tiles of 256 pixels would take about"):
+        check_memory(tiny_model, 20_000, 20_000)
+    with pytest.raises(ValueError, match="would take about"):
+        check_memory(tiny_model, 2000, 2000, images=8)
     tiny_model.disable_tiling()
-    with pytest.raises(ValueError, match="without tiles, would take about"):
-        check_memory(tiny_model, 2000, 2000, [1.0])
-    tiny_model.enable_tiling(2**20, 32)
-    check_memory(tiny_model, 64, 64, [1.0])
-    with pytest.raises(ValueError, match="in tiles of 1048576 pixels, would take about"):
-        check_memory(tiny_model, 2**20, 2**20, [0.01])
-
-
-@pytest.mark.parametrize(("side", "images"), [(2048, 1), (64, 2048 * 2048 // 64**2)])
-def test_images_in_pieces_take_less_than_as_a_whole(tiny_model, available, monkeypatch, side, images):
-    available.available = 2**30
-    check_memory(tiny_model, side, side, [1.0], images=images)
-    monkeypatch.setattr("svqvae_hf.models.layers.pieces.STEP_BYTES", 2**40)
-    with pytest.raises(ValueError, match="would take about"):
-        check_memory(tiny_model, side, side, [1.0], images=images)
-
-
-def test_small_images_of_a_large_batch_are_not_tiled(tiny_model, available):
-    available.available = 3 * 2**28
-    tiny_model.enable_tiling(64, 16)
-    check_memory(tiny_model, 2048, 2048, [1.0])
-    with pytest.raises(ValueError, match="would take about"):
-        check_memory(tiny_model, 64, 64, [1.0], images=2048 * 2048 // 64**2)
+    with pytest.raises(ValueError, match="without tiles would take about 1.19 GiB of memory, but 0.75 GiB are"):
+        check_memory(tiny_model, 2000, 2000)
 
 
 def test_full_size_is_the_size_of_the_image(tiny_model, crop):

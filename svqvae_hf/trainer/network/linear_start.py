@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf.models.image_processing_svqvae import map_range
-from svqvae_hf.models.layers.fast_ops import RepeatConv2d
+from svqvae_hf.models.layers import RepeatConv2d
 from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, Downsample, GroupNorm, ResnetBlock
 
 Convolution = Any  # nn.Conv2d, whose type allows no bias, while all of these have one

@@ -1,19 +1,10 @@
 import itertools
-import sys
 
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.layers.fast_ops import (
-    Conv3x3,
-    HalvingConv2d,
-    RepeatConv2d,
-    cat_on_own_pages,
-    make_cuts,
-    trim_heap,
-)
+from svqvae_hf.models.layers import Conv3x3, HalvingConv2d, RepeatConv2d, TileContext, make_cuts
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -86,55 +77,12 @@ def test_convolutions_repeat_the_edges_of_a_cut(sides):
 
 
 @pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("lengths", [[9], [1, 6, 2]])
-def test_cat_on_own_pages_is_cat_and_keeps_the_layout(dtype, layout, lengths):
-    rows = torch.randn(3, 8, 12, 10, dtype=dtype).contiguous(memory_format=layout)[..., 2:11, :]
-    joined = cat_on_own_pages(list(rows.split(lengths, -2)), -2)
-    assert torch.equal(joined, rows)
-    assert joined.is_contiguous(memory_format=layout)
-    assert joined.untyped_storage().nbytes() == rows.nbytes
-    joined.zero_()
-    assert rows.any()
-
-
-@torch.no_grad()
-def test_cat_without_pages_of_its_own_is_cat(monkeypatch):
-    """Where the system refuses them, PyTorch's allocator decides whether memory is exhausted."""
-
-    def refuse(*args, **options):
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr("mmap.mmap", refuse)
-    parts = torch.rand(4, 3).split(2)
-    assert torch.equal(cat_on_own_pages(parts, 0), torch.cat(parts))
-
-
-def test_cat_on_own_pages_passes_gradients():
-    parts = [torch.randn(1, 4, 2, 2, requires_grad=True) for _ in range(2)]
-    cat_on_own_pages(parts, 0)[1].sum().backward()
-    assert parts[0].grad.sum() == 0
-    assert parts[1].grad.sum() == 16
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
-@pytest.mark.usefixtures("no_grad")
-def test_memory_of_own_pages_returns_between_others():
-    """The heap would keep what lies before a block that is still used."""
-    process, block = psutil.Process(), torch.randn(1, 1, 1024, 256)  # 1 MiB
-    before = process.memory_info().rss
-    copies = [cat_on_own_pages([block], 0) for _ in range(100)]
-    assert process.memory_info().rss - before > 90 << 20
-    del copies[:-1]
-    assert process.memory_info().rss - before < 10 << 20
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
-def test_trimming_returns_what_lies_before_a_block_that_is_still_used():
-    process = psutil.Process()
-    blocks = [torch.ones(1 << 14) for _ in range(1600)]  # 100 MiB, in the heap
-    del blocks[:-1]
-    before = process.memory_info().rss
-    trim_heap()
-    assert before - process.memory_info().rss > 50 << 20
+def test_crop_keeps_the_core_and_its_margin():
+    latents = torch.rand(2, 3, 6, 10)
+    upsampled = latents.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    tile = TileContext(size=(6, 10), core=(slice(1, 3), slice(4, 10)), cuts=None)
+    cropped = tile.crop(upsampled, margin=3)
+    assert torch.equal(cropped, upsampled[..., :9, 5:])
+    assert torch.equal(tile.core_of(cropped), upsampled[..., 2:6, 8:20])
+    larger = cropped.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.equal(tile.core_of(larger)[..., ::2, ::2], upsampled[..., 2:6, 8:20])

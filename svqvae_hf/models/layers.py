@@ -1,0 +1,219 @@
+"""Norm and convolutions of the networks, for whole images and for tiles, and the context that tiles share."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NORM_EPS = 1e-6
+
+Core = tuple[slice, slice]  # rows and columns of a window
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(eq=False)
+class TileContext:
+    """Values that all tiles of an image share, and the place of the window that a network runs on.
+
+    First the network runs on a sample of windows, whose norms and attentions fill `moments` and `attended`. Then every
+    tile is normalised alike and attends to the same positions, wherever it lies.
+
+    Args:
+        size (`tuple[int, int]`): Height and width of the window, in latents.
+        core (`tuple[slice, slice]`): Rows and columns of the window that count, in latents. Those around them are
+            next to a cut.
+        cuts (`torch.Tensor` of shape `(4, windows, 1, 1, 1)`, *optional*): 1 where a window is cut from its image, 0
+            at a border of the image: at the top, bottom, left and right. `None` if no window is cut.
+        images (`int`, *optional*): Number of images whose sampled windows fill the context. `None` for a tile.
+        moments (`dict`): Mean and variance `(images, groups)` of the input of each norm.
+        attended (`dict`): Keys and values `(images, 1, positions, channels)` of each attention.
+    """
+
+    size: tuple[int, int]
+    core: Core
+    cuts: torch.Tensor | None
+    images: int | None = None
+    moments: dict[nn.Module, Pair] = field(default_factory=dict)
+    attended: dict[nn.Module, Pair] = field(default_factory=dict)
+
+    def for_tile(self, core: Core, size: tuple[int, int], like: torch.Tensor) -> Self:
+        """Context for one tile, which is cut on the sides that its core does not reach.
+
+        Args:
+            core (`tuple[slice, slice]`): Rows and columns to keep, in latents.
+            size (`tuple[int, int]`): Height and width of the tile, in latents.
+            like (`torch.Tensor`): Tensor with the type and device of the features.
+        """
+        (y, x), (height, width) = core, size
+        sides = [(y.start > 0, y.stop < height, x.start > 0, x.stop < width)]
+        cuts = make_cuts(sides, like) if any(sides[0]) else None
+        return dataclasses.replace(self, size=size, core=core, cuts=cuts, images=None)
+
+    def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Crops features of any resolution to what counts."""
+        return hidden[..., *self._scaled_core(hidden)]
+
+    def crop(self, hidden: torch.Tensor, margin: int) -> torch.Tensor:
+        """Crops features to the core and `margin` positions around it. A compiled graph keeps one size instead."""
+        if torch.compiler.is_compiling():
+            return hidden
+        core, sides = self._scaled_core(hidden), hidden.shape[-2:]
+        starts = [max(0, span.start - margin) for span in core]
+        stops = [min(side, span.stop + margin) for span, side in zip(core, sides, strict=True)]
+        (top, left), (bottom, right) = starts, stops
+        (y, x) = core
+        self.core = slice(y.start - top, y.stop - top), slice(x.start - left, x.stop - left)
+        self.size = bottom - top, right - left
+        return fast_layout(hidden[..., top:bottom, left:right])
+
+    def _scaled_core(self, hidden: torch.Tensor) -> Core:
+        rows, columns = (
+            slice(span.start * side // length, span.stop * side // length)
+            for span, side, length in zip(self.core, hidden.shape[-2:], self.size, strict=True)
+        )
+        return rows, columns
+
+
+def make_cuts(sides: list[tuple[bool, bool, bool, bool]], like: torch.Tensor) -> torch.Tensor:
+    """`cuts` of a [`TileContext`], from whether each window is cut at its top, bottom, left and right."""
+    return torch.tensor(sides, dtype=like.dtype, device=like.device).T[..., None, None, None]
+
+
+def fast_layout(hidden: torch.Tensor) -> torch.Tensor:
+    """Returns the same tensor in the memory format that the networks are fastest in.
+
+    On CPU without gradients this is channels_last. With gradients the format stays, because the backward pass of a
+    norm is slow in channels_last. On other devices the caller chooses, with
+    `model.to(memory_format=torch.channels_last)`.
+    """
+    if hidden.device.type == "cpu" and not torch.is_grad_enabled():
+        return hidden.contiguous(memory_format=torch.channels_last)
+    return hidden
+
+
+def silu(normed: torch.Tensor) -> torch.Tensor:
+    """SiLU; in place when gradients are off, because on CPU allocating costs more than computing."""
+    return F.silu(normed, inplace=not torch.is_grad_enabled())
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, with the statistics of the input, or with statistics that tiles share."""
+
+    def __init__(self, num_groups: int, num_channels: int):
+        super().__init__(num_groups, num_channels, eps=NORM_EPS)
+
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
+        """`(batch, channels, h, w)` -> the same shape."""
+        if torch.is_grad_enabled() and hidden.device.type == "cpu":
+            hidden = hidden.contiguous()  # in channels_last the backward pass takes half of a training step on CPU
+        if shared is None:  # not `F.group_norm`, which raises for a 1 x 1 image with one value per group
+            return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
+        if shared.images is not None:
+            shared.moments[self] = self._moments(shared.core_of(hidden), shared.images)
+        return self._normalise(hidden, *shared.moments[self])
+
+    def _moments(self, hidden: torch.Tensor, images: int) -> Pair:
+        """Mean and variance `(images, groups)` of the windows of each image."""
+        by_group = hidden.unflatten(0, (images, -1)).unflatten(2, (self.num_groups, -1)).to(_sum_type(hidden.dtype))
+        variance, mean = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
+        return mean, variance
+
+    def _normalise(self, hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """Normalises windows `(images * windows, channels, h, w)` with statistics `(images, groups)`."""
+        per_group = hidden.shape[1] // self.num_groups
+        mean, variance = (each.repeat_interleave(per_group, dim=1) for each in (mean, variance))  # (images, channels)
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
+        if len(mean) == 1 and not torch.is_grad_enabled():  # a fused kernel, which has no gradient for the statistics
+            return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
+        scale = weight * torch.rsqrt(variance + self.eps)
+        shift = bias - mean * scale
+        by_image = hidden.unflatten(0, (len(mean), -1))  # (images, windows, channels, h, w)
+        normed = by_image * scale[:, None, :, None, None] + shift[:, None, :, None, None]
+        return normed.flatten(0, 1).to(hidden.dtype)
+
+
+def _sum_type(dtype: torch.dtype) -> torch.dtype:
+    """Type in which values of `dtype` are summed: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def pad_edges(hidden: torch.Tensor, cuts: torch.Tensor | None, before: int = 1) -> torch.Tensor:
+    """Pads by `before` at the top and left and by 1 at the bottom and right.
+
+    The padding repeats the edge where a window is cut, and is zero at a border of the image, as without tiles.
+    """
+    padded = F.pad(hidden, (before, 1, before, 1))
+    if cuts is not None:
+        top, bottom, left, right = cuts
+        if before:
+            padded[..., :1, :] = padded[..., 1:2, :] * top
+        padded[..., -1:, :] = padded[..., -2:-1, :] * bottom
+        if before:
+            padded[..., :1] = padded[..., 1:2] * left
+        padded[..., -1:] = padded[..., -2:-1] * right
+    return padded
+
+
+class Conv3x3(nn.Conv2d):
+    """3 x 3 convolution with the padding of [`pad_edges`].
+
+    Args:
+        in_channels (`int`): Channels in.
+        out_channels (`int`): Channels out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
+        """`(windows, in_channels, h, w)` -> `(windows, out_channels, h, w)`."""
+        if cuts is None:
+            return super().forward(hidden)
+        return F.conv2d(pad_edges(hidden, cuts), self.weight, self.bias)
+
+
+class HalvingConv2d(nn.Conv2d):
+    """3 x 3 convolution of stride 2, padded at the bottom and at the right only.
+
+    Args:
+        channels (`int`): Channels in and out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
+        """`(windows, channels, h, w)` -> `(windows, channels, h / 2, w / 2)`."""
+        return super().forward(pad_edges(hidden, cuts, before=0))
+
+
+class RepeatConv2d(nn.Conv2d):
+    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution with padding 1, in 4 / 9 of the arithmetic.
+
+    Under the 3 x 3 kernel lie only four different pixels of the input. Summing the weights that meet the same pixel
+    gives a transposed convolution of stride 2. Its 4 x 4 kernel is the sum of four shifted 3 x 3 kernels.
+
+    Args:
+        channels (`int`): Channels in and out.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3)
+
+    def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
+        """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`."""
+        padding = 1
+        if cuts is not None:
+            hidden, padding = pad_edges(hidden, cuts), 3
+        return F.conv_transpose2d(hidden, self.summed_kernel(), self.bias, stride=2, padding=padding)
+
+    def summed_kernel(self) -> torch.Tensor:
+        """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`."""
+        flipped = self.weight.to(_sum_type(self.weight.dtype)).flip(-2, -1).transpose(0, 1)
+        kernel = F.pad(fast_layout(flipped), (0, 1, 0, 1))
+        for row, column in ((0, 1), (1, 0), (1, 1)):
+            kernel[..., row : row + 3, column : column + 3] += flipped
+        return kernel.to(self.weight.dtype)
