@@ -41,6 +41,11 @@ WRONG = {  # words on the command line, and a part of the message
             "`--max_train_steps` must be more than 0",
         ),
     ],
+    "training/train_image_text.py": [
+        ("--output_dir out --token_set two_images", "the following arguments are required: --model_name_or_path"),
+        ("--output_dir out --model_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
+        ("--output_dir out --model_name_or_path empty --token_set two_images --max_steps 1", "empty"),
+    ],
     "training/measure_scaling_factor.py": [
         ("empty two_images", "MODEL must be the folder of a model, but `empty` has no config.json"),
         ("{model} empty", "a set must hold images, but `empty` has none"),

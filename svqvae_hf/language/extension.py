@@ -30,10 +30,12 @@ JOIN_PARTS = f"""{{%- set joined = namespace(messages=[], text='') %}}
 {{%- endfor %}}
 {{%- set messages = joined.messages %}}"""
 PLAIN_TEMPLATE = """{% for message in messages %}
-{{ message.role }}: {{ message.content }}{{ eos_token if message.role == 'assistant' }}
+{{ message.role }}:
+{{ message.content }}{{ eos_token if message.role == 'assistant' }}
 {% endfor %}
 {% if add_generation_prompt %}
-assistant: {% endif %}"""
+assistant:
+{% endif %}"""
 
 
 def extend_language_model(

@@ -1,0 +1,228 @@
+"""A language model with image tokens trained on captioned images, in both directions, and on texts."""
+
+import json
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from cli_runner import svqvae
+from conftest import make_tiny
+from peft import PeftModel
+from PIL import Image
+from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
+from train_image_text import IGNORED, ImageTextExamples, ImageTextOptions, ModalityLoss, main
+from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, TrainingArguments
+
+from svqvae_hf.language.extension import extend_language_model
+from svqvae_hf.language.grammar import ImageGrammar
+
+CAPTIONS = ["a pear", "a cat", "a red key", "a sailboat"]
+LEARN = {"learning_rate": 4e-3, "per_device_train_batch_size": 8, "max_steps": 150, "lr_scheduler_type": "cosine"}
+
+
+@cache
+def parts(folder):
+    """A token set of 4 captioned images of 16 x 16 pixels, of the codebook of the extended language models."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for index, caption in enumerate(CAPTIONS):
+        pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "caption": caption}))
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(rows))
+    vqvae = extended("qwen") / "vqvae"
+    crops = ["--crops", "centre", "--resolution", 16]
+    assert svqvae("tokenize", folder / "images", folder / "tokens", "--model", vqvae, *crops) == 0
+    return folder / "tokens"
+
+
+@pytest.fixture
+def tokens(tmp_path_factory):
+    return parts(tmp_path_factory.getbasetemp() / "image_text")
+
+
+@pytest.fixture
+def train(tokens, tmp_path):
+    """Trains in a folder below `tmp_path`, by default on pairs, and returns the folder."""
+
+    def run(name, model="qwen", resume=None, **changes):
+        own = {key: changes.pop(key) for key in list(changes) if key in ImageTextOptions.__dataclass_fields__}
+        own = {"token_set": str(tokens), "condition_dropout": 0.0} | own
+        own.setdefault("model_name_or_path", str(extended(model)))
+        training = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True} | changes
+        main(
+            ImageTextOptions(**own),
+            TrainingArguments(str(tmp_path / name), resume_from_checkpoint=resume, **(LEARN | training)),
+        )
+        return tmp_path / name
+
+    return run
+
+
+def examples(tokens, count=200, **options):
+    options = {"model_name_or_path": "", "token_set": str(tokens), "condition_dropout": 0.0} | options
+    return ImageTextExamples(ImageTextOptions(**options), load_extended("qwen")[1], count, 0, 512)
+
+
+def learned(example):
+    """Prompt and answer of an example, decoded."""
+    processor = load_extended("qwen")[1]
+    start = example["labels"].count(IGNORED)
+    assert example["labels"][start:] == example["input_ids"][start:]
+    return [processor.decode(part) for part in (example["input_ids"][:start], example["input_ids"][start:])]
+
+
+def test_pairs_go_in_both_directions_in_the_stated_share(tokens):
+    processor = load_extended("qwen")[1]
+    to_text = 0
+    made = [learned(example) for example in (examples(tokens, caption_fraction=0.25)[index] for index in range(200))]
+    for prompt, answer in made:
+        question = "".join(CAPTIONS)
+        assert prompt.startswith("<|im_start|>user\n")
+        assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert answer.endswith("<|im_end|>\n")
+        asked_for_text = "<|image_begin|>" in prompt
+        assert asked_for_text != ("<|image_begin|>" in answer)
+        assert (answer if asked_for_text else prompt).split("\n")[0 if asked_for_text else 1].split("<")[0] in question
+        to_text += asked_for_text
+    assert to_text == pytest.approx(50, abs=20)
+    assert processor.no_condition not in "".join(sum(made, []))
+
+
+def test_captions_are_dropped_in_the_stated_share(tokens):
+    made = examples(tokens, caption_fraction=0.0, condition_dropout=0.5)
+    dropped = sum("<|no_condition|>" in learned(made[index])[0] for index in range(200))
+    assert dropped == pytest.approx(100, abs=30)
+
+
+def test_texts_with_images_are_learned_whole(tokens, tmp_path):
+    ids = [[1, 2], [3, 4]]
+    rows = [{"text": "left <|image|> right <|image|>", "images": [ids, ids]}, {"text": "a text"}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"text_files": [str(tmp_path / "texts.jsonl")], "text_fraction": 1.0, "token_set": None}
+    made = examples(None, **options)
+    processor = load_extended("qwen")[1]
+    image = processor.image_text(torch.tensor(ids))
+    assert learned(made[0]) == ["", f"left {image} right {image}<|im_end|>"]
+    assert learned(made[1]) == ["", "a text<|im_end|>"]
+    rows[0]["images"] = [ids]
+    with pytest.raises(ValueError, match="as many <\\|image\\|> as images, but has 2 for 1 images: 'left"):
+        made.text_example(rows[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_examples_do_not_see_each_other(tokens, family):
+    model, _ = load_extended(family)
+    made = [examples(tokens)[index] for index in range(3)]
+    batch = DataCollatorWithFlattening()(made)
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0]
+        alone = torch.cat([model(torch.tensor([each["input_ids"]])).logits[0] for each in made])
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+
+def test_loss_by_modality():
+    _, processor = load_extended("qwen")
+    loss = ModalityLoss(processor.vocabulary)
+    first = processor.vocabulary.first_token
+    labels = torch.tensor([[IGNORED, 5, first, first + 1, IGNORED]])
+    logits = torch.zeros(1, 5, 400)
+    logits[0, 0, 5] = 100.0  # the text is known, the codes are not
+    total = loss(type("Output", (), {"logits": logits}), labels)
+    assert loss.sums[:, 1].tolist() == [1, 2]
+    assert loss.sums[0, 0] == pytest.approx(0, abs=1e-6)
+    assert loss.sums[1, 0] == pytest.approx(2 * math.log(400), rel=1e-5)
+    assert total == pytest.approx(2 * math.log(400) / 3, rel=1e-5)
+
+
+def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
+    folder = train("learned", logging_steps=10)
+    model, processor = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    images = [Image.open(tokens.parent / "images" / f"{index}.png") for index in range(4)]
+    grids = processor.encode_images(images)
+    for caption, ids, image in zip(CAPTIONS, grids, images, strict=True):
+        for content, answer in [(caption, ids), ([{"type": "image", "image": image}], caption)]:
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=True,
+            )
+            grammar = ImageGrammar(model.config)
+            made = model.generate(**inputs, max_new_tokens=25, do_sample=False, logits_processor=[grammar])
+            made = processor.vocabulary.split(made[0, inputs["input_ids"].shape[1] :])
+            if isinstance(answer, str):
+                assert processor.decode(made[0], skip_special_tokens=True).strip() == answer
+            else:
+                assert torch.equal(made[1], answer)
+
+
+def test_log_has_both_losses(train):
+    folder = train("logged", logging_steps=5, max_steps=10, save_strategy="steps", save_steps=10)
+    state = json.loads((folder / "checkpoint-10" / "trainer_state.json").read_text())
+    first, second = state["log_history"][:2]
+    assert second["loss_text"] < first["loss_text"]
+    assert second["loss_image"] < first["loss_image"]
+    assert (
+        min(first["loss_text"], first["loss_image"]) <= first["loss"] <= max(first["loss_text"], first["loss_image"])
+    )
+
+
+def test_a_resumed_run_equals_an_unbroken_one(train):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
+    whole = train("whole", **options)
+    resumed = train("resumed", resume=str(whole / "checkpoint-3"), **options)
+    weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_trains_new_rows_and_leaves_the_model(train, family, tmp_path):
+    folder = train("adapter", model=family, max_steps=4, lora_rank=2)
+    base, processor = AutoModelForCausalLM.from_pretrained(extended(family)).eval(), load_extended(family)[1]
+    tokens = torch.tensor([processor.vocabulary.begin_image((2, 2)), [5, 6]])
+    with torch.no_grad():
+        before = base(tokens).logits
+        adapter = PeftModel.from_pretrained(base, folder).eval()
+        changed = adapter(tokens).logits
+        with adapter.disable_adapter():
+            off = adapter(tokens).logits
+    assert torch.equal(before, off)
+    assert not torch.allclose(before, changed)
+    new = slice(processor.vocabulary.first_token, processor.vocabulary.stop)
+    merged = adapter.merge_and_unload()
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        old, rows = getattr(load_extended(family)[0], get)().weight, getattr(merged, get)().weight
+        assert torch.equal(old[: new.start], rows[: new.start])
+        assert not torch.equal(old[new], rows[new])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_fraction": 1.5}, "`--caption_fraction` must lie in \\[0, 1\\], but is 1.5"),
+        ({"text_fraction": 0.5}, "`--text_files` must be given exactly if `--text_fraction`, 0.5"),
+        ({"token_set": None}, "`--token_set` must be given exactly if"),
+        ({"caption_column": "text"}, "`--caption_column` must be a column of the token set, ids_0, height"),
+        ({"max_steps": -1}, "`--max_steps` must be at least 1"),
+        ({"model_name_or_path": "foreign"}, "the ids must be of the model's codebook"),
+        ({"model_name_or_path": "small"}, "`grid` must be one of the rows x columns of codes that the model knows"),
+    ],
+)
+def test_wrong_options_are_explained(train, changes, message, tmp_path):
+    source = changes.get("model_name_or_path")
+    if source is not None:
+        original, vqvae = extended("qwen").parent / "original", extended("qwen").parent / "vqvae"
+        if source == "foreign":
+            vqvae = tmp_path / "vqvae"
+            model = make_tiny()
+            torch.nn.init.ones_(model.quantize.embedding.weight)
+            model.save_pretrained(vqvae)
+        extend_language_model(original, tmp_path / source, vqvae, GRIDS if source == "foreign" else [(2, 2)])
+        changes = {"model_name_or_path": str(tmp_path / source)}
+    with pytest.raises(ValueError, match=message):
+        train("wrong", **changes)

@@ -1,0 +1,222 @@
+"""Trains a language model with image tokens on images and texts, in both directions.
+
+python training/train_image_text.py --model_name_or_path LM --token_set TOKENS --output_dir OUT --max_steps N
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from svqvae_hf import SVQVAEProcessor
+from svqvae_hf.language.image_vocabulary import ImageVocabulary
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.trainer.options import OptionParser, script_name
+from svqvae_hf.trainer.run import one_line_errors
+
+IGNORED = -100  # label that the loss skips
+
+
+@dataclass
+class ImageTextOptions:
+    """Options of the data and the model. All options of `transformers.TrainingArguments` come on top."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id, as `svqvae extend-lm` wrote it."})
+    token_set: str | None = field(default=None, metadata={"help": "Token set of `svqvae tokenize`: folder or Hub id."})
+    caption_column: str = field(default="caption", metadata={"help": "Column of the captions: a text or a list."})
+    caption_fraction: float = field(
+        default=0.5, metadata={"help": "Fraction of pairs from image to text; the others go from text to image."}
+    )
+    condition_dropout: float = field(
+        default=0.1, metadata={"help": "Fraction of images trained without their caption, for guidance."}
+    )
+    text_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "JSON Lines files of texts: `text`, with <|image|> for each of `images`, rows of ids each."},
+    )
+    text_fraction: float = field(
+        default=0.0, metadata={"help": "Fraction of examples from the text files; the others are pairs."}
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Rank of LoRA on all linear layers, with the rows of image tokens; 0 trains all."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the options, except against data and model."""
+        for name in ("caption_fraction", "condition_dropout", "text_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
+        needs = {"token_set": self.text_fraction < 1, "text_files": self.text_fraction > 0}
+        for name, needed in needs.items():
+            if needed != bool(getattr(self, name)):
+                raise ValueError(
+                    f"`--{name}` must be given exactly if `--text_fraction`, {self.text_fraction:g}, leaves examples "
+                    "for it."
+                )
+
+
+class ImageTextExamples(Dataset):
+    """Examples of a run. Each is a function of the seed and its number, so a resumed run sees the same."""
+
+    def __init__(self, options: ImageTextOptions, processor: SVQVAEProcessor, count: int, seed: int, context: int):
+        self.options, self.processor, self.count, self.seed, self.context = options, processor, count, seed, context
+        self.pairs: Any = []
+        if options.token_set is not None:
+            self.settings = read_settings(options.token_set)
+            check_same_codebook(processor.vqvae, self.settings)
+            self.pairs = datasets.load_dataset(options.token_set, split="train")
+            if options.caption_column not in self.pairs.column_names:
+                raise ValueError(
+                    f"`--caption_column` must be a column of the token set, {', '.join(self.pairs.column_names)}, but "
+                    f"is {options.caption_column!r}."
+                )
+        lines = (line for file in options.text_files for line in Path(file).read_text("utf-8").splitlines())
+        self.texts = [json.loads(line) for line in lines if line]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        rng = np.random.default_rng((self.seed, index))
+        if rng.random() < self.options.text_fraction:
+            return self.text_example(self.texts[index % len(self.texts)])
+        return self.pair_example(self.pairs[index % len(self.pairs)], rng)
+
+    def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """A text with any number of images, all of which is learned."""
+        images = [self.processor.image_text(torch.tensor(ids)) for ids in row.get("images", [])]
+        texts = row["text"].split(self.processor.image_token)
+        if len(texts) != len(images) + 1:
+            raise ValueError(
+                f"a text must have as many {self.processor.image_token} as images, but has {len(texts) - 1} for "
+                f"{len(images)} images: {row['text']!r:.60}."
+            )
+        text = "".join(part for pair in zip(texts, [*images, ""], strict=True) for part in pair)
+        tokens = self.tokenize(text + (self.processor.tokenizer.eos_token or ""))[: self.context]
+        return {"input_ids": tokens, "labels": tokens}
+
+    def pair_example(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, list[int]]:
+        """A conversation in which a caption or an image is asked for, and the other is learned."""
+        image = self.processor.image_text(row_tokens(row, self.settings).ids[-1])
+        captions = row[self.options.caption_column]
+        caption = captions if isinstance(captions, str) else captions[rng.integers(len(captions))]
+        draws = [image, caption]
+        if rng.random() >= self.options.caption_fraction:
+            draws = [caption if rng.random() >= self.options.condition_dropout else self.processor.no_condition, image]
+        roles = zip(("user", "assistant"), draws, strict=True)
+        conversation = [{"role": role, "content": content} for role, content in roles]
+        tokens = self.tokenize(self.processor.apply_chat_template(conversation))
+        prompt = self.tokenize(self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True))
+        if len(tokens) > self.context:
+            raise ValueError(
+                f"an image with its caption must fit the context of {self.context} tokens, but takes {len(tokens)}. "
+                "Tokenize smaller images."
+            )
+        same = [own == other for own, other in zip(tokens, prompt, strict=False)]
+        asked = [*same, False].index(False)
+        return {"input_ids": tokens, "labels": [IGNORED] * asked + tokens[asked:]}
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens as the processor makes them, without a second begin of sequence."""
+        bos = self.processor.tokenizer.bos_token
+        return self.processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+
+
+class ModalityLoss:
+    """Cross-entropy of the next token, and its mean over texts and over images since the last log."""
+
+    def __init__(self, vocabulary: ImageVocabulary):
+        self.vocabulary = vocabulary
+        self.sums = torch.zeros(2, 2)  # loss and number of tokens, of texts and of images
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Returns the loss of logits `(batch, length, vocab_size)` and labels `(batch, length)`."""
+        targets = labels[:, 1:].flatten()
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+        counted = targets != IGNORED
+        is_image = targets >= self.vocabulary.first_token
+        masks = torch.stack([counted & ~is_image, counted & is_image]).float()
+        with torch.no_grad():
+            self.sums = self.sums.to(losses.device) + torch.stack([masks @ losses, masks.sum(1)], dim=1)
+        return losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+class ImageTextTrainer(Trainer):
+    """Trainer that logs the loss of texts and of images apart."""
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Adds `loss_text` and `loss_image` to the log of the training loss."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self.compute_loss_func.sums).tolist()
+            self.compute_loss_func.sums = torch.zeros(2, 2)
+            for name, (total, count) in zip(("text", "image"), sums, strict=True):
+                logs[f"loss_{name}"] = total / (count or math.nan)
+        super().log(logs, *args)
+
+
+def add_lora(model: PreTrainedModel, vocabulary: ImageVocabulary, rank: int) -> PeftModel:
+    """Freezes a model, and adds LoRA to its linear layers and trainable rows for the image tokens."""
+    tables = {id(model.get_input_embeddings().weight): model.get_input_embeddings()}
+    tables.setdefault(id(model.get_output_embeddings().weight), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables.values())]
+    rows = [*range(vocabulary.first_token, vocabulary.stop)]
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", trainable_token_indices=dict.fromkeys(names, rows)
+    )
+    return get_peft_model(model, config)
+
+
+def main(options: ImageTextOptions, arguments: TrainingArguments) -> None:
+    """Trains a language model and saves it with its processor, or its LoRA adapter, in the output folder."""
+    if arguments.max_steps < 1:
+        raise ValueError(f"`--max_steps` must be at least 1, but is {arguments.max_steps}.")
+    config = AutoConfig.from_pretrained(options.model_name_or_path)
+    vocabulary = ImageVocabulary.from_config(config)
+    context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    processor = SVQVAEProcessor.from_pretrained(options.model_name_or_path)
+    dtype = "auto" if options.lora_rank else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
+    model.config.use_cache = False  # a model with a cache would not tell packed examples apart
+    if options.lora_rank:
+        model = add_lora(model, vocabulary, options.lora_rank)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    examples = ImageTextExamples(options, processor, arguments.max_steps * batch, arguments.seed, context)
+    trainer = ImageTextTrainer(
+        model,
+        arguments,
+        train_dataset=examples,
+        data_collator=DataCollatorWithFlattening(),  # packs a batch into one sequence, without padding
+        compute_loss_func=ModalityLoss(vocabulary),
+    )
+    checkpoint = arguments.resume_from_checkpoint
+    trainer.train(get_last_checkpoint(arguments.output_dir) if checkpoint == "latest" else checkpoint)
+    model.config.use_cache = True
+    trainer.save_model()
+    if not options.lora_rank and trainer.is_world_process_zero():
+        processor.save_pretrained(arguments.output_dir)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        parser = OptionParser((ImageTextOptions, TrainingArguments), prog=script_name(), allow_abbrev=False)
+        main(*parser.parse_args_into_dataclasses())
