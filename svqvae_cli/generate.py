@@ -2,7 +2,10 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import (
@@ -11,17 +14,19 @@ from svqvae_cli.arguments import (
     add_device,
     add_dtype,
     add_output,
-    path,
     path_or_name,
     positive,
     scale,
 )
-from svqvae_cli.files import check_absent, check_output
+from svqvae_cli.files import check_absent, check_source
+from svqvae_cli.runs import Run
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+
+SHEET_SIDE = 16  # rows and columns of the sheet, at most
 
 
 def add_to(commands: Commands) -> None:
@@ -30,22 +35,27 @@ def add_to(commands: Commands) -> None:
         commands,
         "generate",
         run,
-        "generate images with an autoregressive or next-scale pipeline",
-        "Writes one image per class, index and scale, class_cat_0_x1.png and so on, or\n"
-        "prompt_0_0_x1.png for the first caption, or image_0_x1.png without --class and\n"
-        "--prompt, and all at their finest scale on sheet.png, one row per class or\n"
-        "caption. All images are sampled as one batch. A next-scale pipeline writes one\n"
-        "scale.",
-        "org/dreams --class cat 7 --num-images 4 --output out",
+        "generate images with a trained pipeline",
+        "Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png\n"
+        f"with a row per class: at most {SHEET_SIDE} rows and columns. The same command resumes\n"
+        "an interrupted run.",
+        "org/dreams --class 3 7 --num-images 4 --guidance-scale 2 --output out",
     )
     parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the pipeline")
     add_output(parser, "folder to write to")
-    parser.add_argument("--overwrite", action="store_true", help="replace output files that exist (default: an error)")
     parser.add_argument(
-        "--steps-picture",
-        type=path,
-        metavar="FILE",
-        help="PNG file for a picture of all scales: a row per image, from coarse to fine",
+        "--overwrite", action="store_true", help="generate images that exist again (default: keep them)"
+    )
+    parser.add_argument(
+        "--adapter",
+        type=path_or_name,
+        metavar="LORA",
+        help="folder or Hub id of a LoRA adapter for the language model of the pipeline",
+    )
+    parser.add_argument(
+        "--steps-pictures",
+        action="store_true",
+        help="also write class_cat_0_steps.png and so on, with all scales of an image from coarse to fine",
     )
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument(
@@ -53,20 +63,30 @@ def add_to(commands: Commands) -> None:
         dest="class_labels",
         nargs="+",
         metavar="CLASS",
-        help="classes by name or number, one row of images each (default: images without a class)",
+        help="classes by name or number (default: images without a class)",
     )
-    condition.add_argument(
-        "--prompt", nargs="+", metavar="TEXT", help="captions in quotes, one row of images each, instead of classes"
+    condition.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions in quotes, instead of classes")
+    parser.add_argument(
+        "--num-images",
+        dest="count",
+        type=positive,
+        default=1,
+        metavar="COUNT",
+        help="images per class or caption (default: 1)",
     )
     parser.add_argument(
-        "--num-images", type=int, default=1, metavar="COUNT", help="images per class or caption (default: 1)"
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="COUNT",
+        help="images that are generated at once (default: 16)",
     )
     parser.add_argument(
         "--scales",
         nargs="+",
         type=scale,
         metavar="SCALE",
-        help="scales to decode, among an autoregressive pipeline's own (default: the finest)",
+        help="scales to decode, among an autoregressive pipeline's own (default: 1)",
     )
     parser.add_argument(
         "--steps", type=positive, metavar="N", help="scales of a next-scale pipeline (default: as in training)"
@@ -103,101 +123,143 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Samples images, and writes each to a file and all to one sheet."""
+    """Generates images in batches, and writes each to files."""
+    check_source(args.model)
+    names = _row_names(args)
+    scales = args.scales or [1.0]
+    endings = [f"_x{each:g}.png" for each in scales] + ["_steps.png"] * args.steps_pictures
+    stems = [f"{name}_{index}" for name in names for index in range(args.count)]
+    sheet = args.output / "sheet.png"
+    targets = {stem: [args.output / f"{stem}{ending}" for ending in endings] for stem in stems}
+    with Run(args, targets, "images") as work:
+        if not args.overwrite and not work.record.exists():
+            check_absent(sheet)
+        if work.left:
+            _generate(args, work, scales)
+        rows = [[f"{name}_{index}_x{max(scales):g}.png" for index in range(args.count)] for name in names]
+        _write_sheet([[args.output / file for file in row[:SHEET_SIDE]] for row in rows[:SHEET_SIDE]], sheet)
+
+
+def _row_names(args: argparse.Namespace) -> list[str]:
+    """Starts of the file names of each class or caption."""
+    if args.prompt:
+        return [f"prompt_{index}" for index in range(len(args.prompt))]
+    classes = args.class_labels or []
+    names = ["class_" + re.sub(r"\W+", "-", text).strip("-") for text in classes] or ["image"]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--class must name each class once, got {' '.join(classes)}. Ask for more images with --num-images."
+        )
+    return names
+
+
+def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> None:
     import diffusers
     import torch
     import transformers
 
     from svqvae_cli.loading import load_generator
     from svqvae_hf import SVQVAENextScalePipeline
-    from svqvae_hf.files.outputs import save_png, scale_endings
+    from svqvae_hf.files.outputs import save_png
 
-    check_output(args.output)
-    if args.steps_picture and args.steps_picture.suffix != ".png":
-        raise ValueError(f"--steps-picture must end in .png, got `{args.steps_picture}`.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # while loading
-    pipeline = load_generator(args.model, args.device, args.dtype)
-    classes = args.class_labels or []
-    labels = [_class_label(text, pipeline.config["class_names"]) for text in classes] or None
-    prompt_names = [f"prompt_{index}" for index in range(len(args.prompt or []))]
-    names = [_class_file_name(text) for text in classes] or prompt_names or ["image"]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"--class must name each class once, got {' '.join(classes)}. Ask for more images with --num-images."
-        )
-    count = args.num_images
-    is_next_scale = isinstance(pipeline, SVQVAENextScalePipeline)
-    scales = [1.0] if is_next_scale else args.scales or list(pipeline.layout.scales[-1:])
-    files = [
-        [args.output / f"{name}_{index}{ending}" for name in names for index in range(count)]
-        for ending in scale_endings(scales)
-    ]
-    pictures = [args.output / "sheet.png", *([args.steps_picture] if args.steps_picture else [])]
-    for file in [*sum(files, []), *pictures]:
-        if not args.overwrite:
-            check_absent(file)
-    sampling: dict[str, Any] = {
-        "class_labels": labels,
-        "guidance_scale": args.guidance_scale,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "generator": [torch.Generator().manual_seed(args.seed + index) for index in range(len(names) * count)],
-        "num_images_per_prompt": count,
-    }
-    sample = _sample_next_scale if is_next_scale else _sample_autoregressive
-    images, steps = sample(pipeline, args, sampling, scales)
-    for files_at_scale, images_at_scale in zip(files, images, strict=True):
-        for file, image in zip(files_at_scale, images_at_scale, strict=True):
-            save_png(image, file)
-    finest = images[scales.index(max(scales))]
-    save_png(diffusers.utils.make_image_grid(finest, rows=len(names), cols=count), args.output / "sheet.png")
-    if args.steps_picture:
-        rows = [image.resize(row[-1].size) for row in zip(*steps, strict=True) for image in row]
-        save_png(diffusers.utils.make_image_grid(rows, rows=len(finest), cols=len(steps)), args.steps_picture)
-    print(f"written  {args.output} (images: {sum(map(len, files))})")
+    pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
+    pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
+    class_names = pipeline.config["class_names"] or []
+    labels = [_class_label(text, class_names) for text in args.class_labels or []]
+    numbers = {stem: number for number, stem in enumerate(work.targets)}
+    sample = _sample_next_scale if isinstance(pipeline, SVQVAENextScalePipeline) else _sample_autoregressive
+    for batch in _batches(work.files(), args.batch_size):
+        rows = [numbers[stem] // args.count for stem in batch]
+        sampling: dict[str, Any] = {
+            "class_labels": [labels[row] for row in rows] if labels else None,
+            "num_images_per_prompt": 1 if labels or args.prompt else len(batch),
+            "generator": [torch.Generator().manual_seed(args.seed + numbers[stem]) for stem in batch],
+            **({"prompt": [args.prompt[row] for row in rows]} if args.prompt else {}),
+            **{name: getattr(args, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")},
+        }
+        with _explain_memory(len(batch)):
+            images = sample(pipeline, args, sampling, scales)
+        for stem, pictures in zip(batch, zip(*images, strict=True), strict=True):
+            with work.attempt(stem):
+                for path, picture in zip(work.outputs(stem), pictures, strict=True):
+                    save_png(picture, path)
 
 
-Images = list[list["Image.Image"]]  # by scale
+Images = list[list["Image.Image"]]  # by scale, and by steps picture
 
 
 def _sample_autoregressive(
     pipeline: "SVQVAEAutoregressivePipeline", args: argparse.Namespace, sampling: dict[str, Any], scales: list[float]
-) -> tuple[Images, Images]:
-    """Samples images at some scales and, for a picture, at all."""
+) -> Images:
+    """Samples images at some scales and, for pictures of the steps, at all."""
     if args.steps is not None:
         raise ValueError("--steps belongs to next-scale pipelines, but MODEL is autoregressive. Leave it out.")
-    pipeline.set_progress_bar_config(unit="row", disable=None)
-    steps = [*pipeline.layout.scales] if args.steps_picture else []
+    steps = [*pipeline.layout.scales] if args.steps_pictures else []
     asked = [*scales, *(each for each in steps if each not in scales)]
-    images = dict(zip(asked, pipeline(prompt=args.prompt, scales=asked, **sampling)[0], strict=True))
-    return [images[each] for each in scales], [images[each] for each in steps]
+    images = dict(zip(asked, pipeline(scales=asked, **sampling)[0], strict=True))
+    return [*(images[each] for each in scales), *_steps_pictures([images[each] for each in steps])]
 
 
 def _sample_next_scale(
-    pipeline: "SVQVAENextScalePipeline", args: argparse.Namespace, sampling: dict[str, Any], scales: list[float]
-) -> tuple[Images, Images]:
-    """Samples images and, for a picture, decodes each step."""
+    pipeline: "SVQVAENextScalePipeline", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
+) -> Images:
+    """Samples images and, for pictures of the steps, decodes each step."""
     for flag, value in {"--prompt": args.prompt, "--scales": args.scales}.items():
         if value is not None:
             raise ValueError(f"{flag} belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
-    pipeline.set_progress_bar_config(unit="scale", disable=None)
     steps: Images = []
 
     def decode(_pipeline: object, _step: int, _size: Sequence[int], tensors: dict[str, Any]) -> None:
         sample = pipeline.vqvae.decode_tokens(tensors["ids"])
         steps.append(pipeline.image_processor.postprocess(sample, output_type="pil"))
 
-    callback = decode if args.steps_picture else None
+    callback = decode if args.steps_pictures else None
     images = pipeline(num_inference_steps=args.steps, callback_on_step_end=callback, **sampling)[0]
-    return [images], [*steps[:-1], images] if steps else []
+    return [images, *_steps_pictures([*steps[:-1], images] if steps else [])]
 
 
-def _class_file_name(text: str) -> str:
-    return "class_" + re.sub(r"\W+", "-", text).strip("-")
+def _steps_pictures(steps: Images) -> Images:
+    """Joins the steps of each image, enlarged to the last one. No steps give no pictures."""
+    from diffusers.utils import make_image_grid
+
+    rows = [[image.resize(row[-1].size) for image in row] for row in zip(*steps, strict=True)]
+    return [[make_image_grid(row, rows=1, cols=len(row)) for row in rows]] if rows else []
 
 
-def _class_label(text: str, names: list[str] | None) -> int | str:
+def _write_sheet(rows: list[list[Path]], sheet: Path) -> None:
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
+    from svqvae_hf.files.outputs import save_png
+
+    images = []
+    for path in sum(rows, []):
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    save_png(make_image_grid(images, rows=len(rows), cols=len(rows[0])), sheet)
+
+
+def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
+    while batch := list(islice(stems, size)):
+        yield batch
+
+
+@contextmanager
+def _explain_memory(images: int) -> Iterator[None]:
+    """Says what to do if a batch does not fit into memory."""
+    from svqvae_hf.tokens.image_tokens import is_out_of_memory
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"a --batch-size below {images}" if images > 1 else "--dtype bfloat16"
+        raise ValueError(f"out of memory while generating {images} images at once. Use {advice}.") from error
+
+
+def _class_label(text: str, names: list[str]) -> int | str:
     """A name of a class, or its number; a name that is a number counts as a name."""
-    return int(text) if text not in (names or []) and text.removeprefix("-").isdecimal() else text
+    return int(text) if text not in names and text.removeprefix("-").isdecimal() else text

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from PIL import Image
 from safetensors import SafetensorError
 
-from svqvae_cli.errors import prefix_errors
+from svqvae_cli.errors import prefix_errors, require_extra
 from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub, hub_reason
@@ -69,16 +69,33 @@ def explain_loading(source: str) -> Iterator[None]:
 
 
 def load_generator(
-    source: str, device: str | None, dtype: str
+    source: str, device: str | None, dtype: str, adapter: str | None = None
 ) -> SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline:
-    """Loads a pipeline of either kind, as [`load_model`] does."""
-    return load_pretrained(_AnyGenerator, source, device, dtype)
+    """Loads a pipeline of either kind, as [`load_model`] does, and merges a LoRA adapter into its language model."""
+    pipeline = load_pretrained(_AnyGenerator, source, device, dtype)
+    if adapter is None:
+        return pipeline
+    if not isinstance(pipeline, SVQVAEAutoregressivePipeline):
+        raise ValueError("--adapter belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
+    with require_extra("--adapter", "train"):
+        from peft import PeftModel
+    check_source(adapter)
+    try:
+        with explain_loading(adapter):
+            pipeline.language_model = PeftModel.from_pretrained(pipeline.language_model, adapter).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"`{adapter}` must be a LoRA adapter of the language model of `{source}`: {error}") from error
+    return pipeline
 
 
 class _AnyGenerator:
     @staticmethod
     def from_pretrained(source: str, **options: Any) -> Any:
         """Loads a pipeline of the class in its `model_index.json`."""
+        if Path(source, "adapter_config.json").is_file():
+            raise ValueError(
+                f"`{source}` is an adapter. Pass the pipeline that it adapts as MODEL, and this folder as --adapter."
+            )
         classes = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
         found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
         if found not in classes:

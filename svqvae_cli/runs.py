@@ -19,7 +19,7 @@ Item = TypeVar("Item", bound=Hashable)
 Content = TypeVar("Content")
 
 # Arguments that do not change the content of an output.
-NOT_OPTIONS = {"command", "device", "inputs", "num_images", "output", "overwrite", "parser", "run", "batch_size"}
+NOT_OPTIONS = {"command", "device", "inputs", "output", "overwrite", "parser", "run", "batch_size"}
 
 
 class Run(Generic[Item]):

@@ -26,6 +26,7 @@ from diffusers import AmusedPipeline, DDIMScheduler, DiTPipeline, DiTTransformer
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from IPython.utils.capture import capture_output
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pipeline_parts import make_pipeline, text_components
 
@@ -145,6 +146,7 @@ def prepare_files(folder: Path) -> Path:
     svqvae_hf.SVQVAEAutoregressivePipeline(
         make_tiny(codebook_size=256), captions, num_classes=1, height=16, width=16, **text_components()
     ).save_pretrained(folder / "llamagen-t2i")
+    get_peft_model(captions, LoraConfig(target_modules="all-linear")).save_pretrained(folder / "adapter")
     return folder
 
 

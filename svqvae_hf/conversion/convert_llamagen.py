@@ -13,7 +13,8 @@ from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, LlamaGenCheckpoint
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import load_text_encoder
-from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline, grid_side
+from svqvae_hf.pipelines.generator_pipeline import latents_side
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 
 SUMMARY = (
     "Generates images id by id: LlamaGen's language model predicts ids from {condition}, and SVQVAE decodes them."
@@ -73,7 +74,7 @@ def convert_llamagen(
     vqvae = load_tokenizer(tokenizer)
     checkpoint = read_llamagen(
         source,
-        grid_size=grid_side(vqvae, image_size),
+        grid_size=None if image_size is None else latents_side(vqvae, image_size),
         num_attention_heads=num_attention_heads,
         use_ema=use_ema,
     )

@@ -55,7 +55,7 @@ def convert_next_scale(
     checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
     vqvae = load_tokenizer(tokenizer)
     schedule = [list(size) for size in square_schedule(vqvae, image_size)]
-    pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(), schedule=schedule)
+    pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(), schedule=schedule, scale_from="latents")
     summary, call = pipeline.describe()
     card = pipeline_card(
         SVQVAENextScalePipeline,

@@ -1,7 +1,6 @@
 """Pipeline that samples images from a causal language model over the ids of an SVQVAE."""
 
 import dataclasses
-import os
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,24 +11,13 @@ from diffusers import ImagePipelineOutput
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from svqvae_hf.models.checks import check_scales
-from svqvae_hf.models.image_processing_svqvae import ImageInput, SVQVAEImageProcessor
+from svqvae_hf.models.image_processing_svqvae import ImageInput
 from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import encode_captions
-from svqvae_hf.pipelines.cards import PipelineCardMixin
-from svqvae_hf.pipelines.sampling import (
-    Generators,
-    Labels,
-    check_generators,
-    check_returned_ids,
-    check_sampling,
-    check_tensor_inputs,
-    evaluation_mode,
-    fetch_pipeline,
-    make_warpers,
-    number_labels,
-)
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, Labels, evaluation_mode, latents_side
+from svqvae_hf.pipelines.sampling import Generators, check_generators, check_sampling, make_warpers
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.pipelines.token_sampler import TokenSampler
 
@@ -37,7 +25,7 @@ from svqvae_hf.pipelines.token_sampler import TokenSampler
 Callback = Callable[[Any, int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class SVQVAEAutoregressivePipeline(PipelineCardMixin):
+class SVQVAEAutoregressivePipeline(GeneratorPipeline):
     """Samples images token by token: a causal language model predicts ids, scale by scale, and SVQVAE decodes them.
 
     Args:
@@ -50,8 +38,8 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         scales (`list[float]`, defaults to `(1.0,)`): Scales in training, from coarse to fine.
         codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] in training, which is saved with the
             pipeline; the fingerprint of `vqvae` by default.
-        scale_from (`str`, defaults to `"latents"`): What was resized to the scales in training, see
-            [`SVQVAE.forward`].
+        scale_from (`str`, defaults to `"image"`): What was resized to the scales in training, see
+            [`SVQVAE.encode_scales`].
         class_names (`list[str]`, *optional*): Name of each class, as `ClassLabel.names` of the training set.
         text_encoder ([`~transformers.T5EncoderModel`], *optional*): Encoder of captions, for a
             [`LlamaGenForCausalLM`] with captions.
@@ -71,7 +59,6 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
 
     model_cpu_offload_seq = "text_encoder->language_model->vqvae"
     _optional_components = ["text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["ids"]
 
     def __init__(
         self,
@@ -82,14 +69,12 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         width: int | None = None,
         scales: list[float] | tuple[float, ...] = (1.0,),
         codebook_fingerprint: str | None = None,
-        scale_from: str = "latents",
+        scale_from: str = "image",
         class_names: list[str] | None = None,
         text_encoder: T5EncoderModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
-            raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")
         side = vqvae.config["sample_size"]
         self.layout = SequenceLayout(
             codebook_size=vqvae.config["codebook_size"],
@@ -102,51 +87,34 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         )
         _check_language_model(language_model, self.layout)
         _check_text_encoder(text_encoder, language_model)
-        found = vqvae.codebook_fingerprint()
-        for fingerprint in (codebook_fingerprint, getattr(language_model.config, "codebook_fingerprint", None)):
-            if fingerprint not in (None, found):
-                raise ValueError(
-                    "`vqvae` must have the codebook whose ids the language model was trained on, with fingerprint "
-                    f"{fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
-                )
-        self.register_modules(
-            vqvae=vqvae, language_model=language_model, text_encoder=text_encoder, tokenizer=tokenizer
-        )
-        self.register_to_config(
+        self._register(
+            {"vqvae": vqvae, "language_model": language_model, "text_encoder": text_encoder, "tokenizer": tokenizer},
+            num_classes,
+            [codebook_fingerprint, getattr(language_model.config, "codebook_fingerprint", None)],
+            class_names,
             num_classes=num_classes,
             height=self.layout.height,
             width=self.layout.width,
             scales=list(self.layout.scales),
-            codebook_fingerprint=found,
             scale_from=scale_from,
-            class_names=class_names,
         )
-        self._interrupt = False
-        self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "SVQVAEAutoregressivePipeline":
-        """Loads a pipeline from a folder or from the Hub, with strict checks, from safetensors files only.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-            **kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pretrained`]; `use_safetensors` is always
-                `True`.
-
-        Raises:
-            OSError: The pipeline does not exist or has no safetensors files.
-            ValueError: It has another class, weights of the language model are missing or unexpected, or a `vqvae`
-                that was passed has another codebook.
-        """
-        kwargs["use_safetensors"] = True
-        folder = fetch_pipeline(cls, pretrained_model_name_or_path, **kwargs)
-        if "language_model" not in kwargs:
-            _check_weights(pretrained_model_name_or_path, Path(folder, "language_model"), kwargs.get("variant"))
-        pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipeline
+    def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
+        if "language_model" in kwargs:
+            return
+        folder, variant = folder / "language_model", kwargs.get("variant")
+        if not any(f".{variant}" in file.name for file in folder.glob("*.safetensors")):
+            variant = None  # as diffusers, component by component
+        _, info = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", use_safetensors=True, variant=variant, output_loading_info=True
+        )
+        faults = list_faults(info)  # transformers only warns
+        if faults:
+            raise ValueError(
+                f"the language model of {name} must have exactly the weights that its config asks for, but has "
+                f"faults: {faults}. Restore its files."
+            )
 
     @classmethod
     def from_single_file(
@@ -187,7 +155,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         """
         language_model = LlamaGenForCausalLM.from_single_file(
             source,
-            grid_size=grid_side(vqvae, image_size),
+            grid_size=None if image_size is None else latents_side(vqvae, image_size),
             num_attention_heads=num_attention_heads,
             use_ema=use_ema,
             dtype=dtype,
@@ -297,8 +265,8 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
         layout = self._resize_layout(height, width)
         wanted = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
         last = max(layout.scales.index(scale) for scale in wanted)
-        check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
-        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        tensor_inputs = callback_on_step_end_tensor_inputs
+        check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type, tensor_inputs)
         if not 0 <= guidance_stop <= 1:
             raise ValueError(f"`guidance_stop` must be a fraction in [0, 1], got {guidance_stop}.")
         self._interrupt = False
@@ -307,12 +275,7 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
             if captions:
                 class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
-            if guidance_scale != 1 and class_labels is None:
-                raise ValueError(
-                    f"`guidance_scale` = {guidance_scale} needs `class_labels` or `prompt`. Pass them, or leave it at "
-                    "1."
-                )
-            labels = self._encode_labels(class_labels, len(top[0]) if top else 1)
+            labels = self._encode_labels(class_labels, len(top[0]) if top else 1, guidance_scale)
             sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
             captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
             check_generators(generator, len(sequences))
@@ -331,24 +294,17 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
                 if self.interrupt:
                     break
                 sampler.sample(sequences, row)
-                if callback_on_step_end is not None:
-                    ids = sequences[:, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
-                    tensors = {"ids": ids.clone()} if callback_on_step_end_tensor_inputs else {}
-                    returned = callback_on_step_end(self, step, layout.scales[index], tensors) or {}
-                    replaced = check_returned_ids(returned.get("ids", ids), ids, layout.codebook_size)
-                    if not torch.equal(replaced, ids):
-                        ids.copy_(replaced)  # a view of the sequences
-                        sampler.forget()
+                ids = sequences[:, layout.spans[index].start : row.stop].unflatten(1, (-1, len(row)))
+                replaced = self._call_back(callback_on_step_end, tensor_inputs, step, layout.scales[index], ids)
+                if not torch.equal(replaced, ids):
+                    ids.copy_(replaced)  # a view of the sequences
+                    sampler.forget()
             grids, _ = layout.decode(sequences[:, : layout.spans[last].stop])
-            images = [self._decode(grids[layout.scales.index(scale)], layout, scale, output_type) for scale in wanted]
+            size = (layout.height, layout.width)
+            images = [self._decode(grids[layout.scales.index(scale)], size, scale, output_type) for scale in wanted]
         result = images if isinstance(scales, Iterable) else images[0]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
-        return self._interrupt
 
     def encode_prompt(self, prompt: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes captions to the features that the language model reads.
@@ -413,17 +369,6 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             )
         return layout
 
-    def _encode_labels(self, class_labels: Labels | None, images: int) -> torch.Tensor:
-        """One label per image; `num_classes` means no class."""
-        num_classes = self.layout.num_classes
-        device = self._execution_device
-        if class_labels is None:
-            return torch.full((images,), num_classes, device=device)
-        labels = number_labels(class_labels, self.config["class_names"] or [], num_classes).to(device)
-        if images not in (1, len(labels)):
-            raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
-        return labels
-
     def _encode_top(self, image: ImageInput | list[ImageInput], layout: SequenceLayout) -> list[torch.Tensor]:
         """Encodes the top parts of images to one grid of ids per scale."""
         batch = self.image_processor(image)
@@ -437,28 +382,6 @@ class SVQVAEAutoregressivePipeline(PipelineCardMixin):
             )
         sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
         return self.vqvae.encode_tokens(sample, layout.scales, layout.scale_from)
-
-    def _decode(self, ids: torch.Tensor, layout: SequenceLayout, scale: float, output_type: str) -> Any:
-        """Decodes ids `(batch, h, w)` of a scale to images of the output type."""
-        if output_type == "latent":
-            return ids
-        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (layout.height, layout.width), scale)
-        return self.image_processor.postprocess(sample, output_type=output_type)
-
-
-def _check_weights(name: str | os.PathLike, folder: Path, variant: str | None) -> None:
-    """Raises for missing and unexpected weights, because transformers only warns."""
-    if not any(f".{variant}" in file.name for file in folder.glob("*.safetensors")):
-        variant = None  # as diffusers, component by component
-    _, info = AutoModelForCausalLM.from_pretrained(
-        folder, device_map="meta", use_safetensors=True, variant=variant, output_loading_info=True
-    )
-    faults = list_faults(info)
-    if faults:
-        raise ValueError(
-            f"the language model of {name} must have exactly the weights that its config asks for, but has "
-            f"faults: {faults}. Restore its files."
-        )
 
 
 def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayout) -> None:
@@ -493,19 +416,6 @@ def _check_text_encoder(text_encoder: T5EncoderModel | None, language_model: Pre
             f"`text_encoder` must fit the language model, which {captions}, but has {text_encoder.config.d_model} "
             "channels. Use the text encoder that it was trained with."
         )
-
-
-def grid_side(vqvae: SVQVAE, image_size: int | None) -> int | None:
-    """Rows and columns of ids of square images, by their side in pixels.
-
-    Raises:
-        ValueError: The side is not a multiple of f.
-    """
-    if image_size is not None and (image_size < 1 or image_size % vqvae.f):
-        raise ValueError(
-            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
-        )
-    return None if image_size is None else image_size // vqvae.f
 
 
 def _check_scales(scales: float | Sequence[float], layout: SequenceLayout) -> Sequence[float]:

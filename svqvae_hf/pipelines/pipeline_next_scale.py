@@ -1,7 +1,6 @@
 """Pipeline that samples images scale by scale, each scale in one step, and edits images the same way."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,33 +14,25 @@ from transformers import DynamicCache, LogitsProcessorList
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import (
     ImageInput,
-    SVQVAEImageProcessor,
     pad_to_multiple,
     resize_area,
 )
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.pipelines.cards import PipelineCardMixin
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, Labels, evaluation_mode, latents_side
 from svqvae_hf.pipelines.reserved_cache import reserve
 from svqvae_hf.pipelines.sampling import (
     Generators,
-    Labels,
     check_finite,
     check_generators,
-    check_returned_ids,
     check_sampling,
-    check_tensor_inputs,
     draw,
-    evaluation_mode,
-    fetch_pipeline,
     guide,
     make_warpers,
-    number_labels,
 )
 from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
 
 DEFAULT_STEPS = 10
-GUIDANCE_MODES = ("rising", "constant")
 
 # Pipeline, step, size of the scale in ids, tensors -> tensors that replace them
 Callback = Callable[[Any, int, Size, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -54,7 +45,7 @@ class KnownIds(NamedTuple):
     kept: torch.Tensor
 
 
-class SVQVAENextScalePipeline(PipelineCardMixin):
+class SVQVAENextScalePipeline(GeneratorPipeline):
     """Samples images scale by scale: a transformer predicts all ids of a scale at once, and SVQVAE decodes the last.
 
     Args:
@@ -66,8 +57,8 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         codebook_fingerprint (`str`, *optional*): [`SVQVAE.codebook_fingerprint`] in training, which is saved with the
             pipeline; the fingerprint of `vqvae` by default.
         class_names (`list[str]`, *optional*): Name of each class.
-        scale_from (`str`, defaults to `"latents"`): What was resized to the scales in training, see
-            [`SVQVAE.forward`]. Images to edit are encoded the same way.
+        scale_from (`str`, defaults to `"image"`): What was resized to the scales in training, see
+            [`SVQVAE.encode_scales`]. Images to edit are encoded the same way.
 
     The attribute `trained_schedule` lists the scales as pairs `(height, width)`. Both models are in evaluation mode
     during sampling.
@@ -82,7 +73,6 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
-    _callback_tensor_inputs = ["ids"]
 
     def __init__(
         self,
@@ -91,60 +81,28 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         schedule: list[int] | list[list[int]] | None = None,
         codebook_fingerprint: str | None = None,
         class_names: list[str] | None = None,
-        scale_from: str = "latents",
+        scale_from: str = "image",
     ):
         super().__init__()
         check_scale_from(scale_from)
         check_fit(vqvae, transformer)
-        num_classes = transformer.config["num_classes"]
-        if class_names is not None and not len(set(class_names)) == len(class_names) == num_classes:
-            raise ValueError(f"`class_names` must be {num_classes} different names, one per class, got {class_names}.")
         if schedule is None:
             self.trained_schedule = default_schedule(max(1, vqvae.config["sample_size"] // vqvae.f))
         else:
             last = schedule[-1] if schedule else 1
             size = (last, last) if isinstance(last, int) else (last[0], last[-1])
             self.trained_schedule = fit_schedule(schedule, size)
-        found = vqvae.codebook_fingerprint()
-        if codebook_fingerprint not in (None, found):
-            raise ValueError(
-                "`vqvae` must have the codebook whose ids the transformer was trained on, with fingerprint "
-                f"{codebook_fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
-            )
-        self.register_modules(vqvae=vqvae, transformer=transformer)
-        self.register_to_config(
+        self._register(
+            {"vqvae": vqvae, "transformer": transformer},
+            transformer.config["num_classes"],
+            [codebook_fingerprint],
+            class_names,
             schedule=[list(size) for size in self.trained_schedule],
-            codebook_fingerprint=found,
-            class_names=class_names,
             scale_from=scale_from,
         )
-        self._interrupt = False
-        self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
         self.mask_processor = VaeImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "SVQVAENextScalePipeline":
-        """Loads a pipeline from a folder or from the Hub, with strict checks, from safetensors files only.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-            **kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pretrained`]; `use_safetensors` is always
-                `True`.
-
-        Raises:
-            OSError: The pipeline does not exist or has no safetensors files.
-            ValueError: It has another class, weights are missing or unexpected, or a `vqvae` that was passed has
-                another codebook.
-        """
-        kwargs["use_safetensors"] = True
-        folder = fetch_pipeline(cls, pretrained_model_name_or_path, **kwargs)
-        pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipeline
 
     @classmethod
     def from_single_file(
@@ -176,7 +134,7 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
         """
         schedule = [list(size) for size in square_schedule(vqvae, image_size)]
         transformer = NextScaleTransformer.from_single_file(source, dtype=dtype)
-        return cls(vqvae, transformer, schedule=schedule, class_names=class_names)
+        return cls(vqvae, transformer, schedule=schedule, class_names=class_names, scale_from="latents")
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
@@ -261,15 +219,15 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             TypeError: Labels are neither integers nor names.
             ValueError: A value is out of range or does not fit the others, or logits are NaN or infinite.
         """
-        check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type)
-        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        tensor_inputs = callback_on_step_end_tensor_inputs
+        check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type, tensor_inputs)
         height, width, sizes = self._plan(height, width, num_inference_steps, schedule)
-        scales = self._guidance(guidance_scale, guidance_mode, class_labels, sizes)
+        scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
         _check_greedy(greedy_scales, sizes)
         self._interrupt = False
         with evaluation_mode(self.vqvae, self.transformer):
             known = self._encode_known(image, mask_image, image_scale, sizes, height, width)
-            labels = self._number_labels(class_labels, len(known[0].ids) if known else 1)
+            labels = self._encode_labels(class_labels, len(known[0].ids) if known else 1, guidance_scale)
             labels = labels.repeat_interleave(num_images_per_prompt)
             check_generators(generator, len(labels))
             warpers = LogitsProcessorList(make_warpers(temperature, top_k, top_p))
@@ -282,21 +240,13 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
                 ids = (scores.argmax(-1) if temperature == 0 else draw(scores, generator)).unflatten(1, size)
                 if known:
                     ids = _keep(known[step], ids)
-                if callback_on_step_end is not None:
-                    tensors = {"ids": ids.clone()} if callback_on_step_end_tensor_inputs else {}
-                    returned = callback_on_step_end(self, step, size, tensors) or {}
-                    ids = check_returned_ids(returned.get("ids", ids), ids, self.transformer.config["codebook_size"])
+                ids = self._call_back(callback_on_step_end, tensor_inputs, step, size, ids)
                 if self.interrupt:
                     break
                 predictor.add(ids)
-            images = self._decode(ids, height, width, output_type)
+            images = self._decode(ids, (height, width), 1.0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
-        return self._interrupt
 
     def _plan(
         self,
@@ -319,25 +269,6 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             return height, width, self.trained_schedule
         steps = min(len(self.trained_schedule), *size) if num_inference_steps is None else num_inference_steps
         return height, width, make_schedule(size, steps)
-
-    def _guidance(
-        self, guidance_scale: float, mode: str, class_labels: Labels | None, sizes: list[Size]
-    ) -> list[float]:
-        if mode not in GUIDANCE_MODES:
-            raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
-        if guidance_scale != 1 and class_labels is None:
-            raise ValueError(f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1.")
-        return guidance_per_step(guidance_scale, mode, sizes, self.trained_schedule[-1])
-
-    def _number_labels(self, class_labels: Labels | None, images: int) -> torch.Tensor:
-        """One label per image; `num_classes` means no class."""
-        num_classes = self.transformer.config["num_classes"]
-        if class_labels is None:
-            return torch.full((images,), num_classes, device=self._execution_device)
-        labels = number_labels(class_labels, self.config["class_names"] or [], num_classes)
-        if images not in (1, len(labels)):
-            raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
-        return labels.to(self._execution_device)
 
     def _encode_known(
         self,
@@ -393,12 +324,6 @@ class SVQVAENextScalePipeline(PipelineCardMixin):
             for each, size in zip(latents, sizes, strict=True)
         ]
 
-    def _decode(self, ids: torch.Tensor, height: int, width: int, output_type: str) -> Any:
-        if output_type == "latent":
-            return ids
-        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, (height, width), 1.0)
-        return self.image_processor.postprocess(sample, output_type=output_type)
-
 
 class _ScalePredictor:
     """The transformer with its cache, and the codes of the scale that it reads next."""
@@ -440,10 +365,7 @@ def square_schedule(vqvae: SVQVAE, image_size: int | None) -> list[Size]:
     Raises:
         ValueError: The side is not a positive multiple of f.
     """
-    pixels = vqvae.config["sample_size"] if image_size is None else image_size
-    if pixels < 1 or pixels % vqvae.f:
-        raise ValueError(f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {pixels}.")
-    return default_schedule(pixels // vqvae.f)
+    return default_schedule(latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size))
 
 
 def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:

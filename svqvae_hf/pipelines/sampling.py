@@ -1,62 +1,25 @@
-"""Parts of sampling that all pipelines share: labels, guidance, draws and checks."""
+"""Sampling of ids from logits: guidance, temperature, top-k, top-p, draws, and checks of their arguments."""
 
-import os
-import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
-
-from svqvae_hf.hub.repositories import from_hub
-from svqvae_hf.pipelines.sequences import to_int64
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 NUM_CANDIDATES = 1024  # tokens that hold `top_p` of the probability unless the logits are nearly equal
 MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float32
 
 Generators = torch.Generator | list[torch.Generator] | None
-Labels = int | str | Sequence[int | str]
-
-
-@contextmanager
-def evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Puts models in evaluation mode, and every module back in its own mode afterwards."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def fetch_pipeline(cls: type[DiffusionPipeline], name: str | os.PathLike, **kwargs: Any) -> str:
-    """Returns the folder of a pipeline, downloading it if it is on the Hub.
-
-    Args:
-        cls (`type[DiffusionPipeline]`): Class that the pipeline must have.
-        name (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-        **kwargs: Arguments of [`~diffusers.DiffusionPipeline.download`].
-
-    Raises:
-        OSError: The pipeline does not exist or cannot be downloaded.
-        ValueError: It has another class.
-    """
-    folder = os.fspath(name) if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
-    found = cls.load_config(folder)["_class_name"]
-    if found != cls.__name__:
-        raise ValueError(
-            f"the pipeline of `{name}` must be a {cls.__name__}, but is a {found}. Load it with `DiffusionPipeline`."
-        )
-    return folder
 
 
 def check_sampling(
-    guidance_scale: float, temperature: float, top_k: int, top_p: float, num_images: int, output_type: str
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_images: int,
+    output_type: str,
+    tensor_inputs: Sequence[str],
 ) -> None:
     """Raises if an argument of sampling is out of its range."""
     least, most = 1 / MAX_FACTOR, MAX_FACTOR
@@ -68,6 +31,7 @@ def check_sampling(
         "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         "num_images_per_prompt": (num_images, num_images >= 1, "at least 1"),
         "output_type": (output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+        "callback_on_step_end_tensor_inputs": (list(tensor_inputs), {*tensor_inputs} <= {"ids"}, "among ['ids']"),
     }
     for name, (value, holds, rule) in rules.items():
         if not holds:
@@ -80,23 +44,6 @@ def check_generators(generator: Generators, count: int) -> None:
         raise ValueError(f"`generator` must have one generator per image, {count}, got {len(generator)}.")
 
 
-def check_tensor_inputs(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises for a name of a tensor that callbacks cannot ask for."""
-    if not set(names) <= set(known):
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {list(known)}, got {list(names)}.")
-
-
-def check_returned_ids(returned: torch.Tensor, sampled: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """Returns the ids of a callback in int64, on the device of the sampled ids. Raises if they cannot replace them."""
-    ids = to_int64("ids", returned).to(sampled.device)
-    if ids.shape != sampled.shape or not 0 <= ids.min() <= ids.max() < codebook_size:
-        raise ValueError(
-            f"`ids` that `callback_on_step_end` returns must have shape {tuple(sampled.shape)} and lie in [0, "
-            f"{codebook_size}), got shape {tuple(ids.shape)} in [{ids.min()}, {ids.max()}]."
-        )
-    return ids
-
-
 def check_finite(highest: torch.Tensor, network: torch.nn.Module, title: str) -> None:
     """Raises for logits with NaN or infinity, which make the highest score of a draw NaN or infinite."""
     if not highest.isfinite().all():
@@ -104,29 +51,6 @@ def check_finite(highest: torch.Tensor, network: torch.nn.Module, title: str) ->
             f"the logits of the {title} must be finite, but {type(network).__name__} in {network.dtype} returned NaN "
             "or infinity. Load it in another `dtype`, such as torch.float32, or use a model with finite weights."
         )
-
-
-def number_labels(class_labels: Labels, class_names: Sequence[str], num_classes: int) -> torch.Tensor:
-    """Converts labels, by number or by name, to their numbers in int64, `(labels,)`.
-
-    Raises:
-        TypeError: A label is neither an integer nor a name.
-        ValueError: A class is unknown, or there is none.
-    """
-    given = [class_labels] if isinstance(class_labels, str) else class_labels
-    if isinstance(given, list | tuple):
-        unknown = [label for label in given if isinstance(label, str) and label not in class_names]
-        if unknown:
-            raise ValueError(
-                f"`class_labels` must be numbers in [0, {num_classes}) or names of classes, "
-                f"{reprlib.repr(list(class_names))}, got {unknown[0]!r}."
-            )
-        given = [class_names.index(label) if isinstance(label, str) else label for label in given]
-    numbers = torch.as_tensor(given).reshape(-1)
-    labels = to_int64("class_labels", numbers) if numbers.numel() else numbers
-    if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
-    return labels
 
 
 def make_warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:

@@ -7,6 +7,7 @@ Size = tuple[int, int]  # height and width
 Scale = int | Sequence[int]  # longer side, or height and width
 
 BISECTIONS = 60  # more than the bits of a float
+GUIDANCE_MODES = ("rising", "constant")
 RISING_STEPS = 9  # after which rising guidance has reached its scale, as in VAR
 
 
@@ -83,7 +84,12 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
             `guidance_scale` itself.
         sizes (list of `(height, width)`): Schedule.
         trained (`tuple[int, int]`): Largest scale in training.
+
+    Raises:
+        ValueError: The mode is unknown.
     """
+    if mode not in GUIDANCE_MODES:
+        raise ValueError(f"`guidance_mode` must be one of {', '.join(GUIDANCE_MODES)}, got {mode!r}.")
     if mode == "constant":
         return [guidance_scale] * len(sizes)
     rise = (guidance_scale - 1) / max(1, min(len(sizes) - 1, RISING_STEPS))

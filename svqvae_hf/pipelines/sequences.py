@@ -39,8 +39,8 @@ class SequenceLayout:
             tuple.
         num_classes (`int`, defaults to 0): Number of classes. Labels are `0, ..., num_classes - 1`; the label
             `num_classes` means no class.
-        scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. It changes
-            no token of the layout, but images must be encoded as in training.
+        scale_from (`str`, defaults to `"image"`): What was resized to the scales, see
+            [`SVQVAE.encode_scales`]. It changes no token of the layout, but images must be encoded as in training.
 
     Raises:
         ValueError: A value is out of range, or the scales do not ascend.
@@ -52,7 +52,7 @@ class SequenceLayout:
     width: int
     scales: Sequence[float] = (1.0,)
     num_classes: int = 0
-    scale_from: str = "latents"
+    scale_from: str = "image"
 
     def __post_init__(self) -> None:
         check_scale_from(self.scale_from)

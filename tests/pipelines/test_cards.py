@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import make_tiny
 from diffusers import DiffusionPipeline, LDMPipeline, ModelMixin
+from generators import make_autoregressive, make_llamagen
 from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
 from pipeline_parts import make_pipeline as make_diffusion
 from pipeline_parts import text_components
-from test_pipeline_autoregressive import make_pipeline
-from test_pipeline_llamagen import make_pipeline as make_captioned
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 
@@ -22,7 +22,7 @@ CLASSES = {
 }
 MAKERS = {
     "model": (make_tiny, "."),
-    "pipeline": (make_pipeline, "vqvae"),
+    "pipeline": (make_autoregressive, "vqvae"),
     "pipeline of diffusers": (lambda: make_diffusion(LDMPipeline), "vqvae"),
 }
 
@@ -59,15 +59,34 @@ def test_files_of_each_way_to_save(make, folder, tmp_path):
 
 
 def test_a_variant_of_one_component_loads(tmp_path):
-    pipeline = make_pipeline()
+    pipeline = make_autoregressive()
     pipeline.save_pretrained(tmp_path)
     pipeline.vqvae.save_pretrained(tmp_path / "vqvae", variant="fp16")
     loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path, variant="fp16")
     assert loaded.vqvae.codebook_fingerprint() == pipeline.vqvae.codebook_fingerprint()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
+def test_an_adapter_is_saved_only_if_it_is_merged(tmp_path):
+    pipeline = make_autoregressive()
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapter = get_peft_model(pipeline.language_model, config)
+    with pytest.raises(ValueError, match="`language_model` must be saved with its adapter merged"):
+        pipeline.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    pipeline.language_model = adapter
+    with pytest.raises(ValueError, match="`language_model` must be saved with its adapter merged"):
+        pipeline.save_pretrained(tmp_path / "new")
+    pipeline.language_model = adapter.merge_and_unload()
+    pipeline.save_pretrained(tmp_path / "new")
+    loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "new")
+    loaded.set_progress_bar_config(disable=True)
+    call = {"class_labels": 0, "temperature": 0, "output_type": "latent"}
+    assert torch.equal(loaded(**call).images, pipeline(**call).images)
+
+
 def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
-    make_pipeline().save_pretrained(tmp_path / "dreams")
+    make_autoregressive().save_pretrained(tmp_path / "dreams")
     card = (tmp_path / "dreams" / "README.md").read_text()
     assert "only after\n`import svqvae_hf`" in card
     assert ModelCard(card).data.license == "unknown"
@@ -81,7 +100,7 @@ def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
 def test_card_of_a_pipeline_for_captions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, text in enumerate((text_components(), {})):
-        make_captioned("t2i", **text).save_pretrained(tmp_path / str(number))
+        make_llamagen("t2i", **text).save_pretrained(tmp_path / str(number))
         card = ModelCard.load(tmp_path / str(number) / "README.md")
         assert ("prompt=" in card.text, "prompt_embeds=" in card.text) == (bool(text), not text)
         assert card.data.pipeline_tag == ("text-to-image" if text else "unconditional-image-generation")
@@ -92,13 +111,13 @@ def test_card_of_a_pipeline_for_captions(tmp_path, monkeypatch):
 
 def test_card_that_is_there_stays(tmp_path):
     (tmp_path / "README.md").write_text("my own")
-    make_pipeline().save_pretrained(tmp_path)
+    make_autoregressive().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own"
 
 
 def test_upload_fails_at_once_without_a_network(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    pipeline = make_pipeline()
+    pipeline = make_autoregressive()
     monkeypatch.setattr(pipeline, "describe", lambda: pytest.fail("wrote the card first"))
     with pytest.raises(OSError, match="Could not create `org/new` on the Hub: it cannot be reached"):
         pipeline.push_to_hub("org/new")

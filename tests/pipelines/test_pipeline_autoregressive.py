@@ -1,6 +1,5 @@
 """The autoregressive pipeline with small random language models."""
 
-import dataclasses
 import json
 import math
 import re
@@ -9,19 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from cli_runner import fails, svqvae
 from conftest import make_tiny
 from diffusers import DiffusionPipeline
-from PIL import Image
+from generators import LATENTS, LAYOUT, ONE_SCALE, SCALES, make_autoregressive, make_language_model
 from safetensors.torch import load_file, save_file
 from transformers import (
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
@@ -29,52 +23,7 @@ from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAEImageProcessor
 from svqvae_hf.pipelines.sampling import draw
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
 
-SCALES = (0.25, 0.5, 1.0)
-LAYOUT = SequenceLayout(64, 4, 32, 16, SCALES, 3)
-PYRAMID = dataclasses.replace(LAYOUT, scale_from="image")
-ONE_SCALE = SequenceLayout(64, 4, 32, 16, (1.0,), 3)
 MODELS = [LlamaForCausalLM, GPT2LMHeadModel, Qwen2ForCausalLM, Qwen3ForCausalLM]
-
-
-def make_language_model(cls=LlamaForCausalLM, layout=LAYOUT, **config):
-    """Builds a language model whose next token depends strongly on the tokens before."""
-    torch.manual_seed(0)
-    common = {
-        "vocab_size": layout.vocab_size,
-        "initializer_range": 0.5,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if cls is GPT2LMHeadModel:
-        sizes = {"n_positions": layout.length, "n_embd": 32, "n_layer": 2, "n_head": 2}
-        return cls(GPT2Config(**(common | sizes | config))).eval()
-    sizes = {
-        "max_position_embeddings": layout.length,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-    }
-    family = {LlamaForCausalLM: LlamaConfig, Qwen2ForCausalLM: Qwen2Config, Qwen3ForCausalLM: Qwen3Config}[cls]
-    return cls(family(**(common | sizes | config))).eval()
-
-
-def make_pipeline(cls=LlamaForCausalLM, layout=LAYOUT, class_names=None, **config):
-    pipeline = SVQVAEAutoregressivePipeline(
-        make_tiny(),
-        make_language_model(cls, layout, **config),
-        num_classes=layout.num_classes,
-        height=layout.height,
-        width=layout.width,
-        scales=layout.scales,
-        scale_from=layout.scale_from,
-        class_names=class_names,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def seeded(seed=0):
@@ -102,19 +51,19 @@ def check_greedy(pipeline, ids, labels, guidance_scale=1.0, given=(0, 0, 0)):
 @pytest.fixture(scope="module")
 def pipeline():
     """A pipeline to call, not to change."""
-    return make_pipeline()
+    return make_autoregressive()
 
 
 @pytest.fixture
 def own_pipeline():
     """A pipeline that a test may change."""
-    return make_pipeline()
+    return make_autoregressive()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
-    make_pipeline().save_pretrained(folder)
+    make_autoregressive().save_pretrained(folder)
     return folder
 
 
@@ -123,7 +72,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("cls", MODELS)
 def test_greedy_ids_equal_generate_without_a_cache(cls):
-    pipeline = make_pipeline(cls)
+    pipeline = make_autoregressive(cls)
     ids = sample_ids(pipeline, [0, 1, 2], temperature=0)
     sequences = pipeline.language_model.generate(
         LAYOUT.codebook_size + torch.arange(3)[:, None],
@@ -242,7 +191,7 @@ def test_half_precision(own_pipeline):
 
 
 def test_sampling_is_in_evaluation_mode_and_restores_the_mode():
-    pipeline = make_pipeline(attention_dropout=0.5)
+    pipeline = make_autoregressive(attention_dropout=0.5)
     ids = sample_ids(pipeline, [0, 1], temperature=0)
     parts = {"num_classes": 3, "height": 32, "width": 16, "scales": SCALES}
     trained = SVQVAEAutoregressivePipeline(pipeline.vqvae.train(), pipeline.language_model.train(), **parts)
@@ -252,7 +201,7 @@ def test_sampling_is_in_evaluation_mode_and_restores_the_mode():
 
 
 def test_compiled_language_model(tmp_path):
-    pipeline = make_pipeline()
+    pipeline = make_autoregressive()
     ids = sample_ids(pipeline, [0, 1], generator=seeded())
     pipeline.language_model = torch.compile(pipeline.language_model, backend="eager")
     with torch.compiler.set_stance("force_eager"):  # compiling takes half a minute
@@ -395,9 +344,9 @@ def test_the_callback_ends_the_sampling(pipeline):
 # Completing
 
 
-@pytest.mark.parametrize("layout", [ONE_SCALE, LAYOUT, PYRAMID])
+@pytest.mark.parametrize("layout", [ONE_SCALE, LAYOUT, LATENTS])
 def test_top_rows_are_kept_and_the_rows_below_follow_from_them(layout, photo):
-    pipeline = make_pipeline(layout=layout)
+    pipeline = make_autoregressive(layout=layout)
     top = photo.resize((16, 32)).crop((0, 0, 16, 16))
     sample = SVQVAEImageProcessor()(top)["pixel_values"]
     known = pipeline.vqvae.encode_tokens(sample, layout.scales, layout.scale_from)
@@ -477,79 +426,6 @@ def test_the_size_defaults_to_the_sample_size_of_the_vqvae():
     assert pipeline.layout == layout
 
 
-# svqvae generate
-
-
-@pytest.mark.usefixtures("process")
-def test_generate_writes_images_and_a_sheet(saved, pipeline, tmp_path, capsys):
-    arguments = ["--class", "2", "0", "--num-images", "3", "--scales", "1", "0.5", "--seed", "7", "--top-k", "9"]
-    arguments += ["--guidance-scale", "2", "--temperature", "0.9", "--top-p", "0.8", "--output", tmp_path]
-    assert svqvae("generate", saved, *arguments) == 0
-    names = {f"class_{label}_{index}_x{scale}.png" for label in (2, 0) for index in range(3) for scale in ("1", "0.5")}
-    assert {file.name for file in tmp_path.iterdir()} == names | {"sheet.png"}
-    assert capsys.readouterr().out == f"written  {tmp_path} (images: 12)\n"
-    whole, half = pipeline(
-        0, scales=[1.0, 0.5], generator=[seeded(7 + 4)], top_k=9, guidance_scale=2.0, temperature=0.9, top_p=0.8
-    ).images
-    for name, (image,) in {"class_0_1_x1.png": whole, "class_0_1_x0.5.png": half}.items():
-        assert np.array_equal(Image.open(tmp_path / name), image)
-    sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.size == (3 * 16, 2 * 32)
-    assert np.array_equal(sheet.crop((16, 32, 32, 64)), whole[0])
-
-
-@pytest.mark.usefixtures("process")
-def test_generate_takes_names_of_classes(tmp_path):
-    pipeline = make_pipeline(class_names=["tench, Tinca", "../up", "1"])
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    out = tmp_path / "out"
-    assert (
-        svqvae("generate", tmp_path / "pipeline", "--class", "../up", "tench, Tinca", "1", "0", "--output", out) == 0
-    )
-    names = ["up", "tench-Tinca", "1", "0"]
-    assert {file.name for file in out.iterdir()} == {*(f"class_{name}_0_x1.png" for name in names), "sheet.png"}
-    images = pipeline([1, 0, 2, 0], generator=[seeded(index) for index in range(4)]).images
-    for name, image in zip(names, images, strict=True):
-        assert np.array_equal(Image.open(out / f"class_{name}_0_x1.png"), image)
-
-
-@pytest.mark.usefixtures("process")
-def test_generate_without_a_class(saved, tmp_path):
-    assert svqvae("generate", saved, "--output", tmp_path / "out") == 0
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"image_0_x1.png", "sheet.png"}
-
-
-@pytest.mark.usefixtures("process")
-def test_generate_overwrites_only_if_asked(saved, tmp_path, capsys):
-    command = ["generate", saved, "--output", tmp_path / "out", "--temperature", "0"]
-    assert svqvae(*command) == 0
-    capsys.readouterr()
-    before = (tmp_path / "out" / "sheet.png").stat()
-    assert "image_0_x1.png` already exists. Pass --overwrite" in fails(capsys, *command)
-    assert (tmp_path / "out" / "sheet.png").stat() == before
-    assert svqvae(*command, "--overwrite", "--steps-picture", tmp_path / "steps.png") == 0
-    with Image.open(tmp_path / "out" / "image_0_x1.png") as image, Image.open(tmp_path / "steps.png") as strip:
-        assert strip.size == (3 * image.width, image.height)  # scales 0.25, 0.5 and 1
-        assert np.array_equal(strip.crop((2 * image.width, 0, *strip.size)), image)
-
-
-@pytest.mark.usefixtures("process")
-def test_generate_reports_a_mistake_in_one_line(saved, tmp_path, capsys):
-    (tmp_path / "ldm").mkdir()
-    (tmp_path / "ldm" / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
-    for arguments, message in (
-        ([saved, "--class", "3"], "`class_labels` must be in [0, 3), got [3]"),
-        ([saved, "--class", "cat"], "`class_labels` must be numbers in [0, 3) or names of classes, [], got 'cat'."),
-        ([saved, "--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
-        ([saved / "vqvae"], "no file named model_index.json found"),
-        ([tmp_path / "ldm"], "must be one of SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline, but is a LDM"),
-        ([saved, "--steps-picture", "steps.jpg"], "--steps-picture must end in .png, got `steps.jpg`."),
-        ([saved, "--steps", "3"], "--steps belongs to next-scale pipelines, but MODEL is autoregressive"),
-    ):
-        assert message in fails(capsys, "generate", *arguments, "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # Wrong input
 
 
@@ -596,7 +472,7 @@ def test_values_out_of_range_raise(pipeline, calls):
 
 
 def test_classes_by_name(tmp_path):
-    pipeline = make_pipeline(class_names=["cat", "dog", "7"])
+    pipeline = make_autoregressive(class_names=["cat", "dog", "7"])
     pipeline.save_pretrained(tmp_path)
     loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -609,7 +485,7 @@ def test_classes_by_name(tmp_path):
         pipeline(["cat", "cow"])
     for names in (["cat", "dog"], ["cat", "dog", "cat"]):
         with pytest.raises(ValueError, match="`class_names` must be 3 different names, one per class, got"):
-            make_pipeline(class_names=names)
+            make_autoregressive(class_names=names)
 
 
 def test_without_names_a_name_raises(pipeline):

@@ -1,32 +1,17 @@
 """The autoregressive pipeline with LlamaGen's language models, compared with ids of the original code."""
 
-import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from cli_runner import fails, names, svqvae
-from conftest import ROOT, make_tiny
-from PIL import Image
+from conftest import make_tiny
+from generators import CHECKPOINT, GOLDEN, make_llamagen
 from pipeline_parts import text_components
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
+from svqvae_hf import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.sampling import guide
-
-GOLDEN = ROOT / "tests" / "golden"
-CHECKPOINT = str(GOLDEN / "llamagen_gpt_{kind}_tiny.pt")
-
-
-def make_pipeline(kind: str, **components) -> SVQVAEAutoregressivePipeline:
-    """A pipeline of 16 x 16 pixels, 4 x 4 ids."""
-    model = LlamaGenForCausalLM.from_single_file(CHECKPOINT.format(kind=kind), grid_size=4, num_attention_heads=4)
-    pipeline = SVQVAEAutoregressivePipeline(
-        make_tiny(codebook_size=256), model, num_classes=model.config.num_classes, height=16, width=16, **components
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def load_expected(kind: str) -> tuple[dict, dict]:
@@ -45,7 +30,7 @@ def load_expected(kind: str) -> tuple[dict, dict]:
 def test_ids_equal_the_original_code(kind, guidance_scale):
     expected, condition = load_expected(kind)
     call = {"guidance_scale": guidance_scale, "temperature": 0, "output_type": "latent"}
-    ids = make_pipeline(kind)(**condition, **call).images
+    ids = make_llamagen(kind)(**condition, **call).images
     assert torch.equal(ids.flatten(1), expected[f"greedy_cfg{guidance_scale}.ids"])
 
 
@@ -53,7 +38,7 @@ def test_ids_equal_the_original_code(kind, guidance_scale):
 def test_ids_with_an_interval_of_guidance_equal_the_original_code(kind):
     """`cfg_interval` of 4 guides the first 6 of 16 ids."""
     expected, condition = load_expected(kind)
-    pipeline, batches = make_pipeline(kind), []
+    pipeline, batches = make_llamagen(kind), []
     pipeline.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
     )
@@ -64,7 +49,7 @@ def test_ids_with_an_interval_of_guidance_equal_the_original_code(kind):
 
 
 def test_ids_replaced_after_the_guidance_decide_the_next_ones():
-    pipeline = make_pipeline("c2i")
+    pipeline = make_llamagen("c2i")
 
     def replace(pipe, step, scale, tensors):
         return {"ids": tensors["ids"].flip(-1)} if step == 2 else None
@@ -108,7 +93,7 @@ def test_64_ids_in_bfloat16_equal_the_original_code_up_to_rounding(guidance_scal
 def test_a_compiled_model_is_not_compiled_at_each_step():
     """Takes five seconds, because shapes that change are traced several times."""
     expected, condition = load_expected("c2i")
-    pipeline, counter = make_pipeline("c2i"), CompileCounter()
+    pipeline, counter = make_llamagen("c2i"), CompileCounter()
     pipeline.language_model.compile(backend=counter, dynamic=True)
     ids = pipeline(**condition, guidance_scale=2, temperature=0, output_type="latent").images
     assert torch.equal(ids.flatten(1), expected["greedy_cfg2.ids"])
@@ -118,7 +103,7 @@ def test_a_compiled_model_is_not_compiled_at_each_step():
 def test_unmasked_captions_equal_the_original_code():
     expected, condition = load_expected("t2i")
     condition.pop("prompt_attention_mask")
-    ids = make_pipeline("t2i")(**condition, guidance_scale=2, temperature=0, output_type="latent").images
+    ids = make_llamagen("t2i")(**condition, guidance_scale=2, temperature=0, output_type="latent").images
     assert torch.equal(ids.flatten(1), expected["greedy_cfg2_unmasked.ids"])
 
 
@@ -137,7 +122,7 @@ def test_a_checkpoint_and_its_tokenizer_are_a_pipeline(kind):
 
 def test_captions_are_encoded_where_the_pipeline_runs():
     """With accelerate's offloading the text encoder is elsewhere until it runs."""
-    pipeline = make_pipeline("t2i", **text_components())
+    pipeline = make_llamagen("t2i", **text_components())
     call = {"prompt": ["a cat", "the roof"], "temperature": 0, "output_type": "latent"}
     expected = pipeline(**call).images
     cpu_offload(pipeline.text_encoder, torch.device("cpu"))
@@ -169,12 +154,12 @@ def test_several_images_per_caption_and_a_replaced_row():
         return {"ids": tensors["ids"].clone()} if step == 1 else None
 
     call = {"guidance_scale": 2, "temperature": 0, "num_images_per_prompt": 2, "callback_on_step_end": replace}
-    ids = make_pipeline("t2i")(**condition, **call, output_type="latent").images
+    ids = make_llamagen("t2i")(**condition, **call, output_type="latent").images
     assert torch.equal(ids.flatten(1), expected["greedy_cfg2.ids"].repeat_interleave(2, dim=0))
 
 
 def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
-    pipeline = make_pipeline("t2i", **text_components())
+    pipeline = make_llamagen("t2i", **text_components())
     features, mask = pipeline.encode_prompt(["a cat", "a cat on the roof"])
     assert mask.sum(1).tolist() == [3, 6]
     assert mask[:, -3:].all()
@@ -186,7 +171,7 @@ def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
 
 
 def test_prompts_are_their_features(tmp_path):
-    make_pipeline("t2i", **text_components()).save_pretrained(tmp_path)
+    make_llamagen("t2i", **text_components()).save_pretrained(tmp_path)
     pipeline = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     call = {"guidance_scale": 2.0, "temperature": 0, "output_type": "latent"}
@@ -195,21 +180,6 @@ def test_prompts_are_their_features(tmp_path):
     ids = pipeline(prompt=prompts, **call).images
     assert torch.equal(ids, pipeline(prompt_embeds=features, prompt_attention_mask=mask, **call).images)
     assert not torch.equal(ids[0], ids[1])
-
-
-def test_generate_writes_a_row_of_images_per_caption(tmp_path, capsys):
-    pipeline = make_pipeline("t2i", **text_components())
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    call = ("generate", tmp_path / "pipeline", "--output", tmp_path / "out", "--prompt", "the cat", "a roof")
-    assert svqvae(*call, "--num-images", 2, "--guidance-scale", 2) == 0
-    files = [f"prompt_{caption}_{index}_x1.png" for caption in range(2) for index in range(2)]
-    assert names(tmp_path / "out") == [*files, "sheet.png"]
-    seeded = torch.Generator().manual_seed(2)
-    (image,) = pipeline(prompt="a roof", guidance_scale=2.0, generator=seeded).images
-    with Image.open(tmp_path / "out" / "prompt_1_0_x1.png") as written:
-        assert np.array_equal(written, image)
-    capsys.readouterr()
-    assert "not allowed with argument --prompt" in fails(capsys, *call, "--class", "0")
 
 
 @pytest.mark.parametrize(
@@ -222,24 +192,24 @@ def test_generate_writes_a_row_of_images_per_caption(tmp_path, capsys):
         ("t2i", {"prompt": "a " * 120}, r"must have at most 120 tokens, but 'a a a.*' has 121. Shorten it"),
         ("t2i", {"prompt_embeds": torch.zeros(1, 9, 32)}, r"must have shape \(1, 120, 32\)"),
         ("c2i", {"prompt": "a cat"}, "need a language model with captions, but this one has 10 classes"),
-        ("c2i", {"guidance_scale": 2}, "needs `class_labels` or `prompt`"),
+        ("c2i", {"guidance_scale": 2}, "needs `class_labels`. Pass them"),
         ("c2i", {"guidance_stop": 6}, r"`guidance_stop` must be a fraction in \[0, 1\], got 6"),
     ],
 )
 def test_wrong_conditions_are_errors(kind, arguments, message):
-    pipeline = make_pipeline(kind, **(text_components() if kind == "t2i" else {}))
+    pipeline = make_llamagen(kind, **(text_components() if kind == "t2i" else {}))
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
 
 
 def test_prompts_need_a_text_encoder():
     with pytest.raises(ValueError, match="needs a pipeline with `text_encoder` and `tokenizer`"):
-        make_pipeline("t2i")(prompt="a cat")
+        make_llamagen("t2i")(prompt="a cat")
 
 
 @pytest.mark.parametrize("size", [(16, 20), (8, 32), (32, 32)])
 def test_a_grid_that_was_not_trained_is_an_error(size):
-    pipeline = make_pipeline("c2i")
+    pipeline = make_llamagen("c2i")
     with pytest.raises(ValueError, match=r"has 4 x 4 ids per image.* Pass `height` and `width` of 16"):
         SVQVAEAutoregressivePipeline(
             pipeline.vqvae, pipeline.language_model, num_classes=10, height=size[0], width=size[1]
@@ -247,7 +217,7 @@ def test_a_grid_that_was_not_trained_is_an_error(size):
 
 
 def test_a_tokenizer_with_other_codes_is_an_error():
-    pipeline = make_pipeline("c2i")
+    pipeline = make_llamagen("c2i")
     pipeline.language_model.config.codebook_fingerprint = pipeline.vqvae.codebook_fingerprint()
     other = make_tiny(codebook_size=256)
     other.quantize.embedding.weight.data += 1
@@ -256,5 +226,5 @@ def test_a_tokenizer_with_other_codes_is_an_error():
         if vqvae is pipeline.vqvae:
             SVQVAEAutoregressivePipeline(vqvae, pipeline.language_model, **arguments)
         else:
-            with pytest.raises(ValueError, match="must have the codebook whose ids the language model was trained on"):
+            with pytest.raises(ValueError, match="must have the codebook whose ids the pipeline was trained on"):
                 SVQVAEAutoregressivePipeline(vqvae, pipeline.language_model, **arguments)

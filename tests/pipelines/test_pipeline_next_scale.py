@@ -1,13 +1,11 @@
 """The next-scale pipeline, against the original code and by its properties."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from cli_runner import fails, names, svqvae
 from conftest import make_tiny
 from diffusers import DiffusionPipeline
+from generators import NAMES, TRAINED, make_next_scale
 from next_scale_golden import GOLDEN, OUTPUTS, Golden, make_transformer
 from PIL import Image
 from torch.nn.functional import cross_entropy, interpolate
@@ -15,33 +13,25 @@ from torch.nn.functional import cross_entropy, interpolate
 from svqvae_hf import NextScaleTransformer, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.models.checks import SCALE_SOURCES
 
-TRAINED = [1, 2, 3, 4]
-NAMES = ["cat", "dog", "fox"]
-
-
-def make_pipeline(**arguments) -> SVQVAENextScalePipeline:
-    """A pipeline with f = 4, 64 codes and 3 classes, for 16 x 16 pixels."""
-    pipeline = SVQVAENextScalePipeline(make_tiny(), make_transformer(), **({"schedule": TRAINED} | arguments))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
 
 @pytest.fixture
 def pipeline():
-    return make_pipeline()
+    return make_next_scale()
 
 
 @pytest.fixture(params=SCALE_SOURCES)
 def editor(request):
     """A pipeline for scales of each source."""
-    return make_pipeline(scale_from=request.param)
+    return make_next_scale(scale_from=request.param)
 
 
 @pytest.fixture(scope="module")
 def golden_pipeline():
     vqvae = make_tiny(codebook_size=160, codebook_embed_dim=32)
     vqvae.quantize.embedding.weight.data = OUTPUTS["codebook"].clone()
-    pipeline = SVQVAENextScalePipeline(vqvae, NextScaleTransformer.from_single_file(GOLDEN), schedule=[1, 16])
+    pipeline = SVQVAENextScalePipeline(
+        vqvae, NextScaleTransformer.from_single_file(GOLDEN), schedule=[1, 16], scale_from="latents"
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -89,41 +79,32 @@ def test_ids_are_those_of_the_original(golden_pipeline, monkeypatch, schedule, r
 
 def test_known_ids_are_the_targets_of_the_original(golden_pipeline, monkeypatch):
     golden, latents = Golden("larger"), OUTPUTS["latents"]
-    monkeypatch.setattr(golden_pipeline.vqvae, "encode", lambda _: type("Output", (), {"latents": latents}))
+    monkeypatch.setattr(golden_pipeline.vqvae, "_encode", lambda *_: latents)
     image = np.zeros((2, 28, 28, 3), np.uint8)
     ids = collect(golden_pipeline, None, 28, 28, schedule=golden.sizes, image=image, image_scale=1)
     assert all(torch.equal(*pair) for pair in zip(ids, golden.split("teacher_forced"), strict=True))
 
 
 def test_saved_and_loaded_pipelines_sample_the_same(tmp_path, caplog):
-    pipeline = make_pipeline(class_names=NAMES, schedule=[[1, 1], [2, 1], [4, 3]], scale_from="image")
+    pipeline = make_next_scale(class_names=NAMES, schedule=[[1, 1], [2, 1], [4, 3]], scale_from="latents")
     pipeline.save_pretrained(tmp_path)
     expected = collect(pipeline, ["dog", 2], guidance_scale=2, temperature=0)
     for cls in (SVQVAENextScalePipeline, DiffusionPipeline):
         loaded = cls.from_pretrained(str(tmp_path))
         assert type(loaded) is SVQVAENextScalePipeline
         assert type(loaded.transformer) is NextScaleTransformer
-        assert loaded.config["scale_from"] == "image"
+        assert loaded.config["scale_from"] == "latents"
         assert all(map(torch.equal, collect(loaded, [1, "fox"], guidance_scale=2, temperature=0), expected))
     assert not caplog.records
     with pytest.raises(ValueError, match="must be a SVQVAEAutoregressivePipeline, but is a SVQVAENextScalePipeline"):
         SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
 
 
-def test_pipelines_saved_before_have_scales_from_latents(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
-    index = tmp_path / "model_index.json"
-    config = json.loads(index.read_text())
-    del config["scale_from"]
-    index.write_text(json.dumps(config))
-    assert SVQVAENextScalePipeline.from_pretrained(tmp_path).config["scale_from"] == "latents"
-
-
 def test_a_foreign_codebook_is_one_error(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     other = make_tiny()
     other.quantize.embedding.weight.data.neg_()
-    with pytest.raises(ValueError, match="whose ids the transformer was trained on, with fingerprint"):
+    with pytest.raises(ValueError, match="whose ids the pipeline was trained on, with fingerprint"):
         SVQVAENextScalePipeline.from_pretrained(tmp_path, vqvae=other)
     with pytest.raises(ValueError, match="must have the codebook of `vqvae`, 64 x 4, but has 64 x 8"):
         SVQVAENextScalePipeline(make_tiny(codebook_embed_dim=4), make_transformer())
@@ -132,7 +113,7 @@ def test_a_foreign_codebook_is_one_error(pipeline, tmp_path):
 def test_the_schedule_comes_from_the_tokenizer():
     pipeline = SVQVAENextScalePipeline(make_tiny(sample_size=64), make_transformer())
     assert [height for height, _ in pipeline.trained_schedule] == [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
-    assert make_pipeline().config["schedule"] == [[1, 1], [2, 2], [3, 3], [4, 4]]
+    assert make_next_scale().config["schedule"] == [[1, 1], [2, 2], [3, 3], [4, 4]]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +204,7 @@ def test_a_callback_ends_the_sampling(pipeline):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sampling_in_both_types(dtype):
-    pipeline = make_pipeline().to(dtype)
+    pipeline = make_next_scale().to(dtype)
     assert pipeline([0, 1], guidance_scale=2, top_k=10, output_type="pt").images.isfinite().all()
 
 
@@ -274,7 +255,7 @@ def test_images_learned_by_heart_come_back_and_are_completed(monkeypatch):
     torch.manual_seed(0)
     vqvae, sizes, labels = make_tiny(), [(1, 1), (2, 2), (4, 4)], [0, 1, 2, 3]
     latents = torch.randn(4, 8, 4, 4)
-    monkeypatch.setattr(vqvae, "encode", lambda _: type("Output", (), {"latents": latents}))
+    monkeypatch.setattr(vqvae, "_encode", lambda *_: latents)
     ids = [vqvae.quantize.nearest_ids(interpolate(latents, size, mode="area")) for size in sizes]
     codes = [vqvae.quantize.get_codebook_entry(grid, (*grid.shape, 8)).detach() for grid in ids]
     targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)
@@ -285,7 +266,7 @@ def test_images_learned_by_heart_come_back_and_are_completed(monkeypatch):
         optimizer.zero_grad()
         cross_entropy(logits.transpose(1, 2), targets).backward()
         optimizer.step()
-    pipeline = SVQVAENextScalePipeline(vqvae, transformer, schedule=[1, 2, 4])
+    pipeline = SVQVAENextScalePipeline(vqvae, transformer, schedule=[1, 2, 4], scale_from="latents")
     pipeline.set_progress_bar_config(disable=True)
     images, mask = [GREY] * 4, Image.new("L", (16, 16))
     mask.paste(255, (8, 0, 16, 8))
@@ -339,39 +320,9 @@ def test_infinite_logits_are_one_error(pipeline):
 
 def test_the_source_of_the_scales_is_known():
     with pytest.raises(ValueError, match="`scale_from` must be one of latents, image, got 'pixels'"):
-        make_pipeline(scale_from="pixels")
+        make_next_scale(scale_from="pixels")
 
 
 def test_class_names_are_one_per_class():
     with pytest.raises(ValueError, match="must be 3 different names"):
-        make_pipeline(class_names=["cat", "dog"])
-
-
-# svqvae generate
-
-
-@pytest.mark.usefixtures("process")
-def test_generate_writes_images_and_their_scales(pipeline, tmp_path, capsys):
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    command = ["generate", tmp_path / "pipeline", "--class", "2", "0", "--guidance-scale", "2", "--seed", "5"]
-    arguments = [*command, "--output", tmp_path / "out", "--steps-picture", tmp_path / "steps.png"]
-    assert svqvae(*arguments) == 0
-    assert names(tmp_path / "out") == ["class_0_0_x1.png", "class_2_0_x1.png", "sheet.png"]
-    previews = []
-    images = pipeline(
-        [2, 0],
-        guidance_scale=2,
-        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
-        callback_on_step_end=lambda *step: previews.append(pipeline.vqvae.decode_tokens(step[-1]["ids"])),
-    ).images
-    assert np.array_equal(Image.open(tmp_path / "out" / "class_0_0_x1.png"), images[1])
-    strip = Image.open(tmp_path / "steps.png")
-    assert strip.size == (4 * 16, 2 * 16)
-    assert np.array_equal(strip.crop((48, 16, 64, 32)), images[1])
-    small = pipeline.image_processor.postprocess(previews[1][:1], output_type="pil")[0]
-    assert np.array_equal(strip.crop((16, 0, 32, 16)), small.resize((16, 16)))
-    assert svqvae(*command, "--steps", "2", "--output", tmp_path / "two") == 0
-    capsys.readouterr()
-    for flags in (["--prompt", "a cat"], ["--scales", "1"]):
-        wrong = ["generate", tmp_path / "pipeline", *flags, "--output", tmp_path / "new"]
-        assert f"{flags[0]} belongs to autoregressive pipelines" in fails(capsys, *wrong)
+        make_next_scale(class_names=["cat", "dog"])

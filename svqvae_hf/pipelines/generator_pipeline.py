@@ -1,0 +1,242 @@
+"""The common half of the pipelines that sample ids: components, labels, callbacks, decoding, saving and loading."""
+
+import os
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+
+from svqvae_hf.hub.model_cards import pipeline_card
+from svqvae_hf.hub.publishing import CardMixin
+from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.sequences import to_int64
+
+Labels = int | str | Sequence[int | str]
+
+
+class GeneratorPipeline(CardMixin, DiffusionPipeline):
+    """Pipeline of a model that generates ids, and of the SVQVAE that decodes them."""
+
+    vqvae: SVQVAE
+    num_classes: int
+    _callback_tensor_inputs = ["ids"]
+
+    def _register(
+        self,
+        components: dict[str, Any],
+        classes: int,
+        fingerprints: Sequence[str | None],
+        class_names: list[str] | None,
+        **config: Any,
+    ) -> None:
+        """Registers components and config, after the checks that all pipelines share.
+
+        Args:
+            components (`dict[str, Any]`): Components, among them `vqvae`.
+            classes (`int`): Number of classes in training.
+            fingerprints (`Sequence[str]`): Fingerprints of the codebook in training, as far as they are known.
+            class_names (`list[str]`, *optional*): Name of each class.
+            **config: Further values for `model_index.json`.
+
+        Raises:
+            ValueError: The codebook of `vqvae` is another one, or the number of names is not `classes`.
+        """
+        if class_names is not None and not len(set(class_names)) == len(class_names) == classes:
+            raise ValueError(f"`class_names` must be {classes} different names, one per class, got {class_names}.")
+        vqvae = components["vqvae"]
+        found = vqvae.codebook_fingerprint()
+        for fingerprint in fingerprints:
+            if fingerprint not in (None, found):
+                raise ValueError(
+                    "`vqvae` must have the codebook whose ids the pipeline was trained on, with fingerprint "
+                    f"{fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
+                )
+        self.register_modules(**components)
+        self.register_to_config(codebook_fingerprint=found, class_names=class_names, **config)
+        self.num_classes = classes
+        self._interrupt = False
+        self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Loads a pipeline from a folder or from the Hub, with strict checks, from safetensors files only.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **kwargs: Arguments of [`~diffusers.DiffusionPipeline.from_pretrained`]; `use_safetensors` is always
+                `True`.
+
+        Raises:
+            OSError: The pipeline does not exist or has no safetensors files.
+            ValueError: It has another class, weights are missing or unexpected, or a `vqvae` that was passed has
+                another codebook.
+        """
+        kwargs["use_safetensors"] = True
+        name = os.fspath(pretrained_model_name_or_path)
+        folder = name if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
+        found = cls.load_config(folder)["_class_name"]
+        if found != cls.__name__:
+            raise ValueError(
+                f"the pipeline of `{name}` must be a {cls.__name__}, but is a {found}. Load it with "
+                "`DiffusionPipeline`."
+            )
+        cls._check_weights(name, Path(folder), kwargs)
+        pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline.register_to_config(_name_or_path=name)
+        return pipeline
+
+    @classmethod
+    def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
+        """Raises for weights whose faults their class does not find while loading."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the pipeline, with a card unless the folder has one.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            safe_serialization (`bool`, defaults to `True`): Write safetensors, not pickles.
+            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`.
+            max_shard_size (`int` or `str`, *optional*): Size of the largest weight file, such as `"5GB"`.
+            push_to_hub (`bool`, defaults to `False`): Upload the folder with diffusers' card. The method
+                `push_to_hub` uploads it with the card of this library.
+            use_flashpack (`bool`, defaults to `False`): Write FlashPack files, not safetensors.
+            **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: A component has an adapter of peft that is not merged.
+        """
+        for name, component in self.components.items():
+            if isinstance(component, torch.nn.Module) and any(hasattr(m, "base_layer") for m in component.modules()):
+                raise ValueError(
+                    f"`{name}` must be saved with its adapter merged, but has one beside its weights. Merge it with "
+                    "`adapter.merge_and_unload()`, where `adapter` is what `PeftModel.from_pretrained` returned, and "
+                    f"set `pipeline.{name}` to the result."
+                )
+        super().save_pretrained(
+            os.fspath(save_directory),
+            safe_serialization,
+            variant,
+            max_shard_size,
+            push_to_hub,
+            use_flashpack,
+            **kwargs,
+        )
+        card = Path(save_directory, "README.md")
+        if not card.exists():
+            card.write_text(self.make_card(card.absolute().parent.name), encoding="utf-8")
+
+    def make_card(self, repo_id: str, **options: Any) -> str:
+        """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`]."""
+        summary, call = self.describe()
+        texts = {"summary": summary, "call": call, "tags": ["svqvae"], "provenance": {}, "pipeline_tag": self.task}
+        return pipeline_card(type(self), repo_id=repo_id, **(texts | options))
+
+    def describe(self) -> tuple[str, str]:
+        """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
+        raise NotImplementedError
+
+    @property
+    def task(self) -> str:
+        """Task of the Hub."""
+        return "unconditional-image-generation" if self.components.get("text_encoder") is None else "text-to-image"
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the sampling, by `pipe._interrupt = True`."""
+        return self._interrupt
+
+    def _encode_labels(self, class_labels: Labels | None, images: int, guidance_scale: float) -> torch.Tensor:
+        """One label per image in int64; `num_classes` means no class.
+
+        Raises:
+            TypeError: A label is neither an integer nor a name.
+            ValueError: A class is unknown, there is none to guide to, or not one image or one per label is given.
+        """
+        device, total = self._execution_device, self.num_classes
+        if class_labels is None:
+            if guidance_scale != 1:
+                raise ValueError(
+                    f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1."
+                )
+            return torch.full((images,), total, device=device)
+        names = self.config["class_names"] or []
+        given = [class_labels] if isinstance(class_labels, str) else class_labels
+        if isinstance(given, list | tuple):
+            unknown = [label for label in given if isinstance(label, str) and label not in names]
+            if unknown:
+                raise ValueError(
+                    f"`class_labels` must be numbers in [0, {total}) or names of classes, {reprlib.repr(names)}, got "
+                    f"{unknown[0]!r}."
+                )
+            given = [names.index(label) if isinstance(label, str) else label for label in given]
+        numbers = torch.as_tensor(given).reshape(-1)
+        labels = to_int64("class_labels", numbers) if numbers.numel() else numbers
+        if not labels.numel() or not 0 <= labels.min() <= labels.max() < total:
+            raise ValueError(f"`class_labels` must be in [0, {total}), got {class_labels!r}.")
+        if images not in (1, len(labels)):
+            raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
+        return labels.to(device)
+
+    def _call_back(
+        self, callback: Any, tensor_inputs: Sequence[str], step: int, place: Any, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Calls `callback_on_step_end`, and returns the ids that it returns, or those that were sampled."""
+        if callback is None:
+            return ids
+        returned = callback(self, step, place, {"ids": ids.clone()} if tensor_inputs else {}) or {}
+        replaced = to_int64("ids", returned.get("ids", ids)).to(ids.device)
+        end = self.vqvae.config["codebook_size"]
+        if replaced.shape != ids.shape or not 0 <= replaced.min() <= replaced.max() < end:
+            raise ValueError(
+                f"`ids` that `callback_on_step_end` returns must have shape {tuple(ids.shape)} and lie in [0, {end}), "
+                f"got shape {tuple(replaced.shape)} in [{replaced.min()}, {replaced.max()}]."
+            )
+        return replaced
+
+    def _decode(self, ids: torch.Tensor, size: tuple[int, int], scale: float, output_type: str) -> Any:
+        """Decodes ids `(batch, h, w)` of a scale of images of `size` pixels to the output type."""
+        if output_type == "latent":
+            return ids
+        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, size, scale)
+        return self.image_processor.postprocess(sample, output_type=output_type)
+
+
+@contextmanager
+def evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """Puts models in evaluation mode, and every module back in its own mode afterwards."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def latents_side(vqvae: SVQVAE, image_size: int) -> int:
+    """Rows and columns of ids of square images, by their side in pixels.
+
+    Raises:
+        ValueError: The side is not a positive multiple of f.
+    """
+    if image_size < 1 or image_size % vqvae.f:
+        raise ValueError(
+            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
+        )
+    return image_size // vqvae.f

@@ -1,0 +1,197 @@
+"""`svqvae generate`."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_runner import fails, svqvae, visible
+from generators import make_autoregressive, make_llamagen, make_next_scale
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from pipeline_parts import text_components
+
+pytestmark = pytest.mark.usefixtures("process")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_autoregressive(class_names=["tench, Tinca", "../up", "1"])
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved_next_scale(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("next_scale")
+    make_next_scale().save_pretrained(folder)
+    return folder
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def is_picture(file, image):
+    with Image.open(file) as written:
+        return np.array_equal(written, image)
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in visible(folder)}
+
+
+def test_images_at_all_scales_and_a_sheet(saved, pipeline, tmp_path, capsys):
+    arguments = ["--class", "1", "0", "--num-images", "3", "--scales", "1", "0.5", "--seed", "7", "--top-k", "9"]
+    arguments += ["--guidance-scale", "2", "--temperature", "0.9", "--top-p", "0.8", "--batch-size", "2"]
+    assert svqvae("generate", saved, *arguments, "--output", tmp_path) == 0
+    files = {f"class_{name}_{index}_x{scale}.png" for name in "10" for index in range(3) for scale in ("1", "0.5")}
+    assert {*visible(tmp_path)} == files | {"sheet.png"}
+    assert capsys.readouterr().out == f"written  {tmp_path} (images: 12)\n"
+    call = {"top_k": 9, "guidance_scale": 2.0, "temperature": 0.9, "top_p": 0.8, "scales": [1.0, 0.5]}
+    (whole,), (half,) = pipeline(0, generator=[seeded(7 + 4)], **call).images
+    assert is_picture(tmp_path / "class_0_1_x1.png", whole)
+    assert is_picture(tmp_path / "class_0_1_x0.5.png", half)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (3 * 16, 2 * 32)
+        assert np.array_equal(sheet.crop((16, 32, 32, 64)), whole)
+
+
+def test_names_of_classes_name_files(saved, pipeline, tmp_path):
+    classes = ["../up", "tench, Tinca", "1", "0"]  # "1" is a name, "0" a number
+    assert svqvae("generate", saved, "--class", *classes, "--output", tmp_path) == 0
+    files = [f"class_{name}_0_x1.png" for name in ("up", "tench-Tinca", "1", "0")]
+    assert {*visible(tmp_path)} == {*files, "sheet.png"}
+    images = pipeline([1, 0, 2, 0], generator=[seeded(index) for index in range(4)]).images
+    assert all(is_picture(tmp_path / file, image) for file, image in zip(files, images, strict=True))
+
+
+def test_images_without_a_class(saved, pipeline, tmp_path):
+    assert svqvae("generate", saved, "--num-images", 2, "--output", tmp_path) == 0
+    assert visible(tmp_path) == ["image_0_x1.png", "image_1_x1.png", "sheet.png"]
+    assert is_picture(tmp_path / "image_1_x1.png", pipeline(generator=seeded(1)).images[0])
+
+
+def test_a_row_of_images_per_caption(tmp_path, capsys):
+    pipeline = make_llamagen("t2i", **text_components())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    call = ("generate", tmp_path / "pipeline", "--output", tmp_path / "out", "--prompt", "the cat", "a roof")
+    assert svqvae(*call, "--num-images", 2, "--guidance-scale", 2) == 0
+    files = [f"prompt_{caption}_{index}_x1.png" for caption in range(2) for index in range(2)]
+    assert visible(tmp_path / "out") == [*files, "sheet.png"]
+    (image,) = pipeline(prompt="a roof", guidance_scale=2.0, generator=seeded(2)).images
+    assert is_picture(tmp_path / "out" / "prompt_1_0_x1.png", image)
+    capsys.readouterr()
+    assert "not allowed with argument --prompt" in fails(capsys, *call, "--class", "0")
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("autoregressive", 3), ("next scale", 4)])
+def test_pictures_of_the_steps(kind, steps, saved, saved_next_scale, tmp_path):
+    source = saved if kind == "autoregressive" else saved_next_scale
+    assert svqvae("generate", source, "--class", "0", "--steps-pictures", "--output", tmp_path) == 0
+    assert visible(tmp_path) == ["class_0_0_steps.png", "class_0_0_x1.png", "sheet.png"]
+    with Image.open(tmp_path / "class_0_0_steps.png") as strip, Image.open(tmp_path / "class_0_0_x1.png") as image:
+        assert strip.size == (steps * image.width, image.height)
+        assert np.array_equal(strip.crop((image.width * (steps - 1), 0, *strip.size)), image)
+
+
+def test_scales_of_a_next_scale_pipeline(saved_next_scale, tmp_path):
+    assert svqvae("generate", saved_next_scale, "--class", "2", "--steps", "2", "--output", tmp_path) == 0
+    image = make_next_scale()(2, num_inference_steps=2, generator=[seeded(0)]).images[0]
+    assert is_picture(tmp_path / "class_2_0_x1.png", image)
+
+
+def test_an_interrupted_run_resumes(saved, tmp_path, monkeypatch, capsys):
+    def words(output):
+        return ["generate", saved, "--num-images", 5, "--batch-size", 2, "--output", output]
+
+    assert svqvae(*words(tmp_path / "whole")) == 0
+    replace, left = Path.replace, [True, True, True, True]
+
+    def interrupt(path, target):
+        if not (left and left.pop()):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        svqvae(*words(tmp_path / "out"))
+    captured = capsys.readouterr()
+    assert captured.out == f"written  {tmp_path / 'out'} (images: 3)\n"  # after the record
+    assert "Run the same command again to resume." in captured.err
+    monkeypatch.setattr(Path, "replace", replace)
+    assert svqvae(*words(tmp_path / "out")) == 0
+    assert capsys.readouterr().out.startswith("resumed: 3 of 5 were there\n")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert "made with other options: `seed` was 0, got 1" in fails(capsys, *words(tmp_path / "out"), "--seed", 1)
+    assert svqvae(*words(tmp_path / "out"), "--seed", 1, "--overwrite") == 0
+    assert contents(tmp_path / "out") != contents(tmp_path / "whole")
+
+
+def test_out_of_memory_advises_a_smaller_batch(saved, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("svqvae_hf.SVQVAEAutoregressivePipeline.__call__", fail)
+    for count, advice in ((40, "16 images at once. Use a --batch-size below 16"), (1, "Use --dtype bfloat16")):
+        assert advice in fails(capsys, "generate", saved, "--num-images", count, "--output", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
+def test_an_adapter_is_merged(saved, tmp_path, capsys):
+    language_model = make_autoregressive().language_model
+    adapter = get_peft_model(language_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    arguments = ["--class", "0", "--temperature", "0", "--output"]
+    assert svqvae("generate", saved, "--adapter", tmp_path / "adapter", *arguments, tmp_path / "out") == 0
+    pipeline = make_autoregressive()
+    (plain,) = pipeline(0, temperature=0).images
+    pipeline.language_model = adapter.merge_and_unload()
+    (adapted,) = pipeline(0, temperature=0).images
+    assert is_picture(tmp_path / "out" / "class_0_0_x1.png", adapted)
+    assert not np.array_equal(adapted, plain)
+    capsys.readouterr()
+    alone = fails(capsys, "generate", tmp_path / "adapter", *arguments, tmp_path / "new")
+    assert "is an adapter. Pass the pipeline that it adapts as MODEL, and this folder as --adapter." in alone
+    for other, message in ((saved, "must be a LoRA adapter"), ("nowhere", "there is no file or folder `nowhere`")):
+        assert message in fails(capsys, "generate", saved, "--adapter", other, *arguments, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class", "3"], "`class_labels` must be in [0, 3), got [3]"),
+        (
+            ["--class", "cat"],
+            "`class_labels` must be numbers in [0, 3) or names of classes, ['tench, Tinca'",
+        ),
+        (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
+        (["--steps", "3"], "--steps belongs to next-scale pipelines, but MODEL is autoregressive"),
+        (["--scales", "2"], "`scales` must be among [0.25, 0.5, 1.0]"),
+        (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
+    assert message in fails(capsys, "generate", saved, *arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "a cat"], ["--scales", "1"]])
+def test_options_of_autoregressive_pipelines(flags, saved_next_scale, tmp_path, capsys):
+    error = fails(capsys, "generate", saved_next_scale, *flags, "--output", tmp_path / "out")
+    assert f"{flags[0]} belongs to autoregressive pipelines" in error
+
+
+def test_a_model_that_is_not_a_generator(saved, tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
+    error = fails(capsys, "generate", tmp_path, "--output", tmp_path / "out")
+    assert "must be one of SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline, but is a LDM" in error
+    assert "no file named model_index.json" in fails(capsys, "generate", saved / "vqvae", "--output", tmp_path / "out")
