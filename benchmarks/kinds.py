@@ -1,6 +1,6 @@
-"""Measures models on each kind of picture: a table for the card, and the worst pictures of each kind.
+"""Measures models on each kind of picture: a table for the card, and a picture of the worst cases.
 
-    python benchmarks/kinds.py svqvae_hf/pretrained --folders KODAK DRAWINGS/test/* --output report
+    python benchmarks/kinds.py svqvae_hf/pretrained --folders KODAK DRAWINGS/test/* --worst worst.jpg
 
 Each of FOLDERS is a kind. Further kinds are drawn here: colours of the whole RGB cube, new ones in every run unless
 `--seed` names some, and small images, cut from the pictures of at least 512 pixels, beside the same pixels in the
@@ -22,7 +22,7 @@ from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 COLOURS, COLOUR_SIDE, BATCH = 500, 128, 20
 SMALL, LARGE = (32, 64, 96), 512  # pixels
 SCALE_2 = 6  # pictures of a kind that are measured at scale 2, which takes four times as long
-WORST = 3  # pictures of a kind that are shown
+WORST, SHOWN = 2, 256  # pictures of a kind that are shown, and their side in pixels
 
 
 def reconstruct(model: SVQVAE, sample: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -50,8 +50,14 @@ def measure_folder(model: SVQVAE, images: Sequence[torch.Tensor]) -> tuple[dict[
         large, enlarged = (F.interpolate(each, scale_factor=2, mode="bicubic").clamp(0, 1) for each in (image, output))
         gains.append(psnr(large, reconstruct(model, image, 2.0)) - psnr(large, enlarged))
     order = sorted(range(len(images)), key=figures.__getitem__)[:WORST]
-    pairs = [torch.cat([images[index], outputs[index]], -1) for index in order]
+    pairs = [shown(each[index]) for index in order for each in (images, outputs)]
     return {"PSNR, dB": mean(figures), "scale 2 over scale 1 enlarged, dB": mean(gains)}, pairs
+
+
+def shown(image: torch.Tensor) -> torch.Tensor:
+    """A square of an image for the page: its centre, or all of a small one, enlarged."""
+    cut = centre(image, min(SHOWN, *image.shape[-2:]))
+    return F.interpolate(cut, size=(SHOWN, SHOWN), mode="nearest")
 
 
 def measure_colours(model: SVQVAE, seed: int) -> dict[str, float]:
@@ -98,23 +104,24 @@ def main() -> None:
     parser.add_argument("--folders", nargs="+", type=Path, required=True, help="folder of each kind")
     parser.add_argument("--count", type=int, help="images of a kind (default: all)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="seed of the colours")
-    parser.add_argument("--output", type=Path, help="folder for the worst pictures of the last model")
+    parser.add_argument("--worst", type=Path, help="picture to write: the worst of each kind for the last model")
     options = parser.parse_args()
     kinds = {folder.name: load(folder, options.count) for folder in options.folders}
     rows: dict[str, list[float]] = {}
     for name in options.models:
+        worst = []
         model = SVQVAE.from_pretrained(name, torch_dtype=torch.float32).eval()
         figures = {f"colours of seed {options.seed}": measure_colours(model, options.seed)}
         for kind, images in kinds.items():
             figures[kind], pairs = measure_folder(model, images)
-            if options.output:
-                options.output.mkdir(parents=True, exist_ok=True)
-                save_image(make_grid(torch.cat(pairs), nrow=1), options.output / f"worst_{kind}.png")
+            worst += pairs
             if min(images[0].shape[-2:]) >= LARGE:
                 figures[f"{kind}, centres alone against within {LARGE}"] = measure_small(model, images)
         for kind, numbers in figures.items():
             for figure, value in numbers.items():
                 rows.setdefault(f"{kind} | {figure}", []).append(value)
+    if options.worst:
+        save_image(make_grid(torch.cat(worst), nrow=2 * WORST), options.worst)
     print("| kind | figure |", " | ".join(options.models), "|")
     print("|---" * (2 + len(options.models)) + "|")
     for row, values in rows.items():

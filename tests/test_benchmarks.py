@@ -416,7 +416,7 @@ def test_kinds_of_a_perfect_model_have_no_errors_and_worst_pictures_come_first(l
     figures, pairs = kinds.measure_folder(Dark(5.0), images)
     assert figures["PSNR, dB"] == pytest.approx((100 + 20 * math.log10(255 / 5)) / 2, abs=0.01)
     assert figures["scale 2 over scale 1 enlarged, dB"] == pytest.approx(0, abs=0.01)
-    assert [pair.mean().item() > 0.5 for pair in pairs] == [True, False]
+    assert [picture.mean().item() > 0.5 for picture in pairs] == [True, True, False, False]
     colours = kinds.measure_colours(Dark(5.0), seed=0)
     assert list(colours.values()) == pytest.approx([5, 5, 5], abs=0.6)
     assert kinds.measure_small(Dark(0.0), [torch.rand(1, 3, 520, 530)]) == {
