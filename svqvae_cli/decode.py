@@ -71,7 +71,7 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     from svqvae_hf.tokens.token_files import load_tokens
 
     try:
-        endings = scale_endings(load_tokens(file.path, mapped=True).scales)
+        endings = scale_endings(load_tokens(file.path).scales)
     except (OSError, ValueError):  # is raised again, and counted, when its turn comes
         return []
     if args.full_size:

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if is_token_file(path):
         facts = _token_facts(load_tokens(path))
     elif path.is_dir() and (token_files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):
-        facts = _folder_facts([load_tokens(file, mapped=True) for file in token_files])
+        facts = _folder_facts([load_tokens(file) for file in token_files])
     elif (path / SETTINGS_FILE).is_file():
         facts = _set_facts(read_settings(path), read_totals(Folder(path)) or {})
     elif path.suffix.lower() in IMAGE_SUFFIXES:

@@ -1,1 +1,1 @@
-"""Encodes and decodes TIFF images larger than memory, from file to file, and resumes interrupted runs."""
+"""Encodes and decodes TIFF images larger than memory, from file to file."""

@@ -10,22 +10,21 @@ TILE_PX = 256  # side of a tile of the file
 
 
 class TiffWriter:
-    """Writes windows of an uncompressed tiled BigTIFF, in any order. Every tile has a fixed position in the file."""
+    """Writes windows of an uncompressed tiled BigTIFF, in any order. Every tile has a fixed position in the file.
 
-    @staticmethod
-    def create(path: Path, height: int, width: int) -> None:
-        """Creates a file of zeros."""
-        with tifffile.TiffWriter(path, bigtiff=True) as file:
-            file.write(
-                shape=(height, width, 3), dtype=np.uint8, tile=(TILE_PX, TILE_PX), photometric="rgb", metadata=None
-            )
+    Args:
+        path (`Path`): File to create.
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+    """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, height: int, width: int):
+        tile = {"tile": (TILE_PX, TILE_PX), "photometric": "rgb", "metadata": None}
+        tifffile.imwrite(path, shape=(height, width, 3), dtype=np.uint8, bigtiff=True, **tile)
         with tifffile.TiffFile(path) as file:
             self._offsets = file.pages[0].dataoffsets
-            self._across = -(-file.pages[0].imagewidth // TILE_PX)
+        self._across = -(-width // TILE_PX)
         self._file = path.open("r+b")
-        self.flush = self._file.flush
 
     def write(self, top: int, left: int, pixels: np.ndarray) -> None:
         """Writes pixels `(rows, columns, 3)` in uint8 at a position."""

@@ -4,10 +4,11 @@ Lengths are in latents unless a name says otherwise, so that pixels and latents 
 
 1. [`gather_context`] runs the network over a few windows of the image, and keeps the statistics of each norm and the
    keys and values of each attention.
-2. [`map_tiles`] runs it over each tile, which is read with an overlap (halo) on each side, with these shared values.
+2. [`run_tiles`] runs it over each tile, which is read with an overlap (halo) on each side, with these shared values.
 3. Only the core of each tile is kept. The cores partition the image, so nothing is blended.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ WHOLE_BYTES = 1 << 30  # memory of an image above which the commands tile it
 FEATURES_HELD = 4  # feature maps that a residual block holds: its input, normalised values, two convolutions
 
 Read = Callable[[slice, slice], torch.Tensor]
+Write = Callable[[slice, slice, torch.Tensor], None]
 RunWindow = Callable[..., torch.Tensor]  # [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]
 
 
@@ -156,6 +158,38 @@ def gather_context(run: RunWindow, read: Read, size: Sequence[int], tile: int, i
 # Running a network over tiles
 
 
+def run_tiles(
+    run: RunWindow,
+    read: Read,
+    write: Write,
+    size: Sequence[int],
+    tile: int,
+    overlap: int,
+    input_stride: int = 1,
+    on_tile: Callable[[int, int], None] | None = None,
+) -> None:
+    """Runs a network over the tiles of an image of any size. Only one tile is in memory at a time.
+
+    Args:
+        run (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, and returns the result at the
+            core.
+        read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
+        write (`Callable`): Takes rows and columns in latents, and the result there.
+        size (`tuple[int, int]`): Height and width of the image, in latents.
+        tile (`int`): Maximum side of a tile.
+        overlap (`int`): Overlap on each side.
+        input_stride (`int`, defaults to 1): Input positions per latent along each side.
+        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
+    """
+    rows, columns = (tile_axis(length, tile, overlap) for length in size)
+    for finished, (y, x) in enumerate(itertools.product(rows, columns), start=1):
+        window = read(_span(y.start, y.stop, input_stride), _span(x.start, x.stop, input_stride))
+        core = tuple(slice(axis.core_start - axis.start, axis.core_stop - axis.start) for axis in (y, x))
+        write(slice(y.core_start, y.core_stop), slice(x.core_start, x.core_stop), run(window, core=core))
+        if on_tile is not None:
+            on_tile(finished, len(rows) * len(columns))
+
+
 def map_tiles(
     run: RunWindow,
     source: torch.Tensor,
@@ -165,49 +199,28 @@ def map_tiles(
     output_stride: int = 1,
     on_tile: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
-    """Runs a network over the tiles of an image and joins the cores of its results.
-
-    Beyond the input and the result it takes the memory of one tile.
+    """Runs a network over the tiles of an image in memory, and joins the cores of its results.
 
     Args:
-        run (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, and returns the result at the
-            core.
+        run (`Callable`): As in [`run_tiles`].
         source (`torch.Tensor` of shape `(batch, channels, height, width)`): Sides are multiples of `input_stride`.
         tile (`int`): Maximum side of a tile.
         overlap (`int`): Overlap on each side.
         input_stride (`int`, defaults to 1): Input positions per latent along each side.
         output_stride (`int`, defaults to 1): Result positions per latent along each side.
-        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
+        on_tile (`Callable`, *optional*): As in [`run_tiles`].
     """
-    rows, columns = (side // input_stride for side in source.shape[-2:])
-    grid = [(y, x) for y in tile_axis(rows, tile, overlap) for x in tile_axis(columns, tile, overlap)]
-    joined = source
-    for finished, (y, x) in enumerate(grid, start=1):
-        core = map_tile(run, lambda rows, columns: source[..., rows, columns], y, x, input_stride)
-        if finished == 1:
-            joined = core.new_empty(*core.shape[:-2], rows * output_stride, columns * output_stride)
-        core_rows, core_columns = (_span(axis.core_start, axis.core_stop, output_stride) for axis in (y, x))
-        joined[..., core_rows, core_columns] = core
-        if on_tile is not None:
-            on_tile(finished, len(grid))
-    return joined
+    size = [side // input_stride for side in source.shape[-2:]]
+    joined: list[torch.Tensor] = []
 
+    def write(rows: slice, columns: slice, core: torch.Tensor) -> None:
+        if not joined:
+            joined.append(core.new_empty(*core.shape[:2], *(side * output_stride for side in size)))
+        down, across = (_span(axis.start, axis.stop, output_stride) for axis in (rows, columns))
+        joined[0][..., down, across] = core
 
-def map_tile(run: RunWindow, read: Read, y: Tile, x: Tile, input_stride: int = 1) -> torch.Tensor:
-    """Runs a network over one tile of an image of any size. Only the tile is read.
-
-    Args:
-        run (`Callable`): As in [`map_tiles`].
-        read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
-        y (`Tile`): The tile along the vertical axis.
-        x (`Tile`): The tile along the horizontal axis.
-        input_stride (`int`, defaults to 1): Input positions per latent along each side.
-
-    Returns:
-        `torch.Tensor`: Result at the core.
-    """
-    core = slice(y.core_start - y.start, y.core_stop - y.start), slice(x.core_start - x.start, x.core_stop - x.start)
-    return run(read(_span(y.start, y.stop, input_stride), _span(x.start, x.stop, input_stride)), core=core)
+    run_tiles(run, lambda rows, columns: source[..., rows, columns], write, size, tile, overlap, input_stride, on_tile)
+    return joined[0]
 
 
 class TilingMixin(AutoencoderMixin):

@@ -129,35 +129,14 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
     write_file(path, safetensors.torch.save(grids, _metadata(tokens)))
 
 
-def token_file_header(tokens: ImageTokens) -> bytes:
-    """Header of a token file with one scale, for callers that write the ids themselves, row by row.
-
-    Args:
-        tokens (`ImageTokens`): Content of the file; only the shape of its ids is read.
-    """
-    wide = tokens.codebook_size > UINT16_CODES
-    (ids,) = tokens.ids
-    grid = {
-        "dtype": "I32" if wide else "U16",
-        "shape": list(ids.shape),
-        "data_offsets": [0, ids.numel() * (2 + 2 * wide)],
-    }
-    header = {"__metadata__": _metadata(tokens), "ids_0": grid}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    padded = encoded.ljust(-(-len(encoded) // 8) * 8)
-    return len(padded).to_bytes(8, "little") + padded
-
-
-def load_tokens(path: str | os.PathLike, mapped: bool = False) -> ImageTokens:
+def load_tokens(path: str | os.PathLike) -> ImageTokens:
     """Reads a token file and checks every value.
 
     Args:
         path (`str` or `os.PathLike`): File that [`save_tokens`] wrote.
-        mapped (`bool`, defaults to `False`): Whether to map the ids into memory in the type of the file, uint16 or
-            int32, instead of reading them.
 
     Returns:
-        `ImageTokens`: Content of the file; unless mapped, the ids are int64.
+        `ImageTokens`: Content of the file, with ids in int64.
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -172,7 +151,7 @@ def load_tokens(path: str | os.PathLike, mapped: bool = False) -> ImageTokens:
     except SafetensorError as error:
         raise ValueError(f"`{path}` must be a safetensors file, but is another kind or cut short: {error}.") from error
     try:
-        return _tokens_from(metadata, grids, mapped)
+        return _tokens_from(metadata, grids)
     except (ValueError, OverflowError, RecursionError) as error:  # hostile files raise the last two
         raise ValueError(f"`{path}` is not a token file that can be decoded: {error}") from error
 
@@ -200,7 +179,7 @@ def _record_names() -> list[str]:
     return [field.name for field in dataclasses.fields(ImageTokens) if field.name != "ids"]
 
 
-def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor], mapped: bool) -> ImageTokens:
+def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:
     if METADATA_KEY not in metadata:
         raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, got {_short(sorted(metadata))}.")
     record = json.loads(metadata[METADATA_KEY])  # raises a ValueError
@@ -219,4 +198,4 @@ def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor], mappe
             f"its tensors must be {_short(names)} of type uint16 or int32, one per scale, got {_short(found)}."
         )
     values = {name: record[name] for name in _record_names()} | {"scales": tuple(record["scales"])}
-    return ImageTokens(ids=[grids[name] if mapped else grids[name].long() for name in names], **values)
+    return ImageTokens(ids=[grids[name].long() for name in names], **values)

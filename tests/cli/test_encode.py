@@ -53,7 +53,7 @@ def test_bundled_model_is_the_default(two_images, out, saved_model, monkeypatch)
 def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, capsys, command):
     argv = ["--output", out, "--model", saved_model, "--scales", "100000"]
     error = fails(capsys, command, two_images / "a.png", *argv)
-    estimate = r"a.png`: an image of 57 x 35 pixels at scales 100000, .* would take about \S+ GiB of memory"
+    estimate = r"a.png`: an image of 5700000 x 3500000 pixels in tiles .* would take about \S+ GiB of memory"
     assert re.search(estimate, error)
     assert not out.exists()
 

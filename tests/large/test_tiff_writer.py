@@ -8,8 +8,7 @@ from svqvae_hf.models.image_processing_svqvae import load_image
 def test_windows_in_any_order_make_a_tiled_bigtiff(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (300, 530, 3), dtype=np.uint8)
     path = tmp_path / "a.tif"
-    TiffWriter.create(path, 300, 530)
-    with TiffWriter(path) as writer:
+    with TiffWriter(path, 300, 530) as writer:
         for top in range(200, -1, -100):
             for left in range(0, 530, 265):
                 writer.write(top, left, values[top : top + 100, left : left + 265])
