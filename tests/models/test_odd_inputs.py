@@ -57,7 +57,7 @@ def test_nan_is_not_an_image(tiny_model, no_grad):
 
 def test_nan_in_a_file_is_not_an_image(tmp_path):
     Image.fromarray(np.full((2, 2), NAN, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a.tif`: .* values in \[0, 1\], got \[nan, nan\]"):
+    with pytest.raises(ValueError, match=r"a.tif` .* values in \[0, 1\], got \[nan, nan\]"):
         load_image(tmp_path / "a.tif")
 
 
