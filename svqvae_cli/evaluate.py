@@ -1,11 +1,12 @@
 """`svqvae evaluate`."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from svqvae_cli.arguments import (
     OVERLAP,
-    TILE_SIZE,
+    TILES_DEFAULT,
     Commands,
     add_command,
     add_device,
@@ -22,17 +23,12 @@ from svqvae_cli.arguments import (
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_output, check_source, find_inputs
 
-if TYPE_CHECKING:
-    import torch
-    from accelerate import PartialState
-
-    from svqvae_hf.evaluation.baselines.blocks import BlockBaseline
-    from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
-
 CLASSES = (
     "SVQVAE; VQModel, AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers; Janus, Emu3 or Chameleon of "
     "transformers"
 )
+COMPARING = ("beside", "baselines", "min_psnr", "codecs")
+ALONE = ("tile_size", "overlap", "half_precision")
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.baselines.codecs`
 
 
@@ -43,13 +39,21 @@ def add_to(commands: Commands) -> None:
         "evaluate",
         run,
         "measure a model on an image set",
-        "Writes report.json, report.md, plots, and metadata for the model card. With\n"
-        "--beside, or a MODEL of another class, writes one table of all tokenizers at\n"
-        "the size of the images. On several GPUs:\n"
+        "Writes report.json, report.md, pictures, and metadata for the model card. With\n"
+        "--beside, --baselines, --codecs, --min-psnr or a MODEL of another class, writes\n"
+        "one table of all tokenizers at the size of the images, and a plot. With\n"
+        "--generated, MODEL is a folder of generated images: writes how far they are from\n"
+        "DATA. On several GPUs:\n"
         "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
         "org/svqvae photos --output report --scales 1 0.5 0.25",
     )
     parser.add_argument("model", type=path_or_name, metavar="MODEL", help=f"model folder or Hub id: {CLASSES}")
+    parser.add_argument(
+        "--generated",
+        action="store_true",
+        help="MODEL is a folder of generated images: compute Fréchet distance, precision and recall, and show the "
+        "nearest neighbours in DATA",
+    )
     add_image_set(parser)
     add_output(parser, "folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace a report that exists (default: an error)")
@@ -73,34 +77,25 @@ def add_to(commands: Commands) -> None:
         type=target,
         metavar="DB",
         help="also measure each SVQVAE with every image at the smallest of the scales that reaches this PSNR, or else "
-        "at the largest (default: whole dB for one SVQVAE alone, none with --beside)",
+        "at the largest",
     )
     parser.add_argument(
         "--baselines",
         nargs="+",
         type=path_or_name,
         metavar="IMAGES",
-        help="also measure k-means and principal components of blocks, fitted on these: image files, folders of them, "
-        "or globs, other images than DATA",
-    )
-    parser.add_argument(
-        "--modes",
-        nargs="+",
-        choices=("plain", "tiled"),
-        default=["plain", "tiled"],
-        help="encode images as a whole, by tiles, or both ways (default: both; once if no image is large enough for "
-        "tiles)",
+        help="also measure k-means of blocks, fitted on these: image files, folders of them, or globs, other images "
+        "than DATA",
     )
     parser.add_argument(
         "--codecs",
         nargs="*",
         choices=CODEC_NAMES,
-        default=CODEC_NAMES,
         metavar="CODEC",
         help="image files to compare with, among jpeg, webp and avif, which takes seconds per image; none if no name "
-        "follows (default: all three)",
+        "follows (default: all three where tokenizers are compared)",
     )
-    add_tiles(parser, str(TILE_SIZE), f"{OVERLAP}, or less if the tile is too small", TILE_SIZE)
+    add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
     parser.add_argument(
         "--half-precision",
         action="store_true",
@@ -113,137 +108,160 @@ def add_to(commands: Commands) -> None:
         "--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex", help="LPIPS network (default: alex)"
     )
     parser.add_argument(
-        "--inception-weights", type=path, metavar="FILE", help="weights of the FID network, to add rFID"
+        "--inception-weights", type=path, metavar="FILE", help="weights of the FID network, to add rFID or FID"
     )
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures models on an image set, and writes numbers, tables and plots."""
+    """Measures models or generated images on an image set, and writes numbers, tables and plots."""
     if args.min_psnr:
         check_several(args.scales, "--min-psnr chooses")
-    for source in (args.model, *(args.beside or [])):
-        check_source(source, subfolder=True)
+    if args.generated:
+        find_inputs([args.model], IMAGE_SUFFIXES, args.output)
+    else:
+        for source in (args.model, *(args.beside or [])):
+            check_source(source, subfolder=True)
+    baselines = find_inputs(args.baselines or [], IMAGE_SUFFIXES)
+    for weights in filter(None, (args.lpips_weights, args.inception_weights)):
+        if not weights.is_file():
+            raise ValueError(f"there is no file `{weights}`. docs/evaluation.md says where the weights are.")
     check_output(args.output)
     if not args.overwrite:
         check_absent(args.output / "report.json")
+    _check_options(args)
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
-        from svqvae_hf.evaluation.tokenizers.loading import class_name
+        from svqvae_hf.evaluation.tokenizers.auto import class_name
     from accelerate import PartialState
 
-    from svqvae_cli.loading import explain_loading, find_device
+    from svqvae_cli.loading import explain_loading, find_device, process_device
 
-    with explain_loading(args.model):
-        compares = args.beside is not None or class_name(args.model) != "SVQVAE"
-    if compares:
-        _check_comparison(args)
     state = PartialState(cpu=find_device(args.device).type == "cpu")
-    options = {
-        "images": open_images(args.data, left_out=args.output, **image_set_options(args)),
-        "resolution": args.resolution,
+    args.device = process_device(args.device, state)
+    with explain_loading(args.model):
+        compares = _compares(args) or (not args.generated and class_name(args.model) != "SVQVAE")
+    networks = {
         "lpips": load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None,
         "inception": load_inception(args.inception_weights) if args.inception_weights else None,
     }
-    settings = {
-        "data": args.data,
-        "baselines": args.baselines,
-        **image_set_options(args),
-        "lpips_net": args.lpips_net,
-        "lpips_weights": args.lpips_weights and args.lpips_weights.name,
-        "inception_weights": args.inception_weights and args.inception_weights.name,
-    }
-    with require_extra("evaluate", "eval"):
-        measured, skipped = (_compare if compares else _evaluate)(args, state, options, settings)
+    images = open_images(args.data, left_out=args.output, **image_set_options(args))
+    measure = _judge if args.generated else _compare if compares else _evaluate
+    report = measure(args, images, networks, [file.path for file in baselines])
+    if state.is_main_process:
+        report.settings |= {
+            "data": args.data,
+            "baselines": args.baselines,
+            **image_set_options(args),
+            "lpips_net": args.lpips_net,
+            "lpips_weights": args.lpips_weights and args.lpips_weights.name,
+            "inception_weights": args.inception_weights and args.inception_weights.name,
+        }
+        _write(args, report)
     state.destroy_process_group()
     if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
-        check_none_skipped(skipped, measured + skipped)
+        skipped = len(report.skipped)
+        check_none_skipped(skipped, skipped + len(getattr(report, "images", ())))
 
 
-def _check_comparison(args: argparse.Namespace) -> None:
-    for name in ("modes", "tile_size", "overlap", "half_precision"):
+def _compares(args: argparse.Namespace) -> bool:
+    return any(value is not None for value in (args.beside, args.baselines, args.min_psnr, args.codecs))
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not apply."""
+    if args.generated:
+        excluded, reason = [*COMPARING, *ALONE, "lpips_weights"], "does not apply to generated images"
+    else:
+        excluded, reason = [*ALONE] if _compares(args) else [], "is for one SVQVAE alone"
+    for name in excluded:
         if getattr(args, name) != args.parser.get_default(name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is for one SVQVAE alone, because a comparison runs images as a whole in "
-                "float32. Leave it out."
-            )
+            raise ValueError(f"--{name.replace('_', '-')} {reason}. Leave it out.")
 
 
-def _evaluate(
-    args: argparse.Namespace, state: "PartialState", options: dict[str, Any], settings: dict[str, Any]
-) -> tuple[int, int]:
-    """Measures one SVQVAE, whole and by tiles. Returns the number of images measured and skipped."""
-    from svqvae_cli.loading import load_model, process_device
-    from svqvae_hf.evaluation.baselines.codecs import CODECS
+def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any], _: list[Path]) -> Any:
+    """Measures one SVQVAE."""
+    from svqvae_cli.loading import load_model
     from svqvae_hf.evaluation.evaluate import evaluate
-    from svqvae_hf.evaluation.report import summary, write_report
 
-    model = load_model(args.model, process_device(args.device, state), "float32")
-    report = evaluate(
-        model,
-        scales=args.scales,
-        scale_from=args.scale_from,
-        min_psnr=args.min_psnr,
-        modes=args.modes,
-        tile_size=args.tile_size,
-        overlap=args.overlap,
-        half_precision=args.half_precision,
-        block_baselines=_fit_baselines(
-            args, model.f, model.config["codebook_size"], model.config["codebook_embed_dim"], model.device
-        )
-        if args.baselines
-        else [],
-        codecs=[name for name in CODECS if name.lower() in args.codecs],
-        **options,
-    )
-    if state.is_main_process:
-        report.settings |= {"model": args.model, **settings}
-        write_report(report, args.output)
-        print(summary(report))
-    return len(report.images), len(report.skipped)
+    names = ("scales", "scale_from", "tile_size", "overlap", "resolution", "half_precision")
+    model = load_model(args.model, args.device, "float32")
+    return evaluate(model, images, **{name: getattr(args, name) for name in names}, **networks)
 
 
-def _compare(
-    args: argparse.Namespace, state: "PartialState", options: dict[str, Any], settings: dict[str, Any]
-) -> tuple[int, int]:
-    """Measures all tokenizers by one protocol. Returns the number of images measured and skipped."""
-    import torch
+def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any], baselines: list[Path]) -> Any:
+    """Measures all tokenizers by one protocol."""
+    from svqvae_cli.loading import explain_loading
+    from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines, read_fit_images
+    from svqvae_hf.evaluation.baselines.codecs import CODECS, QUALITIES, CodecTokenizer
+    from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers
+    from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
+    from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 
-    from svqvae_cli.loading import explain_loading, process_device
-    from svqvae_hf.evaluation.baselines.blocks import KMeans, LinearDecoder
-    from svqvae_hf.evaluation.baselines.codecs import CODECS
-    from svqvae_hf.evaluation.comparison import QUALITIES
-    from svqvae_hf.evaluation.tokenizers.baselines import BlockTokenizer, CodecTokenizer
-    from svqvae_hf.evaluation.tokenizers.compare import compare_tokenizers
-    from svqvae_hf.evaluation.tokenizers.loading import load_tokenizers
-    from svqvae_hf.evaluation.tokenizers.table import comparison_table, write_comparison
-
-    device = torch.device(process_device(args.device, state))
     tokenizers: list[Tokenizer] = []
     for source in (args.model, *(args.beside or [])):
         with explain_loading(source):
-            tokenizers += load_tokenizers(source, device, args.scales, args.scale_from, args.min_psnr or ())
-    if args.baselines:
+            tokenizers += load_tokenizers(source, args.device, args.scales, args.scale_from, args.min_psnr or ())
+    if baselines:
         shape = next(((each.f, each.codebook_size) for each in tokenizers if each.codebook_size), None)
         if shape is None:
             raise ValueError("--baselines needs a model with a codebook, whose f and number of codes k-means takes.")
-        fitted = _fit_baselines(args, *shape, 1, device)
-        tokenizers += [BlockTokenizer(each) for each in fitted if isinstance(each, KMeans | LinearDecoder)]
-    codecs = [name for name in CODECS if name.lower() in args.codecs]
+        tokenizers += fit_block_baselines(read_fit_images(baselines, shape[0], args.device), *shape)
+    chosen = CODEC_NAMES if args.codecs is None else args.codecs
+    codecs = [name for name in CODECS if name.lower() in chosen]
     tokenizers += [CodecTokenizer(codec, quality) for codec in codecs for quality in QUALITIES]
-    comparison = compare_tokenizers(tokenizers, device=device, **options)
-    if state.is_main_process:
-        comparison.settings |= {"models": [args.model, *(args.beside or [])], **settings}
-        write_comparison(comparison, args.output)
-        print("\n".join([*comparison_table(comparison.rows), "", *comparison.notes]))
-    return len(comparison.images), len(comparison.skipped)
+    report = compare_tokenizers(tokenizers, images, resolution=args.resolution, device=args.device, **networks)
+    report.notes += _overlap(args.data, baselines)
+    return report
 
 
-def _fit_baselines(
-    args: argparse.Namespace, f: int, codebook_size: int, dim: int, device: "torch.device"
-) -> "list[BlockBaseline]":
-    from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines, read_fit_images
+def _overlap(data: list[str], baselines: list[Path]) -> list[str]:
+    """Note on image files that baselines were fitted on and that they are measured on."""
+    try:
+        measured = {file.path.resolve() for file in find_inputs(data, IMAGE_SUFFIXES)}
+    except ValueError:  # tar or Parquet files, or a set on the Hub
+        return []
+    shared = len(measured & {path.resolve() for path in baselines})
+    if not shared:
+        return []
+    return [f"k-means was fitted on {shared} of the {len(measured)} images, so its quality is too high. Use others."]
 
-    images = read_fit_images([file.path for file in find_inputs(args.baselines, IMAGE_SUFFIXES)], f, device)
-    return fit_block_baselines(images, f, codebook_size, dim)
+
+def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any], _: list[Path]) -> Any:
+    """Compares generated images with the set."""
+    from svqvae_cli.loading import load_model
+    from svqvae_hf.data.image_sets import open_images
+    from svqvae_hf.evaluation.generated import TokenizerFeatures, compare_generated
+
+    features = TokenizerFeatures(load_model(None, args.device, "float32"))
+    named = {features.title: features}
+    if networks["inception"] is not None:
+        named["Inception (FID)"] = networks["inception"].to(args.device)
+    report = compare_generated(
+        open_images([args.model], left_out=args.output), images, named, resolution=args.resolution, device=args.device
+    )
+    report.settings["generated"] = args.model
+    return report
+
+
+def _write(args: argparse.Namespace, report: Any) -> None:
+    """Writes a report, and prints its main values."""
+    from svqvae_hf.evaluation.evaluate import Report
+    from svqvae_hf.evaluation.generated import GeneratedReport, generated_table, write_generated
+    from svqvae_hf.evaluation.report import summary, write_report
+    from svqvae_hf.evaluation.tokenizer_comparison import comparison_table, write_comparison
+
+    if isinstance(report, Report):
+        report.settings["model"] = args.model
+        write_report(report, args.output)
+        print(summary(report))
+        return
+    if isinstance(report, GeneratedReport):
+        write_generated(report, args.output)
+        lines = generated_table(report.rows)
+    else:
+        report.settings["models"] = [args.model, *(args.beside or [])]
+        write_comparison(report, args.output)
+        lines = comparison_table(report.rows)
+    print("\n".join([*lines, "", *report.notes]))

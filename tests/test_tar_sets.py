@@ -52,7 +52,7 @@ def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, monkeypat
 
 
 def test_evaluate_measures_the_readable_ones(root, tmp_path):
-    options = ["--scales", "1", "--modes", "plain", "--output", tmp_path / "report"]
+    options = ["--scales", "1", "--output", tmp_path / "report"]
     assert svqvae("evaluate", root / "model", root / "shards" / "shard-*.tar", *options) == 1  # one is skipped
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert len(report["images"]) == SHARDS * SHARD_SIZE - 1

@@ -20,7 +20,7 @@ from svqvae_cli.arguments import OVERLAP, TILE_SIZE
 from svqvae_cli.command_line import COMMANDS, build_parser
 from svqvae_hf import __version__
 from svqvae_hf.conversion import convert
-from svqvae_hf.evaluation import evaluate, perceptual
+from svqvae_hf.evaluation import perceptual
 from svqvae_hf.evaluation.baselines import codecs
 from svqvae_hf.export import export
 from svqvae_hf.models.tiling import OVERLAP_PX
@@ -350,7 +350,6 @@ def test_choices_and_defaults_agree_with_the_library():
     model.enable_tiling()
     assert (TILE_SIZE, OVERLAP) == (model.tile_size, model.overlap) == (256, OVERLAP_PX)
     assert choices("tokenize", "--crops") == tuple(CROPS)
-    assert choices("evaluate", "--modes") == evaluate.MODES
     assert choices("evaluate", "--codecs") == tuple(name.lower() for name in codecs.CODECS)
     assert set(choices("evaluate", "--lpips-net")) == perceptual.BACKBONES.keys()
     assert choices("convert", "--variant") == tuple(convert.VARIANTS)

@@ -1,10 +1,9 @@
-"""Baselines that code blocks of pixels, fitted on images: k-means, alone and with a linear decoder, and components.
+"""Baselines that code blocks of pixels by k-means, alone and with a linear decoder, fitted on images.
 
 A block has f x f pixels, as an id has, and k-means has as many codes as the codebook, so it takes the model's bits.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,57 +22,18 @@ RIDGE = 1e-3  # relative to the mean square of the inputs
 BLOCKS_AT_ONCE = 1 << 16
 
 
-class BlockBaseline(ABC):
-    """A way to code an image block by block.
+class KMeans:
+    """Replaces each block by the nearest of `size` codes. A [`Tokenizer`] of images in [-1, 1].
 
     Args:
-        side (`int`): Side of a block in pixels.
-        bits_per_block (`float`, *optional*): Bits of a block's code; `None` if it is not quantised.
-    """
-
-    title: str
-
-    def __init__(self, side: int, bits_per_block: float | None):
-        self.side = side
-        self.bits_per_block = bits_per_block
-
-    @abstractmethod
-    def code(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Codes and decodes images of blocks, `(batch, 3 * side * side, h, w)`."""
-
-    @torch.inference_mode()
-    def reconstruct(self, sample: torch.Tensor) -> torch.Tensor:
-        """Codes and decodes images.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images of any size, in the value range of the
-                images of the fit. An incomplete block repeats its last row and column.
-
-        Returns:
-            `torch.Tensor` of the same shape, float32, neither clamped nor rounded.
-        """
-        height, width = sample.shape[-2:]
-        padded = F.pad(sample.float(), (0, -width % self.side, 0, -height % self.side), mode="replicate")
-        decoded = F.pixel_shuffle(self.code(F.pixel_unshuffle(padded, self.side)), self.side)
-        return decoded[..., :height, :width]
-
-    def bits(self, height: int, width: int) -> float | None:
-        """Bits of an image; `None` if its codes are not quantised."""
-        count = math.ceil(height / self.side) * math.ceil(width / self.side)
-        return None if self.bits_per_block is None else count * self.bits_per_block
-
-
-class KMeans(BlockBaseline):
-    """Replaces each block by the nearest of `size` codes.
-
-    Args:
-        codes (`torch.Tensor` of shape `(size, 3 * side * side)`): Codes.
+        codes (`torch.Tensor` of shape `(size, 3 * f * f)`): Codes, in values from 0 to 255.
     """
 
     title = "k-means of blocks"
 
     def __init__(self, codes: torch.Tensor):
-        super().__init__(math.isqrt(codes.shape[1] // 3), math.log2(len(codes)))
+        self.f = math.isqrt(codes.shape[1] // 3)
+        self.codebook_size = len(codes)
         self.codes = codes
         self.mean = codes.mean(0)  # distances between values around 0 lose less to rounding
         self.codebook = _codebook(codes - self.mean)
@@ -113,21 +73,36 @@ class KMeans(BlockBaseline):
             codes = torch.where(counts > 0, sums / counts.clamp(min=1), draw())
         return cls(codes)
 
-    def encode(self, blocks: torch.Tensor) -> torch.Tensor:
+    def encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Ids `(batch, h, w)` of the nearest codes."""
+        return self.nearest_ids(F.pixel_unshuffle((sample + 1) * 127.5, self.f))
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Images of the codes."""
+        return F.pixel_shuffle(self.blocks(ids), self.f) / 127.5 - 1
+
+    @torch.inference_mode()
+    def reconstruct(self, sample: torch.Tensor) -> torch.Tensor:
+        """Codes and decodes images of any size, `(batch, 3, height, width)` in the values of the codes, to float32.
+
+        An incomplete block repeats its last row and column. The result is neither clamped nor rounded.
+        """
+        height, width = sample.shape[-2:]
+        padded = F.pad(sample.float(), (0, -width % self.f, 0, -height % self.f), mode="replicate")
+        ids = self.nearest_ids(F.pixel_unshuffle(padded, self.f))
+        return F.pixel_shuffle(self.blocks(ids), self.f)[..., :height, :width]
+
+    def nearest_ids(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Ids `(batch, h, w)` of blocks `(batch, 3 * f * f, h, w)`."""
         flat = blocks.movedim(1, -1)
         return self.codebook.nearest_ids((flat - self.mean).flatten(0, -2)).view(flat.shape[:-1])
 
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Codes `(batch, 3 * side * side, h, w)` of ids."""
+    def blocks(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codes `(batch, 3 * f * f, h, w)` of ids."""
         return self.codes[ids].movedim(-1, 1)
 
-    def code(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Replaces blocks by codes."""
-        return self.decode(self.encode(blocks))
 
-
-class LinearDecoder(BlockBaseline):
+class LinearDecoder(KMeans):
     """Decodes a block from its code and its eight neighbours, by a linear map.
 
     Args:
@@ -138,25 +113,23 @@ class LinearDecoder(BlockBaseline):
     title = "k-means with a linear 3 x 3 decoder"
 
     def __init__(self, kmeans: KMeans, weight: torch.Tensor):
-        super().__init__(kmeans.side, kmeans.bits_per_block)
-        self.kmeans = kmeans
-        self.codes = kmeans.codes
+        super().__init__(kmeans.codes)
         self.weight = weight
 
     @classmethod
     @torch.inference_mode()
-    def fit(cls, kmeans: KMeans, images: Iterable[torch.Tensor]) -> "LinearDecoder":
+    def from_kmeans(cls, kmeans: KMeans, images: Iterable[torch.Tensor]) -> "LinearDecoder":
         """Fits the map by ridge regression. On these images, its squared error is never larger than without it.
 
         Args:
             kmeans ([`KMeans`]): The codes.
-            images (`Iterable[torch.Tensor]`): Images `(3, height, width)`, sides multiples of `side`.
+            images (`Iterable[torch.Tensor]`): Images `(3, height, width)`, sides multiples of `f`.
         """
         dim = kmeans.codes.shape[1]
         products, targets = (torch.zeros(9 * dim, n, dtype=torch.float64) for n in (9 * dim, dim))  # on the CPU
         for image in images:
-            blocks = F.pixel_unshuffle(image[None].float(), kmeans.side)
-            coded = kmeans.code(blocks)
+            blocks = F.pixel_unshuffle(image[None].float(), kmeans.f)
+            coded = kmeans.blocks(kmeans.nearest_ids(blocks))
             inputs = F.unfold(_padded(coded - kmeans.mean[:, None, None]), 3)[0]  # (9 * dim, h * w)
             products += (inputs @ inputs.T).cpu()
             targets += (inputs @ (blocks - coded).flatten(2)[0].T).cpu()
@@ -164,48 +137,19 @@ class LinearDecoder(BlockBaseline):
         weight = torch.linalg.solve(products, targets).T.float().reshape(dim, dim, 3, 3)
         return cls(kmeans, weight.to(kmeans.codes.device))
 
-    def encode(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Ids `(batch, h, w)` of the nearest codes."""
-        return self.kmeans.encode(blocks)
-
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+    def blocks(self, ids: torch.Tensor) -> torch.Tensor:
         """Codes of ids, each with the correction that its neighbourhood predicts."""
-        coded = self.kmeans.decode(ids)
-        return coded + F.conv2d(_padded(coded - self.kmeans.mean[:, None, None]), self.weight)
-
-    def code(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Replaces blocks by codes, each with the correction that its neighbourhood predicts."""
-        return self.decode(self.encode(blocks))
+        coded = super().blocks(ids)
+        return coded + F.conv2d(_padded(coded - self.mean[:, None, None]), self.weight)
 
 
-class PrincipalComponents(BlockBaseline):
-    """Keeps the leading components of a block, not quantised: the best linear map to so many numbers.
-
-    Args:
-        mean (`torch.Tensor` of shape `(3 * side * side,)`): Mean of the blocks.
-        components (`torch.Tensor` of shape `(3 * side * side, count)`): Orthonormal columns.
-    """
-
-    def __init__(self, mean: torch.Tensor, components: torch.Tensor):
-        super().__init__(math.isqrt(len(mean) // 3), None)
-        self.title = f"{components.shape[1]} principal components, not quantised"
-        self.mean = mean[:, None, None]
-        self.components = components
-
-    def code(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Projects blocks on the components."""
-        values = torch.einsum("dk,bdhw->bkhw", self.components, blocks - self.mean)
-        return torch.einsum("dk,bkhw->bdhw", self.components, values) + self.mean
-
-
-def fit_block_baselines(images: Sequence[torch.Tensor], side: int, size: int, count: int) -> list[BlockBaseline]:
-    """Fits all baselines of blocks.
+def fit_block_baselines(images: Sequence[torch.Tensor], side: int, size: int) -> list[KMeans]:
+    """Fits both baselines of blocks.
 
     Args:
         images (`Sequence[torch.Tensor]`): Images `(3, height, width)` on one device, from [`read_fit_images`].
         side (`int`): Side of a block in pixels, f of the model.
         size (`int`): Number of codes of k-means, the size of the codebook.
-        count (`int`): Number of principal components, the dimension of a code.
 
     Raises:
         ValueError: If there are fewer blocks than codes.
@@ -213,8 +157,7 @@ def fit_block_baselines(images: Sequence[torch.Tensor], side: int, size: int, co
     blocks = take_blocks(images, side)
     kmeans = KMeans.fit(blocks, size)
     every = math.ceil(len(blocks) / REGRESSION_BLOCKS)
-    linear = LinearDecoder.fit(kmeans, images[::every])
-    return [kmeans, linear, PrincipalComponents(*principal_components(blocks, count))]
+    return [kmeans, LinearDecoder.from_kmeans(kmeans, images[::every])]
 
 
 def read_fit_images(paths: Sequence[Path], side: int, device: torch.device) -> list[torch.Tensor]:

@@ -1,1 +1,1 @@
-"""One protocol for all tokenizers: adapters of the classes of other libraries, and the loop that measures them."""
+"""Adapters of the tokenizers of other libraries to one protocol."""

@@ -1,34 +1,67 @@
-"""Measures tokenizers side by side: the same images, the same reference, one row each."""
+"""Measures tokenizers by one protocol: the same images, the same reference, one row each. Writes table and plot."""
 
-import platform
+import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from svqvae_hf.data.image_rows import ImageRow, ImageSource
 from svqvae_hf.evaluation import metrics
-from svqvae_hf.evaluation.comparison import image_metrics, to_tensor
-from svqvae_hf.evaluation.evaluate import LIBRARIES, measure_images, new_fid
+from svqvae_hf.evaluation.measuring import (
+    IDS_PER_CODE,
+    ReconstructionFID,
+    Records,
+    image_metrics,
+    library_versions,
+    mean,
+    measure_images,
+    missing_notes,
+    pixels_of,
+    to_image,
+    to_tensor,
+)
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.results import IDS_PER_CODE, MANY_IMAGES, NOT_COMPUTED, mean
-from svqvae_hf.evaluation.tokenizers.baselines import to_image
-from svqvae_hf.evaluation.tokenizers.memory import PeakMemory
+from svqvae_hf.evaluation.report_files import (
+    COLOURS,
+    Metric,
+    closing_lines,
+    finish_axes,
+    format_table,
+    save_figure,
+    write_texts,
+)
 from svqvae_hf.evaluation.tokenizers.protocol import Codes, Tokenizer, count_bits, count_tokens
 from svqvae_hf.models.image_processing_svqvae import pad_to_multiple
 from svqvae_hf.tokens.image_tokens import resize_image
 
 MEGA = 1_000_000
-MIB = 1 << 20
 QUALITY = ("psnr", "ssim", "ms_ssim", "lpips")
-PER_IMAGE = ("tokens", "bits_per_pixel", *QUALITY)
+COLUMNS = {
+    "tokens": Metric("tokens", ".0f"),
+    "bits_per_pixel": Metric("bits per pixel", ".4f"),
+    "psnr": Metric("PSNR, dB", ".2f"),
+    "ssim": Metric("SSIM", ".4f"),
+    "ms_ssim": Metric("MS-SSIM", ".4f"),
+    "lpips": Metric("LPIPS", ".4f"),
+    "rfid": Metric("rFID", ".2f"),
+    "usage": Metric("codes used", ".1%"),
+    "perplexity": Metric("perplexity", ".0f"),
+    "encode_speed": Metric("encode, megapixels/s", ".3f"),
+    "decode_speed": Metric("decode, megapixels/s", ".3f"),
+}
+GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":"), "AVIF": ("#8a8a8a", "-.")}
+MARKERS = "osD^vP"
 
 Result = TypeVar("Result")
 
@@ -40,8 +73,8 @@ class Comparison:
     Args:
         settings (`dict[str, Any]`): Options of the comparison.
         versions (`dict[str, str]`): Versions of Python and of the libraries that affect the values.
-        rows (`list[dict[str, Any]]`): Values of each tokenizer by the names of `COLUMNS` in
-            [`svqvae_hf.evaluation.tokenizers.table`]; `None` if a value could not be computed.
+        rows (`list[dict[str, Any]]`): Values of each tokenizer by the names of `COLUMNS`; `None` if a value could not
+            be computed.
         images (`list[dict[str, Any]]`): Measured images in the order of the set: `index`, `name`, `width`, `height`
             and `results`, the values of the image for each tokenizer.
         skipped (`list[dict[str, Any]]`): Skipped images: `index`, `name`, `reason`.
@@ -51,8 +84,8 @@ class Comparison:
     settings: dict[str, Any]
     versions: dict[str, str]
     rows: list[dict[str, Any]]
-    images: list[dict[str, Any]]
-    skipped: list[dict[str, Any]]
+    images: Records
+    skipped: Records
     notes: list[str]
 
 
@@ -68,12 +101,12 @@ def compare_tokenizers(
     """Codes and decodes each image of a set by each tokenizer, and compares the result with the image in 8 bits.
 
     An image is padded to multiples of `f` by repeating its last row and column, and the reconstruction is cropped.
-    Before the first image is timed, each tokenizer runs on it once, and its peak memory is measured.
+    Before the first image is timed, each tokenizer runs on it once.
 
     Args:
         tokenizers (`Sequence[Tokenizer]`): Tokenizers with different titles, on `device`.
-        images (`Iterable`): As in [`evaluate`].
-        resolution (`int`, *optional*): As in [`evaluate`].
+        images (`Iterable`): As in [`measure_images`].
+        resolution (`int`, *optional*): As in [`measure_images`].
         lpips ([`LPIPS`], *optional*): As in [`evaluate`].
         inception (`nn.Module`, *optional*): As in [`evaluate`].
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
@@ -85,8 +118,6 @@ def compare_tokenizers(
     titles = [each.title for each in tokenizers]
     if not titles or len(set(titles)) < len(titles):
         raise ValueError(f"`tokenizers` must be one or more with different titles, got {titles}.")
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"`resolution` must be at least 1, got {resolution}.")
     state = PartialState(cpu=device.type == "cpu")
     lpips = lpips.to(device) if lpips is not None else None
     meters = [_Meter(each, lpips, inception, device) for each in tokenizers]
@@ -94,19 +125,19 @@ def compare_tokenizers(
     def measure(image: Image.Image, **identity: Any) -> dict[str, Any]:
         target = to_tensor(image, device)
         measured = [meter.measure(target) for meter in meters]
-        for meter, (values, counts, reconstruction) in zip(meters, measured, strict=True):
-            meter.add(values, counts, reconstruction, target)  # only now, because a tokenizer may run out of memory
+        for meter, (_, counts, reconstruction) in zip(meters, measured, strict=True):
+            meter.add(counts, reconstruction, target)  # only now, because a tokenizer may run out of memory
         return {"width": image.width, "height": image.height, "results": [values for values, _, _ in measured]}
 
     records, skipped = measure_images(measure, images, resolution, state)
     rows = [meter.row([record["results"][index] for record in records], records) for index, meter in enumerate(meters)]
     return Comparison(
         settings={"resolution": resolution, "device": device.type},
-        versions={"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        versions=library_versions(),
         rows=rows,
         images=records,
         skipped=skipped,
-        notes=_write_notes(meters, rows, records, lpips, inception),
+        notes=[*missing_notes(records, lpips, inception), *_notes(meters, rows, len(records))],
     )
 
 
@@ -118,19 +149,17 @@ class _Meter:
         self.lpips = lpips
         self.device = device
         self.counts = torch.zeros(tokenizer.codebook_size or 0, dtype=torch.int64)
-        self.fid = new_fid(inception, device) if inception is not None else None
-        self.peak_memory: int | None = None
+        self.fid = ReconstructionFID(inception, device) if inception is not None else None
+        self.is_warm = False
 
     @torch.no_grad()
     def measure(self, target: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
         """Values, counts of codes, and reconstruction of an image `(1, 3, height, width)` in uint8."""
         tokenizer, (height, width) = self.tokenizer, target.shape[-2:]
         sample = pad_to_multiple(target / 127.5 - 1, tokenizer.f)
-        peak_memory = self.peak_memory
-        if peak_memory is None:
-            with PeakMemory() as memory:
-                tokenizer.decode(tokenizer.encode(sample))
-            peak_memory = memory.peak
+        if not self.is_warm:
+            tokenizer.decode(tokenizer.encode(sample))
+            self.is_warm = True
         codes, encode_seconds = self._timed(lambda: tokenizer.encode(sample))
         decoded, decode_seconds = self._timed(lambda: tokenizer.decode(codes))
         values: dict[str, Any] = {
@@ -138,7 +167,6 @@ class _Meter:
             "bits_per_pixel": count_bits(codes, tokenizer.codebook_size) / (height * width),
             "encode_seconds": encode_seconds,
             "decode_seconds": decode_seconds,
-            "memory": None if isinstance(codes, bytes) else peak_memory,
             **dict.fromkeys(QUALITY),
         }
         counts = self._count_codes(codes)
@@ -148,32 +176,31 @@ class _Meter:
         reconstruction = to_tensor(image.crop((0, 0, width, height)), self.device)
         return values | image_metrics(reconstruction, target, self.lpips), counts, reconstruction
 
-    def add(
-        self, values: dict[str, Any], counts: torch.Tensor, reconstruction: torch.Tensor | None, target: torch.Tensor
-    ) -> None:
+    def add(self, counts: torch.Tensor, reconstruction: torch.Tensor | None, target: torch.Tensor) -> None:
         """Adds a measured image to the sums."""
-        self.peak_memory = values["memory"] or 0
         self.counts += counts
         if self.fid is not None and reconstruction is not None:
-            self.fid.update(reconstruction.to(self.fid.device), real=False)
-            self.fid.update(target.to(self.fid.device), real=True)
+            self.fid.add(reconstruction, target)
 
-    def row(self, results: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def row(self, results: Records, records: Records) -> dict[str, Any]:
         """Means and sums over the images of all processes."""
         counts = torch.stack(gather_object([self.counts])).sum(0)
         decodes = results[0]["psnr"] is not None
-        megapixels = sum(record["width"] * record["height"] for record in records) / MEGA
+        pixels = pixels_of(records)
+        bits = [
+            each["bits_per_pixel"] * record["width"] * record["height"]
+            for each, record in zip(results, records, strict=True)
+        ]
         seconds = {key: sum(each[f"{key}_seconds"] for each in results) for key in ("encode", "decode")}
-        fid = self.fid.compute().item() if self.fid is not None and decodes and len(records) > 1 else None
         return {
             "title": self.tokenizer.title,
-            **{key: mean([each[key] for each in results]) for key in PER_IMAGE},
-            "rfid": fid,
+            **{key: mean(each[key] for each in results) for key in ("tokens", *QUALITY)},
+            "bits_per_pixel": sum(bits) / pixels,
+            "rfid": self.fid.compute() if self.fid is not None and decodes and len(records) > 1 else None,
             "usage": metrics.usage(counts) if len(counts) else None,
             "perplexity": metrics.perplexity(counts) if len(counts) else None,
-            "encode_speed": megapixels / seconds["encode"],
-            "decode_speed": megapixels / seconds["decode"] if decodes else None,
-            "memory": results[0]["memory"] and results[0]["memory"] / MIB,
+            "encode_speed": pixels / MEGA / seconds["encode"],
+            "decode_speed": pixels / MEGA / seconds["decode"] if decodes else None,
         }
 
     def _count_codes(self, codes: Codes) -> torch.Tensor:
@@ -199,37 +226,15 @@ class _Meter:
             torch.accelerator.synchronize(self.device)
 
 
-def _write_notes(
-    meters: Sequence[_Meter],
-    rows: Sequence[dict[str, Any]],
-    records: Sequence[dict[str, Any]],
-    lpips: LPIPS | None,
-    inception: nn.Module | None,
-) -> list[str]:
-    notes = [NOT_COMPUTED[key] for key, network in (("lpips", lpips), ("rfid", inception)) if network is None]
-    if inception is not None and len(records) == 1:
-        notes.append("rFID was not computed: it needs at least two images.")
-    elif inception is not None and len(records) < MANY_IMAGES:
-        notes.append(f"rFID of {len(records)} images is far too high to be compared with published values.")
-    sides = {"SSIM": metrics.SSIM_SIDE, "MS-SSIM": metrics.MS_SSIM_SIDE}
-    if lpips is not None:
-        sides["LPIPS"] = lpips.min_side
-    for title, side in sides.items():
-        small = sum(min(record["width"], record["height"]) < side for record in records)
-        if small:
-            notes.append(
-                f"{title} was not computed for {small} of {len(records)} images. It needs sides of at least {side} "
-                "pixels."
-            )
-    if any(row["tokens"] is None for row in rows):
-        notes.append("Image files have no tokens. The memory of their encoders and decoders was not measured.")
+def _notes(meters: Sequence[_Meter], rows: Sequence[dict[str, Any]], images: int) -> list[str]:
+    notes = []
     latents = [row["title"] for row in rows if row["tokens"] is not None and row["usage"] is None]
     if latents:
         notes.append(f"Codes used and perplexity need ids. {', '.join(latents)} code latents.")
     few = [
         meter.tokenizer.title
         for meter, row in zip(meters, rows, strict=True)
-        if len(meter.counts) and row["tokens"] * len(records) < IDS_PER_CODE * len(meter.counts)
+        if len(meter.counts) and row["tokens"] * images < IDS_PER_CODE * len(meter.counts)
     ]
     if few:
         notes.append(
@@ -240,3 +245,70 @@ def _write_notes(
     if no_decoder:
         notes.append(f"{', '.join(no_decoder)}: this class has no decoder, so nothing is compared with the image.")
     return notes
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Writes `report.json`, `report.md` and `rate_distortion.png`.
+
+    Args:
+        comparison ([`Comparison`]): Results. Its `settings` must also have `data`.
+        folder (`Path`): Folder to write to, created if it does not exist.
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    settings = comparison.settings
+    size = f", resized and cropped to {settings['resolution']} pixels a side" if settings["resolution"] else ""
+    lines = [
+        "# Comparison of tokenizers",
+        "",
+        f"On {len(comparison.images)} images of {', '.join(f'`{name}`' for name in settings['data'])}{size}, by bits "
+        f"per pixel. The device is {settings['device']}.",
+        "",
+        *comparison_table(comparison.rows),
+    ]
+    pictures = {"rate_distortion.png": "Bits per pixel against PSNR and SSIM"}
+    lines += closing_lines(comparison.notes, comparison.skipped, pictures, comparison.versions)
+    write_texts(folder, dataclasses.asdict(comparison), lines)
+    save_figure(comparison_figure(comparison), folder / "rate_distortion.png")
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: a row per tokenizer by bits per pixel, and the columns that any of them has."""
+    shown = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
+    cells = [
+        [row["title"], *(COLUMNS[key].cell(row[key]) for key in shown)]
+        for row in sorted(rows, key=lambda row: row["bits_per_pixel"])
+    ]
+    return format_table(["tokenizer", *(COLUMNS[key].title for key in shown)], cells)
+
+
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Plots PSNR and SSIM against bits per pixel: a line per image codec, per model's scales, and per its targets."""
+    figure = Figure(figsize=(12, 6 + 0.2 * len(comparison.rows)), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(panels, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
+        _plot(axes, [row for row in comparison.rows if row[key] not in (None, float("inf"))], key)
+        axes.set(xscale="log", xlabel="bits per pixel", ylabel=label)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        finish_axes(axes)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=9)
+    figure.suptitle(f"Rate and distortion, means over {len(comparison.images)} images", x=0.01, ha="left")
+    return figure
+
+
+def _plot(axes: Axes, rows: Sequence[dict[str, Any]], key: str) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        name = re.sub(r", (scale|quality) [\d.e+-]+$", "", row["title"])
+        name = re.sub(r", at least [\d.e+-]+ dB$", ", smallest scale that reaches a PSNR", name)
+        lines.setdefault(name, []).append((row["bits_per_pixel"], row[key]))
+    others = [name for name in lines if name not in GREYS]
+    for name, points in lines.items():
+        if name in GREYS:
+            colour, style = GREYS[name]
+            marker = "."
+        else:
+            number = others.index(name)
+            colour, style, marker = COLOURS[number % len(COLOURS)], "-", MARKERS[number // len(COLOURS) % len(MARKERS)]
+        axes.plot(*zip(*sorted(points), strict=True), color=colour, ls=style, marker=marker, linewidth=1.2, label=name)

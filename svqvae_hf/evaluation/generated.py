@@ -1,0 +1,196 @@
+"""Compares generated images with an image set: Fréchet distance, precision and recall, and nearest neighbours."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from PIL import Image, ImageOps
+from torch import nn
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+from svqvae_hf.data.image_rows import ImageRow, ImageSource
+from svqvae_hf.evaluation.measuring import MANY_IMAGES, Records, library_versions, measure_images, to_tensor
+from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
+from svqvae_hf.evaluation.report_files import Metric, closing_lines, format_table, write_texts
+from svqvae_hf.files.outputs import save_png
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+
+POOLED_SIDE = 4  # cells of latents per side
+NEIGHBOURS = 3  # of precision and recall, and on the picture
+NUM_SHOWN = 8  # generated images on the picture
+VALUES = {
+    "frechet_distance": Metric("Fréchet distance", ".4g"),
+    "precision": Metric("precision", ".3f"),
+    "recall": Metric("recall", ".3f"),
+}
+
+
+class TokenizerFeatures(nn.Module):
+    """Features of images from a tokenizer: its latents before quantisation, averaged over 4 x 4 cells.
+
+    They need no download. Distances between them are comparable only for the same tokenizer, and are not an FID.
+
+    Args:
+        model ([`SVQVAE`]): Tokenizer in evaluation mode.
+    """
+
+    title = "latents of the tokenizer"
+
+    def __init__(self, model: SVQVAE):
+        super().__init__()
+        self.model, self.processor = model, SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features `(batch, n)` of uint8 images `(batch, 3, height, width)`."""
+        pixel_values = self.processor(images)["pixel_values"].to(self.model.device)
+        return F.adaptive_avg_pool2d(self.model.encode(pixel_values).latents, POOLED_SIDE).flatten(1)
+
+
+@dataclass
+class GeneratedReport:
+    """Results of [`compare_generated`].
+
+    Args:
+        settings (`dict[str, Any]`): Options of the comparison, and the numbers of images.
+        versions (`dict[str, str]`): Versions of Python and of the libraries that affect the values.
+        rows (`list[dict[str, Any]]`): `features`, `frechet_distance`, `precision` and `recall` for each network.
+        skipped (`list[dict[str, Any]]`): Skipped images of both sets: `index`, `name`, `reason`.
+        notes (`list[str]`): Sentences about values that need care.
+        neighbours (`PIL.Image.Image`): Generated images, each with the most similar images of the set.
+    """
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    rows: list[dict[str, Any]]
+    skipped: Records
+    notes: list[str]
+    neighbours: Image.Image
+
+
+@torch.inference_mode()
+def compare_generated(
+    generated: Iterable[ImageSource | ImageRow],
+    images: Iterable[ImageSource | ImageRow],
+    networks: Mapping[str, nn.Module],
+    *,
+    resolution: int | None = None,
+    device: str | torch.device = "cpu",
+) -> GeneratedReport:
+    """Compares a set of generated images with an image set.
+
+    Args:
+        generated (`Iterable`): Generated images, as in [`measure_images`].
+        images (`Iterable`): Images to compare with. Their shorter side is resized to the generated images (bicubic),
+            and the centre is cropped.
+        networks (`Mapping[str, nn.Module]`): Names and networks that map uint8 images `(batch, 3, height, width)` to
+            features `(batch, n)`. The last one finds the nearest neighbours.
+        resolution (`int`, *optional*): Side to which both are resized and cropped; by default the shorter side of the
+            first generated image.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
+
+    Raises:
+        ValueError: A set has fewer images than neighbours, or `resolution` is out of range.
+
+    Source: precision and recall by 3 nearest neighbours, arXiv 1904.06991; the Fréchet distance, arXiv 1706.08500.
+    """
+    state = PartialState(cpu=torch.device(device).type == "cpu")
+    side = resolution
+    shown: list[tuple[str, Image.Image]] = []
+    queries: list[torch.Tensor] = []
+    last = [*networks][-1]
+
+    def features(image: Image.Image) -> dict[str, torch.Tensor]:
+        return {name: network(to_tensor(image, device))[0].float().cpu() for name, network in networks.items()}
+
+    def measure_generated(image: Image.Image, index: int, name: str) -> dict[str, Any]:
+        nonlocal side
+        side = side or min(image.size)
+        fitted = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+        values = features(fitted)
+        if len(shown) < NUM_SHOWN:
+            shown.append((name, fitted))
+            queries.append(values[last])
+        return values
+
+    found, skipped = measure_images(measure_generated, generated, None, state)
+    nearest: list[list[tuple[float, int, str, Image.Image]]] = [[] for _ in shown]
+
+    def measure_real(image: Image.Image, index: int, name: str) -> dict[str, Any]:
+        values = features(image)
+        for kept, distance in zip(nearest, (torch.stack(queries) - values[last]).norm(dim=1).tolist(), strict=True):
+            kept[:] = sorted([*kept, (distance, index, name, image)], key=lambda each: each[:2])[:NEIGHBOURS]
+        return values
+
+    real, also_skipped = measure_images(measure_real, images, side, state)
+    if min(len(found), len(real)) <= NEIGHBOURS:
+        raise ValueError(
+            f"both sets must have more than {NEIGHBOURS} images, got {len(found)} generated and {len(real)} others."
+        )
+    notes = []
+    if min(len(found), len(real)) < MANY_IMAGES:
+        notes.append(
+            f"The Fréchet distance of {len(found)} and {len(real)} images is too high to be compared with published "
+            f"values, which take at least {MANY_IMAGES:,}. Compare it only at the same numbers of images."
+        )
+    return GeneratedReport(
+        settings={"resolution": side, "generated_images": len(found), "images": len(real)},
+        versions=library_versions(),
+        rows=[
+            _compare(name, *(torch.stack([record[name] for record in records]) for records in (found, real)))
+            for name in networks
+        ],
+        skipped=[*skipped, *also_skipped],
+        notes=notes,
+        neighbours=_neighbours_sheet(shown, nearest),
+    )
+
+
+def _compare(name: str, generated: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
+    """Values of two sets of features `(n, dim)`."""
+    statistics = [fid_features_to_statistics(each.double()) for each in (generated, real)]
+    precision, recall = calculate_precision_recall_part(generated, real, NEIGHBOURS)
+    distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    return {"features": name, "frechet_distance": max(0.0, distance), "precision": precision, "recall": recall}
+
+
+def _neighbours_sheet(
+    shown: Sequence[tuple[str, Image.Image]], nearest: Sequence[Sequence[tuple[float, int, str, Image.Image]]]
+) -> Image.Image:
+    return stacked_sheets(
+        [
+            Panel(image, name, "generated"),
+            *(Panel(each, other, f"distance {distance:.3g}") for distance, _, other, each in neighbours),
+        ]
+        for (name, image), neighbours in zip(shown, nearest, strict=True)
+    )
+
+
+def generated_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: a row per network."""
+    cells = [[row["features"], *(metric.cell(row[key]) for key, metric in VALUES.items())] for row in rows]
+    return format_table(["features", *(metric.title for metric in VALUES.values())], cells)
+
+
+def write_generated(report: GeneratedReport, folder: Path) -> None:
+    """Writes `report.json`, `report.md` and `neighbours.png`. `settings` must also have `generated` and `data`."""
+    settings = report.settings
+    lines = [
+        "# Generated images",
+        "",
+        f"{settings['generated_images']} images of `{settings['generated']}`, compared with {settings['images']} "
+        f"images of {', '.join(f'`{name}`' for name in settings['data'])}, at {settings['resolution']} pixels a side.",
+        "",
+        *generated_table(report.rows),
+    ]
+    pictures = {"neighbours.png": "Generated images, each with the most similar images of the set"}
+    lines += closing_lines(report.notes, report.skipped, pictures, report.versions)
+    document = {key: value for key, value in dataclasses.asdict(report).items() if key != "neighbours"}
+    write_texts(folder, document, lines)
+    save_png(report.neighbours, folder / "neighbours.png")

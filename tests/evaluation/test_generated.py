@@ -1,0 +1,81 @@
+"""Generated images against an image set: each value against its definition."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from cli_runner import svqvae
+from conftest import Features, make_tiny
+from PIL import Image
+from scipy.linalg import sqrtm
+
+from svqvae_hf.evaluation.generated import NEIGHBOURS, TokenizerFeatures, compare_generated
+
+
+@pytest.fixture
+def images(photo):
+    return [photo.crop((9 * i, 5 * i, 9 * i + 48, 5 * i + 48)) for i in range(10)]
+
+
+def features(network, images):
+    pixels = [torch.from_numpy(np.array(image)).movedim(-1, 0)[None] for image in images]
+    with torch.inference_mode():
+        return torch.cat([network(each) for each in pixels]).double().numpy()
+
+
+@pytest.mark.parametrize("network", [Features(), TokenizerFeatures(make_tiny())])
+def test_values_are_those_of_the_definitions(images, network):
+    generated = [image.rotate(180) for image in images[:6]]
+    (row,) = compare_generated(generated, images, {"name": network}).rows
+    fake, real = features(network, generated), features(network, images)
+    covariances = np.cov(fake, rowvar=False), np.cov(real, rowvar=False)
+    distance = np.square(fake.mean(0) - real.mean(0)).sum()
+    distance += np.trace(covariances[0] + covariances[1] - 2 * sqrtm(covariances[0] @ covariances[1]).real)
+    assert row["frechet_distance"] == pytest.approx(distance, rel=1e-3)
+
+    def covered(points, others):
+        radii = np.sort(np.linalg.norm(others[:, None] - others, axis=-1), axis=1)[:, NEIGHBOURS]
+        return (np.linalg.norm(points[:, None] - others, axis=-1) <= radii).any(1).mean()
+
+    assert row["precision"] == pytest.approx(covered(fake, real))
+    assert row["recall"] == pytest.approx(covered(real, fake))
+
+
+def test_equal_sets(images):
+    report = compare_generated(images, [image.resize((96, 96)) for image in images], {"name": Features()})
+    (row,) = report.rows
+    assert row["frechet_distance"] == pytest.approx(0, abs=1)
+    assert (row["precision"], row["recall"]) == (1, 1)
+    assert report.settings == {"resolution": 48, "generated_images": 10, "images": 10}
+    assert report.notes[0].startswith("The Fréchet distance of 10 and 10 images is too high to be compared")
+
+
+def test_nearest_neighbours_are_drawn(images):
+    sheet = compare_generated(images[3:7], images, {"name": Features()}).neighbours
+    panels = [sheet.crop((24 + column * (256 + 24), 24, 280 + column * 280, 280)) for column in range(2)]
+    first, nearest = (np.asarray(each, float) for each in panels)
+    assert np.abs(first - nearest).mean() < 1  # the image itself is in the set
+
+
+def test_too_few_images(images):
+    with pytest.raises(ValueError, match=r"more than 3 images, got 3 generated and 10 others"):
+        compare_generated(images[:3], images, {"name": Features()})
+
+
+@pytest.mark.usefixtures("process", "one_accelerator")
+def test_command(images, tmp_path, capsys):
+    for folder in ("generated", "photos"):
+        (tmp_path / folder).mkdir()
+        for index, image in enumerate(images):
+            image.save(tmp_path / folder / f"{index}.png")
+    out = tmp_path / "out"
+    assert svqvae("evaluate", tmp_path / "generated", tmp_path / "photos", "--generated", "--output", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["neighbours.png", "report.json", "report.md"]
+    report = json.loads((out / "report.json").read_text())
+    assert [row["features"] for row in report["rows"]] == ["latents of the tokenizer"]
+    assert report["settings"]["generated"] == str(tmp_path / "generated")
+    table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(table) in capsys.readouterr().out
+    with Image.open(out / "neighbours.png") as sheet:
+        assert sheet.height > 8 * 256
