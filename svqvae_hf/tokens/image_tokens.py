@@ -194,7 +194,7 @@ def check_memory(model: SVQVAE, height: float, width: float, images: int = 1) ->
     if needed > available:
         tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
         raise TooLargeError(
-            f"an image of {width:.0f} x {height:.0f} pixels {tiles} would take about {needed / GIB:.3g} GiB of "
-            f"memory, but {available / GIB:.3g} GiB are available. Use smaller scales, smaller tiles or a smaller "
+            f"an image of {width:.0f} x {height:.0f} pixels {tiles} would take about {needed / GIB:,.2f} GiB of "
+            f"memory, but {available / GIB:,.2f} GiB are available. Use smaller scales, smaller tiles or a smaller "
             "image, or `--large` on the command line."
         )

@@ -254,7 +254,7 @@ def test_exact_reconstructions_are_counted_and_left_out_of_means(tiny_model, pho
         ({"scales": [1, 1.0]}, r"must be distinct finite numbers above 0, got \[1, 1.0\]"),
         ({"scales": [math.nan]}, r"must be distinct finite numbers above 0, got \[nan\]"),
         ({"resolution": 0}, "`resolution` must be at least 1, got 0"),
-        ({"scales": [1e5]}, "`image 0`: an image of 57 x 35 pixels at scales 100000.* would take about"),
+        ({"scales": [1e5]}, "`image 0`: an image of 5700000 x 3500000 pixels in tiles of 256 pixels would take about"),
     ],
 )
 def test_options_out_of_range(tiny_model, photos, options, message):
