@@ -29,6 +29,8 @@ from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.token_sets.crops import make_crops
 from svqvae_hf.token_sets.writer import tokenize_set
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = str(ROOT / "benchmarks")
 # A stand-in for the original's checkout that runs our own model.
 CHECKOUT = """

@@ -43,6 +43,7 @@ OPTIONS = {
 # Python
 
 
+@pytest.mark.slow
 def test_python_blocks_and_notebook_run(tmp_path):
     pages = [page for page, text in PAGES.items() if python_blocks(text) and page.name != RUN_BY_TEST_EXPORT]
     assert {"README.md", "index.md", "scales_and_tiles.md"} <= {page.name for page in pages}
@@ -228,6 +229,7 @@ cli(["build", "--strict", "--quiet", "--site-dir", sys.argv[1]])
 """
 
 
+@pytest.mark.slow
 def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", BUILD, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False

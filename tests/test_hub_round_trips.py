@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import make_tiny
 from hub_server import run_python, serve_hub
 from huggingface_hub import ModelCard
@@ -76,6 +77,7 @@ def save_pipeline(folder):
     SVQVAEAutoregressivePipeline(vqvae, LlamaForCausalLM(config).eval(), num_classes=1).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_pipeline_and_token_set_by_hub_id(tmp_path):
     save_pipeline(tmp_path / "pipeline")
     photos = save_photos(tmp_path / "photos")

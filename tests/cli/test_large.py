@@ -19,6 +19,7 @@ def tiff(tmp_path, photo):
     return save_tiff(tmp_path / "photo.tif", np.asarray(photo)[100:160, 100:150])
 
 
+@pytest.mark.slow
 def test_to_tokens_and_back(saved_model, tiff, tmp_path, capsys):
     out, model = tmp_path / "out", ["--model", saved_model, "--device", "cpu"]
     assert svqvae("encode", tiff, "--large", "--output", out, *model, *TILES) == 0

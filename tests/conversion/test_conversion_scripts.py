@@ -47,6 +47,7 @@ def checkout(folder: Path, change: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_equal_models_pass(run, golden_dir, tmp_path, capsys):
     assert run("compare.py", checkout(tmp_path, "pass"), golden_dir / "svqvae_tiny.safetensors") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -82,6 +83,7 @@ def test_wrong_arguments_exit_2(run, golden_dir, tmp_path, photo, capsys):
     assert "sides of at least 8 pixels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["c2i", "t2i"])
 def test_equal_language_models_pass(kind, run, golden_dir, tmp_path, capsys):
     file = golden_dir / f"llamagen_gpt_{kind}_tiny.pt"

@@ -69,6 +69,7 @@ def test_a_model_of_classes_is_a_whole_repository(parts, tmp_path):
     assert_no_path_is_told(tmp_path / "out", tmp_path, parts, ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process")
 def test_the_command_and_loading_in_a_new_process(parts, tmp_path, capsys):
     options = ("--tokenizer", parts / "tokenizer", "--image-size", 16, "--num-heads", 4)
@@ -80,6 +81,7 @@ def test_the_command_and_loading_in_a_new_process(parts, tmp_path, capsys):
     assert ids == load_file(outputs)["greedy_cfg2.ids"].tolist()
 
 
+@pytest.mark.slow
 def test_loading_by_hub_id_in_a_new_process(parts, tmp_path):
     outputs = GOLDEN / "llamagen_gpt_c2i_tiny.outputs.safetensors"
     with serve_hub(tmp_path) as hub:

@@ -180,6 +180,7 @@ def test_a_link_to_itself_is_an_unreadable_image(tmp_path):
         read_image(images.rows[1])
 
 
+@pytest.mark.slow
 def test_40000_files_in_40_folders_are_opened_in_a_moment(tmp_path):
     for folder in range(40):
         (tmp_path / f"{folder:02}").mkdir()

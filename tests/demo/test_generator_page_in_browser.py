@@ -11,6 +11,8 @@ from test_page_in_browser import SCREENSHOTS, browser, watch_summary  # noqa: F4
 
 from svqvae_hf import SVQVAENextScalePipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def page(browser, tmp_path):  # noqa: F811
@@ -35,6 +37,7 @@ def result(page):
         return np.asarray(image.convert("RGB"), int)
 
 
+@pytest.mark.slow
 def test_image_grows_and_a_painted_part_is_generated_anew(page):
     from demo_pictures import PHONE, generate, paint
 

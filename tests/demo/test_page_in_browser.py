@@ -18,6 +18,8 @@ from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
+pytestmark = pytest.mark.slow
+
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
 SCALES = (0.25, 0.5, 1.0)  # the defaults of the page
 SETTINGS = {
@@ -228,6 +230,7 @@ def open_ids(page, model, ids, folder):
     page.locator(".alone img:visible").wait_for()
 
 
+@pytest.mark.slow
 def test_grids_of_any_shape_are_drawn_or_reported(page, model, tmp_path):
     codes = model.config["codebook_size"]
     open_ids(page, model, torch.arange(120).view(30, 4) % codes, tmp_path)
@@ -341,6 +344,7 @@ def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tm
     page.locator("#scales").wait_for()
 
 
+@pytest.mark.slow
 def test_no_analytics_and_no_public_api(address):
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)

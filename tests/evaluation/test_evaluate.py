@@ -44,6 +44,7 @@ def reconstruct(model, image, scales, scale_from="image"):
     return ids, latents, [processor.postprocess(each)[0] for each in samples]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_windows")
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
@@ -103,6 +104,7 @@ def test_ids_that_change_in_half_precision(tiny_model, photo):
             assert result.values[f"ids_changed_{str(dtype).removeprefix('torch.')}"] == pytest.approx(changed)
 
 
+@pytest.mark.slow
 def test_rfid_is_the_closed_form(tiny_model, photo):
     images = [photo.crop((7 * i, 3 * i, 7 * i + 40, 3 * i + 32)) for i in range(12)]
     (result,) = evaluate(tiny_model, images, scales=[1.0], inception=Features()).results

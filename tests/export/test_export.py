@@ -191,6 +191,7 @@ def test_metadata_of_exported_programs_and_no_paths_in_files(documented, onnx_re
     assert not any(path.encode() in content for content in contents for path in paths)
 
 
+@pytest.mark.slow
 def test_example_needs_only_onnxruntime_and_numpy(onnx_model, onnx_report, photo, tmp_path):
     photo.crop((100, 50, 191, 111)).save(tmp_path / "photo.png")  # 91 x 61, not multiples of f
     alone = (

@@ -3,6 +3,8 @@ import json
 import pytest
 from hub_server import run_python, serve_hub
 
+pytestmark = pytest.mark.slow
+
 # One process makes all calls to the Hub and prints what the tests check, because the Hub's URL is read at import.
 CLIENT = """
 import json, os, sys

@@ -135,6 +135,7 @@ for endpoint in (constants.ENDPOINT, "http://127.0.0.1:1"):
 """
 
 
+@pytest.mark.slow
 def test_what_the_cache_holds_loads(tmp_path, saved_model):
     with serve_hub(tmp_path) as env:
         run_python(CACHE, env, saved_model)

@@ -65,6 +65,7 @@ def test_padded_rows_are_used_before_rows_are_added():
     assert model.config.vocab_size == max(original.config.vocab_size, processor.vocabulary.stop)
 
 
+@pytest.mark.slow
 def test_a_new_process_loads_the_folder():
     code = (
         "import sys, svqvae_hf, transformers as t; p = t.AutoProcessor.from_pretrained(sys.argv[1]);"

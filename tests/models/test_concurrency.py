@@ -9,6 +9,7 @@ import torch
 pytestmark = pytest.mark.usefixtures("few_windows")
 
 
+@pytest.mark.slow
 def test_two_threads_use_one_model(tiny_model, tmp_path):
     tiny_model.enable_tiling(16, 4)
     samples = [torch.rand(1, 3, 24 + 4 * index, 50 - 3 * index) for index in range(4)]
@@ -26,6 +27,7 @@ def test_two_threads_use_one_model(tiny_model, tmp_path):
     assert not tiny_model.quantize.code_counts.any()
 
 
+@pytest.mark.slow
 def test_two_processes_use_one_model(tiny_model, no_grad):
     """The weights are in shared memory."""
     context = torch.multiprocessing.get_context("spawn")

@@ -326,6 +326,7 @@ def test_device_map_places_the_model(kind, tmp_path):
     assert torch.equal(placed(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_decode_steps_are_compiled_once(kind):
     """Ids equal those of the original code. A static cache keeps all shapes; each step is one graph."""
     model, (expected, inputs, _) = load(kind), load_inputs(kind)

@@ -122,6 +122,7 @@ def test_every_parameter_gets_a_gradient_with_checkpointing_or_without():
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_compiles_without_graph_breaks():
     transformer = make_transformer()

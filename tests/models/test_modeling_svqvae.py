@@ -29,6 +29,7 @@ def test_output_has_the_size_of_the_image_at_each_scale(tiny_model, size, tiled,
         assert output.max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("tiled", [False, True])
 def test_decoded_tokens_equal_the_reconstruction(tiny_model, tiled):
@@ -173,6 +174,7 @@ def test_by_default_the_encoder_runs_for_each_scale(tiny_model, encoder_inputs):
     assert encoder_inputs == [(1, 3, 16, 16), (1, 3, 32, 32), (1, 3, 64, 64)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("tiled", [False, True])
 def test_levels_of_a_pyramid_are_resized_images_encoded_by_themselves(tiny_model, tiled):
@@ -238,6 +240,7 @@ def test_encode_tokens_saves_no_activations(tiny_model):
     assert not kept
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_scales_work_on_images_smaller_than_a_tile_and_above_one(tiny_model):
     assert tiny_model(torch.rand(1, 3, 20, 20), patch_nums=[32, 64], tile_size=128).sample[1].shape[-1] == 40
@@ -310,6 +313,7 @@ def test_training_output_is_not_clamped():
     assert model.eval()(images).sample.max() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_compiles_without_graph_breaks(tiny_model):
     images, ids = torch.rand(1, 3, 30, 41), torch.randint(64, (1, 5, 6))
@@ -321,6 +325,7 @@ def test_compiles_without_graph_breaks(tiny_model):
     torch.testing.assert_close(decode(ids), tiny_model.decode_tokens(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_two_compiled_graphs_serve_images_of_any_size(tiny_model):
     """One for square images and one for others."""
@@ -370,6 +375,7 @@ def use_everything(model, images):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level", "sequential"])
 def test_offloading_changes_no_result(tiny_model, tmp_path, kind):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("few_windows")
 NAN, INFINITY = float("nan"), float("inf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 8_000), (8_000, 3)])
 def test_long_thin_images_are_encoded_and_decoded(tiny_model, no_grad, size):
     height, width = size

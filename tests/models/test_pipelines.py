@@ -111,6 +111,7 @@ def test_pipeline_gives_images(cls, image):
 # aMUSEd: the pipelines work on ids, in [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiling", [False, True])
 @pytest.mark.parametrize("cls", AMUSED)
 def test_amused_decodes_its_ids_with_our_model(cls, tiling, image):
@@ -161,6 +162,7 @@ def test_amused_pipeline_made_from_another_shares_our_model(cls, image):
 # LDM and Kandinsky 2.2: the pipelines work on latents, in [-1, 1]; `make_tiny()` has the same weights, in [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiling", [False, True])
 def test_ldm_quantises_and_decodes_with_our_model(tiling):
     pipeline, by_hand = make_pipeline(LDMPipeline), make_tiny()
@@ -173,6 +175,7 @@ def test_ldm_quantises_and_decodes_with_our_model(tiling):
     assert [bool(each) for each in tiles] == [tiling, tiling]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiling", [False, True])
 @pytest.mark.parametrize("cls", KANDINSKY)
 def test_kandinsky_decodes_its_latents_with_our_model(cls, tiling, image):
@@ -207,6 +210,7 @@ def test_slicing_changes_nothing(cls, image):
 # Saved pipelines
 
 
+@pytest.mark.slow
 def test_saved_pipelines_load_by_folder_and_by_hub_id_in_a_new_process(image, tmp_path):
     saved = {}
     for cls in PIPELINES:

@@ -23,6 +23,7 @@ def test_size_and_config_are_as_documented(model):
     assert all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_tiles_are_invisible(model, photo):
     measurement = Measurement(model, SVQVAEImageProcessor()(photo.resize((704, 470)))["pixel_values"])
     figures = measurement.measure_tiles() | measurement.compare_with_whole()
@@ -33,6 +34,7 @@ def test_tiles_are_invisible(model, photo):
     assert figures["error along image border"] < 1.3
 
 
+@pytest.mark.slow
 def test_tiles_leave_no_lattice_on_flat_dark_and_gradient_images(model):
     """Along tile borders, the result is as bright as with the grid moved by half a tile."""
     along = torch.linspace(0, 1, 288)
@@ -60,6 +62,7 @@ def test_flat_colours_come_back(model):
     assert error[..., 0, :].mean() < 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_scales_from_the_image_are_better_and_scale_2_beats_scale_1_enlarged(model, photo):
     sample = SVQVAEImageProcessor()(photo.crop((100, 50, 292, 242)))["pixel_values"]

@@ -63,6 +63,7 @@ def set_tiles(model: SVQVAE, tile: tuple[int, int] | None) -> None:
         model.enable_tiling(*tile)
 
 
+@pytest.mark.slow
 @examples(30)
 @given(
     st.integers(1, 2),
@@ -89,6 +90,7 @@ def test_ids_decode_to_the_reconstruction(batch, height, width, scales, scale_fr
         torch.testing.assert_close(fitted, reconstruction, rtol=0, atol=DTYPES[dtype])
 
 
+@pytest.mark.slow
 @examples(25)
 @given(sides, sides, tiles, st.integers(0, 9))
 def test_images_of_a_batch_do_not_see_each_other(height, width, tile, seed):
@@ -120,6 +122,7 @@ def test_tiles_equal_the_whole_if_the_overlap_covers_the_receptive_field(height,
     assert axis[-1].core_stop == height
 
 
+@pytest.mark.slow
 @examples(15)
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([(8, 0), (16, 4), (32, 12)]), st.floats(0, 1))
 def test_tiles_equal_the_whole_on_constant_images(height, width, tile, value):
@@ -209,6 +212,7 @@ def test_any_config_makes_a_model_that_saves_and_loads(tmp_path, config, encoder
     assert low <= decoded.min() <= decoded.max() <= high
 
 
+@pytest.mark.slow
 @examples(30)
 @given(
     st.sampled_from(

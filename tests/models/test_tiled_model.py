@@ -84,6 +84,7 @@ def test_decoding_windows_crops_them_and_keeps_the_context(size):
         torch.testing.assert_close(context.attended[attention], attended, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad", "all_windows")
 def test_tiles_agree_with_the_whole_image_without_attention():
     """Without attention and with wide overlaps, tiles differ from the whole image by their statistics alone."""
@@ -118,6 +119,7 @@ def test_small_tile_takes_a_smaller_overlap(tiny_model, encoder_inputs):
     assert max(max(shape[-2:]) for shape in encoder_inputs) <= 32
 
 
+@pytest.mark.slow
 def test_tiles_keep_results_on_the_device():
     with torch.device("meta"):
         model = make_tiny()
@@ -127,6 +129,7 @@ def test_tiles_keep_results_on_the_device():
         assert model.decode(latents, force_not_quantize=True).sample.device.type == "meta"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad", "all_windows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
@@ -139,6 +142,7 @@ def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
     assert psnr(output, expected) > 25
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypatch):
     """Tiles then differ from the whole image only by what their overlap does not reach."""
@@ -197,6 +201,7 @@ def test_margins_of_windows_are_ignored():
         torch.testing.assert_close(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_tiles_leave_no_dark_border_and_no_dead_latents(tiny_model):
     for layer, value in [(tiny_model.decoder.conv_out, 0.5), (tiny_model.quant_conv, 0.3)]:
@@ -210,6 +215,7 @@ def test_tiles_leave_no_dark_border_and_no_dead_latents(tiny_model):
     torch.testing.assert_close(latents, torch.full_like(latents, 0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_tiled_image_has_one_grid_of_ids(tiny_model):
     tiny_model.enable_tiling(32, 8)
@@ -249,6 +255,7 @@ def test_tiles_with_gradient_checkpointing_are_refused():
         model(torch.rand(1, 3, 48, 48), tile_size=32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 def test_two_compiled_graphs_serve_all_tiles(tiny_model):
     """One for the sample of windows and one for tiles."""

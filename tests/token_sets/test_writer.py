@@ -192,6 +192,7 @@ def many(tmp_path):
     return tmp_path / "many"
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_parts_make_the_set_of_one_process(many, tmp_path):
     options = ["--model", str(tmp_path / "tiny"), "--num-parts", "8", "--workers", "0", "--scales", "0.5", "1"]
     arguments = ["tokenize", str(many), str(tmp_path / "out"), *options]
@@ -237,6 +238,7 @@ def test_a_full_disk_leaves_no_part_that_counts_as_finished(many, tmp_path):
     assert content(tmp_path / "out" / "data") == expected
 
 
+@pytest.mark.slow
 def test_sigterm_prints_what_is_finished_and_how_to_resume(many, tmp_path):
     arguments = ["tokenize", str(many), str(tmp_path / "out"), "--model", str(tmp_path / "tiny"), "--workers", "0"]
     stopped = processes().Process(

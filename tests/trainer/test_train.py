@@ -163,6 +163,7 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
 # Interruptions
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options, inputs, tmp_path):
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "max_train_steps": 8, "train_batch_size": 1}
     options |= {"train_data_dir": None, "dataset_name": "webdataset", "data_files": [str(inputs / "shard-*.tar")]}
@@ -190,6 +191,7 @@ def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options
     assert_equal_weights(whole["output_dir"], broken["output_dir"])
 
 
+@pytest.mark.slow
 def test_run_ends_with_its_launcher_and_says_that_it_is_one_process(options, tmp_path):
     options |= SMALL | {"max_train_steps": 10_000, "logging_steps": 1}
     launcher = start(options, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")

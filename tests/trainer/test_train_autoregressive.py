@@ -147,6 +147,7 @@ def test_a_token_set_is_not_copied(parts, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.stat().st_size and path.is_file()]
 
 
+@pytest.mark.slow
 def test_a_token_set_on_the_hub_is_streamed(parts, tmp_path):
     script = """
         from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
