@@ -67,7 +67,7 @@ WRONG = {  # words on the command line, and a part of the message
     "training/add_colours.py": [
         ("empty two_images out", "config.json"),
         ("{model} two_images empty", "OUT must be a new folder, but `empty` exists"),
-        ("{model} two_images out", "MODEL must have more than 2,744 codes"),
+        ("{model} two_images out", "MODEL must have more than 2,197 codes"),
     ],
     "conversion/compare.py": [
         ("empty broken.json", "`broken.json` must be a whole PyTorch checkpoint"),

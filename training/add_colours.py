@@ -17,7 +17,7 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.trainer.run import one_line_errors
 
-LEVELS = 14  # of red, green and blue
+LEVELS = 13  # of red, green and blue
 SIDE = 64  # pixels of a flat image
 SCALES = (1.0, 0.5, 0.25)  # at which the use of codes is counted
 BATCH = 49

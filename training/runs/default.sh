@@ -11,13 +11,16 @@ cid22=$1 work=$2
 
 [ -d "$work/drawings" ] || python training/prepare_drawings.py "$work/drawings" --photos "$work/photos"
 
-# Photographs are linked in six times, so that drawings are 39 % of the crops from files.
-if [ ! -d "$work/mixture" ]; then
-    rm -rf "$work/mixture.partial" && mkdir "$work/mixture.partial"
-    cp -rl "$work/drawings/train" "$work/mixture.partial/drawings"
-    for copy in 1 2 3 4 5 6; do cp -rl "$work/photos/train" "$work/mixture.partial/photos-$copy"; done
-    mv "$work/mixture.partial" "$work/mixture"
-fi
+# Drawings beside photographs, which are linked in several times, so that drawings are a smaller fraction.
+mix() {
+    [ ! -d "$work/$1" ] || return 0
+    rm -rf "$work/$1.partial" && mkdir "$work/$1.partial"
+    cp -rl "$work/drawings/train" "$work/$1.partial/drawings"
+    for copy in $(seq "$2"); do cp -rl "$work/photos/train" "$work/$1.partial/photos-$copy"; done
+    mv "$work/$1.partial" "$work/$1"
+}
+mix mixture_40 6  # 39 % drawings
+mix mixture_20 15  # 20 % drawings
 
 train() {
     accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py \
@@ -64,15 +67,16 @@ train --output_dir "$work/default" --pretrained_model_name_or_path "$work/second
     --lr_warmup_steps 200 --codebook_decay 0.998 --dead_code_reset_steps 300 --ema_decay 0.998
 store "$work/default" "$work/third_release"
 
-# Drawings beside photographs, on crops of 32 to 256 pixels, with new codes for both. SOAP learns more per step.
-train --output_dir "$work/kinds" --pretrained_model_name_or_path "$work/third_release" --train_data_dir "$work/mixture" --synthetic_fraction 0.1 \
-    --resolution 256 --crop_sizes 256 256 128 128 64 32 --train_batch_size 2 --resize_range 0.4 1 --max_train_steps 900 --learning_rate 3e-4 \
-    --optimizer soap --adam_beta1 0.95 --lr_warmup_steps 50 --kmeans_steps 1 --kmeans_batches 60 --codebook_decay 0.99 \
-    --dead_code_reset_steps 300 --ema_decay 0.998
+# Photographs and drawings, on crops of 32 to 256 pixels, with new codes for both. SOAP learns more per step.
+kinds() {
+    train --synthetic_fraction 0.1 --resolution 256 --crop_sizes 256 256 128 128 64 32 --train_batch_size 2 --resize_range 0.4 1 \
+        --optimizer soap --adam_beta1 0.95 --lr_warmup_steps 50 --ema_decay 0.998 "$@"
+}
+kinds --output_dir "$work/kinds" --pretrained_model_name_or_path "$work/third_release" --train_data_dir "$work/mixture_40" \
+    --max_train_steps 1700 --learning_rate 3e-4 --kmeans_steps 1 --kmeans_batches 60 --codebook_decay 0.99 --dead_code_reset_steps 300
 
-# Codes for flat colours take the place of the rarest, and the networks learn them.
-[ -d "$work/colours" ] || python training/add_colours.py "$work/kinds" "$work/mixture" "$work/colours"
-train --output_dir "$work/last" --pretrained_model_name_or_path "$work/colours" --train_data_dir "$work/mixture" --synthetic_fraction 0.1 \
-    --resolution 256 --crop_sizes 256 256 128 128 64 32 --train_batch_size 2 --resize_range 0.4 1 --max_train_steps 300 --learning_rate 1e-4 \
-    --optimizer soap --adam_beta1 0.95 --lr_warmup_steps 20 --freeze_codebook --ema_decay 0.98
+# Codes for flat colours take the place of the rarest. More photographs and larger crops.
+[ -d "$work/colours" ] || python training/add_colours.py "$work/kinds" "$work/mixture_20" "$work/colours"
+kinds --output_dir "$work/last" --pretrained_model_name_or_path "$work/colours" --train_data_dir "$work/mixture_20" \
+    --crop_sizes 256 256 256 256 128 128 64 32 --max_train_steps 1200 --learning_rate 2e-4 --codebook_decay 0.998
 store "$work/last" svqvae_hf/pretrained
