@@ -3,26 +3,29 @@
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, AutoProcessor, PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin
 
 from svqvae_hf.files.inputs import DEFAULT_MODEL
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
+from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
 __version__ = "0.2.0"
 __all__ = [
     "DEFAULT_MODEL",
     "SVQVAE",
     "ImageProcessingMixin",
+    "ImageTokens",
     "LlamaGenConfig",
     "LlamaGenForCausalLM",
     "ModelMixin",
@@ -36,6 +39,12 @@ __all__ = [
     "SVQVAEOutput",
     "SVQVAEProcessor",
     "VQLosses",
+    "decode_image",
+    "encode_image",
+    "image_tokens",
+    "load_image",
+    "load_tokens",
+    "save_tokens",
 ]
 
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
@@ -52,6 +61,7 @@ diffusers.NextScaleTransformer = NextScaleTransformer
 diffusers.SVQVAEAutoregressivePipeline = SVQVAEAutoregressivePipeline
 diffusers.SVQVAENextScalePipeline = SVQVAENextScalePipeline
 
-# `AutoProcessor.from_pretrained` looks for the class in `processor_config.json` among the registered ones. The key is
-# what the configs of its language models have in common.
+# `AutoProcessor` and `AutoImageProcessor` look for the class that a folder names among the registered ones. The key is
+# what the configs of the language models have in common.
+AutoImageProcessor.register(ImageVocabulary, slow_image_processor_class=SVQVAEImageProcessor, exist_ok=True)
 AutoProcessor.register(ImageVocabulary, SVQVAEProcessor, exist_ok=True)

@@ -89,13 +89,17 @@ def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.d
 
 
 def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> None:
-    low, high = pixel_range
+    (low, high), (lowest, highest) = pixel_range, sample.aminmax()
     tolerance = RANGE_TOLERANCE * (high - low)
-    if sample.amin() < low - tolerance or sample.amax() > high + tolerance:
+    fault = ""
+    if lowest < low - tolerance or highest > high + tolerance:
+        fault = f"has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong"
+    elif low < 0 <= lowest < highest:
+        fault = f"has no value below 0, where `pixel_range` is {tuple(pixel_range)}. Images in [0, 1] get wrong ids"
+    if fault:
         warnings.warn(
-            f"`sample` has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong. Prepare "
-            "images with SVQVAEImageProcessor, or load the model with the range of your images, as in "
-            "`from_pretrained(..., pixel_range=(-1, 1))`.",
+            f"`sample` {fault}. Prepare images with `SVQVAEImageProcessor.from_model(vqvae)`, or load the model with "
+            "the range of your images, as in `from_pretrained(..., pixel_range=(0, 1))`.",
             stacklevel=2,
         )
 
@@ -123,7 +127,8 @@ def check_ids(
     is_tensor = isinstance(ids, torch.Tensor)
     if not is_tensor or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = ids.dtype if is_tensor else type(ids).__name__
-        raise TypeError(f"Ids must be a tensor of an integer type, got {kind}. Pass latents to `decode`.")
+        advice = "Pass its `.latents`." if hasattr(ids, "latents") else "Pass latents to `decode`."
+        raise TypeError(f"Ids must be a tensor of an integer type, got {kind}. {advice}")
     dim, size = config["codebook_embed_dim"], config["codebook_size"]
     if shape is None:
         if ids.ndim != 3:
@@ -154,6 +159,8 @@ def check_scales(scales: float | Iterable[float], name: str = "`scales`") -> lis
     checked: list[Any] = list(cast(Iterable[float], scales)) if is_list else [scales]
     if not all(isinstance(scale, Real) for scale in checked):
         raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
+    if not checked:
+        raise ValueError(f"{name} must have at least one scale, got none. Pass `[1]`, or leave them out.")
     for scale in checked:
         if not 0 < scale < float("inf"):
             raise ValueError(f"{name} must be finite and above 0, got {scale}.")

@@ -1,11 +1,12 @@
 """Converts image files and arrays to samples for the model, samples back to images, and resizes both."""
 
+import io
 import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import Any, BinaryIO, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from transformers import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.untrusted.images import opened_image
+
+if TYPE_CHECKING:
+    from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 # Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
 IMAGE_FORMATS = {
@@ -36,7 +40,7 @@ AREA_SCALE = 0.25  # largest scale to which images shrink by area
 BLOCK = 1 << 10  # side in pixels of the blocks that are converted to RGB one after another
 # Keys that transformers writes to the configs of its processors.
 TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
-ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike
+ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | BinaryIO | bytes
 
 
 def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
@@ -176,6 +180,15 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         self.pixel_range = tuple(ends.tolist())
 
     @classmethod
+    def from_model(cls, model: "SVQVAE") -> Self:
+        """Makes the processor of a model, with its `pixel_range`.
+
+        Args:
+            model ([`SVQVAE`]): Model to prepare images for.
+        """
+        return cls(pixel_range=model.config["pixel_range"])
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Loads a processor from the folder or Hub repository of a model.
 
@@ -212,11 +225,11 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         """Converts images of any kind to one batch.
 
         Args:
-            images: One image of any size, or a list of images of one size, which may mix kinds: Pillow images, paths,
-                NumPy arrays and torch tensors. Arrays have shape `(height, width)`, `(height, width, channels)` or
-                `(batch, height, width, channels)`. Tensors have shape `(height, width)`, `(channels, height, width)`
-                or `(batch, channels, height, width)`. Both have 3 channels (RGB), 4 (RGBA, put on white) or 1 (grey),
-                as uint8 in [0, 255] or floating point in [0, 1].
+            images: One image of any size, or a list of images of one size, which may mix kinds: Pillow images, files
+                (paths, open binary files or their bytes), NumPy arrays and torch tensors. Arrays have shape `(height,
+                width)`, `(height, width, channels)` or `(batch, height, width, channels)`. Tensors have shape
+                `(height, width)`, `(channels, height, width)` or `(batch, channels, height, width)`. Both have 3
+                channels (RGB), 4 (RGBA, put on white) or 1 (grey), as uint8 in [0, 255] or floating point in [0, 1].
             return_tensors (`str`, *optional*): `"np"` for NumPy arrays, by default `"pt"`.
 
         Returns:
@@ -320,7 +333,9 @@ def _check_keywords(unknown: set[str]) -> None:
 
 def _unit_pixels(image: ImageInput) -> torch.Tensor:
     """Converts one item of `preprocess` to float32 in [0, 1] of shape (batch, 3, height, width)."""
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
         image = load_image(image)
     if isinstance(image, Image.Image):
         image = np.asarray(to_rgb(image))
@@ -333,8 +348,8 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
         pixels = image
     else:
         raise TypeError(
-            "an image must be a PIL image, a NumPy array, a torch tensor or the path of a file, "
-            f"got {type(image).__name__}."
+            "an image must be a PIL image, a NumPy array, a torch tensor, the path of a file, an open binary file or "
+            f"its bytes, got {type(image).__name__}."
         )
     pixels = pixels if pixels.ndim > 2 else pixels[None]
     values = _to_unit_range(pixels)

@@ -123,7 +123,13 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
 
     Raises:
         OSError: The file cannot be written.
+        TypeError: `tokens` are ids alone.
     """
+    if not isinstance(tokens, ImageTokens):
+        raise TypeError(
+            f"`tokens` must be ImageTokens, got {type(tokens).__name__}. Make them with `encode_image`, or from ids "
+            "with `image_tokens`."
+        )
     dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
     grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
     write_file(path, safetensors.torch.save(grids, _metadata(tokens)))

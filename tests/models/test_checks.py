@@ -58,6 +58,8 @@ def test_wrong_config_is_refused(config, message):
         (lambda m: m(torch.rand(1, 3, 8, 8), scales="1"), TypeError, "a number or a list of numbers, got '1'"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=object()), TypeError, "a number or a list of numbers, got <obj"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=0), ValueError, "above 0, got 0"),
+        (lambda m: m.encode_tokens(torch.rand(1, 3, 8, 8), []), ValueError, "at least one scale, got none"),
+        (lambda m: m.decode(m.encode(torch.rand(1, 3, 8, 8))), TypeError, "got SVQVAEEncoderOutput. Pass its `.lat"),
         (lambda m: m.enable_tiling(64, tile_sample_min_width=32), ValueError, "squares, got sides of 64 and 32. Pass"),
         (lambda m: m.enable_tiling(tile_sample_min_height=62), ValueError, "f = 4, got 62. The nearest is 64"),
         (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6)), ValueError, r"be \(batch, h, w, 8\) for as"),
@@ -71,7 +73,7 @@ def test_errors_say_what_must_hold_and_what_came(tiny_model, call, error, messag
 
 
 @pytest.mark.parametrize("pixel_range", [(0, 1), (-1, 1), (0, 255)])
-def test_samples_far_outside_the_range_warn_once(pixel_range, no_grad):
+def test_samples_in_another_range_warn_once(pixel_range, no_grad):
     model = make_tiny(pixel_range=pixel_range)
     low, high = pixel_range
     unit = torch.rand(1, 3, 8, 8)
@@ -92,3 +94,12 @@ def test_samples_far_outside_the_range_warn_once(pixel_range, no_grad):
             model.encode(low + wrong * (high - low))
     assert len(found) == 1
     model.train()(low + 2 * unit * (high - low))
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_model_of_signed_images_warns_if_no_value_is_negative():
+    model, unit = make_tiny(pixel_range=(-1, 1)), torch.rand(1, 3, 8, 8)
+    with pytest.warns(UserWarning, match=r"no value below 0, .* `SVQVAEImageProcessor.from_model\(vqvae\)`"):
+        model.encode_tokens(unit)
+    for sample in (unit * 2 - 1, unit - 1, torch.ones(1, 3, 8, 8)):  # white is an image
+        model.encode_tokens(sample)

@@ -11,7 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import EpsImagePlugin, Image
+from transformers import AutoImageProcessor
 
+from svqvae_hf import SVQVAE
 from svqvae_hf.models import image_processing_svqvae
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
 from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
@@ -65,8 +67,12 @@ def test_all_kinds_of_input_agree(pixels, tmp_path):
         chw.double() / 255,
         path,
         str(path),
+        path.read_bytes(),
+        io.BytesIO(path.read_bytes()),
+        path.open("rb"),
     ]
-    batch = SVQVAEImageProcessor()(kinds)
+    with kinds[-1]:
+        batch = SVQVAEImageProcessor()(kinds)
     assert batch["pixel_values"].shape == (len(kinds), 3, 32, 24)
     for values in batch["pixel_values"]:
         torch.testing.assert_close(values, chw / 255, rtol=0, atol=1e-7)
@@ -174,6 +180,13 @@ def test_saves_and_loads_as_a_component(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["preprocessor_config.json"]
     assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
     assert SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_range=(0, 1)).pixel_range == (0, 1)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is SVQVAEImageProcessor
+
+
+def test_a_processor_made_from_a_model_has_its_range(tiny_model, saved_model):
+    signed = SVQVAE.from_pretrained(saved_model, pixel_range=(-1, 1))
+    for model in (tiny_model, signed):
+        assert SVQVAEImageProcessor.from_model(model).pixel_range == tuple(model.config["pixel_range"])
 
 
 # Decoding
@@ -380,7 +393,7 @@ def test_each_format_is_read(pixels, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        (7, TypeError, "must be a PIL image, a NumPy array, a torch tensor or the path of a file, got int"),
+        (7, TypeError, "must be a PIL image, .* an open binary file or its bytes, got int"),
         ([], ValueError, "must hold at least one image"),
         (np.zeros((3, 8, 8), np.uint8), ValueError, r"ndarray image must have shape .* got \(3, 8, 8\)"),
         (np.zeros((8, 8, 5), np.uint8), ValueError, r"\(RGB\), 4 \(RGBA\) or 1 \(grey\), got \(8, 8, 5\)"),

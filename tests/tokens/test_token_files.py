@@ -68,6 +68,11 @@ def test_older_files_hold_scales_from_the_latents(tmp_path):
     assert load_tokens(write_raw(tmp_path / "a.safetensors", scale_from="DELETED")).scale_from == "latents"
 
 
+def test_ids_alone_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="`tokens` must be ImageTokens, got Tensor. Make them with .* `image_tokens`"):
+        save_tokens(tmp_path / "a.safetensors", torch.zeros(1, 2, 3, dtype=torch.int64))
+
+
 def test_equal_tokens_make_equal_files(tmp_path):
     contents = set()
     for _ in range(4):
