@@ -167,5 +167,7 @@ def _load(source: ImageSource) -> Image.Image:
     if source["bytes"] is not None:
         return load_image(io.BytesIO(source["bytes"]))
     path = source["path"]
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
+        raise ValueError("it must be a file, but is something else.")
     with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
         return load_image(io.BytesIO(file.read()))

@@ -22,7 +22,7 @@ from svqvae_hf.files.folders import explained
 from svqvae_hf.files.inputs import expand_braces, walk_files
 from svqvae_hf.hub.repositories import UNREACHABLE, hub_answers
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-from svqvae_hf.untrusted.set_rows import confine_copied_row, confine_row
+from svqvae_hf.untrusted.set_rows import confine_row
 
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
@@ -277,7 +277,7 @@ class DatasetRows(IndexedRows):
     def row(self, index: int) -> ImageRow:
         """Returns one image, not read yet."""
         row = self.rows[index]
-        source = confine_copied_row(row.pop(self.image_column), self.repository)
+        source = confine_row(row.pop(self.image_column), self.repository, is_copied=True)
         path = row.pop(self.key_column) if self.key_column else source and source["path"]
         return ImageRow(path or f"0-{index}", source, row)
 

@@ -46,7 +46,7 @@ class Folder:
         Raises:
             FileNotFoundError: One is absent.
         """
-        with self._explained(self.url, "read"):
+        with explained(self.url, "read"):
             if self.is_local:
                 return [Path(self._path(name)).read_bytes() for name in names]
             paths = [self._path(name) for name in names]
@@ -136,13 +136,11 @@ def explained(name: str, done: str) -> Iterator[None]:
         done (`str`): Past participle of what the block does with it.
 
     Raises:
-        FileNotFoundError: The file is absent; as raised.
+        FileNotFoundError: The file is absent.
         OSError: Another error of the file system.
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError):
-        raise
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
         raise os_error(f"`{name}` cannot be {done}: {reason.removesuffix('.')}.", error) from error

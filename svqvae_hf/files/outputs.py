@@ -34,8 +34,8 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
 
 
 def os_error(message: str, cause: OSError) -> OSError:
-    """An error with this message alone and the error number of its cause."""
-    error = OSError(message)
+    """An error with this message alone and the error number of its cause. A missing file stays a missing file."""
+    error = FileNotFoundError(message) if isinstance(cause, FileNotFoundError) else OSError(message)
     error.errno = cause.errno
     return error
 

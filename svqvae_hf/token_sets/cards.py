@@ -1,7 +1,7 @@
 """Writes the cards of token sets."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ from huggingface_hub import DatasetCardData
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.inputs import DEFAULT_MODEL
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
+from svqvae_hf.token_sets.settings import TokenSettings
 
 TAGS = ["svqvae", "image-tokens"]
 BUNDLED_MODEL = "bundled with svqvae-hf"  # in settings, for the model that commands use by default
-SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 COLUMNS = {
     "height": "height of the crop in pixels",
     "width": "width of the crop in pixels",
@@ -80,10 +80,9 @@ def public_names(data: Sequence[str], model: str) -> dict[str, Any]:
 def token_set_card(
     *,
     repo_id: str,
-    settings: Mapping[str, Any],
-    columns: Mapping[str, Any],
-    images: int,
-    rows: int,
+    settings: TokenSettings,
+    columns: Iterable[str],
+    totals: Mapping[str, int],
     license: str | None = None,
     source_set: str | None = None,
 ) -> str:
@@ -91,44 +90,37 @@ def token_set_card(
 
     Args:
         repo_id (`str`): Argument of `load_dataset` in the example: `org/name`, or a folder.
-        settings (`Mapping[str, Any]`): Fields of the [`~svqvae_hf.token_sets.settings.TokenSettings`].
-        columns (`Mapping[str, Any]`): Features of the columns by name.
-        images (`int`): Number of images of the image set.
-        rows (`int`): Number of rows of the token set.
+        settings ([`TokenSettings`]): Settings of the set.
+        columns (`Iterable[str]`): Names of the columns.
+        totals (`Mapping[str, int]`): Numbers of `images` and `rows`.
         license (`str`, *optional*): Licence of the images, by the Hub's identifier; by default `unknown`.
         source_set (`str`, *optional*): Name of the image set on the Hub.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    power = len(str(max(rows, 1) - 1))  # the smallest power of ten that is at least the number of rows
-    metadata = DatasetCardData(
-        license=license or "unknown",
-        tags=TAGS,
-        size_categories=[SIZES[min(max(power - 3, 0), len(SIZES) - 1)]],
-        source_datasets=[source_set] if source_set else None,
-    )
-    tile_size, scales = settings["tile_size"], settings["scales"]
+    scales = ", ".join(f"{scale:g}" for scale in settings.scales)
     facts = {
-        "images, rows": f"{images}, {rows}",
+        "images, rows": f"{totals['images']}, {totals['rows']}",
         "image set": source_set or "not on the Hub",
-        "model": settings["model"],
-        "codebook": f"{settings['codebook_size']} codes, sha256 `{settings['codebook_fingerprint']}`",
-        "f, pixels per side of an id": settings["f"],
-        "scales, output side over input side": ", ".join(f"{scale:g}" for scale in scales),
-        "scales made from": f"the {settings['scale_from']}",
-        "crops": settings["crops"] + (f", {settings['resolution']} pixels" if settings["resolution"] else ""),
-        "tiles": f"{tile_size} pixels, overlap {settings['overlap']}" if tile_size else "none",
+        "model": settings.model,
+        "codebook": f"{settings.codebook_size} codes, sha256 `{settings.codebook_fingerprint}`",
+        "f, pixels per side of an id": settings.f,
+        "scales, output side over input side": scales,
+        "scales made from": f"the {settings.scale_from}",
+        "crops": settings.crops + (f", {settings.resolution} pixels" if settings.resolution else ""),
+        "tiles": f"{settings.tile_size} pixels, overlap {settings.overlap}" if settings.tile_size else "none",
     }
-    ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(scales)}
-    if target := describe_target(settings["min_psnr"], settings["max_bits"]):
+    ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(settings.scales)}
+    if target := describe_target(settings.min_psnr, settings.max_bits):
         facts["scale of a row"] = target
         ids = {"ids_0": "ids at the scale of the row, row by row"}
     meanings = {**ids, **COLUMNS}
-    model = [] if settings["model"] == BUNDLED_MODEL else ["--model", settings["model"]]
+    model = [] if settings.model == BUNDLED_MODEL else ["--model", settings.model]
+    sources = [source_set] if source_set else None
     command = shlex.join(["svqvae", "detokenize", repo_id, *model, "--output", "DIR"])
     return TEMPLATE.format(
-        metadata=metadata.to_yaml(),
+        metadata=DatasetCardData(license=license or "unknown", tags=TAGS, source_datasets=sources).to_yaml(),
         name=one_line(repo_id.rpartition("/")[2]),
         quoted=quote(repo_id),
         command=one_line(command),

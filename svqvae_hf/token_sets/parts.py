@@ -6,8 +6,8 @@ is written last. It knows no other part: two processes that make the same part w
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from svqvae_hf.files.folders import Folder
@@ -152,33 +152,54 @@ def delete_set(folder: Folder) -> None:
         folder.delete_folder(name)
 
 
-def join_parts(folder: Folder, num_parts: int) -> dict[str, int]:
-    """Lists the files and the skipped images of all parts. Opens no Parquet file, and deletes those of no part.
+def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., str]) -> dict[str, int] | None:
+    """Completes a token set if all its parts are finished. Opens no Parquet file, and deletes those of no part.
+
+    The settings are written last: they mark the set as complete. Then the records are deleted.
 
     Args:
         folder ([`Folder`]): Folder of the set.
-        num_parts (`int`): Number of its parts, which are all finished.
+        settings (`dict[str, Any]`): Content of the settings, with the options.
+        card (`Callable`): Returns the text of the card for `totals`.
 
     Returns:
-        `dict[str, int]`: Numbers of images, rows, ids, skipped images and files.
+        `dict[str, int]`, *optional*: Numbers of images, rows, ids, skipped images and files; `None` if the set is not
+        complete.
 
     Raises:
-        FileNotFoundError: Another process has completed the set at the same time.
         ValueError: No image could be read.
     """
-    records = [json.loads(each) for each in folder.read_all([record_name(part) for part in range(num_parts)])]
-    skipped = [image for record in records for image in record["skipped"]]
-    files = [file["name"] for record in records for file in record["files"]]
-    totals = {name: sum(record[name] for record in records) for name in ("images", "rows", "ids")}
-    if not totals["rows"]:
-        first = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}" if skipped else ""
-        raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first}")
-    for name in {*folder.all_files(DATA)} - {*files}:  # left by processes that were killed
-        folder.delete(name)
-    lines = [record | {"skipped": len(record["skipped"])} for record in records]
-    for name, rows in ((MANIFEST_FILE, lines), (SKIPPED_FILE, skipped)):
-        folder.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return totals | {"skipped": len(skipped), "files": len(files)}
+    num_parts, totals = settings["options"]["parts"], read_totals(folder)
+    if totals is None:
+        if len(finished_parts(folder)) < num_parts:
+            return None
+        try:
+            contents = folder.read_all([record_name(part) for part in range(num_parts)])
+        except FileNotFoundError:  # another process has completed the set at the same time
+            return read_totals(folder)
+        records = [PartRecord(**json.loads(content)) for content in contents]
+        skipped = [image for record in records for image in record.skipped]
+        totals = add_up(records)
+        if not totals["rows"]:
+            first = f" The first, `{skipped[0]['key']}`: {skipped[0]['reason']}" if skipped else ""
+            raise ValueError(f"at least one image must be readable, but none of {totals['images']} is.{first}")
+        files = {file["name"] for record in records for file in record.files}
+        for name in set(folder.all_files(DATA)) - files:  # left by processes that were killed
+            folder.delete(name)
+        lines = [asdict(record) | {"skipped": len(record.skipped)} for record in records]
+        for name, rows in ((MANIFEST_FILE, lines), (SKIPPED_FILE, skipped)):
+            folder.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        folder.write(CARD_FILE, card(totals=totals).encode())
+        folder.write(SETTINGS_FILE, (json.dumps(settings | {"totals": totals}, indent=2) + "\n").encode())
+    folder.delete_folder(RECORDS)
+    return totals
+
+
+def add_up(records: Iterable[PartRecord]) -> dict[str, int]:
+    """Numbers of images, rows, ids, skipped images and files of some parts."""
+    counts = [(each.images, each.rows, each.ids, len(each.skipped), len(each.files)) for each in records]
+    names = ("images", "rows", "ids", "skipped", "files")
+    return {name: sum(count[index] for count in counts) for index, name in enumerate(names)}
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -131,7 +131,7 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
     content = _read_settings(name)
     try:
         return _settings_from(json.loads(content))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"`{name}` is not a token set of this version: {error}") from error
 
 
@@ -214,15 +214,11 @@ def _row_scale(row: Mapping[str, Any], settings: TokenSettings) -> float:
 
 
 def _settings_from(record: Any) -> TokenSettings:
-    names = [field.name for field in dataclasses.fields(TokenSettings)]
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"its settings must have format version {FORMAT_VERSION}, got {record!r:.80}.")
-    record = {"scale_from": "latents", "min_psnr": None, "max_bits": None, **record}  # older sets do not say it
-    missing = sorted(set(names) - set(record))
-    if missing:
-        raise ValueError(f"its settings must also have {', '.join(missing)}.")
-    values = {name: record[name] for name in names}
-    if isinstance(values["scales"], list):
+    names = [field.name for field in dataclasses.fields(TokenSettings)]
+    values = {name: record[name] for name in names if name in record}
+    if isinstance(values.get("scales"), list):
         values["scales"] = tuple(values["scales"])
     return TokenSettings(**values)
 

@@ -7,10 +7,10 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 from tqdm import tqdm
 
 from svqvae_hf.data.image_sets import ImageSet
@@ -22,20 +22,18 @@ from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
 from svqvae_hf.token_sets.encoder import RowEncoder
 from svqvae_hf.token_sets.parts import (
-    CARD_FILE,
     RECORDS,
     SKIPPED_FILE,
     PartRecord,
+    add_up,
+    complete_set,
     delete_set,
-    finished_parts,
     is_finished,
-    join_parts,
     read_options,
-    read_totals,
     record_name,
     start_set,
 )
-from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings
+from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
 
 IMAGES_PER_PART = 10_000  # by default, in sets with random access
@@ -203,14 +201,14 @@ def tokenize_set(
                     raise
             made.append(record)
     name = push_to_hub or folder.path.rpartition("/")[2]
-    totals = _complete(folder, stored | {"options": options}, features, license, source_set, name)
-    resumed = len(parts) - len(made)
-    if totals is None:
-        counts = [(each.images, each.rows, each.ids, len(each.files), len(each.skipped)) for each in made]
-        sums = (sum(column) for column in zip(*counts, strict=True)) if counts else (0,) * 5
-        return TokenizeReport(folder.url, False, num_parts, resumed, *sums)
-    url = push_output(Path(folder.path), push_to_hub, "Upload token set", repo_type="dataset") if push_to_hub else None
-    return TokenizeReport(folder.url, True, num_parts, resumed, **totals, url=url)
+    card = partial(
+        token_set_card, repo_id=name, settings=settings, columns=features, license=license, source_set=source_set
+    )
+    totals = complete_set(folder, stored | {"options": options}, card)
+    is_complete, resumed, url = totals is not None, len(parts) - len(made), None
+    if is_complete and push_to_hub is not None:
+        url = push_output(Path(folder.path), push_to_hub, "Upload token set", repo_type="dataset")
+    return TokenizeReport(folder.url, is_complete, num_parts, resumed, **totals or add_up(made), url=url)
 
 
 def _write_part(folder: Folder, record: PartRecord, files: Iterable[dict[str, Any]]) -> None:
@@ -220,33 +218,6 @@ def _write_part(folder: Folder, record: PartRecord, files: Iterable[dict[str, An
         record.ids += file.pop("ids")
         record.files.append(file)
     folder.write(record_name(record.part), json.dumps(dataclasses.asdict(record)).encode())
-
-
-def _complete(
-    folder: Folder,
-    settings: dict[str, Any],
-    features: datasets.Features,
-    license: str | None,
-    source_set: str | None,
-    name: str,
-) -> dict[str, int] | None:
-    """Completes a token set if all parts are finished, and returns its totals. The settings are written last."""
-    totals = read_totals(folder)
-    if totals is None:
-        if len(finished_parts(folder)) < settings["options"]["parts"]:
-            return None
-        try:
-            totals = join_parts(folder, settings["options"]["parts"])
-        except FileNotFoundError:  # another process has completed it at the same time
-            return read_totals(folder)
-        numbers = {"images": totals["images"], "rows": totals["rows"]}
-        card = token_set_card(
-            repo_id=name, settings=settings, columns=features, license=license, source_set=source_set, **numbers
-        )
-        folder.write(CARD_FILE, card.encode())
-        folder.write(SETTINGS_FILE, (json.dumps(settings | {"totals": totals}, indent=2) + "\n").encode())
-    folder.delete_folder(RECORDS)
-    return totals
 
 
 def count_parts(images: ImageSet, num_parts: int | None = None) -> int:

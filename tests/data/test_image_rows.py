@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -30,3 +32,9 @@ def test_a_smallest_side_can_be_asked_for(photo):
     assert read_image(small, min_side=3).size == (9, 3)
     with pytest.raises(SmallImageError, match="its sides must be at least 4 pixels, but are 9 x 3"):
         read_image(small, min_side=4)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="it must be a file, but is something else"):
+        read_image({"path": str(tmp_path / "pipe.png"), "bytes": None})

@@ -153,3 +153,14 @@ def test_a_full_bucket_leaves_no_part_that_counts_as_done(local, monkeypatch):
         assert tokenize(local / "photos", folder.url, num_parts=1).complete
         tokenize(local / "photos", local / "tokens", num_parts=1)
         check_equal(local / "tokens", folder.url)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_missing_bucket_is_named(local, monkeypatch):
+    with s3_server() as (address, _):
+        make_bucket("bucket", address, monkeypatch)
+        for data in ("s3://none/a.tar", "s3://none/*.tar"):
+            with pytest.raises((OSError, ValueError), match="s3://none"):
+                open_images([data])
+        with pytest.raises(OSError, match=r"s3://none/tokens.* cannot be written"):
+            tokenize(local / "photos", "s3://none/tokens")

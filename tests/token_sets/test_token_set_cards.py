@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import re
 import shlex
 
@@ -8,32 +9,19 @@ from huggingface_hub import DatasetCard
 
 from svqvae_hf import DEFAULT_MODEL
 from svqvae_hf.token_sets.cards import BUNDLED_MODEL, public_names, token_set_card
+from svqvae_hf.token_sets.settings import TokenSettings
 
-SETTINGS = {
-    "model": "org/name",
-    "codebook_size": 64,
-    "codebook_fingerprint": "0" * 64,
-    "f": 4,
-    "scales": [1.0, 0.5],
-    "scale_from": "image",
-    "crops": "whole",
-    "resolution": None,
-    "tile_size": None,
-    "overlap": None,
-    "min_psnr": None,
-    "max_bits": None,
-}
+SETTINGS = TokenSettings("org/name", (1.0, 0.5), 4, 64, "0" * 64, None, None, "whole", None, "image")
 
 
 def card(repo_id, columns=(), **settings):
-    return token_set_card(
-        repo_id=repo_id, settings={**SETTINGS, **settings}, columns=dict.fromkeys(columns), images=3, rows=3
-    )
+    settings = dataclasses.replace(SETTINGS, **settings)
+    return token_set_card(repo_id=repo_id, settings=settings, columns=columns, totals={"images": 3, "rows": 3})
 
 
 def test_card_describes_the_set_and_its_columns():
     text = card("org/tokens", ["ids_1", "key", "label"])
-    assert DatasetCard(text).data.size_categories == ["n<1K"]
+    assert DatasetCard(text).data.license == "unknown"
     assert "\n# tokens\n" in text
     assert "| `ids_1` | ids at scale 0.5, row by row |\n" in text
     assert "| scales made from | the image |\n" in text

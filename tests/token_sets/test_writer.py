@@ -272,7 +272,7 @@ def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "parts").exists()
 
 
-@pytest.mark.parametrize("step", ["images.part", "join_parts", "is_finished", "folder.write"])
+@pytest.mark.parametrize("step", ["images.part", "complete_set", "is_finished", "folder.write"])
 def test_two_processes_may_make_the_same_part(photos, tmp_path, monkeypatch, step):
     """The other one completes the set while this one is at a step."""
     options = {"num_parts": 2, "parts": [0]}
