@@ -3,7 +3,6 @@
 import functools
 import html
 import ipaddress
-import math
 import re
 import tempfile
 import time
@@ -39,8 +38,6 @@ MAX_PIXELS = 2**24  # largest image and largest reconstruction; browsers show th
 MAX_SCALES = 8  # tabs of the page
 SCALES = (0.25, 0.5, 1.0, 2.0)
 DEFAULT_SCALES = [0.25, 0.5, 1.0]
-TILE_SIZES = [("none", 0), ("128", 128), ("256", 256), ("512", 512), ("1024", 1024)]
-OVERLAPS = [0, 16, 32, 48]  # each fits the smallest tile at f = 4, 8 and 16
 PROGRESS = gr.Progress()  # as a default argument, it makes Gradio pass the progress bar of the call
 
 # Gradio brings these fonts. Its theme draws bold text at weight 600, but the file of that weight lacks most letters.
@@ -53,11 +50,9 @@ HEADING = (
 EMPTY = "<p class='empty'>Drop a photograph, or choose the example.</p>"
 BUSY = "<p class='empty'>Working …</p>"
 SCALES_INFO = "Side of each result over side of the photograph"
-SCALE_FROM_INFO = "The image: encoded once per scale. The latents: encoded once for all scales"
-TILE_INFO = "Large images are encoded tile by tile, which saves memory"
-OVERLAP_INFO = "Margin around a tile that is read, but not kept"
+SCALE_FROM_INFO = "The image: one encoding per scale. The latents: one for all scales. The same at scale 1"
 UPLOAD_HINT = "A token file is decoded without its photograph."
-RUN_HINT = "Runs again with these settings. A new photograph runs by itself."
+RUN_HINT = "Runs again with these settings. A new photograph or token file runs by itself."
 DOWNLOAD_HINT = "The ids of all scales, to open here or with <code>svqvae decode</code>."
 FIGURE_NOTES = {
     "size": "pixels of this result",
@@ -83,7 +78,7 @@ def _show_errors(handler: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return _error_values("Out of memory. Use smaller scales, smaller tiles or a smaller image.")
+            return _error_values("Out of memory. Use smaller scales or a smaller image.")
 
     return wrapped
 
@@ -128,51 +123,19 @@ class Page:
         with tempfile.TemporaryDirectory() as empty:  # the cache of this machine may hold private models
             return self._load(source, token=False, cache_dir=empty)
 
-    def settings(
-        self, photograph: str | None, scales: Sequence[float], scale_from: str, tile_size: int
-    ) -> list[gr.Component]:
-        """Updates of `scale_from`, tile size and overlap: switched off, with the reason, where they change nothing."""
-        resized = set(scales) != {1}
-        tile, overlap = self._tile_reasons(photograph, scales, scale_from, tile_size)
-        return [
-            gr.Radio(
-                interactive=resized, info=SCALE_FROM_INFO if resized else "Not used: at scale 1 both are the same"
-            ),
-            gr.Dropdown(interactive=not tile, info=tile or TILE_INFO),
-            gr.Dropdown(interactive=not overlap, info=overlap or OVERLAP_INFO),
-        ]
-
-    def _tile_reasons(
-        self, photograph: str | None, scales: Sequence[float], scale_from: str, tile_size: int
-    ) -> tuple[str, str]:
-        """Why tile size and overlap change nothing; empty where they do."""
-        unset = "" if tile_size else "Not used without tiles"
-        size = photograph and _image_size(photograph)
-        if not size or not self._models:
-            return "", unset
-        (model,) = self._models.values()
-        largest = max([0 if scale_from == "image" else 1, *scales])
-        longest = round(math.ceil(max(size) / model.f) * largest) * model.f
-        smallest = TILE_SIZES[1][1]
-        if longest <= smallest:
-            reason = f"Not used: a tile of {smallest} × {smallest} pixels holds the whole image"
-            return reason, reason
-        if longest <= tile_size:
-            return "", "Not used: one tile holds the whole image"
-        return "", unset
-
     @_show_errors
     def encode(
         self,
         photograph: str | None,
+        token_file: str | None,
         scales: Sequence[float],
         scale_from: str,
-        tile_size: int,
-        overlap: int,
         source: str,
         progress: gr.Progress = PROGRESS,
     ) -> list[Any]:
-        """Encodes a photograph and shows it beside its reconstructions."""
+        """Encodes a photograph and shows it beside its reconstructions. Without one, decodes the opened token file."""
+        if photograph is None and token_file is not None:
+            return self.decode(token_file, source, progress)
         if photograph is None:
             raise ValueError("There is no photograph yet. Drop one, or choose the example.")
         if not scales:
@@ -184,11 +147,8 @@ class Page:
             _check_size(*size, scales)
         original = load_image(photograph)
         model = self.model(source)
-        if tile_size:
-            model.enable_tiling(tile_size, overlap, _tile_progress(progress))
-        else:
-            model.disable_tiling()
         largest = max(1, *scales)
+        model.tile_if_large(largest * original.height, largest * original.width, on_tile=_tile_progress(progress))
         check_memory(model, largest * original.height, largest * original.width)
         progress(0, desc="encoding")
         start = time.perf_counter()
@@ -233,9 +193,10 @@ def build(page: Page) -> gr.Blocks:
                 photograph = gr.File(
                     label="Photograph: JPEG, PNG, WebP and others",
                     file_types=list(IMAGE_SUFFIXES),
-                    height=120,
+                    height=180,
                     elem_id="photograph",
                 )
+                opened = gr.State()  # token file
                 with gr.Row():
                     example = gr.Dataset(
                         label="Or an example",
@@ -251,7 +212,7 @@ def build(page: Page) -> gr.Blocks:
                         )
                         gr.HTML(UPLOAD_HINT)
                 with gr.Accordion("Settings", elem_id="settings") as settings:
-                    scales, scale_from, tile_size, overlap, model, run = _settings(page)
+                    scales, scale_from, model, run = _settings(page)
             with gr.Column(scale=3, min_width=560):
                 summary = gr.HTML(EMPTY, elem_id="summary")
                 with gr.Tabs(visible=False, elem_id="results") as tabs:
@@ -268,21 +229,14 @@ def build(page: Page) -> gr.Blocks:
             "api_visibility": "private",
         }
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        encode = {"fn": page.encode, "inputs": [photograph, scales, scale_from, tile_size, overlap, model], **event}
-        adapt = {
-            "fn": page.settings,
-            "inputs": [photograph, scales, scale_from, tile_size],
-            "outputs": [scale_from, tile_size, overlap],
-            **at_once,
-        }
+        encode = {"fn": page.encode, "inputs": [photograph, opened, scales, scale_from, model], **event}
         show_example = example.click(lambda _: str(EXAMPLE), example, photograph, **at_once)
         for start in (run.click, photograph.upload, show_example.then):
-            start(lambda: _cleared_values(BUSY), None, cleared, **at_once).then(**encode).then(**adapt)
-        photograph.clear(lambda: _cleared_values(EMPTY), None, cleared, **at_once)
-        upload.upload(lambda: [None, *_cleared_values(BUSY)], None, [photograph, *cleared], **at_once).then(
-            page.decode, [upload, model], **event
-        )
-        gr.on([photograph.change, scales.change, scale_from.change, tile_size.change], **adapt)
+            start(lambda: _cleared_values(BUSY), None, cleared, **at_once).then(**encode)
+        photograph.clear(lambda: [None, *_cleared_values(EMPTY)], None, [opened, *cleared], **at_once)
+        upload.upload(
+            lambda path: [None, path, *_cleared_values(BUSY)], upload, [photograph, opened, *cleared], **at_once
+        ).then(page.decode, [opened, model], **event)
         blocks.load(None, None, settings, js=FOLD_ON_PHONES, api_visibility="private")
     return blocks
 
@@ -339,7 +293,7 @@ def launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
 
 
 def _settings(page: Page) -> tuple[gr.Component, ...]:
-    """Scales, what is resized to them, tile size, overlap, model, and the button that runs with these."""
+    """Scales, what is resized to them, model, and the button that runs with these."""
     scales = gr.CheckboxGroup(
         [(f"{scale:g}", scale) for scale in SCALES],
         value=DEFAULT_SCALES,
@@ -354,8 +308,6 @@ def _settings(page: Page) -> tuple[gr.Component, ...]:
         info=SCALE_FROM_INFO,
         elem_id="scale_from",
     )
-    tile_size = gr.Dropdown(TILE_SIZES, value=256, label="Tile size in pixels", info=TILE_INFO, elem_id="tile_size")
-    overlap = gr.Dropdown(OVERLAPS, value=32, label="Overlap in pixels", info=OVERLAP_INFO, elem_id="overlap")
     model = gr.Textbox(
         page.source,
         label="Model",
@@ -366,7 +318,7 @@ def _settings(page: Page) -> tuple[gr.Component, ...]:
     with gr.Column(elem_classes="explained"):
         run = gr.Button("Encode and decode", variant="primary", elem_id="run")
         gr.HTML(RUN_HINT)
-    return scales, scale_from, tile_size, overlap, model, run
+    return scales, scale_from, model, run
 
 
 def _scale_tab(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.Image, gr.HTML, gr.HTML]:

@@ -26,9 +26,7 @@ from svqvae_hf.demo.page import (
     EXAMPLE,
     FIGURE_NOTES,
     MAX_SCALES,
-    OVERLAPS,
     STATIC,
-    TILE_SIZES,
     Page,
     serving,
 )
@@ -61,8 +59,8 @@ def page(tiny_model, tmp_path, monkeypatch):
     return Page({"": tiny_model, "other": make_tiny(codebook_size=32)}.__getitem__)
 
 
-def encode(page, photograph, scales=SCALES, scale_from="image", tile_size=32, overlap=8, source=""):
-    return page.encode(photograph, scales, scale_from, tile_size, overlap, source)
+def encode(page, photograph, scales=SCALES, scale_from="image", source="", token_file=None):
+    return page.encode(photograph, token_file, scales, scale_from, source)
 
 
 def scale_tabs(values):
@@ -140,13 +138,12 @@ def test_picture_of_a_code_does_not_depend_on_the_batch(tiny_model):
 def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture, scale_from):
     summary, tabs, saving, download, *_ = values = encode(page, photograph, [1.0, 0.5], scale_from)
     assert saving.visible
-    tiny_model.enable_tiling(32, 8)
     tokens = encode_image(tiny_model, picture, SCALES, scale_from)
     saved = load_tokens(download.value["path"])
     assert saved.scale_from == scale_from
     assert all(torch.equal(ids, other) for ids, other in zip(saved.ids, tokens.ids, strict=True))
     assert Path(download.value["path"]).name == "cat & mouse.safetensors"
-    assert (saved.scales, saved.tile_size, saved.overlap) == ((0.5, 1), 32, 8)
+    assert (saved.scales, saved.tile_size) == ((0.5, 1), None)
     assert "cat &amp; mouse.png" in summary
     assert "64 × 41 pixels" in summary
     assert (tabs.visible, tabs.selected) == (True, 1)
@@ -173,9 +170,11 @@ def test_decode_shows_the_same_images(page, photograph):
         assert not after[1].visible
 
 
-def test_tiles_are_optional(page, photograph):
-    saved = load_tokens(encode(page, photograph, tile_size=0)[3].value["path"])
-    assert (saved.tile_size, saved.overlap) == (None, None)
+def test_settings_decode_an_opened_token_file_again(page, photograph):
+    saved = encode(page, photograph)[3].value["path"]
+    again = encode(page, None, token_file=saved)
+    assert "decoded from ids alone" in again[0]
+    assert [tab[0].label for tab in scale_tabs(again) if tab[0].visible] == ["scale 0.5", "scale 1"]
 
 
 def test_each_figure_says_what_it_is(page, photograph):
@@ -185,57 +184,11 @@ def test_each_figure_says_what_it_is(page, photograph):
     assert "against the photograph" in FIGURE_NOTES["PSNR"]
 
 
-@pytest.mark.parametrize("size", [(128, 90), (129, 128), (90, 257), (520, 500)])
-@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
-@pytest.mark.parametrize("scales", [[0.5], [1.0], [0.5, 1.0, 2.0]])
-@pytest.mark.parametrize("tile_size", [0, 128, 512])
-def test_settings_are_off_exactly_where_they_change_nothing(page, tmp_path, size, scale_from, scales, tile_size):
-    path = tmp_path / "photo.png"
-    Image.new("RGB", size).save(path)
-    model = page.model("")
-
-    def uses_tiles(side):
-        """Whether the network would be run on tiles, as `TilingMixin` decides."""
-        latents = [-(-length // model.f) for length in size]
-        sizes = [[round(scale * length) for length in latents] for scale in scales]
-        encoded = sizes if scale_from == "image" else [latents]
-        return any(max(grid) > side // model.f for grid in (*sizes, *encoded))
-
-    source, tile, overlap = page.settings(str(path), scales, scale_from, tile_size)
-    assert source.interactive == (scales != [1.0])
-    assert tile.interactive == any(uses_tiles(side) for _, side in TILE_SIZES[1:])
-    assert overlap.interactive == (tile_size > 0 and uses_tiles(tile_size))
-    for control in (source, tile, overlap):
-        assert control.info.startswith("Not used") != control.interactive
-    if not tile.interactive:
-        assert tile.info == "Not used: a tile of 128 × 128 pixels holds the whole image"
-
-
-def test_settings_without_a_readable_photograph_are_on(page, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    page.model("")
-    for photograph in (None, str(tmp_path / "broken.png"), str(tmp_path / "gone.png")):
-        assert [control.interactive for control in page.settings(photograph, [0.5], "image", 256)] == [True] * 3
-        *_, overlap = page.settings(photograph, [0.5], "image", 0)
-        assert (overlap.interactive, overlap.info) == (False, "Not used without tiles")
-
-
-@pytest.mark.parametrize("levels", [3, 4, 5])
-def test_every_tile_size_fits_every_overlap(levels):
-    widths = (1,) * levels
-    model = make_tiny(encoder_ch_mult=widths, decoder_ch_mult=widths)
-    for _, tile_size in TILE_SIZES[1:]:
-        for overlap in OVERLAPS:
-            model.enable_tiling(tile_size, overlap)
-            assert (model.tile_size, model.overlap) == (tile_size, overlap)
-
-
 def test_errors_show_no_folders(page, photograph, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<b>no image</b>")
     assert "There is no photograph yet" in error_shown(encode(page, None))
     assert "No scale is chosen. Choose at least one." in error_shown(encode(page, photograph, scales=[]))
-    assert "must be a multiple of f = 4" in error_shown(encode(page, photograph, overlap=3))
     for answer in (encode(page, str(broken)), page.decode(str(broken), "")):
         assert "`broken.png`" in error_shown(answer)
         assert str(tmp_path) not in answer[0]
@@ -337,7 +290,7 @@ def test_visitors_of_a_public_page_reach_only_public_models(hub, tiny_model, pho
         (hub / "org" / name / "settings.json").write_text("{}")
     SVQVAE.from_pretrained("org/private")  # the token and the cache of this machine know it
     page = Page(partial(load_model, device="cpu", dtype="float32"), public=True)
-    shown = (encode(page, photograph, [1.0], source=f"org/{name}", tile_size=0) for name in ("public", "private"))
+    shown = (encode(page, photograph, [1.0], source=f"org/{name}") for name in ("public", "private"))
     public, private = (values[0] for values in shown)
     assert "64 × 41 pixels" in public
     assert "could not load the model `org/private`: the repository does not exist, or is private" in private
