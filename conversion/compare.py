@@ -113,7 +113,7 @@ def compare(original: nn.Module, ours: SVQVAE, sample: torch.Tensor, scale: floa
     quantized, _, (_, _, original_ids) = original.quantize(original_latents)
     original_sample = original.decode(quantized).clamp(0, 1)
 
-    ids = ours.encode_tokens(sample, scales=[scale])[0]
+    ids = ours.encode_tokens(sample, [scale], scale_from="latents")[0]
     original_ids = original_ids.view(ids.shape)
     unequal = ids != original_ids
     directions = F.normalize(original_latents, dim=1).movedim(1, -1)[unequal]  # (unequal, codebook_embed_dim)

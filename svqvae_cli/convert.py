@@ -1,7 +1,6 @@
 """`svqvae convert`."""
 
 import argparse
-from typing import Any
 
 from svqvae_cli.arguments import Commands, add_command, add_push, not_empty, path, path_or_name
 
@@ -48,7 +47,7 @@ def add_to(commands: Commands) -> None:
         metavar="MODEL",
         help="T5 encoder of LlamaGen's captions: folder or Hub id, such as google/flan-t5-xl",
     )
-    parser.add_argument("--use-ema", action="store_true", help="use the averaged weights of a LlamaGen file")
+    parser.add_argument("--use-ema", action="store_true", help="use the EMA weights of a LlamaGen file")
     parser.add_argument(
         "--network-range",
         nargs=2,
@@ -73,44 +72,37 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts an original checkpoint to a Hub repository."""
-    shared = {name: getattr(args, name) for name in ("variant", "license", "push_to_hub", "private", "create_pr")}
-    tokenizer_options = {
+    of_tokenizers = {
         "network_range": args.network_range and tuple(args.network_range),
         "codebook_l2_norm": args.codebook_l2_norm,
     }
-    given = {name: value for name, value in tokenizer_options.items() if value is not None}
-    if args.tokenizer is None:
-        from svqvae_hf.conversion.convert import convert
-
-        for option in ("image_size", "num_heads", "text_encoder"):
-            if getattr(args, option) is not None:
-                raise ValueError(f"--{option.replace('_', '-')} needs --tokenizer. Leave it out for a tokenizer.")
-        print(convert(args.source, args.out, use_ema=args.use_ema, **shared, **given))
-        return
-    if given:
+    of_tokenizers = {name: value for name, value in of_tokenizers.items() if value is not None}
+    of_generators = {
+        "image_size": args.image_size,
+        "num_attention_heads": args.num_heads,
+        "text_encoder": args.text_encoder,
+    }
+    names = ("use_ema", "variant", "license", "push_to_hub", "private", "create_pr")
+    shared = {name: getattr(args, name) for name in names}
+    if args.tokenizer is None and any(value is not None for value in of_generators.values()):
+        raise ValueError(
+            "--image-size, --num-heads and --text-encoder need --tokenizer. Leave them out for a tokenizer."
+        )
+    if args.tokenizer is not None and of_tokenizers:
         raise ValueError(
             "--network-range and --no-codebook-l2-norm are for tokenizers. Convert the tokenizer with them first, and "
             "pass its folder as --tokenizer."
         )
-    _convert_generator(args, shared | {"image_size": args.image_size})
+    if args.tokenizer is None:
+        from svqvae_hf.conversion.convert import convert
 
-
-def _convert_generator(args: argparse.Namespace, shared: dict[str, Any]) -> None:
+        print(convert(args.source, args.out, **shared, **of_tokenizers))
+        return
     import diffusers
     import transformers
 
-    from svqvae_hf.conversion.convert_llamagen import convert_llamagen, is_llamagen
-    from svqvae_hf.conversion.convert_next_scale import convert_next_scale
+    from svqvae_hf.conversion.convert_generator import convert_generator
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # while loading
-    if is_llamagen(args.source):
-        llamagen = {"num_attention_heads": args.num_heads, "text_encoder": args.text_encoder, "use_ema": args.use_ema}
-        print(convert_llamagen(args.source, args.out, args.tokenizer, **shared, **llamagen))
-    elif args.num_heads or args.text_encoder or args.use_ema:
-        raise ValueError(
-            f"--num-heads, --text-encoder and --use-ema are for language models of LlamaGen, but `{args.source}` is "
-            "not one. Leave them out."
-        )
-    else:
-        print(convert_next_scale(args.source, args.out, args.tokenizer, **shared))
+    print(convert_generator(args.source, args.out, args.tokenizer, **shared, **of_generators))

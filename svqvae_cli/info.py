@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import Commands, add_command, path_or_name
-from svqvae_cli.files import search_folder
+from svqvae_cli.files import check_source, search_folder
 
 if TYPE_CHECKING:
     from svqvae_hf import SVQVAE
@@ -14,24 +14,26 @@ if TYPE_CHECKING:
     from svqvae_hf.tokens.token_files import ImageTokens
 
 
+GENERATORS = ("language_model", "transformer")  # components of pipelines
+
+
 def add_to(commands: Commands) -> None:
     """Adds the command and its arguments."""
-    summary = "describe a model, an original checkpoint, token files or a token set"
+    summary = "describe a model, a pipeline, an original checkpoint, token files or a token set"
     parser = add_command(commands, "info", run, summary, "", "photo.safetensors")
     parser.add_argument(
         "path",
         type=path_or_name,
         metavar="PATH",
-        help="model folder, Hub id of a model, checkpoint file, org/repo:file, token file, folder of token files, or "
-        "folder of a token set",
+        help="folder or Hub id of a model or a pipeline, checkpoint file, org/repo:file, token file, folder of token "
+        "files, or folder of a token set",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints facts about a model, an original checkpoint, token files or a token set."""
+    """Prints facts about a model, a pipeline, an original checkpoint, token files or a token set."""
     import re
 
-    from svqvae_cli.loading import load_model
     from svqvae_hf import SVQVAE
     from svqvae_hf.files.folders import Folder
     from svqvae_hf.hub.repositories import REPO_ID
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         checkpoint = read_checkpoint(args.path, SVQVAE)
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
     else:
-        facts = _model_facts(load_model(args.path, "cpu", "float32"))
+        facts = _folder_or_hub_facts(args.path)
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
@@ -113,6 +115,52 @@ def _set_facts(settings: "TokenSettings", totals: dict[str, int]) -> dict[str, A
 
 def _codebook(tokens: "TokenOrigin") -> str:
     return f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}"
+
+
+def _folder_or_hub_facts(source: str) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    from svqvae_cli.loading import explain_loading, load_model
+    from svqvae_hf import SVQVAE
+    from svqvae_hf.hub.repositories import from_hub
+
+    check_source(source)
+    with explain_loading(source):
+        try:
+            config = from_hub(DiffusionPipeline.load_config, source)
+        except OSError:  # no model_index.json
+            config = from_hub(SVQVAE.load_config, source)
+    kind = config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0]
+    if kind == SVQVAE.__name__:
+        return _model_facts(load_model(source, "cpu", "float32"))
+    values = {name: value for name, value in config.items() if not name.startswith("_")}
+    if not kind.endswith("Pipeline"):
+        return {"kind": kind, **values}
+    parts = {name: value for name, value in values.items() if _is_component(value)}
+    with explain_loading(source):
+        configs = {name: SVQVAE.load_config(source, subfolder=name) for name in {*parts} & {*GENERATORS, "vqvae"}}
+    return _pipeline_facts(kind, parts, values, configs)
+
+
+def _is_component(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+
+
+def _pipeline_facts(
+    kind: str, parts: dict[str, list[str]], values: dict[str, Any], configs: dict[str, Any]
+) -> dict[str, Any]:
+    generator: dict[str, Any] = next((configs[name] for name in GENERATORS if name in configs), {})
+    facts = {"kind": f"pipeline, {kind}"}
+    facts |= {name: f"{class_name} of {library}" for name, (library, class_name) in parts.items()}
+    if "vqvae" in configs and "schedule" in values:
+        f = 2 ** (len(configs["vqvae"]["encoder_ch_mult"]) - 1)
+        values |= {name: side * f for name, side in zip(("height", "width"), values["schedule"][-1], strict=True)}
+        values["schedule"] = ", ".join(f"{height} x {width}" for height, width in values["schedule"])
+    if "height" in values:
+        facts["images"] = f"{values.pop('width')} x {values.pop('height')} pixels (width x height)"
+    if "num_classes" in {*values, *generator}:
+        facts["classes"] = values.pop("num_classes", generator.get("num_classes"))
+    return facts | {name: value for name, value in values.items() if name not in parts and value is not None}
 
 
 def _model_facts(model: "SVQVAE") -> dict[str, Any]:

@@ -3,16 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from svqvae_hf.conversion.new_repository import (
-    VARIANTS,
-    ConversionReport,
-    check_arguments,
-    provenance,
-    write_repository,
-)
-from svqvae_hf.files.outputs import check_new_folder
-from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.repositories import hub_repo
+from svqvae_hf.conversion.new_repository import VARIANTS, ConversionReport, NewRepository
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
@@ -31,14 +22,14 @@ def convert(
 ) -> ConversionReport:
     """Converts an original checkpoint to a Hub repository: card, config and safetensors.
 
-    The repository is written to a temporary folder beside `out` and loaded again. It is renamed to `out`
-    once its tensors and config equal the source. A process that is killed before that
-    leaves the temporary folder, `.{out}-*`.
+    The repository is written to a temporary folder beside `out` and loaded again. It is renamed to `out` once its
+    tensors and its config equal the source. A process that is killed before that leaves the temporary folder,
+    `.{out}-*`.
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
         out (`str` or `Path`): Folder to create. It may exist if it is empty.
-        use_ema (`bool`, defaults to `False`): Use the averaged weights, which LlamaGen's files may have.
+        use_ema (`bool`, defaults to `False`): Use the EMA weights, which LlamaGen's files may have.
         variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well. The codebook
             stays in float32, so that ids keep their meaning.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`, because no
@@ -56,28 +47,7 @@ def convert(
         OSError: If the source cannot be read, `out` cannot be written, or the upload fails.
         ValueError: If the source is not a whole checkpoint of a known format, or an argument is wrong.
     """
-    check_arguments(variant, push_to_hub, private, create_pr)
-    out = check_new_folder(Path(out))
+    repository = NewRepository(out, variant, license, push_to_hub, private, create_pr)
     checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
-    model = checkpoint.model()
-    card = model_card(
-        model.config,
-        repo_id=push_to_hub or out.name,
-        license=license,
-        base_model=hub_repo(checkpoint.source),
-        provenance=provenance(checkpoint, checkpoint.format.title),
-        variants={variant: VARIANTS[variant]} if variant else None,
-    )
-    return write_repository(
-        model,
-        checkpoint,
-        out,
-        card,
-        format=checkpoint.format.name,
-        tokenizer=None,
-        variant=variant,
-        license=license,
-        push_to_hub=push_to_hub,
-        private=private,
-        create_pr=create_pr,
-    )
+    variants = {variant: VARIANTS[variant]} if variant else None
+    return repository.write(checkpoint.model(), checkpoint, checkpoint.format.title, variants=variants)

@@ -3,6 +3,7 @@
 import json
 import stat
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 
+from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, prepare_repo, push_output
 from svqvae_hf.loaders.checkpoints import Checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint
@@ -55,128 +57,145 @@ class ConversionReport:
         return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
 
 
-def check_arguments(variant: str | None, push_to_hub: str | None, private: bool | None, create_pr: bool) -> None:
-    """Raises if arguments of a conversion are wrong."""
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
-    if push_to_hub is None and (private is not None or create_pr):
-        raise ValueError("`private` and `create_pr` need `push_to_hub`, got None. Pass `org/name`.")
-    if push_to_hub is not None:
-        check_repo_id(push_to_hub)
-
-
-def provenance(checkpoint: Checkpoint | LlamaGenCheckpoint, layout: str) -> dict[str, str]:
-    """Rows of a card about the source. A local one is named without its folders, because cards are public."""
-    file = checkpoint.source if hub_repo(checkpoint.source) else checkpoint.path.name
-    return {
-        "layout": layout,
-        "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
-        "sha256 of the source": f"`{checkpoint.sha256}`",
-    }
-
-
-def write_repository(
-    converted: ModelMixin | DiffusionPipeline,
-    checkpoint: Checkpoint | LlamaGenCheckpoint,
-    out: Path,
-    card: str,
-    *,
-    format: str,
-    tokenizer: str | None,
-    variant: str | None,
-    license: str | None,
-    push_to_hub: str | None,
-    private: bool | None,
-    create_pr: bool,
-) -> ConversionReport:
-    """Writes a repository to a temporary folder, checks it, renames it to `out` and uploads it.
+@dataclass
+class NewRepository:
+    """A repository to create, local and, if asked for, on the Hub.
 
     Args:
-        converted (`ModelMixin` or `DiffusionPipeline`): Model or pipeline.
-        checkpoint ([`Checkpoint`] or [`LlamaGenCheckpoint`]): Source.
-        out (`Path`): Folder to create.
-        card (`str`): Text of `README.md`.
-        format (`str`): Name of the format of the source.
-        tokenizer (`str`, *optional*): Source of the tokenizer.
-        variant (`str`, *optional*): Also write half-precision weights.
-        license (`str`, *optional*): Licence of the weights.
-        push_to_hub (`str`, *optional*): Repository to upload to, created before anything is written.
+        out (`str` or `Path`): Folder to create. It may exist if it is empty.
+        variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier.
+        push_to_hub (`str`, *optional*): Hub repository `org/name` to upload the result to.
         private (`bool`, *optional*): Whether a new repository is private.
         create_pr (`bool`): Open a pull request instead of committing.
 
     Raises:
-        OSError: If a file cannot be written, the result differs from the source, or the upload fails.
+        ValueError: If an argument is wrong, or the folder has files.
+    """
+
+    out: str | Path
+    variant: str | None
+    license: str | None
+    push_to_hub: str | None
+    private: bool | None
+    create_pr: bool
+
+    def __post_init__(self) -> None:
+        if self.variant is not None and self.variant not in VARIANTS:
+            raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
+        if self.push_to_hub is None and (self.private is not None or self.create_pr):
+            raise ValueError("`private` and `create_pr` need `push_to_hub`, got None. Pass `org/name`.")
+        if self.push_to_hub is not None:
+            check_repo_id(self.push_to_hub)
+        self.folder = check_new_folder(Path(self.out))
+
+    def write(
+        self,
+        converted: Any,
+        checkpoint: Checkpoint | LlamaGenCheckpoint,
+        layout: str,
+        tokenizer: str | Path | None = None,
+        provenance: Mapping[str, str] | None = None,
+        **card: Any,
+    ) -> ConversionReport:
+        """Writes the repository to a temporary folder, checks it, renames it to `out` and uploads it.
+
+        Args:
+            converted ([`SVQVAE`] or pipeline): The converted model.
+            checkpoint ([`Checkpoint`] or [`LlamaGenCheckpoint`]): Source.
+            layout (`str`): Format of the source, for the card.
+            tokenizer (`str` or `Path`, *optional*): Source of the tokenizer of a pipeline.
+            provenance (`Mapping[str, str]`, *optional*): Further rows of the card about the source.
+            **card: Further arguments of `converted.make_card`.
+
+        Raises:
+            OSError: If a file cannot be written, the result differs from the source, or the upload fails.
+            ValueError: If weights are out of the range of `variant`.
+        """
+        out, source = self.folder, checkpoint.source
+        # Cards are public, so a local file is named without its folders.
+        file = source if hub_repo(source) else checkpoint.path.name
+        rows = {
+            "layout": layout,
+            "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
+            "sha256 of the source": f"`{checkpoint.sha256}`",
+            **(provenance or {}),
+        }
+        text = converted.make_card(
+            self.push_to_hub or out.name, license=self.license, base_model=hub_repo(source), provenance=rows, **card
+        )
+        if self.push_to_hub is not None:
+            prepare_repo(self.push_to_hub, private=self.private, license=self.license)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+                folder = Path(beside, out.name)
+                tensors = save_and_check(converted, folder, self.variant)
+                (folder / "README.md").write_text(text, encoding="utf-8")
+                mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
+                files = sorted(path for path in folder.rglob("*") if path.is_file())
+                for path in files:
+                    path.chmod(mode)  # safetensors makes files that only their owner can read
+                folder.replace(out)
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"`{out}` cannot be written: {error}") from error
+        message, url = f"Upload converted {type(converted).__name__}", None
+        if self.push_to_hub is not None:
+            url = push_output(out, self.push_to_hub, message, create_pr=self.create_pr)
+        return ConversionReport(
+            source=source,
+            sha256=checkpoint.sha256,
+            format=checkpoint.format.name if isinstance(checkpoint, Checkpoint) else "transformer",
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            config=checkpoint.config,
+            tensors=tensors,
+            out=out,
+            files=tuple(str(path.relative_to(folder)) for path in files),
+            url=url,
+        )
+
+
+def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, variant: str | None) -> int:
+    """Saves a model or a pipeline, also in half precision if asked for, and checks that it loads as it was.
+
+    Returns:
+        `int`: Number of tensors.
+
+    Raises:
+        OSError: If tensors or configs differ after loading again.
         ValueError: If weights are out of the range of `variant`.
     """
-    if push_to_hub is not None:
-        prepare_repo(push_to_hub, private=private, license=license)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-            folder = Path(beside, out.name)
-            converted.save_pretrained(folder)
-            half = None if variant is None else _save_half(type(converted), folder, variant)
-            tensors = _check(converted, folder)
-            if half is not None:
-                _check(half, folder, variant)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            for path in files:
-                path.chmod(mode)  # safetensors makes files that only their owner can read
-            folder.replace(out)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"`{out}` cannot be written: {error}") from error
-    message = f"Upload converted {type(converted).__name__}"
-    return ConversionReport(
-        source=checkpoint.source,
-        sha256=checkpoint.sha256,
-        format=format,
-        tokenizer=tokenizer,
-        config=checkpoint.config,
-        tensors=tensors,
-        out=out,
-        files=tuple(str(path.relative_to(folder)) for path in files),
-        url=push_output(out, push_to_hub, message, create_pr=create_pr) if push_to_hub else None,
-    )
+    converted.save_pretrained(folder)
+    saved: dict[str | None, ModelMixin | DiffusionPipeline] = {None: converted}
+    if variant is not None:
+        half = type(converted).from_pretrained(folder)
+        for name, model in _models(half).items():
+            # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
+            model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
+            overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
+            if overflowed:
+                raise ValueError(
+                    f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
+                )
+        half.save_pretrained(folder, variant=variant)
+        saved[variant] = half
+    for suffix, expected in saved.items():  # after all is written
+        dtypes = {name: model.dtype for name, model in _models(expected).items()}
+        copy = _state(type(converted).from_pretrained(folder, variant=suffix, dtype=dtypes.get("", dtypes)))
+        differing = sorted(key for key, value in _state(expected).items() if not _equal(value, copy.get(key)))
+        if differing:
+            raise OSError(
+                f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk and "
+                "convert again."
+            )
+    return sum(isinstance(value, torch.Tensor) for value in _state(converted).values())
 
 
 def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The model, or the models of a pipeline by name."""
+    """The model, or the models of a pipeline by name. The codebook stays in float32 by itself."""
     if isinstance(converted, torch.nn.Module):
         return {"": converted}
     return {name: part for name, part in converted.components.items() if isinstance(part, torch.nn.Module)}
-
-
-def _save_half(
-    kind: type[ModelMixin | DiffusionPipeline], folder: Path, variant: str
-) -> ModelMixin | DiffusionPipeline:
-    """Adds half-precision weights to a folder. The codebook stays in float32 by itself."""
-    half = kind.from_pretrained(folder)
-    for name, model in _models(half).items():
-        # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
-        model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
-        overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
-        if overflowed:
-            raise ValueError(
-                f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
-            )
-    half.save_pretrained(folder, variant=variant)
-    return half
-
-
-def _check(expected: ModelMixin | DiffusionPipeline, folder: Path, variant: str | None = None) -> int:
-    """Raises unless a folder loads with the same config and bit-equal tensors, and returns the number of tensors."""
-    dtypes = {name: model.dtype for name, model in _models(expected).items()}
-    written = type(expected).from_pretrained(folder, variant=variant, dtype=dtypes.get("", dtypes))
-    state, copy = _state(expected), _state(written)
-    differing = sorted(key for key, value in state.items() if not _equal(value, copy.get(key)))
-    if differing:
-        raise OSError(
-            f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk and "
-            "convert again."
-        )
-    return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
 def _state(converted: ModelMixin | DiffusionPipeline) -> dict[str, Any]:

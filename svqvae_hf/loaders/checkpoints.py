@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.loaders.checkpoint_checks import check_attention, check_tensors, check_weights
 from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
 from svqvae_hf.loaders.checkpoint_files import file_sha256, load_checkpoint_file, locate_checkpoint
@@ -78,6 +79,10 @@ def read_checkpoint(
             asks for.
     """
     path = locate_checkpoint(source)
+    stored = path.with_name("config.json")
+    if stored.is_file() and b'"_class_name"' in stored.read_bytes():
+        folder = hub_repo(source) or path.parent
+        raise ValueError(f"`{source}` is already converted. Load its folder, `{folder}`, with `from_pretrained`.")
     content = load_checkpoint_file(path, source)
     format = _find_format(content, source)
     weights = _select_weights(content, format, use_ema, source)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cli_runner import fails, names, svqvae
 from conftest import ROOT, make_tiny
+from generators import make_autoregressive, make_next_scale
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
@@ -104,6 +105,39 @@ def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     assert (facts["crops"], facts["resolution"], facts["scales"]) == ("centre", "16", "1")
     assert (facts["tiles"], facts["scales from"]) == ("32 pixels, overlap 8", "latents")
     assert facts["codebook"] == f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
+
+
+def test_info_of_pipelines_and_their_generators(tmp_path, capsys):
+    make_autoregressive(class_names=["cat", "dog", "fox"]).save_pretrained(tmp_path / "ids")
+    make_next_scale().save_pretrained(tmp_path / "scales")
+    for folder, facts in {
+        "ids": {
+            "kind": "pipeline, SVQVAEAutoregressivePipeline",
+            "language_model": "LlamaForCausalLM of transformers",
+            "images": "16 x 32 pixels (width x height)",
+            "classes": "3",
+            "class_names": "['cat', 'dog', 'fox']",
+            "scales": "[0.25, 0.5, 1.0]",
+        },
+        "scales": {
+            "kind": "pipeline, SVQVAENextScalePipeline",
+            "vqvae": "SVQVAE of svqvae_hf",
+            "images": "16 x 16 pixels (width x height)",
+            "classes": "3",
+            "schedule": "1 x 1, 2 x 2, 3 x 3, 4 x 4",
+        },
+        "ids/language_model": {"kind": "LlamaForCausalLM", "vocab_size": "70"},
+        "scales/transformer": {"kind": "NextScaleTransformer", "num_classes": "3"},
+    }.items():
+        assert svqvae("info", tmp_path / folder) == 0
+        assert facts.items() <= read_facts(capsys).items()
+
+
+def test_a_converted_file_is_not_converted_again(tmp_path, saved_model, capsys):
+    file = f"{saved_model}/diffusion_pytorch_model.safetensors"
+    message = f"`{file}` is already converted. Load its folder, `{saved_model}`, with `from_pretrained`."
+    assert message in fails(capsys, "convert", file, tmp_path / "out")
+    assert message in fails(capsys, "info", file)
 
 
 def test_info_of_an_image_says_what_to_do_with_it(two_images, capsys):

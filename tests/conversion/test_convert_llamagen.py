@@ -15,7 +15,7 @@ from pipeline_parts import text_components
 from safetensors.torch import load_file
 
 from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
-from svqvae_hf.conversion.convert_llamagen import convert_llamagen
+from svqvae_hf.conversion.convert_generator import convert_generator
 
 GOLDEN = ROOT / "tests" / "golden"
 CLASSES, CAPTIONS = (GOLDEN / f"llamagen_gpt_{kind}_tiny.pt" for kind in ("c2i", "t2i"))
@@ -50,7 +50,7 @@ def assert_no_path_is_told(folder, *paths):
 
 
 def test_a_model_of_classes_is_a_whole_repository(parts, tmp_path):
-    report = convert_llamagen(CLASSES, tmp_path / "out", parts / "tokenizer", **SIZES, license="mit")
+    report = convert_generator(CLASSES, tmp_path / "out", parts / "tokenizer", **SIZES, license="mit")
     assert names(tmp_path) == ["out"]
     assert {"README.md", "model_index.json", "language_model/config.json", "vqvae/config.json"} <= {*report.files}
     assert report.sha256 == hashlib.sha256(CLASSES.read_bytes()).hexdigest()
@@ -86,14 +86,16 @@ def test_loading_by_hub_id_in_a_new_process(parts, tmp_path):
     outputs = GOLDEN / "llamagen_gpt_c2i_tiny.outputs.safetensors"
     with serve_hub(tmp_path) as hub:
         repository = tmp_path / "hub" / "org" / "gpt"
-        convert_llamagen(CLASSES, repository / "main", parts / "tokenizer", **SIZES)
+        convert_generator(CLASSES, repository / "main", parts / "tokenizer", **SIZES)
         (repository / "settings.json").write_text("{}")
         ids = json.loads(run_python(LOAD, hub, "org/gpt", outputs))
     assert ids == load_file(outputs)["greedy_cfg2.ids"].tolist()
 
 
 def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
-    report = convert_llamagen(CAPTIONS, tmp_path / "out", parts / "tokenizer", text_encoder=str(parts / "t5"), **SIZES)
+    report = convert_generator(
+        CAPTIONS, tmp_path / "out", parts / "tokenizer", text_encoder=str(parts / "t5"), **SIZES
+    )
     assert {"text_encoder/config.json", "tokenizer/tokenizer.json"} <= {*report.files}
     pipeline = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
@@ -109,7 +111,7 @@ def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
 
 
 def test_half_precision_variant_keeps_the_codebook(parts, tmp_path):
-    convert_llamagen(CLASSES, tmp_path / "out", parts / "tokenizer", variant="bf16", **SIZES)
+    convert_generator(CLASSES, tmp_path / "out", parts / "tokenizer", variant="bf16", **SIZES)
     full = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
     half = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out", variant="bf16", dtype=torch.bfloat16)
     assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
@@ -120,7 +122,7 @@ def test_half_precision_variant_keeps_the_codebook(parts, tmp_path):
 
 def test_the_text_encoder_stays_in_bfloat16_whatever_the_variant(parts, tmp_path):
     text_encoder = str(parts / "t5")
-    convert_llamagen(
+    convert_generator(
         CAPTIONS, tmp_path / "out", parts / "tokenizer", text_encoder=text_encoder, variant="fp16", **SIZES
     )
     dtypes = {"default": torch.float16, "text_encoder": torch.bfloat16}
@@ -147,7 +149,7 @@ def test_the_text_encoder_stays_in_bfloat16_whatever_the_variant(parts, tmp_path
 def test_wrong_arguments_leave_nothing(parts, tmp_path, arguments, message):
     given = {"source": CLASSES, "out": tmp_path / "out", "tokenizer": parts / "tokenizer", **SIZES} | arguments
     with pytest.raises(ValueError, match=message):
-        convert_llamagen(**given)
+        convert_generator(**given)
     assert not list(tmp_path.iterdir())
 
 
@@ -157,7 +159,7 @@ def test_a_text_encoder_of_another_size_is_an_error(parts, tmp_path):
     weights["cls_embedding.cap_proj.fc1.weight"] = torch.zeros(64, 16)
     torch.save(weights, tmp_path / "file.pt")
     with pytest.raises(ValueError, match="takes captions of 16 channels, but has 32"):
-        convert_llamagen(
+        convert_generator(
             tmp_path / "file.pt", tmp_path / "out", parts / "tokenizer", text_encoder=str(parts / "t5"), **SIZES
         )
     assert names(tmp_path) == ["file.pt"]
@@ -169,7 +171,12 @@ def test_wrong_options_of_the_command(parts, tmp_path, capsys):
     assert "`--tokenizer`" in fails(capsys, "convert", CLASSES, out)
     assert "--image-size" in fails(capsys, "convert", CLASSES, out, *tokenizer)
     assert "--num-heads" in fails(capsys, "convert", CLASSES, out, *tokenizer, "--image-size", 16)
-    assert "--num-heads needs --tokenizer" in fails(capsys, "convert", CLASSES, out, "--num-heads", 4)
+    assert "--text-encoder need --tokenizer" in fails(capsys, "convert", CLASSES, out, "--num-heads", 4)
     flexvar = GOLDEN / "flexvar_transformer_tiny.pth"
-    assert "is not one" in fails(capsys, "convert", flexvar, out, *tokenizer, "--text-encoder", parts / "t5")
+    options = (*tokenizer, "--image-size", 16, "--num-heads", 4)
+    assert "must be a checkpoint of a language model of LlamaGen" in fails(capsys, "convert", flexvar, out, *options)
+    module = parts / "module.pt"
+    torch.save(torch.nn.Linear(1, 1), module)
+    error = fails(capsys, "convert", module, out, *options)
+    assert "must hold weights only, but is a pickle that calls for `torch.nn.modules.linear.Linear`" in error
     assert not list(tmp_path.iterdir())

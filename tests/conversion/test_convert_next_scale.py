@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from next_scale_golden import GOLDEN, OUTPUTS, Golden
 
 from svqvae_hf import SVQVAE, SVQVAENextScalePipeline
-from svqvae_hf.conversion.convert_next_scale import convert_next_scale
+from svqvae_hf.conversion.convert_generator import convert_generator
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
-    report = convert_next_scale(GOLDEN, tmp_path / "out", tokenizer, license="mit")
+    report = convert_generator(GOLDEN, tmp_path / "out", tokenizer, license="mit")
     assert names(tmp_path) == ["out"]
     assert {"README.md", "model_index.json", "transformer/config.json", "vqvae/config.json"} <= {*report.files}
     assert report.sha256 == hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
@@ -49,7 +49,7 @@ def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
 
 
 def test_a_pipeline_of_a_single_file_is_the_converted_one(tokenizer, tmp_path):
-    convert_next_scale(GOLDEN, tmp_path / "out", tokenizer, image_size=32)
+    convert_generator(GOLDEN, tmp_path / "out", tokenizer, image_size=32)
     vqvae, names_of_classes = SVQVAE.from_pretrained(tokenizer), [str(number) for number in range(10)]
     loaded = SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, image_size=32, class_names=names_of_classes)
     converted = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out")
@@ -66,7 +66,7 @@ def test_a_pipeline_of_a_single_file_is_the_converted_one(tokenizer, tmp_path):
 
 
 def test_half_precision_variant_keeps_the_codebook(tokenizer, tmp_path):
-    report = convert_next_scale(GOLDEN, tmp_path / "out", tokenizer, variant="bf16", image_size=32)
+    report = convert_generator(GOLDEN, tmp_path / "out", tokenizer, variant="bf16", image_size=32)
     full = SVQVAENextScalePipeline.from_pretrained(report.out)
     half = SVQVAENextScalePipeline.from_pretrained(report.out, variant="bf16", dtype=torch.bfloat16)
     assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
@@ -92,16 +92,16 @@ def test_half_precision_variant_keeps_the_codebook(tokenizer, tmp_path):
 )
 def test_wrong_arguments_leave_nothing(tokenizer, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        convert_next_scale(**({"source": GOLDEN, "out": tmp_path / "out", "tokenizer": tokenizer} | arguments))
+        convert_generator(**({"source": GOLDEN, "out": tmp_path / "out", "tokenizer": tokenizer} | arguments))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("process")
 def test_the_command(tokenizer, tmp_path, capsys):
     assert svqvae("convert", GOLDEN, tmp_path / "out", "--tokenizer", tokenizer, "--image-size", 16) == 0
-    assert "(transformer, sha256 " in capsys.readouterr().out
+    assert "(flexvar-transformer, sha256 " in capsys.readouterr().out
     assert "with `--tokenizer`" in fails(capsys, "convert", GOLDEN, tmp_path / "new")
-    assert "needs --tokenizer" in fails(capsys, "convert", GOLDEN, tmp_path / "new", "--image-size", 16)
+    assert "need --tokenizer" in fails(capsys, "convert", GOLDEN, tmp_path / "new", "--image-size", 16)
     with_range = ("convert", GOLDEN, tmp_path / "new", "--tokenizer", tokenizer, "--network-range", 0, 1)
     assert "are for tokenizers" in fails(capsys, *with_range)
     assert names(tmp_path) == ["out"]

@@ -26,7 +26,7 @@ from training_runs import (
 )
 
 from svqvae_hf import SVQVAEAutoregressivePipeline
-from svqvae_hf.conversion.convert_llamagen import convert_llamagen
+from svqvae_hf.conversion.convert_generator import convert_generator
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.captions import CaptionEncoder, StoredCaptions, store_captions
@@ -87,7 +87,7 @@ def parts(tmp_path_factory):
     images, crops = open_images([str(folder / "photos")]), {"crops": "centre", "resolution": 16}
     tokenize_set(vqvae, images, folder / "tokens", model_name="vqvae", scale_from="image", **crops)
     write_captions(folder / "tokens", CAPTIONS)
-    convert_llamagen(
+    convert_generator(
         GOLDEN,
         folder / "converted",
         folder / "vqvae",
