@@ -49,7 +49,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def check_new_folder(out: Path) -> Path:
-    """Resolves the path of a folder to create. Raises unless it is absent or an empty folder."""
+    """Resolves the path of a folder to create. Raises if something other than an empty folder is there."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
     fault = None
     if existing.is_symlink() and not existing.exists():
