@@ -170,14 +170,6 @@ def test_links_outside_the_site_lead_somewhere():
             assert (page.parent / target).exists(), (page, target)
 
 
-def test_line_counts_of_the_readme_are_true():
-    counts = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", PAGES[ROOT / "README.md"], re.MULTILINE)
-    assert len(counts) >= 5
-    for path, stated in counts:
-        lines = len((ROOT / path).read_text().splitlines())
-        assert int(stated) == pytest.approx(lines, rel=0.15), f"{path} has {lines} lines"
-
-
 def test_files_named_by_their_path_exist():
     for page in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "training/README.md", "conversion/README.md"):
         for path in re.findall(r"`([\w/]+/\w+\.(?:py|sh|json|yaml))`", (ROOT / page).read_text()):
@@ -250,7 +242,7 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     text = (tmp_path / "command_line.html").read_text()
     names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
     assert all(f'id="svqvae-{name}"' in text for name in names)
-    assert "The bundled model is trained anew" in (tmp_path / "changelog.html").read_text()
+    assert "0.2.0" in (tmp_path / "changelog.html").read_text()
     text = (tmp_path / "api" / "model.html").read_text()
     assert "<strong>Args</strong>" in text
     assert "<li>\n<p><code>codebook_size</code>" in text or "<li><code>codebook_size</code>" in text
