@@ -17,11 +17,10 @@ from svqvae_hf.trainer.data.token_sequences import TokenSource
 def measure(pipeline: SVQVAEAutoregressivePipeline, tokens: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Most likely ids of the captions of a token set, and the ids of its images, `(images, ids)` each."""
     source = TokenSource(tokens, None, "caption")
-    tables = [source.batch(source.read(group)) for group in source.groups]
-    expected = torch.cat([table.sequences[:, 1:] for table in tables])
-    captions = [caption for table in tables for (caption,) in table.captions or []]
+    batch = source.batch(range(len(source.rows)))
+    captions = [caption for (caption,) in batch.captions or []]
     found = pipeline(prompt=captions, temperature=0, output_type="latent").images.flatten(1)
-    return found, expected
+    return found, batch.sequences[:, 1:]
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from train import CONVOLUTION_NDIM
 
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.network.model import MultiScaleForward, load_model
+from svqvae_hf.trainer.model import load_model
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.train_options import TrainOptions
 
@@ -32,10 +32,8 @@ SCALES = [0.5, 1.0]
 RECIPES = {
     "plain: eager, float32": {},
     "channels_last": {"channels_last": True},
-    "compiled": {"compiled": True},
     "bfloat16": {"bfloat16": True},
     "bfloat16, channels_last": {"bfloat16": True, "channels_last": True},
-    "bfloat16, compiled": {"bfloat16": True, "compiled": True},
 }
 
 CROPS = ((4, 64), (8, 64), (32, 64), (2, 128), (8, 128), (1, 256), (2, 256))  # crops per step, side in pixels
@@ -46,7 +44,6 @@ def make_step(
     sample: torch.Tensor,
     bfloat16: bool = False,
     channels_last: bool = False,
-    compiled: bool = False,
 ) -> Callable[[], None]:
     """Makes a model for a recipe, and returns its training step as a function."""
     options = TrainOptions(
@@ -54,20 +51,18 @@ def make_step(
         train_data_dir="none",
         model_config_name_or_path=model_config,
         resolution=sample.shape[-1],
-        torch_compile=compiled,
     )
     torch.manual_seed(0)
     vqvae = load_model(options).to(sample.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     vqvae.to(memory_format=layout)
-    model = MultiScaleForward(vqvae)
-    objective = Objective(options.loss_weights, vqvae)
+    objective = Objective(options, vqvae)
     optimizer, _ = make_optimizer(vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM)
     sample = sample.contiguous(memory_format=layout)
 
     def step() -> None:
         with torch.autocast(sample.device.type, torch.bfloat16) if bfloat16 else nullcontext():
-            output = model(sample, SCALES, True)
+            output = vqvae(sample, SCALES, scale_from="latents")
             loss, _ = objective(objective.pairs(sample, output), output, step=0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vqvae.parameters(), options.max_grad_norm)

@@ -22,7 +22,6 @@ from page_runner import kept_kinds, python_blocks, without_numbers
 from test_imports import SUBPACKAGES
 from train_autoregressive import AutoregressiveOptions
 from train_latent_diffusion import DiffusionOptions
-from train_masked import MaskedOptions
 
 from svqvae_cli.command_line import COMMANDS, build_parser, parse
 from svqvae_hf.models.image_processing_svqvae import load_image
@@ -35,7 +34,6 @@ RUN_BY_TEST_EXPORT = "export.md"
 OPTIONS = {
     "training/train.py": TrainOptions,
     "training/train_latent_diffusion.py": DiffusionOptions,
-    "training/train_masked.py": MaskedOptions,
     "training/train_autoregressive.py": AutoregressiveOptions,
 }
 

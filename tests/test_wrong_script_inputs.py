@@ -11,7 +11,6 @@ from training_runs import cpu
 pytestmark = pytest.mark.usefixtures("process", "one_accelerator")
 TRAIN = "--output_dir out --train_data_dir two_images --model_config_name_or_path"
 PIPELINE = "--output_dir out --vqvae_name_or_path {model} --model_config_name_or_path network.json"
-MASKED = f"{PIPELINE} --text_encoder_name_or_path"
 WRONG = {  # words on the command line, and a part of the message
     "training/train.py": [
         (f"{TRAIN} {{model}} --train_data_dir nowhere", "there is no file or folder `nowhere`"),
@@ -22,11 +21,6 @@ WRONG = {  # words on the command line, and a part of the message
         (f"{PIPELINE} --train_data_dir two_images --resolution 30", "must be a multiple of f = 4 of the SVQVAE, but"),
         (f"{PIPELINE} --train_data_dir empty", "a set must hold images, but `empty` has none"),
         (f"{PIPELINE} --vqvae_name_or_path nowhere --train_data_dir two_images", "but there is no 'nowhere'"),
-    ],
-    "training/train_masked.py": [
-        (f"{MASKED} nowhere --train_data_dir two_images", "but there is no 'nowhere'"),
-        (f"{MASKED} empty --train_data_dir two_images", "empty"),
-        (f"{PIPELINE} --train_data_dir two_images", "arguments are required: --text_encoder_name_or_path"),
     ],
     "training/train_autoregressive.py": [
         (f"{PIPELINE} --token_set two_images", "a token set must be a folder with svqvae_tokens.json"),

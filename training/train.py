@@ -1,48 +1,38 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
-import math
 import sys
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
+from torch.distributed.checkpoint.stateful import Stateful
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
-from svqvae_hf.evaluation.perceptual import load_lpips
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.repositories import is_hub_id, public_name
-from svqvae_hf.models.image_processing_svqvae import resize_latents
+from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 from svqvae_hf.models.quantizer import flatten_latents
+from svqvae_hf.trainer.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import centre_crops
-from svqvae_hf.trainer.data.image_source import ImageSource
-from svqvae_hf.trainer.losses.adversarial import PatchDiscriminator
+from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
+from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.objective import Objective, Pair
-from svqvae_hf.trainer.network.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
-from svqvae_hf.trainer.network.linear_start import start_linear
-from svqvae_hf.trainer.network.model import MultiScaleForward, Reconstructions, load_model, step_scales, whiten_latents
-from svqvae_hf.trainer.optimization import (
-    SHARDED,
-    clip_and_step,
-    gradient_norm,
-    loss_scale,
-    make_optimizer,
-    rescale_gradients,
-)
+from svqvae_hf.trainer.model import load_model, step_scales, whiten_latents
+from svqvae_hf.trainer.optimization import clip_and_step, gradient_norm, loss_scale, make_optimizer, rescale_gradients
 from svqvae_hf.trainer.options import read_options
-from svqvae_hf.trainer.run import Run, Stateful, one_line_errors
-from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, kmeans_floor, log_image
+from svqvae_hf.trainer.run import Run, one_line_errors
+from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image, progress
 from svqvae_hf.trainer.train_options import TrainOptions
 
 SHOWN_IMAGES = 4
 START_BATCHES = 16
 RESET_BATCHES = 16  # batches whose latents replace dead codes, because the crops of one step are too similar
-FLOOR_BLOCKS_PER_CODE = 16  # of the crops that k-means is fitted on
 CONVOLUTION_NDIM = 4  # only weights of convolutions decay, so no code does
+DISCRIMINATOR_LEARNING_RATE = 1e-4
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -62,24 +52,9 @@ def train(run: Run[TrainOptions]) -> None:
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
     loader = make_loader(options, images)
-    if options.never_reached:
-        logger.warning(f"{options.max_train_steps} steps end before {' and '.join(options.never_reached)}")
-    validation_batches = load_validation_batches(options, pixel_range)
-    floor = measure_floor(run, vqvae, images, validation_batches) if options.validation_floor else {}
-
-    # Losses
-    lpips = load_lpips(options.lpips_net, options.lpips_weights).to(vqvae.device) if options.lpips_weight else None
-    discriminator = PatchDiscriminator() if options.adversarial_weight else None
-    objective = Objective(
-        options.loss_weights,
-        vqvae,
-        lpips,
-        discriminator,
-        scale_target=options.scale_target,
-        adversarial_adaptive=options.adversarial_adaptive,
-        lecam_weight=options.lecam_weight,
-        mean=partial(accelerator.reduce, reduction="mean"),
-    )
+    validation_batches = load_validation_batches(options, images, pixel_range)
+    objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
+    discriminator = objective.discriminator
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
     # Optimizers
@@ -88,7 +63,7 @@ def train(run: Run[TrainOptions]) -> None:
     optimizer, lr_scheduler = make_optimizer(
         vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM
     )
-    model, optimizer = accelerator.prepare(MultiScaleForward(vqvae), optimizer)
+    model, optimizer = accelerator.prepare(vqvae, optimizer)
     models = [model]
     codes = Codes(run, vqvae, images, optimizer)
     ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
@@ -101,7 +76,7 @@ def train(run: Run[TrainOptions]) -> None:
     if discriminator is not None:
         discriminator_steps = options.max_train_steps - options.adversarial_start
         discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
-            discriminator, options, options.discriminator_learning_rate, discriminator_steps, CONVOLUTION_NDIM
+            discriminator, options, DISCRIMINATOR_LEARNING_RATE, discriminator_steps, CONVOLUTION_NDIM
         )
         discriminator_model, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
         discriminator.requires_grad_(False)  # in the model's loss, gradients only pass through it
@@ -111,8 +86,7 @@ def train(run: Run[TrainOptions]) -> None:
 
     for step, batches in run.steps():
         quantize = step >= options.quantize_from
-        adversarial = objective.weights.adversarial.at(step) > 0
-        vqvae.quantize.entropy_loss_ratio = float(objective.weights.entropy.at(step) > 0)
+        adversarial = objective.is_adversarial(step)
         if step in options.kmeans_steps:
             codes.set_by_kmeans(step)
 
@@ -121,7 +95,7 @@ def train(run: Run[TrainOptions]) -> None:
                 # Forward pass and gradients, of the model and then of the discriminator
                 sample = images.to_device(batch)
                 scales = step_scales(options, sample.shape[-1] // vqvae.f, step)
-                output = model(sample, scales, quantize)
+                output = model(sample, scales, scale_from="latents", force_not_quantize=not quantize)
                 pairs = objective.pairs(sample, output)
                 with accelerator.autocast():
                     loss, numbers = objective(pairs, output, step)
@@ -136,7 +110,7 @@ def train(run: Run[TrainOptions]) -> None:
 
                 # Updates, after the last batch of a step
                 if accelerator.sync_gradients:
-                    numbers |= gradient_norms(run, vqvae)
+                    numbers |= gradient_norms(vqvae, loss_scale(accelerator))
                     scale_before = loss_scale(accelerator)
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
                     if adversarial and discriminator is not None:
@@ -151,9 +125,9 @@ def train(run: Run[TrainOptions]) -> None:
 
                 # Codes, outside gradient descent
                 if quantize:
-                    numbers |= codes.move(output, scales, step)
+                    numbers |= codes.move(output, step)
                 run.add(numbers | {"loss": loss}, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
-                statistics.add(scales, pairs, output.ids)
+                statistics.add(scales, pairs, output.ids or [])
 
         if run.logs_after(step):
             scale_numbers = statistics.summary(accelerator.reduce)
@@ -161,15 +135,17 @@ def train(run: Run[TrainOptions]) -> None:
                 scale_numbers["mean_cosine"] = objective.uniformity.mean_cosine.item()
             run.log_training(step, scale_numbers)
         if run.validates_after(step):
-            validate(run, vqvae, model, objective, validation_batches, floor, step + 1)
+            validate(run, model, objective, validation_batches, step + 1)
 
-    validation = validate(run, vqvae, model, objective, validation_batches, floor, options.max_train_steps)
+    validation = validate(run, model, objective, validation_batches, options.max_train_steps)
     if options.train == "decoder":
         with run.evaluating():
             check_ids(ids_before, encode_ids(vqvae, validation_batches, options))
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
-        publish(run, vqvae, state_dict, make_card(run, vqvae, validation_batches, validation))
+        result = SVQVAE.from_config(vqvae.config)
+        result.load_state_dict(state_dict)
+        run.publish(result.save_pretrained, make_card(run, vqvae, validation_batches, validation))
     accelerator.end_training()
 
 
@@ -211,18 +187,19 @@ class Codes:
     def set_by_kmeans(self, step: int) -> None:
         """Sets all codes by k-means of the latents of fresh crops, from all processes."""
         quantizer, options = self.vqvae.quantize, self.run.options
+        logger.info(f"Setting {quantizer.size:,} codes by k-means of {options.kmeans_batches} batches of latents")
         initialise_codebook(quantizer, self._fresh_latents(options.kmeans_batches, step), options.seed)
         weight = quantizer.embedding.weight
         broadcast(weight.data)  # sums of floats may differ in their last bits between processes
         self._forget(torch.arange(len(weight), device=weight.device))
 
-    def move(self, output: Reconstructions, scales: Sequence[float], step: int) -> dict[str, torch.Tensor]:
+    def move(self, output: SVQVAEOutput, step: int) -> dict[str, torch.Tensor]:
         """Moves codes to the average of their latents, and replaces dead codes by latents, if asked for."""
         options, accelerator, quantizer = self.run.options, self.run.accelerator, self.vqvae.quantize
-        ids = torch.cat(output.ids)
+        ids = torch.cat([each.flatten() for each in output.ids or []])
         if options.codebook_decay:
-            latents = [flatten_latents(resize_latents(output.latents.detach(), scale)) for scale in scales]
-            self.average.update(quantizer, torch.cat(latents), ids, partial(accelerator.reduce, reduction="mean"))
+            latents = torch.cat([flatten_latents(each.detach()) for each in output.latents or []])
+            self.average.update(quantizer, latents, ids, partial(accelerator.reduce, reduction="mean"))
         if not options.dead_code_reset_steps:
             return {}
         self.dead.observe(accelerator.reduce(count_codes(ids, quantizer.size), "sum"))
@@ -240,7 +217,8 @@ class Codes:
         if options.full_crops_from:
             sides, growth_batch = (sides, num_batches) if step < options.full_crops_from else (sides[:1], 0)
         self.vqvae.eval()  # without dropout
-        for sample in self.images.fresh_crops(sides, num_batches, step, growth_batch):
+        crops = self.images.fresh_crops(sides, num_batches, step, growth_batch)
+        for sample in progress(crops, "k-means: latents", num_batches) if num_batches > RESET_BATCHES else crops:
             with torch.no_grad(), accelerator.autocast():
                 latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
         self.vqvae.train()
@@ -253,61 +231,43 @@ class Codes:
         forget_codes(self.vqvae, quantizer.embedding.weight, replaced, self.optimizer, self.run.ema)
 
 
-def gradient_norms(run: Run[TrainOptions], vqvae: SVQVAE) -> dict[str, torch.Tensor]:
-    """Norms of the gradients of encoder and decoder, if they are trained and not sharded."""
-    if run.accelerator.distributed_type in SHARDED:
-        return {}
+def gradient_norms(vqvae: SVQVAE, scale: float) -> dict[str, torch.Tensor]:
+    """Norms of the gradients of encoder and decoder, if they are trained, without the loss scale."""
     parts = {"encoder_grad_norm": vqvae.encoder, "decoder_grad_norm": vqvae.decoder}
-    return {
-        name: gradient_norm(part.parameters()) / loss_scale(run.accelerator)
-        for name, part in parts.items()
-        if next(part.parameters()).requires_grad
-    }
+    trained = {name: part for name, part in parts.items() if next(part.parameters()).requires_grad}
+    return {name: gradient_norm(part.parameters()) / scale for name, part in trained.items()}
 
 
-def load_validation_batches(options: TrainOptions, pixel_range: tuple[float, float]) -> list[torch.Tensor]:
+def load_validation_batches(
+    options: TrainOptions, images: ImageSource, pixel_range: tuple[float, float]
+) -> list[torch.Tensor]:
     """Centre crops of the validation images, in batches; empty without `--validation_data_dir`."""
     if options.validation_data_dir is None:
         return []
-    images = open_images([options.validation_data_dir])
-    crops = centre_crops(images, options.num_validation_images, options.resolution, pixel_range)
+    held_out = open_images([options.validation_data_dir])
+    check_held_out(held_out, images.images)
+    crops = centre_crops(held_out, options.num_validation_images, options.resolution, pixel_range)
     return list(crops.split(options.train_batch_size))
 
 
-def measure_floor(
-    run: Run[TrainOptions], vqvae: SVQVAE, images: ImageSource, batches: list[torch.Tensor]
-) -> dict[str, float]:
-    """Fits k-means of blocks on crops of all processes, and measures it on the validation images."""
-    codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
-    crops_needed = FLOOR_BLOCKS_PER_CODE * codebook_size / (run.options.resolution // vqvae.f) ** 2
-    crops_per_batch = run.options.train_batch_size * run.accelerator.num_processes
-    crops = torch.cat([*images.fresh_crops([run.options.resolution], math.ceil(crops_needed / crops_per_batch))])
-    return kmeans_floor(run.accelerator.gather(crops), batches, vqvae.f, codebook_size, pixel_range)
-
-
 def validate(
-    run: Run[TrainOptions],
-    vqvae: SVQVAE,
-    model: torch.nn.Module,
-    objective: Objective,
-    batches: list[torch.Tensor],
-    floor: dict[str, float],
-    steps_done: int,
+    run: Run[TrainOptions], model: torch.nn.Module, objective: Objective, batches: list[torch.Tensor], steps_done: int
 ) -> dict[str, float]:
-    """Logs statistics of each scale and a picture. All processes compute, because sharded models need all of them."""
+    """Logs statistics of each scale and a picture."""
     if not batches:
         return {}
     options, accelerator = run.options, run.accelerator
     shown: list[Pair] = []
-    statistics = ScaleStatistics(vqvae.config["codebook_size"], by_octave=False)
+    statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
+    quantize = steps_done > options.quantize_from
     with run.evaluating():
         for batch in batches:
             sample = batch.to(accelerator.device)
-            output = model(sample, options.validation_scales, steps_done > options.quantize_from)
+            output = model(sample, options.validation_scales, scale_from="latents", force_not_quantize=not quantize)
             pairs = [pair.clamped() for pair in objective.pairs(sample, output)]
-            statistics.add(options.validation_scales, pairs, output.ids)
+            statistics.add(options.validation_scales, pairs, output.ids or [])
             shown = shown or [pair.first(SHOWN_IMAGES) for pair in pairs]
-    numbers = statistics.summary(accelerator.reduce) | floor
+    numbers = statistics.summary(accelerator.reduce)
     run.log(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
     if accelerator.is_main_process:
         log_image(accelerator, image_grid(shown), run.output_dir / "samples", steps_done)
@@ -316,11 +276,8 @@ def validate(
 
 def encode_ids(vqvae: SVQVAE, batches: list[torch.Tensor], options: TrainOptions) -> list[torch.Tensor]:
     """Ids of the validation images, batch by batch and scale by scale."""
-    return [
-        ids
-        for batch in batches
-        for ids in vqvae.encode_tokens(batch.to(vqvae.device), options.validation_scales, "latents")
-    ]
+    samples, scales = (batch.to(vqvae.device) for batch in batches), options.validation_scales
+    return [ids for sample in samples for ids in vqvae.encode_tokens(sample, scales, "latents")]
 
 
 def check_ids(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
@@ -328,13 +285,6 @@ def check_ids(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
     if not all(map(torch.equal, before, after)):
         raise RuntimeError("Training the decoder must keep all ids, but ids of validation images changed.")
     logger.info("All ids of the validation images are as before.")
-
-
-def publish(run: Run, vqvae: SVQVAE, state_dict: dict[str, torch.Tensor], card: str) -> None:
-    """Saves the trained weights as a model, and uploads it if asked for."""
-    result = SVQVAE.from_config(vqvae.config)
-    result.load_state_dict({name.removeprefix("vqvae."): weight for name, weight in state_dict.items()})
-    run.publish(result.save_pretrained, card)
 
 
 def make_card(run: Run[TrainOptions], vqvae: SVQVAE, batches: list[torch.Tensor], validation: dict[str, float]) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5EncoderModel
@@ -23,18 +22,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5En
 from svqvae_hf import SVQVAE, LlamaGenConfig
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import from_hub, is_hub_id, public_name
-from svqvae_hf.pipelines.captions import load_text_encoder
+from svqvae_hf.pipelines.captions import encode_captions, load_text_encoder
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
-from svqvae_hf.tokens.image_tokens import check_same_codebook
-from svqvae_hf.trainer.data.captions import CaptionEncoder, StoredCaptions, store_captions
-from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+from svqvae_hf.trainer.configs import check_keys
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import PipelineOptions, changeable, option, read_options, required
-from svqvae_hf.trainer.pipeline_run import load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.options import option, read_options
+from svqvae_hf.trainer.pipeline_run import (
+    TokenOptions,
+    class_labels,
+    load_frozen_vqvae,
+    log_samples,
+    open_token_sets,
+    pipeline_card,
+    validate_tokens,
+)
 from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
 IGNORED = -100  # target that the loss skips
+OLD_KEYS = ("rope_scaling", "rope_theta", "torch_dtype")  # of configs of transformers 4
 SCRIPT = "training/train_autoregressive.py"
 ADAPTER_CARD = """---
 {metadata}
@@ -61,10 +68,9 @@ with adapter.disable_adapter():
 
 
 @dataclass
-class AutoregressiveOptions(PipelineOptions):
+class AutoregressiveOptions(TokenOptions):
     """Options of training a language model on ids."""
 
-    token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder, URL or Hub id.")
     model_config_name_or_path: str | None = option(  # type: ignore[assignment]
         None, "Config of a new language model: a config.json, its folder or Hub id. LlamaGen's is of type llamagen."
     )
@@ -72,8 +78,6 @@ class AutoregressiveOptions(PipelineOptions):
         None, "Pipeline whose language model is trained further, instead of a new one: folder or Hub id."
     )
     lora_rank: int = option(0, "Rank of LoRA on all linear layers but the head; 0 trains all weights.")
-    train_batch_size: int = option(8, "Sequences per batch of one process.")
-    guidance_scale: float = changeable(1.0, "Guidance scale of the images of a validation.")
     caption_column: str | None = option(
         None,
         "Column of captions, a text or a list of texts per row, of which one is drawn; for models of LlamaGen. "
@@ -82,10 +86,7 @@ class AutoregressiveOptions(PipelineOptions):
     text_encoder_name_or_path: str | None = option(
         None, "T5 encoder of the captions, with its tokenizer: folder or Hub id. By default the pretrained pipeline's."
     )
-    caption_features: str | None = option(
-        None, "Folder to keep the features of all captions in, encoded by the first run; by default at each step."
-    )
-    validation_prompts: list[str] = changeable(
+    validation_prompts: list[str] = option(
         [], "Captions of the images of a validation, in turn; by default the first ones of the set."
     )
 
@@ -98,7 +99,7 @@ class AutoregressiveOptions(PipelineOptions):
             raise ValueError("`--lora_rank` needs `--pretrained_model_name_or_path`. Name the pipeline to adapt.")
         if self.caption_column is not None and self.label_column is not None:
             raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
-        for name in ("text_encoder_name_or_path", "caption_features", "validation_prompts"):
+        for name in ("text_encoder_name_or_path", "validation_prompts"):
             if getattr(self, name) and self.caption_column is None:
                 raise ValueError(f"`--{name}` needs `--caption_column`. Name the column of the captions.")
 
@@ -115,8 +116,7 @@ def train(run: Run[AutoregressiveOptions]) -> None:
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
-    source = TokenSource(options.token_set, options.label_column, options.caption_column)
-    check_same_codebook(vqvae, source.settings)
+    source, held_out = open_token_sets(options, vqvae, options.caption_column)
     layout = source.layout
     process = accelerator.process_index, accelerator.num_processes
     loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
@@ -124,36 +124,47 @@ def train(run: Run[AutoregressiveOptions]) -> None:
     language_model = pipeline.language_model.to(accelerator.device).train()
     if options.lora_rank:
         add_lora(options, language_model)
-    captions = None if options.caption_column is None else read_captions(run, pipeline, source)
+    if options.caption_column is not None:
+        pipeline.text_encoder.requires_grad_(False).to(accelerator.device)
 
     # Optimizer
     optimizer, lr_scheduler = make_optimizer(language_model, options, options.learning_rate, options.max_train_steps)
     model, optimizer = accelerator.prepare(language_model, optimizer)
     run.start(language_model, loader, lr_scheduler)
 
+    def predict(batch: TokenBatch, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and accuracy of a batch, with a random caption of each row, or its first one without a generator."""
+        sequences = batch.sequences.to(accelerator.device)  # all of one length, so there is no padding
+        features = {}
+        if batch.captions is not None:
+            drawn = [0 if generator is None else draw(len(each), generator) for each in batch.captions]
+            features = encode(pipeline, [each[number] for each, number in zip(batch.captions, drawn, strict=True)])
+        logits = model(input_ids=sequences[:, :-1], use_cache=False, **features).logits
+        return next_code_loss(logits, sequences[:, 1:], layout.codebook_size)
+
+    def validate(steps_done: int) -> None:
+        validate_tokens(run, held_out, partial(predict, generator=None), steps_done)
+        log_samples(run, pipeline, sample_call(options, pipeline, source), steps_done)
+
     for step, batches in run.steps():
         for batch in batches:
             with accelerator.accumulate(model):
                 generator = run.batch_generator()
-                dropped = torch.rand(len(batch.rows), generator=generator) < options.label_dropout
+                dropped = torch.rand(len(batch.sequences), generator=generator) < options.label_dropout
                 batch.sequences[dropped, 0] = layout.unconditional_token  # drops its caption as well
-                sequences = batch.sequences.to(accelerator.device)  # all of one length, so there is no padding
-                features = {} if captions is None else captions.draw(batch, generator)
-                features = {name: each.to(accelerator.device) for name, each in features.items()}
-                logits = model(input_ids=sequences[:, :-1], use_cache=False, **features).logits
-                loss, accuracy = next_code_loss(logits, sequences[:, 1:], layout.codebook_size)
+                loss, accuracy = predict(batch, generator)
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "accuracy": accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                run.add(numbers, sequences=len(sequences), tokens=sequences[:, 1:].numel())
+                run.add(numbers, sequences=len(batch.sequences), tokens=batch.sequences[:, 1:].numel())
 
         if run.logs_after(step):
             run.log_training(step)
         if run.validates_after(step):
-            validate(run, pipeline, source, step + 1)
+            validate(step + 1)
 
-    validate(run, pipeline, source, options.max_train_steps)
+    validate(options.max_train_steps)
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
         result = make_pipeline(options, vqvae, source)
@@ -177,6 +188,7 @@ def make_pipeline(options: AutoregressiveOptions, vqvae: SVQVAE, source: TokenSo
     if options.pretrained_model_name_or_path is None:
         language_model = make_language_model(options, source, text.get("text_encoder"))
     else:
+        check_pipeline(options.pretrained_model_name_or_path)
         pretrained = SVQVAEAutoregressivePipeline.from_pretrained(
             options.pretrained_model_name_or_path, vqvae=vqvae, **text
         )
@@ -209,9 +221,20 @@ def make_language_model(
     options: AutoregressiveOptions, source: TokenSource, text_encoder: T5EncoderModel | None
 ) -> PreTrainedModel:
     """Language model of the config, with the vocabulary and the length of the sequences."""
-    layout = source.layout
-    config = from_hub(AutoConfig.from_pretrained, str(options.model_config_name_or_path))
+    layout, name = source.layout, str(options.model_config_name_or_path)
+    if any(Path(name).glob("*.safetensors")) or any(Path(name).glob("*.bin")):
+        raise ValueError(
+            f"`--model_config_name_or_path` must be the config of a new model, but `{name}` holds weights, which "
+            "would be dropped, because none of their tokens is an id. Name its config.json."
+        )
+    config = from_hub(AutoConfig.from_pretrained, name)
+    check_keys(name, config.to_dict(), [*type(config)().to_dict(), *OLD_KEYS])
     if isinstance(config, LlamaGenConfig):
+        if len(layout.scales) > 1:
+            raise ValueError(
+                f"A model of LlamaGen reads ids at one scale, but the token set has {len(layout.scales)}. Use another "
+                "config, such as Llama's, or tokenize at one scale."
+            )
         config = LlamaGenConfig(
             **config.to_diff_dict()
             | {
@@ -227,7 +250,30 @@ def make_language_model(
         config.vocab_size = layout.vocab_size
         config.max_position_embeddings = layout.length
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if not isinstance(config, LlamaGenConfig) and not is_causal(language_model):
+        raise ValueError(
+            f"The language model must be causal, but with `{name}` ({config.model_type}) a token sees the ones after "
+            "it. Use a config of a causal model, such as Llama's."
+        )
+    return language_model
+
+
+@torch.no_grad()
+def is_causal(language_model: PreTrainedModel) -> bool:
+    """Whether the logits of a token do not depend on the next one."""
+    tokens = torch.tensor([[0, 0], [0, 1]], device=language_model.device)
+    first, second = language_model.eval()(input_ids=tokens, use_cache=False).logits[:, 0]
+    return torch.allclose(first, second, atol=1e-4)
+
+
+def check_pipeline(name: str) -> None:
+    """Raises if a folder is of a model, not of a pipeline."""
+    if Path(name).is_dir() and not Path(name, "model_index.json").exists():
+        raise ValueError(
+            f"`--pretrained_model_name_or_path` must be an SVQVAEAutoregressivePipeline, but `{name}` has no "
+            "model_index.json. A text model gets image tokens by `svqvae extend-lm`."
+        )
 
 
 def check_captions(language_model: PreTrainedModel, text: dict[str, Any]) -> None:
@@ -249,22 +295,16 @@ def add_lora(options: AutoregressiveOptions, language_model: PreTrainedModel) ->
     return adapter
 
 
-def read_captions(
-    run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, source: TokenSource
-) -> CaptionEncoder | StoredCaptions:
-    """Features of captions: from the folder for them, which is made first if it is absent, or encoded at each step."""
-    pipeline.text_encoder.to(run.accelerator.device)
+def encode(pipeline: SVQVAEAutoregressivePipeline, captions: list[str]) -> dict[str, torch.Tensor]:
+    """Features of captions, as arguments of the language model. Longer captions are cut, as LlamaGen does."""
     length = pipeline.language_model.config.num_condition_tokens
-    encoder = CaptionEncoder(pipeline.text_encoder, pipeline.tokenizer, length)
-    if run.options.caption_features is None:
-        return encoder
-    folder = Path(run.options.caption_features)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):  # for hours, which a collective would not wait
-            if not folder.exists():
-                store_captions(folder, source, encoder)
-    return StoredCaptions(folder, source, encoder)
+    features, mask = encode_captions(pipeline.text_encoder, pipeline.tokenizer, captions, length, truncate=True)
+    return {"prompt_embeds": features, "prompt_attention_mask": mask}
+
+
+def draw(count: int, generator: torch.Generator) -> int:
+    """Draws a number below `count`."""
+    return int(torch.randint(count, (), generator=generator))
 
 
 def next_code_loss(
@@ -283,36 +323,28 @@ def next_code_loss(
     return loss, (logits.argmax(-1) == targets)[is_code].float().mean()
 
 
-def validate(
-    run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline, source: TokenSource, steps_done: int
-) -> None:
-    """Samples images with fixed noise, of each class or caption in turn. The main process logs them."""
-    options, num_classes = run.options, pipeline.config["num_classes"]
-    count = options.num_validation_images
-    if not count:
-        return
-    pipeline.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {"generator": torch.Generator().manual_seed(options.seed), "output_type": "np"}
-    if options.caption_column is not None:
-        prompts = options.validation_prompts or source.first_captions(count)
-        length = pipeline.language_model.config.num_condition_tokens
-        encoder = CaptionEncoder(pipeline.text_encoder, pipeline.tokenizer, length)
-        call |= encoder.encode([prompts[index % len(prompts)] for index in range(count)])
-    elif num_classes:
-        call |= {"class_labels": [index % num_classes for index in range(count)]}
+def sample_call(
+    options: AutoregressiveOptions, pipeline: SVQVAEAutoregressivePipeline, source: TokenSource
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call for the images of a validation: each class or caption in turn."""
+    count, num_classes = options.num_validation_images, source.layout.num_classes
+    if not count or not num_classes:
+        return {"num_images_per_prompt": count}
+    if options.caption_column is None:
+        condition: dict[str, Any] = {"class_labels": class_labels(count, num_classes)}
     else:
-        call |= {"num_images_per_prompt": count}
-    if num_classes:
-        call |= {"guidance_scale": options.guidance_scale}
-    with run.evaluating():
-        images = pipeline(**call)[0]
-    log_samples(run, images, steps_done)
+        prompts = options.validation_prompts or source.first_captions(count)
+        condition = encode(pipeline, [prompts[index % len(prompts)] for index in range(count)])
+    return condition | {"guidance_scale": options.guidance_scale}
 
 
 def make_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:
     """Card of the pipeline."""
     summary, call = pipeline.describe()
-    return pipeline_card(run, pipeline, script=SCRIPT, summary=summary, call=call, pipeline_tag=pipeline.task)
+    names, task = pipeline.config["class_names"], pipeline.task
+    return pipeline_card(
+        run, pipeline, script=SCRIPT, summary=summary, call=call, class_names=names, pipeline_tag=task
+    )
 
 
 def make_adapter_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:

@@ -16,15 +16,15 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransfor
 from diffusers.models.embeddings import LabelEmbedding
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.model_cards import quote
+from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, changeable, read_options
-from svqvae_hf.trainer.pipeline_run import latent_side, load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options
+from svqvae_hf.trainer.pipeline_run import class_labels, latent_side, load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (-1.0, 1.0)  # of both pipelines
-DENOISERS = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel)}
 NUM_CLASSES = 1000  # DiTPipeline guides with the label after these, for any transformer
 
 logger = get_logger(__name__, log_level="INFO")
@@ -36,8 +36,8 @@ Denoiser: TypeAlias = UNet2DModel | DiTTransformer2DModel
 class DiffusionOptions(PipelineOptions, ImageOptions):
     """Options of training a denoiser."""
 
-    gradient_checkpointing: bool = changeable(False, "Recompute activations in the backward pass to save memory.")
-    num_inference_steps: int = changeable(50, "Denoising steps of the images of a validation.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
 
     def __post_init__(self) -> None:
         """Checks the options of denoisers as well."""
@@ -70,6 +70,10 @@ def train(run: Run[DiffusionOptions]) -> None:
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     run.start(denoiser, loader, lr_scheduler)
 
+    def validate(steps_done: int) -> None:
+        pipeline = make_pipeline(vqvae, denoiser, noise_schedule, label_names)
+        log_samples(run, pipeline, sample_call(options, pipeline), steps_done)
+
     for step, batches in run.steps():
         for batch in batches:
             with accelerator.accumulate(model):
@@ -98,9 +102,9 @@ def train(run: Run[DiffusionOptions]) -> None:
         if run.logs_after(step):
             run.log_training(step)
         if run.validates_after(step):
-            validate(run, make_pipeline(vqvae, denoiser, noise_schedule, label_names), step + 1)
+            validate(step + 1)
 
-    validate(run, make_pipeline(vqvae, denoiser, noise_schedule, label_names), options.max_train_steps)
+    validate(options.max_train_steps)
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
         result = make_denoiser(options, vqvae)
@@ -113,15 +117,9 @@ def train(run: Run[DiffusionOptions]) -> None:
 def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> Denoiser:
     """Denoiser of the config for latents of this size, without its own dropout of labels."""
     source = options.model_config_name_or_path
-    description = from_hub(UNet2DModel.load_config, source)
-    if description.get("_class_name") not in DENOISERS:
-        raise ValueError(
-            f"The `_class_name` of `{source}` must be one of {', '.join(DENOISERS)}, but is "
-            f"{description.get('_class_name')}."
-        )
+    denoiser_class, description = load_network_config(source, UNet2DModel, DiTTransformer2DModel)
     side, channels = latent_side(vqvae, options.resolution), vqvae.config["codebook_embed_dim"]
     derived = {"sample_size": side, "in_channels": channels, "out_channels": channels}
-    denoiser_class = DENOISERS[description["_class_name"]]
     if denoiser_class is DiTTransformer2DModel:
         derived["num_embeds_ada_norm"] = NUM_CLASSES
     denoiser = denoiser_class.from_config({**description, **derived})
@@ -202,33 +200,29 @@ def make_pipeline(
     return pipeline
 
 
-def validate(run: Run[DiffusionOptions], pipeline: DiffusionPipeline, steps_done: int) -> None:
-    """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
-    options, count = run.options, run.options.num_validation_images
-    if not count:
-        return
-    pipeline.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": options.num_inference_steps, "output_type": "np"}
-    if isinstance(pipeline, DiTPipeline):
-        num_classes = len(pipeline.config.id2label) or count
-        call["class_labels"] = [index % num_classes for index in range(count)]
-    else:
-        call["batch_size"] = count
-    with run.evaluating():
-        images = pipeline(**call, generator=torch.Generator().manual_seed(options.seed)).images
-    log_samples(run, images, steps_done)
+def sample_call(options: DiffusionOptions, pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Arguments of the pipeline's call for the images of a validation."""
+    count, call = options.num_validation_images, {"num_inference_steps": options.num_inference_steps}
+    if not isinstance(pipeline, DiTPipeline):
+        return call | {"batch_size": count}
+    return call | {"class_labels": class_labels(count, len(pipeline.config.id2label) or count)}
 
 
 def make_card(run: Run[DiffusionOptions], pipeline: DiffusionPipeline) -> str:
     """Card of the pipeline."""
     side, steps = run.options.resolution, run.options.num_inference_steps
-    has_classes = isinstance(pipeline, DiTPipeline)
+    names, call = None, ""
+    if isinstance(pipeline, DiTPipeline):
+        names = list(pipeline.config.id2label.values())
+        labels = f"pipeline.get_label_ids([{quote(names[0])}])" if names else "[0]"
+        call = f"class_labels={labels}, num_inference_steps={steps}"
     return pipeline_card(
         run,
         pipeline,
         script="training/train_latent_diffusion.py",
         summary=f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE.",
-        call=f"class_labels=[0], num_inference_steps={steps}" if has_classes else "",
+        call=call,
+        class_names=names,
     )
 
 

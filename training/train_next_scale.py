@@ -12,14 +12,21 @@ import torch
 import torch.nn.functional as F
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
-from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
 from svqvae_hf.pipelines.sequences import SequenceLayout
-from svqvae_hf.tokens.image_tokens import check_same_codebook
-from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
+from svqvae_hf.trainer.configs import load_network_config
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import PipelineOptions, changeable, option, read_options, required
-from svqvae_hf.trainer.pipeline_run import load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.options import option, read_options
+from svqvae_hf.trainer.pipeline_run import (
+    TokenOptions,
+    class_labels,
+    load_frozen_vqvae,
+    log_samples,
+    open_token_sets,
+    pipeline_card,
+    validate_tokens,
+)
 from svqvae_hf.trainer.run import Run, one_line_errors
 
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
@@ -34,14 +41,11 @@ NUM_DROPPABLE = 4  # of the last scales, while a schedule has too many ids
 
 
 @dataclass
-class NextScaleOptions(PipelineOptions):
+class NextScaleOptions(TokenOptions):
     """Options of training a next-scale transformer."""
 
-    token_set: str = required("Token set of `svqvae tokenize --sides`: folder, URL, Hub id.")
-    train_batch_size: int = option(8, "Images per batch of one process.")
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
-    schedule_share: float = changeable(0.05, "Share of batches with the pipeline's schedule; others are random.")
-    guidance_scale: float = changeable(1.0, "Guidance scale of the images of a validation.")
+    schedule_share: float = option(0.05, "Share of batches with the pipeline's schedule; others are random.")
 
     def __post_init__(self) -> None:
         """Checks the options of next-scale training as well."""
@@ -63,8 +67,7 @@ def train(run: Run[NextScaleOptions]) -> None:
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
-    source = TokenSource(options.token_set, options.label_column)
-    check_same_codebook(vqvae, source.settings)
+    source, held_out = open_token_sets(options, vqvae)
     layout = source.layout
     schedule = trained_schedule(layout, options.num_inference_steps)
     process = accelerator.process_index, accelerator.num_processes
@@ -78,35 +81,43 @@ def train(run: Run[NextScaleOptions]) -> None:
     model, optimizer = accelerator.prepare(transformer, optimizer)
     run.start(transformer, loader, lr_scheduler)
 
+    def predict(batch: TokenBatch, sizes: Sequence[Size], dropout: float) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Loss, accuracy and number of ids of a batch: the transformer predicts each scale from the ones before."""
+        grids, labels = layout.decode(batch.sequences.to(accelerator.device))
+        ids = [grids[layout.grids.index(size)] for size in sizes]
+        if dropout:
+            dropped = torch.rand(len(labels), generator=run.batch_generator()) < dropout
+            labels = labels.masked_fill(dropped.to(labels.device), layout.num_classes)
+        codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
+        (logits,) = model(labels, codes, sizes, return_dict=False)
+        targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return loss, (logits.argmax(-1) == targets).float().mean(), targets.numel()
+
+    def validate(steps_done: int) -> None:
+        validate_tokens(run, held_out, lambda batch: predict(batch, schedule, 0.0)[:2], steps_done)
+        pipeline = make_pipeline(vqvae, transformer, source, schedule)
+        log_samples(run, pipeline, sample_call(options, layout.num_classes), steps_done)
+
     for step, batches in run.steps():
-        for sequences, *_ in batches:
+        for batch in batches:
             with accelerator.accumulate(model):
-                # Ids of the scales of a schedule, and labels
                 random = run.batch_generator(shared=True)  # all processes predict equally many ids
                 is_fixed = torch.rand((), generator=random) < options.schedule_share
                 sizes = schedule if is_fixed else draw_schedule(layout.grids, schedule, random)
-                grids, labels = layout.decode(sequences.to(accelerator.device))
-                ids = [grids[layout.grids.index(size)] for size in sizes]
-                dropped = torch.rand(len(sequences), generator=run.batch_generator()) < options.label_dropout
-                labels = labels.masked_fill(dropped.to(labels.device), layout.num_classes)
-
-                # The transformer predicts each scale from the ones before
-                codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
-                (logits,) = model(labels, codes, sizes, return_dict=False)
-                targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                loss, accuracy, num_ids = predict(batch, sizes, options.label_dropout)
                 accelerator.backward(loss)
-                numbers = {"loss": loss, "accuracy": (logits.argmax(-1) == targets).float().mean()}
+                numbers = {"loss": loss, "accuracy": accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                run.add(numbers, images=len(sequences), tokens=targets.numel())
+                run.add(numbers, images=len(batch.sequences), tokens=num_ids)
 
         if run.logs_after(step):
             run.log_training(step)
         if run.validates_after(step):
-            validate(run, make_pipeline(vqvae, transformer, source, schedule), step + 1)
+            validate(step + 1)
 
-    validate(run, make_pipeline(vqvae, transformer, source, schedule), options.max_train_steps)
+    validate(options.max_train_steps)
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
         result = make_transformer(options, vqvae, source)
@@ -118,7 +129,7 @@ def train(run: Run[NextScaleOptions]) -> None:
 
 def make_transformer(options: NextScaleOptions, vqvae: SVQVAE, source: TokenSource) -> NextScaleTransformer:
     """Transformer of the config, for this codebook, these classes and this size."""
-    description = from_hub(NextScaleTransformer.load_config, options.model_config_name_or_path)
+    _, description = load_network_config(options.model_config_name_or_path, NextScaleTransformer)
     derived = {
         "num_classes": source.layout.num_classes,
         "codebook_size": vqvae.config["codebook_size"],
@@ -193,27 +204,21 @@ def make_pipeline(
     )
 
 
-def validate(run: Run[NextScaleOptions], pipeline: SVQVAENextScalePipeline, steps_done: int) -> None:
-    """Samples images with fixed noise, of each class in turn. All processes sample; the main process logs them."""
-    options, num_classes = run.options, pipeline.transformer.config["num_classes"]
+def sample_call(options: NextScaleOptions, num_classes: int) -> dict[str, object]:
+    """Arguments of the pipeline's call for the images of a validation."""
     count = options.num_validation_images
-    if not count:
-        return
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(options.seed)
-    with run.evaluating():
-        if num_classes:
-            labels, scale = [index % num_classes for index in range(count)], options.guidance_scale
-            images = pipeline(labels, guidance_scale=scale, generator=generator, output_type="np")[0]
-        else:
-            images = pipeline(num_images_per_prompt=count, generator=generator, output_type="np")[0]
-    log_samples(run, images, steps_done)
+    if not num_classes:
+        return {"num_images_per_prompt": count}
+    return {"class_labels": class_labels(count, num_classes), "guidance_scale": options.guidance_scale}
 
 
 def make_card(run: Run[NextScaleOptions], pipeline: SVQVAENextScalePipeline) -> str:
     """Card of the pipeline."""
     summary, call = pipeline.describe()
-    return pipeline_card(run, pipeline, script="training/train_next_scale.py", summary=summary, call=call)
+    names = pipeline.config["class_names"]
+    return pipeline_card(
+        run, pipeline, script="training/train_next_scale.py", summary=summary, call=call, class_names=names
+    )
 
 
 if __name__ == "__main__":

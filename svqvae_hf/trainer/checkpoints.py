@@ -110,17 +110,15 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def read_checkpoint_options(path: Path) -> dict[str, Any] | None:
-    """Reads the options of the run that wrote a checkpoint. Returns None if it is of version 1.0, which kept none.
+def read_checkpoint_options(path: Path) -> dict[str, Any]:
+    """Reads the options of the run that wrote a checkpoint.
 
     Args:
         path (`Path`): Folder of the checkpoint.
 
     Raises:
-        ValueError: If they are damaged.
+        ValueError: If they are absent or damaged.
     """
-    if not (path / OPTIONS).exists():
-        return None
     with _one_line_reason(path):
         return dict(yaml.safe_load((path / OPTIONS).read_text(encoding="utf-8")))
 

@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from svqvae_hf.trainer.options import RunOptions
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 MAX_PRECONDITION_DIM = 2048  # SOAP rotates the gradient along each shorter side of a weight
 
 
@@ -32,10 +30,7 @@ def parameter_groups(
         if parameter.requires_grad:
             decays = parameter.ndim >= decayed_ndim and name.rpartition(".")[2] not in undecayed
             groups[decays].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def make_optimizer(
@@ -66,7 +61,7 @@ def make_optimizer(
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
     lr_scheduler = get_scheduler(
-        options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=num_steps
+        options.lr_scheduler, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=num_steps
     )
     return optimizer, lr_scheduler
 
@@ -115,13 +110,9 @@ def clip_and_step(
     Returns:
         `torch.Tensor`: Norm of the gradients before clipping, a scalar.
     """
-    if accelerator.distributed_type in SHARDED:
-        norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-    else:
-        # Not accelerate's function, because it would unscale the gradients of all optimizers in fp16.
-        accelerator.unscale_gradients(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = torch.as_tensor(norm)
+    # Not accelerate's function, because it would unscale the gradients of all optimizers in fp16.
+    accelerator.unscale_gradients(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     if norm.isfinite() or accelerator.scaler is not None:  # the scaler skips the step itself, and adapts
         optimizer.step()
     lr_scheduler.step()

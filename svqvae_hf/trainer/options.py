@@ -3,11 +3,11 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,48 +21,23 @@ SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant
 PATHS = (  # options that may hold a path of this machine
     *("output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "model_config_name_or_path"),
     *("vqvae_name_or_path", "text_encoder_name_or_path", "lpips_weights", "dataset_name", "data_files"),
-    *("train_data_dir", "validation_data_dir", "token_set", "caption_features"),
+    *("train_data_dir", "validation_data_dir", "token_set", "validation_token_set"),
 )
-
-LOCATION = ("output_dir", "resume_from_checkpoint")  # where a run is, not how it trains
 
 Options = TypeVar("Options", bound="RunOptions")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """Field of an option with its default, its help and, if any, its choices. A resumed run must keep its value."""
-    return _field({"help": text} | ({"choices": list(choices)} if choices else {}), default)
-
-
-def changeable(
-    default: Any, text: str, choices: Sequence[str] | None = None, *, unless: Callable[[Any, Any], bool] | None = None
-) -> Any:
-    """Field of an option whose new value a resumed run applies.
-
-    Args:
-        default: Default value.
-        text (`str`): Help.
-        choices (`Sequence[str]`, *optional*): Values to choose from.
-        unless (`Callable`, *optional*): Whether the run must keep its value, by its old and its new value.
-    """
-    metadata = {"help": text, "changeable": unless or (lambda old, new: False)}
-    return _field(metadata | ({"choices": list(choices)} if choices else {}), default)
-
-
-def switches(old: Any, new: Any) -> bool:
-    """Whether one of two values is 0, or off, and the other is not."""
-    return bool(old) != bool(new)
-
-
-def required(text: str) -> Any:
-    """Field of an option that must be given. A resumed run must keep its value."""
-    return field(kw_only=True, metadata={"help": text})
-
-
-def _field(metadata: dict[str, Any], default: Any) -> Any:
+    """Field of an option with its default, its help and, if any, its choices."""
+    metadata = {"help": text} | ({"choices": list(choices)} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def required(text: str) -> Any:
+    """Field of an option that must be given."""
+    return field(kw_only=True, metadata={"help": text})
 
 
 @dataclass
@@ -73,52 +48,36 @@ class RunOptions:
         ValueError: If a value is out of its range, or two options contradict each other.
     """
 
-    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema", "optimizer soap")
-    """Options, some with a value, that FSDP and DeepSpeed cannot serve, because they shard the weights."""
-
     output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, the trained model."})
 
     # Optimisation
     train_batch_size: int = option(8, "Examples in a batch of one process.")
     gradient_accumulation_steps: int = option(1, "Batches per step, whose mean gradient updates the weights.")
-    max_train_steps: int = changeable(100_000, "Updates of the weights.")
+    max_train_steps: int = option(100_000, "Updates of the weights.")
     optimizer: str = option("adamw", "SOAP takes longer per step than AdamW, but learns more in it.", OPTIMIZERS)
-    learning_rate: float = changeable(1e-4, "Peak learning rate.")
-    lr_scheduler: str = changeable("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
-    lr_warmup_steps: int = changeable(500, "Steps in which the learning rate rises from 0.")
-    adam_beta1: float = changeable(0.9, "Decay of the optimizer's mean of gradients.")
-    adam_beta2: float = changeable(0.95, "Decay of the optimizer's mean of squared gradients.")
-    adam_weight_decay: float = changeable(0.05, "Weight decay, only on weights of convolutions and matrices.")
-    max_grad_norm: float = changeable(1.0, "Norm to which gradients are clipped.")
-    max_skipped_steps: int = changeable(
-        10, "Maximum number of successive steps skipped for gradients that are not finite; after more the run stops."
-    )
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    lr_scheduler: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
+    lr_warmup_steps: int | None = option(None, "Steps of warm-up; by default a tenth of the run, and at most 500.")
+    adam_beta1: float = option(0.9, "Decay of the optimizer's mean of gradients.")
+    adam_beta2: float = option(0.95, "Decay of the optimizer's mean of squared gradients.")
+    adam_weight_decay: float = option(0.05, "Weight decay, only on weights of convolutions and matrices.")
+    max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
+    max_skipped_steps: int = option(10, "Steps in a row that may be skipped for gradients that are not finite.")
     use_ema: bool = option(False, "Average the weights over the steps (EMA), and validate and save the average.")
-    ema_decay: float = changeable(0.999, "Decay of the average.")
-    mixed_precision: str | None = changeable(
-        None,
-        "Precision, instead of accelerate's setting.",
-        ("no", "bf16", "fp16"),
-        unless=lambda old, new: new == "fp16",  # its loss scale is part of a checkpoint
-    )
+    ema_decay: float = option(0.999, "Decay of the average.")
+    mixed_precision: str | None = option(None, "Precision, instead of accelerate's setting.", ("no", "bf16", "fp16"))
 
     # Checkpoints, validation, log
-    checkpointing_steps: int = changeable(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = changeable(None, "Number of newest checkpoints to keep; all by default.")
-    resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder, or 'latest': the newest in --output_dir, if any."
-    )
-    validation_steps: int = changeable(1000, "Steps between validations.")
-    logging_steps: int = changeable(50, "Steps between log lines.")
-    report_to: str | None = changeable(
-        None, "Tracker: tensorboard, wandb or another of accelerate's; none by default."
-    )
-    push_to_hub: bool = changeable(False, "Upload the trained model, with its card, at the end.")
-    hub_model_id: str | None = changeable(
-        None, "Repository to upload to, org/name; the name of --output_dir by default."
-    )
-    private: bool = changeable(False, "Make a new repository private.")
-    license: str | None = changeable(None, "Licence of the trained weights for the card, by its id on the Hub.")
+    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = option(None, "Number of newest checkpoints to keep; all by default.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' in --output_dir, if any.")
+    validation_steps: int = option(1000, "Steps between validations.")
+    logging_steps: int = option(50, "Steps between log lines.")
+    report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none by default.")
+    push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
+    hub_model_id: str | None = option(None, "Repository to upload to, org/name; the name of --output_dir by default.")
+    private: bool = option(False, "Make a new repository private.")
+    license: str | None = option(None, "Licence of the trained weights for the card, by its id on the Hub.")
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
@@ -128,8 +87,13 @@ class RunOptions:
             *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "max_grad_norm"),
             *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
         )
-        self.check_not_negative("lr_warmup_steps", "adam_weight_decay", "max_skipped_steps", "seed")
+        self.check_not_negative("adam_weight_decay", "max_skipped_steps", "seed")
         self.check_fractions("ema_decay")
+        if not 0 <= self.warmup_steps < self.max_train_steps:
+            raise ValueError(
+                f"`--lr_warmup_steps` must be at least 0, and less than `--max_train_steps` = {self.max_train_steps}, "
+                f"but is {self.warmup_steps}. Lower it, or train for longer."
+            )
         for name in ("hub_model_id", "private"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"`--{name}` needs `--push_to_hub`. Add it, or leave `--{name}` out.")
@@ -140,6 +104,11 @@ class RunOptions:
     def num_batches(self) -> int:
         """Batches of one process in the whole run."""
         return self.max_train_steps * self.gradient_accumulation_steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        return min(500, self.max_train_steps // 10) if self.lr_warmup_steps is None else self.lr_warmup_steps
 
     def check_positive(self, *names: str) -> None:
         """Raises if a value is 0 or less."""
@@ -163,11 +132,12 @@ class RunOptions:
         """Raises if a source is neither a file or folder nor a possible Hub id."""
         for name in names:
             source = getattr(self, name)
-            if source is not None and not Path(source).exists():
-                if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
-                    raise ValueError(
-                        f"`--{name}` must be a file, a folder or a Hub id (org/name), but there is no {source!r}."
-                    )
+            if source is None or Path(source).exists():
+                continue
+            if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
+                raise ValueError(
+                    f"`--{name}` must be a file, folder or Hub id (org/name), but there is no {source!r}."
+                )
 
     def check_one_of(self, one: str, other: str) -> None:
         """Raises if neither or both are given."""
@@ -179,27 +149,21 @@ class RunOptions:
 class ImageOptions(RunOptions):
     """Options of runs on images: the image set, and how crops are cut."""
 
-    dataset_name: str | None = changeable(None, "Image set: Hub id, local data set, or a format such as webdataset.")
+    dataset_name: str | None = option(None, "Image set: Hub id, local data set, or a format such as webdataset.")
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
-    data_files: list[str] = changeable([], "Files or globs of the image set, such as tar or Parquet shards.")
-    train_data_dir: str | None = changeable(None, "Folder or pattern of images or shards, instead of --dataset_name.")
+    data_files: list[str] = option([], "Files or globs of the image set, such as tar or Parquet shards.")
+    train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
     split: str = option("train", "Split of the image set.")
     streaming: bool = option(False, "Read the image set as a stream, without a copy on disk.")
     shuffle_buffer: int = option(1000, "Images of a stream that are shuffled at a time.")
-    image_column: str | None = changeable(
-        None, "Column of the images in the image set, or their suffix in tar files; found by its type by default."
-    )
-    min_side: int | None = changeable(None, "Skip images with a smaller side in pixels; by default they are enlarged.")
-    max_unreadable_share: float = changeable(0.1, "Maximum fraction of unreadable images; beyond it the run stops.")
+    image_column: str | None = option(None, "Column of the images, or their suffix in tar files; found by default.")
     train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
     resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
-    center_crop: bool = changeable(False, "Cut crops at the centre, not at random positions.")
-    random_flip: bool = changeable(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
-    random_rotation: bool = changeable(False, "Turn crops by 0, 90, 180 or 270 degrees, for more different content.")
-    resize_range: list[float] = changeable(
-        [1.0, 1.0], "Range of the random factor by which an image is resized before it is cropped."
-    )
-    dataloader_num_workers: int = changeable(2, "Processes that cut crops.")
+    center_crop: bool = option(False, "Cut crops at the centre, not at random positions.")
+    random_flip: bool = option(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
+    random_rotation: bool = option(False, "Turn crops by 0, 90, 180 or 270 degrees, for more different content.")
+    resize_range: list[float] = option([1.0, 1.0], "Range of the factor by which an image is resized before the crop.")
+    dataloader_num_workers: int = option(2, "Processes that cut crops.")
 
     def __post_init__(self) -> None:
         """Checks the options of images as well."""
@@ -207,31 +171,22 @@ class ImageOptions(RunOptions):
         self.check_one_of("dataset_name", "train_data_dir")
         for name in ("dataset_config_name", "data_files"):
             if getattr(self, name) and self.train_data_dir is not None:
-                raise ValueError(
-                    f"`--{name}` belongs to `--dataset_name`, but `--train_data_dir` is given. Leave one out."
-                )
-        self.check_positive("resolution", "shuffle_buffer", "min_side")
+                raise ValueError(f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out.")
+        self.check_positive("resolution", "shuffle_buffer")
         self.check_not_negative("dataloader_num_workers")
-        self.check_fractions("max_unreadable_share")
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
-            raise ValueError(
-                f"`--resize_range` must be two factors above 0, the smaller first, but is {self.resize_range}."
-            )
+            raise ValueError(f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}.")
 
 
 @dataclass
 class PipelineOptions(RunOptions):
     """Options of runs that train a generator on an SVQVAE's latents or ids, and save a pipeline."""
 
-    needs_whole_weights: ClassVar[tuple[str, ...]] = ("use_ema", "optimizer soap", "num_validation_images")
-
     vqvae_name_or_path: str = required("SVQVAE of the pipeline, which stays frozen: folder or Hub id.")
     model_config_name_or_path: str = required("Config of the network to train: a config.json, its folder or Hub id.")
-    label_column: str | None = option(
-        None, "Column of the set that holds labels or captions; in a folder of folders of images, 'label' names these."
-    )
-    label_dropout: float = changeable(0.1, "Fraction of examples trained without their label, for guidance.")
-    num_validation_images: int = changeable(4, "Images sampled at a validation.")
+    label_column: str | None = option(None, "Column of the labels; 'label' is the subfolder of an image file.")
+    label_dropout: float = option(0.1, "Fraction of examples trained without their label, for guidance.")
+    num_validation_images: int = option(4, "Images sampled at a validation.")
 
     def __post_init__(self) -> None:
         """Checks the options of pipelines as well."""
@@ -262,7 +217,7 @@ def read_options(options_class: type[Options], arguments: Sequence[str]) -> Opti
 class OptionParser(HfArgumentParser):
     """Parser of the options of a script. A flag empties a list with no value, and unsets an option with `none`."""
 
-    def add_argument(self, *flags: str, changeable: object = None, **settings: Any) -> argparse.Action:
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
         """Adds an option, whose metadata are `settings`."""
         if settings.get("nargs") == "+":
             settings["nargs"] = "*"
@@ -291,34 +246,6 @@ def public_options(options: RunOptions) -> dict[str, Any]:
         if value is not None:
             entries[name] = [*map(public_name, value)] if isinstance(value, list) else public_name(value)
     return entries
-
-
-def changed_options(old: Mapping[str, Any], options: RunOptions, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
-    """Options that differ between a resumed run and the run that wrote its checkpoint, in the form for publishing.
-
-    Args:
-        old (`Mapping[str, Any]`): Public options of the run that wrote the checkpoint.
-        options ([`RunOptions`]): Options of the resumed run.
-        checkpoint (`Path`): The checkpoint.
-
-    Returns:
-        `dict[str, tuple]`: Old and new value of each by name.
-
-    Raises:
-        ValueError: If one differs that the run must keep.
-    """
-    new = public_options(options)
-    must_stay = {each.name: each.metadata.get("changeable", lambda old, new: True) for each in fields(options)}
-    changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-    for name in LOCATION:
-        changed.pop(name, None)
-    for name, values in changed.items():
-        if must_stay[name](*values):
-            raise ValueError(
-                f"`--{name}` must stay {values[0]!r} as in the run that wrote `{checkpoint}`, but is {values[1]!r}. "
-                "Set it back, or start a new run in another `--output_dir`."
-            )
-    return changed
 
 
 def script_name() -> str:

@@ -1,9 +1,10 @@
 """Parts of a run that trains a generator on an SVQVAE's latents or ids, and saves a pipeline."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torchvision.utils import make_grid
@@ -11,11 +12,27 @@ from torchvision.utils import make_grid
 from svqvae_hf.hub import model_cards
 from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.trainer.options import PipelineOptions
+from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.trainer.data.token_sequences import TokenBatch, TokenSource
+from svqvae_hf.trainer.options import PipelineOptions, option, required
 from svqvae_hf.trainer.run import Run
 from svqvae_hf.trainer.tracking import log_image
 
+NAMED_CLASSES = 20  # on a card
+
 Options = TypeVar("Options", bound=PipelineOptions)
+
+
+@dataclass
+class TokenOptions(PipelineOptions):
+    """Options of training a generator on a token set."""
+
+    token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder, URL or Hub id.")
+    validation_token_set: str | None = option(
+        None, "Token set of other images, whose loss, accuracy and bits per id are logged at each validation."
+    )
+    train_batch_size: int = option(8, "Images per batch of one process.")
+    guidance_scale: float = option(1.0, "Guidance scale of the images of a validation.")
 
 
 def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]) -> SVQVAE:
@@ -34,6 +51,87 @@ def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]
     return vqvae.requires_grad_(False)
 
 
+def open_token_sets(
+    options: TokenOptions, vqvae: SVQVAE, caption_column: str | None = None
+) -> tuple[TokenSource, TokenSource | None]:
+    """Opens the token set, and the one of held-out images, if any.
+
+    Raises:
+        ValueError: If they belong to another codebook, differ in their sequences, or share images.
+    """
+    source = TokenSource(options.token_set, options.label_column, caption_column)
+    check_same_codebook(vqvae, source.settings)
+    if options.validation_token_set is None:
+        return source, None
+    held_out = TokenSource(options.validation_token_set, options.label_column, caption_column)
+    check_same_codebook(vqvae, held_out.settings)
+    if held_out.layout != source.layout:
+        raise ValueError(
+            f"`--validation_token_set` must have the sequences of the token set, {source.layout}, but has "
+            f"{held_out.layout}. Tokenize both alike."
+        )
+    if shared := source.shared_key(held_out):
+        raise ValueError(
+            f"`--validation_token_set` must hold images that are not trained on, but `{shared}` is in both sets. "
+            "Tokenize other images."
+        )
+    return source, held_out
+
+
+def validate_tokens(
+    run: Run[Any],
+    held_out: TokenSource | None,
+    loss_of: Callable[[TokenBatch], tuple[torch.Tensor, torch.Tensor]],
+    steps_done: int,
+) -> None:
+    """Logs the mean loss, accuracy and bits per id of the held-out images, which processes share.
+
+    Args:
+        run ([`Run`]): The run.
+        held_out ([`TokenSource`], *optional*): Held-out images.
+        loss_of (`Callable`): Returns the loss of a batch in nats per id, and its accuracy.
+        steps_done (`int`): Steps done before.
+    """
+    if held_out is None:
+        return
+    process, size = run.accelerator.process_index, run.options.train_batch_size
+    rows = range(process, len(held_out.rows), run.accelerator.num_processes)
+    totals = torch.zeros(2, device=run.accelerator.device)
+    with run.evaluating():
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            totals += len(batch) * torch.stack(loss_of(held_out.batch(batch)))
+    loss, accuracy = (run.accelerator.reduce(totals, "sum") / len(held_out.rows)).tolist()
+    numbers = {"loss": loss, "accuracy": accuracy, "bits_per_id": loss / math.log(2)}
+    run.log(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
+
+
+def class_labels(count: int, num_classes: int) -> list[int]:
+    """Labels of the images of a validation: each class in turn."""
+    return [index % num_classes for index in range(count)]
+
+
+def log_samples(run: Run[Any], pipeline: DiffusionPipeline, call: Mapping[str, Any], steps_done: int) -> None:
+    """Samples images with fixed noise, and writes them as one picture. All processes sample; the main one writes.
+
+    Args:
+        run ([`Run`]): The run.
+        pipeline (`DiffusionPipeline`): Pipeline of the trained network.
+        call (`Mapping[str, Any]`): Arguments of its call.
+        steps_done (`int`): Steps done before.
+    """
+    if not run.options.num_validation_images:
+        return
+    pipeline.set_progress_bar_config(disable=True)
+    with run.evaluating():
+        images = pipeline(**call, generator=torch.Generator().manual_seed(run.options.seed), output_type="np")[0]
+    if run.accelerator.is_main_process:
+        columns = math.ceil(len(images) ** 0.5)
+        grid = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=columns, padding=4, pad_value=1.0)
+        pixels = (grid.permute(1, 2, 0) * 255).round().byte().numpy()
+        log_image(run.accelerator, pixels, run.output_dir / "samples", steps_done)
+
+
 def latent_side(vqvae: SVQVAE, resolution: int) -> int:
     """Side of the latents of a crop.
 
@@ -45,21 +143,6 @@ def latent_side(vqvae: SVQVAE, resolution: int) -> int:
     return resolution // vqvae.f
 
 
-def log_samples(run: Run[Any], images: np.ndarray, steps_done: int) -> None:
-    """Writes sampled images as one picture, on the main process.
-
-    Args:
-        run ([`Run`]): The run.
-        images (`np.ndarray` of shape `(count, height, width, 3)`): Images in [0, 1].
-        steps_done (`int`): Steps done before they were sampled.
-    """
-    if run.accelerator.is_main_process:
-        columns = math.ceil(len(images) ** 0.5)
-        grid = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=columns, padding=4, pad_value=1.0)
-        pixels = (grid.permute(1, 2, 0) * 255).round().byte().numpy()
-        log_image(run.accelerator, pixels, run.output_dir / "samples", steps_done)
-
-
 def pipeline_card(
     run: Run[Options],
     pipeline: DiffusionPipeline,
@@ -67,6 +150,7 @@ def pipeline_card(
     script: str,
     summary: str,
     call: str,
+    class_names: Sequence[str] | None = None,
     pipeline_tag: str = "unconditional-image-generation",
 ) -> str:
     """Writes the card of a pipeline.
@@ -74,12 +158,23 @@ def pipeline_card(
     Args:
         run ([`Run`]): The run that trained it.
         pipeline (`DiffusionPipeline`): The pipeline.
-        script (`str`): The script that trained it, such as `training/train_masked.py`.
+        script (`str`): The script that trained it, such as `training/train_next_scale.py`.
         summary (`str`): A sentence about the pipeline.
         call (`str`): Arguments of the pipeline's call in the example.
+        class_names (`Sequence[str]`, *optional*): Names of the classes.
         pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
     """
-    rows = {"SVQVAE": f"`{public_name(run.options.vqvae_name_or_path)}`"} | run.provenance(script, "images")
+    options = run.options
+    rows = {"SVQVAE": f"`{public_name(options.vqvae_name_or_path)}`"} | run.provenance(script, "images")
+    for name in ("token_set", "validation_token_set", "dataset_name", "train_data_dir"):
+        if (source := getattr(options, name, None)) is not None:
+            rows[name.replace("_", " ")] = f"`{public_name(source)}`"
+    if class_names:
+        name = model_cards.quote(class_names[0])
+        call = call.replace("class_labels=[0]", f"class_labels=[{name}]").replace("labels=0,", f"labels={name},")
+        more = f" and {len(class_names) - NAMED_CLASSES} more" if len(class_names) > NAMED_CLASSES else ""
+        rows["classes"] = ", ".join(class_names[:NAMED_CLASSES]) + more
+    rows |= {name.replace("_", " "): f"{value:.4g}" for name, value in run.quality.items()}
     return model_cards.pipeline_card(
         type(pipeline),
         repo_id=run.name,
@@ -87,6 +182,6 @@ def pipeline_card(
         call=call,
         tags=["svqvae", type(run.network).__name__.lower()],
         provenance=rows,
-        license=run.options.license,
+        license=options.license,
         pipeline_tag=pipeline_tag,
     )

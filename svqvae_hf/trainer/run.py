@@ -1,28 +1,33 @@
-"""A training run: signals, exact resumption, checkpoints, log, averaged weights, and the published result."""
+"""A training run: signals, exact resumption, checkpoints, log, EMA weights, and the published result."""
 
 import logging
 import os
 import re
 import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -37,47 +42,18 @@ from svqvae_hf.trainer.checkpoints import (
     read_checkpoint_options,
     save_checkpoint,
 )
-from svqvae_hf.trainer.optimization import SHARDED, clip_and_step, hyperparameters, resume_schedule
-from svqvae_hf.trainer.options import Options, RunOptions, changed_options, public_options, script_name
-from svqvae_hf.trainer.tracking import Means, Throughput
+from svqvae_hf.trainer.data.crop_loader import CropLoader
+from svqvae_hf.trainer.data.token_sequences import SequenceLoader
+from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resume_schedule
+from svqvae_hf.trainer.options import Options, RunOptions, public_options, script_name
+from svqvae_hf.trainer.tracking import Means
 
 LOCK = ".lock"
+CARD_NUMBERS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
 
 logger = get_logger(__name__, log_level="INFO")
-
-
-class Loader(Protocol):
-    """A resumable loader of one process's batches.
-
-    Iteration continues after the last batch yielded, also after `load_state_dict`.
-    """
-
-    batch: int  # batches yielded, including those before the loaded state
-
-    @property
-    def contents(self) -> str:
-        """Size of its set for the log, such as "41 images"."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yields the remaining batches."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch yielded: plain values or tensors."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the position at which iteration continues."""
-
-
-class Stateful(Protocol):
-    """Anything with a state that checkpoints keep, such as a module or a schedule."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state: plain values or tensors."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Sets the state."""
 
 
 class Interruption:
@@ -147,7 +123,7 @@ class Run(Generic[Options]):
     """
 
     network: nn.Module
-    loader: Loader
+    loader: CropLoader | SequenceLoader
     lr_scheduler: LambdaLR
     states: dict[str, Stateful]
     repo_id: str | None
@@ -160,10 +136,15 @@ class Run(Generic[Options]):
         self.accelerator = make_accelerator(options)
         self.launcher = os.getppid() if LAUNCHED in os.environ else None
         self.checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint)
-        self.changed = {} if self.checkpoint is None else self._changed_options(self.checkpoint)
+        if self.checkpoint is not None and checkpoint_step(self.checkpoint) > options.max_train_steps:
+            raise ValueError(
+                f"`--max_train_steps` must be at least {checkpoint_step(self.checkpoint)}, the steps of "
+                f"`{self.checkpoint}`, but is {options.max_train_steps}. Raise it."
+            )
         set_seed(options.seed)
         self.skipped = 0
-        self.means, self.throughput = Means(), Throughput()
+        self.quality: dict[str, float] = {}  # last values of the numbers that cards show
+        self.means, self.amounts = Means(), Counter[str]()
         self.lock = FileLock(self.output_dir / LOCK, blocking=False)
         if self.output_dir.is_dir():  # else as late as it is made
             self._lock_output_dir()
@@ -175,14 +156,18 @@ class Run(Generic[Options]):
         self.lock.release(force=True)
 
     def start(
-        self, network: nn.Module, loader: Loader, lr_scheduler: LambdaLR, states: Mapping[str, Stateful] | None = None
+        self,
+        network: nn.Module,
+        loader: CropLoader | SequenceLoader,
+        lr_scheduler: LambdaLR,
+        states: Mapping[str, Stateful] | None = None,
     ) -> None:
         """Starts the run, or resumes it from its checkpoint.
 
         Args:
             network (`nn.Module`): Network whose weights are trained and, with `--use_ema`, averaged. Its model and
                 optimizer have been passed to `accelerator.prepare`.
-            loader ([`Loader`]): Batches of this process.
+            loader ([`CropLoader`] or [`SequenceLoader`]): Batches of this process.
             lr_scheduler (`LambdaLR`): Learning rate schedule.
             states (`Mapping[str, Stateful]`, *optional*): Anything else with a state that checkpoints keep.
 
@@ -199,6 +184,7 @@ class Run(Generic[Options]):
         self.repo_id = self._make_repository()
         self._open_output_dir()
         self._log_start()
+        self.started = self.logged = time.monotonic()
 
     # The loop
 
@@ -262,7 +248,7 @@ class Run(Generic[Options]):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, with the averaged weights if there are any."""
+        """Evaluation mode without gradients, with the EMA weights if there are any."""
         training = [module for module in self.network.modules() if module.training]
         self.network.eval()
         if self.ema is not None:
@@ -289,19 +275,30 @@ class Run(Generic[Options]):
     def add(self, numbers: Mapping[str, torch.Tensor], **amounts: float) -> None:
         """Adds numbers of a batch, whose means are logged, and amounts, whose rates per second are logged."""
         self.means.add(numbers)
-        self.throughput.add(**amounts)
+        self.amounts.update(amounts)
 
     def log_training(self, step: int, numbers: Mapping[str, float] | None = None) -> None:
         """Logs what was added since the last call, over all processes, and other numbers."""
         numbers = self.means.summary(self.accelerator.reduce) | dict(numbers or {})
         numbers["lr"] = float(self.lr_scheduler.get_last_lr()[0])
-        numbers |= self.throughput.summary(self.accelerator.num_processes)
+        rate = self.accelerator.num_processes / (time.monotonic() - self.logged)
+        numbers |= {f"{name}_per_second": rate * amount for name, amount in self.amounts.items()}
+        self.amounts.clear()
+        self.logged = time.monotonic()
         self.log(step + 1, {f"train/{name}": value for name, value in numbers.items()})
 
     def log(self, steps_done: int, numbers: Mapping[str, float]) -> None:
-        """Writes numbers to the log and to the trackers."""
+        """Writes numbers to the log, with progress, time and memory, and to the trackers."""
         self.accelerator.log(dict(numbers), step=steps_done)
-        logger.info(f"step {steps_done}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        self.quality |= {name: numbers[name] for name in CARD_NUMBERS if name in numbers}
+        elapsed = time.monotonic() - self.started
+        left = elapsed / max(1, steps_done - self.first_step) * (self.options.max_train_steps - steps_done)
+        memory = memory_in_use(self.accelerator.device) / 2**30
+        logger.info(
+            f"step {steps_done} of {self.options.max_train_steps} ({timedelta(seconds=round(elapsed))} elapsed, "
+            f"{timedelta(seconds=round(left))} left, {memory:.1f} GiB): "
+            + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        )
 
     # Checkpoints
 
@@ -311,24 +308,10 @@ class Run(Generic[Options]):
             self.output_dir,
             steps_done,
             {name: holder.state_dict() for name, holder in self.states.items()},
-            {"loader": self.loader.state_dict(), "skipped": self.skipped},
+            {"loader": self.loader.state_dict(), "skipped": self.skipped, "quality": self.quality},
             public_options(self.options),
             self.options.checkpoints_total_limit,
         )
-
-    def _changed_options(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
-        """Old and new values of the options that a checkpoint's run had otherwise. Raises if one must stay."""
-        steps_done, max_train_steps = checkpoint_step(checkpoint), self.options.max_train_steps
-        if steps_done > max_train_steps:
-            raise ValueError(
-                f"`--max_train_steps` must be at least {steps_done}, the steps of `{checkpoint}`, but is "
-                f"{max_train_steps}. Raise it, or resume from an older checkpoint in another folder."
-            )
-        old = read_checkpoint_options(checkpoint)
-        if old is None:
-            logger.warning(f"`{checkpoint}` does not hold the options of its run, so changes of them are not noticed.")
-            return {}
-        return changed_options(old, self.options, checkpoint)
 
     def _resume(self, checkpoint: Path) -> int:
         """Loads a checkpoint and returns the first step to do."""
@@ -343,10 +326,12 @@ class Run(Generic[Options]):
             self.ema.decay = self.options.ema_decay
             self.ema.to(self.accelerator.device)  # its state is loaded to the CPU
         self.loader.load_state_dict(rank_state["loader"])
-        self.skipped = rank_state["skipped"]
+        self.skipped, self.quality = rank_state["skipped"], rank_state["quality"]
         logger.info(f"Resumed from {checkpoint}")
-        for name, (old, new) in self.changed.items():
-            logger.info(f"Changed on resume: --{name} from {old} to {new}")
+        old, new = read_checkpoint_options(checkpoint), public_options(self.options)
+        for name in sorted(new.keys() & old.keys() - {"resume_from_checkpoint", "output_dir"}):
+            if new[name] != old[name]:
+                logger.info(f"Changed on resume: --{name} from {old[name]} to {new[name]}")
         return checkpoint_step(checkpoint)
 
     # The output folder
@@ -379,9 +364,10 @@ class Run(Generic[Options]):
         trained = sum(size for each, size in sizes.items() if each.requires_grad)
         batch = options.train_batch_size * options.gradient_accumulation_steps * num_processes
         processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+        left = options.max_train_steps - self.first_step
         logger.info(
-            f"Training on {self.loader.contents}: {trained:,} of {sum(sizes.values()):,} parameters, steps "
-            f"{self.first_step + 1:,} to {options.max_train_steps:,} with a batch of {batch}, {processes} on "
+            f"Training on {self.loader.contents}: {trained:,} of {sum(sizes.values()):,} parameters, {left:,} of "
+            f"{options.max_train_steps:,} steps left with a batch of {batch}, {processes} on "
             f"{self.accelerator.device.type}"
         )
 
@@ -393,7 +379,7 @@ class Run(Generic[Options]):
         return self.repo_id or self.output_dir.absolute().name
 
     def final_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """State dict of the bare model with its averaged weights, if any; called by all processes."""
+        """State dict of the bare model with its EMA weights, if any; called by all processes."""
         if self.ema is not None:
             self.ema.copy_to(self.network.parameters())
         return self.accelerator.get_state_dict(model)
@@ -438,6 +424,11 @@ class Run(Generic[Options]):
         options = self.options
         repo_id = options.hub_model_id or self.output_dir.absolute().name
         return prepare_repo(repo_id, private=options.private or None, license=options.license)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of this process on a GPU, or its memory on a CPU now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def move_files(source: Path, target: Path) -> list[str]:
@@ -487,15 +478,11 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
             "Training on one process, because that is all `accelerate launch` starts on a CPU. For more, set "
             "ACCELERATE_USE_CPU=true and start them with torchrun."
         )
-    if accelerator.distributed_type in SHARDED:
-        for needing in options.needs_whole_weights:
-            name, _, value = needing.partition(" ")
-            given = getattr(options, name)
-            if given == value if value else given:
-                raise ValueError(
-                    f"`--{needing}` needs whole weights on each process, but {accelerator.distributed_type.value} "
-                    "shards them. Use DDP, or leave it out."
-                )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"Training needs whole weights on each process, but {accelerator.distributed_type.value} shards them. Use "
+            "DDP, as in training/configs/ddp.yaml."
+        )
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(
             f"`--report_to {options.report_to}` needs that tracker's package. Install it, or choose another tracker."

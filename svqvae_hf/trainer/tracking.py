@@ -1,10 +1,11 @@
 """Numbers and pictures of a run: statistics per scale, means, throughput."""
 
 import math
-import time
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
-from svqvae_hf.evaluation.baselines.blocks import KMeans, take_blocks
 from svqvae_hf.evaluation.metrics import count_codes, perplexity, psnr, usage
 from svqvae_hf.files.outputs import save_png
 from svqvae_hf.trainer.losses.objective import Pair
+
+Item = TypeVar("Item")
 
 
 class ScaleStatistics:
@@ -67,33 +70,6 @@ class ScaleStatistics:
         return numbers
 
 
-def kmeans_floor(
-    crops: torch.Tensor, batches: Sequence[torch.Tensor], side: int, codebook_size: int, pixel_range: Sequence[float]
-) -> dict[str, float]:
-    """PSNR of k-means of blocks at scale 1, at the bits of a model with blocks of f x f pixels and this codebook.
-
-    On a CPU, equal crops give equal numbers.
-
-    Args:
-        crops (`torch.Tensor` of shape `(n, 3, height, width)`): Crops of all processes to fit it on, with at least as
-            many blocks as codes.
-        batches (`Sequence[torch.Tensor]`): Validation images `(batch, 3, height, width)`.
-        side (`int`): f of the model.
-        codebook_size (`int`): Number of codes.
-        pixel_range (`Sequence[float]`): Values of black and white.
-
-    Returns:
-        `dict[str, float]`: `kmeans_psnr` in dB, mean over the images.
-    """
-    kmeans = KMeans.fit(take_blocks(crops, side), codebook_size)
-    low, high = pixel_range
-    values = []
-    for batch in batches:
-        sample = batch.to(crops.device)
-        values.append(psnr(kmeans.reconstruct(sample).clamp(low, high), sample, data_range=high - low))
-    return {"kmeans_psnr": torch.cat(values).mean().item()}
-
-
 class Means:
     """Mean of each named scalar over the batches that had it."""
 
@@ -110,29 +86,6 @@ class Means:
         means = {name: reduce(torch.stack(values).mean(), "mean").item() for name, values in self._values.items()}
         self._values.clear()
         return means
-
-
-class Throughput:
-    """Amounts per second."""
-
-    def __init__(self) -> None:
-        self._restart()
-
-    def _restart(self) -> None:
-        self._start = time.monotonic()
-        self._amounts: dict[str, float] = defaultdict(float)
-
-    def add(self, **amounts: float) -> None:
-        """Adds the amounts of a batch by name, such as `images=8, megapixels=0.5`."""
-        for name, amount in amounts.items():
-            self._amounts[name] += amount
-
-    def summary(self, num_processes: int) -> dict[str, float]:
-        """Rates of all processes together since the last call, assuming equal amounts on each."""
-        seconds = time.monotonic() - self._start
-        rates = {f"{name}_per_second": num_processes * amount / seconds for name, amount in self._amounts.items()}
-        self._restart()
-        return rates
 
 
 def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
@@ -159,3 +112,8 @@ def log_image(accelerator: Accelerator, grid: np.ndarray, folder: Path, step: in
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": grid[None]}, step=step, **layout)
+
+
+def progress(batches: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+    """Shows how many batches are done, on a terminal at once, in a log file every half minute."""
+    return tqdm(batches, desc=what, total=total, mininterval=0.5 if sys.stderr.isatty() else 30, leave=False)

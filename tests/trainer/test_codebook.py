@@ -7,7 +7,7 @@ from pytorch_optimizer.optimizer.soap import SOAP
 from torch import nn
 
 from svqvae_hf.models.quantizer import VectorQuantizer
-from svqvae_hf.trainer.network.codebook import (
+from svqvae_hf.trainer.codebook import (
     CodebookAverage,
     DeadCodeReset,
     copy_codes_to_ema,
@@ -81,24 +81,6 @@ def test_codes_move_to_the_mean_of_their_latents(l2_norm):
     torch.testing.assert_close(codes[4:], before[4:])  # a code without latents stays
 
 
-def test_the_average_of_two_processes_is_that_of_their_joined_batches():
-    torch.manual_seed(1)
-    latents, ids = torch.randn(2, 50, DIM), torch.randint(SIZE, (2, 50))
-    whole, halves = make_quantizer(), make_quantizer()
-    CodebookAverage(whole, decay=0.9).update(whole, latents.flatten(0, 1), ids.flatten())
-
-    other = CodebookAverage(halves, decay=0.9)
-    seen = []
-    for half in range(2):  # what each process would add
-        alone = make_quantizer()
-        average = CodebookAverage(alone, decay=0.0)
-        average.update(alone, latents[half], ids[half])
-        seen.append((average.weights, average.sums))
-    means = [torch.stack(each).mean(0) for each in zip(*seen, strict=True)]
-    other.update(halves, latents[0], ids[0], lambda value: means[0] if value.ndim == 1 else means[1])
-    torch.testing.assert_close(halves.embedding.weight, whole.embedding.weight)
-
-
 def test_a_replaced_code_starts_its_average_anew():
     quantizer = make_quantizer()
     average = CodebookAverage(quantizer, decay=0.5)
@@ -123,34 +105,6 @@ def test_latents_that_are_not_finite_move_no_code(value):
     average.update(quantizer, latents, torch.randint(SIZE, (64,)))
     after = quantizer.embedding.weight, average.sums, average.weights
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-
-
-def test_kmeans_leaves_out_latents_that_are_not_finite():
-    torch.manual_seed(0)
-    latents = torch.randn(200, DIM)
-    expected, found = make_quantizer(), make_quantizer()
-    initialise_codebook(expected, latents, seed=0)
-    broken = torch.full((1, DIM), torch.nan), torch.full((1, DIM), torch.inf)
-    initialise_codebook(found, torch.cat([broken[0], latents, broken[1]]), seed=0)
-    assert torch.equal(found.embedding.weight, expected.embedding.weight)
-
-
-def test_codes_of_kmeans_are_the_means_of_their_latents():
-    torch.manual_seed(0)
-    centres = F.one_hot(torch.arange(DIM), DIM).repeat(SIZE // DIM, 1) * torch.arange(1.0, SIZE + 1)[:, None]
-    latents = torch.cat([centres - 0.1, centres + 0.1, centres])
-    quantizer = make_quantizer(l2_norm=False)
-    initialise_codebook(quantizer, latents, seed=0)
-    ids = quantizer.embedding(latents)
-    for code in ids.unique():
-        torch.testing.assert_close(quantizer.embedding.weight[code].detach(), latents[ids == code].mean(0))
-
-
-def test_code_without_latents_restarts_at_a_latent():
-    points = torch.tensor([[1.0] * DIM, [2.0] * DIM])
-    quantizer = make_quantizer(l2_norm=False)
-    initialise_codebook(quantizer, points.repeat(SIZE, 1), seed=0)
-    assert (quantizer.embedding.weight[:, None] == points).all(-1).any(-1).all()
 
 
 def test_kmeans_needs_as_many_latents_as_codes():
@@ -184,60 +138,6 @@ def test_code_is_dead_if_unused_since_the_last_reset():
     assert dead_codes.reset(quantizer, latents, SIZE, seed=0, step=0).tolist() == []
     dead_codes.observe(found)
     assert dead_codes.reset(quantizer, latents, SIZE, seed=0, step=1).tolist() == [60, 61, 62, 63]
-
-
-def test_no_more_than_the_limit_are_replaced():
-    dead = torch.arange(40)
-    before, after, replaced = reset(dead, torch.randn(100, DIM), limit=7)
-    assert len(replaced) == 7
-    assert set(replaced.tolist()) < set(dead.tolist())
-    assert (before != after).any(-1).nonzero().flatten().equal(replaced)
-
-
-def test_no_latent_is_used_twice_and_too_few_replace_a_random_subset():
-    latents = torch.randn(10, DIM)
-    parts = set()
-    for step in range(20):
-        before, after, replaced = reset(range(8, SIZE), latents, step=step)
-        assert len(replaced) == 10
-        assert replaced.min() >= 8
-        assert (after != before).any(1).nonzero().flatten().tolist() == replaced.tolist()
-        torch.testing.assert_close(
-            after[replaced].sort(0).values, F.normalize(latents, dim=-1).sort(0).values, rtol=0, atol=0
-        )
-        parts |= set(replaced.tolist())
-    assert len(parts) > 50
-
-
-def test_latents_that_are_not_finite_replace_no_code():
-    latents = torch.full((10, DIM), torch.nan)
-    latents[1:4] = torch.randn(3, DIM)
-    latents[3, 5] = torch.inf
-    before, after, replaced = reset(range(30), latents)
-    assert len(replaced) == 2
-    assert after.isfinite().all()
-    before, after, replaced = reset(range(30), latents[4:])
-    assert len(replaced) == 0
-    assert torch.equal(after, before)
-
-
-def test_reset_is_equal_on_every_process_and_differs_by_step_and_seed():
-    latents = torch.randn(100, DIM)
-    _, after, replaced = reset([1, 2, 3], latents, seed=5, step=7)
-    torch.manual_seed(123)
-    _, again, same = reset([1, 2, 3], latents, seed=5, step=7)
-    assert torch.equal(after, again)
-    assert torch.equal(replaced, same)
-    for seed, step in ((5, 8), (6, 7), (7, 5)):
-        assert not torch.equal(reset([1, 2, 3], latents, seed=seed, step=step)[1], after)
-
-
-def test_counts_continue_from_their_state():
-    dead_codes, resumed = DeadCodeReset(3), DeadCodeReset(3)
-    dead_codes.observe(torch.tensor([0, 2**40, 1]))
-    resumed.load_state_dict(dead_codes.state_dict())
-    resumed.observe(torch.tensor([0, 1, 0]))
-    assert resumed.counts.tolist() == [0, 2**40 + 1, 1]
 
 
 # State of replaced codes

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from svqvae_hf.trainer.losses.objective import Pair, make_pairs
-from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, kmeans_floor
+from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid
 
 
 def add_images(statistics, scale, num_images, decibels):
@@ -31,22 +31,11 @@ def test_only_random_scales_are_grouped_by_octave():
         assert {f"usage@{name.partition('@')[2]}" for name in expected} < numbers.keys()
 
 
-def test_floor_depends_on_images_and_bits_alone():
-    torch.manual_seed(0)
-    sample = torch.rand(4, 3, 16, 16)
-    few, more = (kmeans_floor(sample, [sample[:2], sample[2:]], 4, size, (0.0, 1.0)) for size in (4, 32))
-    assert few.keys() == {"kmeans_psnr"}
-    assert 5 < few["kmeans_psnr"] < more["kmeans_psnr"] < 20
-    assert kmeans_floor(sample, [sample], 4, 4 * 16, (0.0, 1.0))["kmeans_psnr"] > 100  # a code per block
-    wide = 2 * sample - 1
-    assert abs(kmeans_floor(wide, [wide], 4, 4, (-1.0, 1.0))["kmeans_psnr"] - few["kmeans_psnr"]) < 1e-3
-
-
 def test_grid_starts_with_the_image_in_any_order_of_scales():
     sample = torch.rand(2, 3, 16, 16)
     for sides in ((8, 16), (16, 8)):
         outputs = [torch.zeros(2, 3, side, side) for side in sides]
-        grid = image_grid(make_pairs(sample, outputs, (0.0, 1.0), "resized"))
+        grid = image_grid(make_pairs(sample, outputs, (0.0, 1.0)))
         assert grid.shape == (2 * 16 + 3 * 4, 3 * 16 + 4 * 4, 3)
         expected = (sample[0].permute(1, 2, 0) * 255).round().byte().numpy()
         assert np.array_equal(grid[4:20, 4:20], expected)

@@ -2,35 +2,21 @@
 
 import json
 import logging
-import os
-import socket
 from functools import partial
 
 import pytest
 import torch
-import train_next_scale
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
 from hub_server import serve_hub, use_hub
 from PIL import Image
-from safetensors.torch import load_file
 from train_next_scale import UNDECAYED, NextScaleOptions, count_ids, draw_schedule, main
-from training_runs import (
-    NEW_RUN_OPTIONS,
-    UNREAD_OPTIONS,
-    assert_no_private_path,
-    assert_resumed_run_reads_changed_options,
-    cpu,
-    logged,
-    run,
-    train_at_once_and_resumed,
-)
+from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
 
 import svqvae_cli
 from svqvae_hf import NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.pipelines.schedules import make_schedule
-from svqvae_hf.trainer.data.token_sequences import SequenceLoader
 from svqvae_hf.trainer.run import Run
 
 CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
@@ -50,11 +36,15 @@ def parts(tmp_path_factory):
     vqvae.save_pretrained(folder / "vqvae")
     make_tiny(codebook_size=65).save_pretrained(folder / "other")
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "typo.json").write_text(json.dumps(CONFIG | {"num_layer": 3}))
     with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
         for index in range(IMAGES):
             path = folder / "photos" / f"class{index}" / "photo.png"
             path.parent.mkdir(parents=True)
             photo.convert("RGB").crop((60 * index, 0, 60 * index + 64, 64)).save(path)
+            other = folder / "others" / f"class{index}" / "photo.png"
+            other.parent.mkdir(parents=True)
+            photo.convert("RGB").crop((60 * index, 80, 60 * index + 64, 144)).save(other)
     photos = str(folder / "photos")
     crops = ["--crops", "centre", "--resolution", str(CROP), "--workers", "0"]
     model = ["--model", str(folder / "vqvae"), "--device", "cpu"]
@@ -62,9 +52,11 @@ def parts(tmp_path_factory):
     for name, scales in {
         "latents": ["--scale-from", "latents", *sides],
         "image": ["--scale-from", "image", *sides],
+        "held_out": ["--scale-from", "latents", *sides],
         "halves": ["--scales", "0.5", "1"],
     }.items():
-        assert svqvae_cli.main(["tokenize", photos, str(folder / name), *scales, *crops, *model]) == 0
+        images = str(folder / "others") if name == "held_out" else photos
+        assert svqvae_cli.main(["tokenize", images, str(folder / name), *scales, *crops, *model]) == 0
     return folder
 
 
@@ -82,6 +74,7 @@ def options(parts, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_images_learned_by_heart_come_back_at_each_scale(options, parts, scale_from):
     """docs/next_scale.md has a longer run, of 64 photographs."""
@@ -116,57 +109,14 @@ def test_resumed_run_equals_an_unbroken_one(options):
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
-def test_resumed_run_applies_each_changed_option(options, monkeypatch):
-    changes = {"label_dropout": 0.5, "num_validation_images": 1, "guidance_scale": 2.0, "schedule_share": 0.5}
-    resumed = assert_resumed_run_reads_changed_options(
-        monkeypatch,
-        main,
-        NextScaleOptions,
-        options | {"use_ema": True},
-        NEW_RUN_OPTIONS | changes,
-        UNREAD_OPTIONS - {"max_unreadable_share"},
-    )
-    assert resumed.lr_scheduler.base_lrs == [0.5, 0.5]
-
-
-def train_as_one_of_two(rank, port, options):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-    main(NextScaleOptions(**options))
-
-
-class JoinedLoader(SequenceLoader):
-    """The batches of two processes in one."""
-
-    def __iter__(self):
-        loaders = [
-            SequenceLoader(self.source, self.batch_size // 2, self.num_batches, self.seed, process, 2)
-            for process in range(2)
-        ]
-        for one, other in zip(*loaders, strict=True):
-            self.batch += 1
-            yield [torch.cat([one.sequences, other.sequences])]
-
-
-def test_two_processes_equal_one_with_the_joined_batch(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_next_scale, "SequenceLoader", JoinedLoader)
-    options |= {"label_dropout": 0.0, "max_train_steps": 3, "num_validation_images": 0}
-    train(**(options | {"train_batch_size": 4}))
-    one = load_file(f"{options['output_dir']}/{WEIGHTS}")
-    options |= {"train_batch_size": 2, "output_dir": str(tmp_path / "two")}
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(train_as_one_of_two, args=(port, options), nprocs=2)
-    torch.testing.assert_close(load_file(tmp_path / "two" / WEIGHTS), one, rtol=0, atol=1e-5)
-
-
-def test_bf16_run_with_everything_on_learns_and_shows_samples(options, caplog):
+def test_bf16_run_with_everything_on_learns_validates_and_shows_samples(options, parts, caplog):
     caplog.set_level(logging.INFO)
     options |= {"max_train_steps": 20, "learning_rate": 5e-3, "logging_steps": 10, "validation_steps": 20}
-    train(**options, mixed_precision="bf16", use_ema=True, guidance_scale=2.0, report_to="tensorboard")
+    held_out = {"validation_token_set": str(parts / "held_out")}
+    train(**options, **held_out, mixed_precision="bf16", use_ema=True, guidance_scale=2.0, report_to="tensorboard")
     losses = logged(caplog, "train/loss")
+    for name in ("loss", "accuracy", "bits_per_id"):
+        assert 20 in logged(caplog, f"validation/{name}")
     assert losses[20] < losses[10]
     with Image.open(ROOT / options["output_dir"] / "samples" / "step-0000020.png") as grid:
         assert grid.size == (2 * CROP + 3 * 4, CROP + 2 * 4)
@@ -245,6 +195,8 @@ def test_few_scales_can_be_drawn_from(sizes, steps):
         ({"token_set": "halves"}, "must hold the scales of the schedule, 1 x 1, .*, but lacks 1 x 1, 2 x 2"),
         ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
+        ({"validation_token_set": "latents"}, "is in both sets. Tokenize other images"),
+        ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has num_layer"),
         ({"num_inference_steps": 0}, "`--num_inference_steps` must be at least 2, but is 0"),
         ({"schedule_share": 1.5}, r"`--schedule_share` must lie in \[0, 1\], but is 1.5"),
     ],

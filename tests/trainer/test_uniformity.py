@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.trainer.losses.uniformity import UniformityLoss
+from svqvae_hf.trainer.losses.uniformity import MovingAverage, UniformityLoss
 
 DIM = 4
 
@@ -28,11 +28,6 @@ def test_gradient_of_a_first_batch_is_the_gradient_of_its_moments():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_loss_of_uniform_latents_is_zero():
-    latents = torch.cat([torch.eye(DIM), -torch.eye(DIM)]).view(2 * DIM, DIM, 1, 1)
-    assert UniformityLoss(DIM)(latents, one_process) == 0
-
-
 def test_latents_leave_a_cone_for_the_whole_sphere():
     cone = torch.tensor([1.0, 0, 0, 0]).view(1, DIM, 1, 1) + 0.1 * draw_latents(1, DIM, 16, 16)
     latents = cone.detach().requires_grad_()
@@ -47,26 +42,6 @@ def test_latents_leave_a_cone_for_the_whole_sphere():
     assert loss.mean_cosine < 1e-3
 
 
-def test_mean_cosine_is_the_mean_over_all_pairs():
-    latents, loss = draw_latents(2, DIM, 3, 3) + 1, UniformityLoss(DIM)
-    loss(latents, one_process)
-    flat = F.normalize(latents.movedim(1, -1).flatten(0, 2), dim=-1)
-    torch.testing.assert_close(loss.mean_cosine, (flat @ flat.T).mean())
-
-
-def test_two_processes_equal_one_with_the_joined_batch():
-    halves = [draw_latents(4, DIM, 3, 3)[i::2].detach().requires_grad_() for i in range(2)]
-    sent = []
-    for half in halves:
-        UniformityLoss(DIM)(half, lambda moments: sent.append(moments) or moments)
-    losses = [UniformityLoss(DIM)(half, lambda _: torch.stack(sent).mean(0)) for half in halves]
-    joined = torch.cat(halves).detach().requires_grad_()
-    expected = UniformityLoss(DIM)(joined, one_process)
-    torch.testing.assert_close(sum(losses) / 2, expected)
-    (gradient,) = torch.autograd.grad(expected, joined)
-    torch.testing.assert_close(torch.cat(torch.autograd.grad(sum(losses) / 2, halves)), gradient)
-
-
 def test_latents_that_are_not_finite_keep_the_moments():
     loss = UniformityLoss(DIM)
     loss(draw_latents(1, DIM, 4, 4), one_process)
@@ -77,16 +52,35 @@ def test_latents_that_are_not_finite_keep_the_moments():
     assert torch.equal(loss.moments.mean, before)
 
 
-def test_moments_are_in_float32_under_autocast():
-    latents = draw_latents(2, DIM, 8, 8)
-    expected = UniformityLoss(DIM)(latents, one_process)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(UniformityLoss(DIM)(latents, one_process), expected)
+# The moving average
 
 
-def test_moments_continue_from_their_state():
-    loss, resumed = UniformityLoss(DIM), UniformityLoss(DIM)
-    first, second = draw_latents(2, 1, DIM, 4, 4)
-    loss(first, one_process)
-    resumed.load_state_dict(loss.state_dict())
-    assert torch.equal(resumed(second, one_process), loss(second, one_process))
+def test_mean_weighs_each_batch_by_its_age():
+    torch.manual_seed(0)
+    batches = torch.randn(30, 2, 3, dtype=torch.float64)
+    average = MovingAverage((2, 3), decay=0.9)
+    assert average.mean.eq(0).all()
+    for count, batch in enumerate(batches, 1):
+        average.update(batch)
+        weights = 0.9 ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
+        expected = (weights[:, None, None] * batches[:count]).sum(0) / weights.sum()
+        torch.testing.assert_close(average.mean, expected.float())
+
+
+def test_batch_with_a_value_that_is_not_finite_is_skipped():
+    average, expected = MovingAverage((2,), 0.5), MovingAverage((2,), 0.5)
+    for batch in ([1.0, 2.0], [torch.nan, 5.0], [3.0, -torch.inf], [4.0, 0.0]):
+        average.update(torch.tensor(batch))
+        if torch.tensor(batch).isfinite().all():
+            expected.update(torch.tensor(batch))
+    assert average.mean.tolist() == expected.mean.tolist()
+
+
+def test_loss_keeps_the_mean_it_was_computed_with():
+    average = MovingAverage((1,), 0.5)
+    average.update(torch.tensor([2.0]))
+    value = torch.ones(1, requires_grad=True)
+    loss = (value * average.mean).sum()
+    average.update(torch.tensor([8.0]))
+    loss.backward()
+    assert value.grad.item() == 2

@@ -5,7 +5,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.trainer.data.crops import Crop, CropPolicy, Cutter, Job, Skipped
-from svqvae_hf.trainer.data.readers import OPEN_SHARDS, Item, RowReader, StreamReader
+from svqvae_hf.trainer.data.readers import Item, RowReader, StreamReader
 
 MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
 SIDE, CROP = 0, 1  # first words of the seeds of sides and crops; readers.py uses 2 and 3
@@ -46,6 +46,7 @@ class Pending:
     reader_state: dict[str, Any] | None
 
 
+@dataclass
 class CropLoader:
     """Batches of crops, cut in advance by worker processes.
 
@@ -54,9 +55,7 @@ class CropLoader:
     once, by one process, in a new random order. An unreadable image is replaced by the next readable one of the
     process, which is then seen twice.
 
-    A stream is split between processes by shards if their number is a multiple of the number of processes; otherwise
-    each process skips the images of the others. Eight shards are read at the same time, each by a thread that reads
-    ahead, so that the latency of a disk or network does not add up. `shuffle_buffer` images are shuffled at a time.
+    The order of a stream is that of [`StreamReader`].
 
     Iteration continues after the last batch yielded, also after `load_state_dict`.
 
@@ -73,48 +72,34 @@ class CropLoader:
         label_column (`str`, *optional*): Column of the labels.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        policy: CropPolicy,
-        pixel_range: tuple[float, float],
-        *,
-        seed: int,
-        num_workers: int,
-        process_index: int,
-        num_processes: int,
-        num_batches: int,
-        shuffle_buffer: int = 1000,
-        label_column: str | None = None,
-    ):
-        self.images = images
-        self.policy = policy
-        self.seed = seed
-        self.num_workers = num_workers
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.num_batches = num_batches
-        self.shuffle_buffer = shuffle_buffer
-        rows = images.rows
-        streaming = rows is None
-        self.cutter = Cutter(rows, label_column, policy, pixel_range)
-        self.order = {
-            "seed": seed,
-            "streaming": streaming,
-            "shuffle_buffer": shuffle_buffer if streaming else None,
-            "open_shards": OPEN_SHARDS if streaming else None,
-            "num_shards": len(images.parts) if streaming else None,
-            "num_rows": None if rows is None else len(rows),
-        }
+    images: ImageSet
+    policy: CropPolicy
+    pixel_range: tuple[float, float]
+    seed: int = field(kw_only=True)
+    num_workers: int = field(kw_only=True)
+    process_index: int = field(kw_only=True)
+    num_processes: int = field(kw_only=True)
+    num_batches: int = field(kw_only=True)
+    shuffle_buffer: int = 1000
+    label_column: str | None = None
+
+    def __post_init__(self) -> None:
+        rows, parts = self.images.rows, self.images.parts
+        self.cutter = Cutter(rows, self.label_column, self.policy, self.pixel_range)
+        self.order: dict[str, int | None] = {"seed": self.seed}
+        self.order |= {"number of images": None, "number of shards": None, "shuffle_buffer": None}
+        if rows is None:
+            self.order |= {"number of shards": len(parts), "shuffle_buffer": self.shuffle_buffer}
+        else:
+            self.order |= {"number of images": len(rows)}
         self.batch = 0
         self.reader_state: dict[str, Any] | None = None
 
     @property
     def contents(self) -> str:
         """Size of the image set, for the log."""
-        if self.order["streaming"]:
-            return f"a stream of images in {len(self.images.parts):,} shards"
-        return f"{self.images.length:,} images"
+        shards = self.order["number of shards"]
+        return f"{self.images.length:,} images" if shards is None else f"a stream of images in {shards:,} shards"
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, small: numbers, strings and dictionaries."""
@@ -124,13 +109,13 @@ class CropLoader:
         """Sets the position at which iteration continues.
 
         Raises:
-            ValueError: If the state is of a loader with another order, or of a set with another number of rows, or of
-                shards in a stream.
+            ValueError: If the state is of a loader with another order, or of another set.
         """
         for name, value in self.order.items():
-            if state["order"].get(name) != value:
+            if (saved := state["order"].get(name)) != value:
                 raise ValueError(
-                    f"`{name}` must be {state['order'].get(name)} as when the state was saved, but is {value}."
+                    f"The {name} must be {saved} as when the checkpoint was written, but is {value}. Restore it, or "
+                    "start a new run in another `--output_dir`."
                 )
         self.batch, self.reader_state = state["batch"], deepcopy(state["reader"])
 
@@ -172,10 +157,12 @@ class CropLoader:
             yield job
 
     def _reader(self) -> RowReader | StreamReader:
-        rows, place = self.images.rows, (self.process_index, self.num_processes)
+        rows, state = self.images.rows, self.reader_state
         if rows is not None:
-            return RowReader(len(rows), self.seed, *place, self.reader_state)
-        return StreamReader(self.images.parts, self.seed, self.shuffle_buffer, *place, self.reader_state)
+            position = state["position"] if state else self.process_index
+            return RowReader(len(rows), self.seed, position, self.num_processes)
+        place = self.process_index, self.num_processes
+        return StreamReader(self.images.parts, self.seed, self.shuffle_buffer, *place, state)
 
     def _replacement(self, pending: Pending, slot: int, skipped: list[Skipped]) -> Crop:
         for item in itertools.islice(pending.lookahead, MAX_IN_A_ROW):

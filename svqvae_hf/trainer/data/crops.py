@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
-from svqvae_hf.data.image_rows import ImageRow, IndexedRows, SmallImageError, fault_of, read_image
+from svqvae_hf.data.image_rows import ImageRow, IndexedRows, fault_of, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.trainer.data.readers import Item
 from svqvae_hf.trainer.data.synthetic import synthetic_crop
@@ -36,7 +36,6 @@ class CropPolicy:
             cropped. An image that would not hold the crop then is shrunk less, or enlarged.
         synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that [`synthetic_crop`] replaces.
         growth_batch (`int`, defaults to 0): First batch of the largest side only; 0: sides are mixed throughout.
-        min_side (`int`, *optional*): Side in pixels below which an image is skipped; by default it is enlarged.
         random_rotation (`bool`, defaults to `False`): Turn crops by 0, 90, 180 or 270 degrees.
     """
 
@@ -47,7 +46,6 @@ class CropPolicy:
     resize_range: tuple[float, float]
     synthetic_fraction: float = 0.0
     growth_batch: int = 0
-    min_side: int | None = None
     random_rotation: bool = False
 
     def sides_of(self, batch: int) -> list[int]:
@@ -66,11 +64,10 @@ class Crop(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """An image without a crop: its key, the reason, and whether it is only too small."""
+    """An image without a crop: its key, and the reason."""
 
     key: str
     reason: str
-    is_small: bool
 
 
 class Job(NamedTuple):
@@ -81,6 +78,7 @@ class Job(NamedTuple):
     seeds: list[tuple[int, ...]]
 
 
+@dataclass
 class Cutter(TorchDataset):
     """Cuts the crops of a job, in any process.
 
@@ -91,17 +89,13 @@ class Cutter(TorchDataset):
         pixel_range (`tuple[float, float]`): Values of black and white.
     """
 
-    def __init__(
-        self,
-        rows: IndexedRows | None,
-        label_column: str | None,
-        policy: CropPolicy,
-        pixel_range: tuple[float, float],
-    ):
-        self.rows = rows
-        self.label_column = label_column
-        self.policy = policy
-        self.processor = SVQVAEImageProcessor(pixel_range=pixel_range)
+    rows: IndexedRows | None
+    label_column: str | None
+    policy: CropPolicy
+    pixel_range: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
     def __getitem__(self, job: Job) -> tuple[torch.Tensor, list[Any], list[tuple[int, Skipped]]]:
         """Cuts a batch.
@@ -109,31 +103,25 @@ class Cutter(TorchDataset):
         Returns:
             Crops `(batch, 3, side, side)`, their labels, and slot and image of each that is skipped.
         """
-        sample = torch.zeros(len(job.items), 3, job.side, job.side)
-        labels: list[Any] = [None] * len(job.items)
-        skipped = []
-        for slot, (item, seed) in enumerate(zip(job.items, job.seeds, strict=True)):
-            crop = self.cut(item, job.side, seed)
-            if isinstance(crop, Crop):
-                sample[slot], labels[slot] = crop
-            else:
-                skipped.append((slot, crop))
-        return sample, labels, skipped
+        crops = [self.cut(item, job.side, seed) for item, seed in zip(job.items, job.seeds, strict=True)]
+        skipped = [(slot, crop) for slot, crop in enumerate(crops) if isinstance(crop, Skipped)]
+        empty = Crop(torch.zeros(3, job.side, job.side), None)
+        pixels, labels = zip(*(empty if isinstance(crop, Skipped) else crop for crop in crops), strict=True)
+        return torch.stack(pixels), list(labels), skipped
 
     def cut(self, item: Item, side: int, seed: tuple[int, ...]) -> Crop | Skipped:
         """Returns a crop, or why the image is skipped."""
-        row = item if isinstance(item, ImageRow) else self._row(item)
+        row = item if isinstance(item, ImageRow) else self.rows[item]  # type: ignore[index]
         label = None if self.label_column is None else row.values[self.label_column]
-        if self.policy.synthetic_fraction:
-            rng = np.random.default_rng((SYNTHETIC, *seed))
-            if rng.random() < self.policy.synthetic_fraction:
-                return Crop(self.processor.preprocess(synthetic_crop(side, rng))["pixel_values"][0], label)
+        synthetic = np.random.default_rng((SYNTHETIC, *seed))
+        if self.policy.synthetic_fraction and synthetic.random() < self.policy.synthetic_fraction:
+            return Crop(self.processor.preprocess(synthetic_crop(side, synthetic))["pixel_values"][0], label)
         try:
-            image = read_image(row, self.policy.min_side)
+            image = read_image(row)
         except (OSError, ValueError) as error:
-            return Skipped(row.key, fault_of(error), isinstance(error, SmallImageError))
+            return Skipped(row.key, fault_of(error))
         if label is None and self.label_column is not None:
-            return Skipped(row.key, "it has no label.", False)
+            return Skipped(row.key, "it has no label.")
         rng = np.random.default_rng(seed)
         factor, origin, flip = rng.uniform(*self.policy.resize_range), rng.random(2).tolist(), rng.random() < 0.5
         crop = _crop(image, side, factor, CENTRE if self.policy.center_crop else origin)
@@ -143,11 +131,6 @@ class Cutter(TorchDataset):
         if turn is not None and self.policy.random_rotation:
             crop = crop.transpose(turn)
         return Crop(self.processor.preprocess(crop)["pixel_values"][0], label)
-
-    def _row(self, number: int) -> ImageRow:
-        if self.rows is None:
-            raise TypeError(f"Items of a stream must be images, but one is the row {number}.")
-        return self.rows[number]
 
 
 def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range: tuple[float, float]) -> torch.Tensor:
@@ -174,7 +157,7 @@ def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range:
         if len(crops) == count:
             break
     if not crops:
-        raise ValueError("The validation images must hold at least one readable image, but hold none.")
+        raise ValueError("The set must hold at least one readable image, but holds none.")
     return SVQVAEImageProcessor(pixel_range=pixel_range).preprocess(crops)["pixel_values"]
 
 

@@ -1,23 +1,46 @@
-"""The images of a run: loaders of their crops, and a limit on unreadable ones."""
+"""The images of a run: loaders of their crops."""
 
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.data.image_rows import FileRows
+from svqvae_hf.data.image_sets import ImageSet, open_images
+from svqvae_hf.files.inputs import readable
 from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.options import ImageOptions
 
 FORMATS = ("webdataset", "parquet", "arrow", "imagefolder")  # of `--data_files`, not names of image sets
-MIN_READ = 200  # images read before the fraction of unreadable ones is checked
 
 logger = get_logger(__name__, log_level="INFO")
 
 
+def check_held_out(held_out: ImageSet, trained: ImageSet) -> None:
+    """Raises if a file of one folder has the same bytes as one of the other. Sets without files are not compared."""
+    if not (isinstance(held_out.rows, FileRows) and isinstance(trained.rows, FileRows)):
+        return
+    root = Path(trained.rows.root)
+    by_size: dict[int, list[str]] = defaultdict(list)
+    for name, size, _ in trained.rows.stamps():
+        by_size[size].append(name)
+    for name, size, _ in held_out.rows.stamps():
+        content = Path(held_out.rows.root, name).read_bytes()
+        for other in by_size.get(size, []):
+            if (root / other).read_bytes() == content:
+                raise ValueError(
+                    f"`--validation_data_dir` must hold images that are not trained on, but `{readable(name)}` is "
+                    f"`{readable(other)}` of the training images. Remove it from one of them."
+                )
+
+
+@dataclass
 class ImageSource:
     """The image set of a run.
 
@@ -32,19 +55,14 @@ class ImageSource:
         ValueError: If there is no such image set.
     """
 
-    def __init__(
-        self,
-        options: ImageOptions,
-        accelerator: Accelerator,
-        pixel_range: tuple[float, float],
-        label_column: str | None = None,
-        synthetic_fraction: float = 0.0,
-    ):
-        self.options = options
-        self.synthetic_fraction = synthetic_fraction
-        self.accelerator = accelerator
-        self.pixel_range = pixel_range
-        self.label_column = label_column
+    options: ImageOptions
+    accelerator: Accelerator
+    pixel_range: tuple[float, float]
+    label_column: str | None = None
+    synthetic_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        options, label_column = self.options, self.label_column
         data, files = [options.train_data_dir or options.dataset_name or ""], options.data_files
         if options.dataset_name in FORMATS:
             if not files:
@@ -61,8 +79,7 @@ class ImageSource:
             left_out=options.output_dir,
         )
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
-        self.num_read = self.num_unreadable = 0
-        self.named: dict[str, bool] = {}  # keys of skipped images, and whether they are only too small
+        self.named: list[str] = []  # keys of skipped images
 
     def loader(self, sides: list[int], num_batches: int, seed: int, growth_batch: int = 0) -> CropLoader:
         """Makes a loader of this process's crops, cut as [`CropPolicy`] says; the seed decides which they are."""
@@ -75,7 +92,6 @@ class ImageSource:
             resize_range=(options.resize_range[0], options.resize_range[1]),
             synthetic_fraction=self.synthetic_fraction,
             growth_batch=growth_batch,
-            min_side=options.min_side,
             random_rotation=options.random_rotation,
         )
         return CropLoader(
@@ -106,23 +122,9 @@ class ImageSource:
             yield batch.sample.to(self.accelerator.device)
 
     def to_device(self, batch: CropBatch) -> torch.Tensor:
-        """Moves the crops of a batch to the device, and logs the names of skipped images.
-
-        Raises:
-            ValueError: If too many images are unreadable.
-        """
-        self.num_read += batch.num_read
-        self.num_unreadable += sum(not image.is_small for image in batch.skipped)
+        """Moves the crops of a batch to the device, and logs the names of skipped images once."""
         for image in batch.skipped:
             if image.key not in self.named:
-                self.named[image.key] = image.is_small
+                self.named.append(image.key)
                 logger.warning(f"Skipped `{image.key}`: {image.reason}", main_process_only=False)
-        fraction = self.num_unreadable / self.num_read
-        if self.num_read >= MIN_READ and fraction > self.options.max_unreadable_share:
-            first = next(key for key, is_small in self.named.items() if not is_small)
-            raise ValueError(
-                f"At most {self.options.max_unreadable_share:.1%} of the images may be unreadable, but "
-                f"{fraction:.1%} of the {self.num_read:,} read so far are, `{first}` among them. Repair "
-                "or remove them, or raise `--max_unreadable_share`."
-            )
         return batch.sample.to(self.accelerator.device, non_blocking=True)

@@ -1,43 +1,38 @@
 """Order in which images of a set or a stream come next in one process."""
 
 import itertools
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import InitVar, dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from svqvae_hf.data.image_rows import ImagePart, ImageRow
 
-OPEN_SHARDS = (
-    8  # shards that are read at the same time, in turn; it decides the order, so it does not depend on workers
-)
-ROWS_AHEAD = 16  # images that are read ahead of their turn in each open shard
+OPEN_SHARDS = 8  # shards that are read at the same time
+ROUND = 4  # images that are read of each open shard in turn
 FIRST_BLOCK = 16  # images that are shuffled at first; each block is twice as large as the one before
-SPARE = 64  # minimum number of a stream's images in memory, to replace unreadable ones
-ORDER, BLOCK = 2, 3  # first words of the seeds of random orders; crops.py and crop_loader.py use 0 and 1
+ORDER, BLOCK = 2, 3  # first words of the seeds of random orders; crops.py and crop_loader.py use 0, 1 and 4
 
 Item = int | ImageRow  # number of a row in a set with random access, or an image of a stream
 
 
-@lru_cache(maxsize=2)
-def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """Random order of the rows in an epoch."""
-    return np.random.default_rng((ORDER, seed, epoch)).permutation(num_rows)
+@lru_cache(maxsize=4)
+def row_order(num_rows: int, *seed: int) -> np.ndarray:
+    """Random order of the rows of a set in an epoch, which is the last word of the seed."""
+    return np.random.default_rng((ORDER, *seed)).permutation(num_rows)
 
 
+@dataclass
 class RowReader:
     """Rows of a map-style set for one process: every `num_processes`-th row in the order of all epochs."""
 
-    def __init__(
-        self, num_rows: int, seed: int, process_index: int, num_processes: int, state: Mapping[str, int] | None
-    ):
-        self.num_rows = num_rows
-        self.seed = seed
-        self.num_processes = num_processes
-        self.position = state["position"] if state else process_index
+    num_rows: int
+    seed: int
+    position: int
+    num_processes: int
 
     def next(self) -> int:
         """Returns the next row."""
@@ -59,188 +54,125 @@ class RowReader:
 
 
 class OpenShard:
-    """A shard that a thread reads ahead of its turn.
+    """A shard that is being read.
 
     Args:
         number (`int`): Number of the shard.
         part (`ImagePart`): The shard.
-        taken (`int`): Images of it that were taken before.
+        taken (`int`): Images of it that were read before.
     """
 
-    def __init__(self, number: int, part: ImagePart, taken: int):
+    def __init__(self, number: int, part: ImagePart, taken: int = 0):
         self.number = number
         self.taken = taken
         self.rows = part.read(taken)
-        self.thread = ThreadPoolExecutor(1)
-        self.ahead: deque[Future[ImageRow | None]] = deque()
-        for _ in range(ROWS_AHEAD):
-            self._read_one()
 
-    def next(self) -> ImageRow | None:
-        """Returns the next image; None at the end."""
-        row = self.ahead.popleft().result()
-        if row is not None:
-            self.taken += 1
-            self._read_one()
-        return row
-
-    def _read_one(self) -> None:
-        self.ahead.append(self.thread.submit(next, self.rows, None))
+    def read(self) -> list[ImageRow]:
+        """Reads the images of a round; fewer at the end of the shard."""
+        rows = list(itertools.islice(self.rows, ROUND))
+        self.taken += len(rows)
+        return rows
 
 
-class ShardReader:
-    """Images of a stream for one process, epoch after epoch: one image of each open shard in turn.
+@dataclass
+class StreamReader:
+    """Images of a stream for one process, shuffled in blocks that end with the epoch.
 
-    The shards come in a random order. When an open shard ends, the next one takes its place. With several processes,
-    each reads its own shards if their number is a multiple of the number of processes. Otherwise each reads all and
-    skips the images of the others.
+    The shards come in a random order, and some are read at the same time. With several processes, each reads its own
+    shards if their number is a multiple of the number of processes. Otherwise each reads all and skips the images of
+    the others. Half-way through a block, a thread begins to read the next one.
 
     Args:
         parts (`Sequence[ImagePart]`): Shards.
         seed (`int`): Seed of the order.
+        shuffle_buffer (`int`): Images of a block. The first blocks are smaller, so that training starts at once.
         process_index (`int`): Index of this process.
         num_processes (`int`): Number of processes that share the stream.
-        state (`Mapping`, *optional*): From [`state`] of another reader.
+        resumed (`Mapping`, *optional*): From [`~StreamReader.state`] of another reader.
 
     Raises:
         ValueError: If this process gets no image in a whole epoch.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[ImagePart],
-        seed: int,
-        process_index: int,
-        num_processes: int,
-        state: Mapping[str, Any] | None,
-    ):
-        self.parts = parts
-        self.seed = seed
-        self.by_shard = len(parts) % num_processes == 0
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.ring: list[OpenShard] = []
-        self._begin_epoch(state["epoch"] if state else 0)
-        if state:
-            self.opened, self.turn, self.position = state["opened"], state["turn"], state["position"]
-            self.ring = [OpenShard(number, parts[number], taken) for number, taken in state["ring"]]
+    parts: Sequence[ImagePart]
+    seed: int
+    shuffle_buffer: int
+    process_index: int
+    num_processes: int
+    resumed: InitVar[Mapping[str, Any] | None]
 
-    def next(self) -> ImageRow:
-        """Returns the next image of this process."""
-        while True:
-            row = self._next_of_epoch()
-            if row is None:
-                if self.position == 0 or (not self.by_shard and self.position <= self.process_index):
-                    raise ValueError(
-                        "Each process must get images of the stream, but one got none. Start fewer processes."
-                    )
-                self._begin_epoch(self.epoch + 1)
-                continue
-            self.position += 1
-            if self.by_shard or (self.position - 1) % self.num_processes == self.process_index:
-                return row
-
-    def state(self) -> dict[str, Any]:
-        """State with which a new reader continues from here."""
-        numbers = {name: getattr(self, name) for name in ("epoch", "opened", "turn", "position")}
-        return {**numbers, "ring": [[shard.number, shard.taken] for shard in self.ring]}
-
-    def _begin_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        order = np.random.default_rng((ORDER, self.seed, epoch)).permutation(len(self.parts))
-        self.order = order[self.process_index :: self.num_processes] if self.by_shard else order
-        self.opened = self.turn = self.position = 0
-
-    def _open_next(self, place: int) -> bool:
-        """Opens the next shard of the epoch, if there is one."""
-        if self.opened == len(self.order):
-            return False
-        number = int(self.order[self.opened])
-        self.ring.insert(place, OpenShard(number, self.parts[number], 0))
-        self.opened += 1
-        return True
-
-    def _next_of_epoch(self) -> ImageRow | None:
-        while len(self.ring) < OPEN_SHARDS and self._open_next(len(self.ring)):
-            pass
-        while self.ring:
-            self.turn %= len(self.ring)
-            row = self.ring[self.turn].next()
-            if row is not None:
-                self.turn += 1
-                return row
-            del self.ring[self.turn]
-            self._open_next(self.turn)
-        return None
-
-
-class Streamed(NamedTuple):
-    """An image of a stream, its place in it, and the state of its reader before it."""
-
-    image: ImageRow
-    epoch: int
-    position: int
-    before: dict[str, Any]
-
-
-class StreamReader:
-    """Images of a stream for one process, shuffled in blocks that end with the epoch.
-
-    The first blocks are small, so that training starts before `shuffle_buffer` images are read. Meanwhile, each image
-    that is taken makes the reader read two more, then one, so that reading is spread evenly over the batches.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[ImagePart],
-        seed: int,
-        shuffle_buffer: int,
-        process_index: int,
-        num_processes: int,
-        state: Mapping[str, Any] | None,
-    ):
-        self.seed = seed
-        self.shuffle_buffer = shuffle_buffer
-        self.source = ShardReader(parts, seed, process_index, num_processes, state and state["start"])
-        self.size = state["size"] if state else min(FIRST_BLOCK, shuffle_buffer)  # of the next block
-        self.ahead: deque[Streamed] = deque()
+    def __post_init__(self, resumed: Mapping[str, Any] | None) -> None:
+        self.by_shard = len(self.parts) % self.num_processes == 0
+        self.shards, self.block_thread = ThreadPoolExecutor(OPEN_SHARDS), ThreadPoolExecutor(1)
+        self.coming: Future[tuple[dict[str, Any], list[ImageRow]]] | None = None
+        self.block_start: dict[str, Any] = {}
         self.block: list[ImageRow] = []
-        self.begun: dict[str, Any] | None = None
-        self.taken = 0
-        self.reads_per_image = 1
-        for _ in range(state["taken"] if state else 0):
-            self.next()
+        self.ring: list[OpenShard] = []
+        self.taken, self.size = 0, min(FIRST_BLOCK, self.shuffle_buffer)
+        self._begin_epoch(resumed["epoch"] if resumed else 0)
+        if resumed:
+            self.opened, self.position, self.size = resumed["opened"], resumed["position"], resumed["size"]
+            self.ring = [OpenShard(number, self.parts[number], taken) for number, taken in resumed["ring"]]
+            self._begin_block()
+            self.taken = resumed["taken"]
 
     def next(self) -> ImageRow:
         """Returns the next image."""
-        if not self.block:
+        if self.taken == len(self.block):
             self._begin_block()
         self.taken += 1
-        self._read_ahead(self.reads_per_image)
-        return self.block.pop()
+        if self.coming is None and 2 * self.taken > len(self.block):
+            self.coming = self.block_thread.submit(self._read_block)
+        return self.block[self.taken - 1]
 
     def lookahead(self) -> Iterator[ImageRow]:
-        """Yields the images in memory that come next, in an endless cycle and without advancing."""
-        return itertools.cycle([*reversed(self.block), *(each.image for each in self.ahead)])
+        """Yields the images of the block in an endless cycle, from the next one on and without advancing."""
+        return itertools.cycle([*self.block[self.taken :], *self.block[: self.taken]])
 
-    def state(self) -> dict[str, Any] | None:
+    def state(self) -> dict[str, Any]:
         """State with which a new reader continues from here."""
-        return self.begun and {**self.begun, "taken": self.taken}
+        return {**self.block_start, "taken": self.taken}
 
     def _begin_block(self) -> None:
-        self._read_ahead(max(self.size, SPARE))
-        first = self.ahead[0]
-        self.begun, self.taken = {"start": first.before, "size": self.size}, 0
-        while len(self.block) < self.size and self.ahead and self.ahead[0].epoch == first.epoch:
-            self.block.append(self.ahead.popleft().image)
-        np.random.default_rng((BLOCK, self.seed, first.epoch, first.position)).shuffle(self.block)
-        size = self.size
-        self.size = min(2 * size, self.shuffle_buffer)
-        self.reads_per_image = -(-self.size // size)
+        self.block_start, self.block = self._read_block() if self.coming is None else self.coming.result()
+        self.coming, self.taken = None, 0
 
-    def _read_ahead(self, count: int) -> None:
-        """Reads up to so many images, until there are enough for the next block."""
-        for _ in range(min(count, max(self.size, SPARE) - len(self.ahead))):
-            before = self.source.state()
-            image = self.source.next()
-            self.ahead.append(Streamed(image, self.source.epoch, self.source.position, before))
+    def _read_block(self) -> tuple[dict[str, Any], list[ImageRow]]:
+        """Reads the next block. Returns where it starts, and its images in random order."""
+        start: dict[str, Any] = {name: getattr(self, name) for name in ("epoch", "opened", "position", "size")}
+        start["ring"] = [[shard.number, shard.taken] for shard in self.ring]
+        block: list[ImageRow] = []
+        while len(block) < self.size:
+            rows = self._read_round()
+            if rows is not None:
+                block += rows
+                continue
+            if not block and self.epoch > start["epoch"]:
+                raise ValueError(
+                    "Each process must get images of the stream, but one got none. Start fewer processes."
+                )
+            self._begin_epoch(self.epoch + 1)
+            if block:
+                break
+        self.size = min(2 * self.size, self.shuffle_buffer)
+        np.random.default_rng((BLOCK, self.seed, start["epoch"], start["position"])).shuffle(block)
+        return start, block
+
+    def _begin_epoch(self, epoch: int) -> None:
+        order = np.random.default_rng((ORDER, self.seed, epoch)).permutation(len(self.parts)).tolist()
+        self.order = order[self.process_index :: self.num_processes] if self.by_shard else order
+        self.epoch, self.opened, self.position = epoch, 0, 0
+        self.ring = []
+
+    def _read_round(self) -> list[ImageRow] | None:
+        """Reads some images of each open shard, and returns those of this process; None at the end of the epoch."""
+        opening = self.order[self.opened : self.opened + OPEN_SHARDS - len(self.ring)]
+        self.opened += len(opening)
+        self.ring += [OpenShard(number, self.parts[number]) for number in opening]
+        if not self.ring:
+            return None
+        chunks = list(self.shards.map(OpenShard.read, self.ring))
+        self.ring = [shard for shard, chunk in zip(self.ring, chunks, strict=True) if len(chunk) == ROUND]
+        rows = [row for chunk in chunks for row in chunk]
+        first, self.position = (self.process_index - self.position) % self.num_processes, self.position + len(rows)
+        return rows if self.by_shard else rows[first :: self.num_processes]

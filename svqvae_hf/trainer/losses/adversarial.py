@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.trainer.losses.moving_average import MovingAverage
+from svqvae_hf.trainer.losses.uniformity import MovingAverage
 
 MIN_SIDE = 24  # pixels: the last layer turns them into one logit
 NUM_GROUPS = 32

@@ -9,6 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from svqvae_hf.models.quantizer import VectorQuantizer
+from svqvae_hf.trainer.tracking import progress
 
 KMEANS_ITERATIONS = 20
 FORGOTTEN = 1e-6  # weight below which an average holds no latent any more
@@ -44,7 +45,7 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
     latents = F.normalize(latents.float(), dim=-1) if quantizer.l2_norm else latents.float()
     codes = quantizer.embedding.weight
     codes.copy_(draw(size))
-    for _ in range(KMEANS_ITERATIONS):
+    for _ in progress(range(KMEANS_ITERATIONS), "k-means: rounds", KMEANS_ITERATIONS):
         ids = quantizer.embedding(latents)
         counts = torch.bincount(ids, minlength=size).unsqueeze(-1)
         sums = torch.zeros_like(codes).index_add_(0, ids, latents)
@@ -207,6 +208,6 @@ def reset_code_state(optimizer: torch.optim.Optimizer, codes: nn.Parameter, repl
 
 @torch.no_grad()
 def copy_codes_to_ema(ema: EMAModel, model: nn.Module, codes: nn.Parameter, replaced: torch.Tensor) -> None:
-    """Copies replaced codes to the averaged weights, which would otherwise mix new codes with old ones."""
+    """Copies replaced codes to the EMA weights, which would otherwise mix new codes with old ones."""
     average = dict(zip(model.parameters(), ema.shadow_params, strict=True))[codes]
     average[replaced.to(average.device)] = codes[replaced].to(average)

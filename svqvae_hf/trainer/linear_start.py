@@ -61,7 +61,7 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
     """Sets all weights but the codebook to the linear autoencoder of some images.
 
     Args:
-        vqvae ([`SVQVAE`]): New model with the weights of [`~svqvae_hf.trainer.network.model.initialise`].
+        vqvae ([`SVQVAE`]): New model with the weights of [`~svqvae_hf.trainer.model.initialise`].
         sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in `pixel_range`, of
             which the first half megapixel is used.
 

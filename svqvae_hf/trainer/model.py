@@ -1,71 +1,19 @@
-"""The model to train: its initial weights, its frozen parts, and its forward pass at several scales."""
+"""The model to train: its initial weights, its frozen parts, and the scales of its steps."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.hub.repositories import from_hub, public_name
-from svqvae_hf.models.image_processing_svqvae import resize_latents
+from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock
-from svqvae_hf.models.quantizer import VQLosses, flatten_latents
+from svqvae_hf.models.quantizer import flatten_latents
+from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.train_options import TrainOptions
 
 RESIDUAL_GAIN = 0.1
 VARIANCE_EPS = 1e-6
-RECOMPILES = 4  # per block: with and without gradients, in training and evaluation
-
-
-class Reconstructions(NamedTuple):
-    """Output of [`MultiScaleForward`].
-
-    Args:
-        samples (`list[torch.Tensor]`): Reconstruction `(batch, 3, height, width)` at each scale in `pixel_range`, not
-            clamped.
-        latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
-        losses (`list[VQLosses]`): Losses of the quantizer at each scale; empty if nothing was quantised.
-        ids (`list[torch.Tensor]`): Flat ids at each scale; empty if nothing was quantised.
-    """
-
-    samples: list[torch.Tensor]
-    latents: torch.Tensor
-    losses: list[VQLosses]
-    ids: list[torch.Tensor]
-
-
-class MultiScaleForward(nn.Module):
-    """Forward pass of an SVQVAE in training, as one module for `accelerator.prepare`.
-
-    Args:
-        vqvae ([`SVQVAE`]): Model to train.
-    """
-
-    def __init__(self, vqvae: SVQVAE):
-        super().__init__()
-        self.vqvae = vqvae
-
-    def forward(self, sample: torch.Tensor, scales: Sequence[float], quantize: bool) -> Reconstructions:
-        """Encodes once, then quantises and decodes at each scale.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in the model's `pixel_range`.
-            scales (`Sequence[float]`): Scales of the reconstructions.
-            quantize (`bool`): If false, latents are not quantised but only normalised, if the codebook is.
-        """
-        output = Reconstructions([], self.vqvae.encode(sample).latents, [], [])
-        for scale in scales:
-            latents = resize_latents(output.latents, scale)
-            if quantize:
-                latents, losses, (_, _, ids) = self.vqvae.quantize(latents)
-                output.losses.append(losses)
-                output.ids.append(ids)
-            elif self.vqvae.config["codebook_l2_norm"]:
-                latents = F.normalize(latents.float(), dim=1)
-            output.samples.append(self.vqvae.decode(latents, force_not_quantize=True).sample.float())
-        return output
 
 
 def step_scales(options: TrainOptions, latent_side: int, step: int) -> list[float]:
@@ -99,18 +47,13 @@ def load_model(options: TrainOptions) -> SVQVAE:
     if options.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(options.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:
-        vqvae = SVQVAE.from_config(from_hub(SVQVAE.load_config, options.initial_model))
+        _, config = load_network_config(options.initial_model, SVQVAE)
+        vqvae = SVQVAE.from_config(config)
         initialise(vqvae)
     _check_fit(options, vqvae)
     vqvae.register_to_config(sample_size=options.resolution, _name_or_path=public_name(options.initial_model))
     if options.gradient_checkpointing:
         vqvae.enable_gradient_checkpointing()
-    if options.torch_compile:
-        blocks = [block for block in vqvae.modules() if isinstance(block, ResnetBlock)]
-        # The compiler counts the recompilations of all blocks together, because they share one forward function.
-        torch._dynamo.config.recompile_limit = RECOMPILES * len(blocks)
-        for block in blocks:
-            block.compile(dynamic=True)
     vqvae.train()
     for part in frozen_parts(options, vqvae):
         part.requires_grad_(False)
@@ -135,7 +78,7 @@ def frozen_parts(options: TrainOptions, vqvae: SVQVAE) -> list[nn.Module]:
     """Parts of the model that the optimizer leaves as they are."""
     if options.train == "decoder":
         return [vqvae.encoder, vqvae.quant_conv, vqvae.quantize]
-    return [vqvae.quantize] if options.freeze_codebook or options.codebook_decay else []
+    return [vqvae.quantize] if options.codebook_decay else []
 
 
 def initialise(vqvae: SVQVAE) -> None:
