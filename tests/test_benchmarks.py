@@ -267,10 +267,6 @@ def test_moved_grid_has_other_borders_and_the_same_overlap(load, length, tile, o
         assert each.stop >= min(length, each.core_stop + overlap)
 
 
-def test_grid_of_one_tile_does_not_move(load):
-    assert load("tiles").moved_axis(10, 10, 2) == tile_axis(10, 10, 2)
-
-
 def test_token_sets(run, photo, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

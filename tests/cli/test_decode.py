@@ -1,5 +1,3 @@
-import shutil
-
 import pytest
 import torch
 from cli_runner import fails, svqvae
@@ -10,7 +8,7 @@ from safetensors.torch import save_file
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.tokens.image_tokens import encode_image
-from svqvae_hf.tokens.token_files import load_tokens, save_tokens
+from svqvae_hf.tokens.token_files import save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
 
@@ -92,10 +90,3 @@ def test_tokens_of_another_codebook_are_an_error(tokens, out, tmp_path, saved_mo
     assert other.codebook_fingerprint() in error
     assert SVQVAE.from_pretrained(saved_model).codebook_fingerprint() in error
     assert not out.exists()
-
-
-def test_inputs_are_not_overwritten(tokens, saved_model, capsys):
-    other = shutil.copy(tokens, tokens.parent / "a_x1.png")
-    error = fails(capsys, "decode", tokens, other, "--output", tokens.parent, "--model", saved_model)
-    assert f"the input `{other}` would be overwritten" in error
-    load_tokens(other)

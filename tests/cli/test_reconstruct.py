@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from cli_runner import fails, svqvae, visible
+from cli_runner import svqvae, visible
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
@@ -51,15 +51,6 @@ def test_side_by_side_shows_the_original(two_images, out, saved_model):
     assert np.abs(np.asarray(shown, float) - original).mean() < 8
 
 
-def test_no_side_by_side_without_flag(two_images, saved_model):
-    Image.open(two_images / "a.png").save(two_images / "a_side_by_side.png")
-    inputs = [
-        two_images / "a.png",
-        two_images / "a_side_by_side.png",
-    ]  # an input, which --side-by-side would overwrite
-    assert svqvae("reconstruct", *inputs, "--output", two_images, "--model", saved_model) == 0
-
-
 def test_perfect_reconstruction_has_infinite_psnr(monkeypatch, two_images, out, saved_model, capsys):
     original = Image.open(two_images / "a.png")
     monkeypatch.setattr("svqvae_hf.tokens.image_tokens.decode_image", lambda model, tokens: [original])
@@ -96,12 +87,3 @@ def test_smallest_and_narrow_images_are_reconstructed(tmp_path, out, saved_model
     argv = ["--output", out, "--model", saved_model, "--scales", "0.1", "2", "--side-by-side"]
     assert svqvae("reconstruct", tmp_path / "a.png", *argv) == 0
     assert Image.open(out / "a_x2.png").size == (2 * size[0], 2 * size[1])
-
-
-def test_inputs_are_not_overwritten(two_images, saved_model, capsys):
-    Image.open(two_images / "a.png").save(two_images / "a_x1.png")
-    before = (two_images / "a_x1.png").read_bytes()
-    inputs = [two_images / "a.png", two_images / "a_x1.png"]
-    error = fails(capsys, "reconstruct", *inputs, "--output", two_images, "--model", saved_model)
-    assert f"the input `{two_images / 'a_x1.png'}` would be overwritten" in error
-    assert (two_images / "a_x1.png").read_bytes() == before

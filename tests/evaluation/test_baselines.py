@@ -30,17 +30,6 @@ def mean_squared_error(baseline, images):
     return (baseline.reconstruct(sample) - sample).square().mean().item()
 
 
-def test_blocks_keep_all_pixels(images):
-    blocks = take_blocks(images, SIDE)
-    assert blocks.shape == (2 * 16 * 24, 3 * SIDE * SIDE)
-    assert torch.equal(blocks[25].view(3, SIDE, SIDE), images[0][:, 4:8, 4:8])
-
-
-def test_kmeans_with_a_code_per_block_is_exact(images):
-    blocks = take_blocks(images, SIDE)
-    assert mean_squared_error(KMeans.fit(blocks, len(blocks)), images) < 1e-6
-
-
 def test_kmeans_is_better_with_more_codes_and_than_random_blocks(images):
     blocks = take_blocks(images, SIDE)
     errors = [mean_squared_error(KMeans.fit(blocks, size), images) for size in (1, 8, 64)]
@@ -80,12 +69,6 @@ def test_incomplete_blocks_are_coded_and_cropped(images):
             padded = F.pad(sample.float(), (0, -width % SIDE, 0, -height % SIDE), mode="replicate")
             expected = baseline.reconstruct(padded)[..., :height, :width]
             assert torch.equal(baseline.reconstruct(sample), expected)
-
-
-def test_fits_are_equal(images):
-    one, other = (fit_block_baselines(images, SIDE, size=64) for _ in range(2))
-    for baseline, same in zip(one, other, strict=True):
-        assert torch.equal(baseline.reconstruct(images[0][None]), same.reconstruct(images[0][None]))
 
 
 def test_too_few_blocks(images):

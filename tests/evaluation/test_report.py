@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-import yaml
 from cli_runner import fails, svqvae
 from conftest import make_tiny
 from huggingface_hub import ModelCard
@@ -78,14 +77,6 @@ def test_every_value_is_in_a_table(report):
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
 
 
-def test_no_column_for_half_precision_without_its_values(report):
-    for result in report.results:
-        del result.values["ids_changed_bfloat16"], result.values["ids_changed_float16"]
-    text = "\n".join(markdown(report))
-    assert "entropy, bits per id" in text
-    assert "ids changed" not in text
-
-
 @pytest.mark.usefixtures("no_figures")
 def test_metadata_of_the_card(report, tmp_path):
     report.results[0].values["psnr"] = math.inf
@@ -100,17 +91,6 @@ def test_metadata_of_the_card(report, tmp_path):
     report.settings["data"] = [str(tmp_path)]
     (result, *_) = eval_results(report)
     assert (result.dataset_type, result.dataset_name) == ("imagefolder", tmp_path.name)
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_dots_are_resolved_in_the_metadata(report, tmp_path, monkeypatch):
-    (tmp_path / "model" / "photos").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "model" / "photos")
-    report.settings |= {"model": "..", "data": ["."]}
-    write_report(report, tmp_path / "out")
-    (index,) = yaml.safe_load((tmp_path / "out" / "model-index.yaml").read_text())["model-index"]
-    assert index["name"] == "model"
-    assert {result["dataset"]["name"] for result in index["results"]} == {"photos"}
 
 
 def test_codebook_figure_has_a_line_per_scale(report):
