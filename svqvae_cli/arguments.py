@@ -249,6 +249,14 @@ def not_empty(text: str, advice: str = "") -> str:
     return text
 
 
+def grid(text: str) -> tuple[int, int]:
+    """Reads rows and columns of codes."""
+    rows, separator, columns = text.partition("x")
+    if not (separator and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"a grid must be rows x columns of codes, such as 16x24, got {text!r}.")
+    return int(rows), int(columns)
+
+
 def scale(text: str) -> float:
     """Reads a scale."""
     return _positive(text, "a scale")

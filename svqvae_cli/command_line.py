@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from svqvae_cli import (
+    caption,
     convert,
     decode,
     demo,
@@ -38,6 +39,7 @@ COMMANDS = (  # in the order of the help
     export,
     extend_lm,
     generate,
+    caption,
     info,
     demo,
 )

@@ -2,7 +2,8 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, path, path_or_name
+from svqvae_cli.arguments import Commands, add_command, grid, path, path_or_name
+from svqvae_cli.files import check_source
 
 
 def add_to(commands: Commands) -> None:
@@ -34,25 +35,17 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Extends a language model."""
+    for source in (args.lm, args.vqvae):
+        check_source(source)
     import diffusers
     import transformers
 
-    from svqvae_cli.loading import check_source, explain_loading
+    from svqvae_cli.loading import explain_loading
     from svqvae_hf.language.extension import extend_language_model
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # while loading
-    for source in (args.lm, args.vqvae):
-        check_source(source)
     with explain_loading(args.lm):
         vocabulary = extend_language_model(args.lm, args.out, args.vqvae, args.grids, args.seed)
     grids = ", ".join(f"{rows} x {columns}" for rows, columns in vocabulary.grids)
     print(f"written  {args.out} (image tokens {vocabulary.first_token} to {vocabulary.stop - 1}, grids {grids})")
-
-
-def grid(text: str) -> tuple[int, int]:
-    """Reads rows and columns of codes."""
-    rows, separator, columns = text.partition("x")
-    if not (separator and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise argparse.ArgumentTypeError(f"a grid must be rows x columns of codes, such as 16x24, got {text!r}.")
-    return int(rows), int(columns)

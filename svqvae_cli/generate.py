@@ -14,6 +14,7 @@ from svqvae_cli.arguments import (
     add_device,
     add_dtype,
     add_output,
+    grid,
     path_or_name,
     positive,
     scale,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+    from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 SHEET_SIDE = 16  # rows and columns of the sheet, at most
 
@@ -41,7 +43,7 @@ def add_to(commands: Commands) -> None:
         "an interrupted run.",
         "org/dreams --class 3 7 --num-images 4 --guidance-scale 2 --output out",
     )
-    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the pipeline")
+    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the generator")
     add_output(parser, "folder to write to")
     parser.add_argument(
         "--overwrite", action="store_true", help="generate images that exist again (default: keep them)"
@@ -87,6 +89,12 @@ def add_to(commands: Commands) -> None:
         type=scale,
         metavar="SCALE",
         help="scales to decode, among an autoregressive pipeline's own (default: 1)",
+    )
+    parser.add_argument(
+        "--grid",
+        type=grid,
+        metavar="GRID",
+        help="rows x columns of codes of a language model's images, such as 16x24 (default: its first)",
     )
     parser.add_argument(
         "--steps", type=positive, metavar="N", help="scales of a next-scale pipeline (default: as in training)"
@@ -161,15 +169,20 @@ def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> 
     from svqvae_cli.loading import load_generator
     from svqvae_hf import SVQVAENextScalePipeline
     from svqvae_hf.files.outputs import save_png
+    from svqvae_hf.language.image_language_model import ImageLanguageModel
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # while loading
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
-    pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
-    class_names = pipeline.config["class_names"] or []
-    labels = [_class_label(text, class_names) for text in args.class_labels or []]
+    labels = []
+    if isinstance(pipeline, ImageLanguageModel):
+        sample: Any = _sample_language_model
+    else:
+        sample = _sample_next_scale if isinstance(pipeline, SVQVAENextScalePipeline) else _sample_autoregressive
+        pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
+        class_names = pipeline.config["class_names"] or []
+        labels = [_class_label(text, class_names) for text in args.class_labels or []]
     numbers = {stem: number for number, stem in enumerate(work.targets)}
-    sample = _sample_next_scale if isinstance(pipeline, SVQVAENextScalePipeline) else _sample_autoregressive
     for batch in _batches(work.files(), args.batch_size):
         rows = [numbers[stem] // args.count for stem in batch]
         sampling: dict[str, Any] = {
@@ -218,6 +231,19 @@ def _sample_next_scale(
     callback = decode if args.steps_pictures else None
     images = pipeline(num_inference_steps=args.steps, callback_on_step_end=callback, **sampling)[0]
     return [images, *_steps_pictures([*steps[:-1], images] if steps else [])]
+
+
+def _sample_language_model(
+    model: "ImageLanguageModel", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
+) -> Images:
+    """Draws an image of each caption, or without one."""
+    for name in ("class_labels", "scales", "steps", "steps_pictures"):
+        if getattr(args, name):
+            flag = "class" if name == "class_labels" else name.replace("_", "-")
+            raise ValueError(f"--{flag} belongs to pipelines, but MODEL is a language model. Leave it out.")
+    del sampling["class_labels"]
+    count = sampling.pop("num_images_per_prompt")
+    return [model.draw(sampling.pop("prompt", [None] * count), args.grid, **sampling)]
 
 
 def _steps_pictures(steps: Images) -> Images:

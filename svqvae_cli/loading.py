@@ -18,6 +18,7 @@ from svqvae_cli.errors import prefix_errors, require_extra
 from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub, hub_reason
+from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.tokens.image_tokens import check_memory
 from svqvae_hf.tokens.token_files import ImageTokens
@@ -70,12 +71,12 @@ def explain_loading(source: str) -> Iterator[None]:
 
 def load_generator(
     source: str, device: str | None, dtype: str, adapter: str | None = None
-) -> SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline:
-    """Loads a pipeline of either kind, as [`load_model`] does, and merges a LoRA adapter into its language model."""
+) -> SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLanguageModel:
+    """Loads a generator of any kind, as [`load_model`] does, and merges a LoRA adapter into its language model."""
     pipeline = load_pretrained(_AnyGenerator, source, device, dtype)
     if adapter is None:
         return pipeline
-    if not isinstance(pipeline, SVQVAEAutoregressivePipeline):
+    if isinstance(pipeline, SVQVAENextScalePipeline):
         raise ValueError("--adapter belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
     with require_extra("--adapter", "train"):
         from peft import PeftModel
@@ -97,6 +98,8 @@ class _AnyGenerator:
                 f"`{source}` is an adapter. Pass the pipeline that it adapts as MODEL, and this folder as --adapter."
             )
         classes = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
+        if ImageLanguageModel.is_at(source):
+            return ImageLanguageModel.from_pretrained(source, **options)
         found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
         if found not in classes:
             raise ValueError(f"the pipeline `{source}` must be one of {', '.join(classes)}, but is a {found}.")

@@ -61,6 +61,11 @@ WRONG = {  # words on the command line, and a part of the message
         ("{model} --output out", "could not load the model"),
         ("{model} --output out --seed x", "argument --seed: invalid int value: 'x'"),
     ],
+    "caption": [
+        ("two_images --output out", "the following arguments are required: --model"),
+        ("two_images --output out --model nowhere", "there is no file or folder `nowhere`"),
+        ("two_images/a.png --output out --model {model}", "the model has no image tokens. Add them with `svqvae ext"),
+    ],
     "info": [
         ("two_images/a.png", "info describes models and tokens, got the image `two_images/a.png`"),
         ("empty", "could not load the model `empty`"),

@@ -1,0 +1,161 @@
+"""A language model with image tokens: `python benchmarks/language_models.py LM TOKENS`.
+
+- By heart: the most likely image of each caption and caption of each image, beside the token set it was trained on.
+- Grammar: sequences sampled from random logits, and how many of them have a malformed image.
+- Speed: tokens per second of generation with and without the grammar, and of training with and without the loss by
+  modality, of the same model.
+"""
+
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from measuring import Row, describe_machine, make_parser, report, take_turns
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from svqvae_hf import SVQVAEProcessor
+from svqvae_hf.language.grammar import ImageGrammar, grammar_regex
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+from train_image_text import IGNORED, ModalityLoss
+
+NEW_TOKENS = 64
+BATCH = 8
+SAMPLES_AT_ONCE = 1000  # of each prompt
+
+
+def by_heart(model: PreTrainedModel, processor: SVQVAEProcessor, tokens: str) -> list[Row]:
+    """Compares the most likely answers of a model with the pairs of a token set, one at a time."""
+    settings = read_settings(tokens)
+    pairs = [
+        (row["caption"], row_tokens(row, settings).ids[-1]) for row in datasets.load_dataset(tokens, split="train")
+    ]
+    grammar = ImageGrammar(model.config)
+
+    def answer(content: str, length: int) -> list[torch.Tensor]:
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=text, return_tensors="pt").to(model.device)
+        made = model.generate(
+            **inputs, max_new_tokens=length, do_sample=False, logits_processor=[grammar], pad_token_id=0
+        )
+        return processor.vocabulary.split(made[0, inputs["input_ids"].shape[1] :].cpu())
+
+    images, texts = [], []
+    for caption, ids in pairs:
+        made = answer(caption, ids.numel() + 8)
+        images.append(len(made) > 1 and torch.equal(made[1], ids.long()))
+        found = processor.decode(answer(processor.image_text(ids), 2 * len(caption))[0], skip_special_tokens=True)
+        texts.append(found.split() == caption.split())
+    return [
+        {"direction": name, "pairs": len(pairs), "equal": sum(equal)}
+        for name, equal in (("text to image", images), ("image to text", texts))
+    ]
+
+
+def sample_grammar(model: PreTrainedModel, processor: SVQVAEProcessor, samples: int, length: int) -> Row:
+    """Samples sequences from random logits, from prompts of several lengths with padding on the left."""
+    vocabulary, grammar = processor.vocabulary, ImageGrammar(model.config)
+    starts = [[], [vocabulary.begin], vocabulary.begin_image(vocabulary.grids[0])]
+    prompts = torch.tensor([[1] * (2 - len(start)) + start for start in starts]).repeat(SAMPLES_AT_ONCE, 1)
+    generator = torch.Generator().manual_seed(0)
+    pattern, images, malformed = re.compile(grammar_regex(vocabulary)), 0, 0
+
+    def sample(tokens: torch.Tensor) -> torch.Tensor:
+        for _ in range(length):
+            logits = torch.randn(len(tokens), grammar.allowed.shape[1], generator=generator)
+            logits[:, vocabulary.begin] += 6
+            noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+            tokens = torch.cat([tokens, (grammar(tokens, logits) + noise).argmax(-1, keepdim=True)], dim=1)
+        return tokens
+
+    chunks = (sample(prompts) for _ in range(-(-samples // len(prompts))))
+    for sequence in islice((sequence for chunk in chunks for sequence in chunk), samples):
+        try:
+            parts = vocabulary.split(sequence, unfinished=True)
+        except ValueError:
+            malformed += 1
+            continue
+        images += len(parts) // 2
+        if len(parts) % 2 and not pattern.fullmatch(processor.decode(sequence)):
+            malformed += 1
+    return {"sequences": samples, "images": images, "malformed": malformed}
+
+
+def speed(model: PreTrainedModel, processor: SVQVAEProcessor, rounds: int) -> list[Row]:
+    """Tokens per second with what images add, and without."""
+    grid = max(processor.vocabulary.grids)
+    prompt = torch.tensor([processor.vocabulary.begin_image(grid)] * BATCH, device=model.device)
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    grammar, loss = ImageGrammar(model.config), ModalityLoss(processor.vocabulary)
+    tokens = torch.randint(1, processor.vocabulary.begin, (1, BATCH * NEW_TOKENS), device=model.device)
+
+    def generate(processors: list[Any]) -> None:
+        model.generate(prompt, do_sample=True, logits_processor=processors, **length)
+
+    def train(compute: Callable[[], torch.Tensor]) -> None:
+        model.zero_grad()
+        compute().backward()
+
+    labels = tokens.clone()
+    labels[:, 0] = IGNORED
+    contestants = {
+        "generation": lambda: generate([grammar]),
+        "plain generation": lambda: generate([]),
+        "training": lambda: train(lambda: loss(model(tokens, use_cache=False), labels)),
+        "plain training": lambda: train(lambda: model(tokens, labels=labels, use_cache=False).loss),
+    }
+    seconds = {
+        name: statistics.median(times) for name, times in take_turns(contestants, rounds, str(model.device)).items()
+    }
+    return [
+        {
+            "run": name,
+            "tokens per second": BATCH * NEW_TOKENS / seconds[name],
+            "ratio to the plain model": seconds[f"plain {name}"] / seconds[name],
+        }
+        for name in ("generation", "training")
+    ]
+
+
+def main() -> None:
+    """Reads the arguments, measures and reports."""
+    parser = make_parser(__doc__, rounds=20)
+    parser.add_argument("lm", help="folder of the language model")
+    parser.add_argument("tokens", help="token set with captions that it was trained on")
+    parser.add_argument("--adapter", help="folder of a LoRA adapter")
+    parser.add_argument(
+        "--samples", type=int, default=100_000, help="sequences of random logits (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = AutoModelForCausalLM.from_pretrained(options.lm).to(options.device).eval()
+    processor = SVQVAEProcessor.from_pretrained(options.lm)
+    text = torch.arange(1, 100, device=model.device)[None]
+    with torch.no_grad():
+        before = model(text).logits
+    if options.adapter:
+        model = PeftModel.from_pretrained(model, options.adapter).eval()
+        with torch.no_grad(), model.disable_adapter():
+            equal = torch.equal(before, model(text).logits)
+    tables: dict[str, list[Row]] = {"By heart": by_heart(model, processor, options.tokens)}
+    if options.adapter:
+        tables["By heart"].append({"direction": "text, adapter off", "pairs": 1, "equal": int(equal)})
+    start = time.perf_counter()
+    sampled = sample_grammar(model, processor, options.samples, 40)
+    tables["Grammar"] = [{**sampled, "seconds": time.perf_counter() - start}]
+    tables["Speed"] = speed(model, processor, options.rounds)
+    report(options, describe_machine(options.device, options.threads), tables)
+
+
+if __name__ == "__main__":
+    main()

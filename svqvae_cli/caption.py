@@ -1,0 +1,64 @@
+"""`svqvae caption`."""
+
+import argparse
+from functools import partial
+
+from svqvae_cli.arguments import Commands, add_command, add_device, add_dtype, add_files, path_or_name, positive
+from svqvae_cli.files import IMAGE_SUFFIXES, check_output, check_source, find_inputs
+from svqvae_cli.runs import Run
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command and its arguments."""
+    parser = add_command(
+        commands,
+        "caption",
+        run,
+        "describe images with a language model that has image tokens",
+        "Writes NAME.txt with the most likely text for each image, in the subfolder that\n"
+        "the image was found in, and prints it. Images that cannot be read are named and\n"
+        "skipped. The same command resumes an interrupted run.",
+        "photos --model org/lm-with-images --output out",
+    )
+    add_files(parser, "image files, folders of them, which are searched with their subfolders, or globs")
+    parser.add_argument(
+        "--model", type=path_or_name, required=True, metavar="LM", help="language model: folder or Hub id"
+    )
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text after each image (default: none)")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=64, metavar="N", help="most tokens of a text (default: 64)"
+    )
+    add_device(parser)
+    add_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes and prints a text for each image."""
+    check_source(args.model)
+    check_output(args.output)
+    inputs = find_inputs(args.inputs, IMAGE_SUFFIXES, args.output)
+    targets = {file: [file.target(args.output, ".txt")] for file in inputs}
+    with Run(args, targets, "texts") as work:
+        if work.left:
+            _caption(args, work)
+
+
+def _caption(args: argparse.Namespace, work: Run) -> None:
+    import diffusers
+    import transformers
+
+    from svqvae_cli.loading import load_pretrained
+    from svqvae_hf.files.outputs import write_file
+    from svqvae_hf.language.image_language_model import ImageLanguageModel
+    from svqvae_hf.models.image_processing_svqvae import load_image
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # while loading
+    model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
+    caption = partial(model.caption, prompt=args.prompt, max_new_tokens=args.max_tokens)
+    for file, image in work.read(load_image):
+        with work.attempt(file):
+            (text,) = caption([image])
+            (path,) = work.outputs(file)
+            write_file(path, f"{text}\n".encode())
+            print(f"{file.name}: {text}")

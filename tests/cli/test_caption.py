@@ -1,0 +1,40 @@
+from cli_runner import fails, svqvae, visible
+from PIL import Image
+from tiny_language_models import extended
+
+from svqvae_hf.language.image_language_model import ImageLanguageModel
+
+
+def test_a_text_for_each_image_in_the_folders_of_the_images(two_images, tmp_path, capsys):
+    (two_images / "c").mkdir()
+    (two_images / "a.png").rename(two_images / "c" / "a.png")
+    (two_images / "broken.png").write_bytes(b"hello")
+    out, options = tmp_path / "out", ["--model", extended("qwen"), "--max-tokens", 4, "--prompt", "?"]
+    assert svqvae("caption", two_images, "--output", out, *options) == 1
+    printed = capsys.readouterr().out
+    model = ImageLanguageModel.from_pretrained(extended("qwen"))
+    for name in ("b.jpg", "c/a.png"):
+        (text,) = model.caption([Image.open(two_images / name)], "?", 4)
+        assert (out / name).with_suffix(".txt").read_text() == f"{text}\n"
+        assert f"{name}: {text}\n" in printed
+    assert svqvae("caption", two_images, "--output", out, *options) == 1
+    assert "resumed: 2 of 3 were there" in capsys.readouterr().out
+
+
+def test_generate_draws_with_a_language_model(tmp_path, capsys):
+    out, model = tmp_path / "out", extended("qwen")
+    arguments = ["--prompt", "a cat", "a key", "--grid", "2x3", "--num-images", 2, "--guidance-scale", 2]
+    assert svqvae("generate", model, *arguments, "--output", out) == 0
+    files = {f"prompt_{row}_{index}_x1.png" for row in range(2) for index in range(2)}
+    assert {*visible(out)} == files | {"sheet.png"}
+    with Image.open(out / "prompt_1_1_x1.png") as image:
+        assert image.size == (12, 8)
+    assert svqvae("generate", model, "--num-images", 2, "--output", tmp_path / "plain") == 0
+    assert "image_1_x1.png" in visible(tmp_path / "plain")
+    capsys.readouterr()
+    for option, message in [
+        (["--scales", "0.5"], "--scales belongs to pipelines, but MODEL is a language model. Leave it out"),
+        (["--class", "1"], "--class belongs to pipelines"),
+        (["--grid", "9x9"], "`grid` must be one of the rows x columns of codes that the model knows"),
+    ]:
+        assert message in fails(capsys, "generate", model, *option, "--output", tmp_path / "wrong")

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+import torch
+from tiny_language_models import FAMILIES, load_extended
+
+from svqvae_hf.language.image_language_model import ImageLanguageModel
+
+
+def pixels(images):
+    return [np.array(image).tolist() for image in images]
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_have_the_grid_that_was_asked_for(family):
+    pipe = ImageLanguageModel(*load_extended(family))
+    assert [image.size for image in pipe.draw(["a cat", "a cat left of a pear", None])] == [(8, 8)] * 3
+    assert [image.size for image in pipe.draw(["a cat"], grid=(2, 3), guidance_scale=2.0)] == [(12, 8)]
+    with pytest.raises(ValueError, match="the rows x columns of codes that the model knows"):
+        pipe.draw(["a cat"], grid=(9, 9))
+
+
+def test_an_image_depends_on_its_generator_and_caption_alone():
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    settings = {"grid": (4, 4), "guidance_scale": 2.0, "top_p": 0.9}
+    both = pipe.draw(["a cat", "a red key"], generator=generators(1, 2), **settings)
+    alone = pipe.draw(["a red key"], generator=generators(2), **settings)
+    assert pixels(both)[1:] == pixels(alone)
+    assert pixels(both)[:1] != pixels(pipe.draw(["a cat"], generator=generators(2), **settings))
+
+
+def test_temperature_0_takes_the_most_likely_codes():
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    images = [pipe.draw(["a cat"], temperature=0, generator=generators(seed)) for seed in (1, 2)]
+    assert pixels(images[0]) == pixels(images[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captions_are_texts(family):
+    pipe = ImageLanguageModel(*load_extended(family))
+    images = pipe.draw(["a cat", None], grid=(4, 4))
+    captions = pipe.caption(images, max_new_tokens=5)
+    assert [type(caption) for caption in captions] == [str, str]
+    assert "<|image" not in "".join(captions)
+    assert captions[1:] == pipe.caption(images[1:], max_new_tokens=5)
