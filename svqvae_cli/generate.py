@@ -41,7 +41,7 @@ def add_to(commands: Commands) -> None:
         "Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png\n"
         f"with a row per class: at most {SHEET_SIDE} rows and columns. The same command resumes\n"
         "an interrupted run.",
-        "org/dreams --class 3 7 --num-images 4 --guidance-scale 2 --output out",
+        "org/dreams --class 3 7 --num-images 4 --output out",
     )
     parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the generator")
     add_output(parser, "folder to write to")
