@@ -25,6 +25,7 @@ PARTS = 3
 def local(tmp_path, monkeypatch):
     """Image files, and the same in three tar files with captions."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "cache" / "downloads")
     photos = save_photos(tmp_path / "local" / "photos")
     (tmp_path / "local" / "tars").mkdir()
     for part in range(PARTS):
