@@ -37,7 +37,6 @@ def result(page):
         return np.asarray(image.convert("RGB"), int)
 
 
-@pytest.mark.slow
 def test_image_grows_and_a_painted_part_is_generated_anew(page):
     from demo_pictures import PHONE, generate, paint
 

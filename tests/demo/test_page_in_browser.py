@@ -228,7 +228,6 @@ def open_ids(page, model, ids, folder):
     page.locator(".alone img:visible").wait_for()
 
 
-@pytest.mark.slow
 def test_grids_of_any_shape_are_drawn_or_reported(page, model, tmp_path):
     codes = model.config["codebook_size"]
     open_ids(page, model, torch.arange(120).view(30, 4) % codes, tmp_path)
@@ -335,7 +334,6 @@ def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tm
     page.locator("#scales").wait_for()
 
 
-@pytest.mark.slow
 def test_no_analytics_and_no_public_api(address):
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)

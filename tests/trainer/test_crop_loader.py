@@ -35,6 +35,7 @@ def sets(tmp_path_factory):
 # Order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_workers", "num_processes"), [(0, 3), (2, 1)])
 def test_resumed_loader_continues_exactly(sets, kind, num_workers, num_processes):

@@ -97,6 +97,7 @@ def test_captions_are_dropped_in_the_stated_share(tokens):
     assert dropped == pytest.approx(100, abs=30)
 
 
+@pytest.mark.slow
 def test_texts_with_images_are_learned_whole(tokens, tmp_path):
     ids = [[1, 2], [3, 4]]
     rows = [{"text": "left <|image|> right <|image|>", "images": [ids, ids]}, {"text": "a text"}]
@@ -137,6 +138,7 @@ def test_loss_by_modality():
     assert total == pytest.approx(2 * math.log(400) / 3, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
     folder = train("learned", logging_steps=10)
     model, processor = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
