@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 
 from svqvae_hf.export.graph_files import Graph
 from svqvae_hf.export.graphs import example_images
@@ -16,10 +15,8 @@ CHECKED_GRIDS = (
     (1, 20, 32),
 )
 PIXEL_TOLERANCE = 2 / 255  # where black and white differ by 1
-# Another library adds the same products in another order, so its latents differ in the last digits. In float32 they
-# differ from float64 by up to 4e-6 of their length, measured with the layout of the original's release. Two codes
-# whose similarities differ by no more than this are a tie, and either is right.
-TIE = 1e-5
+# In float32 another library adds the same products in another order, so two nearly equal codes may change places.
+MAX_CHANGED = 1e-3  # fraction of all ids
 ADVICE = "Nothing was written. Try other versions of torch, onnx and onnxruntime."
 
 
@@ -30,8 +27,8 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph, dtype: torch.dty
         model ([`SVQVAE`]): Model in float32.
         encode (`Callable`): Encoder graph.
         decode (`Callable`): Decoder graph.
-        dtype (`torch.dtype`): Type of the graphs' images and weights. In float32, ids may differ only in ties, and
-            pixels by `PIXEL_TOLERANCE`. In float16, any finite difference passes.
+        dtype (`torch.dtype`): Type of the graphs' images and weights. In float32, `MAX_CHANGED` of the ids may
+            differ, and pixels by `PIXEL_TOLERANCE`. In float16, any finite difference passes.
 
     Returns:
         `tuple[int, float]`: Number of ids that differ, and largest difference of a pixel, where black and
@@ -40,29 +37,18 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph, dtype: torch.dty
     Raises:
         ValueError: If a graph fails to run, returns a wrong shape, or differs by more.
     """
-    changed, largest = 0, 0.0
+    changed, total, largest = 0, 0, 0.0
     for number, grid in enumerate(CHECKED_GRIDS):
         top, left = number % model.f, 3 * number % model.f  # so that many sides are not multiples of f
         sample = example_images(model, grid)[..., top:, left:]
-        ids = model.encode_tokens(sample)
-        changed += _compare_ids(model, encode, sample, ids, dtype)
-        largest = max(largest, _compare_pixels(model, decode, ids, dtype))
+        expected = model.encode_tokens(sample)
+        name = f"encoder at {_size_text(sample)}"
+        ids = _run(encode, sample.to(dtype), expected, name)
+        changed, total = changed + int((ids != expected).sum()), total + ids.numel()
+        largest = max(largest, _compare_pixels(model, decode, expected, dtype))
+    if dtype == torch.float32 and changed > MAX_CHANGED * total:
+        raise ValueError(f"the encoder: ids must equal the model's, but {changed} of {total} differ. {ADVICE}")
     return changed, largest
-
-
-def _compare_ids(
-    model: SVQVAE, encode: Graph, sample: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
-) -> int:
-    name = f"encoder at {_size_text(sample)}"
-    ids = _run(encode, sample.to(dtype), expected, name)
-    differs = ids != expected
-    wrong = differs & ~(_similarity_gap(model, sample, ids, expected) <= TIE)
-    if dtype == torch.float32 and wrong.any():
-        raise ValueError(
-            f"the {name}: ids must equal the model's, but {int(wrong.sum())} of {ids.numel()} differ and are not "
-            f"ties. {ADVICE}"
-        )
-    return int(differs.sum())
 
 
 def _compare_pixels(model: SVQVAE, decode: Graph, ids: torch.Tensor, dtype: torch.dtype) -> float:
@@ -94,17 +80,3 @@ def _run(graph: Graph, value: torch.Tensor, expected: torch.Tensor, name: str) -
             f"the {name} must return the shape {tuple(expected.shape)}, got {tuple(result.shape)}. {ADVICE}"
         )
     return result
-
-
-def _similarity_gap(model: SVQVAE, sample: torch.Tensor, ids: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
-    """How much more similar latents are to their nearest codes than to the codes `ids`.
-
-    Similarity is the cosine for normalised codes. Without L2 norm it is minus half the squared distance, divided by
-    the mean of both squared lengths.
-    """
-    latents = model.encode(sample).latents.permute(0, 2, 3, 1).double()  # (batch, h, w, codebook_embed_dim)
-    if model.config["codebook_l2_norm"]:
-        latents = F.normalize(latents, dim=-1)
-    chosen, best = (model.quantize.get_codebook_entry(rows).double() for rows in (ids, nearest))
-    lengths = (latents.square().sum(-1) + best.square().sum(-1)) / 2
-    return ((latents - chosen).square().sum(-1) - (latents - best).square().sum(-1)) / 2 / lengths

@@ -14,20 +14,26 @@ TEMPLATE = """---
 
 # {name}
 
-SVQVAE is an image tokenizer. It encodes images of any size as ids of one codebook, at one or more scales, and decodes
-them to images.
-
-| | |
-|---|---|
-| f (pixels per id, along each side) | {f} |
-| codebook | {codebook_size} x {codebook_embed_dim}{normalised} |
-| pixel range of inputs and outputs | [{pixel_low}, {pixel_high}] |
-| pixel range of the training images | [{network_low}, {network_high}] |
-| encoder, decoder | {base_channels} channels times {encoder_ch_mult}, {decoder_ch_mult} |
+{summary}
 
 ## Use
 
-With the package `svqvae-hf`:
+{use}
+
+## Origin
+
+{provenance}
+## Licence
+
+{licence}
+"""
+
+SUMMARY = """SVQVAE is an image tokenizer. It encodes images of any size as ids of one codebook, at one or more scales, and
+decodes them to images.
+
+{table}"""
+
+USE = """With the package `svqvae-hf`:
 
 ```python
 import torch
@@ -43,28 +49,10 @@ with torch.inference_mode():
     decoded = vqvae.decode_tokens(ids)
 images = processor.postprocess(decoded, batch["image_sizes"])
 images[0].save("reconstruction.png")
-```
-{half_precision}
-## Origin
+```"""
 
-{provenance}
-## Licence
-
-{licence}
-"""
-
-PIPELINE_TEMPLATE = """---
-{metadata}
----
-
-# {name}
-
-{summary}
-
-## Use
-
-The pipeline needs the package `svqvae-hf`. diffusers loads a pipeline that holds an SVQVAE only after
-`import svqvae_hf`.
+USE_PIPELINE = """The pipeline needs the package `svqvae-hf`. diffusers loads a pipeline that holds an SVQVAE only
+after `import svqvae_hf`.
 
 ```python
 import svqvae_hf
@@ -72,21 +60,13 @@ from {module} import {pipeline}
 
 pipeline = {pipeline}.from_pretrained({repo_id})
 image = pipeline({call}).images[0]
-```
-
-## Origin
-
-{provenance}
-## Licence
-
-{licence}
-"""
+```"""
 
 NO_LICENCE = "Not stated: ask the authors of the weights before you use or share them."
 
 HALF_PRECISION = """
-Half-precision weights: {calls}. The codebook stays in float32, so that ids keep their meaning.
-"""
+
+Half-precision weights: {calls}. The codebook stays in float32, so that ids keep their meaning."""
 
 
 def model_card(
@@ -118,39 +98,32 @@ def model_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    name, quoted = one_line(repo_id.rpartition("/")[2]), quote(repo_id)
-    metadata = ModelCardData(
-        license=license or "unknown",
-        library_name="diffusers",
-        pipeline_tag="image-to-image",
-        tags=TAGS,
-        base_model=base_model,
-        datasets=list(datasets) or None,
-        model_name=name if eval_results else None,
-        eval_results=list(eval_results) or None,
-    )
+    quoted, f = quote(repo_id), 2 ** (len(config["encoder_ch_mult"]) - 1)
+    levels = ", ".join(str(tuple(config[f"{network}_ch_mult"])) for network in ("encoder", "decoder"))
+    normalised = ", L2-normalised" if config["codebook_l2_norm"] else ""
+    rows = {
+        "f (pixels per id, along each side)": f,
+        "codebook": f"{config['codebook_size']} x {config['codebook_embed_dim']}{normalised}",
+        "pixel range of inputs and outputs": list(config["pixel_range"]),
+        "pixel range of the training images": list(config["network_range"]),
+        "encoder, decoder": f"{config['base_channels']} channels times {levels}",
+    }
     calls = " or ".join(
         f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
         for variant, dtype in (variants or {}).items()
     )
-    return TEMPLATE.format(
-        metadata=metadata.to_yaml(),
-        name=name,
-        repo_id=quoted,
-        f=2 ** (len(config["encoder_ch_mult"]) - 1),
-        codebook_size=config["codebook_size"],
-        codebook_embed_dim=config["codebook_embed_dim"],
-        normalised=", L2-normalised" if config["codebook_l2_norm"] else "",
-        pixel_low=config["pixel_range"][0],
-        pixel_high=config["pixel_range"][1],
-        network_low=config["network_range"][0],
-        network_high=config["network_range"][1],
-        base_channels=config["base_channels"],
-        encoder_ch_mult=tuple(config["encoder_ch_mult"]),
-        decoder_ch_mult=tuple(config["decoder_ch_mult"]),
-        half_precision=HALF_PRECISION.format(calls=calls) if calls else "",
-        provenance=_provenance_table(provenance or {}),
-        licence=one_line(license or NO_LICENCE),
+    return _card(
+        repo_id,
+        license,
+        provenance or {},
+        summary=SUMMARY.format(table=f"| | |\n|---|---|\n{table_rows(rows.items())}".rstrip()),
+        use=USE.format(repo_id=quoted, f=f) + (HALF_PRECISION.format(calls=calls) if calls else ""),
+        pipeline_tag="image-to-image",
+        tags=TAGS,
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        model_name=one_line(repo_id.rpartition("/")[2]) if eval_results else None,
+        eval_results=list(eval_results) or None,
     )
 
 
@@ -182,28 +155,35 @@ def pipeline_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    metadata = ModelCardData(
-        license=license or "unknown",
-        library_name="diffusers",
+    return _card(
+        repo_id,
+        license,
+        provenance,
+        summary=summary,
+        use=USE_PIPELINE.format(
+            repo_id=quote(repo_id),
+            module=pipeline.__module__.partition(".")[0],
+            pipeline=pipeline.__name__,
+            call=call,
+        ),
         pipeline_tag=pipeline_tag,
         tags=list(tags),
         base_model=base_model,
     )
-    return PIPELINE_TEMPLATE.format(
-        metadata=metadata.to_yaml(),
+
+
+def _card(
+    repo_id: str, license: str | None, provenance: Mapping[str, str], *, summary: str, use: str, **metadata: Any
+) -> str:
+    rows = f"| | |\n|---|---|\n{table_rows(provenance.items())}" if provenance else "Not stated.\n"
+    return TEMPLATE.format(
+        metadata=ModelCardData(license=license or "unknown", library_name="diffusers", **metadata).to_yaml(),
         name=one_line(repo_id.rpartition("/")[2]),
-        repo_id=quote(repo_id),
         summary=summary,
-        module=pipeline.__module__.partition(".")[0],
-        pipeline=pipeline.__name__,
-        call=call,
-        provenance=_provenance_table(provenance),
+        use=use,
+        provenance=rows,
         licence=one_line(license or NO_LICENCE),
     )
-
-
-def _provenance_table(provenance: Mapping[str, str]) -> str:
-    return f"| | |\n|---|---|\n{table_rows(provenance.items())}" if provenance else "Not stated.\n"
 
 
 def one_line(text: object) -> str:

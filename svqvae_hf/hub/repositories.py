@@ -30,10 +30,7 @@ UNREACHABLE = f"the Hub cannot be reached, and the cache has no complete copy. {
 HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
     (RepositoryNotFoundError, "the repository does not exist, or is private. Check its name, or `hf auth login`."),
-    (
-        LocalEntryNotFoundError,
-        UNREACHABLE,
-    ),
+    (LocalEntryNotFoundError, UNREACHABLE),
     (EntryNotFoundError, "the repository has no such file."),
 )
 

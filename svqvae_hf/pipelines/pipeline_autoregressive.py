@@ -1,6 +1,5 @@
 """Pipeline that samples images from a causal language model over the ids of an SVQVAE."""
 
-import dataclasses
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -198,8 +197,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
     def __call__(
         self,
         class_labels: Labels | None = None,
-        height: int | None = None,
-        width: int | None = None,
         scales: float | Sequence[float] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
         guidance_scale: float = 1.0,
@@ -222,9 +219,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         Args:
             class_labels (`int`, `str` or a list of them, *optional*): Class of each image, by its number in
                 `[0, num_classes)` or its name in `class_names`; by default the images have no class.
-            height (`int`, *optional*): Height in pixels at scale 1; the height in training by default. Another height
-                is possible only if it needs the same number of ids.
-            width (`int`, *optional*): Width in pixels at scale 1, with the same rule.
             scales (`float` or `Sequence[float]`, *optional*): Scales to return, each once; the finest by default.
                 Sampling ends with the finest of them.
             image (`ImageInput` or a list of them, *optional*): Top part of images to complete, one for all or one per
@@ -262,7 +256,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             TypeError: Labels are neither integers nor names.
             ValueError: A value is out of range, or logits are NaN or infinite.
         """
-        layout = self._resize_layout(height, width)
+        layout = self.layout
         wanted = layout.scales[-1:] if scales is None else _check_scales(scales, layout)
         last = max(layout.scales.index(scale) for scale in wanted)
         tensor_inputs = callback_on_step_end_tensor_inputs
@@ -354,20 +348,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
         given = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
         return {name: each.to(self._execution_device) for name, each in given.items() if each is not None}
-
-    def _resize_layout(self, height: int | None, width: int | None) -> SequenceLayout:
-        trained = self.layout
-        layout = dataclasses.replace(
-            trained,
-            height=trained.height if height is None else height,
-            width=trained.width if width is None else width,
-        )
-        if layout.grids != trained.grids:
-            raise ValueError(
-                f"`height` and `width` must be {trained.height} and {trained.width} as in training, got "
-                f"{layout.height} and {layout.width}. Leave them out, and resize the images."
-            )
-        return layout
 
     def _encode_top(self, image: ImageInput | list[ImageInput], layout: SequenceLayout) -> list[torch.Tensor]:
         """Encodes the top parts of images to one grid of ids per scale."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cli_runner import fails, names, svqvae
 from conftest import ROOT, make_tiny
-from hub_server import run_python, serve_hub
 from huggingface_hub import ModelCard
 from pipeline_parts import text_components
 from safetensors.torch import load_file
@@ -78,17 +77,6 @@ def test_the_command_and_loading_in_a_new_process(parts, tmp_path, capsys):
     outputs = GOLDEN / "llamagen_gpt_c2i_tiny.outputs.safetensors"
     command = [sys.executable, "-c", LOAD, tmp_path / "out", outputs]
     ids = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert ids == load_file(outputs)["greedy_cfg2.ids"].tolist()
-
-
-@pytest.mark.slow
-def test_loading_by_hub_id_in_a_new_process(parts, tmp_path):
-    outputs = GOLDEN / "llamagen_gpt_c2i_tiny.outputs.safetensors"
-    with serve_hub(tmp_path) as hub:
-        repository = tmp_path / "hub" / "org" / "gpt"
-        convert_generator(CLASSES, repository / "main", parts / "tokenizer", **SIZES)
-        (repository / "settings.json").write_text("{}")
-        ids = json.loads(run_python(LOAD, hub, "org/gpt", outputs))
     assert ids == load_file(outputs)["greedy_cfg2.ids"].tolist()
 
 

@@ -65,18 +65,6 @@ def test_a_pipeline_of_a_single_file_is_the_converted_one(tokenizer, tmp_path):
         SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, image_size=18)
 
 
-def test_half_precision_variant_keeps_the_codebook(tokenizer, tmp_path):
-    report = convert_generator(GOLDEN, tmp_path / "out", tokenizer, variant="bf16", image_size=32)
-    full = SVQVAENextScalePipeline.from_pretrained(report.out)
-    half = SVQVAENextScalePipeline.from_pretrained(report.out, variant="bf16", dtype=torch.bfloat16)
-    assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
-    weights = "diffusion_pytorch_model.safetensors"
-    assert (report.out / "vqvae" / weights).read_bytes() == (tokenizer / weights).read_bytes()
-    assert half.transformer.dtype == torch.bfloat16
-    assert torch.equal(half.transformer.head.weight, full.transformer.head.weight.bfloat16())
-    assert half.trained_schedule[-1] == (8, 8)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

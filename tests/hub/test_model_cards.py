@@ -21,12 +21,6 @@ def test_metadata(tiny_model):
     assert "svqvae" in data.tags
 
 
-def test_unknown_licence(tiny_model):
-    card = model_card(tiny_model.config, repo_id="org/name")
-    assert ModelCard(card).data.license == "unknown"
-    assert "Not stated: ask the authors" in card
-
-
 def test_table_of_the_config(tiny_model):
     card = model_card(tiny_model.config, repo_id="org/name", provenance={"source": "`file.pt`"})
     assert "\n# name\n" in card

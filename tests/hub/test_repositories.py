@@ -113,11 +113,6 @@ def test_pushed_model_loads_bit_equal(hub, seen):
     assert "library_name: diffusers" in card
 
 
-def test_checkpoint_on_the_hub_loads(seen):
-    assert seen["from_single_file"]
-    assert seen["from_pickle"]
-
-
 def test_pull_request_leaves_main_unchanged(hub, seen):
     assert seen["requested"].endswith("/org/converted/discussions/1")
     assert seen["from_request"]

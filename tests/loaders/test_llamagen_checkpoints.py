@@ -156,15 +156,6 @@ def test_safetensors_are_read(golden_dir, tmp_path):
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-def test_half_precision_is_read_as_float32(golden_dir, tmp_path):
-    weights = {name: tensor.half() for name, tensor in weights_of("c2i", golden_dir).items()}
-    torch.save({"model": weights}, tmp_path / "file.pt")
-    head = LlamaGenForCausalLM.from_single_file(tmp_path / "file.pt", **GRID).lm_head.weight
-    assert torch.equal(head, weights["output.weight"].float())
-    half = LlamaGenForCausalLM.from_single_file(tmp_path / "file.pt", dtype=torch.float16, **GRID)
-    assert half.dtype == torch.float16
-
-
 # Faults of the file
 
 
@@ -211,11 +202,3 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def test_code_in_a_pickle_is_not_run(golden_dir, tmp_path):
-    content = weights_of("c2i", golden_dir) | {"x": Payload(tmp_path / "ran")}
-    torch.save(content, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"must hold weights only, but is a pickle that calls for `\w+.mkdir`"):
-        read_llamagen(tmp_path / "file.pt", **GRID)
-    assert not (tmp_path / "ran").exists()

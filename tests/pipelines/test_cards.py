@@ -88,7 +88,7 @@ def test_an_adapter_is_saved_only_if_it_is_merged(tmp_path):
 def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
     make_autoregressive().save_pretrained(tmp_path / "dreams")
     card = (tmp_path / "dreams" / "README.md").read_text()
-    assert "only after\n`import svqvae_hf`" in card
+    assert "only\nafter `import svqvae_hf`" in card
     assert ModelCard(card).data.license == "unknown"
     (code,) = ModelCard(card).text.split("```python\n")[1:]
     monkeypatch.chdir(tmp_path)

@@ -135,14 +135,6 @@ def test_sizes(pipeline, arguments, sizes):
     assert images.shape == (1, 3, arguments.get("height", 16), arguments.get("width", 16))
 
 
-def test_output_types(pipeline):
-    results = {kind: pipeline(1, temperature=0, output_type=kind).images for kind in ("pil", "np", "pt", "latent")}
-    torch.testing.assert_close(results["pt"], pipeline.vqvae.decode_tokens(results["latent"]))
-    np.testing.assert_allclose(results["np"], results["pt"].permute(0, 2, 3, 1).numpy())
-    assert results["pil"][0].size == (16, 16)
-    assert torch.equal(pipeline(1, temperature=0, output_type="latent", return_dict=False)[0], results["latent"])
-
-
 def test_an_image_depends_on_its_own_generator_only(pipeline):
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
     both = collect(pipeline, [0, 2], num_images_per_prompt=2, guidance_scale=2, generator=seeds)
@@ -168,14 +160,6 @@ def test_later_scales_do_not_copy_the_cache(pipeline):
     pipeline.transformer.register_forward_hook(lambda _, args, __: places.append(args[3].layers[0].keys.data_ptr()))
     pipeline(1)
     assert places[1] == places[2] == places[3]
-
-
-def test_both_models_get_their_modes_back(pipeline):
-    pipeline.vqvae.train()
-    pipeline.transformer.train()
-    pipeline(1)
-    assert pipeline.vqvae.training
-    assert all(module.training for module in pipeline.transformer.modules())
 
 
 def test_ids_of_a_callback_replace_the_sampled_ones(pipeline):
@@ -316,13 +300,3 @@ def test_infinite_logits_are_one_error(pipeline):
     torch.nn.init.constant_(pipeline.transformer.head.bias, float("inf"))
     with pytest.raises(ValueError, match="the logits of the transformer must be finite"):
         pipeline(1)
-
-
-def test_the_source_of_the_scales_is_known():
-    with pytest.raises(ValueError, match="`scale_from` must be one of latents, image, got 'pixels'"):
-        make_next_scale(scale_from="pixels")
-
-
-def test_class_names_are_one_per_class():
-    with pytest.raises(ValueError, match="must be 3 different names"):
-        make_next_scale(class_names=["cat", "dog"])
