@@ -28,8 +28,8 @@ TEMPLATE = """---
 {licence}
 """
 
-SUMMARY = """SVQVAE is an image tokenizer. It encodes images of any size as ids of one codebook, at one or more scales, and
-decodes them to images.
+SUMMARY = """SVQVAE is an image tokenizer. It encodes images of any size as ids of one codebook, at one or more scales,
+and decodes them to images.
 
 {table}"""
 

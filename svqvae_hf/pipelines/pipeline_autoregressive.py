@@ -400,7 +400,7 @@ def _check_text_encoder(text_encoder: T5EncoderModel | None, language_model: Pre
 
 def _check_scales(scales: float | Sequence[float], layout: SequenceLayout) -> Sequence[float]:
     scales = check_scales(scales)
-    if not scales or not set(scales) <= set(layout.scales) or len(set(scales)) < len(scales):
+    if not set(scales) <= set(layout.scales) or len(set(scales)) < len(scales):
         raise ValueError(f"`scales` must be among {list(layout.scales)}, as in training, each once, got {scales!r}.")
     return scales
 

@@ -363,7 +363,6 @@ LABELS_AND_SIZES = [
     ({"class_labels": 3}, "`class_labels` must be in [0, 3), got 3"),
     ({"class_labels": [0, -1]}, "`class_labels` must be in [0, 3), got [0, -1]"),
     ({"scales": [2.0]}, "`scales` must be among [0.25, 0.5, 1.0], as in training, each once, got [2.0]"),
-    ({"scales": []}, "`scales` must be among [0.25, 0.5, 1.0]"),
     ({"scales": [1.0, 1.0]}, "`scales` must be among [0.25, 0.5, 1.0]"),
     ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1, got 0"),
     ({"output_type": "jpeg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpeg'"),
