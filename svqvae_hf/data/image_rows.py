@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import datasets
 import fsspec
@@ -56,13 +56,7 @@ class IndexedRows(Sequence[ImageRow]):
     def row(self, index: int) -> ImageRow:
         """Returns one image, not read yet."""
 
-    @overload
-    def __getitem__(self, index: int) -> ImageRow: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[ImageRow]: ...
-
-    def __getitem__(self, index: int | slice) -> ImageRow | Sequence[ImageRow]:
+    def __getitem__(self, index: Any) -> Any:
         numbers = range(len(self))[index]
         return self.row(numbers) if isinstance(numbers, int) else [self.row(number) for number in numbers]
 

@@ -200,6 +200,7 @@ class RowRange(IndexedRows):
         return self.rows.row(self.range[index])
 
 
+@dataclass
 class StreamPart:
     """A shard of a set of `datasets` that is streamed.
 
@@ -212,21 +213,12 @@ class StreamPart:
         number (`int`): Number of the shard.
     """
 
-    def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        image_column: str,
-        root: str,
-        repository: str | None,
-        name: str,
-        number: int,
-    ):
-        self.rows = rows
-        self.image_column = image_column
-        self.root = root
-        self.repository = repository
-        self.name = name
-        self.number = number
+    rows: datasets.IterableDataset
+    image_column: str
+    root: str
+    repository: str | None
+    name: str
+    number: int
 
     def read(self, start: int = 0) -> Iterator[ImageRow]:
         """Yields the images from a row on. The rest of a broken file is one unreadable row."""
@@ -249,6 +241,7 @@ class StreamPart:
                 yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", kept)
 
 
+@dataclass(eq=False)
 class DatasetRows(IndexedRows):
     """A set of `datasets` on disk.
 
@@ -259,17 +252,10 @@ class DatasetRows(IndexedRows):
         repository (`str`, *optional*): Repository on the Hub that the set was copied from.
     """
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        image_column: str,
-        key_column: str | None = None,
-        repository: str | None = None,
-    ):
-        self.rows = rows
-        self.image_column = image_column
-        self.key_column = key_column
-        self.repository = repository
+    rows: datasets.Dataset
+    image_column: str
+    key_column: str | None = None
+    repository: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -336,10 +322,7 @@ def _files_of_split(
 
 
 def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
-    kinds = {_kind(file) or "image" for file in files}  # a file that is named is an image, whatever its suffix
-    if len(kinds) > 1:
-        raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
-    (kind,) = kinds
+    kind = _kind_of_all(files)
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     _choose_split(root, ["train"], selection.split)
     if kind != "image":
@@ -351,10 +334,7 @@ def _open_urls(patterns: Sequence[str], selection: Selection) -> ImageSet:
     """Opens files that `fsspec` reaches."""
     found = [_find_urls(name, selection.left_out) for pattern in patterns for name in expand_braces(pattern)]
     urls = list(dict.fromkeys(url for _, files in found for url in files))
-    kinds = {_kind(url) or "image" for url in urls}
-    if len(kinds) > 1:
-        raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
-    (kind,) = kinds
+    kind = _kind_of_all(urls)
     folder = found[0][0] if len(found) == 1 else None
     if folder is None:
         scheme, _, _ = urls[0].partition("://")
@@ -562,6 +542,14 @@ def _kind(file: str) -> str | None:
     if name.endswith(IMAGE_SUFFIXES):
         return "image"
     return next((kind for kind, suffixes in SHARDS.items() if name.endswith(suffixes)), None)
+
+
+def _kind_of_all(files: Sequence[str]) -> str:
+    """The kind of files that are named. One with an unknown suffix is an image."""
+    kinds = {_kind(file) or "image" for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
+    return kinds.pop()
 
 
 def _named(kinds: set[Any]) -> str:

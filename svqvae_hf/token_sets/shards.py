@@ -1,7 +1,7 @@
 """Parquet files of a token set."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -79,7 +79,7 @@ def write_shards(
         with folder.new_file(name) as path, pq.ParquetWriter(path, schema) as writer:
             for _, group in itertools.groupby(shard, key=_counter(ROW_GROUP_BYTES, settings)):
                 group_rows = list(group)
-                writer.write_table(_table(group_rows, schema, settings))
+                writer.write_table(pa.Table.from_pylist(group_rows, schema))
                 counts["rows"] += len(group_rows)
                 counts["ids"] += sum(ids.size for row in group_rows for ids in _ids(row, settings))
         yield {"name": name, **counts}
@@ -102,15 +102,3 @@ def _counter(limit: float, settings: TokenSettings) -> Callable[[dict[str, Any]]
 
 def _ids(row: dict[str, Any], settings: TokenSettings) -> list[np.ndarray]:
     return [row[name] for name in settings.id_columns]
-
-
-def _table(rows: Sequence[dict[str, Any]], schema: pa.Schema, settings: TokenSettings) -> pa.Table:
-    columns = []
-    for column in schema:
-        values = [row[column.name] for row in rows]
-        if column.name in settings.id_columns:
-            ends = np.cumsum([0, *(len(ids) for ids in values)], dtype=np.int32)
-            columns.append(pa.ListArray.from_arrays(ends, pa.array(np.concatenate(values)), type=column.type))
-        else:
-            columns.append(pa.array(values, column.type))
-    return pa.Table.from_arrays(columns, schema=schema)
