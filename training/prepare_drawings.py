@@ -120,7 +120,8 @@ class Artist:
         kind = self.random.random()
         if kind < 0.2 and self.photographs:
             with Image.open(self.random.choice(self.photographs)) as photograph:
-                return photograph.resize((side, side), box=(0, 0, *[min(side, *photograph.size)] * 2))
+                cut = min(side, *photograph.size)
+                return photograph.resize((side, side), box=(0, 0, cut, cut))
         return Image.new("RGB", (side, side), self.colour() if kind < 0.5 else "white")
 
     def ink(self, ground: Image.Image) -> tuple[int, ...]:
@@ -180,7 +181,7 @@ class Artist:
             self.random.randrange(5),
             self.font(8),
         )
-        font_manager.fontManager.addfont(font.path)
+        font_manager.fontManager.addfont(str(font.path))
         style = {"font.family": font.getname()[0], "axes.unicode_minus": False}
         with plt.style.context([self.random.choice(plt.style.available), style]):
             figure, axes = plt.subplots(figsize=(side / 100, side / 100), dpi=100, layout="constrained")
@@ -201,9 +202,9 @@ class Artist:
             plt.close(figure)
         return Image.open(file).convert("RGB").resize((side, side))
 
-    def sheet(self, cells: Sequence[Draw], side: int) -> Image.Image:
+    def sheet(self, cells: Sequence[Draw], side: int, square: int) -> Image.Image:
         """Draws cells of some side on one square, row by row: pages, or drawings of different sizes on a ground."""
-        sheet, columns = self.ground(SQUARE), SQUARE // side
+        sheet, columns = self.ground(square), square // side
         for number, draw in enumerate(cells):
             x, y = side * (number % columns), side * (number // columns)
             cell = draw(round(side * self.random.uniform(0.75, 1)) if draw != self.text else side)
@@ -219,7 +220,7 @@ class Artist:
         def sheets(draws: list[Draw], side: int) -> list[Draw]:
             count = (SQUARE // side) ** 2
             cut = [draws[start : start + count] for start in range(0, len(draws) - count + 1, count)]
-            return [lambda _, cells=cells: self.sheet(cells, side) for cells in cut]
+            return [partial(self.sheet, cells, side) for cells in cut]
 
         clip_art, emoji = drawings["clip_art"], drawings["emoji"]
         kinds = {

@@ -70,17 +70,7 @@ def test_text_can_be_read_on_its_ground():
 
 def test_sheets_hold_their_cells_row_by_row():
     artist = Artist([], [], seed=0)
-    sheet = artist.sheet(
-        [lambda side, value=value: Image.new("RGBA", (side, side), (value,) * 3) for value in range(4)], 256
-    )
-    assert [sheet.getpixel((128 + 256 * column, 128 + 256 * row))[0] for row in range(2) for column in range(2)] == [
-        0,
-        1,
-        2,
-        3,
-    ]
-
-
-def test_part_of_a_ground_stays():
-    ground = on_ground(Image.new("RGBA", (2, 2)), Image.new("RGB", (4, 4), "red"))
-    assert ground.getcolors() == [(16, (255, 0, 0))]
+    cells = [lambda side, value=value: Image.new("RGBA", (side, side), (value,) * 3) for value in range(4)]
+    sheet = artist.sheet(cells, side=256, square=512)
+    centres = [(128 + 256 * column, 128 + 256 * row) for row in range(2) for column in range(2)]
+    assert [sheet.getpixel(centre)[0] for centre in centres] == [0, 1, 2, 3]
