@@ -74,3 +74,8 @@ def test_sheets_hold_their_cells_row_by_row():
     sheet = artist.sheet(cells, side=256, square=512)
     centres = [(128 + 256 * column, 128 + 256 * row) for row in range(2) for column in range(2)]
     assert [sheet.getpixel(centre)[0] for centre in centres] == [0, 1, 2, 3]
+
+
+def test_part_of_a_ground_stays():
+    ground = on_ground(Image.new("RGBA", (2, 2)), Image.new("RGB", (4, 4), "red"))
+    assert ground.getcolors() == [(16, (255, 0, 0))]
