@@ -1,8 +1,11 @@
 """`svqvae convert`."""
 
 import argparse
+import os
+import re
 
 from svqvae_cli.arguments import Commands, add_command, add_push, not_empty, path, path_or_name
+from svqvae_cli.files import REPO_ID, check_new_folder
 
 
 def add_to(commands: Commands) -> None:
@@ -93,6 +96,9 @@ def run(args: argparse.Namespace) -> None:
             "--network-range and --no-codebook-l2-norm are for tokenizers. Convert the tokenizer with them first, and "
             "pass its folder as --tokenizer."
         )
+    if not os.path.exists(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
+        raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
+    check_new_folder(args.out)
     if args.tokenizer is None:
         from svqvae_hf.conversion.convert import convert
 

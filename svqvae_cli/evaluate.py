@@ -21,7 +21,7 @@ from svqvae_cli.arguments import (
     target,
 )
 from svqvae_cli.errors import check_none_skipped, require_extra
-from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_output, check_source, find_inputs
+from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
 CLASSES = (
     "SVQVAE; VQModel, AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers; Janus, Emu3 or Chameleon of "
@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
     for weights in filter(None, (args.lpips_weights, args.inception_weights)):
         if not weights.is_file():
             raise ValueError(f"there is no file `{weights}`. docs/evaluation.md says where the weights are.")
+    check_data(args.data)
     check_output(args.output)
     if not args.overwrite:
         check_absent(args.output / "report.json")

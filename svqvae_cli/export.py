@@ -4,6 +4,7 @@ import argparse
 
 from svqvae_cli.arguments import Commands, add_command, add_output, path_or_name
 from svqvae_cli.errors import require_extra
+from svqvae_cli.files import check_new_folder, check_source
 
 
 def add_to(commands: Commands) -> None:
@@ -32,6 +33,8 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes a model as two graphs, and prints how close they are to it."""
+    check_source(args.model)
+    check_new_folder(args.output)
     from svqvae_cli.loading import load_model
     from svqvae_hf.export.export import export_graphs
 

@@ -3,7 +3,7 @@
 import argparse
 
 from svqvae_cli.arguments import Commands, add_command, grid, path, path_or_name
-from svqvae_cli.files import check_source
+from svqvae_cli.files import check_new_folder, check_source
 
 
 def add_to(commands: Commands) -> None:
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     """Extends a language model."""
     for source in (args.lm, args.vqvae):
         check_source(source)
+    check_new_folder(args.out)
     import diffusers
     import transformers
 

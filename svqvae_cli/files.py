@@ -127,3 +127,21 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
             "for `convert` and `info`, is `org/repo:file`."
         )
+
+
+def check_new_folder(out: str | os.PathLike) -> None:
+    """Raises ValueError if a local folder to create exists and is not empty, or cannot be created."""
+    path = Path(out)
+    nearest = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    fault = "" if nearest.is_dir() else f"`{nearest}` is a file"
+    if path.is_dir() and any(path.iterdir()):
+        fault = "it is not empty"
+    if fault:
+        raise ValueError(f"`{out}` must be a new or empty folder, but {fault}. Choose another.")
+
+
+def check_data(names: Sequence[str]) -> None:
+    """Raises ValueError for a path of an image set that does not exist. Other names may be on the Hub."""
+    for name in names:
+        if name.startswith(("/", ".")) and not re.search(r"[*?\[{]", name) and not os.path.lexists(name):
+            raise ValueError(f"no file or folder matches `{name}`.")

@@ -1,11 +1,12 @@
 """`svqvae info`."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svqvae_cli.arguments import Commands, add_command, path_or_name
-from svqvae_cli.files import check_source, search_folder
+from svqvae_cli.files import REPO_ID, check_source, search_folder
 
 if TYPE_CHECKING:
     from svqvae_hf import SVQVAE
@@ -32,18 +33,17 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints facts about a model, a pipeline, an original checkpoint, token files or a token set."""
-    import re
-
+    path = Path(args.path)
+    if not path.exists() and not re.fullmatch(f"{REPO_ID}(:.+)?", args.path):
+        check_source(args.path)
     from svqvae_hf import SVQVAE
     from svqvae_hf.files.folders import Folder
-    from svqvae_hf.hub.repositories import REPO_ID
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.token_sets.parts import read_totals
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
     from svqvae_hf.tokens.token_files import is_token_file, load_tokens
 
-    path = Path(args.path)
     if is_token_file(path):
         facts = _token_facts(load_tokens(path))
     elif path.is_dir() and (token_files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):

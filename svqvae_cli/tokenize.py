@@ -24,6 +24,7 @@ from svqvae_cli.arguments import (
     path_or_url,
 )
 from svqvae_cli.errors import check_none_skipped
+from svqvae_cli.files import check_data, check_new_folder, check_source
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 MAX_WORKERS = 4  # by default
@@ -116,13 +117,6 @@ def show_status(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
-    from svqvae_cli.loading import find_device, load_model
-    from svqvae_hf import DEFAULT_MODEL
-    from svqvae_hf.data.image_sets import open_images
-    from svqvae_hf.token_sets.cards import public_names
-    from svqvae_hf.token_sets.parts import read_status
-    from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
-
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
     if args.min_psnr or args.max_bits:
@@ -130,6 +124,17 @@ def run(args: argparse.Namespace) -> None:
         check_several(args.sides or args.scales, "--min-psnr and --max-bits choose", example)
     if args.overwrite and (args.part is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
+    check_source(args.model)
+    check_data(args.data)
+    if os.path.isfile(args.out):
+        check_new_folder(args.out)
+    from svqvae_cli.loading import find_device, load_model
+    from svqvae_hf import DEFAULT_MODEL
+    from svqvae_hf.data.image_sets import open_images
+    from svqvae_hf.token_sets.cards import public_names
+    from svqvae_hf.token_sets.parts import read_status
+    from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
+
     check_out(args.out)
     images = open_images(args.data, columns=args.keep, left_out=args.out, **image_set_options(args))
     num_parts = count_parts(images, args.num_parts)

@@ -90,6 +90,13 @@ for argv in (
     ["evaluate", "./nothere", images, "--output", "new"],
     ["evaluate", ".", images, "--output", made],
     ["demo", "--model", "./nothere"],
+    ["tokenize", "./nothere", "new"],
+    ["tokenize", images, "new", "--model", "./nothere"],
+    ["convert", "nothere.pt", "new"],
+    ["export", ".", "--output", made],
+    ["extend-lm", ".", made, "--vqvae", "."],
+    ["generate", "./nothere", "--output", "new"],
+    ["info", "./nothere"],
 ):
     try:
         assert svqvae_cli.main(argv) == 2, argv
