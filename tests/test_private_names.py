@@ -47,7 +47,7 @@ OVERRIDDEN = {  # attributes and methods of a library's class
     "_keys_to_ignore_on_load_unexpected": "Drop these keys before loading.",
     "_no_split_modules": "See how `device_map` learns what must stay on one device.",
     "_optional_components": "See how `DiffusionPipeline` learns which components may be None.",
-    "_prepare_cache_for_generation": "Pass the cache to `generate` as `past_key_values`.",
+    "_can_record_outputs": "See how transformers learns which outputs of layers `output_hidden_states` returns.",
     "_repeated_blocks": "See how `compile_repeated_blocks` learns the classes of the blocks.",
     "_skip_layerwise_casting_patterns": "Pass `skip_modules_pattern` to `enable_layerwise_casting`.",
     "_supports_gradient_checkpointing": "See how `enable_gradient_checkpointing` learns that a model supports it.",

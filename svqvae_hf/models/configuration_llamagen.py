@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from transformers import Ernie4_5Config
+from transformers import LlamaConfig
 
 
-class LlamaGenConfig(Ernie4_5Config):
+class LlamaGenConfig(LlamaConfig):
     """Config of a [`LlamaGenForCausalLM`]; the defaults are LlamaGen-B for classes at 256 x 256 pixels.
 
     The vocabulary is the codes, then the classes, then the unconditional token, as in a [`SequenceLayout`] with one
@@ -23,8 +23,8 @@ class LlamaGenConfig(Ernie4_5Config):
         intermediate_size (`int`, defaults to 2048): Channels within a feed-forward block.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
         num_attention_heads (`int`, defaults to 12): Number of heads. A head has a multiple of 4 channels.
-        **kwargs: Further fields of [`~transformers.Ernie4_5Config`]. The fields that follow from the others,
-            `vocab_size`, `head_dim`, `max_position_embeddings` and `num_key_value_heads`, are computed.
+        **kwargs: Further fields of [`~transformers.LlamaConfig`]. `vocab_size` is at least the codes, the classes and
+            one. `head_dim`, `max_position_embeddings` and `num_key_value_heads` are computed.
 
     Raises:
         ValueError: The heads do not divide the channels, or do not have a multiple of 4 channels each.
@@ -59,18 +59,19 @@ class LlamaGenConfig(Ernie4_5Config):
         self.caption_dim = caption_dim
         self.codebook_fingerprint = codebook_fingerprint
         computed = {
-            "vocab_size": codebook_size + num_classes + 1,
+            "vocab_size": max(kwargs.get("vocab_size") or 0, codebook_size + num_classes + 1),
             "head_dim": hidden_size // num_attention_heads,
             "max_position_embeddings": num_condition_tokens + grid_size**2,
             "num_key_value_heads": num_attention_heads,
         }
+        defaults = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
         no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         super().__init__(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_hidden_layers=num_hidden_layers,
             num_attention_heads=num_attention_heads,
-            **({"tie_word_embeddings": False} | no_special_tokens | kwargs | computed),
+            **(defaults | no_special_tokens | kwargs | computed),
         )
 
     @property

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict, cast
 
 import numpy as np
 import torch
@@ -336,7 +336,7 @@ def _unit_pixels(image: ImageInput) -> torch.Tensor:
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if isinstance(image, str | os.PathLike) or hasattr(image, "read"):
-        image = load_image(image)
+        image = load_image(cast(BinaryIO, image))
     if isinstance(image, Image.Image):
         image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):

@@ -1,4 +1,11 @@
-"""LlamaGen's language models (arXiv 2406.06525)."""
+"""LlamaGen's language models (arXiv 2406.06525): Llamas whose rotation is two-dimensional.
+
+    class token or caption features, then ids row by row
+        --embed--> (RMSNorm, attention, RMSNorm, SwiGLU) x layers --RMSNorm, head--> logits of codes
+
+An attention rotates queries and keys by row and column of their id. [`LlamaGenModel`] and [`LlamaGenForCausalLM`] take
+the rest from transformers' Llama: masks, caches and outputs.
+"""
 
 from pathlib import Path
 from typing import Any, Self
@@ -6,20 +13,21 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Ernie4_5ForCausalLM, GenerationConfig
-from transformers.generation import GenerationMode
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaForCausalLM, LlamaModel, StaticCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint, read_llamagen
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 
+CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
+FEW_ROWS = 32
 MISSING_CAPTIONS = (
     "`prompt_embeds` must be passed with the first tokens, because this model has captions. Pass the caption "
     "features; sequences that begin with the unconditional token need them too, but do not read them."
 )
-
-
-FEW_ROWS = 32
 
 
 class LlamaGenRotaryEmbedding(nn.Module):
@@ -41,17 +49,30 @@ class LlamaGenRotaryEmbedding(nn.Module):
             position_ids (`torch.Tensor` of shape `(batch, length)`): Positions, condition tokens included.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines `(batch, length, head_dim)`, float32. The first half
-            of the channels has the angles of the pairs (0, 1), (2, 3), ..., rows first; the second half repeats it.
+            `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines `(batch, length, head_dim)`, float32. The channels
+            of a pair (0, 1), (2, 3), ... have the same angle: of the row in the first half, of the column in the
+            second.
         """
         half = self.config.head_dim // 2
         exponents = torch.arange(0, half, 2, device=x.device, dtype=torch.float32) / half
         frequencies = 1 / self.config.rope_parameters["rope_theta"] ** exponents
         ids = position_ids[..., None] - self.config.num_condition_tokens
-        angles = torch.cat([ids // self.config.grid_size * frequencies, ids % self.config.grid_size * frequencies], -1)
-        angles = torch.cat([angles, angles], -1)
+        rows, columns = ids // self.config.grid_size, ids % self.config.grid_size
+        angles = torch.cat([rows * frequencies, columns * frequencies], dim=-1).repeat_interleave(2, dim=-1)
         is_image = ids >= 0
         return angles.cos() * is_image, angles.sin() * is_image
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates each pair of neighbouring channels, in float32.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): Queries or keys.
+        cos (`torch.Tensor` of shape `(batch, length, head_dim)`): Cosines of the angles.
+        sin (`torch.Tensor` of shape `(batch, length, head_dim)`): Sines of the angles.
+    """
+    turned = torch.stack([-states[..., 1::2], states[..., 0::2]], dim=-1).flatten(-2)  # each pair by 90 degrees
+    return (states.float() * cos[:, None] + turned.float() * sin[:, None]).to(states.dtype)
 
 
 class FewRowsLinear(nn.Linear):
@@ -76,6 +97,112 @@ class FewRowsLinear(nn.Linear):
         return torch.mm(self.weight, rows.t()).t().contiguous().unflatten(0, input.shape[:-1])
 
 
+class LlamaGenAttention(nn.Module):
+    """Causal attention with rotated queries and keys.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+        layer_idx (`int`): Number of the layer, for the cache.
+    """
+
+    num_key_value_groups = 1
+    attention_dropout = 0.0
+    is_causal = True
+
+    def __init__(self, config: LlamaGenConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = config.head_dim**-0.5
+        self.q_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
+        self.o_proj = FewRowsLinear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(batch, length, hidden_size)` -> the same shape, and the attention weights where they are computed."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (batch, heads, length, head_dim)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        for cache in (kwargs.pop(name, None) for name in CACHE_NAMES):
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )  # (batch, length, heads, head_dim)
+        return self.o_proj(attended.flatten(2).contiguous()), weights
+
+
+class LlamaGenMLP(nn.Module):
+    """SwiGLU feed-forward block.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+    """
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.gate_proj = FewRowsLinear(config.hidden_size, config.intermediate_size)
+        self.up_proj = FewRowsLinear(config.hidden_size, config.intermediate_size)
+        self.down_proj = FewRowsLinear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, hidden_size)` -> the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class LlamaGenDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward block, each normalised and beside a shortcut.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+        layer_idx (`int`): Number of the layer.
+    """
+
+    def __init__(self, config: LlamaGenConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LlamaGenAttention(config, layer_idx)
+        self.mlp = LlamaGenMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`(batch, length, hidden_size)` -> the same shape."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LlamaGenModel(LlamaModel):
+    """Embedding, layers and norm. Its forward pass is Llama's.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+    """
+
+    config_class = LlamaGenConfig
+    _no_split_modules = ["LlamaGenDecoderLayer"]
+    _can_record_outputs = {"hidden_states": LlamaGenDecoderLayer, "attentions": LlamaGenAttention}
+
+    def __init__(self, config: LlamaGenConfig):
+        PreTrainedModel.__init__(self, config)  # not Llama's, whose layers are others
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaGenDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaGenRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
 class CodeHead(FewRowsLinear):
     """Logits of the codes. All other tokens get the lowest finite logit, because they are never predicted.
 
@@ -85,12 +212,13 @@ class CodeHead(FewRowsLinear):
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__(config.hidden_size, config.codebook_size)
-        self.other_tokens = config.vocab_size - config.codebook_size
+        self.config = config
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Computes logits `(batch, length, vocab_size)`."""
         logits = super().forward(hidden_states)
-        return F.pad(logits, (0, self.other_tokens), value=torch.finfo(logits.dtype).min)
+        other_tokens = self.config.vocab_size - self.config.codebook_size
+        return F.pad(logits, (0, other_tokens), value=torch.finfo(logits.dtype).min)
 
 
 class CaptionProjection(nn.Module):
@@ -111,11 +239,8 @@ class CaptionProjection(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
 
 
-class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
+class LlamaGenForCausalLM(LlamaForCausalLM):
     """LlamaGen's language model for classes or captions.
-
-    It is a Llama whose rotation is two-dimensional. The base class is transformers' Llama that rotates neighbouring
-    channels, in float32, as LlamaGen does.
 
     A sequence is a condition token and the ids of an image, row by row. A class is a token of its own. With captions,
     the condition token stands for `num_condition_tokens` positions, which hold projected features of the caption. Both
@@ -131,21 +256,22 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
     """
 
     config_class = LlamaGenConfig
+    _no_split_modules = ["LlamaGenDecoderLayer"]
+    _tied_weights_keys: dict[str, str] = {}  # the head has rows for codes alone
 
     def __init__(self, config: LlamaGenConfig):
-        super().__init__(config)
-        for layer in self.model.layers:
-            for part in (layer.self_attn, layer.mlp):
-                for name, linear in part.named_children():
-                    if isinstance(linear, nn.Linear):
-                        setattr(part, name, FewRowsLinear(linear.in_features, linear.out_features))
-        self.model.rotary_emb = LlamaGenRotaryEmbedding(config)
+        PreTrainedModel.__init__(self, config)  # not Llama's, whose model is another
+        self.model = LlamaGenModel(config)
+        self.vocab_size = config.vocab_size
         self.lm_head = CodeHead(config)
         if config.caption_dim is not None:
             self.caption_projection = CaptionProjection(config.caption_dim, config.hidden_size)
             features = torch.randn(config.num_condition_tokens, config.caption_dim) / config.caption_dim**0.5
             self.register_buffer("uncond_embedding", features)  # in LlamaGen it is never trained
         self.post_init()
+
+    def get_output_embeddings(self) -> None:
+        """None, because the head has rows for codes alone: `resize_token_embeddings` leaves it as it is."""
 
     def forward(
         self,
@@ -157,6 +283,8 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at each position.
@@ -177,6 +305,8 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
                 token they are replaced.
             prompt_attention_mask (`torch.Tensor` of shape `(batch, num_condition_tokens)`, *optional*): 1 for features
                 of text, 0 for padding. Passed with all tokens. All features are seen by default.
+            cache ([`~transformers.Cache`], *optional*): Keys and values of the tokens before.
+            past_key_values ([`~transformers.Cache`], *optional*): `cache` by its older name.
             **kwargs: Arguments of [`~transformers.LlamaForCausalLM`]'s `forward`.
 
         Returns:
@@ -185,6 +315,8 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
         Raises:
             ValueError: The features have another shape, or are missing, or the model has classes instead of captions.
         """
+        caches = {"cache": cache, "past_key_values": past_key_values}
+        given = {name: value for name, value in caches.items() if value is not None}
         if self.config.caption_dim is None:
             if prompt_embeds is not None or prompt_attention_mask is not None:
                 raise ValueError(
@@ -198,7 +330,7 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, length)
             logits_to_keep = logits_to_keep or length
             inputs_embeds, input_ids = self._embed(input_ids, prompt_embeds), None
-        elif kwargs.get("cache", kwargs.get("past_key_values")) is None:
+        elif not given:
             raise ValueError(MISSING_CAPTIONS)
         else:  # all tokens before are in the cache, whose length bounds the mask
             attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, 1 + self.config.grid_size**2)
@@ -209,6 +341,7 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,
+            **given,
             **kwargs,
         )
 
@@ -259,19 +392,11 @@ class LlamaGenForCausalLM(Ernie4_5ForCausalLM):
                 if prompt_embeds is None:
                     raise ValueError(MISSING_CAPTIONS)
                 inputs["prompt_embeds"] = prompt_embeds
+                for name in CACHE_NAMES:
+                    if isinstance(inputs.get(name), StaticCache):  # made for tokens: a caption has more positions
+                        length = self.config.max_position_embeddings
+                        inputs[name] = StaticCache(config=self.config, max_cache_len=length)
         return inputs
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Makes static caches long enough for all positions of the condition token."""
-        positions = max_cache_length + self.config.num_condition_tokens - 1
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, positions)
 
     @classmethod
     def from_single_file(

@@ -24,8 +24,9 @@ The architecture and the names of the weights come from the Open Model Initiativ
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,9 @@ from svqvae_hf.models.checks import (
     check_scales,
     check_tiles,
 )
-from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple, resize_latents, resize_sample
+from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
 from svqvae_hf.models.layers import (
     Conv3x3,
-    Core,
     GroupNorm,
     HalvingConv2d,
     Pair,
@@ -220,12 +220,6 @@ class ResolutionBlock(nn.Module):
         return block(hidden, shared)
 
 
-def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
-    """Residual block, attention and residual block at the lowest resolution."""
-    of_block = channels, channels, num_groups, dropout
-    return nn.ModuleList([ResnetBlock(*of_block), AttnBlock(channels, num_groups), ResnetBlock(*of_block)])
-
-
 class Network(nn.Module):
     """A convolution, blocks, a norm and a convolution."""
 
@@ -247,37 +241,23 @@ class Network(nn.Module):
 
 
 class Encoder(Network):
-    """Image -> features, one per `2 ** (len(ch_mult) - 1)` pixels along each side."""
+    """Image -> features, one per `2 ** (len(encoder_ch_mult) - 1)` pixels along each side."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        base_channels: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        num_groups: int,
-        dropout: float,
-        z_channels: int,
-    ):
+    def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        channels = [base_channels * mult for mult in ch_mult]
+        of_blocks = config["norm_num_groups"], config["dropout_p"]
+        channels = [config["base_channels"] * mult for mult in config["encoder_ch_mult"]]
         last = len(channels) - 1
-        self.conv_in = Conv3x3(in_channels, base_channels)
+        self.conv_in = Conv3x3(config["in_channels"], config["base_channels"])
         self.conv_blocks = nn.ModuleList(
             ResolutionBlock(
-                channels[i - 1] if i else base_channels,
-                channels[i],
-                num_res_blocks,
-                num_groups,
-                dropout,
-                attention=i == last,
-                downsample=i != last,
+                before, after, config["num_res_blocks"], *of_blocks, attention=i == last, downsample=i != last
             )
-            for i in range(len(channels))
+            for i, (before, after) in enumerate(itertools.pairwise([config["base_channels"], *channels]))
         )
-        self.mid = middle_blocks(channels[last], num_groups, dropout)
-        self.norm_out = GroupNorm(num_groups, channels[last])
-        self.conv_out = Conv3x3(channels[last], z_channels)
+        self.mid = middle_blocks(channels[-1], *of_blocks)
+        self.norm_out = GroupNorm(config["norm_num_groups"], channels[-1])
+        self.conv_out = Conv3x3(channels[-1], config["z_channels"])
 
     def blocks(self) -> Iterable[nn.Module]:
         """Levels, then the middle."""
@@ -287,43 +267,32 @@ class Encoder(Network):
 class Decoder(Network):
     """Features -> image, with one residual block more per level than the encoder."""
 
-    def __init__(
-        self,
-        out_channels: int,
-        base_channels: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        num_groups: int,
-        dropout: float,
-        z_channels: int,
-    ):
+    def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        channels = [base_channels * mult for mult in reversed(ch_mult)]
-        last = len(channels) - 1
-        self.conv_in = Conv3x3(z_channels, channels[0])
-        self.mid = middle_blocks(channels[0], num_groups, dropout)
-        levels = [
-            ResolutionBlock(
-                channels[i - 1] if i else channels[0],
-                channels[i],
-                num_res_blocks + 1,
-                num_groups,
-                dropout,
-                attention=i == 0,
-                upsample=i != last,
-            )
-            for i in range(len(channels))
-        ]
+        of_blocks = config["norm_num_groups"], config["dropout_p"]
+        channels = [config["base_channels"] * mult for mult in reversed(config["decoder_ch_mult"])]
+        last, num_blocks = len(channels) - 1, config["num_res_blocks"] + 1
+        self.conv_in = Conv3x3(config["z_channels"], channels[0])
+        self.mid = middle_blocks(channels[0], *of_blocks)
+        self.conv_blocks = nn.ModuleList(
+            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == 0, upsample=i != last)
+            for i, (before, after) in enumerate(itertools.pairwise([channels[0], *channels]))
+        )
         margin = 0
-        for upsample in reversed([level.upsample for level in levels if level.upsample]):
-            upsample.margin = margin = 2 * (num_res_blocks + 1) + 1 + margin // 2
-        self.conv_blocks = nn.ModuleList(levels)
-        self.norm_out = GroupNorm(num_groups, channels[last])
-        self.conv_out = Conv3x3(channels[last], out_channels)
+        for level in reversed(self.conv_blocks[:-1]):
+            level.upsample.margin = margin = 2 * num_blocks + 1 + margin // 2  # type: ignore[union-attr]
+        self.norm_out = GroupNorm(config["norm_num_groups"], channels[-1])
+        self.conv_out = Conv3x3(channels[-1], config["out_channels"])
 
     def blocks(self) -> Iterable[nn.Module]:
         """The middle, then levels."""
         return *self.mid, *self.conv_blocks
+
+
+def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
+    """Residual block, attention and residual block at the lowest resolution."""
+    of_block = channels, channels, num_groups, dropout
+    return nn.ModuleList([ResnetBlock(*of_block), AttnBlock(channels, num_groups), ResnetBlock(*of_block)])
 
 
 class SVQVAE(SVQVAELoadingMixin, TilingMixin):
@@ -390,12 +359,8 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
     ):
         super().__init__()
         check_config(self.config)
-        self.encoder = Encoder(
-            in_channels, base_channels, encoder_ch_mult, num_res_blocks, norm_num_groups, dropout_p, z_channels
-        )
-        self.decoder = Decoder(
-            out_channels, base_channels, decoder_ch_mult, num_res_blocks, norm_num_groups, dropout_p, z_channels
-        )
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
         self.quantize = VectorQuantizer(
             codebook_size, codebook_embed_dim, commit_loss_beta, entropy_loss_ratio, codebook_l2_norm
         )
@@ -518,7 +483,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Images of any size in
                 `pixel_range`.
             scales (`float` or `Sequence[float]`, *optional*): One scale or several, each above 0.
-            scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`~SVQVAE.encode_scales`].
+            scale_from (`str`, defaults to `"image"`): See [`~SVQVAE.encode_scales`].
 
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
@@ -613,64 +578,11 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             output = SVQVAEOutput(**{name: values[0] for name, values in output.items() if values})
         return output if return_dict else (output.sample, output.losses)
 
-    def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
-        padded = pad_to_multiple(sample, self.f)
-        return self._run(self.encode_window, padded, tiles, input_stride=self.f, output_stride=1)
-
-    def _decode(self, quantized: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
-        return self._run(self.decode_window, quantized, tiles, input_stride=1, output_stride=self.f)
-
-    def encode_window(
-        self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
-    ) -> torch.Tensor:
-        """Runs the encoder on a whole image or on windows of it. Used by the tiling code; call `encode` for images.
-
-        Args:
-            window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
-            shared ([`TileContext`], *optional*): Values that the tiles of the image share.
-            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents.
-
-        Returns:
-            `torch.Tensor`: Latents `(batch, codebook_embed_dim, h, w)` of the window or of its core, before
-            quantisation.
-        """
-        window = map_range(window, self.config["pixel_range"], self.config["network_range"])
-        if shared is not None and core is not None:
-            shared = shared.for_tile(core, (window.shape[-2] // self.f, window.shape[-1] // self.f), window)
-        latents = self.quant_conv(self.encoder(window, shared))
-        return (latents if core is None else latents[..., *core]).contiguous()
-
-    def decode_window(
-        self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
-    ) -> torch.Tensor:
-        """Runs the decoder on a whole image or on windows of it. Used by the tiling code; call `decode` for images.
-
-        With a core the decoder crops, from level to level, to what the core depends on, so the result is exact.
-
-        Args:
-            window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
-            shared ([`TileContext`], *optional*): Values that the tiles of the image share.
-            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents. Ignored
-                without `shared`.
-
-        Returns:
-            `torch.Tensor`: Pixels `(batch, out_channels, h * f, w * f)` of the window or of its core, in
-            `pixel_range`, not clamped.
-        """
-        hidden = self.post_quant_conv(window)
-        if shared is not None and core is not None:
-            shared = shared.for_tile(core, (window.shape[-2], window.shape[-1]), hidden)
-        decoded = self.decoder(hidden, shared)
-        if shared is not None:
-            decoded = shared.core_of(decoded)
-        return map_range(decoded.contiguous(), self.config["network_range"], self.config["pixel_range"])
-
     def resize_to_image(self, decoded: torch.Tensor, image_size: Sequence[int], scale: float) -> torch.Tensor:
         """Resizes and crops a decoded sample to the size of the original image at `scale`.
 
-        The ids cover the whole image, padded to multiples of `f`. Because their grid is rounded to whole latents, it
-        may be a little larger or smaller than the padded image at `scale`. In that case the sample is resized before
-        it is cropped, so that its content keeps its position.
+        The grid of ids is rounded to whole latents, so it may be a little larger or smaller than the padded image at
+        `scale`. Then the sample is resized before it is cropped, so that its content keeps its position.
 
         Args:
             decoded (`torch.Tensor` of shape `(batch, out_channels, h * f, w * f)`): Decoded ids.

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
+from torch import nn
 
 from svqvae_hf.models.checks import check_tiles
+from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple
 from svqvae_hf.models.layers import Core, TileContext, make_cuts
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
@@ -224,9 +226,13 @@ def map_tiles(
 
 
 class TilingMixin(AutoencoderMixin):
-    """Runs an autoencoder's `encode_window` and `decode_window` on slices of a batch, and on tiles of each image."""
+    """Runs the networks of [`SVQVAE`] on whole images, on slices of a batch, and on tiles of each image."""
 
     config: Any
+    encoder: nn.Module
+    decoder: nn.Module
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
     f: int
     overlap: int
     tile_size: int
@@ -301,6 +307,50 @@ class TilingMixin(AutoencoderMixin):
         if overlap is None:
             overlap = self.overlap if tile_size is None else fit_overlap(self.f, side, self.overlap)
         return side // self.f, overlap // self.f
+
+    def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
+        padded = pad_to_multiple(sample, self.f)
+        return self._run(self.encode_window, padded, tiles, input_stride=self.f, output_stride=1)
+
+    def _decode(self, quantized: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
+        return self._run(self.decode_window, quantized, tiles, input_stride=1, output_stride=self.f)
+
+    def encode_window(
+        self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
+    ) -> torch.Tensor:
+        """Encodes a whole image or windows of it; for the tiling code.
+
+        Args:
+            window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
+            shared ([`TileContext`], *optional*): Values that the tiles of the image share.
+            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents.
+        """
+        window = map_range(window, self.config["pixel_range"], self.config["network_range"])
+        if shared is not None and core is not None:
+            shared = shared.for_tile(core, (window.shape[-2] // self.f, window.shape[-1] // self.f), window)
+        latents = self.quant_conv(self.encoder(window, shared))
+        return (latents if core is None else latents[..., *core]).contiguous()
+
+    def decode_window(
+        self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
+    ) -> torch.Tensor:
+        """Decodes a whole grid of quantised latents or windows of it, not clamped; for the tiling code.
+
+        The decoder crops, from level to level, to what the core depends on, so the result is exact.
+
+        Args:
+            window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
+            shared ([`TileContext`], *optional*): Values that the tiles of the image share.
+            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents. Ignored
+                without `shared`.
+        """
+        hidden = self.post_quant_conv(window)
+        if shared is not None and core is not None:
+            shared = shared.for_tile(core, (window.shape[-2], window.shape[-1]), hidden)
+        decoded = self.decoder(hidden, shared)
+        if shared is not None:
+            decoded = shared.core_of(decoded)
+        return map_range(decoded.contiguous(), self.config["network_range"], self.config["pixel_range"])
 
     def _run(
         self,

@@ -295,6 +295,33 @@ def test_config_round_trip(tmp_path):
     assert (config.vocab_size, config.head_dim, config.max_position_embeddings) == (16386, 64, 376)
 
 
+def test_resized_embeddings_are_kept(tmp_path):
+    model = load("c2i")
+    _, inputs, _ = load_inputs("c2i")
+    logits = model(**inputs).logits[..., :CODES]
+    model.resize_token_embeddings(300)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == 300
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(loaded(**inputs).logits[..., :CODES], logits)
+    assert loaded(torch.tensor([[299]])).logits.shape == (1, 1, 300)
+
+
+@pytest.mark.filterwarnings("ignore:Passing `generation_config` together with generation-related arguments")
+def test_assisted_and_longer_generation_work_as_with_llama():
+    model, assistant = load("c2i"), load("c2i")
+    assistant.model.layers = assistant.model.layers[:1]
+    assistant.config.num_hidden_layers = 1
+    expected, inputs, _ = load_inputs("c2i")
+    prompt = inputs["input_ids"][:1, :1]
+    sequence = model.generate(prompt, assistant_model=assistant, max_new_tokens=IDS, do_sample=False)
+    assert torch.equal(sequence[:, 1:], expected["greedy_cfg1.ids"][:1])
+    longer = model.generate(prompt, max_new_tokens=IDS + 3, do_sample=False)
+    assert torch.equal(longer[:, : 1 + IDS], sequence)
+    assert longer.shape == (1, 1 + IDS + 3)
+
+
 @pytest.mark.parametrize("heads", [5, 48])
 def test_heads_must_fit(heads):
     with pytest.raises(ValueError, match=f"must divide the 96 channels.* got {heads}"):
