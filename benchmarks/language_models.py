@@ -48,7 +48,7 @@ def by_heart(model: PreTrainedModel, processor: SVQVAEProcessor, tokens: str) ->
         made = model.generate(
             **inputs, max_new_tokens=length, do_sample=False, logits_processor=[grammar], pad_token_id=0
         )
-        return processor.vocabulary.split(made[0, inputs["input_ids"].shape[1] :].cpu())
+        return processor.vocabulary.split(made[0, inputs["input_ids"].shape[1] :].cpu(), unfinished=True)
 
     images, texts = [], []
     for caption, ids in pairs:

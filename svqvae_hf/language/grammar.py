@@ -106,3 +106,17 @@ def grammar_regex(vocabulary: ImageVocabulary) -> str:
     again = f"(?:{'|'.join(map(re.escape, starts))})*"
     text = f"(?:[^<]|{again}(?:{'|'.join(stopped)}))*{again}"
     return f"{text}(?:{image}{text})*"
+
+
+def grammar_lark(vocabulary: ImageVocabulary) -> str:
+    """Grammar in the syntax of llguidance, which names tokens by their ids.
+
+    llguidance keeps special tokens apart from the text, so that a regular expression cannot match them.
+    """
+    code = f"<[{vocabulary.first_token}-{vocabulary.begin - 1}]>"
+    images = [f"<[{vocabulary.size_token(grid)}]> {code}{{{grid[0] * grid[1]}}}" for grid in vocabulary.grids]
+    return (
+        "start: (TEXT | image)*\n"
+        f"image: <[{vocabulary.begin}]> ({' | '.join(images)}) <[{vocabulary.end}]>\n"
+        "TEXT: /(.|\\n)+/\n"
+    )

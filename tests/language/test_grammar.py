@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_language_models import FAMILIES, load_extended
 
-from svqvae_hf.language.grammar import OUTSIDE, ImageGrammar, ImageGuidance, grammar_regex
+from svqvae_hf.language.grammar import OUTSIDE, ImageGrammar, ImageGuidance, grammar_lark, grammar_regex
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
 
 SAMPLES = 2000  # the command in docs/language_models.md takes 100,000
@@ -77,6 +77,15 @@ def test_regular_expression_takes_every_code_and_no_other(codebook_size):
     for code in (0, codebook_size // 2, codebook_size - 1, codebook_size, codebook_size + 100, 99999):
         text = f"<|image_begin|><|image_1x1|><|image_{code:05}|><|image_end|>"
         assert bool(pattern.fullmatch(text)) == (code < codebook_size)
+
+
+def test_grammar_of_llguidance():
+    vocabulary = ImageVocabulary(100, 64, "", 4, [(1, 2), (2, 2)])
+    assert grammar_lark(vocabulary) == (  # llguidance 1.9.1 takes it, and its masks are those of `ImageGrammar`
+        "start: (TEXT | image)*\n"
+        "image: <[164]> (<[167]> <[100-163]>{2} | <[168]> <[100-163]>{4}) <[165]>\n"
+        "TEXT: /(.|\\n)+/\n"
+    )
 
 
 def test_image_tokens_outside_an_image_have_probability_zero():
