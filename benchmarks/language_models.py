@@ -35,30 +35,36 @@ SAMPLES_AT_ONCE = 1000  # of each prompt
 
 
 def by_heart(model: PreTrainedModel, processor: SVQVAEProcessor, tokens: str) -> list[Row]:
-    """Compares the most likely answers of a model with the pairs of a token set, one at a time."""
-    settings = read_settings(tokens)
-    pairs = [
-        (row["caption"], row_tokens(row, settings).ids[-1]) for row in datasets.load_dataset(tokens, split="train")
-    ]
-    grammar = ImageGrammar(model.config)
+    """Compares the most likely answers of a model with the pairs of a token set."""
+    settings, rows = read_settings(tokens), datasets.load_dataset(tokens, split="train")
+    captions, grids = rows["caption"], [row_tokens(row, settings).ids[-1].long() for row in rows]
 
-    def answer(content: str, length: int) -> list[torch.Tensor]:
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=text, return_tensors="pt").to(model.device)
+    def answers(contents: list[str], length: int) -> list[list[torch.Tensor]]:
+        conversations = [[{"role": "user", "content": content}] for content in contents]
+        texts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+        inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+        grammar = ImageGrammar(model.config)
         made = model.generate(
-            **inputs, max_new_tokens=length, do_sample=False, logits_processor=[grammar], pad_token_id=0
+            **inputs,
+            max_new_tokens=length,
+            do_sample=False,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            logits_processor=[grammar],
         )
-        return processor.vocabulary.split(made[0, inputs["input_ids"].shape[1] :].cpu(), unfinished=True)
+        new = made[:, inputs["input_ids"].shape[1] :].cpu()
+        return [processor.vocabulary.split(each, unfinished=True) for each in new]
 
-    images, texts = [], []
-    for caption, ids in pairs:
-        made = answer(caption, ids.numel() + 8)
-        images.append(len(made) > 1 and torch.equal(made[1], ids.long()))
-        found = processor.decode(answer(processor.image_text(ids), 2 * len(caption))[0], skip_special_tokens=True)
-        texts.append(found.split() == caption.split())
+    drawn = answers(captions, max(ids.numel() for ids in grids) + 8)
+    images = [len(made) > 1 and torch.equal(made[1], ids) for made, ids in zip(drawn, grids, strict=True)]
+    told = answers([*map(processor.image_text, grids)], 64)
+    texts = [processor.decode(made[0], skip_special_tokens=True).split() for made in told]
     return [
-        {"direction": name, "pairs": len(pairs), "equal": sum(equal)}
-        for name, equal in (("text to image", images), ("image to text", texts))
+        {"direction": "text to image", "pairs": len(grids), "equal": sum(images)},
+        {
+            "direction": "image to text",
+            "pairs": len(grids),
+            "equal": sum(text == caption.split() for text, caption in zip(texts, captions, strict=True)),
+        },
     ]
 
 
