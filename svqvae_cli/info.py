@@ -20,7 +20,7 @@ GENERATORS = ("language_model", "transformer")  # components of pipelines
 
 def add_to(commands: Commands) -> None:
     """Adds the command and its arguments."""
-    summary = "describe a model, a pipeline, an original checkpoint, token files or a token set"
+    summary = "describe a model, pipeline, original checkpoint, token files or token set"
     parser = add_command(commands, "info", run, summary, "", "photo.safetensors")
     parser.add_argument(
         "path",
