@@ -1,26 +1,13 @@
 #!/usr/bin/env bash
-# The bundled model, svqvae_hf/pretrained: under six hours on one core of a CPU with bfloat16 instructions.
+# The bundled model, svqvae_hf/pretrained: under five hours on one core of a CPU with bfloat16 instructions.
 #   training/runs/default.sh CID22_TRAIN WORK
-# CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for images and checkpoints.
+# CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for photographs and checkpoints.
 # Run it again to resume from the latest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cid22=$1 work=$2
 
 [ -d "$work/photos" ] || python training/prepare_photos.py "$work/photos" --list training/free_photos.tsv --folder "$cid22"
-
-[ -d "$work/drawings" ] || python training/prepare_drawings.py "$work/drawings" --photos "$work/photos"
-
-# Drawings beside photographs, which are linked in several times, so that drawings are a smaller fraction.
-mix() {
-    [ ! -d "$work/$1" ] || return 0
-    rm -rf "$work/$1.partial" && mkdir "$work/$1.partial"
-    cp -rl "$work/drawings/train" "$work/$1.partial/drawings"
-    for copy in $(seq "$2"); do cp -rl "$work/photos/train" "$work/$1.partial/photos-$copy"; done
-    mv "$work/$1.partial" "$work/$1"
-}
-mix mixture_40 6  # 39 % drawings
-mix mixture_20 15  # 20 % drawings
 
 train() {
     accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py \
@@ -65,18 +52,4 @@ store "$work/longer" "$work/second_release"
 train --output_dir "$work/default" --pretrained_model_name_or_path "$work/second_release" \
     --resolution 256 --crop_sizes 128 --train_batch_size 2 --resize_range 0.4 1 --max_train_steps 4200 --learning_rate 3e-4 \
     --lr_warmup_steps 200 --codebook_decay 0.998 --dead_code_reset_steps 300 --ema_decay 0.998
-store "$work/default" "$work/third_release"
-
-# Photographs and drawings, on crops of 32 to 256 pixels, with new codes for both. SOAP learns more per step.
-kinds() {
-    train --synthetic_fraction 0.1 --resolution 256 --crop_sizes 256 256 128 128 64 32 --train_batch_size 2 --resize_range 0.4 1 \
-        --optimizer soap --adam_beta1 0.95 --lr_warmup_steps 50 --ema_decay 0.998 "$@"
-}
-kinds --output_dir "$work/kinds" --pretrained_model_name_or_path "$work/third_release" --train_data_dir "$work/mixture_40" \
-    --max_train_steps 1700 --learning_rate 3e-4 --kmeans_steps 1 --kmeans_batches 60 --codebook_decay 0.99 --dead_code_reset_steps 300
-
-# Codes for flat colours take the place of the rarest. More photographs and larger crops.
-[ -d "$work/colours" ] || python training/add_colours.py "$work/kinds" "$work/mixture_20" "$work/colours"
-kinds --output_dir "$work/last" --pretrained_model_name_or_path "$work/colours" --train_data_dir "$work/mixture_20" \
-    --crop_sizes 256 256 256 256 128 128 64 32 --max_train_steps 1200 --learning_rate 2e-4 --codebook_decay 0.998
-store "$work/last" svqvae_hf/pretrained
+store "$work/default" svqvae_hf/pretrained
