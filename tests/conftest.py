@@ -3,9 +3,11 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # no test depends on what an earlier run has cached
 
 import diffusers
 import numpy as np
@@ -22,6 +24,10 @@ from svqvae_hf import SVQVAE
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
 
 
 class Features(nn.Module):

@@ -176,7 +176,7 @@ def test_pushed_pipelines_load_as_documented_and_have_cards(options, dit_options
     assert re.search(r"\| train/loss \| \d", card)
     card = (repository / "README.md").read_text()
     assert 'LDMPipeline.from_pretrained("org/out-ldm")' in card
-    assert "only after\n`import svqvae_hf`" in card
+    assert "only after `import svqvae_hf`" in " ".join(card.split())
     assert "license: mit" in card
     assert "Not stated" not in card
     assert "trained by | `training/train_latent_diffusion.py` of svqvae-hf" in card
