@@ -54,12 +54,14 @@ def test_tiles_leave_no_lattice_on_flat_dark_and_gradient_images(model):
 
 @pytest.mark.usefixtures("no_grad")
 def test_flat_colours_come_back(model):
+    """The corners of the RGB cube, and other colours in every run."""
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
-    colours = torch.cat([corners, torch.linspace(0.1, 0.9, 5)[:, None].expand(5, 3)])
+    seed = torch.seed() % 2**32
+    colours = torch.cat([corners, torch.rand(92, 3, generator=torch.Generator().manual_seed(seed))])
     sample = colours[:, :, None, None].expand(-1, -1, 64, 64).contiguous()
-    error = 255 * (model(sample).sample - sample).abs()
-    assert error[..., 8:-8, 8:-8].mean() < 5
-    assert error[..., 0, :].mean() < 8
+    error = 255 * (model(sample).sample - sample).abs().mean((1, 2, 3))
+    assert error.mean() < 5, f"colours of seed {seed}"
+    assert error.max() < 14, f"colours of seed {seed}"
 
 
 @pytest.mark.slow
