@@ -59,7 +59,7 @@ def options(tmp_path):
 
 def kmeans_psnr(options):
     trained, held_out = (open_images([options[f"{name}_data_dir"]]) for name in ("train", "validation"))
-    kmeans = KMeans.fit(take_blocks(centre_crops(trained, 3, 400, (0.0, 1.0)), 4), CONFIG["codebook_size"])
+    kmeans = KMeans.fit(take_blocks(centre_crops(trained, 3, 192, (0.0, 1.0)), 4), CONFIG["codebook_size"])
     sample = centre_crops(held_out, 100, SIDE, (0.0, 1.0))
     return psnr(kmeans.reconstruct(sample).clamp(0, 1), sample, data_range=1.0).mean().item()
 
