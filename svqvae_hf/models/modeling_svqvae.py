@@ -326,6 +326,9 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         ValueError: If values do not fit each other.
     """
 
+    encoder: Encoder
+    decoder: Decoder
+
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Encoder", "Decoder", "VectorQuantizer"]
     _repeated_blocks = ["ResnetBlock", "AttnBlock"]
