@@ -90,10 +90,14 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
     """
     if Path(source).exists() or options.get("local_files_only") or hub_answers():
         return load(source, **options)
+    was_offline = constants.HF_HUB_OFFLINE
     try:
+        constants.HF_HUB_OFFLINE = True  # otherwise the Hub's client looks up its name again, without a time limit
         return load(source, **(options | {"local_files_only": True}))
     except OSError as error:
         raise OSError(f"could not load `{source}`: {UNREACHABLE}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 def check_repo_id(repo_id: str, argument: str = "push_to_hub") -> None:
