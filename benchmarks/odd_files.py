@@ -62,7 +62,11 @@ RESULTS = {  # where a command names the pictures that it has made
 }
 OPTIONS = {
     "tokenize": ["--workers", "0"],
-    "evaluate": ["--codecs", "--scales", "1", "--modes", "plain"],
+    "evaluate": [
+        "--codecs",
+        "--scales",
+        "1",
+    ],
 }
 PRELOADED = ["svqvae_cli.loading", "svqvae_hf.evaluation.report", "svqvae_hf.token_sets.writer"]
 

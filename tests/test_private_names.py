@@ -33,11 +33,16 @@ IMPORTED = {
     "diffusers.models.autoencoders.vae.AutoencoderMixin": "Define its methods for tiling and slicing in `SVQVAE`.",
     "diffusers.models.autoencoders.vae.DecoderOutput": "Define a `BaseOutput` with the field `sample`.",
     "diffusers.models.embeddings.LabelEmbedding": "Copy it to `modeling_next_scale.py`, with its parameters' names.",
+    "transformers.modeling_layers.GradientCheckpointingLayer": "Checkpoint the layers in the loop of the model.",
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "Call `scaled_dot_product_attention` in the attention.",
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm": "Copy its ten lines, or use `torch.nn.RMSNorm`.",
+    "transformers.models.llama.modeling_llama.eager_attention_forward": "Copy it to `modeling_llamagen.py`.",
     "gradio.processing_utils.save_bytes_to_cache": "See how `gr.Image.postprocess` stores its files.",
     "gradio.processing_utils.save_pil_to_cache": "See how `gr.Image.postprocess` stores its files.",
     "gradio.utils.get_upload_folder": "Read `GRADIO_TEMP_DIR`, or else `gradio` in the folder of temporary files.",
 }
 USED = {
+    "_attn_implementation": "Read the name of the attention function from where transformers keeps it in the config.",
     "_execution_device": "Take the device of the transformer, or the device to which its hook brings it.",
 }
 OVERRIDDEN = {  # attributes and methods of a library's class

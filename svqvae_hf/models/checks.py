@@ -94,7 +94,7 @@ def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> N
     fault = ""
     if lowest < low - tolerance or highest > high + tolerance:
         fault = f"has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong"
-    elif low < 0 <= lowest < highest:
+    elif low < 0 <= lowest < highest <= 1:
         fault = f"has no value below 0, where `pixel_range` is {tuple(pixel_range)}. Images in [0, 1] get wrong ids"
     if fault:
         warnings.warn(

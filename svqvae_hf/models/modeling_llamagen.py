@@ -13,10 +13,18 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, LlamaForCausalLM, LlamaModel, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint, read_llamagen

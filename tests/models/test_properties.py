@@ -25,7 +25,6 @@ from svqvae_hf.tokens.token_files import (
     grid_shape,
     load_tokens,
     save_tokens,
-    token_file_header,
 )
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -258,14 +257,15 @@ def test_token_files_come_back(tmp_path, tokens):
 @given(st.data())
 def test_token_files_of_junk_are_refused(tmp_path, data):
     tokens = ImageTokens([torch.zeros(2, 3, dtype=torch.int64)], 8, 12, (1.0,), 4, 8, 0, 300, FINGERPRINT)
-    header = token_file_header(tokens)
-    document = json.loads(header[8:])
+    path = tmp_path / "a.safetensors"
+    save_tokens(path, tokens)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    document = json.loads(path.read_bytes()[8 : 8 + size])
     record = json.loads(document["__metadata__"][METADATA_KEY])
     name = data.draw(st.sampled_from(sorted(record)))
     record[name] = data.draw(JUNK)
     document["__metadata__"][METADATA_KEY] = json.dumps(record)
     encoded = json.dumps(document).encode()
-    path = tmp_path / "a.safetensors"
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(12))
     try:
         again = load_tokens(path)

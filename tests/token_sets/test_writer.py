@@ -412,6 +412,7 @@ def test_the_folder_must_be_new_and_one_image_readable(tiny_model, photos, tmp_p
 
 
 def test_the_command_checks_the_folder_before_it_loads_the_model(photos, tmp_path, capsys):
+    (tmp_path / "none").mkdir()
     message = fails(capsys, "tokenize", photos, photos, "--model", tmp_path / "none")
     assert "must be a new or empty folder, but it is not empty" in message
     assert "must be a writable folder, but `/proc` is not" in fails(
