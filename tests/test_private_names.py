@@ -47,6 +47,8 @@ USED = {
 }
 OVERRIDDEN = {  # attributes and methods of a library's class
     "_get_arguments_from_pretrained": "Load the vqvae of the processor in `from_pretrained`.",
+    "_get_resized_lm_head": "Override `resize_token_embeddings`, so that LlamaGen's head keeps its rows.",
+    "_tied_weights_keys": "See how transformers learns which weights are shared: LlamaGen shares none.",
     "_process_images": "See how `ProcessorMixin.__call__` puts the tokens of images in place of `image_token`.",
     "_keep_in_fp32_modules": "See how the library keeps modules in float32: the quantizer must never be cast.",
     "_keys_to_ignore_on_load_unexpected": "Drop these keys before loading.",

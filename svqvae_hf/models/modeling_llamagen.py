@@ -278,8 +278,9 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             self.register_buffer("uncond_embedding", features)  # in LlamaGen it is never trained
         self.post_init()
 
-    def get_output_embeddings(self) -> None:
-        """None, because the head has rows for codes alone: `resize_token_embeddings` leaves it as it is."""
+    def _get_resized_lm_head(self, old_lm_head: CodeHead, *_: Any, **__: Any) -> CodeHead:
+        """The head as it is, because it has rows for codes alone, however many tokens are embedded."""
+        return old_lm_head
 
     def forward(
         self,
