@@ -71,7 +71,7 @@ def measure_colours(model: SVQVAE, seed: int) -> dict[str, float]:
 
 
 def measure_small(model: SVQVAE, images: Sequence[torch.Tensor]) -> dict[str, float]:
-    """PSNR of centres alone, minus that of the same pixels within a larger picture."""
+    """PSNR of cropped centres minus PSNR of the same pixels within the larger picture."""
     figures: dict[str, list[float]] = {f"{side} pixels": [] for side in SMALL}
     for image in images:
         large = centre(image, LARGE)

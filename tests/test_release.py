@@ -1,4 +1,4 @@
-"""What a release holds: wheel, source archive, citation, and the workflow that checks it."""
+"""A release: wheel, source archive, citation, and the workflow that checks it."""
 
 import json
 import os

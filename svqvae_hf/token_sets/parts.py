@@ -124,7 +124,7 @@ def read_totals(folder: Folder) -> dict[str, int] | None:
 
 
 def read_options(folder: Folder) -> dict[str, Any]:
-    """Reads the options that a token set was started with; empty if there is none."""
+    """Reads the options that a token set was started with. Returns an empty dict if there is no token set."""
     complete = folder.read(SETTINGS_FILE)
     return json.loads(complete).get("options", {}) if complete else json.loads(folder.read(OPTIONS_FILE) or b"{}")
 
@@ -153,7 +153,7 @@ def delete_set(folder: Folder) -> None:
 
 
 def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., str]) -> dict[str, int] | None:
-    """Completes a token set if all its parts are finished. Opens no Parquet file, and deletes those of no part.
+    """Completes a token set if all its parts are finished. Opens no Parquet file. Deletes those of no part.
 
     The settings are written last: they mark the set as complete. Then the records are deleted.
 

@@ -46,7 +46,7 @@ class TokenizeReport:
 
     Args:
         out (`str`): Folder of the set.
-        complete (`bool`): Whether the set is complete. If so, the numbers are those of the set, otherwise of this run.
+        complete (`bool`): Whether the set is complete. If so, the numbers count the whole set, otherwise this run.
         parts (`int`): Number of parts.
         resumed (`int`): Parts that were finished before this run, and were skipped.
         images (`int`): Number of images, including the skipped ones.

@@ -55,7 +55,7 @@ class CropLoader:
     once, by one process, in a new random order. An unreadable image is replaced by the next readable one of the
     process, which is then seen twice.
 
-    The order of a stream is that of [`StreamReader`].
+    [`StreamReader`] defines the order of a stream.
 
     Iteration continues after the last batch yielded, also after `load_state_dict`.
 

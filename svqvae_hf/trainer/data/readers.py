@@ -165,7 +165,7 @@ class StreamReader:
         self.ring = []
 
     def _read_round(self) -> list[ImageRow] | None:
-        """Reads some images of each open shard, and returns those of this process; None at the end of the epoch."""
+        """Reads some images of each open shard, and returns those for this process, or None after the epoch."""
         opening = self.order[self.opened : self.opened + OPEN_SHARDS - len(self.ring)]
         self.opened += len(opening)
         self.ring += [OpenShard(number, self.parts[number]) for number in opening]

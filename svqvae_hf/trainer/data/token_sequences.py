@@ -93,7 +93,7 @@ class TokenSource:
         return [captions[0] for captions in self._captions(self.tables[: min(count, len(self.rows))])]
 
     def shared_key(self, other: "TokenSource") -> str | None:
-        """Key of an image that is in both sets, with the same ids at the largest scale; None if there is none."""
+        """Key of an image that both sets hold with the same ids at the largest scale, or None."""
         keys, other_keys = (each.rows.data.column("key") for each in (self, other))
         rows = np.flatnonzero(pc.is_in(keys, value_set=pc.unique(other_keys)).to_numpy())
         column = self.id_columns[-1]
