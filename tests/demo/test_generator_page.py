@@ -4,16 +4,13 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
-from cli_runner import fails
-from conftest import ROOT, make_tiny
-from diffusers import LDMPipeline
+from conftest import make_tiny
 from next_scale_golden import make_transformer
 from PIL import Image
-from pipeline_parts import make_pipeline, text_components
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-from svqvae_hf.demo.generator_page import EDITOR_PX, NO_CLASS, PAPER, GeneratorPage, _condition, _sampling
+from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+from svqvae_hf.demo.generator_page import EDITOR_PX, PAPER, GeneratorPage
 from svqvae_hf.pipelines.sequences import SequenceLayout
 
 SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0, "top_p": 0.9, "steps": 4}
@@ -40,14 +37,6 @@ def autoregressive():
     )
     model = LlamaForCausalLM(config).eval()
     return SVQVAEAutoregressivePipeline(make_tiny(), model, num_classes=3, height=16, width=24, scales=(0.5, 1.0))
-
-
-@pytest.fixture
-def captioned():
-    file = ROOT / "tests" / "golden" / "llamagen_gpt_t2i_tiny.pt"
-    model = LlamaGenForCausalLM.from_single_file(file, grid_size=4, num_attention_heads=4)
-    vqvae = make_tiny(codebook_size=256)
-    return SVQVAEAutoregressivePipeline(vqvae, model, num_classes=1, height=16, width=16, **text_components())
 
 
 def sample(pipeline, **arguments):
@@ -81,13 +70,6 @@ def test_image_grows_scale_by_scale_to_the_image_of_the_pipeline(next_scale):
     assert drawing["background"].size == (EDITOR_PX, EDITOR_PX)
 
 
-def test_number_of_steps_and_no_class(next_scale):
-    values = list(GeneratorPage(next_scale).generate(**(SETTINGS | {"steps": 2, "label": NO_CLASS})))
-    image, _ = sample(next_scale, class_labels=None, guidance_scale=1.0, num_inference_steps=2)
-    assert "Step 2 of 2: 4 × 4 tokens" in values[1][0]
-    np.testing.assert_array_equal(pictures(values)[-1], image)
-
-
 def test_image_grows_row_by_row_to_the_image_of_the_pipeline(autoregressive):
     values = list(GeneratorPage(autoregressive).generate(**SETTINGS))
     image, _ = sample(autoregressive)
@@ -98,12 +80,6 @@ def test_image_grows_row_by_row_to_the_image_of_the_pipeline(autoregressive):
     assert (pictures(values)[4][:12] != PAPER).any(-1).mean() > 0.9
     np.testing.assert_array_equal(pictures(values)[-1], image)
     assert values[-1][2].count("<figure>") == 2  # one per scale
-
-
-def test_prompt(captioned):
-    values = list(GeneratorPage(captioned).generate(**(SETTINGS | {"prompt": "a cat"})))
-    image, _ = sample(captioned, class_labels=None, prompt="a cat")
-    np.testing.assert_array_equal(pictures(values)[-1], image)
 
 
 def drawn(box, side=EDITOR_PX):
@@ -125,7 +101,7 @@ def test_painted_part_is_generated_anew(next_scale):
     assert not torch.equal(ids[-1][0, :, :2], known[:, :2])
 
 
-def test_mistakes_are_shown_in_the_page(next_scale, captioned):
+def test_mistakes_are_shown_in_the_page(next_scale):
     page = GeneratorPage(next_scale)
     picture = Image.new("RGB", (16, 16))
     for drawing in (None, {"layers": []}, drawn((0, 0, 0, 0))):
@@ -135,29 +111,3 @@ def test_mistakes_are_shown_in_the_page(next_scale, captioned):
     (values,) = page.generate(**(SETTINGS | {"top_p": 0.0}))
     assert "role='alert'>`top_p` must be above 0" in values[0]
     assert not values[1].visible
-
-
-def test_controls_are_those_of_the_pipeline(next_scale, autoregressive, captioned):
-    for pipeline, visible in (
-        (next_scale, {"class", "guidance", "steps"}),
-        (autoregressive, {"class", "guidance"}),
-        (captioned, {"prompt", "guidance"}),
-    ):
-        page = GeneratorPage(pipeline)
-        controls = [*_condition(page), *_sampling(page)]
-        assert {control.elem_id for control in controls if control.visible} == visible | {"seed", "top_p"}
-        assert all(control.info for control in controls)
-    assert GeneratorPage(next_scale).classes[1:] == [("dog", 1), ("fox", 2), ("no class", NO_CLASS)]
-    assert GeneratorPage(autoregressive).classes[0] == ("0", 0)
-
-
-def test_other_pipelines_and_models_are_one_line(tiny_model, tmp_path, capsys):
-    make_pipeline(LDMPipeline).save_pretrained(tmp_path / "ldm")
-    tiny_model.save_pretrained(tmp_path / "model")
-    for argv, message in (
-        (["--generator", tmp_path / "ldm"], "SVQVAENextScalePipeline, but is a LDMPipeline"),
-        (["--generator", tmp_path / "model"], "no file named model_index.json"),
-        (["--generator", tmp_path / "nowhere"], "there is no file or folder"),
-        (["--generator", "a", "--model", "b"], "Leave out --model or --generator"),
-    ):
-        assert message in fails(capsys, "demo", *argv)

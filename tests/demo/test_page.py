@@ -2,10 +2,7 @@ import base64
 import io
 import json
 import re
-import socket
-import time
 import tomllib
-import weakref
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +19,6 @@ from svqvae_cli.loading import load_model
 from svqvae_hf import SVQVAE
 from svqvae_hf.demo import page as demo
 from svqvae_hf.demo.page import (
-    EXAMPLE,
     MAX_SCALES,
     STATIC,
     Page,
@@ -31,10 +27,9 @@ from svqvae_hf.demo.page import (
 from svqvae_hf.demo.previews import draw_codes, preview_scales
 from svqvae_hf.evaluation.metrics import ssim
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
-from svqvae_hf.hub import repositories
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
-from svqvae_hf.tokens.token_files import load_tokens, save_tokens
+from svqvae_hf.tokens.token_files import load_tokens
 
 SCALES = [0.5, 1.0]
 
@@ -97,12 +92,6 @@ def test_previews_match_tokens_and_metrics(tiny_model, picture):
     assert preview.figures["SSIM"] == f"{ssim(*pair).item():.3f}"
 
 
-def test_no_ssim_for_an_image_below_its_window(tiny_model, picture):
-    tiny = picture.resize((10, 30))
-    (preview,) = preview_scales(tiny_model, encode_image(tiny_model, tiny, [1]), tiny)
-    assert preview.figures["SSIM"] == "needs 11 pixels"
-
-
 def test_code_grid_has_ids_and_their_pictures(tiny_model, picture):
     tokens = encode_image(tiny_model, picture, [1, 4])
     for preview, ids in zip(preview_scales(tiny_model, tokens, picture), tokens.ids, strict=True):
@@ -154,13 +143,6 @@ def test_decode_shows_the_same_images(page, photograph):
         assert not after[1].visible
 
 
-def test_settings_decode_an_opened_token_file_again(page, photograph):
-    saved = encode(page, photograph)[3].value["path"]
-    again = encode(page, None, token_file=saved)
-    assert "decoded from ids alone" in again[0]
-    assert [tab[0].label for tab in scale_tabs(again) if tab[0].visible] == ["scale 0.5", "scale 1"]
-
-
 def test_errors_show_no_folders(page, photograph, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<b>no image</b>")
@@ -169,49 +151,6 @@ def test_errors_show_no_folders(page, photograph, tmp_path):
     for answer in (encode(page, str(broken)), page.decode(str(broken), "")):
         assert "`broken.png`" in error_shown(answer)
         assert str(tmp_path) not in answer[0]
-
-
-def test_file_name_is_escaped(page, tmp_path):
-    path = tmp_path / "<img src=x onerror=alert(1)>.png"
-    path.write_bytes(b"no")
-    assert "<img" not in error_shown(encode(page, str(path)))
-
-
-def test_missing_model_is_shown_as_error(photograph):
-    def load(source):
-        raise OSError(f"there is no model `{source}`.")
-
-    assert "there is no model `org/none`." in error_shown(encode(Page(load), photograph, source=" org/none "))
-
-
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # passed by diffusers
-@pytest.mark.usefixtures("process")
-@pytest.mark.parametrize("public", [False, True])
-def test_unreachable_model_is_an_error_within_5_seconds(photograph, monkeypatch, public):
-    page = Page(partial(load_model, device="cpu", dtype="float32"), public=public)
-    assert repositories.ANSWER_SECONDS < 5
-    monkeypatch.setattr(repositories, "ANSWER_SECONDS", 1)  # the machine may be busy
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        message = error_shown(encode(page, photograph, source="org/gone"))
-        assert time.monotonic() - start < 5
-    assert "could not load the model `org/gone`: the Hub cannot be reached" in message
-
-
-def test_previous_model_is_dropped_before_the_next_is_loaded(photograph):
-    loaded = []
-
-    def load(source):
-        assert not any(model() for model in loaded)
-        model = make_tiny()
-        loaded.append(weakref.ref(model))
-        return model
-
-    page = Page(load)
-    for source in ("", "other", " other ", "", ""):
-        encode(page, photograph, source=source)
-    assert len(loaded) == 3
 
 
 LOCAL = ["/etc", "/etc/passwd", "..", "nowhere", "org/local", "org/local/deeper", "../org/name", "org/name:file.pt"]
@@ -226,12 +165,6 @@ def test_public_page_reveals_no_paths_of_the_machine(tmp_path, monkeypatch, phot
             "<p class='error' role='alert'>On this page a model must be a public model of the Hub. Write its id, "
             "`org/name`.</p>"
         )
-
-
-def test_public_page_has_its_own_models(tiny_model, photograph, tmp_path):
-    page = Page({"": tiny_model, str(tmp_path): make_tiny()}.__getitem__, str(tmp_path), public=True)
-    for source in ("", str(tmp_path)):
-        assert "64 × 41 pixels" in encode(page, photograph, source=source)[0]
 
 
 @pytest.fixture
@@ -252,7 +185,6 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # passed by diffusers
-@pytest.mark.usefixtures("process")
 def test_visitors_of_a_public_page_reach_only_public_models(hub, tiny_model, photograph, tmp_path, monkeypatch):
     branch = HubHandler._branch
 
@@ -275,43 +207,11 @@ def test_visitors_of_a_public_page_reach_only_public_models(hub, tiny_model, pho
     assert not list((tmp_path / "hf_home").rglob("*public*"))
 
 
-def test_wrong_codebook_is_an_error(page, photograph):
-    assert "codebook" in error_shown(page.decode(encode(page, photograph)[3].value["path"], "other"))
-
-
-def test_too_large_reconstruction_is_an_error_before_encoding(page, tmp_path):
-    path = tmp_path / "wide.png"
-    Image.new("RGB", (4200, 1001)).save(path)
-    assert "at most 17 million pixels" in error_shown(encode(page, str(path), scales=[2.0]))
-
-
 def test_too_large_image_is_an_error_before_decoding(page, tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (11000, 11000)).save(path)
     path.write_bytes(path.read_bytes()[:60])  # a decoder would say that it is cut short
     assert "at most 17 million pixels" in error_shown(encode(page, str(path)))
-
-
-def test_expired_photograph_is_an_error(page, photograph):
-    Path(photograph).unlink()
-    assert "The photograph is no longer stored here. Drop it again." in error_shown(encode(page, photograph))
-
-
-def test_more_scales_than_tabs_are_an_error(page, tiny_model, picture, tmp_path):
-    path = tmp_path / "many.safetensors"
-    save_tokens(path, encode_image(tiny_model, picture, [0.1 * (index + 1) for index in range(MAX_SCALES + 1)]))
-    assert f"at most {MAX_SCALES} scales" in error_shown(page.decode(str(path), ""))
-
-
-def test_out_of_memory_is_shown_but_other_errors_are_raised(page, photograph, monkeypatch):
-    def fail(message):
-        raise RuntimeError(message)
-
-    monkeypatch.setattr(demo, "encode_image", lambda *_: fail("CUDA out of memory."))
-    assert "Out of memory. Use smaller scales" in error_shown(encode(page, photograph))
-    monkeypatch.setattr(demo, "encode_image", lambda *_: fail("another error"))
-    with pytest.raises(RuntimeError, match="another error"):
-        encode(page, photograph)
 
 
 HOSTS = {
@@ -341,10 +241,6 @@ def test_taken_port_is_an_error_and_only_loopback_is_private(tiny_model, monkeyp
         with pytest.raises(OSError, match=message), serving(lambda _: tiny_model, "", host, 7860):
             pass
     assert [page.public for page in pages] == list(HOSTS.values())
-
-
-def test_example_is_the_photograph_of_the_readme(photo):
-    np.testing.assert_array_equal(pixels(EXAMPLE), photo)
 
 
 def test_space_matches_the_package():
