@@ -5,12 +5,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from cli_runner import fails, svqvae, visible
+from cli_runner import fails, svqvae
+from generators import make_autoregressive
 
 from svqvae_cli import main
 
-pytestmark = pytest.mark.usefixtures("few_windows", "process")
+pytestmark = pytest.mark.usefixtures("few_windows")
 COMMANDS = ("encode", "decode", "reconstruct")
+GENERATE = ("--num-images", 5, "--batch-size", 2)
+TOKENIZE = ("--num-parts", 5, "--workers", 0, "--crops", "centre", "--resolution", 16)
 
 
 @pytest.fixture
@@ -24,9 +27,14 @@ def photos(tmp_path, photo):
 
 @pytest.fixture
 def argv(photos, tmp_path, saved_model):
-    """Returns the words of a command over the five images."""
+    """Returns the words of a command over the five images, or for five new ones."""
 
     def words(command, output, *options):
+        if command == "tokenize":
+            return [command, photos, output, "--model", saved_model, *TOKENIZE]
+        if command == "generate":
+            make_autoregressive().save_pretrained(tmp_path / "pipeline")
+            return [command, tmp_path / "pipeline", "--output", output, *GENERATE]
         source = photos
         if command == "decode":
             source = tmp_path / "tokens"
@@ -38,13 +46,16 @@ def argv(photos, tmp_path, saved_model):
 
 
 def contents(folder):
-    return {name: (folder / name).read_bytes() for name in visible(folder)}
+    """Content of each file, but of no record of a run."""
+    files = (path for path in folder.rglob("[!.]*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "tokenize", "generate"])
 def test_three_interrupted_runs_end_with_the_files_of_an_unbroken_one(command, argv, tmp_path, monkeypatch, capsys):
-    assert svqvae(*argv(command, tmp_path / "whole")) == 0
-    words = argv(command, tmp_path / "out")
+    whole, out = tmp_path / "whole" / "out", tmp_path / "out"
+    assert svqvae(*argv(command, whole)) == 0
+    words = argv(command, out)
     replace, left = Path.replace, []
 
     def interrupt(path, target):
@@ -60,19 +71,15 @@ def test_three_interrupted_runs_end_with_the_files_of_an_unbroken_one(command, a
         with pytest.raises(SystemExit):
             svqvae(*words)
         captured = capsys.readouterr()
-        assert f"written  {tmp_path / 'out'} (" in captured.out
+        assert ("(not complete; finished: " if command == "tokenize" else f"written  {out} (") in captured.out
         assert "is not complete. Run the same command again to resume." in captured.err
-        done.append(len(visible(tmp_path / "out")))
+        done.append(len(contents(out)))
     assert done == sorted(done)
-    assert 0 < done[0] < done[-1] < len(visible(tmp_path / "whole"))
+    assert 0 < done[0] < done[-1] < len(contents(whole))
     monkeypatch.setattr(Path, "replace", replace)
     assert svqvae(*words) == 0
-    assert " of 5 were there\n" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert svqvae(*words) == 0
-    assert "resumed: 5 of 5 were there\n" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert "resumed: " in capsys.readouterr().out
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -109,13 +116,17 @@ def test_an_interrupted_overwrite_leaves_nothing_of_the_run_before(argv, tmp_pat
     assert new not in old.items()
 
 
-def test_an_input_that_changed_is_done_again(argv, photos, tmp_path, capsys):
+def test_only_an_input_that_changed_is_done_again(argv, photos, tmp_path, capsys):
     words = argv("encode", tmp_path / "out")
     assert svqvae(*words) == 0
     made = (tmp_path / "out" / "3.safetensors").stat().st_mtime_ns
     os.utime(photos / "3.png", ns=(made + 1, made + 1))
     assert svqvae(*words) == 0
     assert "resumed: 4 of 5 were there\n" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert svqvae(*words) == 0
+    assert "resumed: 5 of 5 were there\n" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
 def test_summary_after_inputs_that_cannot_be_read(argv, photos, tmp_path, capsys):

@@ -6,7 +6,6 @@ from conftest import ROOT
 
 from svqvae_cli.command_line import COMMANDS
 
-pytestmark = pytest.mark.usefixtures("process", "one_accelerator")
 WRONG = {  # words on the command line, and a part of the message
     "reconstruct": [
         ("broken.png --output out --model {model}", "`broken.png` (5 bytes) is not a readable image"),
