@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import encoding_process
 import pytest
 import torch
 
@@ -25,18 +24,3 @@ def test_two_threads_use_one_model(tiny_model, tmp_path):
     for expected, found in zip(alone, together, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
     assert not tiny_model.quantize.code_counts.any()
-
-
-@pytest.mark.slow
-def test_two_processes_use_one_model(tiny_model, no_grad):
-    """The weights are in shared memory."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    sample = torch.rand(1, 3, 20, 30)
-    tiny_model.share_memory()
-    worker = context.Process(target=encoding_process.encode, args=(tiny_model, sample, results))
-    worker.start()
-    ids = tiny_model.encode_tokens(sample).tolist()
-    assert results.get(timeout=300) == 3 * [ids]
-    worker.join()
-    assert tiny_model.encode_tokens(sample).tolist() == ids

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import struct
@@ -6,9 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-import tifffile
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import EpsImagePlugin, Image
 from transformers import AutoImageProcessor
@@ -16,7 +13,6 @@ from transformers import AutoImageProcessor
 from svqvae_hf import SVQVAE
 from svqvae_hf.models import image_processing_svqvae
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
-from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 
 WHITE = (255, 255, 255)
 RED = (200, 10, 20)
@@ -37,7 +33,7 @@ def read(path):
     return np.asarray(load_image(path))
 
 
-@pytest.mark.parametrize("pixel_range", [(0, 1), (-1, 1), (0, 255), (-0.5, 0.5), (0.2, 0.3), (-3, 100.5)])
+@pytest.mark.parametrize("pixel_range", [(0, 1), (-1, 1), (0.2, 0.3)])
 def test_8_bit_images_come_back_as_they_went_in(pixels, pixel_range):
     processor = SVQVAEImageProcessor(pixel_range=pixel_range)
     batch = processor(Image.fromarray(pixels))
@@ -56,19 +52,13 @@ def test_all_kinds_of_input_agree(pixels, tmp_path):
     kinds = [
         Image.fromarray(pixels),
         pixels,
-        pixels[None],
         pixels[::-1][::-1],
-        pixels / 255,
-        (pixels / 255).astype(np.float32),
         (pixels / 255).astype(">f4"),
         chw,
         chw[None],
         chw / 255,
-        chw.double() / 255,
-        path,
         str(path),
         path.read_bytes(),
-        io.BytesIO(path.read_bytes()),
         path.open("rb"),
     ]
     with kinds[-1]:
@@ -78,24 +68,11 @@ def test_all_kinds_of_input_agree(pixels, tmp_path):
         torch.testing.assert_close(values, chw / 255, rtol=0, atol=1e-7)
 
 
-def test_grey_arrays_become_rgb(pixels):
-    grey = pixels[..., 0]
-    batch = SVQVAEImageProcessor()([grey, grey[..., None], torch.from_numpy(grey), torch.from_numpy(grey)[None]])
-    expected = torch.from_numpy(grey / 255).float().expand(4, 3, -1, -1)
-    assert torch.equal(batch["pixel_values"], expected)
-
-
 def test_the_dtype_decides_what_a_value_means():
     dark = np.ones((4, 4, 3), np.uint8)
     values = SVQVAEImageProcessor()([dark, dark.astype(np.float32)])["pixel_values"]
     assert values[0].unique().tolist() == pytest.approx([1 / 255])
     assert values[1].unique().tolist() == [1]
-
-
-def test_half_precision_floats_become_float32():
-    values = SVQVAEImageProcessor()(torch.full((3, 2, 2), 0.5, dtype=torch.bfloat16))["pixel_values"]
-    assert values.dtype == torch.float32
-    assert values.unique().tolist() == [0.5]
 
 
 def test_an_array_with_alpha_is_its_picture():
@@ -122,30 +99,6 @@ def test_images_of_several_sizes_are_refused_because_padding_changes_ids(tiny_mo
         assert torch.equal(tiny_model.encode_tokens(processor(image)["pixel_values"])[0], ids)
 
 
-@pytest.mark.parametrize("size", [(5, 9), (8, 2), (1, 1)])
-def test_sizes_are_scaled_as_the_model_scales_images(tiny_model, size):
-    processor = SVQVAEImageProcessor()
-    batch = processor([np.zeros((*size, 3), np.uint8)] * 2)
-    scales = [0.4, 1.0, 1.5]
-    with torch.no_grad():
-        samples = tiny_model(batch["pixel_values"], scales=scales).sample
-    for sample, scale in zip(samples, scales, strict=True):
-        images = processor.postprocess(sample, batch["image_sizes"], scale=scale)
-        height, width = (max(1, round(scale * side)) for side in size)
-        assert [image.size for image in images] == [(width, height)] * 2
-
-
-@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
-def test_sizes_of_any_kind(kind):
-    assert SVQVAEImageProcessor().postprocess(torch.zeros(2, 3, 4, 4), kind([(3, 2), (4, 1)]))[0].size == (2, 3)
-
-
-def test_samples_may_be_arrays(pixels):
-    batch = SVQVAEImageProcessor()(pixels, return_tensors="np")
-    (image,) = SVQVAEImageProcessor().postprocess(batch["pixel_values"])
-    assert np.array_equal(np.asarray(image), pixels)
-
-
 def test_output_types():
     sample = torch.tensor([-2.0, 0.0, 3.0]).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
     processor = SVQVAEImageProcessor(pixel_range=(-1, 1))
@@ -162,17 +115,6 @@ def test_output_types():
         assert [crop.size if output_type == "np" else crop.numel() for crop in crops] == [60, 18]
     assert images[0].size == (5, 4)
     assert images[0].getpixel((0, 0)) == (0, 128, 255)
-
-
-def test_postprocess_takes_half_precision_with_a_gradient():
-    sample = torch.full((1, 3, 2, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
-    assert SVQVAEImageProcessor().postprocess(sample)[0].getpixel((0, 0)) == (128, 128, 128)
-
-
-def test_numpy_on_request(pixels):
-    batch = SVQVAEImageProcessor()(pixels, return_tensors="np")
-    assert isinstance(batch["pixel_values"], np.ndarray)
-    assert batch["image_sizes"] == [(32, 24)]
 
 
 def test_saves_and_loads_as_a_component(tmp_path):
@@ -202,15 +144,6 @@ def test_alpha_goes_on_white(mode, tmp_path):
     else:
         image = image.convert(mode)
     assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [90, 255, 127]
-
-
-def test_transparent_palette_colours_go_on_white(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([*RED, 0, 0, 255])
-    image.putpixel((1, 0), 1)
-    expected = [[RED, WHITE]]
-    for name, options in {"index.gif": {"transparency": 1}, "bytes.png": {"transparency": b"\xff\x00"}}.items():
-        assert read(save(image, tmp_path / name, **options)).tolist() == np.array(expected).tolist()
 
 
 @pytest.mark.parametrize(("mode", "colour", "clear"), [("RGB", RED, (1, 2, 3)), ("L", 90, 7), ("I;16", 90 * 257, 8)])
@@ -245,24 +178,6 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, mode, name):
     assert read(save(image, tmp_path / name))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_float_grey_is_scaled(tmp_path):
-    image = Image.fromarray(np.array([[0, 0.25, 1]], np.float32))
-    assert read(save(image, tmp_path / "a.tif"))[0, :, 2].tolist() == [0, 64, 255]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (np.array([[0, 255]], np.float32), r"mode 'F' must have values in \[0, 1\], got \[0.0, 255.0\]"),
-        (np.array([[0, np.nan]], np.float32), r"mode 'F' must have values in \[0, 1\]"),
-        (np.array([[0, 65536]], np.int32), r"mode 'I' must have values in \[0, 65535\], got \[0, 65536\]"),
-    ],
-)
-def test_values_outside_the_range_of_a_mode(tmp_path, values, message):
-    with pytest.raises(ValueError, match=f"a.tif` is not a readable image: .*{message}"):
-        load_image(save(Image.fromarray(values), tmp_path / "a.tif"))
-
-
 def test_exif_orientation_is_applied_once(pixels, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
@@ -272,18 +187,6 @@ def test_exif_orientation_is_applied_once(pixels, tmp_path):
     values = SVQVAEImageProcessor()([path, Image.open(path)])["pixel_values"]
     assert torch.equal(values[0], values[1])
     assert values.shape == (2, 3, 24, 32)
-
-
-def test_bytes_in_memory_are_read_as_their_file_is(pixels, tmp_path):
-    path = save(Image.fromarray(pixels), tmp_path / "a.png")
-    assert load_image(io.BytesIO(path.read_bytes())).tobytes() == load_image(path).tobytes()
-    with path.open("rb") as file:
-        assert np.array_equal(load_image(file), pixels)
-
-
-def test_first_frame_of_an_animation(tmp_path):
-    first, second = (Image.new("RGB", (2, 2), colour) for colour in ("white", "black"))
-    assert read(save(first, tmp_path / "a.gif", save_all=True, append_images=[second])).min() == 255
 
 
 # Errors
@@ -308,57 +211,13 @@ def test_files_that_are_not_images_are_named(tmp_path, content, message):
         SVQVAEImageProcessor()(tmp_path / "a.png")
 
 
-def test_reason_why_an_image_of_a_known_format_is_not_readable(pixels, tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", pixels / np.float32(255), photometric="rgb")
-    png = save(Image.fromarray(pixels), tmp_path / "a.png")
-    png.write_bytes(png.read_bytes().replace(b"IDAT", b"XDAT"))
-    for name, reason in (
-        ("a.tif", "TIFF .* kind: unknown pixel mode"),
-        ("a.png", "PNG .* kind: broken PNG file .*XDAT"),
-    ):
-        with pytest.raises(ValueError, match=rf"{name}` \(\d+ bytes\) is not a readable image. It is a {reason}"):
-            load_image(tmp_path / name)
-
-
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp", "a.gif"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
-def test_files_cut_short_are_named(pixels, tmp_path, name, share):
+def test_files_cut_short_are_named(pixels, tmp_path, name):
     path = save(Image.fromarray(pixels), tmp_path / name)
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
+    path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=rf"{name}` (\(\d+ bytes\) )?is not a readable image"):
         load_image(path)
-
-
-def test_broken_bytes_are_refused(pixels, tmp_path):
-    encoded = save(Image.fromarray(pixels), tmp_path / "a.png").read_bytes()
-    with pytest.raises(ValueError, match="^the image is not a readable image: "):
-        load_image(io.BytesIO(encoded[:-40]))
-    with pytest.raises(ValueError, match="^the image \\(5 bytes\\) is not a readable image. Supported formats"):
-        load_image(io.BytesIO(b"hello"))
-
-
-def test_broken_content_is_named(pixels, tmp_path):
-    path = save(Image.fromarray(pixels), tmp_path / "a.png")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 255
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="a.png` is not a readable image"):
-        load_image(path)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"a.png"):
-        SVQVAEImageProcessor()(tmp_path / "a.png")
-
-
-def test_more_pixels_than_the_limit(pixels, tmp_path, monkeypatch):
-    path = save(Image.fromarray(pixels), tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 383)
-    with pytest.raises(ValueError, match=r"a.png` must keep to Pillow's limit .* of 766 pixels.* `PIL.Image.MAX"):
-        load_image(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 384)  # Pillow allows twice as many, with a warning
-    assert load_image(path).size == (24, 32)
 
 
 def test_a_bomb_is_refused_by_its_header(tmp_path):
@@ -397,15 +256,10 @@ def test_each_format_is_read(pixels, tmp_path, suffix):
         ([], ValueError, "must hold at least one image"),
         (np.zeros((3, 8, 8), np.uint8), ValueError, r"ndarray image must have shape .* got \(3, 8, 8\)"),
         (np.zeros((8, 8, 5), np.uint8), ValueError, r"\(RGB\), 4 \(RGBA\) or 1 \(grey\), got \(8, 8, 5\)"),
-        (np.zeros((0, 8, 3), np.uint8), ValueError, r"got \(0, 8, 3\)"),
-        (np.zeros((1, 1, 8, 8, 3), np.uint8), ValueError, r"got \(1, 1, 8, 8, 3\)"),
-        (np.zeros(3, np.uint8), ValueError, r"got \(3,\)"),
         (torch.zeros(8, 8, 3), ValueError, r"Tensor image must have shape .* got \(8, 8, 3\)"),
         (np.zeros((8, 8, 3), np.int64), TypeError, "must be uint8 .* or floating point .* got torch.int64"),
-        (np.zeros((8, 8, 3), bool), TypeError, "got torch.bool"),
         (np.full((8, 8, 3), 255.0), ValueError, r"must have values in \[0, 1\], got \[255, 255\]"),
         (torch.full((3, 8, 8), -1.0), ValueError, r"got \[-1, -1\]. Scale or clip it, or pass uint8"),
-        (torch.full((3, 8, 8), float("nan")), ValueError, r"got \[nan, nan\]"),
     ],
 )
 def test_wrong_images_are_refused(image, error, message):
@@ -413,10 +267,7 @@ def test_wrong_images_are_refused(image, error, message):
         SVQVAEImageProcessor()(image)
 
 
-@pytest.mark.parametrize(
-    "pixel_range",
-    [(1, 0), (0, 0), (0,), (0, float("inf")), (float("nan"), 1), None, 5, ("0", "1"), (0, None), [[0], [1, 2]]],
-)
+@pytest.mark.parametrize("pixel_range", [(1, 0), (0,), (0, float("inf")), None, ("0", "1")])
 def test_pixel_ranges_that_are_refused(pixel_range):
     with pytest.raises(ValueError, match="`pixel_range` must be two finite numbers"):
         SVQVAEImageProcessor(pixel_range=pixel_range)
@@ -430,40 +281,12 @@ def test_keywords_that_nothing_reads_are_refused(tmp_path):
     assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
     with pytest.raises(TypeError, match="takes only `pixel_range`, got pixel_rnage"):
         SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_rnage=(0, 1))
-    assert SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_range=(0, 1), subfolder="").pixel_range == (0, 1)
-    _, unused = SVQVAEImageProcessor.from_pretrained(tmp_path, other=1, return_unused_kwargs=True)
-    assert unused == {"other": 1}
 
 
-def test_keys_of_a_file_that_nothing_reads_are_left(tmp_path):
-    processor = SVQVAEImageProcessor((-1, 1))
-    processor.size = {"height": 8}
-    processor.save_pretrained(tmp_path)
-    file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "9", "do_convert_rgb": True}))
-    loaded = SVQVAEImageProcessor.from_pretrained(tmp_path)
-    assert loaded.pixel_range == (-1, 1)
-    assert not hasattr(loaded, "size")
-
-
-@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "a", None, 1j])
-def test_scales_of_sizes_that_are_refused(scale):
-    with pytest.raises(ValueError, match="`scale` must be a finite number above 0"):
-        SVQVAEImageProcessor().postprocess(torch.zeros(1, 3, 8, 8), [(8, 8)], scale=scale)
-
-
-@pytest.mark.parametrize(
-    "size", [(9, 8), (8, 9), (0, 8), (8, -1), (4.0, 4), (8,), (8, 8, 8), 8, None, "88", ("8", "8")]
-)
+@pytest.mark.parametrize("size", [(9, 8), (8, -1), (4.0, 4), (8,), None])
 def test_sizes_that_are_refused(size):
     with pytest.raises(ValueError, match=r"integers .* from 1 to the size of the sample, 8 x 8, got .* `scale`"):
         SVQVAEImageProcessor().postprocess(torch.zeros(2, 3, 8, 8), [(8, 8), size])
-
-
-@pytest.mark.parametrize("sample", [SVQVAEOutput(torch.zeros(1, 3, 8, 8)), [torch.zeros(1, 3, 8, 8)], None])
-def test_samples_of_other_types_are_refused(sample):
-    with pytest.raises(TypeError, match=r"`sample` must be a tensor or array, got \w+. Pass .* `.sample`"):
-        SVQVAEImageProcessor().postprocess(sample)
 
 
 @pytest.mark.parametrize(
@@ -481,18 +304,6 @@ def test_samples_of_other_types_are_refused(sample):
 def test_samples_that_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SVQVAEImageProcessor().postprocess(**arguments)
-
-
-def test_processor_is_a_pipeline_component(tmp_path):
-    class Holder(DiffusionPipeline):
-        def __init__(self, processor):
-            super().__init__()
-            self.register_modules(processor=processor)
-
-    Holder(SVQVAEImageProcessor(pixel_range=(-1.0, 1.0))).save_pretrained(tmp_path)
-    loaded = Holder.from_pretrained(tmp_path).processor
-    assert isinstance(loaded, SVQVAEImageProcessor)
-    assert tuple(loaded.pixel_range) == (-1.0, 1.0)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])

@@ -23,19 +23,6 @@ def test_config_round_trip(tiny_model, tmp_path):
         assert torch.equal(loaded.state_dict()[key], weight)
 
 
-def test_config_has_the_names_that_pipelines_read():
-    config = make_tiny(codebook_embed_dim=4).config
-    assert (config.latent_channels, config.vq_embed_dim, config.num_vq_embeddings) == (4, 4, 64)
-    assert config.lookup_from_codebook
-    assert 2 ** (len(config.block_out_channels) - 1) == 4
-
-
-def test_loading_a_saved_model_does_not_warn(tiny_model, tmp_path, caplog):
-    tiny_model.save_pretrained(tmp_path)
-    SVQVAE.from_pretrained(tmp_path, pixel_range=(-1, 1))
-    assert not caplog.records
-
-
 @pytest.mark.parametrize("shards", [None, "40KB"])
 def test_saved_and_loaded_weights_are_bit_equal(tiny_model, tmp_path, shards):
     tiny_model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
@@ -81,36 +68,12 @@ def test_unknown_arguments_are_refused_and_known_ones_accepted(tiny_model, tmp_p
         tmp_path,
         pixel_range=(-1, 1),
         torch_dtype=torch.float16,
-        device_map=None,
         low_cpu_mem_usage=False,
         local_files_only=True,
-        use_safetensors=True,
         revision="main",
-        token=None,
-        subfolder="",
-        cache_dir=tmp_path / "cache",
     )
     assert loaded.config["pixel_range"] == (-1, 1)
     assert loaded.quantize.embedding.weight.dtype == torch.float32
-
-
-def test_subclass_loads(tiny_model, tmp_path):
-    class Subclass(SVQVAE):
-        """Of a user."""
-
-    tiny_model.save_pretrained(tmp_path)
-    assert isinstance(Subclass.from_pretrained(tmp_path), Subclass)
-
-
-def test_unused_arguments_are_returned(tiny_model):
-    model, unused = SVQVAE.from_config(tiny_model.config, return_unused_kwargs=True, codebook_size=32, surplus=1)
-    assert unused["surplus"] == 1
-    assert model.config["codebook_size"] == 32
-
-
-def test_auto_model_loads(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    assert isinstance(AutoModel.from_pretrained(str(tmp_path)), SVQVAE)
 
 
 def test_bundled_model_loads_by_its_path():
@@ -121,16 +84,6 @@ def test_bundled_model_loads_by_its_path():
 def test_processor_loads_from_the_folder_of_a_model(tmp_path):
     make_tiny(pixel_range=(-1.0, 1.0)).save_pretrained(tmp_path)
     assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
-
-
-def test_other_processes_write_no_configs(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path, is_main_process=False)
-    assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS]
-
-
-def test_a_path_becomes_a_string_in_the_config(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
-    assert SVQVAE.from_pretrained(tmp_path).config["_name_or_path"] == str(tmp_path)
 
 
 def test_folder_of_another_class_is_refused(tmp_path):

@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
     StaticCache,
@@ -19,8 +18,8 @@ from transformers import (
 )
 from transformers.utils import find_labels
 
-from svqvae_hf import LlamaGenConfig, LlamaGenForCausalLM
-from svqvae_hf.models.modeling_llamagen import FEW_ROWS, FewRowsLinear, LlamaGenRotaryEmbedding
+from svqvae_hf import LlamaGenForCausalLM
+from svqvae_hf.models.modeling_llamagen import FEW_ROWS, FewRowsLinear
 
 GOLDEN = ROOT / "tests" / "golden"
 CODES, IDS = 256, 16
@@ -108,7 +107,7 @@ def test_guided_ids_equal_the_original_code(kind, run):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("steps", [[1] * 17, [1, 6, 10], [9, 8]])
+@pytest.mark.parametrize("steps", [[1] * 17, [9, 8]])
 def test_cached_logits_equal_uncached_ones(kind, static, steps):
     model = load(kind)
     _, inputs, _ = load_inputs(kind)
@@ -138,17 +137,6 @@ def test_unconditional_token_ignores_the_caption():
     assert torch.equal(model(**dropped).logits, logits)
 
 
-def test_captions_of_the_wrong_shape_are_an_error():
-    model = load("t2i")
-    with pytest.raises(ValueError, match=r"must have shape \(1, 120, 32\).*got \(1, 119, 32\)"):
-        model(torch.tensor([[CODES]]), prompt_embeds=torch.zeros(1, 119, 32))
-
-
-def test_captions_in_a_model_of_classes_are_an_error():
-    with pytest.raises(ValueError, match="`prompt_embeds` and `prompt_attention_mask` are for models with captions"):
-        load("c2i")(torch.tensor([[CODES]]), prompt_embeds=torch.zeros(1, 1, 32))
-
-
 def test_missing_captions_are_an_error():
     model, tokens = load("t2i"), torch.tensor([[CODES]])
     for call in (lambda: model(tokens), lambda: model.generate(tokens, max_new_tokens=IDS, do_sample=False)):
@@ -169,15 +157,6 @@ def test_a_mask_of_tokens_also_covers_the_caption(kind):
     assert not torch.equal(masked[:, 6:], logits[:, 6:])
     inputs["input_ids"][:, 5] = 0
     torch.testing.assert_close(model(**inputs, attention_mask=mask).logits[:, 6:], masked[:, 6:], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
-def test_generate_takes_a_mask_of_ones(kind, cache):
-    expected, inputs, _ = load_inputs(kind)
-    inputs["input_ids"] = inputs["input_ids"][:, :1]
-    mask = torch.ones_like(inputs["input_ids"])
-    sequences = load(kind).generate(**inputs, attention_mask=mask, max_new_tokens=IDS, do_sample=False, **cache)
-    assert torch.equal(sequences[:, 1:], expected["greedy_cfg1.ids"])
 
 
 def test_guidance_of_generate_is_that_of_the_pipeline_for_classes_and_an_error_for_captions(kind):
@@ -212,43 +191,6 @@ def test_trainer_and_peft_take_the_model(kind, tmp_path):
 # The rotation
 
 
-def rotate_by_hand(vector: torch.Tensor, index: int, grid: int) -> torch.Tensor:
-    """Rotates neighbours of a head's vector, the first half of the pairs by the row, the second by the column."""
-    pairs = vector.float().unflatten(-1, (-1, 2))
-    count = len(pairs)
-    row, column = divmod(index, grid)
-    for pair in range(count):
-        side = row if pair < count // 2 else column
-        angle = torch.tensor(side * 10000.0 ** (-2 * (pair % (count // 2)) / count))
-        x, y = pairs[pair].clone()
-        pairs[pair] = torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()])
-    return pairs.flatten().to(vector.dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_equals_a_table_by_hand(dtype, monkeypatch):
-    config = LlamaGenConfig(
-        codebook_size=32, num_classes=3, grid_size=5, hidden_size=48, num_hidden_layers=1, num_attention_heads=2
-    )
-    torch.manual_seed(0)
-    model = LlamaGenForCausalLM(config).eval().to(dtype)
-    attention = model.model.layers[0].self_attn
-    seen = {}
-    for name in ("q_proj", "k_proj"):
-        getattr(attention, name).register_forward_hook(lambda _, args, output, name=name: seen.update({name: output}))
-    cache = DynamicCache(config=config)
-    model(torch.cat([torch.tensor([32]), torch.randint(32, (25,))])[None], cache=cache)
-    keys = cache.layers[0].keys
-    assert keys.dtype == dtype
-    assert not keys[:, :, 0].any()
-    before = seen["k_proj"][0].unflatten(-1, (2, 24))
-    for index in range(25):
-        for head in range(2):
-            expected = rotate_by_hand(before[1 + index, head], index, 5)
-            tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-6, "rtol": 2**-8}
-            torch.testing.assert_close(keys[0, head, 1 + index], expected, **tolerance)
-
-
 def test_rotation_in_bfloat16_has_float32_tables():
     model = load("c2i")
     positions = torch.arange(17)[None]
@@ -257,15 +199,6 @@ def test_rotation_in_bfloat16_has_float32_tables():
     for table, other in zip(tables, rounded, strict=True):
         assert table.dtype == torch.float32
         assert torch.equal(table, other)
-
-
-def test_positions_are_absolute_whatever_the_padding():
-    rotary = LlamaGenRotaryEmbedding(load("t2i").config)
-    cos, sin = rotary(torch.zeros(1), torch.arange(136)[None])
-    assert not cos[:, :120].any()
-    assert not sin[:, :120].any()
-    assert torch.equal(cos[:, 120], torch.ones(1, 16))
-    assert torch.equal(sin[:, 120], torch.zeros(1, 16))
 
 
 # As any model of transformers
@@ -288,13 +221,6 @@ def test_saving_and_loading_in_half_precision(kind, tmp_path):
     assert torch.equal(half(**inputs).logits, model.to(torch.bfloat16)(**inputs).logits)
 
 
-def test_config_round_trip(tmp_path):
-    config = LlamaGenConfig(num_condition_tokens=120, caption_dim=32, num_classes=1, codebook_fingerprint="ab")
-    config.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
-    assert (config.vocab_size, config.head_dim, config.max_position_embeddings) == (16386, 64, 376)
-
-
 def test_resized_embeddings_are_kept(tmp_path):
     model = load("c2i")
     _, inputs, _ = load_inputs("c2i")
@@ -306,26 +232,6 @@ def test_resized_embeddings_are_kept(tmp_path):
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert torch.equal(loaded(**inputs).logits[..., :CODES], logits)
     assert loaded(torch.tensor([[299]])).logits.shape == (1, 1, 300)
-
-
-@pytest.mark.filterwarnings("ignore:Passing `generation_config` together with generation-related arguments")
-def test_assisted_and_longer_generation_work_as_with_llama():
-    model, assistant = load("c2i"), load("c2i")
-    assistant.model.layers = assistant.model.layers[:1]
-    assistant.config.num_hidden_layers = 1
-    expected, inputs, _ = load_inputs("c2i")
-    prompt = inputs["input_ids"][:1, :1]
-    sequence = model.generate(prompt, assistant_model=assistant, max_new_tokens=IDS, do_sample=False)
-    assert torch.equal(sequence[:, 1:], expected["greedy_cfg1.ids"][:1])
-    longer = model.generate(prompt, max_new_tokens=IDS + 3, do_sample=False)
-    assert torch.equal(longer[:, : 1 + IDS], sequence)
-    assert longer.shape == (1, 1 + IDS + 3)
-
-
-@pytest.mark.parametrize("heads", [5, 48])
-def test_heads_must_fit(heads):
-    with pytest.raises(ValueError, match=f"must divide the 96 channels.* got {heads}"):
-        LlamaGenConfig(hidden_size=96, num_attention_heads=heads)
 
 
 @torch.enable_grad()
@@ -345,18 +251,10 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
     assert gradients[0][conditioned].any()
 
 
-def test_device_map_places_the_model(kind, tmp_path):
-    model = load(kind)
-    model.save_pretrained(tmp_path)
-    _, inputs, _ = load_inputs(kind)
-    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
-    assert torch.equal(placed(**inputs).logits, model(**inputs).logits)
-
-
 @pytest.mark.slow
-def test_decode_steps_are_compiled_once(kind):
+def test_decode_steps_are_compiled_once():
     """Ids equal those of the original code. A static cache keeps all shapes; each step is one graph."""
-    model, (expected, inputs, _) = load(kind), load_inputs(kind)
+    model, (expected, inputs, _) = load("t2i"), load_inputs("t2i")
     counter = CompileCounter()
     decode = torch.compile(model.forward, backend=counter, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=model.config.max_position_embeddings)
@@ -382,12 +280,3 @@ def test_few_rows_give_what_a_linear_layer_gives(rows):
             torch.autograd.grad((each * weights).sum(), [layer.weight, inputs]) for each in (outputs, expected)
         )
         torch.testing.assert_close(found, wanted)
-
-
-def test_decoding_steps_read_all_weights_as_few_rows(monkeypatch):
-    model, calls = load("c2i"), []
-    forward = FewRowsLinear.forward
-    monkeypatch.setattr(FewRowsLinear, "forward", lambda self, rows: calls.append(self) or forward(self, rows))
-    model(torch.tensor([[CODES]]))
-    linears = {module for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    assert set(calls) == linears

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from svqvae_hf import NextScaleTransformer
-from svqvae_hf.models.modeling_next_scale import resize_codes
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 LABELS = torch.tensor([2, 3])
 LENGTHS = [height * width for height, width in SIZES]
 
@@ -25,7 +25,6 @@ def run_steps(transformer, labels, codes, sizes):
     return torch.cat(steps, dim=1)
 
 
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("name", ["trained", "longer", "larger"])
 def test_logits_are_those_of_the_original(name):
     transformer, golden = NextScaleTransformer.from_single_file(GOLDEN), Golden(name)
@@ -36,20 +35,12 @@ def test_logits_are_those_of_the_original(name):
     torch.testing.assert_close(steps, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_logits_without_a_class_are_those_of_the_original():
     transformer, golden = NextScaleTransformer.from_single_file(GOLDEN), Golden("trained")
     logits = transformer(torch.full((2,), NO_CLASS), golden.codes[:-1], golden.sizes).logits
     torch.testing.assert_close(logits, OUTPUTS["trained.teacher_forced.unconditional_logits"], atol=1e-5, rtol=0)
 
 
-def test_resized_codes_are_those_of_the_original():
-    golden = Golden("longer")
-    inputs = [resize_codes(codes, size) for codes, size in zip(golden.codes, golden.sizes[1:], strict=False)]
-    torch.testing.assert_close(torch.cat(inputs, dim=1), OUTPUTS["longer.teacher_forced.inputs"])
-
-
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("sizes", [SIZES, [(2, 3), (2, 5), (7, 9)], [(4, 4)]])
 def test_steps_with_a_cache_give_the_logits_of_one_pass(sizes):
     transformer = make_transformer()
@@ -59,19 +50,6 @@ def test_steps_with_a_cache_give_the_logits_of_one_pass(sizes):
     torch.testing.assert_close(run_steps(transformer, LABELS, codes, sizes), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_a_step_may_hold_several_scales():
-    transformer = make_transformer()
-    codes, cache = make_codes(transformer), DynamicCache()
-    expected = transformer(LABELS, codes[:-1], SIZES).logits
-    parts = [
-        transformer(LABELS, codes[:1], SIZES[:2], cache).logits,
-        transformer(LABELS, codes[1:3], SIZES[2:], cache).logits,
-    ]
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.usefixtures("no_grad")
 def test_logits_depend_on_the_scales_before_and_on_no_later_one():
     transformer = make_transformer()
     codes = make_codes(transformer)[:-1]
@@ -83,7 +61,6 @@ def test_logits_depend_on_the_scales_before_and_on_no_later_one():
             assert differs.all() if scale > changed else not differs.any()
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_attention_needs_no_mask():
     transformer = make_transformer()
     codes = make_codes(transformer)[:-1]
@@ -92,7 +69,6 @@ def test_attention_needs_no_mask():
         torch.testing.assert_close(transformer(LABELS, codes, SIZES).logits, expected)
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_bfloat16_is_close_to_float32():
     transformer = make_transformer()
     codes = make_codes(transformer)[:-1]
@@ -102,6 +78,7 @@ def test_bfloat16_is_close_to_float32():
     assert (logits - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+@torch.enable_grad()
 def test_every_parameter_gets_a_gradient_with_checkpointing_or_without():
     gradients, recomputed = [], []
 
@@ -123,7 +100,6 @@ def test_every_parameter_gets_a_gradient_with_checkpointing_or_without():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
 def test_compiles_without_graph_breaks():
     transformer = make_transformer()
     codes = make_codes(transformer)[:-1]
@@ -131,7 +107,6 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(LABELS, codes, SIZES).logits, transformer(LABELS, codes, SIZES).logits)
 
 
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level", "sequential"])
 def test_offloading_changes_no_logits(tmp_path, kind):
     transformer = make_transformer()

@@ -11,11 +11,10 @@ from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
 from svqvae_hf.models.modeling_svqvae import ResolutionBlock
 
-pytestmark = pytest.mark.usefixtures("few_windows")
+pytestmark = pytest.mark.usefixtures("few_windows", "no_grad")
 SIZES = [(1, 1), (3, 200), (65, 130)]
 
 
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("scales", [None, [1.5, 0.5, 1, 0.3]])
@@ -29,28 +28,6 @@ def test_output_has_the_size_of_the_image_at_each_scale(tiny_model, size, tiled,
         assert output.max() <= 1
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("tiled", [False, True])
-def test_decoded_tokens_equal_the_reconstruction(tiny_model, tiled):
-    if tiled:
-        tiny_model.enable_tiling(32, 8)
-    images = torch.rand(2, 3, 48, 72)
-    ids = tiny_model.encode_tokens(images)
-    assert ids.shape == (2, 12, 18)
-    assert ids.dtype == torch.int64
-    assert torch.equal(tiny_model.decode_tokens(ids), tiny_model(images).sample)
-    scales = [0.5, 2]
-    pairs = zip(
-        tiny_model.decode_tokens(tiny_model.encode_tokens(images, scales)),
-        tiny_model(images, scales).sample,
-        strict=True,
-    )
-    for decoded, reconstruction in pairs:
-        torch.testing.assert_close(decoded, reconstruction)
-
-
-@pytest.mark.usefixtures("no_grad")
 def test_decode_tells_ids_from_latents_by_type(tiny_model):
     latents = tiny_model.encode(torch.rand(2, 3, 16, 24)).latents
     quantized, _, (_, _, flat) = tiny_model.quantize(latents)
@@ -61,7 +38,6 @@ def test_decode_tells_ids_from_latents_by_type(tiny_model):
     assert not torch.allclose(tiny_model.decode(latents, force_not_quantize=True).sample, expected)
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_outputs_read_as_object_mapping_and_tuple(tiny_model):
     images = torch.rand(1, 3, 16, 16)
     encoded = tiny_model.encode(images)
@@ -76,7 +52,6 @@ def test_outputs_read_as_object_mapping_and_tuple(tiny_model):
     assert 0 < usage <= 1
 
 
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_output_holds_the_latents_and_ids_of_each_scale(tiny_model, scale_from):
     images = torch.rand(2, 3, 30, 16)
@@ -89,7 +64,6 @@ def test_output_holds_the_latents_and_ids_of_each_scale(tiny_model, scale_from):
         assert losses.total == losses.vq + losses.commit + losses.entropy
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_latents_that_are_not_quantised_are_decoded_at_unit_length(tiny_model):
     images = torch.rand(1, 3, 16, 16)
     output = tiny_model(images, force_not_quantize=True)
@@ -99,7 +73,6 @@ def test_latents_that_are_not_quantised_are_decoded_at_unit_length(tiny_model):
     torch.testing.assert_close(output.sample, expected)
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_pixel_range_maps_images_in_and_out(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     images = torch.rand(1, 3, 20, 20)
@@ -107,7 +80,6 @@ def test_pixel_range_maps_images_in_and_out(tiny_model, tmp_path):
     torch.testing.assert_close(signed(images * 2 - 1).sample, tiny_model(images).sample * 2 - 1)
 
 
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_slicing_changes_no_result(tiny_model, encoder_inputs, scale_from):
     images = torch.rand(3, 3, 40, 24)
@@ -117,22 +89,6 @@ def test_slicing_changes_no_result(tiny_model, encoder_inputs, scale_from):
     assert [shape[0] for shape in encoder_inputs] == [3, 1, 1, 1]
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_half_precision_model_decodes_its_codes(tiny_model):
-    codes = tiny_model.quantize.get_codebook_entry(torch.arange(4).view(1, 2, 2), (1, 2, 2, 8))
-    assert codes.dtype == torch.float32
-    sample = tiny_model.to(torch.bfloat16).decode(codes, force_not_quantize=True).sample
-    assert sample.dtype == torch.bfloat16
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
-def test_ids_of_any_integer_type_decode_alike(tiny_model, dtype):
-    ids = torch.randint(64, (1, 3, 4))
-    assert torch.equal(tiny_model.decode_tokens(ids.to(dtype)), tiny_model.decode_tokens(ids))
-
-
-@pytest.mark.usefixtures("no_grad")
 def test_scales_keep_the_callers_order(tiny_model):
     images = torch.rand(1, 3, 32, 32)
     sides = [sample.shape[-1] for sample in tiny_model(images, scales=[1, 4, 0.25, 2]).sample]
@@ -140,8 +96,6 @@ def test_scales_keep_the_callers_order(tiny_model):
     assert [ids.shape[-1] for ids in tiny_model.encode_tokens(images, scales=[1, 4, 0.25, 2])] == [8, 32, 2, 16]
 
 
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 @pytest.mark.parametrize("scale", [0.5, 1, np.float32(1.5)])
 def test_a_number_is_one_scale(tiny_model, scale, scale_from):
@@ -152,35 +106,24 @@ def test_a_number_is_one_scale(tiny_model, scale, scale_from):
     assert torch.equal(tiny_model(images, scales=scale, scale_from=scale_from).sample, sample)
 
 
-def test_latents_resize_by_area_below_one_and_bilinearly_above():
-    latents = torch.rand(1, 8, 6, 8)
-    torch.testing.assert_close(resize_latents(latents, 0.5), F.avg_pool2d(latents, 2))
-    torch.testing.assert_close(resize_latents(latents, 2), F.interpolate(latents, (12, 16), mode="bilinear"))
-    assert resize_latents(latents, 1) is latents
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_encoder_runs_once_for_all_scales_from_latents(tiny_model, encoder_inputs):
-    tiny_model(torch.rand(1, 3, 32, 32), scales=(scale for scale in (0.5, 1, 2)), scale_from="latents")
-    tiny_model.encode_tokens(torch.rand(1, 3, 32, 32), [0.5, 1, 2], "latents")
-    tiny_model(torch.rand(1, 3, 32, 32), patch_nums=[1, 2])
+def test_the_encoder_runs_for_each_scale_or_once_for_scales_from_latents(tiny_model, encoder_inputs):
+    image = torch.rand(1, 3, 30, 32)
+    tiny_model(image, scales=[0.5, 1, 2])
+    tiny_model.encode_tokens(image, scales=[0.5, 1, 2])
+    assert encoder_inputs == [(1, 3, 16, 16), (1, 3, 32, 32), (1, 3, 64, 64)] * 2
+    encoder_inputs.clear()
+    tiny_model(image, scales=(scale for scale in (0.5, 1, 2)), scale_from="latents")
+    tiny_model.encode_tokens(image, [0.5, 1, 2], "latents")
+    tiny_model(image, patch_nums=[1, 2])
     assert encoder_inputs == [(1, 3, 32, 32)] * 3
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_by_default_the_encoder_runs_for_each_scale(tiny_model, encoder_inputs):
-    tiny_model(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2])
-    tiny_model.encode_tokens(torch.rand(1, 3, 30, 32), scales=[0.5, 1, 2])
-    assert encoder_inputs == [(1, 3, 16, 16), (1, 3, 32, 32), (1, 3, 64, 64)] * 2
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("tiled", [False, True])
 def test_levels_of_a_pyramid_are_resized_images_encoded_by_themselves(tiny_model, tiled):
     if tiled:
         tiny_model.enable_tiling(32, 8)
-    image = smooth_images(96, 128)
+    image = smooth_images(64, 80)
     ids = tiny_model.encode_tokens(image, [0.5, 1, 0.25, 2], scale_from="image")
     half = F.interpolate(image, scale_factor=0.5, mode="bicubic", antialias=True)
     double = F.interpolate(image, scale_factor=2, mode="bicubic", antialias=True)
@@ -190,7 +133,7 @@ def test_levels_of_a_pyramid_are_resized_images_encoded_by_themselves(tiny_model
     assert torch.equal(tiny_model.encode_tokens(image), ids[1])
 
 
-@pytest.mark.parametrize("scale", [0.01, 0.2, 0.3, 0.77, 1.0, 1.37, 2])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 0.77, 2])
 def test_a_resized_image_has_the_latent_grid_of_its_scale(tiny_model, scale):
     f = tiny_model.f
     for size in [(1, 1), (5, 300), (37, 41), (64, 90), (97, 3)]:
@@ -199,6 +142,7 @@ def test_a_resized_image_has_the_latent_grid_of_its_scale(tiny_model, scale):
         assert resize_sample(torch.rand(1, 3, *size), scale, f).shape[2:] == (grid[0] * f, grid[1] * f)
 
 
+@torch.enable_grad()
 def test_gradient_passes_through_each_level_of_a_pyramid():
     model = make_tiny().train()
     image = torch.rand(1, 3, 30, 30, requires_grad=True)
@@ -208,7 +152,6 @@ def test_gradient_passes_through_each_level_of_a_pyramid():
         assert gradient.abs().amin(1).amax() > 0
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_patch_nums_equal_their_scales(tiny_model):
     images = torch.rand(1, 3, 32, 32)
     by_patches = tiny_model(images, patch_nums=[4, 1, 2], tile_size=32, overlap=4).sample
@@ -218,8 +161,7 @@ def test_patch_nums_equal_their_scales(tiny_model):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("scale", [0.2, 0.3, 0.77, 1.37])
+@pytest.mark.parametrize("scale", [0.3, 1.37])
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_content_keeps_its_position_at_every_scale(tiny_model, scale, scale_from, monkeypatch):
     """With networks that only resample, a scaled reconstruction is the scaled image, to its last column."""
@@ -233,23 +175,12 @@ def test_content_keeps_its_position_at_every_scale(tiny_model, scale, scale_from
     assert (scaled[0, 0, 0] - expected).abs().max() < 2.5 * f / 160
 
 
+@torch.enable_grad()
 def test_encode_tokens_saves_no_activations(tiny_model):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         tiny_model.encode_tokens(torch.rand(1, 3, 16, 16))
     assert not kept
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
-def test_scales_work_on_images_smaller_than_a_tile_and_above_one(tiny_model):
-    assert tiny_model(torch.rand(1, 3, 20, 20), patch_nums=[32, 64], tile_size=128).sample[1].shape[-1] == 40
-    assert tiny_model(torch.rand(1, 3, 80, 80), scales=[2.5], tile_size=32, overlap=4).sample[0].shape[-1] == 200
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_sides_that_are_not_multiples_of_f_keep_their_length(tiny_model):
-    assert tiny_model(torch.rand(1, 3, 9, 14)).sample.shape == (1, 3, 9, 14)
 
 
 def test_constructor_runs_no_network(monkeypatch):
@@ -258,7 +189,6 @@ def test_constructor_runs_no_network(monkeypatch):
         assert make_tiny().f == 4
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_attention_never_holds_all_pairs_of_positions(tiny_model):
     images = torch.rand(2, 3, 32, 40)
     expected = tiny_model(images).sample
@@ -266,6 +196,7 @@ def test_attention_never_holds_all_pairs_of_positions(tiny_model):
         torch.testing.assert_close(tiny_model(images).sample, expected)
 
 
+@torch.enable_grad()
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_parameter_gets_a_finite_gradient(autocast, checkpointing):
@@ -284,6 +215,7 @@ def test_every_parameter_gets_a_finite_gradient(autocast, checkpointing):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@torch.enable_grad()
 def test_gradient_checkpointing_changes_no_gradient():
     gradients, recomputed = [], []
 
@@ -314,38 +246,12 @@ def test_training_output_is_not_clamped():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
-def test_compiles_without_graph_breaks(tiny_model):
-    images, ids = torch.rand(1, 3, 30, 41), torch.randint(64, (1, 5, 6))
-    compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")
-    for scale_from in SCALE_SOURCES:
-        arguments = {"scales": [0.5, 1], "scale_from": scale_from}
-        torch.testing.assert_close(compiled(images, **arguments).sample, tiny_model(images, **arguments).sample)
-    decode = torch.compile(tiny_model.decode_tokens, fullgraph=True, backend="eager")
-    torch.testing.assert_close(decode(ids), tiny_model.decode_tokens(ids))
+def test_compiles_without_graph_breaks():
+    model, images = make_tiny(encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2)), torch.rand(1, 3, 30, 41)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, scales=[0.5]).sample, model(images, scales=[0.5]).sample)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
-def test_two_compiled_graphs_serve_images_of_any_size(tiny_model):
-    """One for square images and one for others."""
-    graphs = []
-    torch.compiler.reset()
-    encode = torch.compile(
-        tiny_model.encode_tokens, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
-    )
-    for size in [(32, 32), (48, 36), (30, 41), (64, 64)]:
-        images = torch.rand(2, 3, *size)
-        assert torch.equal(encode(images), tiny_model.encode_tokens(images))
-    assert len(graphs) == 2
-
-
-def test_forward_on_the_meta_device(tiny_model):
-    images = torch.rand(1, 3, 16, 20, device="meta")
-    assert tiny_model.to("meta")(images).sample.shape == images.shape
-
-
-@pytest.mark.usefixtures("no_grad")
 def test_device_map(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     images = torch.rand(1, 3, 32, 32)
@@ -353,7 +259,6 @@ def test_device_map(tiny_model, tmp_path):
     torch.testing.assert_close(loaded(images).sample, tiny_model(images).sample)
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_layerwise_casting(tiny_model):
     images = torch.rand(1, 3, 32, 32)
     expected = tiny_model(images).sample
@@ -376,7 +281,6 @@ def use_everything(model, images):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level", "sequential"])
 def test_offloading_changes_no_result(tiny_model, tmp_path, kind):
     images = torch.rand(1, 3, 32, 32)

@@ -1,24 +1,16 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_tiny, psnr, smooth_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.models.layers import GroupNorm, TileContext
 from svqvae_hf.models.modeling_svqvae import AttnBlock
-from svqvae_hf.models.tiling import CONTEXT_WINDOWS, ContextWindows, gather_context
+from svqvae_hf.models.tiling import ContextWindows, gather_context
 
-pytestmark = pytest.mark.usefixtures("few_windows")
-
-
-@pytest.fixture
-def all_windows(few_windows, monkeypatch):
-    """Restores the default number of context windows."""
-    monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", CONTEXT_WINDOWS)
+pytestmark = pytest.mark.usefixtures("few_windows", "no_grad")
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_default_overlap_fits_any_tile(tiny_model):
     tiny_model.enable_tiling(tile_size=64)
     assert (tiny_model.tile_size, tiny_model.overlap) == (64, 16)
@@ -40,7 +32,6 @@ def test_the_side_of_a_tile_by_its_names_in_diffusers(tiny_model):
         assert tiny_model.tile_size == 256
 
 
-@pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("core", [((13, 14), (20, 27)), ((0, 9), (30, 40)), ((0, 40), (0, 40))])
 @pytest.mark.parametrize("config", [{}, {"decoder_ch_mult": (1, 2, 2, 4), "encoder_ch_mult": (1, 1, 1, 1)}])
 @pytest.mark.parametrize("num_res_blocks", [1, 3])
@@ -61,41 +52,6 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     assert share == 1 if core[0] == slice(0, 40) else share < 0.9
 
 
-@pytest.mark.usefixtures("no_grad", "all_windows")
-@pytest.mark.parametrize("size", [(40, 40), (8, 90)])
-def test_decoding_windows_crops_them_and_keeps_the_context(size):
-    """Also where a window spans an axis, along which nothing is cropped."""
-    model = make_tiny(num_res_blocks=1)
-    codes = model.quantize(torch.randn(2, 8, *size))[0]
-
-    def gather():
-        with FlopCounterMode(display=False) as flops:
-            context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], size, 16, input_stride=1)
-        return context, flops.get_total_flops()
-
-    context, cropped_flops = gather()
-    for level in model.decoder.conv_blocks[:-1]:
-        level.upsample.margin = 1000
-    expected, flops = gather()
-    assert cropped_flops < 0.95 * flops
-    for norm, moments in expected.moments.items():
-        torch.testing.assert_close(context.moments[norm], moments, rtol=1e-5, atol=1e-5)
-    for attention, attended in expected.attended.items():
-        torch.testing.assert_close(context.attended[attention], attended, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_grad", "all_windows")
-def test_tiles_agree_with_the_whole_image_without_attention():
-    """Without attention and with wide overlaps, tiles differ from the whole image by their statistics alone."""
-    model = make_tiny(norm_num_groups=1)
-    images = smooth_images(392, 400)
-    whole = model.encode(images).latents
-    model.enable_tiling(96, 32)
-    assert psnr(model.encode(images).latents, whole) - psnr(torch.zeros_like(whole), whole) > 20
-
-
-@pytest.mark.usefixtures("no_grad")
 def test_image_of_one_tile_is_not_tiled(tiny_model):
     images = torch.rand(1, 3, 61, 64)
     whole = tiny_model(images).sample
@@ -105,7 +61,6 @@ def test_image_of_one_tile_is_not_tiled(tiny_model):
     assert torch.equal(tiny_model(images).sample, whole)
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_networks_see_no_more_than_a_tile(tiny_model, encoder_inputs):
     tiny_model.enable_tiling(64, 8)
     tiny_model.encode(torch.rand(1, 3, 100, 300))
@@ -113,29 +68,12 @@ def test_networks_see_no_more_than_a_tile(tiny_model, encoder_inputs):
     assert max(max(shape[-2:]) for shape in encoder_inputs) <= 64
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_small_tile_takes_a_smaller_overlap(tiny_model, encoder_inputs):
-    tiny_model(torch.rand(1, 3, 60, 90), tile_size=32)
-    assert max(max(shape[-2:]) for shape in encoder_inputs) <= 32
-
-
 @pytest.mark.slow
-def test_tiles_keep_results_on_the_device():
-    with torch.device("meta"):
-        model = make_tiny()
-        latents = model.encode(torch.rand(1, 3, 100, 100)).latents
-        model.enable_tiling(32, 8)
-        assert model.encode(torch.rand(1, 3, 100, 100)).latents.device.type == "meta"
-        assert model.decode(latents, force_not_quantize=True).sample.device.type == "meta"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_grad", "all_windows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
+def test_tiles_work_in_half_precision(tiny_model, tmp_path, dtype):
     tiny_model.save_pretrained(tmp_path)
     model = SVQVAE.from_pretrained(tmp_path, torch_dtype=dtype).eval()
-    images = smooth_images(136, 132)
+    images = smooth_images(48, 40)
     expected = tiny_model(images, tile_size=32, overlap=8).sample
     output = model(images.to(dtype), tile_size=32, overlap=8).sample
     assert output.dtype == dtype
@@ -143,7 +81,6 @@ def test_tiles_work_in_every_precision(tiny_model, tmp_path, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
 def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypatch):
     """Tiles then differ from the whole image only by what their overlap does not reach."""
 
@@ -167,7 +104,6 @@ def random_attention() -> AttnBlock:
     return block
 
 
-@pytest.mark.usefixtures("no_grad")
 def test_blocks_on_all_windows_equal_blocks_on_the_whole_image():
     blocks, norm_out = [random_attention(), random_attention()], GroupNorm(2, 6)
     hidden = torch.randn(2, 6, 10, 12) * 3 + 20
@@ -186,28 +122,12 @@ def test_blocks_on_all_windows_equal_blocks_on_the_whole_image():
     torch.testing.assert_close(norm_out(tile, context), norm_out(expected)[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_margins_of_windows_are_ignored():
-    block = random_attention()
-    contexts = []
-    windows = torch.randn(3, 6, 24, 12)
-    for border in (0.0, 100.0):
-        padded = F.pad(windows[..., 4:-4, :], (0, 0, 4, 4), value=border)
-        contexts.append(TileContext((12, 12), (slice(2, 10), slice(0, 12)), cuts=None, images=1))
-        block(padded, contexts[-1])
-    (one, other) = ([*context.moments[block.norm], *context.attended[block]] for context in contexts)
-    assert one[2].shape == (1, 1, 3 * 16 * 12, 6)
-    for before, after in zip(one, other, strict=True):
-        torch.testing.assert_close(before, after)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
 def test_tiles_leave_no_dark_border_and_no_dead_latents(tiny_model):
     for layer, value in [(tiny_model.decoder.conv_out, 0.5), (tiny_model.quant_conv, 0.3)]:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.constant_(layer.bias, value)
-    images = torch.rand(1, 3, 90, 101)
+    images = torch.rand(1, 3, 50, 61)
     for sample in tiny_model(images, tile_size=32, overlap=8, scales=[0.5, 1, 2]).sample:
         torch.testing.assert_close(sample, torch.full_like(sample, 0.5))
     tiny_model.enable_tiling(32, 8)
@@ -215,16 +135,7 @@ def test_tiles_leave_no_dark_border_and_no_dead_latents(tiny_model):
     torch.testing.assert_close(latents, torch.full_like(latents, 0.3))
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
-def test_tiled_image_has_one_grid_of_ids(tiny_model):
-    tiny_model.enable_tiling(32, 8)
-    images = smooth_images(72, 100)
-    ids = tiny_model.encode_tokens(images)
-    assert ids.shape == (1, 18, 25)
-    torch.testing.assert_close(tiny_model.decode_tokens(ids), tiny_model(images).sample)
-
-
+@torch.enable_grad()
 @pytest.mark.parametrize("name", ["encoder.conv_in.weight", "encoder.norm_out.weight", "decoder.conv_in.weight"])
 def test_gradient_through_tiles_equals_finite_differences(name):
     model = make_tiny().double()
@@ -246,6 +157,7 @@ def test_gradient_through_tiles_equals_finite_differences(name):
     torch.testing.assert_close((gradient * direction).sum(), change, rtol=1e-4, atol=1e-8)
 
 
+@torch.enable_grad()
 def test_tiles_with_gradient_checkpointing_are_refused():
     model = make_tiny().train()
     model.enable_gradient_checkpointing()
@@ -256,16 +168,15 @@ def test_tiles_with_gradient_checkpointing_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_grad")
-def test_two_compiled_graphs_serve_all_tiles(tiny_model):
+def test_two_compiled_graphs_serve_all_tiles():
     """One for the sample of windows and one for tiles."""
-    graphs = []
+    model, graphs = make_tiny(encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2)), []
     torch.compiler.reset()
-    tiny_model.enable_tiling(80, 24)
+    model.enable_tiling(40, 12)
     ids = torch.randint(64, (1, 47, 60))
-    expected = tiny_model.decode_tokens(ids)
-    tiny_model.decoder.forward = torch.compile(
-        tiny_model.decoder.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+    expected = model.decode_tokens(ids)
+    model.decoder.forward = torch.compile(
+        model.decoder.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
     )
-    torch.testing.assert_close(tiny_model.decode_tokens(ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.decode_tokens(ids), expected, rtol=1e-5, atol=1e-5)
     assert len(graphs) == 2
