@@ -1,4 +1,4 @@
-"""An S3 server on this machine that drops connections and answers 503 at random, and that can be full."""
+"""An S3 server on this machine that drops connections and answers 503 at random."""
 
 import random
 import socket
@@ -13,16 +13,13 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-FULL = b"<Error><Code>XMinioStorageFull</Code><Message>The disk is full.</Message></Error>"
-
 
 class Faults:
-    """A WSGI application in front of another. It fails at random, and has no room for files of some name."""
+    """A WSGI application in front of another. It fails at random."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]]):
         self.application = application
         self.rate = 0.0
-        self.no_room_for: str | None = None
         self.random = random.Random(0)
         self.requests: list[str] = []
 
@@ -33,9 +30,6 @@ class Faults:
                 start_response("503 Slow Down", [("Content-Length", "0")])
                 return []
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-        if environ["REQUEST_METHOD"] == "PUT" and self.no_room_for and self.no_room_for in environ["PATH_INFO"]:
-            start_response("507 Insufficient Storage", [("Content-Length", str(len(FULL)))])
-            return [FULL]
         return self.application(environ, start_response)
 
 

@@ -51,15 +51,6 @@ def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, monkeypat
     assert [image["key"] for image in skipped] == ["00005.webp", "00007.png"]
 
 
-def test_evaluate_measures_the_readable_ones(root, tmp_path):
-    options = ["--scales", "1", "--output", tmp_path / "report"]
-    assert svqvae("evaluate", root / "model", root / "shards" / "shard-*.tar", *options) == 1  # one is skipped
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert len(report["images"]) == SHARDS * SHARD_SIZE - 1
-    assert [image["name"] for image in report["skipped"]] == ["00005.webp"]
-
-
-@pytest.mark.usefixtures("one_accelerator")
 @pytest.mark.parametrize("streaming", [True, False])
 def test_training_sees_every_image_with_its_label(root, tmp_path, streaming, caplog, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

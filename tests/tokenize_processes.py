@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,36 +45,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_stopped(arguments: Sequence[str], output: Path, part: int) -> None:
-    """Runs the command until a part is to be written, stops the process then, and writes what it prints to a file."""
-    from svqvae_hf.token_sets import writer
-
-    write_part = writer._write_part
-
-    def stop_or_write(folder, record, files):
-        if record.part == part:
-            os.kill(os.getpid(), signal.SIGTERM)
-        write_part(folder, record, files)
-
-    writer._write_part = stop_or_write
-    run_to_end(arguments, output)
-
-
 def run_to_end(arguments: Sequence[str], output: Path) -> None:
     """Runs the command, and writes what it prints to a file."""
     from svqvae_cli import main
 
     with output.open("w") as file, contextlib.redirect_stdout(file):
-        code = main(arguments)
-    sys.exit(code)
-
-
-def run_on_a_full_disk(arguments: Sequence[str], output: Path, room: int) -> None:
-    """Runs the command, which cannot write more than `room` bytes to a file, and writes its errors to a file."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing raises an error
-    with output.open("w") as file, contextlib.redirect_stderr(file):
-        from svqvae_cli import main
-
         code = main(arguments)
     sys.exit(code)

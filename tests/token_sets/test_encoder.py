@@ -52,17 +52,6 @@ def test_sizes_are_batched_and_rows_stay_in_order(settings, monkeypatch, waiting
     assert all((one["ids_0"] == other["ids_0"]).all() for one, other in zip(rows, alone, strict=True))
 
 
-def test_default_batches_have_at_most_a_megapixel(settings, monkeypatch):
-    monkeypatch.setattr(encoder, "BATCH_PIXELS", 3 * 8 * 8)
-    model, batches = make_tiny(), []
-    encode_tokens = model.encode_tokens
-    monkeypatch.setattr(
-        model, "encode_tokens", lambda sample, *args: batches.append(len(sample)) or encode_tokens(sample, *args)
-    )
-    encode(model, settings, noise(*[(8, 8)] * 7, (40, 40)))
-    assert sorted(batches) == [1, 1, 3, 3]
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_crops_are_read_in_order(photo, tmp_path, num_workers):
     for number in range(40):

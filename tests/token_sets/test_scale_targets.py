@@ -73,7 +73,6 @@ def test_readers_refuse_a_scale_that_is_not_of_the_set_and_trainers_the_set(phot
             read_settings(tmp_path)
 
 
-@pytest.mark.usefixtures("process")
 def test_command_and_its_card(photos, tmp_path, capsys):
     argv = ["tokenize", photos / "0.png", tmp_path / "tokens", "--min-psnr", "20"]
     assert "--min-psnr and --max-bits choose among at least two scales" in fails(capsys, *argv)

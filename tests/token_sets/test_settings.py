@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 
@@ -6,12 +5,9 @@ import datasets
 import numpy as np
 import pytest
 from conftest import make_tiny
-from PIL import Image, ImageOps
+from PIL import Image
 from token_set_parts import SCALES, SIZES, content, load, make_other, make_tiled, save_photos, tokenize
 
-from svqvae_hf.models.checks import SCALE_SOURCES
-from svqvae_hf.token_sets import settings as token_sets
-from svqvae_hf.token_sets.crops import CROPS, make_crops
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import TokenSettings, read_settings, row_tokens
 from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, encode_image
@@ -63,19 +59,6 @@ def test_settings_and_features(token_set):
             assert height * width == len(row[f"ids_{index}"])
 
 
-def test_crops_are_resized_cut_and_mirrored(photo):
-    centre, flipped = make_crops(photo, "centre-flip", 24)
-    assert centre == ImageOps.fit(photo, (24, 24), Image.Resampling.BICUBIC)
-    assert flipped == ImageOps.mirror(centre)
-    assert make_crops(photo, "whole-flip", None) == [photo, ImageOps.mirror(photo)]
-    ten = dict(zip(CROPS["ten-crop"], make_crops(photo, "ten-crop", 20), strict=True))
-    square = ImageOps.fit(photo, (22, 22), Image.Resampling.BICUBIC)
-    assert len(ten) == 10
-    assert ten["centre"] == square.crop((1, 1, 21, 21))
-    assert ten["bottom-right-flipped"] == ImageOps.mirror(square.crop((2, 2, 22, 22)))
-    assert len({crop.tobytes() for crop in ten.values()}) == 10
-
-
 def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp_path):
     tiled, model = make_tiled(), make_tiny()
     tokenize(tiled, photos, tmp_path / "tokens")
@@ -93,7 +76,7 @@ def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["00000000_x0.5.png", "00000000_x1.png"]
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"no json", b'{"files": [{}]}'])
+@pytest.mark.parametrize("content", [b"no json", b'{"files": [{}]}'])
 def test_a_damaged_manifest_is_one_line(photos, tmp_path, content):
     tokenize(make_tiled(), photos, tmp_path / "tokens")
     (tmp_path / "tokens" / "manifest.jsonl").write_bytes(content)
@@ -122,19 +105,6 @@ def test_another_codebook_raises(token_set, tmp_path):
     assert not (tmp_path / "images").exists()
 
 
-def test_older_sets_hold_scales_from_the_latents(token_set, tmp_path):
-    settings = json.loads((token_set / "svqvae_tokens.json").read_text())
-    del settings["scale_from"]
-    (tmp_path / "svqvae_tokens.json").write_text(json.dumps(settings))
-    assert read_settings(tmp_path).scale_from == "latents"
-
-
-@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
-def test_a_row_says_what_its_scales_are_made_from(token_set, scale_from):
-    settings = dataclasses.replace(read_settings(token_set), scale_from=scale_from)
-    assert row_tokens(load(token_set)[0], settings).scale_from == scale_from
-
-
 def test_reading_settings_of_something_else_raises(token_set, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="a token set must be a folder with svqvae_tokens.json"):
         read_settings(photos)
@@ -149,10 +119,7 @@ def test_reading_settings_of_something_else_raises(token_set, photos, tmp_path):
     for change, message in (
         ({"format_version": 2}, "must have format version 1"),
         ({"scales": [1e308]}, "`scales` of a token set is out of range"),
-        ({"scales": "1"}, "`scales` of a token set is out of range"),
         ({"scale_from": "pixels"}, "`scale_from` of a token set is out of range, got 'pixels'"),
-        ({"codebook_size": 0}, "`codebook_size` of a token set is out of range"),
-        ({"crops": ["whole"]}, "`crops` of a token set is out of range"),
         ({"overlap": None}, "`overlap` of a token set is out of range"),
     ):
         file.write_text(json.dumps(good | change))
@@ -182,10 +149,3 @@ def test_rows_that_do_not_match_the_settings_raise(token_set):
     del row["ids_0"]
     with pytest.raises(ValueError, match="but has height = 20, width = 33, ids_0 = None, ids_1 = "):
         row_tokens(row, settings)
-
-
-def test_names_without_an_owner_are_not_looked_up_on_the_hub(monkeypatch):
-    monkeypatch.setattr(token_sets, "hf_hub_download", None)
-    for name in ("nope", "nope.parquet"):
-        with pytest.raises(FileNotFoundError, match=name):
-            read_settings(name)

@@ -31,12 +31,6 @@ def test_card_describes_the_set_and_its_columns():
     assert "{" not in text
 
 
-def test_command_of_the_bundled_model_names_no_model():
-    text = card("org/tokens", model=BUNDLED_MODEL)
-    assert "`svqvae detokenize org/tokens --output DIR`" in text
-    assert "| model | bundled with svqvae-hf |" in text
-
-
 def test_user_text_cannot_break_the_card():
     repo_id = 'org/a"b\n# c'
     text = card(repo_id, ["a|b"], model="my|models/best one")
@@ -50,7 +44,6 @@ def test_user_text_cannot_break_the_card():
     assert shlex.split(command)[3:5] == ["--model", "my|models/best one"]
 
 
-@pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("model", [[], ["--model", DEFAULT_MODEL]])
 def test_command_on_the_card_decodes_a_set_of_the_bundled_model(model, two_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

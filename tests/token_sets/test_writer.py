@@ -20,17 +20,15 @@ from token_set_parts import (
     save_photos,
     tokenize,
 )
-from tokenize_processes import processes, run_killed, run_on_a_full_disk, run_stopped, run_to_end
+from tokenize_processes import processes, run_killed, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import FileRows
-from svqvae_hf.data.image_sets import ImageSet, open_images
-from svqvae_hf.token_sets import writer
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.crops import CROPS, make_crops
-from svqvae_hf.token_sets.encoder import RowEncoder
 from svqvae_hf.token_sets.parts import read_status
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.writer import check_out, tokenize_set
+from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
 
 
@@ -82,12 +80,6 @@ def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, o
     assert not (tmp_path / "out" / "parts").exists()
 
 
-def test_datasets_does_not_confuse_sets_of_one_name(photos, tmp_path):
-    for folder, scales in (("here", (1.0,)), ("there", (0.5, 1.0))):
-        tokenize(make_tiny(), photos, tmp_path / folder / "tokens", scales=scales)
-        assert ("ids_1" in load(tmp_path / folder / "tokens").features) == (len(scales) == 2)
-
-
 def test_unreadable_images_are_listed_without_paths_of_this_machine(photos, tmp_path):
     images = open_images([str(photos)])
     (photos / "4.png").unlink()
@@ -96,21 +88,6 @@ def test_unreadable_images_are_listed_without_paths_of_this_machine(photos, tmp_
     assert [image["key"] for image in skipped(tmp_path / "out")] == ["2b.png", "4.png"]
     assert "(unreadable images: 2)" in str(report)
     assert str(tmp_path) not in "".join(map(str, content(tmp_path / "out").values()))
-
-
-def test_small_images_are_skipped_if_asked_for(photos, tmp_path):
-    report = tokenize(make_tiny(), photos, tmp_path / "out", min_side=16)
-    assert report.rows == 5
-    assert skipped(tmp_path / "out")[-1] == {
-        "key": "3.png",
-        "reason": "its sides must be at least 16 pixels, but are 7 x 1.",
-    }
-
-
-def test_large_codebooks_take_32_bits(photos, tmp_path):
-    model = make_tiny(codebook_size=2**16 + 1, codebook_embed_dim=1)
-    tokenize(model, photos / "0.png", tmp_path / "out")
-    assert load(tmp_path / "out").features["ids_0"] == datasets.List(datasets.Value("int32"))
 
 
 def test_labels_of_folders_are_kept(photos, tmp_path):
@@ -148,21 +125,6 @@ def test_each_file_of_a_stream_is_a_part(parquet, tmp_path):
     assert (first.length, first.fingerprint == open_images([str(parquet)]).fingerprint) == (4, False)
     tokenize_set(make_tiny(), first, tmp_path / "first", model_name="tiny", scales=SCALES)
     assert load(tmp_path / "first")["ids_1"] == rows["ids_1"][:4]
-
-
-def test_a_part_spans_files_and_its_shards_end_by_size(parquet, tmp_path):
-    report = tokenize(make_tiny(), parquet, tmp_path / "out", num_parts=1, shard_mb=4e-4)
-    assert report.files == 3
-    rows = load(tmp_path / "out")
-    assert rows["key"] == ["0-0", "0-1", "0-2", "1-0", "2-0", "2-1"]
-    manifest = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    (part,) = manifest
-    assert part["read"] == ["0.parquet", "1.parquet", "2.parquet"]
-    assert [file["name"] for file in part["files"]] == [
-        f"data/0000-0000/train-0000000-{number:05}.parquet" for number in range(3)
-    ]
-    assert sum(file["rows"] for file in part["files"]) == part["rows"] == 6
-    assert part["ids"] == sum(len(ids) for name in ("ids_0", "ids_1") for ids in rows[name])
 
 
 def test_crops_are_rows(tiled_model, photos, tmp_path):
@@ -220,37 +182,6 @@ def test_killed_and_repeated_parts_make_the_set_of_one_process(many, tmp_path):
     assert rows["key"] == [f"{number:02}.png" for number in range(24) if number not in (3, 17)]
 
 
-def test_a_full_disk_leaves_no_part_that_counts_as_finished(many, tmp_path):
-    arguments = ["tokenize", str(many), str(tmp_path / "out"), "--model", str(tmp_path / "tiny"), "--workers", "0"]
-    arguments += ["--num-parts", "2"]
-    assert svqvae("tokenize", many, tmp_path / "unbroken", *arguments[3:]) == 1
-    expected = content(tmp_path / "unbroken" / "data")
-    room = min(map(len, expected.values())) - 1
-    process = processes().Process(target=run_on_a_full_disk, args=(arguments, tmp_path / "errors.txt", room))
-    process.start()
-    process.join()
-    assert process.exitcode == 2
-    error = (tmp_path / "errors.txt").read_text().splitlines()[-1]
-    assert re.search(r"svqvae: error: .*train-0000000-00000.parquet` cannot be written: .*File too large\.$", error)
-    assert read_status(tmp_path / "out").missing == [0, 1]
-    assert [path.name for path in (tmp_path / "out" / "data").rglob("*") if path.is_file()] == []
-    assert svqvae(*arguments) == 1
-    assert content(tmp_path / "out" / "data") == expected
-
-
-@pytest.mark.slow
-def test_sigterm_prints_what_is_finished_and_how_to_resume(many, tmp_path):
-    arguments = ["tokenize", str(many), str(tmp_path / "out"), "--model", str(tmp_path / "tiny"), "--workers", "0"]
-    stopped = processes().Process(
-        target=run_stopped, args=([*arguments, "--num-parts", "4"], tmp_path / "said.txt", 1)
-    )
-    stopped.start()
-    stopped.join()
-    assert stopped.exitcode == 128 + signal.SIGTERM
-    lines = ["parts    4 (not complete; finished: 1)", "missing  1-3"]
-    assert (tmp_path / "said.txt").read_text().splitlines() == lines
-
-
 def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
     read = []
     row = FileRows.row
@@ -272,46 +203,13 @@ def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "parts").exists()
 
 
-@pytest.mark.parametrize("step", ["images.part", "complete_set", "is_finished", "folder.write"])
-def test_two_processes_may_make_the_same_part(photos, tmp_path, monkeypatch, step):
-    """The other one completes the set while this one is at a step."""
-    options = {"num_parts": 2, "parts": [0]}
-    tokenize(make_tiny(), photos, tmp_path / "out", **options | {"parts": [1]})
-    owner, name = {
-        "images.part": (ImageSet, "part"),
-        "folder.write": (writer, "_write_part"),
-    }.get(step, (writer, step))
-    original, faster = getattr(owner, name), []
-
-    def overtaken(*args):
-        if not faster:
-            faster.append(None)
-            faster[:] = [tokenize(make_tiny(), photos, tmp_path / "out", **options), content(tmp_path / "out")]
-        return original(*args)
-
-    monkeypatch.setattr(owner, name, overtaken)
-    slower = tokenize(make_tiny(), photos, tmp_path / "out", **options)
-    assert (slower.complete, slower.rows) == (True, faster[0].rows)
-    assert content(tmp_path / "out") == faster[1]
-
-
-def test_files_of_earlier_tries_are_no_part_of_the_set(photos, tmp_path):
-    stray = tmp_path / "out" / "data" / "0000-0000" / "train-0000000-00007.parquet"
-    tokenize(make_tiny(), photos, tmp_path / "out", parts=[1], num_parts=2)
-    for path in (stray, stray.with_name(".1a2b.tmp")):
-        path.write_bytes(b"")
-    tokenize(make_tiny(), photos, tmp_path / "out", num_parts=2)
-    assert len(list(stray.parent.iterdir())) == 2
-    assert load(tmp_path / "out").num_rows == 6
-
-
 def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
     def run(**options):
         return tokenize(options.pop("model", make_tiled()), photos, tmp_path / "out", **{"num_parts": 2} | options)
 
     def check_refused():
         before = content(tmp_path / "out")
-        changes = ({"scales": [1.0]}, {"scale_from": "latents"}, {"shard_mb": 3}, {"min_side": 8}, {"num_parts": 3})
+        changes = ({"scales": [1.0]}, {"shard_mb": 3}, {"num_parts": 3})
         for options in changes:
             ((name, value),) = options.items()
             name = "parts" if name == "num_parts" else name
@@ -338,15 +236,6 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
     check_refused()
 
 
-def test_before_the_first_part_is_finished_anything_may_change(photos, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(RowEncoder, "encode", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            tokenize(make_tiny(), photos, tmp_path / "out")
-    (photos / "2b.png").unlink()
-    assert tokenize(make_tiny(), photos, tmp_path / "out", scales=[1.0]).images == 6
-
-
 def test_status_names_missing_parts_and_the_time_left(photos, tmp_path):
     for part, seconds in ((0, 1000), (1, 1060), (5, 1180)):
         tokenize(make_tiny(), photos, tmp_path / "out", parts=[part], num_parts=7)
@@ -366,15 +255,11 @@ def test_status_names_missing_parts_and_the_time_left(photos, tmp_path):
         ({"crops": "left"}, "`crops` must be one of whole, whole-flip, centre, centre-flip, ten-crop, got 'left'"),
         ({"crops": "centre"}, "must be the side of the crops in pixels, got None for `crops` 'centre'. Pass it"),
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
-        ({"crops": "centre", "resolution": 0}, "`resolution` must be at least 1, got 0"),
         ({"shard_mb": 0}, "`shard_mb` must be a number of megabytes above 0, got 0"),
         ({"num_parts": 8}, "`num_parts` must be in [1, 7], the number of images, got 8"),
         ({"num_parts": 3, "parts": [0, 3]}, "`parts` must be in [0, 2] for 3 parts, got [0, 3]"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"min_side": 0}, "`min_side` must be at least 1, got 0"),
-        ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
         ({"scales": [1, 1]}, "scales must differ within six digits"),
-        ({"scales": []}, "`scales` of a token set is out of range"),
         ({"push_to_hub": "name"}, "`push_to_hub` must be `org/name`"),
         ({"private": True}, "`private` needs `push_to_hub`"),
     ],
@@ -385,39 +270,13 @@ def test_options_out_of_range_raise_before_the_work(tiny_model, photos, tmp_path
     assert not list(tmp_path.glob("out*"))
 
 
-def test_columns_must_exist_and_have_names_of_their_own(tiny_model, photos, parquet, tmp_path):
-    with pytest.raises(ValueError, match="columns must be among image, label, got none"):
-        open_images([str(parquet)], columns=["none"])
-    with pytest.raises(ValueError, match="columns must be among image, got label"):
-        open_images([str(photos)], columns=["label"])
-    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "key": "a"}))
-    images = open_images([str(photos)], columns=["key"])
-    with pytest.raises(ValueError, match="must not have names of columns of the token set, but key do"):
-        tokenize_set(tiny_model, images, tmp_path / "out", model_name="tiny")
-
-
 def test_the_folder_must_be_new_and_one_image_readable(tiny_model, photos, tmp_path):
     with pytest.raises(ValueError, match="must be a new or empty folder, but it is not empty"):
         tokenize(tiny_model, photos, photos)
-    (tmp_path / "starting" / "parts").mkdir(parents=True)
-    (tmp_path / "starting" / "parts" / ".1a2b.tmp").touch()  # of a process that writes the options at this moment
-    assert check_out(tmp_path / "starting").path == str(tmp_path / "starting")
-    (tmp_path / "starting" / "parts" / "arm.stl").touch()
-    with pytest.raises(ValueError, match="must be a new or empty folder, but it is not empty"):
-        check_out(tmp_path / "starting")
     for path in photos.iterdir():
         path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="at least one image must be readable, but none of 7 is. The first, `0.png`"):
         tokenize(tiny_model, photos, tmp_path / "out")
-
-
-def test_the_command_checks_the_folder_before_it_loads_the_model(photos, tmp_path, capsys):
-    (tmp_path / "none").mkdir()
-    message = fails(capsys, "tokenize", photos, photos, "--model", tmp_path / "none")
-    assert "must be a new or empty folder, but it is not empty" in message
-    assert "must be a writable folder, but `/proc` is not" in fails(
-        capsys, "tokenize", photos, "/proc/tokens", "--model", tmp_path / "none"
-    )
 
 
 def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
@@ -35,17 +35,6 @@ def test_smallest_scale_that_reaches_a_psnr(tiny_model, photo, scale_from):
             assert torch.equal(tokens.ids[0], files[expected].ids[0])
             seen.add(expected)
     assert len(seen) > 1
-
-
-def test_an_image_that_is_rotated_by_exif_is_encoded_upright(tiny_model, crop, tmp_path):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    crop.save(tmp_path / "rotated.png", exif=exif)
-    with Image.open(tmp_path / "rotated.png") as image:
-        tokens, _ = encode_to_psnr(tiny_model, image, [0.5, 1.0], 90)
-        expected = encode_image(tiny_model, image, 1.0)
-    assert (tokens.height, tokens.width) == (crop.width, crop.height)
-    assert torch.equal(tokens.ids[0], expected.ids[0])
 
 
 def test_largest_scale_within_a_number_of_bits(tiny_model, crop):
