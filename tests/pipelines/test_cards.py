@@ -7,7 +7,7 @@ import torch
 from conftest import make_tiny
 from diffusers import DiffusionPipeline, LDMPipeline, ModelMixin
 from generators import make_autoregressive, make_llamagen
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from pipeline_parts import make_pipeline as make_diffusion
 from pipeline_parts import text_components
@@ -107,17 +107,3 @@ def test_card_of_a_pipeline_for_captions(tmp_path, monkeypatch):
         names = {}
         exec(card.text.split("```python\n")[1].partition("```")[0], names)
         assert names["image"].size == (16, 16)
-
-
-def test_card_that_is_there_stays(tmp_path):
-    (tmp_path / "README.md").write_text("my own")
-    make_autoregressive().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "my own"
-
-
-def test_upload_fails_at_once_without_a_network(monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    pipeline = make_autoregressive()
-    monkeypatch.setattr(pipeline, "describe", lambda: pytest.fail("wrote the card first"))
-    with pytest.raises(OSError, match="Could not create `org/new` on the Hub: it cannot be reached"):
-        pipeline.push_to_hub("org/new")

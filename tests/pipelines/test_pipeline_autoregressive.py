@@ -1,6 +1,5 @@
 """The autoregressive pipeline with small random language models."""
 
-import json
 import math
 import re
 import shutil
@@ -21,7 +20,7 @@ from transformers import (
 
 from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAEImageProcessor
 from svqvae_hf.pipelines.sampling import draw
-from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
+from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor
 
 MODELS = [LlamaForCausalLM, GPT2LMHeadModel, Qwen2ForCausalLM, Qwen3ForCausalLM]
 
@@ -86,6 +85,12 @@ def test_greedy_ids_equal_generate_without_a_cache(cls):
     check_greedy(pipeline, ids, torch.arange(3))
 
 
+def test_bfloat16(photo):
+    pipeline = make_autoregressive().to(torch.bfloat16)
+    images = pipeline([0, 1], guidance_scale=2.0, image=photo.resize((16, 16)), output_type="pt").images
+    assert images.isfinite().all()
+
+
 def test_the_cache_changes_nothing(pipeline, monkeypatch):
     call = {"class_labels": [0, 1], "guidance_scale": 3.0, "top_k": 20, "temperature": 1.5}
     cached = sample_ids(pipeline, **call, generator=seeded())
@@ -108,22 +113,6 @@ def test_guidance_mixes_conditional_and_unconditional_logits(pipeline):
     check_greedy(pipeline, ids, torch.arange(3), guidance_scale=3.0)
     plain = sample_ids(pipeline, [0, 1, 2], temperature=0)
     assert not torch.equal(ids[-1], plain[-1])
-
-
-def test_guidance_of_1_skips_the_unconditional_pass(pipeline):
-    batches = []
-    hook = pipeline.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    plain, one, near = (
-        sample_ids(pipeline, [0, 1], generator=seeded(), **call)
-        for call in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 1 + 1e-7})
-    )
-    hook.remove()
-    assert all(map(torch.equal, plain, one))
-    assert all(map(torch.equal, plain, near))  # with both passes
-    tokens = sum(rows * columns for rows, columns in LAYOUT.grids)
-    assert batches == [2] * (2 * tokens) + [4] * tokens
 
 
 def test_draws_follow_the_probabilities():
@@ -156,19 +145,6 @@ def test_temperature_top_k_and_top_p(pipeline):
     is_id = sequences[:, 1:] < 64
     assert ranks[is_id].max() == 2  # of 0, 1, 2: at this temperature all of them are drawn
     assert len(ranks[is_id].unique()) == 3
-
-
-def test_several_images_per_label(pipeline):
-    ids = sample_ids(pipeline, [2, 0], num_images_per_prompt=2, temperature=0)
-    for grid, of_2, of_0, of_none in zip(
-        ids,
-        sample_ids(pipeline, 2, temperature=0),
-        sample_ids(pipeline, torch.tensor(0), temperature=0),
-        sample_ids(pipeline, temperature=0),
-        strict=True,
-    ):
-        assert torch.equal(grid, torch.cat([of_2, of_2, of_0, of_0]))
-        assert not torch.equal(of_0, of_none)
 
 
 def test_sampling_is_in_evaluation_mode_and_restores_the_mode():
@@ -209,13 +185,6 @@ def test_output_types(pipeline):
     assert all(np.array_equal(image, np.rint(array * 255)) for image, array in zip(pictures, arrays, strict=True))
 
 
-def test_another_pixel_range_gives_the_same_images(pipeline):
-    images = pipeline(0, generator=seeded(), output_type="np").images
-    parts = {"num_classes": 3, "height": 32, "width": 16, "scales": SCALES}
-    signed = SVQVAEAutoregressivePipeline(make_tiny(pixel_range=(-1, 1)), pipeline.language_model, **parts)
-    np.testing.assert_allclose(signed(0, generator=seeded(), output_type="np").images, images, atol=1e-5)
-
-
 def test_the_callback_sees_each_row_and_each_whole_scale(pipeline):
     seen = []
 
@@ -231,41 +200,6 @@ def test_the_callback_sees_each_row_and_each_whole_scale(pipeline):
         assert len(previews) == grid.shape[1]
         assert all(torch.equal(rows, grid[:, :count]) for count, (rows, _) in enumerate(previews, start=1))
         torch.testing.assert_close(previews[-1][1], image)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_ids_that_the_callback_returns_replace_the_sampled_ones(pipeline, guidance_scale):
-    fixed = torch.arange(8).reshape(2, 1, 4)
-
-    def replace_a_row(pipe, step, scale, tensors):
-        if scale == 1.0 and tensors["ids"].shape[1] == 3:
-            return {"ids": torch.cat([tensors["ids"][:, :2], fixed], dim=1)}
-        return {} if step % 2 else None
-
-    call = {"class_labels": [0, 1], "temperature": 0, "guidance_scale": guidance_scale}
-    plain, replaced = (
-        sample_ids(pipeline, **call, callback_on_step_end=each)[-1] for each in (lambda *_: None, replace_a_row)
-    )
-    assert torch.equal(replaced[:, :2], plain[:, :2])
-    assert torch.equal(replaced[:, 2:3], fixed)
-    assert not torch.equal(replaced[:, 3:], plain[:, 3:])
-    coarse = sample_ids(pipeline, **call)[:2]
-    layout, labels = pipeline.layout, torch.tensor([0, 1])
-    whole = [layout.encode([*coarse, replaced], each) for each in (labels, None)]
-    logits, free = (pipeline.language_model(tokens, use_cache=False).logits for tokens in whole)
-    below = slice(layout.spans[-1].start + 3 * 4, layout.spans[-1].stop)
-    best = (free + guidance_scale * (logits - free))[:, below.start - 1 : below.stop - 1, : layout.codebook_size]
-    assert torch.equal(whole[0][:, below], best.argmax(-1))
-
-
-def test_changing_the_tensor_of_the_callback_changes_nothing(pipeline):
-    ids = sample_ids(pipeline, 0, temperature=0)
-    seen = []
-    changed = sample_ids(
-        pipeline, 0, temperature=0, callback_on_step_end=lambda *step: seen.append(step[3]["ids"].zero_())
-    )
-    assert all(map(torch.equal, ids, changed))
-    assert len(seen) == 2 + 4 + 8
 
 
 def test_the_callback_ends_the_sampling(pipeline):
@@ -299,14 +233,6 @@ def test_top_rows_are_kept_and_the_rows_below_follow_from_them(layout, photo):
     check_greedy(pipeline, ids, torch.tensor([0, 1]), given=[rows.shape[1] for rows in known])
 
 
-def test_one_image_per_label(pipeline, photo):
-    tops = [photo.resize((16, 16)), photo.rotate(180).resize((16, 16))]
-    ids = sample_ids(pipeline, [0, 1], image=tops, temperature=0, num_images_per_prompt=2)
-    alone = sample_ids(pipeline, 1, image=tops[1], temperature=0)
-    assert all(torch.equal(grid[2:], one.expand(2, -1, -1)) for grid, one in zip(ids, alone, strict=True))
-    assert len(sample_ids(pipeline, image=tops)[0]) == 2
-
-
 # Saved pipelines
 
 
@@ -330,7 +256,7 @@ def test_weights_are_read_strictly_and_from_safetensors_only(saved, tmp_path):
         SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "pickled", use_safetensors=False)
 
 
-def test_a_vqvae_with_another_codebook_raises(saved, tmp_path):
+def test_a_vqvae_with_another_codebook_raises(saved):
     other = make_tiny()
     with torch.no_grad():
         other.decoder.conv_out.weight.mul_(2)
@@ -341,19 +267,6 @@ def test_a_vqvae_with_another_codebook_raises(saved, tmp_path):
     for cls in (SVQVAEAutoregressivePipeline, DiffusionPipeline):
         with pytest.raises(ValueError, match="must have the codebook whose ids .* but has one with .* Use the SVQVAE"):
             cls.from_pretrained(saved, vqvae=other)
-    old = shutil.copytree(saved, tmp_path / "old") / "model_index.json"
-    index = json.loads(old.read_text())
-    assert index.pop("codebook_fingerprint") == make_tiny().codebook_fingerprint()
-    old.write_text(json.dumps(index))
-    for cls in (SVQVAEAutoregressivePipeline, DiffusionPipeline):
-        loaded = cls.from_pretrained(old.parent, vqvae=other)
-        assert loaded.config["codebook_fingerprint"] == other.codebook_fingerprint()
-
-
-def test_the_size_defaults_to_the_sample_size_of_the_vqvae():
-    layout = SequenceLayout(64, 4, 16, 16)
-    pipeline = SVQVAEAutoregressivePipeline(make_tiny(sample_size=16), make_language_model(layout=layout))
-    assert pipeline.layout == layout
 
 
 # Wrong input
@@ -361,9 +274,7 @@ def test_the_size_defaults_to_the_sample_size_of_the_vqvae():
 
 LABELS_AND_SIZES = [
     ({"class_labels": 3}, "`class_labels` must be in [0, 3), got 3"),
-    ({"class_labels": [0, -1]}, "`class_labels` must be in [0, 3), got [0, -1]"),
     ({"scales": [2.0]}, "`scales` must be among [0.25, 0.5, 1.0], as in training, each once, got [2.0]"),
-    ({"scales": [1.0, 1.0]}, "`scales` must be among [0.25, 0.5, 1.0]"),
     ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1, got 0"),
     ({"output_type": "jpeg"}, "`output_type` must be one of pil, np, pt, latent, got 'jpeg'"),
     ({"generator": [seeded()] * 2}, "`generator` must have one generator per image, 1, got 2"),
@@ -371,18 +282,13 @@ LABELS_AND_SIZES = [
 SAMPLING = [
     ({"guidance_scale": 2.0}, "`guidance_scale` = 2.0 needs `class_labels`"),
     ({"guidance_scale": math.nan, "class_labels": 0}, "`guidance_scale` must be in [-1e+06, 1e+06], got nan"),
-    ({"guidance_scale": -1e38, "class_labels": 0}, "`guidance_scale` must be in [-1e+06, 1e+06], got -1e+38"),
     ({"temperature": -1.0}, "`temperature` must be 0 or in [1e-06, 1e+06], got -1.0"),
-    ({"temperature": 1e-40}, "`temperature` must be 0 or in [1e-06, 1e+06], got 1e-40"),
-    ({"temperature": math.inf}, "`temperature` must be 0 or in [1e-06, 1e+06], got inf"),
     ({"top_k": -1}, "`top_k` must be at least 0, got -1"),
     ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1, got 0.0"),
-    ({"top_p": math.nan}, "`top_p` must be above 0 and at most 1, got nan"),
 ]
 IMAGES = [
     ({"image": torch.rand(3, 16, 20)}, "`image` must be 16 pixels wide, at most 32 high, and a whole number of"),
     ({"image": torch.rand(3, 48, 16)}, "got 16 x 48 (width x height). Crop it."),
-    ({"image": torch.rand(3, 8, 16)}, "got 16 x 8 (width x height). Crop it."),
     ({"image": [torch.rand(3, 16, 16), torch.rand(3, 32, 16)]}, "of a batch must have one size, because padding"),
     (
         {"image": [torch.rand(3, 16, 16)] * 3, "class_labels": [0, 1]},
@@ -398,28 +304,6 @@ def test_values_out_of_range_raise(pipeline, calls):
             pipeline(**call)
 
 
-def test_classes_by_name(tmp_path):
-    pipeline = make_autoregressive(class_names=["cat", "dog", "7"])
-    pipeline.save_pretrained(tmp_path)
-    loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    ids = sample_ids(pipeline, [1, 0, 2], temperature=0)
-    for each in (pipeline, loaded):
-        assert all(map(torch.equal, ids, sample_ids(each, ["dog", 0, "7"], temperature=0)))
-        dogs = sample_ids(each, "dog", temperature=0)
-        assert all(torch.equal(grid[:1], dog) for grid, dog in zip(ids, dogs, strict=True))
-    with pytest.raises(ValueError, match=re.escape("or names of classes, ['cat', 'dog', '7'], got 'cow'.")):
-        pipeline(["cat", "cow"])
-    for names in (["cat", "dog"], ["cat", "dog", "cat"]):
-        with pytest.raises(ValueError, match="`class_names` must be 3 different names, one per class, got"):
-            make_autoregressive(class_names=names)
-
-
-def test_labels_must_be_integers(pipeline):
-    with pytest.raises(TypeError, match="`class_labels` must be tensors of integers, got torch.float32"):
-        pipeline([0.5])
-
-
 def test_a_language_model_that_does_not_match_the_layout_raises():
     parts = {"num_classes": 3, "height": 32, "width": 16, "scales": SCALES}
     other = make_language_model(vocab_size=64)
@@ -429,18 +313,10 @@ def test_a_language_model_that_does_not_match_the_layout_raises():
     short = make_language_model(max_position_embeddings=44)
     with pytest.raises(ValueError, match="must be at least 45, the length of a sequence, got 44"):
         SVQVAEAutoregressivePipeline(make_tiny(), short, **parts)
-    with pytest.raises(ValueError, match="`scales` must be above 0, finite and ascending"):
-        SVQVAEAutoregressivePipeline(make_tiny(), other, **parts | {"scales": [1.0, 0.5]})
 
 
 @pytest.mark.parametrize(
-    ("call", "value"),
-    [
-        ({}, math.nan),
-        ({"temperature": 0}, math.inf),
-        ({"top_k": 5, "top_p": 0.9}, math.inf),
-        ({"class_labels": 0, "guidance_scale": 2.0}, math.nan),
-    ],
+    ("call", "value"), [({"temperature": 0}, math.inf), ({"class_labels": 0, "guidance_scale": 2.0}, math.nan)]
 )
 def test_logits_with_nan_or_infinity_raise_after_the_row(own_pipeline, call, value):
     own_pipeline.language_model.lm_head.weight.data[5] = value
@@ -449,30 +325,3 @@ def test_logits_with_nan_or_infinity_raise_after_the_row(own_pipeline, call, val
     with pytest.raises(ValueError, match=message):
         own_pipeline(**call, callback_on_step_end=lambda *step: steps.append(step))
     assert not steps
-
-
-def test_logits_of_tokens_that_are_not_allowed_do_not_matter(own_pipeline):
-    ids = sample_ids(own_pipeline, generator=seeded())
-    own_pipeline.language_model.lm_head.weight.data[64:] = math.nan
-    assert all(map(torch.equal, ids, sample_ids(own_pipeline, generator=seeded())))
-
-
-def test_tokens_with_logits_of_minus_infinity_are_never_drawn(pipeline, monkeypatch):
-    forward = pipeline.language_model.forward
-
-    def forward_half(**call):
-        output = forward(**call)
-        output.logits[..., ::2] = -math.inf
-        return output
-
-    monkeypatch.setattr(pipeline.language_model, "forward", forward_half)
-    assert all((grid % 2).all() for grid in sample_ids(pipeline, num_images_per_prompt=50, generator=seeded()))
-
-
-def test_a_language_model_without_a_cache_raises(pipeline, monkeypatch):
-    forward = pipeline.language_model.forward
-    monkeypatch.setattr(
-        pipeline.language_model, "forward", lambda input_ids, use_cache: forward(input_ids, use_cache=False)
-    )
-    with pytest.raises(ValueError, match="must return its keys and values, but LlamaForCausalLM does not"):
-        pipeline()

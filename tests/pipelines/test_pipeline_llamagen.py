@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from conftest import make_tiny
 from generators import CHECKPOINT, GOLDEN, make_llamagen
 from pipeline_parts import text_components
@@ -48,18 +47,6 @@ def test_ids_with_an_interval_of_guidance_equal_the_original_code(kind):
     assert batches == [4] * 6 + [2] * 10
 
 
-def test_ids_replaced_after_the_guidance_decide_the_next_ones():
-    pipeline = make_llamagen("c2i")
-
-    def replace(pipe, step, scale, tensors):
-        return {"ids": tensors["ids"].flip(-1)} if step == 2 else None
-
-    call = {"guidance_scale": 2, "guidance_stop": 6 / 16, "temperature": 0, "output_type": "latent"}
-    ids = pipeline([3], **call, callback_on_step_end=replace).images.flatten(1)
-    logits = pipeline.language_model(torch.cat([torch.tensor([[256 + 3]]), ids], dim=1)).logits
-    assert torch.equal(logits[:, 12:16].argmax(-1), ids[:, 12:])
-
-
 @pytest.mark.parametrize("guidance_scale", [1, 4])
 @torch.no_grad()
 def test_64_ids_in_bfloat16_equal_the_original_code_up_to_rounding(guidance_scale):
@@ -90,6 +77,7 @@ def test_64_ids_in_bfloat16_equal_the_original_code_up_to_rounding(guidance_scal
     assert (~unequal).float().mean() > 0.5
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_at_each_step():
     """Takes five seconds, because shapes that change are traced several times."""
     expected, condition = load_expected("c2i")
@@ -120,22 +108,11 @@ def test_a_checkpoint_and_its_tokenizer_are_a_pipeline(kind):
         assert pipeline(prompt="a cat", output_type="pt").images.shape == (1, 3, 16, 16)
 
 
-def test_captions_are_encoded_where_the_pipeline_runs():
-    """With accelerate's offloading the text encoder is elsewhere until it runs."""
-    pipeline = make_llamagen("t2i", **text_components())
-    call = {"prompt": ["a cat", "the roof"], "temperature": 0, "output_type": "latent"}
-    expected = pipeline(**call).images
-    cpu_offload(pipeline.text_encoder, torch.device("cpu"))
-    assert pipeline.text_encoder.device.type == "meta"
-    assert torch.equal(pipeline(**call).images, expected)
-
-
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
         ("c2i", {}, "does not tell the size of its images. Pass .* `image_size`"),
         ("c2i", {"image_size": 16}, "does not tell the number of heads"),
-        ("c2i", {"image_size": 18}, "must be a positive multiple of f = 4"),
         ("c2i", {"image_size": 16, "num_attention_heads": 4, **text_components()}, "which does not take captions"),
         ("c2i", {"image_size": 16, "num_attention_heads": 4, "class_names": ["cat"]}, "must be 10 different names"),
     ],
@@ -145,17 +122,6 @@ def test_missing_and_wrong_components_of_a_checkpoint(kind, arguments, message):
         SVQVAEAutoregressivePipeline.from_single_file(
             CHECKPOINT.format(kind=kind), make_tiny(codebook_size=256), **arguments
         )
-
-
-def test_several_images_per_caption_and_a_replaced_row():
-    expected, condition = load_expected("t2i")
-
-    def replace(pipe, step, scale, tensors):
-        return {"ids": tensors["ids"].clone()} if step == 1 else None
-
-    call = {"guidance_scale": 2, "temperature": 0, "num_images_per_prompt": 2, "callback_on_step_end": replace}
-    ids = make_llamagen("t2i")(**condition, **call, output_type="latent").images
-    assert torch.equal(ids.flatten(1), expected["greedy_cfg2.ids"].repeat_interleave(2, dim=0))
 
 
 def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
@@ -170,25 +136,11 @@ def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
         assert not feature[: -len(words)].any()
 
 
-def test_prompts_are_their_features(tmp_path):
-    make_llamagen("t2i", **text_components()).save_pretrained(tmp_path)
-    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
-    pipeline.set_progress_bar_config(disable=True)
-    call = {"guidance_scale": 2.0, "temperature": 0, "output_type": "latent"}
-    prompts = ["the cat", "the roof on the cat"]
-    features, mask = pipeline.encode_prompt(prompts)
-    ids = pipeline(prompt=prompts, **call).images
-    assert torch.equal(ids, pipeline(prompt_embeds=features, prompt_attention_mask=mask, **call).images)
-    assert not torch.equal(ids[0], ids[1])
-
-
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
         ("t2i", {}, "takes either `prompt` or `prompt_embeds`, and no `class_labels`, got none of them"),
-        ("t2i", {"prompt": "a cat", "class_labels": 0}, "got several of them"),
         ("t2i", {"prompt": "a cat", "prompt_embeds": torch.zeros(1, 120, 32)}, "got several of them"),
-        ("t2i", {"prompt": []}, r"must be a caption or a list of captions, got \[\]"),
         ("t2i", {"prompt": "a " * 120}, r"must have at most 120 tokens, but 'a a a.*' has 121. Shorten it"),
         ("t2i", {"prompt_embeds": torch.zeros(1, 9, 32)}, r"must have shape \(1, 120, 32\)"),
         ("c2i", {"prompt": "a cat"}, "need a language model with captions, but this one has 10 classes"),
@@ -202,29 +154,7 @@ def test_wrong_conditions_are_errors(kind, arguments, message):
         pipeline(**arguments)
 
 
-def test_prompts_need_a_text_encoder():
-    with pytest.raises(ValueError, match="needs a pipeline with `text_encoder` and `tokenizer`"):
-        make_llamagen("t2i")(prompt="a cat")
-
-
-@pytest.mark.parametrize("size", [(16, 20), (8, 32), (32, 32)])
-def test_a_grid_that_was_not_trained_is_an_error(size):
+def test_a_grid_that_was_not_trained_is_an_error():
     pipeline = make_llamagen("c2i")
     with pytest.raises(ValueError, match=r"has 4 x 4 ids per image.* Pass `height` and `width` of 16"):
-        SVQVAEAutoregressivePipeline(
-            pipeline.vqvae, pipeline.language_model, num_classes=10, height=size[0], width=size[1]
-        )
-
-
-def test_a_tokenizer_with_other_codes_is_an_error():
-    pipeline = make_llamagen("c2i")
-    pipeline.language_model.config.codebook_fingerprint = pipeline.vqvae.codebook_fingerprint()
-    other = make_tiny(codebook_size=256)
-    other.quantize.embedding.weight.data += 1
-    for vqvae in (pipeline.vqvae, other):
-        arguments = {"num_classes": 10, "height": 16, "width": 16}
-        if vqvae is pipeline.vqvae:
-            SVQVAEAutoregressivePipeline(vqvae, pipeline.language_model, **arguments)
-        else:
-            with pytest.raises(ValueError, match="must have the codebook whose ids the pipeline was trained on"):
-                SVQVAEAutoregressivePipeline(vqvae, pipeline.language_model, **arguments)
+        SVQVAEAutoregressivePipeline(pipeline.vqvae, pipeline.language_model, num_classes=10, height=8, width=32)

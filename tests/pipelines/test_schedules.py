@@ -29,27 +29,16 @@ def test_sides_keep_the_aspect_ratio():
     ("schedule", "message"),
     [
         ([1, 4, 3, 8], r"`schedule` must rise, but 3 x 3 follows 4 x 4\."),
-        ([1, 4, 4, 8], r"`schedule` must rise, but 4 x 4 follows 4 x 4\."),
         ([(2, 1), (1, 2), 8], r"`schedule` must rise, but 1 x 2 follows 2 x 1\."),
         ([1, 4], r"must end with 8 x 8, the ids of the image, got 1 x 1, 4 x 4\."),
-        ([1, 16], r"must end with 8 x 8, the ids of the image, got 1 x 1, 16 x 16\."),
         ([], r"must end with 8 x 8, the ids of the image, got no scale\."),
-        ([0, 8], "integers above 0, got 0"),
         ([1, 2.5, 8], "integers above 0, got 2.5"),
-        ([True, 8], "integers above 0, got True"),
-        (["12", 8], "integers above 0, got '12'"),
         ([(1, 2, 3), 8], r"pairs \(height, width\), integers above 0, got \(1, 2, 3\)"),
     ],
 )
 def test_wrong_schedules(schedule, message):
     with pytest.raises(ValueError, match=message):
         fit_schedule(schedule, (8, 8))
-
-
-@pytest.mark.parametrize("steps", [0, 9])
-def test_wrong_numbers_of_steps(steps):
-    with pytest.raises(ValueError, match=rf"`num_inference_steps` must be in \[1, 8\] .* 8 x 4 ids, got {steps}\."):
-        make_schedule((8, 4), steps)
 
 
 def test_guidance_per_step():
