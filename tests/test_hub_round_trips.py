@@ -1,4 +1,4 @@
-"""A token set and a pipeline, pushed to a stand-in for the Hub and loaded from it, in one process."""
+"""A token set and a pipeline, pushed to a stand-in for the Hub, and a language model, loaded in one new process."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 from conftest import make_tiny
 from hub_server import run_python, serve_hub
 from huggingface_hub import ModelCard
+from tiny_language_models import extended
 from token_set_parts import content, save_photos
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
+from transformers import AutoModelForCausalLM, AutoProcessor
 import svqvae_hf
 
 def sample(pipeline):
@@ -24,6 +26,8 @@ def sample(pipeline):
 
 work = Path(sys.argv[1])
 saved = DiffusionPipeline.from_pretrained(work / "pipeline")  # found by `import svqvae_hf` alone
+assert type(AutoProcessor.from_pretrained(sys.argv[2])) is svqvae_hf.SVQVAEProcessor
+assert AutoModelForCausalLM.from_pretrained(sys.argv[2]).config.image_vocabulary["grids"]
 saved.push_to_hub("org/dreams", private=True, license="mit")
 for cls in (DiffusionPipeline, svqvae_hf.SVQVAEAutoregressivePipeline):
     loaded = cls.from_pretrained("org/dreams")
@@ -87,7 +91,7 @@ def test_pipeline_and_token_set_by_hub_id(tmp_path):
     for path in photos.glob("*.png"):
         path.unlink()
     with serve_hub(tmp_path) as env:
-        gone, url, rows = run_python(PIPELINE + TOKEN_SET, env, tmp_path).splitlines()[-3:]
+        gone, url, rows = run_python(PIPELINE + TOKEN_SET, env, tmp_path, extended("llama")).splitlines()[-3:]
     assert gone.startswith("could not download the token set `org/gone` from the Hub: the repository does not exist")
     assert "/org/tokens/commit/" in url
     assert rows == "['cat/0.png', 'dog/1.png'] ['cat', 'dog']"

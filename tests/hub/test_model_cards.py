@@ -2,7 +2,7 @@ import ast
 import re
 
 import torch
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import ModelCard
 
 from svqvae_hf.hub.model_cards import model_card
 
@@ -21,17 +21,6 @@ def test_metadata(tiny_model):
     assert "svqvae" in data.tags
 
 
-def test_table_of_the_config(tiny_model):
-    card = model_card(tiny_model.config, repo_id="org/name", provenance={"source": "`file.pt`"})
-    assert "\n# name\n" in card
-    assert "| f (pixels per id, along each side) | 4 |" in card
-    assert "| codebook | 64 x 8, L2-normalised |" in card
-    assert "| source | `file.pt` |" in card
-    assert "Half-precision" not in card
-    assert card.endswith("\n")
-    assert "{" not in card
-
-
 def test_user_text_is_escaped(tiny_model):
     card = model_card(
         tiny_model.config,
@@ -45,26 +34,6 @@ def test_user_text_is_escaped(tiny_model):
     assert r"| source | `a\|b c.pt` |" in card
     calls = re.findall(r"from_pretrained\((.*?)[,)]", card)
     assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 3
-
-
-def test_half_precision_variants_are_shown_with_their_calls(tiny_model):
-    variants = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    card = model_card(tiny_model.config, repo_id="org/name", variants=variants)
-    assert (
-        'Half-precision weights: `SVQVAE.from_pretrained("org/name", variant="fp16", torch_dtype=torch.float16)` or '
-        '`SVQVAE.from_pretrained("org/name", variant="bf16", torch_dtype=torch.bfloat16)`.'
-    ) in card
-
-
-def test_evaluation_results(tiny_model):
-    results = [
-        EvalResult("image-to-image", "org/photos", "photos", "psnr", 23.5, metric_args={"scale": scale})
-        for scale in (1.0, 0.5)
-    ]
-    data = ModelCard(model_card(tiny_model.config, repo_id="org/name", eval_results=results)).data
-    assert data.model_name == "name"
-    assert data.eval_results == results
-    assert ModelCard(model_card(tiny_model.config, repo_id="org/name")).data.eval_results is None
 
 
 def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):

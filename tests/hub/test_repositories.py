@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 # One process makes all calls to the Hub and prints what the tests check, because the Hub's URL is read at import.
 CLIENT = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import torch
 from huggingface_hub import HfApi, constants
@@ -63,7 +63,10 @@ error("licence", convert, file, work / "no_licence", push_to_hub="org/new", lice
 error("licence of a model", model.push_to_hub, "org/new", license="my own")
 seen["written without a licence"] = (work / "no_licence").exists()
 
-constants.HF_HUB_OFFLINE = True
+hub, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:1"
+start = time.monotonic()
+seen["unreachable"] = same(model, SVQVAE.from_pretrained("org/pushed")) and time.monotonic() - start < 5
+constants.ENDPOINT, constants.HF_HUB_OFFLINE = hub, True
 seen["offline file"] = same(model, SVQVAE.from_single_file("org/raw:files/svqvae_tiny.safetensors"))
 seen["offline model"] = same(model, SVQVAE.from_pretrained("org/pushed"))
 error("offline", SVQVAE.from_single_file, "org/raw:files/taming_tiny.pt")
@@ -151,7 +154,8 @@ def test_wrong_licence_is_found_before_a_repository_is_made(hub, seen):
     assert not (hub[0] / "hub" / "org" / "new").exists()
 
 
-def test_offline_serves_downloaded_files(seen):
+def test_offline_and_without_a_network_downloaded_files_load(seen):
+    assert seen["unreachable"]
     assert seen["offline file"]
     assert seen["offline model"]
     assert seen["errors"]["offline"][1] == (

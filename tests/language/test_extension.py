@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import make_tiny
@@ -65,17 +62,6 @@ def test_padded_rows_are_used_before_rows_are_added():
     assert model.config.vocab_size == max(original.config.vocab_size, processor.vocabulary.stop)
 
 
-@pytest.mark.slow
-def test_a_new_process_loads_the_folder():
-    code = (
-        "import sys, svqvae_hf, transformers as t; p = t.AutoProcessor.from_pretrained(sys.argv[1]);"
-        "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
-        "print(type(p).__name__, type(m).__name__, m.config.image_vocabulary['grids'])"
-    )
-    result = subprocess.run([sys.executable, "-c", code, extended("llama")], capture_output=True, text=True)
-    assert result.stdout == "SVQVAEProcessor LlamaForCausalLM [[2, 2], [2, 3], [4, 4]]\n", result.stderr
-
-
 def test_a_sharded_checkpoint_in_bfloat16_stays_in_bfloat16(tmp_path, saved_model):
     save_language_model(tmp_path / "lm", "neox", dtype=torch.bfloat16, max_shard_size="50KB")
     assert len([*(tmp_path / "lm").glob("*.safetensors")]) > 1
@@ -85,12 +71,6 @@ def test_a_sharded_checkpoint_in_bfloat16_stays_in_bfloat16(tmp_path, saved_mode
     assert model.dtype == torch.bfloat16
     for old, new in zip(heads(original), heads(model), strict=True):
         assert torch.equal(old, new[: vocabulary.first_token])
-
-
-def test_the_default_grid_is_a_square_of_the_sample_size(tmp_path):
-    save_language_model(tmp_path / "lm", "llama")
-    make_tiny(sample_size=24).save_pretrained(tmp_path / "vqvae")
-    assert extend_language_model(tmp_path / "lm", tmp_path / "out", tmp_path / "vqvae").grids == ((6, 6),)
 
 
 @pytest.mark.parametrize(
