@@ -133,8 +133,8 @@ def add_scale_target(parser: argparse.ArgumentParser) -> None:
         "--max-bits",
         type=target,
         metavar="BITS",
-        help="store each image at the largest of the scales whose ids take at most so many bits; at the smallest if "
-        "none does",
+        help="store each image at the largest of the scales at which it takes at most so many bits, as stored; at the "
+        "smallest if it takes more at all",
     )
 
 

@@ -1,11 +1,12 @@
 """`svqvae decode`."""
 
 import argparse
+from functools import cache, partial
 from pathlib import Path
 
 from svqvae_cli.arguments import Commands, add_command, add_files, add_model, add_tiles
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import InputFile, check_output, check_source, find_inputs
+from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_output, check_source, find_inputs
 from svqvae_cli.large import add_large, check_large
 from svqvae_cli.runs import Run
 
@@ -32,6 +33,11 @@ def add_to(commands: Commands) -> None:
         help="resize the images of all scales to the size of the original, bicubic below scale 1, by area above, and "
         "name them NAME_x0.5_full_size.png",
     )
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="also decode compressed files that are cut short, to the scales that are complete",
+    )
     add_large(parser)
 
 
@@ -40,19 +46,24 @@ def run(args: argparse.Namespace) -> None:
     check_large(args)
     check_source(args.model)
     check_output(args.output)
-    inputs = find_inputs(args.inputs, [".safetensors"], args.output)
+    inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
     (_decode_large if args.large else _decode)(args, inputs)
 
 
 def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
-    from svqvae_cli.loading import configure_decoding, load_model
+    from svqvae_cli.loading import configure_decoding, load_context_model, load_model
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
-    from svqvae_hf.tokens.token_files import load_tokens
+    from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_tokens
+
+    context_model = cache(partial(load_context_model, args.model))
+
+    def read(path: Path) -> ImageTokens:
+        return load_tokens(path, context_model() if is_compressed(path) else None, args.preview)
 
     with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
         model = None
-        for file, tokens in work.read(load_tokens):
+        for file, tokens in work.read(read):
             model = model or load_model(args.model, args.device, args.dtype)
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
@@ -68,10 +79,10 @@ def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
 def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     """Images of a token file; none if it cannot be read."""
     from svqvae_hf.files.outputs import scale_endings
-    from svqvae_hf.tokens.token_files import load_tokens
+    from svqvae_hf.tokens.token_files import load_scales
 
     try:
-        endings = scale_endings(load_tokens(file.path).scales)
+        endings = scale_endings(load_scales(file.path, args.preview))
     except (OSError, ValueError):  # is raised again, and counted, when its turn comes
         return []
     if args.full_size:

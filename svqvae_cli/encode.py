@@ -5,7 +5,7 @@ from collections import Counter
 from functools import partial
 
 from svqvae_cli.arguments import Commands, add_command, add_images, add_scale_target, check_several
-from svqvae_cli.files import InputFile, find_images
+from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
 
@@ -17,14 +17,19 @@ def add_to(commands: Commands) -> None:
         "encode",
         run,
         "encode images to token files",
-        "Writes one token file per image, NAME.safetensors, with the ids at all scales,\n"
-        "in the subfolder that the image was found in. Images that cannot be read, or are\n"
-        "too large for memory, are named and skipped. The same command resumes an\n"
-        "interrupted run.",
+        "Writes one token file per image, NAME.safetensors, or NAME.svqz with --compress,\n"
+        "with the ids at all scales, in the subfolder that the image was found in. Images\n"
+        "that cannot be read, or are too large for memory, are named and skipped. The same\n"
+        "command resumes an interrupted run.",
         "'photos/*.jpg' --output tokens --scales 1",
     )
     add_images(parser)
     add_scale_target(parser)
+    parser.add_argument(
+        "--compress",
+        action="store_true",
+        help="store likely ids in few bits, by the context model of the model, which decoding needs as well",
+    )
     add_large(parser)
 
 
@@ -34,18 +39,20 @@ def run(args: argparse.Namespace) -> None:
     if args.min_psnr or args.max_bits:
         check_several(args.scales, "--min-psnr and --max-bits choose")
     inputs = find_images(args)
-    with Run(args, {file: [file.target(args.output, ".safetensors")] for file in inputs}, "token files") as work:
+    suffix = TOKEN_SUFFIXES[args.compress]
+    with Run(args, {file: [file.target(args.output, suffix)] for file in inputs}, "token files") as work:
         if work.left:
             (_encode_large if args.large else _encode)(args, work)
 
 
 def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_fitting_image, load_tiled_model
+    from svqvae_cli.loading import load_context_model, load_fitting_image, load_tiled_model
     from svqvae_hf.tokens.image_tokens import encode_image
     from svqvae_hf.tokens.scale_choice import encode_to_bits, encode_to_psnr
     from svqvae_hf.tokens.token_files import save_tokens
 
     model = load_tiled_model(args, work.on_tile)
+    context_model = load_context_model(args.model) if args.compress else None
     chosen: Counter[float] = Counter()
     missed = 0
     try:
@@ -55,11 +62,12 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
                 if args.min_psnr is not None:
                     tokens, reached = encode_to_psnr(model, image, args.scales, args.min_psnr, args.scale_from)
                 elif args.max_bits is not None:
-                    tokens, reached = encode_to_bits(model, image, args.scales, args.max_bits, args.scale_from)
+                    bits, source = args.max_bits, args.scale_from
+                    tokens, reached = encode_to_bits(model, image, args.scales, bits, source, context_model)
                 else:
                     tokens = encode_image(model, image, args.scales, args.scale_from)
                 (path,) = work.outputs(file)
-                save_tokens(path, tokens)
+                save_tokens(path, tokens, context_model)
                 chosen += Counter(tokens.scales)
                 missed += not reached
     finally:

@@ -185,10 +185,13 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any], _
     """Measures one SVQVAE."""
     from svqvae_cli.loading import load_model
     from svqvae_hf.evaluation.evaluate import evaluate
+    from svqvae_hf.tokens.context_model import find_context_model
 
     names = ("scales", "scale_from", "tile_size", "overlap", "resolution", "half_precision")
     model = load_model(args.model, args.device, "float32")
-    return evaluate(model, images, **{name: getattr(args, name) for name in names}, **networks)
+    context_model = find_context_model(args.model, model.codebook_fingerprint())
+    options = {name: getattr(args, name) for name in names}
+    return evaluate(model, images, **options, **networks, context_model=context_model)
 
 
 def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any], baselines: list[Path]) -> Any:

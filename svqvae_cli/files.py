@@ -13,6 +13,7 @@ from typing import NamedTuple
 # As in `svqvae_hf.models.image_processing_svqvae`, in the same order.
 IMAGE_SUFFIXES = tuple(".bmp .gif .jpg .jpeg .png .ppm .pgm .pnm .tif .tiff .webp .avif".split())
 TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
+TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # as in `svqvae_hf.hub.repositories`
 
 

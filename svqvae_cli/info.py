@@ -11,6 +11,7 @@ from svqvae_cli.files import REPO_ID, check_source, search_folder
 if TYPE_CHECKING:
     from svqvae_hf import SVQVAE
     from svqvae_hf.token_sets.settings import TokenSettings
+    from svqvae_hf.tokens.compressed_tokens import CompressedTokens
     from svqvae_hf.tokens.image_tokens import TokenOrigin
     from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -42,9 +43,11 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
     from svqvae_hf.token_sets.parts import read_totals
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
-    from svqvae_hf.tokens.token_files import is_token_file, load_tokens
+    from svqvae_hf.tokens.token_files import is_compressed, is_token_file, load_compressed, load_tokens
 
-    if is_token_file(path):
+    if path.is_file() and is_compressed(path):
+        facts = _compressed_facts(load_compressed(path))
+    elif is_token_file(path):
         facts = _token_facts(load_tokens(path))
     elif path.is_dir() and (token_files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):
         facts = _folder_facts([load_tokens(file) for file in token_files])
@@ -79,6 +82,24 @@ def _token_facts(tokens: "ImageTokens") -> dict[str, Any]:
     for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
         grid = f"{ids.shape[1]} x {ids.shape[0]} = {token_count(ids.numel())}"
         facts[f"scale {scale:g}"] = f"{grid}, {tokens.bits_per_pixel(index):.4f} bits/pixel"
+    return facts
+
+
+def _compressed_facts(compressed: "CompressedTokens") -> dict[str, Any]:
+    from svqvae_hf.models.image_processing_svqvae import grid_shape
+
+    height, width, f = (compressed.record[name] for name in ("height", "width", "f"))
+    facts = {
+        "kind": "compressed token file",
+        "image": f"{width} x {height} pixels (width x height)",
+        "f": f,
+        "context model": f"sha256 {compressed.fingerprint}...",
+    }
+    for scale, chunk in zip(compressed.record["scales"], compressed.chunks, strict=True):
+        rows, columns = grid_shape(height, width, f, scale)
+        bits = 8 * len(chunk)
+        rates = f"{bits / (rows * columns):.2f} bits/token, {bits / (height * width):.4f} bits/pixel"
+        facts[f"scale {scale:g}"] = f"{columns} x {rows} tokens, {rates}"
     return facts
 
 

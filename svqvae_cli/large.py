@@ -30,6 +30,9 @@ def check_large(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{option.replace('_', '-')} resizes the whole image at once. Leave it out, or leave out --large."
             )
+    for option in ("compress", "preview"):
+        if getattr(args, option, False):
+            raise ValueError(f"--large takes token files that are not compressed. Leave out --{option} or --large.")
     if getattr(args, "side_by_side", False):
         raise ValueError("--side-by-side is for images that fit into memory. Leave out --side-by-side or --large.")
     with require_extra("--large", "large"):

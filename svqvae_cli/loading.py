@@ -20,6 +20,7 @@ from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVA
 from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import check_memory
 from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -56,6 +57,11 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
     with explain_loading(source):
         model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     return model.to(found_device)
+
+
+def load_context_model(source: str | None) -> ContextModel:
+    """Loads the context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`."""
+    return ContextModel.from_pretrained(source or DEFAULT_MODEL)
 
 
 @contextmanager

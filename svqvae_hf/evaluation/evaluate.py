@@ -35,7 +35,9 @@ from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_memory, resize_image
+from svqvae_hf.tokens.context_model import ContextModel
+from svqvae_hf.tokens.image_tokens import check_memory, image_tokens, resize_image
+from svqvae_hf.tokens.token_files import token_file_content
 
 SCALES = (1.0, 0.5, 0.25)
 HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,6 +120,7 @@ def evaluate(
     half_precision: bool = False,
     lpips: LPIPS | None = None,
     inception: nn.Module | None = None,
+    context_model: ContextModel | None = None,
 ) -> Report:
     """Reconstructs a set of images and measures the reconstructions.
 
@@ -139,6 +142,8 @@ def evaluate(
         lpips ([`LPIPS`], *optional*): Network of LPIPS, from [`load_lpips`]. Moved to the model's device.
         inception (`nn.Module`, *optional*): Network of FID, from [`load_inception`]: maps uint8 images `(batch, 3,
             height, width)` to features `(batch, n)`. Moved to the model's device.
+        context_model ([`ContextModel`], *optional*): Context model that compresses token files, whose bits are
+            counted. Without it they are not compressed.
 
     Raises:
         ValueError: If an option is out of range, or all images are skipped.
@@ -147,7 +152,8 @@ def evaluate(
         raise ValueError(f"`scales` must be distinct finite numbers above 0, got {list(scales)}.")
     check_scale_from(scale_from)
     state = PartialState(cpu=model.device.type == "cpu")
-    evaluator = _Evaluator(model, scales, scale_from, (tile_size, overlap), half_precision, lpips, inception)
+    tiles = tile_size, overlap
+    evaluator = _Evaluator(model, scales, scale_from, tiles, half_precision, lpips, inception, context_model)
     records, skipped = measure_images(evaluator.measure, images, resolution, state)
     results = [totals.result(index, records) for index, totals in enumerate(evaluator.totals)]
     return Report(
@@ -158,6 +164,7 @@ def evaluate(
             "overlap": overlap,
             "resolution": resolution,
             "half_precision": half_precision,
+            "compressed": context_model is not None,
             "device": model.device.type,
         },
         versions=library_versions(),
@@ -195,13 +202,17 @@ class _ScaleTotals:
         entropy = metrics.entropy(counts)
         values = {
             "ids": ids / len(records),
-            **{key: mean(each[key] for each in per_image) for key in per_image[0] if key not in ("scale", "ids")},
+            **{
+                key: mean(each[key] for each in per_image)
+                for key in per_image[0]
+                if key not in ("scale", "ids", "stored_bits")
+            },
             "rfid": self.fid.compute() if self.fid is not None and len(records) > 1 else None,
             "usage": metrics.usage(counts),
             "perplexity": metrics.perplexity(counts),
             "entropy": entropy,
             "bits_per_pixel": metrics.bits_per_pixel(ids, math.log2(len(counts)), pixels),
-            "bits_per_pixel_entropy": metrics.bits_per_pixel(ids, entropy, pixels),
+            "bits_per_pixel_stored": sum(values["stored_bits"] for values in per_image) / pixels,
             "latent_cosine": metrics.mean_cosine(latent_sum, ids),
         }
         return ScaleResult(self.scale, values, counts.numpy())
@@ -219,7 +230,9 @@ class _Evaluator:
         half_precision: bool,
         lpips: LPIPS | None,
         inception: nn.Module | None,
+        context_model: ContextModel | None,
     ):
+        self.context_model = context_model
         # `nn.Module.to`, because diffusers' own warns about the codebook, which stays float32 by itself.
         self.model = nn.Module.to(copy.deepcopy(model), torch.float32).eval()
         self.half_models = {
@@ -262,9 +275,11 @@ class _Evaluator:
                     image,
                 )
             )
+            tokens = image_tokens(self.model, [ids[0].cpu()], image.height, image.width, [scale], self.scale_from)
+            content = token_file_content(tokens, self.context_model)
             full_size = image_metrics(full_sample, full_target)
             results.append(
-                {"scale": scale, "ids": ids.numel()}
+                {"scale": scale, "ids": ids.numel(), "stored_bits": 8 * len(content)}
                 | image_metrics(sample, target, self.lpips)
                 | {f"{key}_full_size": full_size[key] for key in ("psnr", "ssim")}
             )
@@ -314,7 +329,7 @@ def _notes(results: Sequence[ScaleResult], records: Records) -> list[str]:
     few = [f"{each.scale:g}" for each in results if each.counts.sum() < IDS_PER_CODE * len(each.counts)]
     if few:
         notes.append(
-            f"The set has fewer than {IDS_PER_CODE} ids per code (scale {', '.join(few)}). Codes used, perplexity, "
-            "entropy and entropy-coded bits would be higher on a larger set."
+            f"The set has fewer than {IDS_PER_CODE} ids per code (scale {', '.join(few)}). Codes used, perplexity "
+            "and entropy would be higher on a larger set."
         )
     return notes

@@ -1,6 +1,7 @@
 """Measures tokenizers by one protocol: the same images, the same reference, one row each. Writes table and plot."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -50,6 +52,7 @@ QUALITY = ("psnr", "ssim", "ms_ssim", "lpips")
 COLUMNS = {
     "tokens": Metric("tokens", ".0f"),
     "bits_per_pixel": Metric("bits per pixel", ".4f"),
+    "bits_per_pixel_stored": Metric("bits per pixel, stored", ".4f"),
     "psnr": Metric("PSNR, dB", ".2f"),
     "ssim": Metric("SSIM", ".4f"),
     "ms_ssim": Metric("MS-SSIM", ".4f"),
@@ -162,9 +165,12 @@ class _Meter:
             self.is_warm = True
         codes, encode_seconds = self._timed(lambda: tokenizer.encode(sample))
         decoded, decode_seconds = self._timed(lambda: tokenizer.decode(codes))
+        bits = count_bits(codes, tokenizer.codebook_size)
+        stored_bits = getattr(tokenizer, "stored_bits", lambda *_: None)(codes, height, width) or bits
         values: dict[str, Any] = {
             "tokens": count_tokens(codes, tokenizer.codebook_size),
-            "bits_per_pixel": count_bits(codes, tokenizer.codebook_size) / (height * width),
+            "bits_per_pixel": bits / (height * width),
+            "bits_per_pixel_stored": stored_bits / (height * width),
             "encode_seconds": encode_seconds,
             "decode_seconds": decode_seconds,
             **dict.fromkeys(QUALITY),
@@ -187,15 +193,17 @@ class _Meter:
         counts = torch.stack(gather_object([self.counts])).sum(0)
         decodes = results[0]["psnr"] is not None
         pixels = pixels_of(records)
-        bits = [
-            each["bits_per_pixel"] * record["width"] * record["height"]
-            for each, record in zip(results, records, strict=True)
-        ]
+        bits = {
+            key: sum(
+                each[key] * record["width"] * record["height"] for each, record in zip(results, records, strict=True)
+            )
+            for key in ("bits_per_pixel", "bits_per_pixel_stored")
+        }
         seconds = {key: sum(each[f"{key}_seconds"] for each in results) for key in ("encode", "decode")}
         return {
             "title": self.tokenizer.title,
             **{key: mean(each[key] for each in results) for key in ("tokens", *QUALITY)},
-            "bits_per_pixel": sum(bits) / pixels,
+            **{key: total / pixels for key, total in bits.items()},
             "rfid": self.fid.compute() if self.fid is not None and decodes and len(records) > 1 else None,
             "usage": metrics.usage(counts) if len(counts) else None,
             "perplexity": metrics.perplexity(counts) if len(counts) else None,
@@ -266,6 +274,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         f"per pixel. The device is {settings['device']}.",
         "",
         *comparison_table(comparison.rows),
+        *("", "PSNR of image files of as many stored bits, interpolated between qualities:", ""),
+        *equal_bits_table(comparison.rows),
     ]
     pictures = {"rate_distortion.png": "Bits per pixel against PSNR and SSIM"}
     lines += closing_lines(comparison.notes, comparison.skipped, pictures, comparison.versions)
@@ -278,9 +288,25 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     shown = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
     cells = [
         [row["title"], *(COLUMNS[key].cell(row[key]) for key in shown)]
-        for row in sorted(rows, key=lambda row: row["bits_per_pixel"])
+        for row in sorted(rows, key=lambda row: row["bits_per_pixel_stored"])
     ]
     return format_table(["tokenizer", *(COLUMNS[key].title for key in shown)], cells)
+
+
+def equal_bits_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: PSNR of each model, and of image files of as many stored bits."""
+    lines, cell = _curves(rows, "psnr"), COLUMNS["psnr"].cell
+    codecs = {name: np.array(sorted(lines[name])).T for name in GREYS if name in lines}
+    cells = []
+    for row in rows:
+        rate = row["bits_per_pixel_stored"]
+        if not row["title"].startswith(tuple(GREYS)) and row["psnr"] is not None:
+            at_rate = [
+                np.interp(math.log(rate), np.log(bits), psnr, math.nan, math.nan) for bits, psnr in codecs.values()
+            ]
+            psnr = [cell(None if math.isnan(value) else value) for value in at_rate]
+            cells.append([row["title"], COLUMNS["bits_per_pixel_stored"].cell(rate), cell(row["psnr"]), *psnr])
+    return format_table(["tokenizer", COLUMNS["bits_per_pixel_stored"].title, COLUMNS["psnr"].title, *codecs], cells)
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -289,7 +315,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(panels, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
         _plot(axes, [row for row in comparison.rows if row[key] not in (None, float("inf"))], key)
-        axes.set(xscale="log", xlabel="bits per pixel", ylabel=label)
+        axes.set(xscale="log", xlabel="bits per pixel, stored", ylabel=label)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         finish_axes(axes)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=9)
@@ -297,12 +323,18 @@ def comparison_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def _plot(axes: Axes, rows: Sequence[dict[str, Any]], key: str) -> None:
+def _curves(rows: Sequence[dict[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:
+    """Points of stored bits per pixel and a value: by codec, and by model for its scales and for its targets."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         name = re.sub(r", (scale|quality) [\d.e+-]+$", "", row["title"])
         name = re.sub(r", at least [\d.e+-]+ dB$", ", smallest scale that reaches a PSNR", name)
-        lines.setdefault(name, []).append((row["bits_per_pixel"], row[key]))
+        lines.setdefault(name, []).append((row["bits_per_pixel_stored"], row[key]))
+    return lines
+
+
+def _plot(axes: Axes, rows: Sequence[dict[str, Any]], key: str) -> None:
+    lines = _curves(rows, key)
     others = [name for name in lines if name not in GREYS]
     for name, points in lines.items():
         if name in GREYS:

@@ -457,6 +457,19 @@ def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
     return F.interpolate(latents.float(), size, mode="bilinear").to(latents.dtype)
 
 
+def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]:
+    """Rows and columns of ids of an image at a scale.
+
+    Args:
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+        f (`int`): Pixels per latent side of the model.
+        scale (`float`): Output side over input side, more than 0.
+    """
+    rows, columns = (max(1, round(scale * math.ceil(side / f))) for side in (height, width))
+    return rows, columns
+
+
 def resize_area(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Resizes `(batch, channels, h, w)` by area. Apple's GPUs can only divide sides, so there the CPU does it."""
     device = torch.device("cpu") if values.device.type == "mps" else values.device

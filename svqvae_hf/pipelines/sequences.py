@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor
 
 from svqvae_hf.models.checks import check_scale_from
-from svqvae_hf.tokens.token_files import grid_shape
+from svqvae_hf.models.image_processing_svqvae import grid_shape
 
 INTEGER_TYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from svqvae_hf.models.checks import check_scales
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, to_rgb
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, grid_shape, to_rgb
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import encode_image, execution_device, image_tokens, resize_image
-from svqvae_hf.tokens.token_files import ImageTokens, grid_shape
+from svqvae_hf.tokens.token_files import UINT16_CODES, ImageTokens, token_file_content
 
 
 class ScaleChoice(NamedTuple):
@@ -53,23 +54,33 @@ def encode_to_psnr(
 
 
 def encode_to_bits(
-    model: SVQVAE, image: Image.Image, scales: Sequence[float], max_bits: float, scale_from: str = "image"
+    model: SVQVAE,
+    image: Image.Image,
+    scales: Sequence[float],
+    max_bits: float,
+    scale_from: str = "image",
+    context_model: ContextModel | None = None,
 ) -> tuple[ImageTokens, bool]:
-    """Encodes an image at the largest scale whose ids take at most so many bits.
+    """Encodes an image at the largest scale whose token file has at most so many bits.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         image (`PIL.Image.Image`): Image of any size.
         scales (`Sequence[float]`): Output side over input side, each above 0.
-        max_bits (`float`): Most bits of the image: ids times `log2(codebook_size)`.
+        max_bits (`float`): Most bits of the token file.
         scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
+        context_model ([`ContextModel`], *optional*): Context model that compresses the file.
 
     Returns:
-        `tuple[ImageTokens, bool]`: Ids at one scale, and whether they take at most `max_bits`. If the ids of no scale
-        do, they are the ids of the smallest.
+        `tuple[ImageTokens, bool]`: Ids at one scale, and whether their file fits. If no scale fits, they are the ids
+        of the smallest.
     """
-    scale, fits = choose_by_bits(model, image.height, image.width, scales, max_bits)
-    return encode_image(model, image, scale, scale_from), fits
+    for scale in sorted(check_scales(scales), reverse=True):
+        tokens = encode_image(model, image, scale, scale_from)
+        fits = 8 * len(token_file_content(tokens, context_model)) <= max_bits
+        if fits:
+            break
+    return tokens, fits
 
 
 @torch.inference_mode()
@@ -107,8 +118,16 @@ def choose_by_psnr(
 def choose_by_bits(
     model: SVQVAE, height: int, width: int, scales: Sequence[float], max_bits: float
 ) -> tuple[float, bool]:
-    """Scale of [`encode_to_bits`] for an image of this size in pixels, and whether its ids take at most `max_bits`."""
-    code_bits = math.log2(model.config["codebook_size"])
+    """Largest scale whose ids, as stored without compression, take at most so many bits, and whether there is one.
+
+    Args:
+        model ([`SVQVAE`]): Model that encodes the image.
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+        scales (`Sequence[float]`): Output side over input side, each above 0.
+        max_bits (`float`): Most bits of the ids. If no scale fits, the smallest is returned.
+    """
+    code_bits = 16 if model.config["codebook_size"] <= UINT16_CODES else 32
     bits = {scale: math.prod(grid_shape(height, width, model.f, scale)) * code_bits for scale in check_scales(scales)}
     fitting = [scale for scale in bits if bits[scale] <= max_bits]
     return (max(fitting), True) if fitting else (min(bits), False)

@@ -14,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from svqvae_hf.files.outputs import write_file
 from svqvae_hf.models.checks import check_scale_from
+from svqvae_hf.models.image_processing_svqvae import grid_shape
+from svqvae_hf.tokens.compressed_tokens import MAGIC, CompressedTokens, compress, decompress, read_compressed
+from svqvae_hf.tokens.context_model import ContextModel
 
 METADATA_KEY = "svqvae_tokens"  # key of one JSON document, because the order of several keys would vary
 FORMAT_VERSION = 1
@@ -99,57 +102,82 @@ class ImageTokens:
             )
 
 
-def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]:
-    """Rows and columns of ids of an image at a scale.
-
-    Args:
-        height (`int`): Height of the image in pixels.
-        width (`int`): Width of the image in pixels.
-        f (`int`): Pixels per latent side of the model.
-        scale (`float`): Output side over input side, more than 0.
-    """
-    rows, columns = (max(1, round(scale * math.ceil(side / f))) for side in (height, width))
-    return rows, columns
-
-
-def save_tokens(path: str | os.PathLike, tokens: ImageTokens) -> None:
-    """Writes a token file: a safetensors file with the tensors `ids_0`, `ids_1`, ..., one per scale.
-
-    Ids are stored in 16 bits if the codebook has at most 65,536 rows, otherwise in 32. Equal tokens make equal files.
+def save_tokens(path: str | os.PathLike, tokens: ImageTokens, context_model: ContextModel | None = None) -> None:
+    """Writes a token file, see [`token_file_content`].
 
     Args:
         path (`str` or `os.PathLike`): File to write, in an existing folder. The file is complete or absent.
         tokens (`ImageTokens`): Content of the file.
+        context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to compress the ids.
 
     Raises:
         OSError: The file cannot be written.
         TypeError: `tokens` are ids alone.
+        ValueError: The ids belong to another codebook than the context model.
+    """
+    write_file(path, token_file_content(tokens, context_model))
+
+
+def token_file_content(tokens: ImageTokens, context_model: ContextModel | None = None) -> bytes:
+    """Content of a token file. Equal tokens make equal files.
+
+    Without a context model it is a safetensors file with the tensors `ids_0`, `ids_1`, ..., one per scale, in 16 bits
+    if the codebook has at most 65,536 rows, otherwise in 32. With one it is what `compressed_tokens.py` describes.
+
+    Args:
+        tokens (`ImageTokens`): Content of the file.
+        context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to compress the ids.
     """
     if not isinstance(tokens, ImageTokens):
         raise TypeError(
             f"`tokens` must be ImageTokens, got {type(tokens).__name__}. Make them with `encode_image`, or from ids "
             "with `image_tokens`."
         )
+    record = {name: getattr(tokens, name) for name in _record_names()}
+    if context_model is not None:
+        return compress(record, [ids.cpu().numpy() for ids in tokens.ids], context_model)
     dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
     grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
-    write_file(path, safetensors.torch.save(grids, _metadata(tokens)))
+    metadata = {METADATA_KEY: json.dumps(record | {"format_version": FORMAT_VERSION})}
+    return safetensors.torch.save(grids, metadata)
 
 
-def load_tokens(path: str | os.PathLike) -> ImageTokens:
+def load_tokens(
+    path: str | os.PathLike, context_model: ContextModel | None = None, preview: bool = False
+) -> ImageTokens:
     """Reads a token file and checks every value.
 
     Args:
         path (`str` or `os.PathLike`): File that [`save_tokens`] wrote.
+        context_model ([`ContextModel`], *optional*): Context model that a compressed file was written with.
+        preview (`bool`, defaults to `False`): Whether to return the complete scales of a compressed file that is cut.
 
     Returns:
         `ImageTokens`: Content of the file, with ids in int64.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: It is not a token file, is cut short, or has values that do not match.
+        ValueError: It is not a token file, is cut short, or has values that do not match; or it is compressed, and
+            `context_model` is another one or `None`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"the token file `{path}` does not exist.")
+    if is_compressed(path):
+        compressed = load_compressed(path, preview)
+        if context_model is None:
+            raise ValueError(
+                f"`{path}` is compressed, so `context_model` must be its context model, got None. Load one with "
+                "`ContextModel.from_pretrained`, or decode the file with `svqvae decode`."
+            )
+        try:
+            return ImageTokens(
+                ids=[torch.from_numpy(grid) for grid in decompress(compressed, context_model)],
+                codebook_size=len(context_model.order),
+                codebook_fingerprint=context_model.codebook_fingerprint,
+                **compressed.record,
+            )
+        except ValueError as error:
+            raise _undecodable(path, error) from error
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -159,7 +187,26 @@ def load_tokens(path: str | os.PathLike) -> ImageTokens:
     try:
         return _tokens_from(metadata, grids)
     except (ValueError, OverflowError, RecursionError) as error:  # hostile files raise the last two
-        raise ValueError(f"`{path}` is not a token file that can be decoded: {error}") from error
+        raise _undecodable(path, error) from error
+
+
+def load_compressed(path: str | os.PathLike, preview: bool = False) -> CompressedTokens:
+    """Reads a compressed token file without decoding its ids, see [`load_tokens`]."""
+    try:
+        return read_compressed(Path(path).read_bytes(), preview)
+    except (ValueError, IndexError, ArithmeticError) as error:  # hostile files raise the last two
+        raise _undecodable(path, error) from error
+
+
+def load_scales(path: str | os.PathLike, preview: bool = False) -> tuple[float, ...]:
+    """Reads the scales of a token file, see [`load_tokens`]."""
+    return load_compressed(path, preview).record["scales"] if is_compressed(path) else load_tokens(path).scales
+
+
+def is_compressed(path: str | os.PathLike) -> bool:
+    """Whether a file starts like a compressed token file."""
+    with Path(path).open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def is_token_file(path: str | os.PathLike) -> bool:
@@ -176,9 +223,8 @@ def _short(value: object) -> str:
     return f"{value!r:.80}"
 
 
-def _metadata(tokens: ImageTokens) -> dict[str, str]:
-    record = {name: getattr(tokens, name) for name in _record_names()} | {"format_version": FORMAT_VERSION}
-    return {METADATA_KEY: json.dumps(record)}
+def _undecodable(path: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(f"`{path}` is not a token file that can be decoded: {error}")
 
 
 def _record_names() -> list[str]:

@@ -157,9 +157,9 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
 def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved_model, capsys):
     model = ["--model", saved_model]
     scales = ["--scales", "1", "0.25", "0.5", *model]
-    assert svqvae("encode", two_images, "--output", out, "--max-bits", 6 * 60, *scales) == 0
+    assert svqvae("encode", two_images, "--output", out, "--max-bits", 8 * 520, *scales) == 0
     files = [load_tokens(out / f"{name}.safetensors") for name in "ab"]
-    assert [file.scales for file in files] == [(0.5,), (1.0,)]  # of 15 x 9 and 10 x 6 ids at scale 1
+    assert [file.scales for file in files] == [(0.5,), (1.0,)]  # 654 and 504 bytes at scale 1
     printed = capsys.readouterr().out
     assert "images by scale: 0.5: 1, 1: 1\nimages beyond the target at every scale: 0\n" in printed
     assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0

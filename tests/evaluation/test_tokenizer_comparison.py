@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cli_runner import fails, svqvae
 from conftest import Features, make_tiny
+from context_models import make_context_model
 from foreign_tokenizers import CASES, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -17,8 +18,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
 from svqvae_hf.evaluation.baselines.codecs import CODECS, CodecTokenizer, open_image, save_image
 from svqvae_hf.evaluation.evaluate import evaluate
-from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers, comparison_figure
+from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers, comparison_figure, equal_bits_table
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
+from svqvae_hf.tokens.image_tokens import encode_image
+from svqvae_hf.tokens.token_files import token_file_content
 
 
 @pytest.fixture
@@ -154,7 +157,7 @@ def test_smallest_scale_that_reaches_a_target(saved_model, photo):
     for record in comparison.images:
         by_scale = [record["results"][index] for index in (1, 2, 0)]
         chosen.append(next((each for each in by_scale if each["psnr"] >= target), by_scale[-1]))
-        for key in ("tokens", "bits_per_pixel", "psnr", "ssim"):
+        for key in ("tokens", "bits_per_pixel", "bits_per_pixel_stored", "psnr", "ssim"):
             assert record["results"][3][key] == pytest.approx(chosen[-1][key])
     assert len({each["tokens"] for each in chosen}) > 1
     assert all(comparison.rows[3][key] > 0 for key in ("rfid", "usage", "perplexity", "encode_speed", "decode_speed"))
@@ -163,11 +166,40 @@ def test_smallest_scale_that_reaches_a_target(saved_model, photo):
     assert lines == {saved_model: 3, f"{saved_model}, smallest scale that reaches a PSNR": 1}
 
 
+def test_a_context_model_counts_in_the_table_and_the_plot(tmp_path, photo):
+    make_tiny().save_pretrained(tmp_path)
+    image = photo.crop((100, 60, 164, 108))
+    context_model = make_context_model(make_tiny().codebook_fingerprint())
+    context_model.save_pretrained(tmp_path)
+    comparison = compare_tokenizers(load_tokenizers(str(tmp_path)), [image])
+    row = comparison.rows[0]
+    content = token_file_content(encode_image(make_tiny(), image, 1.0), context_model)
+    assert row["bits_per_pixel_stored"] == 8 * len(content) / (64 * 48)
+    line = comparison_figure(comparison).axes[0].lines[0]
+    assert line.get_xdata().tolist() == [row["bits_per_pixel_stored"]]
+    make_context_model("f" * 64).save_pretrained(tmp_path)  # of another codebook
+    (row,) = compare_tokenizers(load_tokenizers(str(tmp_path)), [image]).rows
+    assert row["bits_per_pixel_stored"] == row["bits_per_pixel"]
+
+
+def test_image_files_at_equal_bits():
+    def row(title, bits, psnr):
+        return {"title": title, "bits_per_pixel_stored": bits, "psnr": psnr}
+
+    files = [row(f"JPEG, quality {quality}", *each) for quality, each in {5: (0.1, 20.0), 9: (0.4, 26.0)}.items()]
+    models = [row("org/model", 0.2, 25.0), row("org/model, scale 0.5", 0.05, 22.0), row("no decoder", 0.2, None)]
+    assert [line.split() for line in equal_bits_table([*models, *files])[2:]] == [
+        ["|", "org/model", "|", "0.2000", "|", "25.00", "|", "23.00", "|"],
+        ["|", "org/model,", "scale", "0.5", "|", "0.0500", "|", "22.00", "|", "–", "|"],
+    ]
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_image_files_count_all_their_bytes(images, codec):
     (row,) = compare_tokenizers([CodecTokenizer(codec, 40)], images[:1]).rows
     content = save_image(images[0], codec, 40)
-    assert row["bits_per_pixel"] == 8 * len(content) / (images[0].width * images[0].height)
+    bits = 8 * len(content) / (images[0].width * images[0].height)
+    assert row["bits_per_pixel"] == row["bits_per_pixel_stored"] == bits
     decoded = np.array(open_image(content))
     assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(np.array(images[0]), decoded), abs=1e-3)
     assert [row["tokens"], row["usage"]] == [None, None]
@@ -262,8 +294,8 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert [row["bits_per_pixel"] for row in report["rows"][:4]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4, 5 / 4])
     assert {(image["width"], image["height"]) for image in report["images"]} == {(32, 32)}
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(titles)
-    rates = [float(line.split("|")[3]) for line in table[2:]]
+    assert len(table) == 2 + len(titles) + 2 + 5
+    rates = [float(line.split("|")[3]) for line in table[2 : 2 + len(titles)]]
     assert rates == sorted(rates)
     printed = capsys.readouterr().out
     assert table[2] in printed

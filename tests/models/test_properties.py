@@ -14,10 +14,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.models.image_processing_svqvae import grid_shape
 from svqvae_hf.models.tiling import Core, map_tiles, tile_axis
-from svqvae_hf.tokens.token_files import (
-    grid_shape,
-)
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}

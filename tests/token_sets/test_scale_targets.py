@@ -12,12 +12,19 @@ from token_set_parts import SIZES, load, make_tiled, save_photos, tokenize
 
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.tokens.image_tokens import decode_image
-from svqvae_hf.tokens.scale_choice import encode_to_bits, encode_to_psnr
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image
+from svqvae_hf.tokens.scale_choice import choose_by_bits, encode_to_psnr
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 
 SCALES = [1.0, 0.25, 0.5]
-TARGETS = {"min_psnr": (encode_to_psnr, 8.85), "max_bits": (encode_to_bits, 200.0)}
+
+
+def encode_to_bits(model, image, scales, max_bits, scale_from):
+    scale, fits = choose_by_bits(model, image.height, image.width, scales, max_bits)
+    return encode_image(model, image, scale, scale_from), fits
+
+
+TARGETS = {"min_psnr": (encode_to_psnr, 8.85), "max_bits": (encode_to_bits, 530.0)}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +66,7 @@ def test_rows_are_those_of_one_image_at_a_time(photos, tmp_path, target, batch_s
 
 
 def test_readers_refuse_a_scale_that_is_not_of_the_set_and_trainers_the_set(photos, tmp_path):
-    tokenize(make_tiled(), photos, tmp_path / "tokens", scales=SCALES, max_bits=200)
+    tokenize(make_tiled(), photos, tmp_path / "tokens", scales=SCALES, max_bits=530)
     settings, row = read_settings(tmp_path / "tokens"), load(tmp_path / "tokens")[0]
     for scale in (0.75, None, "1", [1.0], float("nan")):
         with pytest.raises(ValueError, match=r"`scale` of a row must be one of the set's, 1, 0.25, 0.5, got "):

@@ -24,6 +24,7 @@ from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 from svqvae_hf.evaluation.tokenizers.transformers_models import ChameleonTokenizer, Emu3Tokenizer, JanusTokenizer
 from svqvae_hf.hub.repositories import REPO_ID, from_hub
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.context_model import find_context_model
 
 Adapter = Callable[[str, Any], Tokenizer]
 
@@ -82,11 +83,14 @@ def load_tokenizers(
     model = model.to(device).eval()
     if model_class is not SVQVAE:
         return [adapter(source, model)]
+    context_model = find_context_model(folder, model.codebook_fingerprint(), options.get("subfolder", ""))
     titles = [source if scale == 1 else f"{source}, scale {scale:g}" for scale in scales]
     return [
-        *(SVQVAETokenizer(*each, scale_from) for each in zip(titles, repeat(model), scales)),
+        *(SVQVAETokenizer(*each, scale_from, context_model) for each in zip(titles, repeat(model), scales)),
         *(
-            SmallestScaleTokenizer(f"{source}, at least {target:g} dB", model, scales, target, scale_from)
+            SmallestScaleTokenizer(
+                f"{source}, at least {target:g} dB", model, scales, target, scale_from, context_model
+            )
             for target in min_psnr
         ),
     ]

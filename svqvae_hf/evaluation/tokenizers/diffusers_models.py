@@ -7,7 +7,10 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 
 from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.context_model import ContextModel
+from svqvae_hf.tokens.image_tokens import image_tokens
 from svqvae_hf.tokens.scale_choice import choose_by_psnr
+from svqvae_hf.tokens.token_files import token_file_content
 
 
 class SVQVAETokenizer:
@@ -18,9 +21,18 @@ class SVQVAETokenizer:
         model ([`SVQVAE`]): Model in evaluation mode.
         scale (`float`, defaults to 1.0): Output side over input side. The reconstruction is resized to the image.
         scale_from (`str`, defaults to `"image"`): What is resized to the scale, see [`SVQVAE.forward`].
+        context_model ([`ContextModel`], *optional*): Context model that compresses token files.
     """
 
-    def __init__(self, title: str, model: SVQVAE, scale: float = 1.0, scale_from: str = "image"):
+    def __init__(
+        self,
+        title: str,
+        model: SVQVAE,
+        scale: float = 1.0,
+        scale_from: str = "image",
+        context_model: ContextModel | None = None,
+    ):
+        self.context_model = context_model
         self.title, self.model, self.scale, self.scale_from = title, model, scale, scale_from
         self.f = model.f
         self.codebook_size = model.config["codebook_size"]
@@ -30,6 +42,13 @@ class SVQVAETokenizer:
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Ids `(1, h, w)`."""
         return self.model.encode_tokens((sample + 1) * self.half_range + self.low, [self.scale], self.scale_from)[0]
+
+    def stored_bits(self, codes: torch.Tensor, height: int, width: int) -> int | None:
+        """Bits of the compressed token file of the latest image, whose sides are in pixels."""
+        if self.context_model is None:
+            return None
+        tokens = image_tokens(self.model, [codes[0].cpu()], height, width, [self.scale], self.scale_from)
+        return 8 * len(token_file_content(tokens, self.context_model))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Image `(1, 3, h * f, w * f)`."""
@@ -45,16 +64,26 @@ class SmallestScaleTokenizer(SVQVAETokenizer):
         scales (`Sequence[float]`): Scales to choose from.
         min_psnr (`float`): PSNR in dB, as in [`encode_to_psnr`].
         scale_from (`str`): What is resized to a scale, see [`SVQVAE.forward`].
+        context_model ([`ContextModel`], *optional*): Context model that compresses token files.
     """
 
-    def __init__(self, title: str, model: SVQVAE, scales: Sequence[float], min_psnr: float, scale_from: str):
-        super().__init__(title, model, scale_from=scale_from)
+    def __init__(
+        self,
+        title: str,
+        model: SVQVAE,
+        scales: Sequence[float],
+        min_psnr: float,
+        scale_from: str,
+        context_model: ContextModel | None = None,
+    ):
+        super().__init__(title, model, scale_from=scale_from, context_model=context_model)
         self.scales, self.min_psnr = scales, min_psnr
 
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Ids `(1, h, w)`. Their grid tells the scale."""
         pixels = ((sample + 1) * 127.5).round().byte().cpu()
         (choice,) = choose_by_psnr(self.model, pixels, self.scales, self.min_psnr, self.scale_from)
+        self.scale = choice.scale
         return choice.ids[None]
 
 

@@ -11,7 +11,8 @@ Codes: TypeAlias = torch.Tensor | bytes
 class Tokenizer(Protocol):
     """Codes images and decodes them from the codes alone, so that the bits of the codes are the bits of the image.
 
-    Any class with these members can be measured; it need not inherit from this one.
+    Any class with these members can be measured; it need not inherit from this one. A class whose codes are ids may
+    also have `stored_bits(codes, height, width)`: bits of the compressed file of an image with these sides in pixels.
     """
 
     @property
@@ -48,7 +49,7 @@ class Tokenizer(Protocol):
 
 
 def count_bits(codes: Codes, codebook_size: int | None) -> float:
-    """Bits of codes as they are stored: `log2(codebook_size)` per id, all bits of a latent's type, or 8 per byte.
+    """Bits of codes by count: `log2(codebook_size)` per id, all bits of a latent's type, or 8 per byte.
 
     Args:
         codes (`torch.Tensor` or `bytes`): Result of [`Tokenizer.encode`].

@@ -1,0 +1,80 @@
+import pytest
+from cli_runner import fails, svqvae, visible
+from conftest import make_tiny
+from context_models import make_context_model
+
+from svqvae_hf.tokens.token_files import load_tokens
+
+pytestmark = pytest.mark.usefixtures("few_windows", "process")
+SCALES = ["--scales", "1", "0.5"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Folder of a tiny model with a context model."""
+    make_tiny().save_pretrained(tmp_path / "model")
+    make_context_model(make_tiny().codebook_fingerprint()).save_pretrained(tmp_path / "model")
+    return ["--model", tmp_path / "model"]
+
+
+@pytest.fixture
+def tokens(two_images, tmp_path, model):
+    """Folder of compressed token files."""
+    assert svqvae("encode", two_images, "--output", tmp_path / "tokens", *SCALES, "--compress", *model) == 0
+    return tmp_path / "tokens"
+
+
+def test_compressed_files_decode_without_an_option(two_images, tmp_path, model, tokens):
+    assert visible(tokens) == ["a.svqz", "b.svqz"]
+    assert svqvae("encode", two_images, "--output", tmp_path / "plain", *SCALES, *model) == 0
+    for name in ("tokens", "plain"):
+        assert svqvae("decode", tmp_path / name, "--output", tmp_path / f"{name}_out", *model) == 0
+    assert visible(tmp_path / "tokens_out") == ["a_x0.5.png", "a_x1.png", "b_x0.5.png", "b_x1.png"]
+    for name in visible(tmp_path / "plain_out"):
+        assert (tmp_path / "tokens_out" / name).read_bytes() == (tmp_path / "plain_out" / name).read_bytes()
+    for stem in "ab":
+        plain, compressed = tmp_path / "plain" / f"{stem}.safetensors", tokens / f"{stem}.svqz"
+        assert compressed.stat().st_size < plain.stat().st_size
+
+
+def test_the_largest_scale_whose_compressed_file_fits(two_images, tmp_path, model, tokens):
+    argv = [two_images / "a.png", "--output", tmp_path / "fits", *SCALES, *model, "--compress"]
+    assert svqvae("encode", *argv, "--max-bits", 8 * (tokens / "a.svqz").stat().st_size) == 0
+    context_model = make_context_model(make_tiny().codebook_fingerprint())
+    assert load_tokens(tmp_path / "fits" / "a.svqz", context_model).scales == (1.0,)
+
+
+def test_a_file_that_is_cut_is_skipped_or_shown_as_a_preview(tmp_path, model, tokens, capsys):
+    (tokens / "a.svqz").write_bytes((tokens / "a.svqz").read_bytes()[:-9])
+    capsys.readouterr()
+    assert svqvae("decode", tokens, "--output", tmp_path / "whole", *model) == 1
+    assert "a.svqz` is not a token file that can be decoded: it is cut short at" in capsys.readouterr().err
+    assert visible(tmp_path / "whole") == ["b_x0.5.png", "b_x1.png"]
+    assert svqvae("decode", tokens, "--output", tmp_path / "previews", "--preview", *model) == 0
+    assert visible(tmp_path / "previews") == ["a_x0.5.png", "b_x0.5.png", "b_x1.png"]
+
+
+def test_other_context_models_are_refused(two_images, tmp_path, model, tokens, capsys):
+    make_context_model(make_tiny().codebook_fingerprint(), width=25).save_pretrained(model[1])
+    capsys.readouterr()
+    error = fails(capsys, "decode", tokens / "a.svqz", "--output", tmp_path / "out", *model)
+    assert "a.svqz` is not a token file that can be decoded: its context model must be" in error
+    make_context_model("f" * 64).save_pretrained(model[1])
+    argv = ["--output", tmp_path / "out", *model, "--compress"]
+    assert "the ids must be of the context model's codebook" in fails(capsys, "encode", two_images / "a.png", *argv)
+    assert not (tmp_path / "out").exists() or visible(tmp_path / "out") == []
+
+
+def test_a_model_without_a_context_model(two_images, tmp_path, saved_model, capsys):
+    argv = ["encode", two_images, "--output", tmp_path / "out", "--model", saved_model, "--compress"]
+    assert "the model must have a context model, `context_model.safetensors`, but" in fails(capsys, *argv)
+    assert "--large takes token files that are not compressed." in fails(capsys, *argv, "--large")
+
+
+def test_info_of_a_compressed_file(tokens, capsys):
+    capsys.readouterr()
+    assert svqvae("info", tokens / "a.svqz") == 0
+    out = capsys.readouterr().out
+    assert "compressed token file" in out
+    assert "57 x 35 pixels" in out
+    assert "15 x 9 tokens, " in out

@@ -1,0 +1,149 @@
+import math
+import struct
+import zlib
+
+import pytest
+import torch
+from context_models import FINGERPRINT, make_context_model, pattern
+
+from svqvae_hf.models.image_processing_svqvae import grid_shape
+from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_scales, load_tokens, save_tokens
+
+MODEL = make_context_model()
+
+
+def make_tokens(scales=(1.0, 0.25, 0.5), **changes):
+    shapes = [grid_shape(21, 29, 4, scale) for scale in scales]
+    values = {
+        **{"ids": [torch.from_numpy(pattern(shape, 5) % 64) for shape in shapes], "scales": scales, "height": 21},
+        **{"width": 29, "f": 4, "tile_size": 32, "overlap": 8, "codebook_size": 64, "scale_from": "image"},
+    }
+    return ImageTokens(**{**values, "codebook_fingerprint": FINGERPRINT, **changes})
+
+
+def equal(tokens, other):
+    same = {**vars(tokens), "ids": 0} == {**vars(other), "ids": 0}
+    return same and all(torch.equal(*grids) for grids in zip(tokens.ids, other.ids, strict=True))
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_tokens(tmp_path / "a.svqz", make_tokens(), MODEL)
+    return tmp_path / "a.svqz"
+
+
+def refused(path, **options):
+    """Message of the one error that a file raises."""
+    with pytest.raises(ValueError, match=str(path)) as caught:
+        load_tokens(path, **{"context_model": MODEL, **options})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def with_checksums(header, *chunks):
+    return b"".join(part + struct.pack("<I", zlib.crc32(part)) for part in (header, *chunks))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scales": (1.0,), "tile_size": None, "overlap": None, "scale_from": "latents"}, {"scales": (0.3, 0.1, 2.0)}],
+)
+def test_a_saved_file_loads_unchanged(tmp_path, changes):
+    tokens = make_tokens(**changes)
+    save_tokens(tmp_path / "a.svqz", tokens, MODEL)
+    loaded = load_tokens(tmp_path / "a.svqz", MODEL)
+    assert equal(loaded, tokens)
+    assert loaded.ids[0].dtype == torch.int64
+    assert is_compressed(tmp_path / "a.svqz")
+    assert load_scales(tmp_path / "a.svqz") == tokens.scales
+    save_tokens(tmp_path / "b.safetensors", tokens)
+    assert not is_compressed(tmp_path / "b.safetensors")
+    assert load_scales(tmp_path / "b.safetensors") == tokens.scales
+
+
+def test_every_flipped_bit_is_an_error(path):
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        refused(path)
+
+
+def test_a_file_that_is_cut_is_an_error_or_a_preview(path):
+    content, tokens = path.read_bytes(), make_tokens()
+    sizes = [size for _, size in struct.iter_unpack("<dI", content[32 : 32 + 3 * 12])]
+    ends = {
+        32 + 3 * 12 + 4 + sum(size + 4 for size in (sizes[1], sizes[2], sizes[0])[:count]): count for count in (1, 2)
+    }
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        refused(path)
+        complete = max((count for end, count in ends.items() if end <= size), default=0)
+        if complete:
+            preview = load_tokens(path, MODEL, preview=True)
+            assert preview.scales == {1: (0.25,), 2: (0.25, 0.5)}[complete] == load_scales(path, preview=True)
+            assert all(torch.equal(*grids) for grids in zip(preview.ids, tokens.ids[1:], strict=False))
+        else:
+            refused(path, preview=True)
+    path.write_bytes(content)
+    assert equal(load_tokens(path, MODEL, preview=True), tokens)
+
+
+def test_another_model_is_refused(path):
+    other = make_context_model(width=25)
+    assert (
+        f"its context model must be {MODEL.fingerprint[:16]}, got {other.fingerprint[:16]}. Decode it with"
+        in refused(path, context_model=other)
+    )
+    assert "is compressed, so `context_model` must be its context model, got None" in refused(path, context_model=None)
+    with pytest.raises(
+        ValueError, match="the ids must be of the context model's codebook, with fingerprint 0123.*got ff"
+    ):
+        save_tokens(path, make_tokens(codebook_fingerprint="f" * 64), MODEL)
+    assert equal(load_tokens(path, MODEL), make_tokens())
+
+
+@pytest.mark.parametrize(
+    ("values", "scales", "message"),
+    [
+        ({"f": 0}, [1.0], "division"),
+        ({"source": 2}, [1.0], "range"),
+        ({"version": 2}, [1.0], "version 1, got b'SVQZ' and 2"),
+        ({}, [], "values to unpack"),
+        ({}, [math.nan], "NaN"),
+        ({}, [math.inf], "infinity"),
+        ({}, [-1.0], "a scale must be a finite number above 0, got -1.0"),
+        ({"height": 0}, [1.0], "`height` must be an integer of at least 1"),
+        ({"height": 2**31, "width": 2**31}, [1.0], "its 8 bytes cannot hold"),
+    ],
+)
+def test_hostile_headers_are_refused(path, values, scales, message):
+    values = {"version": 1, "f": 4, "source": 0, "height": 8, "width": 8, **values}
+    numbers = [values[name] for name in ("version", "f", "source")] + [len(scales)]
+    header = struct.pack("<4s4B4I8s", b"SVQZ", *numbers, values["height"], values["width"], 0, 0, bytes(8))
+    header = header[:24] + bytes.fromhex(MODEL.fingerprint)[:8]
+    header += b"".join(struct.pack("<dI", scale, 8) for scale in scales)
+    path.write_bytes(with_checksums(header, *(bytes(8) for _ in scales)))
+    assert message in refused(path)
+
+
+def test_hostile_chunks_make_ids_or_one_error(path):
+    header = path.read_bytes()[: 32 + 3 * 12]
+    fields = [*struct.iter_unpack("<dI", header[32:])]
+    for size in (1, 4, 40, 400):
+        for salt in range(8):
+            chunk = (pattern((size,), salt) % 256).astype("u1").tobytes()
+            changed = header[:32] + b"".join(struct.pack("<dI", scale, size) for scale, _ in fields)
+            path.write_bytes(with_checksums(changed, chunk, chunk, chunk))
+            if size % 4:
+                refused(path)
+            else:
+                assert load_tokens(path, MODEL).scales == (1.0, 0.25, 0.5)
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert "it must end after" in refused(path)
+
+
+def test_the_header_takes_few_bytes(path):
+    chunks = sum(size for _, size in struct.iter_unpack("<dI", path.read_bytes()[32 : 32 + 3 * 12]))
+    assert path.stat().st_size == chunks + 32 + 3 * (8 + 4) + 4 * 4

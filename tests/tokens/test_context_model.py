@@ -1,0 +1,137 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from context_models import make_context_model, pattern
+
+from svqvae_hf.tokens import context_model
+from svqvae_hf.tokens.context_model import EXACT, FILE, LIMIT, ContextModel, diagonals, probabilities
+
+SHAPE = 9, 13
+MATMUL = np.matmul
+KNOWN = "1667bff8cf058083"  # start of the coded ids below
+
+
+def some_ids(shape=SHAPE, codes=64):
+    return pattern(shape, 3) % codes
+
+
+def coded(model=None, **options):
+    return (model or make_context_model()).compress(some_ids(), some_ids((5, 6)), **options)
+
+
+def torch_matmul(left, right):
+    return torch.matmul(torch.from_numpy(left), torch.from_numpy(right)).numpy()
+
+
+def matmul_in_batches(size):
+    def matmul(left, right):
+        starts = range(0, len(left), size)
+        rights = [right[start : start + size] if right.ndim == 3 else right for start in starts]
+        return np.concatenate(
+            [MATMUL(left[start : start + size], each) for start, each in zip(starts, rights, strict=True)]
+        )
+
+    return matmul
+
+
+@pytest.mark.parametrize("codes", [64, 100])
+@pytest.mark.parametrize("coarse", [None, (1, 1), (5, 7)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (7, 1), SHAPE])
+def test_ids_come_back(codes, coarse, shape):
+    model = make_context_model(codes=codes)
+    ids, coarse = some_ids(shape, codes), None if coarse is None else some_ids(coarse, codes)
+    again = model.decompress(model.compress(ids, coarse), shape, coarse)
+    assert again.dtype == np.int64
+    assert np.array_equal(again, ids)
+
+
+def test_a_diagonal_follows_the_diagonals_of_its_neighbours():
+    seen = set()
+    for rows, columns in diagonals(*SHAPE):
+        here = {*zip(rows.tolist(), columns.tolist(), strict=True)}
+        inside = {(row + y, column + x) for row, column in here for y, x in context_model.NEIGHBOURS}
+        assert {place for place in inside if place[0] >= 0 and 0 <= place[1] < SHAPE[1]} <= seen
+        seen |= here
+    assert seen == {(row, column) for row in range(SHAPE[0]) for column in range(SHAPE[1])}
+
+
+def test_likely_ids_take_few_bits():
+    model = make_context_model()
+    likely = model.decompress(bytes(400), (20, 20))  # zeros decode to the first symbol of many
+    assert len(model.compress(likely)) < len(model.compress(some_ids((20, 20)))) / 2
+
+
+@pytest.mark.parametrize("matmul", [MATMUL, torch_matmul, matmul_in_batches(1), matmul_in_batches(16)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bytes_depend_neither_on_the_library_nor_on_threads_nor_on_batches(monkeypatch, matmul, threads):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(np, "matmul", matmul)
+    torch.set_num_threads(threads)
+    try:
+        content = coded()
+    finally:
+        torch.set_num_threads(before)
+    assert content.hex()[: len(KNOWN)] == KNOWN
+
+
+def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
+    code = "import numpy as np, test_context_model as t; print(t.coded().hex()); "
+    code += "np.matmul = t.torch_matmul; print(t.coded().hex())"
+    plain = {"ATEN_CPU_CAPABILITY": "default", "OPENBLAS_CORETYPE": "Haswell"}  # no AVX-512 in torch and numpy
+    threads = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "tokens")))
+    environment = os.environ | plain | threads | {"PYTHONPATH": path}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert found.stdout.decode().split() == [coded().hex()] * 2
+
+
+def test_the_largest_sums_are_exact():
+    model = make_context_model()
+    tensors = {
+        name: np.where(tensor < 0, -LIMIT, LIMIT).astype(tensor.dtype) for name, tensor in model.tensors.items()
+    }
+    weight = tensors["weight_1"].T
+    tensors["bias_1"][:] = EXACT - 1 - LIMIT * abs(weight.astype(np.int64)).sum(1).max()
+    ContextModel(tensors | {"order": model.tensors["order"]}, model.codebook_fingerprint)
+    inputs = np.where(weight < 0, -LIMIT, LIMIT).astype(np.float32)
+    for order in (slice(None), slice(None, None, -1)):
+        summed = (inputs[:, order] * weight[:, order].astype(np.float32)).cumsum(1, dtype=np.float32)[:, -1]
+        assert np.array_equal(summed + tensors["bias_1"].astype(np.float32), np.full(len(weight), EXACT - 1))
+    tensors["bias_1"][0] += 1
+    with pytest.raises(ValueError, match="sums of layer 1 must stay below 16777216, but could reach 16777216"):
+        ContextModel(tensors, model.codebook_fingerprint)
+
+
+def test_distributions_are_above_0_and_sum_to_1():
+    logits = np.stack([pattern((128,), salt).astype(np.float32) * 10**salt for salt in range(5)])
+    found = probabilities(logits)
+    assert found.min() >= 1 / 65536
+    assert np.array_equal(found * 65536, np.floor(found * 65536))
+    assert np.array_equal(found.astype(np.float64).sum(1), np.ones(5))
+    exact = np.exp((logits[2] - logits[2].max()) / 4096)
+    assert abs(found[2] - exact / exact.sum()).max() < 0.002
+
+
+def test_saved_and_loaded(tmp_path):
+    model = make_context_model()
+    model.save_pretrained(tmp_path)
+    again = ContextModel.from_pretrained(tmp_path)
+    assert (again.fingerprint, again.codebook_fingerprint) == (model.fingerprint, model.codebook_fingerprint)
+    assert coded(again) == coded(model)
+    assert make_context_model(width=25).fingerprint != model.fingerprint != make_context_model("0" * 64).fingerprint
+
+
+def test_a_missing_or_damaged_file_is_an_error(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"must have a context model, `{FILE}`, but `{tmp_path}` has none. Train"
+    ):
+        ContextModel.from_pretrained(tmp_path)
+    for content in (b"", b"Dear diary,"):
+        (tmp_path / FILE).write_bytes(content)
+        with pytest.raises(ValueError, match="must be a context model, but is another file or damaged"):
+            ContextModel.from_pretrained(tmp_path)

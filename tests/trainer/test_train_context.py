@@ -1,0 +1,65 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import train_context
+from conftest import make_tiny
+from token_set_parts import load, save_photos, tokenize
+
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.tokens import context_model
+from svqvae_hf.tokens.context_model import ContextModel, context, pad_ids
+from svqvae_hf.tokens.token_files import token_file_content
+
+
+def make_codes(codes=100):
+    torch.manual_seed(0)
+    return F.normalize(torch.randn(codes, 8), dim=1)
+
+
+def test_the_network_computes_the_integers_of_the_context_model(monkeypatch):
+    network = train_context.ContextNetwork(make_codes(), torch.rand(100), hidden=24, features=16)
+    model = network.to_integers("0" * 64)
+    ids = torch.randint(100, (5, 7)).numpy()
+    rows, columns = (each.ravel() for each in np.indices(ids.shape))
+    inputs = context(model.inputs, pad_ids(ids, 100), pad_ids(ids[:3, :4], 100), rows, columns)
+    groups = model.rank[ids.ravel()] // model.members
+    logits = network.logits(torch.from_numpy(inputs), torch.from_numpy(groups))
+    monkeypatch.setattr(context_model, "probabilities", lambda logits: logits)
+    hidden = model._hidden(inputs)
+    expected = model._group_probabilities(hidden), model._member_probabilities(hidden, groups)
+    for found, by_numpy in zip(logits, expected, strict=True):
+        assert np.array_equal(found.detach().numpy(), by_numpy)
+        assert found.std() > 100
+
+
+def test_codes_of_a_group_are_similar():
+    codes = make_codes(1000).numpy()
+    order = train_context.order_codes(codes, members=32)
+    assert sorted(order) == list(range(1000))
+    assert np.mean([codes[order[i : i + 32]].var(0).sum() for i in range(0, 1000, 32)]) < 0.6 * codes.var(0).sum()
+
+
+@pytest.mark.usefixtures("few_windows")
+def test_a_trained_context_model_takes_fewer_bits_than_a_count(tmp_path, monkeypatch, capsys):
+    make_tiny().save_pretrained(tmp_path / "model")
+    token_set = tmp_path / "tokens"
+    tokenize(make_tiny(), save_photos(tmp_path / "photos"), token_set, scales=[0.5, 1.0])
+    argv = [str(tmp_path / "model"), str(token_set), "--held_out", str(token_set)]
+    options = ["--max_train_steps", "40", "--hidden", "32", "--features", "16"]
+    monkeypatch.setattr(sys, "argv", ["train_context.py", *argv, *options])
+    monkeypatch.setattr(train_context, "WARM_UP", 5)
+    train_context.main()
+    assert f"{token_set}: finest alone " in capsys.readouterr().out
+    trained = ContextModel.from_pretrained(tmp_path / "model")
+    (row,) = load(token_set).select([4])
+    tokens = row_tokens(row, read_settings(token_set))
+    chunk = trained.compress(tokens.ids[1].numpy(), tokens.ids[0].numpy())
+    assert 8 * len(chunk) < 6 * tokens.ids[1].numel()
+    assert len(token_file_content(tokens, trained)) < len(token_file_content(tokens))
+    monkeypatch.setattr(sys, "argv", ["train_context.py", *argv, *options])
+    make_tiny(codebook_size=32).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="must hold ids of MODEL, but has others"):
+        train_context.main()
