@@ -50,12 +50,9 @@ def run(args: argparse.Namespace) -> None:
     from functools import partial
 
     from svqvae_cli.loading import load_generator, load_model
-    from svqvae_hf.language.image_language_model import ImageLanguageModel
 
     if args.generator:
         pipeline = load_generator(args.generator, args.device, args.dtype)
-        if isinstance(pipeline, ImageLanguageModel):
-            raise ValueError("--generator must be a pipeline, but is a language model. Use `svqvae generate`.")
         served = serving_generator(pipeline, args.host, args.port)
     else:
         load = partial(load_model, device=args.device, dtype=args.dtype)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
     from svqvae_hf.language.image_language_model import ImageLanguageModel
 
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that a pipeline has under the same names
 SHEET_SIDE = 16  # rows and columns of the sheet, at most
 
 
@@ -41,9 +42,15 @@ def add_to(commands: Commands) -> None:
         "Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png\n"
         f"with a row per class: at most {SHEET_SIDE} rows and columns. The same command resumes\n"
         "an interrupted run.",
-        "org/dreams --class 3 7 --num-images 4 --output out",
+        '--prompt "a whale above a guitar on pink" --output out',
     )
-    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="folder or Hub id of the generator")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=path_or_name,
+        metavar="MODEL",
+        help="folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)",
+    )
     add_output(parser, "folder to write to")
     parser.add_argument(
         "--overwrite", action="store_true", help="generate images that exist again (default: keep them)"
@@ -102,24 +109,19 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--guidance-scale",
         type=float,
-        default=1.0,
         metavar="SCALE",
-        help="scale of classifier-free guidance (default: 1)",
+        help="scale of classifier-free guidance (default, here and below: a language model's own, otherwise 1)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
-        default=1.0,
         metavar="T",
         help="sampling temperature; 0 takes the most likely ids (default: 1)",
     )
-    parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely ids (default: all)"
-    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely ids (default: all)")
     parser.add_argument(
         "--top-p",
         type=float,
-        default=1.0,
         metavar="P",
         help="sample from the most likely ids with total probability P (default: 1)",
     )
@@ -190,7 +192,7 @@ def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> 
             "num_images_per_prompt": 1 if labels or args.prompt else len(batch),
             "generator": [torch.Generator().manual_seed(args.seed + numbers[stem]) for stem in batch],
             **({"prompt": [args.prompt[row] for row in rows]} if args.prompt else {}),
-            **{name: getattr(args, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")},
+            **{name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None},
         }
         with _explain_memory(len(batch)):
             images = sample(pipeline, args, sampling, scales)

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from pytorch_optimizer.optimizer.soap import SOAP
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     PreTrainedModel,
     Trainer,
@@ -30,6 +32,7 @@ from svqvae_hf import SVQVAEProcessor
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
 from svqvae_hf.trainer.options import OptionParser, script_name
 from svqvae_hf.trainer.run import one_line_errors
 
@@ -56,6 +59,16 @@ class ImageTextOptions:
     text_fraction: float = field(
         default=0.0, metadata={"help": "Fraction of examples from the text files; the others are pairs."}
     )
+    packing: bool = field(
+        default=True, metadata={"help": "Pack each batch into one sequence; `--no_packing` pads instead, for the CPU."}
+    )
+    completion_only_loss: bool = field(
+        default=True, metadata={"help": "Learn what is asked for alone; `--no_completion_only_loss` learns all."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of transformers; `eager` is fast for short examples on a CPU."}
+    )
+    use_soap: bool = field(default=False, metadata={"help": "Train with SOAP in place of `--optim`."})
     lora_rank: int = field(
         default=0, metadata={"help": "Rank of LoRA on all linear layers, with the rows of image tokens; 0 trains all."}
     )
@@ -132,7 +145,7 @@ class ImageTextExamples(Dataset):
                 "Tokenize smaller images."
             )
         same = [own == other for own, other in zip(tokens, prompt, strict=False)]
-        asked = [*same, False].index(False)
+        asked = [*same, False].index(False) if self.options.completion_only_loss else 0
         return {"input_ids": tokens, "labels": [IGNORED] * asked + tokens[asked:]}
 
     def tokenize(self, text: str) -> list[int]:
@@ -186,6 +199,15 @@ def add_lora(model: PreTrainedModel, vocabulary: ImageVocabulary, rank: int) -> 
     return get_peft_model(model, config)
 
 
+def soap_arguments(arguments: TrainingArguments) -> dict[str, Any]:
+    """Arguments of SOAP, from those of Adam."""
+    return {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "max_precondition_dim": MAX_PRECONDITION_DIM,
+    }
+
+
 def main(options: ImageTextOptions, arguments: TrainingArguments) -> None:
     """Trains a language model and saves it with its processor, or its LoRA adapter, in the output folder."""
     if arguments.max_steps < 1:
@@ -195,18 +217,23 @@ def main(options: ImageTextOptions, arguments: TrainingArguments) -> None:
     context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     processor = SVQVAEProcessor.from_pretrained(options.model_name_or_path)
     dtype = "auto" if options.lora_rank else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model_name_or_path, dtype=dtype, attn_implementation=options.attn_implementation
+    )
     model.config.use_cache = False  # a model with a cache would not tell packed examples apart
     if options.lora_rank:
         model = add_lora(model, vocabulary, options.lora_rank)
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    tokenizer = processor.tokenizer
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     examples = ImageTextExamples(options, processor, arguments.max_steps * batch, arguments.seed, context)
     trainer = ImageTextTrainer(
         model,
         arguments,
         train_dataset=examples,
-        data_collator=DataCollatorWithFlattening(),  # packs a batch into one sequence, without padding
+        data_collator=DataCollatorWithFlattening() if options.packing else DataCollatorForSeq2Seq(tokenizer),
         compute_loss_func=ModalityLoss(vocabulary),
+        optimizer_cls_and_kwargs=(SOAP, soap_arguments(arguments)) if options.use_soap else None,
     )
     checkpoint = arguments.resume_from_checkpoint
     trainer.train(get_last_checkpoint(arguments.output_dir) if checkpoint == "latest" else checkpoint)

@@ -1,14 +1,18 @@
-"""The page of `svqvae demo --generator`: images grow scale by scale or row by row, and parts are painted anew."""
+"""The page of `svqvae demo --generator`: images grow scale by scale or row by row, and parts are painted anew.
+
+A language model also describes images.
+"""
 
 import base64
 import dataclasses
 import html
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -16,11 +20,12 @@ import torch
 from PIL import Image
 
 from svqvae_hf.demo.page import CACHE_SECONDS, FOLD_ON_PHONES, launch
+from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 from svqvae_hf.tokens.image_tokens import is_out_of_memory
 
-Generator = SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline
+Generator = SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLanguageModel
 
 NO_CLASS = -1
 EDITOR_PX = 512  # longer side of the picture to paint on
@@ -53,25 +58,31 @@ class GeneratorPage:
     """The handlers behind the page.
 
     Args:
-        pipeline ([`SVQVAEAutoregressivePipeline`] or [`SVQVAENextScalePipeline`]): Pipeline of the page. Visitors
-            cannot choose another.
+        pipeline ([`SVQVAEAutoregressivePipeline`], [`SVQVAENextScalePipeline`] or [`ImageLanguageModel`]): Generator
+            of the page. Visitors cannot choose another.
     """
 
     def __init__(self, pipeline: Generator) -> None:
-        self.pipeline = pipeline
+        self.pipeline: Any = pipeline
         self.next_scale = isinstance(pipeline, SVQVAENextScalePipeline)
+        self.describes = isinstance(pipeline, ImageLanguageModel)
+        self.edits = self.next_scale or self.describes
         self.unit = "step" if self.next_scale else "row"
-        self.reads_prompts = not self.next_scale and pipeline.text_encoder is not None
-        pipeline.set_progress_bar_config(disable=True)
-        f = pipeline.vqvae.f
-        if self.next_scale:
-            self.grids = pipeline.trained_schedule
-            self.size = self.grids[-1][1] * f, self.grids[-1][0] * f
-            self.num_classes = pipeline.transformer.config["num_classes"]
+        self.num_classes = 0
+        self.reads_prompts = self.describes
+        if self.describes:
+            self.grids = [self.pipeline.processor.vocabulary.grids[0]]
+        elif self.next_scale:
+            self.grids = self.pipeline.trained_schedule
+            self.num_classes = self.pipeline.transformer.config["num_classes"]
         else:
-            self.grids = pipeline.layout.grids
-            self.size = pipeline.layout.width, pipeline.layout.height
-            self.num_classes = 0 if self.reads_prompts else pipeline.layout.num_classes
+            self.grids = self.pipeline.layout.grids
+            self.reads_prompts = self.pipeline.text_encoder is not None
+            self.num_classes = 0 if self.reads_prompts else self.pipeline.layout.num_classes
+        if not self.describes:
+            self.pipeline.set_progress_bar_config(disable=True)
+        rows, columns = self.grids[-1]
+        self.size = columns * self.pipeline.vqvae.f, rows * self.pipeline.vqvae.f
 
     @property
     def classes(self) -> list[tuple[str, int]]:
@@ -90,7 +101,9 @@ class GeneratorPage:
         }
         if self.next_scale:
             options["num_inference_steps"] = None if steps == len(self.grids) else int(steps)  # None: as in training
-        if self.reads_prompts:
+        if self.describes:
+            options |= {"prompts": [prompt], "guidance_scale": guidance}
+        elif self.reads_prompts:
             options |= {"prompt": prompt, "guidance_scale": guidance}
         elif label != NO_CLASS:
             options |= {"class_labels": int(label), "guidance_scale": guidance}
@@ -109,7 +122,7 @@ class GeneratorPage:
             yield _error_values("Out of memory.")
         else:
             facts = f"<b>{self.size[0]} × {self.size[1]} pixels</b> in {self._total(options)} {self.unit}s"
-            yield _values(f"<p>{facts}</p>", shown, editable=self.next_scale)
+            yield _values(f"<p>{facts}</p>", shown, editable=self.edits)
 
     def repaint(
         self, picture: Image.Image | None, drawing: dict[str, Any] | None, *settings: Any
@@ -120,30 +133,41 @@ class GeneratorPage:
             alert, *_ = _error_values("Nothing is painted yet. Paint over a part of the picture.")
             yield [alert, *[gr.skip()] * 5]
         else:
-            yield from self.generate(*settings, image=picture, mask_image=mask)
+            edited: dict[str, Any] = {"image": picture, "mask_image": mask}
+            if self.describes:
+                edited = {name: [value] for name, value in edited.items()}
+            yield from self.generate(*settings, **edited)
+
+    def describe(self, picture: Image.Image | None) -> str:
+        """What the language model says about a picture."""
+        return "" if picture is None else self.pipeline.caption([picture])[0]
 
     def _steps(self, options: dict[str, Any]) -> Iterator[Step]:
         """Runs the pipeline in a thread, and yields each step as soon as it is done, the last one with the result."""
         previews: SimpleQueue[Step | None] = SimpleQueue()
+        left = Event()
 
         def note(_: Any, step: int, at: Any, tensors: dict[str, torch.Tensor]) -> None:
+            if left.is_set():
+                raise CancelledError
             previews.put(self._preview(step, at, tensors["ids"], options))
 
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(self.pipeline, callback_on_step_end=note, **options)
+            generate = self.pipeline.draw if self.describes else self.pipeline
+            running = pool.submit(generate, callback_on_step_end=note, **options)
             running.add_done_callback(lambda _: previews.put(None))
             try:
                 while (preview := previews.get()) is not None:
                     last = preview
                     yield preview
             finally:
-                self.pipeline._interrupt = True  # the visitor may have left
-            image = running.result()[0][0]
-            yield dataclasses.replace(last, image=image)
+                left.set()  # the visitor may have gone
+            image = running.result()[0]
+            yield dataclasses.replace(last, image=image if self.describes else image[0])
 
     def _preview(self, step: int, at: Any, ids: torch.Tensor, options: dict[str, Any]) -> Step:
         """Decodes the ids of a scale, which may lack rows."""
-        rows, columns = at if self.next_scale else self.grids[self.pipeline.layout.scales.index(at)]
+        rows, columns = at if self.edits else self.grids[self.pipeline.layout.scales.index(at)]
         f = self.pipeline.vqvae.f
         image = Image.new("RGB", (columns * f, rows * f), PAPER)
         image.paste(self.pipeline.image_processor.postprocess(self.pipeline.vqvae.decode_tokens(ids))[0])
@@ -174,6 +198,9 @@ def build(page: GeneratorPage) -> gr.Blocks:
                 run = gr.Button("Generate", variant="primary", elem_id="run")
                 with gr.Accordion("Settings", elem_id="settings") as folded:
                     settings = [*condition, *_sampling(page)]
+                with gr.Accordion("Describe a picture", open=False, visible=page.describes):
+                    upload = gr.Image(type="pil", show_label=False, sources=("upload", "clipboard"), elem_id="upload")
+                    told = gr.Textbox(label="Caption", interactive=False, elem_id="told")
             with gr.Column(scale=3, min_width=560):
                 summary = gr.HTML(EMPTY, elem_id="summary")
                 with gr.Row():
@@ -209,6 +236,7 @@ def build(page: GeneratorPage) -> gr.Blocks:
         }
         run.click(page.generate, settings, **event)
         repaint.click(page.repaint, [picture, canvas, *settings], **event)
+        upload.change(page.describe, upload, **{**event, "outputs": told})
         blocks.load(None, None, folded, js=FOLD_ON_PHONES, api_visibility="private")
     return blocks
 
@@ -274,7 +302,8 @@ def serving_generator(pipeline: Generator, host: str, port: int | None) -> Itera
     """Serves the page while the context lasts.
 
     Args:
-        pipeline ([`SVQVAEAutoregressivePipeline`] or [`SVQVAENextScalePipeline`]): Pipeline of the page.
+        pipeline ([`SVQVAEAutoregressivePipeline`], [`SVQVAENextScalePipeline`] or [`ImageLanguageModel`]): Generator
+            of the page.
         host (`str`): Address to listen on.
         port (`int`, *optional*): Port to listen on; by default the first free one from 7860.
 

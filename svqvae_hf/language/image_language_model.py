@@ -1,17 +1,22 @@
 """Images of captions and captions of images, by a language model with image tokens."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModelForCausalLM, BatchFeature, LogitsProcessor, PreTrainedConfig, PreTrainedModel
 
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.language.grammar import ImageGrammar
 from svqvae_hf.language.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.sampling import Generators, draw, make_warpers
 
 
@@ -35,6 +40,16 @@ class ImageLanguageModel:
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
+    @property
+    def vqvae(self) -> SVQVAE:
+        """The image tokenizer."""
+        return self.processor.vqvae
+
+    @property
+    def image_processor(self) -> SVQVAEImageProcessor:
+        """Its image processor."""
+        return self.processor.image_processor
+
     @staticmethod
     def is_at(source: str | os.PathLike) -> bool:
         """Whether a folder or Hub id holds a language model with image tokens."""
@@ -54,7 +69,7 @@ class ImageLanguageModel:
     def to(self, device: torch.device | str) -> "ImageLanguageModel":
         """Moves the language model and the image tokenizer."""
         self.language_model.to(device)
-        self.processor.vqvae.to(device)
+        self.vqvae.to(device)
         return self
 
     @torch.inference_mode()
@@ -62,38 +77,58 @@ class ImageLanguageModel:
         self,
         prompts: Sequence[str | None],
         grid: tuple[int, int] | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         generator: Generators = None,
+        image: Sequence[Image.Image] | None = None,
+        mask_image: Sequence[Image.Image] | None = None,
+        callback_on_step_end: Callable[..., object] | None = None,
     ) -> list[Image.Image]:
-        """Draws one image per caption.
+        """Draws one image per caption, or edits images.
 
         Args:
             prompts (`Sequence[str]`): Captions; None for an image without one.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
-            guidance_scale (`float`, defaults to 1.0): Scale of classifier-free guidance.
-            temperature (`float`, defaults to 1.0): Sampling temperature; 0 takes the most likely codes.
-            top_k (`int`, defaults to 0): Number of most likely codes to sample from; 0 means all.
-            top_p (`float`, defaults to 1.0): Total probability of the most likely codes to sample from.
+            guidance_scale (`float`, *optional*): Scale of classifier-free guidance. This and the next three are by
+                default what the generation config of the model says, and otherwise 1, 1, 0 and 1.
+            temperature (`float`, *optional*): Sampling temperature; 0 takes the most likely codes.
+            top_k (`int`, *optional*): Number of most likely codes to sample from; 0 means all.
+            top_p (`float`, *optional*): Total probability of the most likely codes to sample from.
             generator (`torch.Generator` or a list of them, *optional*): One for all images or one per image.
+            image (`Sequence[PIL.Image.Image]`, *optional*): Images to edit, one per caption.
+            mask_image (`Sequence[PIL.Image.Image]`, *optional*): Their masks, of the same sizes. A code is drawn if
+                its part of the mask has any white, and kept otherwise.
+            callback_on_step_end (`Callable`, *optional*): Called after each row of codes with the model, the number of
+                the row, the grid, and `{"ids": ...}`, the ids of the rows so far, `(batch, rows, columns)`.
 
         Raises:
-            ValueError: If the model does not know the grid.
+            ValueError: If the model does not know the grid, there are not as many images or masks as captions, or
+                the tokenizer has no token for a word.
         """
+        self._check_words(prompt for prompt in prompts if prompt is not None)
+        own = self.language_model.generation_config
+        guidance_scale = _first(guidance_scale, own.guidance_scale, 1.0)
+        temperature = _first(temperature, own.temperature, 1.0)
+        top_k, top_p = _first(top_k, own.top_k, 0), _first(top_p, own.top_p, 1.0)
         grid = grid or self.processor.vocabulary.grids[0]
         start = self.processor.begin_image(grid)
         no_condition = self.processor.no_condition
         inputs = self._ask([no_condition if prompt is None else prompt for prompt in prompts], start)
         warpers = [] if temperature == 0 else [*make_warpers(temperature, top_k, top_p), _Draw(generator)]
+        prompts_length = inputs["input_ids"].shape[1]
+        others = [] if image is None else [_Keep(*self._known(image, mask_image or [], grid, inputs), prompts_length)]
+        if callback_on_step_end is not None:
+            note = partial(callback_on_step_end, self)
+            others.append(_Rows(note, grid, prompts_length, self.processor.vocabulary.first_token))
         tokens = self.language_model.generate(
             **inputs,
             max_new_tokens=grid[0] * grid[1] + 1,
             do_sample=False,  # drawn by the last processor, from a generator per image
             guidance_scale=guidance_scale,
             negative_prompt_ids=self._ask([no_condition] * len(prompts), start)["input_ids"],
-            logits_processor=[self.grammar, *warpers],
+            logits_processor=[self.grammar, *warpers, *others],
         )
         images = self.processor.post_process_multimodal_output(tokens, generation_mode="image")
         return [each[-1] for each in images]
@@ -118,6 +153,38 @@ class ImageLanguageModel:
         texts = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(texts, skip_special_tokens=True)]
 
+    def _known(
+        self,
+        images: Sequence[Image.Image],
+        masks: Sequence[Image.Image],
+        grid: tuple[int, int],
+        inputs: BatchFeature,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of images, and which of them stay, `(batch, codes)`: those whose parts of the masks are black."""
+        if not len(images) == len(masks) == len(inputs["input_ids"]):
+            raise ValueError(
+                "`image` and `mask_image` must hold one image and one mask per prompt, got "
+                f"{len(images)} and {len(masks)} for {len(inputs['input_ids'])}."
+            )
+        (rows, columns), f = grid, self.vqvae.f
+        fitted = [np.asarray(ImageOps.fit(mask.convert("L"), (columns * f, rows * f))) for mask in masks]
+        parts = torch.from_numpy(np.stack(fitted)).view(len(masks), rows, f, columns, f)
+        tokens = torch.stack(self.processor.encode_images(images, grid)) + self.processor.vocabulary.first_token
+        device = inputs["input_ids"].device
+        return tokens.flatten(1).to(device), (parts.amax((2, 4)) == 0).flatten(1).to(device)
+
+    def _check_words(self, prompts: Iterable[str]) -> None:
+        """Raises if a tokenizer of whole words lacks a word."""
+        tokenizer = self.processor.tokenizer
+        words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
+        unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
+        if unknown:
+            known = [word for word in tokenizer.get_vocab() if word.isalpha()]
+            raise ValueError(
+                f"a prompt must consist of words that the model knows, but has {', '.join(unknown)}. It knows "
+                f"{', '.join(sorted(known))}."
+            )
+
     def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
         """Prompts of a batch, padded on the left, up to the start of the answer."""
         conversations = [[{"role": "user", "content": question}] for question in questions]
@@ -126,6 +193,39 @@ class ImageLanguageModel:
         inputs = self.processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
         names = ("input_ids", "attention_mask")
         return BatchFeature({name: inputs[name] for name in names}).to(self.language_model.device)
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
+
+
+class _Keep(LogitsProcessor):
+    """Keeps tokens of images that begin at a position."""
+
+    def __init__(self, tokens: torch.Tensor, kept: torch.Tensor, start: int):
+        self.tokens, self.kept, self.start = tokens, kept, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = input_ids.shape[1] - self.start
+        if place == self.tokens.shape[1]:  # the end
+            return scores
+        known = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, place, None], 0.0)
+        return torch.where(self.kept[:, place, None], known, scores)
+
+
+class _Rows(LogitsProcessor):
+    """Calls a function after each row of codes."""
+
+    def __init__(self, note: Callable[..., object], grid: tuple[int, int], start: int, first_token: int):
+        self.note, self.grid, self.start, self.first_token = note, grid, start, first_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ids = input_ids[:, self.start :] - self.first_token
+        rows, rest = divmod(ids.shape[1], self.grid[1])
+        if rows and not rest:
+            self.note(rows - 1, self.grid, {"ids": ids.view(len(ids), rows, -1)})
+        return scores
 
 
 class _Draw(LogitsProcessor):

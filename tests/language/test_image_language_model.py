@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_language_models import FAMILIES, load_extended
 
 from svqvae_hf.language.image_language_model import ImageLanguageModel
@@ -46,3 +47,31 @@ def test_captions_are_texts(family):
     assert [type(caption) for caption in captions] == [str, str]
     assert "<|image" not in "".join(captions)
     assert captions[1:] == pipe.caption(images[1:], max_new_tokens=5)
+
+
+def test_an_edit_keeps_all_codes_outside_the_mask():
+    model, processor = load_extended("qwen")
+    pipe = ImageLanguageModel(model, processor)
+    image, other = pipe.draw(["a cat", "a red key"], grid=(4, 4), generator=generators(1, 2))
+    mask = Image.new("L", image.size)
+    mask.putpixel((0, mask.height - 1), 255)
+    kept, drawn = {}, pipe.processor.decode_images
+    pipe.processor.decode_images = lambda grids: kept.setdefault("ids", [*grids]) and drawn(grids)
+    pipe.draw(["a red key"], grid=(4, 4), image=[image], mask_image=[mask], generator=generators(3))
+    before = processor.encode_images([image], (4, 4))[0]
+    changed = (kept["ids"][0] != before).nonzero().tolist()
+    assert changed in ([], [[3, 0]])
+    whole = Image.new("L", image.size, 255)
+    new = pipe.draw(["a red key"], grid=(4, 4), image=[image], mask_image=[whole], generator=generators(2))
+    assert pixels(new) == pixels([other])
+    with pytest.raises(ValueError, match="one image and one mask per prompt"):
+        pipe.draw(["a red key"], image=[image], mask_image=[])
+
+
+def test_sampling_defaults_to_the_generation_config():
+    model, processor = load_extended("qwen")
+    pipe = ImageLanguageModel(model, processor)
+    asked = pipe.draw(["a cat"], guidance_scale=3.0, top_k=5, generator=generators(1))
+    assert pixels(asked) != pixels(pipe.draw(["a cat"], generator=generators(1)))
+    model.generation_config.guidance_scale, model.generation_config.top_k = 3.0, 5
+    assert pixels(asked) == pixels(pipe.draw(["a cat"], generator=generators(1)))

@@ -1,0 +1,219 @@
+"""Grades a language model on scenes: `python benchmarks/scenes.py LM SCENES`.
+
+SCENES is the folder of `training/make_scenes.py`. The grader reads the ground from the edge of a picture, and then
+finds the slots, shifts and objects with the smallest squared error. First it reads real scenes after the tokenizer,
+which states its own errors. Then it grades one picture per caption:
+
+- seen: new scenes of pairs that training shows, of single objects and of several of a kind
+- held-out pairs
+- held-out wordings: of held-out pairs
+- edited: one object of a held-out pair replaced by another one
+
+The second table has captions of real scenes, of which the meaning counts, and bits per id, also by a table of
+frequencies and by one of pairs of neighbours.
+"""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+import datasets
+import numpy as np
+import torch
+from diffusers.utils import make_image_grid
+from measuring import Row, describe_machine, make_parser, report
+from PIL import Image
+
+from svqvae_hf.language.image_language_model import ImageLanguageModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+from make_scenes import FONT, GROUNDS, OBJECTS, ONE, RELATIONS, SHIFTS, SIDE, SLOTS, THREE, Scene, load_objects
+
+LAYOUTS = [*((slot,) for slot in ONE), *RELATIONS, THREE]
+BATCH = 32
+TABLE_SCENES = 2000
+
+
+class Grader:
+    """Reads the scene from a picture.
+
+    Args:
+        objects (`Mapping[str, Image.Image]`): Objects of `load_objects`.
+    """
+
+    def __init__(self, objects: Mapping[str, Image.Image]):
+        self.templates = {}
+        for ground in GROUNDS:
+            for slot in ONE:
+                pictures = [Scene(ground, ((slot, name),)).render(objects) for name in OBJECTS]
+                windows = [window(offsets(picture, ground), slot) for picture in pictures]
+                self.templates[ground, SLOTS[slot][2]] = np.stack(windows)
+
+    def __call__(self, picture: Image.Image) -> Scene:
+        """Returns the scene that fits a picture best."""
+        pixels = np.asarray(picture.convert("RGB"))
+        edge = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+        ground = min(GROUNDS, key=lambda name: np.square(edge - GROUNDS[name]).sum())
+        found = {slot: self.find(offsets(picture, ground), ground, slot) for slot in SLOTS}
+        slots = min(LAYOUTS, key=lambda layout: sum(found[slot][0] for slot in layout))
+        return Scene(ground, tuple((slot, found[slot][1]) for slot in slots))
+
+    def find(self, pixels: np.ndarray, ground: str, slot: str) -> tuple[float, str]:
+        """The object in a slot, and its squared error minus that of the bare ground."""
+        templates = self.templates[ground, SLOTS[slot][2]]
+        windows = np.stack([window(pixels, slot, dx, dy) for dx in SHIFTS for dy in SHIFTS], axis=1)
+        errors = np.square(templates).sum(1) - 2 * (templates @ windows).max(1)
+        return float(errors.min()), list(OBJECTS)[int(errors.argmin())]
+
+
+def offsets(picture: Image.Image, ground: str) -> np.ndarray:
+    """Differences of the pixels from a ground, `(height, width, 3)`; 1 is white minus black."""
+    return (np.asarray(picture.convert("RGB"), np.float32) - np.float32(GROUNDS[ground])) / 255
+
+
+def window(pixels: np.ndarray, slot: str, dx: int = 0, dy: int = 0) -> np.ndarray:
+    """Pixels of a shifted slot, in one row."""
+    x, y, side = SLOTS[slot]
+    top, left = y + dy - side // 2, x + dx - side // 2
+    return pixels[top : top + side, left : left + side].ravel()
+
+
+def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: float = 0.0) -> Row:
+    """Percentages of what was asked for, and seconds per picture."""
+    pairs = list(zip(seen, asked, strict=True))
+    objects = [item in own.objects for own, other in pairs for item in other.objects]
+    slots = [[slot for slot, _ in own.objects] == [slot for slot, _ in other.objects] for own, other in pairs]
+    grounds = [own.ground == other.ground for own, other in pairs]
+    shares = {"scene": [own == other for own, other in pairs], "objects": objects, "places": slots, "ground": grounds}
+    return {"pictures": name, **{key: f"{100 * np.mean(values):.1f}" for key, values in shares.items()}} | {
+        "s per image": f"{seconds / len(pairs):.2f}"
+    }
+
+
+def sampling(options: Namespace) -> dict[str, float | None]:
+    """Arguments of sampling."""
+    return {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k")}
+
+
+def draw(model: ImageLanguageModel, captions: Sequence[str], options: Namespace) -> tuple[list[Image.Image], float]:
+    """One picture per caption, and the seconds that all took."""
+    pictures, start = [], time.perf_counter()
+    for index in range(0, len(captions), BATCH):
+        batch = captions[index : index + BATCH]
+        generators = [torch.Generator().manual_seed(options.seed + index + number) for number in range(len(batch))]
+        pictures += model.draw(batch, generator=generators, **sampling(options))
+    return pictures, time.perf_counter() - start
+
+
+def edit(
+    model: ImageLanguageModel, pictures: Sequence[Image.Image], scenes: Sequence[Scene], options: Namespace
+) -> tuple:
+    """Replaces one object of each pair by another one: what was asked for, and the pictures."""
+    random, results, asked = Random(options.seed), [], []
+    for start in range(0, len(scenes), BATCH):
+        masks = []
+        for scene in scenes[start : start + BATCH]:
+            (slot, old), (other_slot, other) = random.sample(scene.objects, 2)
+            new = random.choice([name for name in OBJECTS if name not in (old, other)])
+            asked.append(Scene(scene.ground, tuple(sorted([(slot, new), (other_slot, other)]))))
+            x, y, side = SLOTS[slot]
+            masks.append(Image.new("L", (SIDE, SIDE)))
+            masks[-1].paste(255, (x - 24, y - 24, x + 24, y + 24))
+        captions = [scene.captions()[0] for scene in asked[start:]]
+        results += model.draw(captions, image=pictures[start : start + BATCH], mask_image=masks, **sampling(options))
+    return results, asked
+
+
+def describes(model: ImageLanguageModel, picture: Image.Image, scene: Scene) -> bool:
+    """Whether the caption of a picture means the scene."""
+    try:
+        return Scene.parse(model.caption([picture])[0]) == scene
+    except ValueError:
+        return False
+
+
+@torch.inference_mode()
+def bits_per_id(model: ImageLanguageModel, captions: Sequence[str], grids: Sequence[torch.Tensor]) -> float:
+    """Mean bits of an id after its caption and the ids before."""
+    vocabulary, processor, bits = model.processor.vocabulary, model.processor, []
+    for caption, ids in zip(captions, grids, strict=True):
+        asked = processor.apply_chat_template([{"role": "user", "content": caption}], add_generation_prompt=True)
+        tokens = torch.tensor([processor.tokenizer(asked).input_ids + vocabulary.encode(ids)[:-1]])
+        logits = model.language_model(input_ids=tokens).logits[0, -ids.numel() - 1 : -1].float()
+        logits = logits[:, vocabulary.first_token : vocabulary.begin]
+        bits.append(-logits.log_softmax(-1).gather(1, ids.view(-1, 1)).mean() / np.log(2))
+    return float(torch.stack(bits).mean())
+
+
+def table_bits(train: torch.Tensor, test: torch.Tensor, codes: int) -> tuple[float, float]:
+    """Bits per id of ids `(n, h, w)` by a table of frequencies, and by a table of pairs of neighbours."""
+    counts = torch.bincount(train.flatten(), minlength=codes).double() + 0.1
+    single = counts / counts.sum()
+    pairs = torch.bincount((train[..., :-1] * codes + train[..., 1:]).flatten(), minlength=codes**2).view(codes, codes)
+    before, after = test[..., :-1].flatten(), test[..., 1:].flatten()
+    mixed = (pairs[before, after] + 8 * single[after]) / (pairs.sum(1)[before] + 8)
+    return float(-single[test].log2().mean()), float(-mixed.log2().mean())
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("model", help="folder of the language model")
+    parser.add_argument("scenes", help="folder of make_scenes.py")
+    parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
+    parser.add_argument("--count", type=int, default=256, help="captions of each kind")
+    parser.add_argument("--guidance-scale", type=float, help="default: the model's")
+    parser.add_argument("--temperature", type=float, help="default: the model's")
+    parser.add_argument("--top-k", type=int, help="default: the model's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, help="PNG of the first 64 pictures of held-out pairs")
+    options = parser.parse_args()
+    machine, random, grader = (
+        describe_machine("cpu", options.threads),
+        Random(options.seed),
+        Grader(load_objects(options.font)),
+    )
+    model = ImageLanguageModel.from_pretrained(options.model)
+    sets = datasets.load_dataset(options.scenes)
+    chosen = {name: sets[name].select(random.sample(range(1000), options.count)) for name in ("validation", "test")}
+    scenes = {name: [Scene.parse(captions[0]) for captions in rows["caption"]] for name, rows in chosen.items()}
+    captions = {
+        "seen": [scene.captions()[0] for scene in scenes["validation"]],
+        "held-out pairs": [scene.captions()[0] for scene in scenes["test"]],
+        "held-out wordings": [random.choice(scene.captions(held_out=True)) for scene in scenes["test"]],
+    }
+    grids = {name: torch.stack(model.processor.encode_images(rows["image"])) for name, rows in chosen.items()}
+    again = model.processor.decode_images(grids["test"])
+    grades = [grade("real, after the tokenizer", [*map(grader, again)], scenes["test"])]
+    for name, texts in captions.items():
+        pictures, seconds = draw(model, texts, options)
+        asked = scenes["validation" if name == "seen" else "test"]
+        grades.append(grade(name, [*map(grader, pictures)], asked, seconds))
+        if options.sheet and name == "held-out pairs":
+            make_image_grid(pictures[:64], rows=4, cols=16).save(options.sheet)
+    pictures, asked = edit(model, chosen["test"]["image"][:64], scenes["test"][:64], options)
+    grades.append(grade("edited", [*map(grader, pictures)], asked))
+
+    shown = model.processor.encode_images(sets["train"].select(range(TABLE_SCENES))["image"])
+    texts = []
+    for name, split in (("seen", "validation"), ("held-out pairs", "test")):
+        right = [describes(model, *pair) for pair in zip(chosen[split]["image"], scenes[split], strict=True)]
+        single, pairs = table_bits(torch.stack(shown), grids[split], model.processor.vocabulary.codebook_size)
+        texts.append(
+            {
+                "scenes": name,
+                "captions right, %": f"{100 * np.mean(right):.1f}",
+                "bits per id": f"{bits_per_id(model, captions[name], grids[split]):.2f}",
+                "by frequencies": f"{single:.2f}",
+                "by pairs": f"{pairs:.2f}",
+            }
+        )
+    report(options, machine, {"Pictures of captions": grades, "Captions of pictures": texts})
+
+
+if __name__ == "__main__":
+    main()
