@@ -62,8 +62,8 @@ class GeneratorPage:
             of the page. Visitors cannot choose another.
     """
 
-    def __init__(self, pipeline: Generator) -> None:
-        self.pipeline: Any = pipeline
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
         self.next_scale = isinstance(pipeline, SVQVAENextScalePipeline)
         self.describes = isinstance(pipeline, ImageLanguageModel)
         self.edits = self.next_scale or self.describes
