@@ -64,25 +64,6 @@ def test_different_models_fail(change, run, golden_dir, tmp_path, photo, capsys)
     assert all(line.endswith("DIFFERS") for line in capsys.readouterr().out.splitlines())
 
 
-def test_images_option(run, golden_dir, tmp_path, photo, capsys):
-    photo.crop((0, 0, 50, 40)).save(tmp_path / "photo.png")
-    model = golden_dir / "svqvae_tiny.safetensors"
-    assert run("compare.py", checkout(tmp_path, "pass"), model, "--images", tmp_path / "photo.png") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition("  ")[0] for line in lines] == ["photo.png"] * 4
-
-
-def test_wrong_arguments_exit_2(run, golden_dir, tmp_path, photo, capsys):
-    assert run("compare.py", tmp_path, golden_dir / "svqvae_tiny.safetensors") == 2
-    assert "has no svqvae.py" in capsys.readouterr().err
-    checkout(tmp_path, "pass")
-    assert run("compare.py", tmp_path, golden_dir / "taming_tiny.ckpt") == 2
-    assert "must have the format svqvae, but has taming" in capsys.readouterr().err
-    photo.crop((0, 0, 5, 40)).save(tmp_path / "photo.png")
-    assert run("compare.py", tmp_path, golden_dir / "svqvae_tiny.safetensors", "--images", tmp_path / "photo.png") == 2
-    assert "sides of at least 8 pixels" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["c2i", "t2i"])
 def test_equal_language_models_pass(kind, run, golden_dir, tmp_path, capsys):
@@ -101,14 +82,6 @@ def test_different_language_models_fail(run, golden_dir, tmp_path, capsys):
     assert run("compare_llamagen.py", checkout, file, "--grid-size", "2", "--num-heads", "4") == 1
     lines = capsys.readouterr().out.splitlines()
     assert all(line.endswith("DIFFERS") for line in lines[:5])
-
-
-def test_wrong_arguments_of_language_models_exit_2(run, golden_dir, tmp_path, capsys):
-    file = golden_dir / "llamagen_gpt_c2i_tiny.pt"
-    assert run("compare_llamagen.py", tmp_path, file, "--grid-size", "2", "--num-heads", "4") == 2
-    assert "has no autoregressive/models/gpt.py" in capsys.readouterr().err
-    assert run("compare_llamagen.py", make_checkout(tmp_path), file, "--num-heads", "4") == 2
-    assert "does not tell the size of its images" in capsys.readouterr().err
 
 
 def test_convert_script_is_the_command(run, golden_dir, tmp_path):

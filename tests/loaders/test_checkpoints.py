@@ -1,9 +1,6 @@
 import argparse
-import os
-import pickle
 import sys
 import zipfile
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
@@ -110,7 +107,6 @@ def test_equals_the_original_code_at_smaller_scales(name, golden_dir):
 @pytest.mark.parametrize(
     "config",
     [
-        {"encoder_ch_mult": (1,), "decoder_ch_mult": (2,), "num_res_blocks": 3},
         {"encoder_ch_mult": (2, 1, 3), "decoder_ch_mult": (1, 3, 2), "num_res_blocks": 2, "base_channels": 64},
         {"in_channels": 1, "out_channels": 4, "z_channels": 5, "codebook_size": 7, "codebook_embed_dim": 3},
     ],
@@ -120,23 +116,6 @@ def test_config_of_any_model_is_read_back(config, tmp_path):
     save_file(SVQVAE(**config).state_dict(), tmp_path / "file.safetensors")
     checkpoint = read_checkpoint(tmp_path / "file.safetensors", SVQVAE)
     assert checkpoint.config | config == checkpoint.config
-
-
-def test_training_keys_are_dropped(golden_dir):
-    content = unpickle(golden_dir / "taming_tiny.ckpt")["state_dict"]
-    assert any(key.startswith("loss.") for key in content)
-    assert not any(
-        key.startswith("loss.") for key in read_checkpoint(golden_dir / "taming_tiny.ckpt", SVQVAE).state_dict
-    )
-    assert "quantize.codebook_used" not in read_checkpoint(golden_dir / "llamagen_tiny.pt", SVQVAE).state_dict
-
-
-def test_config_values_can_be_replaced(golden_dir):
-    model = SVQVAE.from_single_file(golden_dir / "flexvar_tiny.pth", network_range=(0, 1), scaling_factor=0.5)
-    assert tuple(model.config["network_range"]) == (0, 1)
-    assert model.config["scaling_factor"] == 0.5
-    assert tuple(model.config["pixel_range"]) == (0, 1)
-    assert not model.training
 
 
 def test_averaged_weights_only_with_use_ema(golden_dir, tmp_path):
@@ -150,7 +129,7 @@ def test_averaged_weights_only_with_use_ema(golden_dir, tmp_path):
         read_checkpoint(golden_dir / "flexvar_tiny.pth", SVQVAE, use_ema=True)
 
 
-@pytest.mark.parametrize("dtype", [{}, {"torch_dtype": torch.bfloat16}, {"dtype": torch.bfloat16}])
+@pytest.mark.parametrize("dtype", [{}, {"torch_dtype": torch.bfloat16}])
 def test_dtype_casts_all_but_the_codebook(dtype, golden_dir):
     path = golden_dir / "taming_tiny.ckpt"
     model = SVQVAE.from_single_file(path, **dtype)
@@ -168,39 +147,6 @@ def test_half_precision_is_read_as_float32(golden_dir, tmp_path):
 
 
 # Faults of the file
-
-
-class Payload:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("dump", ["torch", "torch, old format", "pickle"])
-def test_code_in_a_pickle_is_not_run(dump, tmp_path):
-    content = {"model": Payload(tmp_path / "ran")}
-    with (tmp_path / "file.pt").open("wb") as file:
-        if dump == "pickle":
-            pickle.dump(content, file, protocol=2)
-        else:
-            torch.save(content, file, _use_new_zipfile_serialization=dump == "torch")
-    with pytest.raises(
-        ValueError, match=r"must hold weights only, but is a pickle that calls for `\w+.mkdir`"
-    ) as error:
-        read_checkpoint(tmp_path / "file.pt", SVQVAE)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_other_classes_are_refused(golden_dir, tmp_path):
-    content = unpickle(golden_dir / "llamagen_tiny.pt")
-    torch.save({**content, "args": argparse.Namespace(lr=Fraction(1, 2))}, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=r"calls for `fractions.Fraction`"):
-        read_checkpoint(tmp_path / "file.pt", SVQVAE)
 
 
 def stand_in(monkeypatch, path: str) -> type:
@@ -226,20 +172,6 @@ def test_callbacks_of_lightning_are_read_and_not_imported(golden_dir, tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     assert read_checkpoint(tmp_path / "last.ckpt", SVQVAE).format.name == "taming"
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
-
-
-def test_other_classes_of_lightning_are_refused(golden_dir, tmp_path, monkeypatch):
-    timer = stand_in(monkeypatch, "pytorch_lightning.callbacks.timer.Timer")
-    torch.save({**unpickle(golden_dir / "taming_tiny.ckpt"), "callbacks": {timer: {}}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="calls for `pytorch_lightning.callbacks.timer.Timer`"):
-        read_checkpoint(tmp_path / "last.ckpt", SVQVAE)
-
-
-def test_code_in_a_pickle_of_another_protocol_is_not_run(tmp_path):
-    (tmp_path / "file.pt").write_bytes(pickle.dumps({"model": Payload(tmp_path / "ran")}))
-    with pytest.raises(ValueError, match="or a pickle with code in it"):
-        read_checkpoint(tmp_path / "file.pt", SVQVAE)
-    assert not (tmp_path / "ran").exists()
 
 
 def cut(source: str):
@@ -281,13 +213,6 @@ def test_files_that_are_not_checkpoints(name, write, message, golden_dir, tmp_pa
         read_checkpoint(tmp_path / name, SVQVAE)
     assert str(tmp_path / name) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_missing_file_or_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file `.*gone.pt`.*`org/repo:file`"):
-        read_checkpoint(tmp_path / "gone.pt", SVQVAE)
-    with pytest.raises(IsADirectoryError, match=r"is a folder.*from_pretrained"):
-        read_checkpoint(tmp_path, SVQVAE)
 
 
 def broken(golden_dir: Path, tmp_path: Path, changes: dict[str, torch.Tensor | None]) -> Path:
@@ -337,10 +262,6 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
             {"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)},
             "base_channels 16 from encoder.conv_in.weight.*divide 16",
         ),
-        (
-            {"quantize.embedding.weight": torch.ones(256, 4)},
-            r"misshapen \(3\): post_quant_conv.weight \(8, 8, 1, 1\) instead",
-        ),
     ],
 )
 def test_faulty_weights_that_set_the_config(changes, message, golden_dir, tmp_path):
@@ -348,28 +269,14 @@ def test_faulty_weights_that_set_the_config(changes, message, golden_dir, tmp_pa
         read_checkpoint(broken(golden_dir, tmp_path, changes), SVQVAE)
 
 
-def test_weights_must_be_tensors(golden_dir, tmp_path):
-    content = unpickle(golden_dir / "flexvar_tiny.pth")
-    content["model"]["quant_conv.bias"] = [1.0, 2.0]
-    torch.save(content, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"not tensors: quant_conv.bias"):
-        read_checkpoint(tmp_path / "file.pth", SVQVAE)
-
-
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
         (torch.Tensor.to_sparse, "not dense: quant_conv.bias"),
-        (lambda bias: bias.to("meta"), "not dense: quant_conv.bias"),
         (lambda _: torch.ones(1).expand(16), "not dense: quant_conv.bias"),
-        (lambda _: torch.ones(1).expand(1 << 60), "not dense: quant_conv.bias"),
         (torch.Tensor.double, "not float32, float16 or bfloat16: quant_conv.bias torch.float64"),
-        (
-            lambda bias: bias.to(torch.float8_e4m3fn),
-            "not float32, float16 or bfloat16: quant_conv.bias torch.float8_e4m3fn",
-        ),
     ],
-    ids=["sparse", "without data", "expanded", "expanded without end", "float64", "float8"],
+    ids=["sparse", "expanded", "float64"],
 )
 def test_tensors_of_other_kinds_are_refused(make, fault, golden_dir, tmp_path):
     content = unpickle(golden_dir / "flexvar_tiny.pth")
@@ -379,26 +286,10 @@ def test_tensors_of_other_kinds_are_refused(make, fault, golden_dir, tmp_path):
         read_checkpoint(tmp_path / "file.pth", SVQVAE)
 
 
-def test_expanded_codebook_does_not_set_the_config(golden_dir, tmp_path):
-    content = unpickle(golden_dir / "flexvar_tiny.pth")
-    content["model"]["quantize.embedding.weight"] = torch.ones(1).expand(1 << 58, 16)
-    torch.save(content, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match="not dense: quantize.embedding.weight"):
-        read_checkpoint(tmp_path / "file.pth", SVQVAE)
-
-
 @pytest.mark.parametrize("level", ["encoder.down.0.attn.", "decoder.up.0.attn."])
 def test_attention_at_other_levels_is_refused(level, golden_dir, tmp_path):
     content = unpickle(golden_dir / "taming_tiny.ckpt")
     content["state_dict"][f"{level}0.q.weight"] = torch.ones(32, 32, 1, 1)
     torch.save(content, tmp_path / "file.ckpt")
     with pytest.raises(ValueError, match=rf"attention at the lowest resolution only.*{level}\*\. SVQVAE has no such"):
-        read_checkpoint(tmp_path / "file.ckpt", SVQVAE)
-
-
-def test_faults_are_named_as_in_the_file(golden_dir, tmp_path):
-    content = unpickle(golden_dir / "taming_tiny.ckpt")
-    del content["state_dict"]["decoder.up.1.block.0.conv2.bias"]
-    torch.save(content, tmp_path / "file.ckpt")
-    with pytest.raises(ValueError, match=r"missing: decoder.up.1.block.0.conv2.bias\."):
         read_checkpoint(tmp_path / "file.ckpt", SVQVAE)

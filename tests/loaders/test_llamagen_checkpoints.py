@@ -1,17 +1,14 @@
 """Checkpoints of LlamaGen's language models: layouts, what the file does not tell, and faults."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from svqvae_hf import SVQVAE, LlamaGenForCausalLM
+from svqvae_hf import SVQVAE
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import HEADS, _original_shapes, read_llamagen
 
-KINDS = ("c2i", "t2i")
 GRID = {"grid_size": 4, "num_attention_heads": 4}
 
 
@@ -42,62 +39,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("old", [False, True])
-def test_all_layouts_have_the_same_weights(layout, old, golden_dir, tmp_path):
+def test_all_layouts_have_the_same_weights(layout, golden_dir, tmp_path):
     weights = weights_of("c2i", golden_dir)
-    torch.save(LAYOUTS[layout](weights), tmp_path / "file.pt", _use_new_zipfile_serialization=not old)
-    if layout == "with attributes":
-        assert b"_rebuild_from_type_v2" in (tmp_path / "file.pt").read_bytes()
+    torch.save(LAYOUTS[layout](weights), tmp_path / "file.pt")
     checkpoint = read_llamagen(tmp_path / "file.pt", **GRID)
     expected = read_llamagen(golden("c2i", golden_dir), **GRID)
     assert checkpoint.config == expected.config
     assert checkpoint.state_dict.keys() == expected.state_dict.keys()
     assert all(torch.equal(tensor, expected.state_dict[key]) for key, tensor in checkpoint.state_dict.items())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_tensor_of_the_file_is_in_the_model(kind, golden_dir):
-    weights = weights_of(kind, golden_dir)
-    state = LlamaGenForCausalLM.from_single_file(golden(kind, golden_dir), **GRID).state_dict()
-    assert torch.equal(state["model.embed_tokens.weight"][:256], weights["tok_embeddings.weight"])
-    assert torch.equal(state["lm_head.weight"], weights["output.weight"])
-    assert torch.equal(state["model.norm.weight"], weights["norm.weight"])
-    for layer in range(2):
-        ours, original = f"model.layers.{layer}.", f"layers.{layer}."
-        parts = [state[f"{ours}self_attn.{name}_proj.weight"] for name in "qkv"]
-        assert torch.equal(torch.cat(parts), weights[f"{original}attention.wqkv.weight"])
-        for name, name_in_file in {
-            "self_attn.o_proj": "attention.wo",
-            "mlp.gate_proj": "feed_forward.w1",
-            "mlp.down_proj": "feed_forward.w2",
-            "mlp.up_proj": "feed_forward.w3",
-            "input_layernorm": "attention_norm",
-            "post_attention_layernorm": "ffn_norm",
-        }.items():
-            assert torch.equal(state[f"{ours}{name}.weight"], weights[f"{original}{name_in_file}.weight"])
-    if kind == "c2i":
-        assert torch.equal(state["model.embed_tokens.weight"][256:], weights["cls_embedding.embedding_table.weight"])
-    else:
-        assert torch.equal(state["uncond_embedding"], weights["cls_embedding.uncond_embedding"])
-        for layer in ("fc1", "fc2"):
-            expected = weights[f"cls_embedding.cap_proj.{layer}.weight"]
-            assert torch.equal(state[f"caption_projection.{layer}.weight"], expected)
-    assert all(tensor.is_contiguous() for tensor in state.values())
-
-
-def test_config_is_read_from_shapes(golden_dir):
-    common = {
-        **{"codebook_size": 256, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2},
-        **GRID,
-    }
-    assert read_llamagen(golden("c2i", golden_dir), **GRID).config == {
-        **common,
-        **{"num_classes": 10, "num_condition_tokens": 1, "caption_dim": None},
-    }
-    assert read_llamagen(golden("t2i", golden_dir), **GRID).config == {
-        **common,
-        **{"num_classes": 1, "num_condition_tokens": 120, "caption_dim": 32},
-    }
 
 
 # layers, channels, feed-forward channels, condition, parameters of the released files
@@ -139,21 +88,13 @@ def test_what_a_file_does_not_tell_is_asked_for(golden_dir):
         read_llamagen(path, grid_size=4)
 
 
-def test_averaged_weights(golden_dir, tmp_path):
-    weights = weights_of("c2i", golden_dir)
-    averaged = {name: tensor + 1 for name, tensor in weights.items()}
-    torch.save({"model": weights, "ema": averaged}, tmp_path / "file.pt")
-    head = read_llamagen(tmp_path / "file.pt", use_ema=True, **GRID).state_dict["lm_head.weight"]
-    assert torch.equal(head, averaged["output.weight"])
-    with pytest.raises(ValueError, match="must hold averaged weights"):
-        read_llamagen(golden("c2i", golden_dir), use_ema=True, **GRID)
-
-
-def test_safetensors_are_read(golden_dir, tmp_path):
-    save_file(weights_of("t2i", golden_dir), tmp_path / "file.safetensors")
-    expected = read_llamagen(golden("t2i", golden_dir), **GRID).state_dict
-    found = read_llamagen(tmp_path / "file.safetensors", **GRID).state_dict
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_as_float32(dtype, golden_dir, tmp_path):
+    weights = {name: tensor.to(dtype) for name, tensor in weights_of("c2i", golden_dir).items()}
+    torch.save(weights, tmp_path / "file.pt")
+    head = read_llamagen(tmp_path / "file.pt", **GRID).state_dict["lm_head.weight"]
+    assert head.dtype == torch.float32
+    assert torch.equal(head, weights["output.weight"].float())
 
 
 # Faults of the file
@@ -163,15 +104,11 @@ def test_safetensors_are_read(golden_dir, tmp_path):
     ("changes", "fault"),
     [
         ({"layers.1.attention.wo.weight": None}, "missing: layers.1.attention.wo.weight"),
-        ({"tok_embeddings.weight": torch.zeros(3)}, r"misshapen: tok_embeddings.weight \(3,\)"),
-        ({"cls_embedding.embedding_table.weight": None}, "missing: cls_embedding.embedding_table.weight"),
-        ({"layers.0.feed_forward.w1.weight": torch.zeros(0, 64)}, r"misshapen: layers.0.feed_forward.w1.weight"),
         ({"layers.7.ffn_norm.weight": torch.zeros(64)}, r"missing \(7\): layers.2.*unexpected: layers.7.ffn_norm"),
         ({"layers.1.attention.wqkv.weight": torch.zeros(96, 64)}, r"misshapen: .*\(96, 64\) instead of \(192, 64\)"),
         ({"output.weight": torch.full((256, 64), torch.nan)}, "not finite: output.weight"),
         ({"output.weight": torch.zeros(1, 64).expand(256, 64)}, "not dense: output.weight"),
         ({"output.weight": 3}, "not tensors: output.weight"),
-        ({("a", 1): torch.zeros(1)}, "unexpected: a key of type tuple"),
     ],
 )
 def test_faults_are_named_in_one_error(changes, fault, golden_dir, tmp_path):
@@ -182,23 +119,8 @@ def test_faults_are_named_in_one_error(changes, fault, golden_dir, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_heads_that_do_not_fit_are_an_error(golden_dir):
-    with pytest.raises(ValueError, match="must divide the 64 channels"):
-        LlamaGenForCausalLM.from_single_file(golden("c2i", golden_dir), grid_size=4, num_attention_heads=5)
-
-
 def test_tokenizers_and_language_models_are_told_apart(golden_dir):
     with pytest.raises(ValueError, match=r"must be a checkpoint of a language model .*`SVQVAE.from_single_file`"):
         read_llamagen(golden_dir / "llamagen_tiny.pt", **GRID)
     with pytest.raises(ValueError, match=r"is a language model of LlamaGen.*`--tokenizer`"):
         read_checkpoint(golden("c2i", golden_dir), SVQVAE)
-
-
-class Payload:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)

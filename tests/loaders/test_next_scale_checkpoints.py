@@ -5,7 +5,7 @@ import torch
 from next_scale_golden import GOLDEN
 from safetensors.torch import save_file
 
-from svqvae_hf import SVQVAE, NextScaleTransformer
+from svqvae_hf import NextScaleTransformer
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 
 
@@ -51,15 +51,11 @@ def change(weights, **changes):
     ("changes", "message"),
     [
         ({"pos_start": None, "head__bias": None}, r"missing \(2\): head\.bias, pos_start\."),
-        ({"head__weight": None}, r"missing: head\.weight\."),
         ({"lvl_1L": torch.zeros(1, 30)}, r"unexpected: lvl_1L\."),
         ({"pos_start": torch.zeros(1, 4, 64)}, r"misshapen: pos_start \(1, 4, 64\) instead of \(1, 1, 64\)"),
-        ({"pos_1LC": torch.zeros(1, 64)}, r"misshapen: pos_1LC \(1, 64\)"),
-        ({"class_emb__weight": torch.zeros(0, 64)}, r"misshapen: class_emb\.weight"),
         ({"class_emb__weight": torch.zeros(1, 64)}, "at least one class"),
         ({"blocks__0__attn__scale_mul_1H11": torch.zeros(1, 5, 1, 1)}, "multiple of its heads"),
         ({"head__bias": torch.full((160,), torch.nan)}, r"not finite: head\.bias"),
-        ({"head__bias": "zeros"}, r"not tensors: head\.bias"),
         ({"word_embed__weight": None}, "must be a checkpoint of FlexVAR's transformer"),
         ({f"blocks__{layer}__x": torch.zeros(1) for layer in range(300)}, "at most 256 layers, got 300"),
     ],
@@ -69,10 +65,3 @@ def test_faults_are_one_error(weights, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         NextScaleTransformer.from_single_file(tmp_path / "wrong.pth")
     assert "\n" not in str(error.value)
-
-
-def test_a_tokenizer_is_no_transformer(golden_dir):
-    with pytest.raises(ValueError, match=r"Load a tokenizer with `SVQVAE\.from_single_file`"):
-        NextScaleTransformer.from_single_file(golden_dir / "flexvar_tiny.pth")
-    with pytest.raises(ValueError, match="must be a checkpoint of a known format"):
-        SVQVAE.from_single_file(GOLDEN)

@@ -20,12 +20,3 @@ def test_readers_return_or_raise_errors_that_name_the_file(reader, tmp_path):
         start = time.process_time()
         READERS[reader](path.read_bytes(), folder)
         assert time.process_time() - start < CPU_SECONDS, path.name
-
-
-def test_check_can_fail(tmp_path, monkeypatch):
-    def broken(path):
-        raise KeyError(path)
-
-    monkeypatch.setattr("readers.load_image", broken)
-    with pytest.raises(KeyError):
-        READERS["image"](b"", tmp_path)

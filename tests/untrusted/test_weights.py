@@ -24,23 +24,3 @@ def test_checkpoint_with_many_levels_or_blocks_is_refused_at_once(golden_dir, tm
 def test_config_with_many_levels_or_blocks_is_refused_at_once(config):
     with pytest.raises(ValueError, match="at most 16 levels and 64 residual blocks"):
         make_tiny(**config)
-
-
-def test_nested_keys_are_shown_by_type(golden_dir, tmp_path):
-    nest = ()
-    for _ in range(12):  # more are refused before
-        nest = (nest, nest)
-    weights = load_file(golden_dir / "svqvae_tiny.safetensors") | {nest: torch.zeros(1)}
-    torch.save({"model": weights}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="unexpected: a key of type tuple") as error:
-        read_checkpoint(tmp_path / "a.pt", SVQVAE)
-    assert len(str(error.value)) < 1000
-
-
-def test_tensors_that_are_not_dense_are_refused(golden_dir, tmp_path):
-    with pytest.warns(UserWarning, match="nested tensors"):
-        nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)])
-    weights = load_file(golden_dir / "svqvae_tiny.safetensors") | {"encoder.conv_in.weight": nested}
-    torch.save({"model": weights}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"not dense: encoder.conv_in.weight"):
-        read_checkpoint(tmp_path / "a.pt", SVQVAE)
