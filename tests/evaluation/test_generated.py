@@ -58,12 +58,6 @@ def test_nearest_neighbours_are_drawn(images):
     assert np.abs(first - nearest).mean() < 1  # the image itself is in the set
 
 
-def test_too_few_images(images):
-    with pytest.raises(ValueError, match=r"more than 3 images, got 3 generated and 10 others"):
-        compare_generated(images[:3], images, {"name": Features()})
-
-
-@pytest.mark.usefixtures("process", "one_accelerator")
 def test_command(images, tmp_path, capsys):
     for folder in ("generated", "photos"):
         (tmp_path / folder).mkdir()

@@ -1,7 +1,5 @@
 import copy
 import functools
-import os
-import pickle
 from urllib.error import URLError
 
 import lpips
@@ -12,7 +10,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.models import get_model
 
-from svqvae_hf.evaluation.perceptual import BACKBONES, load_inception, load_lpips
+from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
 
 MODELS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision's names
 
@@ -62,7 +60,7 @@ def draw_images(side=40):
 
 @pytest.mark.parametrize(
     ("net", "suffix"),
-    [("vgg", ".safetensors"), ("alex", ".safetensors"), ("squeeze", ".safetensors"), ("squeeze", ".pth")],
+    [("vgg", ".safetensors"), ("alex", ".safetensors"), ("squeeze", ".pth")],
 )
 def test_distance_and_gradient_equal_the_package(package_lpips, tmp_path, net, suffix):
     sample, target = draw_images()
@@ -75,8 +73,7 @@ def test_distance_and_gradient_equal_the_package(package_lpips, tmp_path, net, s
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
 
 
-@pytest.mark.parametrize("bias", [-1e-3, 0.0, 1e-25])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, 1e-25), (torch.bfloat16, -1e-3), (torch.float16, 0.0)])
 def test_gradient_is_finite_for_constant_and_identical_images(alex, dtype, bias):
     silent = copy.deepcopy(alex)  # its features of grey, or their squares, are 0
     for name, parameter in silent.net.named_parameters():
@@ -95,40 +92,7 @@ def test_gradient_is_finite_for_constant_and_identical_images(alex, dtype, bias)
         assert sample.grad.isfinite().all()
 
 
-def test_model_stays_frozen_and_in_evaluation_mode(alex):
-    nn.ModuleList([alex]).train()
-    assert not any(module.training for module in alex.modules())
-    assert not any(parameter.requires_grad for parameter in alex.parameters())
-    sample, target = draw_images()
-    assert torch.equal(alex(sample, target), alex(sample, target))
-    reference = alex(target, sample.detach())
-    assert not reference.requires_grad
-
-
-@pytest.mark.parametrize("net", BACKBONES)
-def test_min_side_is_the_smallest_that_works(package_lpips, net):
-    network = copy.deepcopy(package_lpips(net).net).to("meta")
-
-    def works(height, width):
-        try:
-            network(torch.empty(1, 3, height, width, device="meta"))
-        except RuntimeError:
-            return False
-        return True
-
-    side = BACKBONES[net].min_side
-    assert works(side, side)
-    assert not any(works(smaller, 64) or works(64, smaller) for smaller in range(1, side))
-
-
 # Files
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_file_of_another_network_is_an_error(tmp_path, suffix):
-    path = save_backbone("squeeze", tmp_path / f"weights{suffix}")
-    with pytest.raises(ValueError, match=r"must hold torchvision's AlexNet, but these .*features\.0\.weight.*another"):
-        load_lpips("alex", path)
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "misshapen"])
@@ -144,53 +108,7 @@ def test_faulty_weights_are_named(tmp_path, fault):
         load_lpips("squeeze", tmp_path / "weights.pth")
 
 
-def test_unknown_network_is_an_error():
-    with pytest.raises(ValueError, match="must be one of vgg, alex, squeeze, got 'resnet'"):
-        load_lpips("resnet")
-
-
-def test_missing_file_is_named(tmp_path):
-    for path in (tmp_path / "nowhere.pth", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"`{path}` is not one"):
-            load_lpips("alex", path)
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("load", [load_inception, lambda path: load_lpips("alex", path)])
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
-def test_pickle_with_code_does_not_run(tmp_path, save, load):
-    save({"features.0.weight": Malicious(tmp_path / "ran")}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="a pickle with weights only, but cannot be read as one"):
-        load(tmp_path / "weights.pth")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    "content", [torch.ones(2), {"state_dict": {"features.0.weight": torch.ones(2)}}, {0: torch.ones(1)}]
-)
-def test_pickle_of_anything_but_a_state_dict_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="must be a state dict"):
-        load_lpips("alex", tmp_path / "weights.pth")
-
-
-@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"no weights"])
-def test_broken_file_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read as one"):
-        load_lpips("alex", tmp_path / name)
-
-
-@pytest.mark.parametrize("net", BACKBONES)
-def test_weights_are_downloaded_from_torchvision(monkeypatch, net):
+def test_weights_are_downloaded_from_torchvision(monkeypatch):
     asked = []
 
     def no_network(url, **options):
@@ -199,15 +117,8 @@ def test_weights_are_downloaded_from_torchvision(monkeypatch, net):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     with pytest.raises(OSError, match=r"Could not download the weights .*no network.* pass its path"):
-        load_lpips(net)
-    assert asked == [(MODELS[net], True, True)]
-
-
-def test_downloaded_weights_are_loaded(monkeypatch, alex, tmp_path):
-    path = save_backbone("alex", tmp_path / "weights.pth")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: torch.load(path, weights_only=True))
-    sample, target = draw_images()
-    assert torch.equal(load_lpips("alex")(sample, target), alex(sample, target))
+        load_lpips("alex")
+    assert asked == [(MODELS["alex"], True, True)]
 
 
 # Inception

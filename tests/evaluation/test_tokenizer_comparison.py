@@ -271,7 +271,6 @@ def test_wrong_options(images):
         compare_tokenizers([Exact()], images, resolution=0)
 
 
-@pytest.mark.usefixtures("process", "one_accelerator")
 def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys):
     for name in ("AutoencoderKL", "ChameleonVQVAE"):
         make_tokenizer(name).save_pretrained(tmp_path / name)
@@ -306,7 +305,6 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
         assert figure.width > 1000
 
 
-@pytest.mark.usefixtures("process", "one_accelerator")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -325,7 +323,6 @@ def test_wrong_inputs_of_a_comparison(tmp_path, two_images, saved_model, capsys,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("process", "one_accelerator")
 def test_one_model_of_another_class_is_compared(tmp_path, two_images):
     make_tokenizer("VQModel").save_pretrained(tmp_path / "vq")
     assert svqvae("evaluate", tmp_path / "vq", two_images, "--output", tmp_path / "out", "--codecs") == 0

@@ -1,5 +1,3 @@
-import errno
-
 import fsspec
 import pytest
 
@@ -52,19 +50,3 @@ def test_a_new_file_is_complete_or_absent(folder):
     assert folder.names("a") == {"b.txt"}
     with pytest.raises(FileNotFoundError), folder.new_file("a/c.txt") as path:
         pass  # the file was not written
-
-
-def test_errors_name_the_file_and_the_reason(tmp_path, monkeypatch):
-    def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    folder = Folder("memory://full")
-    monkeypatch.setattr(folder.files, "pipe_file", full)
-    with pytest.raises(OSError, match=r"`memory://full/a` cannot be written: No space left on device\.$") as caught:
-        folder.write("a", b"")
-    assert caught.value.errno == errno.ENOSPC
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(OSError, match=r"/file/a` cannot be read: Not a directory\.$"):
-        Folder(tmp_path / "file").read("a")
-    with pytest.raises(ValueError, match="`nope://bucket` cannot be reached: Protocol not known: nope"):
-        Folder("nope://bucket")

@@ -1,9 +1,8 @@
 import errno
 
 import pytest
-from PIL import Image
 
-from svqvae_hf.files.outputs import save_png, write_file
+from svqvae_hf.files.outputs import write_file
 
 
 def names(folder):
@@ -35,14 +34,3 @@ def test_errors_name_the_target_and_not_the_temporary_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"/file/a` cannot be written: Not a directory\.$"):
         write_file(tmp_path / "file" / "a", b"new")
-
-
-def test_longest_file_name(tmp_path):
-    write_file(tmp_path / ("n" * 255), b"new")
-    assert names(tmp_path) == ["n" * 255]
-
-
-def test_png_in_new_folder(tmp_path):
-    save_png(Image.new("RGB", (2, 3), "teal"), tmp_path / "new" / "a.png")
-    with Image.open(tmp_path / "new" / "a.png") as image:
-        assert image.size == (2, 3)

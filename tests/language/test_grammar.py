@@ -55,21 +55,6 @@ def test_sampled_sequences_match_the_regular_expression(family):
             assert pattern.fullmatch(processor.tokenizer.decode(sequence))
 
 
-def test_regular_expression_of_single_cases():
-    vocabulary = ImageVocabulary(100, 64, "", 4, [(1, 2), (2, 2)])
-    pattern = re.compile(grammar_regex(vocabulary))
-    begin, end, code = "<|image_begin|>", "<|image_end|>", "<|image_00063|>"
-    image = f"{begin}<|image_1x2|>{code}{code}{end}"
-    right = ["", "a < b <| c <|im_end|> <<|image", image, f"<{image}<|{image}{image}\n", "<|im<|i"]
-    assert all(pattern.fullmatch(text) for text in right)
-    wrong = [
-        *(code, f"{begin}", f"{begin}{code}", f"{begin}<|image_1x2|>{code}{end}", f"{image}{end}", f"<{code}"),
-        *(f"{begin}<|image_1x2|>{code}{code}{code}{end}", f"{begin}<|image_3x2|>{code * 6}{end}"),
-        *(image.replace("63", "64"), image.replace("00063", "63"), f"{begin}<|image_1x2|>{code} {code}{end}"),
-    ]
-    assert not any(pattern.fullmatch(text) for text in wrong)
-
-
 @pytest.mark.parametrize("codebook_size", [1, 64, 100, 4096, 16384])
 def test_regular_expression_takes_every_code_and_no_other(codebook_size):
     vocabulary = ImageVocabulary(0, codebook_size, "", 4, [(1, 1)])
@@ -168,9 +153,3 @@ def test_text_is_not_guided():
     for logits, scores in zip(result.logits, result.scores, strict=True):
         first = processor.vocabulary.first_token
         assert torch.equal(scores[:, :first], logits.float().log_softmax(-1)[:, :first])
-
-
-def test_a_plain_language_model_is_refused():
-    config = load_extended("qwen")[0].config.__class__()
-    with pytest.raises(ValueError, match="the model has no image tokens. Add them with `svqvae extend-lm`"):
-        ImageGrammar(config)
