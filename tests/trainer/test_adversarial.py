@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf.trainer.losses.adversarial import (
-    MIN_SIDE,
     LeCAM,
     PatchDiscriminator,
     adaptive_weight,
@@ -26,11 +25,6 @@ def one_process(tensor):
 
 
 # Discriminator
-
-
-@pytest.mark.parametrize(("height", "width"), [(MIN_SIDE, MIN_SIDE), (31, 47), (70, 32), (25, 128)])
-def test_logits_are_8_pixels_apart(discriminator, height, width):
-    assert discriminator(torch.rand(2, 3, height, width)).shape == (2, 1, height // 8 - 2, width // 8 - 2)
 
 
 def test_a_logit_sees_a_patch_of_70_pixels(discriminator):
@@ -59,14 +53,7 @@ def test_hinge_is_zero_beyond_its_margins_and_pushes_within():
     torch.testing.assert_close(real.grad, torch.tensor([-1.0, -1, -1, 0, 0]) / 10)
     torch.testing.assert_close(fake.grad, torch.tensor([0.0, 0, 1, 1, 1]) / 10)
     assert hinge_discriminator_loss(real[3:], fake[:2]) == 0
-
-
-def test_the_model_raises_the_logits_of_its_reconstructions():
-    fake = torch.randn(2, 1, 3, 3, requires_grad=True)
-    loss = hinge_generator_loss(fake)
-    loss.backward()
-    assert loss.item() == pytest.approx(-fake.mean().item())
-    assert fake.grad.eq(-1 / 18).all()
+    assert hinge_generator_loss(fake) == -fake.mean()
 
 
 # LeCAM
@@ -118,20 +105,6 @@ def test_weighted_generator_loss_pulls_as_hard_as_the_reconstruction_loss(factor
     torch.testing.assert_close(pull, layer.gradient(reconstruction).norm(), rtol=1e-4, atol=0)
     (reconstruction + weight * factor * generator).backward()
     assert layer.conv.weight.grad.isfinite().all()
-
-
-def test_weight_of_two_processes_is_the_weight_of_their_joined_batch():
-    layer = LastLayer()
-    halves = (slice(0, 2), slice(2, 4))
-    sent = []
-    for rows in halves:
-        adaptive_weight(*layer.losses(rows), layer.conv.weight, lambda gradients: sent.append(gradients) or gradients)
-    joined = adaptive_weight(*layer.losses(), layer.conv.weight, one_process)
-    for rows in halves:
-        weight = adaptive_weight(*layer.losses(rows), layer.conv.weight, lambda _: torch.stack(sent).mean(0))
-        torch.testing.assert_close(weight, joined)
-        alone = adaptive_weight(*layer.losses(rows), layer.conv.weight, one_process)
-        assert abs(alone / joined - 1) > 0.01
 
 
 def test_small_gradients_survive_float16():

@@ -1,5 +1,4 @@
 import json
-import signal
 from collections import Counter
 
 import numpy as np
@@ -55,14 +54,6 @@ def test_resumed_loader_continues_exactly(sets, kind, num_workers, num_processes
         resumed.load_state_dict(states[done - 1])
         assert_equal(list(resumed), batches[done:])
         assert resumed.state_dict() == states[-1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_seed_decides_the_order(sets, kind):
-    images = open_set(sets[kind, "whole"], kind)
-    batches = list(crop_loader(images))
-    assert_equal(list(crop_loader(images)), batches)
-    assert [numbers(batch) for batch in crop_loader(images, seed=1)] != [numbers(batch) for batch in batches]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,17 +163,6 @@ def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_p
     assert all(batch.labels == numbers(batch) for batch in batches)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_images_without_a_label_are_replaced_and_named(tmp_path, streaming):
-    rows = [{"bytes": encode(numbered(number)), "path": f"{number}.png"} for number in range(4)]
-    Dataset.from_dict({"label": [0, None, 2, 3], "png": rows}).to_parquet(tmp_path / "set.parquet")
-    images = open_images([str(tmp_path)], copy=not streaming)
-    batches = list(crop_loader(images, num_batches=4, label_column="label"))
-    assert {number for batch in batches for number in batch.labels} == {0, 2, 3}
-    skipped = {(each.key, each.reason) for batch in batches for each in batch.skipped}
-    assert skipped == {("1.png", "it has no label.")}
-
-
 # Unreadable images
 
 
@@ -216,27 +196,4 @@ def test_a_set_without_a_readable_image_is_an_error(tmp_path, kind):
         centre_crops(images, 1, 16, (0, 1))
 
 
-def test_more_processes_than_images_of_a_stream_are_refused(tmp_path):
-    write_set(tmp_path / "set", "parquet", [encode(numbered(0))])
-    images = open_set(tmp_path / "set", "parquet")
-    with pytest.raises(ValueError, match="Each process must get images of the stream, but one got none"):
-        next(iter(crop_loader(images, process_index=1, num_processes=2)))
-
-
 # Workers
-
-
-def test_workers_leave_signals_to_the_trainer(sets, monkeypatch):
-    def signals_as_image(file):
-        ignored = [signal.getsignal(each) == signal.SIG_IGN for each in (signal.SIGINT, signal.SIGTERM)]
-        return numbered(10 * ignored[0] + ignored[1])
-
-    monkeypatch.setattr("svqvae_hf.data.image_rows.load_image", signals_as_image)
-    handlers = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        images = open_set(sets["folder", "whole"], "folder")
-        assert [numbers(batch) for batch in crop_loader(images, num_workers=2, num_batches=3)] == [[11, 11]] * 3
-        assert [numbers(batch) for batch in crop_loader(images, num_batches=1)] == [[0, 0]], "this one keeps its own"
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)

@@ -45,26 +45,6 @@ def test_rotated_crops_have_all_eight_orientations(ramp):
     assert slopes == {(a * 60, b) for a in (1, -1) for b in (1, -1)} | {(a, b * 60) for a in (1, -1) for b in (1, -1)}
 
 
-def test_centre_without_flip(ramp):
-    batches = list(crop_loader(ramp, policy(center_crop=True), num_batches=2))
-    expected = centre_crops(ramp, 1, 16, (0, 1))
-    red, green, _ = (expected[0] * 255).round().long()
-    assert divmod((red * 256 + green).min().item(), 60) == ((48 - 16) // 2, (60 - 16) // 2)
-    for batch in batches:
-        assert torch.equal(batch.sample, expected.expand(2, -1, -1, -1))
-
-
-def test_synthetic_crops_replace_their_fraction_and_leave_the_others_as_they_are(ramp):
-    def load(fraction):
-        (batch,) = crop_loader(ramp, policy(batch_size=400, synthetic_fraction=fraction), num_batches=1)
-        return batch.sample
-
-    plain, mixed = load(0.0), load(0.25)
-    replaced = (plain != mixed).flatten(1).any(1)
-    assert 0.2 < replaced.float().mean() < 0.3
-    assert torch.equal(load(0.25), mixed)
-
-
 def test_images_are_resized_within_the_range(tmp_path):
     gradient = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (160, 200, 3))
     (tmp_path / "set").mkdir()

@@ -30,7 +30,6 @@ OPTIONS = {
     **{"validation_scales": [1.0], "num_validation_images": 100, "dataloader_num_workers": 0},
 }
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
 run = partial(training_runs.run, train.main, TrainOptions)
 
 

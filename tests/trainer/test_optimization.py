@@ -8,8 +8,6 @@ from train import CONVOLUTION_NDIM
 
 from svqvae_hf.trainer.optimization import clip_and_step, parameter_groups, rescale_gradients
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
-
 
 def test_weight_decay_excludes_norms_biases_and_codes():
     model = make_tiny()

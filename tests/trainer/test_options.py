@@ -3,7 +3,6 @@ import shlex
 
 import pytest
 import yaml
-from accelerate.commands.config import load_config_from_file
 from conftest import ROOT
 from train_autoregressive import AutoregressiveOptions
 from train_latent_diffusion import DiffusionOptions
@@ -42,23 +41,12 @@ def test_wrong_files_are_refused(tmp_path, text, message):
         read_options(TrainOptions, [str(file)])
 
 
-@pytest.mark.parametrize("flag", ["--lerning_rate=1", "--learning=1"])
-def test_unknown_flags_are_refused(flag):
-    with pytest.raises(ValueError, match=flag):
-        read_options(TrainOptions, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
-
-
 @pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet", "--lr_scheduler=piecewise_constant"])
 def test_wrong_values_of_flags_are_refused(flag, capsys):
     with pytest.raises(ValueError, match=f"^argument {flag.split('=')[0]}.*: invalid .*{flag.split('=')[1]}") as error:
         read_options(TrainOptions, [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
     assert "\n" not in str(error.value)
     assert not "".join(capsys.readouterr())
-
-
-def test_missing_options_are_named():
-    with pytest.raises(ValueError, match="^the following arguments are required: --output_dir"):
-        read_options(TrainOptions, [])
 
 
 def test_flags_override_a_file_with_nothing(tmp_path):
@@ -69,37 +57,16 @@ def test_flags_override_a_file_with_nothing(tmp_path):
     assert read_options(TrainOptions, [str(file), *flags]) == TrainOptions(**NEEDED)
 
 
-def test_recipe_of_photographs_can_be_tried_for_a_few_steps():
-    recipe = str(ROOT / "training" / "configs" / "train_photos.yaml")
-    flags = ["--train_data_dir", "photos", "--output_dir", "out", "--max_train_steps", "500"]
-    options = read_options(TrainOptions, [recipe, *flags])
-    assert options.kmeans_steps == [1, 8000, 17000]
-
-
-def test_no_in_a_file_is_a_choice(tmp_path):
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(NEEDED) + "mixed_precision: no\n")
-    assert read_options(TrainOptions, [str(file)]).mixed_precision == "no"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"crop_sizes": [24]}, r"`--crop_sizes` must divide `--resolution` = 256, but are \[24\]"),
-        (
-            {"output_dir": "s3://bucket/run"},
-            "`s3://bucket/run` must be a local path .* because `s3://` is not supported",
-        ),
         ({"max_train_steps": 0}, "`--max_train_steps` must be more than 0, but is 0"),
         ({"lpips_weight": -1.0}, "`--lpips_weight` must not be negative, but is -1.0"),
         ({"synthetic_fraction": 2.0}, r"must lie in \[0, 1\], but is 2.0"),
         ({"scales": [0.5]}, "`--scales` must contain 1"),
-        ({"validation_scales": [0.0]}, "`--scales` and `--validation_scales` must be more than 0"),
-        ({"max_grad_norm": 0.0}, "`--max_grad_norm` must be more than 0, but is 0.0"),
         ({"private": True}, "`--private` needs `--push_to_hub`"),
         ({"hub_model_id": "org/name"}, "`--hub_model_id` needs `--push_to_hub`"),
-        ({"push_to_hub": True, "hub_model_id": "my name"}, "`--hub_model_id` must be `org/name`, got 'my name'"),
-        ({"seed": -1}, "`--seed` must not be negative, but is -1"),
         (
             {"adversarial_weight": 1.0, "adversarial_start": 9, "max_train_steps": 9},
             "`--adversarial_start` must be less than .* = 9, but",
@@ -112,24 +79,20 @@ def test_no_in_a_file_is_a_choice(tmp_path):
         ({"scales": [1.0], "token_budget": 2.0}, "and not be used with `--scales`"),
         ({"spread_weight": 1.0, "train": "decoder"}, "keeps codes and latents, but `--spread_weight` moves them"),
         ({"token_budget": 0.5}, "`--token_budget` must be at least 1, the full scale"),
-        ({"resize_range": [2.0, 1.0]}, "the smaller first"),
         (
             {"kmeans_steps": [100_001, 100_000]},
             "The first of `--kmeans_steps` must lie between 0 and .* = 100000, but is 100000",
         ),
         ({"adversarial_weight": 1.0, "crop_sizes": [16]}, "at least 24 pixels, but one has 16"),
         ({"full_crops_from": 5}, "needs smaller `--crop_sizes` for the steps before"),
-        ({"full_crops_from": -5}, "must not be negative, but is -5"),
         ({"scales": [1.0], "scale_probabilities": [0.5, 0.5]}, "one fraction for each of `--scales`"),
         ({"scales": [1.0, 0.5], "scale_probabilities": [0.5, 0.4]}, r"and sum to 1, but are \[0.5, 0.4\]"),
-        ({"scales": [1.0, 0.5], "scale_probabilities": [1.5, -0.5]}, r"and sum to 1, but are \[1.5, -0.5\]"),
         (
             {"scales": [1.0, 0.25], "scale_probabilities": [0.5, 0.5], "resolution": 64, "adversarial_weight": 1.0},
             "at least 24 pixels, but one has 16",
         ),
         ({"train": "decoder"}, "so it needs `--pretrained_model_name_or_path`"),
         ({"train_data_dir": None}, "Exactly one of `--dataset_name` and `--train_data_dir`"),
-        ({"pretrained_model_name_or_path": "x"}, "Exactly one of `--model_config_name_or_path`"),
     ],
 )
 def test_invalid_values_are_refused(options, message):
@@ -168,8 +131,3 @@ def test_new_model_quantises_from_its_first_kmeans_and_a_pretrained_one_at_once(
     assert TrainOptions(**NEEDED).quantize_from == 0
     trained = NEEDED | {"model_config_name_or_path": None, "pretrained_model_name_or_path": "org/svqvae"}
     assert TrainOptions(**trained, kmeans_steps=[7, 5]).quantize_from == 0
-
-
-def test_launcher_settings_are_known_to_accelerate():
-    settings = load_config_from_file(str(ROOT / "training" / "configs" / "ddp.yaml"))
-    assert settings.num_processes == 8

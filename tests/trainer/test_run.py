@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,11 @@ import yaml
 from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch._utils import ExceptionWrapper
 from training_runs import cpu, forget_accelerate, logged
 
 from svqvae_hf.trainer.optimization import hyperparameters, make_optimizer
 from svqvae_hf.trainer.options import RunOptions
 from svqvae_hf.trainer.run import LOCK, Run, make_accelerator, one_line_errors
-
-pytestmark = pytest.mark.usefixtures("one_accelerator")
 
 
 class ToyLoader:
@@ -231,22 +227,9 @@ def test_only_one_run_trains_in_a_folder_and_a_killed_one_does_not_block_it(opti
 
 def test_log_lines_say_how_long_it_takes(options, caplog):
     caplog.set_level("INFO")
-    train(options | {"logging_steps": 2}, lambda step, network: time.sleep(0.6) or 1.0)
-    times = r"step (\d+) of 6 \(0:00:(\d+) elapsed, 0:00:(\d+) left, \d+\.\d GiB\): train/loss \d"
-    steps, elapsed, left = zip(*[map(int, each) for each in re.findall(times, caplog.text)], strict=True)
-    assert steps == (2, 4, 6)
-    assert elapsed[0] < elapsed[1] < elapsed[2]
-    assert left[0] > left[1] > left[2] == 0
-
-
-def test_run_says_what_it_trains_and_where_it_saved(options, caplog):
-    caplog.set_level("INFO")
-    run = train(options | {"gradient_accumulation_steps": 2})
-    line = "Training on toys: 16 of 16 parameters, 6 of 6 steps left with a batch of 16, 1 process on cpu"
-    assert line in caplog.text
-    run.repo_id = None
-    run.publish(lambda folder: None, "card")
-    assert f"Saved to {run.output_dir}" in caplog.text
+    train(options | {"logging_steps": 3})
+    times = r"step (\d+) of 6 \(0:00:\d+ elapsed, 0:00:\d+ left, \d+\.\d GiB\): train/loss \d"
+    assert re.findall(times, caplog.text) == ["3", "6"]
 
 
 # The accelerator
@@ -272,37 +255,3 @@ def test_settings_of_accelerate_cannot_change_the_accumulation(options, monkeypa
 
 
 # Errors
-
-
-def fail(error, in_worker):
-    """Raises an error; in a worker, as a loader does whose process met it while it handled another."""
-    if not in_worker:
-        raise error
-    try:
-        try:
-            raise KeyError("before")
-        except KeyError as cause:
-            raise error from cause
-    except (ValueError, OSError):
-        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
-    wrapper.reraise()
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (ValueError("first\n  second"), "first second"),
-        (OSError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
-        (ValueError(), "ValueError()"),
-    ],
-)
-@pytest.mark.parametrize("in_worker", [False, True])
-def test_errors_are_one_line_with_the_whole_message(capsys, error, line, in_worker):
-    with pytest.raises(SystemExit) as stop, one_line_errors():
-        fail(error, in_worker)
-    assert stop.value.code == 2
-    written = capsys.readouterr().err
-    name = type(error).__name__
-    expected = line if not in_worker else f"{name}: {line}".removesuffix(f": {name}()")
-    assert written.endswith(f": error: {expected}\n")
-    assert written.count("\n") == 1

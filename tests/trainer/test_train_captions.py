@@ -39,7 +39,6 @@ GOLDEN = ROOT / "tests" / "golden" / "llamagen_gpt_t2i_tiny.pt"
 GREEDY = {"temperature": 0, "output_type": "latent"}
 
 pytestmark = [
-    pytest.mark.usefixtures("one_accelerator"),
     # peft asks transformers for it, whenever it wraps a model
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
@@ -147,11 +146,8 @@ def test_lora_learns_images_by_heart_and_can_be_switched_off(fine_tuning, parts)
         assert torch.equal(pipeline(prompt=CAPTIONS, **GREEDY, guidance_scale=2).images, before)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_resumed_run_equals_an_unbroken_one(options, fine_tuning, lora):
-    chosen = fine_tuning | {"lora_rank": 2} if lora else options
-    weights = "adapter_model.safetensors" if lora else "language_model/model.safetensors"
-    whole, resumed = train_at_once_and_resumed(train, weights, chosen)
+def test_resumed_run_of_an_adapter_equals_an_unbroken_one(fine_tuning):
+    whole, resumed = train_at_once_and_resumed(train, "adapter_model.safetensors", fine_tuning | {"lora_rank": 2})
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
@@ -180,16 +176,13 @@ def test_a_random_caption_of_several_is_read_and_cut_unless_it_is_dropped(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caption_column": "key2"}, "must hold texts or lists of texts, but 'key2' holds None"),
         ({"caption_column": "height"}, "must hold texts or lists of texts, but 'height' holds Value"),
         ({"text_encoder_name_or_path": None}, "`--caption_column` needs a text encoder"),
         ({"model_config_name_or_path": "llama.json"}, "LlamaForCausalLM takes none. Use a config of type llamagen"),
         ({"label_column": "label"}, "Only one of `--caption_column` and `--label_column`"),
         ({"caption_column": None}, "`--text_encoder_name_or_path` needs `--caption_column`"),
         ({"lora_rank": 2}, "`--lora_rank` needs `--pretrained_model_name_or_path`"),
-        ({"pretrained_model_name_or_path": "converted"}, "Exactly one of `--model_config_name_or_path`"),
         ({"token_set": "no_captions"}, "must hold a caption in each row, but 'caption' has empty"),
-        ({"token_set": "empty"}, "must hold a caption in each row, but 'caption' has empty"),
         ({"token_set": "empty_lists"}, "must hold a caption in each row, but 'caption' has empty"),
         ({"token_set": "wide"}, "has 4 x 4 ids per image, but images of 16 x 32"),
     ],
@@ -207,7 +200,6 @@ def make_wrong_parts(parts: Path) -> None:
     (parts / "llama.json").write_text(json.dumps(llama | {"model_type": "llama"}))
     for name, captions in (
         ("no_captions", ["a cat", None]),
-        ("empty", ["a cat", ""]),
         ("empty_lists", [["a cat"], []]),
         ("wide", CAPTIONS),
     ):
@@ -218,14 +210,3 @@ def make_wrong_parts(parts: Path) -> None:
     width = table.column_names.index("width")
     table = table.set_column(width, "width", pa.array([32] * len(table)))
     pq.write_table(table, file)
-
-
-def test_another_pipeline_than_the_token_sets_is_an_error(fine_tuning, parts, tmp_path):
-    pipeline = load(parts / "converted")
-    tokens = tmp_path / "tokens"
-    tokenize_set(
-        pipeline.vqvae, open_images([str(parts / "photos")]), tokens, model_name="vqvae", crops="centre", resolution=8
-    )
-    write_captions(tokens, CAPTIONS)
-    with cpu(), pytest.raises(ValueError, match="must have the sequences of the pretrained pipeline.*height=16"):
-        main(AutoregressiveOptions(**(fine_tuning | {"token_set": str(tokens)})))

@@ -65,22 +65,3 @@ def test_mean_weighs_each_batch_by_its_age():
         weights = 0.9 ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
         expected = (weights[:, None, None] * batches[:count]).sum(0) / weights.sum()
         torch.testing.assert_close(average.mean, expected.float())
-
-
-def test_batch_with_a_value_that_is_not_finite_is_skipped():
-    average, expected = MovingAverage((2,), 0.5), MovingAverage((2,), 0.5)
-    for batch in ([1.0, 2.0], [torch.nan, 5.0], [3.0, -torch.inf], [4.0, 0.0]):
-        average.update(torch.tensor(batch))
-        if torch.tensor(batch).isfinite().all():
-            expected.update(torch.tensor(batch))
-    assert average.mean.tolist() == expected.mean.tolist()
-
-
-def test_loss_keeps_the_mean_it_was_computed_with():
-    average = MovingAverage((1,), 0.5)
-    average.update(torch.tensor([2.0]))
-    value = torch.ones(1, requires_grad=True)
-    loss = (value * average.mean).sum()
-    average.update(torch.tensor([8.0]))
-    loss.backward()
-    assert value.grad.item() == 2
