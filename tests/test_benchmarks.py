@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from llamagen_checkout import MODULES, make_checkout
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +37,7 @@ def load(monkeypatch):
     """Imports a module of benchmarks/."""
     monkeypatch.setattr(sys, "path", [BENCHMARKS, *sys.path])
     yield importlib.import_module
-    for module in ("svqvae", *MODULES):
-        sys.modules.pop(module, None)
+    sys.modules.pop("svqvae", None)
 
 
 @pytest.fixture
@@ -73,10 +71,9 @@ def run(load, monkeypatch, tmp_path) -> Callable[..., list[list[dict]]]:
 
 @pytest.fixture
 def inputs(tmp_path, photo) -> Path:
-    """Folder of a stand-in for each original code and of a photograph."""
+    """Folder of a stand-in for the original code and of a photograph."""
     (tmp_path / "svqvae").mkdir()
     (tmp_path / "svqvae" / "svqvae.py").write_text(CHECKOUT)
-    make_checkout(tmp_path / "llamagen")
     (tmp_path / "photos").mkdir()
     photo.crop((100, 50, 228, 146)).save(tmp_path / "photos" / "cat.png")
     return tmp_path
@@ -95,7 +92,6 @@ COMMANDS = [  # options that shrink the work
     "baselines photos --fit photos --scales 1 0.5 --side 4 --codes 64",
     "next_scale --side 4 --steps 3 --batch 2 --hidden-size 64 --layers 1",
     "generation --sides 4 --batch 2 --hidden-size 64 --layers 1 --guidance-scale 2",
-    "llamagen --original llamagen --side 2 --hidden-size 32 --layers 1 --heads 2 --batches 2",
 ]
 
 

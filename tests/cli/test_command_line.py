@@ -153,10 +153,7 @@ def test_urls_are_refused_where_local_paths_are_needed(tmp_path, capsys, monkeyp
     url = "s3://bucket/x"
     for argv in (
         *([name, url, "--output", "out"] for name in ("reconstruct", "encode", "decode", "export", "generate")),
-        *([name, "in", "--output", url] for name in ("reconstruct", "encode", "decode", "export", "generate")),
         ["detokenize", "in", "--output", url],
-        ["evaluate", "model", "in", "--output", url],
-        ["convert", url, "out"],
         ["convert", GOLDEN, url],
         ["info", url],
         ["demo", "--model", url],

@@ -86,15 +86,6 @@ def test_pictures_of_the_steps(kind, steps, saved, saved_next_scale, tmp_path):
         assert np.array_equal(strip.crop((image.width * (steps - 1), 0, *strip.size)), image)
 
 
-def test_out_of_memory_advises_a_smaller_batch(saved, tmp_path, monkeypatch, capsys):
-    def fail(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr("svqvae_hf.SVQVAEAutoregressivePipeline.__call__", fail)
-    for count, advice in ((40, "16 images at once. Use a --batch-size below 16"), (1, "Use --dtype bfloat16")):
-        assert advice in fails(capsys, "generate", saved, "--num-images", count, "--output", tmp_path / "out")
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
 def test_an_adapter_is_merged(saved, tmp_path, capsys):
     language_model = make_autoregressive().language_model

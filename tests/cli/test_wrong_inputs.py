@@ -1,4 +1,4 @@
-"""Each command with three wrong inputs: one line that says what is wrong, exit code 2, and nothing is left."""
+"""Each command with two wrong inputs: one line that says what is wrong, exit code 2, and nothing is left."""
 
 import pytest
 from cli_runner import fails
@@ -9,13 +9,11 @@ from svqvae_cli.command_line import COMMANDS
 WRONG = {  # words on the command line, and a part of the message
     "reconstruct": [
         ("broken.png --output out --model {model}", "`broken.png` (5 bytes) is not a readable image"),
-        ("empty --output out", "the folder `empty`, subfolders included, has no file that ends in .bmp"),
         ("two_images --output two_images", "--output must not be an input folder, got `two_images`"),
     ],
     "encode": [
         ("nowhere.png --output out", "no file or folder matches `nowhere.png`"),
         ("two_images/a.png --output out --model {model} --scales 1e9", "would take about"),
-        ("two_images/a.png --output broken.png", "--output must be a writable folder, but `broken.png` is not"),
     ],
     "decode": [
         (
@@ -23,56 +21,45 @@ WRONG = {  # words on the command line, and a part of the message
             "the folder `two_images`, subfolders included, has no file that ends in .safetens",
         ),
         ("two_images/a.png --output out", "`two_images/a.png` must be a safetensors file"),
-        ("{golden} --output out", "is not a token file"),
     ],
     "tokenize": [
         ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
         ("two_images out --sides 1 2", "--sides needs square crops of one size. Add --crops centre --resolution"),
-        ("two_images out --model {model} --batch-size 0", "`batch_size` must be at least 1, got 0"),
     ],
     "detokenize": [
         ("nowhere --output out", "a token set must be a folder with svqvae_tokens.json"),
         ("two_images --output out", "but `two_images` is neither"),
-        ("two_images --output out --max-images many", "argument --max-images: invalid int value: 'many'"),
     ],
     "evaluate": [
         ("{model} broken.png --output out", "none of 1 is. The first, `broken.png`: the image (5 bytes) is not"),
         ("./nowhere two_images --output out", "there is no file or folder `./nowhere`"),
-        ("{model} two_images --output out --codecs gif", "argument --codecs: invalid choice: 'gif'"),
     ],
     "convert": [
         ("broken.png out", "`broken.png` must be a whole PyTorch checkpoint"),
-        ("nowhere.pt out", "There is no file `nowhere.pt`"),
         ("{golden} two_images", "`two_images` must be a new or empty folder, but it is not empty"),
     ],
     "export": [
         ("broken.png --output out", "a model must be a folder or a Hub id, got the file `broken.png`"),
         ("empty --output out", "could not load the model `empty`"),
-        ("{model} --output two_images", "two_images"),
     ],
     "extend-lm": [
         ("empty out --vqvae {model}", "`empty` must be a causal language model of transformers with its tokenizer"),
         ("empty out", "the following arguments are required: --vqvae"),
-        ("empty out --vqvae {model} --grids 16", "a grid must be rows x columns of codes, such as 16x24, got '16'"),
     ],
     "generate": [
         ("empty --output out", "could not load the model `empty`"),
-        ("{model} --output out", "could not load the model"),
         ("{model} --output out --seed x", "argument --seed: invalid int value: 'x'"),
     ],
     "caption": [
         ("two_images --output out", "the following arguments are required: --model"),
-        ("two_images --output out --model nowhere", "there is no file or folder `nowhere`"),
         ("two_images/a.png --output out --model {model}", "the model has no image tokens. Add them with `svqvae ext"),
     ],
     "info": [
         ("two_images/a.png", "info describes models and tokens, got the image `two_images/a.png`"),
-        ("empty", "could not load the model `empty`"),
         ("", "the following arguments are required: PATH"),
     ],
     "demo": [
         ("--port 0", "a port must be a whole number from 1 to 65535, got '0'"),
-        ("--port 65536", "a port must be a whole number from 1 to 65535, got '65536'"),
         ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ],
 }
@@ -91,6 +78,6 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_each_command_has_three_wrong_inputs():
+def test_each_command_has_two_wrong_inputs():
     assert list(WRONG) == [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
-    assert {len(cases) for cases in WRONG.values()} == {3}
+    assert {len(cases) for cases in WRONG.values()} == {2}

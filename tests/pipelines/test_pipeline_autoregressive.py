@@ -202,6 +202,21 @@ def test_the_callback_sees_each_row_and_each_whole_scale(pipeline):
         torch.testing.assert_close(previews[-1][1], image)
 
 
+def test_ids_that_the_callback_returns_replace_the_sampled_ones(pipeline):
+    fixed = torch.arange(8).reshape(2, 1, 4)
+
+    def replace_a_row(pipe, step, scale, tensors):
+        if scale == 1.0 and tensors["ids"].shape[1] == 3:
+            return {"ids": torch.cat([tensors["ids"][:, :2], fixed], dim=1)}
+        return None
+
+    call = {"class_labels": [0, 1], "temperature": 0, "guidance_scale": 2.0}
+    plain, replaced = sample_ids(pipeline, **call), sample_ids(pipeline, **call, callback_on_step_end=replace_a_row)
+    assert torch.equal(replaced[-1][:, :2], plain[-1][:, :2])
+    assert torch.equal(replaced[-1][:, 2:3], fixed)
+    check_greedy(pipeline, replaced, torch.tensor([0, 1]), guidance_scale=2.0, given=(0, 0, 3))
+
+
 def test_the_callback_ends_the_sampling(pipeline):
     def end_after_three_rows(pipe, step, scale, tensors):
         pipe._interrupt = scale == 1.0 and tensors["ids"].shape[1] == 3
