@@ -1,6 +1,5 @@
 """A full disk leaves either the old file or no file, and one line that says why."""
 
-import json
 import re
 
 import numpy as np
@@ -12,8 +11,6 @@ from PIL import Image
 
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.evaluation.evaluate import evaluate
-from svqvae_hf.evaluation.report import write_report
 from svqvae_hf.export import export
 from svqvae_hf.files.outputs import save_png, write_file
 from svqvae_hf.large.large_images import decode_large, encode_large
@@ -52,16 +49,6 @@ def test_old_file_stays(disk, kind):
         WRITERS[kind](path, 200)
     assert path.read_bytes() == old
     assert sorted(each.name for each in disk.iterdir()) == ["ballast", "kept"]
-
-
-def test_no_part_of_a_report_stays(disk):
-    report = evaluate(make_tiny(), [noise(20)], scales=[1.0])
-    report.settings |= {"model": "org/name", "data": ["org/photos"], "config": None, "split": None}
-    fill(disk)
-    with pytest.raises(OSError, match="cannot be written: No space left on device"):
-        write_report(report, disk / "report")
-    assert all(json.loads(path.read_text()) for path in (disk / "report").glob("*.json"))
-    assert not list((disk / "report").glob(".*"))
 
 
 def test_no_part_of_a_folder_stays(disk, monkeypatch):

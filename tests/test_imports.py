@@ -39,12 +39,3 @@ def test_subpackages_import_only_from_below():
     files = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
     wrong = {str(name): wrong_imports(path, name.parts[0]) for name, path in files.items()}
     assert {name: modules for name, modules in wrong.items() if modules} == {}
-
-
-def test_an_import_upwards_is_found(tmp_path):
-    file = tmp_path / "tiling.py"
-    file.write_text("def late():\n    from svqvae_hf.tokens.token_files import load_tokens\n    return load_tokens\n")
-    assert wrong_imports(file, "models") == ["svqvae_hf.tokens.token_files.load_tokens"]
-    assert wrong_imports(file, "data") == []
-    file.write_text("from svqvae_hf import SVQVAE\nimport svqvae_cli.encode\n")
-    assert wrong_imports(file, "trainer") == ["svqvae_cli.encode", "svqvae_hf.SVQVAE"]

@@ -69,8 +69,8 @@ def test_wheel_reconstructs_in_an_empty_environment(built, tmp_path):
     command = [python.with_name("svqvae"), "reconstruct", photo, "--scales", "0.25", "--output", out]
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     assert [path.suffix for path in out.iterdir() if path.name[0] != "."] == [".png"]
-    where = [python, "-c", "import svqvae_cli, svqvae_hf; print(svqvae_cli.__file__, svqvae_hf.__file__)"]
-    found = subprocess.check_output(where, cwd=tmp_path, env=env, text=True).split()
+    places = "from importlib.util import find_spec as f; print(f('svqvae_cli').origin, f('svqvae_hf').origin)"
+    found = subprocess.check_output([python, "-c", places], cwd=tmp_path, env=env, text=True).split()
     assert all(path.startswith(there) for path in found)
 
 

@@ -83,18 +83,6 @@ def test_folder_is_searched_through_except_for_hidden_files_and_cycles(tmp_path)
     assert [row.values["label"] for row in images] == [0, 1, 2]
 
 
-def test_subfolders_named_as_splits_are_splits(tmp_path):
-    for name in ("train/cat/0.png", "train/dog/1.png", "val/cat/2.png"):
-        save(numbered(0), tmp_path / "photos" / name)
-    images = open_images([str(tmp_path / "photos")], split="train")
-    assert keys(images) == ["cat/0.png", "dog/1.png"]
-    assert images.features["label"].names == ["cat", "dog"]
-    with pytest.raises(ValueError, match=r"has the splits train, val. Choose one with --split"):
-        open_images([str(tmp_path / "photos")])
-    with pytest.raises(ValueError, match=r"--split must be one of train, val in the set .*photos`, got `test`"):
-        open_images([str(tmp_path / "photos")], split="test")
-
-
 def test_a_folder_at_a_url_has_the_images_of_the_local_one(tmp_path):
     for name in ("train/cat/0.png", "train/dog/1.png", "val/cat/2.png", ".cache/3.png", "train/._0.png"):
         save(numbered(0), tmp_path / "photos" / name)
@@ -117,18 +105,6 @@ def test_the_folder_of_the_results_is_left_out(tmp_path, prefix):
     assert keys(open_images([folder], left_out=report)) == ["0.png"]
     for data in ([folder, folder], [f"{folder}/**/*.png"]):
         assert keys(open_images(data, left_out=report)) == ["0.png"]
-
-
-@pytest.mark.parametrize("names", [("train/a", "test/a"), ("data/train-0000", "data/test-0000")])
-def test_a_folder_of_shards_at_a_url_has_the_splits_of_the_local_one(parquet, photos, tmp_path, names):
-    for name, source in zip(names, ("train", "test"), strict=True):
-        path = tmp_path / "shards" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((tmp_path / "set" / f"{source}.parquet").read_bytes())
-    for prefix in ("", "file://"):
-        assert same(open_images([f"{prefix}{tmp_path}/shards"], split="test"), photos[:2])
-        with pytest.raises(ValueError, match=r"has the splits .*. Choose one with --split"):
-            open_images([f"{prefix}{tmp_path}/shards"])
 
 
 def test_names_that_are_not_text_are_escaped(photo, tmp_path):

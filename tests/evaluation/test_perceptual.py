@@ -143,11 +143,3 @@ def test_inception_has_the_weights_of_the_file(inception):
     images = torch.randint(256, (2, 3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(images), network(images)[0])
     assert loaded(images).shape == (2, loaded.num_features)
-
-
-def test_inception_weights_must_be_a_file_of_that_network(tmp_path):
-    save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="must hold the weights of torch-fidelity's Inception network"):
-        load_inception(tmp_path / "other.safetensors")
-    with pytest.raises(FileNotFoundError, match="The weights of FID's Inception network must be a file"):
-        load_inception(tmp_path / "none.pth")

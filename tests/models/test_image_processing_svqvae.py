@@ -14,9 +14,6 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.models import image_processing_svqvae
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
 
-WHITE = (255, 255, 255)
-RED = (200, 10, 20)
-
 
 @pytest.fixture
 def pixels():
@@ -144,23 +141,6 @@ def test_alpha_goes_on_white(mode, tmp_path):
     else:
         image = image.convert(mode)
     assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [90, 255, 127]
-
-
-@pytest.mark.parametrize(("mode", "colour", "clear"), [("RGB", RED, (1, 2, 3)), ("L", 90, 7), ("I;16", 90 * 257, 8)])
-def test_a_transparent_colour_goes_on_white(tmp_path, mode, colour, clear):
-    image = Image.new(mode, (2, 1), colour)
-    image.putpixel((1, 0), clear)
-    path = tmp_path / "a.png"
-    save(image, path) if mode == "I;16" else save(image, path, transparency=clear)
-    if mode == "I;16":  # Pillow cannot write this chunk
-        data = path.read_bytes()
-        chunk = b"tRNS" + struct.pack(">H", clear)
-        where = data.index(b"IDAT") - 4
-        path.write_bytes(
-            data[:where] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[where:]
-        )
-    expected = [RED if mode == "RGB" else (90, 90, 90), WHITE]
-    assert [tuple(pixel) for pixel in read(path)[0].tolist()] == expected
 
 
 @pytest.mark.parametrize(("mode", "name"), [("1", "a.png"), ("L", "a.png"), ("P", "a.gif"), ("CMYK", "a.tif")])

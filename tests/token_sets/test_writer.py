@@ -80,16 +80,6 @@ def test_ids_equal_one_image_at_a_time(tiled_model, photos, tmp_path, no_grad, o
     assert not (tmp_path / "out" / "parts").exists()
 
 
-def test_unreadable_images_are_listed_without_paths_of_this_machine(photos, tmp_path):
-    images = open_images([str(photos)])
-    (photos / "4.png").unlink()
-    report = tokenize_set(make_tiny(), images, tmp_path / "out", model_name="org/tiny")
-    assert report.skipped == 2
-    assert [image["key"] for image in skipped(tmp_path / "out")] == ["2b.png", "4.png"]
-    assert "(unreadable images: 2)" in str(report)
-    assert str(tmp_path) not in "".join(map(str, content(tmp_path / "out").values()))
-
-
 def test_labels_of_folders_are_kept(photos, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "animals" / name).mkdir(parents=True)
