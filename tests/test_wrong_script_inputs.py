@@ -50,6 +50,18 @@ WRONG = {  # words on the command line, and a part of the message
         ("{model} two_images empty", "OUT must be a new folder, but `empty` exists"),
         ("{model} two_images out", "MODEL must have more than 2,197 codes"),
     ],
+    "training/make_scenes.py": [
+        ("", "the following arguments are required: out"),
+        ("out --font nowhere.ttf", "nowhere.ttf"),
+    ],
+    "training/make_scene_words.py": [
+        ("", "the following arguments are required: out"),
+        ("broken.json", "broken.json"),
+    ],
+    "training/train_context.py": [
+        ("empty", "the following arguments are required: token_sets"),
+        ("empty two_images", "no file named config.json"),
+    ],
     "conversion/compare.py": [
         ("empty broken.json", "`broken.json` must be a whole PyTorch checkpoint"),
         ("empty {golden}", "`empty` must be a checkout of Open-Model-Initiative/SVQVAE, but has no svqvae.py"),

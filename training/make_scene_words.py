@@ -1,11 +1,14 @@
 """Makes a small language model that knows the words of scenes and has learned nothing: `make_scene_words.py OUT`."""
 
 import argparse
+from pathlib import Path
 
 import torch
 from make_scenes import GROUNDS, OBJECTS, RELATIONS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from svqvae_hf.trainer.run import one_line_errors
 
 RELATION_WORDS = " ".join(word for wordings in RELATIONS.values() for each in wordings for word in each).split()
 WORDS = [*OBJECTS, *GROUNDS, *RELATION_WORDS, *"small large two three a an on ground".split()]
@@ -36,9 +39,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def main() -> None:
     """Reads the arguments and writes the folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", help="folder to write")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
     out = parser.parse_args().out
+    out.mkdir(parents=True)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -59,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
