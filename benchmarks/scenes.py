@@ -194,7 +194,8 @@ def main() -> None:
         asked = scenes["validation" if name == "seen" else "test"]
         grades.append(grade(name, [*map(grader, pictures)], asked, seconds))
         if options.sheet and name == "held-out pairs":
-            make_image_grid(pictures[:64], rows=4, cols=16).save(options.sheet)
+            shown = pictures[: len(pictures) // 16 * 16][:64]
+            make_image_grid(shown, rows=len(shown) // 16, cols=16).save(options.sheet)
     pictures, asked = edit(model, chosen["test"]["image"][:64], scenes["test"][:64], options)
     grades.append(grade("edited", [*map(grader, pictures)], asked))
 

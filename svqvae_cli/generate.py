@@ -221,9 +221,8 @@ def _sample_next_scale(
     pipeline: "SVQVAENextScalePipeline", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
 ) -> Images:
     """Samples images and, for pictures of the steps, decodes each step."""
-    for flag, value in {"--prompt": args.prompt, "--scales": args.scales}.items():
-        if value is not None:
-            raise ValueError(f"{flag} belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
+    if args.scales is not None:
+        raise ValueError("--scales belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
     steps: Images = []
 
     def decode(_pipeline: object, _step: int, _size: Sequence[int], tensors: dict[str, Any]) -> None:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
+from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.trainer.configs import load_network_config
@@ -45,6 +48,11 @@ class NextScaleOptions(TokenOptions):
     """Options of training a next-scale transformer."""
 
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
+    caption_column: str | None = option(
+        None, "Column of captions, a text or a list of texts per row, of which one is drawn."
+    )
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer of the captions: folder or Hub id.")
+    max_text_length: int = option(32, "Largest number of tokens of a caption; shorter ones are padded.")
     schedule_share: float = option(0.05, "Share of batches with the pipeline's schedule; others are random.")
 
     def __post_init__(self) -> None:
@@ -53,6 +61,12 @@ class NextScaleOptions(TokenOptions):
         if self.num_inference_steps < 2:
             raise ValueError(f"`--num_inference_steps` must be at least 2, but is {self.num_inference_steps}.")
         self.check_fractions("schedule_share")
+        if (self.caption_column is None) != (self.tokenizer_name_or_path is None):
+            raise ValueError(
+                "`--caption_column` and `--tokenizer_name_or_path` need each other. Give both or neither."
+            )
+        if self.caption_column is not None and self.label_column is not None:
+            raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
 
 
 def main(options: NextScaleOptions) -> None:
@@ -67,12 +81,13 @@ def train(run: Run[NextScaleOptions]) -> None:
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
-    source, held_out = open_token_sets(options, vqvae)
+    source, held_out = open_token_sets(options, vqvae, options.caption_column)
     layout = source.layout
+    tokenizer = load_tokenizer(options)
     schedule = trained_schedule(layout, options.num_inference_steps)
     process = accelerator.process_index, accelerator.num_processes
     loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
-    transformer = make_transformer(options, vqvae, source).to(accelerator.device)
+    transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)
 
     # Optimizer
     optimizer, lr_scheduler = make_optimizer(
@@ -81,23 +96,36 @@ def train(run: Run[NextScaleOptions]) -> None:
     model, optimizer = accelerator.prepare(transformer, optimizer)
     run.start(transformer, loader, lr_scheduler)
 
-    def predict(batch: TokenBatch, sizes: Sequence[Size], dropout: float) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Loss, accuracy and number of ids of a batch: the transformer predicts each scale from the ones before."""
+    def predict(
+        batch: TokenBatch, sizes: Sequence[Size], generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Loss, accuracy and number of ids of a batch: the transformer predicts each scale from the ones before.
+
+        With a generator, it draws a caption of each row, and which rows go without their label or caption.
+        """
         grids, labels = layout.decode(batch.sequences.to(accelerator.device))
         ids = [grids[layout.grids.index(size)] for size in sizes]
-        if dropout:
-            dropped = torch.rand(len(labels), generator=run.batch_generator()) < dropout
+        dropped = torch.zeros(len(labels), dtype=torch.bool)
+        if generator is not None:
+            dropped = torch.rand(len(labels), generator=generator) < options.label_dropout
+        text = None
+        if tokenizer is None:
             labels = labels.masked_fill(dropped.to(labels.device), layout.num_classes)
+        else:
+            captions = [draw_caption(each, generator) for each in batch.captions or []]
+            text = pad_captions(tokenizer, captions, options.max_text_length)
+            text[dropped] = tokenizer.pad_token_id
+            text = text.to(labels.device)
         codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
-        (logits,) = model(labels, codes, sizes, return_dict=False)
+        (logits,) = model(labels, codes, sizes, text=text, return_dict=False)
         targets = torch.cat([grid.flatten(1) for grid in ids], dim=1)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return loss, (logits.argmax(-1) == targets).float().mean(), targets.numel()
 
     def validate(steps_done: int) -> None:
-        validate_tokens(run, held_out, lambda batch: predict(batch, schedule, 0.0)[:2], steps_done)
-        pipeline = make_pipeline(vqvae, transformer, source, schedule)
-        log_samples(run, pipeline, sample_call(options, layout.num_classes), steps_done)
+        validate_tokens(run, held_out, lambda batch: predict(batch, schedule)[:2], steps_done)
+        pipeline = make_pipeline(vqvae, transformer, tokenizer, source, schedule)
+        log_samples(run, pipeline, sample_call(options, source), steps_done)
 
     for step, batches in run.steps():
         for batch in batches:
@@ -105,7 +133,7 @@ def train(run: Run[NextScaleOptions]) -> None:
                 random = run.batch_generator(shared=True)  # all processes predict equally many ids
                 is_fixed = torch.rand((), generator=random) < options.schedule_share
                 sizes = schedule if is_fixed else draw_schedule(layout.grids, schedule, random)
-                loss, accuracy, num_ids = predict(batch, sizes, options.label_dropout)
+                loss, accuracy, num_ids = predict(batch, sizes, run.batch_generator())
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "accuracy": accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step
@@ -120,18 +148,43 @@ def train(run: Run[NextScaleOptions]) -> None:
     validate(options.max_train_steps)
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
-        result = make_transformer(options, vqvae, source)
+        result = make_transformer(options, vqvae, source, tokenizer)
         result.load_state_dict(state_dict)
-        pipeline = make_pipeline(vqvae, result.eval(), source, schedule)
+        pipeline = make_pipeline(vqvae, result.eval(), tokenizer, source, schedule)
         run.publish(pipeline.save_pretrained, make_card(run, pipeline))
     accelerator.end_training()
 
 
-def make_transformer(options: NextScaleOptions, vqvae: SVQVAE, source: TokenSource) -> NextScaleTransformer:
-    """Transformer of the config, for this codebook, these classes and this size."""
+def load_tokenizer(options: NextScaleOptions) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of the captions, or None without captions.
+
+    Raises:
+        ValueError: If it has no token for padding.
+    """
+    if options.tokenizer_name_or_path is None:
+        return None
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, options.tokenizer_name_or_path)
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "`--tokenizer_name_or_path` must have a token for padding, but has none. Set its `pad_token` and save it."
+        )
+    return tokenizer
+
+
+def draw_caption(captions: Sequence[str], generator: torch.Generator | None) -> str:
+    """One of the captions of a row, or the first without a generator."""
+    return captions[0 if generator is None else int(torch.randint(len(captions), (), generator=generator))]
+
+
+def make_transformer(
+    options: NextScaleOptions, vqvae: SVQVAE, source: TokenSource, tokenizer: PreTrainedTokenizerBase | None
+) -> NextScaleTransformer:
+    """Transformer of the config, for this codebook, these classes or captions and this size."""
     _, description = load_network_config(options.model_config_name_or_path, NextScaleTransformer)
     derived = {
-        "num_classes": source.layout.num_classes,
+        "num_classes": source.layout.num_classes if tokenizer is None else 0,
+        "vocab_size": 0 if tokenizer is None else len(tokenizer),
+        "max_text_length": 0 if tokenizer is None else options.max_text_length,
         "codebook_size": vqvae.config["codebook_size"],
         "codebook_embed_dim": vqvae.config["codebook_embed_dim"],
         "position_size": 2 * max(source.layout.grids[-1]),  # as in FlexVAR, for images twice as large
@@ -192,7 +245,11 @@ def count_ids(sizes: Sequence[Size]) -> int:
 
 
 def make_pipeline(
-    vqvae: SVQVAE, transformer: NextScaleTransformer, source: TokenSource, schedule: Sequence[Size]
+    vqvae: SVQVAE,
+    transformer: NextScaleTransformer,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: TokenSource,
+    schedule: Sequence[Size],
 ) -> SVQVAENextScalePipeline:
     """Pipeline with this transformer, for the schedule, the classes and the kind of scales of a token set."""
     return SVQVAENextScalePipeline(
@@ -201,23 +258,31 @@ def make_pipeline(
         schedule=[list(size) for size in schedule],
         class_names=source.class_names,
         scale_from=source.layout.scale_from,
+        tokenizer=tokenizer,
     )
 
 
-def sample_call(options: NextScaleOptions, num_classes: int) -> dict[str, object]:
+def sample_call(options: NextScaleOptions, source: TokenSource) -> dict[str, object]:
     """Arguments of the pipeline's call for the images of a validation."""
-    count = options.num_validation_images
+    count, num_classes = options.num_validation_images, source.layout.num_classes
     if not num_classes:
         return {"num_images_per_prompt": count}
+    if options.caption_column is not None:
+        return {"prompt": source.first_captions(count), "guidance_scale": options.guidance_scale}
     return {"class_labels": class_labels(count, num_classes), "guidance_scale": options.guidance_scale}
 
 
 def make_card(run: Run[NextScaleOptions], pipeline: SVQVAENextScalePipeline) -> str:
     """Card of the pipeline."""
     summary, call = pipeline.describe()
-    names = pipeline.config["class_names"]
     return pipeline_card(
-        run, pipeline, script="training/train_next_scale.py", summary=summary, call=call, class_names=names
+        run,
+        pipeline,
+        script="training/train_next_scale.py",
+        summary=summary,
+        call=call,
+        class_names=pipeline.config["class_names"],
+        pipeline_tag=pipeline.task,
     )
 
 

@@ -74,6 +74,7 @@ class GeneratorPage:
             self.grids = [self.pipeline.processor.vocabulary.grids[0]]
         elif self.next_scale:
             self.grids = self.pipeline.trained_schedule
+            self.reads_prompts = self.pipeline.tokenizer is not None
             self.num_classes = self.pipeline.transformer.config["num_classes"]
         else:
             self.grids = self.pipeline.layout.grids

@@ -1,8 +1,7 @@
 """Images of captions and captions of images, by a language model with image tokens."""
 
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from svqvae_hf.language.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.captions import check_words
 from svqvae_hf.pipelines.sampling import Generators, draw, make_warpers
 
 
@@ -107,7 +107,7 @@ class ImageLanguageModel:
             ValueError: If the model does not know the grid, there are not as many images or masks as captions, or
                 the tokenizer has no token for a word.
         """
-        self._check_words(prompt for prompt in prompts if prompt is not None)
+        check_words(self.processor.tokenizer, [prompt for prompt in prompts if prompt is not None])
         own = self.language_model.generation_config
         guidance_scale = _first(guidance_scale, own.guidance_scale, 1.0)
         temperature = _first(temperature, own.temperature, 1.0)
@@ -172,18 +172,6 @@ class ImageLanguageModel:
         tokens = torch.stack(self.processor.encode_images(images, grid)) + self.processor.vocabulary.first_token
         device = inputs["input_ids"].device
         return tokens.flatten(1).to(device), (parts.amax((2, 4)) == 0).flatten(1).to(device)
-
-    def _check_words(self, prompts: Iterable[str]) -> None:
-        """Raises if a tokenizer of whole words lacks a word."""
-        tokenizer = self.processor.tokenizer
-        words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt))
-        unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
-        if unknown:
-            known = [word for word in tokenizer.get_vocab() if word.isalpha()]
-            raise ValueError(
-                f"a prompt must consist of words that the model knows, but has {', '.join(unknown)}. It knows "
-                f"{', '.join(sorted(known))}."
-            )
 
     def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
         """Prompts of a batch, padded on the left, up to the start of the answer."""

@@ -9,7 +9,8 @@
 
 A block is attention, then an MLP, both modulated by the class (adaLN). Queries and keys have length one; a learned
 factor per head scales the queries. Positions are a learned grid, averaged to the height and width of each scale, so
-scales of any size work. Only the positions tell the scales apart.
+scales of any size work. Only the positions tell the scales apart. If the model reads captions, one stands before the
+first scale: a fixed number of tokens, of which the last are padding.
 
 The architecture and the names of the weights come from FlexVAR (arXiv 2502.20313), which follows VAR
 (arXiv 2404.02905).
@@ -156,9 +157,12 @@ class NextScaleTransformer(StrictLoadingMixin):
         codebook_size (`int`, defaults to 16384): Number of codes.
         codebook_embed_dim (`int`, defaults to 8): Dimension of a code.
         position_size (`int`, defaults to 32): Side of the learned grid of positions.
+        vocab_size (`int`, defaults to 0): Number of tokens of captions; 0 for a model without captions.
+        max_text_length (`int`, defaults to 0): Length of padded captions.
 
     Raises:
-        ValueError: If a value is not a positive integer (`num_classes` may be 0), or there are too many layers.
+        ValueError: If a value is not a positive integer (`num_classes` may be 0, and both of the last two), or there
+            are too many layers.
     """
 
     _supports_gradient_checkpointing = True
@@ -175,11 +179,14 @@ class NextScaleTransformer(StrictLoadingMixin):
         codebook_size: int = 16384,
         codebook_embed_dim: int = 8,
         position_size: int = 32,
+        vocab_size: int = 0,
+        max_text_length: int = 0,
     ):
         super().__init__()
         numbers = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        if num_classes == 0:
-            del numbers["num_classes"]
+        for optional in ("num_classes", *(["vocab_size", "max_text_length"] if vocab_size == max_text_length else [])):
+            if numbers[optional] == 0:
+                del numbers[optional]
         check_positive_integers(numbers)
         check_layers("The config", num_layers)
         width = num_attention_heads * attention_head_dim
@@ -187,6 +194,9 @@ class NextScaleTransformer(StrictLoadingMixin):
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
         self.pos_1LC = nn.Parameter(initial_positions(position_size, width))  # channels first in spite of its name
         self.word_embed = nn.Linear(codebook_embed_dim, width)
+        if vocab_size:
+            self.text_emb = nn.Embedding(vocab_size, width)
+            self.text_pos = nn.Parameter(torch.empty(1, max_text_length, width))
         self.blocks = nn.ModuleList(NextScaleBlock(width, num_attention_heads, layer) for layer in range(num_layers))
         self.head_nm = ModulatedNorm(width)
         self.head = nn.Linear(width, codebook_size)
@@ -218,6 +228,7 @@ class NextScaleTransformer(StrictLoadingMixin):
         codes: Sequence[torch.Tensor],
         sizes: Sequence[Size],
         cache: DynamicCache | None = None,
+        text: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> NextScaleTransformerOutput | tuple[torch.Tensor]:
         """Predicts the ids of scales, all in one pass: in training all scales, in sampling the next one.
@@ -231,13 +242,15 @@ class NextScaleTransformer(StrictLoadingMixin):
             sizes (list of `(height, width)`): Sizes of the scales in ids.
             cache ([`~transformers.DynamicCache`], *optional*): Keys and values of the scales before, which are added
                 to it.
+            text (`torch.Tensor` of shape `(batch, max_text_length)`, *optional*): Tokens of padded captions, for
+                models that read captions. Only read with the first scale.
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
 
         Returns:
             [`NextScaleTransformerOutput`] or `tuple`: Logits of all tokens of these scales.
 
         Raises:
-            ValueError: If the number of codes is wrong.
+            ValueError: If the number of codes is wrong, or the text is missing or has another length.
         """
         is_first = cache is None or cache.get_seq_length() == 0
         if len(codes) != len(sizes) - is_first:
@@ -251,15 +264,28 @@ class NextScaleTransformer(StrictLoadingMixin):
             self.word_embed(resize_codes(before, size).to(condition.dtype))
             for before, size in zip(codes, sizes[len(starts) :], strict=True)
         ]
-        hidden = torch.cat([tokens + self._positions(size) for tokens, size in zip(inputs, sizes, strict=True)], dim=1)
-        lengths = [height * width for height, width in sizes]
+        parts = [tokens + self._positions(size) for tokens, size in zip(inputs, sizes, strict=True)]
+        prefix = self._embed(text) if is_first else []
+        hidden = torch.cat([*prefix, *parts], dim=1)
+        lengths = [part.shape[1] for part in (*prefix, *parts)]
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden = self._gradient_checkpointing_func(block, hidden, condition, lengths, cache)
             else:
                 hidden = block(hidden, condition, lengths, cache)
+        hidden = hidden[:, sum(part.shape[1] for part in prefix) :]
         logits = self.head(self.head_nm(hidden, condition)).float()
         return NextScaleTransformerOutput(logits=logits) if return_dict else (logits,)
+
+    def _embed(self, text: torch.Tensor | None) -> list[torch.Tensor]:
+        """Tokens `(batch, length, width)` before the first scale: a caption, or nothing if the model reads none."""
+        length = self.config["max_text_length"]
+        if (0 if text is None else text.shape[1]) != length:
+            raise ValueError(
+                f"`text` must be captions of {length} tokens, got "
+                f"{'none' if text is None else f'{text.shape[1]} tokens'}."
+            )
+        return [] if text is None else [self.text_emb(text) + self.text_pos]
 
     def _positions(self, size: Size) -> torch.Tensor:
         """Positions of a scale, `(1, height * width, width of the model)`."""
@@ -279,7 +305,7 @@ class NextScaleTransformer(StrictLoadingMixin):
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
-            elif name.endswith("weight") or name == "pos_start":
+            elif name.endswith("weight") or name in ("pos_start", "text_pos"):
                 gain = next((gain for ending, gain in gains.items() if name.endswith(ending)), 1.0)
                 nn.init.trunc_normal_(weight, std=gain * std)
             if name.startswith("blocks.") and name.endswith("ada_lin.1.weight"):

@@ -153,7 +153,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
     @property
     def task(self) -> str:
         """Task of the Hub."""
-        return "unconditional-image-generation" if self.components.get("text_encoder") is None else "text-to-image"
+        return "unconditional-image-generation" if self.components.get("tokenizer") is None else "text-to-image"
 
     @property
     def interrupt(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerBase
 
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import (
@@ -19,6 +19,7 @@ from svqvae_hf.models.image_processing_svqvae import (
 )
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, Labels, evaluation_mode, latents_side
 from svqvae_hf.pipelines.reserved_cache import reserve
 from svqvae_hf.pipelines.sampling import (
@@ -59,6 +60,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         class_names (`list[str]`, *optional*): Name of each class.
         scale_from (`str`, defaults to `"image"`): What was resized to the scales in training, see
             [`SVQVAE.encode_scales`]. Images to edit are encoded the same way.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer of the captions, for a transformer
+            that reads them.
 
     The attribute `trained_schedule` lists the scales as pairs `(height, width)`. Both models are in evaluation mode
     during sampling.
@@ -73,6 +76,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
+    _optional_components = ["tokenizer"]
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         codebook_fingerprint: str | None = None,
         class_names: list[str] | None = None,
         scale_from: str = "image",
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
         check_scale_from(scale_from)
@@ -93,7 +98,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             size = (last, last) if isinstance(last, int) else (last[0], last[-1])
             self.trained_schedule = fit_schedule(schedule, size)
         self._register(
-            {"vqvae": vqvae, "transformer": transformer},
+            {"vqvae": vqvae, "transformer": transformer, "tokenizer": tokenizer},
             transformer.config["num_classes"],
             [codebook_fingerprint],
             class_names,
@@ -142,11 +147,11 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             "Generates images scale by scale: a transformer predicts all ids of a scale in one step, and SVQVAE "
             "decodes them."
         )
-        images = (
-            "class_labels=0, guidance_scale=3.5"
-            if self.transformer.config["num_classes"]
-            else "num_images_per_prompt=4"
-        )
+        images = "num_images_per_prompt=4"
+        if self.tokenizer is not None:
+            images = "prompt='a pear above a sailboat', guidance_scale=3.5"
+        elif self.transformer.config["num_classes"]:
+            images = "class_labels=0, guidance_scale=3.5"
         return summary, f"{images}, top_k=900, top_p=0.95"
 
     @torch.no_grad()
@@ -155,6 +160,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         class_labels: Labels | None = None,
         height: int | None = None,
         width: int | None = None,
+        prompt: str | list[str] | None = None,
         num_inference_steps: int | None = None,
         schedule: Sequence[Scale] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
@@ -180,6 +186,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 `[0, num_classes)` or its name in `class_names`; by default the images have no class.
             height (`int`, *optional*): Height in pixels, by default as in training.
             width (`int`, *optional*): Width in pixels, by default as in training.
+            prompt (`str` or `list[str]`, *optional*): Caption of each image, for a transformer that reads captions; by
+                default the images have none.
             num_inference_steps (`int`, *optional*): Number of scales, see
                 [`~svqvae_hf.pipelines.schedules.make_schedule`]. By default as many as in training.
             schedule (list of `int` or `(height, width)`, *optional*): Scales in ids from coarse to fine, which end
@@ -227,12 +235,18 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         self._interrupt = False
         with evaluation_mode(self.vqvae, self.transformer):
             known = self._encode_known(image, mask_image, image_scale, sizes, height, width)
-            labels = self._encode_labels(class_labels, len(known[0].ids) if known else 1, guidance_scale)
+            images = len(known[0].ids) if known else 1
+            text = self._encode_prompts(prompt, images, guidance_scale)
+            if text is None:
+                labels = self._encode_labels(class_labels, images, guidance_scale)
+            else:
+                labels = torch.full((len(text),), self.num_classes, device=self._execution_device)
+                text = text.repeat_interleave(num_images_per_prompt, dim=0)
             labels = labels.repeat_interleave(num_images_per_prompt)
             check_generators(generator, len(labels))
             warpers = LogitsProcessorList(make_warpers(temperature, top_k, top_p))
             greedy = LogitsProcessorList(make_warpers(temperature, 1, 1.0))
-            predictor = _ScalePredictor(self, labels, sizes, guided=guidance_scale != 1)
+            predictor = _ScalePredictor(self, labels, text, sizes, guided=guidance_scale != 1)
             for step, size in enumerate(self.progress_bar(sizes)):
                 logits = predictor.next_logits(size, scales[step])
                 scores = (greedy if step in greedy_scales else warpers)(None, logits.flatten(0, 1)).view_as(logits)
@@ -247,6 +261,24 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             images = self._decode(ids, (height, width), 1.0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _encode_prompts(
+        self, prompt: str | list[str] | None, images: int, guidance_scale: float
+    ) -> torch.Tensor | None:
+        """Tokens of the prompts, one per image to edit; padding alone without prompts, None without captions."""
+        if self.tokenizer is None:
+            if prompt is not None:
+                raise ValueError(
+                    "`prompt` needs a transformer that reads captions. Pass `class_labels`, or leave it out."
+                )
+            return None
+        if prompt is None and guidance_scale != 1:
+            raise ValueError(f"`guidance_scale` = {guidance_scale} needs `prompt`. Pass it, or leave it at 1.")
+        prompts = [""] * images if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        if images not in (1, len(prompts)):
+            raise ValueError(f"`image` must be one image or one per prompt, got {images} for {len(prompts)} prompts.")
+        length = self.transformer.config["max_text_length"]
+        return pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
 
     def _plan(
         self,
@@ -328,7 +360,14 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
 class _ScalePredictor:
     """The transformer with its cache, and the codes of the scale that it reads next."""
 
-    def __init__(self, pipeline: SVQVAENextScalePipeline, labels: torch.Tensor, sizes: list[Size], guided: bool):
+    def __init__(
+        self,
+        pipeline: SVQVAENextScalePipeline,
+        labels: torch.Tensor,
+        text: torch.Tensor | None,
+        sizes: list[Size],
+        guided: bool,
+    ):
         self.transformer = pipeline.transformer
         quantize = pipeline.vqvae.quantize
         stored_on = quantize.embedding.stored().device  # the CPU while the tokenizer is offloaded
@@ -337,13 +376,16 @@ class _ScalePredictor:
         self.guided = guided
         no_class = torch.full_like(labels, self.transformer.config["num_classes"])
         self.labels = torch.cat([labels, no_class]) if guided else labels
+        self.text = text
+        if guided and text is not None:
+            self.text = torch.cat([text, torch.full_like(text, pipeline.tokenizer.pad_token_id)])
         self.cache = DynamicCache()
         self.later_tokens = sum(height * width for height, width in sizes[1:])
         self.codes: list[torch.Tensor] = []
 
     def next_logits(self, size: Size, guidance_scale: float) -> torch.Tensor:
         """Logits `(images, tokens, codebook_size)` of the next scale, after guidance."""
-        logits = self.transformer(self.labels, self.codes, [size], self.cache).logits
+        logits = self.transformer(self.labels, self.codes, [size], self.cache, self.text).logits
         return guide(logits, guidance_scale) if self.guided else logits
 
     def add(self, ids: torch.Tensor) -> None:

@@ -20,7 +20,14 @@ SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant
 
 PATHS = (  # options that may hold a path of this machine
     *("output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "model_config_name_or_path"),
-    *("vqvae_name_or_path", "text_encoder_name_or_path", "lpips_weights", "dataset_name", "data_files"),
+    *(
+        "vqvae_name_or_path",
+        "text_encoder_name_or_path",
+        "tokenizer_name_or_path",
+        "lpips_weights",
+        "dataset_name",
+        "data_files",
+    ),
     *("train_data_dir", "validation_data_dir", "token_set", "validation_token_set"),
 )
 

@@ -50,6 +50,28 @@ def test_steps_with_a_cache_give_the_logits_of_one_pass(sizes):
     torch.testing.assert_close(run_steps(transformer, LABELS, codes, sizes), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_caption_stands_before_the_first_scale():
+    transformer = make_transformer(num_classes=0, vocab_size=9, max_text_length=3)
+    labels, text, codes = (
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor([[4, 5, 0], [8, 0, 0]]),
+        make_codes(transformer),
+    )
+    expected = transformer(labels, codes[:-1], SIZES, text=text).logits
+    assert expected.shape == (2, sum(LENGTHS), 64)
+    cache = DynamicCache()
+    steps = [transformer(labels, [], SIZES[:1], cache, text).logits]
+    steps += [transformer(labels, [b], [s], cache, text).logits for b, s in zip(codes[:-1], SIZES[1:], strict=True)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+    other = transformer(labels, codes[:-1], SIZES, text=text.flip(1)).logits
+    assert ((other - expected).abs().amax(2) > 1e-5).all()
+    for wrong in (None, text[:, :2]):
+        with pytest.raises(ValueError, match="must be captions of 3 tokens"):
+            transformer(labels, codes[:-1], SIZES, text=wrong)
+    with pytest.raises(ValueError, match="`max_text_length` must be"):
+        make_transformer(vocab_size=9)
+
+
 def test_logits_depend_on_the_scales_before_and_on_no_later_one():
     transformer = make_transformer()
     codes = make_codes(transformer)[:-1]

@@ -2,16 +2,22 @@
 
 import json
 import logging
+import shutil
 from functools import partial
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
 from hub_server import serve_hub, use_hub
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from train_next_scale import NextScaleOptions, count_ids, draw_schedule, main
 from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
+from transformers import PreTrainedTokenizerFast
 
 import svqvae_cli
 from svqvae_hf import SVQVAENextScalePipeline
@@ -70,6 +76,35 @@ def options(parts, tmp_path):
         **{"train_batch_size": 3, "max_train_steps": 2, "lr_warmup_steps": 0, "logging_steps": 1},
         **{"num_inference_steps": 4, "num_validation_images": 2},
     }
+
+
+@pytest.mark.slow
+def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path):
+    words = [f"photo{index}" for index in range(IMAGES)]
+    rows = datasets.load_dataset(str(parts / "latents"), split="train").add_column(
+        "caption", [[word] for word in words]
+    )
+    shutil.copytree(parts / "latents", tmp_path / "captioned")
+    (file,) = (tmp_path / "captioned" / "data").rglob("*.parquet")
+    rows.to_parquet(file)
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "words")
+    captions = {"label_column": None, "caption_column": "caption", "max_text_length": 2}
+    longer = {"max_train_steps": 150, "learning_rate": 4e-3, "schedule_share": 1.0, "guidance_scale": 2.0}
+    paths = {"token_set": str(tmp_path / "captioned"), "tokenizer_name_or_path": str(tmp_path / "words")}
+    train(**options | captions | longer | paths | {"train_batch_size": IMAGES})
+    pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
+    ids = pipeline(prompt=words, temperature=0, guidance_scale=1.5, output_type="latent").images
+    expected = torch.tensor(rows[f"ids_{SIDE - 1}"]).view_as(ids)
+    assert (ids == expected).float().mean() > 0.9
+    assert pipeline.task == "text-to-image"
+    with pytest.raises(ValueError, match="has sailboat. It knows photo"):
+        pipeline(prompt="sailboat")
+    with pytest.raises(ValueError, match="at most 2 tokens"):
+        pipeline(prompt="photo1 photo2 photo3")
 
 
 @pytest.mark.slow
