@@ -62,7 +62,7 @@ def write_set(folder, kind, contents):
 
 
 def open_set(folder, kind):
-    return open_images([str(folder)])
+    return open_images([str(folder)], copy=True)
 
 
 def write_sets(root):
@@ -87,8 +87,7 @@ def policy(**options):
 
 def crop_loader(images, crop_policy=None, pixel_range=(0, 1), **options):
     defaults = {"seed": 0, "num_workers": 0, "process_index": 0, "num_processes": 1, "num_batches": 12}
-    options = defaults | {"shuffle_buffer": 7} | options
-    return CropLoader(images, crop_policy or policy(), pixel_range, **options)
+    return CropLoader(images, crop_policy or policy(), pixel_range, **(defaults | options))
 
 
 def assert_equal(batches, expected):

@@ -43,8 +43,8 @@ class ImagePart(Protocol):
 
     name: str
 
-    def read(self, start: int = 0) -> Iterator[ImageRow]:
-        """Yields the images from a row on, always in the same order."""
+    def read(self) -> Iterator[ImageRow]:
+        """Yields the images, always in the same order."""
 
 
 class IndexedRows(Sequence[ImageRow]):
@@ -60,9 +60,9 @@ class IndexedRows(Sequence[ImageRow]):
         numbers = range(len(self))[index]
         return self.row(numbers) if isinstance(numbers, int) else [self.row(number) for number in numbers]
 
-    def read(self, start: int = 0) -> Iterator[ImageRow]:
-        """Yields the images from a row on."""
-        return (self.row(index) for index in range(start, len(self)))
+    def read(self) -> Iterator[ImageRow]:
+        """Yields the images."""
+        return (self.row(index) for index in range(len(self)))
 
 
 class FileRows(IndexedRows):

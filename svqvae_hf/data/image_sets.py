@@ -173,9 +173,9 @@ class FirstRows:
         self.count = count
         self.name = f"images 0 to {count - 1}"
 
-    def read(self, start: int = 0) -> Iterator[ImageRow]:
-        """Yields the images from a row on."""
-        return itertools.islice(self.images, start, self.count)
+    def read(self) -> Iterator[ImageRow]:
+        """Yields the images."""
+        return itertools.islice(self.images, self.count)
 
 
 class RowRange(IndexedRows):
@@ -220,25 +220,20 @@ class StreamPart:
     name: str
     number: int
 
-    def read(self, start: int = 0) -> Iterator[ImageRow]:
-        """Yields the images from a row on. The rest of a broken file is one unreadable row."""
-        index = max(start - 1, 0)  # one row earlier, to know whether the file breaks before or after `start`
+    def read(self) -> Iterator[ImageRow]:
+        """Yields the images. The rest of a broken file is one unreadable row."""
         try:
-            for row in self.rows.shard(self.rows.num_shards, self.number).skip(index):
-                index += 1
-                if index <= start:
-                    continue
+            for index, row in enumerate(self.rows.shard(self.rows.num_shards, self.number)):
                 source = confine_row(row.pop(self.image_column), self.repository)
                 path = source["path"] if isinstance(source, Mapping) else None
-                key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{self.number}-{index - 1}"
+                key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{self.number}-{index}"
                 yield ImageRow(os.path.relpath(key, self.root) if os.path.isabs(key) else key, source, row)
         except (ValueError, OSError, pa.ArrowException) as error:
             if self.repository is not None and isinstance(error, OSError):
                 raise
-            if index >= start:
-                reason = fault_of(error).removesuffix(".")
-                kept = [name for name in self.rows.features if name != self.image_column]
-                yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", kept)
+            reason = fault_of(error).removesuffix(".")
+            kept = [name for name in self.rows.features if name != self.image_column]
+            yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", kept)
 
 
 @dataclass(eq=False)
@@ -351,8 +346,7 @@ def _open_urls(patterns: Sequence[str], selection: Selection) -> ImageSet:
         return _open_builder(kind, selection._replace(split=None), urls)
     stamps = _url_stamps(urls)
     if kind == "webdataset":
-        parts = open_tars(urls, selection.image_column, selection.columns)
-        return ImageSet(parts, parts[0].features, lambda: [stamps, selection.image_column])
+        return _open_tars(urls, [stamps], selection)
     return _image_files(folder, keys, selection, lambda: stamps)
 
 
@@ -428,8 +422,8 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
         builder = datasets.load_dataset_builder(name, selection.config, data_files=files)
     split = _choose_split(name, [*builder.config.data_files], selection.split)
     paths = builder.config.data_files[split]
-    if builder.name.startswith("webdataset"):
-        return _open_tars(builder, split, selection)
+    if builder.name.startswith("webdataset"):  # its own reader takes only samples of equal suffixes
+        return _open_tars(list(paths), [split, list(paths), paths.origin_metadata], selection)
     with _explained(name):
         if selection.copy:
             builder.download_and_prepare()
@@ -451,18 +445,15 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
     return ImageSet(parts, kept, lambda: origin, length or None)
 
 
-def _open_tars(builder: datasets.DatasetBuilder, split: str, selection: Selection) -> ImageSet:
-    """Opens tar files. `datasets` lists them, but its own reader takes only samples of equal suffixes."""
-    paths = builder.config.data_files[split]
-    parts = open_tars(list(paths), selection.image_column, selection.columns)
-    origin = [split, list(paths), paths.origin_metadata, selection.image_column]
-    features = parts[0].features
+def _open_tars(paths: Sequence[str], origin: list[Any], selection: Selection) -> ImageSet:
+    parts = open_tars(paths, selection.image_column, selection.columns)
+    origin, features = [*origin, selection.image_column], parts[0].features
     if not selection.copy:
         return ImageSet(parts, features, lambda: origin)
     source = {"path": datasets.Value("string"), "bytes": datasets.Value("binary"), "fault": datasets.Value("string")}
     stored = datasets.Features({"key": datasets.Value("string"), "image": source, **features})
     sources = {"parts": tuple(parts), "origin": tuple(origin)}
-    with _explained(builder.name):
+    with _explained(paths[0]):
         rows = datasets.Dataset.from_generator(_stored_rows, features=stored, gen_kwargs=sources)
     return ImageSet([DatasetRows(rows, "image", "key")], features, lambda: origin, len(rows))
 

@@ -42,20 +42,16 @@ class TarPart:
         self.features = features
         self.image_key = image_key
 
-    def read(self, start: int = 0) -> Iterator[ImageRow]:
-        """Yields the images from a sample on."""
-        index = 0
+    def read(self) -> Iterator[ImageRow]:
+        """Yields the images."""
         try:
-            for name, members in _samples(self.path, start):
-                if index >= start:
-                    yield self._row(name, members)
-                index += 1
+            for name, members in _samples(self.path):
+                yield self._row(name, members)
         except TAR_ERRORS as error:
             if "://" in self.path and isinstance(error, OSError):
                 raise
-            if index >= start:
-                reason = f"the tar file ends early: {fault_of(error).removesuffix('.')}."
-                yield unreadable(self.name, reason, [*self.features])
+            reason = f"the tar file ends early: {fault_of(error).removesuffix('.')}."
+            yield unreadable(self.name, reason, [*self.features])
 
     def _row(self, name: str, members: dict[str, bytes | None]) -> ImageRow:
         keys = image_keys(members, self.image_key)
@@ -113,7 +109,7 @@ def _first_samples(paths: Sequence[str]) -> tuple[list[Sample], str]:
     for path in paths:
         samples: list[Sample] = []
         try:
-            for sample in islice(_samples(path, 0), PEEKED_SAMPLES):
+            for sample in islice(_samples(path), PEEKED_SAMPLES):
                 samples.append(sample)  # kept, even if the file ends early
         except TAR_ERRORS as error:
             if "://" in path and isinstance(error, OSError):
@@ -124,9 +120,8 @@ def _first_samples(paths: Sequence[str]) -> tuple[list[Sample], str]:
     return [], fault
 
 
-def _samples(path: str, start: int) -> Iterator[Sample]:
-    """Yields all samples, those before `start` without their members, which are not read."""
-    index, name = -1, None
+def _samples(path: str) -> Iterator[Sample]:
+    name: str | None = None
     members: dict[str, bytes | None] = {}
     with ExitStack() as stack:
         if "://" in path:
@@ -143,9 +138,8 @@ def _samples(path: str, start: int) -> Iterator[Sample]:
             if match[1] != name:
                 if name is not None:
                     yield name, members
-                index, name, members = index + 1, match[1], {}
-            if index >= start:
-                members[match[2].lower()] = read_member(tar, member)
+                name, members = match[1], {}
+            members[match[2].lower()] = read_member(tar, member)
         if name is not None:
             yield name, members
         check_end(tar)

@@ -156,13 +156,11 @@ class RunOptions:
 class ImageOptions(RunOptions):
     """Options of runs on images: the image set, and how crops are cut."""
 
-    dataset_name: str | None = option(None, "Image set: Hub id, local data set, or a format such as webdataset.")
+    dataset_name: str | None = option(None, "Image set: Hub id, or a local data set.")
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
-    data_files: list[str] = option([], "Files or globs of the image set, such as tar or Parquet shards.")
+    data_files: list[str] = option([], "Files or globs of the image set; all by default.")
     train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
     split: str = option("train", "Split of the image set.")
-    streaming: bool = option(False, "Read the image set as a stream, without a copy on disk.")
-    shuffle_buffer: int = option(1000, "Images of a stream that are shuffled at a time.")
     image_column: str | None = option(None, "Column of the images, or their suffix in tar files; found by default.")
     train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
     resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
@@ -179,7 +177,7 @@ class ImageOptions(RunOptions):
         for name in ("dataset_config_name", "data_files"):
             if getattr(self, name) and self.train_data_dir is not None:
                 raise ValueError(f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out.")
-        self.check_positive("resolution", "shuffle_buffer")
+        self.check_positive("resolution")
         self.check_not_negative("dataloader_num_workers")
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
             raise ValueError(f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}.")

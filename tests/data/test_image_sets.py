@@ -135,7 +135,6 @@ def test_a_set_is_streamed(parquet, photos, cache):
     assert keys(images) == ["0.png", "1.png", "2.png"]
     assert [row.values for row in images] == [{"label": 0}, {"label": 1}, {"label": 2}]
     assert same(images, photos)
-    assert keys(images.parts[0].read(2)) == ["2.png"]
     assert len(list(open_images([parquet], split="test", image_column="photo"))) == 2
     assert len(list(open_images([parquet], split="train", max_images=1))) == 1
     assert not list(cache.rglob("*.arrow"))
@@ -149,7 +148,7 @@ def test_captions_in_metadata(tmp_path):
     for copy in (False, True):
         images = open_images([str(tmp_path / "photos")], copy=copy)
         assert [row.values for row in images] == [{"caption": "photo 1"}, {"caption": "photo 0"}]
-        assert {number for batch in crop_loader(images) for number in numbers(batch)} == {0, 1}
+    assert {number for batch in crop_loader(images) for number in numbers(batch)} == {0, 1}
 
 
 @pytest.mark.parametrize("kind", STREAMS)
@@ -169,7 +168,6 @@ def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
     assert keys(images)[6:8] == ["b.parquet", "000.png"]
     with pytest.raises(ValueError, match="the rest of the file cannot be read: .*Parquet magic bytes not found"):
         read_image(next(images.parts[1].read()))
-    assert list(images.parts[1].read(1)) == []  # as when a run resumes after it
 
 
 # Mistakes

@@ -42,8 +42,6 @@ def test_images_of_several_kinds_with_their_labels(tmp_path, mode):
     assert [row.key for row in rows] == ["0000.jpg", "0001.png", "0002.webp", "0003.jpg", "0004.png", "0005.webp"]
     assert rows[4].values == {"cls": 4, "txt": "caption 4", "json": '{"n": 4}'}
     assert not faults(images)
-    for start in range(7):
-        assert list(images.parts[0].read(start)) == rows[start:]
 
 
 def test_a_missing_label_is_none_and_other_members_are_kept_if_named(tmp_path):
@@ -84,7 +82,6 @@ def test_samples_that_cannot_be_read_are_named_with_the_reason(tmp_path, monkeyp
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_the_rest_of_a_truncated_file_is_one_unreadable_row(tmp_path, mode):
-    """Also where a run resumes: no row comes twice."""
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.tar", members_of(range(12)), mode)
     content = (tmp_path / "a.tar").read_bytes()
@@ -94,9 +91,7 @@ def test_the_rest_of_a_truncated_file_is_one_unreadable_row(tmp_path, mode):
     assert 2 < len(rows) < 12
     assert [*faults(images)] == ["a.tar"]
     assert "the tar file ends early" in faults(images)["a.tar"]
-    for start in range(len(rows) + 1):
-        assert [row.key for row in images.parts[0].read(start)] == [row.key for row in rows[start:]]
-    batches = list(crop_loader(images, num_batches=24))
+    batches = list(crop_loader(open_images([str(tmp_path)], copy=True), num_batches=24))
     assert {image.key for batch in batches for image in batch.skipped} == {"a.tar"}
     assert {number for batch in batches for number in numbers(batch)}
 

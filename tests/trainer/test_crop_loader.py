@@ -9,8 +9,6 @@ from numbered_images import (
     BROKEN,
     KINDS,
     NUM_IMAGES,
-    SHARD_SIZE,
-    STREAMS,
     assert_equal,
     crop_loader,
     encode,
@@ -59,7 +57,6 @@ def test_resumed_loader_continues_exactly(sets, kind, num_workers, num_processes
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_each_epoch_shows_each_image_to_one_process(sets, kind, num_processes):
-    """Two processes share the 4 shards of a stream, three share its images."""
     seen = []
     for process_index in range(num_processes):
         loader = crop_loader(
@@ -75,21 +72,6 @@ def test_each_epoch_shows_each_image_to_one_process(sets, kind, num_processes):
     for images in epochs:
         assert sorted(sum(images, [])) == list(range(NUM_IMAGES))
     assert epochs[0] != epochs[1] != epochs[2]
-
-
-@pytest.mark.parametrize("kind", STREAMS)
-def test_streams_are_shuffled_within_blocks_that_grow(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("svqvae_hf.trainer.data.readers.OPEN_SHARDS", 1)  # so that images come in the order of shards
-    write_set(tmp_path / "set", kind, [encode(numbered(number)) for number in range(NUM_IMAGES)])
-    orders = []
-    for shuffle_buffer in (1, 24):
-        loader = crop_loader(open_set(tmp_path / "set", kind), shuffle_buffer=shuffle_buffer)
-        orders.append([number for batch in loader for number in numbers(batch)])
-    blocks = [orders[0][start : start + SHARD_SIZE] for start in range(0, NUM_IMAGES, SHARD_SIZE)]
-    assert sorted(map(min, blocks)) == [0, 6, 12, 18]
-    assert blocks != sorted(blocks), "the order of shards is random as well"
-    assert all(max(block[:4]) - min(block[:4]) == 3 for block in blocks), "a block is a round of 4 images"
-    assert sum(np.diff(orders[1]) == 1) < 6
 
 
 def test_batches_have_one_side_on_all_processes_and_equal_pixels(sets):
@@ -134,9 +116,7 @@ def test_two_processes_cut_what_one_would(sets):
     ("other", "message"),
     [
         ({"seed": 1}, "The seed must be 0 as when the checkpoint was written, but is 1. Restore it, or"),
-        ({"shuffle_buffer": 8}, "The shuffle_buffer must be 7 as when"),
-        ({"images": ("folder", "whole")}, "The number of images must be None as when"),
-        ({"images": ("parquet", "small")}, "The number of shards must be 4 as when .*, but is 1"),
+        ({"images": ("parquet", "small")}, "The number of images must be 24 as when .*, but is 1"),
     ],
 )
 def test_states_of_another_order_are_refused(sets, tmp_path, other, message):
@@ -151,12 +131,12 @@ def test_states_of_another_order_are_refused(sets, tmp_path, other, message):
 # Labels
 
 
-@pytest.mark.parametrize(("streaming", "num_workers"), [(False, 2), (True, 0)])
-def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_path, streaming, num_workers):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_path, num_workers):
     contents = [BROKEN.get(number, encode(numbered(number))) for number in range(NUM_IMAGES)]
     rows = [{"bytes": content, "path": None} for content in contents]
     Dataset.from_dict({"label": list(range(NUM_IMAGES)), "png": rows}).to_parquet(tmp_path / "set.parquet")
-    images = open_images([f"{tmp_path}/*.parquet"], copy=not streaming)
+    images = open_images([f"{tmp_path}/*.parquet"], copy=True)
     options = {"num_workers": num_workers, "num_batches": NUM_IMAGES // 2, "label_column": "label"}
     batches = list(crop_loader(images, **options))
     assert any(batch.skipped for batch in batches)

@@ -4,7 +4,6 @@ import itertools
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.trainer.data.crops import Crop, CropPolicy, Cutter, Job, Skipped
-from svqvae_hf.trainer.data.readers import Item, RowReader, StreamReader
+from svqvae_hf.trainer.data.row_order import row_order
 
 MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
-SIDE, CROP = 0, 1  # first words of the seeds of sides and crops; readers.py uses 2 and 3
+SIDE, CROP = 0, 1  # first words of the seeds of sides and crops; row_order.py uses 2
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,10 @@ class CropBatch:
 
 @dataclass(frozen=True)
 class Pending:
-    """A job that workers are cutting, with the images after it and the reader's state after it."""
+    """A job that workers are cutting, and the position after it."""
 
     job: Job
-    lookahead: Iterator[Item]
-    reader_state: dict[str, Any] | None
+    position: int
 
 
 @dataclass
@@ -55,12 +53,10 @@ class CropLoader:
     once, by one process, in a new random order. An unreadable image is replaced by the next readable one of the
     process, which is then seen twice.
 
-    [`StreamReader`] defines the order of a stream.
-
     Iteration continues after the last batch yielded, also after `load_state_dict`.
 
     Args:
-        images ([`ImageSet`]): From [`~svqvae_hf.data.image_sets.open_images`]. It is a stream unless it has `rows`.
+        images ([`ImageSet`]): From [`~svqvae_hf.data.image_sets.open_images`], with `rows`.
         policy ([`CropPolicy`]): How crops are cut.
         pixel_range (`tuple[float, float]`): Values of black and white.
         seed (`int`): Seed of the order, the sides, the positions, the factors and the flips.
@@ -68,7 +64,6 @@ class CropLoader:
         process_index (`int`): Index of this process of the training.
         num_processes (`int`): Processes that share the set.
         num_batches (`int`): Batches in all, including those before the loaded state.
-        shuffle_buffer (`int`, defaults to 1000): Images of a stream that are shuffled at a time.
         label_column (`str`, *optional*): Column of the labels.
     """
 
@@ -80,30 +75,24 @@ class CropLoader:
     process_index: int = field(kw_only=True)
     num_processes: int = field(kw_only=True)
     num_batches: int = field(kw_only=True)
-    shuffle_buffer: int = 1000
     label_column: str | None = None
 
     def __post_init__(self) -> None:
-        rows, parts = self.images.rows, self.images.parts
-        self.cutter = Cutter(rows, self.label_column, self.policy, self.pixel_range)
-        self.order: dict[str, int | None] = {"seed": self.seed}
-        self.order |= {"number of images": None, "number of shards": None, "shuffle_buffer": None}
-        if rows is None:
-            self.order |= {"number of shards": len(parts), "shuffle_buffer": self.shuffle_buffer}
-        else:
-            self.order |= {"number of images": len(rows)}
-        self.batch = 0
-        self.reader_state: dict[str, Any] | None = None
+        if self.images.rows is None:
+            raise ValueError("The image set must have random access. Open it with `copy=True`.")
+        self.num_rows = len(self.images.rows)
+        self.cutter = Cutter(self.images.rows, self.label_column, self.policy, self.pixel_range)
+        self.order = {"seed": self.seed, "number of images": self.num_rows}
+        self.batch, self.position = 0, self.process_index
 
     @property
     def contents(self) -> str:
         """Size of the image set, for the log."""
-        shards = self.order["number of shards"]
-        return f"{self.images.length:,} images" if shards is None else f"a stream of images in {shards:,} shards"
+        return f"{self.num_rows:,} images"
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, small: numbers, strings and dictionaries."""
-        return deepcopy({"order": self.order, "batch": self.batch, "reader": self.reader_state})
+        return {"order": dict(self.order), "batch": self.batch, "reader": {"position": self.position}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the position at which iteration continues.
@@ -117,13 +106,13 @@ class CropLoader:
                     f"The {name} must be {saved} as when the checkpoint was written, but is {value}. Restore it, or "
                     "start a new run in another `--output_dir`."
                 )
-        self.batch, self.reader_state = state["batch"], deepcopy(state["reader"])
+        self.batch, self.position = state["batch"], state["reader"]["position"]
 
     def __iter__(self) -> Iterator[CropBatch]:
         """Yields the remaining batches.
 
         Raises:
-            ValueError: If 1000 images in a row are unreadable, or a process gets no images.
+            ValueError: If 1000 images in a row are unreadable.
         """
         queue: deque[Pending] = deque()
         loader = DataLoader(
@@ -140,33 +129,32 @@ class CropLoader:
             skipped = [image for _, image in failed]
             for slot, _ in failed:
                 sample[slot], labels[slot] = self._replacement(pending, slot, skipped)
-            self.batch, self.reader_state = self.batch + 1, pending.reader_state
+            self.batch, self.position = self.batch + 1, pending.position
             # Each slot in `failed`, and each later failure, took one more try.
-            yield CropBatch(sample, labels, skipped, num_read=len(pending.job.items) + len(skipped))
+            yield CropBatch(sample, labels, skipped, num_read=len(pending.job.rows) + len(skipped))
 
     def _jobs(self, queue: deque[Pending]) -> Iterator[Job]:
         """Yields the jobs for the workers, and queues what the main process needs when a batch comes back."""
-        reader = self._reader()
+        position = self.position
         for batch in range(self.batch, self.num_batches):
             side = int(np.random.default_rng((SIDE, self.seed, batch)).choice(self.policy.sides_of(batch)))
             count = self.policy.batch_size * (max(self.policy.sides) // side) ** 2
-            items: list[Item] = [reader.next() for _ in range(count)]
+            rows = list(itertools.islice(self._rows(position), count))
             numbers = range(self.process_index, count * self.num_processes, self.num_processes)
-            job = Job(side, items, [(CROP, self.seed, batch, number) for number in numbers])
-            queue.append(Pending(job, reader.lookahead(), reader.state()))
+            job = Job(side, rows, [(CROP, self.seed, batch, number) for number in numbers])
+            position += count * self.num_processes
+            queue.append(Pending(job, position))
             yield job
 
-    def _reader(self) -> RowReader | StreamReader:
-        rows, state = self.images.rows, self.reader_state
-        if rows is not None:
-            position = state["position"] if state else self.process_index
-            return RowReader(len(rows), self.seed, position, self.num_processes)
-        place = self.process_index, self.num_processes
-        return StreamReader(self.images.parts, self.seed, self.shuffle_buffer, *place, state)
+    def _rows(self, position: int) -> Iterator[int]:
+        """Yields the rows of this process from a position on: every `num_processes`-th in the order of all epochs."""
+        for place in itertools.count(position, self.num_processes):
+            epoch, offset = divmod(place, self.num_rows)
+            yield int(row_order(self.num_rows, self.seed, epoch)[offset])
 
     def _replacement(self, pending: Pending, slot: int, skipped: list[Skipped]) -> Crop:
-        for item in itertools.islice(pending.lookahead, MAX_IN_A_ROW):
-            crop = self.cutter.cut(item, pending.job.side, pending.job.seeds[slot])
+        for row in itertools.islice(self._rows(pending.position), MAX_IN_A_ROW):
+            crop = self.cutter.cut(row, pending.job.side, pending.job.seeds[slot])
             if isinstance(crop, Crop):
                 return crop
             skipped.append(crop)

@@ -12,12 +12,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from svqvae_hf.data.image_rows import ImageRow, IndexedRows, fault_of, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.trainer.data.readers import Item
 from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
 CENTRE = (0.5, 0.5)
 QUARTER_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-SYNTHETIC = 4  # first word of the seeds of synthetic crops; crop_loader.py and readers.py use 0 to 3
+SYNTHETIC = 4  # first word of the seeds of synthetic crops; crop_loader.py and row_order.py use 0 to 2
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ class Skipped(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A batch to cut: its images, and a seed for each of them."""
+    """A batch to cut: the numbers of its images in the set, and a seed for each of them."""
 
     side: int
-    items: list[Item]
+    rows: list[int]
     seeds: list[tuple[int, ...]]
 
 
@@ -83,13 +82,13 @@ class Cutter(TorchDataset):
     """Cuts the crops of a job, in any process.
 
     Args:
-        rows ([`IndexedRows`], *optional*): Set with random access; images of a stream come with the job.
+        rows ([`IndexedRows`]): Image set.
         label_column (`str`, *optional*): Column of the labels.
         policy ([`CropPolicy`]): How crops are cut.
         pixel_range (`tuple[float, float]`): Values of black and white.
     """
 
-    rows: IndexedRows | None
+    rows: IndexedRows
     label_column: str | None
     policy: CropPolicy
     pixel_range: tuple[float, float]
@@ -103,15 +102,15 @@ class Cutter(TorchDataset):
         Returns:
             Crops `(batch, 3, side, side)`, their labels, and slot and image of each that is skipped.
         """
-        crops = [self.cut(item, job.side, seed) for item, seed in zip(job.items, job.seeds, strict=True)]
+        crops = [self.cut(row, job.side, seed) for row, seed in zip(job.rows, job.seeds, strict=True)]
         skipped = [(slot, crop) for slot, crop in enumerate(crops) if isinstance(crop, Skipped)]
         empty = Crop(torch.zeros(3, job.side, job.side), None)
         pixels, labels = zip(*(empty if isinstance(crop, Skipped) else crop for crop in crops), strict=True)
         return torch.stack(pixels), list(labels), skipped
 
-    def cut(self, item: Item, side: int, seed: tuple[int, ...]) -> Crop | Skipped:
+    def cut(self, number: int, side: int, seed: tuple[int, ...]) -> Crop | Skipped:
         """Returns a crop, or why the image is skipped."""
-        row = item if isinstance(item, ImageRow) else self.rows[item]  # type: ignore[index]
+        row = self.rows[number]
         label = None if self.label_column is None else row.values[self.label_column]
         synthetic = np.random.default_rng((SYNTHETIC, *seed))
         if self.policy.synthetic_fraction and synthetic.random() < self.policy.synthetic_fraction:

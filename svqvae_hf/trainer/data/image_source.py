@@ -17,8 +17,6 @@ from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.options import ImageOptions
 
-FORMATS = ("webdataset", "parquet", "arrow", "imagefolder")  # of `--data_files`, not names of image sets
-
 logger = get_logger(__name__, log_level="INFO")
 
 
@@ -63,19 +61,14 @@ class ImageSource:
 
     def __post_init__(self) -> None:
         options, label_column = self.options, self.label_column
-        data, files = [options.train_data_dir or options.dataset_name or ""], options.data_files
-        if options.dataset_name in FORMATS:
-            if not files:
-                raise ValueError(f"`--dataset_name {data[0]}` needs `--data_files`: its files, or patterns of them.")
-            data, files = files, []
         self.images = open_images(
-            data,
+            [options.train_data_dir or options.dataset_name or ""],
             config=options.dataset_config_name,
             split=options.split,
             image_column=options.image_column,
             columns=[] if label_column is None else [label_column],
-            data_files=files,
-            copy=not options.streaming,
+            data_files=options.data_files,
+            copy=True,
             left_out=options.output_dir,
         )
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
@@ -103,7 +96,6 @@ class ImageSource:
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             num_batches=num_batches,
-            shuffle_buffer=options.shuffle_buffer,
             label_column=self.label_column,
         )
 

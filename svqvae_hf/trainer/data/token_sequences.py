@@ -14,7 +14,7 @@ from svqvae_hf.files.folders import Folder, explained
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.shards import DATA
-from svqvae_hf.trainer.data.readers import row_order
+from svqvae_hf.trainer.data.row_order import row_order
 
 
 class TokenBatch(NamedTuple):
