@@ -141,7 +141,7 @@ def add_scale_target(parser: argparse.ArgumentParser) -> None:
 def check_several(scales: Collection[float], chooser: str, example: str = "--scales 0.25 0.5 1") -> None:
     """Raises ValueError if an option has only one scale to choose from. `chooser` names it, with its verb."""
     if len(scales) < 2:
-        raise ValueError(f"{chooser} among at least two scales. Pass them, such as {example}.")
+        raise ValueError(f"{chooser} among at least two scales. Pass them, such as --scales 0.25 0.5 1.")
 
 
 def add_tiles(
@@ -213,12 +213,6 @@ def add_image_set(parser: argparse.ArgumentParser) -> None:
 def image_set_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of [`add_image_set`], as the readers of image sets take them."""
     return {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
-
-
-def add_push(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds the upload to the Hub."""
-    parser.add_argument("--push-to-hub", type=not_empty, metavar="ORG/NAME", help=f"upload {what} to the Hub")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
 
 
 def path(text: str) -> Path:

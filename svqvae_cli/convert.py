@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 
-from svqvae_cli.arguments import Commands, add_command, add_push, not_empty, path, path_or_name
+from svqvae_cli.arguments import Commands, add_command, not_empty, path, path_or_name
 from svqvae_cli.files import REPO_ID, check_new_folder
 
 
@@ -69,7 +69,8 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--license", type=not_empty, help="licence of the source for the card, by its id on the Hub (default: unknown)"
     )
-    add_push(parser, "the result")
+    parser.add_argument("--push-to-hub", type=not_empty, metavar="ORG/NAME", help="upload the result to the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
 
 

@@ -114,9 +114,6 @@ def _folder_facts(files: "list[ImageTokens]") -> dict[str, Any]:
 
 
 def _set_facts(settings: "TokenSettings", totals: dict[str, int]) -> dict[str, Any]:
-    from svqvae_hf.token_sets.cards import describe_target
-
-    target = describe_target(settings.min_psnr, settings.max_bits)
     return {
         "kind": "token set",
         "rows": totals.get("rows"),
@@ -127,7 +124,6 @@ def _set_facts(settings: "TokenSettings", totals: dict[str, int]) -> dict[str, A
         "resolution": settings.resolution or "of the images",
         "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
         "scales from": settings.scale_from,
-        **({"scale of a row": target} if target else {}),
         "f": settings.f,
         "tiles": "none" if settings.tile_size is None else f"{settings.tile_size} pixels, overlap {settings.overlap}",
         "codebook": _codebook(settings),

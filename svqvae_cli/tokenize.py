@@ -14,11 +14,8 @@ from svqvae_cli.arguments import (
     add_command,
     add_image_set,
     add_model,
-    add_push,
-    add_scale_target,
     add_scales,
     add_tiles,
-    check_several,
     image_set_options,
     not_empty,
     path_or_url,
@@ -44,7 +41,6 @@ def add_to(commands: Commands) -> None:
     add_image_set(parser)
     parser.add_argument("out", type=path_or_url, metavar="OUT", help="folder or URL to write to")
     add_scales(parser, [1.0], sides=True)
-    add_scale_target(parser)
     parser.add_argument(
         "--crops",
         choices=CROPS,
@@ -92,7 +88,6 @@ def add_to(commands: Commands) -> None:
         "--workers", type=int, metavar="N", help="processes that read images (default: one per core, at most 4)"
     )
     parser.add_argument("--license", type=not_empty, help="licence of the images for the card, by its id on the Hub")
-    add_push(parser, "the token set")
     add_model(parser)
     add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
 
@@ -119,9 +114,6 @@ def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
-    if args.min_psnr or args.max_bits:
-        example = "--sides 8 16 32" if args.sides else "--scales 0.25 0.5 1"
-        check_several(args.sides or args.scales, "--min-psnr and --max-bits choose", example)
     if args.overwrite and (args.part is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     check_source(args.model)
@@ -155,8 +147,6 @@ def run(args: argparse.Namespace) -> None:
             **public_names(args.data, args.model or DEFAULT_MODEL),
             scales=args.scales,
             scale_from=args.scale_from,
-            min_psnr=args.min_psnr,
-            max_bits=args.max_bits,
             crops=args.crops,
             resolution=args.resolution,
             min_side=args.min_side,
@@ -167,8 +157,6 @@ def run(args: argparse.Namespace) -> None:
             num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
             overwrite=args.overwrite,
             license=args.license,
-            push_to_hub=args.push_to_hub,
-            private=args.private,
         )
     except (KeyboardInterrupt, SystemExit):
         with suppress(ValueError):  # it was not started yet

@@ -19,7 +19,6 @@ COLUMNS = {
     "width": "width of the crop in pixels",
     "key": "key of the image in its set: path of its file, or part and row",
     "crop": "name of the crop",
-    "scale": "scale of the ids",
 }
 
 
@@ -112,9 +111,6 @@ def token_set_card(
         "tiles": f"{settings.tile_size} pixels, overlap {settings.overlap}" if settings.tile_size else "none",
     }
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(settings.scales)}
-    if target := describe_target(settings.min_psnr, settings.max_bits):
-        facts["scale of a row"] = target
-        ids = {"ids_0": "ids at the scale of the row, row by row"}
     meanings = {**ids, **COLUMNS}
     model = [] if settings.model == BUNDLED_MODEL else ["--model", settings.model]
     sources = [source_set] if source_set else None
@@ -128,10 +124,3 @@ def token_set_card(
         columns=table_rows((f"`{name}`", meanings.get(name, "as in the image set")) for name in columns),
         licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
     )
-
-
-def describe_target(min_psnr: float | None, max_bits: float | None) -> str | None:
-    """Rule that chose the scale of each row; `None` without a target."""
-    if min_psnr is not None:
-        return f"the smallest that reaches {min_psnr:g} dB, or else the largest"
-    return None if max_bits is None else f"the largest with at most {max_bits:g} bits, or else the smallest"

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -13,7 +12,6 @@ from svqvae_hf.token_sets.crops import CROPS, CroppedImage
 from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.image_tokens import check_memory, execution_device
-from svqvae_hf.tokens.scale_choice import choose_by_bits, choose_by_psnr
 
 BATCH_CROPS = 64  # crops of a batch by default, if they are small
 BATCH_PIXELS = 2**20  # pixels of a batch by default, at most, unless one crop has more
@@ -106,30 +104,17 @@ class RowEncoder:
     def _encode_batch(self, crops: list[Crop]) -> None:
         """Adds ids to the rows of crops of one size."""
         pixels = torch.stack([pixels for pixels, _ in crops])
-        settings, scales = self.settings, self.settings.scales
+        settings = self.settings
         self._fit(pixels.shape, crops[0][1]["key"])
-        if settings.min_psnr is not None:
-            choices = choose_by_psnr(self.model, pixels, scales, settings.min_psnr, settings.scale_from)
-            for (_, row), choice in zip(crops, choices, strict=True):
-                row |= {"scale": choice.scale, "ids_0": self._stored(choice.ids.flatten())}
-            return
-        if settings.max_bits is not None:
-            height, width = pixels.shape[-2:]
-            scales = (choose_by_bits(self.model, height, width, scales, settings.max_bits)[0],)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         unit = pixels.to(self.device, non_blocking=True).float().div_(255)
         sample = unit.mul_(self.white - self.black).add_(self.black)  # as the image processor, with fewer copies
-        encoded = self.model.encode_tokens(sample.to(self.dtype), scales, settings.scale_from)
-        grids = [self._stored(grid.flatten(1)) for grid in encoded]
+        encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from)
+        grids = [grid.flatten(1).cpu().numpy().astype(settings.id_dtype) for grid in encoded]
         for number, (_, row) in enumerate(crops):
-            if settings.chooses_scale:
-                row["scale"] = scales[0]
             for index, grid in enumerate(grids):
                 row[f"ids_{index}"] = grid[number]
-
-    def _stored(self, ids: torch.Tensor) -> np.ndarray:
-        return ids.cpu().numpy().astype(self.settings.id_dtype)
 
     def _fit(self, shape: torch.Size, key: str) -> None:
         """Sets the tiles for images of a shape, and raises if their batches need more memory than is available."""

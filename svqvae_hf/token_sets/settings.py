@@ -69,8 +69,6 @@ class TokenSettings:
     crops: str
     resolution: int | None
     scale_from: str = "latents"
-    min_psnr: float | None = None
-    max_bits: float | None = None
 
     def __post_init__(self) -> None:
         scales = self.scales
@@ -85,17 +83,10 @@ class TokenSettings:
             "crops": self.crops in tuple(CROPS),
             "scale_from": self.scale_from in SCALE_SOURCES,
             "resolution": self.resolution is None if is_whole(self.crops) else _is_integer(self.resolution, 1),
-            "min_psnr": self.min_psnr is None or _is_target(self.min_psnr),
-            "max_bits": self.max_bits is None or (_is_target(self.max_bits) and self.min_psnr is None),
         }
         for name, is_valid in valid.items():
             if not is_valid:
                 raise ValueError(f"`{name}` of a token set is out of range, got {getattr(self, name)!r:.80}.")
-
-    @property
-    def chooses_scale(self) -> bool:
-        """Whether each row has ids at one scale of its own."""
-        return self.min_psnr is not None or self.max_bits is not None
 
     @property
     def id_dtype(self) -> str:
@@ -105,7 +96,7 @@ class TokenSettings:
     @property
     def id_columns(self) -> list[str]:
         """Names of the columns of ids, one per scale of a row."""
-        return [f"ids_{index}" for index in range(1 if self.chooses_scale else len(self.scales))]
+        return [f"ids_{index}" for index in range(len(self.scales))]
 
     def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of ids at a scale, for a row with this `height` and `width` in pixels."""
@@ -172,7 +163,6 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         ValueError: A column is missing, or the ids do not match the height, the width, the scale or the codebook.
     """
     names = settings.id_columns
-    scales = (_row_scale(row, settings),) if settings.chooses_scale else settings.scales
     try:
         height, width = operator.index(row["height"]), operator.index(row["width"])
         columns = [np.asarray(row[name]).astype(np.int64, casting="safe") for name in names]
@@ -183,7 +173,7 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
             "Make the set again with `svqvae tokenize`."
         ) from error
     grids = []
-    for ids, scale in zip(map(torch.as_tensor, columns), scales, strict=True):
+    for ids, scale in zip(map(torch.as_tensor, columns), settings.scales, strict=True):
         shape = settings.grid(scale, height, width)
         if ids.shape != (math.prod(shape),):
             raise ValueError(
@@ -195,7 +185,7 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         ids=grids,
         height=height,
         width=width,
-        scales=scales,
+        scales=settings.scales,
         f=settings.f,
         tile_size=settings.tile_size,
         overlap=settings.overlap,
@@ -203,14 +193,6 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         codebook_fingerprint=settings.codebook_fingerprint,
         scale_from=settings.scale_from,
     )
-
-
-def _row_scale(row: Mapping[str, Any], settings: TokenSettings) -> float:
-    found = row.get("scale")
-    if not isinstance(found, float) or found not in settings.scales:
-        known = ", ".join(f"{scale:g}" for scale in settings.scales)
-        raise ValueError(f"`scale` of a row must be one of the set's, {known}, got {found!r:.40}.")
-    return found
 
 
 def _settings_from(record: Any) -> TokenSettings:
@@ -225,10 +207,6 @@ def _settings_from(record: Any) -> TokenSettings:
 
 def _is_scale(value: object) -> bool:
     return isinstance(value, int | float) and 0 < value < INTEGER_LIMIT
-
-
-def _is_target(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_integer(value: object, least: int) -> bool:

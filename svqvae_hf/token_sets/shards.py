@@ -37,8 +37,6 @@ def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.F
     """
     columns = dict.fromkeys(settings.id_columns, datasets.List(datasets.Value(settings.id_dtype)))
     columns |= {"height": datasets.Value("int32"), "width": datasets.Value("int32"), "key": datasets.Value("string")}
-    if settings.chooses_scale:
-        columns |= {"scale": datasets.Value("float64")}
     if len(CROPS[settings.crops]) > 1:
         columns |= {"crop": datasets.Value("string")}
     taken = sorted(set(columns) & set(kept))

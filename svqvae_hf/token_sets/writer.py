@@ -16,7 +16,6 @@ from tqdm import tqdm
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import check_new_folder, is_writable, scale_endings
-from svqvae_hf.hub.repositories import check_repo_id, prepare_repo, push_output
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
@@ -54,7 +53,6 @@ class TokenizeReport:
         ids (`int`): Number of ids of all scales.
         files (`int`): Number of Parquet files.
         skipped (`int`): Number of images that could not be read.
-        url (`str`, *optional*): URL of the commit on the Hub; `None` if the set was not pushed.
     """
 
     out: str
@@ -66,7 +64,6 @@ class TokenizeReport:
     ids: int
     files: int
     skipped: int
-    url: str | None = None
 
     def __str__(self) -> str:
         lines = [f"resumed: {self.resumed:,} of {self.parts:,} parts were there"] if self.resumed else []
@@ -75,7 +72,7 @@ class TokenizeReport:
             lines.append(f"waiting  for other parts, see svqvae tokenize --status {self.out}")
         elif self.skipped:
             lines.append(f"skipped  {self.out}/{SKIPPED_FILE} (unreadable images: {self.skipped})")
-        return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
+        return "\n".join(lines)
 
 
 def tokenize_set(
@@ -87,8 +84,6 @@ def tokenize_set(
     source_set: str | None = None,
     scales: Sequence[float] = (1.0,),
     scale_from: str = "image",
-    min_psnr: float | None = None,
-    max_bits: float | None = None,
     crops: str = "whole",
     resolution: int | None = None,
     min_side: int | None = None,
@@ -99,8 +94,6 @@ def tokenize_set(
     num_workers: int = 0,
     overwrite: bool = False,
     license: str | None = None,
-    push_to_hub: str | None = None,
-    private: bool | None = None,
 ) -> TokenizeReport:
     """Makes a token set from an image set, or some parts of it.
 
@@ -118,8 +111,6 @@ def tokenize_set(
         source_set (`str`, *optional*): Name of the image set on the Hub, for the card.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over input side, one column of ids each.
         scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_tokens`].
-        min_psnr (`float`, *optional*): Target of [`encode_to_psnr`], which chooses one of the scales for each row.
-        max_bits (`float`, *optional*): Target of [`encode_to_bits`], which chooses one of the scales for each row.
         crops (`str`, defaults to `"whole"`): Crops of an image that become rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         min_side (`int`, *optional*): Side in pixels below which an image is skipped like an unreadable one.
@@ -132,14 +123,12 @@ def tokenize_set(
         num_workers (`int`, defaults to 0): Processes that read and crop images; with 0, this process does.
         overwrite (`bool`, defaults to `False`): Whether to delete a token set in the folder first.
         license (`str`, *optional*): Licence of the images, by the Hub's identifier, for the card.
-        push_to_hub (`str`, *optional*): `org/name` on the Hub to upload the set to, once it is complete.
-        private (`bool`, *optional*): Whether a new repository is private.
 
     Returns:
         [`TokenizeReport`]: Numbers of images, rows and files.
 
     Raises:
-        OSError: `out` cannot be written, an image cannot be fetched, or the set cannot be pushed.
+        OSError: `out` cannot be written, or an image cannot be fetched.
         ValueError: An option is out of range, or differs from the options that the set was started with; no image can
             be read; or an image needs more memory than is available.
     """
@@ -149,7 +138,6 @@ def tokenize_set(
     if not all(0 <= part < num_parts for part in parts):
         raise ValueError(f"`parts` must be in [0, {num_parts - 1}] for {num_parts} parts, got {[*parts]!r:.80}.")
     folder = check_out(out)
-    _check_push(folder, push_to_hub, private)
     scale_endings(scales)  # `detokenize_set` names files by them
     settings = TokenSettings(
         model=model_name,
@@ -162,8 +150,6 @@ def tokenize_set(
         crops=crops,
         resolution=resolution,
         scale_from=scale_from,
-        min_psnr=min_psnr,
-        max_bits=max_bits,
     )
     features = row_features(settings, images.features)
     stored = json.loads(settings.to_json())
@@ -178,8 +164,6 @@ def tokenize_set(
         "dtype": str(model.dtype),
         "device": model.device.type,
     }
-    if push_to_hub is not None:
-        prepare_repo(push_to_hub, private=private, license=license, repo_type="dataset")
     if overwrite:
         delete_set(folder)
     start_set(folder, options)
@@ -200,15 +184,13 @@ def tokenize_set(
                 if not is_finished(folder, part):  # otherwise another process has made it and tidied up
                     raise
             made.append(record)
-    name = push_to_hub or folder.path.rpartition("/")[2]
+    name = folder.path.rpartition("/")[2]
     card = partial(
         token_set_card, repo_id=name, settings=settings, columns=features, license=license, source_set=source_set
     )
     totals = complete_set(folder, stored | {"options": options}, card)
-    is_complete, resumed, url = totals is not None, len(parts) - len(made), None
-    if is_complete and push_to_hub is not None:
-        url = push_output(Path(folder.path), push_to_hub, "Upload token set", repo_type="dataset")
-    return TokenizeReport(folder.url, is_complete, num_parts, resumed, **totals or add_up(made), url=url)
+    resumed = len(parts) - len(made)
+    return TokenizeReport(folder.url, totals is not None, num_parts, resumed, **totals or add_up(made))
 
 
 def _write_part(folder: Folder, record: PartRecord, files: Iterable[dict[str, Any]]) -> None:
@@ -266,17 +248,6 @@ def check_out(out: str | os.PathLike) -> Folder:
         if not is_writable(nearest):
             raise ValueError(f"`{path}` must be a writable folder, but `{nearest}` is not. Choose another.")
     return folder
-
-
-def _check_push(folder: Folder, push_to_hub: str | None, private: bool | None) -> None:
-    if push_to_hub is not None:
-        check_repo_id(push_to_hub)
-    elif private is not None:
-        raise ValueError("`private` needs `push_to_hub`, got None. Pass `org/name`.")
-    if push_to_hub is not None and not folder.is_local:
-        raise ValueError(
-            f"`push_to_hub` needs a local folder, got `{folder.url}`. Upload the set once it is complete."
-        )
 
 
 def _check_options(

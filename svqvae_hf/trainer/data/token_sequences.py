@@ -46,11 +46,6 @@ class TokenSource:
 
     def __init__(self, data: str, label_column: str | None, caption_column: str | None = None):
         self.settings = read_settings(data)
-        if self.settings.chooses_scale:
-            raise ValueError(
-                "All rows of the token set must have the same scales, but each has one of its own. Make it again with "
-                "`svqvae tokenize` without --min-psnr and --max-bits."
-            )
         with explained(data, "read"):
             self.rows = _load_rows(data)
         order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
