@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 

@@ -36,8 +36,10 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes one token file per image."""
     check_large(args)
-    if args.min_psnr or args.max_bits:
-        check_several(args.scales, "--min-psnr and --max-bits choose")
+    if (args.min_psnr or args.max_bits) and len(args.scales) < 2:
+        raise ValueError(
+            "--min-psnr and --max-bits choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."
+        )
     inputs = find_images(args)
     suffix = TOKEN_SUFFIXES[args.compress]
     with Run(args, {file: [file.target(args.output, suffix)] for file in inputs}, "token files") as work:

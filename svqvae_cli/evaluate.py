@@ -14,20 +14,15 @@ from svqvae_cli.arguments import (
     add_output,
     add_scales,
     add_tiles,
-    check_several,
     image_set_options,
     path,
     path_or_name,
-    target,
 )
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
-CLASSES = (
-    "SVQVAE; VQModel, AutoencoderKL, AutoencoderTiny or AutoencoderDC of diffusers; Janus, Emu3 or Chameleon of "
-    "transformers"
-)
-COMPARING = ("beside", "baselines", "min_psnr", "codecs")
+CLASSES = "SVQVAE, or VQModel or AutoencoderKL of diffusers"
+COMPARING = ("beside", "baselines", "codecs")
 ALONE = ("tile_size", "overlap", "half_precision")
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.baselines.codecs`
 
@@ -40,7 +35,7 @@ def add_to(commands: Commands) -> None:
         run,
         "measure a model on an image set",
         "Writes report.json, report.md, pictures, and metadata for the model card. With\n"
-        "--beside, --baselines, --codecs, --min-psnr or a MODEL of another class, writes\n"
+        "--beside, --baselines, --codecs or a MODEL of another class, writes\n"
         "one table of all tokenizers at the size of the images, and a plot. With\n"
         "--generated, MODEL is a folder of generated images: writes how far they are from\n"
         "DATA. On several GPUs:\n"
@@ -71,14 +66,6 @@ def add_to(commands: Commands) -> None:
         help="resize the shorter side and crop the centre to this side (default: images as they are)",
     )
     add_scales(parser, [1.0, 0.5, 0.25])
-    parser.add_argument(
-        "--min-psnr",
-        nargs="+",
-        type=target,
-        metavar="DB",
-        help="also measure each SVQVAE with every image at the smallest of the scales that reaches this PSNR, or else "
-        "at the largest",
-    )
     parser.add_argument(
         "--baselines",
         nargs="+",
@@ -115,8 +102,6 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures models or generated images on an image set, and writes numbers, tables and plots."""
-    if args.min_psnr:
-        check_several(args.scales, "--min-psnr chooses")
     if args.generated:
         find_inputs([args.model], IMAGE_SUFFIXES, args.output)
     else:
@@ -167,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compares(args: argparse.Namespace) -> bool:
-    return any(value is not None for value in (args.beside, args.baselines, args.min_psnr, args.codecs))
+    return any(value is not None for value in (args.beside, args.baselines, args.codecs))
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -206,7 +191,7 @@ def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any], ba
     tokenizers: list[Tokenizer] = []
     for source in (args.model, *(args.beside or [])):
         with explain_loading(source):
-            tokenizers += load_tokenizers(source, args.device, args.scales, args.scale_from, args.min_psnr or ())
+            tokenizers += load_tokenizers(source, args.device, args.scales, args.scale_from)
     if baselines:
         shape = next(((each.f, each.codebook_size) for each in tokenizers if each.codebook_size), None)
         if shape is None:

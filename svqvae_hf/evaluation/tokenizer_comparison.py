@@ -156,7 +156,7 @@ class _Meter:
         self.is_warm = False
 
     @torch.no_grad()
-    def measure(self, target: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
+    def measure(self, target: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
         """Values, counts of codes, and reconstruction of an image `(1, 3, height, width)` in uint8."""
         tokenizer, (height, width) = self.tokenizer, target.shape[-2:]
         sample = pad_to_multiple(target / 127.5 - 1, tokenizer.f)
@@ -173,25 +173,20 @@ class _Meter:
             "bits_per_pixel_stored": stored_bits / (height * width),
             "encode_seconds": encode_seconds,
             "decode_seconds": decode_seconds,
-            **dict.fromkeys(QUALITY),
         }
-        counts = self._count_codes(codes)
-        if decoded is None:
-            return values, counts, None
         image = resize_image(to_image(decoded), (sample.shape[-1], sample.shape[-2]))
         reconstruction = to_tensor(image.crop((0, 0, width, height)), self.device)
-        return values | image_metrics(reconstruction, target, self.lpips), counts, reconstruction
+        return values | image_metrics(reconstruction, target, self.lpips), self._count_codes(codes), reconstruction
 
-    def add(self, counts: torch.Tensor, reconstruction: torch.Tensor | None, target: torch.Tensor) -> None:
+    def add(self, counts: torch.Tensor, reconstruction: torch.Tensor, target: torch.Tensor) -> None:
         """Adds a measured image to the sums."""
         self.counts += counts
-        if self.fid is not None and reconstruction is not None:
+        if self.fid is not None:
             self.fid.add(reconstruction, target)
 
     def row(self, results: Records, records: Records) -> dict[str, Any]:
         """Means and sums over the images of all processes."""
         counts = torch.stack(gather_object([self.counts])).sum(0)
-        decodes = results[0]["psnr"] is not None
         pixels = pixels_of(records)
         bits = {
             key: sum(
@@ -208,7 +203,7 @@ class _Meter:
             "usage": metrics.usage(counts) if len(counts) else None,
             "perplexity": metrics.perplexity(counts) if len(counts) else None,
             "encode_speed": pixels / MEGA / seconds["encode"],
-            "decode_speed": pixels / MEGA / seconds["decode"] if decodes else None,
+            "decode_speed": pixels / MEGA / seconds["decode"],
         }
 
     def _count_codes(self, codes: Codes) -> torch.Tensor:
@@ -249,9 +244,6 @@ def _notes(meters: Sequence[_Meter], rows: Sequence[dict[str, Any]], images: int
             f"The set has fewer than {IDS_PER_CODE} ids per code for {', '.join(few)}. Codes used and perplexity "
             "would be higher on a larger set."
         )
-    no_decoder = [row["title"] for row in rows if row["decode_speed"] is None]
-    if no_decoder:
-        notes.append(f"{', '.join(no_decoder)}: this class has no decoder, so nothing is compared with the image.")
     return notes
 
 
@@ -310,7 +302,7 @@ def equal_bits_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Plots PSNR and SSIM against bits per pixel: a line per image codec, per model's scales, and per its targets."""
+    """Plots PSNR and SSIM against bits per pixel: a line per image codec, per model's scales."""
     figure = Figure(figsize=(12, 6 + 0.2 * len(comparison.rows)), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(panels, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):

@@ -51,9 +51,6 @@ def test_figures_are_those_computed_by_hand(tmp_path, images, name):
         assert values["tokens"] == by_hand.tokens == padded[0, 0].numel() // f**2
         assert values["bits_per_pixel"] == pytest.approx(by_hand.bits / (image.width * image.height))
         ids += [] if by_hand.ids is None else by_hand.ids.flatten().tolist()
-        if by_hand.sample is None:
-            assert values["psnr"] is None
-            continue
         cropped = by_hand.sample[0, :, : image.height, : image.width]
         decoded = ((cropped.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
         expected.append(peak_signal_noise_ratio(np.array(image), decoded, data_range=255))
@@ -67,55 +64,38 @@ def test_figures_are_those_computed_by_hand(tmp_path, images, name):
             channel_axis=2,
         )
         assert values["ssim"] == pytest.approx(ssim, abs=1e-3)
-    assert row["psnr"] == (pytest.approx(np.mean(expected), abs=1e-2) if expected else None)
-    assert (row["decode_speed"] is None) == (not expected)
+    assert row["psnr"] == pytest.approx(np.mean(expected), abs=1e-2)
     assert row["encode_speed"] > 0
+    assert row["decode_speed"] > 0
     if ids:
         counts = np.bincount(ids)
         assert len(set(ids)) > 1
         frequency = counts[counts > 0] / len(ids)
-        assert row["usage"] == len(set(ids)) / (64 if name == "JanusVQVAE" else 32)
+        assert row["usage"] == len(set(ids)) / 32
         assert row["perplexity"] == pytest.approx(2 ** -(frequency * np.log2(frequency)).sum())
     else:
         assert row["usage"] is None
 
 
-@pytest.mark.parametrize("prefix", ["model.vqmodel.", "vqmodel."])
-@pytest.mark.parametrize(
-    ("name", "model_type"), [("JanusVQVAE", "janus"), ("Emu3VQVAE", "emu3"), ("ChameleonVQVAE", "chameleon")]
-)
-def test_tokenizer_within_a_whole_model(tmp_path, images, name, model_type, prefix):
-    model = make_tokenizer(name)
-    config = {"model_type": model_type, "vq_config": model.config.to_dict()}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    weights = {f"{prefix}{key}": tensor for key, tensor in model.state_dict().items()}
-    others = {"model.language_model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
-    save_file(weights | others, tmp_path / "model.safetensors", {"format": "pt"})
-    (whole,) = load_tokenizers(str(tmp_path))
-    model.save_pretrained(tmp_path / "alone")
-    (alone,) = load_tokenizers(str(tmp_path / "alone"))
-    sample = pixels(images[0]) / 127.5 - 1
-    assert torch.equal(whole.encode(sample), alone.encode(sample))
-    assert {key: value.sum() for key, value in whole.model.state_dict().items()} == {
-        key: value.sum() for key, value in model.state_dict().items()
-    }
-
-
-@pytest.mark.parametrize("name", ["AutoencoderKL", "JanusVQVAE"])
-def test_missing_weights_are_an_error(tmp_path, name):
-    make_tokenizer(name).save_pretrained(tmp_path)
+def test_missing_weights_are_an_error(tmp_path):
+    make_tokenizer("AutoencoderKL").save_pretrained(tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     weights = load_file(path)
     del weights["encoder.conv_in.weight"]
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"must have all weights of {name}, but 1 are .* encoder.conv_in.weight"):
+    with pytest.raises(
+        ValueError, match="must have all weights of AutoencoderKL, but 1 are .* encoder.conv_in.weight"
+    ):
         load_tokenizers(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"_class_name": "AutoencoderOobleck"}', "must name one of SVQVAE, VQModel, .*, got AutoencoderOobleck"),
+        (
+            '{"_class_name": "AutoencoderOobleck"}',
+            "must name one of SVQVAE, VQModel, AutoencoderKL, got AutoencoderOobleck",
+        ),
         ('{"model_type": ["janus"]}', r"got \['janus'\]"),
         ("[1]", "got no class"),
         ("{", "must be JSON, but is not"),
@@ -272,25 +252,19 @@ def test_wrong_options(images):
 
 
 def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys):
-    for name in ("AutoencoderKL", "ChameleonVQVAE"):
-        make_tokenizer(name).save_pretrained(tmp_path / name)
+    make_tokenizer("AutoencoderKL").save_pretrained(tmp_path / "AutoencoderKL")
     out = tmp_path / "out"
     (two_images / "c.png").write_bytes(b"")
     argv = ["evaluate", saved_model, two_images, "--output", out, "--scales", "1", "0.5"]
     argv += ["--baselines", two_images / "a.png", two_images / "b.jpg"]
-    argv += ["--beside", tmp_path / "AutoencoderKL", tmp_path / "ChameleonVQVAE", "--codecs", "webp"]
+    argv += ["--beside", tmp_path / "AutoencoderKL", "--codecs", "webp"]
     assert svqvae(*argv, "--resolution", "32") == 1  # one is skipped
     report = json.loads((out / "report.json").read_text())
-    titles = [
-        saved_model,
-        f"{saved_model}, scale 0.5",
-        str(tmp_path / "AutoencoderKL"),
-        str(tmp_path / "ChameleonVQVAE"),
-    ]
+    titles = [saved_model, f"{saved_model}, scale 0.5", str(tmp_path / "AutoencoderKL")]
     titles += ["k-means of blocks", "k-means with a linear 3 x 3 decoder"]
     titles += [f"WebP, quality {quality}" for quality in (1, 5, 10, 20, 40, 75)]
     assert [row["title"] for row in report["rows"]] == titles
-    assert [row["bits_per_pixel"] for row in report["rows"][:4]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4, 5 / 4])
+    assert [row["bits_per_pixel"] for row in report["rows"][:3]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4])
     assert {(image["width"], image["height"]) for image in report["images"]} == {(32, 32)}
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(titles) + 2 + 5
@@ -298,7 +272,6 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert rates == sorted(rates)
     printed = capsys.readouterr().out
     assert table[2] in printed
-    assert "ChameleonVQVAE: this class has no decoder" in printed
     assert "k-means was fitted on 2 of the 3 images" in printed
     assert f"Codes used and perplexity need ids. {tmp_path / 'AutoencoderKL'} code latents." in printed
     with Image.open(out / "rate_distortion.png") as figure:
@@ -309,7 +282,6 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     ("words", "message"),
     [
         ("{model} {images} --beside {kl} --half-precision", "--half-precision is for one SVQVAE alone"),
-        ("{model} {images} --scales 1 --min-psnr 24", "--min-psnr chooses among at least two scales"),
         ("{kl} {images} --baselines {images}", "--baselines needs a model with a codebook"),
         ("{model} {images} --beside {images}", "must be the folder of a model, but has no config.json"),
         ("{model} {images} --beside {images}/a.png", "a model must be a folder or a Hub id, got the file"),

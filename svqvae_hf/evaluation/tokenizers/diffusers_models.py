@@ -1,9 +1,7 @@
 """Adapters of [`SVQVAE`] and of models of diffusers."""
 
-from collections.abc import Sequence
-
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers import AutoencoderKL, VQModel
 
 from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -122,42 +120,6 @@ class AutoencoderKLTokenizer:
     def encode(self, sample: torch.Tensor) -> torch.Tensor:
         """Latents `(1, latent_channels, h, w)`."""
         return self.model.encode(sample).latent_dist.mode().half()
-
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Image from the latents."""
-        return self.model.decode(codes.float()).sample
-
-
-class AutoencoderTinyTokenizer:
-    """`AutoencoderTiny` of diffusers. Latents are stored in 8 bits, as its `forward` does."""
-
-    codebook_size = None
-
-    def __init__(self, title: str, model: AutoencoderTiny):
-        self.title, self.model = title, model
-        self.f = 2 ** (len(model.config.encoder_block_out_channels) - 1)
-
-    def encode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Latents `(1, latent_channels, h, w)` in uint8."""
-        return self.model.scale_latents(self.model.encode(sample).latents).mul(255).round().byte()
-
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Image from the latents."""
-        return self.model.decode(self.model.unscale_latents(codes / 255)).sample
-
-
-class AutoencoderDCTokenizer:
-    """`AutoencoderDC` of diffusers. Latents are stored in float16."""
-
-    codebook_size = None
-
-    def __init__(self, title: str, model: AutoencoderDC):
-        self.title, self.model = title, model
-        self.f = model.spatial_compression_ratio
-
-    def encode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Latents `(1, latent_channels, h, w)`."""
-        return self.model.encode(sample).latent.half()
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Image from the latents."""

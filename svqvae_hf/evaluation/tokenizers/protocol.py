@@ -39,12 +39,12 @@ class Tokenizer(Protocol):
             w)` in the type in which they are stored; or the content of a file.
         """
 
-    def decode(self, codes: Any) -> torch.Tensor | None:
+    def decode(self, codes: Any) -> torch.Tensor:
         """Decodes the result of `encode`.
 
         Returns:
             `torch.Tensor` of shape `(1, 3, height, width)`: Image in [-1, 1]. Values outside are clamped, and another
-            size is resized to the size of the sample. `None` if the class has no decoder.
+            size is resized to the size of the sample.
         """
 
 
