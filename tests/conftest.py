@@ -139,7 +139,7 @@ def disk(tmp_path):
 
 def save_tiff(path: Path, pixels: np.ndarray, **options) -> Path:
     """Writes a TIFF, RGB unless `photometric` is given, and returns its path."""
-    tifffile.imwrite(path, pixels, **({"photometric": "rgb"} | options))
+    tifffile.imwrite(path, pixels, **({"photometric": "rgb", "tile": (16, 32)} | options))
     return path
 
 

@@ -129,7 +129,7 @@ def prepare_files(folder: Path) -> Path:
     photo.save(folder / "photo.jpg")
     for name in ("a.png", "b.png"):
         photo.save(folder / "photos" / name)
-    tifffile.imwrite(folder / "scan.tif", np.asarray(photo.resize((640, 600))), photometric="rgb")
+    tifffile.imwrite(folder / "scan.tif", np.asarray(photo.resize((640, 600))), photometric="rgb", tile=(256, 256))
     for name, golden in RAW.items():
         shutil.copy(GOLDEN / golden, folder / name)
     make_pipeline(LDMPipeline).save_pretrained(folder / "out-ldm")

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 PREFIX_BYTES = 16  # by which Pillow tells formats apart
-MAX_CHUNK_BYTES = 1 << 28  # 256 MiB per strip, tile or chunk, because each is decoded as a whole
+MAX_CHUNK_BYTES = 1 << 28  # 256 MiB per tile, because each is decoded as a whole
 
 
 @contextmanager
@@ -68,17 +68,17 @@ def _advice(file: BinaryIO, formats: tuple[str, ...]) -> str:
 
 
 def is_chunk_too_large(shape: Sequence[int], itemsize: int) -> bool:
-    """Whether a chunk would decompress to more than the limit: a few bytes of TIFF can hold a strip of any size."""
+    """Whether a tile would decompress to more than the limit: a few bytes of TIFF can hold a tile of any size."""
     return math.prod(shape) * itemsize > MAX_CHUNK_BYTES
 
 
 def check_segments(sizes: Sequence[int], number: int, file_size: int) -> None:
-    """Raises if a TIFF's directory names strips or tiles that the file does not hold.
+    """Raises if a TIFF's directory names tiles that the file does not hold.
 
     Args:
-        sizes (`Sequence[int]`): Bytes of each strip or tile.
-        number (`int`): Number of strips or tiles that the image needs.
+        sizes (`Sequence[int]`): Bytes of each tile.
+        number (`int`): Number of tiles that the image needs.
         file_size (`int`): Bytes of the file.
     """
     if len(sizes) < number or not 0 <= min(sizes) <= max(sizes) <= file_size:
-        raise ValueError("its strips or tiles are missing, or larger than the file.")
+        raise ValueError("its tiles are missing, or larger than the file.")
