@@ -13,20 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from block_baselines import KMeans, fit_block_baselines, principal_components, read_fit_images, take_blocks
 from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 from tqdm import tqdm
 
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf.data.image_rows import read_image
-from svqvae_hf.evaluation.baselines.blocks import (
-    KMeans,
-    fit_block_baselines,
-    principal_components,
-    read_fit_images,
-    take_blocks,
-)
-from svqvae_hf.evaluation.baselines.codecs import CODECS, open_image, save_image
+from svqvae_hf.evaluation.codecs import CODECS, open_image, save_image
 from svqvae_hf.evaluation.measuring import image_metrics, to_tensor
 from svqvae_hf.tokens.image_tokens import resize_image
 

@@ -1,7 +1,6 @@
 """`svqvae evaluate`."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import (
@@ -22,9 +21,9 @@ from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
 CLASSES = "SVQVAE, or VQModel or AutoencoderKL of diffusers"
-COMPARING = ("beside", "baselines", "codecs")
-ALONE = ("tile_size", "overlap", "half_precision")
-CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.baselines.codecs`
+COMPARING = ("beside", "codecs")
+ALONE = ("tile_size", "overlap")
+CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 
 
 def add_to(commands: Commands) -> None:
@@ -35,7 +34,7 @@ def add_to(commands: Commands) -> None:
         run,
         "measure a model on an image set",
         "Writes report.json, report.md, pictures, and metadata for the model card. With\n"
-        "--beside, --baselines, --codecs or a MODEL of another class, writes\n"
+        "--beside, --codecs or a MODEL of another class, writes\n"
         "one table of all tokenizers at the size of the images, and a plot. With\n"
         "--generated, MODEL is a folder of generated images: writes how far they are from\n"
         "DATA. On several GPUs:\n"
@@ -57,7 +56,7 @@ def add_to(commands: Commands) -> None:
         nargs="*",
         type=path_or_name,
         metavar="OTHER",
-        help="make one table of MODEL, further models of any of these classes, and the baselines",
+        help="make one table of MODEL, further models of any of these classes, and image files",
     )
     parser.add_argument(
         "--resolution",
@@ -67,14 +66,6 @@ def add_to(commands: Commands) -> None:
     )
     add_scales(parser, [1.0, 0.5, 0.25])
     parser.add_argument(
-        "--baselines",
-        nargs="+",
-        type=path_or_name,
-        metavar="IMAGES",
-        help="also measure k-means of blocks, fitted on these: image files, folders of them, or globs, other images "
-        "than DATA",
-    )
-    parser.add_argument(
         "--codecs",
         nargs="*",
         choices=CODEC_NAMES,
@@ -83,11 +74,6 @@ def add_to(commands: Commands) -> None:
         "follows (default: all three where tokenizers are compared)",
     )
     add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
-    parser.add_argument(
-        "--half-precision",
-        action="store_true",
-        help="also count the ids that change in bfloat16 and float16; encodes three times",
-    )
     parser.add_argument(
         "--lpips-weights", type=path, metavar="FILE", help="weights of the LPIPS network, to add LPIPS"
     )
@@ -107,7 +93,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         for source in (args.model, *(args.beside or [])):
             check_source(source, subfolder=True)
-    baselines = find_inputs(args.baselines or [], IMAGE_SUFFIXES)
     for weights in filter(None, (args.lpips_weights, args.inception_weights)):
         if not weights.is_file():
             raise ValueError(f"there is no file `{weights}`. docs/evaluation.md says where the weights are.")
@@ -134,11 +119,10 @@ def run(args: argparse.Namespace) -> None:
     }
     images = open_images(args.data, left_out=args.output, **image_set_options(args))
     measure = _judge if args.generated else _compare if compares else _evaluate
-    report = measure(args, images, networks, [file.path for file in baselines])
+    report = measure(args, images, networks)
     if state.is_main_process:
         report.settings |= {
             "data": args.data,
-            "baselines": args.baselines,
             **image_set_options(args),
             "lpips_net": args.lpips_net,
             "lpips_weights": args.lpips_weights and args.lpips_weights.name,
@@ -152,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compares(args: argparse.Namespace) -> bool:
-    return any(value is not None for value in (args.beside, args.baselines, args.codecs))
+    return any(value is not None for value in (args.beside, args.codecs))
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -166,24 +150,23 @@ def _check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {reason}. Leave it out.")
 
 
-def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any], _: list[Path]) -> Any:
+def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
     """Measures one SVQVAE."""
     from svqvae_cli.loading import load_model
     from svqvae_hf.evaluation.evaluate import evaluate
     from svqvae_hf.tokens.context_model import find_context_model
 
-    names = ("scales", "scale_from", "tile_size", "overlap", "resolution", "half_precision")
+    names = ("scales", "scale_from", "tile_size", "overlap", "resolution")
     model = load_model(args.model, args.device, "float32")
     context_model = find_context_model(args.model, model.codebook_fingerprint())
     options = {name: getattr(args, name) for name in names}
     return evaluate(model, images, **options, **networks, context_model=context_model)
 
 
-def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any], baselines: list[Path]) -> Any:
+def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
     """Measures all tokenizers by one protocol."""
     from svqvae_cli.loading import explain_loading
-    from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines, read_fit_images
-    from svqvae_hf.evaluation.baselines.codecs import CODECS, QUALITIES, CodecTokenizer
+    from svqvae_hf.evaluation.codecs import CODECS, QUALITIES, CodecTokenizer
     from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers
     from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
     from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
@@ -192,32 +175,13 @@ def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any], ba
     for source in (args.model, *(args.beside or [])):
         with explain_loading(source):
             tokenizers += load_tokenizers(source, args.device, args.scales, args.scale_from)
-    if baselines:
-        shape = next(((each.f, each.codebook_size) for each in tokenizers if each.codebook_size), None)
-        if shape is None:
-            raise ValueError("--baselines needs a model with a codebook, whose f and number of codes k-means takes.")
-        tokenizers += fit_block_baselines(read_fit_images(baselines, shape[0], args.device), *shape)
     chosen = CODEC_NAMES if args.codecs is None else args.codecs
     codecs = [name for name in CODECS if name.lower() in chosen]
     tokenizers += [CodecTokenizer(codec, quality) for codec in codecs for quality in QUALITIES]
-    report = compare_tokenizers(tokenizers, images, resolution=args.resolution, device=args.device, **networks)
-    report.notes += _overlap(args.data, baselines)
-    return report
+    return compare_tokenizers(tokenizers, images, resolution=args.resolution, device=args.device, **networks)
 
 
-def _overlap(data: list[str], baselines: list[Path]) -> list[str]:
-    """Note on image files that baselines were fitted on and that they are measured on."""
-    try:
-        measured = {file.path.resolve() for file in find_inputs(data, IMAGE_SUFFIXES)}
-    except ValueError:  # tar or Parquet files, or a set on the Hub
-        return []
-    shared = len(measured & {path.resolve() for path in baselines})
-    if not shared:
-        return []
-    return [f"k-means was fitted on {shared} of the {len(measured)} images, so its quality is too high. Use others."]
-
-
-def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any], _: list[Path]) -> Any:
+def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
     """Compares generated images with the set."""
     from svqvae_cli.loading import load_model
     from svqvae_hf.data.image_sets import open_images

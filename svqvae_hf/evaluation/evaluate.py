@@ -40,7 +40,6 @@ from svqvae_hf.tokens.image_tokens import check_memory, image_tokens, resize_ima
 from svqvae_hf.tokens.token_files import token_file_content
 
 SCALES = (1.0, 0.5, 0.25)
-HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NUM_EXAMPLES = 4
 EXAMPLE_SIDE = 512  # pixels of the longer side of an example
 
@@ -117,7 +116,6 @@ def evaluate(
     tile_size: int | None = None,
     overlap: int | None = None,
     resolution: int | None = None,
-    half_precision: bool = False,
     lpips: LPIPS | None = None,
     inception: nn.Module | None = None,
     context_model: ContextModel | None = None,
@@ -137,8 +135,6 @@ def evaluate(
         tile_size (`int`, *optional*): As in [`SVQVAE.tile_if_large`], which chooses tiles for each image.
         overlap (`int`, *optional*): As in [`SVQVAE.tile_if_large`].
         resolution (`int`, *optional*): As in [`measure_images`].
-        half_precision (`bool`, defaults to `False`): Also encode in bfloat16 and float16, and count the ids that
-            change. This needs two more copies of the model and three times the encoding.
         lpips ([`LPIPS`], *optional*): Network of LPIPS, from [`load_lpips`]. Moved to the model's device.
         inception (`nn.Module`, *optional*): Network of FID, from [`load_inception`]: maps uint8 images `(batch, 3,
             height, width)` to features `(batch, n)`. Moved to the model's device.
@@ -227,7 +223,6 @@ class _Evaluator:
         scales: Sequence[float],
         scale_from: str,
         tiles: tuple[int | None, int | None],
-        half_precision: bool,
         lpips: LPIPS | None,
         inception: nn.Module | None,
         context_model: ContextModel | None,
@@ -235,10 +230,6 @@ class _Evaluator:
         self.context_model = context_model
         # `nn.Module.to`, because diffusers' own warns about the codebook, which stays float32 by itself.
         self.model = nn.Module.to(copy.deepcopy(model), torch.float32).eval()
-        self.half_models = {
-            name: nn.Module.to(copy.deepcopy(self.model), dtype)
-            for name, dtype in (HALF_DTYPES if half_precision else {}).items()
-        }
         self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
         self.scales = list(scales)
         self.scale_from = scale_from
@@ -252,15 +243,10 @@ class _Evaluator:
         """Measures an image at all scales, adds it to the sums, and returns its values."""
         largest = max(1, *self.scales)
         size = largest * image.height, largest * image.width
-        for each in (self.model, *self.half_models.values()):
-            each.tile_if_large(*size, *self.tiles)
+        self.model.tile_if_large(*size, *self.tiles)
         check_memory(self.model, *size)
         pixel_values = self.processor(image)["pixel_values"].to(self.model.device)
         latents = self.model.encode_scales(pixel_values, self.scales, self.scale_from)
-        half_latents = {
-            key: half.encode_scales(pixel_values.to(half.dtype), self.scales, self.scale_from)
-            for key, half in self.half_models.items()
-        }
         results, reconstructions, additions = [], [], []
         for number, scale in enumerate(self.scales):
             ids = self.model.quantize.nearest_ids(latents[number])
@@ -283,9 +269,6 @@ class _Evaluator:
                 | image_metrics(sample, target, self.lpips)
                 | {f"{key}_full_size": full_size[key] for key in ("psnr", "ssim")}
             )
-            for key, half in half_latents.items():
-                half_ids = self.model.quantize.nearest_ids(half[number])
-                results[-1][f"ids_changed_{key}"] = metrics.fraction_changed(half_ids, ids)
             reconstructions.append(reconstruction)
             additions.append((ids, latents[number], sample, target))
         for totals, tensors in zip(self.totals, additions, strict=True):  # only now: memory may run out before

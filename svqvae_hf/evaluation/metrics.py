@@ -156,8 +156,3 @@ def mean_cosine(latent_sum: torch.Tensor, count: int) -> float:
         `float`: 0 for latents spread evenly over the sphere, 1 for equal ones.
     """
     return (latent_sum.cpu().double() / count).square().sum().item()
-
-
-def fraction_changed(ids: torch.Tensor, reference: torch.Tensor) -> float:
-    """Fraction of ids that differ from the reference, which has the same shape."""
-    return (ids != reference).sum().item() / ids.numel()

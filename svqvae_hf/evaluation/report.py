@@ -1,29 +1,17 @@
 """Writes the report of an evaluation as files: JSON, Markdown tables, pictures and metadata of a model card."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.evaluation.evaluate import Example, Report
 from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
-from svqvae_hf.evaluation.report_files import (
-    COLOURS,
-    Metric,
-    closing_lines,
-    finish_axes,
-    format_table,
-    save_figure,
-    write_texts,
-)
+from svqvae_hf.evaluation.report_files import Metric, closing_lines, format_table, write_texts
 from svqvae_hf.files.outputs import save_png, write_file
 
 METRICS = {
@@ -41,8 +29,6 @@ METRICS = {
     "perplexity": Metric("perplexity", ".0f"),
     "entropy": Metric("entropy, bits per id", ".2f"),
     "latent_cosine": Metric("mean cosine of latents", ".3f"),
-    "ids_changed_bfloat16": Metric("ids changed in bfloat16", ".1%"),
-    "ids_changed_float16": Metric("ids changed in float16", ".1%"),
 }
 TABLES = {
     "Reconstructions": ("psnr", "ssim", "ms_ssim", "lpips", "rfid"),
@@ -58,7 +44,7 @@ PICTURES = {
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes `report.json`, `report.md`, `model-index.yaml` and two pictures.
+    """Writes `report.json`, `report.md`, `model-index.yaml` and `worst.png`.
 
     Args:
         report ([`Report`]): Results. Its `settings` must also have `model` and `data`.
@@ -75,7 +61,6 @@ def write_report(report: Report, folder: Path) -> None:
     write_texts(folder, document, markdown(report))
     card = ModelCardData(model_name=_last_part(report.settings["model"]), eval_results=eval_results(report))
     write_file(folder / "model-index.yaml", (card.to_yaml() + "\n").encode())
-    save_figure(codebook_figure(report), folder / "codebook.png")
     save_png(examples_sheet(report.worst, report.settings["scales"]), folder / "worst.png")
 
 
@@ -105,9 +90,8 @@ def summary(report: Report) -> str:
 
 def results_table(report: Report, keys: Sequence[str]) -> list[str]:
     """Lines of a Markdown table: a row per scale, a column per value that was asked for."""
-    shown = [key for key in keys if key in report.results[0].values]
-    rows = [[f"{each.scale:g}", *(METRICS[key].cell(each.values[key]) for key in shown)] for each in report.results]
-    return format_table(["scale", *(METRICS[key].title for key in shown)], rows)
+    rows = [[f"{each.scale:g}", *(METRICS[key].cell(each.values[key]) for key in keys)] for each in report.results]
+    return format_table(["scale", *(METRICS[key].title for key in keys)], rows)
 
 
 def eval_results(report: Report) -> list[EvalResult]:
@@ -134,32 +118,6 @@ def eval_results(report: Report) -> list[EvalResult]:
         for key in CARD_METRICS
         if (value := result.values[key]) is not None and math.isfinite(value)
     ]
-
-
-def codebook_figure(report: Report) -> Figure:
-    """Plots how often each code occurs, most frequent first, with a line per scale."""
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    size = report.codebook["size"]
-    for colour, result in zip(itertools.cycle(COLOURS), report.results, strict=False):
-        counts = np.sort(result.counts[result.counts > 0])[::-1]
-        label = (
-            f"scale {result.scale:g}: {result.values['usage']:.1%} used, perplexity {result.values['perplexity']:,.0f}"
-        )
-        axes.step(np.arange(1, len(counts) + 1), counts, where="mid", color=colour, linewidth=1.8, label=label)
-        axes.plot([len(counts)] * 2, [counts[-1], 0.8], color=colour, linewidth=1, linestyle=":")
-    axes.set(
-        xlim=(0, size * 1.02),
-        yscale="log",
-        xlabel=f"codes, most frequent first (of {size:,})",
-        ylabel="ids in the set",
-    )
-    axes.set_ylim(bottom=0.8)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_title(f"Codes by frequency, {len(report.images)} images", loc="left")
-    finish_axes(axes)
-    axes.legend(frameon=False, fontsize=9)
-    return figure
 
 
 def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Image.Image:

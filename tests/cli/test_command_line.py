@@ -14,8 +14,7 @@ from conftest import ROOT, make_tiny
 from svqvae_cli.arguments import OVERLAP, TILE_SIZE
 from svqvae_cli.command_line import COMMANDS, build_parser
 from svqvae_hf.conversion import convert
-from svqvae_hf.evaluation import perceptual
-from svqvae_hf.evaluation.baselines import codecs
+from svqvae_hf.evaluation import codecs, perceptual
 from svqvae_hf.export import export
 from svqvae_hf.models.tiling import OVERLAP_PX
 from svqvae_hf.token_sets.crops import CROPS

@@ -14,7 +14,6 @@ from context_models import make_context_model
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import nn
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
@@ -56,7 +55,6 @@ def test_values_of_each_image(tiny_model, photos, scale_from, tiled):
             SCALES, record["results"], ids, reconstructions, strict=True
         ):
             assert (values["scale"], values["ids"]) == (scale, of_scale.numel())
-            assert values.keys().isdisjoint(["ids_changed_bfloat16", "ids_changed_float16"])
             resampling = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
             pair = [np.array(each) for each in (image.resize(reconstruction.size, resampling), reconstruction)]
             assert values["psnr"] == pytest.approx(peak_signal_noise_ratio(*pair, data_range=255), abs=1e-3)
@@ -69,7 +67,7 @@ def test_values_of_each_image(tiny_model, photos, scale_from, tiled):
 
 
 def test_values_of_the_set(tiny_model, photos):
-    report = evaluate(tiny_model, photos, scales=[0.5], half_precision=True)
+    report = evaluate(tiny_model, photos, scales=[0.5])
     outputs = [reconstruct(tiny_model, image, [0.5]) for image in photos]
     ids = torch.cat([ids[0].flatten() for ids, _, _ in outputs])
     unit = F.normalize(torch.cat([latents[0].flatten(2)[0].T for _, latents, _ in outputs]), dim=-1)
@@ -81,7 +79,7 @@ def test_values_of_the_set(tiny_model, photos):
     assert result.values["entropy"] == pytest.approx(entropy)
     assert result.values["perplexity"] == pytest.approx(2**entropy)
     assert result.values["latent_cosine"] == pytest.approx((unit @ unit.T).mean().item(), abs=1e-5)
-    for key in ("psnr", "ssim", "psnr_full_size", "ids_changed_bfloat16"):
+    for key in ("psnr", "ssim", "psnr_full_size"):
         assert result.values[key] == pytest.approx(np.mean([each["results"][0][key] for each in report.images]))
     pixels = sum(image.width * image.height for image in photos)
     assert result.values["bits_per_pixel"] == pytest.approx(len(ids) * 6 / pixels)
@@ -96,19 +94,6 @@ def test_stored_bits_are_those_of_token_files(tiny_model, photos, compresses):
     for result in report.results:
         files = [token_file_content(encode_image(tiny_model, image, result.scale), context_model) for image in photos]
         assert result.values["bits_per_pixel_stored"] == 8 * sum(map(len, files)) / pixels
-
-
-def test_ids_that_change_in_half_precision(tiny_model, photo):
-    image = photo.crop((0, 0, 120, 96))
-    sample = SVQVAEImageProcessor()(image)["pixel_values"]
-    (result,) = evaluate(tiny_model, [image], scales=[1.0], half_precision=True).results
-    with torch.inference_mode():
-        ids = tiny_model.encode_tokens(sample)
-        for dtype in (torch.bfloat16, torch.float16):
-            half = nn.Module.to(make_tiny(), dtype)
-            changed = (half.encode_tokens(sample.to(half.dtype)) != ids).float().mean().item()
-            assert 0 < changed < 0.2
-            assert result.values[f"ids_changed_{str(dtype).removeprefix('torch.')}"] == pytest.approx(changed)
 
 
 @pytest.mark.slow

@@ -15,8 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from svqvae_hf.evaluation.baselines.blocks import fit_block_baselines
-from svqvae_hf.evaluation.baselines.codecs import CODECS, CodecTokenizer, open_image, save_image
+from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, open_image, save_image
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers, comparison_figure, equal_bits_table
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
@@ -185,17 +184,6 @@ def test_image_files_count_all_their_bytes(images, codec):
     assert [row["tokens"], row["usage"]] == [None, None]
 
 
-def test_blocks_are_those_of_the_baselines(images):
-    baselines = fit_block_baselines([pixels(images[0])[0]], 4, size=16)
-    rows = compare_tokenizers(baselines, images[1:]).rows
-    sample, (width, height) = pixels(images[1]), images[1].size
-    for row, baseline in zip(rows, baselines, strict=True):
-        decoded = baseline.reconstruct(sample).clamp(0, 255).round().byte()[0].movedim(0, -1).numpy()
-        expected = peak_signal_noise_ratio(np.array(images[1]), decoded, data_range=255)
-        assert row["psnr"] == pytest.approx(expected, abs=1e-3)
-        assert row["bits_per_pixel"] == pytest.approx(6 * 9 * 4 / (width * height))
-
-
 class Exact:
     """Stores every value."""
 
@@ -256,12 +244,10 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     out = tmp_path / "out"
     (two_images / "c.png").write_bytes(b"")
     argv = ["evaluate", saved_model, two_images, "--output", out, "--scales", "1", "0.5"]
-    argv += ["--baselines", two_images / "a.png", two_images / "b.jpg"]
     argv += ["--beside", tmp_path / "AutoencoderKL", "--codecs", "webp"]
     assert svqvae(*argv, "--resolution", "32") == 1  # one is skipped
     report = json.loads((out / "report.json").read_text())
     titles = [saved_model, f"{saved_model}, scale 0.5", str(tmp_path / "AutoencoderKL")]
-    titles += ["k-means of blocks", "k-means with a linear 3 x 3 decoder"]
     titles += [f"WebP, quality {quality}" for quality in (1, 5, 10, 20, 40, 75)]
     assert [row["title"] for row in report["rows"]] == titles
     assert [row["bits_per_pixel"] for row in report["rows"][:3]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4])
@@ -272,7 +258,6 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert rates == sorted(rates)
     printed = capsys.readouterr().out
     assert table[2] in printed
-    assert "k-means was fitted on 2 of the 3 images" in printed
     assert f"Codes used and perplexity need ids. {tmp_path / 'AutoencoderKL'} code latents." in printed
     with Image.open(out / "rate_distortion.png") as figure:
         assert figure.width > 1000
@@ -281,8 +266,7 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("{model} {images} --beside {kl} --half-precision", "--half-precision is for one SVQVAE alone"),
-        ("{kl} {images} --baselines {images}", "--baselines needs a model with a codebook"),
+        ("{model} {images} --beside {kl} --tile-size 32", "--tile-size is for one SVQVAE alone"),
         ("{model} {images} --beside {images}", "must be the folder of a model, but has no config.json"),
         ("{model} {images} --beside {images}/a.png", "a model must be a folder or a Hub id, got the file"),
         ("{model} {images} --beside {model}", "with different titles"),

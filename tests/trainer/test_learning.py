@@ -8,12 +8,12 @@ import pytest
 import skimage.data
 import train
 import training_runs
+from block_baselines import KMeans, take_blocks
 from conftest import ROOT
 from PIL import Image
 from training_runs import logged
 
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.evaluation.baselines.blocks import KMeans, take_blocks
 from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.train_options import TrainOptions

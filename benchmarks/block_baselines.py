@@ -23,7 +23,7 @@ BLOCKS_AT_ONCE = 1 << 16
 
 
 class KMeans:
-    """Replaces each block by the nearest of `size` codes. A [`Tokenizer`] of images in [-1, 1].
+    """Replaces each block by the nearest of `size` codes.
 
     Args:
         codes (`torch.Tensor` of shape `(size, 3 * f * f)`): Codes, in values from 0 to 255.
@@ -33,7 +33,6 @@ class KMeans:
 
     def __init__(self, codes: torch.Tensor):
         self.f = math.isqrt(codes.shape[1] // 3)
-        self.codebook_size = len(codes)
         self.codes = codes
         self.mean = codes.mean(0)  # distances between values around 0 lose less to rounding
         self.codebook = _codebook(codes - self.mean)
@@ -72,14 +71,6 @@ class KMeans:
                 counts += torch.bincount(ids, minlength=size).unsqueeze(-1)
             codes = torch.where(counts > 0, sums / counts.clamp(min=1), draw())
         return cls(codes)
-
-    def encode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Ids `(batch, h, w)` of the nearest codes."""
-        return self.nearest_ids(F.pixel_unshuffle((sample + 1) * 127.5, self.f))
-
-    def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Images of the codes."""
-        return F.pixel_shuffle(self.blocks(ids), self.f) / 127.5 - 1
 
     @torch.inference_mode()
     def reconstruct(self, sample: torch.Tensor) -> torch.Tensor:

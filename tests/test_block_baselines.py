@@ -59,7 +59,7 @@ def test_centres_of_images_are_read_up_to_a_number_of_blocks(photo, tmp_path, mo
         photo.crop((100, 50, 100 + size[0], 50 + size[1])).save(path)
     whole = read_fit_images(paths, SIDE, CPU)
     assert [image.shape for image in whole] == [(3, 28, 40), (3, 100, 200)]  # no block fits into three pixels
-    monkeypatch.setattr("svqvae_hf.evaluation.baselines.blocks.MAX_BLOCKS", 3 * 60)
+    monkeypatch.setattr("block_baselines.MAX_BLOCKS", 3 * 60)
     small = read_fit_images(paths, SIDE, CPU)
     assert [image.shape for image in small] == [(3, 28, 32), (3, 28, 32)]
     assert torch.equal(small[0], whole[0][:, :, 4:36])
