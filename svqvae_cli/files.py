@@ -35,11 +35,11 @@ class InputFile(NamedTuple):
         return output / self.name.parent / f"{self.stem}{ending}"
 
 
-def find_images(args: argparse.Namespace) -> list[InputFile]:
+def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
     """Finds the images that a command encodes, and checks the names of its model and its output folder."""
     check_source(args.model)
     check_output(args.output)
-    return find_inputs(args.inputs, TIFF_SUFFIXES if args.large else IMAGE_SUFFIXES, args.output)
+    return find_inputs(args.inputs, suffixes, args.output)
 
 
 def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path | None = None) -> list[InputFile]:

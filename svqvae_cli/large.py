@@ -1,4 +1,4 @@
-"""`--large` in encode, decode and reconstruct: images larger than memory."""
+"""`--large` in encode and decode: images larger than memory."""
 
 import argparse
 import logging

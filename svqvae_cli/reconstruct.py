@@ -5,7 +5,6 @@ from functools import partial
 
 from svqvae_cli.arguments import Commands, add_command, add_images
 from svqvae_cli.files import InputFile, find_images
-from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
 
 
@@ -29,19 +28,17 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--side-by-side", action="store_true", help="also write NAME_side_by_side.png with the original and all scales"
     )
-    add_large(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the reconstruction of each image at each scale, and prints how close it is."""
-    check_large(args)
-    endings = ["_x1.tif"] if args.large else [f"_x{scale:g}.png" for scale in args.scales]
+    endings = [f"_x{scale:g}.png" for scale in args.scales]
     endings += ["_side_by_side.png"] * args.side_by_side
     inputs = find_images(args)
     targets = {file: [file.target(args.output, ending) for ending in endings] for file in inputs}
     with Run(args, targets, "images") as work:
         if work.left:
-            (_reconstruct_large if args.large else _reconstruct)(args, work)
+            _reconstruct(args, work)
 
 
 def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
@@ -62,17 +59,3 @@ def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
                 for image, path in zip([*images, *sheet], work.outputs(file), strict=True):
                     save_png(image, path)
                 table.add(str(file.name), results)
-
-
-def _reconstruct_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_tiled_model
-    from svqvae_cli.results import printed_table
-    from svqvae_hf.large.large_images import reconstruct_large
-    from svqvae_hf.large.tiff_reader import ImageError
-
-    model = load_tiled_model(args)
-    with printed_table(work, model) as table:
-        for file, _ in work.read(check_large_image):
-            with work.attempt(file, ImageError, PermissionError):
-                (path,) = work.outputs(file)
-                table.add(str(file.name), [reconstruct_large(model, file.path, path, on_tile=work.on_tile)])

@@ -99,15 +99,10 @@ def side_by_side(
     return contact_sheet(panels)
 
 
-def psnr_of_error(mean_squared_error: float) -> float:
-    """PSNR in dB for a mean squared error of 8-bit values; infinite for an error of 0."""
-    return 10 * math.log10(255**2 / mean_squared_error) if mean_squared_error else math.inf
-
-
 def _psnr(original: Image.Image, image: Image.Image) -> float:
     reference = resize_image(original, image.size)
     error = np.square(np.asarray(image, np.float64) - np.asarray(reference, np.float64)).mean()
-    return psnr_of_error(error)
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _row(name_width: int, name: str, cells: Sequence[str]) -> str:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures, psnr_of_error
 from svqvae_hf.files.outputs import os_error
 from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
-from svqvae_hf.large.tiff_writer import TILE_PX, TiffWriter
+from svqvae_hf.large.tiff_writer import TiffWriter
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import Read, RunWindow, Write, gather_context, run_tiles
@@ -74,55 +73,6 @@ def decode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | No
     """
     tokens = load_large_tokens(source)
     check_same_codebook(model, tokens)
-    _decode(model, tokens, target, on_tile)
-
-
-@torch.inference_mode()
-def reconstruct_large(
-    model: SVQVAE, source: Path, target: Path, on_tile: OnTile | None = None
-) -> ReconstructionFigures:
-    """Encodes and decodes an image of any size, as [`encode_large`] and [`decode_large`] do.
-
-    Args:
-        model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
-        source (`Path`): Image, see [`open_large_image`].
-        target (`Path`): Image to write, see [`decode_large`].
-        on_tile (`Callable`, *optional*): Called after each tile of either pass with the number of its finished tiles
-            and of all its tiles.
-
-    Returns:
-        [`~svqvae_hf.evaluation.reconstruction_table.ReconstructionFigures`]: Figures of the image at scale 1.
-
-    Raises:
-        ValueError: As [`encode_large`].
-    """
-    with open_large_image(source) as image:
-        tokens = _encode(model, image, on_tile)
-    _decode(model, tokens, target, on_tile)
-    with open_large_image(source) as image, open_large_image(target) as reconstruction:
-        return _measure(image, reconstruction, tokens)
-
-
-def _encode(model: SVQVAE, image: LargeImage, on_tile: OnTile | None) -> ImageTokens:
-    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    device = execution_device(model)
-    ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
-
-    def read(rows: slice, columns: slice) -> torch.Tensor:
-        """Sample `(1, 3, rows, columns)`. Padding repeats the last row and column, as in [`SVQVAE.encode`]."""
-        bottom, right = max(0, rows.stop - image.height), max(0, columns.stop - image.width)
-        pixels = image.read(slice(rows.start, rows.stop - bottom), slice(columns.start, columns.stop - right))
-        sample = processor(pixels)["pixel_values"].to(device, model.dtype)
-        return F.pad(sample, (0, right, 0, bottom), mode="replicate")
-
-    def write(rows: slice, columns: slice, latents: torch.Tensor) -> None:
-        ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
-
-    _run_tiles(model, model.encode_window, read, write, ids.shape, model.f, on_tile)
-    return image_tokens(model, [ids], image.height, image.width, [1.0])
-
-
-def _decode(model: SVQVAE, tokens: ImageTokens, target: Path, on_tile: OnTile | None) -> None:
     f, (ids,) = model.f, tokens.ids
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
@@ -149,6 +99,25 @@ def _decode(model: SVQVAE, tokens: ImageTokens, target: Path, on_tile: OnTile | 
         partial.unlink(missing_ok=True)
 
 
+def _encode(model: SVQVAE, image: LargeImage, on_tile: OnTile | None) -> ImageTokens:
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    device = execution_device(model)
+    ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
+
+    def read(rows: slice, columns: slice) -> torch.Tensor:
+        """Sample `(1, 3, rows, columns)`. Padding repeats the last row and column, as in [`SVQVAE.encode`]."""
+        bottom, right = max(0, rows.stop - image.height), max(0, columns.stop - image.width)
+        pixels = image.read(slice(rows.start, rows.stop - bottom), slice(columns.start, columns.stop - right))
+        sample = processor(pixels)["pixel_values"].to(device, model.dtype)
+        return F.pad(sample, (0, right, 0, bottom), mode="replicate")
+
+    def write(rows: slice, columns: slice, latents: torch.Tensor) -> None:
+        ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
+
+    _run_tiles(model, model.encode_window, read, write, ids.shape, model.f, on_tile)
+    return image_tokens(model, [ids], image.height, image.width, [1.0])
+
+
 def _run_tiles(
     model: SVQVAE,
     run: RunWindow,
@@ -167,23 +136,3 @@ def _run_tiles(
     if max(size) > tile:
         run = partial(run, shared=gather_context(run, read, size, tile, input_stride))
     run_tiles(run, read, write, size, tile, overlap, input_stride, on_tile)
-
-
-def _measure(original: LargeImage, reconstruction: LargeImage, tokens: ImageTokens) -> ReconstructionFigures:
-    (ids,) = tokens.ids
-    squared_error = 0
-    for top in range(0, original.height, TILE_PX):
-        for left in range(0, original.width, TILE_PX):
-            bottom, right = min(top + TILE_PX, original.height), min(left + TILE_PX, original.width)
-            window = slice(top, bottom), slice(left, right)
-            before, after = (image.read(*window).astype(np.int64) for image in (original, reconstruction))
-            squared_error += int(np.square(before - after).sum())
-    return ReconstructionFigures(
-        scale=1.0,
-        width=original.width,
-        height=original.height,
-        tokens=ids.numel(),
-        codes=ids.unique().numpy(),
-        bits_per_pixel=tokens.bits_per_pixel(0),
-        psnr=psnr_of_error(squared_error / (3 * original.height * original.width)),
-    )

@@ -5,8 +5,7 @@ import torch
 from conftest import make_tiny, save_tiff
 from PIL import Image
 
-from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
-from svqvae_hf.large.large_images import decode_large, encode_large, reconstruct_large
+from svqvae_hf.large.large_images import decode_large, encode_large
 from svqvae_hf.large.tiff_reader import LargeImage
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 from svqvae_hf.tokens.token_files import save_tokens
@@ -46,15 +45,9 @@ def test_ids_and_pixels_equal_the_image_in_memory(size, tiles, model, photo, tmp
 
     encode_large(model, source, tmp_path / "large.safetensors")
     decode_large(model, tmp_path / "large.safetensors", tmp_path / "decoded.tif")
-    figures = reconstruct_large(model, source, tmp_path / "reconstructed.tif")
 
     assert (tmp_path / "large.safetensors").read_bytes() == (tmp_path / "memory.safetensors").read_bytes()
-    for name in ("decoded", "reconstructed"):
-        assert np.array_equal(tifffile.imread(tmp_path / f"{name}.tif"), expected)
-    (in_memory,) = measure_reconstructions(image, tokens, [expected])
-    assert figures.psnr == pytest.approx(in_memory.psnr)
-    assert np.array_equal(figures.codes, in_memory.codes)
-    assert figures[:4] == in_memory[:4]
+    assert np.array_equal(tifffile.imread(tmp_path / "decoded.tif"), expected)
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -96,10 +89,10 @@ def test_an_interrupted_run_leaves_nothing_and_counts_the_tiles_of_each_pass(mod
 
     def on_tile(*count):
         counts.append(count)
-        if len(counts) == stop:
+        if len(counts) == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(model, tiff, tmp_path / "out" / "a", on_tile)
-    assert counts == [(i % 12 + 1, 12) for i in range(stop)]
+        encode_large(model, tiff, tmp_path / "out" / "a", on_tile)
+    assert counts == [(i + 1, 12) for i in range(5)]
     assert not list(tmp_path.glob("out/*"))
