@@ -61,20 +61,33 @@ def add_command(
     return parser
 
 
+def option(
+    parser: argparse._ActionsContainer,
+    name: str,
+    read: Callable[[str], Any],
+    metavar: str | tuple[str, ...],
+    help: str,
+    **settings: Any,
+) -> None:
+    """Adds an option with a value, or a positional argument."""
+    parser.add_argument(name, type=read, metavar=metavar, help=help, **settings)
+
+
+def flag(parser: argparse._ActionsContainer, name: str, help: str) -> None:
+    """Adds an option without a value."""
+    parser.add_argument(name, action="store_true", help=help)
+
+
 def add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
     """Adds input files, the folder for output files, and whether these may exist."""
-    parser.add_argument("inputs", nargs="+", type=path_or_name, metavar="INPUT", help=kinds)
+    option(parser, "inputs", path_or_name, "INPUT", kinds, nargs="+")
     add_output(parser, "folder to write to; it is not searched for inputs")
     add_overwrite(parser)
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Adds the choice between resuming and replacing."""
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="make and replace all output files (default: keep those of an earlier run with the same options)",
-    )
+    flag(parser, "--overwrite", "replace output files (default: keep those made with the same options)")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -87,20 +100,14 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 def add_output(parser: argparse.ArgumentParser, help: str) -> None:
     """Adds the output folder."""
-    parser.add_argument("--output", required=True, type=path, metavar="DIR", help=help)
+    option(parser, "--output", path, "DIR", help, required=True)
 
 
 def add_scales(parser: argparse.ArgumentParser, default: list[float], sides: bool = False) -> None:
     """Adds options for the scales to encode at, optionally also as sides in ids, and for what is resized to them."""
     scales = parser.add_mutually_exclusive_group()
     if sides:
-        scales.add_argument(
-            "--sides",
-            nargs="+",
-            type=positive,
-            metavar="IDS",
-            help="the scales of square crops by their sides in ids, as for next-scale generation",
-        )
+        option(scales, "--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
     scales.add_argument(
         "--scales",
         nargs="+",
@@ -111,11 +118,7 @@ def add_scales(parser: argparse.ArgumentParser, default: list[float], sides: boo
         help=f"output side over input side, one or more (default: {' '.join(f'{value:g}' for value in default)})",
     )
     parser.add_argument(
-        "--scale-from",
-        choices=SCALE_SOURCES,
-        default="image",
-        help="what is resized to a scale: the image, for better pictures, or the latents of one encoding, as in the "
-        "original (default: image)",
+        "--scale-from", choices=SCALE_SOURCES, default="image", help="what is resized to each scale (default: image)"
     )
 
 
@@ -152,20 +155,8 @@ def add_tiles(
     overlap: int | None = None,
 ) -> None:
     """Adds tile size and overlap. `tile_default` and `overlap_default` describe the defaults in the help."""
-    parser.add_argument(
-        "--tile-size",
-        type=int,
-        default=tile_size,
-        metavar="PIXELS",
-        help=f"side of a tile, a multiple of f (default: {tile_default})",
-    )
-    parser.add_argument(
-        "--overlap",
-        type=int,
-        default=overlap,
-        metavar="PIXELS",
-        help=f"pixels that a tile reads beyond each of its sides, a multiple of f (default: {overlap_default})",
-    )
+    option(parser, "--tile-size", int, "PIXELS", f"side of a tile, a multiple of f (default: {tile_default})")
+    option(parser, "--overlap", int, "PIXELS", f"pixels read beyond a tile's sides (default: {overlap_default})")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -189,25 +180,24 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def add_image_set(parser: argparse.ArgumentParser) -> None:
     """Adds a set of images, local or on the Hub."""
-    parser.add_argument(
+    option(
+        parser,
         "data",
+        path_or_url,
+        "DATA",
+        "images, tar or Parquet files, folders or patterns of these, also as URLs; or a set on the Hub",
         nargs="+",
-        type=path_or_url,
-        metavar="DATA",
-        help="image files, tar, Parquet or Arrow files, folders of these, or patterns ('shard-{00..07}.tar'), also as "
-        "URLs (s3://bucket/*.tar); or the name of a data set on the Hub, which is streamed",
     )
-    parser.add_argument("--config", type=not_empty, metavar="NAME", help="configuration of the data set")
-    parser.add_argument(
-        "--split", type=not_empty, metavar="NAME", help="split of the data set, required if it has several"
-    )
-    parser.add_argument(
+    option(parser, "--config", not_empty, "NAME", "configuration of the data set")
+    option(parser, "--split", not_empty, "NAME", "split of the data set, required if it has several")
+    option(
+        parser,
         "--image-column",
-        type=not_empty,
-        metavar="NAME",
-        help="column of the data set that holds images, or their suffix in tar files (default: found by its type)",
+        not_empty,
+        "NAME",
+        "column of the images, or their suffix in tar files (default: by type)",
     )
-    parser.add_argument("--max-images", type=int, metavar="N", help="stop after N images (default: all)")
+    option(parser, "--max-images", int, "N", "stop after N images (default: all)")
 
 
 def image_set_options(args: argparse.Namespace) -> dict[str, Any]:

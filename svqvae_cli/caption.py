@@ -3,7 +3,16 @@
 import argparse
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_device, add_dtype, add_files, path_or_name, positive
+from svqvae_cli.arguments import (
+    Commands,
+    add_command,
+    add_device,
+    add_dtype,
+    add_files,
+    option,
+    path_or_name,
+    positive,
+)
 from svqvae_cli.files import IMAGE_SUFFIXES, check_output, check_source, find_inputs
 from svqvae_cli.runs import Run
 
@@ -21,13 +30,9 @@ def add_to(commands: Commands) -> None:
         "photos --model org/lm-with-images --output out",
     )
     add_files(parser, "image files, folders of them, which are searched with their subfolders, or globs")
-    parser.add_argument(
-        "--model", type=path_or_name, required=True, metavar="LM", help="language model: folder or Hub id"
-    )
+    option(parser, "--model", path_or_name, "LM", "language model: folder or Hub id", required=True)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="text after each image (default: none)")
-    parser.add_argument(
-        "--max-tokens", type=positive, default=64, metavar="N", help="most tokens of a text (default: 64)"
-    )
+    option(parser, "--max-tokens", positive, "N", "most tokens of a text (default: 64)", default=64)
     add_device(parser)
     add_dtype(parser)
 

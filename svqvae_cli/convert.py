@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 
-from svqvae_cli.arguments import Commands, add_command, not_empty, path, path_or_name
+from svqvae_cli.arguments import Commands, add_command, flag, not_empty, option, path, path_or_name
 from svqvae_cli.files import REPO_ID, check_new_folder
 
 
@@ -21,42 +21,22 @@ def add_to(commands: Commands) -> None:
         "LlamaGen's language model, and OUT a pipeline that holds both.",
         "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
     )
-    parser.add_argument(
-        "source", type=path_or_name, metavar="SOURCE", help="checkpoint file, or org/repo:file on the Hub"
+    option(parser, "source", path_or_name, "SOURCE", "checkpoint file, or org/repo:file on the Hub")
+    option(parser, "out", path, "OUT", "folder to create")
+    option(
+        parser, "--tokenizer", path_or_name, "MODEL", "tokenizer of a generator: file, org/repo:file, folder or Hub id"
     )
-    parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
-    parser.add_argument(
-        "--tokenizer",
-        type=path_or_name,
-        metavar="MODEL",
-        help="tokenizer of the transformer: checkpoint file, org/repo:file, model folder or Hub id",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the images that the transformer was trained on; required for LlamaGen (default: the "
-        "tokenizer's)",
-    )
-    parser.add_argument(
-        "--num-heads",
-        type=int,
-        metavar="COUNT",
-        help="heads of LlamaGen's language model (default: as LlamaGen defines them)",
-    )
-    parser.add_argument(
-        "--text-encoder",
-        type=path_or_name,
-        metavar="MODEL",
-        help="T5 encoder of LlamaGen's captions: folder or Hub id, such as google/flan-t5-xl",
-    )
-    parser.add_argument("--use-ema", action="store_true", help="use the EMA weights of a LlamaGen file")
-    parser.add_argument(
+    option(parser, "--image-size", int, "PIXELS", "side of the training images of a generator; LlamaGen needs it")
+    option(parser, "--num-heads", int, "COUNT", "heads of LlamaGen's model (default: as LlamaGen defines them)")
+    option(parser, "--text-encoder", path_or_name, "MODEL", "T5 encoder of captions, such as google/flan-t5-xl")
+    flag(parser, "--use-ema", "use the EMA weights of a LlamaGen file")
+    option(
+        parser,
         "--network-range",
+        float,
+        ("LOW", "HIGH"),
+        "black and white in training (default: as in the format)",
         nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        help="values of black and white that the network was trained on (default: depends on the format)",
     )
     parser.add_argument(
         "--no-codebook-l2-norm",
@@ -69,9 +49,9 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--license", type=not_empty, help="licence of the source for the card, by its id on the Hub (default: unknown)"
     )
-    parser.add_argument("--push-to-hub", type=not_empty, metavar="ORG/NAME", help="upload the result to the Hub")
+    option(parser, "--push-to-hub", not_empty, "ORG/NAME", "upload the result to the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    flag(parser, "--create-pr", "open a pull request instead of committing")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 from functools import cache, partial
 from pathlib import Path
 
-from svqvae_cli.arguments import Commands, add_command, add_files, add_model, add_tiles
+from svqvae_cli.arguments import Commands, add_command, add_files, add_model, add_tiles, flag
 from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_output, check_source, find_inputs
 from svqvae_cli.large import add_large, check_large

@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_model, not_empty, path_or_name
+from svqvae_cli.arguments import Commands, add_command, add_model, not_empty, option, path_or_name
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 
@@ -22,19 +22,10 @@ def add_to(commands: Commands) -> None:
         "--model org/svqvae",
     )
     add_model(parser)
-    parser.add_argument(
-        "--generator",
-        type=path_or_name,
-        metavar="PIPELINE",
-        help="folder or Hub id of an autoregressive or next-scale pipeline: a page that generates images instead",
+    option(
+        parser, "--generator", path_or_name, "PIPELINE", "folder or Hub id of a pipeline: a page that generates images"
     )
-    parser.add_argument(
-        "--host",
-        type=not_empty,
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="address to listen on (default: 127.0.0.1)",
-    )
+    option(parser, "--host", not_empty, "ADDRESS", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
     parser.add_argument("--port", type=_port, help="port to listen on (default: the first free one from 7860)")
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_model, add_output, path_or_url
+from svqvae_cli.arguments import Commands, add_command, add_model, add_output, flag, option, path_or_url
 from svqvae_cli.files import check_output
 
 
@@ -18,16 +18,12 @@ def add_to(commands: Commands) -> None:
         "decodes a part.",
         "tokens --output out --max-images 16",
     )
-    parser.add_argument(
-        "tokens", type=path_or_url, metavar="TOKENS", help="folder or URL of the token set, or its name on the Hub"
-    )
+    option(parser, "tokens", path_or_url, "TOKENS", "folder or URL of the token set, or its name on the Hub")
     add_output(parser, "folder to write to")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="decode images that are there, too (default: skip them)"
-    )
-    parser.add_argument("--max-images", type=int, metavar="N", help="stop after N rows (default: all)")
-    parser.add_argument("--part", type=int, default=0, metavar="I", help="decode this part alone, from 0 (default: 0)")
-    parser.add_argument("--num-parts", type=int, default=1, metavar="N", help="number of parts (default: 1)")
+    flag(parser, "--overwrite", "decode images that are there, too (default: skip them)")
+    option(parser, "--max-images", int, "N", "stop after N rows (default: all)")
+    option(parser, "--part", int, "I", "decode this part alone, from 0 (default: 0)", default=0)
+    option(parser, "--num-parts", int, "N", "number of parts (default: 1)", default=1)
     add_model(parser)
 
 

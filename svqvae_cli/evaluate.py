@@ -13,7 +13,9 @@ from svqvae_cli.arguments import (
     add_output,
     add_scales,
     add_tiles,
+    flag,
     image_set_options,
+    option,
     path,
     path_or_name,
 )
@@ -34,35 +36,24 @@ def add_to(commands: Commands) -> None:
         run,
         "measure a model on an image set",
         "Writes report.json, report.md, pictures, and metadata for the model card. With\n"
-        "--beside, --codecs or a MODEL of another class, writes\n"
-        "one table of all tokenizers at the size of the images, and a plot. With\n"
-        "--generated, MODEL is a folder of generated images: writes how far they are from\n"
-        "DATA. On several GPUs:\n"
+        "--beside, --codecs or a MODEL of another class, writes one table of all\n"
+        "tokenizers at the size of the images, and a plot. With --generated, writes how\n"
+        "far the generated images are from DATA. On several GPUs:\n"
         "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
         "org/svqvae photos --output report --scales 1 0.5 0.25",
     )
-    parser.add_argument("model", type=path_or_name, metavar="MODEL", help=f"model folder or Hub id: {CLASSES}")
-    parser.add_argument(
-        "--generated",
-        action="store_true",
-        help="MODEL is a folder of generated images: compute Fréchet distance, precision and recall, and show the "
-        "nearest neighbours in DATA",
-    )
+    option(parser, "model", path_or_name, "MODEL", f"model folder or Hub id: {CLASSES}")
+    flag(parser, "--generated", "MODEL is a folder of generated images, to be compared with DATA")
     add_image_set(parser)
     add_output(parser, "folder to write to")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report that exists (default: an error)")
-    parser.add_argument(
-        "--beside",
-        nargs="*",
-        type=path_or_name,
-        metavar="OTHER",
-        help="make one table of MODEL, further models of any of these classes, and image files",
-    )
-    parser.add_argument(
+    flag(parser, "--overwrite", "replace a report that exists (default: an error)")
+    option(parser, "--beside", path_or_name, "OTHER", "one table of MODEL, further models and image files", nargs="*")
+    option(
+        parser,
         "--resolution",
-        type=int,
-        metavar="PIXELS",
-        help="resize the shorter side and crop the centre to this side (default: images as they are)",
+        int,
+        "PIXELS",
+        "resize the shorter side and crop the centre (default: images as they are)",
     )
     add_scales(parser, [1.0, 0.5, 0.25])
     parser.add_argument(
@@ -74,15 +65,11 @@ def add_to(commands: Commands) -> None:
         "follows (default: all three where tokenizers are compared)",
     )
     add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
-    parser.add_argument(
-        "--lpips-weights", type=path, metavar="FILE", help="weights of the LPIPS network, to add LPIPS"
-    )
+    option(parser, "--lpips-weights", path, "FILE", "weights of the LPIPS network, to add LPIPS")
     parser.add_argument(
         "--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex", help="LPIPS network (default: alex)"
     )
-    parser.add_argument(
-        "--inception-weights", type=path, metavar="FILE", help="weights of the FID network, to add rFID or FID"
-    )
+    option(parser, "--inception-weights", path, "FILE", "weights of the FID network, to add rFID or FID")
     add_device(parser)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_output, path_or_name
+from svqvae_cli.arguments import Commands, add_command, add_output, option, path_or_name
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_new_folder, check_source
 
@@ -18,7 +18,7 @@ def add_to(commands: Commands) -> None:
         "size, height and width. Compares them with the model before it keeps them.",
         "org/svqvae --output graphs --dtype float16",
     )
-    parser.add_argument("model", type=path_or_name, metavar="MODEL", help="model folder or Hub id")
+    option(parser, "model", path_or_name, "MODEL", "model folder or Hub id")
     add_output(parser, "folder to create")
     parser.add_argument(
         "--format", choices=("onnx", "torch"), default="onnx", help="encoder.onnx or encoder.pt2 (default: onnx)"

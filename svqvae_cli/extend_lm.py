@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, grid, path, path_or_name
+from svqvae_cli.arguments import Commands, add_command, grid, option, path, path_or_name
 from svqvae_cli.files import check_new_folder, check_source
 
 
@@ -18,19 +18,18 @@ def add_to(commands: Commands) -> None:
         "the old tokens stay as they are.",
         "org/lm lm-with-images --vqvae org/svqvae --grids 16x16 16x24",
     )
-    parser.add_argument("lm", type=path_or_name, metavar="LM", help="causal language model: folder or Hub id")
-    parser.add_argument("out", type=path, metavar="OUT", help="folder to create")
-    parser.add_argument(
-        "--vqvae", type=path_or_name, required=True, metavar="MODEL", help="image tokenizer: folder or Hub id"
-    )
-    parser.add_argument(
+    option(parser, "lm", path_or_name, "LM", "causal language model: folder or Hub id")
+    option(parser, "out", path, "OUT", "folder to create")
+    option(parser, "--vqvae", path_or_name, "MODEL", "image tokenizer: folder or Hub id", required=True)
+    option(
+        parser,
         "--grids",
+        grid,
+        "ROWSxCOLUMNS",
+        "sizes of images in codes (default: the tokenizer's square)",
         nargs="+",
-        type=grid,
-        metavar="ROWSxCOLUMNS",
-        help="sizes of images in codes (default: a square of the size that the image tokenizer was trained on)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the new rows (default: 0)")
+    option(parser, "--seed", int, "S", "seed of the new rows (default: 0)", default=0)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -14,7 +14,9 @@ from svqvae_cli.arguments import (
     add_device,
     add_dtype,
     add_output,
+    flag,
     grid,
+    option,
     path_or_name,
     positive,
     scale,
@@ -52,19 +54,12 @@ def add_to(commands: Commands) -> None:
         help="folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)",
     )
     add_output(parser, "folder to write to")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="generate images that exist again (default: keep them)"
-    )
-    parser.add_argument(
-        "--adapter",
-        type=path_or_name,
-        metavar="LORA",
-        help="folder or Hub id of a LoRA adapter for the language model of the pipeline",
-    )
-    parser.add_argument(
+    flag(parser, "--overwrite", "generate images that exist again (default: keep them)")
+    option(parser, "--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")
+    flag(
+        parser,
         "--steps-pictures",
-        action="store_true",
-        help="also write class_cat_0_steps.png and so on, with all scales of an image from coarse to fine",
+        "also write class_cat_0_steps.png and so on, with all scales of an image from coarse to fine",
     )
     condition = parser.add_mutually_exclusive_group()
     condition.add_argument(
@@ -75,33 +70,17 @@ def add_to(commands: Commands) -> None:
         help="classes by name or number (default: images without a class)",
     )
     condition.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions in quotes, instead of classes")
-    parser.add_argument(
-        "--num-images",
-        dest="count",
-        type=positive,
-        default=1,
-        metavar="COUNT",
-        help="images per class or caption (default: 1)",
+    option(parser, "--num-images", positive, "N", "images per class or caption (default: 1)", dest="count", default=1)
+    option(parser, "--batch-size", positive, "COUNT", "images that are generated at once (default: 16)", default=16)
+    option(
+        parser, "--scales", scale, "SCALE", "scales of an autoregressive pipeline to decode (default: 1)", nargs="+"
     )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=16,
-        metavar="COUNT",
-        help="images that are generated at once (default: 16)",
-    )
-    parser.add_argument(
-        "--scales",
-        nargs="+",
-        type=scale,
-        metavar="SCALE",
-        help="scales to decode, among an autoregressive pipeline's own (default: 1)",
-    )
-    parser.add_argument(
+    option(
+        parser,
         "--grid",
-        type=grid,
-        metavar="GRID",
-        help="rows x columns of codes of a language model's images, such as 16x24 (default: its first)",
+        grid,
+        "GRID",
+        "rows x columns of codes of a language model, such as 16x24 (default: its first)",
     )
     parser.add_argument(
         "--steps", type=positive, metavar="N", help="scales of a next-scale pipeline (default: as in training)"
@@ -128,6 +107,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the first image; image i has S + i (default: 0)"
     )
+    option(parser, "--seed", int, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
     add_device(parser)
     add_dtype(parser)
 
@@ -240,8 +220,8 @@ def _sample_language_model(
     """Draws an image of each caption, or without one."""
     for name in ("class_labels", "scales", "steps", "steps_pictures"):
         if getattr(args, name):
-            flag = "class" if name == "class_labels" else name.replace("_", "-")
-            raise ValueError(f"--{flag} belongs to pipelines, but MODEL is a language model. Leave it out.")
+            word = "class" if name == "class_labels" else name.replace("_", "-")
+            raise ValueError(f"--{word} belongs to pipelines, but MODEL is a language model. Leave it out.")
     del sampling["class_labels"]
     count = sampling.pop("num_images_per_prompt")
     return [model.draw(sampling.pop("prompt", [None] * count), args.grid, **sampling)]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svqvae_cli.arguments import Commands, add_command, path_or_name
+from svqvae_cli.arguments import Commands, add_command, option, path_or_name
 from svqvae_cli.files import REPO_ID, check_source, search_folder
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ def add_to(commands: Commands) -> None:
     """Adds the command and its arguments."""
     summary = "describe a model, pipeline, original checkpoint, token files or token set"
     parser = add_command(commands, "info", run, summary, "", "photo.safetensors")
-    parser.add_argument(
+    option(
+        parser,
         "path",
-        type=path_or_name,
-        metavar="PATH",
-        help="folder or Hub id of a model or a pipeline, checkpoint file, org/repo:file, token file, folder of token "
-        "files, or folder of a token set",
+        path_or_name,
+        "PATH",
+        "model, pipeline, checkpoint, token file, or folder of token files or a token set",
     )
 
 

@@ -4,16 +4,13 @@ import argparse
 import logging
 from pathlib import Path
 
+from svqvae_cli.arguments import flag
 from svqvae_cli.errors import require_extra
 
 
 def add_large(parser: argparse.ArgumentParser) -> None:
     """Adds the option for images larger than memory."""
-    parser.add_argument(
-        "--large",
-        action="store_true",
-        help="work by rows of tiles, so that memory does not grow with the image; images are TIFF files",
-    )
+    flag(parser, "--large", "work from TIFF to file by rows of tiles, so that memory does not grow with the image")
 
 
 def check_large(args: argparse.Namespace) -> None:

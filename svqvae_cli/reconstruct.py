@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_images
+from svqvae_cli.arguments import Commands, add_command, add_images, flag
 from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.runs import Run
 
@@ -25,9 +25,7 @@ def add_to(commands: Commands) -> None:
         "photo.jpg --output out --scales 0.25 0.5 1 --side-by-side",
     )
     add_images(parser)
-    parser.add_argument(
-        "--side-by-side", action="store_true", help="also write NAME_side_by_side.png with the original and all scales"
-    )
+    flag(parser, "--side-by-side", "also write NAME_side_by_side.png with the original and all scales")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,8 +16,10 @@ from svqvae_cli.arguments import (
     add_model,
     add_scales,
     add_tiles,
+    flag,
     image_set_options,
     not_empty,
+    option,
     path_or_url,
 )
 from svqvae_cli.errors import check_none_skipped
@@ -39,54 +41,33 @@ def add_to(commands: Commands) -> None:
         "photos tokens --crops centre --resolution 256 --scales 0.5 1",
     )
     add_image_set(parser)
-    parser.add_argument("out", type=path_or_url, metavar="OUT", help="folder or URL to write to")
+    option(parser, "out", path_or_url, "OUT", "folder or URL to write to")
     add_scales(parser, [1.0], sides=True)
     parser.add_argument(
-        "--crops",
-        choices=CROPS,
-        default="whole",
-        help="crops of an image that become rows: the whole image or the centre square, each also with its mirror "
-        "image, or ten crops (default: whole)",
+        "--crops", choices=CROPS, default="whole", help="crops of an image that become rows (default: whole)"
     )
-    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="side of centre and ten crops")
-    parser.add_argument(
+    option(parser, "--resolution", int, "PIXELS", "side of centre and ten crops")
+    option(
+        parser,
         "--keep",
+        not_empty,
+        "NAME",
+        "columns to keep besides label, caption, text, cls, txt, json",
         nargs="+",
-        type=not_empty,
         default=[],
-        metavar="NAME",
-        help="further columns of the data set to keep, besides label, caption, text, cls, txt and json",
     )
+    option(parser, "--min-side", int, "PIXELS", "skip images with a smaller side (default: none)")
+    option(
+        parser, "--batch-size", int, "N", "crops to encode together; rounding may change a few ids (default: up to 64)"
+    )
+    option(parser, "--shard-mb", float, "MB", "size of a Parquet file (default: 256)", default=256)
+    option(parser, "--part", int, "I", "make this part alone, from 0 (default: all)")
+    flag(parser, "--overwrite", "delete the token set in OUT and start over")
+    option(parser, "--num-parts", int, "N", "number of parts (default: per 10,000 images or file, at most 1,000)")
     parser.add_argument(
-        "--min-side", type=int, metavar="PIXELS", help="skip images with a smaller side (default: none)"
+        "--status", action=_Status, metavar="FOLDER", help="only show which parts are finished, and the time left"
     )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="crops of one size to encode together; above 1, rounding may change a few ids (default: 64, or fewer "
-        "with more than a megapixel)",
-    )
-    parser.add_argument(
-        "--shard-mb", type=float, default=256, metavar="MB", help="size of a Parquet file (default: 256)"
-    )
-    parser.add_argument("--part", type=int, metavar="I", help="make this part alone, from 0 (default: all)")
-    parser.add_argument("--overwrite", action="store_true", help="delete the token set in OUT and start over")
-    parser.add_argument(
-        "--num-parts",
-        type=int,
-        metavar="N",
-        help="number of parts (default: one per 10,000 images or, in a stream, per file, at most 1,000)",
-    )
-    parser.add_argument(
-        "--status",
-        action=_Status,
-        metavar="FOLDER",
-        help="only show which parts of a set are finished, and the time left",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read images (default: one per core, at most 4)"
-    )
+    option(parser, "--workers", int, "N", "processes that read images (default: one per core, at most 4)")
     parser.add_argument("--license", type=not_empty, help="licence of the images for the card, by its id on the Hub")
     add_model(parser)
     add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
