@@ -46,16 +46,7 @@ from svqvae_hf.models.checks import (
     check_tiles,
 )
 from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
-from svqvae_hf.models.layers import (
-    Conv3x3,
-    GroupNorm,
-    HalvingConv2d,
-    Pair,
-    RepeatConv2d,
-    TileContext,
-    fast_layout,
-    silu,
-)
+from svqvae_hf.models.layers import Conv3x3, GroupNorm, HalvingConv2d, RepeatConv2d, TileContext, fast_layout, silu
 from svqvae_hf.models.loading import SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
 from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin
@@ -140,7 +131,7 @@ class AttnBlock(nn.Module):
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)
 
-    def _keys_and_values(self, normed: torch.Tensor, images: int) -> Pair:
+    def _keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(images, 1, positions, channels)`."""
         return to_positions(self.k(normed), images), to_positions(self.v(normed), images)
 
@@ -208,16 +199,14 @@ class ResolutionBlock(nn.Module):
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
         blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
         for block in itertools.chain(*blocks):
-            hidden = self._checkpointed(block, hidden, shared)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden = self._gradient_checkpointing_func(block, hidden, shared)
+            else:
+                hidden = block(hidden, shared)
         for resample in (self.downsample, self.upsample):
             if resample is not None:
                 hidden = resample(hidden, shared)
         return hidden
-
-    def _checkpointed(self, block: nn.Module, hidden: torch.Tensor, shared: TileContext | None) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, hidden, shared)
-        return block(hidden, shared)
 
 
 class Network(nn.Module):
@@ -247,12 +236,10 @@ class Encoder(Network):
         super().__init__()
         of_blocks = config["norm_num_groups"], config["dropout_p"]
         channels = [config["base_channels"] * mult for mult in config["encoder_ch_mult"]]
-        last = len(channels) - 1
+        last, num_blocks = len(channels) - 1, config["num_res_blocks"]
         self.conv_in = Conv3x3(config["in_channels"], config["base_channels"])
         self.conv_blocks = nn.ModuleList(
-            ResolutionBlock(
-                before, after, config["num_res_blocks"], *of_blocks, attention=i == last, downsample=i != last
-            )
+            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == last, downsample=i != last)
             for i, (before, after) in enumerate(itertools.pairwise([config["base_channels"], *channels]))
         )
         self.mid = middle_blocks(channels[-1], *of_blocks)
@@ -491,9 +478,6 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
             grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
-
-        Raises:
-            ValueError: If an argument is out of range or does not fit the model.
         """
         checked = [1.0] if scales is None else check_scales(scales)
         grids = [self.quantize.nearest_ids(latents) for latents in self.encode_scales(sample, checked, scale_from)]
