@@ -64,9 +64,7 @@ def add_to(commands: Commands) -> None:
     option(parser, "--part", int, "I", "make this part alone, from 0 (default: all)")
     flag(parser, "--overwrite", "delete the token set in OUT and start over")
     option(parser, "--num-parts", int, "N", "number of parts (default: per 10,000 images or file, at most 1,000)")
-    parser.add_argument(
-        "--status", action=_Status, metavar="FOLDER", help="only show which parts are finished, and the time left"
-    )
+    parser.add_argument("--status", action=_Status, metavar="FOLDER", help="only show which parts are finished")
     option(parser, "--workers", int, "N", "processes that read images (default: one per core, at most 4)")
     parser.add_argument("--license", type=not_empty, help="licence of the images for the card, by its id on the Hub")
     add_model(parser)

@@ -102,11 +102,6 @@ class Folder:
             self.files.invalidate_cache()
             return [path[len(self.path) :].lstrip("/") for path in self.files.find(self._path(subfolder))]
 
-    def modified(self, name: str) -> float:
-        """Time of the last change of a file, in seconds since 1970."""
-        with self._explained(name, "read"):
-            return self.files.modified(self._path(name)).timestamp()
-
     def delete(self, name: str) -> None:
         """Deletes a file if it exists."""
         with self._explained(name, "deleted"), suppress(FileNotFoundError):

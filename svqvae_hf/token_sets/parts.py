@@ -19,7 +19,6 @@ OPTIONS_FILE = f"{RECORDS}/options.json"
 MANIFEST_FILE = "manifest.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 CARD_FILE = "README.md"
-RECENT = 50  # parts whose times give the rate
 
 
 @dataclass
@@ -52,26 +51,15 @@ class TokenSetStatus:
     Args:
         parts (`int`): Number of parts.
         missing (`list[int]`): Parts that are not finished.
-        images_per_second (`float`, *optional*): Rate of all processes together, by the times of the last files.
-        seconds_left (`float`, *optional*): Time until the set is complete at this rate.
     """
 
     parts: int
     missing: list[int]
-    images_per_second: float | None = None
-    seconds_left: float | None = None
 
     def __str__(self) -> str:
         state = "not complete" if self.missing else "complete"
-        lines = [f"parts    {self.parts} ({state}; finished: {self.parts - len(self.missing)})"]
-        if self.missing:
-            lines.append(f"missing  {_ranges(self.missing)}")
-        if self.images_per_second is not None and self.seconds_left is not None:
-            minutes = round(self.seconds_left / 60)
-            lines.append(
-                f"rate     {self.images_per_second:.3g} images per second, {minutes // 60} h {minutes % 60} min left"
-            )
-        return "\n".join(lines)
+        line = f"parts    {self.parts} ({state}; finished: {self.parts - len(self.missing)})"
+        return f"{line}\nmissing  {_ranges(self.missing)}" if self.missing else line
 
 
 def read_status(out: str | os.PathLike) -> TokenSetStatus:
@@ -92,14 +80,7 @@ def read_status(out: str | os.PathLike) -> TokenSetStatus:
     if read_totals(folder) is not None:
         return TokenSetStatus(num_parts, [])
     finished = finished_parts(folder)
-    missing = [part for part in range(num_parts) if part not in finished]
-    times = sorted((folder.modified(record_name(part)), part) for part in finished)[-RECENT:]
-    seconds = times[-1][0] - times[0][0] if times else 0
-    if not seconds:
-        return TokenSetStatus(num_parts, missing)
-    recent = [json.loads(each) for each in folder.read_all([record_name(part) for _, part in times[1:]])]
-    rate = sum(record["images"] for record in recent) / seconds
-    return TokenSetStatus(num_parts, missing, rate, len(missing) * seconds / len(recent))
+    return TokenSetStatus(num_parts, [part for part in range(num_parts) if part not in finished])
 
 
 def record_name(part: int) -> str:
