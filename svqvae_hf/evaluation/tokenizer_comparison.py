@@ -164,6 +164,7 @@ class _Meter:
             tokenizer.decode(tokenizer.encode(sample))
             self.is_warm = True
         codes, encode_seconds = self._timed(lambda: tokenizer.encode(sample))
+        counts = self._count_codes(codes)
         decoded, decode_seconds = self._timed(lambda: tokenizer.decode(codes))
         bits = count_bits(codes, tokenizer.codebook_size)
         stored_bits = getattr(tokenizer, "stored_bits", lambda *_: None)(codes, height, width) or bits
@@ -176,7 +177,7 @@ class _Meter:
         }
         image = resize_image(to_image(decoded), (sample.shape[-1], sample.shape[-2]))
         reconstruction = to_tensor(image.crop((0, 0, width, height)), self.device)
-        return values | image_metrics(reconstruction, target, self.lpips), self._count_codes(codes), reconstruction
+        return values | image_metrics(reconstruction, target, self.lpips), counts, reconstruction
 
     def add(self, counts: torch.Tensor, reconstruction: torch.Tensor, target: torch.Tensor) -> None:
         """Adds a measured image to the sums."""
