@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.loaders.checkpoints import Checkpoint, read_checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint
+from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 SCALES = (1.0, 0.5, 0.25, 2.0)
@@ -142,7 +143,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         checkpoint = read_checkpoint(args.checkpoint, SVQVAE)
-        original, ours = load_original(args.original_checkout, checkpoint), checkpoint.model()
+        original, ours = load_original(args.original_checkout, checkpoint), checkpoint.model(SVQVAE)
         passed = True
         for name, sample in samples(args.images, ours.f):
             for scale in SCALES:

@@ -124,7 +124,7 @@ def main() -> int:
         original = load_original(args.flexvar_checkout, checkpoint)
         codes = {name: checkpoint.config[name] for name in ("codebook_size", "codebook_embed_dim")}
         vqvae = SVQVAE(base_channels=32, **codes)  # decodes nothing here
-        pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(), schedule=[1, TRAINED_SIDE])
+        pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(NextScaleTransformer), schedule=[1, TRAINED_SIDE])
         pipeline.set_progress_bar_config(disable=True)
         passed = True
         for holds, line in compare(original, pipeline):

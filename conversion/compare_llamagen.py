@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
-from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint, find_language_model, read_llamagen
+from svqvae_hf.loaders.checkpoint_files import Checkpoint
+from svqvae_hf.loaders.llamagen_checkpoints import find_language_model, read_llamagen
 from svqvae_hf.pipelines.sampling import guide
 
 IMAGES = 8
@@ -35,10 +36,10 @@ class Original:
 
     Args:
         checkout (`Path`): Folder with the original's `autoregressive`.
-        checkpoint ([`LlamaGenCheckpoint`]): Checkpoint, whose file is loaded by the original's names.
+        checkpoint ([`Checkpoint`]): Checkpoint, whose file is loaded by the original's names.
     """
 
-    def __init__(self, checkout: Path, checkpoint: LlamaGenCheckpoint):
+    def __init__(self, checkout: Path, checkpoint: Checkpoint):
         gpt, self.sampling = import_original(checkout)
         config = checkpoint.config
         self.model: nn.Module = gpt.Transformer(
@@ -92,10 +93,10 @@ class Converted:
     """The same model in this package.
 
     Args:
-        checkpoint ([`LlamaGenCheckpoint`]): Checkpoint.
+        checkpoint ([`Checkpoint`]): Checkpoint.
     """
 
-    def __init__(self, checkpoint: LlamaGenCheckpoint):
+    def __init__(self, checkpoint: Checkpoint):
         self.model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
         tokenizer = SVQVAE(codebook_size=self.model.config.codebook_size, base_channels=32)  # decodes nothing here
         self.pipeline = SVQVAEAutoregressivePipeline.from_llamagen(tokenizer, self.model)
@@ -131,7 +132,7 @@ def import_original(checkout: Path) -> tuple[ModuleType, ModuleType]:
     return tuple(importlib.import_module(f"autoregressive.models.{name}") for name in ("gpt", "generate"))
 
 
-def make_condition(checkpoint: LlamaGenCheckpoint) -> tuple[torch.Tensor, torch.Tensor | None]:
+def make_condition(checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Classes, or random features of captions of several lengths with their mask."""
     config = checkpoint.config
     if config["caption_dim"] is None:
@@ -142,7 +143,7 @@ def make_condition(checkpoint: LlamaGenCheckpoint) -> tuple[torch.Tensor, torch.
     return F.normalize(torch.randn(IMAGES, tokens, config["caption_dim"]), dim=-1) * mask[..., None], mask
 
 
-def compare(checkout: Path, checkpoint: LlamaGenCheckpoint) -> Iterator[tuple[bool, str]]:
+def compare(checkout: Path, checkpoint: Checkpoint) -> Iterator[tuple[bool, str]]:
     """Yields whether each comparison passed, and its line."""
     original, converted = Original(checkout, checkpoint), Converted(checkpoint)
     torch.manual_seed(0)

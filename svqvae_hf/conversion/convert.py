@@ -50,4 +50,4 @@ def convert(
     repository = NewRepository(out, variant, license, push_to_hub, private, create_pr)
     checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
     variants = {variant: VARIANTS[variant]} if variant else None
-    return repository.write(checkpoint.model(), checkpoint, checkpoint.format.title, variants=variants)
+    return repository.write(checkpoint.model(SVQVAE), checkpoint, variants=variants)

@@ -94,11 +94,12 @@ def _convert_flexvar(
     checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
     vqvae = _load_tokenizer(tokenizer)
     schedule = [list(size) for size in square_schedule(vqvae, image_size)]
-    pipeline = SVQVAENextScalePipeline(vqvae, checkpoint.model(), schedule=schedule, scale_from="latents")
+    pipeline = SVQVAENextScalePipeline(
+        vqvae, checkpoint.model(NextScaleTransformer), schedule=schedule, scale_from="latents"
+    )
     return repository.write(
         pipeline,
         checkpoint,
-        checkpoint.format.title,
         tokenizer,
         {"tokenizer": f"`{public_name(tokenizer)}`"},
         tags=["svqvae", "next-scale", "class-conditional"],
@@ -140,7 +141,6 @@ def _convert_llamagen(
     return repository.write(
         pipeline,
         checkpoint,
-        "LlamaGen's language model",
         tokenizer,
         rows,
         summary=SUMMARY.format(condition=condition),

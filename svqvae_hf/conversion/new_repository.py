@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 
 from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, prepare_repo, push_output
-from svqvae_hf.loaders.checkpoints import Checkpoint
-from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -92,8 +91,7 @@ class NewRepository:
     def write(
         self,
         converted: Any,
-        checkpoint: Checkpoint | LlamaGenCheckpoint,
-        layout: str,
+        checkpoint: Checkpoint,
         tokenizer: str | Path | None = None,
         provenance: Mapping[str, str] | None = None,
         **card: Any,
@@ -102,8 +100,7 @@ class NewRepository:
 
         Args:
             converted ([`SVQVAE`] or pipeline): The converted model.
-            checkpoint ([`Checkpoint`] or [`LlamaGenCheckpoint`]): Source.
-            layout (`str`): Format of the source, for the card.
+            checkpoint ([`Checkpoint`]): Source.
             tokenizer (`str` or `Path`, *optional*): Source of the tokenizer of a pipeline.
             provenance (`Mapping[str, str]`, *optional*): Further rows of the card about the source.
             **card: Further arguments of `converted.make_card`.
@@ -116,7 +113,7 @@ class NewRepository:
         # Cards are public, so a local file is named without its folders.
         file = source if hub_repo(source) else checkpoint.path.name
         rows = {
-            "layout": layout,
+            "layout": checkpoint.format.title,
             "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
             "sha256 of the source": f"`{checkpoint.sha256}`",
             **(provenance or {}),
@@ -145,7 +142,7 @@ class NewRepository:
         return ConversionReport(
             source=source,
             sha256=checkpoint.sha256,
-            format=checkpoint.format.name if isinstance(checkpoint, Checkpoint) else "transformer",
+            format=checkpoint.format.name,
             tokenizer=None if tokenizer is None else str(tokenizer),
             config=checkpoint.config,
             tensors=tensors,

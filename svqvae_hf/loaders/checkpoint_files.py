@@ -1,18 +1,23 @@
-"""Finds original checkpoint files, local or on the Hub, and reads them."""
+"""Original checkpoint files: how they are found, local or on the Hub, and read, and what they hold."""
 
 import argparse
 import hashlib
 import pickle
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from svqvae_hf.hub.repositories import hub_answers, hub_reason, hub_repo
+from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat
 from svqvae_hf.untrusted.pickles import load_pickle
 
 # The classes that a pickle may hold beside weights and plain values. A Namespace only stores attributes. The names of
@@ -22,6 +27,42 @@ SAFE_GLOBALS = (
     type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"}),
     type("EarlyStopping", (), {"__module__": "pytorch_lightning.callbacks.early_stopping"}),
 )
+
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Config and weights from an original checkpoint, checked and ready for a model.
+
+    Args:
+        source (`str`): File or Hub file, as passed by the caller.
+        path (`Path`): The local file, downloaded if it is on the Hub.
+        use_ema (`bool`): Whether the weights are the averaged ones.
+        format ([`~svqvae_hf.loaders.checkpoint_formats.CheckpointFormat`]): Format of the file.
+        config (`dict[str, Any]`): Arguments of the model, or of its config.
+        state_dict (`dict[str, torch.Tensor]`): Weights under this library's names, in float32.
+    """
+
+    source: str
+    path: Path
+    use_ema: bool
+    format: CheckpointFormat
+    config: dict[str, Any]
+    state_dict: dict[str, torch.Tensor]
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def model(self, model_class: type[ModelT]) -> ModelT:
+        """Builds a model of diffusers, in evaluation mode."""
+        model = model_class(**self.config)
+        model.load_state_dict(self.state_dict)
+        return model.eval()
 
 
 def locate_checkpoint(source: str | Path) -> Path:
@@ -48,12 +89,6 @@ def locate_checkpoint(source: str | Path) -> Path:
         return Path(hf_hub_download(repo_id, file, local_files_only=not hub_answers()))
     except (HTTPError, EntryNotFoundError, OSError) as error:
         raise OSError(f"Could not download `{source}` from the Hub: {hub_reason(error)}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any]:

@@ -1,10 +1,8 @@
-"""Loads original checkpoints, local or from the Hub, as models."""
+"""Reads original checkpoints of tokenizers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,51 +10,15 @@ from torch import nn
 from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.loaders.checkpoint_checks import check_attention, check_tensors, check_weights
 from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
-from svqvae_hf.loaders.checkpoint_files import file_sha256, load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
 from svqvae_hf.loaders.llamagen_checkpoints import find_language_model
 from svqvae_hf.untrusted.weights import check_depth, key_text, without_attributes
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Checkpoint(Generic[ModelT]):
-    """Config and weights from an original checkpoint, checked and ready for a model.
-
-    Args:
-        source (`str`): File or Hub file, as passed by the caller.
-        path (`Path`): The local file, downloaded if it is on the Hub.
-        use_ema (`bool`): Whether the weights are the averaged ones.
-        format ([`~svqvae_hf.loaders.checkpoint_formats.CheckpointFormat`]): Format of the file.
-        model_class (`type[nn.Module]`): Class of the model.
-        config (`dict[str, Any]`): Arguments of its constructor.
-        state_dict (`dict[str, torch.Tensor]`): Weights under this library's names, in float32.
-    """
-
-    source: str
-    path: Path
-    use_ema: bool
-    format: CheckpointFormat
-    model_class: type[ModelT]
-    config: dict[str, Any]
-    state_dict: dict[str, torch.Tensor]
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the file, in hexadecimal."""
-        return file_sha256(self.path)
-
-    def model(self) -> ModelT:
-        """Builds the model, in evaluation mode."""
-        model = self.model_class(**self.config)
-        model.load_state_dict(self.state_dict)
-        return model.eval()
-
 
 def read_checkpoint(
-    source: str | Path, model_class: type[ModelT], *, use_ema: bool = False, **config: Any
-) -> Checkpoint[ModelT]:
+    source: str | Path, model_class: type[nn.Module], *, use_ema: bool = False, **config: Any
+) -> Checkpoint:
     """Reads an original checkpoint, strictly. Its keys and shapes tell its format and config.
 
     A safetensors file is `svqvae`, `janus-vqvae` or `janus`, by its names. A pickle with `model` is `llamagen` if
@@ -98,7 +60,7 @@ def read_checkpoint(
     }
     check_weights(weights, dict(names_and_shapes.values()), source)
     state_dict = {key: weights[name].float() for key, (name, _) in names_and_shapes.items()}
-    return Checkpoint(str(source), path, use_ema, format, model_class, config, state_dict)
+    return Checkpoint(str(source), path, use_ema, format, config, state_dict)
 
 
 def _find_format(content: Mapping[str | None, Any], source: str | Path) -> CheckpointFormat:

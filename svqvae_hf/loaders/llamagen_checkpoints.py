@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, raise_faults
-from svqvae_hf.loaders.checkpoint_files import file_sha256, load_checkpoint_file, locate_checkpoint
-from svqvae_hf.loaders.checkpoint_formats import count_numbers
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.untrusted.weights import check_layers, key_text, without_attributes
 
+LLAMAGEN = CheckpointFormat(
+    name="llamagen-transformer", title="LlamaGen's language model", container=None, level_prefix="layers."
+)
 EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
 CLASSES = "cls_embedding.embedding_table.weight"
 CAPTION = "cls_embedding.uncond_embedding"
@@ -43,37 +44,13 @@ CAPTION_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class LlamaGenCheckpoint:
-    """Config and weights from a checkpoint of LlamaGen's language models, checked and ready for a model.
-
-    Args:
-        source (`str`): File or Hub file, as passed by the caller.
-        path (`Path`): The local file, downloaded if it is on the Hub.
-        use_ema (`bool`): Whether the weights are the averaged ones.
-        config (`dict[str, Any]`): Arguments of [`LlamaGenConfig`].
-        state_dict (`dict[str, torch.Tensor]`): Weights under this library's names, in float32.
-    """
-
-    source: str
-    path: Path
-    use_ema: bool
-    config: dict[str, Any]
-    state_dict: dict[str, torch.Tensor]
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the file, in hexadecimal."""
-        return file_sha256(self.path)
-
-
 def read_llamagen(
     source: str | Path,
     *,
     grid_size: int | None = None,
     num_attention_heads: int | None = None,
     use_ema: bool = False,
-) -> LlamaGenCheckpoint:
+) -> Checkpoint:
     """Reads a checkpoint of LlamaGen's language models, strictly.
 
     The weights may lie bare in the file, or in `model`, `module` or `state_dict`. Pickles are read as weights only;
@@ -86,7 +63,7 @@ def read_llamagen(
         use_ema (`bool`, defaults to `False`): Take the averaged weights, which checkpoints of training may have.
 
     Returns:
-        [`LlamaGenCheckpoint`]: Config and weights.
+        [`Checkpoint`]: Arguments of [`LlamaGenConfig`], and weights.
 
     Raises:
         OSError: If the file is missing or cannot be downloaded.
@@ -104,7 +81,7 @@ def read_llamagen(
         "grid_size": _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source),
         "num_attention_heads": _find_heads(sizes, num_attention_heads, source),
     }
-    return LlamaGenCheckpoint(str(source), path, use_ema, config, _rename(weights, sizes))
+    return Checkpoint(str(source), path, use_ema, LLAMAGEN, config, _rename(weights, sizes))
 
 
 def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | None:
@@ -150,7 +127,7 @@ def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict
     )
     rows, channels = weights[condition].shape
     with_captions = condition == CAPTION
-    layers = count_numbers(weights, "layers.")
+    layers = count_numbers(weights, LLAMAGEN.level_prefix)
     check_layers(f"`{source}`", layers)
     return {
         "codebook_size": weights[EMBEDDING].shape[0],

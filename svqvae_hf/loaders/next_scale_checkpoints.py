@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, raise_faults
-from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file, locate_checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
-from svqvae_hf.loaders.checkpoints import Checkpoint, ModelT
 from svqvae_hf.untrusted.weights import check_layers, key_text, without_attributes
 
 FLEXVAR = CheckpointFormat(
@@ -36,7 +36,7 @@ def find_next_scale_weights(content: Mapping[Any, Any]) -> Mapping[Any, Any] | N
     return weights if isinstance(weights, Mapping) and {"word_embed.weight", "pos_1LC"} <= weights.keys() else None
 
 
-def read_next_scale_checkpoint(source: str | Path, model_class: type[ModelT]) -> Checkpoint[ModelT]:
+def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module]) -> Checkpoint:
     """Reads a checkpoint of FlexVAR's transformer, strictly. The shapes of its weights tell the config.
 
     Args:
@@ -65,7 +65,7 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[ModelT]) ->
         expected = model_class(**config).state_dict()
     check_weights(weights, {key: tensor.shape for key, tensor in expected.items()}, source)
     state_dict = {key: tensor.detach().float() for key, tensor in weights.items()}
-    return Checkpoint(str(source), path, False, FLEXVAR, model_class, config, state_dict)
+    return Checkpoint(str(source), path, False, FLEXVAR, config, state_dict)
 
 
 def _infer_config(weights: Mapping[str, Any], source: str | Path) -> dict[str, int]:

@@ -119,7 +119,7 @@ class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):
         Returns:
             [`SVQVAE`]: The model in evaluation mode.
         """
-        model = read_checkpoint(source, cls, use_ema=use_ema, **config).model()
+        model = read_checkpoint(source, cls, use_ema=use_ema, **config).model(cls)
         dtype = dtype or torch_dtype
         return model if dtype is None else model.to(dtype)
 

@@ -27,7 +27,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from svqvae_hf.loaders.llamagen_checkpoints import LlamaGenCheckpoint, read_llamagen
+from svqvae_hf.loaders.checkpoint_files import Checkpoint
+from svqvae_hf.loaders.llamagen_checkpoints import read_llamagen
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 
 CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
@@ -442,11 +443,11 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
         return model if dtype is None else model.to(dtype)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: LlamaGenCheckpoint) -> Self:
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
         """Builds a model that takes over the tensors of a checkpoint.
 
         Args:
-            checkpoint ([`~svqvae_hf.loaders.llamagen_checkpoints.LlamaGenCheckpoint`]): Checked checkpoint.
+            checkpoint ([`~svqvae_hf.loaders.checkpoint_files.Checkpoint`]): Checked checkpoint.
 
         Returns:
             [`LlamaGenForCausalLM`]: The model in evaluation mode.

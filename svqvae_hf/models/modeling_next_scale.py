@@ -219,7 +219,7 @@ class NextScaleTransformer(StrictLoadingMixin):
             OSError: If the file is missing or cannot be downloaded.
             ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
         """
-        model = read_next_scale_checkpoint(source, cls).model()
+        model = read_next_scale_checkpoint(source, cls).model(cls)
         return model if dtype is None else model.to(dtype)
 
     def forward(
