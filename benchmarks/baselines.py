@@ -24,7 +24,7 @@ from svqvae_hf.evaluation.codecs import CODECS, open_image, save_image
 from svqvae_hf.evaluation.measuring import image_metrics, to_tensor
 from svqvae_hf.tokens.image_tokens import resize_image
 
-COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
+COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 BEST_QUALITY = 95  # Pillow's advice for JPEG: higher ones grow without a gain
 
 

@@ -88,7 +88,7 @@ class Report:
     Args:
         settings (`dict[str, Any]`): Options of the evaluation.
         versions (`dict[str, str]`): Versions of Python and of the libraries that affect the values.
-        codebook (`dict[str, Any]`): `size`, `dim`, `fingerprint`, and `redundancy` from [`metrics.redundancy`].
+        codebook (`dict[str, Any]`): `size`, `dim` and `fingerprint`.
         results (`list[ScaleResult]`): One per scale.
         images (`list[dict[str, Any]]`): Measured images in the order of the set: `index`, `name`, `width`, `height`
             and `results`, the values of the image at each scale.
@@ -164,7 +164,11 @@ def evaluate(
             "device": model.device.type,
         },
         versions=library_versions(),
-        codebook=_describe_codebook(model),
+        codebook={
+            "size": model.config["codebook_size"],
+            "dim": model.config["codebook_embed_dim"],
+            "fingerprint": model.codebook_fingerprint(),
+        },
         results=results,
         images=records,
         skipped=skipped,
@@ -283,16 +287,6 @@ class _Evaluator:
             example.original = example.original.copy()  # the image belongs to the caller
             for image in (example.original, *example.reconstructions):
                 image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-
-
-def _describe_codebook(model: SVQVAE) -> dict[str, Any]:
-    codes = model.quantize.embedding.stored().detach()
-    return {
-        "size": len(codes),
-        "dim": codes.shape[1],
-        "fingerprint": model.codebook_fingerprint(),
-        "redundancy": metrics.redundancy(codes) if len(codes) > 1 else None,
-    }
 
 
 def _lowest_psnr(examples: Iterable[Example]) -> list[Example]:

@@ -96,7 +96,7 @@ def _read_crop(source: ImageSource | ImageRow, resolution: int | None) -> Image.
 
 
 def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | None = None) -> dict[str, float | None]:
-    """Computes PSNR, SSIM, MS-SSIM and LPIPS of a reconstruction.
+    """Computes PSNR, SSIM and LPIPS of a reconstruction.
 
     Args:
         sample (`torch.Tensor` of shape `(1, 3, height, width)`): Reconstruction in uint8.
@@ -104,13 +104,12 @@ def image_metrics(sample: torch.Tensor, target: torch.Tensor, lpips: LPIPS | Non
         lpips ([`LPIPS`], *optional*): Network of LPIPS.
 
     Returns:
-        `dict[str, float | None]`: `psnr`, `ssim`, `ms_ssim` and `lpips`. `None` if the image is too small.
+        `dict[str, float | None]`: `psnr`, `ssim` and `lpips`. `None` if the image is too small.
     """
     side = min(sample.shape[-2:])
     values: dict[str, float | None] = {
         "psnr": metrics.psnr(sample, target).item(),
         "ssim": metrics.ssim(sample, target).item() if side >= metrics.SSIM_SIDE else None,
-        "ms_ssim": metrics.ms_ssim(sample, target).item() if side >= metrics.MS_SSIM_SIDE else None,
         "lpips": None,
     }
     if lpips is not None and side >= lpips.min_side:
@@ -189,7 +188,7 @@ def missing_notes(
         notes.append("rFID was not computed: it needs at least two images.")
     elif len(records) < MANY_IMAGES:
         notes.append(f"rFID of {len(records)} images is far too high to be compared with published values.")
-    sides = {"SSIM": metrics.SSIM_SIDE, "MS-SSIM": metrics.MS_SSIM_SIDE}
+    sides = {"SSIM": metrics.SSIM_SIDE}
     if lpips is not None:
         sides["LPIPS"] = lpips.min_side
     for title, side in sides.items():

@@ -1,17 +1,12 @@
 """Metrics of images, ids, codes and latents, as pure functions."""
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 SSIM_SIDE = 11  # smallest side for SSIM in pixels, its window
 SSIM_BAND = 256  # rows of window positions per pass, to bound memory
-MS_SSIM_SIDE = 176  # smallest side for MS-SSIM in pixels: the window fits at the coarsest scale
-MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-SEARCH_SCORES = 1 << 22  # cosines held at once, 16 MiB in float32
 
 
 def psnr(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) -> torch.Tensor:
@@ -43,63 +38,16 @@ def ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) 
 
     Source: Wang et al., Image quality assessment, 2004, with its constants 0.01 and 0.03.
     """
-    border = SSIM_SIDE // 2
-
-    def mean_similarity(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        _, values = structural_similarity_index_measure(
-            sample, target, sigma=1.5, data_range=data_range, reduction="none", return_full_image=True
-        )
-        return values[..., border : values.shape[-2] - border, border : values.shape[-1] - border].mean((1, 2, 3))
-
-    return _mean_over_bands(mean_similarity, sample, target)
-
-
-def ms_ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) -> torch.Tensor:
-    """Multi-scale structural similarity per image, over five scales that halve the size.
-
-    Args:
-        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images, sides at least `MS_SSIM_SIDE`.
-        target (`torch.Tensor` of shape `(batch, channels, height, width)`): Their references.
-        data_range (`float`, defaults to 255.0): White minus black.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`: 1 at best; 0 if the correlation is negative at a scale.
-
-    Raises:
-        ValueError: A side is too small.
-
-    Source: Wang et al., Multi-scale structural similarity, 2003, with its weights.
-    """
-    height, width = sample.shape[-2:]
-    if min(height, width) < MS_SSIM_SIDE:
-        raise ValueError(f"MS-SSIM needs sides of at least {MS_SSIM_SIDE} pixels, got {width} x {height}.")
-
-    def mean_contrast(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return structural_similarity_index_measure(
-            sample, target, sigma=1.5, data_range=data_range, reduction="none", return_contrast_sensitivity=True
-        )[1]
-
-    sample, target = sample.float(), target.float()
-    result = torch.ones(len(sample), device=sample.device)
-    for weight in MS_SSIM_WEIGHTS[:-1]:
-        result *= _mean_over_bands(mean_contrast, sample, target).relu() ** weight
-        sample, target = F.avg_pool2d(sample, 2), F.avg_pool2d(target, 2)
-    similarity = structural_similarity_index_measure(
-        sample, target, sigma=1.5, data_range=data_range, reduction="none"
-    )
-    return result * similarity.relu() ** MS_SSIM_WEIGHTS[-1]
-
-
-def _mean_over_bands(
-    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], sample: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    """Mean over all positions where the window fits, of a measure that returns the mean of a band `(batch,)`."""
-    num_rows = sample.shape[-2] - SSIM_SIDE + 1  # of window positions
+    border, num_rows = SSIM_SIDE // 2, sample.shape[-2] - SSIM_SIDE + 1  # rows of window positions
     total = torch.zeros(len(sample), device=sample.device)
     for top in range(0, num_rows, SSIM_BAND):
         stop = min(top + SSIM_BAND, num_rows)
-        rows = slice(top, stop + SSIM_SIDE - 1)
-        total += measure(sample[..., rows, :].float(), target[..., rows, :].float()) * (stop - top)
+        pair = (each[..., top : stop + SSIM_SIDE - 1, :].float() for each in (sample, target))
+        _, values = structural_similarity_index_measure(
+            *pair, sigma=1.5, data_range=data_range, reduction="none", return_full_image=True
+        )
+        inside = values[..., border : values.shape[-2] - border, border : values.shape[-1] - border]
+        total += inside.mean((1, 2, 3)) * (stop - top)
     return total / num_rows
 
 
@@ -128,21 +76,6 @@ def perplexity(counts: torch.Tensor) -> float:
 def bits_per_pixel(ids: int, bits_per_id: float, pixels: int) -> float:
     """Rate of an image's ids: `ids * bits_per_id / pixels`."""
     return ids * bits_per_id / pixels
-
-
-def redundancy(codes: torch.Tensor) -> float:
-    """Mean cosine between each code and its nearest neighbour: near 1 if codes repeat each other.
-
-    Args:
-        codes (`torch.Tensor` of shape `(codebook_size, dim)`): At least two codes of any norm.
-    """
-    unit = F.normalize(codes.float(), dim=-1)
-    nearest = []
-    for rows in torch.arange(len(unit), device=unit.device).split(max(1, SEARCH_SCORES // len(unit))):
-        cosines = unit[rows] @ unit.T
-        cosines[torch.arange(len(rows)), rows] = -math.inf
-        nearest.append(cosines.amax(-1))
-    return torch.cat(nearest).cpu().double().mean().item()
 
 
 def mean_cosine(latent_sum: torch.Tensor, count: int) -> float:

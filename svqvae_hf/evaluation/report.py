@@ -17,7 +17,6 @@ from svqvae_hf.files.outputs import save_png, write_file
 METRICS = {
     "psnr": Metric("PSNR, dB", ".2f"),
     "ssim": Metric("SSIM", ".4f"),
-    "ms_ssim": Metric("MS-SSIM", ".4f"),
     "lpips": Metric("LPIPS", ".4f"),
     "rfid": Metric("rFID", ".2f"),
     "psnr_full_size": Metric("PSNR at full size, dB", ".2f"),
@@ -74,8 +73,7 @@ def markdown(report: Report) -> list[str]:
         + "".join(f", {key} `{settings[key]}`" for key in ("config", "split") if settings.get(key))
         + (f", resized and cropped to {settings['resolution']} pixels a side." if settings["resolution"] else "."),
         f"Scales are made from the {settings['scale_from']}. "
-        f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions; the mean cosine between a code "
-        f"and its nearest neighbour is {Metric('', '.3f').cell(codebook['redundancy'])}.",
+        f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions.",
     ]
     for title, keys in TABLES.items():
         lines += ["", f"## {title}", "", *results_table(report, keys)]

@@ -48,14 +48,13 @@ from svqvae_hf.models.image_processing_svqvae import pad_to_multiple
 from svqvae_hf.tokens.image_tokens import resize_image
 
 MEGA = 1_000_000
-QUALITY = ("psnr", "ssim", "ms_ssim", "lpips")
+QUALITY = ("psnr", "ssim", "lpips")
 COLUMNS = {
     "tokens": Metric("tokens", ".0f"),
     "bits_per_pixel": Metric("bits per pixel", ".4f"),
     "bits_per_pixel_stored": Metric("bits per pixel, stored", ".4f"),
     "psnr": Metric("PSNR, dB", ".2f"),
     "ssim": Metric("SSIM", ".4f"),
-    "ms_ssim": Metric("MS-SSIM", ".4f"),
     "lpips": Metric("LPIPS", ".4f"),
     "rfid": Metric("rFID", ".2f"),
     "usage": Metric("codes used", ".1%"),

@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from svqvae_hf.evaluation import metrics
 
