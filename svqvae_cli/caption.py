@@ -49,16 +49,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _caption(args: argparse.Namespace, work: Run) -> None:
-    import diffusers
-    import transformers
-
     from svqvae_cli.loading import load_pretrained
     from svqvae_hf.files.outputs import write_file
     from svqvae_hf.language.image_language_model import ImageLanguageModel
     from svqvae_hf.models.image_processing_svqvae import load_image
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # while loading
     model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
     caption = partial(model.caption, prompt=args.prompt, max_new_tokens=args.max_tokens)
     for file, image in work.read(load_image):

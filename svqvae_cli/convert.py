@@ -85,11 +85,8 @@ def run(args: argparse.Namespace) -> None:
 
         print(convert(args.source, args.out, **shared, **of_tokenizers))
         return
-    import diffusers
-    import transformers
-
+    from svqvae_cli.loading import hide_loading_bars
     from svqvae_hf.conversion.convert_generator import convert_generator
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # while loading
+    hide_loading_bars()
     print(convert_generator(args.source, args.out, args.tokenizer, **shared, **of_generators))

@@ -1,7 +1,10 @@
 """`svqvae evaluate`."""
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from svqvae_cli.arguments import (
     OVERLAP,
@@ -23,6 +26,8 @@ from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
 CLASSES = "SVQVAE, or VQModel or AutoencoderKL of diffusers"
+# A report, how it is written to a folder, and the lines of its main table
+Measured: TypeAlias = tuple[Any, Callable[[Any, Path], None], Callable[[Any], list[str]]]
 COMPARING = ("beside", "codecs")
 ALONE = ("tile_size", "overlap")
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
@@ -106,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     }
     images = open_images(args.data, left_out=args.output, **image_set_options(args))
     measure = _judge if args.generated else _compare if compares else _evaluate
-    report = measure(args, images, networks)
+    report, write, table = measure(args, images, networks)
     if state.is_main_process:
         report.settings |= {
             "data": args.data,
@@ -115,7 +120,9 @@ def run(args: argparse.Namespace) -> None:
             "lpips_weights": args.lpips_weights and args.lpips_weights.name,
             "inception_weights": args.inception_weights and args.inception_weights.name,
         }
-        _write(args, report)
+        write(report, args.output)
+        skipped_line = [f"{len(report.skipped)} skipped: see the report."] if report.skipped else []
+        print("\n".join([*table(report), "", *skipped_line, *report.notes]))
     state.destroy_process_group()
     if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
         skipped = len(report.skipped)
@@ -137,7 +144,7 @@ def _check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {reason}. Leave it out.")
 
 
-def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
+def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Measured:
     """Measures one SVQVAE."""
     from svqvae_cli.loading import load_model
     from svqvae_hf.evaluation.evaluate import evaluate
@@ -150,11 +157,11 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     return evaluate(model, images, **options, **networks, context_model=context_model)
 
 
-def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
+def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Measured:
     """Measures all tokenizers by one protocol."""
     from svqvae_cli.loading import explain_loading
     from svqvae_hf.evaluation.codecs import CODECS, QUALITIES, CodecTokenizer
-    from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers
+    from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers, comparison_table, write_comparison
     from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
     from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 
@@ -165,14 +172,16 @@ def _compare(args: argparse.Namespace, images: Any, networks: dict[str, Any]) ->
     chosen = CODEC_NAMES if args.codecs is None else args.codecs
     codecs = [name for name in CODECS if name.lower() in chosen]
     tokenizers += [CodecTokenizer(codec, quality) for codec in codecs for quality in QUALITIES]
-    return compare_tokenizers(tokenizers, images, resolution=args.resolution, device=args.device, **networks)
+    report = compare_tokenizers(tokenizers, images, resolution=args.resolution, device=args.device, **networks)
+    report.settings["models"] = [args.model, *(args.beside or [])]
+    return report, write_comparison, lambda report: comparison_table(report.rows)
 
 
-def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
+def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Measured:
     """Compares generated images with the set."""
     from svqvae_cli.loading import load_model
     from svqvae_hf.data.image_sets import open_images
-    from svqvae_hf.evaluation.generated import TokenizerFeatures, compare_generated
+    from svqvae_hf.evaluation.generated import TokenizerFeatures, compare_generated, generated_table, write_generated
 
     features = TokenizerFeatures(load_model(None, args.device, "float32"))
     named = {features.title: features}
@@ -182,26 +191,4 @@ def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> A
         open_images([args.model], left_out=args.output), images, named, resolution=args.resolution, device=args.device
     )
     report.settings["generated"] = args.model
-    return report
-
-
-def _write(args: argparse.Namespace, report: Any) -> None:
-    """Writes a report, and prints its main values."""
-    from svqvae_hf.evaluation.evaluate import Report
-    from svqvae_hf.evaluation.generated import GeneratedReport, generated_table, write_generated
-    from svqvae_hf.evaluation.report import summary, write_report
-    from svqvae_hf.evaluation.tokenizer_comparison import comparison_table, write_comparison
-
-    if isinstance(report, Report):
-        report.settings["model"] = args.model
-        write_report(report, args.output)
-        print(summary(report))
-        return
-    if isinstance(report, GeneratedReport):
-        write_generated(report, args.output)
-        lines = generated_table(report.rows)
-    else:
-        report.settings["models"] = [args.model, *(args.beside or [])]
-        write_comparison(report, args.output)
-        lines = comparison_table(report.rows)
-    print("\n".join([*lines, "", *report.notes]))
+    return report, write_generated, lambda report: generated_table(report.rows)

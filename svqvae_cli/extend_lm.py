@@ -37,14 +37,9 @@ def run(args: argparse.Namespace) -> None:
     for source in (args.lm, args.vqvae):
         check_source(source)
     check_new_folder(args.out)
-    import diffusers
-    import transformers
-
     from svqvae_cli.loading import explain_loading
     from svqvae_hf.language.extension import extend_language_model
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # while loading
     with explain_loading(args.lm):
         vocabulary = extend_language_model(args.lm, args.out, args.vqvae, args.grids, args.seed)
     grids = ", ".join(f"{rows} x {columns}" for rows, columns in vocabulary.grids)

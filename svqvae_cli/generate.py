@@ -144,17 +144,13 @@ def _row_names(args: argparse.Namespace) -> list[str]:
 
 
 def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> None:
-    import diffusers
     import torch
-    import transformers
 
     from svqvae_cli.loading import load_generator
     from svqvae_hf import SVQVAENextScalePipeline
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.language.image_language_model import ImageLanguageModel
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # while loading
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
     labels = []
     if isinstance(pipeline, ImageLanguageModel):

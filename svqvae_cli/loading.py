@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
@@ -67,12 +69,19 @@ def load_context_model(source: str | None) -> ContextModel:
 @contextmanager
 def explain_loading(source: str) -> Iterator[None]:
     """Names the model and the real cause in an error of loading it."""
-    for library in ("diffusers", "huggingface_hub", "transformers"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error below says what they would log
+    for name in ("diffusers", "huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the error below says what they would log
+    hide_loading_bars()
     try:
         yield
     except OSError as error:
         raise OSError(f"could not load the model `{source}`: {_find_cause(error)}") from error
+
+
+def hide_loading_bars() -> None:
+    """Turns off the progress bars of libraries, which show only how they load."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
 
 
 def load_generator(

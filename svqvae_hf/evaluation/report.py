@@ -80,12 +80,6 @@ def markdown(report: Report) -> list[str]:
     return lines + closing_lines(report.notes, report.skipped, PICTURES, report.versions)
 
 
-def summary(report: Report) -> str:
-    """Formats the main values and the notes for a terminal."""
-    skipped = [f"{len(report.skipped)} skipped: see the report."] if report.skipped else []
-    return "\n".join([*results_table(report, SUMMARY), "", *skipped, *report.notes])
-
-
 def results_table(report: Report, keys: Sequence[str]) -> list[str]:
     """Lines of a Markdown table: a row per scale, a column per value that was asked for."""
     rows = [[f"{each.scale:g}", *(METRICS[key].cell(each.values[key]) for key in keys)] for each in report.results]
