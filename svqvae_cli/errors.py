@@ -1,6 +1,5 @@
 """Errors in the words of the user: with the file, the missing extra or how to resume."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +39,3 @@ def require_extra(feature: str, extra: str) -> Iterator[None]:
             f"`{feature}` needs the package {error.name}. Install it with pip install 'svqvae-hf[{extra}]' or, in a "
             f"checkout, pip install '.[{extra}]'."
         ) from error
-
-
-@contextmanager
-def explain_resume(target: Path | str, command: str) -> Iterator[None]:
-    """Says after an interruption which command resumes the work on `target`."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        print(f"svqvae: `{target}` is not complete yet. Resume it with {command}.", file=sys.stderr)
-        raise
