@@ -13,16 +13,13 @@ def add_to(commands: Commands) -> None:
         commands,
         "export",
         run,
-        "export a model to ONNX or torch.export",
+        "export a model to ONNX",
         "Writes one graph from images to ids and one from ids to images, for any batch\n"
         "size, height and width. Compares them with the model before it keeps them.",
         "org/svqvae --output graphs --dtype float16",
     )
     option(parser, "model", path_or_name, "MODEL", "model folder or Hub id")
     add_output(parser, "folder to create")
-    parser.add_argument(
-        "--format", choices=("onnx", "torch"), default="onnx", help="encoder.onnx or encoder.pt2 (default: onnx)"
-    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
@@ -40,4 +37,4 @@ def run(args: argparse.Namespace) -> None:
 
     model = load_model(args.model, "cpu", "float32")
     with require_extra("export", "export"):
-        print(export_graphs(model, args.output, format=args.format, dtype=args.dtype))
+        print(export_graphs(model, args.output, dtype=args.dtype))

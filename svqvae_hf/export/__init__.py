@@ -1,1 +1,1 @@
-"""Models as ONNX files and `torch.export` programs."""
+"""Models as ONNX files."""

@@ -14,8 +14,7 @@ from svqvae_hf.export.graphs import trace_graphs
 from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-PACKAGES: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": ()}
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # of the extra `export`
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -48,8 +47,8 @@ class ExportReport:
         )
 
 
-def export_graphs(model: SVQVAE, out: str | Path, *, format: str = "onnx", dtype: str = "float32") -> ExportReport:
-    """Writes `encoder.onnx` and `decoder.onnx`, or `.pt2` files for `torch.export.load`, and checks them.
+def export_graphs(model: SVQVAE, out: str | Path, *, dtype: str = "float32") -> ExportReport:
+    """Writes `encoder.onnx` and `decoder.onnx`, and checks them.
 
     Batch, height and width are dynamic. The encoder takes images of any size in `pixel_range` and pads them as
     [`SVQVAE.encode`] does. It reads an image as a whole, without tiles. Each file holds metadata as JSON: `f`,
@@ -62,7 +61,6 @@ def export_graphs(model: SVQVAE, out: str | Path, *, format: str = "onnx", dtype
     Args:
         model ([`SVQVAE`]): Model to export. A copy in evaluation mode is traced, so it is not changed.
         out (`str` or `Path`): Folder to create. It may exist if it is empty.
-        format (`str`, defaults to `"onnx"`): `"onnx"`, which needs the extra `export`, or `"torch"`.
         dtype (`str`, defaults to `"float32"`): `"float32"` or `"float16"`, the type of weights and images. The
             codebook is searched in float32 in both cases.
 
@@ -75,10 +73,9 @@ def export_graphs(model: SVQVAE, out: str | Path, *, format: str = "onnx", dtype
         ValueError: If an argument is wrong, weights are out of the range of float16, or a graph differs from the
             model.
     """
-    for name, value, choices in (("format", format, SUFFIXES), ("dtype", dtype, DTYPES)):
-        if value not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-    for package in PACKAGES[format]:
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    for package in PACKAGES:
         import_module(package)  # fail before the export, not after it
     out = check_new_folder(Path(out))
     plain = SVQVAE.from_config(model.config).eval()  # in float32 on the CPU, without tiles or hooks
@@ -88,7 +85,7 @@ def export_graphs(model: SVQVAE, out: str | Path, *, format: str = "onnx", dtype
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside, torch.no_grad():
             folder = Path(beside, out.name)
             folder.mkdir()
-            changed, pixels = _write(plain, folder, format, DTYPES[dtype])
+            changed, pixels = _write(plain, folder, DTYPES[dtype])
             folder.replace(out)
     except OSError as error:
         raise OSError(f"`{out}` cannot be written: {error}") from error
@@ -102,23 +99,16 @@ def export_graphs(model: SVQVAE, out: str | Path, *, format: str = "onnx", dtype
     )
 
 
-def _write(model: SVQVAE, folder: Path, format: str, dtype: torch.dtype) -> tuple[int, float]:
+def _write(model: SVQVAE, folder: Path, dtype: torch.dtype) -> tuple[int, float]:
     """Writes both graphs and compares them with the model, as [`compare_graphs`] does."""
-    save, load = {
-        "onnx": (graph_files.save_onnx, graph_files.load_onnx),
-        "torch": (graph_files.save_torch, graph_files.load_torch),
-    }[format]
-    paths = [folder / f"{name}{SUFFIXES[format]}" for name in ("encoder", "decoder")]
-    for path, program in zip(paths, trace_graphs(model, dtype), strict=True):
-        save(program, path, _metadata(model))
-    return compare_graphs(model, load(paths[0]), load(paths[1]), dtype)
-
-
-def _metadata(model: SVQVAE) -> dict[str, str]:
     metadata = {
         "f": model.f,
         "pixel_range": list(model.config["pixel_range"]),
         "codebook_size": model.config["codebook_size"],
         "codebook_fingerprint": model.codebook_fingerprint(),
     }
-    return {key: json.dumps(value) for key, value in metadata.items()}
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    paths = [folder / f"{name}.onnx" for name in ("encoder", "decoder")]
+    for path, program in zip(paths, trace_graphs(model, dtype), strict=True):
+        graph_files.save_graph(program, path, texts)
+    return compare_graphs(model, graph_files.load_graph(paths[0]), graph_files.load_graph(paths[1]), dtype)

@@ -1,7 +1,5 @@
-"""Writes and loads graphs as ONNX files and as torch's `.pt2` files."""
+"""Writes and loads graphs as ONNX files."""
 
-import io
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +11,10 @@ from torch.export import ExportedProgram
 if TYPE_CHECKING:
     import onnx
 
-METADATA_FILE = "svqvae.json"  # inside a .pt2 file
-
 Graph = Callable[[torch.Tensor], torch.Tensor]
 
 
-def save_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+def save_graph(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     """Writes an ONNX file. Its name tells encoder from decoder."""
     import onnx
 
@@ -34,25 +30,13 @@ def save_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) ->
     onnx.save(proto, path)
 
 
-def load_onnx(path: Path) -> Graph:
+def load_graph(path: Path) -> Graph:
     """Loads an ONNX file in onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda value: torch.from_numpy(session.run(None, {name: value.numpy()})[0])
-
-
-def save_torch(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a `.pt2` file."""
-    content = io.BytesIO()  # torch's own writer aborts the process if the disk is full
-    torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(metadata)})
-    path.write_bytes(content.getbuffer())
-
-
-def load_torch(path: Path) -> Graph:
-    """Loads a `.pt2` file."""
-    return torch.export.load(path).module()
 
 
 def _name_dims(proto: "onnx.ModelProto", names: list[str]) -> None:

@@ -226,7 +226,6 @@ def test_choices_and_defaults_agree_with_the_library():
     assert choices("evaluate", "--codecs") == tuple(name.lower() for name in codecs.CODECS)
     assert set(choices("evaluate", "--lpips-net")) == perceptual.BACKBONES.keys()
     assert choices("convert", "--variant") == tuple(convert.VARIANTS)
-    assert choices("export", "--format") == tuple(export.SUFFIXES)
     assert choices("export", "--dtype") == tuple(export.DTYPES)
     for name in choices("encode", "--dtype"):
         assert model.to(getattr(torch, name)).dtype == getattr(torch, name)
