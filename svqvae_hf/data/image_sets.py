@@ -148,7 +148,9 @@ def open_images(
     """
     selection = Selection(config, split, image_column, columns, copy, left_out)
     if any("://" in name for name in data):
-        images = _open_urls(data, selection)
+        found = [_find_urls(name, left_out) for pattern in data for name in expand_braces(pattern)]
+        urls = list(dict.fromkeys(url for _, files in found for url in files))
+        images = _open_found(found[0][0] if len(found) == 1 else None, urls, selection)
     elif len(data) == 1 and (data_files or is_hub_set(data[0])):
         if not Path(data[0]).exists():
             _check_hub(data[0])
@@ -156,7 +158,7 @@ def open_images(
     elif len(data) == 1 and Path(data[0]).is_dir():
         images = _open_folder(data[0], selection)
     else:
-        images = _open_files(_find_files(data, selection.left_out_folder), selection)
+        images = _open_found(None, _find_files(data, selection.left_out_folder), selection)
     return images if max_images is None else images.first(max_images)
 
 
@@ -316,38 +318,27 @@ def _files_of_split(
     return "", list(keys)
 
 
-def _open_files(files: Sequence[str], selection: Selection) -> ImageSet:
-    kind = _kind_of_all(files)
-    root = os.path.commonpath([os.path.dirname(file) for file in files])
-    _choose_split(root, ["train"], selection.split)
-    if kind != "image":
-        return _open_builder(kind, selection, files)
-    return _image_files(root, [os.path.relpath(file, root) for file in files], selection)
-
-
-def _open_urls(patterns: Sequence[str], selection: Selection) -> ImageSet:
-    """Opens files that `fsspec` reaches."""
-    found = [_find_urls(name, selection.left_out) for pattern in patterns for name in expand_braces(pattern)]
-    urls = list(dict.fromkeys(url for _, files in found for url in files))
-    kind = _kind_of_all(urls)
-    folder = found[0][0] if len(found) == 1 else None
+def _open_found(folder: str | None, files: Sequence[str], selection: Selection) -> ImageSet:
+    """Opens files on disk or at URLs. `folder` is the URL of the folder that was named, if it was only one."""
+    kind, is_remote = _kind_of_all(files), "://" in files[0]
     if folder is None:
-        scheme, _, _ = urls[0].partition("://")
-        paths = [url.partition("://")[2] for url in urls]
-        root = os.path.commonpath([os.path.dirname(path) for path in paths])
-        folder, keys = f"{scheme}://{root}", [os.path.relpath(path, root) for path in paths]
+        scheme = f"{files[0].partition('://')[0]}://" if is_remote else ""
+        root = os.path.commonpath([os.path.dirname(file.removeprefix(scheme)) for file in files])
+        folder, keys = f"{scheme}{root}", [os.path.relpath(file.removeprefix(scheme), root) for file in files]
         _choose_split(folder, ["train"], selection.split)
     else:
-        keys = [url[len(folder) + 1 :] for url in urls]
+        keys = [file[len(folder) + 1 :] for file in files]
         split, keys = _files_of_split(folder, keys, selection.split, are_shards=kind != "image")
         folder = f"{folder}/{split}".rstrip("/")
-        urls = [f"{folder}/{key}" for key in keys]
-    if kind not in ("image", "webdataset"):
-        return _open_builder(kind, selection._replace(split=None), urls)
-    stamps = _url_stamps(urls)
-    if kind == "webdataset":
-        return _open_tars(urls, [stamps], selection)
-    return _image_files(folder, keys, selection, lambda: stamps)
+        files = [f"{folder}/{key}" for key in keys]
+    if kind == "image":
+        if not is_remote:
+            return _image_files(folder, keys, selection)
+        stamps = _url_stamps(files)  # now, because it names an absent file
+        return _image_files(folder, keys, selection, lambda: stamps)
+    if kind == "webdataset" and is_remote:
+        return _open_tars(files, [_url_stamps(files)], selection)
+    return _open_builder(kind, selection._replace(split=None), files)
 
 
 def _find_urls(name: str, left_out: str | os.PathLike | None) -> tuple[str | None, list[str]]:
