@@ -88,7 +88,7 @@ COMMANDS = [  # options that shrink the work
     "search --latents 1024 --codes 512",
     f"tiles photos {SMALL_TILES}",
     "token_sets speed photos --count 2 --sides 16 --workers 0",
-    "image_sets --files 40 --folders 4 --batches 3 --latency 0.001 --steps 0.1 0 --workers 0",
+    "image_sets --files 40 --folders 4",
     "baselines photos --fit photos --scales 1 0.5 --side 4 --codes 64",
     "next_scale --side 4 --steps 3 --batch 2 --hidden-size 64 --layers 1",
     "generation --sides 4 --batch 2 --hidden-size 64 --layers 1 --guidance-scale 2",

@@ -90,7 +90,7 @@ def test_pipeline_and_token_set_by_hub_id(tmp_path):
     for path in photos.glob("*.png"):
         path.unlink()
     with serve_hub(tmp_path) as env:
-        gone, url, rows = run_python(PIPELINE + TOKEN_SET, env, tmp_path, extended("llama")).splitlines()[-3:]
+        gone, rows = run_python(PIPELINE + TOKEN_SET, env, tmp_path, extended("llama")).splitlines()[-2:]
     assert gone.startswith("could not download the token set `org/gone` from the Hub: the repository does not exist")
     assert rows == "['cat/0.png', 'dog/1.png'] ['cat', 'dog']"
     pushed = tmp_path / "hub" / "org" / "tokens"

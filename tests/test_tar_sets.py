@@ -51,8 +51,7 @@ def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, monkeypat
     assert [image["key"] for image in skipped] == ["00005.webp", "00007.png"]
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_training_sees_every_image_with_its_label(root, tmp_path, streaming, caplog, monkeypatch):
+def test_training_sees_every_image_with_its_label(root, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     caplog.set_level(logging.INFO)
     options = {"train_data_dir": f"{root}/shards/shard-{{00000..00007}}.tar"}
