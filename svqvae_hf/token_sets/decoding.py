@@ -37,8 +37,7 @@ def detokenize_set(
 ) -> DecodedCounts:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
-    A row whose scale was chosen by `min_psnr` or `max_bits` becomes one image, at this scale. A row whose images are
-    all there is skipped, so a run that was interrupted can be run again.
+    A row whose images are all there is skipped, so a run that was interrupted can be run again.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of

@@ -42,7 +42,6 @@ class TokenSettings:
     Args:
         model (`str`): Hub id of the model that encoded the images, the name of its folder, or `BUNDLED_MODEL`.
         scales (`tuple[float, ...]`): Output side over input side; the columns `ids_0`, `ids_1`, ... are in this order.
-            With `min_psnr` or `max_bits`, a row has ids at one of them, in `ids_0`, and its column `scale` names it.
         f (`int`): Pixels per latent side.
         codebook_size (`int`): Rows of the codebook.
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
@@ -52,8 +51,6 @@ class TokenSettings:
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Sets
             without it hold scales from the latents.
-        min_psnr (`float`, *optional*): PSNR in dB that chose the scale of each row, see [`encode_to_psnr`].
-        max_bits (`float`, *optional*): Number of bits that chose the scale of each row, see [`encode_to_bits`].
 
     Raises:
         ValueError: A value is out of range.
@@ -160,7 +157,7 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
         [`ImageTokens`]: One grid of ids per scale of the row.
 
     Raises:
-        ValueError: A column is missing, or the ids do not match the height, the width, the scale or the codebook.
+        ValueError: A column is missing, or the ids do not match the height and the width.
     """
     names = settings.id_columns
     try:
