@@ -13,6 +13,7 @@ OVERLAP = 32  # pixels, as in `SVQVAE.enable_tiling`
 TILES_DEFAULT = f"{TILE_SIZE} for images that would take more than 1 GiB as a whole, otherwise none"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Group: TypeAlias = "argparse._ActionsContainer"  # a parser, or a group of its options
 
 
 class Scales(argparse.Action):
@@ -62,7 +63,7 @@ def add_command(
 
 
 def option(
-    parser: argparse._ActionsContainer,
+    parser: Group,
     name: str,
     read: Callable[[str], Any],
     metavar: str | tuple[str, ...],
@@ -73,7 +74,7 @@ def option(
     parser.add_argument(name, type=read, metavar=metavar, help=help, **settings)
 
 
-def flag(parser: argparse._ActionsContainer, name: str, help: str) -> None:
+def flag(parser: Group, name: str, help: str) -> None:
     """Adds an option without a value."""
     parser.add_argument(name, action="store_true", help=help)
 
