@@ -1,6 +1,7 @@
 """Takes the pictures of the demo's pages. Needs Chromium: `make browser`.
 
 python docs/demo_pictures.py
+python docs/demo_pictures.py --generator PIPELINE
 """
 
 import os
@@ -21,7 +22,15 @@ PATIENCE = 90_000  # milliseconds: the machine may be busy
 DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 
 
-def main() -> None:
+def main(*options: str) -> None:
+    """Writes `demo.jpg` and `demo_phone.jpg`, or the picture of a page that generates."""
+    if options:
+        take_generator(*options)
+    else:
+        take_demo()
+
+
+def take_demo() -> None:
     """Writes `demo.jpg`, the whole page on a desktop, and `demo_phone.jpg`, the first screen of a phone."""
     with open_browser() as browser, serve_demo() as address:
         for name, viewport, density in (("demo", DESKTOP, 0.75), ("demo_phone", PHONE, 1)):
@@ -32,6 +41,18 @@ def main() -> None:
             path = IMAGES / f"{name}.jpg"
             page.screenshot(path=path, type="jpeg", quality=60, full_page=viewport is DESKTOP)
             page.close()
+
+
+def take_generator(*options: str) -> None:
+    """Writes `demo_generator.jpg`, the page after a generation, with a stroke of the brush."""
+    with open_browser() as browser, serve_demo(*options) as address:
+        page = browser.new_page(viewport=DESKTOP, device_scale_factor=0.75)
+        page.set_default_timeout(PATIENCE)
+        page.goto(address)
+        generate(page)
+        paint(page)
+        page.screenshot(path=IMAGES / "demo_generator.jpg", type="jpeg", quality=60)
+        page.close()
 
 
 def find_browser() -> str | None:
@@ -71,10 +92,23 @@ def show_example(page: Page) -> None:
 
 
 def generate(page: Page) -> None:
-    """Generates a picture, and waits for it."""
+    """Generates a picture, and waits until it can be painted on."""
     page.locator("#run").click()
     page.locator("#summary b").wait_for()
+    page.locator("#canvas canvas").first.wait_for()
+    page.wait_for_timeout(2000)  # the canvas draws the picture after it appears
+
+
+def paint(page: Page) -> None:
+    """Paints a stroke over the middle of the picture."""
+    box = page.locator("#canvas canvas").first.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 40, middle[1] + 40, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(1000)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -123,38 +123,7 @@ def add_scales(parser: argparse.ArgumentParser, default: list[float], sides: boo
     )
 
 
-def add_scale_target(parser: argparse.ArgumentParser) -> None:
-    """Adds targets that choose one of the scales for each image."""
-    targets = parser.add_mutually_exclusive_group()
-    targets.add_argument(
-        "--min-psnr",
-        type=target,
-        metavar="DB",
-        help="store each image at the smallest of the scales whose PSNR, resized to the image, is at least this; at "
-        "the largest if none is",
-    )
-    targets.add_argument(
-        "--max-bits",
-        type=target,
-        metavar="BITS",
-        help="store each image at the largest of the scales at which it takes at most so many bits, as stored; at the "
-        "smallest if it takes more at all",
-    )
-
-
-def check_several(scales: Collection[float], chooser: str, example: str = "--scales 0.25 0.5 1") -> None:
-    """Raises ValueError if an option has only one scale to choose from. `chooser` names it, with its verb."""
-    if len(scales) < 2:
-        raise ValueError(f"{chooser} among at least two scales. Pass them, such as --scales 0.25 0.5 1.")
-
-
-def add_tiles(
-    parser: argparse.ArgumentParser,
-    tile_default: str,
-    overlap_default: str,
-    tile_size: int | None = None,
-    overlap: int | None = None,
-) -> None:
+def add_tiles(parser: argparse.ArgumentParser, tile_default: str, overlap_default: str) -> None:
     """Adds tile size and overlap. `tile_default` and `overlap_default` describe the defaults in the help."""
     option(parser, "--tile-size", int, "PIXELS", f"side of a tile, a multiple of f (default: {tile_default})")
     option(parser, "--overlap", int, "PIXELS", f"pixels read beyond a tile's sides (default: {overlap_default})")

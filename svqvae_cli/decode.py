@@ -27,17 +27,8 @@ def add_to(commands: Commands) -> None:
     add_files(parser, "token files, folders of them, which are searched with their subfolders, or globs")
     add_model(parser)
     add_tiles(parser, "as encoded", "as encoded")
-    parser.add_argument(
-        "--full-size",
-        action="store_true",
-        help="resize the images of all scales to the size of the original, bicubic below scale 1, by area above, and "
-        "name them NAME_x0.5_full_size.png",
-    )
-    parser.add_argument(
-        "--preview",
-        action="store_true",
-        help="also decode compressed files that are cut short, to the scales that are complete",
-    )
+    flag(parser, "--full-size", "resize all images to the size of the original, and name them NAME_x0.5_full_size.png")
+    flag(parser, "--preview", "also decode compressed files that are cut short, to the scales that are complete")
     add_large(parser)
 
 

@@ -18,7 +18,7 @@ def add_to(commands: Commands) -> None:
         "Token files can be saved and opened. The page needs no network. With a --host\n"
         "beyond this machine, visitors may choose public models on the Hub, but no\n"
         "folders and no private models. With --generator, the page generates images\n"
-        "instead, which grow step by step.",
+        "instead: they grow step by step, and painted parts are generated anew.",
         "--model org/svqvae",
     )
     add_model(parser)

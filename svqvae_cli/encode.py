@@ -4,8 +4,8 @@ import argparse
 from collections import Counter
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_images, add_scale_target, check_several
-from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, find_images
+from svqvae_cli.arguments import Commands, add_command, add_images, flag, option, target
+from svqvae_cli.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES, InputFile, find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
 
@@ -24,11 +24,25 @@ def add_to(commands: Commands) -> None:
         "'photos/*.jpg' --output tokens --scales 1",
     )
     add_images(parser)
-    add_scale_target(parser)
-    parser.add_argument(
+    targets = parser.add_mutually_exclusive_group()
+    option(
+        targets,
+        "--min-psnr",
+        target,
+        "DB",
+        "take the smallest scale that reaches this PSNR at full size, or else the largest",
+    )
+    option(
+        targets,
+        "--max-bits",
+        target,
+        "BITS",
+        "take the largest scale of at most so many bits, as stored, or else the smallest",
+    )
+    flag(
+        parser,
         "--compress",
-        action="store_true",
-        help="store likely ids in few bits, by the context model of the model, which decoding needs as well",
+        "store likely ids in few bits, by the context model of the model, which decoding needs as well",
     )
     add_large(parser)
 
@@ -40,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--min-psnr and --max-bits choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."
         )
-    inputs = find_images(args)
+    inputs = find_images(args, TIFF_SUFFIXES if args.large else IMAGE_SUFFIXES)
     suffix = TOKEN_SUFFIXES[args.compress]
     with Run(args, {file: [file.target(args.output, suffix)] for file in inputs}, "token files") as work:
         if work.left:

@@ -46,12 +46,13 @@ def add_to(commands: Commands) -> None:
         "an interrupted run.",
         '--prompt "a whale above a guitar on pink" --output out',
     )
-    parser.add_argument(
+    option(
+        parser,
         "model",
+        path_or_name,
+        "MODEL",
+        "folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)",
         nargs="?",
-        type=path_or_name,
-        metavar="MODEL",
-        help="folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)",
     )
     add_output(parser, "folder to write to")
     flag(parser, "--overwrite", "generate images that exist again (default: keep them)")
@@ -82,31 +83,17 @@ def add_to(commands: Commands) -> None:
         "GRID",
         "rows x columns of codes of a language model, such as 16x24 (default: its first)",
     )
-    parser.add_argument(
-        "--steps", type=positive, metavar="N", help="scales of a next-scale pipeline (default: as in training)"
-    )
-    parser.add_argument(
+    option(parser, "--steps", positive, "N", "scales of a next-scale pipeline (default: as in training)")
+    option(
+        parser,
         "--guidance-scale",
-        type=float,
-        metavar="SCALE",
-        help="scale of classifier-free guidance (default, here and below: a language model's own, otherwise 1)",
+        float,
+        "SCALE",
+        "scale of classifier-free guidance (default, here and below: a language model's own, otherwise 1)",
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="sampling temperature; 0 takes the most likely ids (default: 1)",
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely ids (default: all)")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="sample from the most likely ids with total probability P (default: 1)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the first image; image i has S + i (default: 0)"
-    )
+    option(parser, "--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: 1)")
+    option(parser, "--top-k", int, "K", "sample from the K likeliest ids (default: all)")
+    option(parser, "--top-p", float, "P", "sample from the likeliest ids of total probability P (default: 1)")
     option(parser, "--seed", int, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
     add_device(parser)
     add_dtype(parser)

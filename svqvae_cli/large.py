@@ -30,8 +30,6 @@ def check_large(args: argparse.Namespace) -> None:
     for option in ("compress", "preview"):
         if getattr(args, option, False):
             raise ValueError(f"--large takes token files that are not compressed. Leave out --{option} or --large.")
-    if getattr(args, "side_by_side", False):
-        raise ValueError("--side-by-side is for images that fit into memory. Leave out --side-by-side or --large.")
     with require_extra("--large", "large"):
         import tifffile  # noqa: F401
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors say what it would log

@@ -3,10 +3,14 @@
 A language model also describes images.
 """
 
+import base64
+import dataclasses
 import html
+import io
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
@@ -24,12 +28,30 @@ from svqvae_hf.tokens.image_tokens import is_out_of_memory
 Generator = SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLanguageModel
 
 NO_CLASS = -1
+EDITOR_PX = 512  # longer side of the picture to paint on
+THUMBNAIL_PX = 96
 PAPER = (128, 128, 128)  # colour of rows that are still to come
+BRUSH = "#ff2d6f"
 HEADING = "<h1>SVQVAE</h1><p>{}</p>"
 BY_SCALE = "An image is generated from coarse to fine. Each step predicts all tokens of one scale at once."
 BY_ROW = "An image is generated token by token, row by row, as a language model writes text."
 EMPTY = "<p class='empty'>Click Generate. The picture appears here while it grows.</p>"
-Shown = tuple[str, Any]  # values of the summary and of the picture
+PAINT_HINT = "Paint over a part of the picture. It is generated anew, and all other tokens stay."
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a generation.
+
+    Args:
+        image (`PIL.Image.Image`): What the ids so far decode to, as large as the result.
+        title (`str`): Number of the step, and size of its scale in ids.
+        scale (`str`): Size of the scale in ids.
+    """
+
+    image: Image.Image
+    title: str
+    scale: str
 
 
 class GeneratorPage:
@@ -70,10 +92,14 @@ class GeneratorPage:
         return [*((name, number) for number, name in enumerate(names)), ("no class", NO_CLASS)]
 
     def generate(
-        self, label: int, prompt: str, seed: float, guidance: float, top_p: float, steps: int
-    ) -> Iterator[Shown]:
+        self, label: int, prompt: str, seed: float, guidance: float, top_p: float, steps: int, **edited: Any
+    ) -> Iterator[list[Any]]:
         """Generates an image, and yields the values of the page's outputs after each step."""
-        options: dict[str, Any] = {"top_p": top_p, "generator": torch.Generator().manual_seed(int(seed or 0))}
+        options: dict[str, Any] = {
+            "top_p": top_p,
+            "generator": torch.Generator().manual_seed(int(seed or 0)),
+            **edited,
+        }
         if self.next_scale:
             options["num_inference_steps"] = None if steps == len(self.grids) else int(steps)  # None: as in training
         if self.describes:
@@ -82,11 +108,15 @@ class GeneratorPage:
             options |= {"prompt": prompt, "guidance_scale": guidance}
         elif label != NO_CLASS:
             options |= {"class_labels": int(label), "guidance_scale": guidance}
+        shown: list[Step] = []
         try:
-            for image, title in self._steps(options):
-                yield f"<p>{title}</p>", gr.update(value=image, visible=True)
+            for step in self._steps(options):
+                if shown and shown[-1].scale == step.scale:
+                    shown.pop()  # of the same scale, with a row less
+                shown.append(step)
+                yield _values(f"<p>{step.title}</p>", shown)
         except (ValueError, OSError) as error:
-            yield _error(str(error))
+            yield _error_values(str(error))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -129,6 +159,7 @@ class GeneratorPage:
             running.add_done_callback(lambda _: previews.put(None))
             try:
                 while (preview := previews.get()) is not None:
+                    last = preview
                     yield preview
             finally:
                 left.set()  # the visitor may have gone
@@ -142,9 +173,10 @@ class GeneratorPage:
         image = Image.new("RGB", (columns * f, rows * f), PAPER)
         image.paste(self.pipeline.image_processor.postprocess(self.pipeline.vqvae.decode_tokens(ids))[0])
         title = f"{self.unit.capitalize()} {step + 1} of {self._total(options)}: {columns} × {rows} tokens"
-        return image.resize(self.size, Image.Resampling.BICUBIC), title
+        return Step(image.resize(self.size, Image.Resampling.BICUBIC), title, f"{columns} × {rows}")
 
     def _total(self, options: dict[str, Any]) -> int:
+        """Number of steps, or of rows."""
         if self.next_scale:
             return options["num_inference_steps"] or len(self.grids)
         return sum(rows for rows, _ in self.grids)
@@ -160,6 +192,7 @@ def build(page: GeneratorPage) -> gr.Blocks:
         title="SVQVAE", analytics_enabled=False, fill_width=True, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as blocks:
         gr.HTML(HEADING.format(BY_SCALE if page.next_scale else BY_ROW), elem_classes="heading")
+        picture = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 condition = _condition(page)
@@ -288,5 +321,40 @@ def serving_generator(pipeline: Generator, host: str, port: int | None) -> Itera
         blocks.close()
 
 
-def _error(message: str) -> Shown:
-    return f"<p class='error' role='alert'>{html.escape(message)}</p>", gr.Image(visible=False)
+def _painted(drawing: dict[str, Any] | None, size: tuple[int, int]) -> Image.Image | None:
+    """Mask of what a visitor painted, white where there is any paint; None without paint."""
+    layers = (drawing or {}).get("layers") or []
+    if not layers or layers[0].getchannel("A").getextrema()[1] == 0:
+        return None
+    return layers[0].getchannel("A").resize(size, Image.Resampling.BOX).point(lambda paint: 255 * (paint > 0))
+
+
+def _values(summary: str, steps: list[Step], editable: bool = False) -> list[Any]:
+    """Values of the page's outputs; with an editable result, also of the canvas."""
+    image = steps[-1].image
+    values = [summary, gr.update(value=image, visible=True), _strip(steps)]
+    if not editable:
+        return [*values, None, gr.Column(visible=False), gr.skip()]
+    factor = EDITOR_PX / max(image.size)
+    enlarged = image.resize([round(factor * side) for side in image.size], Image.Resampling.BICUBIC)
+    drawing = {"background": enlarged, "layers": [], "composite": None}
+    return [*values, image, gr.Column(visible=True), drawing]
+
+
+def _strip(steps: list[Step]) -> str:
+    """A thumbnail of each scale, from coarse to fine."""
+    return f"<div class='strip'>{''.join(map(_thumbnail, steps))}</div>" if len(steps) > 1 else ""
+
+
+def _thumbnail(step: Step) -> str:
+    image, content = step.image.copy(), io.BytesIO()
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    image.save(content, "webp")
+    url = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return f"<figure><img src='{url}' alt='{step.scale} tokens'><figcaption>{step.scale}</figcaption></figure>"
+
+
+def _error_values(message: str) -> list[Any]:
+    """Values of the page's outputs after an error."""
+    alert = f"<p class='error' role='alert'>{html.escape(message)}</p>"
+    return [alert, gr.Image(visible=False), "", None, gr.Column(visible=False), gr.skip()]

@@ -148,8 +148,7 @@ def evaluate(
         raise ValueError(f"`scales` must be distinct finite numbers above 0, got {list(scales)}.")
     check_scale_from(scale_from)
     state = PartialState(cpu=model.device.type == "cpu")
-    tiles = tile_size, overlap
-    evaluator = _Evaluator(model, scales, scale_from, tiles, half_precision, lpips, inception, context_model)
+    evaluator = _Evaluator(model, scales, scale_from, (tile_size, overlap), lpips, inception, context_model)
     records, skipped = measure_images(evaluator.measure, images, resolution, state)
     results = [totals.result(index, records) for index, totals in enumerate(evaluator.totals)]
     return Report(
@@ -159,7 +158,6 @@ def evaluate(
             "tile_size": tile_size,
             "overlap": overlap,
             "resolution": resolution,
-            "half_precision": half_precision,
             "compressed": context_model is not None,
             "device": model.device.type,
         },

@@ -30,16 +30,13 @@ METRICS = {
     "latent_cosine": Metric("mean cosine of latents", ".3f"),
 }
 TABLES = {
-    "Reconstructions": ("psnr", "ssim", "ms_ssim", "lpips", "rfid"),
+    "Reconstructions": ("psnr", "ssim", "lpips", "rfid"),
     "Rate": ("ids", "bits_per_pixel", "bits_per_pixel_stored", "psnr_full_size", "ssim_full_size"),
-    "Ids": ("usage", "perplexity", "entropy", "latent_cosine", "ids_changed_bfloat16", "ids_changed_float16"),
+    "Ids": ("usage", "perplexity", "entropy", "latent_cosine"),
 }
 SUMMARY = ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel", "bits_per_pixel_stored")
-CARD_METRICS = ("psnr", "ssim", "ms_ssim", "lpips", "rfid", "usage", "perplexity", "bits_per_pixel_stored")
-PICTURES = {
-    "codebook.png": "Frequencies of codes",
-    "worst.png": "Images with the lowest PSNR and their reconstructions",
-}
+CARD_METRICS = ("psnr", "ssim", "lpips", "rfid", "usage", "perplexity", "bits_per_pixel_stored")
+PICTURES = {"worst.png": "Images with the lowest PSNR and their reconstructions"}
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -199,7 +199,7 @@ class _Meter:
             "title": self.tokenizer.title,
             **{key: mean(each[key] for each in results) for key in ("tokens", *QUALITY)},
             **{key: total / pixels for key, total in bits.items()},
-            "rfid": self.fid.compute() if self.fid is not None and decodes and len(records) > 1 else None,
+            "rfid": self.fid.compute() if self.fid is not None and len(records) > 1 else None,
             "usage": metrics.usage(counts) if len(counts) else None,
             "perplexity": metrics.perplexity(counts) if len(counts) else None,
             "encode_speed": pixels / MEGA / seconds["encode"],
@@ -292,7 +292,7 @@ def equal_bits_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells = []
     for row in rows:
         rate = row["bits_per_pixel_stored"]
-        if not row["title"].startswith(tuple(GREYS)) and row["psnr"] is not None:
+        if not row["title"].startswith(tuple(GREYS)):
             at_rate = [
                 np.interp(math.log(rate), np.log(bits), psnr, math.nan, math.nan) for bits, psnr in codecs.values()
             ]
@@ -320,7 +320,6 @@ def _curves(rows: Sequence[dict[str, Any]], key: str) -> dict[str, list[tuple[fl
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         name = re.sub(r", (scale|quality) [\d.e+-]+$", "", row["title"])
-        name = re.sub(r", at least [\d.e+-]+ dB$", ", smallest scale that reaches a PSNR", name)
         lines.setdefault(name, []).append((row["bits_per_pixel_stored"], row[key]))
     return lines
 

@@ -1,5 +1,6 @@
 """The page of `svqvae demo --generator`, by its handlers."""
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-from svqvae_hf.demo.generator_page import PAPER, GeneratorPage
+from svqvae_hf.demo.generator_page import EDITOR_PX, PAPER, GeneratorPage
 from svqvae_hf.pipelines.sequences import SequenceLayout
 
 SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0, "top_p": 0.9, "steps": 4}
@@ -61,7 +62,12 @@ def test_image_grows_scale_by_scale_to_the_image_of_the_pipeline(next_scale):
         (decoded,) = next_scale.image_processor.postprocess(next_scale.vqvae.decode_tokens(grid))
         np.testing.assert_array_equal(shown, decoded.resize((16, 16), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(pictures(values)[-1], image)
-    assert "16 × 16 pixels" in values[-1][0]
+    summary, _, strip, kept, painting, drawing = values[-1]
+    assert "16 × 16 pixels" in summary
+    assert strip.count("<figure>") == 4
+    np.testing.assert_array_equal(kept, image)
+    assert painting.visible
+    assert drawing["background"].size == (EDITOR_PX, EDITOR_PX)
 
 
 def test_image_grows_row_by_row_to_the_image_of_the_pipeline(autoregressive):
@@ -73,9 +79,35 @@ def test_image_grows_row_by_row_to_the_image_of_the_pipeline(autoregressive):
     assert (pictures(values)[4][12:] == PAPER).all()  # the last of four rows is still to come
     assert (pictures(values)[4][:12] != PAPER).any(-1).mean() > 0.9
     np.testing.assert_array_equal(pictures(values)[-1], image)
+    assert values[-1][2].count("<figure>") == 2  # one per scale
+
+
+def drawn(box, side=EDITOR_PX):
+    layer = Image.new("RGBA", (side, side))
+    layer.paste((255, 0, 0, 255), box)
+    return {"background": None, "layers": [layer], "composite": None}
+
+
+def test_painted_part_is_generated_anew(next_scale):
+    page, picture = GeneratorPage(next_scale), sample(next_scale, class_labels=0)[0]
+    half = EDITOR_PX // 2
+    values = list(page.repaint(picture, drawn((0, 0, half, EDITOR_PX)), *SETTINGS.values()))
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    image, ids = sample(next_scale, image=picture, mask_image=mask)
+    np.testing.assert_array_equal(pictures(values)[-1], image)
+    (known,) = sample(next_scale, image=picture, mask_image=Image.new("L", (16, 16)))[1][-1]
+    assert torch.equal(ids[-1][0, :, 2:], known[:, 2:])
+    assert not torch.equal(ids[-1][0, :, :2], known[:, :2])
 
 
 def test_mistakes_are_shown_in_the_page(next_scale):
-    (values,) = GeneratorPage(next_scale).generate(**(SETTINGS | {"top_p": 0.0}))
+    page = GeneratorPage(next_scale)
+    picture = Image.new("RGB", (16, 16))
+    for drawing in (None, {"layers": []}, drawn((0, 0, 0, 0))):
+        (values,) = page.repaint(picture, drawing, *SETTINGS.values())
+        assert "Nothing is painted yet" in values[0]
+        assert values[1] == gr.skip()  # the picture stays
+    (values,) = page.generate(**(SETTINGS | {"top_p": 0.0}))
     assert "role='alert'>`top_p` must be above 0" in values[0]
     assert not values[1].visible

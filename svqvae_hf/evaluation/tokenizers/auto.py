@@ -49,18 +49,15 @@ def load_tokenizers(
             f"another shape, among them {lacking[0]}."
         )
     model = model.to(device).eval()
-    if model_class is not SVQVAE:
-        return [adapter(source, model)]
+    if model_class is VQModel:
+        return [VQModelTokenizer(source, model)]
+    if model_class is AutoencoderKL:
+        return [AutoencoderKLTokenizer(source, model)]
     context_model = find_context_model(folder, model.codebook_fingerprint(), options.get("subfolder", ""))
     titles = [source if scale == 1 else f"{source}, scale {scale:g}" for scale in scales]
     return [
-        *(SVQVAETokenizer(*each, scale_from, context_model) for each in zip(titles, repeat(model), scales)),
-        *(
-            SmallestScaleTokenizer(
-                f"{source}, at least {target:g} dB", model, scales, target, scale_from, context_model
-            )
-            for target in min_psnr
-        ),
+        SVQVAETokenizer(title, model, scale, scale_from, context_model)
+        for title, scale in zip(titles, scales, strict=True)
     ]
 
 

@@ -7,7 +7,6 @@ from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import image_tokens
-from svqvae_hf.tokens.scale_choice import choose_by_psnr
 from svqvae_hf.tokens.token_files import token_file_content
 
 
@@ -51,38 +50,6 @@ class SVQVAETokenizer:
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Image `(1, 3, h * f, w * f)`."""
         return (self.model.decode_tokens(codes) - self.low) / self.half_range - 1
-
-
-class SmallestScaleTokenizer(SVQVAETokenizer):
-    """[`SVQVAE`] at the smallest scale that reaches a PSNR, or else the largest, chosen for each image.
-
-    Args:
-        title (`str`): Name in the tables.
-        model ([`SVQVAE`]): Model in evaluation mode.
-        scales (`Sequence[float]`): Scales to choose from.
-        min_psnr (`float`): PSNR in dB, as in [`encode_to_psnr`].
-        scale_from (`str`): What is resized to a scale, see [`SVQVAE.forward`].
-        context_model ([`ContextModel`], *optional*): Context model that compresses token files.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        model: SVQVAE,
-        scales: Sequence[float],
-        min_psnr: float,
-        scale_from: str,
-        context_model: ContextModel | None = None,
-    ):
-        super().__init__(title, model, scale_from=scale_from, context_model=context_model)
-        self.scales, self.min_psnr = scales, min_psnr
-
-    def encode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Ids `(1, h, w)`. Their grid tells the scale."""
-        pixels = ((sample + 1) * 127.5).round().byte().cpu()
-        (choice,) = choose_by_psnr(self.model, pixels, self.scales, self.min_psnr, self.scale_from)
-        self.scale = choice.scale
-        return choice.ids[None]
 
 
 class VQModelTokenizer:
