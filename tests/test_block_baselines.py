@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 import torch
-
-from svqvae_hf.evaluation.baselines.blocks import (
-    KMeans,
-    LinearDecoder,
-    fit_block_baselines,
-    read_fit_images,
-    take_blocks,
-)
+from block_baselines import KMeans, LinearDecoder, fit_block_baselines, read_fit_images, take_blocks
 
 SIDE = 4
 CPU = torch.device("cpu")

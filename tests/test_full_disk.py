@@ -11,7 +11,7 @@ from PIL import Image
 
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.export import export
+from svqvae_hf.export import export, graph_files
 from svqvae_hf.files.outputs import save_png, write_file
 from svqvae_hf.large.large_images import decode_large, encode_large
 from svqvae_hf.token_sets.settings import read_settings

@@ -119,11 +119,7 @@ def test_errors_are_one_line(saved_model, photos, tmp_path, capsys):
         (["/no/model", photos], "there is no file or folder `/no/model`"),
         ([saved_model, photos, "--lpips-weights", "none.pth"], "there is no file `none.pth`"),
         ([saved_model, f"{photos}/c.jpg"], "none of 1 is"),
-        (
-            [saved_model, photos, "--baselines", f"{photos}/b.jpg"],
-            "at least as many blocks as codes, 64, but the images to fit it on have 60",
-        ),
-        ([photos, photos, "--generated", "--half-precision"], "--half-precision does not apply to generated images"),
+        ([photos, photos, "--generated", "--tile-size", 32], "--tile-size does not apply to generated images"),
     ):
         assert message in fails(capsys, "evaluate", *words, "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()

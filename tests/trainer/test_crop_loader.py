@@ -176,4 +176,6 @@ def test_a_set_without_a_readable_image_is_an_error(tmp_path, kind):
         centre_crops(images, 1, 16, (0, 1))
 
 
-# Workers
+def test_a_stream_is_refused(sets):
+    with pytest.raises(ValueError, match="must have random access. Open it with `copy=True`"):
+        crop_loader(open_images([str(sets["parquet", "whole"])]))
