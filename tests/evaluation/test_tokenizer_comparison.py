@@ -232,7 +232,7 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert [row["bits_per_pixel"] for row in report["rows"][:3]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4])
     assert {(image["width"], image["height"]) for image in report["images"]} == {(32, 32)}
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(titles) + 2 + 5
+    assert len(table) == 2 + len(titles) + 2 + 3
     rates = [float(line.split("|")[3]) for line in table[2 : 2 + len(titles)]]
     assert rates == sorted(rates)
     printed = capsys.readouterr().out
