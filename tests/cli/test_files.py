@@ -5,7 +5,6 @@ import pytest
 
 from svqvae_cli import files
 from svqvae_cli.files import check_output, find_inputs
-from svqvae_hf.files.inputs import walk_files
 from svqvae_hf.hub import repositories
 from svqvae_hf.large import tiff_reader
 from svqvae_hf.models import image_processing_svqvae
@@ -45,15 +44,6 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path)
     assert found[0].target(tmp_path / "out", "_x1.png") == tmp_path / "out" / "a" / "c" / "e_x1.png"
     with pytest.raises(ValueError, match="--output must not be an input folder"):
         find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / "..")
-
-
-def test_links_that_make_a_cycle_are_followed_once(tmp_path):
-    for name, other in (("a", "b"), ("b", "a")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.png").touch()
-        (tmp_path / name / "link").symlink_to(tmp_path / other)
-    assert walk_files(tmp_path) == ["a/a.png", "a/link/b.png", "b/b.png", "b/link/a.png"]
-    assert find_files([str(tmp_path)], (".png",)) == [tmp_path / "a/a.png", tmp_path / "a/link/b.png"]
 
 
 def test_inputs_of_one_stem_keep_their_suffix(tmp_path):

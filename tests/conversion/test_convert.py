@@ -1,6 +1,4 @@
 import hashlib
-import os
-import stat
 
 import pytest
 import torch
@@ -37,17 +35,6 @@ def test_conversion_is_a_whole_repository(name, golden_dir, tmp_path):
     assert f"| layout | {checkpoint.format.title} |" in card
     assert report.sha256 in card
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
-
-
-def test_files_have_the_usual_permissions(golden_dir, tmp_path):
-    umask = 0o027
-    before = os.umask(umask)
-    try:
-        convert(golden_dir / "svqvae_tiny.safetensors", tmp_path / "out")
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
 @pytest.mark.parametrize(("variant", "dtype"), VARIANTS.items())

@@ -51,13 +51,6 @@ def test_equal_sets(images):
     assert report.notes[0].startswith("The Fréchet distance of 10 and 10 images is too high to be compared")
 
 
-def test_nearest_neighbours_are_drawn(images):
-    sheet = compare_generated(images[3:7], images, {"name": Features()}).neighbours
-    panels = [sheet.crop((24 + column * (256 + 24), 24, 280 + column * 280, 280)) for column in range(2)]
-    first, nearest = (np.asarray(each, float) for each in panels)
-    assert np.abs(first - nearest).mean() < 1  # the image itself is in the set
-
-
 def test_command(images, tmp_path, capsys):
     for folder in ("generated", "photos"):
         (tmp_path / folder).mkdir()

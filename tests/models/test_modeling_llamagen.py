@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -19,7 +18,6 @@ from transformers import (
 from transformers.utils import find_labels
 
 from svqvae_hf import LlamaGenForCausalLM
-from svqvae_hf.models.modeling_llamagen import FEW_ROWS, FewRowsLinear
 
 GOLDEN = ROOT / "tests" / "golden"
 CODES, IDS = 256, 16
@@ -266,17 +264,3 @@ def test_decode_steps_are_compiled_once():
         inputs.pop("prompt_embeds", None)
     assert counter.frame_count == 1
     assert torch.equal(torch.cat(ids, dim=1), expected["greedy_cfg1.ids"])
-
-
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_few_rows_give_what_a_linear_layer_gives(rows):
-    with torch.enable_grad():
-        layer, inputs = FewRowsLinear(12, 20), torch.randn(rows, 1, 12, requires_grad=True)
-        outputs, expected = layer(inputs), F.linear(inputs, layer.weight)
-        assert outputs.is_contiguous()
-        torch.testing.assert_close(outputs, expected)
-        weights = torch.randn_like(expected)
-        found, wanted = (
-            torch.autograd.grad((each * weights).sum(), [layer.weight, inputs]) for each in (outputs, expected)
-        )
-        torch.testing.assert_close(found, wanted)

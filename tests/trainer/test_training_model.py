@@ -103,12 +103,3 @@ def test_random_scales_end_with_the_full_one_and_differ():
     assert step_scales(options, 8, step=7) == seen[7]
     assert step_scales(make_options(num_scales=9), 2, step=0) == [0.5, 1.0]
     assert step_scales(make_options(scales=[1.0, 0.25]), 8, step=3) == [0.25, 1.0]
-
-
-def test_one_scale_of_a_step_is_drawn_with_its_probability():
-    options = make_options(scales=[1.0, 0.5, 2.0], scale_probabilities=[0.7, 0.3, 0.0])
-    seen = [step_scales(options, 8, step) for step in range(300)]
-    assert all(len(scales) == 1 for scales in seen)
-    assert seen.count([2.0]) == 0
-    assert seen.count([1.0]) / 300 == pytest.approx(0.7, abs=0.1)
-    assert step_scales(options, 8, step=7) == seen[7]
