@@ -19,8 +19,8 @@ def add_to(commands: Commands) -> None:
         "encode images to token files",
         "Writes one token file per image, NAME.safetensors, or NAME.svqz with --compress,\n"
         "with the ids at all scales, in the subfolder that the image was found in. Images\n"
-        "that cannot be read, or are too large for memory, are named and skipped. The same\n"
-        "command resumes an interrupted run.",
+        "that cannot be read, or are too large for memory, are named and skipped. The\n"
+        "same command resumes an interrupted run.",
         "'photos/*.jpg' --output tokens --scales 1",
     )
     add_images(parser)
