@@ -25,13 +25,12 @@ def psnr(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) 
     )
 
 
-def ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) -> torch.Tensor:
+def ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Structural similarity per image, with Gaussian windows of 11 pixels and a sigma of 1.5.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images, sides at least `SSIM_SIDE`.
         target (`torch.Tensor` of shape `(batch, channels, height, width)`): Their references.
-        data_range (`float`, defaults to 255.0): White minus black.
 
     Returns:
         `torch.Tensor` of shape `(batch,)`: Mean over channels and over all positions where the window fits; 1 at best.
@@ -44,7 +43,7 @@ def ssim(sample: torch.Tensor, target: torch.Tensor, data_range: float = 255.0) 
         stop = min(top + SSIM_BAND, num_rows)
         pair = (each[..., top : stop + SSIM_SIDE - 1, :].float() for each in (sample, target))
         _, values = structural_similarity_index_measure(
-            *pair, sigma=1.5, data_range=data_range, reduction="none", return_full_image=True
+            *pair, sigma=1.5, data_range=255.0, reduction="none", return_full_image=True
         )
         inside = values[..., border : values.shape[-2] - border, border : values.shape[-1] - border]
         total += inside.mean((1, 2, 3)) * (stop - top)

@@ -107,16 +107,13 @@ def check_repo_id(repo_id: str, argument: str = "push_to_hub") -> None:
     validate_repo_id(repo_id)
 
 
-def prepare_repo(
-    repo_id: str, *, private: bool | None, license: str | None, repo_type: str = "model", token: str | None = None
-) -> str:
+def prepare_repo(repo_id: str, *, private: bool | None, license: str | None, token: str | None = None) -> str:
     """Creates a repository on the Hub unless it exists, and checks the licence. Call it before the work to upload.
 
     Args:
         repo_id (`str`): `org/name`, or `name` of the user.
         private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
         license (`str`, *optional*): Licence for the card, by the Hub's identifier.
-        repo_type (`str`, defaults to `"model"`): `model` or `dataset`.
         token (`str`, *optional*): Access token, by default the stored one.
 
     Returns:
@@ -131,15 +128,15 @@ def prepare_repo(
         raise OSError(f"{failed}: it cannot be reached. {CHECK_NETWORK}")
     try:
         if license is not None:
-            _check_license(license, repo_type)
-        return HfApi(token=token).create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+            _check_license(license)
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
     except (HTTPError, OSError) as error:
         raise OSError(f"{failed}: {hub_reason(error)}") from error
 
 
-def _check_license(license: str, repo_type: str) -> None:
+def _check_license(license: str) -> None:
     try:
-        RepoCard(f"---\n{CardData(license=license).to_yaml()}\n---\n").validate(repo_type)
+        RepoCard(f"---\n{CardData(license=license).to_yaml()}\n---\n").validate("model")
     except ValueError as error:
         raise ValueError(
             f"`license` must be an identifier that the Hub knows, such as `apache-2.0` or `other`, got {license!r}."
@@ -151,7 +148,6 @@ def push_folder(
     repo_id: str,
     message: str,
     *,
-    repo_type: str = "model",
     create_pr: bool = False,
     token: str | None = None,
     files: Sequence[str] | None = None,
@@ -162,7 +158,6 @@ def push_folder(
         folder (`str` or `Path`): The folder.
         repo_id (`str`): `org/name`.
         message (`str`): Title of the commit.
-        repo_type (`str`, defaults to `"model"`): `model` or `dataset`.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
         token (`str`, *optional*): Access token, by default the stored one.
         files (`Sequence[str]`, *optional*): Globs of the files to upload, all by default.
@@ -177,7 +172,6 @@ def push_folder(
         commit = HfApi(token=token).upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            repo_type=repo_type,
             commit_message=message,
             create_pr=create_pr,
             allow_patterns=None if files is None else list(files),
@@ -193,6 +187,5 @@ def push_output(out: Path, repo_id: str, message: str, **options: Any) -> str:
         return push_folder(out, repo_id, message, **options)
     except OSError as error:
         words = ["hf", "upload", repo_id, str(out)]
-        words += ["--repo-type", options["repo_type"]] if "repo_type" in options else []
         words += [word for file in options.get("files") or () for word in ("--include", file)]
         raise OSError(f"`{out}` is complete, but {error} Upload it by `{shlex.join(words)}`.") from error
