@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import Context, Decimal
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import constriction
 import numpy as np
@@ -47,7 +48,7 @@ STEPS_PER_NAT, NATS = 128, 16  # of the table of exponentials
 PEAK = 2**20  # first entry of the table
 TOTAL = 2**16  # sum of the frequencies of a distribution
 
-Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # probabilities and known symbols -> symbols
+Step = Callable[[np.ndarray, Any], np.ndarray]  # probabilities and known symbols, or None -> symbols
 
 
 class ContextModel:
@@ -61,7 +62,7 @@ class ContextModel:
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
 
     Raises:
-        ValueError: A sum of products could reach 2**24.
+        ValueError: The tensors are not such integers, or a sum of products could reach 2**24.
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], codebook_fingerprint: str):
@@ -123,8 +124,7 @@ class ContextModel:
         """
         encoder = constriction.stream.queue.RangeEncoder()
 
-        def step(probabilities: np.ndarray, symbols: np.ndarray | None) -> np.ndarray:
-            assert symbols is not None
+        def step(probabilities: np.ndarray, symbols: np.ndarray) -> np.ndarray:
             encoder.encode(symbols.astype(np.int32), categorical(), probabilities)
             return symbols
 
@@ -251,10 +251,14 @@ def categorical() -> constriction.stream.model.Categorical:
 
 
 def check_exact(tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises unless every sum of products stays below `EXACT` in any order, for all inputs of at most `LIMIT`."""
+    """Raises unless every sum of products stays below `EXACT` in any order, for all inputs in int8."""
+    if any(tensor.dtype not in (np.int8, np.int32) for tensor in tensors.values()):
+        raise ValueError("the tensors of a context model must be in int8 and int32, but are not.")
+    if not np.array_equal(np.sort(tensors["order"]), np.arange(len(tensors["codes"]))):
+        raise ValueError("`order` must have each id once, but has not.")
     for layer in ("1", "2", "group", "member", "code"):
         weight, bias = (abs(tensors[f"{name}_{layer}"].astype(np.int64)) for name in ("weight", "bias"))
-        largest = (weight.sum(1 if layer == "code" else 0) * LIMIT + bias).max()
+        largest = (weight.sum(1 if layer == "code" else 0) * (LIMIT + 1) + bias).max()
         if largest >= EXACT:
             raise ValueError(
                 f"sums of layer {layer} must stay below {EXACT}, but could reach {largest}. Train it with smaller "

@@ -9,7 +9,7 @@ from conftest import ROOT
 from context_models import make_context_model, pattern
 
 from svqvae_hf.tokens import context_model
-from svqvae_hf.tokens.context_model import EXACT, FILE, LIMIT, ContextModel, diagonals, probabilities
+from svqvae_hf.tokens.context_model import EXACT, FILE, ContextModel, diagonals, probabilities
 
 SHAPE = 9, 13
 MATMUL = np.matmul
@@ -92,19 +92,29 @@ def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
 
 def test_the_largest_sums_are_exact():
     model = make_context_model()
-    tensors = {
-        name: np.where(tensor < 0, -LIMIT, LIMIT).astype(tensor.dtype) for name, tensor in model.tensors.items()
-    }
-    weight = tensors["weight_1"].T
-    tensors["bias_1"][:] = EXACT - 1 - LIMIT * abs(weight.astype(np.int64)).sum(1).max()
-    ContextModel(tensors | {"order": model.tensors["order"]}, model.codebook_fingerprint)
-    inputs = np.where(weight < 0, -LIMIT, LIMIT).astype(np.float32)
+    weight = np.where(model.tensors["weight_1"] < 0, -128, 127).astype(np.int8)
+    bias = (EXACT - 1 - 128 * abs(weight.astype(np.int64)).sum(0)).astype(np.int32)
+    ContextModel(model.tensors | {"weight_1": weight, "bias_1": bias}, model.codebook_fingerprint)
+    products = np.abs(weight.T.astype(np.float32)) * 128  # of inputs of -128 or 128
     for order in (slice(None), slice(None, None, -1)):
-        summed = (inputs[:, order] * weight[:, order].astype(np.float32)).cumsum(1, dtype=np.float32)[:, -1]
-        assert np.array_equal(summed + tensors["bias_1"].astype(np.float32), np.full(len(weight), EXACT - 1))
-    tensors["bias_1"][0] += 1
+        summed = products[:, order].cumsum(1, dtype=np.float32)[:, -1] + bias.astype(np.float32)
+        assert np.array_equal(summed, np.full(len(bias), EXACT - 1))
+    bias[0] += 1
     with pytest.raises(ValueError, match="sums of layer 1 must stay below 16777216, but could reach 16777216"):
-        ContextModel(tensors, model.codebook_fingerprint)
+        ContextModel(model.tensors | {"weight_1": weight, "bias_1": bias}, model.codebook_fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weight_2", lambda tensor: tensor.astype(np.float32), "must be in int8 and int32"),
+        ("order", np.zeros_like, "`order` must have each id once"),
+    ],
+)
+def test_other_tensors_are_refused(name, change, message):
+    model = make_context_model()
+    with pytest.raises(ValueError, match=message):
+        ContextModel(model.tensors | {name: change(model.tensors[name])}, model.codebook_fingerprint)
 
 
 def test_distributions_are_above_0_and_sum_to_1():
