@@ -79,6 +79,11 @@ def flag(parser: Group, name: str, help: str) -> None:
     parser.add_argument(name, action="store_true", help=help)
 
 
+def add_compress(parser: argparse.ArgumentParser) -> None:
+    """Adds compression."""
+    flag(parser, "--compress", "store likely ids in few bits; decoding needs the context model of MODEL as well")
+
+
 def add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
     """Adds input files, the folder for output files, and whether these may exist."""
     option(parser, "inputs", path_or_name, "INPUT", kinds, nargs="+")

@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_images, flag, option, target
+from svqvae_cli.arguments import Commands, add_command, add_compress, add_images, option, target
 from svqvae_cli.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES, InputFile, find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
@@ -39,11 +39,7 @@ def add_to(commands: Commands) -> None:
         "BITS",
         "take the largest scale of at most so many bits, as stored, or else the smallest",
     )
-    flag(
-        parser,
-        "--compress",
-        "store likely ids in few bits, by the context model of the model, which decoding needs as well",
-    )
+    add_compress(parser)
     add_large(parser)
 
 

@@ -12,6 +12,7 @@ from svqvae_cli.arguments import (
     TILES_DEFAULT,
     Commands,
     add_command,
+    add_compress,
     add_image_set,
     add_model,
     add_scales,
@@ -43,6 +44,7 @@ def add_to(commands: Commands) -> None:
     add_image_set(parser)
     option(parser, "out", path_or_url, "OUT", "folder or URL to write to")
     add_scales(parser, [1.0], sides=True)
+    add_compress(parser)
     parser.add_argument(
         "--crops", choices=CROPS, default="whole", help="crops of an image that become rows (default: whole)"
     )
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     check_data(args.data)
     if os.path.isfile(args.out):
         check_new_folder(args.out)
-    from svqvae_cli.loading import find_device, load_model
+    from svqvae_cli.loading import find_device, load_context_model, load_model
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
@@ -126,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
             **public_names(args.data, args.model or DEFAULT_MODEL),
             scales=args.scales,
             scale_from=args.scale_from,
+            context_model=load_context_model(args.model) if args.compress else None,
             crops=args.crops,
             resolution=args.resolution,
             min_side=args.min_side,

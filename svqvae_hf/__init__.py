@@ -17,6 +17,7 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAE
 from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
@@ -25,6 +26,7 @@ __all__ = [
     "DEFAULT_GENERATOR",
     "DEFAULT_MODEL",
     "SVQVAE",
+    "ContextModel",
     "ImageProcessingMixin",
     "ImageTokens",
     "LlamaGenConfig",

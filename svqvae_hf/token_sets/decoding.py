@@ -15,6 +15,7 @@ from svqvae_hf.files.outputs import save_png, scale_endings
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.parts import MANIFEST_FILE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
 
 
@@ -34,6 +35,7 @@ def detokenize_set(
     part: int = 0,
     num_parts: int = 1,
     overwrite: bool = False,
+    context_model: ContextModel | None = None,
 ) -> DecodedCounts:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
@@ -48,6 +50,7 @@ def detokenize_set(
         part (`int`, defaults to 0): Number of the part to decode, from 0.
         num_parts (`int`, defaults to 1): Number of parts of about equal numbers of rows.
         overwrite (`bool`, defaults to `False`): Whether images that are there are decoded again.
+        context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
     Returns:
         [`DecodedCounts`]: Numbers of images written and kept.
@@ -71,7 +74,7 @@ def detokenize_set(
     wanted = range(part * stop // num_parts, (part + 1) * stop // num_parts)
     written = kept = 0
     for index, row in tqdm(_rows(folder, files, wanted), total=len(wanted), unit="image", disable=None):
-        tokens = row_tokens(row, settings)
+        tokens = row_tokens(row, settings, context_model)
         paths = [Path(output, f"{index:08}{ending}") for ending in scale_endings(tokens.scales)]
         if not overwrite and all(path.exists() for path in paths):
             kept += len(paths)

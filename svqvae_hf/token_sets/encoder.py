@@ -11,7 +11,9 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS, CroppedImage
 from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
-from svqvae_hf.tokens.image_tokens import check_memory, execution_device
+from svqvae_hf.tokens.context_model import ContextModel
+from svqvae_hf.tokens.image_tokens import check_memory, execution_device, image_tokens
+from svqvae_hf.tokens.token_files import token_file_content
 
 BATCH_CROPS = 64  # crops of a batch by default, if they are small
 BATCH_PIXELS = 2**20  # pixels of a batch by default, at most, unless one crop has more
@@ -28,10 +30,18 @@ class RowEncoder:
         settings ([`TokenSettings`]): Settings of the token set.
         features (`datasets.Features`): Columns of the image set that are kept.
         batch_size (`int`, *optional*): Crops of a batch. By default 64, or fewer if they have over a megapixel in all.
+        context_model ([`ContextModel`], *optional*): Context model that compresses the rows.
     """
 
-    def __init__(self, model: SVQVAE, settings: TokenSettings, features: datasets.Features, batch_size: int | None):
-        self.model = model
+    def __init__(
+        self,
+        model: SVQVAE,
+        settings: TokenSettings,
+        features: datasets.Features,
+        batch_size: int | None,
+        context_model: ContextModel | None = None,
+    ):
+        self.model, self.context_model = model, context_model
         self.device, self.dtype = execution_device(model), model.dtype  # each look-up visits all modules
         self.settings = settings
         self.features = features
@@ -68,7 +78,7 @@ class RowEncoder:
             elif waiting_pixels > WAITING_PIXELS:
                 self._encode_all(waiting)
                 waiting_pixels = 0
-            while queue and "ids_0" in queue[0]:
+            while queue and self.settings.id_columns[0] in queue[0]:
                 yield queue.popleft()
         self._encode_all(waiting)
         self.model.use_tiling = self.settings.tile_size is not None  # as before the images
@@ -111,10 +121,16 @@ class RowEncoder:
         unit = pixels.to(self.device, non_blocking=True).float().div_(255)
         sample = unit.mul_(self.white - self.black).add_(self.black)  # as the image processor, with fewer copies
         encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from)
-        grids = [grid.flatten(1).cpu().numpy().astype(settings.id_dtype) for grid in encoded]
+        grids = [grid.cpu() for grid in encoded]
         for number, (_, row) in enumerate(crops):
-            for index, grid in enumerate(grids):
-                row[f"ids_{index}"] = grid[number]
+            ids = [grid[number] for grid in grids]
+            if self.context_model is None:
+                stored = [grid.flatten().numpy().astype(settings.id_dtype) for grid in ids]
+                row |= dict(zip(settings.id_columns, stored, strict=True))
+            else:
+                size = row["height"], row["width"]
+                tokens = image_tokens(self.model, ids, *size, settings.scales, settings.scale_from)
+                row["tokens"] = token_file_content(tokens, self.context_model)
 
     def _fit(self, shape: torch.Size, key: str) -> None:
         """Sets the tiles for images of a shape, and raises if their batches need more memory than is available."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -35,7 +34,8 @@ def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.F
     Raises:
         ValueError: A kept column has the name of another column.
     """
-    columns = dict.fromkeys(settings.id_columns, datasets.List(datasets.Value(settings.id_dtype)))
+    ids = datasets.List(datasets.Value(settings.id_dtype))
+    columns = dict.fromkeys(settings.id_columns, ids if settings.context_model is None else datasets.Value("binary"))
     columns |= {"height": datasets.Value("int32"), "width": datasets.Value("int32"), "key": datasets.Value("string")}
     if len(CROPS[settings.crops]) > 1:
         columns |= {"crop": datasets.Value("string")}
@@ -79,7 +79,7 @@ def write_shards(
                 group_rows = list(group)
                 writer.write_table(pa.Table.from_pylist(group_rows, schema))
                 counts["rows"] += len(group_rows)
-                counts["ids"] += sum(ids.size for row in group_rows for ids in _ids(row, settings))
+                counts["ids"] += sum(map(settings.count_ids, group_rows))
         yield {"name": name, **counts}
 
 
@@ -91,12 +91,8 @@ def _counter(limit: float, settings: TokenSettings) -> Callable[[dict[str, Any]]
         nonlocal number, size
         if size >= limit:
             number, size = number + 1, 0
-        size += ROW_BYTES + sum(ids.nbytes for ids in _ids(row, settings))
+        size += ROW_BYTES + sum(memoryview(row[name]).nbytes for name in settings.id_columns)
         size += sum(len(value) for value in row.values() if isinstance(value, str | bytes))
         return number
 
     return count
-
-
-def _ids(row: dict[str, Any], settings: TokenSettings) -> list[np.ndarray]:
-    return [row[name] for name in settings.id_columns]

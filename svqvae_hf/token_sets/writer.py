@@ -34,6 +34,7 @@ from svqvae_hf.token_sets.parts import (
 )
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
+from svqvae_hf.tokens.context_model import ContextModel
 
 IMAGES_PER_PART = 10_000  # by default, in sets with random access
 MAX_PARTS = 1000  # by default
@@ -84,6 +85,7 @@ def tokenize_set(
     source_set: str | None = None,
     scales: Sequence[float] = (1.0,),
     scale_from: str = "image",
+    context_model: ContextModel | None = None,
     crops: str = "whole",
     resolution: int | None = None,
     min_side: int | None = None,
@@ -111,6 +113,7 @@ def tokenize_set(
         source_set (`str`, *optional*): Name of the image set on the Hub, for the card.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over input side, one column of ids each.
         scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_tokens`].
+        context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to compress each row.
         crops (`str`, defaults to `"whole"`): Crops of an image that become rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         min_side (`int`, *optional*): Side in pixels below which an image is skipped like an unreadable one.
@@ -150,6 +153,7 @@ def tokenize_set(
         crops=crops,
         resolution=resolution,
         scale_from=scale_from,
+        context_model=None if context_model is None else context_model.fingerprint,
     )
     features = row_features(settings, images.features)
     stored = json.loads(settings.to_json())
@@ -167,7 +171,7 @@ def tokenize_set(
     if overwrite:
         delete_set(folder)
     start_set(folder, options)
-    encoder = RowEncoder(model, settings, images.features, batch_size)
+    encoder = RowEncoder(model, settings, images.features, batch_size, context_model)
     made: list[PartRecord] = []
     with tqdm(total=images.length if len(parts) == num_parts else None, unit="image", disable=None) as bar:
         for part in parts:

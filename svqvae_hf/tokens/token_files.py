@@ -164,18 +164,8 @@ def load_tokens(
         raise FileNotFoundError(f"the token file `{path}` does not exist.")
     if is_compressed(path):
         compressed = load_compressed(path, preview)
-        if context_model is None:
-            raise ValueError(
-                f"`{path}` is compressed, so `context_model` must be its context model, got None. Load one with "
-                "`ContextModel.from_pretrained`, or decode the file with `svqvae decode`."
-            )
         try:
-            return ImageTokens(
-                ids=[torch.from_numpy(grid) for grid in decompress(compressed, context_model)],
-                codebook_size=len(context_model.order),
-                codebook_fingerprint=context_model.codebook_fingerprint,
-                **compressed.record,
-            )
+            return decompressed_tokens(compressed, context_model)
         except ValueError as error:
             raise _undecodable(path, error) from error
     try:
@@ -194,8 +184,23 @@ def load_compressed(path: str | os.PathLike, preview: bool = False) -> Compresse
     """Reads a compressed token file without decoding its ids, see [`load_tokens`]."""
     try:
         return read_compressed(Path(path).read_bytes(), preview)
-    except (ValueError, IndexError, ArithmeticError) as error:  # hostile files raise the last two
+    except ValueError as error:
         raise _undecodable(path, error) from error
+
+
+def decompressed_tokens(compressed: CompressedTokens, context_model: ContextModel | None) -> ImageTokens:
+    """Decodes the ids of a compressed token file, see [`load_tokens`]."""
+    if context_model is None:
+        raise ValueError(
+            "it is compressed, so `context_model` must be its context model, got None. Load one with "
+            "`ContextModel.from_pretrained`, or decode the file with `svqvae decode`."
+        )
+    return ImageTokens(
+        ids=[torch.from_numpy(grid) for grid in decompress(compressed, context_model)],
+        codebook_size=len(context_model.order),
+        codebook_fingerprint=context_model.codebook_fingerprint,
+        **compressed.record,
+    )
 
 
 def load_scales(path: str | os.PathLike, preview: bool = False) -> tuple[float, ...]:

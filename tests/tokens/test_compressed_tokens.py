@@ -96,7 +96,9 @@ def test_another_model_is_refused(path):
         f"its context model must be {MODEL.fingerprint[:16]}, got {other.fingerprint[:16]}. Decode it with"
         in refused(path, context_model=other)
     )
-    assert "is compressed, so `context_model` must be its context model, got None" in refused(path, context_model=None)
+    assert "it is compressed, so `context_model` must be its context model, got None" in refused(
+        path, context_model=None
+    )
     with pytest.raises(
         ValueError, match="the ids must be of the context model's codebook, with fingerprint 0123.*got ff"
     ):
@@ -107,13 +109,13 @@ def test_another_model_is_refused(path):
 @pytest.mark.parametrize(
     ("values", "scales", "message"),
     [
-        ({"f": 0}, [1.0], "division"),
-        ({"source": 2}, [1.0], "range"),
+        ({"f": 0}, [1.0], "in range, got 0, (1.0,) and 0"),
+        ({"source": 2}, [1.0], "in range, got 4, (1.0,) and 2"),
         ({"version": 2}, [1.0], "version 1, got b'SVQZ' and 2"),
-        ({}, [], "values to unpack"),
-        ({}, [math.nan], "NaN"),
-        ({}, [math.inf], "infinity"),
-        ({}, [-1.0], "a scale must be a finite number above 0, got -1.0"),
+        ({}, [], "in range, got 4, () and 0"),
+        ({}, [math.nan], "got 4, (nan,) and 0"),
+        ({}, [math.inf], "got 4, (inf,) and 0"),
+        ({}, [-1.0], "got 4, (-1.0,) and 0"),
         ({"height": 0}, [1.0], "`height` must be an integer of at least 1"),
         ({"height": 2**31, "width": 2**31}, [1.0], "its 8 bytes cannot hold"),
     ],
