@@ -22,7 +22,7 @@ import numpy as np
 import tifffile
 import torch
 from conftest import ROOT, make_tiny
-from diffusers import AmusedPipeline, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LDMPipeline
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from IPython.utils.capture import capture_output
@@ -67,6 +67,7 @@ def run_page(page: Path) -> str:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", module="__main__|svqvae_hf")
+                warnings.filterwarnings("error", category=FutureWarning, module="diffusers|transformers")
                 exec(compile("\n" * lines + code, str(page), "exec"), names)
         except Exception:
             return traceback.format_exc()
@@ -132,8 +133,7 @@ def prepare_files(folder: Path) -> Path:
     tifffile.imwrite(folder / "scan.tif", np.asarray(photo.resize((640, 600))), photometric="rgb", tile=(256, 256))
     for name, golden in RAW.items():
         shutil.copy(GOLDEN / golden, folder / name)
-    make_pipeline(LDMPipeline).save_pretrained(folder / "out-ldm")
-    make_pipeline(AmusedPipeline).save_pretrained(folder / "out-masked")
+    make_pipeline(DiTPipeline).save_pretrained(folder / "out")
     transformer = DiTTransformer2DModel(
         sample_size=4, in_channels=8, out_channels=8, num_layers=1, num_attention_heads=1, attention_head_dim=8
     )
@@ -152,7 +152,7 @@ def prepare_files(folder: Path) -> Path:
 
 def prepare_hub(hub: Path, files: Path) -> None:
     """Makes the repositories that pages name."""
-    for name, source in {"svqvae": svqvae_hf.DEFAULT_MODEL, "amused": files / "out-masked"}.items():
+    for name, source in {"svqvae": svqvae_hf.DEFAULT_MODEL, "dit": files / "out"}.items():
         shutil.copytree(source, hub / "org" / name / "main")
     (hub / "org" / "svqvae" / "main" / "README.md").write_text("---\nlicense: mit\n---\n")
     (hub / "org" / "raw" / "main").mkdir(parents=True)

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import diffusers
 import griffe
 import nbformat
 import pytest
@@ -62,6 +63,13 @@ def test_python_blocks_and_notebook_run(tmp_path):
 def test_python_is_in_blocks_that_run():
     for page, text in PAGES.items():
         assert not re.findall(r"^    (?:import|from|svqvae|python|pip|accelerate) .*", text, re.MULTILINE), page
+
+
+def test_no_example_uses_a_deprecated_class_of_diffusers():
+    text = "\n".join([*PAGES.values(), NOTEBOOK.read_text()])
+    names = {name for line in re.findall(r"from diffusers import ([\w, ]+)", text) for name in line.split(", ")}
+    assert {"AutoModel", "DiTPipeline", "ModularPipeline"} <= names
+    assert not [name for name in names if ".deprecated." in getattr(diffusers, name).__module__]
 
 
 def test_notebook_is_small_and_shows_pictures():

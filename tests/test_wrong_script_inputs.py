@@ -88,7 +88,7 @@ def test_wrong_inputs_of_scripts(two_images, tmp_path, saved_model, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("hello")
-    shutil.copy(ROOT / "training" / "configs" / "unet_small.json", tmp_path / "network.json")
+    shutil.copy(ROOT / "training" / "configs" / "dit_small.json", tmp_path / "network.json")
     before = sorted(tmp_path.rglob("*"))
     golden = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
     monkeypatch.setattr(sys, "argv", [script, *words.format(model=saved_model, golden=golden).split()])

@@ -1,4 +1,4 @@
-"""Trains a denoiser of SVQVAE latents, and saves an `LDMPipeline` or a `DiTPipeline`.
+"""Trains a transformer that denoises SVQVAE latents, and saves a `DiTPipeline`.
 
 accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --train_data_dir PHOTOS --output_dir OUT
@@ -6,13 +6,13 @@ accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE
 
 import sys
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
-from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
 from svqvae_hf import SVQVAE
@@ -24,12 +24,10 @@ from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, rea
 from svqvae_hf.trainer.pipeline_run import class_labels, latent_side, load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, one_line_errors
 
-PIXEL_RANGE = (-1.0, 1.0)  # of both pipelines
-NUM_CLASSES = 1000  # DiTPipeline guides with the label after these, for any transformer
+PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
+NUM_CLASSES = 1000  # the label after these means no class in DiTPipeline, for any transformer
 
 logger = get_logger(__name__, log_level="INFO")
-
-Denoiser: TypeAlias = UNet2DModel | DiTTransformer2DModel
 
 
 @dataclass
@@ -58,7 +56,6 @@ def train(run: Run[DiffusionOptions]) -> None:
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
     denoiser = make_denoiser(options, vqvae).to(accelerator.device)
-    check_labels(options, denoiser)
     noise_schedule = make_noise_schedule()
     num_timesteps = noise_schedule.config["num_train_timesteps"]
     images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
@@ -86,9 +83,8 @@ def train(run: Run[DiffusionOptions]) -> None:
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
                 timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator).to(latents.device)
                 noisy = noise_schedule.add_noise(latents, noise, timesteps)
-                labels = None
-                if options.label_column is not None:
-                    labels = drop_labels(batch.labels, options.label_dropout, generator).to(latents.device)
+                classes = None if options.label_column is None else batch.labels
+                labels = drop_labels(classes, len(latents), options.label_dropout, generator).to(latents.device)
 
                 # The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512)
                 velocity = noise_schedule.get_velocity(latents, noise, timesteps)
@@ -114,16 +110,14 @@ def train(run: Run[DiffusionOptions]) -> None:
     accelerator.end_training()
 
 
-def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> Denoiser:
+def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> DiTTransformer2DModel:
     """Denoiser of the config for latents of this size, without its own dropout of labels."""
     source = options.model_config_name_or_path
-    denoiser_class, description = load_network_config(source, UNet2DModel, DiTTransformer2DModel)
+    description = load_network_config(source, DiTTransformer2DModel)
     side, channels = latent_side(vqvae, options.resolution), vqvae.config["codebook_embed_dim"]
-    derived = {"sample_size": side, "in_channels": channels, "out_channels": channels}
-    if denoiser_class is DiTTransformer2DModel:
-        derived["num_embeds_ada_norm"] = NUM_CLASSES
-    denoiser = denoiser_class.from_config({**description, **derived})
-    divisor = denoiser.config.get("patch_size") or 2 ** (len(denoiser.config["block_out_channels"]) - 1)
+    sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
+    denoiser = DiTTransformer2DModel.from_config({**description, **sizes, "num_embeds_ada_norm": NUM_CLASSES})
+    divisor = denoiser.config["patch_size"]
     if side % divisor:
         raise ValueError(
             f"`--resolution` must give latents whose side is a multiple of {divisor}, by `{source}`, but "
@@ -159,15 +153,6 @@ def warn_of_latent_std(std: float) -> None:
         )
 
 
-def check_labels(options: DiffusionOptions, denoiser: Denoiser) -> None:
-    """Raises unless a transformer has labels and a UNet has none."""
-    if isinstance(denoiser, DiTTransformer2DModel) != (options.label_column is not None):
-        raise ValueError(
-            f"`--label_column` must be given with a DiTTransformer2DModel and only then, but the model is a "
-            f"{type(denoiser).__name__}, and the column is {options.label_column!r}."
-        )
-
-
 def read_label_names(feature: Any) -> list[str]:
     """Names of the classes; empty if the feature has none, or there are no labels."""
     if feature is None:
@@ -179,49 +164,51 @@ def read_label_names(feature: Any) -> list[str]:
     raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
 
 
-def drop_labels(labels: list[int], label_dropout: float, generator: torch.Generator) -> torch.Tensor:
-    """Labels of a batch, a random fraction of them replaced by the label of no class."""
+def drop_labels(
+    labels: list[int] | None, count: int, label_dropout: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Labels of a batch, a random fraction of them replaced by the label of no class; all of them without labels."""
+    if labels is None:
+        return torch.full((count,), NUM_CLASSES)
     for label in labels:
         if not 0 <= label < NUM_CLASSES:
             raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
-    dropped = torch.rand(len(labels), generator=generator) < label_dropout
+    dropped = torch.rand(count, generator=generator) < label_dropout
     return torch.tensor(labels).masked_fill(dropped, NUM_CLASSES)
 
 
 def make_pipeline(
-    vqvae: SVQVAE, denoiser: Denoiser, noise_schedule: DDIMScheduler, label_names: list[str]
-) -> DiffusionPipeline:
-    """`LDMPipeline` of a UNet, or `DiTPipeline` of a transformer, which knows the names of its classes."""
-    if isinstance(denoiser, UNet2DModel):
-        return LDMPipeline(vqvae=vqvae, unet=denoiser, scheduler=noise_schedule)
+    vqvae: SVQVAE, denoiser: DiTTransformer2DModel, noise_schedule: DDIMScheduler, label_names: list[str]
+) -> DiTPipeline:
+    """`DiTPipeline` that knows the names of its classes."""
     names = {str(label): name for label, name in enumerate(label_names)}
     pipeline = DiTPipeline(transformer=denoiser, vae=vqvae, scheduler=noise_schedule, id2label=names)
     pipeline.register_to_config(id2label=names)
     return pipeline
 
 
-def sample_call(options: DiffusionOptions, pipeline: DiffusionPipeline) -> dict[str, Any]:
+def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, Any]:
     """Arguments of the pipeline's call for the images of a validation."""
     count, call = options.num_validation_images, {"num_inference_steps": options.num_inference_steps}
-    if not isinstance(pipeline, DiTPipeline):
-        return call | {"batch_size": count}
+    if options.label_column is None:
+        return call | {"class_labels": [NUM_CLASSES] * count, "guidance_scale": 1.0}
     return call | {"class_labels": class_labels(count, len(pipeline.config.id2label) or count)}
 
 
-def make_card(run: Run[DiffusionOptions], pipeline: DiffusionPipeline) -> str:
+def make_card(run: Run[DiffusionOptions], pipeline: DiTPipeline) -> str:
     """Card of the pipeline."""
     side, steps = run.options.resolution, run.options.num_inference_steps
-    names, call = None, ""
-    if isinstance(pipeline, DiTPipeline):
-        names = list(pipeline.config.id2label.values())
+    names = list(pipeline.config.id2label.values())
+    if run.options.label_column is None:
+        labels = f"[{NUM_CLASSES}], guidance_scale=1.0"
+    else:
         labels = f"pipeline.get_label_ids([{quote(names[0])}])" if names else "[0]"
-        call = f"class_labels={labels}, num_inference_steps={steps}"
     return pipeline_card(
         run,
         pipeline,
         script="training/train_latent_diffusion.py",
         summary=f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE.",
-        call=call,
+        call=f"class_labels={labels}, num_inference_steps={steps}",
         class_names=names,
     )
 

@@ -180,7 +180,7 @@ def make_transformer(
     options: NextScaleOptions, vqvae: SVQVAE, source: TokenSource, tokenizer: PreTrainedTokenizerBase | None
 ) -> NextScaleTransformer:
     """Transformer of the config, for this codebook, these classes or captions and this size."""
-    _, description = load_network_config(options.model_config_name_or_path, NextScaleTransformer)
+    description = load_network_config(options.model_config_name_or_path, NextScaleTransformer)
     derived = {
         "num_classes": source.layout.num_classes if tokenizer is None else 0,
         "vocab_size": 0 if tokenizer is None else len(tokenizer),

@@ -6,31 +6,29 @@ from typing import Any
 
 from svqvae_hf.hub.repositories import from_hub
 
-DERIVED = ("block_out_channels", "latent_channels", "lookup_from_codebook", "num_vq_embeddings", "vq_embed_dim")
+DERIVED = (
+    *("block_out_channels", "latent_channels", "lookup_from_codebook", "num_vq_embeddings", "vq_embed_dim"),
+    "auto_map",
+)
 
 
-def load_network_config(source: str, *classes: Any) -> tuple[Any, dict[str, Any]]:
+def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
     """Loads the config of a new network of diffusers.
 
     Args:
         source (`str`): A config.json, its folder or Hub id.
-        *classes (`type`): Classes that the network may have.
-
-    Returns:
-        The class and the config.
+        network_class (`type`): Class of the network.
 
     Raises:
         OSError: If there is no such config.
         ValueError: If it is of another class, or has a key that the class does not know.
     """
-    config = from_hub(classes[0].load_config, source)
-    name = config.get("_class_name", classes[0].__name__ if len(classes) == 1 else None)
-    names = [each.__name__ for each in classes]
-    if name not in names:
-        raise ValueError(f"The `_class_name` of `{source}` must be {' or '.join(names)}, but is {name}.")
-    network_class = classes[names.index(name)]
+    config = from_hub(network_class.load_config, source)
+    name = config.get("_class_name", network_class.__name__)
+    if name != network_class.__name__:
+        raise ValueError(f"The `_class_name` of `{source}` must be {network_class.__name__}, but is {name}.")
     check_keys(source, config, [*inspect.signature(network_class.__init__).parameters, *DERIVED])
-    return network_class, config
+    return config
 
 
 def check_keys(source: str, config: Iterable[str], known: Iterable[str]) -> None:

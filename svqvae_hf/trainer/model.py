@@ -47,7 +47,7 @@ def load_model(options: TrainOptions) -> SVQVAE:
     if options.pretrained_model_name_or_path is not None:
         vqvae = SVQVAE.from_pretrained(options.pretrained_model_name_or_path, torch_dtype=torch.float32)
     else:
-        _, config = load_network_config(options.initial_model, SVQVAE)
+        config = load_network_config(options.initial_model, SVQVAE)
         vqvae = SVQVAE.from_config(config)
         initialise(vqvae)
     _check_fit(options, vqvae)

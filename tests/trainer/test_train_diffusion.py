@@ -13,7 +13,7 @@ import pytest
 import torch
 import train_latent_diffusion
 from conftest import ROOT, make_tiny
-from diffusers import DiffusionPipeline, LDMPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from hub_server import serve_hub, use_hub
 from PIL import Image
 from train_latent_diffusion import NUM_CLASSES, DiffusionOptions, drop_labels, make_denoiser
@@ -24,11 +24,6 @@ from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crops import centre_crops
 
-UNET = {
-    **{"_class_name": "UNet2DModel", "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4},
-    **{"down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]},
-    **{"add_attention": False, "dropout": 0.1},
-}
 DIT = {
     **{"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2},
     "dropout": 0.1,
@@ -46,7 +41,7 @@ def parts(tmp_path_factory):
     """Folder of a tiny SVQVAE, configs of networks, and photographs in folders of two classes."""
     folder = tmp_path_factory.mktemp("parts")
     make_tiny().save_pretrained(folder / "vqvae")
-    for name, config in (("unet", UNET), ("dit", DIT), ("typo", UNET | {"layer_per_block": 1})):
+    for name, config in (("dit", DIT), ("typo", DIT | {"num_layer": 1})):
         (folder / f"{name}.json").write_text(json.dumps(config))
     with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
         for index in range(4):
@@ -58,18 +53,18 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def options(parts, tmp_path):
-    """Options of a tiny run of a UNet."""
+    """Options of a tiny run without labels."""
     return TINY_RUN | {
         "vqvae_name_or_path": str(parts / "vqvae"),
-        "model_config_name_or_path": str(parts / "unet.json"),
+        "model_config_name_or_path": str(parts / "dit.json"),
         "train_data_dir": str(parts / "photos"),
         "output_dir": str(tmp_path / "out"),
     }
 
 
 @pytest.fixture
-def dit_options(options, parts):
-    return options | {"model_config_name_or_path": str(parts / "dit.json"), "label_column": "label"}
+def class_options(options):
+    return options | {"label_column": "label"}
 
 
 # What is trained
@@ -86,30 +81,37 @@ def test_denoiser_of_one_image_generates_that_image(options, photo, tmp_path):
     factor = measure_scaling_factor.measure_scaling_factor(SVQVAE.from_pretrained(tmp_path / "vqvae"), [crops])
     config = json.loads((tmp_path / "vqvae" / "config.json").read_text()) | {"scaling_factor": factor}
     (tmp_path / "vqvae" / "config.json").write_text(json.dumps(config))
-    unet = UNET | {"block_out_channels": [32, 64], "norm_num_groups": 8, "dropout": 0.0}
-    (tmp_path / "unet.json").write_text(json.dumps(unet))
+    network = DIT | {
+        "num_attention_heads": 4,
+        "attention_head_dim": 32,
+        "num_layers": 4,
+        "dropout": 0.0,
+        "patch_size": 1,
+    }
+    (tmp_path / "dit.json").write_text(json.dumps(network))
     options |= {
         "vqvae_name_or_path": str(tmp_path / "vqvae"),
-        "model_config_name_or_path": str(tmp_path / "unet.json"),
+        "model_config_name_or_path": str(tmp_path / "dit.json"),
     }
     options |= {"train_data_dir": str(one), "resolution": 32, "random_flip": False, "num_validation_images": 0}
     options |= {"max_train_steps": 500, "learning_rate": 3e-3, "train_batch_size": 4, "lr_warmup_steps": 10}
     diffuse(**options, use_ema=True, ema_decay=0.9)
-    pipeline = LDMPipeline.from_pretrained(options["output_dir"])
+    pipeline = DiTPipeline.from_pretrained(options["output_dir"])
     pipeline.set_progress_bar_config(disable=True)
     sample = SVQVAEImageProcessor(pixel_range=(-1, 1)).preprocess(Image.open(one / "chelsea.png"))["pixel_values"]
     with torch.no_grad():
-        reconstruction = pipeline.vqvae.decode(pipeline.vqvae.encode(sample).latents).sample
+        reconstruction = pipeline.vae.decode(pipeline.vae.encode(sample).latents).sample
     expected = (reconstruction / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
-    images = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+    call = {"guidance_scale": 1.0, "generator": torch.Generator().manual_seed(0), "num_inference_steps": 20}
+    images = pipeline([NUM_CLASSES] * 2, **call, output_type="np").images
     for image in images:
         psnr = -10 * np.log10(np.square(image - expected).mean())
         assert psnr > 22, psnr
 
 
-def test_resumed_run_equals_an_unbroken_one(dit_options):
+def test_resumed_run_equals_an_unbroken_one(class_options):
     weights = "transformer/diffusion_pytorch_model.safetensors"
-    whole, resumed = train_at_once_and_resumed(diffuse, weights, dit_options)
+    whole, resumed = train_at_once_and_resumed(diffuse, weights, class_options)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
@@ -119,26 +121,28 @@ def test_latents_far_from_the_noise_start_with_one_warning(options, caplog):
     assert not 0.5 < float(std) < 2
 
 
-def test_bf16_run_with_everything_on_learns_and_shows_samples(dit_options, caplog):
+def test_bf16_run_with_everything_on_learns_and_shows_samples(class_options, caplog):
     caplog.set_level(logging.INFO)
-    dit_options |= {"max_train_steps": 30, "learning_rate": 3e-3, "logging_steps": 10, "validation_steps": 20}
-    diffuse(**dit_options, mixed_precision="bf16", use_ema=True, gradient_checkpointing=True, report_to="tensorboard")
+    class_options |= {"max_train_steps": 30, "learning_rate": 3e-3, "logging_steps": 10, "validation_steps": 20}
+    diffuse(
+        **class_options, mixed_precision="bf16", use_ema=True, gradient_checkpointing=True, report_to="tensorboard"
+    )
     losses = logged(caplog, "train/loss")
     assert losses[30] < losses[10]
     assert not any(logged(caplog, "train/skipped").values())
-    output_dir = ROOT / dit_options["output_dir"]
+    output_dir = ROOT / class_options["output_dir"]
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000020.png", "step-0000030.png"]
     with Image.open(output_dir / "samples" / "step-0000030.png") as grid:
         assert grid.size == (2 * 16 + 3 * 4, 16 + 2 * 4)
 
 
-def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(dit_options, parts):
+def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(class_options, parts):
     given = list(range(64))
-    labels = drop_labels(given, 0.5, torch.Generator().manual_seed(0))
+    labels = drop_labels(given, 64, 0.5, torch.Generator().manual_seed(0))
     kept = labels != NUM_CLASSES
     assert 16 < kept.sum() < 48
     assert labels[kept].tolist() == [label for label, keep in zip(given, kept.tolist(), strict=True) if keep]
-    denoiser = make_denoiser(DiffusionOptions(**dit_options), SVQVAE.from_pretrained(parts / "vqvae"))
+    denoiser = make_denoiser(DiffusionOptions(**class_options), SVQVAE.from_pretrained(parts / "vqvae"))
     for block in denoiser.transformer_blocks:
         embedder = block.norm1.emb.class_embedder
         assert torch.equal(embedder(labels), embedder.embedding_table(labels))
@@ -147,18 +151,21 @@ def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(di
 # The Hub
 
 
-def test_pushed_pipelines_load_as_documented_and_have_cards(options, dit_options, parts, tmp_path, monkeypatch):
-    runs = {"out-ldm": options, "out-dit": dit_options}
+def test_pushed_pipelines_load_as_documented_and_have_cards(options, class_options, parts, tmp_path, monkeypatch):
+    runs = {"out": options, "out-dit": class_options}
     with serve_hub(tmp_path) as hub:
         use_hub(monkeypatch, hub)
         for name, each in runs.items():
             pushed = {"max_train_steps": 1, "output_dir": str(tmp_path / name), "push_to_hub": True}
             diffuse(**(each | pushed), hub_model_id=f"org/{name}", license="mit")
-    for name, call in {"ldm": {}, "dit": {"class_labels": [1]}}.items():
-        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "hub" / "org" / f"out-{name}" / "main")
+    for name, label in {"out": NUM_CLASSES, "out-dit": 1}.items():
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "hub" / "org" / name / "main")
         pipeline.set_progress_bar_config(disable=True)
-        assert pipeline(**call, num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+        assert pipeline([label], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     assert_no_private_path(parts, tmp_path / "hub")
+    card = (tmp_path / "hub" / "org" / "out" / "main" / "README.md").read_text()
+    assert 'DiTPipeline.from_pretrained("org/out")' in card
+    assert "class_labels=[1000], guidance_scale=1.0" in card
     card = (tmp_path / "hub" / "org" / "out-dit" / "main" / "README.md").read_text()
     assert 'class_labels=pipeline.get_label_ids(["cat"])' in card
     assert "| classes | cat, dog |" in card
@@ -202,12 +209,10 @@ def test_scaling_factor_is_measured_and_stored(parts, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_column": "label"}, "and only then, but the model is a UNet2DModel, and the column is 'label'"),
-        ({"model_config_name_or_path": "dit.json"}, "is a DiTTransformer2DModel, and the column is None"),
-        ({"model_config_name_or_path": "vqvae"}, "must be UNet2DModel or DiTTransformer2DModel, but is SVQVAE"),
-        ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has layer_per_block"),
+        ({"model_config_name_or_path": "vqvae"}, "must be DiTTransformer2DModel, but is SVQVAE"),
+        ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has num_layer"),
         ({"resolution": 18}, "`--resolution` must be a multiple of f = 4 of the SVQVAE, but is 18"),
-        ({"resolution": 20}, "whose side is a multiple of 2, by `.*unet.json`, but 20 gives 5"),
+        ({"resolution": 20}, "whose side is a multiple of 2, by `.*dit.json`, but 20 gives 5"),
     ],
 )
 def test_mismatched_options_are_refused(options, parts, changes, message, monkeypatch):
