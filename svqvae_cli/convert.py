@@ -49,6 +49,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--license", type=not_empty, help="licence of the source for the card, by its id on the Hub (default: unknown)"
     )
+    flag(parser, "--standalone", "also write the code of the models, for use without svqvae-hf")
     option(parser, "--push-to-hub", not_empty, "ORG/NAME", "upload the result to the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     flag(parser, "--create-pr", "open a pull request instead of committing")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         "num_attention_heads": args.num_heads,
         "text_encoder": args.text_encoder,
     }
-    names = ("use_ema", "variant", "license", "push_to_hub", "private", "create_pr")
+    names = ("use_ema", "variant", "license", "push_to_hub", "private", "create_pr", "standalone")
     shared = {name: getattr(args, name) for name in names}
     if args.tokenizer is None and any(value is not None for value in of_generators.values()):
         raise ValueError(

@@ -18,6 +18,7 @@ def convert(
     push_to_hub: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
+    standalone: bool = False,
     **config: Any,
 ) -> ConversionReport:
     """Converts an original checkpoint to a Hub repository: card, config and safetensors.
@@ -38,6 +39,7 @@ def convert(
             the source is read, so that a missing login is found early.
         private (`bool`, *optional*): Whether a new repository is private.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+        standalone (`bool`, defaults to `False`): Also write the code of the models, see [`CardMixin.push_to_hub`].
         **config: Config values that replace the values read from the file, such as `network_range`.
 
     Returns:
@@ -47,7 +49,7 @@ def convert(
         OSError: If the source cannot be read, `out` cannot be written, or the upload fails.
         ValueError: If the source is not a whole checkpoint of a known format, or an argument is wrong.
     """
-    repository = NewRepository(out, variant, license, push_to_hub, private, create_pr)
+    repository = NewRepository(out, variant, license, push_to_hub, private, create_pr, standalone)
     checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
     variants = {variant: VARIANTS[variant]} if variant else None
     return repository.write(checkpoint.model(SVQVAE), checkpoint, variants=variants)

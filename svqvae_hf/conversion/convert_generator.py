@@ -39,6 +39,7 @@ def convert_generator(
     push_to_hub: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
+    standalone: bool = False,
 ) -> ConversionReport:
     """Converts a generator to a Hub repository that holds a pipeline.
 
@@ -62,6 +63,7 @@ def convert_generator(
             the source is read.
         private (`bool`, *optional*): Whether a new repository is private.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
+        standalone (`bool`, defaults to `False`): Also write the code of the models, see [`CardMixin.push_to_hub`].
 
     Returns:
         [`ConversionReport`]: Sources, config and files.
@@ -71,7 +73,7 @@ def convert_generator(
         ValueError: If the source is not such a checkpoint, the tokenizer or the text encoder does not fit, or an
             argument is wrong or missing.
     """
-    repository = NewRepository(out, variant, license, push_to_hub, private, create_pr)
+    repository = NewRepository(out, variant, license, push_to_hub, private, create_pr, standalone)
     if is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
         return _convert_llamagen(
             repository, source, tokenizer, image_size, text_encoder, num_attention_heads, use_ema=use_ema

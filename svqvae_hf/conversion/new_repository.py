@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, prepare_repo, push_output
+from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,6 +68,7 @@ class NewRepository:
         push_to_hub (`str`, *optional*): Hub repository `org/name` to upload the result to.
         private (`bool`, *optional*): Whether a new repository is private.
         create_pr (`bool`): Open a pull request instead of committing.
+        standalone (`bool`): Also write the code of the models.
 
     Raises:
         ValueError: If an argument is wrong, or the folder has files.
@@ -78,6 +80,7 @@ class NewRepository:
     push_to_hub: str | None
     private: bool | None
     create_pr: bool
+    standalone: bool
 
     def __post_init__(self) -> None:
         if self.variant is not None and self.variant not in VARIANTS:
@@ -112,6 +115,7 @@ class NewRepository:
         out, source = self.folder, checkpoint.source
         # Cards are public, so a local file is named without its folders.
         file = source if hub_repo(source) else checkpoint.path.name
+        name = self.push_to_hub or out.name
         rows = {
             "layout": checkpoint.format.title,
             "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
@@ -119,7 +123,12 @@ class NewRepository:
             **(provenance or {}),
         }
         text = converted.make_card(
-            self.push_to_hub or out.name, license=self.license, base_model=hub_repo(source), provenance=rows, **card
+            name,
+            license=self.license,
+            base_model=hub_repo(source),
+            provenance=rows,
+            standalone=self.standalone,
+            **card,
         )
         if self.push_to_hub is not None:
             prepare_repo(self.push_to_hub, private=self.private, license=self.license)
@@ -128,6 +137,8 @@ class NewRepository:
             with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
                 folder = Path(beside, out.name)
                 tensors = save_and_check(converted, folder, self.variant)
+                if self.standalone:
+                    write_code(folder, self.push_to_hub or str(out))
                 (folder / "README.md").write_text(text, encoding="utf-8")
                 mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
                 files = sorted(path for path in folder.rglob("*") if path.is_file())

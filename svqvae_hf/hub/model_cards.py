@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from svqvae_hf.hub.standalone import VERSION, code_hash, pipeline_files
+
 TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
 
 TEMPLATE = """---
@@ -62,6 +64,36 @@ pipeline = {pipeline}.from_pretrained({repo_id})
 image = pipeline({call}).images[0]
 ```"""
 
+STANDALONE = """
+
+Without that package:
+
+```python
+{example}
+```
+
+`trust_remote_code=True` runs the code in this repository on your machine. It was made from the source of svqvae-hf
+{version}. With that version installed, `python -m svqvae_hf.hub.standalone FILE | sha256sum` prints these hashes.
+Compare them with `sha256sum FILE` in this repository:
+
+| file | SHA-256 |
+|---|---|
+{hashes}"""
+
+STANDALONE_MODEL = """from diffusers import AutoModel
+from transformers import AutoImageProcessor
+
+vqvae = AutoModel.from_pretrained({repo_id}, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained({repo_id}, trust_remote_code=True)"""
+
+STANDALONE_PIPELINE = """from diffusers import ModularPipeline
+
+pipeline = ModularPipeline.from_pretrained({repo_id}, trust_remote_code=True)
+pipeline.load_components(trust_remote_code=True)
+print(pipeline.doc)  # its arguments"""
+
+MODEL_FILES = ("modeling_svqvae.py", "image_processing_svqvae.py")
+
 NO_LICENCE = "Not stated: ask the authors of the weights before you use or share them."
 
 HALF_PRECISION = """
@@ -79,6 +111,7 @@ def model_card(
     provenance: Mapping[str, str] | None = None,
     variants: Mapping[str, Any] | None = None,
     eval_results: Sequence[EvalResult] = (),
+    standalone: bool = False,
 ) -> str:
     """Writes the card of a repository that holds an SVQVAE.
 
@@ -94,6 +127,7 @@ def model_card(
             such as `{"fp16": torch.float16}`.
         eval_results (`Sequence[EvalResult]`, *optional*): Metrics for the card's metadata, such as the results of
             [`~svqvae_hf.evaluation.report.eval_results`].
+        standalone (`bool`, defaults to `False`): Whether the repository holds its code.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
@@ -117,7 +151,9 @@ def model_card(
         license,
         provenance or {},
         summary=SUMMARY.format(table=f"| | |\n|---|---|\n{table_rows(rows.items())}".rstrip()),
-        use=USE.format(repo_id=quoted, f=f) + (HALF_PRECISION.format(calls=calls) if calls else ""),
+        use=USE.format(repo_id=quoted, f=f)
+        + (HALF_PRECISION.format(calls=calls) if calls else "")
+        + (standalone_text(STANDALONE_MODEL.format(repo_id=quoted), *MODEL_FILES) if standalone else ""),
         pipeline_tag="image-to-image",
         tags=TAGS,
         base_model=base_model,
@@ -138,6 +174,7 @@ def pipeline_card(
     license: str | None = None,
     base_model: str | None = None,
     pipeline_tag: str = "unconditional-image-generation",
+    standalone: bool = False,
 ) -> str:
     """Writes the card of a repository that holds a pipeline with an SVQVAE.
 
@@ -151,10 +188,12 @@ def pipeline_card(
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`.
         base_model (`str`, *optional*): Hub repository that the weights come from.
         pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
+        standalone (`bool`, defaults to `False`): Whether the repository holds its code.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
+    files = (*pipeline_files(pipeline.__name__), "modeling_svqvae.py", "component.py")
     return _card(
         repo_id,
         license,
@@ -165,7 +204,8 @@ def pipeline_card(
             module=pipeline.__module__.partition(".")[0],
             pipeline=pipeline.__name__,
             call=call,
-        ),
+        )
+        + (standalone_text(STANDALONE_PIPELINE.format(repo_id=quote(repo_id)), *files) if standalone else ""),
         pipeline_tag=pipeline_tag,
         tags=list(tags),
         base_model=base_model,
@@ -184,6 +224,12 @@ def _card(
         provenance=rows,
         licence=one_line(license or NO_LICENCE),
     )
+
+
+def standalone_text(example: str, *files: str) -> str:
+    """Text about the code in a repository: how to load with it, and how to check it."""
+    hashes = table_rows((f"`{file}`", f"`{code_hash(file)}`") for file in files)
+    return STANDALONE.format(example=example, version=VERSION, hashes=hashes.rstrip())
 
 
 def one_line(text: object) -> str:

@@ -32,6 +32,7 @@ class CardMixin:
         safe_serialization: bool = True,
         variant: str | None = None,
         subfolder: str | None = None,
+        standalone: bool = False,
         **card: Any,
     ) -> str:
         """Uploads the weights and configs, with a card.
@@ -45,6 +46,8 @@ class CardMixin:
             safe_serialization (`bool`, defaults to `True`): Write safetensors, not pickles.
             variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. The repository keeps its card.
             subfolder (`str`, *optional*): Folder of the repository to upload to. The repository keeps its card.
+            standalone (`bool`, defaults to `False`): Upload the code of the models as well, so that the repository
+                loads with `trust_remote_code=True` where this package is not installed.
             **card: Arguments of `make_card`, such as `license`, the Hub's identifier of the licence of the weights.
 
         Returns:
@@ -57,10 +60,12 @@ class CardMixin:
         repo_id = prepare_repo(repo_id, private=private, license=card.get("license"), token=token)
         with TemporaryDirectory() as root:
             folder = Path(root, subfolder or "")
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            self.save_pretrained(
+                folder, safe_serialization=safe_serialization, variant=variant, standalone=standalone and repo_id
+            )
             readme = folder / "README.md"
             readme.unlink(missing_ok=True)
             if variant is None and subfolder is None:
-                readme.write_text(self.make_card(repo_id, **card), encoding="utf-8")
+                readme.write_text(self.make_card(repo_id, standalone=standalone, **card), encoding="utf-8")
             message = commit_message or f"Upload {type(self).__name__}"
             return push_folder(root, repo_id, message, create_pr=create_pr, token=token)

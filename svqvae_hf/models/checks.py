@@ -114,10 +114,8 @@ def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_ids(
-    ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int] | None = None
-) -> tuple[int, int, int, int]:
-    """Raises if ids cannot be looked up. Returns their shape `(batch, h, w, codebook_embed_dim)`.
+def check_ids(ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int] | None = None) -> None:
+    """Raises if ids cannot be looked up.
 
     Args:
         ids (`torch.Tensor`): Integers, `(batch, h, w)`, or of any shape if `shape` is given.
@@ -149,8 +147,6 @@ def check_ids(
                 f"Ids must lie in [0, {size}) (`codebook_size`), but lie in [{low}, {high}]. Pass ids of this "
                 "codebook, without special tokens."
             )
-    batch, height, width, _ = shape
-    return batch, height, width, dim
 
 
 def check_scales(scales: float | Iterable[float], name: str = "`scales`") -> list[float]:

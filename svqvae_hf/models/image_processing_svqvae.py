@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor, BatchFeature
 from transformers import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.standalone import with_code
 from svqvae_hf.untrusted.images import opened_image
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 '`config["pixel_range"]`.'
             )
         self.pixel_range = tuple(ends.tolist())
+
+    save_pretrained = with_code(BaseImageProcessor.save_pretrained)
 
     @classmethod
     def from_model(cls, model: "SVQVAE") -> Self:

@@ -13,14 +13,20 @@ from diffusers.models.modeling_utils import ModelMixin
 from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.standalone import with_code
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
-DERIVED_CONFIG = ("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook")
+DERIVED_CONFIG = (
+    *("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook"),
+    "auto_map",  # of a repository with code
+)
 
 
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
-    """Strict loading."""
+    """Strict loading, and saving with `standalone=True`, which writes the code of the model as well."""
+
+    save_pretrained = with_code(ModelMixin.save_pretrained)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:

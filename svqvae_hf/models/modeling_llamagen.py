@@ -27,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
+from svqvae_hf.hub.standalone import with_code
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import read_llamagen
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
@@ -267,6 +268,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
     config_class = LlamaGenConfig
     _no_split_modules = ["LlamaGenDecoderLayer"]
     _tied_weights_keys: dict[str, str] = {}  # the head has rows for codes alone
+    save_pretrained = with_code(LlamaForCausalLM.save_pretrained)
 
     def __init__(self, config: LlamaGenConfig):
         PreTrainedModel.__init__(self, config)  # not Llama's, whose model is another

@@ -43,7 +43,9 @@ MAX_LOG_FACTOR = math.log(100)  # of queries
 
 # Factors of FlexVAR's initial weights
 INITIAL_QUERY_FACTOR = 4.0
-HEAD_GAIN, MODULATION_GAIN, GATE_GAIN = 0.02, 0.5, 1e-3
+HEAD_GAIN = 0.02
+MODULATION_GAIN = 0.5
+GATE_GAIN = 1e-3
 
 Size = tuple[int, int]
 

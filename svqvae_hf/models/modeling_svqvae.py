@@ -47,7 +47,7 @@ from svqvae_hf.models.checks import (
 )
 from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
 from svqvae_hf.models.layers import Conv3x3, GroupNorm, HalvingConv2d, RepeatConv2d, TileContext, fast_layout, silu
-from svqvae_hf.models.loading import SVQVAELoadingMixin
+from svqvae_hf.models.loading import StrictLoadingMixin, SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
 from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin
 
@@ -282,7 +282,7 @@ def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleLi
     return nn.ModuleList([ResnetBlock(*of_block), AttnBlock(channels, num_groups), ResnetBlock(*of_block)])
 
 
-class SVQVAE(SVQVAELoadingMixin, TilingMixin):
+class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
     """Scalable vector-quantized VAE: tokenizes images of any size, at several scales, with one codebook.
 
     Args:
@@ -421,7 +421,7 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
             quantized = self._look_up(h, shape)
         else:
             check_latents(h, self.config)
-            quantized = (h if force_not_quantize else self.quantize(h)[0]).to(self.dtype)
+            quantized = (h if force_not_quantize else self.quantize.snap(h)).to(self.dtype)
         sample = self._decode(quantized, self._tiles())
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -593,7 +593,8 @@ class SVQVAE(SVQVAELoadingMixin, TilingMixin):
         return hashlib.sha256(codes.numpy().astype("<f4").tobytes()).hexdigest()
 
     def _look_up(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None = None) -> torch.Tensor:
-        shape = check_ids(ids, self.config, shape)
+        check_ids(ids, self.config, shape)
+        shape = (*ids.shape, self.config["codebook_embed_dim"]) if shape is None else shape
         return self.quantize.get_codebook_entry(ids.long(), shape).to(self.dtype)
 
     def _clamp(self, sample: torch.Tensor) -> torch.Tensor:

@@ -130,11 +130,7 @@ class VectorQuantizer(nn.Module):
             with flat ids `(batch * h * w,)` in int64.
         """
         with _without_autocast(latents):
-            flat = self._flatten(latents)
-            ids = self.embedding.nearest_ids(flat)
-            codes = self.embedding.lookup(ids)
-            # Straight-through: exactly the codes, because the difference is 0, with the gradient of `flat`.
-            quantized = codes.detach() + (flat - flat.detach())
+            flat, ids, codes = self._nearest(latents)
             counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
             losses = VQLosses(
                 vq=F.mse_loss(codes, flat.detach()),
@@ -144,7 +140,13 @@ class VectorQuantizer(nn.Module):
             )
             frequencies = counts / ids.numel()
             perplexity = torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
-        return self._unflatten(quantized, latents), losses, (perplexity, None, ids)
+        return self._straight_through(flat, codes, latents), losses, (perplexity, None, ids)
+
+    def snap(self, latents: torch.Tensor) -> torch.Tensor:
+        """Quantises latents as [`forward`] does, without its losses and counts."""
+        with _without_autocast(latents):
+            flat, _, codes = self._nearest(latents)
+            return self._straight_through(flat, codes, latents)
 
     def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Finds the nearest code of each latent.
@@ -195,10 +197,18 @@ class VectorQuantizer(nn.Module):
         flat = flatten_latents(latents).float()
         return F.normalize(flat, dim=-1) if self.l2_norm else flat
 
+    def _nearest(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, their ids and their codes, one row per latent."""
+        flat = self._flatten(latents)
+        ids = self.embedding.nearest_ids(flat)
+        return flat, ids, self.embedding.lookup(ids)
+
     @staticmethod
-    def _unflatten(flat: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def _straight_through(flat: torch.Tensor, codes: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Codes in the shape and type of the latents, with the gradient of the latents."""
+        quantized = codes.detach() + (flat - flat.detach())  # exactly the codes, because the difference is 0
         batch, dim, height, width = latents.shape
-        return flat.view(batch, height, width, dim).permute(0, 3, 1, 2).to(latents.dtype).contiguous()
+        return quantized.view(batch, height, width, dim).permute(0, 3, 1, 2).to(latents.dtype).contiguous()
 
     def _usage(self, counts: torch.Tensor) -> torch.Tensor:
         if self.training:

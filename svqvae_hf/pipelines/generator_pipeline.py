@@ -1,7 +1,6 @@
 """The common half of the pipelines that sample ids: components, labels, callbacks, decoding, saving and loading."""
 
 import os
-import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,15 @@ from diffusers import DiffusionPipeline
 from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.labels import Labels, encode_labels
 from svqvae_hf.pipelines.sequences import to_int64
 
-Labels = int | str | Sequence[int | str]
+LOAD_WITH = (
+    "`pip install svqvae-hf`, then `import svqvae_hf` before `DiffusionPipeline.from_pretrained`"  # for readers
+)
 
 
 class GeneratorPipeline(CardMixin, DiffusionPipeline):
@@ -58,7 +61,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                     f"{fingerprint}, but has one with {found}. Use the SVQVAE that the pipeline was saved with."
                 )
         self.register_modules(**components)
-        self.register_to_config(codebook_fingerprint=found, class_names=class_names, **config)
+        self.register_to_config(codebook_fingerprint=found, class_names=class_names, _load_with=LOAD_WITH, **config)
         self.num_classes = classes
         self._interrupt = False
         self.image_processor = SVQVAEImageProcessor(pixel_range=vqvae.config["pixel_range"])
@@ -92,6 +95,11 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         return pipeline
 
     @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Splits a config into constructor arguments and the rest, without the code of a standalone repository."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    @classmethod
     def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
         """Raises for weights whose faults their class does not find while loading."""
 
@@ -103,6 +111,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         use_flashpack: bool = False,
+        standalone: bool | str = False,
         **kwargs: Any,
     ) -> None:
         """Saves the pipeline, with a card unless the folder has one.
@@ -115,10 +124,13 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             push_to_hub (`bool`, defaults to `False`): Upload the folder with diffusers' card. The method
                 `push_to_hub` uploads it with the card of this library.
             use_flashpack (`bool`, defaults to `False`): Write FlashPack files, not safetensors.
+            standalone (`bool` or `str`, defaults to `False`): Also write the code of the models, so that diffusers'
+                `ModularPipeline` loads the folder where this package is not installed. For a folder that you will
+                upload yourself, its `org/name` on the Hub.
             **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:
-            ValueError: A component has an adapter of peft that is not merged.
+            ValueError: A component has an adapter of peft that is not merged, or `standalone` does not know the model.
         """
         for name, component in self.components.items():
             if isinstance(component, torch.nn.Module) and any(hasattr(m, "base_layer") for m in component.modules()):
@@ -136,9 +148,13 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             use_flashpack,
             **kwargs,
         )
-        card = Path(save_directory, "README.md")
+        folder = Path(save_directory)
+        name = standalone if isinstance(standalone, str) else folder.absolute().name
+        if standalone:
+            write_code(folder, name if isinstance(standalone, str) else str(folder))
+        card = folder / "README.md"
         if not card.exists():
-            card.write_text(self.make_card(card.absolute().parent.name), encoding="utf-8")
+            card.write_text(self.make_card(name, standalone=bool(standalone)), encoding="utf-8")
 
     def make_card(self, repo_id: str, **options: Any) -> str:
         """Text of the card; see [`~svqvae_hf.hub.model_cards.pipeline_card`]."""
@@ -167,30 +183,14 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             TypeError: A label is neither an integer nor a name.
             ValueError: A class is unknown, there is none to guide to, or not one image or one per label is given.
         """
-        device, total = self._execution_device, self.num_classes
+        if class_labels is None and guidance_scale != 1:
+            raise ValueError(f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1.")
+        labels = encode_labels(class_labels, self.num_classes, self.config["class_names"])
         if class_labels is None:
-            if guidance_scale != 1:
-                raise ValueError(
-                    f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1."
-                )
-            return torch.full((images,), total, device=device)
-        names = self.config["class_names"] or []
-        given = [class_labels] if isinstance(class_labels, str) else class_labels
-        if isinstance(given, list | tuple):
-            unknown = [label for label in given if isinstance(label, str) and label not in names]
-            if unknown:
-                raise ValueError(
-                    f"`class_labels` must be numbers in [0, {total}) or names of classes, {reprlib.repr(names)}, got "
-                    f"{unknown[0]!r}."
-                )
-            given = [names.index(label) if isinstance(label, str) else label for label in given]
-        numbers = torch.as_tensor(given).reshape(-1)
-        labels = to_int64("class_labels", numbers) if numbers.numel() else numbers
-        if not labels.numel() or not 0 <= labels.min() <= labels.max() < total:
-            raise ValueError(f"`class_labels` must be in [0, {total}), got {class_labels!r}.")
-        if images not in (1, len(labels)):
+            labels = labels.expand(images)
+        elif images not in (1, len(labels)):
             raise ValueError(f"`image` must be one image or one per label, got {images} for {len(labels)} labels.")
-        return labels.to(device)
+        return labels.to(self._execution_device)
 
     def _call_back(
         self, callback: Any, tensor_inputs: Sequence[str], step: int, place: Any, ids: torch.Tensor

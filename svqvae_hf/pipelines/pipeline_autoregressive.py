@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import encode_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, Labels, evaluation_mode, latents_side
-from svqvae_hf.pipelines.sampling import Generators, check_generators, check_sampling, make_warpers
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode, latents_side
+from svqvae_hf.pipelines.labels import Labels
+from svqvae_hf.pipelines.sampling import Generators, check_generators, check_sampling, guide, make_warpers
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.pipelines.token_sampler import TokenSampler
 
@@ -278,8 +280,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 self.language_model,
                 layout,
                 captions,
-                guidance_scale=guidance_scale,
-                guided_ids=round(guidance_stop * sum(len(row) for _, row in rows)),
+                guide=partial(guide, guidance_scale=guidance_scale),
+                guided_ids=round(guidance_stop * sum(len(row) for _, row in rows)) if guidance_scale != 1 else 0,
                 warpers=make_warpers(temperature, top_k, top_p),
                 greedy=temperature == 0,
                 generator=generator,

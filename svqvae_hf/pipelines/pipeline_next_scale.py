@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import (
@@ -20,17 +20,18 @@ from svqvae_hf.models.image_processing_svqvae import (
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import pad_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, Labels, evaluation_mode, latents_side
-from svqvae_hf.pipelines.reserved_cache import reserve
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode, latents_side
+from svqvae_hf.pipelines.labels import Labels
 from svqvae_hf.pipelines.sampling import (
     Generators,
     check_finite,
     check_generators,
     check_sampling,
-    draw,
     guide,
     make_warpers,
+    sample_ids,
 )
+from svqvae_hf.pipelines.scale_predictor import ScalePredictor
 from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
 
 DEFAULT_STEPS = 10
@@ -246,12 +247,16 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             check_generators(generator, len(labels))
             warpers = LogitsProcessorList(make_warpers(temperature, top_k, top_p))
             greedy = LogitsProcessorList(make_warpers(temperature, 1, 1.0))
-            predictor = _ScalePredictor(self, labels, text, sizes, guided=guidance_scale != 1)
+            guided = guidance_scale != 1
+            pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
+            predictor = ScalePredictor(self.transformer, self.vqvae, labels, sizes, text, pad_token, guided=guided)
             for step, size in enumerate(self.progress_bar(sizes)):
-                logits = predictor.next_logits(size, scales[step])
-                scores = (greedy if step in greedy_scales else warpers)(None, logits.flatten(0, 1)).view_as(logits)
-                check_finite(scores.amax(-1), self.transformer, "transformer")
-                ids = (scores.argmax(-1) if temperature == 0 else draw(scores, generator)).unflatten(1, size)
+                logits = predictor.next_logits(size)
+                if guided:
+                    logits = guide(logits, scales[step])
+                check_finite(logits.amax(-1), self.transformer, "transformer")
+                of_step = greedy if step in greedy_scales else warpers
+                ids = sample_ids(logits, of_step, generator, greedy=temperature == 0).unflatten(1, size)
                 if known:
                     ids = _keep(known[step], ids)
                 ids = self._call_back(callback_on_step_end, tensor_inputs, step, size, ids)
@@ -355,45 +360,6 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             self.vqvae.quantize.nearest_ids(resize_area(each.float(), size))
             for each, size in zip(latents, sizes, strict=True)
         ]
-
-
-class _ScalePredictor:
-    """The transformer with its cache, and the codes of the scale that it reads next."""
-
-    def __init__(
-        self,
-        pipeline: SVQVAENextScalePipeline,
-        labels: torch.Tensor,
-        text: torch.Tensor | None,
-        sizes: list[Size],
-        guided: bool,
-    ):
-        self.transformer = pipeline.transformer
-        quantize = pipeline.vqvae.quantize
-        stored_on = quantize.embedding.stored().device  # the CPU while the tokenizer is offloaded
-        codebook = quantize.get_codebook_entry(torch.arange(quantize.size, device=stored_on))
-        self.codebook = codebook.to(labels.device)
-        self.guided = guided
-        no_class = torch.full_like(labels, self.transformer.config["num_classes"])
-        self.labels = torch.cat([labels, no_class]) if guided else labels
-        self.text = text
-        if guided and text is not None:
-            self.text = torch.cat([text, torch.full_like(text, pipeline.tokenizer.pad_token_id)])
-        self.cache = DynamicCache()
-        self.later_tokens = sum(height * width for height, width in sizes[1:])
-        self.codes: list[torch.Tensor] = []
-
-    def next_logits(self, size: Size, guidance_scale: float) -> torch.Tensor:
-        """Logits `(images, tokens, codebook_size)` of the next scale, after guidance."""
-        logits = self.transformer(self.labels, self.codes, [size], self.cache, self.text).logits
-        return guide(logits, guidance_scale) if self.guided else logits
-
-    def add(self, ids: torch.Tensor) -> None:
-        """Takes the ids `(images, h, w)` of the scale."""
-        if not self.codes:
-            reserve(self.cache, self.later_tokens)
-        codes = self.codebook[ids].permute(0, 3, 1, 2)
-        self.codes = [codes.repeat(len(self.labels) // len(ids), 1, 1, 1)]
 
 
 def default_schedule(side: int) -> list[Size]:

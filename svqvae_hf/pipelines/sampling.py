@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 NUM_CANDIDATES = 1024  # tokens that hold `top_p` of the probability unless the logits are nearly equal
@@ -97,6 +97,14 @@ def guide(logits: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Joins logits of a batch and of the same batch without its classes, `(2 * batch, ...)` -> `(batch, ...)`."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def sample_ids(
+    logits: torch.Tensor, warpers: LogitsProcessorList, generator: Generators, *, greedy: bool
+) -> torch.Tensor:
+    """Samples ids `(batch, tokens)` of a scale from logits `(batch, tokens, codebook_size)`."""
+    scores = warpers(None, logits.flatten(0, 1)).view_as(logits)
+    return scores.argmax(-1) if greedy else draw(scores, generator)
 
 
 def draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:

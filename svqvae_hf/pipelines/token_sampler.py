@@ -1,12 +1,13 @@
 """Sampling of tokens from a causal language model, with its cache and with guidance."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from svqvae_hf.pipelines.reserved_cache import reserve
-from svqvae_hf.pipelines.sampling import Generators, check_finite, draw, guide
+from svqvae_hf.pipelines.sampling import Generators, check_finite, draw
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
 
 CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
@@ -19,7 +20,7 @@ class TokenSampler:
         language_model ([`~transformers.PreTrainedModel`]): Causal language model.
         layout ([`SequenceLayout`]): Layout of the sequences.
         captions (`dict[str, torch.Tensor]`): Further arguments of a model for captions.
-        guidance_scale (`float`): Guidance scale, 1 for none.
+        guide (`Callable`): Guidance, which joins logits of a batch and of the same batch without its condition.
         guided_ids (`int`): Number of ids that are sampled with guidance.
         warpers (`list[LogitsProcessor]`): Temperature, top-k and top-p.
         greedy (`bool`): Whether to take the most likely ids.
@@ -32,7 +33,7 @@ class TokenSampler:
         layout: SequenceLayout,
         captions: dict[str, torch.Tensor],
         *,
-        guidance_scale: float,
+        guide: Callable[[torch.Tensor], torch.Tensor],
         guided_ids: int,
         warpers: list[LogitsProcessor],
         greedy: bool,
@@ -41,8 +42,8 @@ class TokenSampler:
         self.language_model = language_model
         self.layout = layout
         self.captions = captions
-        self.guidance_scale = guidance_scale
-        self.guided_ids = guided_ids if guidance_scale != 1 else 0  # still to come
+        self.guide = guide
+        self.guided_ids = guided_ids  # still to come
         self.processors = LogitsProcessorList([LayoutLogitsProcessor(layout), *warpers])
         self.greedy = greedy
         self.generator = generator
@@ -91,4 +92,4 @@ class TokenSampler:
                 reserve(cache, self.layout.length - sequences.shape[1])
         self.read = sequences.shape[1]
         logits = output.logits[:, -1].float()
-        return guide(logits, self.guidance_scale) if self.doubled else logits
+        return self.guide(logits) if self.doubled else logits

@@ -1,0 +1,41 @@
+"""Labels of classes, given by number or name."""
+
+import reprlib
+from collections.abc import Sequence
+
+import torch
+
+from svqvae_hf.pipelines.sequences import to_int64
+
+Labels = int | str | Sequence[int | str]
+
+
+def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Sequence[str] | None) -> torch.Tensor:
+    """Converts classes to labels in int64. Without classes there is one label, `num_classes`, which means no class.
+
+    Args:
+        class_labels (`int`, `str` or a list of them, *optional*): Numbers in `[0, num_classes)`, or names.
+        num_classes (`int`): Number of classes.
+        class_names (`Sequence[str]`, *optional*): Name of each class.
+
+    Raises:
+        TypeError: A label is neither an integer nor a name.
+        ValueError: A class is unknown.
+    """
+    if class_labels is None:
+        return torch.tensor([num_classes])
+    names = list(class_names or [])
+    given = [class_labels] if isinstance(class_labels, str) else class_labels
+    if isinstance(given, list | tuple):
+        unknown = [label for label in given if isinstance(label, str) and label not in names]
+        if unknown:
+            raise ValueError(
+                f"`class_labels` must be numbers in [0, {num_classes}) or names of classes, {reprlib.repr(names)}, "
+                f"got {unknown[0]!r}."
+            )
+        given = [names.index(label) if isinstance(label, str) else label for label in given]
+    numbers = torch.as_tensor(given).reshape(-1)
+    labels = to_int64("class_labels", numbers) if numbers.numel() else numbers
+    if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
+    return labels

@@ -1,0 +1,158 @@
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import standalone_process
+import torch
+from code_lines import count_code
+from conftest import ROOT
+from generators import make_autoregressive, make_llamagen, make_next_scale
+from next_scale_golden import GOLDEN as FLEXVAR
+from pipeline_parts import text_components
+from safetensors.torch import load_file
+
+from svqvae_hf import (
+    SVQVAE,
+    LlamaGenForCausalLM,
+    NextScaleTransformer,
+    SVQVAEAutoregressivePipeline,
+    SVQVAEImageProcessor,
+    SVQVAENextScalePipeline,
+)
+from svqvae_hf.hub import standalone
+from svqvae_hf.hub.standalone import CODE_FILES, code, code_hash
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory) -> Path:
+    """Repositories of the golden models, with their code."""
+    folder = tmp_path_factory.mktemp("repositories")
+    vqvae = SVQVAE.from_single_file(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors")
+    vqvae.save_pretrained(folder / "tokenizer", standalone=True)
+    NextScaleTransformer.from_single_file(FLEXVAR).save_pretrained(folder / "next_scale", standalone=True)
+    make_llamagen("c2i").language_model.save_pretrained(folder / "llamagen", standalone=True)
+    for name, pipeline in pipelines().items():
+        pipeline.save_pretrained(folder / name, standalone=True)
+    return folder
+
+
+def pipelines() -> dict[str, GeneratorPipeline]:
+    """Pipelines of LlamaGen's golden models, and of a random next-scale model."""
+    return {
+        "classes": make_llamagen("c2i"),
+        "text": make_llamagen("t2i", **text_components()),
+        "scales": make_next_scale(),
+    }
+
+
+@pytest.fixture(scope="module")
+def without_package(repositories, tmp_path_factory) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Outputs and errors of the repositories, in an environment that has all packages but this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    packages = folder / "packages"
+    packages.mkdir()
+    for installed in Path(sysconfig.get_path("purelib")).iterdir():
+        if "svqvae" not in installed.name:
+            (packages / installed.name).symlink_to(installed)
+    offline = {"PYTHONPATH": str(packages), "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    script = shutil.copy(standalone_process.__file__, folder)
+    done = subprocess.run(  # -S: no .pth file adds this package
+        [sys.executable, "-S", script, repositories, folder / "outputs"],
+        env=os.environ | offline,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert not done.returncode, done.stderr
+    return load_file(folder / "outputs"), json.loads(done.stdout.splitlines()[-1])
+
+
+def test_outputs_equal_those_of_the_package(repositories, without_package):
+    expected = standalone_process.outputs(
+        SVQVAE.from_pretrained(repositories / "tokenizer"),
+        SVQVAEImageProcessor.from_pretrained(repositories / "tokenizer"),
+        NextScaleTransformer.from_pretrained(repositories / "next_scale"),
+        LlamaGenForCausalLM.from_pretrained(repositories / "llamagen"),
+    )
+    found, _ = without_package
+    assert found.keys() >= expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("name", standalone_process.PIPELINES)
+def test_pipelines_equal_those_of_the_package(name, repositories, without_package):
+    cls = SVQVAENextScalePipeline if name == "scales" else SVQVAEAutoregressivePipeline
+    pipeline = cls.from_pretrained(repositories / name)
+    condition = {"prompt": ["a cat"]} if name == "text" else {"class_labels": [0, 2]}
+    for scale in (1.0, 2.5):
+        options = {"guidance_scale": scale, "temperature": 0}
+        options |= {"guidance_mode": "constant"} if name == "scales" else {}
+        ids = pipeline(**condition, **options, output_type="latent").images
+        images = np.stack(pipeline(**condition, **options).images)
+        assert torch.equal(without_package[0][f"ids of {name}, {scale}"], ids)
+        assert np.array_equal(without_package[0][f"images of {name}, {scale}"].numpy(), images)
+
+
+def test_errors_without_trust_are_those_of_the_page(repositories, without_package):
+    page = " ".join((ROOT / "docs" / "standalone.md").read_text().split())
+    for error in without_package[1].values():
+        assert " ".join(error.replace(str(repositories), "org").splitlines()[-1].split()) in page
+
+
+def test_pipeline_of_another_language_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a next-scale model of classes, got LlamaForCausalLM"):
+        make_autoregressive().save_pretrained(tmp_path, standalone=True)
+
+
+def test_cards_say_how_to_check_the_code(repositories, tiny_model):
+    cards = {
+        "modeling_svqvae.py": tiny_model.make_card("org/name", standalone=True),
+        "modular_next_scale.py": (repositories / "scales" / "README.md").read_text(),
+    }
+    for file, card in cards.items():
+        assert f"| `{file}` | `{code_hash(file)}` |" in card
+        assert "trust_remote_code=True" in card
+
+
+@pytest.mark.parametrize("file", CODE_FILES)
+def test_files_are_short_and_clean(file):
+    assert count_code(code(file)) <= 700
+    options = ["--no-cache", "--line-length=119", "--stdin-filename", file]
+    for command in (["check", "--ignore-noqa", "--select=F,W", *options], ["format", "--check", *options]):
+        checked = subprocess.run(["ruff", *command, "-"], input=code(file).encode(), capture_output=True, check=False)
+        assert not checked.returncode, checked.stdout
+
+
+def test_a_process_writes_the_same_file(repositories):
+    file = repositories / "tokenizer" / "modeling_svqvae.py"
+    written = subprocess.run([sys.executable, standalone.__file__, file.name], stdout=subprocess.PIPE, check=True)
+    assert written.stdout == file.read_bytes()
+    assert hashlib.sha256(written.stdout).hexdigest() == code_hash(file.name)
+
+
+def test_file_changes_with_the_source(tmp_path, monkeypatch):
+    before = code("modeling_svqvae.py")
+    shutil.copytree(ROOT / "svqvae_hf", tmp_path / "svqvae_hf")
+    monkeypatch.setattr(standalone, "SOURCE", tmp_path)
+    layers = tmp_path / "svqvae_hf" / "models" / "layers.py"
+    layers.write_text(layers.read_text().replace("NORM_EPS = 1e-6", "NORM_EPS = 1e-5"))
+    assert code.__wrapped__("modeling_svqvae.py") != before
+
+
+def test_code_is_written_only_if_asked_for(repositories, tmp_path):
+    for name, cls in {"tokenizer": SVQVAE, "next_scale": NextScaleTransformer}.items():
+        cls.from_pretrained(repositories / name).save_pretrained(tmp_path / name)
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
+        assert list((repositories / name).glob("*.py"))
+    assert not list(tmp_path.rglob("*.py"))

@@ -1,0 +1,114 @@
+"""Loads repositories with their own code, in an environment without this package, and saves what they compute.
+
+python standalone_process.py REPOSITORIES OUTPUT
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModelForCausalLM
+
+PIPELINES = ("classes", "text", "scales")
+PROMPT = torch.tensor([[256 + 3], [256 + 7]])
+
+
+def tokens_and_pixels(vqvae, processor) -> dict[str, torch.Tensor]:
+    image = Image.linear_gradient("L").resize((75, 43)).rotate(30).convert("RGB")
+    batch = processor([image, image.transpose(Image.Transpose.ROTATE_180)])
+    with torch.no_grad():
+        ids = vqvae.encode_tokens(batch["pixel_values"], scales=[1, 0.5])
+        vqvae.enable_tiling(32)
+        tiled_ids = vqvae.encode_tokens(batch["pixel_values"])
+        sample = vqvae.decode(tiled_ids).sample
+        vqvae.disable_tiling()
+        latents = vqvae.encode(batch["pixel_values"]).latents
+        pixels = processor.postprocess(vqvae.decode_tokens(ids[0]), batch["image_sizes"], output_type="pt")
+    return {
+        "latents": latents,
+        "ids": ids[0],
+        "half ids": ids[1],
+        "tiled ids": tiled_ids,
+        "tiled sample": sample,
+        "decoded latents": vqvae.decode(latents).sample.detach(),
+        "pixels": pixels.contiguous(),
+    }
+
+
+def logits_of_scales(transformer) -> torch.Tensor:
+    torch.manual_seed(0)
+    codes = [torch.randn(2, transformer.config["codebook_embed_dim"], 2, 3)]
+    with torch.no_grad():
+        return transformer(torch.tensor([0, 5]), codes, [(2, 3), (3, 4)]).logits
+
+
+def greedy_ids(language_model) -> torch.Tensor:
+    return language_model.generate(PROMPT, max_new_tokens=16, do_sample=False)
+
+
+def outputs(vqvae, processor, transformer, language_model) -> dict[str, torch.Tensor]:
+    return {
+        **tokens_and_pixels(vqvae, processor),
+        "logits": logits_of_scales(transformer),
+        "greedy ids": greedy_ids(language_model),
+    }
+
+
+def sampled(pipelines: dict[str, ModularPipeline]) -> dict[str, torch.Tensor]:
+    """Greedy ids and pixels of each pipeline, with and without guidance."""
+    found = {}
+    for name, pipeline in pipelines.items():
+        condition = {"prompt": ["a cat"]} if name == "text" else {"class_labels": [0, 2]}
+        for scale in (1.0, 2.5):
+            ids, images = sample(pipeline, scale, **condition)
+            found |= {f"ids of {name}, {scale}": ids, f"images of {name}, {scale}": torch.from_numpy(images)}
+    return found
+
+
+def sample(pipeline: ModularPipeline, guidance_scale: float, **condition) -> tuple[torch.Tensor, np.ndarray]:
+    pipeline.update_components(guider=pipeline.guider.new(guidance_scale=guidance_scale))
+    state = pipeline(**condition, temperature=0)
+    return state.get("ids").contiguous(), np.stack(state.get("images"))
+
+
+def error_of(load, *args: str) -> str:
+    try:
+        load(*args)
+    except (ValueError, AttributeError) as error:
+        return str(error)
+    return ""
+
+
+def main(repositories: Path, output: Path) -> None:
+    assert importlib.util.find_spec("svqvae_hf") is None
+    tokenizer, next_scale, llamagen = (str(repositories / name) for name in ("tokenizer", "next_scale", "llamagen"))
+    trusted = {"trust_remote_code": True}
+    found = outputs(
+        AutoModel.from_pretrained(tokenizer, **trusted),
+        AutoImageProcessor.from_pretrained(tokenizer, **trusted),
+        AutoModel.from_pretrained(next_scale, **trusted),
+        AutoModelForCausalLM.from_pretrained(llamagen, **trusted),
+    )
+    pipelines = {}
+    for name in PIPELINES:
+        pipelines[name] = ModularPipeline.from_pretrained(str(repositories / name), **trusted)
+        pipelines[name].load_components(**trusted)
+    save_file(found | sampled(pipelines), output)
+    errors = {
+        "AutoModel": error_of(AutoModel.from_pretrained, tokenizer),
+        "AutoImageProcessor": error_of(AutoImageProcessor.from_pretrained, tokenizer),
+        "AutoModelForCausalLM": error_of(AutoModelForCausalLM.from_pretrained, llamagen),
+        "ModularPipeline": error_of(ModularPipeline.from_pretrained, str(repositories / "classes")),
+        "DiffusionPipeline": error_of(DiffusionPipeline.from_pretrained, str(repositories / "classes")),
+    }
+    sys.stdout.write("\n" + json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
