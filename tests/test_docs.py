@@ -11,12 +11,10 @@ import tomllib
 from pathlib import Path
 
 import diffusers
-import griffe
 import nbformat
 import pytest
 from conftest import ROOT
 from hub_server import serve_hub
-from hugging_face_docstrings import HuggingFaceDocstrings
 from page_runner import kept_kinds, python_blocks
 from test_imports import SUBPACKAGES
 from train_autoregressive import AutoregressiveOptions
@@ -210,19 +208,6 @@ def test_site_builds_without_network_and_shows_docstrings(tmp_path):
     assert "<strong>Args</strong>" in text
     assert "<li>\n<p><code>codebook_size</code>" in text or "<li><code>codebook_size</code>" in text
     assert "[<code>" not in text  # a reference that became no link
-
-
-def test_reference_to_nothing_is_an_error(tmp_path):
-    package = tmp_path / "svqvae_hf"
-    package.mkdir()
-    (package / "__init__.py").write_text('class Thing:\n    """See [`Thing.gone`]."""\n')
-    with pytest.raises(ValueError, match=r"`Thing.gone` in the docstring of svqvae_hf.Thing must be an object"):
-        griffe.load(
-            "svqvae_hf",
-            search_paths=[tmp_path],
-            try_relative_path=False,
-            extensions=griffe.load_extensions(HuggingFaceDocstrings()),
-        )
 
 
 # Pictures

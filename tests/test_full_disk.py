@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import fails
-from conftest import ROOT, fill, make_tiny, save_tiff
+from conftest import ROOT, fill, make_tiny
 from PIL import Image
 
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.export import export, graph_files
 from svqvae_hf.files.outputs import save_png, write_file
-from svqvae_hf.large.large_images import decode_large, encode_large
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
@@ -80,16 +79,6 @@ def test_token_set_is_written_once_there_is_space(disk, tmp_path):
     (disk / "ballast").unlink()
     assert tokenize().rows == 6
     assert read_settings(disk / "set").model == "org/tiny"
-
-
-def test_large_output_is_complete_or_absent(disk, tmp_path):
-    model = make_tiny()
-    model.enable_tiling(64, 8)
-    save_tiff(tmp_path / "a.tif", np.asarray(noise(300)))
-    encode_large(model, tmp_path / "a.tif", tmp_path / "a.safetensors")
-    with pytest.raises(OSError, match=r"/a.tif` cannot be written: No space left on device\."):
-        decode_large(model, tmp_path / "a.safetensors", disk / "a.tif")  # 300 x 300 x 3 bytes
-    assert not list(disk.iterdir())
 
 
 @pytest.mark.parametrize("command", ["encode", "decode", "convert"])

@@ -1,18 +1,12 @@
 """Eight tar files of jpg, png and webp images with their labels: trained on, evaluated and tokenized."""
 
 import json
-import logging
 
 import datasets
 import pytest
-import train
 from cli_runner import svqvae
 from conftest import make_tiny
 from numbered_images import encode, numbered, write_tar
-from training_runs import run
-
-from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.trainer.train_options import TrainOptions
 
 KINDS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 SHARDS, SHARD_SIZE = 8, 3
@@ -49,16 +43,3 @@ def test_tokenize_keeps_labels_and_names_what_it_skips(root, tmp_path, monkeypat
     assert {key.partition(".")[2] for key in rows["key"]} == set(KINDS)
     skipped = [json.loads(line) for line in (tmp_path / "tokens" / "skipped.jsonl").open()]
     assert [image["key"] for image in skipped] == ["00005.webp", "00007.png"]
-
-
-def test_training_sees_every_image_with_its_label(root, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    caplog.set_level(logging.INFO)
-    options = {"train_data_dir": f"{root}/shards/shard-{{00000..00007}}.tar"}
-    options |= {"model_config_name_or_path": str(root / "model"), "output_dir": str(tmp_path / "out")}
-    options |= {"resolution": 16, "train_batch_size": 6, "max_train_steps": 5, "num_scales": 1}
-    run(train.main, TrainOptions, **options, lr_warmup_steps=0, dataloader_num_workers=0)
-    assert "Skipped `00005.webp`: the image" in caplog.text
-    assert caplog.text.count("Skipped") == 1
-    images = open_images([options["train_data_dir"]], copy=True)
-    assert [row.values["cls"] for row in images] == [number % 3 for number in range(SHARDS * SHARD_SIZE)]

@@ -20,19 +20,15 @@ def colours(channels: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray:
 RGB = colours((3,))
 TIFFS = {
     "grey": (colours(()), {"photometric": "minisblack"}),
-    "grey, 16 bits": (colours((), np.uint16), {"photometric": "minisblack"}),
     "grey, 16 bits, big-endian, deflated": (
         colours((), np.uint16),
         {"photometric": "minisblack", "byteorder": ">", "compression": "zlib"},
     ),
     "rgb": (RGB, {}),
-    "rgb, BigTIFF": (RGB, {"bigtiff": True}),
     "rgb, deflated": (RGB, {"compression": "zlib", "predictor": True}),
     "rgb, LZW, in one tile": (RGB, {"compression": "lzw", "tile": (64, 80), "predictor": True}),
-    "rgb, 16 bits": (colours((3,), np.uint16), {}),
     "rgb, 16 bits, big-endian": (colours((3,), np.uint16), {"byteorder": ">"}),
     "rgba": (colours((4,)), {"extrasamples": ["unassalpha"]}),
-    "rgba, premultiplied": (colours((4,)), {"extrasamples": ["assocalpha"]}),
     "rgba, 16 bits": (colours((4,), np.uint16), {"extrasamples": ["unassalpha"]}),
     "rgb and a channel that is not alpha": (colours((4,)), {"extrasamples": ["unspecified"]}),
 }

@@ -104,20 +104,6 @@ def test_equals_the_original_code_at_smaller_scales(name, golden_dir):
         torch.testing.assert_close(reconstruction, expected[f"reconstruction_{size}"], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"encoder_ch_mult": (2, 1, 3), "decoder_ch_mult": (1, 3, 2), "num_res_blocks": 2, "base_channels": 64},
-        {"in_channels": 1, "out_channels": 4, "z_channels": 5, "codebook_size": 7, "codebook_embed_dim": 3},
-    ],
-)
-def test_config_of_any_model_is_read_back(config, tmp_path):
-    config = {"base_channels": 32, "encoder_ch_mult": (1, 2), "decoder_ch_mult": (2, 1), "num_res_blocks": 1} | config
-    save_file(SVQVAE(**config).state_dict(), tmp_path / "file.safetensors")
-    checkpoint = read_checkpoint(tmp_path / "file.safetensors", SVQVAE)
-    assert checkpoint.config | config == checkpoint.config
-
-
 def test_averaged_weights_only_with_use_ema(golden_dir, tmp_path):
     content = unpickle(golden_dir / "llamagen_tiny.pt")
     content["ema"]["quant_conv.bias"] = content["model"]["quant_conv.bias"] + 1  # one tensor in the file
@@ -190,20 +176,12 @@ def zip_archive(path: Path, _: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("empty.safetensors", lambda path, _: path.touch(), "must be a whole safetensors file"),
-        ("text.safetensors", lambda path, _: path.write_text("a line\n" * 99), "must be a whole safetensors file"),
         ("cut.safetensors", cut("svqvae_tiny.safetensors"), "must be a whole safetensors file"),
         ("pickle.safetensors", lambda path, _: torch.save({}, path), "must be a whole safetensors file"),
-        ("empty.pt", lambda path, _: path.touch(), "must be a whole PyTorch checkpoint"),
         ("text.ckpt", lambda path, _: path.write_text("a line\n" * 99), "must be a whole PyTorch checkpoint"),
         ("cut.ckpt", cut("taming_tiny.ckpt"), "must be a whole PyTorch checkpoint"),
         ("archive.pt", zip_archive, "must be a whole PyTorch checkpoint"),
-        ("list.pt", lambda path, _: torch.save([1], path), r"a known format.*Found no keys\."),
-        (
-            "other.pt",
-            lambda path, _: torch.save({"weights": {}}, path),
-            r"a known format.*Found weights\.",
-        ),
+        ("other.pt", lambda path, _: torch.save({"weights": {}}, path), r"a known format.*Found weights\."),
         ("other.safetensors", lambda path, _: save_file({"a": torch.ones(1)}, path), "`encoder.conv_blocks.0.*` in a"),
     ],
 )
@@ -248,12 +226,7 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"quantize.embedding.weight": None, "decoder.conv_out.weight": None},
-            r"missing \(2\): decoder.conv_out.weight, quantize.embedding.weight",
-        ),
         ({"quantize.embedding.weight": torch.ones(256)}, r"misshapen: quantize.embedding.weight \(256,\)"),
-        ({"encoder.conv_in.weight": torch.ones(0, 3, 3, 3)}, r"misshapen: encoder.conv_in.weight \(0, 3, 3, 3\)"),
         (
             {"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)},
             r"not a multiple of the 33 channels of encoder.conv_in.weight \(\d+\): dec",

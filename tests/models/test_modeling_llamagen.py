@@ -79,31 +79,6 @@ def test_ids_of_generate_equal_the_original_code(kind, cache):
     assert torch.equal(sequences[:, 1:], expected["greedy_cfg1.ids"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "run"),
-    [
-        *[(kind, run) for kind in ("c2i", "t2i") for run in ("greedy_cfg2", "greedy_cfg2_interval4")],
-        ("t2i", "greedy_cfg2_unmasked"),
-    ],
-)
-def test_guided_ids_equal_the_original_code(kind, run):
-    model = load(kind)
-    expected, inputs, dropped = load_inputs(kind)
-    both = {name: torch.cat([tensor, dropped[name]]) for name, tensor in inputs.items()}
-    if run.endswith("unmasked"):
-        both.pop("prompt_attention_mask")
-    tokens, cache = both.pop("input_ids")[:, :1], DynamicCache(config=model.config)
-    ids = []
-    for index in range(IDS):
-        logits = model(tokens, **both, cache=cache).logits[:, -1, :CODES]
-        conditional, null = logits.chunk(2)
-        guided = conditional if run.endswith("interval4") and index > 5 else null + 2 * (conditional - null)
-        ids.append(guided.argmax(-1, keepdim=True))
-        tokens = ids[-1].repeat(2, 1)
-        both.pop("prompt_embeds", None)
-    assert torch.equal(torch.cat(ids, dim=1), expected[f"{run}.ids"])
-
-
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("steps", [[1] * 17, [9, 8]])
 def test_cached_logits_equal_uncached_ones(kind, static, steps):

@@ -8,7 +8,6 @@ from conftest import make_tiny
 from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
 from generators import make_autoregressive, make_llamagen
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
 from pipeline_parts import make_pipeline as make_diffusion
 from pipeline_parts import text_components
 
@@ -65,25 +64,6 @@ def test_a_variant_of_one_component_loads(tmp_path):
     pipeline.vqvae.save_pretrained(tmp_path / "vqvae", variant="fp16")
     loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path, variant="fp16")
     assert loaded.vqvae.codebook_fingerprint() == pipeline.vqvae.codebook_fingerprint()
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
-def test_an_adapter_is_saved_only_if_it_is_merged(tmp_path):
-    pipeline = make_autoregressive()
-    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    adapter = get_peft_model(pipeline.language_model, config)
-    with pytest.raises(ValueError, match="`language_model` must be saved with its adapter merged"):
-        pipeline.save_pretrained(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    pipeline.language_model = adapter
-    with pytest.raises(ValueError, match="`language_model` must be saved with its adapter merged"):
-        pipeline.save_pretrained(tmp_path / "new")
-    pipeline.language_model = adapter.merge_and_unload()
-    pipeline.save_pretrained(tmp_path / "new")
-    loaded = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "new")
-    loaded.set_progress_bar_config(disable=True)
-    call = {"class_labels": 0, "temperature": 0, "output_type": "latent"}
-    assert torch.equal(loaded(**call).images, pipeline(**call).images)
 
 
 def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):

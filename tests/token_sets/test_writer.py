@@ -275,12 +275,8 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     assert written == f"written  {out} (images: 4, rows: 3, files: 1)\n" + (
         f"skipped  {out / 'skipped.jsonl'} (unreadable images: 1)\n"
     )
-    settings = read_settings(out)
-    assert (settings.model, settings.crops, settings.resolution) == ("tiny", "centre", 16)
-    assert settings.scale_from == "image"
     assert svqvae("detokenize", out, "--output", images, *model) == 0
     assert capsys.readouterr().out == f"written  {images} (images: 6)\n"
-    assert len(list(images.iterdir())) == 6
     (images / "00000001_x0.5.png").unlink()
     assert svqvae("detokenize", out, "--output", images, *model) == 0
     written = f"resumed: 4 of 6 images were there\nwritten  {images} (images: 2)\n"
@@ -288,6 +284,5 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     assert svqvae("detokenize", out, "--output", images, *model, "--overwrite", "--max-images", "1") == 0
     assert capsys.readouterr().out == f"written  {images} (images: 2)\n"
     assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, "tokenize", photos, out, *model)
-    assert "must be a folder with svqvae_tokens.json" in fails(capsys, "detokenize", photos, "--output", images)
     bundled = fails(capsys, "detokenize", out, "--output", images)  # the bundled model has another codebook
     assert "the ids must be of the model's codebook" in bundled
