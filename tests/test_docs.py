@@ -1,6 +1,7 @@
 """README, docs and notebook: Python runs, commands parse, the site builds, and what they state is true."""
 
 import argparse
+import importlib.util
 import json
 import re
 import runpy
@@ -101,6 +102,8 @@ def check_command(words: list[str]) -> None:
         parse(words[1:])
     elif "svqvae_cli" in words:
         parse(words[words.index("svqvae_cli") + 1 :])
+    elif "-m" in words:
+        assert importlib.util.find_spec(words[words.index("-m") + 1])
     else:
         index = next(index for index, word in enumerate(words) if word.endswith(".py"))
         script, arguments = ROOT / words[index], words[index + 1 :]

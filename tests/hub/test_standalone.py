@@ -14,6 +14,7 @@ import torch
 from code_lines import count_code
 from conftest import ROOT
 from generators import make_autoregressive, make_llamagen, make_next_scale
+from hub_server import run_python, serve_hub
 from next_scale_golden import GOLDEN as FLEXVAR
 from pipeline_parts import text_components
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from svqvae_hf import (
     SVQVAEImageProcessor,
     SVQVAENextScalePipeline,
 )
+from svqvae_hf.conversion.convert import convert
 from svqvae_hf.hub import standalone
 from svqvae_hf.hub.standalone import CODE_FILES, code, code_hash
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
@@ -139,6 +141,34 @@ def test_a_process_writes_the_same_file(repositories):
     written = subprocess.run([sys.executable, standalone.__file__, file.name], stdout=subprocess.PIPE, check=True)
     assert written.stdout == file.read_bytes()
     assert hashlib.sha256(written.stdout).hexdigest() == code_hash(file.name)
+
+
+def test_converted_checkpoint_carries_its_code(tmp_path):
+    convert(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors", tmp_path / "out", standalone=True)
+    assert (tmp_path / "out" / "modeling_svqvae.py").read_text() == code("modeling_svqvae.py")
+    assert code_hash("modeling_svqvae.py") in (tmp_path / "out" / "README.md").read_text()
+
+
+PUSHED = """
+from diffusers import AutoModel, ModularPipeline
+
+from svqvae_hf import SVQVAENextScalePipeline
+
+pipeline = SVQVAENextScalePipeline.from_pretrained({folder!r})
+pipeline.push_to_hub("org/scales", standalone=True)
+pipeline.vqvae.push_to_hub("org/tokenizer", standalone=True)
+modular = ModularPipeline.from_pretrained("org/scales", trust_remote_code=True)
+modular.load_components(trust_remote_code=True)
+models = modular.vqvae, modular.transformer, AutoModel.from_pretrained("org/tokenizer", trust_remote_code=True)
+assert all(type(model).__module__.startswith("diffusers_modules.") for model in models)
+expected = pipeline(class_labels=2, temperature=0, output_type="latent").images
+assert modular(class_labels=2, temperature=0, output="ids").equal(expected)
+"""
+
+
+def test_pushed_repositories_load_by_their_hub_ids(repositories, tmp_path):
+    with serve_hub(tmp_path) as env:
+        run_python(PUSHED.format(folder=str(repositories / "scales")), env)
 
 
 def test_file_changes_with_the_source(tmp_path, monkeypatch):
