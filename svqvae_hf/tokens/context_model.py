@@ -134,7 +134,10 @@ class ContextModel:
     def decompress(self, content: bytes, shape: tuple[int, int], coarse: np.ndarray | None = None) -> np.ndarray:
         """Decodes a grid of ids `(h, w)`, int64, that [`~ContextModel.compress`] coded. Damage makes other ids."""
         decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(content, "<u4").astype(np.uint32))
-        ranks = self._code(lambda probabilities, _: decoder.decode(categorical(), probabilities), shape, None, coarse)
+        try:
+            ranks = self._code(lambda found, _: decoder.decode(categorical(), found), shape, None, coarse)
+        except AssertionError as error:  # of constriction, which encodes no such content
+            raise ValueError("its coded ids are damaged.") from error
         return self.order[ranks]
 
     def _code(

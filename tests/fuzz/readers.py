@@ -6,20 +6,24 @@ Each function takes one input of the fuzzer and raises if its reader does anythi
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from context_models import make_context_model
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings, read_settings
-from svqvae_hf.tokens.token_files import is_token_file, load_tokens, save_tokens
+from svqvae_hf.tokens.compressed_tokens import CRC, SCALE
+from svqvae_hf.tokens.token_files import is_compressed, is_token_file, load_tokens, save_tokens
 
+CONTEXT_MODEL = make_context_model()
 ERRORS = (ValueError, OSError, TypeError)
 ZEROS = 32 * 32 * 3 * 3 * 4  # bytes of the storage that all tensors of a packed pickle share
 MAX_ZEROS = 1 << 22
@@ -40,11 +44,13 @@ def read_any_checkpoint(content: bytes, folder: Path) -> None:
 
 
 def read_any_tokens(content: bytes, folder: Path) -> None:
-    """The first byte tells what follows: `h` the header of a token file, else a whole file."""
+    """The first byte tells what follows: `h` a header, `c` the parts of a compressed file, else a whole file."""
     path = folder / "fuzz.safetensors"
-    path.write_bytes(with_data(content[1:]) if content[:1] == b"h" else content[1:])
-    says_tokens = is_token_file(path)
-    tokens = result_or_none(lambda: load_tokens(path), path)
+    make = {b"h": with_data, b"c": with_checksums}.get(content[:1], bytes)
+    path.write_bytes(make(content[1:]))
+    says_tokens = is_token_file(path) or is_compressed(path)
+    result_or_none(lambda: load_tokens(path, CONTEXT_MODEL, preview=True), path)
+    tokens = result_or_none(lambda: load_tokens(path, CONTEXT_MODEL), path)
     if tokens is not None:
         assert says_tokens
         save_tokens(folder / "again.safetensors", tokens)
@@ -120,6 +126,18 @@ def with_data(header: bytes) -> bytes:
     except Exception:  # not a header
         data = b""
     return len(header).to_bytes(8, "little") + header + data
+
+
+def with_checksums(parts: bytes) -> bytes:
+    """Makes a compressed token file of its header and chunks: adds the fingerprint and the checksums."""
+    header = parts[:24].ljust(24, b"\0") + bytes.fromhex(CONTEXT_MODEL.fingerprint)[:8]
+    entries = parts[24 : 24 + header[7] * SCALE.size]
+    entries = entries[: len(entries) // SCALE.size * SCALE.size]
+    made, rest = [header + entries], parts[24 + len(entries) :]
+    for _, size in SCALE.iter_unpack(entries):
+        made.append(rest[:size])
+        rest = rest[size:]
+    return b"".join(part + CRC.pack(zlib.crc32(part)) for part in made)
 
 
 READERS = {
