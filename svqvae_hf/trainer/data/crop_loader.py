@@ -17,6 +17,7 @@ from svqvae_hf.trainer.data.row_order import row_order
 
 MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
 SIDE, CROP = 0, 1  # first words of the seeds of sides and crops; row_order.py uses 2
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end a run, and that its whole process group may get
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ class CropLoader:
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
-        for sample, labels, failed in loader:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new worker would die of one
+        batches = iter(loader)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for sample, labels, failed in batches:
             pending = queue.popleft()
             skipped = [image for _, image in failed]
             for slot, _ in failed:
@@ -165,6 +169,7 @@ class CropLoader:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignores signals, which the whole process group may get, because the trainer needs batches until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignores signals, because the trainer needs batches until it has saved."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
