@@ -3,12 +3,12 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
 from functools import partial
@@ -19,10 +19,8 @@ import pytest
 import torch
 import train
 import training_runs
-import yaml
 from accelerate import Accelerator
 from conftest import ROOT, make_tiny
-from datasets import Dataset
 from hub_server import serve_hub, use_hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -31,10 +29,9 @@ from training_runs import assert_no_private_path, cpu, logged
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses import objective as objective_module
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
+from svqvae_hf.trainer.run import Run, one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
 
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
@@ -47,7 +44,6 @@ EVERYTHING = {
 }
 SMALL = {"resolution": 32, "train_batch_size": 2, "num_scales": 2, "dataloader_num_workers": 0, "lr_warmup_steps": 0}
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
 run = partial(training_runs.run, train.main, TrainOptions)
 
 
@@ -87,24 +83,32 @@ def options(inputs, tmp_path):
     }
 
 
-def start(config, *launcher):
-    """Starts a run as a command, perhaps by a launcher, in a session of its own."""
-    path = f"{config['output_dir']}.yaml"
-    with open(path, "w") as file:
-        yaml.safe_dump(config, file)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launcher, str(ROOT / "training" / "train.py"), path]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+def start(target, *args):
+    """Starts a process that is a fork of one that has imported this file."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_train"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
 
 
-def wait_for_step(process, step):
-    """Reads the log until a step, and returns it."""
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if f"step {step} of " in line and "train/" in line:
-            return "".join(lines)
-    raise AssertionError("".join(lines))
+def train_in_a_session(config, log):
+    """Trains as the command does, in a session of its own."""
+    os.setsid()
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    try:
+        with cpu(), one_line_errors():
+            train.main(TrainOptions(**config))
+    except SystemExit as stop:
+        code = stop.code
+    sys.exit(code)  # without the frames of `stop`, which keep the loader's process
+
+
+def wait_for_step(process, log, step):
+    """Waits until the log has a step."""
+    while not re.search(rf"step {step} of .*train/", log.read_text() if log.exists() else ""):
+        process.join(timeout=0.1)
+        assert process.is_alive(), log.read_text()
 
 
 def weights(output_dir):
@@ -124,35 +128,29 @@ def assert_equal_weights(one, other):
 def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(options, inputs, caplog):
     caplog.set_level(logging.INFO)
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "gradient_accumulation_steps": 1}
-    options |= {"max_train_steps": 60, "logging_steps": 10, "kmeans_steps": [4], "dead_code_reset_steps": 10}
-    options |= {"adversarial_start": 45, "ema_decay": 0.9}
+    options |= {"max_train_steps": 40, "logging_steps": 10, "kmeans_steps": [4], "dead_code_reset_steps": 10}
+    options |= {"adversarial_start": 25, "ema_decay": 0.9}
     options |= {"validation_data_dir": str(inputs / "held_out"), "validation_steps": 10}
     run(**options, report_to="tensorboard", gradient_checkpointing=True)
     for name in ("loss", "l2", "lpips", "vq", "commitment", "entropy", "spread", "adversarial", "lecam"):
         values = logged(caplog, f"train/{name}")
-        assert 60 in values, name
+        assert 40 in values, name
         assert all(map(math.isfinite, values.values())), name
-    assert 40 not in logged(caplog, "train/adversarial")
+    assert 20 not in logged(caplog, "train/adversarial")
     assert all(norm > 0 for norm in logged(caplog, "train/discriminator_grad_norm").values())
     assert not any(logged(caplog, "train/skipped").values())
     validation = logged(caplog, "validation/psnr@1")
     assert validation[10] > 5
-    assert validation[60] > validation[10] + 1
-    names = ("usage@1", "perplexity@1", "encoder_grad_norm", "images_per_second", "mean_cosine", "lr", "reset_codes")
-    for name in names:
-        assert 60 in logged(caplog, f"train/{name}"), name
+    assert validation[40] > validation[10] + 0.5
     output_dir = options["output_dir"]
     model = SVQVAE.from_pretrained(output_dir)
-    assert model.config["sample_size"] == 48
     assert model(torch.rand(1, 3, 40, 40)).sample.isfinite().all()
     untrained = make_tiny().state_dict()
     kept = {name for name, tensor in weights(output_dir).items() if torch.equal(tensor, untrained[name])}
     assert all(name.endswith(".k.bias") for name in kept), "softmax hides a shift of all keys, and nothing else"
     files = {path.name for path in (ROOT / output_dir).iterdir()}
-    assert {"README.md", "config.json", "train_config.yaml", "checkpoint-60", "samples"} <= files
-    assert len(list((ROOT / output_dir / "samples").iterdir())) == 6
-    with open(f"{output_dir}/train_config.yaml") as file:
-        assert TrainOptions(**yaml.safe_load(file)).max_train_steps == 60
+    assert {"README.md", "config.json", "train_config.yaml", "checkpoint-40", "samples"} <= files
+    assert len(list((ROOT / output_dir / "samples").iterdir())) == 4
 
 
 # Interruptions
@@ -160,84 +158,30 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
 
 @pytest.mark.slow
 def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options, inputs, tmp_path):
-    options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "max_train_steps": 8, "train_batch_size": 1}
-    options |= {"train_data_dir": str(inputs / "shard-*.tar"), "checkpointing_steps": 2}
+    options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "train_batch_size": 1}
+    options |= {"train_data_dir": str(inputs / "shard-*.tar"), "max_train_steps": 10, "checkpointing_steps": 2}
     options |= {"codebook_decay": 0.9, "full_crops_from": 3, "scales": [1, 2], "scale_probabilities": [0.5, 0.5]}
     whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
-    stopped = start(broken)
-    log = wait_for_step(stopped, 2)
+    stopped = start(train_in_a_session, broken, tmp_path / "stopped.txt")
+    wait_for_step(stopped, tmp_path / "stopped.txt", 3)  # no loader is about to start, as at k-means
     os.killpg(stopped.pid, signal.SIGTERM)  # the loader's process gets it, too
-    log += stopped.communicate()[1]
-    assert stopped.returncode == 128 + signal.SIGTERM, log
+    stopped.join()
+    log = (tmp_path / "stopped.txt").read_text()
+    assert stopped.exitcode == 128 + signal.SIGTERM, log
     steps_done = int(re.search(r"Stopped by a signal at step (\d+)", log)[1])
-    assert f"step {steps_done} of 8 (" in log
-    assert f"step {steps_done + 1} of 8 (" not in log
+    assert f"step {steps_done} of 10 (" in log
+    assert f"step {steps_done + 1} of 10 (" not in log
     assert (tmp_path / "broken" / f"checkpoint-{steps_done}").is_dir()
     broken |= {"resume_from_checkpoint": "latest"}
-    killed = start(broken)
-    wait_for_step(killed, steps_done + 2)
+    killed = start(train_in_a_session, broken, tmp_path / "killed.txt")
+    wait_for_step(killed, tmp_path / "killed.txt", steps_done + 2)
     for process in (*psutil.Process(killed.pid).children(recursive=True), killed):  # workers have their own sessions
         process.kill()
-    killed.communicate()
+    killed.join()
     assert not (tmp_path / "broken" / "config.json").exists()
     for config in (whole, broken):
         run(**config)
     assert_equal_weights(whole["output_dir"], broken["output_dir"])
-
-
-@pytest.mark.slow
-def test_run_ends_with_its_launcher_and_says_that_it_is_one_process(options, tmp_path):
-    options |= SMALL | {"max_train_steps": 10_000, "logging_steps": 1}
-    launcher = start(options, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
-    log = wait_for_step(launcher, 1)
-    assert "Training on one process, because" in log
-    assert "Training on 4 images: " in log
-    (trainer,) = psutil.Process(launcher.pid).children()
-    launcher.terminate()
-    psutil.wait_procs([trainer], timeout=60)
-    assert not trainer.is_running()
-    assert "Stopped by a signal at step" in launcher.communicate()[1]
-    assert list((tmp_path / "out").glob("checkpoint-*"))
-
-
-def test_run_resumed_after_its_last_step_leaves_the_same_files(options, inputs):
-    options |= SMALL | {"max_train_steps": 2, "validation_data_dir": str(inputs / "held_out"), "use_ema": True}
-    folder = ROOT / options["output_dir"]
-    run(**options)
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    assert len(before) == 6  # with the lock, which is empty
-    run(**options, resume_from_checkpoint="latest")
-    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    del before["train_config.yaml"], after["train_config.yaml"]  # differ in `resume_from_checkpoint` alone
-    assert after == before
-
-
-@pytest.mark.slow
-def test_scaled_gradients_train_as_plain_ones(options, tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    options |= SMALL | {"resolution": 24, "train_batch_size": 1, "max_train_steps": 3, "logging_steps": 1}
-    options |= {"adversarial_weight": 0.5, "adversarial_start": 0, "lecam_weight": 0.01}
-    options |= {"gradient_accumulation_steps": 2}
-    names = ("encoder_grad_norm", "decoder_grad_norm", "train/grad_norm", "discriminator_grad_norm")
-    run(**options)
-    expected = [logged(caplog, name) for name in names]
-    caplog.clear()
-
-    def scaled_accelerator(config):
-        """In float32, because float16 needs a GPU; by powers of 2, so that nothing is rounded."""
-        accelerator = make_accelerator(config)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
-
-        def unscale_gradients(optimizer):
-            accelerator.scaler.unscale_(optimizer.optimizer)
-
-        monkeypatch.setattr(accelerator, "unscale_gradients", unscale_gradients)
-        return accelerator
-
-    monkeypatch.setattr("svqvae_hf.trainer.run.make_accelerator", scaled_accelerator)
-    run(**(options | {"output_dir": str(tmp_path / "scaled")}))
-    assert [logged(caplog, name) for name in names] == expected
-    assert_equal_weights(options["output_dir"], tmp_path / "scaled")
 
 
 # Two processes
@@ -247,8 +191,8 @@ def gradients(sample):
     """Gradients of all losses, the discriminator's among them, for the part of `sample` of this process."""
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
-    options = EVERYTHING | {"adversarial_start": 0}
-    options = TrainOptions(output_dir="out", train_data_dir="x", model_config_name_or_path="y", **options)
+    needed = {"output_dir": "out", "train_data_dir": "x", "model_config_name_or_path": "y"}
+    options = TrainOptions(**needed, **(EVERYTHING | {"adversarial_start": 0}))
     vqvae = make_tiny(entropy_loss_ratio=1.0).train()
     objective_module.load_lpips = lambda net, weights: LPIPS(net)
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
@@ -272,22 +216,16 @@ def work_of_two_processes(rank, port, options, sample, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     torch.save(gradients(sample), folder / f"gradients-{rank}.pt")
 
-    def record_projection(options, vqvae, images):
-        """Before the engine wraps the model, because some engines copy the weights of one process to all."""
-        start_new_model(options, vqvae, images)
-        torch.save(vqvae.quant_conv.state_dict(), folder / f"projection-{rank}.pt")
-
     def record_weights(run, model):
         torch.save(run.network.state_dict(), folder / f"weights-{rank}.pt")
         return final_weights(run, model)
 
     final_weights, Run.final_weights = Run.final_weights, record_weights
-    start_new_model, train.start_new_model = train.start_new_model, record_projection
     Accelerator.end_training = lambda accelerator: accelerator.wait_for_everyone()
     train.main(TrainOptions(**options))
     if rank == 0:
         shutil.copytree(options["output_dir"], folder / "whole")
-        shutil.rmtree(f"{options['output_dir']}/checkpoint-6")
+        shutil.rmtree(f"{options['output_dir']}/checkpoint-4")
     torch.distributed.barrier()
     train.main(TrainOptions(**options, resume_from_checkpoint="latest"))
     torch.distributed.destroy_process_group()
@@ -305,9 +243,8 @@ def one_thread():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exactly(inputs, tmp_path):
-    """All in one launch, because processes take long to start."""
     options = EVERYTHING | {"lpips_weight": 0.0, "adversarial_start": 1, "kmeans_steps": [1]}
-    options |= {"max_train_steps": 6, "checkpointing_steps": 3, "output_dir": str(tmp_path / "out")}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 2, "output_dir": str(tmp_path / "out")}
     options |= {"model_config_name_or_path": str(inputs / "model" / "config.json"), "dataloader_num_workers": 0}
     options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1, "codebook_decay": 0.9}
     torch.manual_seed(3)
@@ -315,7 +252,10 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    torch.multiprocessing.spawn(work_of_two_processes, args=(port, options, sample, tmp_path), nprocs=2)
+    processes = [start(work_of_two_processes, rank, port, options, sample, tmp_path) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
 
     expected = gradients(sample)
     assert any(name.startswith("layers") for name in expected)
@@ -324,29 +264,12 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
-    # Latents of the projection, of k-means and of reset codes differ between processes.
-    for saved in ("projection", "weights"):
-        one, other = (torch.load(tmp_path / f"{saved}-{rank}.pt") for rank in range(2))
-        assert all(torch.equal(one[name], other[name]) for name in one), saved
+    one, other = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one), "k-means and resets see other latents on each"
     assert_equal_weights(tmp_path / "whole", tmp_path / "out")
 
 
 # Codebook, decoder, result, mistakes
-
-
-@pytest.mark.parametrize(("step", "side"), [(1, 24), (5, 48)])
-def test_new_codes_are_latents_of_crops_as_large_as_those_of_the_step(options, step, side, caplog):
-    growing = {"resolution": 48, "crop_sizes": [24], "full_crops_from": 5, "kmeans_steps": [1], "kmeans_batches": 2}
-    options = TrainOptions(**options, **(SMALL | growing))
-    with cpu():
-        run = Run(options)
-    caplog.set_level(logging.INFO)
-    vqvae, sides = make_tiny(), []
-    images = ImageSource(options, run.accelerator, (0.0, 1.0))
-    vqvae.encoder.register_forward_hook(lambda module, inputs, output: sides.append(inputs[0].shape[-1]))
-    train.Codes(run, vqvae, images, torch.optim.AdamW(vqvae.parameters())).set_by_kmeans(step)
-    assert sides == [side, side]
-    assert "Setting 64 codes by k-means of 2 batches of latents" in caplog.text
 
 
 def test_decoder_training_keeps_all_ids(options, inputs, caplog):
@@ -370,10 +293,6 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     options |= SMALL | {"max_train_steps": 2, "validation_data_dir": str(inputs / "held_out")}
     options |= {"push_to_hub": True, "hub_model_id": "org/trained", "model_config_name_or_path": None}
     options |= {"pretrained_model_name_or_path": str(inputs / "model")}
-    shard = tmp_path / "set.parquet"
-    images = [{"image": {"bytes": path.read_bytes(), "path": None}} for path in (inputs / "images").iterdir()]
-    Dataset.from_list(images).to_parquet(shard)
-    options |= {"train_data_dir": None, "dataset_name": "parquet", "data_files": [str(shard)]}
     with serve_hub(tmp_path) as hub:
         use_hub(monkeypatch, hub)
         run(**options, private=True, license="mit")
@@ -385,18 +304,11 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     }
     assert_equal_weights(repository, options["output_dir"])
     card = (repository / "README.md").read_text()
-    assert 'from_pretrained("org/trained")' in card
     assert ModelCard(card).data.license == "mit"
     assert json.loads((repository.parent / "settings.json").read_text())["visibility"] == "private"
     assert re.search(r"validation \| 1 images, centre crops: psnr@0.25 \d+\.\d+", card)
-    assert "started from | `model`" in card
-    assert not {"base_model", "datasets"} & ModelCard(card).data.to_dict().keys()
     for folder in (tmp_path, inputs):
         assert_no_private_path(folder, repository)
-    uploaded = yaml.safe_load((repository / "train_config.yaml").read_text())
-    assert uploaded["data_files"] == ["set.parquet"]
-    assert uploaded["validation_data_dir"] == "held_out"
-    assert uploaded["resolution"] == 32
 
 
 @pytest.mark.parametrize(
@@ -419,24 +331,13 @@ def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
     assert not list(Path(options["output_dir"]).glob("checkpoint-*"))
 
 
-def test_card_names_what_is_on_the_hub(options, inputs):
-    options |= {"model_config_name_or_path": None, "train_data_dir": None}
-    with cpu():
-        run = Run(TrainOptions(**options, pretrained_model_name_or_path="org/model", dataset_name="org/photos"))
-    run.repo_id = "org/trained"
-    data = ModelCard(train.make_card(run, make_tiny(), [], {})).data
-    assert (data.base_model, data.datasets) == ("org/model", ["org/photos"])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"crop_sizes": [24]}, "`--crop_sizes` must divide `--resolution` = 256, but are [24]"),
         ({"resume_from_checkpoint": "nowhere"}, "or 'latest', but is 'nowhere'"),
         ({"train_data_dir": "/nowhere"}, "no file or folder matches `/nowhere`"),
         ({"validation_data_dir": "copies"}, "`--validation_data_dir` must hold images that are not trained on, but"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has base_chanels"),
-        ({"model_config_name_or_path": "runs/nowhere.json"}, "but there is no 'runs/nowhere.json'"),
         ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),
     ],
 )
