@@ -22,6 +22,7 @@ import numpy as np
 import tifffile
 import torch
 from conftest import ROOT, make_tiny
+from context_models import make_context_model
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
@@ -117,7 +118,9 @@ def make_small_default(folder: Path) -> None:
     """Replaces the bundled model by a narrow one."""
     config = json.loads(Path(svqvae_hf.DEFAULT_MODEL, "config.json").read_text())
     narrow = config | {"base_channels": 4, "encoder_ch_mult": (1, 1, 1, 1), "decoder_ch_mult": (1, 1, 1, 1)}
-    svqvae_hf.SVQVAE.from_config(narrow).save_pretrained(folder)
+    vqvae = svqvae_hf.SVQVAE.from_config(narrow)
+    vqvae.save_pretrained(folder)
+    make_context_model(vqvae.codebook_fingerprint(), vqvae.config["codebook_size"]).save_pretrained(folder)
     svqvae_hf.DEFAULT_MODEL = str(folder)
 
 

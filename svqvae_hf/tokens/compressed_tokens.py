@@ -23,7 +23,7 @@ from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import grid_shape
 from svqvae_hf.tokens.context_model import ContextModel
 
-SUFFIX, MAGIC, VERSION = ".svqz", b"SVQZ", 1
+MAGIC, VERSION = b"SVQZ", 1
 HEADER = struct.Struct("<4s4B4I8s")
 SCALE = struct.Struct("<dI")
 CRC = struct.Struct("<I")
