@@ -251,7 +251,7 @@ def _write_blocks(folder: Path, source: str) -> None:
     if "text_encoder" in components:
         blocks = "LlamaGenTextBlocks"
     modular: dict[str, Any] = {"_blocks_class_name": blocks, "_class_name": "ModularPipeline"}
-    modular |= {name: index[name] for name in ("class_names", "schedule") if name in index}
+    modular |= {name: index[name] or [] for name in ("class_names", "schedule") if name in index}
     for name, (library, cls) in components.items():
         is_ours = library == PACKAGE
         if is_ours:

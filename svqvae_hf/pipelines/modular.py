@@ -60,7 +60,7 @@ class ClassStep(Step):
 
     description = "Converts classes, given by number or name, to one label per image."
     expected_components = [TRANSFORMER]
-    expected_configs = [Config("class_names", None)]
+    expected_configs = [Config("class_names", [])]
     inputs = [
         Input("class_labels", description="Number or name of each image's class; no class by default."),
         Input.template("num_images_per_prompt"),
