@@ -69,6 +69,7 @@ def run_page(page: Path) -> str:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", module="__main__|svqvae_hf")
                 warnings.filterwarnings("error", category=FutureWarning, module="diffusers|transformers")
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # peft still reads it
                 exec(compile("\n" * lines + code, str(page), "exec"), names)
         except Exception:
             return traceback.format_exc()
