@@ -295,8 +295,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             full resolution first.
         num_res_blocks (`int`, defaults to 2): Residual blocks per encoder level; a decoder level has one more.
         norm_num_groups (`int`, defaults to 32): Groups of each normalisation.
-        z_channels (`int`, defaults to 256): Channels between the networks and the 1 x 1 convolutions around the
-            quantizer.
+        z_channels (`int`, defaults to 256): Channels between each network and its 1 x 1 convolution.
         dropout_p (`float`, defaults to 0.0): Dropout probability in residual blocks.
         codebook_size (`int`, defaults to 16384): Number of codes.
         codebook_embed_dim (`int`, defaults to 8): Dimension of a code.
