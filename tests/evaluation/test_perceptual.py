@@ -137,6 +137,7 @@ def inception(tmp_path_factory):
     return network, path
 
 
+@pytest.mark.slow
 def test_inception_has_the_weights_of_the_file(inception):
     network, path = inception
     loaded = load_inception(path)

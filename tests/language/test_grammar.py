@@ -104,6 +104,7 @@ def test_generate_makes_images_only(options):
         assert [getattr(part, "size", part) for part in parts][1] == (12, 8)
 
 
+@pytest.mark.slow
 def test_the_grammar_compiles():
     model, processor = load_extended()
     grammar = ImageGrammar(model.config)

@@ -95,6 +95,7 @@ def test_a_changed_or_missing_file_at_a_url_is_refused(memory):
         tokenize(f"{memory}/photos", f"{memory}/tars")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_an_s3_server_with_faults_gets_the_same_set(local, tmp_path, monkeypatch):
     with s3_server() as (address, faults):

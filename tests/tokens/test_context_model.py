@@ -79,6 +79,7 @@ def test_bytes_depend_neither_on_the_library_nor_on_threads_nor_on_batches(monke
     assert content.hex()[: len(KNOWN)] == KNOWN
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
     code = "import numpy as np, test_context_model as t; print(t.coded().hex()); "
     code += "np.matmul = t.torch_matmul; print(t.coded().hex())"

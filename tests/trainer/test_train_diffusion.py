@@ -151,6 +151,7 @@ def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(cl
 # The Hub
 
 
+@pytest.mark.slow
 def test_pushed_pipelines_load_as_documented_and_have_cards(options, class_options, parts, tmp_path, monkeypatch):
     runs = {"out": options, "out-dit": class_options}
     with serve_hub(tmp_path) as hub:

@@ -156,6 +156,7 @@ def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
                 assert torch.equal(made[1], answer)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(train):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
     whole = train("whole", **options)
@@ -164,6 +165,7 @@ def test_a_resumed_run_equals_an_unbroken_one(train):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_trains_new_rows_and_leaves_the_model(train, family, tmp_path):
