@@ -38,7 +38,7 @@ def read_any_checkpoint(content: bytes, folder: Path) -> None:
     path.write_bytes(pack(content) if kind == b"p" else with_data(content) if kind == b"h" else content)
     checkpoint = result_or_none(lambda: read_checkpoint(path, SVQVAE), path)
     if checkpoint is not None:
-        weights = checkpoint.model().state_dict()
+        weights = checkpoint.model(SVQVAE).state_dict()
         assert all(weight.isfinite().all() for weight in weights.values())
         assert SVQVAE(**checkpoint.config).state_dict().keys() == weights.keys()
 
