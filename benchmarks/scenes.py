@@ -117,10 +117,11 @@ def edit(
     for start in range(0, len(scenes), BATCH):
         masks = []
         for scene in scenes[start : start + BATCH]:
-            (slot, old), (other_slot, other) = random.sample(scene.objects, 2)
-            new = random.choice([name for name in OBJECTS if name not in (old, other)])
-            asked.append(Scene(scene.ground, tuple(sorted([(slot, new), (other_slot, other)]))))
-            x, y, side = SLOTS[slot]
+            replaced, _ = random.choice(scene.objects)
+            new = random.choice([name for name in OBJECTS if name not in dict(scene.objects).values()])
+            objects = ((slot, new if slot == replaced else name) for slot, name in scene.objects)
+            asked.append(Scene(scene.ground, tuple(objects)))
+            x, y, _ = SLOTS[replaced]
             masks.append(Image.new("L", (SIDE, SIDE)))
             masks[-1].paste(255, (x - 24, y - 24, x + 24, y + 24))
         captions = [scene.captions()[0] for scene in asked[start:]]

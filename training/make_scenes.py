@@ -56,10 +56,10 @@ SLOTS = {  # centre, and longer side of the object, in pixels
     "top left": (24, 24, 40),
     "top right": (72, 24, 40),
 }
-ONE, TWO, THREE = ("small", "medium", "large"), ("left", "right"), ("bottom", "top left", "top right")
+ONE, TWO, THREE = ("small", "medium", "large"), ("left", "right"), ("top left", "top right", "bottom")
 RELATIONS = {  # wordings of "first relation second", then of "second relation first"
     ("left", "right"): (("left of", "to the left of"), ("right of", "to the right of")),
-    ("bottom", "top"): (("below", "under"), ("above", "over")),
+    ("top", "bottom"): (("above", "over"), ("below", "under")),
 }
 SHIFTS = (-4, 0, 4)  # pixels
 PAIRS = [frozenset(pair) for pair in itertools.combinations(OBJECTS, 2)]
@@ -68,7 +68,7 @@ HELD_OUT_PAIRS = frozenset(Random(0).sample(PAIRS, len(PAIRS) // 10))
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: its ground, and (slot, object) pairs in alphabetical order."""
+    """What a picture shows: its ground, and (slot, object) pairs in reading order."""
 
     ground: str
     objects: tuple[tuple[str, str], ...]
@@ -182,7 +182,9 @@ def make_rows(seed: int, count: int, held_out: bool, objects: Mapping[str, Image
     for number in range(count):
         random = Random(f"{seed} {number}")
         scene = Scene.draw(random, held_out)
-        yield {"image": scene.render(objects, random), "caption": scene.captions()}
+        wordings = scene.captions()
+        shortest = [wordings[0]] * len(wordings)  # half of the captions, from which the others are learned more easily
+        yield {"image": scene.render(objects, random), "caption": shortest + wordings}
 
 
 def main() -> None:
