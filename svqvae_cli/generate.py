@@ -44,16 +44,9 @@ def add_to(commands: Commands) -> None:
         "Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png\n"
         f"with a row per class: at most {SHEET_SIDE} rows and columns. The same command resumes\n"
         "an interrupted run.",
-        '--prompt "a whale above a guitar on pink" --output out',
+        "org/dreams --class 3 7 --num-images 4 --output out",
     )
-    option(
-        parser,
-        "model",
-        path_or_name,
-        "MODEL",
-        "folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)",
-        nargs="?",
-    )
+    option(parser, "model", path_or_name, "MODEL", "folder or Hub id of the generator")
     add_output(parser, "folder to write to")
     flag(parser, "--overwrite", "generate images that exist again (default: keep them)")
     option(parser, "--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from svqvae_cli.errors import prefix_errors, require_extra
 from svqvae_cli.files import check_source
-from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_processing_svqvae import load_image
@@ -85,10 +85,9 @@ def hide_loading_bars() -> None:
 
 
 def load_generator(
-    source: str | None, device: str | None, dtype: str, adapter: str | None = None
+    source: str, device: str | None, dtype: str, adapter: str | None = None
 ) -> SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLanguageModel:
-    """Loads a generator of any kind, by default the bundled one, and merges a LoRA adapter into its language model."""
-    source = source or DEFAULT_GENERATOR
+    """Loads a generator of any kind, as [`load_model`] does, and merges a LoRA adapter into its language model."""
     pipeline = load_pretrained(_AnyGenerator, source, device, dtype)
     if adapter is None:
         return pipeline

@@ -13,6 +13,7 @@ import sys
 import tarfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -194,8 +195,8 @@ def gradients(sample):
     needed = {"output_dir": "out", "train_data_dir": "x", "model_config_name_or_path": "y"}
     options = TrainOptions(**needed, **(EVERYTHING | {"adversarial_start": 0}))
     vqvae = make_tiny(entropy_loss_ratio=1.0).train()
-    objective_module.load_lpips = lambda net, weights: LPIPS(net)
-    objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
+    with patch.object(objective_module, "load_lpips", lambda net, weights: LPIPS(net)):
+        objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
     discriminator = objective.discriminator
     model, discriminator_model = accelerator.prepare(vqvae, discriminator)
     sample = sample.tensor_split(accelerator.num_processes)[accelerator.process_index]
