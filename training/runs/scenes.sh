@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A tokenizer of scenes from the bundled one, and a language model that draws and describes them.
+# A tokenizer of scenes from the bundled one, and a language model that is to draw and describe them.
 #   training/runs/scenes.sh WORK OUT
 # WORK: folder for everything between. OUT: folder to write. Run it again to resume. FONT is where NotoColorEmoji.ttf lies.
+# training/README.md says which steps have run in this form.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$1 out=$2
