@@ -36,7 +36,9 @@ def port(tmp_path, monkeypatch):
     make_port.main(tmp_path)
     assert all("SVQVAE" in (tmp_path / path).read_text() for path in CHECKOUT)
     file = tmp_path / make_port.MODEL
-    checked = subprocess.run(["ruff", "check", "--no-cache", "--select=F", file], capture_output=True, check=False)
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--no-cache", "--select=F", file], capture_output=True, check=False
+    )
     assert not checked.returncode, checked.stdout
     return load(file, "diffusers.models.autoencoders.autoencoder_svqvae", monkeypatch).SVQVAE
 

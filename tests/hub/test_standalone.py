@@ -132,7 +132,9 @@ def test_files_are_short_and_clean(file):
     assert count_code(code(file)) <= 700
     options = ["--no-cache", "--line-length=119", "--stdin-filename", file]
     for command in (["check", "--ignore-noqa", "--select=F,W", *options], ["format", "--check", *options]):
-        checked = subprocess.run(["ruff", *command, "-"], input=code(file).encode(), capture_output=True, check=False)
+        checked = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "-"], input=code(file).encode(), capture_output=True, check=False
+        )
         assert not checked.returncode, checked.stdout
 
 
