@@ -9,8 +9,8 @@ which states its own errors. Then it grades one picture per caption:
 - held-out wordings: of held-out pairs
 - edited: one object of a held-out pair replaced by another one
 
-The second table has captions of real scenes, of which the meaning counts, and bits per id, also by a table of
-frequencies and by one of pairs of neighbours.
+The second table grades captions of real scenes by their meaning. It also has the bits per id of the model, of a table
+of frequencies, and of a table of pairs of neighbours.
 """
 
 import sys
@@ -63,7 +63,7 @@ class Grader:
         return Scene(ground, tuple((slot, found[slot][1]) for slot in slots))
 
     def find(self, pixels: np.ndarray, ground: str, slot: str) -> tuple[float, str]:
-        """The object in a slot, and its squared error minus that of the bare ground."""
+        """Squared error of the best object in a slot minus that of the bare ground, and the name of the object."""
         templates = self.templates[ground, SLOTS[slot][2]]
         windows = np.stack([window(pixels, slot, dx, dy) for dx in SHIFTS for dy in SHIFTS], axis=1)
         errors = np.square(templates).sum(1) - 2 * (templates @ windows).max(1)

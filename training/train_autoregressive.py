@@ -137,8 +137,7 @@ def train(run: Run[AutoregressiveOptions]) -> None:
         sequences = batch.sequences.to(accelerator.device)  # all of one length, so there is no padding
         features = {}
         if batch.captions is not None:
-            drawn = [0 if generator is None else draw(len(each), generator) for each in batch.captions]
-            features = encode(pipeline, [each[number] for each, number in zip(batch.captions, drawn, strict=True)])
+            features = encode(pipeline, batch.draw_captions(generator))
         logits = model(input_ids=sequences[:, :-1], use_cache=False, **features).logits
         return next_code_loss(logits, sequences[:, 1:], layout.codebook_size)
 
@@ -301,11 +300,6 @@ def encode(pipeline: SVQVAEAutoregressivePipeline, captions: list[str]) -> dict[
     length = pipeline.language_model.config.num_condition_tokens
     features, mask = encode_captions(pipeline.text_encoder, pipeline.tokenizer, captions, length, truncate=True)
     return {"prompt_embeds": features, "prompt_attention_mask": mask}
-
-
-def draw(count: int, generator: torch.Generator) -> int:
-    """Draws a number below `count`."""
-    return int(torch.randint(count, (), generator=generator))
 
 
 def next_code_loss(

@@ -200,7 +200,7 @@ def add_lora(model: PreTrainedModel, vocabulary: ImageVocabulary, rank: int) -> 
 
 
 def soap_arguments(arguments: TrainingArguments) -> dict[str, Any]:
-    """Arguments of SOAP, from those of Adam."""
+    """Converts the options of Adam to arguments of SOAP."""
     return {
         "lr": arguments.learning_rate,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),

@@ -48,9 +48,7 @@ class NextScaleOptions(TokenOptions):
     """Options of training a next-scale transformer."""
 
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
-    caption_column: str | None = option(
-        None, "Column of captions, a text or a list of texts per row, of which one is drawn."
-    )
+    caption_column: str | None = option(None, "Column of captions. Of a row with several, each batch draws one.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer of the captions: folder or Hub id.")
     max_text_length: int = option(32, "Largest number of tokens of a caption; shorter ones are padded.")
     schedule_share: float = option(0.05, "Share of batches with the pipeline's schedule; others are random.")
@@ -112,8 +110,7 @@ def train(run: Run[NextScaleOptions]) -> None:
         if tokenizer is None:
             labels = labels.masked_fill(dropped.to(labels.device), layout.num_classes)
         else:
-            captions = [draw_caption(each, generator) for each in batch.captions or []]
-            text = pad_captions(tokenizer, captions, options.max_text_length)
+            text = pad_captions(tokenizer, batch.draw_captions(generator), options.max_text_length)
             text[dropped] = tokenizer.pad_token_id
             text = text.to(labels.device)
         codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
@@ -169,11 +166,6 @@ def load_tokenizer(options: NextScaleOptions) -> PreTrainedTokenizerBase | None:
             "`--tokenizer_name_or_path` must have a token for padding, but has none. Set its `pad_token` and save it."
         )
     return tokenizer
-
-
-def draw_caption(captions: Sequence[str], generator: torch.Generator | None) -> str:
-    """One of the captions of a row, or the first without a generator."""
-    return captions[0 if generator is None else int(torch.randint(len(captions), (), generator=generator))]
 
 
 def make_transformer(

@@ -10,7 +10,7 @@
 A block is attention, then an MLP, both modulated by the class (adaLN). Queries and keys have length one; a learned
 factor per head scales the queries. Positions are a learned grid, averaged to the height and width of each scale, so
 scales of any size work. Only the positions tell the scales apart. If the model reads captions, one stands before the
-first scale: a fixed number of tokens, of which the last are padding.
+first scale. It is padded to a fixed number of tokens.
 
 The architecture and the names of the weights come from FlexVAR (arXiv 2502.20313), which follows VAR
 (arXiv 2404.02905).

@@ -27,7 +27,7 @@ def test_tasks_of_datatrove_make_the_files_of_the_command_by_default(tmp_path, m
 
 
 def test_the_slurm_block_of_the_page_runs(monkeypatch):
-    """What SLURM and datatrove make of it is theirs."""
+    """How SLURM and datatrove run the step is for their own tests."""
     executors = []
 
     class Executor:

@@ -28,6 +28,13 @@ class TokenBatch(NamedTuple):
     sequences: torch.Tensor
     captions: list[list[str]] | None
 
+    def draw_captions(self, generator: torch.Generator | None) -> list[str]:
+        """One caption of each row: a random one, or the first without a generator."""
+        rows = self.captions or []
+        if generator is None:
+            return [captions[0] for captions in rows]
+        return [captions[int(torch.randint(len(captions), (), generator=generator))] for captions in rows]
+
 
 class TokenSource:
     """A token set whose rows are of one size, as token sequences. `datasets` keeps a copy of it in its cache.
