@@ -67,12 +67,7 @@ def train(run: Run[TrainOptions]) -> None:
     models = [model]
     codes = Codes(run, vqvae, images, optimizer)
     ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
-    states: dict[str, Stateful] = {
-        "codebook_average": codes.average,
-        "dead_codes": codes.dead,
-        "uniformity": objective.uniformity,
-        "lecam": objective.lecam,
-    }
+    states: dict[str, Stateful] = {"codebook_average": codes.average, "dead_codes": codes.dead}
     if discriminator is not None:
         discriminator_steps = options.max_train_steps - options.adversarial_start
         discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
@@ -130,10 +125,7 @@ def train(run: Run[TrainOptions]) -> None:
                 statistics.add(scales, pairs, output.ids or [])
 
         if run.logs_after(step):
-            scale_numbers = statistics.summary(accelerator.reduce)
-            if options.spread_weight:
-                scale_numbers["mean_cosine"] = objective.uniformity.mean_cosine.item()
-            run.log_training(step, scale_numbers)
+            run.log_training(step, statistics.summary(accelerator.reduce))
         if run.validates_after(step):
             validate(run, model, objective, validation_batches, step + 1)
 

@@ -7,7 +7,7 @@ import any part from its file:
 - options, as dataclasses that are read from flags or YAML: `options`, `train_options`;
 - optimizer, schedule and one update of the weights: `optimization`;
 - the model: `model`, `linear_start`, and its codebook: `codebook`;
-- losses: `losses.objective`, or its parts `losses.adversarial` and `losses.uniformity`;
+- losses: `losses.objective`, or its part `losses.adversarial`;
 - data: `data.image_source` or the `data.crop_loader` under it, and `data.token_sequences`;
 - what the scripts of generators share: `pipeline_run`;
 - numbers and pictures for the log: `tracking`.

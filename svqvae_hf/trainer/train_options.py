@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from svqvae_hf.trainer.losses.adversarial import MIN_SIDE
 from svqvae_hf.trainer.options import ImageOptions, option
 
-LOSSES = ("lpips", "adversarial", "spread")  # that have a weight
-
 
 @dataclass
 class TrainOptions(ImageOptions):
@@ -44,8 +42,6 @@ class TrainOptions(ImageOptions):
     adversarial_weight: float = option(0.0, "Weight of the hinge loss against the discriminator.")
     adversarial_start: int = option(20_000, "First step of this loss and of the discriminator.")
     adversarial_adaptive: bool = option(False, "Multiply it by the ratio of gradients at the last layer (VQGAN).")
-    lecam_weight: float = option(0.0, "Weight of LeCAM regularisation of the discriminator.")
-    spread_weight: float = option(0.0, "Weight of the loss that spreads latents over the sphere.")
 
     # Codebook
     kmeans_steps: list[int] = option(
@@ -65,8 +61,8 @@ class TrainOptions(ImageOptions):
         super().__post_init__()
         self.check_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
         self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
-        self.check_not_negative("lecam_weight", "dead_code_reset_steps", "full_crops_from", "adversarial_start")
-        self.check_not_negative(*(f"{name}_weight" for name in LOSSES))
+        self.check_not_negative("dead_code_reset_steps", "full_crops_from", "adversarial_start")
+        self.check_not_negative("lpips_weight", "adversarial_weight")
         self.check_fractions("synthetic_fraction", "codebook_decay")
         self._check_crops()
         self._check_scales()
@@ -124,9 +120,9 @@ class TrainOptions(ImageOptions):
                 f"The first of `--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, "
                 f"but is {first}."
             )
-        for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "spread_weight"):
+        for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps"):
             if self.train == "decoder" and getattr(self, name):
-                raise ValueError(f"`--train decoder` keeps codes and latents, but `--{name}` moves them.")
+                raise ValueError(f"`--train decoder` keeps the codes, but `--{name}` moves them.")
         for name in ("pretrained_model_name_or_path", "validation_data_dir"):
             if self.train == "decoder" and getattr(self, name) is None:
                 raise ValueError(f"`--train decoder` keeps a model's ids and compares them, so it needs `--{name}`.")

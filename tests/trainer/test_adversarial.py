@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf.trainer.losses.adversarial import (
-    LeCAM,
     PatchDiscriminator,
     adaptive_weight,
     hinge_discriminator_loss,
@@ -54,24 +53,6 @@ def test_hinge_is_zero_beyond_its_margins_and_pushes_within():
     torch.testing.assert_close(fake.grad, torch.tensor([0.0, 0, 1, 1, 1]) / 10)
     assert hinge_discriminator_loss(real[3:], fake[:2]) == 0
     assert hinge_generator_loss(fake) == -fake.mean()
-
-
-# LeCAM
-
-
-def test_lecam_pulls_real_logits_to_past_fake_ones_and_the_reverse():
-    torch.manual_seed(0)
-    lecam = LeCAM()
-    for real_mean, fake_mean in ((1.0, -2.0), (3.0, -1.0)):
-        lecam.update(torch.tensor(real_mean), torch.tensor(fake_mean))
-    past_real, past_fake = (0.999 * 1 + 3) / 1.999, (0.999 * -2 - 1) / 1.999
-    real, fake = (torch.randn(2, 1, 3, 3) * 3).requires_grad_(), (torch.randn(2, 1, 4, 4) * 3).requires_grad_()
-    loss = lecam.loss(real, fake)
-    loss.backward()
-    expected = (real - past_fake).clamp(min=0).square().mean() + (past_real - fake).clamp(min=0).square().mean()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(real.grad.sign(), (real > past_fake).float())
-    torch.testing.assert_close(fake.grad.sign(), -(fake < past_real).float())
 
 
 # Adaptive weight

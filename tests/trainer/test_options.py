@@ -77,7 +77,7 @@ def test_flags_override_a_file_with_nothing(tmp_path):
         ),
         ({"data_files": ["x"]}, "`--data_files` belongs to `--dataset_name`. Leave it"),
         ({"scales": [1.0], "token_budget": 2.0}, "and not be used with `--scales`"),
-        ({"spread_weight": 1.0, "train": "decoder"}, "keeps codes and latents, but `--spread_weight` moves them"),
+        ({"codebook_decay": 0.9, "train": "decoder"}, "keeps the codes, but `--codebook_decay` moves them"),
         ({"token_budget": 0.5}, "`--token_budget` must be at least 1, the full scale"),
         (
             {"kmeans_steps": [100_001, 100_000]},

@@ -1,4 +1,4 @@
-"""Adversarial loss: discriminator, hinge losses, LeCAM regularisation and the adaptive weight."""
+"""Adversarial loss: discriminator, hinge losses and the adaptive weight."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svqvae_hf.trainer.losses.uniformity import MovingAverage
-
 MIN_SIDE = 24  # pixels: the last layer turns them into one logit
 NUM_GROUPS = 32
 INIT_STD = 0.02
-LECAM_DECAY = 0.999
 MAX_ADAPTIVE_WEIGHT = 1e4
 GRADIENT_NORM_EPS = 1e-4  # as in taming-transformers; the paper has 1e-6
 GRADIENT_SCALE = 2.0**10  # without it, gradients of means over pixels underflow in float16
@@ -70,44 +67,6 @@ def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tenso
 def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
     """Hinge loss of the model: minus the mean logit of its reconstructions, a scalar in float32."""
     return -fake_logits.float().mean()
-
-
-class LeCAM(nn.Module):
-    """Pulls the logits of real images to past logits of fake ones, and the reverse.
-
-    It regularises the discriminator where data are few. The loss is a mean over logits, so the mean of its gradients
-    over processes is the gradient of their joined batch.
-
-    Source: arXiv 2104.03310, section 3.2, with the hinges of the authors' code (`lecam_reg`).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.means = MovingAverage((2,), LECAM_DECAY)  # of real logits, of fake logits
-
-    def update(self, real_mean: torch.Tensor, fake_mean: torch.Tensor) -> None:
-        """Adds a step's mean logits, before its `loss`. If one is not finite, both are left out.
-
-        Args:
-            real_mean (`torch.Tensor`): Mean logit of real images over all processes, a scalar.
-            fake_mean (`torch.Tensor`): Mean logit of reconstructions over all processes, a scalar.
-        """
-        self.means.update(torch.stack([real_mean, fake_mean]))
-
-    def loss(self, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        """Mean squares of real logits above the past fake mean, and of fake logits below the past real mean.
-
-        Args:
-            real_logits (`torch.Tensor`): Logits of real images, of any shape.
-            fake_logits (`torch.Tensor`): Logits of reconstructions, detached from the model.
-
-        Returns:
-            `torch.Tensor`: Scalar in float32.
-        """
-        real_mean, fake_mean = self.means.mean
-        real_excess = F.relu(real_logits.float() - fake_mean)
-        fake_excess = F.relu(real_mean - fake_logits.float())
-        return real_excess.square().mean() + fake_excess.square().mean()
 
 
 def adaptive_weight(

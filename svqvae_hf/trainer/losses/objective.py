@@ -1,4 +1,4 @@
-"""The objective: weighted losses of reconstructions at several scales, of the codebook and of the latents."""
+"""The objective: weighted losses of reconstructions at several scales and of the codebook."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -12,13 +12,11 @@ from svqvae_hf.models.image_processing_svqvae import resize_area
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEOutput
 from svqvae_hf.trainer.losses.adversarial import (
     MIN_SIDE,
-    LeCAM,
     PatchDiscriminator,
     adaptive_weight,
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
-from svqvae_hf.trainer.losses.uniformity import UniformityLoss
 from svqvae_hf.trainer.train_options import TrainOptions
 
 Term = tuple[float, torch.Tensor]  # weight and loss
@@ -98,8 +96,6 @@ class Objective:
             self.lpips = load_lpips(options.lpips_net, options.lpips_weights).to(vqvae.device)
         if options.adversarial_weight:
             self.discriminator = PatchDiscriminator()
-        self.uniformity = UniformityLoss(vqvae.config["codebook_embed_dim"]).to(vqvae.device)
-        self.lecam = LeCAM().to(vqvae.device)
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in a step."""
@@ -163,10 +159,6 @@ class Objective:
             "real_logits": _weighted_sum(weights, (logits.mean() for logits in real)) / sum(weights),
             "fake_logits": _weighted_sum(weights, (logits.mean() for logits in fake)) / sum(weights),
         }
-        if self.options.lecam_weight:
-            self.lecam.update(*(self.mean(numbers[name].detach()) for name in ("real_logits", "fake_logits")))
-            numbers["lecam"] = _weighted_sum(weights, map(self.lecam.loss, real, fake))
-            loss = loss + self.options.lecam_weight * numbers["lecam"]
         return loss, {name: value.detach() for name, value in numbers.items()}
 
     def _pixel_terms(self, pairs: Sequence[Pair]) -> dict[str, Term]:
@@ -180,17 +172,16 @@ class Objective:
         return terms
 
     def _codebook_terms(self, output: SVQVAEOutput) -> dict[str, Term]:
-        ids, losses, latents = (list(each or []) for each in (output.ids, output.losses, output.latents))
+        ids, losses = (list(each or []) for each in (output.ids, output.losses))
+        if not losses:
+            return {}
         num_tokens = sum(each.numel() for each in ids)
         fractions = [each.numel() / num_tokens for each in ids]
-        terms = {}
-        if losses:
-            terms["vq"] = (1.0, _weighted_sum(fractions, (each.vq for each in losses)))
-            terms["commitment"] = (1.0, _weighted_sum(fractions, (each.commit for each in losses)))
-            terms["entropy"] = (1.0, _weighted_sum(fractions, (each.entropy for each in losses)))
-        if self.options.spread_weight:
-            terms["spread"] = (self.options.spread_weight, self.uniformity(latents[-1], self.mean))
-        return terms
+        return {
+            "vq": (1.0, _weighted_sum(fractions, (each.vq for each in losses))),
+            "commitment": (1.0, _weighted_sum(fractions, (each.commit for each in losses))),
+            "entropy": (1.0, _weighted_sum(fractions, (each.entropy for each in losses))),
+        }
 
 
 def _weighted_total(terms: Mapping[str, Term]) -> torch.Tensor:
