@@ -1,6 +1,7 @@
-"""Grades a language model on scenes: `python benchmarks/scenes.py LM SCENES`.
+"""Grades a generator on scenes: `python benchmarks/scenes.py MODEL SCENES`.
 
-SCENES is the folder of `training/make_scenes.py`. The grader reads the ground from the edge of a picture, and then
+MODEL is a language model with image tokens, or a next-scale pipeline that reads captions. SCENES is the folder of
+`training/make_scenes.py`. The grader reads the ground from the edge of a picture, and then
 finds the slots, shifts and objects with the smallest squared error. First it reads real scenes after the tokenizer,
 which states its own errors. Then it grades one picture per caption:
 
@@ -9,8 +10,8 @@ which states its own errors. Then it grades one picture per caption:
 - held-out wordings: of held-out pairs
 - edited: one object of a held-out pair replaced by another one
 
-The second table grades captions of real scenes by their meaning. It also has the bits per id of the model, of a table
-of frequencies, and of a table of pairs of neighbours.
+For a language model, the second table grades captions of real scenes by their meaning. It also has the bits per id of
+the model, of a table of frequencies, and of a table of pairs of neighbours.
 """
 
 import sys
@@ -19,6 +20,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import datasets
 import numpy as np
@@ -27,11 +29,14 @@ from diffusers.utils import make_image_grid
 from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 
+from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
 from make_scenes import FONT, GROUNDS, OBJECTS, ONE, RELATIONS, SHIFTS, SIDE, SLOTS, THREE, Scene, load_objects
+
+Generator = ImageLanguageModel | SVQVAENextScalePipeline
 
 LAYOUTS = [*((slot,) for slot in ONE), *RELATIONS, THREE]
 BATCH = 32
@@ -94,25 +99,39 @@ def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: flo
     }
 
 
-def sampling(options: Namespace) -> dict[str, float | None]:
-    """Arguments of sampling."""
-    return {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k")}
+def load(source: str) -> Generator:
+    """Loads a generator of either kind."""
+    if ImageLanguageModel.is_at(source):
+        return ImageLanguageModel.from_pretrained(source)
+    pipeline = SVQVAENextScalePipeline.from_pretrained(source)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def draw(model: ImageLanguageModel, captions: Sequence[str], options: Namespace) -> tuple[list[Image.Image], float]:
+def draw_batch(model: Generator, captions: Sequence[str], options: Namespace, **arguments: Any) -> list[Image.Image]:
+    """One picture per caption."""
+    for name in ("guidance_scale", "temperature", "top_k"):
+        if getattr(options, name) is not None:
+            arguments[name] = getattr(options, name)
+    if isinstance(model, ImageLanguageModel):
+        return model.draw(captions, **arguments)
+    return model(prompt=captions, **arguments).images
+
+
+def draw(model: Generator, captions: Sequence[str], options: Namespace) -> tuple[list[Image.Image], float]:
     """One picture per caption, and the seconds that all took."""
     pictures, start = [], time.perf_counter()
     for index in range(0, len(captions), BATCH):
         batch = captions[index : index + BATCH]
         generators = [torch.Generator().manual_seed(options.seed + index + number) for number in range(len(batch))]
-        pictures += model.draw(batch, generator=generators, **sampling(options))
+        pictures += draw_batch(model, batch, options, generator=generators)
     return pictures, time.perf_counter() - start
 
 
 def edit(
-    model: ImageLanguageModel, pictures: Sequence[Image.Image], scenes: Sequence[Scene], options: Namespace
-) -> tuple:
-    """Replaces one object of each pair by another one: what was asked for, and the pictures."""
+    model: Generator, pictures: Sequence[Image.Image], scenes: Sequence[Scene], options: Namespace
+) -> tuple[list[Image.Image], list[Scene]]:
+    """Replaces one object of each pair by another one: the pictures, and what was asked for."""
     random, results, asked = Random(options.seed), [], []
     for start in range(0, len(scenes), BATCH):
         masks = []
@@ -125,8 +144,17 @@ def edit(
             masks.append(Image.new("L", (SIDE, SIDE)))
             masks[-1].paste(255, (x - 24, y - 24, x + 24, y + 24))
         captions = [scene.captions()[0] for scene in asked[start:]]
-        results += model.draw(captions, image=pictures[start : start + BATCH], mask_image=masks, **sampling(options))
+        originals = pictures[start : start + BATCH]
+        results += draw_batch(model, captions, options, image=originals, mask_image=masks)
     return results, asked
+
+
+@torch.inference_mode()
+def encode(model: Generator, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Ids `(pictures, h, w)`."""
+    batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+    samples = [model.image_processor(batch)["pixel_values"] for batch in batches]
+    return torch.cat([model.vqvae.encode_tokens(sample) for sample in samples])
 
 
 def describes(model: ImageLanguageModel, picture: Image.Image, scene: Scene) -> bool:
@@ -163,7 +191,7 @@ def table_bits(train: torch.Tensor, test: torch.Tensor, codes: int) -> tuple[flo
 def main() -> None:
     """Prints one table."""
     parser = make_parser(__doc__, rounds=1)
-    parser.add_argument("model", help="folder of the language model")
+    parser.add_argument("model", help="folder or Hub id of the generator")
     parser.add_argument("scenes", help="folder of make_scenes.py")
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf")
     parser.add_argument("--count", type=int, default=256, help="captions of each kind")
@@ -173,12 +201,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 pictures of held-out pairs")
     options = parser.parse_args()
-    machine, random, grader = (
-        describe_machine("cpu", options.threads),
-        Random(options.seed),
-        Grader(load_objects(options.font)),
-    )
-    model = ImageLanguageModel.from_pretrained(options.model)
+    machine, random = describe_machine("cpu", options.threads), Random(options.seed)
+    grader, model = Grader(load_objects(options.font)), load(options.model)
     sets = datasets.load_dataset(options.scenes)
     chosen = {name: sets[name].select(random.sample(range(1000), options.count)) for name in ("validation", "test")}
     scenes = {name: [Scene.parse(captions[0]) for captions in rows["caption"]] for name, rows in chosen.items()}
@@ -187,34 +211,37 @@ def main() -> None:
         "held-out pairs": [scene.captions()[0] for scene in scenes["test"]],
         "held-out wordings": [random.choice(scene.captions(held_out=True)) for scene in scenes["test"]],
     }
-    grids = {name: torch.stack(model.processor.encode_images(rows["image"])) for name, rows in chosen.items()}
-    again = model.processor.decode_images(grids["test"])
+    grids = {name: encode(model, rows["image"]) for name, rows in chosen.items()}
+    with torch.inference_mode():
+        again = model.image_processor.postprocess(model.vqvae.decode_tokens(grids["test"]))
     grades = [grade("real, after the tokenizer", [*map(grader, again)], scenes["test"])]
     for name, texts in captions.items():
         pictures, seconds = draw(model, texts, options)
         asked = scenes["validation" if name == "seen" else "test"]
         grades.append(grade(name, [*map(grader, pictures)], asked, seconds))
         if options.sheet and name == "held-out pairs":
-            shown = pictures[: len(pictures) // 16 * 16][:64]
-            make_image_grid(shown, rows=len(shown) // 16, cols=16).save(options.sheet)
+            make_image_grid(pictures[:64], rows=4, cols=16).save(options.sheet)
     pictures, asked = edit(model, chosen["test"]["image"][:64], scenes["test"][:64], options)
     grades.append(grade("edited", [*map(grader, pictures)], asked))
+    tables = {"Pictures of captions": grades}
 
-    shown = model.processor.encode_images(sets["train"].select(range(TABLE_SCENES))["image"])
-    texts = []
-    for name, split in (("seen", "validation"), ("held-out pairs", "test")):
-        right = [describes(model, *pair) for pair in zip(chosen[split]["image"], scenes[split], strict=True)]
-        single, pairs = table_bits(torch.stack(shown), grids[split], model.processor.vocabulary.codebook_size)
-        texts.append(
-            {
-                "scenes": name,
-                "captions right, %": f"{100 * np.mean(right):.1f}",
-                "bits per id": f"{bits_per_id(model, captions[name], grids[split]):.2f}",
-                "by frequencies": f"{single:.2f}",
-                "by pairs": f"{pairs:.2f}",
-            }
-        )
-    report(options, machine, {"Pictures of captions": grades, "Captions of pictures": texts})
+    if isinstance(model, ImageLanguageModel):
+        shown = encode(model, sets["train"].select(range(TABLE_SCENES))["image"])
+        rows = []
+        for name, split in (("seen", "validation"), ("held-out pairs", "test")):
+            right = [describes(model, *pair) for pair in zip(chosen[split]["image"], scenes[split], strict=True)]
+            single, pairs = table_bits(shown, grids[split], model.processor.vocabulary.codebook_size)
+            rows.append(
+                {
+                    "scenes": name,
+                    "captions right, %": f"{100 * np.mean(right):.1f}",
+                    "bits per id": f"{bits_per_id(model, captions[name], grids[split]):.2f}",
+                    "by frequencies": f"{single:.2f}",
+                    "by pairs": f"{pairs:.2f}",
+                }
+            )
+        tables["Captions of pictures"] = rows
+    report(options, machine, tables)
 
 
 if __name__ == "__main__":

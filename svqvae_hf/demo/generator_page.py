@@ -7,7 +7,7 @@ import base64
 import dataclasses
 import html
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +70,9 @@ class GeneratorPage:
         self.unit = "step" if self.next_scale else "row"
         self.num_classes = 0
         self.reads_prompts = self.describes
+        self.guidance = 3.0
         if self.describes:
+            self.guidance = pipeline.language_model.generation_config.guidance_scale or self.guidance
             self.grids = [self.pipeline.processor.vocabulary.grids[0]]
         elif self.next_scale:
             self.grids = self.pipeline.trained_schedule
@@ -88,7 +90,9 @@ class GeneratorPage:
     @property
     def classes(self) -> list[tuple[str, int]]:
         """Names and numbers of the classes, and of no class."""
-        names = self.pipeline.config["class_names"] or map(str, range(self.num_classes))
+        names: Iterable[str] = map(str, range(self.num_classes))
+        if self.num_classes:
+            names = self.pipeline.config["class_names"] or names
         return [*((name, number) for number, name in enumerate(names)), ("no class", NO_CLASS)]
 
     def generate(
@@ -269,7 +273,7 @@ def _sampling(page: GeneratorPage) -> tuple[gr.Component, ...]:
     guidance = gr.Slider(
         1,
         10,
-        value=3 if guided else 1,
+        value=page.guidance if guided else 1,
         step=0.5,
         label="Guidance",
         info="How closely the picture follows its class or prompt; 1 is off",

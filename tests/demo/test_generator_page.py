@@ -7,10 +7,12 @@ import torch
 from conftest import make_tiny
 from next_scale_golden import make_transformer
 from PIL import Image
+from tiny_language_models import load_extended
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-from svqvae_hf.demo.generator_page import EDITOR_PX, PAPER, GeneratorPage
+from svqvae_hf.demo.generator_page import EDITOR_PX, NO_CLASS, PAPER, GeneratorPage
+from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.sequences import SequenceLayout
 
 SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0, "top_p": 0.9, "steps": 4}
@@ -99,6 +101,22 @@ def test_painted_part_is_generated_anew(next_scale):
     (known,) = sample(next_scale, image=picture, mask_image=Image.new("L", (16, 16)))[1][-1]
     assert torch.equal(ids[-1][0, :, 2:], known[:, 2:])
     assert not torch.equal(ids[-1][0, :, :2], known[:, :2])
+
+
+def test_a_language_model_draws_edits_and_describes():
+    model = ImageLanguageModel(*load_extended())
+    page, settings = GeneratorPage(model), SETTINGS | {"prompt": "a cat"}
+    assert page.classes == [("no class", NO_CLASS)]
+    values = list(page.generate(**settings))
+    options = {"guidance_scale": 2.0, "top_p": 0.9}
+    (image,) = model.draw(["a cat"], generator=torch.Generator().manual_seed(7), **options)
+    np.testing.assert_array_equal(pictures(values)[-1], image)
+    edited = list(page.repaint(image, drawn((0, 0, EDITOR_PX, EDITOR_PX // 2)), *settings.values()))
+    lower = image.height // 2
+    np.testing.assert_array_equal(pictures(edited)[-1].shape, np.asarray(image).shape)
+    assert not np.array_equal(pictures(edited)[-1][:lower], np.asarray(image)[:lower])
+    assert [page.describe(image)] == model.caption([image])
+    assert page.describe(None) == ""
 
 
 def test_mistakes_are_shown_in_the_page(next_scale):
