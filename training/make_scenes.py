@@ -182,9 +182,7 @@ def make_rows(seed: int, count: int, held_out: bool, objects: Mapping[str, Image
     for number in range(count):
         random = Random(f"{seed} {number}")
         scene = Scene.draw(random, held_out)
-        wordings = scene.captions()
-        shortest = [wordings[0]] * len(wordings)  # half of the captions, from which the others are learned more easily
-        yield {"image": scene.render(objects, random), "caption": shortest + wordings}
+        yield {"image": scene.render(objects, random), "caption": scene.captions()}
 
 
 def main() -> None:

@@ -46,6 +46,10 @@ class ImageTextOptions:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id, as `svqvae extend-lm` wrote it."})
     token_set: str | None = field(default=None, metadata={"help": "Token set of `svqvae tokenize`: folder or Hub id."})
     caption_column: str = field(default="caption", metadata={"help": "Column of the captions: a text or a list."})
+    first_caption_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of pairs with the first caption of a list; the others have any of it."},
+    )
     caption_fraction: float = field(
         default=0.5, metadata={"help": "Fraction of pairs from image to text; the others go from text to image."}
     )
@@ -75,7 +79,7 @@ class ImageTextOptions:
 
     def __post_init__(self) -> None:
         """Checks the options, except against data and model."""
-        for name in ("caption_fraction", "condition_dropout", "text_fraction"):
+        for name in ("caption_fraction", "condition_dropout", "first_caption_fraction", "text_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
         needs = {"token_set": self.text_fraction < 1, "text_files": self.text_fraction > 0}
@@ -131,7 +135,9 @@ class ImageTextExamples(Dataset):
         """A conversation in which a caption or an image is asked for, and the other is learned."""
         image = self.processor.image_text(row_tokens(row, self.settings).ids[-1])
         captions = row[self.options.caption_column]
-        caption = captions if isinstance(captions, str) else captions[rng.integers(len(captions))]
+        captions = [captions] if isinstance(captions, str) else captions
+        is_first = rng.random() < self.options.first_caption_fraction
+        caption = captions[0 if is_first else rng.integers(len(captions))]
         draws = [image, caption]
         if rng.random() >= self.options.caption_fraction:
             draws = [caption if rng.random() >= self.options.condition_dropout else self.processor.no_condition, image]

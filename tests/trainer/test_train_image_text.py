@@ -91,6 +91,14 @@ def test_pairs_go_in_both_directions_in_the_stated_share(tokens):
     assert processor.no_condition not in "".join(sum(made, []))
 
 
+def test_first_captions_of_lists_have_the_stated_share(tokens):
+    made = examples(tokens, caption_fraction=0.0, first_caption_fraction=0.5)
+    row, rng = made.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
+    prompts = [learned(made.pair_example(row, rng))[0] for _ in range(200)]
+    assert sum("a pear" in prompt for prompt in prompts) == pytest.approx(150, abs=20)
+    assert all("a pear" in prompt or "a cat" in prompt for prompt in prompts)
+
+
 @pytest.mark.slow
 def test_texts_with_images_are_learned_whole(tokens, tmp_path):
     ids = [[1, 2], [3, 4]]
