@@ -157,6 +157,19 @@ def encode(model: Generator, pictures: Sequence[Image.Image]) -> torch.Tensor:
     return torch.cat([model.vqvae.encode_tokens(sample) for sample in samples])
 
 
+def nearest(pictures: Sequence[Image.Image], rows: datasets.Dataset) -> list[Image.Image]:
+    """Training scenes with the smallest squared errors."""
+    asked = np.stack([np.float32(picture).ravel() for picture in pictures]) / 255
+    best, found = np.full(len(pictures), np.inf), [0] * len(pictures)
+    for start in range(0, len(rows), TABLE_SCENES):
+        batch = rows[start : start + TABLE_SCENES]["image"]
+        shown = np.stack([np.float32(picture).ravel() for picture in batch]) / 255
+        errors = np.square(shown).sum(1) - 2 * asked @ shown.T
+        for index in np.flatnonzero(errors.min(1) < best):
+            best[index], found[index] = errors[index].min(), start + int(errors[index].argmin())
+    return [rows[index]["image"] for index in found]
+
+
 def describes(model: ImageLanguageModel, picture: Image.Image, scene: Scene) -> bool:
     """Whether the caption of a picture means the scene."""
     try:
@@ -200,6 +213,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, help="default: the model's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 pictures of held-out pairs")
+    parser.add_argument("--neighbours", type=Path, help="PNG of the first 16, each above the nearest training scene")
     options = parser.parse_args()
     machine, random = describe_machine("cpu", options.threads), Random(options.seed)
     grader, model = Grader(load_objects(options.font)), load(options.model)
@@ -221,6 +235,9 @@ def main() -> None:
         grades.append(grade(name, [*map(grader, pictures)], asked, seconds))
         if options.sheet and name == "held-out pairs":
             make_image_grid(pictures[:64], rows=4, cols=16).save(options.sheet)
+        if options.neighbours and name == "held-out pairs":
+            shown = pictures[:16] + nearest(pictures[:16], sets["train"])
+            make_image_grid(shown, rows=2, cols=16).save(options.neighbours)
     pictures, asked = edit(model, chosen["test"]["image"][:64], scenes["test"][:64], options)
     grades.append(grade("edited", [*map(grader, pictures)], asked))
     tables = {"Pictures of captions": grades}
