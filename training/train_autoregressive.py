@@ -64,7 +64,8 @@ with adapter.disable_adapter():
 
 | | |
 |---|---|
-{provenance}"""
+{provenance}
+"""
 
 
 @dataclass

@@ -2,103 +2,19 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from svqvae_hf.hub.standalone import VERSION, code_hash, pipeline_files
 
+TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
-
-TEMPLATE = """---
-{metadata}
----
-
-# {name}
-
-{summary}
-
-## Use
-
-{use}
-
-## Origin
-
-{provenance}
-## Licence
-
-{licence}
-"""
-
-SUMMARY = """SVQVAE is an image tokenizer. It encodes images of any size as ids of one codebook, at one or more scales,
-and decodes them to images.
-
-{table}"""
-
-USE = """With the package `svqvae-hf`:
-
-```python
-import torch
-
-from svqvae_hf import SVQVAE, SVQVAEImageProcessor
-
-vqvae = SVQVAE.from_pretrained({repo_id})
-processor = SVQVAEImageProcessor.from_pretrained({repo_id})
-
-batch = processor("photo.jpg")
-with torch.inference_mode():
-    ids = vqvae.encode_tokens(batch["pixel_values"])  # (1, h, w), one id per {f} x {f} pixels
-    decoded = vqvae.decode_tokens(ids)
-images = processor.postprocess(decoded, batch["image_sizes"])
-images[0].save("reconstruction.png")
-```"""
-
-USE_PIPELINE = """The pipeline needs the package `svqvae-hf`. diffusers loads a pipeline that holds an SVQVAE only
-after `import svqvae_hf`.
-
-```python
-import svqvae_hf
-from {module} import {pipeline}
-
-pipeline = {pipeline}.from_pretrained({repo_id})
-image = pipeline({call}).images[0]
-```"""
-
-STANDALONE = """
-
-Without that package:
-
-```python
-{example}
-```
-
-`trust_remote_code=True` runs the code in this repository on your machine. It was made from the source of svqvae-hf
-{version}. With that version installed, `python -m svqvae_hf.hub.standalone FILE | sha256sum` prints these hashes.
-Compare them with `sha256sum FILE` in this repository:
-
-| file | SHA-256 |
-|---|---|
-{hashes}"""
-
-STANDALONE_MODEL = """from diffusers import AutoModel
-from transformers import AutoImageProcessor
-
-vqvae = AutoModel.from_pretrained({repo_id}, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained({repo_id}, trust_remote_code=True)"""
-
-STANDALONE_PIPELINE = """from diffusers import ModularPipeline
-
-pipeline = ModularPipeline.from_pretrained({repo_id}, trust_remote_code=True)
-pipeline.load_components(trust_remote_code=True)
-print(pipeline.doc)  # its arguments"""
 
 MODEL_FILES = ("modeling_svqvae.py", "image_processing_svqvae.py")
 
 NO_LICENCE = "Not stated: ask the authors of the weights before you use or share them."
-
-HALF_PRECISION = """
-
-Half-precision weights: {calls}. The codebook stays in float32, so that ids keep their meaning."""
 
 
 def model_card(
@@ -142,18 +58,13 @@ def model_card(
         "pixel range of the training images": list(config["network_range"]),
         "encoder, decoder": f"{config['base_channels']} channels times {levels}",
     }
-    calls = " or ".join(
+    calls = (
         f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
         for variant, dtype in (variants or {}).items()
     )
-    return _card(
-        repo_id,
-        license,
-        provenance or {},
-        summary=SUMMARY.format(table=f"| | |\n|---|---|\n{table_rows(rows.items())}".rstrip()),
-        use=USE.format(repo_id=quoted, f=f)
-        + (HALF_PRECISION.format(calls=calls) if calls else "")
-        + (standalone_text(STANDALONE_MODEL.format(repo_id=quoted), *MODEL_FILES) if standalone else ""),
+    metadata = ModelCardData(
+        license=license or "unknown",
+        library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=TAGS,
         base_model=base_model,
@@ -161,6 +72,9 @@ def model_card(
         model_name=one_line(repo_id.rpartition("/")[2]) if eval_results else None,
         eval_results=list(eval_results) or None,
     )
+    files = MODEL_FILES if standalone else ()
+    texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}
+    return _card(metadata, repo_id, license, provenance or {}, files, **texts)
 
 
 def pipeline_card(
@@ -193,43 +107,39 @@ def pipeline_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    files = (*pipeline_files(pipeline.__name__), "modeling_svqvae.py", "component.py")
-    return _card(
-        repo_id,
-        license,
-        provenance,
-        summary=summary,
-        use=USE_PIPELINE.format(
-            repo_id=quote(repo_id),
-            module=pipeline.__module__.partition(".")[0],
-            pipeline=pipeline.__name__,
-            call=call,
-        )
-        + (standalone_text(STANDALONE_PIPELINE.format(repo_id=quote(repo_id)), *files) if standalone else ""),
+    metadata = ModelCardData(
+        license=license or "unknown",
+        library_name="diffusers",
         pipeline_tag=pipeline_tag,
         tags=list(tags),
         base_model=base_model,
     )
+    files = (*pipeline_files(pipeline.__name__), "modeling_svqvae.py", "component.py") if standalone else ()
+    texts = {"pipeline": pipeline.__name__, "module": pipeline.__module__.partition(".")[0]}
+    return _card(metadata, repo_id, license, provenance, files, summary=summary, call=call, **texts)
 
 
 def _card(
-    repo_id: str, license: str | None, provenance: Mapping[str, str], *, summary: str, use: str, **metadata: Any
+    metadata: ModelCardData,
+    repo_id: str,
+    license: str | None,
+    provenance: Mapping[str, str],
+    files: Sequence[str],
+    **texts: Any,
 ) -> str:
-    rows = f"| | |\n|---|---|\n{table_rows(provenance.items())}" if provenance else "Not stated.\n"
-    return TEMPLATE.format(
-        metadata=ModelCardData(license=license or "unknown", library_name="diffusers", **metadata).to_yaml(),
+    """Card from its template. `files` are the files of code in the repository."""
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
         name=one_line(repo_id.rpartition("/")[2]),
-        summary=summary,
-        use=use,
-        provenance=rows,
+        repo_id=quote(repo_id),
+        hashes=table_rows((f"`{file}`", f"`{code_hash(file)}`") for file in files),
+        version=VERSION,
+        provenance=table_rows(provenance.items()),
         licence=one_line(license or NO_LICENCE),
+        **texts,
     )
-
-
-def standalone_text(example: str, *files: str) -> str:
-    """Text about the code in a repository: how to load with it, and how to check it."""
-    hashes = table_rows((f"`{file}`", f"`{code_hash(file)}`") for file in files)
-    return STANDALONE.format(example=example, version=VERSION, hashes=hashes.rstrip())
+    return f"{card}\n"
 
 
 def one_line(text: object) -> str:
@@ -245,4 +155,4 @@ def quote(text: str) -> str:
 def table_rows(rows: Iterable[tuple[object, object]]) -> str:
     """Formats rows of a Markdown table with two columns."""
     lines = ((one_line(cell).replace("|", r"\|") for cell in row) for row in rows)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.inputs import DEFAULT_MODEL
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
 from svqvae_hf.token_sets.settings import TokenSettings
 
+TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["svqvae", "image-tokens"]
 BUNDLED_MODEL = "bundled with svqvae-hf"  # in settings, for the model that commands use by default
 COLUMNS = {
@@ -20,41 +21,6 @@ COLUMNS = {
     "key": "key of the image in its set: path of its file, or part and row",
     "crop": "name of the crop",
 }
-
-
-TEMPLATE = """---
-{metadata}
----
-
-# {name}
-
-Images as ids of the codebook of an SVQVAE, an image tokenizer. Made with `svqvae tokenize`.
-
-| | |
-|---|---|
-{facts}
-## Columns
-
-| column | content |
-|---|---|
-{columns}
-## Use
-
-```python
-import datasets
-from svqvae_hf.token_sets.settings import read_settings, row_tokens
-
-settings = read_settings({quoted})  # scales, codebook and more
-row = datasets.load_dataset({quoted}, split="train")[0]
-tokens = row_tokens(row, settings)  # ids as grids, for `svqvae_hf.tokens.image_tokens.decode_image`
-```
-
-`{command}` decodes the images.
-
-## Licence
-
-{licence}
-"""
 
 
 def public_names(data: Sequence[str], model: str) -> dict[str, Any]:
@@ -116,12 +82,14 @@ def token_set_card(
     model = [] if settings.model == BUNDLED_MODEL else ["--model", settings.model]
     sources = [source_set] if source_set else None
     command = shlex.join(["svqvae", "detokenize", repo_id, *model, "--output", "DIR"])
-    return TEMPLATE.format(
-        metadata=DatasetCardData(license=license or "unknown", tags=TAGS, source_datasets=sources).to_yaml(),
+    card = DatasetCard.from_template(
+        DatasetCardData(license=license or "unknown", tags=TAGS, source_datasets=sources),
+        template_path=str(TEMPLATE),
         name=one_line(repo_id.rpartition("/")[2]),
-        quoted=quote(repo_id),
+        repo_id=quote(repo_id),
         command=one_line(command),
         facts=table_rows(facts.items()),
         columns=table_rows((f"`{name}`", meanings.get(name, "as in the image set")) for name in columns),
         licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
     )
+    return f"{card}\n"
