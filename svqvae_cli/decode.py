@@ -42,20 +42,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
-    from svqvae_cli.loading import configure_decoding, load_context_model, load_model
+    from svqvae_cli.loading import configure_decoding, load_model, require_context_model
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
     from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_tokens
 
-    context_model = cache(partial(load_context_model, args.model))
+    load = cache(partial(load_model, args.model, args.device, args.dtype))
 
     def read(path: Path) -> ImageTokens:
-        return load_tokens(path, context_model() if is_compressed(path) else None, args.preview)
+        context_model = require_context_model(load(), args.model) if is_compressed(path) else None
+        return load_tokens(path, context_model, args.preview)
 
     with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
-        model = None
         for file, tokens in work.read(read):
-            model = model or load_model(args.model, args.device, args.dtype)
+            model = load()
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args, work.on_tile)

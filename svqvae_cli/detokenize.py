@@ -29,7 +29,7 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the images of a token set, with the tiles that they were encoded with."""
-    from svqvae_cli.loading import load_context_model, load_model
+    from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.token_sets.decoding import detokenize_set
     from svqvae_hf.token_sets.settings import read_settings
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         part=args.part,
         num_parts=args.num_parts,
         overwrite=args.overwrite,
-        context_model=None if settings.context_model is None else load_context_model(args.model),
+        context_model=None if settings.context_model is None else require_context_model(model, args.model),
     )
     if kept:
         print(f"resumed: {kept:,} of {written + kept:,} images were there")

@@ -58,13 +58,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_context_model, load_fitting_image, load_tiled_model
+    from svqvae_cli.loading import load_fitting_image, load_tiled_model, require_context_model
     from svqvae_hf.tokens.image_tokens import encode_image
     from svqvae_hf.tokens.scale_choice import encode_to_bits, encode_to_psnr
     from svqvae_hf.tokens.token_files import save_tokens
 
     model = load_tiled_model(args, work.on_tile)
-    context_model = load_context_model(args.model) if args.compress else None
+    context_model = require_context_model(model, args.model) if args.compress else None
     chosen: Counter[float] = Counter()
     missed = 0
     try:

@@ -149,13 +149,11 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     from svqvae_cli.loading import load_model
     from svqvae_hf.evaluation.evaluate import evaluate
     from svqvae_hf.evaluation.report import SUMMARY, results_table, write_report
-    from svqvae_hf.tokens.context_model import find_context_model
 
     names = ("scales", "scale_from", "tile_size", "overlap", "resolution")
     model = load_model(args.model, args.device, "float32")
-    context_model = find_context_model(args.model, model.codebook_fingerprint())
     options = {name: getattr(args, name) for name in names}
-    report = evaluate(model, images, **options, **networks, context_model=context_model)
+    report = evaluate(model, images, **options, **networks, context_model=model.context_model)
     report.settings["model"] = args.model
     return report, write_report, partial(results_table, keys=SUMMARY)
 

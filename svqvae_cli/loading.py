@@ -21,8 +21,8 @@ from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import check_memory
 from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -61,9 +61,14 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
     return model.to(found_device)
 
 
-def load_context_model(source: str | None) -> ContextModel:
-    """Loads the context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`."""
-    return ContextModel.from_pretrained(source or DEFAULT_MODEL)
+def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
+    """Context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`."""
+    if model.context_model is None:
+        raise ValueError(
+            "the model must have a context model for its codebook, `context_model.safetensors`, but "
+            f"`{source or DEFAULT_MODEL}` has none. Train one with training/train_context.py."
+        )
+    return model.context_model
 
 
 @contextmanager

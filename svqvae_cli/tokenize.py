@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     check_data(args.data)
     if os.path.isfile(args.out):
         check_new_folder(args.out)
-    from svqvae_cli.loading import find_device, load_context_model, load_model
+    from svqvae_cli.loading import find_device, load_model, require_context_model
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
             **public_names(args.data, args.model or DEFAULT_MODEL),
             scales=args.scales,
             scale_from=args.scale_from,
-            context_model=load_context_model(args.model) if args.compress else None,
+            context_model=require_context_model(model, args.model) if args.compress else None,
             crops=args.crops,
             resolution=args.resolution,
             min_side=args.min_side,

@@ -10,6 +10,7 @@ from svqvae_hf.files.inputs import DEFAULT_MODEL
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
@@ -17,7 +18,6 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAE
 from svqvae_hf.models.quantizer import VQLosses
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
-from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 

@@ -17,8 +17,7 @@ from datasets import load_dataset
 from torch import nn
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.tokens.context_model import (
+from svqvae_hf.models.context_model import (
     COARSE,
     LIMIT,
     LOGIT_SHIFT,
@@ -32,6 +31,7 @@ from svqvae_hf.tokens.context_model import (
     context,
     pad_ids,
 )
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.trainer.run import one_line_errors
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits

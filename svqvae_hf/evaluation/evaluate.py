@@ -33,9 +33,9 @@ from svqvae_hf.evaluation.measuring import (
 )
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.models.checks import check_scale_from
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import check_memory, image_tokens, resize_image
 from svqvae_hf.tokens.token_files import token_file_content
 

@@ -48,7 +48,7 @@ class CodeFile(NamedTuple):
 # Classes, functions and methods that a repository does not need. Statements that only call one are left out too.
 OF_LOADING = (
     *("CardMixin", "SVQVAELoadingMixin"),
-    *(f"StrictLoadingMixin.{name}" for name in ("from_pretrained", "from_config", "save_pretrained")),
+    *(f"StrictLoadingMixin.{name}" for name in ("from_pretrained", "_load", "from_config", "save_pretrained")),
     *("NextScaleTransformer.from_single_file",),
     *(f"LlamaGenForCausalLM.{name}" for name in ("from_single_file", "from_checkpoint", "save_pretrained")),
     *(f"SVQVAEImageProcessor.{name}" for name in ("from_pretrained", "from_model", "save_pretrained")),
@@ -291,6 +291,7 @@ def with_code(save_pretrained: Callable[..., None]) -> Callable[..., None]:
     def save(
         self: Any, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
     ) -> None:
+        vars(getattr(self, "config", self)).pop("auto_map", None)  # of a repository with code that it was loaded from
         save_pretrained(self, save_directory, *args, **kwargs)
         if standalone:
             write_code(Path(save_directory), os.fspath(save_directory))

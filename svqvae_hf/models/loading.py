@@ -2,7 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,10 @@ from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.hub.standalone import with_code
 from svqvae_hf.loaders.checkpoints import read_checkpoint
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+
+HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
 DERIVED_CONFIG = (
     *("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook"),
@@ -45,7 +49,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
         source = os.fspath(pretrained_model_name_or_path)
-        loaded = from_hub(super().from_pretrained, source, output_loading_info=True, **kwargs)
+        loaded = from_hub(cls._load, source, output_loading_info=True, **kwargs)
         faults = list_faults(loaded[1])
         if faults:
             raise ValueError(
@@ -53,6 +57,10 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
                 f"not: {faults}. Restore the files, or correct config.json."
             )
         return loaded if with_info else loaded[0]
+
+    @classmethod
+    def _load(cls, source: str, **kwargs: Any) -> Any:
+        return super().from_pretrained(source, **kwargs)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -90,8 +98,28 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
 class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):
     """Strict loading, `from_single_file` for original checkpoints, and what a model's repository holds beside it."""
 
+    codebook_fingerprint: Callable[[], str]
+    _context_model: ContextModel | None = None
+
+    @property
+    def context_model(self) -> ContextModel | None:
+        """Context model of the folder or repository that the model was loaded from, if it fits this codebook."""
+        found = self._context_model
+        return None if found is None or found.codebook_fingerprint != self.codebook_fingerprint() else found
+
+    @classmethod
+    def _load(cls, source: str, **kwargs: Any) -> Any:
+        model, info = super()._load(source, **kwargs)
+        model.find_context_model(source, **{name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name)})
+        return model, info
+
+    def find_context_model(self, source: str, **options: Any) -> None:
+        """Loads `context_model` if there is one; see [`ContextModel.from_pretrained`]."""
+        with suppress(FileNotFoundError):
+            self._context_model = ContextModel.from_pretrained(source, **options)
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves the config, and the pixel range in `preprocessor_config.json` for [`SVQVAEImageProcessor`].
+        """Saves the config, the config of the image processor, and the context model if it fits the codebook.
 
         diffusers' `save_pretrained` calls it before it writes the weights.
 
@@ -101,6 +129,8 @@ class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):
             **kwargs: Further arguments of [`~diffusers.ConfigMixin.save_config`].
         """
         SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
+        if self.context_model is not None:
+            self.context_model.save_pretrained(save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     @classmethod

@@ -92,6 +92,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         cls._check_weights(name, Path(folder), kwargs)
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=name)
+        pipeline.vqvae.find_context_model(name, subfolder="vqvae")  # diffusers downloads only files that it knows
         return pipeline
 
     @classmethod

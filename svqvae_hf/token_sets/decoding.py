@@ -12,10 +12,10 @@ from tqdm import tqdm
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import save_png, scale_endings
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.parts import MANIFEST_FILE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
 
 

@@ -21,10 +21,10 @@ from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.hub.repositories import hub_answers, hub_reason
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import grid_shape
 from svqvae_hf.token_sets.crops import CROPS, is_whole
 from svqvae_hf.tokens.compressed_tokens import read_compressed
-from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.token_files import (
     FINGERPRINT,
     INTEGER_LIMIT,

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from svqvae_hf.models.checks import check_scales
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import to_rgb
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, token_file_content
 

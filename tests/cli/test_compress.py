@@ -61,13 +61,15 @@ def test_other_context_models_are_refused(two_images, tmp_path, model, tokens, c
     assert "a.svqz` is not a token file that can be decoded: its context model must be" in error
     make_context_model("f" * 64).save_pretrained(model[1])
     argv = ["--output", tmp_path / "out", *model, "--compress"]
-    assert "the ids must be of the context model's codebook" in fails(capsys, "encode", two_images / "a.png", *argv)
+    assert "a context model for its codebook" in fails(capsys, "encode", two_images / "a.png", *argv)
     assert not (tmp_path / "out").exists() or visible(tmp_path / "out") == []
 
 
 def test_a_model_without_a_context_model(two_images, tmp_path, saved_model, capsys):
     argv = ["encode", two_images, "--output", tmp_path / "out", "--model", saved_model, "--compress"]
-    assert "the model must have a context model, `context_model.safetensors`, but" in fails(capsys, *argv)
+    assert f"a context model for its codebook, `context_model.safetensors`, but `{saved_model}`" in fails(
+        capsys, *argv
+    )
     assert "--large takes token files that are not compressed." in fails(capsys, *argv, "--large")
 
 

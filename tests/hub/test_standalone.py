@@ -183,7 +183,8 @@ def test_file_changes_with_the_source(tmp_path, monkeypatch):
 
 
 def test_code_is_written_only_if_asked_for(repositories, tmp_path):
-    for name, cls in {"tokenizer": SVQVAE, "next_scale": NextScaleTransformer}.items():
+    models = {"tokenizer": SVQVAE, "next_scale": NextScaleTransformer, "llamagen": LlamaGenForCausalLM}
+    for name, cls in models.items():
         cls.from_pretrained(repositories / name).save_pretrained(tmp_path / name)
         assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
         assert list((repositories / name).glob("*.py"))

@@ -14,7 +14,6 @@ from svqvae_hf.evaluation.tokenizers.diffusers_models import AutoencoderKLTokeni
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 from svqvae_hf.hub.repositories import REPO_ID, from_hub
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.context_model import find_context_model
 
 CLASSES: dict[str, Any] = {"SVQVAE": SVQVAE, "VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
@@ -53,10 +52,9 @@ def load_tokenizers(
         return [VQModelTokenizer(source, model)]
     if model_class is AutoencoderKL:
         return [AutoencoderKLTokenizer(source, model)]
-    context_model = find_context_model(folder, model.codebook_fingerprint(), options.get("subfolder", ""))
     titles = [source if scale == 1 else f"{source}, scale {scale:g}" for scale in scales]
     return [
-        SVQVAETokenizer(title, model, scale, scale_from, context_model)
+        SVQVAETokenizer(title, model, scale, scale_from, model.context_model)
         for title, scale in zip(titles, scales, strict=True)
     ]
 

@@ -3,9 +3,9 @@
 import torch
 from diffusers import AutoencoderKL, VQModel
 
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import image_tokens
 from svqvae_hf.tokens.token_files import token_file_content
 

@@ -83,12 +83,13 @@ class ContextModel:
         self.inputs = code_inputs(tensors["codes"])
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, subfolder: str = "") -> "ContextModel":
-        """Loads the context model of an [`SVQVAE`].
+    def from_pretrained(cls, source: str | os.PathLike, subfolder: str = "", **options: Any) -> "ContextModel":
+        """Loads the context model of an [`SVQVAE`], which has it as `context_model` as well.
 
         Args:
             source (`str` or `os.PathLike`): Folder of the model, or `org/name` on the Hub.
             subfolder (`str`, defaults to `""`): Subfolder of the model there.
+            **options: Further arguments of [`~huggingface_hub.hf_hub_download`], such as `revision`.
 
         Raises:
             OSError: The model has none.
@@ -98,7 +99,7 @@ class ContextModel:
             if Path(source).exists():
                 path = str(Path(source, subfolder, FILE))
             else:
-                path = from_hub(hf_hub_download, source, filename=FILE, subfolder=subfolder or None)
+                path = from_hub(hf_hub_download, source, filename=FILE, subfolder=subfolder or None, **options)
             with safe_open(path, framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 return cls(tensors, file.metadata()["codebook_fingerprint"])
@@ -168,15 +169,6 @@ class ContextModel:
         summed = np.matmul(hidden, self.weights["weight_member"]) + self.weights["bias_member"][group]
         logits = np.matmul(self.table[group], activate(summed, "member")[:, :, None])  # (ids, members, 1)
         return probabilities(logits[..., 0] + self.code_bias[group])
-
-
-def find_context_model(source: str, codebook_fingerprint: str, subfolder: str = "") -> ContextModel | None:
-    """Loads the context model of an [`SVQVAE`], see [`ContextModel.from_pretrained`], if it has one that fits it."""
-    try:
-        found = ContextModel.from_pretrained(source, subfolder)
-    except FileNotFoundError:
-        return None
-    return found if found.codebook_fingerprint == codebook_fingerprint else None
 
 
 def code_inputs(codes: np.ndarray) -> np.ndarray:

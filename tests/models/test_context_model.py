@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT
 from context_models import make_context_model, pattern
 
-from svqvae_hf.tokens import context_model
-from svqvae_hf.tokens.context_model import EXACT, FILE, ContextModel, diagonals, probabilities
+from svqvae_hf.models import context_model
+from svqvae_hf.models.context_model import EXACT, FILE, ContextModel, diagonals, probabilities
 
 SHAPE = 9, 13
 MATMUL = np.matmul
@@ -85,7 +85,7 @@ def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
     code += "np.matmul = t.torch_matmul; print(t.coded().hex())"
     plain = {"ATEN_CPU_CAPABILITY": "default", "OPENBLAS_CORETYPE": "Haswell"}  # no AVX-512 in torch and numpy
     threads = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "tokens")))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "models")))
     environment = os.environ | plain | threads | {"PYTHONPATH": path}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert found.stdout.decode().split() == [coded().hex()] * 2
