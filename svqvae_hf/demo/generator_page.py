@@ -72,7 +72,7 @@ class GeneratorPage:
         self.reads_prompts = self.describes
         self.guidance = 3.0
         if self.describes:
-            self.guidance = pipeline.language_model.generation_config.guidance_scale or self.guidance
+            self.guidance = pipeline.sampling["guidance_scale"]
             self.grids = [self.pipeline.processor.vocabulary.grids[0]]
         elif self.next_scale:
             self.grids = self.pipeline.trained_schedule

@@ -46,6 +46,15 @@ class ImageLanguageModel:
         return self.processor.vqvae
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """Guidance scale, temperature, top k and top p of images, by default 1, 1, 0 and 1.
+
+        `generation_kwargs` in `generation_config.json` may have others, as in Janus. They do not change texts.
+        """
+        own = getattr(self.language_model.generation_config, "generation_kwargs", {})
+        return {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | own
+
+    @property
     def image_processor(self) -> SVQVAEImageProcessor:
         """Its image processor."""
         return self.processor.image_processor
@@ -92,7 +101,7 @@ class ImageLanguageModel:
             prompts (`Sequence[str]`): Captions; None for an image without one.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
             guidance_scale (`float`, *optional*): Scale of classifier-free guidance. This and the next three are by
-                default what the generation config of the model says, and otherwise 1, 1, 0 and 1.
+                default those of `sampling`.
             temperature (`float`, *optional*): Sampling temperature; 0 takes the most likely codes.
             top_k (`int`, *optional*): Number of most likely codes to sample from; 0 means all.
             top_p (`float`, *optional*): Total probability of the most likely codes to sample from.
@@ -108,15 +117,14 @@ class ImageLanguageModel:
                 the tokenizer has no token for a word.
         """
         check_words(self.processor.tokenizer, [prompt for prompt in prompts if prompt is not None])
-        own = self.language_model.generation_config
-        guidance_scale = _first(guidance_scale, own.guidance_scale, 1.0)
-        temperature = _first(temperature, own.temperature, 1.0)
-        top_k, top_p = _first(top_k, own.top_k, 0), _first(top_p, own.top_p, 1.0)
+        asked = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = self.sampling | {name: value for name, value in asked.items() if value is not None}
         grid = grid or self.processor.vocabulary.grids[0]
         start = self.processor.begin_image(grid)
         no_condition = self.processor.no_condition
         inputs = self._ask([no_condition if prompt is None else prompt for prompt in prompts], start)
-        warpers = [] if temperature == 0 else [*make_warpers(temperature, top_k, top_p), _Draw(generator)]
+        guidance_scale = sampling.pop("guidance_scale")
+        warpers = [] if sampling["temperature"] == 0 else [*make_warpers(**sampling), _Draw(generator)]
         prompts_length = inputs["input_ids"].shape[1]
         others = [] if image is None else [_Keep(*self._known(image, mask_image or [], grid, inputs), prompts_length)]
         if callback_on_step_end is not None:
@@ -181,11 +189,6 @@ class ImageLanguageModel:
         inputs = self.processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
         names = ("input_ids", "attention_mask")
         return BatchFeature({name: inputs[name] for name in names}).to(self.language_model.device)
-
-
-def _first(*values: Any) -> Any:
-    """The first value that is given."""
-    return next(value for value in values if value is not None)
 
 
 class _Keep(LogitsProcessor):

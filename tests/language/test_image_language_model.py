@@ -62,10 +62,12 @@ def test_an_edit_keeps_all_codes_outside_the_mask():
         pipe.draw(["a red key"], image=[image], mask_image=[])
 
 
-def test_sampling_defaults_to_the_generation_config():
-    model, processor = load_extended("qwen")
-    pipe = ImageLanguageModel(model, processor)
+def test_sampling_of_images_defaults_to_the_generation_config():
+    pipe = ImageLanguageModel(*load_extended("qwen"))
     asked = pipe.draw(["a cat"], guidance_scale=3.0, top_k=5, generator=generators(1))
     assert pixels(asked) != pixels(pipe.draw(["a cat"], generator=generators(1)))
-    model.generation_config.guidance_scale, model.generation_config.top_k = 3.0, 5
+    captions = pipe.caption(asked)
+    pipe.language_model.generation_config.generation_kwargs = {"guidance_scale": 3.0, "top_k": 5}
     assert pixels(asked) == pixels(pipe.draw(["a cat"], generator=generators(1)))
+    assert pipe.caption(asked) == captions
+    del pipe.language_model.generation_config.generation_kwargs
