@@ -15,10 +15,9 @@ def add_to(commands: Commands) -> None:
         run,
         "serve a web page that encodes and decodes photographs",
         "Shows original and reconstruction under one slider and the ids as a picture.\n"
-        "Token files can be saved and opened. The page needs no network. With a --host\n"
-        "beyond this machine, visitors may choose public models on the Hub, but no\n"
-        "folders and no private models. With --generator, the page generates images\n"
-        "instead: they grow step by step, and painted parts are generated anew.",
+        "Token files can be saved and opened. The page needs no network. With\n"
+        "--generator, the page generates images instead: they grow step by step, and\n"
+        "painted parts are generated anew.",
         "--model org/svqvae",
     )
     add_model(parser)
@@ -35,20 +34,18 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--generator brings its own model. Leave out --model or --generator.")
     check_source(args.generator or args.model)
     with require_extra("demo", "demo"):
-        from svqvae_hf.demo.generator_page import serving_generator
-        from svqvae_hf.demo.page import serving
+        from svqvae_hf.demo import generator_page
+        from svqvae_hf.demo.page import Page, build, serving
     import threading
-    from functools import partial
 
     from svqvae_cli.loading import load_generator, load_model
 
     if args.generator:
         pipeline = load_generator(args.generator, args.device, args.dtype)
-        served = serving_generator(pipeline, args.host, args.port)
+        blocks = generator_page.build(generator_page.GeneratorPage(pipeline))
     else:
-        load = partial(load_model, device=args.device, dtype=args.dtype)
-        served = serving(load, args.model or "", args.host, args.port)
-    with served as address:
+        blocks = build(Page(load_model(args.model, args.device, args.dtype)))
+    with serving(blocks, args.host, args.port) as address:
         print(f"{address} shows the page until Ctrl-C", flush=True)
         threading.Event().wait()
 

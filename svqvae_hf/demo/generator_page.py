@@ -9,7 +9,6 @@ import html
 import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
@@ -19,7 +18,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from svqvae_hf.demo.page import CACHE_SECONDS, FOLD_ON_PHONES, launch
+from svqvae_hf.demo.page import CACHE_SECONDS, FOLD_ON_PHONES
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
@@ -300,29 +299,6 @@ def _sampling(page: GeneratorPage) -> tuple[gr.Component, ...]:
         elem_id="steps",
     )
     return seed, guidance, top_p, steps
-
-
-@contextmanager
-def serving_generator(pipeline: Generator, host: str, port: int | None) -> Iterator[str]:
-    """Serves the page while the context lasts.
-
-    Args:
-        pipeline ([`SVQVAEAutoregressivePipeline`], [`SVQVAENextScalePipeline`] or [`ImageLanguageModel`]): Generator
-            of the page.
-        host (`str`): Address to listen on.
-        port (`int`, *optional*): Port to listen on; by default the first free one from 7860.
-
-    Yields:
-        `str`: Address of the page.
-
-    Raises:
-        OSError: If the port is taken.
-    """
-    blocks = build(GeneratorPage(pipeline))
-    try:
-        yield launch(blocks, host, port)
-    finally:
-        blocks.close()
 
 
 def _painted(drawing: dict[str, Any] | None, size: tuple[int, int]) -> Image.Image | None:

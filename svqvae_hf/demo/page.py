@@ -2,8 +2,6 @@
 
 import functools
 import html
-import ipaddress
-import re
 import tempfile
 import time
 import warnings
@@ -18,7 +16,6 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from svqvae_hf.demo.previews import ScalePreview, preview_scales
-from svqvae_hf.hub.repositories import REPO_ID
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.image_tokens import (
@@ -84,44 +81,14 @@ def _show_errors(handler: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 
 class Page:
-    """The handlers behind the page, and the model that they share.
+    """The handlers behind the page.
 
     Args:
-        load (`Callable[..., SVQVAE]`): Loads the model of a folder or Hub id; the default model for an empty string.
-            Must pass keyword arguments to `from_pretrained`.
-        source (`str`, defaults to the default model): Model that the page opens with.
-        public (`bool`, defaults to `False`): Whether people other than the user of this machine can reach the page.
-            They may then choose `source`, the default model and public models of the Hub. They cannot reach anything
-            of this machine: no file, no token, no earlier download.
+        model ([`SVQVAE`]): Model of the page. Visitors cannot choose another.
     """
 
-    def __init__(self, load: Callable[..., SVQVAE], source: str = "", public: bool = False) -> None:
-        self.source, self.public = source.strip(), public
-        self._load = load
-        self._models: dict[str, SVQVAE] = {}  # at most one
-
-    def model(self, source: str) -> SVQVAE:
-        """Loads a model, or returns it if it is loaded. Drops the previous one first: memory may not hold both.
-
-        Args:
-            source (`str`): Folder or Hub id, as a visitor writes it.
-
-        Raises:
-            OSError: If it cannot be loaded.
-            ValueError: If it does not exist, or visitors of a public page may not use it.
-        """
-        source = source.strip()
-        if source not in self._models:
-            foreign = self.public and source not in ("", self.source)
-            if foreign and (not re.fullmatch(REPO_ID, source) or Path(source).exists()):
-                raise ValueError("On this page a model must be a public model of the Hub. Write its id, `org/name`.")
-            self._models.clear()
-            self._models[source] = self._load_foreign(source) if foreign else self._load(source)
-        return self._models[source]
-
-    def _load_foreign(self, source: str) -> SVQVAE:
-        with tempfile.TemporaryDirectory() as empty:  # the cache of this machine may hold private models
-            return self._load(source, token=False, cache_dir=empty)
+    def __init__(self, model: SVQVAE) -> None:
+        self.model = model
 
     @_show_errors
     def encode(
@@ -130,12 +97,11 @@ class Page:
         token_file: str | None,
         scales: Sequence[float],
         scale_from: str,
-        source: str,
         progress: gr.Progress = PROGRESS,
     ) -> list[Any]:
         """Encodes a photograph and shows it beside its reconstructions. Without one, decodes the opened token file."""
         if photograph is None and token_file is not None:
-            return self.decode(token_file, source, progress)
+            return self.decode(token_file, progress)
         if photograph is None:
             raise ValueError("There is no photograph yet. Drop one, or choose the example.")
         if not scales:
@@ -146,8 +112,7 @@ class Page:
         if size:
             _check_size(*size, scales)
         original = load_image(photograph)
-        model = self.model(source)
-        largest = max(1, *scales)
+        model, largest = self.model, max(1, *scales)
         model.tile_if_large(largest * original.height, largest * original.width, on_tile=_tile_progress(progress))
         check_memory(model, largest * original.height, largest * original.width)
         progress(0, desc="encoding")
@@ -159,7 +124,7 @@ class Page:
         return _result_values(Path(photograph).name, facts, tokens, previews, original)
 
     @_show_errors
-    def decode(self, token_file: str, source: str, progress: gr.Progress = PROGRESS) -> list[Any]:
+    def decode(self, token_file: str, progress: gr.Progress = PROGRESS) -> list[Any]:
         """Decodes a token file and shows its images."""
         tokens = load_tokens(token_file)
         if len(tokens.scales) > MAX_SCALES:
@@ -167,9 +132,8 @@ class Page:
                 f"A token file must have at most {MAX_SCALES} scales to be shown here, got {len(tokens.scales)}."
             )
         _check_size(tokens.width, tokens.height, tokens.scales)
-        model = self.model(source)
+        model, largest = self.model, max(1, *tokens.scales)
         check_same_codebook(model, tokens)
-        largest = max(1, *tokens.scales)
         size = largest * tokens.height, largest * tokens.width
         model.tile_if_large(*size, tokens.tile_size, tokens.overlap, _tile_progress(progress))
         check_memory(model, *size)
@@ -212,7 +176,7 @@ def build(page: Page) -> gr.Blocks:
                         )
                         gr.HTML(UPLOAD_HINT)
                 with gr.Accordion("Settings", elem_id="settings") as settings:
-                    scales, scale_from, model, run = _settings(page)
+                    scales, scale_from, run = _settings()
             with gr.Column(scale=3, min_width=560):
                 summary = gr.HTML(EMPTY, elem_id="summary")
                 with gr.Tabs(visible=False, elem_id="results") as tabs:
@@ -229,46 +193,40 @@ def build(page: Page) -> gr.Blocks:
             "api_visibility": "private",
         }
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        encode = {"fn": page.encode, "inputs": [photograph, opened, scales, scale_from, model], **event}
+        encode = {"fn": page.encode, "inputs": [photograph, opened, scales, scale_from], **event}
         show_example = example.click(lambda _: str(EXAMPLE), example, photograph, **at_once)
         for start in (run.click, photograph.upload, show_example.then):
             start(lambda: _cleared_values(BUSY), None, cleared, **at_once).then(**encode)
         photograph.clear(lambda: [None, *_cleared_values(EMPTY)], None, [opened, *cleared], **at_once)
         upload.upload(
             lambda path: [None, path, *_cleared_values(BUSY)], upload, [photograph, opened, *cleared], **at_once
-        ).then(page.decode, [opened, model], **event)
+        ).then(page.decode, opened, **event)
         blocks.load(None, None, settings, js=FOLD_ON_PHONES, api_visibility="private")
     return blocks
 
 
 @contextmanager
-def serving(load: Callable[..., SVQVAE], source: str, host: str, port: int | None) -> Iterator[str]:
-    """Serves the page while the context lasts.
+def serving(blocks: gr.Blocks, host: str, port: int | None) -> Iterator[str]:
+    """Serves a page while the context lasts.
 
     Args:
-        load (`Callable[..., SVQVAE]`): See [`Page`].
-        source (`str`): Model that the page opens with; empty for the default model.
-        host (`str`): Address to listen on. Unless it is a loopback address, the page is public, see [`Page`].
+        blocks (`gr.Blocks`): The page.
+        host (`str`): Address to listen on.
         port (`int`, *optional*): Port to listen on; by default the first free one from 7860.
 
     Yields:
         `str`: Address of the page.
 
     Raises:
-        OSError: If the model cannot be loaded, or the port is taken.
-        ValueError: If the model does not exist.
+        OSError: If the port is taken.
     """
-    page = Page(load, source, public=not _is_loopback(host))
-    page.model(source)  # raises before the page opens
-    blocks = build(page)
     try:
-        yield launch(blocks, host, port)
+        yield _launch(blocks, host, port)
     finally:
         blocks.close()
 
 
-def launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
-    """Serves a page and returns its address; see [`serving`] for the arguments and errors."""
+def _launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
     try:
         _, address, _ = blocks.launch(
             server_name=host,
@@ -292,8 +250,8 @@ def launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
     return address
 
 
-def _settings(page: Page) -> tuple[gr.Component, ...]:
-    """Scales, what is resized to them, model, and the button that runs with these."""
+def _settings() -> tuple[gr.Component, ...]:
+    """Scales, what is resized to them, and the button that runs with these."""
     scales = gr.CheckboxGroup(
         [(f"{scale:g}", scale) for scale in SCALES],
         value=DEFAULT_SCALES,
@@ -308,17 +266,10 @@ def _settings(page: Page) -> tuple[gr.Component, ...]:
         info=SCALE_FROM_INFO,
         elem_id="scale_from",
     )
-    model = gr.Textbox(
-        page.source,
-        label="Model",
-        placeholder="the small bundled model",
-        info="Hub id org/name of a public model" if page.public else "Folder, or Hub id org/name",
-        elem_id="model",
-    )
     with gr.Column(elem_classes="explained"):
         run = gr.Button("Encode and decode", variant="primary", elem_id="run")
         gr.HTML(RUN_HINT)
-    return scales, scale_from, model, run
+    return scales, scale_from, run
 
 
 def _scale_tab(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.Image, gr.HTML, gr.HTML]:
@@ -396,13 +347,6 @@ def _figures_html(figures: dict[str, str]) -> str:
 
 def _tile_progress(progress: gr.Progress) -> Callable[[int, int], None]:
     return lambda *done_and_total: progress(done_and_total, "tiles", unit="tiles")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _image_size(path: str) -> tuple[int, int] | None:

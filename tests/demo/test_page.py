@@ -3,20 +3,16 @@ import io
 import json
 import re
 import tomllib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny
-from hub_server import HubError, HubHandler, serve_hub
-from huggingface_hub import close_session, constants, metadata_load
+from conftest import ROOT
+from huggingface_hub import metadata_load
 from packaging.requirements import Requirement
 from PIL import Image
 
-from svqvae_cli.loading import load_model
-from svqvae_hf import SVQVAE
 from svqvae_hf.demo import page as demo
 from svqvae_hf.demo.page import (
     MAX_SCALES,
@@ -49,11 +45,11 @@ def photograph(picture, tmp_path):
 @pytest.fixture
 def page(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CACHE", str(tmp_path / "cache"))
-    return Page({"": tiny_model, "other": make_tiny(codebook_size=32)}.__getitem__)
+    return Page(tiny_model)
 
 
-def encode(page, photograph, scales=SCALES, scale_from="image", source="", token_file=None):
-    return page.encode(photograph, token_file, scales, scale_from, source)
+def encode(page, photograph, scales=SCALES, scale_from="image"):
+    return page.encode(photograph, None, scales, scale_from)
 
 
 def scale_tabs(values):
@@ -137,63 +133,9 @@ def test_errors_show_no_folders(page, photograph, tmp_path):
     broken.write_bytes(b"<b>no image</b>")
     assert "There is no photograph yet" in error_shown(encode(page, None))
     assert "No scale is chosen. Choose at least one." in error_shown(encode(page, photograph, scales=[]))
-    for answer in (encode(page, str(broken)), page.decode(str(broken), "")):
+    for answer in (encode(page, str(broken)), page.decode(str(broken))):
         assert "`broken.png`" in error_shown(answer)
         assert str(tmp_path) not in answer[0]
-
-
-LOCAL = ["/etc", "/etc/passwd", "..", "nowhere", "org/local", "org/local/deeper", "../org/name", "org/name:file.pt"]
-
-
-def test_public_page_reveals_no_paths_of_the_machine(tmp_path, monkeypatch, photograph):
-    (tmp_path / "org" / "local" / "deeper").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    page = Page(lambda source, **_: pytest.fail(f"loaded {source}"), public=True)
-    for source in LOCAL:
-        assert error_shown(encode(page, photograph, source=source)) == (
-            "<p class='error' role='alert'>On this page a model must be a public model of the Hub. Write its id, "
-            "`org/name`.</p>"
-        )
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """This process sees the stand-in as the Hub, with a token. The client reads its address when it is imported."""
-    with serve_hub(tmp_path) as environment:
-        for name in ("HF_TOKEN", "NO_PROXY", "no_proxy"):
-            monkeypatch.setenv(name, environment[name])
-        address = environment["HF_ENDPOINT"]
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", environment["HF_HOME"])
-        close_session()  # clients keep the proxies of their time
-        yield tmp_path / "hub"
-    close_session()
-
-
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # passed by diffusers
-def test_visitors_of_a_public_page_reach_only_public_models(hub, tiny_model, photograph, tmp_path, monkeypatch):
-    branch = HubHandler._branch
-
-    def branch_for_members(self, repo, revision):
-        if repo == "org/private" and "Authorization" not in self.headers:
-            raise HubError(401, "RepoNotFound")
-        return branch(self, repo, revision)
-
-    monkeypatch.setattr(HubHandler, "_branch", branch_for_members)
-    for name in ("public", "private"):
-        tiny_model.save_pretrained(hub / "org" / name / "main")
-        (hub / "org" / name / "settings.json").write_text("{}")
-    SVQVAE.from_pretrained("org/private")  # the token and the cache of this machine know it
-    page = Page(partial(load_model, device="cpu", dtype="float32"), public=True)
-    shown = (encode(page, photograph, [1.0], source=f"org/{name}") for name in ("public", "private"))
-    public, private = (values[0] for values in shown)
-    assert "64 × 41 pixels" in public
-    assert "could not load the model `org/private`: the repository does not exist, or is private" in private
-    assert list((tmp_path / "hf_home").rglob("*private*"))
-    assert not list((tmp_path / "hf_home").rglob("*public*"))
 
 
 def test_too_large_image_is_an_error_before_decoding(page, tmp_path):
@@ -203,16 +145,7 @@ def test_too_large_image_is_an_error_before_decoding(page, tmp_path):
     assert "at most 17 million pixels" in error_shown(encode(page, str(path)))
 
 
-HOSTS = {
-    "127.0.0.1": False,
-    "localhost": False,
-    "[::1]": False,
-    "0.0.0.0": True,
-    "localhost.example.org": True,
-}  # and whether visitors come from other machines
-
-
-def test_taken_port_is_an_error_and_only_loopback_is_private(tiny_model, monkeypatch):
+def test_taken_port_is_an_error():
     class Taken:
         def launch(self, **_):
             raise OSError("Cannot find empty port")
@@ -220,13 +153,9 @@ def test_taken_port_is_an_error_and_only_loopback_is_private(tiny_model, monkeyp
         def close(self):
             pass
 
-    pages = []
-    monkeypatch.setattr(demo, "build", lambda page: pages.append(page) or Taken())
-    for host in HOSTS:
-        message = f"Could not serve the page at `{re.escape(host)}`, port 7860. Choose another --host or --port."
-        with pytest.raises(OSError, match=message), serving(lambda _: tiny_model, "", host, 7860):
-            pass
-    assert [page.public for page in pages] == list(HOSTS.values())
+    message = "Could not serve the page at `localhost`, port 7860. Choose another --host or --port."
+    with pytest.raises(OSError, match=message), serving(Taken(), "localhost", 7860):
+        pass
 
 
 def test_space_matches_the_package():
