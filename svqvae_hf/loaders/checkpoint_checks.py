@@ -7,9 +7,14 @@ from typing import Any
 import torch
 
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
-from svqvae_hf.untrusted.weights import is_dense
+from svqvae_hf.untrusted.weights import is_dense, key_text, without_attributes
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def named_weights(weights: Mapping[Any, Any]) -> dict[str, Any]:
+    """Weights of a file, with text as names and without what a pickle may have attached to tensors."""
+    return {key_text(key): without_attributes(value) for key, value in weights.items()}
 
 
 def check_tensors(weights: Mapping[str, Any], source: str | Path) -> None:
@@ -17,6 +22,20 @@ def check_tensors(weights: Mapping[str, Any], source: str | Path) -> None:
     not_tensors = {key for key, value in weights.items() if not isinstance(value, torch.Tensor)}
     not_dense = {key for key in weights.keys() - not_tensors if not is_dense(weights[key])}
     raise_faults(source, {"not tensors": not_tensors, "not dense": not_dense})
+
+
+def read_sizes(
+    weights: Mapping[str, torch.Tensor], axes: Mapping[str, tuple[str, int]], source: str | Path
+) -> dict[str, int]:
+    """Reads config values that are sizes of weights. `axes` names the weight and the axis of each."""
+    raise_faults(source, {"missing": {name for name, _ in axes.values()} - weights.keys()})
+    misshapen = {
+        f"{name} {tuple(weights[name].shape)}"
+        for name, axis in axes.values()
+        if weights[name].ndim <= axis or not weights[name].numel()
+    }
+    raise_faults(source, {"misshapen": misshapen})
+    return {key: weights[name].shape[axis] for key, (name, axis) in axes.items()}
 
 
 def check_attention(format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from svqvae_hf.hub.repositories import hub_repo
-from svqvae_hf.loaders.checkpoint_checks import check_attention, check_tensors, check_weights
+from svqvae_hf.loaders.checkpoint_checks import check_attention, check_tensors, check_weights, named_weights
 from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
 from svqvae_hf.loaders.llamagen_checkpoints import find_language_model
-from svqvae_hf.untrusted.weights import check_depth, key_text, without_attributes
+from svqvae_hf.untrusted.weights import check_depth, key_text
 
 
 def read_checkpoint(
@@ -96,8 +96,7 @@ def _select_weights(
         raise ValueError(
             f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without `use_ema`."
         )
-    named = {key_text(key): without_attributes(value) for key, value in weights.items()}
-    return {key: value for key, value in named.items() if not key.startswith(format.training_keys)}
+    return {key: value for key, value in named_weights(weights).items() if not key.startswith(format.training_keys)}
 
 
 def _expected_shapes(

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, raise_faults
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, named_weights, read_sizes
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
-from svqvae_hf.untrusted.weights import check_layers, key_text, without_attributes
+from svqvae_hf.untrusted.weights import check_layers
 
 LLAMAGEN = CheckpointFormat(
     name="llamagen-transformer", title="LlamaGen's language model", container=None, level_prefix="layers."
@@ -106,36 +106,29 @@ def _select_weights(content: dict[str | None, Any], use_ema: bool, source: str |
                 f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without "
                 "`use_ema`."
             )
-    return {key_text(key): without_attributes(value) for key, value in weights.items()}
+    return named_weights(weights)
 
 
 def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
     """Config values that are sizes of weights."""
-    hidden_layer = "layers.0.feed_forward.w1.weight"
     condition = CAPTION if CAPTION in weights else CLASSES
-    needed = {EMBEDDING, hidden_layer, condition}
-    raise_faults(
-        source,
-        {
-            "missing": needed - weights.keys(),
-            "misshapen": {
-                f"{name} {tuple(weights[name].shape)}"
-                for name in needed & weights.keys()
-                if weights[name].ndim != 2 or 0 in weights[name].shape
-            },
-        },
-    )
-    rows, channels = weights[condition].shape
+    axes = {
+        "codebook_size": (EMBEDDING, 0),
+        "hidden_size": (EMBEDDING, 1),
+        "intermediate_size": ("layers.0.feed_forward.w1.weight", 0),
+        "rows": (condition, 0),
+        "channels": (condition, 1),
+    }
+    sizes = read_sizes(weights, axes, source)
+    rows, channels = sizes.pop("rows"), sizes.pop("channels")
     with_captions = condition == CAPTION
     layers = count_numbers(weights, LLAMAGEN.level_prefix)
     check_layers(f"`{source}`", layers)
     return {
-        "codebook_size": weights[EMBEDDING].shape[0],
+        **sizes,
         "num_classes": 1 if with_captions else rows - 1,
         "num_condition_tokens": rows if with_captions else 1,
         "caption_dim": channels if with_captions else None,
-        "hidden_size": weights[EMBEDDING].shape[1],
-        "intermediate_size": weights[hidden_layer].shape[0],
         "num_hidden_layers": layers,
     }
 

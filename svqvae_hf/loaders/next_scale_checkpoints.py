@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, raise_faults
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, named_weights, read_sizes
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
-from svqvae_hf.untrusted.weights import check_layers, key_text, without_attributes
+from svqvae_hf.untrusted.weights import check_layers
 
 FLEXVAR = CheckpointFormat(
     name="flexvar-transformer", title="FlexVAR's transformer", container=None, level_prefix="blocks."
 )
 BUFFERS = re.compile(r"attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias")  # constants that FlexVAR saves
 
+CLASSES = "class_emb.weight"  # a row for each class, and one for no class
+
 # Config values that are sizes of weights, with their axes.
-HEADS = ("blocks.0.attn.scale_mul_1H11", 1)
-WIDTH = ("word_embed.weight", 0)
-CLASSES = ("class_emb.weight", 0)  # one more for no class
 CONFIG_AXES = {
+    "heads": ("blocks.0.attn.scale_mul_1H11", 1),
+    "width": ("word_embed.weight", 0),
+    "classes": (CLASSES, 0),
     "codebook_size": ("head.weight", 0),
     "codebook_embed_dim": ("word_embed.weight", 1),
     "position_size": ("pos_1LC", 2),
@@ -57,8 +59,7 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
             f"`{source}` must be a checkpoint of FlexVAR's transformer, with `word_embed.weight` and `pos_1LC` at the "
             "top or in `trainer` > `var_wo_ddp`, but is not. Load a tokenizer with `SVQVAE.from_single_file`."
         )
-    named = {key_text(key): without_attributes(value) for key, value in found.items()}
-    weights = {key: value for key, value in named.items() if not BUFFERS.fullmatch(key)}
+    weights = {key: value for key, value in named_weights(found).items() if not BUFFERS.fullmatch(key)}
     check_tensors(weights, source)
     config = _infer_config(weights, source)
     with torch.device("meta"):
@@ -69,22 +70,19 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
 
 
 def _infer_config(weights: Mapping[str, Any], source: str | Path) -> dict[str, int]:
-    axes = (HEADS, WIDTH, CLASSES, *CONFIG_AXES.values())
-    raise_faults(source, {"missing": {key for key, _ in axes} - weights.keys()})
-    misshapen = {f"{key} {tuple(weights[key].shape)}" for key, axis in axes if weights[key].ndim <= axis}
-    raise_faults(source, {"misshapen": misshapen | {key for key, _ in axes if not weights[key].numel()}})
-    heads, width, classes = (weights[key].shape[axis] for key, axis in (HEADS, WIDTH, CLASSES))
+    sizes = read_sizes(weights, CONFIG_AXES, source)
+    heads, width, classes = (sizes.pop(name) for name in ("heads", "width", "classes"))
     num_layers = count_numbers(weights, FLEXVAR.level_prefix)
     check_layers(f"`{source}`", num_layers)
     if width % heads or classes < 2:
         raise ValueError(
             f"`{source}` must have a width that is a multiple of its heads, and at least one class, but has width "
-            f"{width}, {heads} heads and {classes} rows in {CLASSES[0]}. Download the file again."
+            f"{width}, {heads} heads and {classes} rows in {CLASSES}. Download the file again."
         )
     return {
         "num_layers": num_layers,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "num_classes": classes - 1,
-        **{name: weights[key].shape[axis] for name, (key, axis) in CONFIG_AXES.items()},
+        **sizes,
     }

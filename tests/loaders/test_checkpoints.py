@@ -229,7 +229,7 @@ def test_all_faulty_keys_are_named_in_one_error(golden_dir, tmp_path):
         ({"quantize.embedding.weight": torch.ones(256)}, r"misshapen: quantize.embedding.weight \(256,\)"),
         (
             {"encoder.conv_in.weight": torch.ones(33, 3, 3, 3)},
-            r"not a multiple of the 33 channels of encoder.conv_in.weight \(\d+\): dec",
+            "base_channels 33 from encoder.conv_in.weight.*`encoder_ch_mult` must be",
         ),
         (
             {"encoder.conv_in.weight": torch.ones(16, 3, 3, 3)},
