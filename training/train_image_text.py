@@ -37,6 +37,7 @@ from svqvae_hf.trainer.options import OptionParser, script_name
 from svqvae_hf.trainer.run import one_line_errors
 
 IGNORED = -100  # label that the loss skips
+FRACTIONS = ("caption_fraction", "condition_dropout", "first_caption_fraction", "scheduled_sampling", "text_fraction")
 
 
 @dataclass
@@ -55,6 +56,13 @@ class ImageTextOptions:
     )
     condition_dropout: float = field(
         default=0.1, metadata={"help": "Fraction of images trained without their caption, for guidance."}
+    )
+    scheduled_sampling: float = field(
+        default=0.0,
+        metadata={
+            "help": "Largest fraction of the ids of an image that the model reads as it draws them itself, not as they "
+            "are: it learns to follow the caption after its own mistakes. Takes a third more time."
+        },
     )
     text_files: list[str] = field(
         default_factory=list,
@@ -79,7 +87,7 @@ class ImageTextOptions:
 
     def __post_init__(self) -> None:
         """Checks the options, except against data and model."""
-        for name in ("caption_fraction", "condition_dropout", "first_caption_fraction", "text_fraction"):
+        for name in FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
         needs = {"token_set": self.text_fraction < 1, "text_files": self.text_fraction > 0}
@@ -181,7 +189,27 @@ class ModalityLoss:
 
 
 class ImageTextTrainer(Trainer):
-    """Trainer that logs the loss of texts and of images apart."""
+    """Trainer with scheduled sampling, which logs the loss of texts and of images apart."""
+
+    scheduled_sampling = 0.0
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Computes the loss, with scheduled sampling on some of the ids."""
+        if self.scheduled_sampling:
+            inputs = inputs | {"input_ids": self.draw_some(model, inputs)}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def draw_some(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Tokens in which some ids are what the model draws after the tokens before."""
+        vocabulary, tokens = self.compute_loss_func.vocabulary, inputs["input_ids"].clone()
+        is_image = (tokens >= vocabulary.first_token) & (tokens < vocabulary.begin)
+        share = self.scheduled_sampling * torch.rand(len(tokens), 1, device=tokens.device)
+        chosen = (is_image & (torch.rand(tokens.shape, device=tokens.device) < share))[:, 1:]
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1][chosen]
+        drawn = logits[:, vocabulary.first_token : vocabulary.begin].float().softmax(-1).multinomial(1)
+        tokens[:, 1:][chosen] = vocabulary.first_token + drawn[:, 0]
+        return tokens
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Adds `loss_text` and `loss_image` to the log of the training loss."""
@@ -241,6 +269,7 @@ def main(options: ImageTextOptions, arguments: TrainingArguments) -> None:
         compute_loss_func=ModalityLoss(vocabulary),
         optimizer_cls_and_kwargs=(SOAP, soap_arguments(arguments)) if options.use_soap else None,
     )
+    trainer.scheduled_sampling = options.scheduled_sampling
     checkpoint = arguments.resume_from_checkpoint
     trainer.train(get_last_checkpoint(arguments.output_dir) if checkpoint == "latest" else checkpoint)
     model.config.use_cache = True
