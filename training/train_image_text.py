@@ -60,8 +60,8 @@ class ImageTextOptions:
     scheduled_sampling: float = field(
         default=0.0,
         metadata={
-            "help": "Largest fraction of the ids of an image that the model reads as it draws them itself, not as they "
-            "are: it learns to follow the caption after its own mistakes. Takes a third more time."
+            "help": "Largest fraction of the ids of an image that the model reads as it draws them itself: it learns "
+            "to follow the caption after its own mistakes. Takes a third more time."
         },
     )
     text_files: list[str] = field(

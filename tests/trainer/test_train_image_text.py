@@ -3,6 +3,7 @@
 import json
 import math
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import make_tiny
 from peft import PeftModel
 from PIL import Image
 from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
-from train_image_text import IGNORED, ImageTextExamples, ImageTextOptions, ModalityLoss, main
+from train_image_text import IGNORED, ImageTextExamples, ImageTextOptions, ImageTextTrainer, ModalityLoss, main
 from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, TrainingArguments
 
 from svqvae_hf.language.extension import extend_language_model
@@ -140,6 +141,27 @@ def test_loss_by_modality():
     assert total == pytest.approx(2 * math.log(400) / 3, rel=1e-5)
 
 
+def test_scheduled_sampling_replaces_ids_by_drawn_ones_and_nothing_else():
+    model, processor = load_extended("qwen")
+    first, begin = processor.vocabulary.first_token, processor.vocabulary.begin
+    tokens = torch.tensor([[1, 2, begin, begin + 3, *range(first + 8, first + 40), begin + 1, 3]] * 8)
+    wanted = torch.zeros(*tokens.shape, processor.vocabulary.stop)
+    wanted[..., first + 5], wanted[..., 3] = 50.0, 90.0  # the likeliest code, and a likelier word
+
+    def forward(input_ids):
+        assert torch.equal(input_ids, tokens)
+        return SimpleNamespace(logits=wanted)
+
+    loss = ModalityLoss(processor.vocabulary)
+    for share, expected in ((1.0, 0.5), (0.5, 0.25), (0.0, 0.0)):
+        trainer = SimpleNamespace(compute_loss_func=loss, scheduled_sampling=share)
+        drawn = ImageTextTrainer.draw_some(trainer, forward, {"input_ids": tokens, "labels": tokens})
+        changed = drawn != tokens
+        assert torch.all(drawn[changed] == first + 5)
+        assert not changed[:, [0, 1, 2, 3, -2, -1]].any()
+        assert changed[:, 4:-2].float().mean().item() == pytest.approx(expected, abs=0.2)
+
+
 @pytest.mark.slow
 def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
     folder = train("learned", logging_steps=10)
@@ -166,7 +188,7 @@ def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(train):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "scheduled_sampling": 0.5}
     whole = train("whole", **options)
     resumed = train("resumed", resume=str(whole / "checkpoint-3"), **options)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
