@@ -77,11 +77,13 @@ def make_next_scale(**arguments) -> SVQVAENextScalePipeline:
     return pipeline
 
 
-def make_llamagen(kind: str, **components) -> SVQVAEAutoregressivePipeline:
-    """A pipeline of 16 x 16 pixels, 4 x 4 ids."""
-    model = LlamaGenForCausalLM.from_single_file(CHECKPOINT.format(kind=kind), grid_size=4, num_attention_heads=4)
-    pipeline = SVQVAEAutoregressivePipeline(
-        make_tiny(codebook_size=256), model, num_classes=model.config.num_classes, height=16, width=16, **components
+def make_llamagen(
+    kind: str, grid_size: int = 4, dtype: torch.dtype | None = None, **components
+) -> SVQVAEAutoregressivePipeline:
+    """A pipeline of images of 4 x 4 ids, 16 x 16 pixels."""
+    model = LlamaGenForCausalLM.from_single_file(
+        CHECKPOINT.format(kind=kind), grid_size=grid_size, num_attention_heads=4, dtype=dtype
     )
+    pipeline = SVQVAEAutoregressivePipeline.from_llamagen(make_tiny(codebook_size=256), model, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

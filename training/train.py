@@ -39,13 +39,8 @@ logger = get_logger(__name__, log_level="INFO")
 
 def main(options: TrainOptions) -> None:
     """Trains an SVQVAE, and saves it with its card in the output folder."""
-    with Run(options) as run:
-        train(run)
-
-
-def train(run: Run[TrainOptions]) -> None:
-    """Trains the model, from the start or from the checkpoint of the run."""
-    options, accelerator = run.options, run.accelerator
+    run = Run(options)
+    accelerator = run.accelerator
 
     # Model and images
     vqvae = load_model(options).to(accelerator.device)

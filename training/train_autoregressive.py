@@ -107,13 +107,8 @@ class AutoregressiveOptions(TokenOptions):
 
 def main(options: AutoregressiveOptions) -> None:
     """Trains a language model, and saves its pipeline, or its LoRA adapter, with a card in the output folder."""
-    with Run(options) as run:
-        train(run)
-
-
-def train(run: Run[AutoregressiveOptions]) -> None:
-    """Trains the model, from the start or from the checkpoint of the run."""
-    options, accelerator = run.options, run.accelerator
+    run = Run(options)
+    accelerator = run.accelerator
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)

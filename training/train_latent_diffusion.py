@@ -45,13 +45,8 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
 
 def main(options: DiffusionOptions) -> None:
     """Trains a denoiser, and saves its pipeline with a card in the output folder."""
-    with Run(options) as run:
-        train(run)
-
-
-def train(run: Run[DiffusionOptions]) -> None:
-    """Trains the model, from the start or from the checkpoint of the run."""
-    options, accelerator = run.options, run.accelerator
+    run = Run(options)
+    accelerator = run.accelerator
 
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)

@@ -69,13 +69,8 @@ class NextScaleOptions(TokenOptions):
 
 def main(options: NextScaleOptions) -> None:
     """Trains a next-scale transformer, and saves its pipeline with a card in the output folder."""
-    with Run(options) as run:
-        train(run)
-
-
-def train(run: Run[NextScaleOptions]) -> None:
-    """Trains the transformer, from the start or from the checkpoint of the run."""
-    options, accelerator = run.options, run.accelerator
+    run = Run(options)
+    accelerator = run.accelerator
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)

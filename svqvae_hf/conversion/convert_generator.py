@@ -12,9 +12,8 @@ from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import load_text_encoder
-from svqvae_hf.pipelines.generator_pipeline import latents_side
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
-from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, square_schedule
+from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, default_schedule
 
 SUMMARY = (
     "Generates images id by id: LlamaGen's language model predicts ids from {condition}, and SVQVAE decodes them."
@@ -95,7 +94,8 @@ def _convert_flexvar(
 ) -> ConversionReport:
     checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
     vqvae = _load_tokenizer(tokenizer)
-    schedule = [list(size) for size in square_schedule(vqvae, image_size)]
+    side = _latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size)
+    schedule = [list(size) for size in default_schedule(side)]
     pipeline = SVQVAENextScalePipeline(
         vqvae, checkpoint.model(NextScaleTransformer), schedule=schedule, scale_from="latents"
     )
@@ -119,7 +119,7 @@ def _convert_llamagen(
     use_ema: bool,
 ) -> ConversionReport:
     vqvae = _load_tokenizer(tokenizer)
-    grid_size = None if image_size is None else latents_side(vqvae, image_size)
+    grid_size = None if image_size is None else _latents_side(vqvae, image_size)
     checkpoint = read_llamagen(source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema)
     with_captions = checkpoint.config["caption_dim"] is not None
     if with_captions and text_encoder is None:
@@ -149,6 +149,19 @@ def _convert_llamagen(
         call=CALLS[condition],
         tags=["svqvae", "llamagen", "autoregressive"],
     )
+
+
+def _latents_side(vqvae: SVQVAE, image_size: int) -> int:
+    """Rows and columns of ids of square images, by their side in pixels.
+
+    Raises:
+        ValueError: The side is not a positive multiple of f.
+    """
+    if image_size < 1 or image_size % vqvae.f:
+        raise ValueError(
+            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
+        )
+    return image_size // vqvae.f
 
 
 def _load_tokenizer(source: str | Path) -> SVQVAE:

@@ -184,8 +184,8 @@ def _find_grid_size(table: Any, condition_tokens: int, grid_size: int | None, so
         return found
     if grid_size is None:
         raise ValueError(
-            f"`{source}` does not tell the size of its images. Pass `grid_size`, or the side in pixels as "
-            "`image_size` of a pipeline or `--image-size` of `svqvae convert`. LlamaGen's file names end with the "
+            f"`{source}` does not tell the size of its images. Pass `grid_size`, or the side in pixels to "
+            "`svqvae convert` as `--image-size`. LlamaGen's file names end with the "
             "side: `grid_size` is 16 for 256 pixels, 24 for 384, 32 for 512."
         )
     return grid_size

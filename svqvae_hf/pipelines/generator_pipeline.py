@@ -228,16 +228,3 @@ def evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def latents_side(vqvae: SVQVAE, image_size: int) -> int:
-    """Rows and columns of ids of square images, by their side in pixels.
-
-    Raises:
-        ValueError: The side is not a positive multiple of f.
-    """
-    if image_size < 1 or image_size % vqvae.f:
-        raise ValueError(
-            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
-        )
-    return image_size // vqvae.f

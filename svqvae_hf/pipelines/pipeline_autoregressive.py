@@ -16,7 +16,7 @@ from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import encode_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode, latents_side
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode
 from svqvae_hf.pipelines.labels import Labels
 from svqvae_hf.pipelines.sampling import Generators, check_generators, check_sampling, guide, make_warpers
 from svqvae_hf.pipelines.sequences import SequenceLayout
@@ -118,63 +118,20 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             )
 
     @classmethod
-    def from_single_file(
-        cls,
-        source: str | Path,
-        vqvae: SVQVAE,
-        *,
-        image_size: int | None = None,
-        num_attention_heads: int | None = None,
-        use_ema: bool = False,
-        dtype: torch.dtype | None = None,
-        class_names: list[str] | None = None,
-        text_encoder: T5EncoderModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> "SVQVAEAutoregressivePipeline":
-        """Loads a checkpoint of LlamaGen's language model; the other components are passed.
-
-        Args:
-            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-            vqvae ([`SVQVAE`]): Tokenizer that it was trained with. The file cannot tell whether it is the right one.
-            image_size (`int`, *optional*): Side in pixels of the training images. Required unless the file tells it.
-            num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
-            use_ema (`bool`, defaults to `False`): Load the averaged weights, which checkpoints of training may have.
-            dtype (`torch.dtype`, *optional*): Type of the language model's weights, by default float32.
-            class_names (`list[str]`, *optional*): Name of each class.
-            text_encoder ([`~transformers.T5EncoderModel`], *optional*): Encoder of captions. Without it, a model for
-                captions takes `prompt_embeds` alone.
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer of captions.
-
-        Raises:
-            OSError: The file is missing or cannot be downloaded.
-            ValueError: The file is broken, does not hold exactly the weights of such a model, does not fit the other
-                components, or an argument that it needs is missing.
-
-        Example:
-            >>> vqvae = SVQVAE.from_single_file("vq_ds16_c2i.pt")
-            >>> pipe = SVQVAEAutoregressivePipeline.from_single_file("c2i_B_256.pt", vqvae, image_size=256)
-        """
-        language_model = LlamaGenForCausalLM.from_single_file(
-            source,
-            grid_size=None if image_size is None else latents_side(vqvae, image_size),
-            num_attention_heads=num_attention_heads,
-            use_ema=use_ema,
-            dtype=dtype,
-        )
-        return cls.from_llamagen(
-            vqvae, language_model, class_names=class_names, text_encoder=text_encoder, tokenizer=tokenizer
-        )
-
-    @classmethod
     def from_llamagen(
         cls, vqvae: SVQVAE, language_model: LlamaGenForCausalLM, **components: Any
     ) -> "SVQVAEAutoregressivePipeline":
         """Joins a model of LlamaGen to its tokenizer, whose fingerprint its config stores from then on.
 
         Args:
-            vqvae ([`SVQVAE`]): Tokenizer that the model was trained with.
+            vqvae ([`SVQVAE`]): Tokenizer that the model was trained with. The weights cannot tell whether it is.
             language_model ([`LlamaGenForCausalLM`]): Model, whose config tells classes and size of the images.
             **components: Further arguments of the pipeline.
+
+        Example:
+            >>> vqvae = SVQVAE.from_single_file("vq_ds16_c2i.pt")
+            >>> model = LlamaGenForCausalLM.from_single_file("c2i_B_256.pt", grid_size=256 // vqvae.f)
+            >>> pipe = SVQVAEAutoregressivePipeline.from_llamagen(vqvae, model)
         """
         config = language_model.config
         config.codebook_fingerprint = vqvae.codebook_fingerprint()

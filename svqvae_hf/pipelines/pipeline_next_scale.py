@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from svqvae_hf.models.image_processing_svqvae import (
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import pad_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode, latents_side
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode
 from svqvae_hf.pipelines.labels import Labels
 from svqvae_hf.pipelines.sampling import (
     Generators,
@@ -74,6 +73,11 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
     Example:
         >>> pipe = SVQVAENextScalePipeline.from_pretrained("org/name")
         >>> images = pipe(class_labels=[3, 7], guidance_scale=3.5, top_k=900, top_p=0.95).images
+
+        A checkpoint of FlexVAR, for images of `vqvae.config["sample_size"]`:
+
+        >>> transformer = NextScaleTransformer.from_single_file("FlexVARd24-epo349.pth")
+        >>> pipe = SVQVAENextScalePipeline(vqvae, transformer, scale_from="latents")
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
@@ -109,38 +113,6 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         self.mask_processor = VaeImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
-
-    @classmethod
-    def from_single_file(
-        cls,
-        source: str | Path,
-        vqvae: SVQVAE,
-        *,
-        image_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        class_names: list[str] | None = None,
-    ) -> "SVQVAENextScalePipeline":
-        """Loads a checkpoint of FlexVAR's transformer; the tokenizer is passed.
-
-        Args:
-            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-            vqvae ([`SVQVAE`]): Tokenizer that it was trained with. The file cannot tell whether it is the right one.
-            image_size (`int`, *optional*): Side in pixels of the training images, by default `sample_size` of `vqvae`.
-            dtype (`torch.dtype`, *optional*): Type of the transformer's weights, by default float32.
-            class_names (`list[str]`, *optional*): Name of each class.
-
-        Raises:
-            OSError: The file is missing or cannot be downloaded.
-            ValueError: The file is broken, does not hold exactly the weights of such a transformer, or does not fit
-                `vqvae`; or `image_size` is not a positive multiple of its f.
-
-        Example:
-            >>> vqvae = SVQVAE.from_single_file("FlexVAE.pth")
-            >>> pipe = SVQVAENextScalePipeline.from_single_file("FlexVARd24-epo349.pth", vqvae, image_size=256)
-        """
-        schedule = [list(size) for size in square_schedule(vqvae, image_size)]
-        transformer = NextScaleTransformer.from_single_file(source, dtype=dtype)
-        return cls(vqvae, transformer, schedule=schedule, class_names=class_names, scale_from="latents")
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""
@@ -365,15 +337,6 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
 def default_schedule(side: int) -> list[Size]:
     """Schedule to a square of ids in ten steps, or in one per id of a smaller side."""
     return make_schedule((side, side), min(DEFAULT_STEPS, side))
-
-
-def square_schedule(vqvae: SVQVAE, image_size: int | None) -> list[Size]:
-    """Schedule of a transformer trained on square images, whose side in pixels is `sample_size` by default.
-
-    Raises:
-        ValueError: The side is not a positive multiple of f.
-    """
-    return default_schedule(latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size))
 
 
 def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:

@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LambdaLR
@@ -48,7 +47,6 @@ from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resum
 from svqvae_hf.trainer.options import Options, RunOptions, public_options, script_name
 from svqvae_hf.trainer.tracking import Means
 
-LOCK = ".lock"
 CARD_NUMBERS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
@@ -97,29 +95,26 @@ class Run(Generic[Options]):
     A script makes the run first, then its model, loader and optimizer, and passes them to [`Run.start`]. It writes its
     loop over [`Run.steps`], with forward pass, loss and `accelerator.backward`, then calls [`Run.update_weights`]:
 
-        with Run(options) as run:
-            ...
-            run.start(network, loader, lr_scheduler)
-            for step, batches in run.steps():
-                for batch in batches:
-                    with run.accelerator.accumulate(model):
-                        loss = ...
-                        run.accelerator.backward(loss)
-                        run.add({"loss": loss})
-                        if run.accelerator.sync_gradients:
-                            run.add(run.update_weights(model, optimizer, lr_scheduler))
-                if run.logs_after(step):
-                    run.log_training(step)
-            state_dict = run.final_weights(model)
-
-    As a context, it lets go of the output folder, in which no other run may train meanwhile.
+        run = Run(options)
+        ...
+        run.start(network, loader, lr_scheduler)
+        for step, batches in run.steps():
+            for batch in batches:
+                with run.accelerator.accumulate(model):
+                    loss = ...
+                    run.accelerator.backward(loss)
+                    run.add({"loss": loss})
+                    if run.accelerator.sync_gradients:
+                        run.add(run.update_weights(model, optimizer, lr_scheduler))
+            if run.logs_after(step):
+                run.log_training(step)
+        state_dict = run.final_weights(model)
 
     Args:
         options ([`RunOptions`]): Options.
 
     Raises:
-        ValueError: If another run trains in the output folder, there is no such checkpoint, a run with an option that
-            must stay as it was wrote it, or the engine cannot serve the options.
+        ValueError: If there is no such checkpoint, or the engine cannot serve the options.
     """
 
     network: nn.Module
@@ -145,15 +140,6 @@ class Run(Generic[Options]):
         self.skipped = 0
         self.quality: dict[str, float] = {}  # last values of the numbers that cards show
         self.means, self.amounts = Means(), Counter[str]()
-        self.lock = FileLock(self.output_dir / LOCK, blocking=False)
-        if self.output_dir.is_dir():  # else as late as it is made
-            self._lock_output_dir()
-
-    def __enter__(self) -> "Run[Options]":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release(force=True)
 
     def start(
         self,
@@ -336,23 +322,10 @@ class Run(Generic[Options]):
 
     # The output folder
 
-    def _lock_output_dir(self) -> None:
-        """Keeps other runs out of the output folder, until this one lets go of it or its process ends."""
-        if not self.accelerator.is_main_process or self.lock.is_locked:
-            return
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"Only one run at a time may train in an `--output_dir`, but another one is in `{self.output_dir}`. "
-                "Wait for its end, or choose another folder."
-            ) from None
-
     def _open_output_dir(self) -> None:
         """Writes the options of the accepted run to `train_config.yaml`, and starts its trackers."""
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self._lock_output_dir()
             text = yaml.safe_dump(public_options(self.options), sort_keys=False)
             write_file(self.output_dir / OPTIONS, text.encode())
         if self.accelerator.log_with:

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from training_runs import cpu, forget_accelerate, logged
 
 from svqvae_hf.trainer.optimization import hyperparameters, make_optimizer
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.run import LOCK, Run, make_accelerator, one_line_errors
+from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
 
 
 class ToyLoader:
@@ -46,7 +44,8 @@ def options(tmp_path):
 def train(options, on_step=lambda step, network: 1.0, width=3):
     """Trains two layers and returns the run; `on_step` sees each step and returns the factor of its loss."""
     forget_accelerate()
-    with cpu(), Run(RunOptions(**options)) as run:
+    with cpu():
+        run = Run(RunOptions(**options))
         accelerator = run.accelerator
         network = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
         optimizer, lr_scheduler = make_optimizer(
@@ -202,27 +201,6 @@ def test_changed_hyperparameters_are_applied_and_logged_on_resume(options, tmp_p
     assert resumed.ema.decay == 0.5
     written = yaml.safe_load(Path(options["output_dir"], "train_config.yaml").read_text())
     assert {name: written[name] for name in changes} == changes
-
-
-# The output folder
-
-HOLD = """import filelock, sys, time
-lock = filelock.FileLock(sys.argv[1])
-lock.acquire()
-print(flush=True)
-time.sleep(60)"""
-
-
-def test_only_one_run_trains_in_a_folder_and_a_killed_one_does_not_block_it(options):
-    train(options | {"max_train_steps": 2})
-    options |= {"resume_from_checkpoint": "latest"}
-    lock = str(Path(options["output_dir"], LOCK))
-    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(ValueError, match="Only one run at a time may train in .* but another one is in `.*out`"):
-            train(options)
-        other.kill()
-    train(options)
 
 
 def test_log_lines_say_how_long_it_takes(options, caplog):
