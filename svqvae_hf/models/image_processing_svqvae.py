@@ -1,10 +1,9 @@
 """Converts image files and arrays to samples for the model, samples back to images, and resizes both."""
 
 import io
-import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict, cast
 
@@ -38,7 +37,6 @@ IMAGE_FORMATS = {
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 AREA_SCALE = 0.25  # largest scale to which images shrink by area
-BLOCK = 1 << 10  # side in pixels of the blocks that are converted to RGB one after another
 # Keys that transformers writes to the configs of its processors.
 TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | BinaryIO | bytes
@@ -92,46 +90,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert(image: Image.Image) -> Image.Image:
-    """Converts an upright image to RGB block by block, so that little memory is needed beside image and result."""
-    is_wide = image.mode == "F" or image.mode.startswith("I")
-    if is_wide:
-        _check_grey(image)
-    result = Image.new("RGB", image.size)
-    for origin, block in _blocks(image):
-        if is_wide:
-            block = _grey_to_8_bit(block)
-        elif block.has_transparency_data:
-            white = Image.new("RGBA", block.size, "white")
-            block = Image.alpha_composite(white, block.convert("RGBA"))
-        result.paste(block.convert("RGB"), origin)
-    return result
+    """Converts an upright image to RGB, without the notes in its file."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey_to_8_bit(image)
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    image.info = {}
+    return image
 
 
-def _blocks(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
-    """Yields the top-left corner (left, top) of each block, and the block."""
-    for top, left in itertools.product(range(0, image.height, BLOCK), range(0, image.width, BLOCK)):
-        yield (left, top), image.crop((left, top, min(left + BLOCK, image.width), min(top + BLOCK, image.height)))
-
-
-def _check_grey(image: Image.Image) -> None:
-    values = (np.asarray(block) for _, block in _blocks(image))
-    ends = np.array([(block.min(), block.max()) for block in values])
-    low, high, top = ends[:, 0].min(), ends[:, 1].max(), _grey_top(image)  # NaN if any value is
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """Scales grey to 8 bits, where Pillow's own conversion of these modes clips at 255."""
+    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+    low, high = values.min(), values.max()  # NaN if any value is
     if not (low >= 0 and high <= top):
         raise ValueError(
             f"an image of mode {image.mode!r} must have values in [0, {top}], got [{low}, {high}]. Scale them to that "
             "range."
         )
-
-
-def _grey_top(image: Image.Image) -> int:
-    return 1 if image.mode == "F" else 65535
-
-
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion of these modes clips at 255 instead of scaling to it.
-    values = np.asarray(image)
-    grey = np.rint(values * (255 / _grey_top(image)))
+    grey = np.rint(values * (255 / top))
     if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey.astype(np.uint8))

@@ -10,7 +10,6 @@ from PIL import EpsImagePlugin, Image
 from transformers import AutoImageProcessor
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.models import image_processing_svqvae
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
 
 
@@ -273,17 +272,3 @@ def test_sizes_that_are_refused(size):
 def test_samples_that_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SVQVAEImageProcessor().postprocess(**arguments)
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
-def test_conversion_by_blocks_equals_conversion_as_a_whole(photo, monkeypatch, mode):
-    image = photo.crop((0, 0, 45, 31))
-    if mode in ("I;16", "F"):
-        grey = np.asarray(image.convert("L"))
-        image = Image.fromarray(np.float32(grey) / 255 if mode == "F" else np.uint16(grey) * 257)
-    image = image.convert(mode)
-    if mode in ("LA", "RGBA"):
-        image.putalpha(photo.crop((45, 0, 90, 31)).convert("L"))
-    whole = np.asarray(to_rgb(image))
-    monkeypatch.setattr(image_processing_svqvae, "BLOCK", 8)
-    assert np.array_equal(np.asarray(to_rgb(image)), whole)
