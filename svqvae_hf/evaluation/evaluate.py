@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
@@ -21,14 +20,13 @@ from svqvae_hf.data.image_rows import ImageRow, ImageSource
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.measuring import (
     IDS_PER_CODE,
-    ReconstructionFID,
     Records,
+    Totals,
     image_metrics,
     library_versions,
     mean,
     measure_images,
     missing_notes,
-    pixels_of,
     to_tensor,
 )
 from svqvae_hf.evaluation.perceptual import LPIPS
@@ -150,7 +148,7 @@ def evaluate(
     state = PartialState(cpu=model.device.type == "cpu")
     evaluator = _Evaluator(model, scales, scale_from, (tile_size, overlap), lpips, inception, context_model)
     records, skipped = measure_images(evaluator.measure, images, resolution, state)
-    results = [totals.result(index, records) for index, totals in enumerate(evaluator.totals)]
+    results = [evaluator.result(index, records) for index in range(len(scales))]
     return Report(
         settings={
             "scales": list(scales),
@@ -175,47 +173,6 @@ def evaluate(
     )
 
 
-class _ScaleTotals:
-    """Sums over the images of this process at one scale."""
-
-    def __init__(self, scale: float, model: SVQVAE, inception: nn.Module | None):
-        self.scale = scale
-        self.counts = torch.zeros(model.config["codebook_size"], dtype=torch.int64)
-        self.latent_sum = torch.zeros(model.config["codebook_embed_dim"], dtype=torch.float64)
-        self.fid = ReconstructionFID(inception, model.device) if inception is not None else None
-
-    def add(self, ids: torch.Tensor, latents: torch.Tensor, sample: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds one image: its ids, its latents before quantisation, its reconstruction and its reference."""
-        self.counts += metrics.count_codes(ids, len(self.counts)).cpu()
-        self.latent_sum += F.normalize(latents.float(), dim=1).cpu().double().sum((0, 2, 3))
-        if self.fid is not None:
-            self.fid.add(sample, target)
-
-    def result(self, index: int, records: Records) -> ScaleResult:
-        """Result from the sums of all processes, and from the values of all images at this scale."""
-        per_image = [record["results"][index] for record in records]
-        ids, pixels = sum(values["ids"] for values in per_image), pixels_of(records)
-        counts = torch.stack(gather_object([self.counts])).sum(0)
-        latent_sum = torch.stack(gather_object([self.latent_sum])).sum(0)
-        entropy = metrics.entropy(counts)
-        values = {
-            "ids": ids / len(records),
-            **{
-                key: mean(each[key] for each in per_image)
-                for key in per_image[0]
-                if key not in ("scale", "ids", "stored_bits")
-            },
-            "rfid": self.fid.compute() if self.fid is not None and len(records) > 1 else None,
-            "usage": metrics.usage(counts),
-            "perplexity": metrics.perplexity(counts),
-            "entropy": entropy,
-            "bits_per_pixel": metrics.bits_per_pixel(ids, math.log2(len(counts)), pixels),
-            "bits_per_pixel_stored": sum(values["stored_bits"] for values in per_image) / pixels,
-            "latent_cosine": metrics.mean_cosine(latent_sum, ids),
-        }
-        return ScaleResult(self.scale, values, counts.numpy())
-
-
 class _Evaluator:
     """Copies of the model, and the sums and examples of this process."""
 
@@ -237,7 +194,8 @@ class _Evaluator:
         self.scale_from = scale_from
         self.tiles = tiles
         self.lpips = lpips.to(model.device) if lpips is not None else None
-        self.totals = [_ScaleTotals(scale, model, inception) for scale in scales]
+        size = model.config["codebook_size"]
+        self.totals = [Totals(size, inception, model.device) for _ in scales]
         self.worst: list[Example] = []
 
     @torch.inference_mode()
@@ -266,18 +224,31 @@ class _Evaluator:
             tokens = image_tokens(self.model, [ids[0].cpu()], image.height, image.width, [scale], self.scale_from)
             content = token_file_content(tokens, self.context_model)
             full_size = image_metrics(full_sample, full_target)
+            counts = metrics.count_codes(ids, tokens.codebook_size)
+            bits = {"bits": ids.numel() * math.log2(len(counts)), "stored_bits": 8 * len(content)}
             results.append(
-                {"scale": scale, "ids": ids.numel(), "stored_bits": 8 * len(content)}
+                {"scale": scale, "ids": ids.numel()}
+                | bits
                 | image_metrics(sample, target, self.lpips)
                 | {f"{key}_full_size": full_size[key] for key in ("psnr", "ssim")}
             )
             reconstructions.append(reconstruction)
-            additions.append((ids, latents[number], sample, target))
+            additions.append((counts, sample, target))
         for totals, tensors in zip(self.totals, additions, strict=True):  # only now: memory may run out before
             totals.add(*tensors)
         psnr = [values["psnr"] for values in results]
         self._keep_example(Example(psnr, index, name, image.size, image, reconstructions))
         return {"width": image.width, "height": image.height, "results": results}
+
+    def result(self, index: int, records: Records) -> ScaleResult:
+        """Result at a scale, from the sums of all processes and the values of all images."""
+        per_image = [record["results"][index] for record in records]
+        totals = self.totals[index]
+        values = totals.values(per_image, records)
+        values |= {key: mean(each[key] for each in per_image) for key in ("ids", "psnr_full_size", "ssim_full_size")}
+        return ScaleResult(
+            self.scales[index], values | {"entropy": metrics.entropy(totals.counts)}, totals.counts.numpy()
+        )
 
     def _keep_example(self, example: Example) -> None:
         self.worst = _lowest_psnr([*self.worst, example])

@@ -158,9 +158,42 @@ def mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(counted) / len(counted) if counted else None
 
 
-def pixels_of(records: Sequence[dict[str, Any]]) -> int:
-    """Pixels of all images."""
-    return sum(record["width"] * record["height"] for record in records)
+class Totals:
+    """Codes and rFID of one tokenizer, or of one scale, over the images of this process.
+
+    Args:
+        codebook_size (`int`): Number of codes; 0 if there are no ids.
+        inception (`nn.Module`, *optional*): Network of FID.
+        device (`torch.device`): Device of the images.
+    """
+
+    def __init__(self, codebook_size: int, inception: nn.Module | None, device: torch.device):
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.fid = ReconstructionFID(inception, device) if inception is not None else None
+
+    def add(self, counts: torch.Tensor, sample: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds an image: how often each code occurs, its reconstruction and its reference."""
+        self.counts += counts.cpu()
+        if self.fid is not None:
+            self.fid.add(sample, target)
+
+    def values(self, results: Records, records: Records) -> dict[str, Any]:
+        """Values of the whole set, from the sums of all processes, which `counts` then holds as well.
+
+        Args:
+            results (`list[dict]`): Values of each image, with `bits`, `stored_bits` and those of [`image_metrics`].
+            records (`list[dict]`): Records of the images.
+        """
+        self.counts = torch.stack(gather_object([self.counts])).sum(0)
+        pixels = sum(record["width"] * record["height"] for record in records)
+        return {
+            **{key: mean(each[key] for each in results) for key in ("psnr", "ssim", "lpips")},
+            "rfid": self.fid.compute() if self.fid is not None and len(records) > 1 else None,
+            "usage": metrics.usage(self.counts) if len(self.counts) else None,
+            "perplexity": metrics.perplexity(self.counts) if len(self.counts) else None,
+            "bits_per_pixel": sum(each["bits"] for each in results) / pixels,
+            "bits_per_pixel_stored": sum(each["stored_bits"] for each in results) / pixels,
+        }
 
 
 def library_versions() -> dict[str, str]:

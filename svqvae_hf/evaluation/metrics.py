@@ -1,4 +1,4 @@
-"""Metrics of images, ids, codes and latents, as pure functions."""
+"""Metrics of images, ids and codes, as pure functions."""
 
 import math
 
@@ -70,21 +70,3 @@ def entropy(counts: torch.Tensor) -> float:
 def perplexity(counts: torch.Tensor) -> float:
     """Number of equally frequent codes with the same entropy: `2 ** entropy`, from 1 to the codebook size."""
     return 2 ** entropy(counts)
-
-
-def bits_per_pixel(ids: int, bits_per_id: float, pixels: int) -> float:
-    """Rate of an image's ids: `ids * bits_per_id / pixels`."""
-    return ids * bits_per_id / pixels
-
-
-def mean_cosine(latent_sum: torch.Tensor, count: int) -> float:
-    """Mean cosine over all pairs of latents, self-pairs included: the squared norm of their mean.
-
-    Args:
-        latent_sum (`torch.Tensor` of shape `(dim,)`): Sum of the latents, each of norm 1.
-        count (`int`): Number of latents.
-
-    Returns:
-        `float`: 0 for latents spread evenly over the sphere, 1 for equal ones.
-    """
-    return (latent_sum.cpu().double() / count).square().sum().item()

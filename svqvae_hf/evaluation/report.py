@@ -27,12 +27,11 @@ METRICS = {
     "usage": Metric("codes used", ".1%"),
     "perplexity": Metric("perplexity", ".0f"),
     "entropy": Metric("entropy, bits per id", ".2f"),
-    "latent_cosine": Metric("mean cosine of latents", ".3f"),
 }
 TABLES = {
     "Reconstructions": ("psnr", "ssim", "lpips", "rfid"),
     "Rate": ("ids", "bits_per_pixel", "bits_per_pixel_stored", "psnr_full_size", "ssim_full_size"),
-    "Ids": ("usage", "perplexity", "entropy", "latent_cosine"),
+    "Ids": ("usage", "perplexity", "entropy"),
 }
 SUMMARY = ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel", "bits_per_pixel_stored")
 CARD_METRICS = ("psnr", "ssim", "lpips", "rfid", "usage", "perplexity", "bits_per_pixel_stored")

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,14 +21,13 @@ from svqvae_hf.data.image_rows import ImageRow, ImageSource
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.measuring import (
     IDS_PER_CODE,
-    ReconstructionFID,
     Records,
+    Totals,
     image_metrics,
     library_versions,
     mean,
     measure_images,
     missing_notes,
-    pixels_of,
     to_image,
     to_tensor,
 )
@@ -48,7 +46,6 @@ from svqvae_hf.models.image_processing_svqvae import pad_to_multiple
 from svqvae_hf.tokens.image_tokens import resize_image
 
 MEGA = 1_000_000
-QUALITY = ("psnr", "ssim", "lpips")
 COLUMNS = {
     "tokens": Metric("tokens", ".0f"),
     "bits_per_pixel": Metric("bits per pixel", ".4f"),
@@ -128,7 +125,7 @@ def compare_tokenizers(
         target = to_tensor(image, device)
         measured = [meter.measure(target) for meter in meters]
         for meter, (_, counts, reconstruction) in zip(meters, measured, strict=True):
-            meter.add(counts, reconstruction, target)  # only now, because a tokenizer may run out of memory
+            meter.totals.add(counts, reconstruction, target)  # only now, because a tokenizer may run out of memory
         return {"width": image.width, "height": image.height, "results": [values for values, _, _ in measured]}
 
     records, skipped = measure_images(measure, images, resolution, state)
@@ -150,8 +147,7 @@ class _Meter:
         self.tokenizer = tokenizer
         self.lpips = lpips
         self.device = device
-        self.counts = torch.zeros(tokenizer.codebook_size or 0, dtype=torch.int64)
-        self.fid = ReconstructionFID(inception, device) if inception is not None else None
+        self.totals = Totals(tokenizer.codebook_size or 0, inception, device)
         self.is_warm = False
 
     @torch.no_grad()
@@ -169,8 +165,8 @@ class _Meter:
         stored_bits = getattr(tokenizer, "stored_bits", lambda *_: None)(codes, height, width) or bits
         values: dict[str, Any] = {
             "tokens": count_tokens(codes, tokenizer.codebook_size),
-            "bits_per_pixel": bits / (height * width),
-            "bits_per_pixel_stored": stored_bits / (height * width),
+            "bits": bits,
+            "stored_bits": stored_bits,
             "encode_seconds": encode_seconds,
             "decode_seconds": decode_seconds,
         }
@@ -178,42 +174,26 @@ class _Meter:
         reconstruction = to_tensor(image.crop((0, 0, width, height)), self.device)
         return values | image_metrics(reconstruction, target, self.lpips), counts, reconstruction
 
-    def add(self, counts: torch.Tensor, reconstruction: torch.Tensor, target: torch.Tensor) -> None:
-        """Adds a measured image to the sums."""
-        self.counts += counts
-        if self.fid is not None:
-            self.fid.add(reconstruction, target)
-
     def row(self, results: Records, records: Records) -> dict[str, Any]:
         """Means and sums over the images of all processes."""
-        counts = torch.stack(gather_object([self.counts])).sum(0)
-        pixels = pixels_of(records)
-        bits = {
-            key: sum(
-                each[key] * record["width"] * record["height"] for each, record in zip(results, records, strict=True)
-            )
-            for key in ("bits_per_pixel", "bits_per_pixel_stored")
-        }
-        seconds = {key: sum(each[f"{key}_seconds"] for each in results) for key in ("encode", "decode")}
+        megapixels = sum(record["width"] * record["height"] for record in records) / MEGA
         return {
             "title": self.tokenizer.title,
-            **{key: mean(each[key] for each in results) for key in ("tokens", *QUALITY)},
-            **{key: total / pixels for key, total in bits.items()},
-            "rfid": self.fid.compute() if self.fid is not None and len(records) > 1 else None,
-            "usage": metrics.usage(counts) if len(counts) else None,
-            "perplexity": metrics.perplexity(counts) if len(counts) else None,
-            "encode_speed": pixels / MEGA / seconds["encode"],
-            "decode_speed": pixels / MEGA / seconds["decode"],
+            "tokens": mean(each["tokens"] for each in results),
+            **self.totals.values(results, records),
+            "encode_speed": megapixels / sum(each["encode_seconds"] for each in results),
+            "decode_speed": megapixels / sum(each["decode_seconds"] for each in results),
         }
 
     def _count_codes(self, codes: Codes) -> torch.Tensor:
-        if isinstance(codes, bytes) or not len(self.counts):
-            return torch.zeros_like(self.counts)
-        counts = metrics.count_codes(codes, len(self.counts)).cpu()
-        if len(counts) > len(self.counts):
+        size = len(self.totals.counts)
+        if isinstance(codes, bytes) or not size:
+            return torch.zeros(size, dtype=torch.int64)
+        counts = metrics.count_codes(codes, size)
+        if len(counts) > size:
             raise ValueError(
-                f"`encode` of {self.tokenizer.title} must return ids under {len(self.counts)}, its `codebook_size`, "
-                f"got {len(counts) - 1}."
+                f"`encode` of {self.tokenizer.title} must return ids under {size}, its `codebook_size`, got "
+                f"{len(counts) - 1}."
             )
         return counts
 
@@ -237,7 +217,7 @@ def _notes(meters: Sequence[_Meter], rows: Sequence[dict[str, Any]], images: int
     few = [
         meter.tokenizer.title
         for meter, row in zip(meters, rows, strict=True)
-        if len(meter.counts) and row["tokens"] * images < IDS_PER_CODE * len(meter.counts)
+        if meter.tokenizer.codebook_size and row["tokens"] * images < IDS_PER_CODE * meter.tokenizer.codebook_size
     ]
     if few:
         notes.append(

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svqvae_hf.evaluation import metrics
@@ -40,8 +39,3 @@ def test_ssim_by_bands_equals_ssim_at_once(photo, band, monkeypatch):
 def test_ssim_works_from_its_smallest_side(photo):
     image = to_tensor(photo.crop((0, 0, 200, metrics.SSIM_SIDE)))
     assert metrics.ssim(image, image).item() == 1
-
-
-def test_mean_cosine_is_over_all_pairs():
-    latents = F.normalize(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) + 0.5, dim=-1)
-    assert metrics.mean_cosine(latents.sum(0), 20) == pytest.approx((latents @ latents.T).mean().item(), abs=1e-6)
