@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image
-from tifffile import COMPRESSION, PHOTOMETRIC
+from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC
 
 from svqvae_hf.files.outputs import os_error
 from svqvae_hf.models.image_processing_svqvae import to_rgb
@@ -18,14 +18,7 @@ from svqvae_hf.untrusted.images import MAX_CHUNK_BYTES, check_segments, is_chunk
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
-LAYOUTS = {  # number of channels, and TIFF's codes for the extra ones -> Pillow's name
-    (1,): "L",
-    (3,): "RGB",
-    (4,): "RGBA",
-    (4, 0): "RGBX",
-    (4, 1): "RGBa",
-    (4, 2): "RGBA",
-}
+EXTRA_CHANNELS = {1: (), 3: (), 4: (EXTRASAMPLE.UNASSALPHA,)}  # by the number of channels
 
 
 class ImageError(ValueError):
@@ -46,7 +39,7 @@ class LargeImage:
 
     def __init__(self, path: Path, page: Any):
         self.path, self.page = path, page
-        self.layout = _check_page(path, page)
+        _check_page(path, page)
         self.height: int = page.imagelength
         self.width: int = page.imagewidth
         self._tiles: dict[int, np.ndarray | None] = {}  # of the last window, by number
@@ -55,16 +48,9 @@ class LargeImage:
         """Returns pixels `(rows, columns, 3)` in uint8, as `load_image` does."""
         with _named_errors(self.path):
             values = self._values(rows, columns)
-        if self.layout == "L":
-            grey = values[..., 0]
-            image = Image.fromarray(np.ascontiguousarray(grey, grey.dtype.newbyteorder("=")))
-        else:
-            if values.dtype.itemsize == 2:
-                values = values >> 8  # Pillow reads 16-bit colours like this
-            mode = "RGBA" if self.layout in ("RGBA", "RGBa") else "RGB"
-            size = values.shape[1], values.shape[0]
-            image = Image.frombytes(mode, size, values.astype(np.uint8).tobytes(), "raw", self.layout)
-        return np.asarray(to_rgb(image))
+        if values.dtype.itemsize == 2 and values.shape[2] > 1:
+            values = (values >> 8).astype(np.uint8)  # Pillow reads 16-bit colours like this
+        return np.asarray(to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)))
 
     def _values(self, rows: slice, columns: slice) -> np.ndarray:
         """Returns stored values. Tiles that the next window needs as well are not decoded again."""
@@ -133,16 +119,15 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise ImageError(f"`{path}` cannot be read as TIFF, it may be broken or cut short: {error}") from error
 
 
-def _check_page(path: Path, page: Any) -> str:
-    """Returns the layout of a page, or raises if it cannot be read."""
+def _check_page(path: Path, page: Any) -> None:
+    """Raises if a page cannot be read."""
     grey, jpeg = page.photometric == PHOTOMETRIC.MINISBLACK, page.compression == COMPRESSION.JPEG
     coloured = page.photometric == PHOTOMETRIC.RGB or (page.photometric == PHOTOMETRIC.YCBCR and jpeg)
-    layout = LAYOUTS.get((page.samplesperpixel, *page.extrasamples))
     orientation = page.tags.valueof("Orientation", 1)
     if (
         not (grey or coloured)
-        or layout is None
-        or grey != (layout == "L")
+        or EXTRA_CHANNELS.get(page.samplesperpixel) != page.extrasamples
+        or grey != (page.samplesperpixel == 1)
         or page.bitspersample not in (8, 16)
         or page.dtype not in (np.uint8, np.uint16)
         or page.axes not in ("YX", "YXS")
@@ -162,7 +147,6 @@ def _check_page(path: Path, page: Any) -> str:
     if not all(isinstance(side, int) and side > 0 for side in page.shape):
         raise ValueError("its sides must be whole numbers of at least 1.")
     check_segments(page.databytecounts, math.prod(page.chunked), path.stat().st_size)
-    return layout
 
 
 def _paste(values: np.ndarray, tile: np.ndarray, top: int, left: int) -> None:

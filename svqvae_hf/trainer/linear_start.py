@@ -88,15 +88,16 @@ def _check_config(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
     fits = (
         config["in_channels"] == config["out_channels"] == len(COLOURS)
         and len(config["encoder_ch_mult"]) > 1
+        and config["encoder_ch_mult"][-1] > config["encoder_ch_mult"][-2]
         and config["z_channels"] >= dim
         and len(layouts[first].free) >= 2 * len(COLOURS)
         and len(layouts[last].free) >= 2 * dim
     )
     if not fits:
         raise ValueError(
-            "The linear start needs 3 channels in and out, two levels, `z_channels` of at least "
-            "`codebook_embed_dim`, and more than two channels per group of a norm. Change the config, or start with "
-            "random weights."
+            "The linear start needs 3 channels in and out, two levels of which the last of the encoder is wider, "
+            "`z_channels` of at least `codebook_embed_dim`, and more than two channels per group of a norm. Change "
+            "the config, or start with random weights."
         )
 
 
@@ -155,17 +156,13 @@ def _start_encoder(vqvae: SVQVAE, layouts: dict[int, ChannelLayout], pixels: tor
     features = [(mixed - mean[:, None, None]) / deviation[:, None, None]]
 
     *levels, last = encoder.conv_blocks
-    pairs_by_shortcut = last.res[0].nin_shortcut is not None
     for index, level in enumerate(levels):
         _copy_channels(level.res[0].nin_shortcut, layouts, len(deviation))
         layout = layouts[level.downsample.conv.out_channels]
         room = len(layout.free)
         if level is levels[-1]:
             room = min(room, len(layouts[encoder.conv_out.in_channels].free) // 2)
-            room = room if pairs_by_shortcut else len(layout.free) // 2
         weight, bias, deviation, components = _principal_components(features[index], deviation, room)
-        if level is levels[-1] and not pairs_by_shortcut:
-            weight, bias = torch.cat([weight, -weight]), torch.cat([bias, -bias])
         _set_rows(level.downsample.conv, layout.free, layout.free, F.pad(weight, (0, 1, 0, 1)), bias)
         features.append(components)
 

@@ -30,7 +30,6 @@ TIFFS = {
     "rgb, 16 bits, big-endian": (colours((3,), np.uint16), {"byteorder": ">"}),
     "rgba": (colours((4,)), {"extrasamples": ["unassalpha"]}),
     "rgba, 16 bits": (colours((4,), np.uint16), {"extrasamples": ["unassalpha"]}),
-    "rgb and a channel that is not alpha": (colours((4,)), {"extrasamples": ["unspecified"]}),
 }
 WINDOWS = [((0, 50), (0, 70)), ((3, 20), (0, 20)), ((3, 20), (10, 40)), ((3, 20), (33, 70)), ((15, 17), (31, 33))]
 

@@ -9,15 +9,14 @@ from svqvae_hf.trainer.model import initialise
 CONFIGS = {
     "one group": {"norm_num_groups": 1},
     "groups": {"norm_num_groups": 2},
-    "f = 8": {"encoder_ch_mult": (1, 1, 2, 2), "decoder_ch_mult": (1, 1, 2, 2)},
-    "no shortcut before the latents": {"encoder_ch_mult": (1, 2, 2), "decoder_ch_mult": (1, 1, 2)},
+    "f = 8": {"encoder_ch_mult": (1, 1, 2, 4), "decoder_ch_mult": (1, 1, 2, 2)},
     "codes of any length": {"codebook_l2_norm": False},
     "signed network": {"network_range": (-1.0, 1.0), "num_res_blocks": 2},
 }
 
 
 def make_new(**config):
-    model = make_tiny(**({"base_channels": 16, "codebook_embed_dim": 4} | config))
+    model = make_tiny(**({"base_channels": 16, "codebook_embed_dim": 4, "encoder_ch_mult": (1, 1, 2)} | config))
     initialise(model)
     return model
 
