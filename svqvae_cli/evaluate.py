@@ -40,10 +40,10 @@ def add_to(commands: Commands) -> None:
         "evaluate",
         run,
         "measure a model on an image set",
-        "Writes report.json, report.md, pictures, and metadata for the model card. With\n"
-        "--beside, --codecs or a MODEL of another class, writes one table of all\n"
-        "tokenizers at the size of the images, and a plot. With --generated, writes how\n"
-        "far the generated images are from DATA. On several GPUs:\n"
+        "Writes report.json, report.md and pictures. With --beside, --codecs or a MODEL\n"
+        "of another class, writes one table of all tokenizers at the size of the images,\n"
+        "and a plot. With --generated, writes how far the generated images are from DATA.\n"
+        "On several GPUs:\n"
         "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
         "org/svqvae photos --output report --scales 1 0.5 0.25",
     )

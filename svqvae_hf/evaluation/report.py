@@ -1,18 +1,15 @@
-"""Writes the report of an evaluation as files: JSON, Markdown tables, pictures and metadata of a model card."""
+"""Writes the report of an evaluation as files: JSON, Markdown tables and pictures."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.evaluation.evaluate import Example, Report
 from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
 from svqvae_hf.evaluation.report_files import Metric, closing_lines, format_table, write_texts
-from svqvae_hf.files.outputs import save_png, write_file
+from svqvae_hf.files.outputs import save_png
 
 METRICS = {
     "psnr": Metric("PSNR, dB", ".2f"),
@@ -34,12 +31,11 @@ TABLES = {
     "Ids": ("usage", "perplexity", "entropy"),
 }
 SUMMARY = ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel", "bits_per_pixel_stored")
-CARD_METRICS = ("psnr", "ssim", "lpips", "rfid", "usage", "perplexity", "bits_per_pixel_stored")
 PICTURES = {"worst.png": "Images with the lowest PSNR and their reconstructions"}
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes `report.json`, `report.md`, `model-index.yaml` and `worst.png`.
+    """Writes `report.json`, `report.md` and `worst.png`.
 
     Args:
         report ([`Report`]): Results. Its `settings` must also have `model` and `data`.
@@ -54,8 +50,6 @@ def write_report(report: Report, folder: Path) -> None:
     }
     del document["worst"]
     write_texts(folder, document, markdown(report))
-    card = ModelCardData(model_name=_last_part(report.settings["model"]), eval_results=eval_results(report))
-    write_file(folder / "model-index.yaml", (card.to_yaml() + "\n").encode())
     save_png(examples_sheet(report.worst, report.settings["scales"]), folder / "worst.png")
 
 
@@ -82,32 +76,6 @@ def results_table(report: Report, keys: Sequence[str]) -> list[str]:
     return format_table(["scale", *(METRICS[key].title for key in keys)], rows)
 
 
-def eval_results(report: Report) -> list[EvalResult]:
-    """Values as metadata for [`~svqvae_hf.hub.model_cards.model_card`]."""
-    settings = report.settings
-    data = settings["data"][0]
-    return [
-        EvalResult(
-            task_type="image-to-image",
-            dataset_type=data if is_hub_set(data) else "imagefolder",
-            dataset_name=_last_part(data),
-            dataset_config=settings.get("config"),
-            dataset_split=settings.get("split"),
-            metric_type=key,
-            metric_name=f"{METRICS[key].title.partition(',')[0]} at scale {result.scale:g}",
-            metric_value=round(value, 4),
-            metric_args={
-                "scale": result.scale,
-                "scale_from": settings["scale_from"],
-                "images": len(report.images),
-            },
-        )
-        for result in report.results
-        for key in CARD_METRICS
-        if (value := result.values[key]) is not None and math.isfinite(value)
-    ]
-
-
 def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Image.Image:
     """Sheet with a row per image: the original, then its reconstructions."""
     return stacked_sheets(
@@ -120,8 +88,3 @@ def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Imag
         ]
         for example in examples
     )
-
-
-def _last_part(source: str) -> str:
-    """Last part of a path or Hub id. `.` and `..` are resolved first."""
-    return Path(source).resolve().name

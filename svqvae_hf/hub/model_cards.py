@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from svqvae_hf.hub.standalone import VERSION, code_hash, pipeline_files
 
@@ -26,7 +26,6 @@ def model_card(
     datasets: Sequence[str] = (),
     provenance: Mapping[str, str] | None = None,
     variants: Mapping[str, Any] | None = None,
-    eval_results: Sequence[EvalResult] = (),
     standalone: bool = False,
 ) -> str:
     """Writes the card of a repository that holds an SVQVAE.
@@ -41,8 +40,6 @@ def model_card(
         provenance (`Mapping[str, str]`, *optional*): Origin of the weights, as rows of a table.
         variants (`Mapping[str, torch.dtype]`, *optional*): Names and dtypes of additional half-precision weights,
             such as `{"fp16": torch.float16}`.
-        eval_results (`Sequence[EvalResult]`, *optional*): Metrics for the card's metadata, such as the results of
-            [`~svqvae_hf.evaluation.report.eval_results`].
         standalone (`bool`, defaults to `False`): Whether the repository holds its code.
 
     Returns:
@@ -69,8 +66,6 @@ def model_card(
         tags=TAGS,
         base_model=base_model,
         datasets=list(datasets) or None,
-        model_name=one_line(repo_id.rpartition("/")[2]) if eval_results else None,
-        eval_results=list(eval_results) or None,
     )
     files = MODEL_FILES if standalone else ()
     texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}

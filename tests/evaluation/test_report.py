@@ -6,20 +6,17 @@ import numpy as np
 import pytest
 from cli_runner import fails, svqvae
 from conftest import make_tiny
-from huggingface_hub import ModelCard
 from PIL import Image
 
 from svqvae_hf.evaluation.evaluate import evaluate
 from svqvae_hf.evaluation.report import (
     METRICS,
     TABLES,
-    eval_results,
     markdown,
     write_report,
 )
-from svqvae_hf.hub.model_cards import model_card
 
-FILES = ["model-index.yaml", "report.json", "report.md", "worst.png"]
+FILES = ["report.json", "report.md", "worst.png"]
 COMMAND_LINE = {"model": "org/name", "data": ["org/photos"], "config": None, "split": "test"}
 
 
@@ -63,21 +60,6 @@ def test_every_value_is_in_a_table(report):
     assert "- `broken.png` (index 3): the image (0 bytes) is not a readable image" in text
     tables = [block.splitlines() for block in text.split("\n\n") if block[0] == "|"]
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
-
-
-def test_metadata_of_the_card(report, tmp_path):
-    report.results[0].values["psnr"] = math.inf
-    results = eval_results(report)
-    assert {result.metric_args["scale_from"] for result in results} == {"image"}
-    assert [result.metric_name for result in results if result.metric_type == "psnr"] == ["PSNR at scale 0.5"]
-    assert (results[0].dataset_type, results[0].dataset_split) == ("org/photos", "test")
-    card = ModelCard(model_card(make_tiny().config, repo_id="org/name", eval_results=results))
-    assert card.data.eval_results == results
-    write_report(report, tmp_path)
-    assert (tmp_path / "model-index.yaml").read_text().strip() in card.data.to_yaml()
-    report.settings["data"] = [str(tmp_path)]
-    (result, *_) = eval_results(report)
-    assert (result.dataset_type, result.dataset_name) == ("imagefolder", tmp_path.name)
 
 
 # The command
