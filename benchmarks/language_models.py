@@ -1,7 +1,8 @@
 """A language model with image tokens: `python benchmarks/language_models.py LM TOKENS`.
 
 - By heart: the most likely image of each caption and caption of each image, beside the token set it was trained on.
-- Grammar: sequences sampled from random logits, and how many of them have a malformed image.
+- Grammar: sequences sampled from random logits, how many of them have a malformed image or do not match
+  the regular expression, and the probability of codes outside images, summed.
 - Speed: tokens per second of generation with and without the grammar, and of training with and without the loss by
   modality, of the same model.
 """
@@ -74,27 +75,36 @@ def sample_grammar(model: PreTrainedModel, processor: SVQVAEProcessor, samples: 
     starts = [[], [vocabulary.begin], vocabulary.begin_image(vocabulary.grids[0])]
     prompts = torch.tensor([[1] * (2 - len(start)) + start for start in starts]).repeat(SAMPLES_AT_ONCE, 1)
     generator = torch.Generator().manual_seed(0)
-    pattern, images, malformed = re.compile(grammar_regex(vocabulary)), 0, 0
+    pattern, images, malformed, barred = re.compile(grammar_regex(vocabulary)), 0, 0, 0.0
 
-    def sample(tokens: torch.Tensor) -> torch.Tensor:
+    def sample(tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Samples from random logits, and cuts off the images that are not finished."""
+        nonlocal barred
+        inside = (tokens == vocabulary.begin).any(1)
         for _ in range(length):
-            logits = torch.randn(len(tokens), grammar.allowed.shape[1], generator=generator)
+            logits = torch.randn(len(tokens), grammar.bias.shape[1], generator=generator)
             logits[:, vocabulary.begin] += 6
-            noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-            tokens = torch.cat([tokens, (grammar(tokens, logits) + noise).argmax(-1, keepdim=True)], dim=1)
-        return tokens
+            probabilities = grammar(tokens, logits).softmax(-1)
+            barred += probabilities[~inside, vocabulary.first_token : vocabulary.begin].sum().item()
+            token = (probabilities / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
+            inside = (inside | (token == vocabulary.begin)) & (token != vocabulary.end)
+            tokens = torch.cat([tokens, token[:, None]], dim=1)
+        last = [
+            (row == vocabulary.begin).nonzero()[-1] if unfinished else len(row)
+            for row, unfinished in zip(tokens, inside, strict=True)
+        ]
+        return [row[:stop] for row, stop in zip(tokens, last, strict=True)]
 
     chunks = (sample(prompts) for _ in range(-(-samples // len(prompts))))
     for sequence in islice((sequence for chunk in chunks for sequence in chunk), samples):
         try:
-            parts = vocabulary.split(sequence, unfinished=True)
+            images += len(vocabulary.split(sequence)) // 2
         except ValueError:
             malformed += 1
-            continue
-        images += len(parts) // 2
-        if len(parts) % 2 and not pattern.fullmatch(processor.decode(sequence)):
-            malformed += 1
-    return {"sequences": samples, "images": images, "malformed": malformed}
+        else:
+            malformed += pattern.fullmatch(processor.decode(sequence)) is None
+    probability = {"probability of codes outside images": barred}
+    return {"sequences": samples, "images": images, "malformed": malformed, **probability}
 
 
 def speed(model: PreTrainedModel, processor: SVQVAEProcessor, rounds: int) -> list[Row]:

@@ -33,34 +33,30 @@ class ImageGrammar(LogitsProcessor):
     def __init__(self, config: PreTrainedConfig):
         vocabulary = ImageVocabulary.from_config(config)
         self.begin, self.first_size = vocabulary.begin, vocabulary.first_size
-        self.counts = torch.tensor([rows * columns for rows, columns in vocabulary.grids])
-        self.allowed = torch.zeros(4, config.get_text_config().vocab_size, dtype=torch.bool)  # next kind x token
-        self.allowed[OUTSIDE, : vocabulary.first_token] = True
-        self.allowed[OUTSIDE, vocabulary.begin] = True
-        self.allowed[SIZE, vocabulary.first_size : vocabulary.stop] = True
-        self.allowed[CODES, vocabulary.first_token : vocabulary.begin] = True
-        self.allowed[LAST, vocabulary.end] = True
+        counts = [rows * columns for rows, columns in vocabulary.grids]
+        self.kinds = torch.full((len(counts), max(counts) + 2), OUTSIDE)  # by size, and tokens after the last begin
+        self.kinds[:, 0] = SIZE
+        for size, count in enumerate(counts):
+            self.kinds[size, 1 : count + 1], self.kinds[size, count + 1] = CODES, LAST
+        self.bias = torch.full((4, config.get_text_config().vocab_size), -torch.inf)  # next kind x token
+        self.bias[OUTSIDE, : vocabulary.first_token] = 0
+        self.bias[OUTSIDE, vocabulary.begin] = 0
+        self.bias[SIZE, vocabulary.first_size : vocabulary.stop] = 0
+        self.bias[CODES, vocabulary.first_token : vocabulary.begin] = 0
+        self.bias[LAST, vocabulary.end] = 0
 
     def next_kind(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Kind of the next token of sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch,)`."""
-        self._move(input_ids.device)
-        length = input_ids.shape[1]
-        positions = torch.arange(length, device=input_ids.device)
-        begin = torch.where(input_ids == self.begin, positions, -length - 2).amax(1)  # the last one, if any
-        size = input_ids.gather(1, (begin + 1).clamp(0, length - 1)[:, None])[:, 0] - self.first_size
-        codes_left = self.counts[size.clamp(0, len(self.counts) - 1)] - (length - 2 - begin)
-        kind = torch.where(codes_left > 0, CODES, torch.where(codes_left == 0, LAST, OUTSIDE))
-        kind = torch.where(begin == length - 1, SIZE, kind)
-        return torch.where(begin < 0, OUTSIDE, kind)
+        if self.kinds.device != input_ids.device:
+            self.kinds, self.bias = self.kinds.to(input_ids.device), self.bias.to(input_ids.device)
+        newest_first = input_ids[:, -self.kinds.shape[1] :].flip(1)  # an image that began before them is complete
+        has_begun, place = (newest_first == self.begin).max(1)
+        size = newest_first.gather(1, (place - 1).clamp_min(0)[:, None])[:, 0] - self.first_size
+        return self.kinds[size.clamp(0, len(self.kinds) - 1), place] * has_begun  # `OUTSIDE` is 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sets the logits `(batch, vocab_size)` of the barred tokens to minus infinity."""
-        kind = self.next_kind(input_ids)
-        return scores.masked_fill(~self.allowed[kind], -torch.inf)
-
-    def _move(self, device: torch.device) -> None:
-        if self.allowed.device != device:
-            self.allowed, self.counts = self.allowed.to(device), self.counts.to(device)
+        return scores + self.bias.index_select(0, self.next_kind(input_ids))
 
 
 class ImageGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):

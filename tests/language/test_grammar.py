@@ -12,7 +12,7 @@ SAMPLES = 2000  # the command in docs/language_models.md takes 100,000
 
 def sample(grammar, prompts, length, generator):
     """Samples tokens from random logits under the grammar."""
-    tokens, vocab_size = prompts, grammar.allowed.shape[1]
+    tokens, vocab_size = prompts, grammar.bias.shape[1]
     for _ in range(length):
         logits = torch.randn(len(tokens), vocab_size, generator=generator)
         logits[:, grammar.begin] += 6  # images often begin
