@@ -1,6 +1,7 @@
 """`svqvae evaluate`."""
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ CLASSES = "SVQVAE, or VQModel or AutoencoderKL of diffusers"
 Measured: TypeAlias = tuple[Any, Callable[[Any, Path], None], Callable[[Any], list[str]]]
 COMPARING = ("beside", "codecs")
 ALONE = ("tile_size", "overlap")
+NO_SAMPLES = ("/sheet.png", "_steps.png")  # pictures of `svqvae generate` that show several images
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 
 
@@ -188,8 +190,8 @@ def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> M
     named = {features.title: features}
     if networks["inception"] is not None:
         named["Inception (FID)"] = networks["inception"].to(args.device)
-    report = compare_generated(
-        open_images([args.model], left_out=args.output), images, named, resolution=args.resolution, device=args.device
-    )
+    files = [os.fspath(file.path) for file in find_inputs([args.model], IMAGE_SUFFIXES, args.output)]
+    samples = [file for file in files if not file.endswith(NO_SAMPLES)]
+    report = compare_generated(open_images(samples), images, named, resolution=args.resolution, device=args.device)
     report.settings["generated"] = args.model
     return report, write_generated, lambda report: generated_table(report.rows)

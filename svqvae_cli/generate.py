@@ -140,6 +140,8 @@ def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> 
         pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
         class_names = pipeline.config["class_names"] or []
         labels = [_class_label(text, class_names) for text in args.class_labels or []]
+        if args.grid is not None:
+            raise ValueError("--grid belongs to language models, but MODEL is a pipeline. Leave it out.")
     numbers = {stem: number for number, stem in enumerate(work.targets)}
     for batch in _batches(work.files(), args.batch_size):
         rows = [numbers[stem] // args.count for stem in batch]

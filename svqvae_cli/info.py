@@ -153,14 +153,15 @@ def _folder_or_hub_facts(source: str) -> dict[str, Any]:
     values = {name: value for name, value in config.items() if not name.startswith("_")}
     if not kind.endswith("Pipeline"):
         return {"kind": kind, **values}
-    parts = {name: value for name, value in values.items() if _is_component(value)}
+    parts = {name: value for name, value in values.items() if _is_component(name, value)}
     with explain_loading(source):
         configs = {name: SVQVAE.load_config(source, subfolder=name) for name in {*parts} & {*GENERATORS, "vqvae"}}
     return _pipeline_facts(kind, parts, values, configs)
 
 
-def _is_component(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+def _is_component(name: str, value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+    return is_pair and name != "class_names"
 
 
 def _pipeline_facts(
@@ -177,7 +178,9 @@ def _pipeline_facts(
         facts["images"] = f"{values.pop('width')} x {values.pop('height')} pixels (width x height)"
     if "num_classes" in {*values, *generator}:
         facts["classes"] = values.pop("num_classes", generator.get("num_classes"))
-    return facts | {name: value for name, value in values.items() if name not in parts and value is not None}
+    return facts | {
+        name: value for name, value in values.items() if name not in parts and value not in (None, [None, None])
+    }
 
 
 def _model_facts(model: "SVQVAE") -> dict[str, Any]:

@@ -104,7 +104,7 @@ def load_generator(
     try:
         with explain_loading(adapter):
             pipeline.language_model = PeftModel.from_pretrained(pipeline.language_model, adapter).merge_and_unload()
-    except (RuntimeError, ValueError) as error:
+    except (IndexError, RuntimeError, ValueError) as error:
         raise ValueError(f"`{adapter}` must be a LoRA adapter of the language model of `{source}`: {error}") from error
     return pipeline
 

@@ -5,7 +5,9 @@ python training/train_image_text.py --model_name_or_path LM --token_set TOKENS -
 
 import json
 import math
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from svqvae_hf import SVQVAEProcessor
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.trainer.checkpoints import find_checkpoint
+from svqvae_hf.trainer.data.token_sequences import check_captions
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
 from svqvae_hf.trainer.options import OptionParser, script_name
 from svqvae_hf.trainer.run import one_line_errors
@@ -109,13 +113,8 @@ class ImageTextExamples(Dataset):
             self.settings = read_settings(options.token_set)
             check_same_codebook(processor.vqvae, self.settings)
             self.pairs = datasets.load_dataset(options.token_set, split="train")
-            if options.caption_column not in self.pairs.column_names:
-                raise ValueError(
-                    f"`--caption_column` must be a column of the token set, {', '.join(self.pairs.column_names)}, but "
-                    f"is {options.caption_column!r}."
-                )
-        lines = (line for file in options.text_files for line in Path(file).read_text("utf-8").splitlines())
-        self.texts = [json.loads(line) for line in lines if line]
+            check_captions(self.pairs, options.caption_column)
+        self.texts = read_texts(options.text_files)
 
     def __len__(self) -> int:
         return self.count
@@ -166,6 +165,21 @@ class ImageTextExamples(Dataset):
         """Tokens as the processor makes them, without a second begin of sequence."""
         bos = self.processor.tokenizer.bos_token
         return self.processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+
+
+def read_texts(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Reads the objects of JSON Lines files, each with a `text`."""
+    texts = []
+    for file in files:
+        lines = [*enumerate(Path(file).read_text("utf-8").split("\n"), start=1)]
+        for number, line in [each for each in lines if each[1].strip()] or lines[:1]:
+            try:
+                texts.append(json.loads(line))
+                texts[-1]["text"].split()
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                message = f"line {number} of `{file}` must be a JSON object with a `text`. Correct it."
+                raise ValueError(message) from error
+    return texts
 
 
 class ModalityLoss:
@@ -246,6 +260,10 @@ def main(options: ImageTextOptions, arguments: TrainingArguments) -> None:
     """Trains a language model and saves it with its processor, or its LoRA adapter, in the output folder."""
     if arguments.max_steps < 1:
         raise ValueError(f"`--max_steps` must be at least 1, but is {arguments.max_steps}.")
+    for folder in Path(arguments.output_dir).glob("checkpoint-*"):
+        if not (folder / TRAINER_STATE_NAME).exists():  # written last, so a kill has left the checkpoint half written
+            shutil.rmtree(folder)
+    checkpoint = find_checkpoint(arguments.output_dir, arguments.resume_from_checkpoint)
     config = AutoConfig.from_pretrained(options.model_name_or_path)
     vocabulary = ImageVocabulary.from_config(config)
     context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
@@ -270,8 +288,7 @@ def main(options: ImageTextOptions, arguments: TrainingArguments) -> None:
         optimizer_cls_and_kwargs=(SOAP, soap_arguments(arguments)) if options.use_soap else None,
     )
     trainer.scheduled_sampling = options.scheduled_sampling
-    checkpoint = arguments.resume_from_checkpoint
-    trainer.train(get_last_checkpoint(arguments.output_dir) if checkpoint == "latest" else checkpoint)
+    trainer.train(checkpoint and str(checkpoint))
     model.config.use_cache = True
     trainer.save_model()
     if not options.lora_rank and trainer.is_world_process_zero():

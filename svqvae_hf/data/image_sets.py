@@ -411,6 +411,8 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
     files = {selection.split or "train": list(data_files)} if data_files else None
     with _explained(name):
         builder = datasets.load_dataset_builder(name, selection.config, data_files=files)
+        if builder.config.data_files is None:
+            raise OSError("the Hub cannot be reached, and the cache has its rows without their files")
     split = _choose_split(name, [*builder.config.data_files], selection.split)
     paths = builder.config.data_files[split]
     if builder.name.startswith("webdataset"):  # its own reader takes only samples of equal suffixes

@@ -17,7 +17,7 @@ from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import check_words
-from svqvae_hf.pipelines.sampling import Generators, draw, make_warpers
+from svqvae_hf.pipelines.sampling import Generators, check_sampling, draw, make_warpers
 
 
 class ImageLanguageModel:
@@ -113,12 +113,13 @@ class ImageLanguageModel:
                 the row, the grid, and `{"ids": ...}`, the ids of the rows so far, `(batch, rows, columns)`.
 
         Raises:
-            ValueError: If the model does not know the grid, there are not as many images or masks as captions, or
-                the tokenizer has no token for a word.
+            ValueError: If an argument of sampling is out of its range, the model does not know the grid, there are
+                not as many images or masks as captions, or the tokenizer has no token for a word.
         """
         check_words(self.processor.tokenizer, [prompt for prompt in prompts if prompt is not None])
         asked = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = self.sampling | {name: value for name, value in asked.items() if value is not None}
+        check_sampling(**sampling, num_images=len(prompts), output_type="pil", tensor_inputs=["ids"])
         grid = grid or self.processor.vocabulary.grids[0]
         start = self.processor.begin_image(grid)
         no_condition = self.processor.no_condition

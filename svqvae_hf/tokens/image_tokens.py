@@ -40,14 +40,14 @@ class TokenOrigin(Protocol):
 
 
 def encode_image(
-    model: SVQVAE, image: Image.Image, scales: float | Sequence[float], scale_from: str = "image"
+    model: SVQVAE, image: Image.Image, scales: float | Sequence[float] = 1, scale_from: str = "image"
 ) -> ImageTokens:
     """Encodes an image to ids at each scale.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         image (`PIL.Image.Image`): Image of any size.
-        scales (`float` or `Sequence[float]`): Output side over input side, each above 0.
+        scales (`float` or `Sequence[float]`, defaults to 1): Output side over input side, each above 0.
         scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
 
     Returns:
@@ -149,9 +149,7 @@ def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:
         ("of a codebook with this number of codes:", model.config["codebook_size"], tokens.codebook_size),
     ):
         if found != expected:
-            raise ValueError(
-                f"the ids must be {fact} {expected}, got {found}. Decode them with the model that encoded them."
-            )
+            raise ValueError(f"the ids must be {fact} {expected}, got {found}. Use the model that encoded them.")
 
 
 def execution_device(model: torch.nn.Module) -> torch.device:

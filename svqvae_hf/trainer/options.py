@@ -230,6 +230,13 @@ class OptionParser(HfArgumentParser):
             settings["type"] = _or_none(settings["type"])
         return super().add_argument(*flags, **settings)
 
+    def parse_args_into_dataclasses(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Parses the arguments. Raises for one that is no option."""
+        *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
+        if unknown:
+            self.error(f"`{unknown[0]}` is not an option of the script. Pass `--help` to see all.")
+        return tuple(parsed)
+
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""
         raise ValueError(message)

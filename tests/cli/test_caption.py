@@ -35,6 +35,7 @@ def test_generate_draws_with_a_language_model(tmp_path, capsys):
     for option, message in [
         (["--scales", "0.5"], "--scales belongs to pipelines, but MODEL is a language model. Leave it out"),
         (["--class", "1"], "--class belongs to pipelines"),
+        (["--top-p", "2"], "`top_p` must be above 0 and at most 1, got 2.0"),
         (["--grid", "9x9"], "`grid` must be one of the rows x columns of codes that the model knows"),
     ]:
         assert message in fails(capsys, "generate", model, *option, "--output", tmp_path / "wrong")

@@ -104,6 +104,12 @@ def test_an_adapter_is_merged(saved, tmp_path, capsys):
     assert "is an adapter. Pass the pipeline that it adapts as MODEL, and this folder as --adapter." in alone
     for other, message in ((saved, "must be a LoRA adapter"), ("nowhere", "there is no file or folder `nowhere`")):
         assert message in fails(capsys, "generate", saved, "--adapter", other, *arguments, tmp_path / "new")
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[10_000])  # of a larger vocabulary
+    larger = make_autoregressive().language_model
+    larger.resize_token_embeddings(10_001)
+    get_peft_model(larger, rows).save_pretrained(tmp_path / "rows")
+    error = fails(capsys, "generate", saved, "--adapter", tmp_path / "rows", *arguments, tmp_path / "new")
+    assert "must be a LoRA adapter of the language model" in error
 
 
 @pytest.mark.parametrize(
@@ -117,6 +123,7 @@ def test_an_adapter_is_merged(saved, tmp_path, capsys):
         (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
         (["--steps", "3"], "--steps belongs to next-scale pipelines, but MODEL is autoregressive"),
         (["--scales", "2"], "`scales` must be among [0.25, 0.5, 1.0]"),
+        (["--grid", "4x4"], "--grid belongs to language models, but MODEL is a pipeline. Leave it out."),
         (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),
     ],
 )

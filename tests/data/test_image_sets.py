@@ -210,6 +210,15 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, data, options, message, co
     assert not (tmp_path / "nope:").exists()
 
 
+def test_a_set_in_the_cache_alone_is_one_line(monkeypatch):
+    builder = SimpleNamespace(
+        config=SimpleNamespace(data_files=None)
+    )  # as offline, after `datasets` has loaded it once
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    with pytest.raises(OSError, match="the image set `mnist` cannot be opened: the Hub cannot be reached"):
+        open_images(["mnist"])
+
+
 # Sets on the Hub
 
 

@@ -56,12 +56,15 @@ def test_command(images, tmp_path, capsys):
         (tmp_path / folder).mkdir()
         for index, image in enumerate(images):
             image.save(tmp_path / folder / f"{index}.png")
+    for name in ("sheet.png", "0_steps.png"):  # that `svqvae generate` writes beside the images
+        images[0].save(tmp_path / "generated" / name)
     out = tmp_path / "out"
     assert svqvae("evaluate", tmp_path / "generated", tmp_path / "photos", "--generated", "--output", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["neighbours.png", "report.json", "report.md"]
     report = json.loads((out / "report.json").read_text())
     assert [row["features"] for row in report["rows"]] == ["latents of the tokenizer"]
     assert report["settings"]["generated"] == str(tmp_path / "generated")
+    assert report["settings"]["generated_images"] == len(images)
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
     assert "\n".join(table) in capsys.readouterr().out
     with Image.open(out / "neighbours.png") as sheet:

@@ -56,7 +56,7 @@ def test_a_model_whose_weights_are_elsewhere_until_they_are_used(tiny_model, cro
 
 
 def test_ids_of_scale_1_do_not_depend_on_what_is_resized(tiny_model, crop):
-    files = [encode_image(tiny_model, crop, [1.0], scale_from) for scale_from in SCALE_SOURCES]
+    files = [encode_image(tiny_model, crop, scale_from=scale_from) for scale_from in SCALE_SOURCES]
     assert torch.equal(*(file.ids[0] for file in files))
     assert [file.scale_from for file in files] == ["latents", "latents"]
 
@@ -78,7 +78,7 @@ def test_ids_of_another_model_raise(tiny_model, crop):
         decode_image(tiny_model, dataclasses.replace(tokens, codebook_size=65))
     with torch.no_grad():
         tiny_model.quantize.embedding.weight[0, 0] += 1
-    with pytest.raises(ValueError, match="Decode them with the model that encoded them"):
+    with pytest.raises(ValueError, match="Use the model that encoded them"):
         decode_image(tiny_model, tokens)
 
 

@@ -49,6 +49,11 @@ def test_wrong_values_of_flags_are_refused(flag, capsys):
     assert not "".join(capsys.readouterr())
 
 
+def test_unknown_flags_are_refused():
+    with pytest.raises(ValueError, match="`--lr` is not an option of the script. Pass `--help` to see all."):
+        read_options(TrainOptions, [*(f"--{name}={value}" for name, value in NEEDED.items()), "--lr", "1"])
+
+
 def test_flags_override_a_file_with_nothing(tmp_path):
     file = tmp_path / "config.yaml"
     set_by_file = {"kmeans_steps": [5], "report_to": "tensorboard", "checkpoints_total_limit": 3, "crop_sizes": []}

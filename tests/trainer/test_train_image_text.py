@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -9,11 +12,19 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import svqvae
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from peft import PeftModel
 from PIL import Image
 from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
-from train_image_text import IGNORED, ImageTextExamples, ImageTextOptions, ImageTextTrainer, ModalityLoss, main
+from train_image_text import (
+    IGNORED,
+    ImageTextExamples,
+    ImageTextOptions,
+    ImageTextTrainer,
+    ModalityLoss,
+    main,
+    read_texts,
+)
 from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, TrainingArguments
 
 from svqvae_hf.language.extension import extend_language_model
@@ -116,6 +127,21 @@ def test_texts_with_images_are_learned_whole(tokens, tmp_path):
         made.text_example(rows[0])
 
 
+@pytest.mark.parametrize("line", ["", "hello", '["a"]', '{"txt": "a"}', '{"text": 3}'])
+def test_wrong_texts_are_refused_by_their_line(line, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(line and f'{{"text": "a \u2028 b"}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=f"^line {3 if line else 1} of `{file}` must be a JSON object with a `text`"):
+        read_texts([str(file)])
+
+
+def test_a_new_run_does_not_replace_an_old_one(train, tmp_path):
+    (tmp_path / "old" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoint-3" / "trainer_state.json").touch()
+    with pytest.raises(ValueError, match="has checkpoint-3. Resume it with `--resume_from_checkpoint latest`"):
+        train("old")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_examples_do_not_see_each_other(tokens, family):
     model, _ = load_extended(family)
@@ -186,11 +212,33 @@ def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
                 assert torch.equal(made[1], answer)
 
 
+KILLED = """
+import os, runpy, signal, sys
+from transformers import Trainer
+
+def die_at_the_second_checkpoint(trainer, folder):
+    if trainer.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(trainer, folder)
+
+save, Trainer._save_rng_state = Trainer._save_rng_state, die_at_the_second_checkpoint
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
-def test_a_resumed_run_equals_an_unbroken_one(train):
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "scheduled_sampling": 0.5}
-    whole = train("whole", **options)
-    resumed = train("resumed", resume=str(whole / "checkpoint-3"), **options)
+def test_a_killed_and_resumed_run_equals_an_unbroken_one(train, tokens, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "scheduled_sampling": 0.5}
+    whole, killed = train("whole", **options), tmp_path / "killed"
+    own = {"model_name_or_path": extended("qwen"), "token_set": tokens, "condition_dropout": 0, "output_dir": killed}
+    changes = LEARN | options | own | {"use_cpu": True, "report_to": "none"}
+    flags = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-c", KILLED, ROOT / "training" / "train_image_text.py", *flags]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert {path.name for path in killed.iterdir()} >= {"checkpoint-2", "checkpoint-4"}  # the second is half written
+    resumed = train("killed", resume="latest", **options)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -198,9 +246,13 @@ def test_a_resumed_run_equals_an_unbroken_one(train):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_trains_new_rows_and_leaves_the_model(train, family, tmp_path):
-    folder = train("adapter", model=family, max_steps=4, lora_rank=2)
-    base, processor = AutoModelForCausalLM.from_pretrained(extended(family)).eval(), load_extended(family)[1]
+def test_lora_trains_new_rows_and_leaves_a_model_of_texts(train, family, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "a cat left of a pear"}))
+    texts = {"text_files": [str(tmp_path / "texts.jsonl")], "text_fraction": 1.0, "token_set": None}
+    trained = train("texts", model=family, max_steps=2, **texts)
+    folder = train("adapter", model_name_or_path=str(trained), max_steps=4, lora_rank=2)
+    base, processor = AutoModelForCausalLM.from_pretrained(trained).eval(), load_extended(family)[1]
+    assert not torch.equal(base.get_input_embeddings().weight, load_extended(family)[0].get_input_embeddings().weight)
     tokens = torch.tensor([processor.vocabulary.begin_image((2, 2)), [5, 6]])
     with torch.no_grad():
         before = base(tokens).logits
@@ -213,7 +265,8 @@ def test_lora_trains_new_rows_and_leaves_the_model(train, family, tmp_path):
     new = slice(processor.vocabulary.first_token, processor.vocabulary.stop)
     merged = adapter.merge_and_unload()
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        old, rows = getattr(load_extended(family)[0], get)().weight, getattr(merged, get)().weight
+        old = getattr(AutoModelForCausalLM.from_pretrained(trained), get)().weight
+        rows = getattr(merged, get)().weight
         assert torch.equal(old[: new.start], rows[: new.start])
         assert not torch.equal(old[new], rows[new])
 
@@ -222,7 +275,8 @@ def test_lora_trains_new_rows_and_leaves_the_model(train, family, tmp_path):
     ("changes", "message"),
     [
         ({"text_fraction": 0.5}, "`--text_files` must be given exactly if `--text_fraction`, 0.5"),
-        ({"caption_column": "text"}, "`--caption_column` must be a column of the token set, ids_0, height"),
+        ({"caption_column": "text"}, "`--caption_column` must hold texts or lists of texts, but 'text' holds None"),
+        ({"caption_column": "height"}, "`--caption_column` must hold texts or lists of texts, but 'height' holds"),
         ({"model_name_or_path": "foreign"}, "the ids must be of the model's codebook"),
         ({"model_name_or_path": "small"}, "`grid` must be one of the rows x columns of codes that the model knows"),
     ],

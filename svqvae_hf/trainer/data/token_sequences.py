@@ -67,7 +67,7 @@ class TokenSource:
         self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         num_classes = 0 if label_column is None else self._num_classes(label_column)
         if caption_column is not None:
-            self._check_captions(caption_column)
+            check_captions(self.rows, caption_column)
             num_classes = 1
         columns = [*self.id_columns, *(each for each in (label_column, caption_column) if each is not None)]
         self.tables = self.rows.select_columns(columns).with_format("arrow")
@@ -139,21 +139,23 @@ class TokenSource:
             f"columns are {', '.join(self.rows.features)}."
         )
 
-    def _check_captions(self, column: str) -> None:
-        feature = self.rows.features.get(column)
-        inner = getattr(feature, "feature", feature)
-        if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
-            raise ValueError(
-                f"`--caption_column` must hold texts or lists of texts, but {column!r} holds {feature}. The columns "
-                f"are {', '.join(self.rows.features)}."
-            )
-        rows = self.rows.data.column(column)
-        texts = rows if inner is feature else pc.list_flatten(rows)
-        lengths = [pc.utf8_length(texts)] + ([] if inner is feature else [pc.list_value_length(rows)])
-        if rows.null_count or texts.null_count or any(pc.min(each).as_py() == 0 for each in lengths):
-            raise ValueError(
-                f"`--caption_column` must hold a caption in each row, but {column!r} has empty rows. Remove them."
-            )
+
+def check_captions(rows: datasets.Dataset, column: str) -> None:
+    """Raises unless a column holds a caption, or a list of them, in each row."""
+    feature = rows.features.get(column)
+    inner = getattr(feature, "feature", feature)
+    if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
+        raise ValueError(
+            f"`--caption_column` must hold texts or lists of texts, but {column!r} holds {feature}. The columns "
+            f"are {', '.join(rows.features)}."
+        )
+    captions = rows.data.column(column)
+    texts = captions if inner is feature else pc.list_flatten(captions)
+    lengths = [pc.utf8_length(texts)] + ([] if inner is feature else [pc.list_value_length(captions)])
+    if captions.null_count or texts.null_count or any(pc.min(each).as_py() == 0 for each in lengths):
+        raise ValueError(
+            f"`--caption_column` must hold a caption in each row, but {column!r} has empty rows. Remove them."
+        )
 
 
 @dataclass
