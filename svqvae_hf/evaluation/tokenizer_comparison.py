@@ -3,11 +3,10 @@
 import dataclasses
 import math
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,6 @@ from svqvae_hf.evaluation.tokenizers.protocol import Codes, Tokenizer, count_bit
 from svqvae_hf.models.image_processing_svqvae import pad_to_multiple
 from svqvae_hf.tokens.image_tokens import resize_image
 
-MEGA = 1_000_000
 COLUMNS = {
     "tokens": Metric("tokens", ".0f"),
     "bits_per_pixel": Metric("bits per pixel", ".4f"),
@@ -56,13 +54,9 @@ COLUMNS = {
     "rfid": Metric("rFID", ".2f"),
     "usage": Metric("codes used", ".1%"),
     "perplexity": Metric("perplexity", ".0f"),
-    "encode_speed": Metric("encode, megapixels/s", ".3f"),
-    "decode_speed": Metric("decode, megapixels/s", ".3f"),
 }
 GREYS = {"JPEG": ("#8a8a8a", "--"), "WebP": ("#4a4a4a", ":"), "AVIF": ("#8a8a8a", "-.")}
 MARKERS = "osD^vP"
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -100,7 +94,6 @@ def compare_tokenizers(
     """Codes and decodes each image of a set by each tokenizer, and compares the result with the image in 8 bits.
 
     An image is padded to multiples of `f` by repeating its last row and column, and the reconstruction is cropped.
-    Before the first image is timed, each tokenizer runs on it once.
 
     Args:
         tokenizers (`Sequence[Tokenizer]`): Tokenizers with different titles, on `device`.
@@ -148,42 +141,29 @@ class _Meter:
         self.lpips = lpips
         self.device = device
         self.totals = Totals(tokenizer.codebook_size or 0, inception, device)
-        self.is_warm = False
 
     @torch.no_grad()
     def measure(self, target: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
         """Values, counts of codes, and reconstruction of an image `(1, 3, height, width)` in uint8."""
         tokenizer, (height, width) = self.tokenizer, target.shape[-2:]
         sample = pad_to_multiple(target / 127.5 - 1, tokenizer.f)
-        if not self.is_warm:
-            tokenizer.decode(tokenizer.encode(sample))
-            self.is_warm = True
-        codes, encode_seconds = self._timed(lambda: tokenizer.encode(sample))
+        codes = tokenizer.encode(sample)
         counts = self._count_codes(codes)
-        decoded, decode_seconds = self._timed(lambda: tokenizer.decode(codes))
         bits = count_bits(codes, tokenizer.codebook_size)
         stored_bits = getattr(tokenizer, "stored_bits", lambda *_: None)(codes, height, width) or bits
         values: dict[str, Any] = {
             "tokens": count_tokens(codes, tokenizer.codebook_size),
             "bits": bits,
             "stored_bits": stored_bits,
-            "encode_seconds": encode_seconds,
-            "decode_seconds": decode_seconds,
         }
-        image = resize_image(to_image(decoded), (sample.shape[-1], sample.shape[-2]))
+        image = resize_image(to_image(tokenizer.decode(codes)), (sample.shape[-1], sample.shape[-2]))
         reconstruction = to_tensor(image.crop((0, 0, width, height)), self.device)
         return values | image_metrics(reconstruction, target, self.lpips), counts, reconstruction
 
     def row(self, results: Records, records: Records) -> dict[str, Any]:
         """Means and sums over the images of all processes."""
-        megapixels = sum(record["width"] * record["height"] for record in records) / MEGA
-        return {
-            "title": self.tokenizer.title,
-            "tokens": mean(each["tokens"] for each in results),
-            **self.totals.values(results, records),
-            "encode_speed": megapixels / sum(each["encode_seconds"] for each in results),
-            "decode_speed": megapixels / sum(each["decode_seconds"] for each in results),
-        }
+        tokens = mean(each["tokens"] for each in results)
+        return {"title": self.tokenizer.title, "tokens": tokens} | self.totals.values(results, records)
 
     def _count_codes(self, codes: Codes) -> torch.Tensor:
         size = len(self.totals.counts)
@@ -196,17 +176,6 @@ class _Meter:
                 f"{len(counts) - 1}."
             )
         return counts
-
-    def _timed(self, run: Callable[[], Result]) -> tuple[Result, float]:
-        self._wait()
-        begun = time.perf_counter()
-        result = run()
-        self._wait()
-        return result, time.perf_counter() - begun
-
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
 
 def _notes(meters: Sequence[_Meter], rows: Sequence[dict[str, Any]], images: int) -> list[str]:

@@ -64,8 +64,6 @@ def test_figures_are_those_computed_by_hand(tmp_path, images, name):
         )
         assert values["ssim"] == pytest.approx(ssim, abs=1e-3)
     assert row["psnr"] == pytest.approx(np.mean(expected), abs=1e-2)
-    assert row["encode_speed"] > 0
-    assert row["decode_speed"] > 0
     if ids:
         counts = np.bincount(ids)
         assert len(set(ids)) > 1
@@ -206,8 +204,7 @@ def test_an_image_that_exhausts_the_memory_of_one_is_skipped_for_all(saved_model
     found = compare_tokenizers(tokenizers, [photo.crop((0, 0, 64, 64)), *images], inception=Features())
     assert [(each["index"], each["reason"][:14]) for each in found.skipped] == [(0, "out of memory.")]
     for row, other in zip(found.rows, expected.rows, strict=True):
-        timeless = {key: value for key, value in other.items() if not key.endswith("speed")}
-        assert {key: row[key] for key in timeless} == pytest.approx(timeless)
+        assert row == pytest.approx(other)
 
 
 def test_wrong_options(images):
