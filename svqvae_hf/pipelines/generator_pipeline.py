@@ -1,5 +1,6 @@
 """The common half of the pipelines that sample ids: components, labels, callbacks, decoding, saving and loading."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -104,27 +105,15 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
     def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
         """Raises for weights whose faults their class does not find while loading."""
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        standalone: bool | str = False,
-        **kwargs: Any,
+    @functools.wraps(DiffusionPipeline.save_pretrained)  # diffusers looks at the names of its arguments
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, *args: Any, standalone: bool | str = False, **kwargs: Any
     ) -> None:
         """Saves the pipeline, with a card unless the folder has one.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write to.
-            safe_serialization (`bool`, defaults to `True`): Write safetensors, not pickles.
-            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`.
-            max_shard_size (`int` or `str`, *optional*): Size of the largest weight file, such as `"5GB"`.
-            push_to_hub (`bool`, defaults to `False`): Upload the folder with diffusers' card. The method
-                `push_to_hub` uploads it with the card of this library.
-            use_flashpack (`bool`, defaults to `False`): Write FlashPack files, not safetensors.
+            *args: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
             standalone (`bool` or `str`, defaults to `False`): Also write the code of the models, so that diffusers'
                 `ModularPipeline` loads the folder where this package is not installed. For a folder that you will
                 upload yourself, its `org/name` on the Hub.
@@ -140,15 +129,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                     "`adapter.merge_and_unload()`, where `adapter` is what `PeftModel.from_pretrained` returned, and "
                     f"set `pipeline.{name}` to the result."
                 )
-        super().save_pretrained(
-            os.fspath(save_directory),
-            safe_serialization,
-            variant,
-            max_shard_size,
-            push_to_hub,
-            use_flashpack,
-            **kwargs,
-        )
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
         name = standalone if isinstance(standalone, str) else folder.absolute().name
         if standalone:

@@ -446,11 +446,6 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
             f"accelerate's settings have gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, but "
             f"`--gradient_accumulation_steps` is {options.gradient_accumulation_steps}. Make both equal."
         )
-    if LAUNCHED in os.environ and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
-        logger.warning(
-            "Training on one process, because that is all `accelerate launch` starts on a CPU. For more, set "
-            "ACCELERATE_USE_CPU=true and start them with torchrun."
-        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"Training needs whole weights on each process, but {accelerator.distributed_type.value} shards them. Use "

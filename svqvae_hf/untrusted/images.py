@@ -9,7 +9,6 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-PREFIX_BYTES = 16  # by which Pillow tells formats apart
 MAX_CHUNK_BYTES = 1 << 28  # 256 MiB per tile, because each is decoded as a whole
 
 
@@ -44,27 +43,15 @@ def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterato
         ) from error
     except UnidentifiedImageError as error:
         size = file.seek(0, os.SEEK_END)
-        raise ValueError(f"{name} ({size} bytes) is not a readable image. {_advice(file, formats)}") from error
+        raise ValueError(
+            f"{name} ({size} bytes) is not a readable image. It must be intact, in one of the formats "
+            f"{', '.join(formats)} (BMP without run-length encoding)."
+        ) from error
     except MemoryError as error:
         raise ValueError(f"{name} takes more memory than there is to decode. Make it smaller.") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{name} is not a readable image: {reason}") from error
-
-
-def _advice(file: BinaryIO, formats: tuple[str, ...]) -> str:
-    """Says which format a file starts like, and why Pillow does not read it as that, or which formats are read."""
-    Image.init()  # otherwise Pillow knows only the most common formats
-    for name in formats:
-        factory, accept = Image.OPEN[name]
-        try:
-            file.seek(0)
-            if accept is not None and accept(file.read(PREFIX_BYTES)):
-                file.seek(0)
-                factory(file, "")
-        except Exception as error:
-            return f"It is a {name} file that is broken or of an unsupported kind: {error}. Save it as an 8-bit PNG."
-    return f"Supported formats: {', '.join(formats)} (BMP without run-length encoding)."
 
 
 def is_chunk_too_large(shape: Sequence[int], itemsize: int) -> bool:

@@ -75,8 +75,8 @@ def test_samples_that_cannot_be_read_are_named_with_the_reason(tmp_path, monkeyp
         "a": "the sample must hold one image, but has txt.",
         "0201.png": "a label beside it cannot be read: it must be an integer, but is b'x'.",
         "c.png": "the image is too large for a member of a tar file.",
-        "d.png": "the image (0 bytes) is not a readable image. Supported formats: BMP, GIF, JPEG, PNG, PPM, TIFF, "
-        "WEBP, AVIF (BMP without run-length encoding).",
+        "d.png": "the image (0 bytes) is not a readable image. It must be intact, in one of the formats BMP, GIF, "
+        "JPEG, PNG, PPM, TIFF, WEBP, AVIF (BMP without run-length encoding).",
     }
 
 
