@@ -5,7 +5,7 @@ accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -18,7 +18,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from svqvae_hf import SVQVAE
 from svqvae_hf.hub.model_cards import quote
 from svqvae_hf.trainer.configs import load_network_config
-from svqvae_hf.trainer.data.image_source import ImageSource
+from svqvae_hf.trainer.data.crop_loader import CropBatch
+from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options
 from svqvae_hf.trainer.pipeline_run import class_labels, latent_side, load_frozen_vqvae, log_samples, pipeline_card
@@ -36,6 +37,9 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
 
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
+    validation_data_dir: str | None = option(
+        None, "Folder of images that are not trained on, whose loss is logged at each validation."
+    )
 
     def __post_init__(self) -> None:
         """Checks the options of denoisers as well."""
@@ -56,39 +60,54 @@ def main(options: DiffusionOptions) -> None:
     images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
     label_names = read_label_names(images.label_feature)
     loader = images.loader([options.resolution], options.num_batches, options.seed)
+    held_out = open_held_out(options, images)
 
     # Optimizer
     optimizer, lr_scheduler = make_optimizer(denoiser, options, options.learning_rate, options.max_train_steps)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     run.start(denoiser, loader, lr_scheduler)
 
+    def predict(
+        batch: CropBatch, generator: torch.Generator, label_dropout: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a batch at random timesteps, and the deviation of its latents."""
+        sample = images.to_device(batch)
+        with torch.no_grad(), accelerator.autocast():
+            latents = vqvae.encode(sample).latents.float() * vqvae.config["scaling_factor"]
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator).to(latents.device)
+        noisy = noise_schedule.add_noise(latents, noise, timesteps)
+        classes = None if options.label_column is None else batch.labels
+        labels = drop_labels(classes, len(latents), label_dropout, generator).to(latents.device)
+
+        # The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512)
+        velocity = noise_schedule.get_velocity(latents, noise, timesteps)
+        return F.mse_loss(model(noisy, timesteps, class_labels=labels).sample.float(), velocity), latents.std()
+
     def validate(steps_done: int) -> None:
+        if held_out is not None:
+            batches = -(-held_out.images.max_parts // (options.train_batch_size * accelerator.num_processes))
+            with run.evaluating():  # the same crops, noise and timesteps at each validation
+                losses = [
+                    predict(batch, torch.Generator().manual_seed(number), 0.0)[0]
+                    for number, batch in enumerate(held_out.loader([options.resolution], batches, seed=0))
+                ]
+            loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            run.log(steps_done, {"validation/loss": loss})
         pipeline = make_pipeline(vqvae, denoiser, noise_schedule, label_names)
         log_samples(run, pipeline, sample_call(options, pipeline), steps_done)
 
     for step, batches in run.steps():
         for batch in batches:
             with accelerator.accumulate(model):
-                # Latents, and noise on them
-                sample, generator = images.to_device(batch), run.batch_generator()
-                with torch.no_grad(), accelerator.autocast():
-                    latents = vqvae.encode(sample).latents.float() * vqvae.config["scaling_factor"]
+                loss, latent_std = predict(batch, run.batch_generator(), options.label_dropout)
                 if loader.batch == 1:
-                    warn_of_latent_std(latents.std().item())
-                noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-                timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator).to(latents.device)
-                noisy = noise_schedule.add_noise(latents, noise, timesteps)
-                classes = None if options.label_column is None else batch.labels
-                labels = drop_labels(classes, len(latents), options.label_dropout, generator).to(latents.device)
-
-                # The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512)
-                velocity = noise_schedule.get_velocity(latents, noise, timesteps)
-                loss = F.mse_loss(model(noisy, timesteps, class_labels=labels).sample.float(), velocity)
+                    warn_of_latent_std(latent_std.item())
                 accelerator.backward(loss)
-                numbers = {"loss": loss, "latent_std": latents.std()}
+                numbers = {"loss": loss, "latent_std": latent_std}
                 if accelerator.sync_gradients:  # after the last batch of a step
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                run.add(numbers, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
+                run.add(numbers, images=len(batch.sample), megapixels=batch.sample[:, 0].numel() / 1e6)
 
         if run.logs_after(step):
             run.log_training(step)
@@ -103,6 +122,23 @@ def main(options: DiffusionOptions) -> None:
         pipeline = make_pipeline(vqvae, result.eval(), noise_schedule, label_names)
         run.publish(pipeline.save_pretrained, make_card(run, pipeline))
     accelerator.end_training()
+
+
+def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource | None:
+    """Opens the held-out images, of which the centre is cut, or returns None without `--validation_data_dir`."""
+    if options.validation_data_dir is None:
+        return None
+    centres = replace(options, center_crop=True, random_flip=False, random_rotation=False, resize_range=[1.0, 1.0])
+    centres.train_data_dir, centres.dataset_name = options.validation_data_dir, None
+    centres.dataset_config_name, centres.data_files = None, []
+    held_out = ImageSource(centres, images.accelerator, PIXEL_RANGE, options.label_column)
+    check_held_out(held_out.images, images.images)
+    if held_out.label_feature != images.label_feature:
+        raise ValueError(
+            f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but has "
+            f"{held_out.label_feature}."
+        )
+    return held_out
 
 
 def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> DiTTransformer2DModel:

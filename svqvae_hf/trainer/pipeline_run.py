@@ -166,7 +166,7 @@ def pipeline_card(
     """
     options = run.options
     rows = {"SVQVAE": f"`{public_name(options.vqvae_name_or_path)}`"} | run.provenance(script, "images")
-    for name in ("token_set", "validation_token_set", "dataset_name", "train_data_dir"):
+    for name in ("token_set", "validation_token_set", "dataset_name", "train_data_dir", "validation_data_dir"):
         if (source := getattr(options, name, None)) is not None:
             rows[name.replace("_", " ")] = f"`{public_name(source)}`"
     if class_names:

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
 
 import measure_scaling_factor
 import numpy as np
@@ -48,6 +49,9 @@ def parts(tmp_path_factory):
             path = folder / "photos" / ("cat", "dog")[index % 2] / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             photo.convert("RGB").crop((90 * index, 0, 90 * index + 64, 64)).save(path)
+    for name in ("cat", "puma"):
+        (folder / "cats" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), "teal").save(folder / "cats" / name / "0.png")
     return folder
 
 
@@ -119,6 +123,19 @@ def test_latents_far_from_the_noise_start_with_one_warning(options, caplog):
     diffuse(**options, gradient_accumulation_steps=2)
     (std,) = re.findall("standard deviation near 1, as the noise has, but have (\\S+)\\. Set the", caplog.text)
     assert not 0.5 < float(std) < 2
+
+
+def test_a_validation_measures_the_loss_of_held_out_images(class_options, parts, photo, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for label in ("cat", "dog"):
+        (tmp_path / "other" / label).mkdir(parents=True)
+        photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "other" / label / "0.png")
+    changes = {"validation_data_dir": str(tmp_path / "other"), "validation_steps": 1, "learning_rate": 1e-12}
+    diffuse(**class_options | changes)
+    losses = logged(caplog, "validation/loss")
+    assert losses.keys() == {1, 2}
+    assert losses[1] == losses[2] > 0  # the same crops, noise and timesteps
+    assert "validation/loss |" in Path(class_options["output_dir"], "README.md").read_text()
 
 
 def test_bf16_run_with_everything_on_learns_and_shows_samples(class_options, caplog):
@@ -213,6 +230,11 @@ def test_scaling_factor_is_measured_and_stored(parts, tmp_path, monkeypatch):
         ({"model_config_name_or_path": "vqvae"}, "must be DiTTransformer2DModel, but is SVQVAE"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has num_layer"),
         ({"resolution": 18}, "`--resolution` must be a multiple of f = 4 of the SVQVAE, but is 18"),
+        (
+            {"validation_data_dir": "photos"},
+            "must hold images that are not trained on, but `cat/0.png` is `cat/0.png`",
+        ),
+        ({"validation_data_dir": "cats", "label_column": "label"}, "must have the classes of the training images"),
         ({"resolution": 20}, "whose side is a multiple of 2, by `.*dit.json`, but 20 gives 5"),
     ],
 )
