@@ -21,7 +21,7 @@ from tqdm import tqdm
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.evaluation.metrics import psnr
-from svqvae_hf.models.tiling import Tile, tile_axis
+from svqvae_hf.models.tiling import tile_axis
 
 BAND = 4  # pixels on each side of a border
 FRAME = 16  # pixels cut off each side first, because scans such as Kodak's have dark lines there
@@ -33,21 +33,21 @@ def border_bands(length: int, model: SVQVAE) -> tuple[torch.Tensor, torch.Tensor
     tiles = tile_axis(-(-length // f), model.tile_size // f, model.overlap // f)
     positions = torch.arange(length)
     along_tiles = torch.zeros(length, dtype=torch.bool)
-    for tile in tiles[:-1]:
-        along_tiles |= (positions >= tile.core_stop * f - BAND) & (positions < tile.core_stop * f + BAND)
+    for _, core in tiles[:-1]:
+        along_tiles |= (positions >= core.stop * f - BAND) & (positions < core.stop * f + BAND)
     return along_tiles, (positions < BAND) | (positions >= length - BAND)
 
 
-def moved_axis(length: int, tile: int, overlap: int) -> list[Tile]:
+def moved_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]:
     """Moves the borders of [`tile_axis`] to the middle of its cores: one tile more, with the same overlap."""
     tiles = tile_axis(length, tile, overlap)
     if len(tiles) == 1:
         return tiles
-    cuts = [0, *((each.core_start + each.core_stop) // 2 for each in tiles), length]
+    cuts = [0, *((core.start + core.stop) // 2 for _, core in tiles), length]
     cores = list(zip(cuts, cuts[1:], strict=False))
     window = max(min(stop + overlap, length) - max(0, start - overlap) for start, stop in cores)
     starts = [min(max(0, start - overlap), length - window) for start, _ in cores]
-    return [Tile(start, start + window, *core) for start, core in zip(starts, cores, strict=True)]
+    return [(slice(start, start + window), slice(*core)) for start, core in zip(starts, cores, strict=True)]
 
 
 def reconstruct(model: SVQVAE, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

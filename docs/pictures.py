@@ -100,16 +100,14 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     rows, columns = (tile_axis(side, TILE, HALO) for side in size)
     tiles, sampled = (photo.copy() for _ in range(2))
     draw = ImageDraw.Draw(tiles)
-    for y in rows:
-        for x in columns:
-            _box(draw, model.f, (y.core_start, y.core_stop), (x.core_start, x.core_stop), WHITE, 2)
-    y, x = rows[len(rows) // 2], columns[len(columns) // 2]
-    _box(draw, model.f, (y.start, y.stop), (x.start, x.stop), ORANGE, 5)
-    _box(draw, model.f, (y.core_start, y.core_stop), (x.core_start, x.core_stop), GREEN, 5)
+    for _, y in rows:
+        for _, x in columns:
+            _box(draw, model.f, y, x, WHITE, 2)
+    for y, x, colour in zip(rows[len(rows) // 2], columns[len(columns) // 2], (ORANGE, GREEN), strict=True):
+        _box(draw, model.f, y, x, colour, 5)
     draw = ImageDraw.Draw(sampled)
     windows = _context_windows(size)
-    (start, stop), _ = windows[0]
-    side = (stop - start) * model.f
+    side = (windows[0][0].stop - windows[0][0].start) * model.f
     for window in windows:
         _box(draw, model.f, *window, GREEN, 4)
     shown_size = photo.width * 2 // 3, photo.height * 2 // 3
@@ -128,12 +126,12 @@ def picture_of_tiles(model: SVQVAE, photo: Image.Image) -> Image.Image:
     return contact_sheet(panels)
 
 
-def _context_windows(size: list[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _context_windows(size: list[int]) -> list[tuple[slice, slice]]:
     """Rows and columns, in latents, of the windows that are sampled from an image."""
     windows = []
 
     def read(rows: slice, columns: slice) -> torch.Tensor:
-        windows.append(((rows.start, rows.stop), (columns.start, columns.stop)))
+        windows.append((rows, columns))
         return torch.zeros(1, 1, rows.stop - rows.start, columns.stop - columns.start)
 
     gather_context(lambda windows, shared: windows, read, size, TILE, input_stride=1)
@@ -146,11 +144,14 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
     sample = SVQVAEImageProcessor()(photo)["pixel_values"]
     shared = model(sample, tile_size=TILE * model.f, overlap=HALO * model.f).sample
 
+    def encode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
+        return model.encode_window(window)[..., *core]
+
     def decode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
         rows, columns = (slice(span.start * model.f, span.stop * model.f) for span in core)
         return model.decode_window(window)[..., rows, columns]
 
-    latents = map_tiles(model.encode_window, sample, TILE, HALO, input_stride=model.f)
+    latents = map_tiles(encode_apart, sample, TILE, HALO, input_stride=model.f)
     apart = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, output_stride=model.f)
     part = (0, photo.height // 5, photo.width // 2, photo.height * 17 // 20)
     panels = [
@@ -195,10 +196,9 @@ def _pixels(sample: torch.Tensor) -> Image.Image:
     return SVQVAEImageProcessor().postprocess(sample[None])[0]
 
 
-def _box(
-    draw: ImageDraw.ImageDraw, f: int, rows: tuple[int, int], columns: tuple[int, int], colour: str, width: int
-) -> None:
-    draw.rectangle((columns[0] * f, rows[0] * f, columns[1] * f - 1, rows[1] * f - 1), outline=colour, width=width)
+def _box(draw: ImageDraw.ImageDraw, f: int, rows: slice, columns: slice, colour: str, width: int) -> None:
+    corners = columns.start * f, rows.start * f, columns.stop * f - 1, rows.stop * f - 1
+    draw.rectangle(corners, outline=colour, width=width)
 
 
 if __name__ == "__main__":

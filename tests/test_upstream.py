@@ -12,7 +12,6 @@ from conftest import ROOT, smooth_images
 from generators import make_llamagen
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.hub import standalone
 
 CHECKOUT = {  # what the script changes in a checkout of diffusers
     "src/diffusers/models/autoencoders/__init__.py": "from .autoencoder_tiny import AutoencoderTiny\n",
@@ -29,7 +28,6 @@ def port(tmp_path, monkeypatch):
     for path, text in CHECKOUT.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    monkeypatch.setattr(standalone, "LEFT_OUT", standalone.LEFT_OUT)  # the script changes it
     monkeypatch.syspath_prepend(ROOT / "upstream" / "diffusers")
     import make_port
 

@@ -1,7 +1,8 @@
 """Code that a repository carries, so that its model runs without this package. It is made from the package's source.
 
-A file holds a class and everything that it uses from other modules, in the order of their imports. Docstrings keep
-their first line. Checks of arguments, training and original checkpoints are left out. Nothing else changes.
+A file holds a class and everything that it uses from other modules, in the order of their imports. It leaves out
+checks of arguments, training, original checkpoints, all but the first line of docstrings, and the annotations of
+arguments that fit on one line without them. Nothing else changes.
 
     python -m svqvae_hf.hub.standalone modeling_svqvae.py    # writes the file to stdout, to compare it with another
 """
@@ -53,10 +54,13 @@ OF_LOADING = (
     *(f"LlamaGenForCausalLM.{name}" for name in ("from_single_file", "from_checkpoint", "save_pretrained")),
     *(f"SVQVAEImageProcessor.{name}" for name in ("from_pretrained", "from_model", "save_pretrained")),
 )
-OF_CHECKS = ("check_config", "check_sample", "check_scale_from", "check_latents", "check_ids", "check_tiles")
+OF_CHECKS = (
+    *("check_config", "check_class", "check_sample", "check_scales", "check_scale_from", "check_latents"),
+    *("check_finite", "check_ids", "check_side", "check_tiles", "check_checkpointing"),
+)
 OF_TRAINING = (
-    *("SVQVAE.forward", "TilingMixin.tile_if_large", "TilingMixin.whole_bytes"),
-    *(f"VectorQuantizer.{name}" for name in ("forward", "reset_counts", "_usage", "_entropy_loss")),
+    *("SVQVAE.forward", "SVQVAE.codebook_fingerprint", "TilingMixin.tile_if_large", "TilingMixin.whole_bytes"),
+    *(f"VectorQuantizer.{name}" for name in ("forward", "reset_counts", "normalise", "_usage", "_entropy_loss")),
 )
 LEFT_OUT = frozenset({*OF_LOADING, *OF_CHECKS, *OF_TRAINING})
 CODE_FILES = {
@@ -86,7 +90,8 @@ LIBRARIES = (PACKAGE, "transformers")  # of the components of pipelines
 class _Module:
     """Definitions and imports of a module of the package, without what is left out."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, left_out: frozenset[str], annotations: bool):
+        self.left_out, self.annotations = left_out, annotations
         text = Path(SOURCE, *name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         self.lines: list[str | None] = list(text.splitlines())
         self.imports: dict[str, tuple[str, str]] = {}  # module, and name there or "", by the name here
@@ -108,9 +113,9 @@ class _Module:
         return "\n".join(line for line in self.lines[start:stop] if line is not None)
 
     def _shorten(self, node: ast.stmt) -> None:
-        """Drops what is left out from a definition, and all but the first line of its docstrings."""
+        """Drops what is left out from a definition."""
         bases = getattr(node, "bases", [])
-        for base in [base for base in bases if ast.unparse(base) in LEFT_OUT]:
+        for base in [base for base in bases if ast.unparse(base) in self.left_out]:
             bases.remove(base)
             self.lines[base.lineno - 1] = str(self.lines[base.lineno - 1]).replace(f"{ast.unparse(base)}, ", "")
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
@@ -118,16 +123,48 @@ class _Module:
             if stop > start:
                 self.lines[start - 1] = f'{self.lines[start - 1]}"""'
             self.lines[start:stop] = [None] * (stop - start)
+        if isinstance(node, ast.FunctionDef) and not self.annotations:
+            self._drop_annotations(node)
         for body in (getattr(node, "body", []), getattr(node, "orelse", [])):
             for inner in list(body):
                 called = getattr(getattr(inner, "value", None), "func", None)
-                if f"{name_of(node)}.{name_of(inner)}" in LEFT_OUT or (called and ast.unparse(called) in LEFT_OUT):
+                names = {f"{name_of(node)}.{name_of(inner)}", called and ast.unparse(called)}
+                if names & self.left_out or (is_annotation(inner) and not self.annotations and not is_record(node)):
                     body.remove(inner)
                     start, stop = _span(inner)
                     start -= self.lines[start - 1] == ""
                     self.lines[start:stop] = [None] * (stop - start)
                 else:
                     self._shorten(inner)
+
+    def _drop_annotations(self, node: ast.FunctionDef) -> None:
+        """Writes the arguments in one line without annotations, if they fit."""
+        start, stop = node.lineno - 1, node.body[0].lineno - 1
+        arguments = [each for each in ast.walk(node.args) if isinstance(each, ast.arg)]
+        annotations = [(each, each.annotation) for each in arguments]
+        for argument in arguments:
+            argument.annotation = None
+        indent, names = " " * node.col_offset, ast.unparse(node.args).replace("'", '"')
+        text = [f"{indent}def {node.name}({names}):"]
+        if len(text[0]) > LINE_LENGTH:
+            text = [f"{indent}def {node.name}(", f"{indent}    {names}", f"{indent}):"]
+        if max(map(len, text)) <= LINE_LENGTH:
+            node.returns = None
+            self.lines[start:stop] = [*text, *[None] * (stop - start - len(text))]
+        else:
+            for argument, annotation in annotations:
+                argument.annotation = annotation
+
+
+def is_annotation(node: ast.stmt) -> bool:
+    """Whether a statement only annotates a name."""
+    return isinstance(node, ast.AnnAssign) and node.value is None
+
+
+def is_record(node: ast.stmt) -> bool:
+    """Whether the annotations of a class are the fields of its instances."""
+    parts = (*getattr(node, "bases", []), *getattr(node, "decorator_list", []))
+    return any(ast.unparse(part).startswith(("NamedTuple", "TypedDict", "dataclass")) for part in parts)
 
 
 def name_of(node: ast.stmt) -> str:
@@ -145,11 +182,13 @@ def _span(node: ast.stmt) -> tuple[int, int]:
 
 
 @functools.cache
-def code(file: str) -> str:
+def code(file: str, left_out: frozenset[str] = LEFT_OUT, annotations: bool = False) -> str:
     """Makes a file of code for repositories.
 
     Args:
         file (`str`): Its name, one of `CODE_FILES`.
+        left_out (`frozenset[str]`, *optional*): Names of the package that it does not need.
+        annotations (`bool`, defaults to `False`): Whether to keep the annotations of arguments.
     """
     modules: dict[str, _Module] = {}  # each after those that it imports
     used: set[tuple[str, str]] = set()
@@ -157,7 +196,7 @@ def code(file: str) -> str:
 
     def read(name: str) -> None:
         if name not in modules:
-            module = _Module(name)
+            module = _Module(name, left_out, annotations)
             for imported, _ in module.imports.values():
                 if imported.startswith(f"{PACKAGE}."):
                     read(imported)
@@ -201,7 +240,7 @@ def _imports(imported: set[tuple[str, str, str]]) -> str:
         else:
             group[f"import {module}{renamed}"] = []
     text = ""
-    for group in groups:
+    for group in filter(None, groups):
         text += "\n"
         for line, names in group.items():
             one_line = f"{line}{', '.join(names)}\n"

@@ -1,7 +1,6 @@
 """Encodes and decodes images larger than memory, from file to file, one tile after the other."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from svqvae_hf.files.outputs import os_error
 from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.layers import Core
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import Read, RunWindow, Write, gather_context, run_tiles
+from svqvae_hf.models.tiling import Read, RunWindow, gather_context, run_tiles
 from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device, image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
@@ -82,16 +82,14 @@ def decode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | No
         shape = 1, *window.shape, model.config["codebook_embed_dim"]
         return model.quantize.get_codebook_entry(window, shape).to(model.dtype)
 
-    def write(rows: slice, columns: slice, decoded: torch.Tensor) -> None:
-        top, left = rows.start * f, columns.start * f
-        (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])  # without padding
-        output.write(top, left, np.asarray(image))
-
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     try:
         with TiffWriter(partial, tokens.height, tokens.width) as output:
-            _run_tiles(model, model.decode_window, read, write, ids.shape, 1, on_tile)
+            for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, on_tile):
+                top, left = rows.start * f, columns.start * f
+                (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])
+                output.write(top, left, np.asarray(image))
         partial.replace(target)
     except OSError as error:
         raise os_error(f"`{target}` cannot be written: {error.strerror}.", error) from error
@@ -111,28 +109,23 @@ def _encode(model: SVQVAE, image: LargeImage, on_tile: OnTile | None) -> ImageTo
         sample = processor(pixels)["pixel_values"].to(device, model.dtype)
         return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
-    def write(rows: slice, columns: slice, latents: torch.Tensor) -> None:
+    for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, on_tile):
         ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
-
-    _run_tiles(model, model.encode_window, read, write, ids.shape, model.f, on_tile)
     return image_tokens(model, [ids], image.height, image.width, [1.0])
 
 
 def _run_tiles(
-    model: SVQVAE,
-    run: RunWindow,
-    read: Read,
-    write: Write,
-    size: torch.Size,
-    input_stride: int,
-    on_tile: OnTile | None,
-) -> None:
+    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, on_tile: OnTile | None
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     if not model.use_tiling:
         raise ValueError("a large image needs tiles, but tiling is disabled. Call `enable_tiling` first.")
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
     tile, overlap = model.tile_size // model.f, model.overlap // model.f
-    if max(size) > tile:
-        run = partial(run, shared=gather_context(run, read, size, tile, input_stride))
-    run_tiles(run, read, write, size, tile, overlap, input_stride, on_tile)
+    context = gather_context(run, read, size, tile, input_stride) if max(size) > tile else None
+
+    def run_tile(window: torch.Tensor, core: Core) -> torch.Tensor:
+        return run(window, None if context is None else context.for_tile(window, core, input_stride))
+
+    return run_tiles(run_tile, read, size, tile, overlap, input_stride, on_tile)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -114,6 +114,15 @@ def check_latents(latents: torch.Tensor, config: Mapping[str, Any]) -> None:
         )
 
 
+def check_finite(latents: torch.Tensor) -> None:
+    """Raises if latents are NaN or infinite. Compiled graphs do not check, because that would break the graph."""
+    if not torch.compiler.is_compiling() and not latents.isfinite().all():
+        raise ValueError(
+            "`latents` must be finite, but some are NaN or infinite. Pass images without such values. If the model is "
+            "in float16, load it in float32 or bfloat16, because float16 may overflow."
+        )
+
+
 def check_ids(ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int] | None = None) -> None:
     """Raises if ids cannot be looked up.
 
@@ -167,6 +176,31 @@ def check_scale_from(scale_from: str) -> None:
     """Raises if `scale_from` is not one of `SCALE_SOURCES`."""
     if scale_from not in SCALE_SOURCES:
         raise ValueError(f"`scale_from` must be one of {', '.join(SCALE_SOURCES)}, got {scale_from!r:.80}.")
+
+
+def check_side(sides: Collection[int]) -> None:
+    """Raises if the sides of a tile differ."""
+    if len(sides) > 1:
+        raise ValueError(f"Tiles must be squares, got sides of {' and '.join(map(str, sides))}. Pass `tile_size`.")
+
+
+def check_checkpointing(model: Any) -> None:
+    """Raises if tiles would be computed with gradients and checkpointing."""
+    if torch.is_grad_enabled() and model.is_gradient_checkpointing:
+        raise ValueError(
+            "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after the "
+            "values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
+        )
+
+
+def check_class(cls: type, config: Mapping[str, Any]) -> None:
+    """Raises if a config is of a class that `cls` does not extend."""
+    found = config.get("_class_name", cls.__name__)
+    if found not in {base.__name__ for base in cls.__mro__}:
+        raise ValueError(
+            f"The config must be of class {cls.__name__}, got {found}. Load it with that class. `from_single_file` "
+            "loads original checkpoints."
+        )
 
 
 def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:

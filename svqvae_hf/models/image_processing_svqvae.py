@@ -36,7 +36,6 @@ IMAGE_FORMATS = {
 }
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-AREA_SCALE = 0.25  # largest scale to which images shrink by area
 # Keys that transformers writes to the configs of its processors.
 TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | BinaryIO | bytes
@@ -415,7 +414,7 @@ def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
     size = [max(1, round(scale * (side // f))) * f for side in padded.shape[-2:]]
     if list(padded.shape[-2:]) == size:
         return padded
-    if scale <= AREA_SCALE:
+    if scale <= 0.25:  # a mean of many pixels
         return resize_area(padded.float(), size).to(sample.dtype)
     return F.interpolate(padded.float(), size, mode="bicubic", antialias=True).to(sample.dtype)
 

@@ -1,7 +1,6 @@
 """Norm and convolutions of the networks, for whole images and for tiles, and the context that tiles share."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -28,7 +27,7 @@ class TileContext:
         cuts (`torch.Tensor` of shape `(4, windows, 1, 1, 1)`, *optional*): 1 where a window is cut from its image, 0
             at a border of the image: at the top, bottom, left and right. `None` if no window is cut.
         images (`int`, *optional*): Number of images whose sampled windows fill the context. `None` for a tile.
-        moments (`dict`): Mean and variance `(images, groups)` of the input of each norm.
+        moments (`dict`): Variance and mean `(images, groups)` of the input of each norm.
         attended (`dict`): Keys and values `(images, 1, positions, channels)` of each attention.
     """
 
@@ -39,18 +38,18 @@ class TileContext:
     moments: dict[nn.Module, Pair] = field(default_factory=dict)
     attended: dict[nn.Module, Pair] = field(default_factory=dict)
 
-    def for_tile(self, core: Core, size: tuple[int, int], like: torch.Tensor) -> Self:
+    def for_tile(self, window: torch.Tensor, core: Core, input_stride: int) -> Self:
         """Context for one tile, which is cut on the sides that its core does not reach.
 
         Args:
+            window (`torch.Tensor`): Input at the tile.
             core (`tuple[slice, slice]`): Rows and columns to keep, in latents.
-            size (`tuple[int, int]`): Height and width of the tile, in latents.
-            like (`torch.Tensor`): Tensor with the type and device of the features.
+            input_stride (`int`): Input positions per latent along each side.
         """
-        (y, x), (height, width) = core, size
+        (y, x), (height, width) = core, (side // input_stride for side in window.shape[-2:])
         sides = [(y.start > 0, y.stop < height, x.start > 0, x.stop < width)]
-        cuts = make_cuts(sides, like) if any(sides[0]) else None
-        return dataclasses.replace(self, size=size, core=core, cuts=cuts, images=None)
+        cuts = make_cuts(sides, window) if any(sides[0]) else None
+        return replace(self, size=(height, width), core=core, cuts=cuts, images=None)
 
     def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Crops features of any resolution to what counts."""
@@ -60,21 +59,22 @@ class TileContext:
         """Crops features to the core and `margin` positions around it. A compiled graph keeps one size instead."""
         if torch.compiler.is_compiling():
             return hidden
-        core, sides = self._scaled_core(hidden), hidden.shape[-2:]
-        starts = [max(0, span.start - margin) for span in core]
-        stops = [min(side, span.stop + margin) for span, side in zip(core, sides, strict=True)]
-        (top, left), (bottom, right) = starts, stops
-        (y, x) = core
-        self.core = slice(y.start - top, y.stop - top), slice(x.start - left, x.stop - left)
-        self.size = bottom - top, right - left
-        return fast_layout(hidden[..., top:bottom, left:right])
+        (y, x), (height, width) = self._scaled_core(hidden), hidden.shape[-2:]
+        rows = slice(max(0, y.start - margin), min(height, y.stop + margin))
+        columns = slice(max(0, x.start - margin), min(width, x.stop + margin))
+        self.core = move(y, -rows.start), move(x, -columns.start)
+        self.size = rows.stop - rows.start, columns.stop - columns.start
+        return fast_layout(hidden[..., rows, columns])
 
     def _scaled_core(self, hidden: torch.Tensor) -> Core:
-        rows, columns = (
-            slice(span.start * side // length, span.stop * side // length)
-            for span, side, length in zip(self.core, hidden.shape[-2:], self.size, strict=True)
-        )
+        spans = zip(self.core, hidden.shape[-2:], self.size, strict=True)
+        rows, columns = (slice(span.start * side // of, span.stop * side // of) for span, side, of in spans)
         return rows, columns
+
+
+def move(span: slice, by: int) -> slice:
+    """Moves a slice along its axis."""
+    return slice(span.start + by, span.stop + by)
 
 
 def make_cuts(sides: list[tuple[bool, bool, bool, bool]], like: torch.Tensor) -> torch.Tensor:
@@ -112,19 +112,12 @@ class GroupNorm(nn.GroupNorm):
         if shared is None:  # not `F.group_norm`, which raises for a 1 x 1 image with one value per group
             return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
         if shared.images is not None:
-            shared.moments[self] = self._moments(shared.core_of(hidden), shared.images)
-        return self._normalise(hidden, *shared.moments[self])
-
-    def _moments(self, hidden: torch.Tensor, images: int) -> Pair:
-        """Mean and variance `(images, groups)` of the windows of each image."""
-        by_group = hidden.unflatten(0, (images, -1)).unflatten(2, (self.num_groups, -1)).to(_sum_type(hidden.dtype))
-        variance, mean = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
-        return mean, variance
-
-    def _normalise(self, hidden: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-        """Normalises windows `(images * windows, channels, h, w)` with statistics `(images, groups)`."""
+            by_group = shared.core_of(hidden).unflatten(0, (shared.images, -1)).unflatten(2, (self.num_groups, -1))
+            by_group = by_group.to(torch.promote_types(hidden.dtype, torch.float32))
+            shared.moments[self] = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
+        variance, mean = shared.moments[self]
         per_group = hidden.shape[1] // self.num_groups
-        mean, variance = (each.repeat_interleave(per_group, dim=1) for each in (mean, variance))  # (images, channels)
+        variance, mean = (each.repeat_interleave(per_group, dim=1) for each in (variance, mean))  # (images, channels)
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         if len(mean) == 1 and not torch.is_grad_enabled():  # a fused kernel, which has no gradient for the statistics
             return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)
@@ -135,11 +128,6 @@ class GroupNorm(nn.GroupNorm):
         return normed.flatten(0, 1).to(hidden.dtype)
 
 
-def _sum_type(dtype: torch.dtype) -> torch.dtype:
-    """Type in which values of `dtype` are summed: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def pad_edges(hidden: torch.Tensor, cuts: torch.Tensor | None, before: int = 1) -> torch.Tensor:
     """Pads by `before` at the top and left and by 1 at the bottom and right.
 
@@ -148,11 +136,9 @@ def pad_edges(hidden: torch.Tensor, cuts: torch.Tensor | None, before: int = 1) 
     padded = F.pad(hidden, (before, 1, before, 1))
     if cuts is not None:
         top, bottom, left, right = cuts
-        if before:
-            padded[..., :1, :] = padded[..., 1:2, :] * top
+        padded[..., :before, :] = padded[..., before : 2 * before, :] * top
         padded[..., -1:, :] = padded[..., -2:-1, :] * bottom
-        if before:
-            padded[..., :1] = padded[..., 1:2] * left
+        padded[..., :before] = padded[..., before : 2 * before] * left
         padded[..., -1:] = padded[..., -2:-1] * right
     return padded
 
@@ -170,24 +156,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
         """`(windows, in_channels, h, w)` -> `(windows, out_channels, h, w)`."""
-        if cuts is None:
-            return super().forward(hidden)
-        return F.conv2d(pad_edges(hidden, cuts), self.weight, self.bias)
-
-
-class HalvingConv2d(nn.Conv2d):
-    """3 x 3 convolution of stride 2, padded at the bottom and at the right only.
-
-    Args:
-        channels (`int`): Channels in and out.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, stride=2)
-
-    def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
-        """`(windows, channels, h, w)` -> `(windows, channels, h / 2, w / 2)`."""
-        return super().forward(pad_edges(hidden, cuts, before=0))
+        return super().forward(hidden) if cuts is None else F.conv2d(pad_edges(hidden, cuts), self.weight, self.bias)
 
 
 class RepeatConv2d(nn.Conv2d):
@@ -205,14 +174,12 @@ class RepeatConv2d(nn.Conv2d):
 
     def forward(self, hidden: torch.Tensor, cuts: torch.Tensor | None = None) -> torch.Tensor:
         """`(windows, channels, h, w)` -> `(windows, channels, 2 * h, 2 * w)`."""
-        padding = 1
-        if cuts is not None:
-            hidden, padding = pad_edges(hidden, cuts), 3
-        return F.conv_transpose2d(hidden, self.summed_kernel(), self.bias, stride=2, padding=padding)
+        padded, padding = (hidden, 1) if cuts is None else (pad_edges(hidden, cuts), 3)
+        return F.conv_transpose2d(padded, self.summed_kernel(), self.bias, stride=2, padding=padding)
 
     def summed_kernel(self) -> torch.Tensor:
         """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`."""
-        flipped = self.weight.to(_sum_type(self.weight.dtype)).flip(-2, -1).transpose(0, 1)
+        flipped = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).flip(-2, -1).transpose(0, 1)
         kernel = F.pad(fast_layout(flipped), (0, 1, 0, 1))
         for row, column in ((0, 1), (1, 0), (1, 1)):
             kernel[..., row : row + 3, column : column + 3] += flipped

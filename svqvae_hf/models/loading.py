@@ -16,19 +16,20 @@ from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.hub.standalone import with_code
 from svqvae_hf.loaders.checkpoints import read_checkpoint
+from svqvae_hf.models.checks import check_class
 from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
-DERIVED_CONFIG = (
-    *("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook"),
-    "auto_map",  # of a repository with code
-)
-
 
 class StrictLoadingMixin(ModelMixin, ConfigMixin):
     """Strict loading, and saving with `standalone=True`, which writes the code of the model as well."""
+
+    derived_config = (
+        *("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook"),
+        "auto_map",  # of a repository with code
+    )
 
     save_pretrained = with_code(ModelMixin.save_pretrained)
 
@@ -87,12 +88,9 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Splits a config into constructor arguments and the rest, without values that the constructor derives."""
-        if config_dict.get("_class_name", cls.__name__) not in {base.__name__ for base in cls.__mro__}:
-            raise ValueError(
-                f"The config must be of class {cls.__name__}, got {config_dict['_class_name']}. Load it with that "
-                "class. `from_single_file` loads original checkpoints."
-            )
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k not in DERIVED_CONFIG}, **kwargs)
+        check_class(cls, config_dict)
+        given = {key: value for key, value in config_dict.items() if key not in cls.derived_config}
+        return super().extract_init_dict(given, **kwargs)
 
 
 class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):

@@ -46,7 +46,7 @@ from svqvae_hf.models.checks import (
     check_tiles,
 )
 from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
-from svqvae_hf.models.layers import Conv3x3, GroupNorm, HalvingConv2d, RepeatConv2d, TileContext, fast_layout, silu
+from svqvae_hf.models.layers import Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
 from svqvae_hf.models.loading import StrictLoadingMixin, SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
 from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin
@@ -100,8 +100,7 @@ class ResnetBlock(nn.Module):
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h, w)`."""
         cuts = None if shared is None else shared.cuts
         # One name for all steps, and the shortcut last: another name or an earlier shortcut would hold memory.
-        residual = self.conv1(silu(self.norm1(hidden, shared)), cuts)
-        residual = self.norm2(residual, shared)
+        residual = self.norm2(self.conv1(silu(self.norm1(hidden, shared)), cuts), shared)
         residual = self.conv2(self.dropout(silu(residual)), cuts)
         return residual.add_(hidden if self.nin_shortcut is None else self.nin_shortcut(hidden))
 
@@ -112,10 +111,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
         self.norm = GroupNorm(num_groups, channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> the same shape."""
@@ -149,11 +145,11 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = HalvingConv2d(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, h / 2, w / 2)`."""
-        return self.conv(hidden, None if shared is None else shared.cuts)
+        return self.conv(pad_edges(hidden, None if shared is None else shared.cuts, before=0))
 
 
 class Upsample(nn.Module):
@@ -198,38 +194,27 @@ class ResolutionBlock(nn.Module):
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h, w)` -> `(batch, out_channels, h', w')`, both sides halved, doubled or kept."""
         blocks = zip(self.res, self.attn, strict=True) if self.attn else zip(self.res, strict=True)
+        saves = torch.is_grad_enabled() and self.gradient_checkpointing  # memory, in training
         for block in itertools.chain(*blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden = self._gradient_checkpointing_func(block, hidden, shared)
-            else:
-                hidden = block(hidden, shared)
+            hidden = self._gradient_checkpointing_func(block, hidden, shared) if saves else block(hidden, shared)
         for resample in (self.downsample, self.upsample):
             if resample is not None:
                 hidden = resample(hidden, shared)
         return hidden
 
 
-class Network(nn.Module):
-    """A convolution, blocks, a norm and a convolution."""
-
-    conv_in: Conv3x3
-    norm_out: GroupNorm
-    conv_out: Conv3x3
-
-    def blocks(self) -> Iterable[nn.Module]:
-        """Returns the blocks in their order."""
-        raise NotImplementedError
-
-    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, in_channels, height, width)` -> `(batch, out_channels, height', width')`."""
-        cuts = None if shared is None else shared.cuts
-        hidden = self.conv_in(fast_layout(hidden), cuts)
-        for block in self.blocks():
-            hidden = block(hidden, shared)
-        return self.conv_out(silu(self.norm_out(hidden, shared)), cuts)
+def run_network(
+    network: "Encoder | Decoder", blocks: Iterable[nn.Module], hidden: torch.Tensor, shared: TileContext | None
+) -> torch.Tensor:
+    """Runs a convolution, blocks, a norm and a convolution."""
+    cuts = None if shared is None else shared.cuts
+    hidden = network.conv_in(fast_layout(hidden), cuts)
+    for block in blocks:
+        hidden = block(hidden, shared)
+    return network.conv_out(silu(network.norm_out(hidden, shared)), cuts)
 
 
-class Encoder(Network):
+class Encoder(nn.Module):
     """Image -> features, one per `2 ** (len(encoder_ch_mult) - 1)` pixels along each side."""
 
     def __init__(self, config: Mapping[str, Any]):
@@ -246,12 +231,12 @@ class Encoder(Network):
         self.norm_out = GroupNorm(config["norm_num_groups"], channels[-1])
         self.conv_out = Conv3x3(channels[-1], config["z_channels"])
 
-    def blocks(self) -> Iterable[nn.Module]:
-        """Levels, then the middle."""
-        return *self.conv_blocks, *self.mid
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
+        """`(batch, in_channels, h * f, w * f)` -> `(batch, z_channels, h, w)`."""
+        return run_network(self, (*self.conv_blocks, *self.mid), hidden, shared)
 
 
-class Decoder(Network):
+class Decoder(nn.Module):
     """Features -> image, with one residual block more per level than the encoder."""
 
     def __init__(self, config: Mapping[str, Any]):
@@ -271,9 +256,9 @@ class Decoder(Network):
         self.norm_out = GroupNorm(config["norm_num_groups"], channels[-1])
         self.conv_out = Conv3x3(channels[-1], config["out_channels"])
 
-    def blocks(self) -> Iterable[nn.Module]:
-        """The middle, then levels."""
-        return *self.mid, *self.conv_blocks
+    def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
+        """`(batch, z_channels, h, w)` -> `(batch, out_channels, h * f, w * f)`."""
+        return run_network(self, (*self.mid, *self.conv_blocks), hidden, shared)
 
 
 def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
@@ -364,11 +349,8 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             lookup_from_codebook=True,
         )
         self.f = 2 ** (len(encoder_ch_mult) - 1)
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tile_size = 256
-        self.overlap = OVERLAP_PX
-        self.on_tile: Callable[[int, int], None] | None = None
+        self.use_slicing = self.use_tiling = False
+        self.tile_size, self.overlap, self.on_tile = 256, OVERLAP_PX, None
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> SVQVAEEncoderOutput | tuple[torch.Tensor]:
@@ -417,11 +399,13 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             TypeError: If `h` is not a tensor of integers or floats.
         """
         if not isinstance(h, torch.Tensor) or not h.is_floating_point():
-            quantized = self._look_up(h, shape)
+            check_ids(h, self.config, shape)
+            shape = (*h.shape, self.config["codebook_embed_dim"]) if shape is None else shape
+            quantized = self.quantize.get_codebook_entry(h.long(), shape)
         else:
             check_latents(h, self.config)
-            quantized = (h if force_not_quantize else self.quantize.snap(h)).to(self.dtype)
-        sample = self._decode(quantized, self._tiles())
+            quantized = h if force_not_quantize else self.quantize.snap(h)[0]
+        sample = self._decode(quantized.to(self.dtype), self._tiles())
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
@@ -478,8 +462,9 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
             grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
         """
-        checked = [1.0] if scales is None else check_scales(scales)
-        grids = [self.quantize.nearest_ids(latents) for latents in self.encode_scales(sample, checked, scale_from)]
+        listed = [*scales] if isinstance(scales, Iterable) else [1.0 if scales is None else scales]
+        check_scales(listed)
+        grids = [self.quantize.nearest_ids(latents) for latents in self.encode_scales(sample, listed, scale_from)]
         return grids if isinstance(scales, Iterable) else grids[0]
 
     @apply_forward_hook
@@ -499,7 +484,8 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         """
         if isinstance(ids, list | tuple):
             return [self.decode_tokens(grid) for grid in ids]
-        return self._clamp(self._decode(self._look_up(ids), self._tiles()))
+        check_ids(ids, self.config)
+        return self.decode(ids).sample.clamp(*self.config["pixel_range"])
 
     def forward(
         self,
@@ -584,17 +570,9 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             decoded = F.interpolate(decoded.float(), padded, mode="bilinear", antialias=True).to(decoded.dtype)
         height, width = (max(1, round(scale * side)) for side in image_size)
         decoded = decoded[..., :height, :width]
-        return decoded if self.training else self._clamp(decoded)
+        return decoded if self.training else decoded.clamp(*self.config["pixel_range"])
 
     def codebook_fingerprint(self) -> str:
         """Identifies the codebook: SHA-256 in hexadecimal of its float32 bytes, little-endian."""
-        codes = self.quantize.embedding.stored().detach().float().cpu()
+        codes = self.quantize.embedding().detach().float().cpu()
         return hashlib.sha256(codes.numpy().astype("<f4").tobytes()).hexdigest()
-
-    def _look_up(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None = None) -> torch.Tensor:
-        check_ids(ids, self.config, shape)
-        shape = (*ids.shape, self.config["codebook_embed_dim"]) if shape is None else shape
-        return self.quantize.get_codebook_entry(ids.long(), shape).to(self.dtype)
-
-    def _clamp(self, sample: torch.Tensor) -> torch.Tensor:
-        return sample.clamp(*self.config["pixel_range"])

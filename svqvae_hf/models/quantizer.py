@@ -4,12 +4,14 @@ Sources: VQ-VAE (arXiv 1711.00937), and LlamaGen (arXiv 2406.06525, section 3.1)
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+
+from svqvae_hf.models.checks import check_finite
 
 SEARCH_SCORES = 1 << 21  # scores held at once on CPU, where 8 MiB stay in the cache
 SEARCH_SCORES_GPU = 1 << 24  # on other devices, where each chunk costs a kernel launch: 64 MiB
@@ -42,8 +44,6 @@ class Codebook(nn.Module):
     """Code vectors, kept in float32.
 
     Everything that reads the weight happens inside `forward`, because hooks that offload weights load them only there.
-    So `forward` does three things, by the type of its argument; call [`lookup`], [`nearest_ids`] and [`stored`]
-    instead.
 
     Args:
         size (`int`): Number of codes.
@@ -57,20 +57,17 @@ class Codebook(nn.Module):
         nn.init.normal_(self.weight)  # uniform on the sphere once normalised
         self.l2_norm = l2_norm
 
-    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids of any shape and integer type -> codes `(*ids.shape, dim)` in float32."""
-        return self(ids)
-
-    def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(n, dim)` in float32, normalised if the codes are -> ids `(n,)` in int64, the lowest on a tie."""
-        return self(latents)
-
-    def stored(self) -> torch.Tensor:
-        """Copy of the codes as stored, not normalised, `(size, dim)`."""
-        return self()
-
     def forward(self, query: torch.Tensor | None = None) -> torch.Tensor:
-        """Runs [`lookup`] for integers, [`nearest_ids`] for floats and [`stored`] without an argument."""
+        """Looks up codes, finds the nearest ids, or copies all codes, by the type of its argument.
+
+        Args:
+            query (`torch.Tensor`, *optional*): Ids of any shape and integer type; or latents `(n, dim)` in float32,
+                normalised if the codes are.
+
+        Returns:
+            `torch.Tensor`: Codes `(*ids.shape, dim)` in float32; or ids `(n,)` in int64, the lowest on a tie; or the
+            codes as stored, not normalised, `(size, dim)`.
+        """
         if query is None:
             return self.weight.clone()
         codes = F.normalize(self.weight.float(), dim=-1) if self.l2_norm else self.weight.float()
@@ -90,12 +87,9 @@ class Codebook(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Codebook":
         """Follows the model's device but stays float32, because rounding the codes would change the ids."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
+        return super()._apply(
+            lambda tensor: moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device), recurse
+        )
 
 
 class VectorQuantizer(nn.Module):
@@ -111,10 +105,8 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, size: int, dim: int, commit_loss_beta: float, entropy_loss_ratio: float, l2_norm: bool):
         super().__init__()
-        self.size = size
-        self.commit_loss_beta = commit_loss_beta
-        self.entropy_loss_ratio = entropy_loss_ratio
-        self.l2_norm = l2_norm
+        self.size, self.l2_norm = size, l2_norm
+        self.commit_loss_beta, self.entropy_loss_ratio = commit_loss_beta, entropy_loss_ratio
         self.embedding = Codebook(size, dim, l2_norm)
         self.code_counts: torch.Tensor
         self.register_buffer("code_counts", torch.zeros(size, dtype=torch.int64), persistent=False)
@@ -129,24 +121,37 @@ class VectorQuantizer(nn.Module):
             `tuple`: Quantised latents in the shape and type of `latents`; [`VQLosses`]; and `(perplexity, None, ids)`
             with flat ids `(batch * h * w,)` in int64.
         """
-        with _without_autocast(latents):
-            flat, ids, codes = self._nearest(latents)
-            counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
-            losses = VQLosses(
-                vq=F.mse_loss(codes, flat.detach()),
-                commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
-                entropy=self._entropy_loss(flat),
-                usage=self._usage(counts),
-            )
-            frequencies = counts / ids.numel()
-            perplexity = torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
-        return self._straight_through(flat, codes, latents), losses, (perplexity, None, ids)
+        quantized, flat, ids, codes = self.snap(latents)
+        counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
+        losses = VQLosses(
+            vq=F.mse_loss(codes, flat.detach()),
+            commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
+            entropy=self._entropy_loss(flat),
+            usage=self._usage(counts),
+        )
+        frequencies = counts / ids.numel()
+        perplexity = torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
+        return quantized, losses, (perplexity, None, ids)
 
-    def snap(self, latents: torch.Tensor) -> torch.Tensor:
-        """Quantises latents as [`forward`] does, without its losses and counts."""
-        with _without_autocast(latents):
-            flat, _, codes = self._nearest(latents)
-            return self._straight_through(flat, codes, latents)
+    def snap(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Replaces latents by their codes, with the straight-through gradient.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
+
+        Returns:
+            `tuple`: Quantised latents in the shape and type of `latents`; and the latents, their ids and their codes,
+            one row per latent.
+        """
+        device = latents.device.type  # meta tensors have no autocast
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            flat = latents.permute(0, 2, 3, 1).flatten(0, 2).float()
+            flat = F.normalize(flat, dim=-1) if self.l2_norm else flat
+            ids = self.embedding(flat)
+            codes = self.embedding(ids)
+        quantized = codes.detach() + (flat - flat.detach())  # exactly the codes, because the difference is 0
+        quantized = quantized.view(latents.shape[0], *latents.shape[-2:], -1).permute(0, 3, 1, 2)
+        return quantized.to(latents.dtype).contiguous(), flat, ids, codes
 
     def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Finds the nearest code of each latent.
@@ -161,15 +166,8 @@ class VectorQuantizer(nn.Module):
             ValueError: If latents are NaN or infinite. One such pixel spreads to all latents of its image. A compiled
                 graph does not check.
         """
-        # Skipped when compiling: a data-dependent check would break the graph.
-        if not torch.compiler.is_compiling() and not latents.isfinite().all():
-            raise ValueError(
-                "`latents` must be finite, but some are NaN or infinite. Pass images without such values. If the "
-                "model is in float16, load it in float32 or bfloat16, because float16 may overflow."
-            )
-        with _without_autocast(latents):
-            ids = self.embedding.nearest_ids(self._flatten(latents))
-        return ids.view(latents.shape[0], *latents.shape[-2:])
+        check_finite(latents)
+        return self.snap(latents)[2].view(latents.shape[0], *latents.shape[-2:])
 
     def get_codebook_entry(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None = None) -> torch.Tensor:
         """Looks up codes.
@@ -182,7 +180,7 @@ class VectorQuantizer(nn.Module):
             `torch.Tensor`: Codes in float32: `(batch, codebook_embed_dim, h, w)` with a shape, `(*ids.shape,
             codebook_embed_dim)` without.
         """
-        codes = self.embedding.lookup(ids)
+        codes = self.embedding(ids)
         return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()
 
     def reset_counts(self) -> None:
@@ -192,23 +190,6 @@ class VectorQuantizer(nn.Module):
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(batch, codebook_embed_dim, h, w)` at unit length if codes are, not quantised."""
         return F.normalize(latents.float(), dim=1).to(latents.dtype) if self.l2_norm else latents
-
-    def _flatten(self, latents: torch.Tensor) -> torch.Tensor:
-        flat = flatten_latents(latents).float()
-        return F.normalize(flat, dim=-1) if self.l2_norm else flat
-
-    def _nearest(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, their ids and their codes, one row per latent."""
-        flat = self._flatten(latents)
-        ids = self.embedding.nearest_ids(flat)
-        return flat, ids, self.embedding.lookup(ids)
-
-    @staticmethod
-    def _straight_through(flat: torch.Tensor, codes: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Codes in the shape and type of the latents, with the gradient of the latents."""
-        quantized = codes.detach() + (flat - flat.detach())  # exactly the codes, because the difference is 0
-        batch, dim, height, width = latents.shape
-        return quantized.view(batch, height, width, dim).permute(0, 3, 1, 2).to(latents.dtype).contiguous()
 
     def _usage(self, counts: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -223,7 +204,7 @@ class VectorQuantizer(nn.Module):
         """
         if self.entropy_loss_ratio == 0 or not self.training:
             return flat.new_zeros(())
-        codes = self.embedding.lookup(torch.arange(self.size, device=flat.device))
+        codes = self.embedding(torch.arange(self.size, device=flat.device))
         log_probs = F.log_softmax(-torch.cdist(flat, codes).square() / ENTROPY_TEMPERATURE, dim=-1)
         probs = log_probs.exp()
         mean_probs = _mean_over_processes(probs.mean(0))
@@ -235,11 +216,6 @@ class VectorQuantizer(nn.Module):
 def flatten_latents(latents: torch.Tensor) -> torch.Tensor:
     """`(batch, channels, h, w)` -> one row per latent, `(batch * h * w, channels)`."""
     return latents.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _without_autocast(latents: torch.Tensor) -> AbstractContextManager:
-    device = latents.device.type  # meta tensors have no autocast
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:

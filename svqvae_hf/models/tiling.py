@@ -9,18 +9,16 @@ Lengths are in latents unless a name says otherwise, so that pixels and latents 
 """
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 
-from svqvae_hf.models.checks import check_tiles
+from svqvae_hf.models.checks import check_checkpointing, check_side, check_tiles
 from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple
-from svqvae_hf.models.layers import Core, TileContext, make_cuts
+from svqvae_hf.models.layers import Core, TileContext, make_cuts, move
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
 CONTEXT_WINDOWS = 16  # maximum number of windows per image
@@ -30,24 +28,15 @@ WHOLE_BYTES = 1 << 30  # memory of an image above which the commands tile it
 FEATURES_HELD = 4  # feature maps that a residual block holds: its input, normalised values, two convolutions
 
 Read = Callable[[slice, slice], torch.Tensor]
-Write = Callable[[slice, slice, torch.Tensor], None]
+RunTile = Callable[[torch.Tensor, Core], torch.Tensor]
 RunWindow = Callable[..., torch.Tensor]  # [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]
 
 
 # Geometry
 
 
-class Tile(NamedTuple):
-    """One tile along one axis: the network reads `start:stop`, and `core_start:core_stop` of its result is kept."""
-
-    start: int
-    stop: int
-    core_start: int
-    core_stop: int
-
-
-def tile_axis(length: int, tile: int, overlap: int) -> list[Tile]:
-    """Cuts an axis into windows of one size, at most `tile`, whose cores partition it.
+def tile_axis(length: int, tile: int, overlap: int) -> list[tuple[slice, slice]]:
+    """Cuts an axis into windows of one size, at most `tile`, whose cores partition it. Returns windows and cores.
 
     Neighbouring windows share at least `2 * overlap`, so each core has at least `overlap` on each inner side. Windows
     are no longer than needed: an axis a little longer than a tile is cut into two windows of little more than half
@@ -59,79 +48,35 @@ def tile_axis(length: int, tile: int, overlap: int) -> list[Tile]:
         overlap (`int`): Overlap on each side, at least 0.
     """
     if length <= tile:
-        return [Tile(0, length, 0, length)]
+        return [(slice(0, length), slice(0, length))]
     count = -(-(length - 2 * overlap) // (tile - 2 * overlap))
     window = -(-(length + 2 * overlap * (count - 1)) // count)
     starts = [round(i * (length - window) / (count - 1)) for i in range(count)]
     cuts = [0, *((left + window + right) // 2 for left, right in zip(starts, starts[1:], strict=False)), length]
-    return [Tile(start, start + window, cuts[i], cuts[i + 1]) for i, start in enumerate(starts)]
+    return [(slice(start, start + window), slice(cuts[i], cuts[i + 1])) for i, start in enumerate(starts)]
 
 
-class ContextWindows(NamedTuple):
-    """Windows of one size, spread evenly over an image.
-
-    Args:
-        origins (`list[tuple[int, int]]`): Top and left of each window.
-        size (`tuple[int, int]`): Height and width of each window.
-        margin (`tuple[int, int]`): Rows at top and bottom, columns at left and right, that are next to a cut; 0 along
-            an axis that a window spans.
-    """
-
-    origins: list[tuple[int, int]]
-    size: tuple[int, int]
-    margin: tuple[int, int]
-
-    def core(self) -> Core:
-        """Rows and columns of a window that are not next to a cut."""
-        rows, columns = (slice(ignored, side - ignored) for side, ignored in zip(self.size, self.margin, strict=True))
-        return rows, columns
-
-    def cut_sides(self, size: Sequence[int]) -> list[tuple[bool, bool, bool, bool]]:
-        """Whether each window of an image of this size is cut at its top, bottom, left and right."""
-        (height, width), (rows, columns) = size, self.size
-        return [(y > 0, y + rows < height, x > 0, x + columns < width) for y, x in self.origins]
-
-    def read(self, read: Read, stride: int) -> torch.Tensor:
-        """Reads the windows of each image: `(batch, windows, channels, height, width)`.
-
-        Args:
-            read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
-            stride (`int`): Input positions per latent along each side.
-        """
-        height, width = self.size
-        windows = [read(_span(y, y + height, stride), _span(x, x + width, stride)) for y, x in self.origins]
-        return torch.stack(windows, dim=1)
-
-
-def context_windows(size: Sequence[int], side: int, margin: int, count: int) -> ContextWindows:
-    """Spreads windows over an image in a grid of the image's proportions.
+def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int, int]]:
+    """Spreads windows over an image in a grid of the image's proportions. Returns the top and left of each.
 
     Args:
         size (`tuple[int, int]`): Height and width of the image.
         side (`int`): Side of a window, if the image is at least as long.
-        margin (`int`): Latents next to a cut, less than half of `side`.
         count (`int`): Maximum number of windows; fewer where they cover the image.
     """
     height, width = size
     most_down, most_across = (-(-length // side) for length in size)
-    down = min(max(1, round(math.sqrt(count * height / width))), most_down, count)
+    down = min(max(1, round((count * height / width) ** 0.5)), most_down, count)
     across = min(count // down, most_across)
-    rows, columns = _spread(height, side, down), _spread(width, side, across)
-    return ContextWindows(
-        origins=[(y, x) for y in rows for x in columns],
-        size=(min(side, height), min(side, width)),
-        margin=(margin if height > side else 0, margin if width > side else 0),
+    tops, lefts = (  # from one end to the other; a single window is centred
+        [room // 2] if windows == 1 else [round(i * room / (windows - 1)) for i in range(windows)]
+        for room, windows in ((max(0, height - side), down), (max(0, width - side), across))
     )
+    return [*itertools.product(tops, lefts)]
 
 
-def _spread(length: int, side: int, count: int) -> list[int]:
-    """Starts of `count` windows along an axis, from one end to the other; a single window is centred."""
-    room = max(0, length - side)
-    return [room // 2] if count == 1 else [round(i * room / (count - 1)) for i in range(count)]
-
-
-def _span(start: int, stop: int, stride: int) -> slice:
-    return slice(start * stride, stop * stride)
+def _span(part: slice, stride: int) -> slice:
+    return slice(part.start * stride, part.stop * stride)
 
 
 # The context that tiles share
@@ -148,11 +93,15 @@ def gather_context(run: RunWindow, read: Read, size: Sequence[int], tile: int, i
         input_stride (`int`): Input positions per latent along each side.
     """
     side = min(CONTEXT_WINDOW_SIDE, tile)
-    windows = context_windows(size, side, min(CONTEXT_MARGIN, (side - 1) // 2), CONTEXT_WINDOWS)
-    sample = windows.read(read, input_stride)
-    images = sample.shape[0]
-    cuts = make_cuts(windows.cut_sides(size) * images, sample)
-    context = TileContext(windows.size, windows.core(), cuts, images)
+    height, width = (min(side, length) for length in size)
+    margin = min(CONTEXT_MARGIN, (side - 1) // 2)
+    rows, columns = (slice(margin, side - margin) if length > side else slice(0, length) for length in size)
+    origins = window_origins(size, side, CONTEXT_WINDOWS)
+    areas = [(slice(y, y + height), slice(x, x + width)) for y, x in origins]
+    windows = [read(_span(y, input_stride), _span(x, input_stride)) for y, x in areas]
+    sample = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
+    cut_sides = [(y > 0, y + height < size[0], x > 0, x + width < size[1]) for y, x in origins] * len(sample)
+    context = TileContext((height, width), (rows, columns), make_cuts(cut_sides, sample), images=len(sample))
     run(sample.flatten(0, 1), context)
     return context
 
@@ -161,39 +110,38 @@ def gather_context(run: RunWindow, read: Read, size: Sequence[int], tile: int, i
 
 
 def run_tiles(
-    run: RunWindow,
+    run: RunTile,
     read: Read,
-    write: Write,
     size: Sequence[int],
     tile: int,
     overlap: int,
     input_stride: int = 1,
     on_tile: Callable[[int, int], None] | None = None,
-) -> None:
-    """Runs a network over the tiles of an image of any size. Only one tile is in memory at a time.
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Runs a network over the tiles of an image of any size. Yields rows and columns in latents, and the result there.
+
+    Only one tile is in memory at a time.
 
     Args:
-        run (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, and returns the result at the
-            core.
+        run (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, rows and columns in latents, and
+            returns the result at the core.
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
-        write (`Callable`): Takes rows and columns in latents, and the result there.
         size (`tuple[int, int]`): Height and width of the image, in latents.
         tile (`int`): Maximum side of a tile.
         overlap (`int`): Overlap on each side.
         input_stride (`int`, defaults to 1): Input positions per latent along each side.
         on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
     """
-    rows, columns = (tile_axis(length, tile, overlap) for length in size)
-    for finished, (y, x) in enumerate(itertools.product(rows, columns), start=1):
-        window = read(_span(y.start, y.stop, input_stride), _span(x.start, x.stop, input_stride))
-        core = tuple(slice(axis.core_start - axis.start, axis.core_stop - axis.start) for axis in (y, x))
-        write(slice(y.core_start, y.core_stop), slice(x.core_start, x.core_stop), run(window, core=core))
+    tiles = [*itertools.product(*(tile_axis(length, tile, overlap) for length in size))]
+    for finished, ((y, rows), (x, columns)) in enumerate(tiles, start=1):
+        window = read(_span(y, input_stride), _span(x, input_stride))
+        yield rows, columns, run(window, (move(rows, -y.start), move(columns, -x.start)))
         if on_tile is not None:
-            on_tile(finished, len(rows) * len(columns))
+            on_tile(finished, len(tiles))
 
 
 def map_tiles(
-    run: RunWindow,
+    run: RunTile,
     source: torch.Tensor,
     tile: int,
     overlap: int,
@@ -214,14 +162,10 @@ def map_tiles(
     """
     size = [side // input_stride for side in source.shape[-2:]]
     joined: list[torch.Tensor] = []
-
-    def write(rows: slice, columns: slice, core: torch.Tensor) -> None:
+    for y, x, core in run_tiles(run, lambda y, x: source[..., y, x], size, tile, overlap, input_stride, on_tile):
         if not joined:
             joined.append(core.new_empty(*core.shape[:2], *(side * output_stride for side in size)))
-        down, across = (_span(axis.start, axis.stop, output_stride) for axis in (rows, columns))
-        joined[0][..., down, across] = core
-
-    run_tiles(run, lambda rows, columns: source[..., rows, columns], write, size, tile, overlap, input_stride, on_tile)
+        joined[0][..., _span(y, output_stride), _span(x, output_stride)] = core
     return joined[0]
 
 
@@ -262,14 +206,13 @@ class TilingMixin(AutoencoderMixin):
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit, or height and width of a tile differ.
         """
-        given = [side for side in (tile_size, tile_sample_min_height, tile_sample_min_width) if side is not None]
-        if len(set(given)) > 1:
-            raise ValueError(f"Tiles must be squares, got sides of {' and '.join(map(str, given))}. Pass `tile_size`.")
-        side = given[0] if given else 256
+        given = {side for side in (tile_size, tile_sample_min_height, tile_sample_min_width) if side is not None}
+        check_side(given)
+        side = max(given, default=256)
         check_tiles(self.f, side, overlap)
         super().enable_tiling()
         self.tile_size, self.on_tile = side, on_tile
-        self.overlap = fit_overlap(self.f, side, OVERLAP_PX) if overlap is None else overlap
+        self.overlap = min(OVERLAP_PX // self.f, side // self.f // 4) * self.f if overlap is None else overlap
 
     def tile_if_large(
         self,
@@ -305,52 +248,38 @@ class TilingMixin(AutoencoderMixin):
         side = self.tile_size if tile_size is None else tile_size
         check_tiles(self.f, side, overlap)
         if overlap is None:
-            overlap = self.overlap if tile_size is None else fit_overlap(self.f, side, self.overlap)
+            overlap = self.overlap if tile_size is None else min(self.overlap // self.f, side // self.f // 4) * self.f
         return side // self.f, overlap // self.f
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
-        padded = pad_to_multiple(sample, self.f)
-        return self._run(self.encode_window, padded, tiles, input_stride=self.f, output_stride=1)
+        return self._run(self.encode_window, pad_to_multiple(sample, self.f), tiles, self.f, 1)
 
     def _decode(self, quantized: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
-        return self._run(self.decode_window, quantized, tiles, input_stride=1, output_stride=self.f)
+        return self._run(self.decode_window, quantized, tiles, 1, self.f)
 
-    def encode_window(
-        self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
-    ) -> torch.Tensor:
+    def encode_window(self, window: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """Encodes a whole image or windows of it; for the tiling code.
 
         Args:
             window (`torch.Tensor` of shape `(batch, in_channels, h * f, w * f)`): Pixels in `pixel_range`.
-            shared ([`TileContext`], *optional*): Values that the tiles of the image share.
-            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents.
+            shared ([`TileContext`], *optional*): Values that the tiles of the image share, and the core to return.
         """
-        window = map_range(window, self.config["pixel_range"], self.config["network_range"])
-        if shared is not None and core is not None:
-            shared = shared.for_tile(core, (window.shape[-2] // self.f, window.shape[-1] // self.f), window)
-        latents = self.quant_conv(self.encoder(window, shared))
-        return (latents if core is None else latents[..., *core]).contiguous()
+        latents = self.encoder(map_range(window, self.config["pixel_range"], self.config["network_range"]), shared)
+        latents = self.quant_conv(latents)
+        return (latents if shared is None else shared.core_of(latents)).contiguous()
 
-    def decode_window(
-        self, window: torch.Tensor, shared: TileContext | None = None, core: Core | None = None
-    ) -> torch.Tensor:
+    def decode_window(self, window: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """Decodes a whole grid of quantised latents or windows of it, not clamped; for the tiling code.
 
         The decoder crops, from level to level, to what the core depends on, so the result is exact.
 
         Args:
             window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
-            shared ([`TileContext`], *optional*): Values that the tiles of the image share.
-            core (`tuple[slice, slice]`, *optional*): Rows and columns of a tile to return, in latents. Ignored
-                without `shared`.
+            shared ([`TileContext`], *optional*): Values that the tiles of the image share, and the core to return.
         """
-        hidden = self.post_quant_conv(window)
-        if shared is not None and core is not None:
-            shared = shared.for_tile(core, (window.shape[-2], window.shape[-1]), hidden)
-        decoded = self.decoder(hidden, shared)
-        if shared is not None:
-            decoded = shared.core_of(decoded)
-        return map_range(decoded.contiguous(), self.config["network_range"], self.config["pixel_range"])
+        decoded = self.decoder(self.post_quant_conv(window), shared)
+        decoded = (decoded if shared is None else shared.core_of(decoded)).contiguous()
+        return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
 
     def _run(
         self,
@@ -367,17 +296,10 @@ class TilingMixin(AutoencoderMixin):
         size = [side // input_stride for side in source.shape[-2:]]
         if tiles is None or max(size) <= tiles[0]:
             return run(source)
-        if torch.is_grad_enabled() and self.is_gradient_checkpointing:
-            raise ValueError(
-                "Gradient checkpointing must be off for tiles with gradients, because it runs the network again after "
-                "the values that tiles share have changed. Disable gradient checkpointing, tiling or gradients."
-            )
-        shared = gather_context(run, lambda rows, columns: source[..., rows, columns], size, tiles[0], input_stride)
-        return map_tiles(
-            partial(run, shared=shared), source, *tiles, input_stride, output_stride, on_tile=self.on_tile
-        )
+        check_checkpointing(self)
+        shared = gather_context(run, lambda y, x: source[..., y, x], size, tiles[0], input_stride)
 
+        def run_tile(window: torch.Tensor, core: Core) -> torch.Tensor:
+            return run(window, shared.for_tile(window, core, input_stride))
 
-def fit_overlap(f: int, tile_size: int, overlap: int) -> int:
-    """`overlap`, or a quarter of a small tile, in pixels: a larger one would leave little of the tile."""
-    return min(overlap // f, tile_size // f // 4) * f
+        return map_tiles(run_tile, source, *tiles, input_stride, output_stride, self.on_tile)

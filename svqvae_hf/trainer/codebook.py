@@ -71,7 +71,7 @@ class CodebookAverage(nn.Module):
         self.decay = decay
         every_code = torch.arange(quantizer.size, device=quantizer.embedding.weight.device)
         self.register_buffer("weights", torch.ones(quantizer.size))  # 1: used as often as the mean code
-        self.register_buffer("sums", quantizer.embedding.lookup(every_code).detach())
+        self.register_buffer("sums", quantizer.embedding(every_code).detach())
 
     @torch.no_grad()
     def restart(self, quantizer: VectorQuantizer, replaced: torch.Tensor) -> None:
@@ -82,7 +82,7 @@ class CodebookAverage(nn.Module):
             replaced (`torch.Tensor`): Ids of the replaced codes.
         """
         self.weights[replaced] = 1
-        self.sums[replaced] = quantizer.embedding.lookup(replaced)
+        self.sums[replaced] = quantizer.embedding(replaced)
 
     @torch.no_grad()
     def update(

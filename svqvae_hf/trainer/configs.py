@@ -6,11 +6,6 @@ from typing import Any
 
 from svqvae_hf.hub.repositories import from_hub
 
-DERIVED = (
-    *("block_out_channels", "latent_channels", "lookup_from_codebook", "num_vq_embeddings", "vq_embed_dim"),
-    "auto_map",
-)
-
 
 def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
     """Loads the config of a new network of diffusers.
@@ -27,7 +22,8 @@ def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
     name = config.get("_class_name", network_class.__name__)
     if name != network_class.__name__:
         raise ValueError(f"The `_class_name` of `{source}` must be {network_class.__name__}, but is {name}.")
-    check_keys(source, config, [*inspect.signature(network_class.__init__).parameters, *DERIVED])
+    known = inspect.signature(network_class.__init__).parameters
+    check_keys(source, config, [*known, *getattr(network_class, "derived_config", ())])
     return config
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.layers import Conv3x3, HalvingConv2d, RepeatConv2d, make_cuts
+from svqvae_hf.models.layers import Conv3x3, RepeatConv2d, make_cuts, pad_edges
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -64,11 +64,11 @@ def test_convolutions_repeat_the_edges_of_a_cut(sides):
     def pad(values):
         return torch.cat([pad_sides(window[None], each) for window, each in zip(values, both, strict=True)])
 
-    plain, half, twice = Conv3x3(4, 5), HalvingConv2d(4), RepeatConv2d(4)
+    plain, half, twice = Conv3x3(4, 5), torch.nn.Conv2d(4, 4, 3, stride=2), RepeatConv2d(4)
     enlarged = F.interpolate(hidden, scale_factor=2.0)
     for output, padded, layer, stride in (
         (plain(hidden, cuts), pad(hidden), plain, 1),
-        (half(hidden, cuts), pad(hidden)[..., 1:, 1:], half, 2),
+        (half(pad_edges(hidden, cuts, before=0)), pad(hidden)[..., 1:, 1:], half, 2),
         (twice(hidden, cuts), pad(enlarged), twice, 1),
     ):
         torch.testing.assert_close(output, F.conv2d(padded, layer.weight, layer.bias, stride))

@@ -102,8 +102,8 @@ def test_tiles_equal_the_whole_if_the_overlap_covers_the_receptive_field(height,
 
     assert torch.equal(map_tiles(widest_of_core, source, tile, overlap), widest(source))
     axis = tile_axis(height, tile, overlap)
-    assert [each.core_start for each in axis] == [0, *(each.core_stop for each in axis[:-1])]
-    assert axis[-1].core_stop == height
+    assert [core.start for _, core in axis] == [0, *(core.stop for _, core in axis[:-1])]
+    assert axis[-1][1].stop == height
 
 
 @examples(30)

@@ -4,9 +4,10 @@ from conftest import make_tiny, psnr, smooth_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.models import tiling
 from svqvae_hf.models.layers import GroupNorm, TileContext
 from svqvae_hf.models.modeling_svqvae import AttnBlock
-from svqvae_hf.models.tiling import ContextWindows, gather_context
+from svqvae_hf.models.tiling import gather_context
 
 pytestmark = pytest.mark.usefixtures("few_windows", "no_grad")
 
@@ -41,12 +42,12 @@ def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
     context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
     core = tuple(slice(*span) for span in core)
-    uncropped = context.for_tile(core, (40, 40), codes)
+    uncropped = context.for_tile(codes, core, input_stride=1)
     uncropped.core = (slice(0, 40), slice(0, 40))
     with FlopCounterMode(display=False) as of_window:
         whole = model.decode_window(codes, uncropped)
     with FlopCounterMode(display=False) as of_core:
-        decoded = model.decode_window(codes, context, core)
+        decoded = model.decode_window(codes, context.for_tile(codes, core, input_stride=1))
     torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
     share = of_core.get_total_flops() / of_window.get_total_flops()
     assert share == 1 if core[0] == slice(0, 40) else share < 0.9
@@ -84,10 +85,11 @@ def test_tiles_work_in_half_precision(tiny_model, tmp_path, dtype):
 def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypatch):
     """Tiles then differ from the whole image only by what their overlap does not reach."""
 
-    def whole(size, *_):
-        return ContextWindows([(0, 0)], tuple(size), (0, 0))
+    def whole(run, read, size, tile, input_stride):
+        return gather_context(run, read, size, max(size), input_stride)
 
-    monkeypatch.setattr("svqvae_hf.models.tiling.context_windows", whole)
+    monkeypatch.setattr(tiling, "CONTEXT_WINDOW_SIDE", 200)
+    monkeypatch.setattr(tiling, "gather_context", whole)
     model = make_tiny()
     images = torch.stack([smooth_images(200, 168)[0], torch.rand(3, 200, 168)])
     latents = model.encode(images).latents
@@ -115,7 +117,8 @@ def test_blocks_on_all_windows_equal_blocks_on_the_whole_image():
     for block in blocks:
         windows = block(windows, context)
     norm_out(windows, context)
-    tile, context = hidden[..., 2:9, 3:], context.for_tile((slice(0, 7), slice(0, 9)), (7, 9), hidden)
+    tile = hidden[..., 2:9, 3:]
+    context = context.for_tile(tile, (slice(0, 7), slice(0, 9)), input_stride=1)
     for block in blocks:
         tile = block(tile, context)
     torch.testing.assert_close(tile, expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import make_tiny
 
-from svqvae_hf.models.tiling import context_windows, map_tiles, tile_axis
+from svqvae_hf.models.tiling import map_tiles, tile_axis, window_origins
 
 
 def kept(function=lambda window: window, cell=1):
@@ -15,17 +15,17 @@ def test_windows_fit_the_tile_and_hold_the_overlap(tile, overlap):
     """test_properties.py has the rest: cores partition the axis, and tiles of a filter equal the whole."""
     for length in range(1, 40):
         tiles = tile_axis(length, tile, overlap)
-        for axis in tiles:
-            assert 0 <= axis.start <= axis.core_start < axis.core_stop <= axis.stop <= length
-            assert axis.stop - axis.start <= tile
-            assert axis.core_start - axis.start >= min(overlap, axis.core_start)
-            assert axis.stop - axis.core_stop >= min(overlap, length - axis.core_stop)
-        assert len({axis.stop - axis.start for axis in tiles}) == 1
+        for window, core in tiles:
+            assert 0 <= window.start <= core.start < core.stop <= window.stop <= length
+            assert window.stop - window.start <= tile
+            assert core.start - window.start >= min(overlap, core.start)
+            assert window.stop - core.stop >= min(overlap, length - core.stop)
+        assert len({window.stop - window.start for window, _ in tiles}) == 1
 
 
 def test_axis_little_longer_than_a_tile_costs_little():
     tiles = tile_axis(300 // 4, 256 // 4, 32 // 4)
-    assert sum(axis.stop - axis.start for axis in tiles) <= 1.25 * 75
+    assert sum(window.stop - window.start for window, _ in tiles) <= 1.25 * 75
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 11), (10, 10)])
@@ -49,13 +49,11 @@ def test_progress_counts_every_tile():
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 12), (13, 13), (38, 57), (1, 4000), (4000, 30), (192, 256)])
 def test_context_windows_are_spread_over_the_image(size):
-    windows = context_windows(size, 12, 3, 32)
-    assert 1 <= len(windows.origins) == len(set(windows.origins)) <= 32
+    origins = window_origins(size, 12, 32)
+    assert 1 <= len(origins) == len(set(origins)) <= 32
     for axis, length in enumerate(size):
-        starts = sorted({origin[axis] for origin in windows.origins})
-        window = windows.size[axis]
-        assert window == min(12, length)
-        assert windows.margin[axis] == (3 if length > 12 else 0)
+        starts = sorted({origin[axis] for origin in origins})
+        window = min(12, length)
         assert all(0 <= start <= length - window for start in starts)
         gaps = {later - earlier for earlier, later in zip(starts, starts[1:], strict=False)}
         assert not gaps or max(gaps) - min(gaps) <= 1
@@ -64,7 +62,7 @@ def test_context_windows_are_spread_over_the_image(size):
 
 def test_context_windows_have_the_proportions_of_the_image():
     for size, grid in [((192, 256), (5, 6)), ((100, 3200), (1, 32)), ((14, 14), (2, 2))]:
-        origins = context_windows(size, 12, 3, 32).origins
+        origins = window_origins(size, 12, 32)
         assert (len({y for y, _ in origins}), len({x for _, x in origins})) == grid
 
 

@@ -31,8 +31,8 @@ DISPATCHED = """attended = dispatch_attention_fn(
 
 def make_model() -> str:
     """The model with its losses, relative imports, diffusers' attention dispatch and its public docstrings."""
-    standalone.LEFT_OUT = frozenset(standalone.OF_LOADING) | set(standalone.OF_CHECKS)
-    text = standalone.code.__wrapped__("modeling_svqvae.py").partition('"""\n\n')[2]
+    left_out = frozenset({*standalone.OF_LOADING, *standalone.OF_CHECKS})
+    text = standalone.code("modeling_svqvae.py", left_out, annotations=True).partition('"""\n\n')[2]
     for absolute, relative in PACKAGES.items():
         text = text.replace(f"from {absolute}", f"from {relative}")
     text = text.replace(

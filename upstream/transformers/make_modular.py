@@ -30,7 +30,7 @@ MODULES = {
 
 def make_modular() -> str:
     """Config and model, with imports from within transformers."""
-    text = standalone.code("modeling_llamagen.py").partition('"""\n\n')[2]
+    text = standalone.code("modeling_llamagen.py", annotations=True).partition('"""\n\n')[2]
     lines: list[str | None] = list(text.splitlines())
     groups: dict[str, list[str]] = {}
     for node in ast.parse(text).body:
