@@ -66,7 +66,7 @@ class KMeans:
             sums, counts = torch.zeros_like(codes), torch.zeros_like(codes[:, :1])
             for part in blocks.split(BLOCKS_AT_ONCE):
                 vectors = part.float()
-                ids = search.nearest_ids((vectors - mean) @ components)
+                ids = search((vectors - mean) @ components)
                 sums.index_add_(0, ids, vectors)
                 counts += torch.bincount(ids, minlength=size).unsqueeze(-1)
             codes = torch.where(counts > 0, sums / counts.clamp(min=1), draw())
@@ -86,7 +86,7 @@ class KMeans:
     def nearest_ids(self, blocks: torch.Tensor) -> torch.Tensor:
         """Ids `(batch, h, w)` of blocks `(batch, 3 * f * f, h, w)`."""
         flat = blocks.movedim(1, -1)
-        return self.codebook.nearest_ids((flat - self.mean).flatten(0, -2)).view(flat.shape[:-1])
+        return self.codebook((flat - self.mean).flatten(0, -2)).view(flat.shape[:-1])
 
     def blocks(self, ids: torch.Tensor) -> torch.Tensor:
         """Codes `(batch, 3 * f * f, h, w)` of ids."""
