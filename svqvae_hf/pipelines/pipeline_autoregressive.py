@@ -11,7 +11,6 @@ from diffusers import ImagePipelineOutput
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from svqvae_hf.models.checks import check_scales
-from svqvae_hf.models.image_processing_svqvae import ImageInput
 from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -157,7 +156,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         self,
         class_labels: Labels | None = None,
         scales: float | Sequence[float] | None = None,
-        image: ImageInput | list[ImageInput] | None = None,
         guidance_scale: float = 1.0,
         guidance_stop: float = 1.0,
         temperature: float = 1.0,
@@ -180,9 +178,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 `[0, num_classes)` or its name in `class_names`; by default the images have no class.
             scales (`float` or `Sequence[float]`, *optional*): Scales to return, each once; the finest by default.
                 Sampling ends with the finest of them.
-            image (`ImageInput` or a list of them, *optional*): Top part of images to complete, one for all or one per
-                label, as for [`SVQVAEImageProcessor`]. It must be as wide as the images, and a whole number of rows of
-                ids high at each scale. At each scale its ids are kept, and the rows below are sampled.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional +
                 guidance_scale * (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
             guidance_stop (`float`, defaults to 1.0): Fraction of the sampled ids after which guidance ends, as `stop`
@@ -224,15 +219,20 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             raise ValueError(f"`guidance_stop` must be a fraction in [0, 1], got {guidance_stop}.")
         self._interrupt = False
         with evaluation_mode(self.vqvae, self.language_model):
-            top = [] if image is None else self._encode_top(image, layout)
             captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
             if captions:
                 class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
-            labels = self._encode_labels(class_labels, len(top[0]) if top else 1, guidance_scale)
-            sequences = _prompt(layout, labels, top).repeat_interleave(num_images_per_prompt, dim=0)
+            labels = self._encode_labels(class_labels, 1, guidance_scale)
+            unknown = [labels.new_zeros((len(labels), *grid)) for grid in layout.grids]
+            sequences = layout.encode(unknown, labels).repeat_interleave(num_images_per_prompt, dim=0)
             captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
             check_generators(generator, len(sequences))
-            rows = _rows_to_sample(layout, top, last)
+            rows = [  # index of the scale, positions of the row
+                (index, range(start, start + columns))
+                for index, (span, (_, columns)) in enumerate(zip(layout.spans, layout.grids, strict=True))
+                for start in range(span.start, span.stop, columns)
+                if index <= last
+            ]
             sampler = TokenSampler(
                 self.language_model,
                 layout,
@@ -308,20 +308,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         given = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
         return {name: each.to(self._execution_device) for name, each in given.items() if each is not None}
 
-    def _encode_top(self, image: ImageInput | list[ImageInput], layout: SequenceLayout) -> list[torch.Tensor]:
-        """Encodes the top parts of images to one grid of ids per scale."""
-        batch = self.image_processor(image)
-        height, width = batch["image_sizes"][0]
-        whole = all((scale * height / layout.f).is_integer() for scale in layout.scales)
-        if width != layout.width or height > layout.height or not whole:
-            raise ValueError(
-                f"`image` must be {layout.width} pixels wide, at most {layout.height} high, and a whole number of "
-                f"rows of ids high at each of the scales {list(layout.scales)} (f = {layout.f}), got {width} x "
-                f"{height} (width x height). Crop it."
-            )
-        sample = batch["pixel_values"].to(self._execution_device, self.vqvae.dtype)
-        return self.vqvae.encode_tokens(sample, layout.scales, layout.scale_from)
-
 
 def _check_language_model(language_model: PreTrainedModel, layout: SequenceLayout) -> None:
     config = language_model.config
@@ -362,21 +348,3 @@ def _check_scales(scales: float | Sequence[float], layout: SequenceLayout) -> Se
     if not set(scales) <= set(layout.scales) or len(set(scales)) < len(scales):
         raise ValueError(f"`scales` must be among {list(layout.scales)}, as in training, each once, got {scales!r}.")
     return scales
-
-
-def _prompt(layout: SequenceLayout, labels: torch.Tensor, top: list[torch.Tensor]) -> torch.Tensor:
-    """Sequences with the labels and given rows, and id 0 elsewhere."""
-    grids = [labels.new_zeros((len(labels), *size)) for size in layout.grids]
-    for grid, ids in zip(grids, top, strict=False):
-        grid[:, : ids.shape[1]] = ids
-    return layout.encode(grids, labels)
-
-
-def _rows_to_sample(layout: SequenceLayout, top: list[torch.Tensor], last: int) -> list[tuple[int, range]]:
-    """Lists the rows to sample, scale by scale: index of the scale, positions of the row."""
-    sampled = []
-    for index, (span, (rows, columns)) in enumerate(zip(layout.spans[: last + 1], layout.grids, strict=False)):
-        given = top[index].shape[1] if top else 0
-        starts = [span.start + row * columns for row in range(given, rows)]
-        sampled += [(index, range(start, start + columns)) for start in starts]
-    return sampled
