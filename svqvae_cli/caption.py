@@ -3,17 +3,8 @@
 import argparse
 from functools import partial
 
-from svqvae_cli.arguments import (
-    Commands,
-    add_command,
-    add_device,
-    add_dtype,
-    add_files,
-    option,
-    path_or_name,
-    positive,
-)
-from svqvae_cli.files import IMAGE_SUFFIXES, check_output, check_source, find_inputs
+from svqvae_cli.arguments import Commands, add_command, path_or_name, positive
+from svqvae_cli.files import find_images
 from svqvae_cli.runs import Run
 
 
@@ -29,20 +20,17 @@ def add_to(commands: Commands) -> None:
         "skipped. The same command resumes an interrupted run.",
         "photos --model org/lm-with-images --output out",
     )
-    add_files(parser, "image files, folders of them, which are searched with their subfolders, or globs")
-    option(parser, "--model", path_or_name, "LM", "language model: folder or Hub id", required=True)
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="text after each image (default: none)")
-    option(parser, "--max-tokens", positive, "N", "most tokens of a text (default: 64)", default=64)
-    add_device(parser)
-    add_dtype(parser)
+    parser.add_images()
+    parser.option("--model", path_or_name, "LM", "language model: folder or Hub id", required=True)
+    parser.option("--prompt", str, "TEXT", "text after each image (default: none)", default="")
+    parser.option("--max-tokens", positive, "N", "most tokens of a text (default: 64)", default=64)
+    parser.add_device()
+    parser.add_dtype()
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes and prints a text for each image."""
-    check_source(args.model)
-    check_output(args.output)
-    inputs = find_inputs(args.inputs, IMAGE_SUFFIXES, args.output)
-    targets = {file: [file.target(args.output, ".txt")] for file in inputs}
+    targets = {file: [file.target(args.output, ".txt")] for file in find_images(args)}
     with Run(args, targets, "texts") as work:
         if work.left:
             _caption(args, work)

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
 
 from svqvae_cli import (
     caption,
@@ -25,23 +24,12 @@ from svqvae_cli import (
     reconstruct,
     tokenize,
 )
-from svqvae_cli.arguments import HelpFormatter
+from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import SkippedError, one_line
 
 COMMANDS = (  # in the order of the help
-    reconstruct,
-    encode,
-    decode,
-    tokenize,
-    detokenize,
-    evaluate,
-    convert,
-    export,
-    extend_lm,
-    generate,
-    caption,
-    info,
-    demo,
+    *(reconstruct, encode, decode, tokenize, detokenize, evaluate),
+    *(convert, export, extend_lm, generate, caption, info, demo),
 )
 
 
@@ -102,25 +90,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Builds the parser of all commands."""
-    parser = _Parser(
+    parser = Parser(
         prog="svqvae",
         description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.",
         epilog="example:\n  svqvae reconstruct photo.jpg --output out\n\n`svqvae COMMAND --help` shows more.",
-        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"svqvae {version('svqvae-hf')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raises instead of printing usage and exiting, so that `main` prints one line."""
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
 
 
 def _fail(message: str) -> int:

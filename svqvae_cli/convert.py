@@ -3,8 +3,9 @@
 import argparse
 import os
 import re
+from typing import Any
 
-from svqvae_cli.arguments import Commands, add_command, flag, not_empty, option, path, path_or_name
+from svqvae_cli.arguments import Commands, add_command, not_empty, path, path_or_name
 from svqvae_cli.files import REPO_ID, check_new_folder
 
 
@@ -21,54 +22,35 @@ def add_to(commands: Commands) -> None:
         "LlamaGen's language model, and OUT a pipeline that holds both.",
         "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
     )
-    option(parser, "source", path_or_name, "SOURCE", "checkpoint file, or org/repo:file on the Hub")
-    option(parser, "out", path, "OUT", "folder to create")
-    option(
-        parser, "--tokenizer", path_or_name, "MODEL", "tokenizer of a generator: file, org/repo:file, folder or Hub id"
-    )
-    option(parser, "--image-size", int, "PIXELS", "side of the training images of a generator; LlamaGen needs it")
-    option(parser, "--num-heads", int, "COUNT", "heads of LlamaGen's model (default: as LlamaGen defines them)")
-    option(parser, "--text-encoder", path_or_name, "MODEL", "T5 encoder of captions, such as google/flan-t5-xl")
-    flag(parser, "--use-ema", "use the EMA weights of a LlamaGen file")
-    option(
-        parser,
-        "--network-range",
-        float,
-        ("LOW", "HIGH"),
-        "black and white in training (default: as in the format)",
-        nargs=2,
-    )
-    parser.add_argument(
-        "--no-codebook-l2-norm",
-        dest="codebook_l2_norm",
-        action="store_false",
-        default=None,
-        help="do not normalise the codebook (default: depends on the format)",
-    )
-    parser.add_argument("--variant", choices=("fp16", "bf16"), help="also write half-precision weights")
-    parser.add_argument(
-        "--license", type=not_empty, help="licence of the source for the card, by its id on the Hub (default: unknown)"
-    )
-    flag(parser, "--standalone", "also write the code of the models, for use without svqvae-hf")
-    option(parser, "--push-to-hub", not_empty, "ORG/NAME", "upload the result to the Hub")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    flag(parser, "--create-pr", "open a pull request instead of committing")
+    parser.option("source", path_or_name, "SOURCE", "checkpoint file, or org/repo:file on the Hub")
+    parser.option("out", path, "OUT", "folder to create")
+    help = "tokenizer of a generator: file, org/repo:file, folder or Hub id"
+    parser.option("--tokenizer", path_or_name, "MODEL", help)
+    parser.option("--image-size", int, "PIXELS", "side of the training images of a generator; LlamaGen needs it")
+    help = "heads of LlamaGen's model (default: as LlamaGen defines them)"
+    parser.option("--num-heads", int, "COUNT", help, dest="num_attention_heads")
+    parser.option("--text-encoder", path_or_name, "MODEL", "T5 encoder of captions, such as google/flan-t5-xl")
+    parser.flag("--use-ema", "use the EMA weights of a LlamaGen file")
+    help = "black and white in training (default: as in the format)"
+    parser.option("--network-range", float, ("LOW", "HIGH"), help, nargs=2)
+    parser.flag("--no-codebook-l2-norm", "do not normalise the codebook (default: depends on the format)")
+    parser.choice("--variant", ("fp16", "bf16"), "also write half-precision weights")
+    help = "licence of the source for the card, by its id on the Hub (default: unknown)"
+    parser.option("--license", not_empty, "ID", help)
+    parser.flag("--standalone", "also write the code of the models, for use without svqvae-hf")
+    parser.option("--push-to-hub", not_empty, "ORG/NAME", "upload the result to the Hub")
+    parser.flag("--private", "make a new repository private")
+    parser.flag("--create-pr", "open a pull request instead of committing")
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts an original checkpoint to a Hub repository."""
-    of_tokenizers = {
-        "network_range": args.network_range and tuple(args.network_range),
-        "codebook_l2_norm": args.codebook_l2_norm,
-    }
-    of_tokenizers = {name: value for name, value in of_tokenizers.items() if value is not None}
-    of_generators = {
-        "image_size": args.image_size,
-        "num_attention_heads": args.num_heads,
-        "text_encoder": args.text_encoder,
-    }
-    names = ("use_ema", "variant", "license", "push_to_hub", "private", "create_pr", "standalone")
-    shared = {name: getattr(args, name) for name in names}
+    names = ("use_ema", "variant", "license", "push_to_hub", "create_pr", "standalone")
+    shared = {name: getattr(args, name) for name in names} | {"private": args.private or None}
+    of_tokenizers: dict[str, Any] = {"codebook_l2_norm": False} if args.no_codebook_l2_norm else {}
+    if args.network_range is not None:
+        of_tokenizers["network_range"] = tuple(args.network_range)
+    of_generators = {name: getattr(args, name) for name in ("image_size", "num_attention_heads", "text_encoder")}
     if args.tokenizer is None and any(value is not None for value in of_generators.values()):
         raise ValueError(
             "--image-size, --num-heads and --text-encoder need --tokenizer. Leave them out for a tokenizer."

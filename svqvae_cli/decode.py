@@ -4,7 +4,7 @@ import argparse
 from functools import cache, partial
 from pathlib import Path
 
-from svqvae_cli.arguments import Commands, add_command, add_files, add_model, add_tiles, flag
+from svqvae_cli.arguments import Commands, add_command
 from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_output, check_source, find_inputs
 from svqvae_cli.large import add_large, check_large
@@ -24,11 +24,11 @@ def add_to(commands: Commands) -> None:
         "memory, are named and skipped. The same command resumes an interrupted run.",
         "tokens --output out",
     )
-    add_files(parser, "token files, folders of them, which are searched with their subfolders, or globs")
-    add_model(parser)
-    add_tiles(parser, "as encoded", "as encoded")
-    flag(parser, "--full-size", "resize all images to the size of the original, and name them NAME_x0.5_full_size.png")
-    flag(parser, "--preview", "also decode compressed files that are cut short, to the scales that are complete")
+    parser.add_files("token files, folders of them, which are searched with their subfolders, or globs")
+    parser.add_model()
+    parser.add_tiles("as encoded", "as encoded")
+    parser.flag("--full-size", "resize all images to the size of the original, and name them NAME_x0.5_full_size.png")
+    parser.flag("--preview", "also decode compressed files that are cut short, to the scales that are complete")
     add_large(parser)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_model, not_empty, option, path_or_name
+from svqvae_cli.arguments import Commands, add_command, not_empty, path_or_name, positive
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 
@@ -20,12 +20,10 @@ def add_to(commands: Commands) -> None:
         "painted parts are generated anew.",
         "--model org/svqvae",
     )
-    add_model(parser)
-    option(
-        parser, "--generator", path_or_name, "PIPELINE", "folder or Hub id of a pipeline: a page that generates images"
-    )
-    option(parser, "--host", not_empty, "ADDRESS", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
-    parser.add_argument("--port", type=_port, help="port to listen on (default: the first free one from 7860)")
+    parser.add_model()
+    parser.option("--generator", path_or_name, "PIPELINE", "pipeline of a page that generates: folder or Hub id")
+    parser.option("--host", not_empty, "ADDRESS", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
+    parser.option("--port", positive, "PORT", "port to listen on (default: the first free one from 7860)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,9 +46,3 @@ def run(args: argparse.Namespace) -> None:
     with serving(blocks, args.host, args.port) as address:
         print(f"{address} shows the page until Ctrl-C", flush=True)
         threading.Event().wait()
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"a port must be a whole number from 1 to 65535, got {text!r}.")
-    return int(text)

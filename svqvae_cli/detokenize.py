@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_model, add_output, flag, option, path_or_url
+from svqvae_cli.arguments import Commands, add_command, not_empty
 from svqvae_cli.files import check_output
 
 
@@ -18,13 +18,13 @@ def add_to(commands: Commands) -> None:
         "decodes a part.",
         "tokens --output out --max-images 16",
     )
-    option(parser, "tokens", path_or_url, "TOKENS", "folder or URL of the token set, or its name on the Hub")
-    add_output(parser, "folder to write to")
-    flag(parser, "--overwrite", "decode images that are there, too (default: skip them)")
-    option(parser, "--max-images", int, "N", "stop after N rows (default: all)")
-    option(parser, "--part", int, "I", "decode this part alone, from 0 (default: 0)", default=0)
-    option(parser, "--num-parts", int, "N", "number of parts (default: 1)", default=1)
-    add_model(parser)
+    parser.option("tokens", not_empty, "TOKENS", "folder or URL of the token set, or its name on the Hub")
+    parser.add_output()
+    parser.flag("--overwrite", "decode images that are there, too (default: skip them)")
+    parser.option("--max-images", int, "N", "stop after N rows (default: all)")
+    parser.option("--part", int, "I", "decode this part alone, from 0 (default: 0)", default=0)
+    parser.option("--num-parts", int, "N", "number of parts (default: 1)", default=1)
+    parser.add_model()
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, add_compress, add_images, option, target
+from svqvae_cli.arguments import Commands, add_command, scale
 from svqvae_cli.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES, InputFile, find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
@@ -23,23 +23,13 @@ def add_to(commands: Commands) -> None:
         "same command resumes an interrupted run.",
         "'photos/*.jpg' --output tokens --scales 1",
     )
-    add_images(parser)
+    parser.add_encoding()
     targets = parser.add_mutually_exclusive_group()
-    option(
-        targets,
-        "--min-psnr",
-        target,
-        "DB",
-        "take the smallest scale that reaches this PSNR at full size, or else the largest",
-    )
-    option(
-        targets,
-        "--max-bits",
-        target,
-        "BITS",
-        "take the largest scale of at most so many bits, as stored, or else the smallest",
-    )
-    add_compress(parser)
+    help = "take the smallest scale that reaches this PSNR at full size, or else the largest"
+    targets.add_argument("--min-psnr", type=scale, metavar="DB", help=help)
+    help = "take the largest scale of at most so many bits, as stored, or else the smallest"
+    targets.add_argument("--max-bits", type=scale, metavar="BITS", help=help)
+    parser.add_compress()
     add_large(parser)
 
 

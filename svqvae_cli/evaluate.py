@@ -7,30 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from svqvae_cli.arguments import (
-    OVERLAP,
-    TILES_DEFAULT,
-    Commands,
-    add_command,
-    add_device,
-    add_image_set,
-    add_output,
-    add_scales,
-    add_tiles,
-    flag,
-    image_set_options,
-    option,
-    path,
-    path_or_name,
-)
+from svqvae_cli.arguments import Commands, add_command, image_set_options, path, path_or_name
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
 CLASSES = "SVQVAE, or VQModel or AutoencoderKL of diffusers"
 # A report, how it is written to a folder, and the lines of its main table
 Measured: TypeAlias = tuple[Any, Callable[[Any, Path], None], Callable[[Any], list[str]]]
-COMPARING = ("beside", "codecs")
-ALONE = ("tile_size", "overlap")
 NO_SAMPLES = ("/sheet.png", "_steps.png")  # pictures of `svqvae generate` that show several images
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 
@@ -49,35 +32,22 @@ def add_to(commands: Commands) -> None:
         "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
         "org/svqvae photos --output report --scales 1 0.5 0.25",
     )
-    option(parser, "model", path_or_name, "MODEL", f"model folder or Hub id: {CLASSES}")
-    flag(parser, "--generated", "MODEL is a folder of generated images, to be compared with DATA")
-    add_image_set(parser)
-    add_output(parser, "folder to write to")
-    flag(parser, "--overwrite", "replace a report that exists (default: an error)")
-    option(parser, "--beside", path_or_name, "OTHER", "one table of MODEL, further models and image files", nargs="*")
-    option(
-        parser,
-        "--resolution",
-        int,
-        "PIXELS",
-        "resize the shorter side and crop the centre (default: images as they are)",
-    )
-    add_scales(parser, [1.0, 0.5, 0.25])
-    parser.add_argument(
-        "--codecs",
-        nargs="*",
-        choices=CODEC_NAMES,
-        metavar="CODEC",
-        help="image files to compare with, among jpeg, webp and avif, which takes seconds per image; none if no name "
-        "follows (default: all three where tokenizers are compared)",
-    )
-    add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
-    option(parser, "--lpips-weights", path, "FILE", "weights of the LPIPS network, to add LPIPS")
-    parser.add_argument(
-        "--lpips-net", choices=("alex", "vgg", "squeeze"), default="alex", help="LPIPS network (default: alex)"
-    )
-    option(parser, "--inception-weights", path, "FILE", "weights of the FID network, to add rFID or FID")
-    add_device(parser)
+    parser.option("model", path_or_name, "MODEL", f"model folder or Hub id: {CLASSES}")
+    parser.flag("--generated", "MODEL is a folder of generated images, to be compared with DATA")
+    parser.add_image_set()
+    parser.add_output()
+    parser.flag("--overwrite", "replace a report that exists (default: an error)")
+    parser.option("--beside", path_or_name, "OTHER", "one table of MODEL, further models and image files", nargs="*")
+    help = "resize the shorter side and crop the centre (default: images as they are)"
+    parser.option("--resolution", int, "PIXELS", help)
+    parser.add_scales([1.0, 0.5, 0.25])
+    help = "image files to compare with: jpeg, webp, avif, or none (default: all three, where tokenizers are compared)"
+    parser.add_argument("--codecs", nargs="*", choices=CODEC_NAMES, metavar="CODEC", help=help)
+    parser.add_tiles()
+    parser.option("--lpips-weights", path, "FILE", "weights of the LPIPS network, to add LPIPS")
+    parser.choice("--lpips-net", ("alex", "vgg", "squeeze"), "LPIPS network (default: alex)", "alex")
+    parser.option("--inception-weights", path, "FILE", "weights of the FID network, to add rFID or FID")
+    parser.add_device()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,25 +64,27 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     if not args.overwrite:
         check_absent(args.output / "report.json")
-    _check_options(args)
+    is_comparison = args.beside is not None or args.codecs is not None
+    _check_options(args, is_comparison)
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
         from svqvae_hf.evaluation.tokenizers.auto import class_name
     from accelerate import PartialState
 
-    from svqvae_cli.loading import explain_loading, find_device, process_device
+    from svqvae_cli.loading import explain_loading, find_device
 
     state = PartialState(cpu=find_device(args.device).type == "cpu")
-    args.device = process_device(args.device, state)
+    if args.device is None:  # accelerate numbers CPUs, torch does not
+        args.device = "cpu" if state.device.type == "cpu" else str(state.device)
     with explain_loading(args.model):
-        compares = _compares(args) or (not args.generated and class_name(args.model) != "SVQVAE")
+        is_comparison |= not args.generated and class_name(args.model) != "SVQVAE"
     networks = {
         "lpips": load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None,
         "inception": load_inception(args.inception_weights) if args.inception_weights else None,
     }
     images = open_images(args.data, left_out=args.output, **image_set_options(args))
-    measure = _judge if args.generated else _compare if compares else _evaluate
+    measure = _judge if args.generated else _compare if is_comparison else _evaluate
     report, write, table = measure(args, images, networks)
     if state.is_main_process:
         report.settings |= {
@@ -131,16 +103,11 @@ def run(args: argparse.Namespace) -> None:
         check_none_skipped(skipped, skipped + len(getattr(report, "images", ())))
 
 
-def _compares(args: argparse.Namespace) -> bool:
-    return any(value is not None for value in (args.beside, args.codecs))
-
-
-def _check_options(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace, is_comparison: bool) -> None:
     """Raises ValueError for options that do not apply."""
+    excluded, reason = ["tile_size", "overlap"] * is_comparison, "is for one SVQVAE alone"
     if args.generated:
-        excluded, reason = [*COMPARING, *ALONE, "lpips_weights"], "does not apply to generated images"
-    else:
-        excluded, reason = [*ALONE] if _compares(args) else [], "is for one SVQVAE alone"
+        excluded, reason = ["beside", "codecs", "tile_size", "overlap", "lpips_weights"], "is not for generated images"
     for name in excluded:
         if getattr(args, name) != args.parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} {reason}. Leave it out.")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, add_output, option, path_or_name
+from svqvae_cli.arguments import Commands, add_command, path_or_name
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_new_folder, check_source
 
@@ -18,14 +18,9 @@ def add_to(commands: Commands) -> None:
         "size, height and width. Compares them with the model before it keeps them.",
         "org/svqvae --output graphs --dtype float16",
     )
-    option(parser, "model", path_or_name, "MODEL", "model folder or Hub id")
-    add_output(parser, "folder to create")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="precision of weights and images (default: float32)",
-    )
+    parser.option("model", path_or_name, "MODEL", "model folder or Hub id")
+    parser.add_output("folder to create")
+    parser.add_dtype(("float32", "float16"))
 
 
 def run(args: argparse.Namespace) -> None:

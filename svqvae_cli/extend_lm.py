@@ -2,7 +2,7 @@
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, grid, option, path, path_or_name
+from svqvae_cli.arguments import Commands, add_command, grid, path, path_or_name
 from svqvae_cli.files import check_new_folder, check_source
 
 
@@ -18,18 +18,11 @@ def add_to(commands: Commands) -> None:
         "the old tokens stay as they are.",
         "org/lm lm-with-images --vqvae org/svqvae --grids 16x16 16x24",
     )
-    option(parser, "lm", path_or_name, "LM", "causal language model: folder or Hub id")
-    option(parser, "out", path, "OUT", "folder to create")
-    option(parser, "--vqvae", path_or_name, "MODEL", "image tokenizer: folder or Hub id", required=True)
-    option(
-        parser,
-        "--grids",
-        grid,
-        "ROWSxCOLUMNS",
-        "sizes of images in codes (default: the tokenizer's square)",
-        nargs="+",
-    )
-    option(parser, "--seed", int, "S", "seed of the new rows (default: 0)", default=0)
+    parser.option("lm", path_or_name, "LM", "causal language model: folder or Hub id")
+    parser.option("out", path, "OUT", "folder to create")
+    parser.option("--vqvae", path_or_name, "MODEL", "image tokenizer: folder or Hub id", required=True)
+    parser.option("--grids", grid, "ROWSxCOLUMNS", "sizes of images in codes (default: the tokenizer's)", nargs="+")
+    parser.option("--seed", int, "S", "seed of the new rows (default: 0)", default=0)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,24 +3,11 @@
 import argparse
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svqvae_cli.arguments import (
-    Commands,
-    add_command,
-    add_device,
-    add_dtype,
-    add_output,
-    flag,
-    grid,
-    option,
-    path_or_name,
-    positive,
-    scale,
-)
+from svqvae_cli.arguments import Commands, add_command, grid, path_or_name, positive, scale
 from svqvae_cli.files import check_absent, check_source
 from svqvae_cli.runs import Run
 
@@ -46,50 +33,29 @@ def add_to(commands: Commands) -> None:
         "an interrupted run.",
         "org/dreams --class 3 7 --num-images 4 --output out",
     )
-    option(parser, "model", path_or_name, "MODEL", "folder or Hub id of the generator")
-    add_output(parser, "folder to write to")
-    flag(parser, "--overwrite", "generate images that exist again (default: keep them)")
-    option(parser, "--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")
-    flag(
-        parser,
-        "--steps-pictures",
-        "also write class_cat_0_steps.png and so on, with all scales of an image from coarse to fine",
-    )
+    parser.option("model", path_or_name, "MODEL", "folder or Hub id of the generator")
+    parser.add_output()
+    parser.flag("--overwrite", "generate images that exist again (default: keep them)")
+    parser.flag("--steps-pictures", "also write class_cat_0_steps.png and so on, with all scales from coarse to fine")
     condition = parser.add_mutually_exclusive_group()
-    condition.add_argument(
-        "--class",
-        dest="class_labels",
-        nargs="+",
-        metavar="CLASS",
-        help="classes by name or number (default: images without a class)",
-    )
+    help = "classes by name or number (default: images without a class)"
+    condition.add_argument("--class", dest="class_labels", nargs="+", metavar="CLASS", help=help)
     condition.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions in quotes, instead of classes")
-    option(parser, "--num-images", positive, "N", "images per class or caption (default: 1)", dest="count", default=1)
-    option(parser, "--batch-size", positive, "COUNT", "images that are generated at once (default: 16)", default=16)
-    option(
-        parser, "--scales", scale, "SCALE", "scales of an autoregressive pipeline to decode (default: 1)", nargs="+"
-    )
-    option(
-        parser,
-        "--grid",
-        grid,
-        "GRID",
-        "rows x columns of codes of a language model, such as 16x24 (default: its first)",
-    )
-    option(parser, "--steps", positive, "N", "scales of a next-scale pipeline (default: as in training)")
-    option(
-        parser,
-        "--guidance-scale",
-        float,
-        "SCALE",
-        "scale of classifier-free guidance (default, here and below: a language model's own, otherwise 1)",
-    )
-    option(parser, "--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: 1)")
-    option(parser, "--top-k", int, "K", "sample from the K likeliest ids (default: all)")
-    option(parser, "--top-p", float, "P", "sample from the likeliest ids of total probability P (default: 1)")
-    option(parser, "--seed", int, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
-    add_device(parser)
-    add_dtype(parser)
+    parser.option("--num-images", positive, "N", "images per class or caption (default: 1)", dest="count", default=1)
+    parser.option("--batch-size", positive, "COUNT", "images generated at once (default: 16)", default=16)
+    help = "scales of an autoregressive pipeline to decode (default: 1)"
+    parser.option("--scales", scale, "SCALE", help, nargs="+")
+    help = "rows x columns of codes of a language model, such as 16x24 (default: its first)"
+    parser.option("--grid", grid, "GRID", help)
+    parser.option("--steps", positive, "N", "scales of a next-scale pipeline (default: as in training)")
+    help = "scale of classifier-free guidance (default, here and below: a language model's own, otherwise 1)"
+    parser.option("--guidance-scale", float, "SCALE", help)
+    parser.option("--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: 1)")
+    parser.option("--top-k", int, "K", "sample from the K likeliest ids (default: all)")
+    parser.option("--top-p", float, "P", "sample from the likeliest ids of total probability P (default: 1)")
+    parser.option("--seed", int, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
+    parser.add_device()
+    parser.add_dtype()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -127,21 +93,19 @@ def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> 
     import torch
 
     from svqvae_cli.loading import load_generator
-    from svqvae_hf import SVQVAENextScalePipeline
     from svqvae_hf.files.outputs import save_png
-    from svqvae_hf.language.image_language_model import ImageLanguageModel
 
-    pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
-    labels = []
-    if isinstance(pipeline, ImageLanguageModel):
-        sample: Any = _sample_language_model
-    else:
-        sample = _sample_next_scale if isinstance(pipeline, SVQVAENextScalePipeline) else _sample_autoregressive
+    pipeline = load_generator(args.model, args.device, args.dtype)
+    kind, labels = type(pipeline).__name__, []
+    sample, excluded = GENERATORS[kind]
+    for name in excluded:
+        if getattr(args, name):
+            option = name.removesuffix("_labels").replace("_", "-")
+            raise ValueError(f"--{option} does not apply to MODEL, which is of {kind}. Leave it out.")
+    if "class_labels" not in excluded:
         pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
         class_names = pipeline.config["class_names"] or []
         labels = [_class_label(text, class_names) for text in args.class_labels or []]
-        if args.grid is not None:
-            raise ValueError("--grid belongs to language models, but MODEL is a pipeline. Leave it out.")
     numbers = {stem: number for number, stem in enumerate(work.targets)}
     for batch in _batches(work.files(), args.batch_size):
         rows = [numbers[stem] // args.count for stem in batch]
@@ -152,8 +116,7 @@ def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> 
             **({"prompt": [args.prompt[row] for row in rows]} if args.prompt else {}),
             **{name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None},
         }
-        with _explain_memory(len(batch)):
-            images = sample(pipeline, args, sampling, scales)
+        images = sample(pipeline, args, sampling, scales)
         for stem, pictures in zip(batch, zip(*images, strict=True), strict=True):
             with work.attempt(stem):
                 for path, picture in zip(work.outputs(stem), pictures, strict=True):
@@ -167,8 +130,6 @@ def _sample_autoregressive(
     pipeline: "SVQVAEAutoregressivePipeline", args: argparse.Namespace, sampling: dict[str, Any], scales: list[float]
 ) -> Images:
     """Samples images at some scales and, for pictures of the steps, at all."""
-    if args.steps is not None:
-        raise ValueError("--steps belongs to next-scale pipelines, but MODEL is autoregressive. Leave it out.")
     steps = [*pipeline.layout.scales] if args.steps_pictures else []
     asked = [*scales, *(each for each in steps if each not in scales)]
     images = dict(zip(asked, pipeline(scales=asked, **sampling)[0], strict=True))
@@ -179,8 +140,6 @@ def _sample_next_scale(
     pipeline: "SVQVAENextScalePipeline", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
 ) -> Images:
     """Samples images and, for pictures of the steps, decodes each step."""
-    if args.scales is not None:
-        raise ValueError("--scales belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
     steps: Images = []
 
     def decode(_pipeline: object, _step: int, _size: Sequence[int], tensors: dict[str, Any]) -> None:
@@ -196,10 +155,6 @@ def _sample_language_model(
     model: "ImageLanguageModel", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
 ) -> Images:
     """Draws an image of each caption, or without one."""
-    for name in ("class_labels", "scales", "steps", "steps_pictures"):
-        if getattr(args, name):
-            word = "class" if name == "class_labels" else name.replace("_", "-")
-            raise ValueError(f"--{word} belongs to pipelines, but MODEL is a language model. Leave it out.")
     del sampling["class_labels"]
     count = sampling.pop("num_images_per_prompt")
     return [model.draw(sampling.pop("prompt", [None] * count), args.grid, **sampling)]
@@ -231,20 +186,13 @@ def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-@contextmanager
-def _explain_memory(images: int) -> Iterator[None]:
-    """Says what to do if a batch does not fit into memory."""
-    from svqvae_hf.tokens.image_tokens import is_out_of_memory
-
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = f"a --batch-size below {images}" if images > 1 else "--dtype bfloat16"
-        raise ValueError(f"out of memory while generating {images} images at once. Use {advice}.") from error
-
-
 def _class_label(text: str, names: list[str]) -> int | str:
     """A name of a class, or its number; a name that is a number counts as a name."""
     return int(text) if text not in names and text.removeprefix("-").isdecimal() else text
+
+
+GENERATORS: dict[str, tuple[Any, Sequence[str]]] = {  # how they sample, and options that do not apply to them
+    "SVQVAEAutoregressivePipeline": (_sample_autoregressive, ("steps", "grid")),
+    "SVQVAENextScalePipeline": (_sample_next_scale, ("scales", "grid")),
+    "ImageLanguageModel": (_sample_language_model, ("class_labels", "scales", "steps", "steps_pictures")),
+}

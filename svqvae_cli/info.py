@@ -1,109 +1,84 @@
 """`svqvae info`."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svqvae_cli.arguments import Commands, add_command, option, path_or_name
+from svqvae_cli.arguments import Commands, add_command, not_empty
 from svqvae_cli.files import REPO_ID, check_source, search_folder
 
 if TYPE_CHECKING:
-    from svqvae_hf import SVQVAE
-    from svqvae_hf.token_sets.settings import TokenSettings
-    from svqvae_hf.tokens.compressed_tokens import CompressedTokens
     from svqvae_hf.tokens.image_tokens import TokenOrigin
-    from svqvae_hf.tokens.token_files import ImageTokens
-
-
-GENERATORS = ("language_model", "transformer")  # components of pipelines
 
 
 def add_to(commands: Commands) -> None:
     """Adds the command and its arguments."""
     summary = "describe a model, pipeline, original checkpoint, token files or token set"
-    parser = add_command(commands, "info", run, summary, "", "photo.safetensors")
-    option(
-        parser,
-        "path",
-        path_or_name,
-        "PATH",
-        "model, pipeline, checkpoint, token file, or folder of token files or a token set",
-    )
+    details = "Of a token set that is not complete, prints which parts are missing."
+    parser = add_command(commands, "info", run, summary, details, "photo.safetensors")
+    help = "model, pipeline, checkpoint, token file, folder of token files, or folder or URL of a token set"
+    parser.option("path", not_empty, "PATH", help)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints facts about a model, a pipeline, an original checkpoint, token files or a token set."""
-    path = Path(args.path)
-    if not path.exists() and not re.fullmatch(f"{REPO_ID}(:.+)?", args.path):
+    path, is_url = Path(args.path), "://" in args.path
+    is_hub_file = re.fullmatch(f"{REPO_ID}:.+", args.path)
+    if not (path.exists() or is_url or is_hub_file):
         check_source(args.path)
     from svqvae_hf import SVQVAE
-    from svqvae_hf.files.folders import Folder
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-    from svqvae_hf.token_sets.parts import read_totals
-    from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
-    from svqvae_hf.tokens.token_files import is_compressed, is_token_file, load_compressed, load_tokens
+    from svqvae_hf.token_sets.parts import OPTIONS_FILE
+    from svqvae_hf.token_sets.settings import SETTINGS_FILE
+    from svqvae_hf.tokens.token_files import is_compressed, is_token_file
 
-    if path.is_file() and is_compressed(path):
-        facts = _compressed_facts(load_compressed(path))
-    elif is_token_file(path):
-        facts = _token_facts(load_tokens(path))
-    elif path.is_dir() and (token_files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):
-        facts = _folder_facts([load_tokens(file) for file in token_files])
-    elif (path / SETTINGS_FILE).is_file():
-        facts = _set_facts(read_settings(path), read_totals(Folder(path)) or {})
+    if is_url or (path / SETTINGS_FILE).is_file() or (path / OPTIONS_FILE).is_file():
+        facts = _set_facts(args.path)
+    elif path.is_dir() and (files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):
+        facts = _folder_facts(files)
+    elif path.is_file() and (is_compressed(path) or is_token_file(path)):
+        facts = _file_facts(path)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")
-    elif path.is_file() or re.fullmatch(f"{REPO_ID}:.+", args.path):
+    elif path.is_file() or is_hub_file:
         checkpoint = read_checkpoint(args.path, SVQVAE)
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
     else:
-        facts = _folder_or_hub_facts(args.path)
+        facts = _model_facts(args.path)
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
 
 
-def _token_facts(tokens: "ImageTokens") -> dict[str, Any]:
-    from svqvae_hf.evaluation.reconstruction_table import token_count
-
-    latents = max(-(-max(tokens.height, tokens.width) // tokens.f), *(max(ids.shape) for ids in tokens.ids))
-    tiled = tokens.tile_size is not None and latents * tokens.f > tokens.tile_size
-    facts = {
-        "kind": "token file",
-        "image": f"{tokens.width} x {tokens.height} pixels (width x height)",
-        "f": tokens.f,
-        "tiles": f"{tokens.tile_size} pixels, overlap {tokens.overlap}" if tiled else "none",
-        "codebook": _codebook(tokens),
-    }
-    if set(tokens.scales) != {1}:
-        facts["scales from"] = tokens.scale_from
-    for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
-        grid = f"{ids.shape[1]} x {ids.shape[0]} = {token_count(ids.numel())}"
-        facts[f"scale {scale:g}"] = f"{grid}, {tokens.bits_per_pixel(index):.4f} bits/pixel"
-    return facts
-
-
-def _compressed_facts(compressed: "CompressedTokens") -> dict[str, Any]:
+def _file_facts(path: Path) -> dict[str, Any]:
     from svqvae_hf.models.image_processing_svqvae import grid_shape
+    from svqvae_hf.tokens.token_files import is_compressed, load_compressed, load_tokens
 
-    height, width, f = (compressed.record[name] for name in ("height", "width", "f"))
-    facts = {
-        "kind": "compressed token file",
-        "image": f"{width} x {height} pixels (width x height)",
-        "f": f,
-        "context model": f"sha256 {compressed.fingerprint}...",
-    }
-    for scale, chunk in zip(compressed.record["scales"], compressed.chunks, strict=True):
+    if is_compressed(path):
+        compressed = load_compressed(path)
+        record, bits = compressed.record, [8.0 * len(chunk) for chunk in compressed.chunks]
+        origin = {"kind": "compressed token file", "context model": f"sha256 {compressed.fingerprint}..."}
+    else:
+        tokens = load_tokens(path)
+        record, bits = vars(tokens), [ids.numel() * math.log2(tokens.codebook_size) for ids in tokens.ids]
+        origin = {"kind": "token file", "codebook": _codebook(tokens)}
+    height, width, f = (record[name] for name in ("height", "width", "f"))
+    facts = {**origin, "image": f"{width} x {height} pixels (width x height)", "f": f}
+    facts |= {"tiles": _tiles(record), "scales from": record["scale_from"]}
+    for scale, size in zip(record["scales"], bits, strict=True):
         rows, columns = grid_shape(height, width, f, scale)
-        bits = 8 * len(chunk)
-        rates = f"{bits / (rows * columns):.2f} bits/token, {bits / (height * width):.4f} bits/pixel"
-        facts[f"scale {scale:g}"] = f"{columns} x {rows} tokens, {rates}"
+        rates = f"{size / (rows * columns):.2f} bits/token, {size / (height * width):.4f} bits/pixel"
+        facts[f"scale {scale:g}"] = f"{columns} x {rows} = {rows * columns:,} tokens, {rates}"
     return facts
 
 
-def _folder_facts(files: "list[ImageTokens]") -> dict[str, Any]:
+def _folder_facts(paths: list[Path]) -> dict[str, Any]:
+    from svqvae_hf.tokens.token_files import load_tokens
+
+    files = [load_tokens(path) for path in paths]
     return {
         "kind": "folder of token files",
         "files": len(files),
@@ -113,7 +88,16 @@ def _folder_facts(files: "list[ImageTokens]") -> dict[str, Any]:
     }
 
 
-def _set_facts(settings: "TokenSettings", totals: dict[str, int]) -> dict[str, Any]:
+def _set_facts(source: str) -> dict[str, Any]:
+    from svqvae_hf.files.folders import Folder
+    from svqvae_hf.token_sets.parts import read_status, read_totals
+    from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
+
+    folder = Folder(source)
+    if folder.read(SETTINGS_FILE) is None:
+        lines = str(read_status(source)).splitlines()
+        return {"kind": "token set", **dict(line.split(None, 1) for line in lines)}
+    settings, totals = read_settings(source), read_totals(folder) or {}
     return {
         "kind": "token set",
         "rows": totals.get("rows"),
@@ -125,16 +109,21 @@ def _set_facts(settings: "TokenSettings", totals: dict[str, int]) -> dict[str, A
         "scales": ", ".join(f"{scale:g}" for scale in settings.scales),
         "scales from": settings.scale_from,
         "f": settings.f,
-        "tiles": "none" if settings.tile_size is None else f"{settings.tile_size} pixels, overlap {settings.overlap}",
+        "tiles": _tiles(vars(settings)),
         "codebook": _codebook(settings),
     }
+
+
+def _tiles(record: dict[str, Any]) -> str:
+    return f"{record['tile_size']} pixels, overlap {record['overlap']}" if record["tile_size"] else "none"
 
 
 def _codebook(tokens: "TokenOrigin") -> str:
     return f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}"
 
 
-def _folder_or_hub_facts(source: str) -> dict[str, Any]:
+def _model_facts(source: str) -> dict[str, Any]:
+    """Config of a model or pipeline, in its own words."""
     from diffusers import DiffusionPipeline
 
     from svqvae_cli.loading import explain_loading, load_model
@@ -147,48 +136,11 @@ def _folder_or_hub_facts(source: str) -> dict[str, Any]:
             config = from_hub(DiffusionPipeline.load_config, source)
         except OSError:  # no model_index.json
             config = from_hub(SVQVAE.load_config, source)
-    kind = config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0]
-    if kind == SVQVAE.__name__:
-        return _model_facts(load_model(source, "cpu", "float32"))
-    values = {name: value for name, value in config.items() if not name.startswith("_")}
-    if not kind.endswith("Pipeline"):
-        return {"kind": kind, **values}
-    parts = {name: value for name, value in values.items() if _is_component(name, value)}
-    with explain_loading(source):
-        configs = {name: SVQVAE.load_config(source, subfolder=name) for name in {*parts} & {*GENERATORS, "vqvae"}}
-    return _pipeline_facts(kind, parts, values, configs)
-
-
-def _is_component(name: str, value: Any) -> bool:
-    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
-    return is_pair and name != "class_names"
-
-
-def _pipeline_facts(
-    kind: str, parts: dict[str, list[str]], values: dict[str, Any], configs: dict[str, Any]
-) -> dict[str, Any]:
-    generator: dict[str, Any] = next((configs[name] for name in GENERATORS if name in configs), {})
-    facts = {"kind": f"pipeline, {kind}"}
-    facts |= {name: f"{class_name} of {library}" for name, (library, class_name) in parts.items()}
-    if "vqvae" in configs and "schedule" in values:
-        f = 2 ** (len(configs["vqvae"]["encoder_ch_mult"]) - 1)
-        values |= {name: side * f for name, side in zip(("height", "width"), values["schedule"][-1], strict=True)}
-        values["schedule"] = ", ".join(f"{height} x {width}" for height, width in values["schedule"])
-    if "height" in values:
-        facts["images"] = f"{values.pop('width')} x {values.pop('height')} pixels (width x height)"
-    if "num_classes" in {*values, *generator}:
-        facts["classes"] = values.pop("num_classes", generator.get("num_classes"))
-    return facts | {
-        name: value for name, value in values.items() if name not in parts and value not in (None, [None, None])
-    }
-
-
-def _model_facts(model: "SVQVAE") -> dict[str, Any]:
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    return {
-        "kind": "SVQVAE model",
-        "parameters": f"{model.num_parameters():,}",
-        "f": model.f,
-        "codebook sha256": model.codebook_fingerprint(),
-        **config,
-    }
+    facts = {"kind": config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0]}
+    if facts["kind"] == SVQVAE.__name__:
+        model = load_model(source, "cpu", "float32")
+        facts |= {"parameters": f"{model.num_parameters():,}", "f": model.f}
+        facts["codebook sha256"] = model.codebook_fingerprint()
+        config = model.config
+    unset = (None, [None, None])  # the latter stands for a component that a pipeline lacks
+    return facts | {name: value for name, value in config.items() if name[0] != "_" and value not in unset}

@@ -10,13 +10,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 
-from svqvae_cli.errors import prefix_errors, require_extra
+from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub, hub_reason
@@ -89,41 +88,17 @@ def hide_loading_bars() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def load_generator(
-    source: str, device: str | None, dtype: str, adapter: str | None = None
-) -> SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLanguageModel:
-    """Loads a generator of any kind, as [`load_model`] does, and merges a LoRA adapter into its language model."""
-    pipeline = load_pretrained(_AnyGenerator, source, device, dtype)
-    if adapter is None:
-        return pipeline
-    if isinstance(pipeline, SVQVAENextScalePipeline):
-        raise ValueError("--adapter belongs to autoregressive pipelines, but MODEL is next-scale. Leave it out.")
-    with require_extra("--adapter", "train"):
-        from peft import PeftModel
-    check_source(adapter)
-    try:
-        with explain_loading(adapter):
-            pipeline.language_model = PeftModel.from_pretrained(pipeline.language_model, adapter).merge_and_unload()
-    except (IndexError, RuntimeError, ValueError) as error:
-        raise ValueError(f"`{adapter}` must be a LoRA adapter of the language model of `{source}`: {error}") from error
-    return pipeline
-
-
-class _AnyGenerator:
-    @staticmethod
-    def from_pretrained(source: str, **options: Any) -> Any:
-        """Loads a pipeline of the class in its `model_index.json`."""
-        if Path(source, "adapter_config.json").is_file():
-            raise ValueError(
-                f"`{source}` is an adapter. Pass the pipeline that it adapts as MODEL, and this folder as --adapter."
-            )
-        classes = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
+def load_generator(source: str, device: str | None, dtype: str) -> Any:
+    """Loads a generator of any kind, as [`load_model`] does."""
+    check_source(source)
+    kinds = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
+    with explain_loading(source):
         if ImageLanguageModel.is_at(source):
-            return ImageLanguageModel.from_pretrained(source, **options)
+            return load_pretrained(ImageLanguageModel, source, device, dtype)
         found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
-        if found not in classes:
-            raise ValueError(f"the pipeline `{source}` must be one of {', '.join(classes)}, but is a {found}.")
-        return classes[found].from_pretrained(source, **options)
+    if found not in kinds:
+        raise ValueError(f"the pipeline `{source}` must be one of {', '.join(kinds)}, but is a {found}.")
+    return load_pretrained(kinds[found], source, device, dtype)
 
 
 def _find_cause(error: OSError) -> str:
@@ -150,12 +125,6 @@ def find_device(name: str | None) -> torch.device:
     if name is not None and name not in usable + numbered:
         raise ValueError(f"--device must be one that torch finds here, {', '.join(usable + numbered)}, got `{name}`.")
     return torch.device(name or usable[0])
-
-
-def process_device(name: str | None, state: PartialState) -> str:
-    """Returns the device that was asked for, or the device that accelerate chose for this process."""
-    # accelerate numbers CPUs, torch does not
-    return name or ("cpu" if state.device.type == "cpu" else str(state.device))
 
 
 def load_fitting_image(path: Path, model: SVQVAE, args: argparse.Namespace) -> Image.Image:

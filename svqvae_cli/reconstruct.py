@@ -1,11 +1,19 @@
 """`svqvae reconstruct`."""
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from svqvae_cli.arguments import Commands, add_command, add_images, flag
+from tqdm import tqdm
+
+from svqvae_cli.arguments import Commands, add_command
+from svqvae_cli.errors import one_line
 from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.runs import Run
+
+if TYPE_CHECKING:
+    from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures
 
 
 def add_to(commands: Commands) -> None:
@@ -24,8 +32,8 @@ def add_to(commands: Commands) -> None:
         "are named and skipped. The same command resumes an interrupted run.",
         "photo.jpg --output out --scales 0.25 0.5 1 --side-by-side",
     )
-    add_images(parser)
-    flag(parser, "--side-by-side", "also write NAME_side_by_side.png with the original and all scales")
+    parser.add_encoding()
+    parser.flag("--side-by-side", "also write NAME_side_by_side.png with the original and all scales")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,19 +49,32 @@ def run(args: argparse.Namespace) -> None:
 
 def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_cli.loading import load_fitting_image, load_tiled_model
-    from svqvae_cli.results import printed_table
-    from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions, side_by_side
+    from svqvae_hf.evaluation import reconstruction_table as table
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
     model = load_tiled_model(args, work.on_tile)
-    with printed_table(work, model) as table:
+    width = max(map(len, ["1,000 images", *(one_line(str(file.name)) for file in work.targets)]))
+
+    def write_row(name: str, figures: "Sequence[ReconstructionFigures]") -> None:
+        tqdm.write(table.table_row(width, name, figures, model.config["codebook_size"]))  # above the progress bars
+
+    measured: list[list[ReconstructionFigures]] = []  # per image, one per scale
+    try:
         for file, original in work.read(partial(load_fitting_image, model=model, args=args)):
             with work.attempt(file):
                 tokens = encode_image(model, original, args.scales, args.scale_from)
                 images = decode_image(model, tokens)
-                results = measure_reconstructions(original, tokens, images)
-                sheet = [side_by_side(original, images, results)] if args.side_by_side else []
+                figures = table.measure_reconstructions(original, tokens, images)
+                sheet = [table.side_by_side(original, images, figures)] if args.side_by_side else []
                 for image, path in zip([*images, *sheet], work.outputs(file), strict=True):
                     save_png(image, path)
-                table.add(str(file.name), results)
+                if not measured:
+                    tqdm.write(table.table_header(width))
+                measured.append(figures)
+                for each in figures:
+                    write_row(one_line(str(file.name)), [each])
+    finally:  # also if the run is interrupted
+        if len(measured) > 1:
+            for at_scale in zip(*measured, strict=True):
+                write_row(f"{len(measured):,} images", at_scale)

@@ -112,18 +112,13 @@ class Run(Generic[Item]):
 
     def files(self) -> Iterator[Item]:
         """Yields each input without its outputs. Shows a bar on a terminal."""
-        with self._bars() as bar:
-            for item in self.left:
-                yield item
-                bar.update()
-
-    @contextmanager
-    def _bars(self) -> Iterator[tqdm]:
         with (
             tqdm(total=len(self.targets), initial=self.done, unit="image", disable=None) as bar,
             tqdm(unit="tile", position=1, leave=False, delay=1, disable=None) as self._tiles,
         ):
-            yield bar
+            for item in self.left:
+                yield item
+                bar.update()
 
     def on_tile(self, done: int, total: int) -> None:
         """Shows a bar over the tiles of the current input. For [`SVQVAE.enable_tiling`]."""

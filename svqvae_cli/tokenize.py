@@ -5,29 +5,16 @@ import math
 import os
 import sys
 from contextlib import suppress
-from typing import Any
 
-from svqvae_cli.arguments import (
-    OVERLAP,
-    TILES_DEFAULT,
-    Commands,
-    add_command,
-    add_compress,
-    add_image_set,
-    add_model,
-    add_scales,
-    add_tiles,
-    flag,
-    image_set_options,
-    not_empty,
-    option,
-    path_or_url,
-)
+from svqvae_cli.arguments import Commands, add_command, image_set_options, not_empty, positive
 from svqvae_cli.errors import check_none_skipped
 from svqvae_cli.files import check_data, check_new_folder, check_source
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 MAX_WORKERS = 4  # by default
+OPTIONS = (  # of `tokenize_set`, under the same names
+    *("scales", "scale_from", "crops", "resolution", "min_side", "batch_size", "shard_mb", "overwrite", "license"),
+)
 
 
 def add_to(commands: Commands) -> None:
@@ -41,60 +28,34 @@ def add_to(commands: Commands) -> None:
         "command resumes a run that was interrupted. On many machines, each makes a part.",
         "photos tokens --crops centre --resolution 256 --scales 0.5 1",
     )
-    add_image_set(parser)
-    option(parser, "out", path_or_url, "OUT", "folder or URL to write to")
-    add_scales(parser, [1.0], sides=True)
-    add_compress(parser)
-    parser.add_argument(
-        "--crops", choices=CROPS, default="whole", help="crops of an image that become rows (default: whole)"
-    )
-    option(parser, "--resolution", int, "PIXELS", "side of centre and ten crops")
-    option(
-        parser,
-        "--keep",
-        not_empty,
-        "NAME",
-        "columns to keep besides label, caption, text, cls, txt, json",
-        nargs="+",
-        default=[],
-    )
-    option(parser, "--min-side", int, "PIXELS", "skip images with a smaller side (default: none)")
-    option(
-        parser, "--batch-size", int, "N", "crops to encode together; rounding may change a few ids (default: up to 64)"
-    )
-    option(parser, "--shard-mb", float, "MB", "size of a Parquet file (default: 256)", default=256)
-    option(parser, "--part", int, "I", "make this part alone, from 0 (default: all)")
-    flag(parser, "--overwrite", "delete the token set in OUT and start over")
-    option(parser, "--num-parts", int, "N", "number of parts (default: per 10,000 images or file, at most 1,000)")
-    parser.add_argument("--status", action=_Status, metavar="FOLDER", help="only show which parts are finished")
-    option(parser, "--workers", int, "N", "processes that read images (default: one per core, at most 4)")
-    parser.add_argument("--license", type=not_empty, help="licence of the images for the card, by its id on the Hub")
-    add_model(parser)
-    add_tiles(parser, TILES_DEFAULT, str(OVERLAP))
-
-
-class _Status(argparse.Action):
-    """Runs [`show_status`] instead, without DATA and OUT."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, _: Any = None
-    ) -> None:
-        namespace.run, namespace.status = show_status, path_or_url(value)
-        for action in parser._actions:
-            action.required = False
-
-
-def show_status(args: argparse.Namespace) -> None:
-    """Prints which parts of a token set are finished."""
-    from svqvae_hf.token_sets.parts import read_status
-
-    print(read_status(args.status))
+    parser.add_image_set()
+    parser.option("out", not_empty, "OUT", "folder or URL to write to")
+    parser.add_scales([1.0])
+    parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
+    parser.add_compress()
+    parser.choice("--crops", CROPS, "crops of an image that become rows (default: whole)", "whole")
+    parser.option("--resolution", int, "PIXELS", "side of centre and ten crops")
+    help = "columns to keep besides label, caption, text, cls, txt, json"
+    parser.option("--keep", not_empty, "NAME", help, nargs="+", default=[])
+    parser.option("--min-side", int, "PIXELS", "skip images with a smaller side (default: none)")
+    help = "crops to encode together; rounding may change a few ids (default: up to 64)"
+    parser.option("--batch-size", int, "N", help)
+    parser.option("--shard-mb", float, "MB", "size of a Parquet file (default: 256)", default=256)
+    parser.option("--part", int, "I", "make this part alone, from 0 (default: all)")
+    parser.flag("--overwrite", "delete the token set in OUT and start over")
+    parser.option("--num-parts", int, "N", "number of parts (default: per 10,000 images or file, at most 1,000)")
+    parser.option("--workers", int, "N", "processes that read images (default: one per core, at most 4)")
+    parser.option("--license", not_empty, "ID", "licence of the images for the card, by its id on the Hub")
+    parser.add_model()
+    parser.add_tiles()
 
 
 def run(args: argparse.Namespace) -> None:
     """Encodes an image set to a token set."""
     if args.sides and args.resolution is None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
+    if args.sides and args.scales != [1.0]:
+        raise ValueError("--sides stands for the scales. Leave out --sides or --scales.")
     if args.overwrite and (args.part is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     check_source(args.model)
@@ -126,19 +87,11 @@ def run(args: argparse.Namespace) -> None:
             images,
             args.out,
             **public_names(args.data, args.model or DEFAULT_MODEL),
-            scales=args.scales,
-            scale_from=args.scale_from,
             context_model=require_context_model(model, args.model) if args.compress else None,
-            crops=args.crops,
-            resolution=args.resolution,
-            min_side=args.min_side,
-            batch_size=args.batch_size,
-            shard_mb=args.shard_mb,
             parts=own if args.part is None else [args.part],
             num_parts=num_parts,
             num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
-            overwrite=args.overwrite,
-            license=args.license,
+            **{name: getattr(args, name) for name in OPTIONS},
         )
     except (KeyboardInterrupt, SystemExit):
         with suppress(ValueError):  # it was not started yet

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from svqvae_hf.trainer.options import RunOptions
+from svqvae_hf.trainer.run import Run, run_training
 
 
 @contextlib.contextmanager
@@ -28,10 +29,10 @@ def forget_accelerate() -> None:
         state._reset_state()
 
 
-def run(main: Callable[[RunOptions], None], options_class: type[RunOptions], **options) -> None:
-    """Runs the main function of a script to its end."""
+def run(train: Callable[[Run], None], options_class: type[RunOptions], /, **options) -> None:
+    """Runs a script to its end."""
     with cpu():
-        main(options_class(**options))
+        run_training(train, options_class(**options))
     forget_accelerate()
 
 

@@ -4,7 +4,6 @@ A flat area has one code, so its colour is as exact as the codes for colours are
 of them. This replaces the codes that IMAGES use least by the latents of colours on a lattice of the RGB cube.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.run import one_line_errors, script_parser
 
 LEVELS = 13  # of red, green and blue
 SIDE = 64  # pixels of a flat image
@@ -44,9 +43,7 @@ def replace_rarest(codes: torch.Tensor, counts: torch.Tensor, new: torch.Tensor)
 @torch.inference_mode()
 def main() -> None:
     """Reads the arguments and writes the model."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("images", help="folder of images like those that the model is for")
     parser.add_argument("out", type=Path, help="folder to write")

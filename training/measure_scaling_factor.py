@@ -6,7 +6,6 @@ The factor is 1 / the standard deviation of latents before quantisation, over al
 trained on latents times this factor, whose variance is near 1.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.outputs import write_file
 from svqvae_hf.trainer.data.crops import centre_crops
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.run import one_line_errors, script_parser
 from svqvae_hf.trainer.tracking import progress
 
 BATCH_SIZE = 8
@@ -48,9 +47,7 @@ def measure_scaling_factor(vqvae: SVQVAE, batches: Iterable[torch.Tensor]) -> fl
 
 def main() -> None:
     """Measures, prints and stores the factor."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="folder of the model, whose config.json is changed")
     parser.add_argument("data", metavar="DATA", help="folder of images, or image set on the Hub, which is streamed")
     parser.add_argument("--num_images", type=int, default=1000, help="maximum number of images, held in memory")

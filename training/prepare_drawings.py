@@ -9,7 +9,6 @@ are held out: the first for choosing a recipe, the second for measuring its resu
 drawings that look alike are in one part.
 """
 
-import argparse
 import io
 import re
 import shutil
@@ -28,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from prepare_photos import SQUARE, call
 from tqdm import tqdm
 
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.run import one_line_errors, script_parser
 
 DRAWINGS = ("openclipart-svg", "fonts-noto-color-emoji")  # public domain; SIL OFL 1.1
 FONTS = {  # SIL OFL 1.1, Apache-2.0, Bitstream Vera's licence, AGPL with an exception for fonts
@@ -176,11 +175,8 @@ class Artist:
 
     def chart(self, side: int) -> Image.Image:
         """Curves, bars, points, a pie or a map of values."""
-        random, kind, font = (
-            np.random.default_rng(self.random.randrange(2**32)),
-            self.random.randrange(5),
-            self.font(8),
-        )
+        random = np.random.default_rng(self.random.randrange(2**32))
+        kind, font = self.random.randrange(5), self.font(8)
         font_manager.fontManager.addfont(str(font.path))
         style = {"font.family": font.getname()[0], "axes.unicode_minus": False}
         with plt.style.context([self.random.choice(plt.style.available), style]):
@@ -295,9 +291,7 @@ def split_drawings(drawings: Sequence[Draw]) -> dict[str, list[Draw]]:
 
 def main() -> None:
     """Reads the arguments and writes the folder."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--photos", type=Path, required=True, help="folder that prepare_photos.py wrote")
     options = parser.parse_args()

@@ -8,7 +8,6 @@ stored as BMP, because decoding takes a good part of a training step on a small 
 photograph go to `OUT/validation`, all others to `OUT/train`.
 """
 
-import argparse
 import csv
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.run import one_line_errors, script_parser
 
 SQUARE = 512  # pixels
 SHORT_SIDES = (512, 1024)  # pixels
@@ -77,9 +76,7 @@ def squares(image: Image.Image) -> list[Image.Image]:
 
 def main() -> None:
     """Reads the arguments and writes the folder."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--list", type=Path, required=True, help="table of photographs in packages")
     parser.add_argument("--folder", type=Path, help="more photographs")

@@ -1,6 +1,5 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
-import sys
 from functools import partial
 
 import torch
@@ -23,8 +22,7 @@ from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.objective import Objective, Pair
 from svqvae_hf.trainer.model import load_model, step_scales, whiten_latents
 from svqvae_hf.trainer.optimization import clip_and_step, gradient_norm, loss_scale, make_optimizer, rescale_gradients
-from svqvae_hf.trainer.options import read_options
-from svqvae_hf.trainer.run import Run, one_line_errors
+from svqvae_hf.trainer.run import Run, run_script
 from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image, progress
 from svqvae_hf.trainer.train_options import TrainOptions
 
@@ -37,10 +35,9 @@ DISCRIMINATOR_LEARNING_RATE = 1e-4
 logger = get_logger(__name__, log_level="INFO")
 
 
-def main(options: TrainOptions) -> None:
-    """Trains an SVQVAE, and saves it with its card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+def train(run: Run[TrainOptions]) -> None:
+    """Trains an SVQVAE, from the start or from a checkpoint, and saves it with its card in the output folder."""
+    options, accelerator = run.options, run.accelerator
 
     # Model and images
     vqvae = load_model(options).to(accelerator.device)
@@ -133,7 +130,6 @@ def main(options: TrainOptions) -> None:
         result = SVQVAE.from_config(vqvae.config)
         result.load_state_dict(state_dict)
         run.publish(result.save_pretrained, make_card(run, vqvae, validation_batches, validation))
-    accelerator.end_training()
 
 
 def make_loader(options: TrainOptions, images: ImageSource) -> CropLoader:
@@ -144,7 +140,7 @@ def make_loader(options: TrainOptions, images: ImageSource) -> CropLoader:
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
-    """Sets the weights with which a new model starts, from some crops, alike on all processes."""
+    """Sets the initial weights of a new model from some crops, the same on all processes."""
     crops = images.fresh_crops([options.resolution], START_BATCHES)
     if options.start == "linear":
         device = vqvae.device
@@ -297,5 +293,4 @@ def make_card(run: Run[TrainOptions], vqvae: SVQVAE, batches: list[torch.Tensor]
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(read_options(TrainOptions, sys.argv[1:]))
+    run_script(train, TrainOptions)

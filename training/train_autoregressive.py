@@ -7,7 +7,6 @@ accelerate launch training/train_autoregressive.py --vqvae_name_or_path SVQVAE -
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5EncoderModel
 
@@ -27,45 +26,22 @@ from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipe
 from svqvae_hf.trainer.configs import check_keys
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import option, read_options
+from svqvae_hf.trainer.options import option
 from svqvae_hf.trainer.pipeline_run import (
     TokenOptions,
-    class_labels,
     load_frozen_vqvae,
     log_samples,
     open_token_sets,
     pipeline_card,
+    sample_call,
     validate_tokens,
 )
-from svqvae_hf.trainer.run import Run, one_line_errors
+from svqvae_hf.trainer.run import Run, run_script
 
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
 IGNORED = -100  # target that the loss skips
 OLD_KEYS = ("rope_scaling", "rope_theta", "torch_dtype")  # of configs of transformers 4
 SCRIPT = "training/train_autoregressive.py"
-ADAPTER_CARD = """---
-{metadata}
----
-
-# {name}
-
-LoRA adapter for the language model of the pipeline `{base}`.
-
-```python
-from peft import PeftModel
-from svqvae_hf import SVQVAEAutoregressivePipeline
-
-pipe = SVQVAEAutoregressivePipeline.from_pretrained("{base}")
-adapter = PeftModel.from_pretrained(pipe.language_model, "{name}")  # changes the model of the pipeline
-images = pipe({call}).images
-with adapter.disable_adapter():
-    images += pipe({call}).images
-```
-
-| | |
-|---|---|
-{provenance}
-"""
 
 
 @dataclass
@@ -79,16 +55,8 @@ class AutoregressiveOptions(TokenOptions):
         None, "Pipeline whose language model is trained further, instead of a new one: folder or Hub id."
     )
     lora_rank: int = option(0, "Rank of LoRA on all linear layers but the head; 0 trains all weights.")
-    caption_column: str | None = option(
-        None,
-        "Column of captions, a text or a list of texts per row, of which one is drawn; for models of LlamaGen. "
-        "Captions longer than the model reads are cut.",
-    )
     text_encoder_name_or_path: str | None = option(
         None, "T5 encoder of the captions, with its tokenizer: folder or Hub id. By default the pretrained pipeline's."
-    )
-    validation_prompts: list[str] = option(
-        [], "Captions of the images of a validation, in turn; by default the first ones of the set."
     )
 
     def __post_init__(self) -> None:
@@ -98,21 +66,19 @@ class AutoregressiveOptions(TokenOptions):
         self.check_not_negative("lora_rank")
         if self.lora_rank and self.pretrained_model_name_or_path is None:
             raise ValueError("`--lora_rank` needs `--pretrained_model_name_or_path`. Name the pipeline to adapt.")
-        if self.caption_column is not None and self.label_column is not None:
-            raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
-        for name in ("text_encoder_name_or_path", "validation_prompts"):
-            if getattr(self, name) and self.caption_column is None:
-                raise ValueError(f"`--{name}` needs `--caption_column`. Name the column of the captions.")
+        if self.text_encoder_name_or_path is not None and self.caption_column is None:
+            raise ValueError(
+                "`--text_encoder_name_or_path` needs `--caption_column`. Name the column of the captions."
+            )
 
 
-def main(options: AutoregressiveOptions) -> None:
-    """Trains a language model, and saves its pipeline, or its LoRA adapter, with a card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+def train(run: Run[AutoregressiveOptions]) -> None:
+    """Trains a language model, from the start or from a checkpoint, and saves its pipeline, or its LoRA adapter."""
+    options, accelerator = run.options, run.accelerator
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
-    source, held_out = open_token_sets(options, vqvae, options.caption_column)
+    source, held_out = open_token_sets(options, vqvae)
     layout = source.layout
     process = accelerator.process_index, accelerator.num_processes
     loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
@@ -139,7 +105,7 @@ def main(options: AutoregressiveOptions) -> None:
 
     def validate(steps_done: int) -> None:
         validate_tokens(run, held_out, partial(predict, generator=None), steps_done)
-        log_samples(run, pipeline, sample_call(options, pipeline, source), steps_done)
+        log_samples(run, pipeline, sample_call(options, source, partial(encode, pipeline)), steps_done)
 
     for step, batches in run.steps():
         for batch in batches:
@@ -154,10 +120,7 @@ def main(options: AutoregressiveOptions) -> None:
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
                 run.add(numbers, sequences=len(batch.sequences), tokens=batch.sequences[:, 1:].numel())
 
-        if run.logs_after(step):
-            run.log_training(step)
-        if run.validates_after(step):
-            validate(step + 1)
+        run.report(step, validate)
 
     validate(options.max_train_steps)
     state_dict = run.final_weights(model)
@@ -166,11 +129,11 @@ def main(options: AutoregressiveOptions) -> None:
         adapter = add_lora(options, result.language_model) if options.lora_rank else None
         result.language_model.load_state_dict(state_dict)
         if adapter is None:
-            run.publish(result.save_pretrained, make_card(run, result))
+            card = pipeline_card(run, result, SCRIPT, *result.describe(), source.class_names)
+            run.publish(result.save_pretrained, card)
         else:
             save = partial(adapter.save_pretrained, save_embedding_layers=False)
             run.publish(save, make_adapter_card(run, result))
-    accelerator.end_training()
 
 
 def make_pipeline(options: AutoregressiveOptions, vqvae: SVQVAE, source: TokenSource) -> SVQVAEAutoregressivePipeline:
@@ -183,7 +146,6 @@ def make_pipeline(options: AutoregressiveOptions, vqvae: SVQVAE, source: TokenSo
     if options.pretrained_model_name_or_path is None:
         language_model = make_language_model(options, source, text.get("text_encoder"))
     else:
-        check_pipeline(options.pretrained_model_name_or_path)
         pretrained = SVQVAEAutoregressivePipeline.from_pretrained(
             options.pretrained_model_name_or_path, vqvae=vqvae, **text
         )
@@ -217,11 +179,6 @@ def make_language_model(
 ) -> PreTrainedModel:
     """Language model of the config, with the vocabulary and the length of the sequences."""
     layout, name = source.layout, str(options.model_config_name_or_path)
-    if any(Path(name).glob("*.safetensors")) or any(Path(name).glob("*.bin")):
-        raise ValueError(
-            f"`--model_config_name_or_path` must be the config of a new model, but `{name}` holds weights, which "
-            "would be dropped, because none of their tokens is an id. Name its config.json."
-        )
     config = from_hub(AutoConfig.from_pretrained, name)
     check_keys(name, config.to_dict(), [*type(config)().to_dict(), *OLD_KEYS])
     if isinstance(config, LlamaGenConfig):
@@ -246,30 +203,7 @@ def make_language_model(
         config.vocab_size = layout.vocab_size
         config.max_position_embeddings = layout.length
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if not isinstance(config, LlamaGenConfig) and not is_causal(language_model):
-        raise ValueError(
-            f"The language model must be causal, but with `{name}` ({config.model_type}) a token sees the ones after "
-            "it. Use a config of a causal model, such as Llama's."
-        )
-    return language_model
-
-
-@torch.no_grad()
-def is_causal(language_model: PreTrainedModel) -> bool:
-    """Whether the logits of a token do not depend on the next one."""
-    tokens = torch.tensor([[0, 0], [0, 1]], device=language_model.device)
-    first, second = language_model.eval()(input_ids=tokens, use_cache=False).logits[:, 0]
-    return torch.allclose(first, second, atol=1e-4)
-
-
-def check_pipeline(name: str) -> None:
-    """Raises if a folder is of a model, not of a pipeline."""
-    if Path(name).is_dir() and not Path(name, "model_index.json").exists():
-        raise ValueError(
-            f"`--pretrained_model_name_or_path` must be an SVQVAEAutoregressivePipeline, but `{name}` has no "
-            "model_index.json. A text model gets image tokens by `svqvae extend-lm`."
-        )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def check_captions(language_model: PreTrainedModel, text: dict[str, Any]) -> None:
@@ -314,30 +248,6 @@ def next_code_loss(
     return loss, (logits.argmax(-1) == targets)[is_code].float().mean()
 
 
-def sample_call(
-    options: AutoregressiveOptions, pipeline: SVQVAEAutoregressivePipeline, source: TokenSource
-) -> dict[str, Any]:
-    """Arguments of the pipeline's call for the images of a validation: each class or caption in turn."""
-    count, num_classes = options.num_validation_images, source.layout.num_classes
-    if not count or not num_classes:
-        return {"num_images_per_prompt": count}
-    if options.caption_column is None:
-        condition: dict[str, Any] = {"class_labels": class_labels(count, num_classes)}
-    else:
-        prompts = options.validation_prompts or source.first_captions(count)
-        condition = encode(pipeline, [prompts[index % len(prompts)] for index in range(count)])
-    return condition | {"guidance_scale": options.guidance_scale}
-
-
-def make_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:
-    """Card of the pipeline."""
-    summary, call = pipeline.describe()
-    names, task = pipeline.config["class_names"], pipeline.task
-    return pipeline_card(
-        run, pipeline, script=SCRIPT, summary=summary, call=call, class_names=names, pipeline_tag=task
-    )
-
-
 def make_adapter_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregressivePipeline) -> str:
     """Card of a LoRA adapter."""
     options = run.options
@@ -349,13 +259,17 @@ def make_adapter_card(run: Run[AutoregressiveOptions], pipeline: SVQVAEAutoregre
         tags=["svqvae", "lora"],
         base_model=name if is_hub_id(base) else None,
     )
-    _, call = pipeline.describe()
     rows = {"adapts": f"`{name}`", "LoRA rank": options.lora_rank} | run.provenance(SCRIPT, "images")
-    return ADAPTER_CARD.format(
-        metadata=metadata.to_yaml(), name=run.name, base=name, call=call, provenance=table_rows(rows.items())
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(Path(__file__).with_name("adapter_card.md")),
+        name=run.name,
+        base=name,
+        call=pipeline.describe()[1],
+        provenance=table_rows(rows.items()),
     )
+    return f"{card}\n"
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(read_options(AutoregressiveOptions, sys.argv[1:]))
+    run_script(train, AutoregressiveOptions)

@@ -5,7 +5,6 @@
 The integers of the context model are rounded from floats in each forward pass, and gradients pass straight through.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,16 +31,11 @@ from svqvae_hf.models.context_model import (
     pad_ids,
 )
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.run import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits
-WEIGHTS = {
-    "weight_1": 256,
-    "weight_2": 256,
-    "weight_member": 256,
-    "weight_group": 64,
-    "weight_code": 64,
-}  # one, in integers
+# One, in integers
+WEIGHTS = {"weight_1": 256, "weight_2": 256, "weight_member": 256, "weight_group": 64, "weight_code": 64}
 BIASES = {"bias_1": 256 * 64, "bias_2": 256 * 64, "bias_member": 256 * 64, "bias_group": NAT, "bias_code": NAT}
 SMOOTHING = 0.3  # occurrences of an id that never occurs
 GRIDS, IDS_PER_GRID = 64, 24  # of a batch
@@ -137,7 +131,7 @@ class ContextNetwork(nn.Module):
 
 
 def straight_through(values: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Rounds values; the gradient is that of the values."""
+    """Rounds values; the gradient passes straight through."""
     return values + (rounding(values) - values).detach()
 
 
@@ -206,9 +200,7 @@ def bits_per_id(context_model: ContextModel, pyramids: list[Pyramid]) -> str:
 
 def main() -> None:
     """Reads the arguments, trains and saves the context model."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("token_sets", nargs="+", help="token sets of the model, with some scales")
     parser.add_argument(

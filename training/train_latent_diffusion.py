@@ -4,7 +4,6 @@ accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE
     --train_data_dir PHOTOS --output_dir OUT
 """
 
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +20,9 @@ from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.crop_loader import CropBatch
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option, read_options
+from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option
 from svqvae_hf.trainer.pipeline_run import class_labels, latent_side, load_frozen_vqvae, log_samples, pipeline_card
-from svqvae_hf.trainer.run import Run, one_line_errors
+from svqvae_hf.trainer.run import Run, run_script
 
 PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
 NUM_CLASSES = 1000  # the label after these means no class in DiTPipeline, for any transformer
@@ -47,10 +46,9 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
         self.check_positive("num_inference_steps")
 
 
-def main(options: DiffusionOptions) -> None:
-    """Trains a denoiser, and saves its pipeline with a card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+def train(run: Run[DiffusionOptions]) -> None:
+    """Trains a denoiser, from the start or from a checkpoint, and saves its pipeline with a card."""
+    options, accelerator = run.options, run.accelerator
 
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
@@ -109,10 +107,7 @@ def main(options: DiffusionOptions) -> None:
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
                 run.add(numbers, images=len(batch.sample), megapixels=batch.sample[:, 0].numel() / 1e6)
 
-        if run.logs_after(step):
-            run.log_training(step)
-        if run.validates_after(step):
-            validate(step + 1)
+        run.report(step, validate)
 
     validate(options.max_train_steps)
     state_dict = run.final_weights(model)
@@ -121,7 +116,6 @@ def main(options: DiffusionOptions) -> None:
         result.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, result.eval(), noise_schedule, label_names)
         run.publish(pipeline.save_pretrained, make_card(run, pipeline))
-    accelerator.end_training()
 
 
 def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource | None:
@@ -234,16 +228,10 @@ def make_card(run: Run[DiffusionOptions], pipeline: DiTPipeline) -> str:
         labels = f"[{NUM_CLASSES}], guidance_scale=1.0"
     else:
         labels = f"pipeline.get_label_ids([{quote(names[0])}])" if names else "[0]"
-    return pipeline_card(
-        run,
-        pipeline,
-        script="training/train_latent_diffusion.py",
-        summary=f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE.",
-        call=f"class_labels={labels}, num_inference_steps={steps}",
-        class_names=names,
-    )
+    summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
+    call = f"class_labels={labels}, num_inference_steps={steps}"
+    return pipeline_card(run, pipeline, "training/train_latent_diffusion.py", summary, call, names)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(read_options(DiffusionOptions, sys.argv[1:]))
+    run_script(train, DiffusionOptions)

@@ -4,7 +4,6 @@ accelerate launch training/train_next_scale.py --vqvae_name_or_path SVQVAE --mod
     --token_set TOKENS --output_dir OUT
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,18 +19,19 @@ from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import option, read_options
+from svqvae_hf.trainer.options import option
 from svqvae_hf.trainer.pipeline_run import (
     TokenOptions,
-    class_labels,
     load_frozen_vqvae,
     log_samples,
     open_token_sets,
     pipeline_card,
+    sample_call,
     validate_tokens,
 )
-from svqvae_hf.trainer.run import Run, one_line_errors
+from svqvae_hf.trainer.run import Run, run_script
 
+SCRIPT = "training/train_next_scale.py"
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
 UNDECAYED = ("pos_start", "pos_1LC", "scale_mul_1H11")
 
@@ -48,10 +48,9 @@ class NextScaleOptions(TokenOptions):
     """Options of training a next-scale transformer."""
 
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
-    caption_column: str | None = option(None, "Column of captions. Of a row with several, each batch draws one.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer of the captions: folder or Hub id.")
     max_text_length: int = option(32, "Largest number of tokens of a caption; shorter ones are padded.")
-    schedule_share: float = option(0.05, "Share of batches with the pipeline's schedule; others are random.")
+    schedule_share: float = option(0.05, "Fraction of batches with the pipeline's schedule; others are random.")
 
     def __post_init__(self) -> None:
         """Checks the options of next-scale training as well."""
@@ -63,18 +62,15 @@ class NextScaleOptions(TokenOptions):
             raise ValueError(
                 "`--caption_column` and `--tokenizer_name_or_path` need each other. Give both or neither."
             )
-        if self.caption_column is not None and self.label_column is not None:
-            raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
 
 
-def main(options: NextScaleOptions) -> None:
-    """Trains a next-scale transformer, and saves its pipeline with a card in the output folder."""
-    run = Run(options)
-    accelerator = run.accelerator
+def train(run: Run[NextScaleOptions]) -> None:
+    """Trains a next-scale transformer, from the start or from a checkpoint, and saves its pipeline with a card."""
+    options, accelerator = run.options, run.accelerator
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
-    source, held_out = open_token_sets(options, vqvae, options.caption_column)
+    source, held_out = open_token_sets(options, vqvae)
     layout = source.layout
     tokenizer = load_tokenizer(options)
     schedule = trained_schedule(layout, options.num_inference_steps)
@@ -117,7 +113,7 @@ def main(options: NextScaleOptions) -> None:
     def validate(steps_done: int) -> None:
         validate_tokens(run, held_out, lambda batch: predict(batch, schedule)[:2], steps_done)
         pipeline = make_pipeline(vqvae, transformer, tokenizer, source, schedule)
-        log_samples(run, pipeline, sample_call(options, source), steps_done)
+        log_samples(run, pipeline, sample_call(options, source, lambda captions: {"prompt": captions}), steps_done)
 
     for step, batches in run.steps():
         for batch in batches:
@@ -132,10 +128,7 @@ def main(options: NextScaleOptions) -> None:
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
                 run.add(numbers, images=len(batch.sequences), tokens=num_ids)
 
-        if run.logs_after(step):
-            run.log_training(step)
-        if run.validates_after(step):
-            validate(step + 1)
+        run.report(step, validate)
 
     validate(options.max_train_steps)
     state_dict = run.final_weights(model)
@@ -143,8 +136,8 @@ def main(options: NextScaleOptions) -> None:
         result = make_transformer(options, vqvae, source, tokenizer)
         result.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, result.eval(), tokenizer, source, schedule)
-        run.publish(pipeline.save_pretrained, make_card(run, pipeline))
-    accelerator.end_training()
+        card = pipeline_card(run, pipeline, SCRIPT, *pipeline.describe(), source.class_names)
+        run.publish(pipeline.save_pretrained, card)
 
 
 def load_tokenizer(options: NextScaleOptions) -> PreTrainedTokenizerBase | None:
@@ -249,30 +242,5 @@ def make_pipeline(
     )
 
 
-def sample_call(options: NextScaleOptions, source: TokenSource) -> dict[str, object]:
-    """Arguments of the pipeline's call for the images of a validation."""
-    count, num_classes = options.num_validation_images, source.layout.num_classes
-    if not num_classes:
-        return {"num_images_per_prompt": count}
-    if options.caption_column is not None:
-        return {"prompt": source.first_captions(count), "guidance_scale": options.guidance_scale}
-    return {"class_labels": class_labels(count, num_classes), "guidance_scale": options.guidance_scale}
-
-
-def make_card(run: Run[NextScaleOptions], pipeline: SVQVAENextScalePipeline) -> str:
-    """Card of the pipeline."""
-    summary, call = pipeline.describe()
-    return pipeline_card(
-        run,
-        pipeline,
-        script="training/train_next_scale.py",
-        summary=summary,
-        call=call,
-        class_names=pipeline.config["class_names"],
-        pipeline_tag=pipeline.task,
-    )
-
-
 if __name__ == "__main__":
-    with one_line_errors():
-        main(read_options(NextScaleOptions, sys.argv[1:]))
+    run_script(train, NextScaleOptions)

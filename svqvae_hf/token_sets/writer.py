@@ -70,7 +70,7 @@ class TokenizeReport:
         lines = [f"resumed: {self.resumed:,} of {self.parts:,} parts were there"] if self.resumed else []
         lines.append(f"written  {self.out} (images: {self.images}, rows: {self.rows}, files: {self.files})")
         if not self.complete:
-            lines.append(f"waiting  for other parts, see svqvae tokenize --status {self.out}")
+            lines.append(f"waiting  for other parts, see svqvae info {self.out}")
         elif self.skipped:
             lines.append(f"skipped  {self.out}/{SKIPPED_FILE} (unreadable images: {self.skipped})")
         return "\n".join(lines)

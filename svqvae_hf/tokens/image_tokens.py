@@ -14,7 +14,7 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.token_files import ImageTokens
 
 GIB = 2**30
-OUT_OF_MEMORY = "out of memory. Use smaller scales, smaller tiles or smaller images."
+OUT_OF_MEMORY = "out of memory. Use smaller scales, tiles, images or batches."
 
 PIXEL_BYTES = 64  # per pixel: the image, its float32 sample and reconstruction, and a copy of each
 

@@ -33,6 +33,13 @@ class TokenOptions(PipelineOptions):
     )
     train_batch_size: int = option(8, "Images per batch of one process.")
     guidance_scale: float = option(1.0, "Guidance scale of the images of a validation.")
+    caption_column: str | None = option(None, "Column of captions. Of a row with several, each batch draws one.")
+
+    def __post_init__(self) -> None:
+        """Checks the options of token sets as well."""
+        super().__post_init__()
+        if self.caption_column is not None and self.label_column is not None:
+            raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
 
 
 def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]) -> SVQVAE:
@@ -51,19 +58,17 @@ def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]
     return vqvae.requires_grad_(False)
 
 
-def open_token_sets(
-    options: TokenOptions, vqvae: SVQVAE, caption_column: str | None = None
-) -> tuple[TokenSource, TokenSource | None]:
+def open_token_sets(options: TokenOptions, vqvae: SVQVAE) -> tuple[TokenSource, TokenSource | None]:
     """Opens the token set, and the one of held-out images, if any.
 
     Raises:
         ValueError: If they belong to another codebook, differ in their sequences, or share images.
     """
-    source = TokenSource(options.token_set, options.label_column, caption_column)
+    source = TokenSource(options.token_set, options.label_column, options.caption_column)
     check_same_codebook(vqvae, source.settings)
     if options.validation_token_set is None:
         return source, None
-    held_out = TokenSource(options.validation_token_set, options.label_column, caption_column)
+    held_out = TokenSource(options.validation_token_set, options.label_column, options.caption_column)
     check_same_codebook(vqvae, held_out.settings)
     if held_out.layout != source.layout:
         raise ValueError(
@@ -111,6 +116,24 @@ def class_labels(count: int, num_classes: int) -> list[int]:
     return [index % num_classes for index in range(count)]
 
 
+def sample_call(
+    options: TokenOptions, source: TokenSource, condition_on: Callable[[list[str]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Arguments of the pipeline's call for the images of a validation: each class, or the first captions of the set.
+
+    Args:
+        options ([`TokenOptions`]): Options.
+        source ([`TokenSource`]): Token set.
+        condition_on (`Callable`): Returns the arguments for captions.
+    """
+    count, num_classes = options.num_validation_images, source.layout.num_classes
+    if not count or not num_classes:
+        return {"num_images_per_prompt": count}
+    if options.caption_column is None:
+        return {"class_labels": class_labels(count, num_classes), "guidance_scale": options.guidance_scale}
+    return {**condition_on(source.first_captions(count)), "guidance_scale": options.guidance_scale}
+
+
 def log_samples(run: Run[Any], pipeline: DiffusionPipeline, call: Mapping[str, Any], steps_done: int) -> None:
     """Samples images with fixed noise, and writes them as one picture. All processes sample; the main one writes.
 
@@ -146,12 +169,10 @@ def latent_side(vqvae: SVQVAE, resolution: int) -> int:
 def pipeline_card(
     run: Run[Options],
     pipeline: DiffusionPipeline,
-    *,
     script: str,
     summary: str,
     call: str,
     class_names: Sequence[str] | None = None,
-    pipeline_tag: str = "unconditional-image-generation",
 ) -> str:
     """Writes the card of a pipeline.
 
@@ -162,7 +183,6 @@ def pipeline_card(
         summary (`str`): A sentence about the pipeline.
         call (`str`): Arguments of the pipeline's call in the example.
         class_names (`Sequence[str]`, *optional*): Names of the classes.
-        pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
     """
     options = run.options
     rows = {"SVQVAE": f"`{public_name(options.vqvae_name_or_path)}`"} | run.provenance(script, "images")
@@ -183,5 +203,5 @@ def pipeline_card(
         tags=["svqvae", type(run.network).__name__.lower()],
         provenance=rows,
         license=options.license,
-        pipeline_tag=pipeline_tag,
+        pipeline_tag=getattr(pipeline, "task", "unconditional-image-generation"),
     )

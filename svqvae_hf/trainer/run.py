@@ -1,5 +1,6 @@
 """A training run: signals, exact resumption, checkpoints, log, EMA weights, and the published result."""
 
+import argparse
 import logging
 import os
 import re
@@ -44,7 +45,7 @@ from svqvae_hf.trainer.checkpoints import (
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader
 from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resume_schedule
-from svqvae_hf.trainer.options import Options, RunOptions, public_options, script_name
+from svqvae_hf.trainer.options import Options, RunOptions, public_options, read_options, script_name
 from svqvae_hf.trainer.tracking import Means
 
 CARD_NUMBERS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
@@ -106,8 +107,7 @@ class Run(Generic[Options]):
                     run.add({"loss": loss})
                     if run.accelerator.sync_gradients:
                         run.add(run.update_weights(model, optimizer, lr_scheduler))
-            if run.logs_after(step):
-                run.log_training(step)
+            run.report(step, validate)
         state_dict = run.final_weights(model)
 
     Args:
@@ -258,6 +258,13 @@ class Run(Generic[Options]):
         steps_done = step + 1
         return steps_done % self.options.validation_steps == 0 and steps_done < self.options.max_train_steps
 
+    def report(self, step: int, validate: Callable[[int], Any]) -> None:
+        """Logs and validates after a step, if due. `validate` takes the number of steps done."""
+        if self.logs_after(step):
+            self.log_training(step)
+        if self.validates_after(step):
+            validate(step + 1)
+
     def add(self, numbers: Mapping[str, torch.Tensor], **amounts: float) -> None:
         """Adds numbers of a batch, whose means are logged, and amounts, whose rates per second are logged."""
         self.means.add(numbers)
@@ -357,7 +364,7 @@ class Run(Generic[Options]):
             self.ema.copy_to(self.network.parameters())
         return self.accelerator.get_state_dict(model)
 
-    def publish(self, save_pretrained: Callable[[Path], Any], card: str) -> None:
+    def publish(self, save_pretrained: Callable[..., Any], card: str) -> None:
         """Saves the result with its card in the output folder, and uploads it with `--push_to_hub`.
 
         Only the main process calls it. A file that is replaced is replaced at once, weights before their config.
@@ -455,6 +462,25 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
         raise ValueError(
             f"`--report_to {options.report_to}` needs that tracker's package. Install it, or choose another tracker."
         )
+
+
+def run_training(train: Callable[[Run[Options]], None], options: Options) -> None:
+    """Trains by the function of a script, and ends the trackers."""
+    run = Run(options)
+    train(run)
+    run.accelerator.end_training()
+
+
+def run_script(train: Callable[[Run[Options]], None], options_class: type[Options]) -> None:
+    """Trains by the function of a script, with the options of the command line."""
+    with one_line_errors():
+        run_training(train, read_options(options_class, sys.argv[1:]))
+
+
+def script_parser(description: str | None) -> argparse.ArgumentParser:
+    """Parser of a script without options of training, whose description shows how it is called."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=formatter)
 
 
 @contextmanager

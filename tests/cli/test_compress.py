@@ -70,7 +70,7 @@ def test_a_model_without_a_context_model(two_images, tmp_path, saved_model, caps
     assert f"a context model for its codebook, `context_model.safetensors`, but `{saved_model}`" in fails(
         capsys, *argv
     )
-    assert "--large takes token files that are not compressed." in fails(capsys, *argv, "--large")
+    assert "Leave out --compress or --large." in fails(capsys, *argv, "--large")
 
 
 def test_info_of_a_compressed_file(tokens, capsys):
@@ -79,4 +79,4 @@ def test_info_of_a_compressed_file(tokens, capsys):
     out = capsys.readouterr().out
     assert "compressed token file" in out
     assert "57 x 35 pixels" in out
-    assert "15 x 9 tokens, " in out
+    assert "15 x 9 = 135 tokens, " in out

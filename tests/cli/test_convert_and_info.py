@@ -1,9 +1,7 @@
-import dataclasses
-
 import pytest
 from cli_runner import fails, names, svqvae
 from conftest import ROOT
-from generators import LAYOUT, make_autoregressive, make_next_scale
+from generators import make_autoregressive, make_next_scale
 
 from svqvae_hf import SVQVAE
 
@@ -22,7 +20,7 @@ def test_convert_and_info(tmp_path, capsys):
     assert {"README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"} <= set(names(repo))
     assert svqvae("info", repo) == 0
     facts = read_facts(capsys)
-    assert facts["kind"] == "SVQVAE model"
+    assert facts["kind"] == "SVQVAE"
     model = SVQVAE.from_pretrained(repo)
     assert (facts["f"], facts["encoder_ch_mult"]) == ("2", "[1, 2]")
     assert facts["parameters"] == f"{model.num_parameters():,}"
@@ -43,7 +41,7 @@ def test_info_of_a_token_file(two_images, tmp_path, saved_model, capsys):
     assert lines[-3].split() == ["scales", "from", "image"]
     assert lines[-2].startswith("scale 2")
     assert "30 x 18 = 540 tokens" in lines[-2]
-    assert f"{15 * 9 * 6 / (57 * 35):.4f} bits/pixel" in lines[-1]
+    assert f"6.00 bits/token, {15 * 9 * 6 / (57 * 35):.4f} bits/pixel" in lines[-1]
 
 
 def test_info_of_a_folder_of_token_files(two_images, tmp_path, saved_model, capsys):
@@ -71,24 +69,21 @@ def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     assert facts["codebook"] == f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
 
 
+def test_info_of_a_token_set_that_is_not_complete(two_images, tmp_path, saved_model, capsys):
+    argv = ["--model", saved_model, "--workers", "0", "--num-parts", "2", "--part", "1"]
+    svqvae("tokenize", two_images, tmp_path / "set", *argv)
+    capsys.readouterr()
+    assert svqvae("info", f"file://{tmp_path / 'set'}") == 0
+    assert read_facts(capsys) == {"kind": "token set", "parts": "2 (not complete; finished: 1)", "missing": "0"}
+
+
 def test_info_of_pipelines_and_their_generators(tmp_path, capsys):
-    layout = dataclasses.replace(LAYOUT, num_classes=2)
-    make_autoregressive(layout=layout, class_names=["cat", "dog"]).save_pretrained(tmp_path / "ids")
+    make_autoregressive(class_names=["cat", "dog", "fox"]).save_pretrained(tmp_path / "ids")
     make_next_scale().save_pretrained(tmp_path / "scales")
     for folder, facts in {
-        "ids": {
-            "kind": "pipeline, SVQVAEAutoregressivePipeline",
-            "images": "16 x 32 pixels (width x height)",
-            "classes": "2",
-            "class_names": "['cat', 'dog']",
-            "scales": "[0.25, 0.5, 1.0]",
-        },
-        "scales": {
-            "kind": "pipeline, SVQVAENextScalePipeline",
-            "vqvae": "SVQVAE of svqvae_hf",
-            "schedule": "1 x 1, 2 x 2, 3 x 3, 4 x 4",
-        },
-        "ids/language_model": {"kind": "LlamaForCausalLM", "vocab_size": "69"},
+        "ids": {"kind": "SVQVAEAutoregressivePipeline", "height": "32", "width": "16", "scales": "[0.25, 0.5, 1.0]"},
+        "scales": {"kind": "SVQVAENextScalePipeline", "vqvae": "['svqvae_hf', 'SVQVAE']"},
+        "ids/language_model": {"kind": "LlamaForCausalLM", "vocab_size": "70"},
         "scales/transformer": {"kind": "NextScaleTransformer", "num_classes": "3"},
     }.items():
         assert svqvae("info", tmp_path / folder) == 0

@@ -166,9 +166,9 @@ def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved
     [
         ("--min-psnr 26", "choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."),
         ("--max-bits 26 --scales 1 1", "--scales must differ within six digits, got 1.0 1.0."),
-        ("--min-psnr nan --scales 1 2", "argument --min-psnr: the target must be a finite number above 0, got 'nan'"),
+        ("--min-psnr nan --scales 1 2", "argument --min-psnr: must be a finite number above 0, got 'nan'"),
         ("--min-psnr 20 --max-bits 9 --scales 1 2", "not allowed with argument --min-psnr"),
-        ("--min-psnr 20 --large", "--min-psnr resizes the whole image at once. Leave it out, or leave out --large."),
+        ("--min-psnr 20 --large", "Leave out --min-psnr or --large."),
     ],
 )
 def test_wrong_targets(two_images, out, capsys, words, message):

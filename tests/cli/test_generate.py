@@ -5,7 +5,6 @@ import pytest
 import torch
 from cli_runner import fails, svqvae, visible
 from generators import make_autoregressive, make_llamagen, make_next_scale
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pipeline_parts import text_components
 
@@ -86,32 +85,6 @@ def test_pictures_of_the_steps(kind, steps, saved, saved_next_scale, tmp_path):
         assert np.array_equal(strip.crop((image.width * (steps - 1), 0, *strip.size)), image)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
-def test_an_adapter_is_merged(saved, tmp_path, capsys):
-    language_model = make_autoregressive().language_model
-    adapter = get_peft_model(language_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    adapter.save_pretrained(tmp_path / "adapter")
-    arguments = ["--class", "0", "--temperature", "0", "--output"]
-    assert svqvae("generate", saved, "--adapter", tmp_path / "adapter", *arguments, tmp_path / "out") == 0
-    pipeline = make_autoregressive()
-    (plain,) = pipeline(0, temperature=0).images
-    pipeline.language_model = adapter.merge_and_unload()
-    (adapted,) = pipeline(0, temperature=0).images
-    assert is_picture(tmp_path / "out" / "class_0_0_x1.png", adapted)
-    assert not np.array_equal(adapted, plain)
-    capsys.readouterr()
-    alone = fails(capsys, "generate", tmp_path / "adapter", *arguments, tmp_path / "new")
-    assert "is an adapter. Pass the pipeline that it adapts as MODEL, and this folder as --adapter." in alone
-    for other, message in ((saved, "must be a LoRA adapter"), ("nowhere", "there is no file or folder `nowhere`")):
-        assert message in fails(capsys, "generate", saved, "--adapter", other, *arguments, tmp_path / "new")
-    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[10_000])  # of a larger vocabulary
-    larger = make_autoregressive().language_model
-    larger.resize_token_embeddings(10_001)
-    get_peft_model(larger, rows).save_pretrained(tmp_path / "rows")
-    error = fails(capsys, "generate", saved, "--adapter", tmp_path / "rows", *arguments, tmp_path / "new")
-    assert "must be a LoRA adapter of the language model" in error
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,9 +94,9 @@ def test_an_adapter_is_merged(saved, tmp_path, capsys):
             "`class_labels` must be numbers in [0, 3) or names of classes, ['tench, Tinca'",
         ),
         (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
-        (["--steps", "3"], "--steps belongs to next-scale pipelines, but MODEL is autoregressive"),
+        (["--steps", "3"], "--steps does not apply to MODEL, which is of SVQVAEAutoregressivePipeline"),
         (["--scales", "2"], "`scales` must be among [0.25, 0.5, 1.0]"),
-        (["--grid", "4x4"], "--grid belongs to language models, but MODEL is a pipeline. Leave it out."),
+        (["--grid", "4x4"], "--grid does not apply to MODEL"),
         (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),
     ],
 )
@@ -134,4 +107,4 @@ def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
 
 def test_options_of_autoregressive_pipelines(saved_next_scale, tmp_path, capsys):
     error = fails(capsys, "generate", saved_next_scale, "--scales", "1", "--output", tmp_path / "out")
-    assert "--scales belongs to autoregressive pipelines" in error
+    assert "--scales does not apply to MODEL" in error

@@ -6,6 +6,7 @@ import pytest
 SAMPLE = ("run_lengths.bmp", "PNG_RGB_half.png", "TIFF_I16_half.tiff")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", odd_files.RESULTS)
 def test_no_picture_ends_a_run(command, saved_model, tmp_path):
     files = odd_files.odd_files()

@@ -101,7 +101,7 @@ def test_errors_are_one_line(saved_model, photos, tmp_path, capsys):
         (["/no/model", photos], "there is no file or folder `/no/model`"),
         ([saved_model, photos, "--lpips-weights", "none.pth"], "there is no file `none.pth`"),
         ([saved_model, f"{photos}/c.jpg"], "none of 1 is"),
-        ([photos, photos, "--generated", "--tile-size", 32], "--tile-size does not apply to generated images"),
+        ([photos, photos, "--generated", "--tile-size", 32], "--tile-size is not for generated images"),
     ):
         assert message in fails(capsys, "evaluate", *words, "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()

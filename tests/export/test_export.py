@@ -25,12 +25,12 @@ PIXEL_RANGE = (-1, 3)  # differs from `network_range`: the graphs map one to the
 SMALL = {"encoder_ch_mult": (1, 2), "decoder_ch_mult": (1, 2), "pixel_range": PIXEL_RANGE}  # f = 2
 ONE_LEVEL = {"encoder_ch_mult": (1,), "decoder_ch_mult": (1,)}
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_grad")]
 
 
 @pytest.fixture(scope="module")
 def small():
-    return make_tiny(**SMALL, codebook_l2_norm=False)
+    return make_tiny(**SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,42 @@ def model_folder(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def traced(small):
-    """The graphs of `small` in float32, traced once for all tests."""
-    with torch.no_grad():
-        return trace_graphs(small, torch.float32)
+def exported(small, tmp_path_factory):
+    """Report of exporting `small`, in training mode and tiled, and its graphs, traced once for all tests."""
+    graphs = []
+
+    def trace(model, dtype):
+        graphs.append(trace_graphs(model, dtype))
+        return graphs[0]
+
+    small.train().enable_tiling(tile_size=4, overlap=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace_graphs", trace)
+        report = export_graphs(small, tmp_path_factory.mktemp("onnx") / "graphs")
+    assert small.training
+    assert small.use_tiling
+    small.eval().disable_tiling()
+    return report, graphs[0]
 
 
 @pytest.fixture(scope="module")
-def documented(traced, model_folder, tmp_path_factory):
+def report(exported):
+    return exported[0]
+
+
+@pytest.fixture
+def traced(exported, monkeypatch):
+    """Exports use the graphs that were traced before."""
+    monkeypatch.setattr(export, "trace_graphs", lambda model, dtype: exported[1])
+
+
+@pytest.fixture(scope="module")
+def documented(exported, model_folder, tmp_path_factory):
     """Variables of the documented code, run for `small`: the sessions `encoder` and `decoder`, and their `folder`."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     folder, names = tmp_path_factory.mktemp("documented"), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace_graphs", lambda model, dtype: traced)
+        patch.setattr(export, "trace_graphs", lambda model, dtype: exported[1])
         patch.setattr(svqvae_hf, "DEFAULT_MODEL", str(model_folder))
         patch.chdir(folder)
         exec(code, names)
@@ -61,24 +84,8 @@ def documented(traced, model_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def onnx_model():
-    return make_tiny(**SMALL)
-
-
-@pytest.fixture(scope="module")
-def onnx_report(onnx_model, tmp_path_factory):
-    """ONNX files of `onnx_model`, exported while it was in training mode and tiled."""
-    onnx_model.train().enable_tiling(tile_size=4, overlap=0)
-    report = export_graphs(onnx_model, tmp_path_factory.mktemp("onnx") / "graphs")
-    assert onnx_model.training
-    assert onnx_model.use_tiling
-    onnx_model.eval().disable_tiling()
-    return report
-
-
-@pytest.fixture(scope="module")
 def half_model():
-    return make_tiny(**ONE_LEVEL)
+    return make_tiny(**ONE_LEVEL, codebook_l2_norm=False)
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +117,15 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_onnx_equals_the_model(onnx_model, onnx_report, monkeypatch):
+def test_onnx_equals_the_model(small, report, monkeypatch):
     monkeypatch.setattr(quantizer, "SEARCH_SCORES", 7 * 64)  # the model searches in chunks, the graph does not
     for grid, (top, left) in [((1, 1, 1), (0, 0)), ((3, 1, 1), (1, 1)), ((2, 9, 6), (0, 1)), ((1, 24, 30), (1, 0))]:
-        sample = image(grid, onnx_model)[..., top:, left:]  # sides that are not multiples of f, too
-        ids = run_onnx(onnx_report.out / "encoder.onnx", sample)
+        sample = image(grid, small)[..., top:, left:]  # sides that are not multiples of f, too
+        ids = run_onnx(report.out / "encoder.onnx", sample)
         assert ids.dtype == torch.int64
-        assert (ids != onnx_model.encode_tokens(sample)).float().mean() < 0.01  # ties
-        decoded = onnx_model.decode_tokens(ids)
-        assert is_close(run_onnx(onnx_report.out / "decoder.onnx", ids), decoded, 4 * 2 / 255)
+        assert (ids != small.encode_tokens(sample)).float().mean() < 0.01  # ties
+        decoded = small.decode_tokens(ids)
+        assert is_close(run_onnx(report.out / "decoder.onnx", ids), decoded, 4 * 2 / 255)
 
 
 def test_decoder_clamps(small, documented):
@@ -144,10 +151,10 @@ def test_float16_graphs_are_close_to_the_model(half_model, half_report):
     assert f"{half_report.changed} of {half_report.ids} ids differ" in str(half_report)
 
 
-def test_metadata_of_onnx(onnx_model, onnx_report):
+def test_metadata_of_onnx(small, report):
     shapes = {"sample": ["batch", 3, "height", "width"], "ids": ["batch", "rows", "columns"]}
     for name, source, target in (("encoder", "sample", "ids"), ("decoder", "ids", "sample")):
-        path = onnx_report.out / f"{name}.onnx"
+        path = report.out / f"{name}.onnx"
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path)
         metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -155,21 +162,20 @@ def test_metadata_of_onnx(onnx_model, onnx_report):
             "f": 2,
             "pixel_range": list(PIXEL_RANGE),
             "codebook_size": 64,
-            "codebook_fingerprint": onnx_model.codebook_fingerprint(),
+            "codebook_fingerprint": small.codebook_fingerprint(),
         }
         (taken,), (returned,) = session.get_inputs(), session.get_outputs()
         assert (taken.name, taken.shape) == (source, shapes[source])
         assert (returned.name, returned.shape) == (target, shapes[target])
 
 
-def test_no_paths_of_the_machine_are_in_files(onnx_report):
-    contents = [path.read_bytes() for path in onnx_report.out.iterdir()]
+def test_no_paths_of_the_machine_are_in_files(report):
+    contents = [path.read_bytes() for path in report.out.iterdir()]
     paths = {str(ROOT), str(Path(torch.__file__).parent), str(Path.home()), sys.prefix}
     assert not any(path.encode() in content for content in contents for path in paths)
 
 
-@pytest.mark.slow
-def test_example_needs_only_onnxruntime_and_numpy(onnx_model, onnx_report, photo, tmp_path):
+def test_example_needs_only_onnxruntime_and_numpy(small, report, photo, tmp_path):
     photo.crop((100, 50, 191, 111)).save(tmp_path / "photo.png")  # 91 x 61, not multiples of f
     alone = (
         "import runpy, sys\n"
@@ -177,22 +183,22 @@ def test_example_needs_only_onnxruntime_and_numpy(onnx_model, onnx_report, photo
         "del sys.argv[0]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    argv = [sys.executable, "-c", alone, EXAMPLE, onnx_report.out, tmp_path / "photo.png", tmp_path / "back.png"]
+    argv = [sys.executable, "-c", alone, EXAMPLE, report.out, tmp_path / "photo.png", tmp_path / "back.png"]
     run = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
     batch = processor(tmp_path / "photo.png")
-    ids = onnx_model.encode_tokens(batch["pixel_values"])
+    ids = small.encode_tokens(batch["pixel_values"])
     assert f"91 x 61 pixels, {ids.numel()} ids, the first {ids.flatten()[:8].tolist()}" in run.stdout
-    expected = processor.postprocess(onnx_model.decode_tokens(ids), batch["image_sizes"])[0]
+    expected = processor.postprocess(small.decode_tokens(ids), batch["image_sizes"])[0]
     with Image.open(tmp_path / "back.png") as back:
         difference = np.abs(np.asarray(back, int) - np.asarray(expected, int))
     assert difference.shape == (61, 91, 3)
     assert difference.max() <= 2
 
 
-def test_failed_check_leaves_no_files(small, traced, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "trace_graphs", lambda model, dtype: traced)
+@pytest.mark.usefixtures("traced")
+def test_failed_check_leaves_no_files(small, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_files, "load_graph", lambda path: lambda value: value.flip(0, 1))
     with pytest.raises(ValueError, match="encoder at 2 x 2 pixels"):
         export_graphs(small, tmp_path / "out")
@@ -207,8 +213,8 @@ def test_wrong_arguments_are_errors(small, tmp_path):
         export_graphs(small, tmp_path)
 
 
-def test_command_writes_both_graphs(model_folder, traced, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "trace_graphs", lambda model, dtype: traced)
+@pytest.mark.usefixtures("traced")
+def test_command_writes_both_graphs(model_folder, tmp_path, capsys):
     argv = ["export", str(model_folder), "--output", str(tmp_path / "a" / "out")]
     assert svqvae_cli.main(argv) == 0
     assert names(tmp_path / "a") == ["out"]

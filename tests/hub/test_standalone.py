@@ -78,6 +78,7 @@ def without_package(repositories, tmp_path_factory) -> tuple[dict[str, torch.Ten
     return load_file(folder / "outputs"), json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_outputs_equal_those_of_the_package(repositories, without_package):
     expected = standalone_process.outputs(
         SVQVAE.from_pretrained(repositories / "tokenizer"),
@@ -91,6 +92,7 @@ def test_outputs_equal_those_of_the_package(repositories, without_package):
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", standalone_process.PIPELINES)
 def test_pipelines_equal_those_of_the_package(name, repositories, without_package):
     cls = SVQVAENextScalePipeline if name == "scales" else SVQVAEAutoregressivePipeline
@@ -105,6 +107,7 @@ def test_pipelines_equal_those_of_the_package(name, repositories, without_packag
         assert np.array_equal(without_package[0][f"images of {name}, {scale}"].numpy(), images)
 
 
+@pytest.mark.slow
 def test_errors_without_trust_are_those_of_the_page(repositories, without_package):
     page = " ".join((ROOT / "docs" / "standalone.md").read_text().split())
     for error in without_package[1].values():
@@ -167,6 +170,7 @@ assert modular(class_labels=2, temperature=0, output="ids").equal(expected)
 """
 
 
+@pytest.mark.slow
 def test_pushed_repositories_load_by_their_hub_ids(repositories, tmp_path):
     with serve_hub(tmp_path) as env:
         run_python(PUSHED.format(folder=str(repositories / "scales")), env)

@@ -30,7 +30,7 @@ OPTIONS = {
     **{"validation_scales": [1.0], "num_validation_images": 100, "dataloader_num_workers": 0},
 }
 
-run = partial(training_runs.run, train.main, TrainOptions)
+run = partial(training_runs.run, train.train, TrainOptions)
 
 
 @pytest.fixture

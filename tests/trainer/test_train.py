@@ -32,7 +32,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.trainer.losses import objective as objective_module
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.run import Run, one_line_errors
+from svqvae_hf.trainer.run import Run, one_line_errors, run_training
 from svqvae_hf.trainer.train_options import TrainOptions
 
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
@@ -45,7 +45,7 @@ EVERYTHING = {
 }
 SMALL = {"resolution": 32, "train_batch_size": 2, "num_scales": 2, "dataloader_num_workers": 0, "lr_warmup_steps": 0}
 
-run = partial(training_runs.run, train.main, TrainOptions)
+run = partial(training_runs.run, train.train, TrainOptions)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def train_in_a_session(config, log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     try:
         with cpu(), one_line_errors():
-            train.main(TrainOptions(**config))
+            run_training(train.train, TrainOptions(**config))
     except SystemExit as stop:
         code = stop.code
     sys.exit(code)  # without the frames of `stop`, which keep the loader's process
@@ -223,12 +223,12 @@ def work_of_two_processes(rank, port, options, sample, folder):
 
     final_weights, Run.final_weights = Run.final_weights, record_weights
     Accelerator.end_training = lambda accelerator: accelerator.wait_for_everyone()
-    train.main(TrainOptions(**options))
+    run_training(train.train, TrainOptions(**options))
     if rank == 0:
         shutil.copytree(options["output_dir"], folder / "whole")
         shutil.rmtree(f"{options['output_dir']}/checkpoint-4")
     torch.distributed.barrier()
-    train.main(TrainOptions(**options, resume_from_checkpoint="latest"))
+    run_training(train.train, TrainOptions(**options, resume_from_checkpoint="latest"))
     torch.distributed.destroy_process_group()
 
 
@@ -327,7 +327,7 @@ def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
     with serve_hub(tmp_path) as env, cpu():
         use_hub(monkeypatch, env | hub)
         with pytest.raises(error, match=message):
-            train.main(TrainOptions(**options, license=license))
+            run_training(train.train, TrainOptions(**options, license=license))
     assert not list((tmp_path / "hub").iterdir())
     assert not list(Path(options["output_dir"]).glob("checkpoint-*"))
 
@@ -349,7 +349,7 @@ def test_mistakes_are_one_line(options, inputs, changes, message, tmp_path, monk
     shutil.copy(inputs / "images" / "alpha.png", tmp_path / "copies" / "renamed.png")
     (tmp_path / "typo.json").write_text('{"base_chanels": 16}')
     with cpu(), pytest.raises(SystemExit) as stop, one_line_errors():
-        train.main(TrainOptions(**(options | changes)))
+        run_training(train.train, TrainOptions(**(options | changes)))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train.py: error: ")

@@ -12,13 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import train_autoregressive
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
 from hub_server import serve_hub, use_hub
 from PIL import Image
 from s3_server import make_bucket, s3_server
-from train_autoregressive import AutoregressiveOptions, main, next_code_loss
-from training_runs import assert_no_private_path, cpu, forget_accelerate, logged, run, train_at_once_and_resumed
+from train_autoregressive import AutoregressiveOptions, next_code_loss
+from training_runs import (
+    assert_no_private_path,
+    cpu,
+    forget_accelerate,
+    logged,
+    run,
+    train_at_once_and_resumed,
+)
 from transformers import LlamaForCausalLM
 
 import svqvae_cli
@@ -28,6 +36,7 @@ from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipe
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 from svqvae_hf.trainer.options import read_options
+from svqvae_hf.trainer.run import run_training
 
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
@@ -38,7 +47,7 @@ CROP = 32
 IMAGES = 6
 WEIGHTS = "language_model/model.safetensors"
 
-train = partial(run, main, AutoregressiveOptions)
+train = partial(run, train_autoregressive.train, AutoregressiveOptions)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +79,9 @@ def parts(tmp_path_factory):
     del llamagen["num_key_value_heads"]
     for name, config in {
         "llamagen": llamagen,
-        "bert": {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
         "typo": LLAMA | {"hiden_size": 64},
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
-    (folder / "text_model").mkdir()
-    (folder / "text_model" / "config.json").write_text(json.dumps(LLAMA))
-    (folder / "text_model" / "model.safetensors").touch()
     return folder
 
 
@@ -176,7 +181,7 @@ def test_resumed_runs_from_a_folder_and_a_url_equal_an_unbroken_one(options, par
     def train_by_command(**options):
         flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
         with cpu():
-            main(read_options(AutoregressiveOptions, flags))
+            run_training(train_autoregressive.train, read_options(AutoregressiveOptions, flags))
         forget_accelerate()
 
     whole, resumed = train_at_once_and_resumed(train_by_command, WEIGHTS, options)
@@ -247,13 +252,7 @@ def test_only_codes_are_learned(parts):
             {"model_config_name_or_path": "typo.json"},
             "must have only keys of its class, but has hiden_size",
         ),
-        ({"model_config_name_or_path": "bert.json"}, r"must be causal, but with `bert.json` \(bert\) a token sees"),
         ({"model_config_name_or_path": "llamagen.json"}, "reads ids at one scale, but the token set has 2"),
-        ({"model_config_name_or_path": "text_model"}, "`text_model` holds weights, which would be dropped"),
-        (
-            {"model_config_name_or_path": None, "pretrained_model_name_or_path": "text_model"},
-            "`text_model` has no model_index.json. A text model gets image tokens by",
-        ),
         ({"validation_token_set": "tokens"}, "images that are not trained on, but `cat/0.png` is in both sets"),
         ({"validation_token_set": "small"}, "`--validation_token_set` must have the sequences of the token set"),
     ],
@@ -261,7 +260,7 @@ def test_only_codes_are_learned(parts):
 def test_mismatched_tokens_model_and_labels_are_refused(options, parts, changes, message, monkeypatch):
     monkeypatch.chdir(parts)
     with cpu(), pytest.raises((ValueError, OSError), match=message):
-        main(AutoregressiveOptions(**(options | changes)))
+        run_training(train_autoregressive.train, AutoregressiveOptions(**(options | changes)))
 
 
 def test_pushed_pipeline_loads_and_has_a_card(options, parts, tmp_path, monkeypatch):

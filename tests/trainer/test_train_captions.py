@@ -9,17 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import train_autoregressive
 from conftest import ROOT, make_tiny
 from peft import PeftModel
 from PIL import Image
 from pipeline_parts import text_components
-from train_autoregressive import AutoregressiveOptions, main
+from train_autoregressive import AutoregressiveOptions
 from training_runs import assert_no_private_path, cpu, run, train_at_once_and_resumed
 
 from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
 from svqvae_hf.conversion.convert_generator import convert_generator
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.trainer.run import run_training
 
 CAPTIONS = [
     "a cat",
@@ -42,7 +44,7 @@ pytestmark = [
     # peft asks transformers for it, whenever it wraps a model
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-train = partial(run, main, AutoregressiveOptions)
+train = partial(run, train_autoregressive.train, AutoregressiveOptions)
 
 
 def write_captions(folder: Path, captions: list) -> None:
@@ -190,4 +192,4 @@ def test_wrong_inputs_are_one_error(options, parts, tmp_path, changes, message, 
         shutil.copytree(parts / "tokens", parts / "no_captions")
         write_captions(parts / "no_captions", ["a cat", None])
     with cpu(), pytest.raises((ValueError, OSError), match=message):
-        main(AutoregressiveOptions(**(options | changes)))
+        run_training(train_autoregressive.train, AutoregressiveOptions(**(options | changes)))

@@ -24,6 +24,7 @@ import svqvae_hf
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crops import centre_crops
+from svqvae_hf.trainer.run import run_training
 
 DIT = {
     **{"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2},
@@ -34,7 +35,7 @@ TINY_RUN = {
     **{"dataloader_num_workers": 0, "num_validation_images": 2, "logging_steps": 1},
 }
 
-diffuse = partial(run, train_latent_diffusion.main, DiffusionOptions)
+diffuse = partial(run, train_latent_diffusion.train, DiffusionOptions)
 
 
 @pytest.fixture(scope="module")
@@ -241,4 +242,4 @@ def test_scaling_factor_is_measured_and_stored(parts, tmp_path, monkeypatch):
 def test_mismatched_options_are_refused(options, parts, changes, message, monkeypatch):
     monkeypatch.chdir(parts)
     with cpu(), pytest.raises(ValueError, match=message):
-        train_latent_diffusion.main(DiffusionOptions(**(options | changes)))
+        run_training(train_latent_diffusion.train, DiffusionOptions(**(options | changes)))

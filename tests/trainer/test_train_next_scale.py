@@ -8,6 +8,7 @@ from functools import partial
 import datasets
 import pytest
 import torch
+import train_next_scale
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline
 from hub_server import serve_hub, use_hub
@@ -15,20 +16,21 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from train_next_scale import NextScaleOptions, count_ids, draw_schedule, main
+from train_next_scale import NextScaleOptions, count_ids, draw_schedule
 from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
 from transformers import PreTrainedTokenizerFast
 
 import svqvae_cli
 from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.pipelines.schedules import make_schedule
+from svqvae_hf.trainer.run import run_training
 
 CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
 CROP, SIDE = 32, 8  # of images in pixels and in ids
 IMAGES = 6
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
-train = partial(run, main, NextScaleOptions)
+train = partial(run, train_next_scale.train, NextScaleOptions)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +197,7 @@ def test_schedules_are_drawn_as_in_flexvar():
 def test_mistakes_are_refused(options, parts, changes, message, monkeypatch):
     monkeypatch.chdir(parts)
     with cpu(), pytest.raises((ValueError, OSError), match=message):
-        main(NextScaleOptions(**(options | changes)))
+        run_training(train_next_scale.train, NextScaleOptions(**(options | changes)))
 
 
 def test_pushed_pipeline_loads_and_has_a_card(options, parts, tmp_path, monkeypatch):

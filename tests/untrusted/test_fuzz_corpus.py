@@ -10,6 +10,7 @@ CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 CPU_SECONDS = 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_return_or_raise_errors_that_name_the_file(reader, tmp_path):
     inputs = sorted((CORPUS / reader).iterdir())
