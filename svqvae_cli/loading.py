@@ -95,6 +95,11 @@ def load_generator(source: str, device: str | None, dtype: str) -> Any:
     with explain_loading(source):
         if ImageLanguageModel.is_at(source):
             return load_pretrained(ImageLanguageModel, source, device, dtype)
+        if Path(source).is_dir() and not Path(source, "model_index.json").is_file():
+            raise ValueError(
+                f"`{source}` must be a pipeline or a language model with image tokens, but has neither a "
+                "model_index.json nor image tokens. `svqvae extend-lm` adds them to a language model."
+            )
         found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
     if found not in kinds:
         raise ValueError(f"the pipeline `{source}` must be one of {', '.join(kinds)}, but is a {found}.")

@@ -105,6 +105,12 @@ def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_another_model_is_refused(saved_model, tmp_path, capsys):
+    error = fails(capsys, "generate", saved_model, "--output", tmp_path / "out")
+    assert "must be a pipeline or a language model with image tokens" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_autoregressive_pipelines(saved_next_scale, tmp_path, capsys):
     error = fails(capsys, "generate", saved_next_scale, "--scales", "1", "--output", tmp_path / "out")
     assert "--scales does not apply to MODEL" in error
