@@ -88,7 +88,7 @@ def _decode_large(args: argparse.Namespace, inputs: list[InputFile]) -> None:
 
     with Run(args, {file: [file.target(args.output, "_x1.tif")] for file in inputs}, "images") as work:
         model = load_model(args.model, args.device, args.dtype)
-        for file, tokens in work.read(load_large_tokens):
+        for file, tokens in work.read(partial(load_large_tokens, context_model=model.context_model)):
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args)

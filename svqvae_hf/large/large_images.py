@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from svqvae_hf.files.outputs import os_error
 from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.layers import Core
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -21,7 +22,9 @@ OnTile = Callable[[int, int], None]
 
 
 @torch.inference_mode()
-def encode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | None = None) -> None:
+def encode_large(
+    model: SVQVAE, source: Path, target: Path, on_tile: OnTile | None = None, *, compress: bool = False
+) -> None:
     """Writes the token file of an image of any size: the same file as `encode_image` and `save_tokens` write.
 
     Args:
@@ -29,6 +32,7 @@ def encode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | No
         source (`Path`): Image, see [`open_large_image`].
         target (`Path`): Token file to write; its folder is created.
         on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all tiles.
+        compress (`bool`, defaults to `False`): Whether to compress the ids by the context model of `model`.
 
     Raises:
         ValueError: If the image cannot be read, or tiling is not enabled.
@@ -36,19 +40,20 @@ def encode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | No
     with open_large_image(source) as image:
         tokens = _encode(model, image, on_tile)
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_tokens(target, tokens)
+    save_tokens(target, tokens, model.context_model if compress else None)
 
 
-def load_large_tokens(source: Path) -> ImageTokens:
+def load_large_tokens(source: Path, context_model: ContextModel | None = None) -> ImageTokens:
     """Reads a token file for [`decode_large`].
 
     Args:
         source (`Path`): Token file of scale 1.
+        context_model ([`ContextModel`], *optional*): Context model of a compressed file.
 
     Raises:
         ValueError: If it is no token file, or has other scales.
     """
-    tokens = load_tokens(source)
+    tokens = load_tokens(source, context_model)
     if tokens.scales != (1,):
         scales = ", ".join(f"{scale:g}" for scale in tokens.scales)
         raise ValueError(
@@ -71,7 +76,7 @@ def decode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | No
     Raises:
         ValueError: If the tokens have other scales or another codebook, or tiling is not enabled.
     """
-    tokens = load_large_tokens(source)
+    tokens = load_large_tokens(source, model.context_model)
     check_same_codebook(model, tokens)
     f, (ids,) = model.f, tokens.ids
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])

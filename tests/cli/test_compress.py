@@ -70,7 +70,6 @@ def test_a_model_without_a_context_model(two_images, tmp_path, saved_model, caps
     assert f"a context model for its codebook, `context_model.safetensors`, but `{saved_model}`" in fails(
         capsys, *argv
     )
-    assert "Leave out --compress or --large." in fails(capsys, *argv, "--large")
 
 
 def test_info_of_a_compressed_file(tokens, capsys):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tifffile
 from cli_runner import fails, svqvae, visible
-from conftest import ROOT, save_tiff
+from conftest import ROOT, make_tiny, save_tiff
+from context_models import make_context_model
 from PIL import Image
 
-from svqvae_hf import SVQVAE
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -20,14 +20,17 @@ def tiff(tmp_path, photo):
 
 
 @pytest.mark.slow
-def test_to_tokens_and_back(saved_model, tiff, tmp_path, capsys):
-    out, model = tmp_path / "out", ["--model", saved_model, "--device", "cpu"]
-    assert svqvae("encode", tiff, "--large", "--output", out, *model, *TILES) == 0
-    assert svqvae("decode", out / "photo.safetensors", "--large", "--output", out, *model) == 0
+@pytest.mark.parametrize(("options", "name"), [([], "photo.safetensors"), (["--compress"], "photo.svqz")])
+def test_to_tokens_and_back(options, name, tiff, tmp_path, capsys):
+    make_tiny().save_pretrained(tmp_path / "model")
+    make_context_model(make_tiny().codebook_fingerprint()).save_pretrained(tmp_path / "model")
+    out, model = tmp_path / "out", ["--model", tmp_path / "model", "--device", "cpu"]
+    assert svqvae("encode", tiff, "--large", "--output", out, *model, *TILES, *options) == 0
+    assert svqvae("decode", out / name, "--large", "--output", out, *model) == 0
     written = f"written  {out} (token files: 1)\nwritten  {out} (images: 1)\n"
     assert capsys.readouterr().out == written
-    assert visible(out) == ["photo.safetensors", "photo_x1.tif"]
-    in_memory = SVQVAE.from_pretrained(saved_model).eval()
+    assert visible(out) == [name, "photo_x1.tif"]
+    in_memory = make_tiny()
     in_memory.enable_tiling(32, 8)
     (expected,) = decode_image(in_memory, encode_image(in_memory, Image.open(tiff), [1.0]))
     assert np.array_equal(tifffile.imread(out / "photo_x1.tif"), expected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny
 from diffusers import DiffusionPipeline
-from generators import LATENTS, LAYOUT, ONE_SCALE, SCALES, make_autoregressive, make_language_model
+from generators import LAYOUT, SCALES, make_autoregressive, make_language_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2LMHeadModel,
@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAEImageProcessor
+from svqvae_hf import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.sampling import draw
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor
 
