@@ -145,7 +145,7 @@ class LlamaGenAttention(nn.Module):
         for cache in (kwargs.pop(name, None) for name in CACHE_NAMES):
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )  # (batch, length, heads, head_dim)

@@ -57,6 +57,7 @@ def kind(request):
 def test_logits_equal_the_original_code(kind, attention):
     model = load(kind)
     model.set_attn_implementation(attention)
+    assert model.model.layers[0].self_attn.config._attn_implementation == attention
     expected, inputs, dropped = load_inputs(kind)
     logits = model(**inputs).logits
     assert logits.shape == (2, 1 + IDS, model.config.vocab_size)
