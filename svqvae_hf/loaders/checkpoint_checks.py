@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.untrusted.weights import is_dense, key_text, without_attributes
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,23 +35,6 @@ def read_sizes(
     }
     raise_faults(source, {"misshapen": misshapen})
     return {key: weights[name].shape[axis] for key, (name, axis) in axes.items()}
-
-
-def check_attention(format: CheckpointFormat, weights: Mapping[str, Any], num_levels: int, source: str | Path) -> None:
-    """Raises if there is attention at more than the lowest resolution, as some VQGANs have."""
-    lowest = {"encoder": num_levels - 1, "decoder": 0}
-    prefixes = [
-        format.to_original(f"{network}.conv_blocks.{level}.attn.", num_levels)
-        for network in lowest
-        for level in range(num_levels)
-        if level != lowest[network]
-    ]
-    found = sorted(prefix for prefix in prefixes if count_numbers(weights, prefix))
-    if found:
-        raise ValueError(
-            f"`{source}` must have attention at the lowest resolution only, but also has "
-            f"{', '.join(f'{prefix}*' for prefix in found)}. SVQVAE has no such layers, so it cannot be converted."
-        )
 
 
 def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], source: str | Path) -> None:

@@ -23,8 +23,6 @@ class CheckpointFormat:
             which holds nothing else.
         level_prefix (`str`): Beginning of the keys of an encoder level, up to its number. It tells the format, and
             the number of levels tells f.
-        sibling_keys (`frozenset[str]`): Keys beside `container`, at least one of which must be present. Empty if none
-            is needed.
         prefix (`str`): Text before every key.
         renames (`tuple[tuple[str, str], ...]`): Beginnings of keys, first in this library, then in the format. The
             first that fits is replaced. `{level}` stands for each level, `{flipped}` for its number from the end.
@@ -38,7 +36,6 @@ class CheckpointFormat:
     title: str
     container: str | None
     level_prefix: str
-    sibling_keys: frozenset[str] = frozenset()
     prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     training_keys: tuple[str, ...] = ("quantize.codebook_used",)  # 65,536 floats that log which ids were used
@@ -48,11 +45,7 @@ class CheckpointFormat:
     def matches(self, content: Mapping[str | None, Any]) -> bool:
         """Whether a file with this content has this format."""
         weights = content.get(self.container)
-        return (
-            isinstance(weights, dict)
-            and count_numbers(weights, self.level_prefix) > 0
-            and (not self.sibling_keys or bool(self.sibling_keys & content.keys()))
-        )
+        return isinstance(weights, dict) and count_numbers(weights, self.level_prefix) > 0
 
     def to_original(self, key: str, num_levels: int) -> str:
         """Name in the file of a parameter of this library."""
@@ -93,15 +86,7 @@ CHECKPOINT_FORMATS = (
     ),
     CheckpointFormat(
         name="llamagen",
-        title="LlamaGen",
-        container="model",
-        level_prefix="encoder.conv_blocks.",
-        sibling_keys=frozenset({"args", "ema", "optimizer"}),
-        network_range=(-1.0, 1.0),
-    ),
-    CheckpointFormat(
-        name="flexvar",
-        title="FlexVAR, or LlamaGen without training state, which looks the same",
+        title="LlamaGen, or FlexVAR, which looks the same",
         container="model",
         level_prefix="encoder.conv_blocks.",
         network_range=(-1.0, 1.0),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from svqvae_hf.hub.repositories import hub_repo
-from svqvae_hf.loaders.checkpoint_checks import check_attention, check_tensors, check_weights, named_weights
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, named_weights
 from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
@@ -21,9 +21,9 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Reads an original checkpoint, strictly. Its keys and shapes tell its format and config.
 
-    A safetensors file is `svqvae`, `janus-vqvae` or `janus`, by its names. A pickle with `model` is `llamagen` if
-    `args`, `ema` or `optimizer` stand beside it, else `flexvar`, which has the same config. A pickle with `state_dict`
-    is `lightning` or `taming`. Pickles are read as weights only; code in them raises an error.
+    A safetensors file is `svqvae`, `janus-vqvae` or `janus`, by its names. A pickle with `model` is `llamagen`, and so
+    is FlexVAR's, which looks the same. A pickle with `state_dict` is `lightning` or `taming`. Pickles are read as
+    weights only; code in them raises an error.
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
@@ -52,7 +52,6 @@ def read_checkpoint(
     num_levels = count_numbers(weights, format.level_prefix)
     num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
     check_depth(f"`{source}`", num_levels, num_blocks)
-    check_attention(format, weights, num_levels, source)
     config = {**infer_config(format, weights, num_levels, source), **config}
     names_and_shapes = {
         key: (format.to_original(key, num_levels), shape)
@@ -74,9 +73,8 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
             "loads it alone."
         )
     looked_for = "; ".join(
-        f"{format.name}: `{format.level_prefix}0.*` "
-        + ("in a .safetensors file" if format.container is None else f"in `{format.container}`")
-        + (f" beside {' or '.join(sorted(format.sibling_keys))}" if format.sibling_keys else "")
+        f"{format.name}: `{format.level_prefix}0.*` in "
+        + ("a .safetensors file" if format.container is None else f"`{format.container}`")
         for format in CHECKPOINT_FORMATS
     )
     keys = sorted(key_text(key) for key in content.get(None, content))

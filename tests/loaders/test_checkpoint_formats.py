@@ -13,7 +13,6 @@ from svqvae_hf.loaders.checkpoints import read_checkpoint
 FILES = {
     "svqvae": "svqvae_tiny.safetensors",
     "llamagen": "llamagen_tiny.pt",
-    "flexvar": "flexvar_tiny.pth",
     "lightning": "lightning_tiny.ckpt",
     "taming": "taming_tiny.ckpt",
 }
