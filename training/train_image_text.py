@@ -28,7 +28,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from svqvae_hf import SVQVAEProcessor
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
@@ -261,7 +260,7 @@ def main(options: ImageTextOptions, arguments: TrainingArguments) -> None:
     if arguments.max_steps < 1:
         raise ValueError(f"`--max_steps` must be at least 1, but is {arguments.max_steps}.")
     for folder in Path(arguments.output_dir).glob("checkpoint-*"):
-        if not (folder / TRAINER_STATE_NAME).exists():  # written last, so a kill has left the checkpoint half written
+        if not (folder / "trainer_state.json").exists():  # written last: the run was killed
             shutil.rmtree(folder)
     checkpoint = find_checkpoint(arguments.output_dir, arguments.resume_from_checkpoint)
     config = AutoConfig.from_pretrained(options.model_name_or_path)

@@ -47,7 +47,7 @@ WRONG = {  # words on the command line, and a part of the message
         ("empty out", "the following arguments are required: --vqvae"),
     ],
     "generate": [
-        ("empty --output out", "could not load the model `empty`"),
+        ("empty --output out", "`empty` must be a pipeline or a language model with image tokens"),
         ("{model} --output out --seed x", "argument --seed: invalid int value: 'x'"),
     ],
     "caption": [
