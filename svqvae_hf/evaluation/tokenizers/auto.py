@@ -1,6 +1,5 @@
 """Loads any tokenizer. The class that its config names chooses the adapter."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
-from huggingface_hub import hf_hub_download
 
 from svqvae_hf.evaluation.tokenizers.diffusers_models import AutoencoderKLTokenizer, SVQVAETokenizer, VQModelTokenizer
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
@@ -67,16 +65,9 @@ def class_name(source: str) -> str:
         ValueError: If it names none of `CLASSES`.
     """
     folder, options = _split_source(source)
-    if Path(folder).is_dir():
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.")
-    else:
-        path = Path(from_hub(hf_hub_download, folder, filename="config.json", **options))
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"the config.json of `{source}` must be JSON, but is not: {error}") from error
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        raise ValueError(f"`{source}` must be the folder of a model, but has no config.json.")
+    config = from_hub(SVQVAE.load_config, folder, **options)
     found = config.get("_class_name", config.get("model_type")) if isinstance(config, dict) else None
     if found not in [*CLASSES]:
         raise ValueError(
