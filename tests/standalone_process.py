@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM
 
-PIPELINES = ("classes", "text", "scales")
+PIPELINES = ("classes", "text", "scales", "scales of text")
 PROMPT = torch.tensor([[256 + 3], [256 + 7]])
 
 
@@ -64,7 +64,7 @@ def sampled(pipelines: dict[str, ModularPipeline]) -> dict[str, torch.Tensor]:
     """Greedy ids and pixels of each pipeline, with and without guidance."""
     found = {}
     for name, pipeline in pipelines.items():
-        condition = {"prompt": ["a cat"]} if name == "text" else {"class_labels": [0, 2]}
+        condition = {"prompt": ["a cat"]} if "text" in name else {"class_labels": [0, 2]}
         for scale in (1.0, 2.5):
             ids, images = sample(pipeline, scale, **condition)
             found |= {f"ids of {name}, {scale}": ids, f"images of {name}, {scale}": torch.from_numpy(images)}

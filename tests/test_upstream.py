@@ -15,8 +15,10 @@ from svqvae_hf import SVQVAE
 
 CHECKOUT = {  # what the script changes in a checkout of diffusers
     "src/diffusers/models/autoencoders/__init__.py": "from .autoencoder_tiny import AutoencoderTiny\n",
-    "src/diffusers/models/__init__.py": '    _import_structure["autoencoders.autoencoder_tiny"] = [...]\n',
-    "src/diffusers/__init__.py": '            "T2IAdapter",\n',
+    "src/diffusers/models/__init__.py": (
+        '    _import_structure["autoencoders.autoencoder_tiny"] = [...]\n            VQModel,\n'
+    ),
+    "src/diffusers/__init__.py": '            "T2IAdapter",\n            T2IAdapter,\n',
 }
 
 
@@ -32,7 +34,7 @@ def port(tmp_path, monkeypatch):
     import make_port
 
     make_port.main(tmp_path)
-    assert all("SVQVAE" in (tmp_path / path).read_text() for path in CHECKOUT)
+    assert [(tmp_path / path).read_text().count("SVQVAE") for path in CHECKOUT] == [1, 2, 2]
     file = tmp_path / make_port.MODEL
     checked = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--no-cache", "--select=F", file], capture_output=True, check=False

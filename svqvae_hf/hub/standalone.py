@@ -81,7 +81,7 @@ CODE_FILES = {
         },
     ),
     "component.py": CodeFile("hub.component", "AutoModel"),
-    "modular_next_scale.py": CodeFile("pipelines.modular", "NextScaleBlocks"),
+    "modular_next_scale.py": CodeFile("pipelines.modular", "NextScaleBlocks", also=("NextScaleTextBlocks",)),
     "modular_llamagen.py": CodeFile("pipelines.modular", "LlamaGenBlocks", also=("LlamaGenTextBlocks",)),
 }
 LIBRARIES = (PACKAGE, "transformers")  # of the components of pipelines
@@ -281,14 +281,10 @@ def _write_blocks(folder: Path, source: str) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     components = {name: value for name, value in index.items() if isinstance(value, list) and value[0] in LIBRARIES}
     file = pipeline_files(index["_class_name"])[0]
-    blocks = CODE_FILES[file].name
+    blocks = CODE_FILES[file].also[0] if "tokenizer" in components else CODE_FILES[file].name
     generator = components["transformer" if "transformer" in components else "language_model"][1]
-    if generator != "LlamaGenForCausalLM" and ("tokenizer" in components or file == "modular_llamagen.py"):
-        raise ValueError(
-            f"`standalone` needs a LlamaGen model or a next-scale model of classes, got {generator}. Leave it out."
-        )
-    if "text_encoder" in components:
-        blocks = "LlamaGenTextBlocks"
+    if file == "modular_llamagen.py" and generator != "LlamaGenForCausalLM":
+        raise ValueError(f"`standalone` needs a LlamaGen model or a next-scale model, got {generator}. Leave it out.")
     modular: dict[str, Any] = {"_blocks_class_name": blocks, "_class_name": "ModularPipeline"}
     modular |= {name: index[name] or [] for name in ("class_names", "schedule") if name in index}
     for name, (library, cls) in components.items():

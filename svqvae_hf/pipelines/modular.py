@@ -15,7 +15,7 @@ from diffusers.modular_pipelines import OutputParam as Output
 from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, T5EncoderModel
 
-from svqvae_hf.pipelines.captions import encode_captions
+from svqvae_hf.pipelines.captions import encode_captions, pad_captions
 from svqvae_hf.pipelines.labels import encode_labels
 from svqvae_hf.pipelines.sampling import make_warpers, sample_ids
 from svqvae_hf.pipelines.scale_predictor import ScalePredictor
@@ -109,6 +109,8 @@ class SampleScalesStep(Step):
     expected_configs = [Config("schedule", [])]
     inputs = [
         Input(**LABELS, required=True),
+        Input("text", description="Tokens of captions; none by default."),
+        Input("pad_token", default=0, description="Token of an empty caption."),
         Input("schedule", description="Pairs (height, width) in ids, from coarse to fine; as in training by default."),
         *SAMPLING,
     ]
@@ -119,7 +121,8 @@ class SampleScalesStep(Step):
         schedule = values.schedule or components.config["schedule"]
         sizes = fit_schedule(schedule, tuple(schedule[-1]))
         guided = is_guided(components.guider)
-        predictor = ScalePredictor(components.transformer, components.vqvae, values.labels, sizes, guided=guided)
+        condition = values.labels, sizes, values.text, values.pad_token
+        predictor = ScalePredictor(components.transformer, components.vqvae, *condition, guided=guided)
         warpers = LogitsProcessorList(make_warpers(values.temperature, values.top_k, values.top_p))
         for step, size in enumerate(sizes):
             logits = predictor.next_logits(size)
@@ -143,6 +146,32 @@ class NextScaleBlocks(SequentialPipelineBlocks):
 
     description = "Generates images scale by scale."
     block_classes = [ClassStep, SampleScalesStep, DecodeStep]
+    block_names = ["condition", "sample", "decode"]
+
+
+class TokenizeCaptionStep(Step):
+    """Tokenizes captions."""
+
+    description = "Tokenizes captions for the transformer, which reads them before the first scale."
+    expected_components = [Component("tokenizer", PreTrainedTokenizerBase), TRANSFORMER]
+    inputs = [Input.template("prompt"), Input.template("num_images_per_prompt")]
+    intermediate_outputs = [Output(**LABELS), Output("text", type_hint=torch.Tensor), Output("pad_token")]
+
+    def run(self, components: Any, values: Any) -> None:
+        """Sets `text`, the label "no class" of each caption, and `pad_token`."""
+        prompts = [values.prompt] if isinstance(values.prompt, str) else values.prompt
+        config = components.transformer.config
+        text = pad_captions(components.tokenizer, prompts, config["max_text_length"])
+        values.text = text.repeat_interleave(values.num_images_per_prompt, dim=0).to(components._execution_device)
+        values.labels = torch.full_like(values.text[:, 0], config["num_classes"])
+        values.pad_token = components.tokenizer.pad_token_id
+
+
+class NextScaleTextBlocks(SequentialPipelineBlocks):
+    """Blocks of a next-scale model that reads captions, and of its tokenizers."""
+
+    description = "Generates images of captions scale by scale."
+    block_classes = [TokenizeCaptionStep, SampleScalesStep, DecodeStep]
     block_names = ["condition", "sample", "decode"]
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import standalone_process
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 from generators import make_autoregressive, make_llamagen, make_next_scale
 from hub_server import run_python, serve_hub
 from next_scale_golden import GOLDEN as FLEXVAR
+from next_scale_golden import make_transformer
 from pipeline_parts import text_components
 from safetensors.torch import load_file
 
@@ -51,7 +52,14 @@ def pipelines() -> dict[str, GeneratorPipeline]:
         "classes": make_llamagen("c2i"),
         "text": make_llamagen("t2i", **text_components()),
         "scales": make_next_scale(),
+        "scales of text": make_captioned(),
     }
+
+
+def make_captioned() -> SVQVAENextScalePipeline:
+    tokenizer = text_components()["tokenizer"]
+    transformer = make_transformer(num_classes=0, vocab_size=len(tokenizer), max_text_length=4)
+    return SVQVAENextScalePipeline(make_tiny(), transformer, schedule=[1, 2, 4], tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +103,12 @@ def test_outputs_equal_those_of_the_package(repositories, without_package):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", standalone_process.PIPELINES)
 def test_pipelines_equal_those_of_the_package(name, repositories, without_package):
-    cls = SVQVAENextScalePipeline if name == "scales" else SVQVAEAutoregressivePipeline
+    cls = SVQVAENextScalePipeline if "scales" in name else SVQVAEAutoregressivePipeline
     pipeline = cls.from_pretrained(repositories / name)
-    condition = {"prompt": ["a cat"]} if name == "text" else {"class_labels": [0, 2]}
+    condition = {"prompt": ["a cat"]} if "text" in name else {"class_labels": [0, 2]}
     for scale in (1.0, 2.5):
         options = {"guidance_scale": scale, "temperature": 0}
-        options |= {"guidance_mode": "constant"} if name == "scales" else {}
+        options |= {"guidance_mode": "constant"} if "scales" in name else {}
         ids = pipeline(**condition, **options, output_type="latent").images
         images = np.stack(pipeline(**condition, **options).images)
         assert torch.equal(without_package[0][f"ids of {name}, {scale}"], ids)
@@ -115,7 +123,7 @@ def test_errors_without_trust_are_those_of_the_page(repositories, without_packag
 
 
 def test_pipeline_of_another_language_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a next-scale model of classes, got LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="a next-scale model, got LlamaForCausalLM"):
         make_autoregressive().save_pretrained(tmp_path, standalone=True)
 
 

@@ -57,7 +57,9 @@ def main(checkout: Path) -> None:
             '    _import_structure["autoencoders.autoencoder_svqvae"] = ["SVQVAE"]\n',
             '    _import_structure["autoencoders.autoencoder_tiny"]',
         ),
+        ("models/__init__.py", "            SVQVAE,\n", "            VQModel,"),
         ("__init__.py", '            "SVQVAE",\n', '            "T2IAdapter",'),
+        ("__init__.py", "            SVQVAE,\n", "            T2IAdapter,"),
     ):
         file = checkout / "src" / "diffusers" / path
         text = file.read_text(encoding="utf-8")
