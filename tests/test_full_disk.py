@@ -81,6 +81,7 @@ def test_token_set_is_written_once_there_is_space(disk, tmp_path):
     assert read_settings(disk / "set").model == "org/tiny"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "decode", "convert"])
 def test_commands_name_the_full_disk(disk, tmp_path, saved_model, capsys, command):
     noise(400).save(tmp_path / "a.png")

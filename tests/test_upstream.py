@@ -52,6 +52,7 @@ def load(file, name, monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_port_to_diffusers_equals_the_package(port, tmp_path):
     SVQVAE.from_single_file(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors").save_pretrained(tmp_path / "model")
     ours, theirs = (cls.from_pretrained(tmp_path / "model") for cls in (SVQVAE, port))

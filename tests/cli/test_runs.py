@@ -51,6 +51,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [*COMMANDS, "tokenize", "generate"])
 def test_three_interrupted_runs_end_with_the_files_of_an_unbroken_one(command, argv, tmp_path, monkeypatch, capsys):
     whole, out = tmp_path / "whole" / "out", tmp_path / "out"

@@ -191,6 +191,7 @@ def write_outcome(folder: str, path: Path, rank: int, world_size: int, port: int
     state.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_two_processes_return_the_report_of_one(photos, tmp_path):
     folder = tmp_path / "photos"

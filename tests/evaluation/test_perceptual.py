@@ -58,6 +58,7 @@ def draw_images(side=40):
     return (torch.rand(2, 3, side, side + 8) * 2 - 1).requires_grad_(), torch.rand(2, 3, side, side + 8) * 2 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "suffix"),
     [("vgg", ".safetensors"), ("alex", ".safetensors"), ("squeeze", ".pth")],

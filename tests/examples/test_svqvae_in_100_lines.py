@@ -24,6 +24,7 @@ def plain_operations(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad", "plain_operations")
 def test_ids_and_pixels_are_bit_equal_to_the_packages(models, photo):
     ours, other = models

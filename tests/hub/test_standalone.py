@@ -184,6 +184,7 @@ def test_pushed_repositories_load_by_their_hub_ids(repositories, tmp_path):
         run_python(PUSHED.format(folder=str(repositories / "scales")), env)
 
 
+@pytest.mark.slow
 def test_file_changes_with_the_source(tmp_path, monkeypatch):
     before = code("modeling_svqvae.py")
     shutil.copytree(ROOT / "svqvae_hf", tmp_path / "svqvae_hf")

@@ -26,6 +26,7 @@ def left_padded(sequences):
     return torch.tensor([[0] * (length - len(sequence)) + sequence for sequence in sequences])
 
 
+@pytest.mark.slow
 def test_random_logits_make_no_malformed_image():
     model, processor = load_extended("qwen")  # whose padded rows are barred, too
     vocabulary = processor.vocabulary

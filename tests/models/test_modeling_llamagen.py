@@ -144,6 +144,7 @@ def test_guidance_of_generate_is_that_of_the_pipeline_for_classes_and_an_error_f
         load(kind).generate(**(inputs | {"input_ids": prompt}), **call)
 
 
+@pytest.mark.slow
 @torch.enable_grad()
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_trainer_and_peft_take_the_model(kind, tmp_path):

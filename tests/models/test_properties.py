@@ -87,6 +87,7 @@ def test_images_of_a_batch_do_not_see_each_other(height, width, tile, seed):
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @examples(60)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 20), st.data())
 def test_tiles_equal_the_whole_if_the_overlap_covers_the_receptive_field(height, width, tile, data):

@@ -45,6 +45,7 @@ def test_rows_hold_the_ids_of_a_plain_set(photos, tmp_path):
     assert len({manifest.partition('"ids": ')[2].partition(",")[0] for manifest in manifests}) == 1
 
 
+@pytest.mark.slow
 def test_commands(photos, tmp_path, capsys):
     make_tiny().save_pretrained(tmp_path / "model")
     MODEL.save_pretrained(tmp_path / "model")

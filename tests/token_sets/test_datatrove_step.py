@@ -13,6 +13,7 @@ from svqvae_hf.token_sets.datatrove_step import TokenizeImages
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
+@pytest.mark.slow
 def test_tasks_of_datatrove_make_the_files_of_the_command_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     photos = save_photos(tmp_path / "photos")

@@ -59,6 +59,7 @@ def test_settings_and_features(token_set):
             assert height * width == len(row[f"ids_{index}"])
 
 
+@pytest.mark.slow
 def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp_path):
     tiled, model = make_tiled(), make_tiny()
     tokenize(tiled, photos, tmp_path / "tokens")

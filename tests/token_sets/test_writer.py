@@ -264,6 +264,7 @@ def test_the_folder_must_be_new_and_one_image_readable(tiny_model, photos, tmp_p
         tokenize(tiny_model, photos, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     make_tiny().save_pretrained(tmp_path / "models" / "tiny")
     out, images = tmp_path / "tokens", tmp_path / "images"

@@ -61,6 +61,7 @@ def test_a_saved_file_loads_unchanged(tmp_path, changes):
     assert load_scales(tmp_path / "b.safetensors") == tokens.scales
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_an_error(path):
     content = path.read_bytes()
     for bit in range(8 * len(content)):

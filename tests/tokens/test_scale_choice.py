@@ -21,6 +21,7 @@ def full_size_psnr(model, image, tokens):
     return 10 * np.log10(255**2 / np.square(enlarged - np.asarray(image, float)).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_smallest_scale_that_reaches_a_psnr(tiny_model, photo, scale_from):
     scales = (1.0, 0.25, 0.5)

@@ -34,6 +34,7 @@ def reconstruct(model, sample):
     return model.decode(latents, force_not_quantize=True).sample
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grad")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_new_model_reconstructs_images_that_it_has_not_seen(photo, config):

@@ -161,6 +161,7 @@ def test_trained_model_gives_the_ids_of_its_images_back(options, parts):
     torch.testing.assert_close(half, pipeline.vqvae.decode_tokens(coarse[:1]))
 
 
+@pytest.mark.slow
 def test_from_photographs_to_a_grid_of_new_ones(options, parts, tmp_path):
     """The commands of docs/generation.md."""
     tokens, out = tmp_path / "token-set", tmp_path / "new"
@@ -195,6 +196,7 @@ def test_resumed_runs_from_a_folder_and_a_url_equal_an_unbroken_one(options, par
         torch.testing.assert_close(weights, whole, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_bf16_run_with_everything_on_learns_validates_and_shows_samples(options, parts, caplog):
     caplog.set_level(logging.INFO)
     options |= {"max_train_steps": 20, "learning_rate": 1e-2, "logging_steps": 10, "validation_steps": 20}

@@ -148,6 +148,7 @@ def test_lora_learns_images_by_heart_and_can_be_switched_off(fine_tuning, parts)
         assert torch.equal(pipeline(prompt=CAPTIONS, **GREEDY, guidance_scale=2).images, before)
 
 
+@pytest.mark.slow
 def test_resumed_run_of_an_adapter_equals_an_unbroken_one(fine_tuning):
     whole, resumed = train_at_once_and_resumed(train, "adapter_model.safetensors", fine_tuning | {"lora_rank": 2})
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)

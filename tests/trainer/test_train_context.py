@@ -42,6 +42,7 @@ def test_codes_of_a_group_are_similar():
     assert np.mean([codes[order[i : i + 32]].var(0).sum() for i in range(0, 1000, 32)]) < 0.6 * codes.var(0).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_windows")
 def test_a_trained_context_model_takes_fewer_bits_than_a_count(tmp_path, monkeypatch, capsys):
     make_tiny().save_pretrained(tmp_path / "model")

@@ -86,6 +86,7 @@ def learned(example):
     return [processor.decode(part) for part in (example["input_ids"][:start], example["input_ids"][start:])]
 
 
+@pytest.mark.slow
 def test_pairs_go_in_both_directions_in_the_stated_share(tokens):
     processor = load_extended("qwen")[1]
     to_text = 0

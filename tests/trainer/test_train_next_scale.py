@@ -132,11 +132,13 @@ def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
     assert all(map(torch.equal, found, known))
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_unbroken_one(options):
     whole, resumed = train_at_once_and_resumed(train, WEIGHTS, options)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_bf16_run_with_everything_on_learns_validates_and_shows_samples(options, parts, caplog):
     caplog.set_level(logging.INFO)
     options |= {"max_train_steps": 20, "learning_rate": 5e-3, "logging_steps": 10, "validation_steps": 20}
