@@ -6,6 +6,8 @@ from svqvae_cli.arguments import Commands, add_command, not_empty, path_or_name,
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 
+LAST_PORT = 65_535
+
 
 def add_to(commands: Commands) -> None:
     """Adds the command and its arguments."""
@@ -30,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
     if args.model and args.generator:
         raise ValueError("--generator brings its own model. Leave out --model or --generator.")
+    if args.port is not None and args.port > LAST_PORT:
+        raise ValueError(f"--port must be at most {LAST_PORT}, got {args.port}.")
     check_source(args.generator or args.model)
     with require_extra("demo", "demo"):
         from svqvae_hf.demo import generator_page

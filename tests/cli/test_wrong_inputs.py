@@ -59,7 +59,7 @@ WRONG = {  # words on the command line, and a part of the message
         ("", "the following arguments are required: PATH"),
     ],
     "demo": [
-        ("--port 0", "argument --port: must be an integer above 0, got '0'"),
+        ("--port 70000", "--port must be at most 65535, got 70000."),
         ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ],
 }
