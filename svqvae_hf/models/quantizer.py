@@ -122,17 +122,15 @@ class VectorQuantizer(nn.Module):
             with flat ids `(batch * h * w,)` in int64.
         """
         _, flat, ids, codes = self.snap(latents)
-        device = latents.device.type  # meta tensors have no autocast
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
-            losses = VQLosses(
-                vq=F.mse_loss(codes, flat.detach()),
-                commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
-                entropy=self._entropy_loss(flat),
-                usage=self._usage(counts),
-            )
-            frequencies = counts / ids.numel()
-            perplexity = torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
+        counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
+        losses = VQLosses(
+            vq=F.mse_loss(codes, flat.detach()),
+            commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
+            entropy=self._entropy_loss(flat),
+            usage=self._usage(counts),
+        )
+        frequencies = counts / ids.numel()
+        perplexity = torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
         # Again after the losses: gradients are summed in the order of the calls, and rounding depends on it.
         quantized = codes.detach() + (flat - flat.detach())
         quantized = quantized.view(latents.shape[0], *latents.shape[-2:], -1).permute(0, 3, 1, 2)
