@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
-.PHONY: install reconstruct browser test quick lowest lint dist
+.PHONY: install reconstruct generate browser test quick lowest lint dist
 
 install: .venv/installed
 
@@ -14,6 +14,10 @@ install: .venv/installed
 # The bundled photograph by the bundled model: images and a side-by-side picture in outputs/, PSNR on the terminal.
 reconstruct: install
 	$(BIN)/svqvae reconstruct docs/images/chelsea.png --scales 0.25 0.5 1 --side-by-side --output outputs --overwrite
+
+# Scenes of emoji by the bundled language model, in outputs/.
+generate: install
+	$(BIN)/svqvae generate --prompt "a whale above a guitar on pink" "three foxes on white" --output outputs --overwrite
 
 # Chromium, for the test of the demo's page, from Debian's packages; as root.
 browser:

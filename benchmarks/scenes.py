@@ -102,7 +102,7 @@ def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: flo
 def load(source: str) -> Generator:
     """Loads a generator of either kind."""
     if ImageLanguageModel.is_at(source):
-        return ImageLanguageModel.from_pretrained(source)
+        return ImageLanguageModel.from_pretrained(source, dtype=torch.float32)
     pipeline = SVQVAENextScalePipeline.from_pretrained(source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

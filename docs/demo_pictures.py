@@ -1,8 +1,4 @@
-"""Takes the pictures of the demo's pages. Needs Chromium: `make browser`.
-
-python docs/demo_pictures.py
-python docs/demo_pictures.py --generator PIPELINE
-"""
+"""Takes the pictures of the demo's pages: `python docs/demo_pictures.py`. Needs Chromium: `make browser`."""
 
 import os
 import shutil
@@ -22,12 +18,10 @@ PATIENCE = 90_000  # milliseconds: the machine may be busy
 DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 
 
-def main(*options: str) -> None:
-    """Writes `demo.jpg` and `demo_phone.jpg`, or the picture of a page that generates."""
-    if options:
-        take_generator(*options)
-    else:
-        take_demo()
+def main() -> None:
+    """Writes all pictures."""
+    take_demo()
+    take_generator()
 
 
 def take_demo() -> None:
@@ -43,12 +37,13 @@ def take_demo() -> None:
             page.close()
 
 
-def take_generator(*options: str) -> None:
+def take_generator() -> None:
     """Writes `demo_generator.jpg`, the page after a generation, with a stroke of the brush."""
-    with open_browser() as browser, serve_demo(*options) as address:
+    with open_browser() as browser, serve_demo("--generator") as address:
         page = browser.new_page(viewport=DESKTOP, device_scale_factor=0.75)
         page.set_default_timeout(PATIENCE)
         page.goto(address)
+        page.locator("#prompt textarea").fill("a whale above a guitar on pink")
         generate(page)
         paint(page)
         page.screenshot(path=IMAGES / "demo_generator.jpg", type="jpeg", quality=60)
@@ -111,4 +106,4 @@ def paint(page: Page) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

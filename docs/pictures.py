@@ -3,19 +3,25 @@
 import math
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
+from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.demo.previews import draw_codes
 from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.evaluation.pictures import Panel, contact_sheet
+from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.models.tiling import Core, gather_context, map_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+from make_scenes import Scene
 
 IMAGES = Path(__file__).parent / "images"
 HELD_OUT = ("chelsea.png", "osprey.jpg")  # not among the photographs that the bundled model was trained on
@@ -24,6 +30,7 @@ LARGE = (1000, 665)  # pixels, enough to be tiled
 TILE, HALO = 32, 4  # latents: 256 and 32 pixels
 GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
 MARGIN, LABEL = 16, 44  # pixels between images, and under them
+SCENE_PX, SCENE_ROWS, SCENE_COLUMNS = 192, 3, 6
 
 
 def main(folder: Path = IMAGES) -> None:
@@ -38,6 +45,7 @@ def main(folder: Path = IMAGES) -> None:
         "tiles": picture_of_tiles(model, large),
         "seams": picture_of_seams(model, load_image(IMAGES / "wren.jpg")),
         "worst": picture_of_the_worst(model, [load_image(IMAGES / name) for name in HELD_OUT]),
+        "scenes": picture_of_scenes(ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR, dtype=torch.float32)),
     }
     for name, picture in pictures.items():
         picture.save(folder / f"{name}.jpg", quality=88, subsampling=0, optimize=True)
@@ -178,6 +186,23 @@ def picture_of_the_worst(model: SVQVAE, photos: list[Image.Image]) -> Image.Imag
             Panel(reconstruction.crop(square), "reconstruction", caption),
         ]
     return contact_sheet(panels)
+
+
+def picture_of_scenes(model: ImageLanguageModel) -> Image.Image:
+    """Pictures of held-out pairs of objects by the bundled language model, one per prompt."""
+    count = SCENE_ROWS * SCENE_COLUMNS
+    captions = [Scene.draw(Random(f"page {number}"), held_out=True).captions()[0] for number in range(count)]
+    images = model.draw(captions, generator=[torch.Generator().manual_seed(number) for number in range(count)])
+    across, down = SCENE_PX + MARGIN, SCENE_PX + LABEL
+    sheet = Image.new("RGB", (across * SCENE_COLUMNS - MARGIN, down * SCENE_ROWS), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for number, (caption, image) in enumerate(zip(captions, images, strict=True)):
+        left, top = number % SCENE_COLUMNS * across, number // SCENE_COLUMNS * down
+        sheet.paste(image.resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC), (left, top))
+        lines = caption.rpartition(" on ")
+        text = f"{lines[0]}\non {lines[2]}"
+        draw.multiline_text((left, top + SCENE_PX + 4), text, GREY, ImageFont.load_default(14))
+    return sheet
 
 
 def _mosaic(model: SVQVAE, ids: torch.Tensor, photo: Image.Image) -> Image.Image:

@@ -23,14 +23,15 @@ def add_to(commands: Commands) -> None:
         "--model org/svqvae",
     )
     parser.add_model()
-    parser.option("--generator", path_or_name, "PIPELINE", "pipeline of a page that generates: folder or Hub id")
+    help = "generator of a page that generates: folder or Hub id (without one: the bundled language model)"
+    parser.option("--generator", path_or_name, "GENERATOR", help, nargs="?", const=False)
     parser.option("--host", not_empty, "ADDRESS", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
     parser.option("--port", positive, "PORT", "port to listen on (default: the first free one from 7860)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
-    if args.model and args.generator:
+    if args.model and args.generator is not None:
         raise ValueError("--generator brings its own model. Leave out --model or --generator.")
     if args.port is not None and args.port > LAST_PORT:
         raise ValueError(f"--port must be at most {LAST_PORT}, got {args.port}.")
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_generator, load_model
 
-    if args.generator:
+    if args.generator is not None:
         pipeline = load_generator(args.generator, args.device, args.dtype)
         blocks = generator_page.build(generator_page.GeneratorPage(pipeline))
     else:

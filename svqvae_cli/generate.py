@@ -31,11 +31,13 @@ def add_to(commands: Commands) -> None:
         "Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png\n"
         f"with a row per class: at most {SHEET_SIDE} rows and columns. The same command resumes\n"
         "an interrupted run.",
-        "org/dreams --class 3 7 --num-images 4 --output out",
+        '--prompt "a whale above a guitar on pink" --output out',
     )
-    parser.option("model", path_or_name, "MODEL", "folder or Hub id of the generator")
+    help = "folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)"
+    parser.option("model", path_or_name, "MODEL", help, nargs="?")
     parser.add_output()
     parser.flag("--overwrite", "generate images that exist again (default: keep them)")
+    parser.option("--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")
     parser.flag("--steps-pictures", "also write class_cat_0_steps.png and so on, with all scales from coarse to fine")
     condition = parser.add_mutually_exclusive_group()
     help = "classes by name or number (default: images without a class)"
@@ -95,13 +97,13 @@ def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> 
     from svqvae_cli.loading import load_generator
     from svqvae_hf.files.outputs import save_png
 
-    pipeline = load_generator(args.model, args.device, args.dtype)
+    pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
     kind, labels = type(pipeline).__name__, []
     sample, excluded = GENERATORS[kind]
     for name in excluded:
         if getattr(args, name):
             option = name.removesuffix("_labels").replace("_", "-")
-            raise ValueError(f"--{option} does not apply to MODEL, which is of {kind}. Leave it out.")
+            raise ValueError(f"--{option} does not apply to MODEL, whose class is {kind}. Leave it out.")
     if "class_labels" not in excluded:
         pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
         class_names = pipeline.config["class_names"] or []

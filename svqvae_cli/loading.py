@@ -15,9 +15,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from PIL import Image
 from safetensors import SafetensorError
 
-from svqvae_cli.errors import prefix_errors
+from svqvae_cli.errors import prefix_errors, require_extra
 from svqvae_cli.files import check_source
-from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.context_model import ContextModel
@@ -88,9 +88,22 @@ def hide_loading_bars() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def load_generator(source: str, device: str | None, dtype: str) -> Any:
-    """Loads a generator of any kind, as [`load_model`] does."""
+def load_generator(source: str | None, device: str | None, dtype: str, adapter: str | None = None) -> Any:
+    """Loads a generator of any kind, by default the bundled one, and merges a LoRA adapter into its language model."""
+    source = source or DEFAULT_GENERATOR
     check_source(source)
+    if adapter is not None:
+        pipeline = load_generator(source, device, dtype)
+        with require_extra("--adapter", "train"):
+            from peft import PeftModel
+        check_source(adapter)
+        try:
+            with explain_loading(adapter):
+                adapted = PeftModel.from_pretrained(pipeline.language_model, adapter)
+        except (AttributeError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {error}") from error
+        pipeline.language_model = adapted.merge_and_unload()
+        return pipeline
     kinds = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
     with explain_loading(source):
         if ImageLanguageModel.is_at(source):

@@ -6,7 +6,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import AutoImageProcessor, AutoProcessor, PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin
 
-from svqvae_hf.files.inputs import DEFAULT_MODEL
+from svqvae_hf.files.inputs import DEFAULT_GENERATOR, DEFAULT_MODEL
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
@@ -23,6 +23,7 @@ from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
 __version__ = "0.2.0"
 __all__ = [
+    "DEFAULT_GENERATOR",
     "DEFAULT_MODEL",
     "SVQVAE",
     "ContextModel",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DEFAULT_MODEL = str(Path(__file__).parents[1] / "pretrained")  # folder of the small bundled model
+DEFAULT_GENERATOR = str(Path(__file__).parents[1] / "pretrained_scenes")  # of the bundled language model that draws
 
 
 def check_local(name: str) -> str:

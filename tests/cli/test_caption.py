@@ -33,7 +33,7 @@ def test_generate_draws_with_a_language_model(tmp_path, capsys):
     assert "image_1_x1.png" in visible(tmp_path / "plain")
     capsys.readouterr()
     for option, message in [
-        (["--scales", "0.5"], "--scales does not apply to MODEL, which is of ImageLanguageModel. Leave it out"),
+        (["--scales", "0.5"], "--scales does not apply to MODEL, whose class is ImageLanguageModel. Leave it out"),
         (["--class", "1"], "--class does not apply to MODEL"),
         (["--top-p", "2"], "`top_p` must be above 0 and at most 1, got 2.0"),
         (["--grid", "9x9"], "`grid` must be one of the rows x columns of codes that the model knows"),

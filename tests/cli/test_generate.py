@@ -5,6 +5,7 @@ import pytest
 import torch
 from cli_runner import fails, svqvae, visible
 from generators import make_autoregressive, make_llamagen, make_next_scale
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pipeline_parts import text_components
 
@@ -85,6 +86,27 @@ def test_pictures_of_the_steps(kind, steps, saved, saved_next_scale, tmp_path):
         assert np.array_equal(strip.crop((image.width * (steps - 1), 0, *strip.size)), image)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
+def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
+    pipeline = make_autoregressive()
+    (plain,) = pipeline(0, temperature=0).images
+    adapter = get_peft_model(pipeline.language_model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    arguments = ["--class", "0", "--temperature", "0", "--output"]
+    assert svqvae("generate", saved, "--adapter", tmp_path / "adapter", *arguments, tmp_path / "out") == 0
+    pipeline.language_model = adapter.merge_and_unload()
+    (adapted,) = pipeline(0, temperature=0).images
+    assert is_picture(tmp_path / "out" / "class_0_0_x1.png", adapted)
+    assert not np.array_equal(adapted, plain)
+    capsys.readouterr()
+    for model, other, message in (
+        (saved, saved, "must be a LoRA adapter for the language model of MODEL"),
+        (saved_next_scale, tmp_path / "adapter", "must be a LoRA adapter for the language model of MODEL"),
+        (saved, "nowhere", "there is no file or folder `nowhere`"),
+    ):
+        assert message in fails(capsys, "generate", model, "--adapter", other, *arguments, tmp_path / "new")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,7 +116,7 @@ def test_pictures_of_the_steps(kind, steps, saved, saved_next_scale, tmp_path):
             "`class_labels` must be numbers in [0, 3) or names of classes, ['tench, Tinca'",
         ),
         (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
-        (["--steps", "3"], "--steps does not apply to MODEL, which is of SVQVAEAutoregressivePipeline"),
+        (["--steps", "3"], "--steps does not apply to MODEL, whose class is SVQVAEAutoregressivePipeline"),
         (["--scales", "2"], "`scales` must be among [0.25, 0.5, 1.0]"),
         (["--grid", "4x4"], "--grid does not apply to MODEL"),
         (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),

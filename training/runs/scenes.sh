@@ -47,24 +47,30 @@ svqvae tokenize "$work/scenes/train.parquet" "$work/tokens" --model "$work/token
 [ -d "$work/words" ] || python training/make_scene_words.py "$work/words"
 [ -d "$work/extended" ] || svqvae extend-lm "$work/words" "$work/extended" --vqvae "$work/tokenizer"
 
-# An hour and a half on the same core.
-python training/train_image_text.py --model_name_or_path "$work/extended" --token_set "$work/tokens" --output_dir "$work/trained" \
-    --max_steps 2600 --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager --no_packing --no_completion_only_loss \
-    --caption_fraction 0.2 --condition_dropout 0.1 --use_soap --learning_rate 3e-3 --adam_beta1 0.95 --adam_beta2 0.95 --warmup_steps 100 \
-    --lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs '{"num_decay_steps": 900}' --logging_steps 20 --save_steps 300 --save_total_limit 2 \
-    --report_to none --resume_from_checkpoint latest
+# Four hours on the same core: at first the shortest wording of each scene alone, then the others as well.
+train_words() {
+    python training/train_image_text.py --token_set "$work/tokens" --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager \
+        --no_packing --no_completion_only_loss --condition_dropout 0.1 --use_soap --adam_beta1 0.95 --adam_beta2 0.95 --warmup_steps 40 \
+        --lr_scheduler_type linear --logging_steps 20 --save_steps 100 --save_total_limit 2 --report_to none --resume_from_checkpoint latest "$@"
+}
+train_words --model_name_or_path "$work/extended" --output_dir "$work/shortest" --max_steps 4000 --learning_rate 2e-3 --caption_fraction 0.1 \
+    --first_caption_fraction 1
+train_words --model_name_or_path "$work/shortest" --output_dir "$work/trained" --max_steps 1450 --learning_rate 1.2e-3 --caption_fraction 0.15 \
+    --first_caption_fraction 0.6 --scheduled_sampling 0.5
 
 python - "$work/trained" "$out" <<'PY'
 import sys
 
 import torch
+from transformers import GenerationConfig
 
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 model = ImageLanguageModel.from_pretrained(sys.argv[1], dtype=torch.float16)
 model.vqvae.half().register_to_config(_name_or_path="svqvae-scenes")
-config = model.language_model.generation_config
-config.guidance_scale, config.temperature, config.top_k = 2.0, 1.0, 100
+tokens = {f"{name}_token_id": getattr(model.processor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+sampling = {"guidance_scale": 2.0, "temperature": 0.2, "top_k": 50}
+model.language_model.generation_config = GenerationConfig(**tokens, generation_kwargs=sampling)
 model.language_model.save_pretrained(sys.argv[2])
 model.processor.save_pretrained(sys.argv[2])
 PY

@@ -1,0 +1,54 @@
+"""The bundled language model, on scenes that nobody drew."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from cli_runner import fails, svqvae
+from make_scenes import Scene
+from PIL import Image
+
+from svqvae_hf import DEFAULT_GENERATOR
+from svqvae_hf.language.image_language_model import ImageLanguageModel
+
+
+def means(caption, scene):
+    try:
+        return Scene.parse(caption) == scene
+    except ValueError:
+        return False
+
+
+def test_what_it_draws_of_new_captions_it_describes_by_the_same_scene():
+    model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR, dtype=torch.float32)
+    assert model.sampling == {"guidance_scale": 2.0, "temperature": 0.2, "top_k": 50, "top_p": 1.0}
+    seed = Random().randrange(10**9)
+    print("seed", seed)  # noqa: T201
+    scenes = [Scene.draw(Random(f"{seed} {number}"), held_out=True) for number in range(32)]
+    pictures = model.draw([scene.captions()[0] for scene in scenes])
+    captions = model.caption(pictures)
+    assert sum(map(means, captions, scenes)) >= 4
+    others = scenes[1:] + scenes[:1]
+    assert sum(map(means, captions, others)) <= 2
+
+
+def test_folder_is_as_large_as_documented():
+    files = [file for file in Path(DEFAULT_GENERATOR).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files if file.parent == Path(DEFAULT_GENERATOR)) <= 11e6
+    assert sum(file.stat().st_size for file in files) <= 17.2e6
+
+
+def test_the_command_draws_without_a_model(tmp_path, capsys):
+    assert svqvae("generate", "--prompt", "a whale above a guitar on pink", "--output", tmp_path / "out") == 0
+    with Image.open(tmp_path / "out" / "prompt_0_0_x1.png") as picture:
+        assert picture.size == (96, 96)
+    capsys.readouterr()
+    error = fails(capsys, "generate", "--prompt", "a unicorn on pink", "--output", tmp_path / "none")
+    assert "must consist of words that the model knows, but has unicorn. It knows a, above, airplane, " in error
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("option", [["--class", "3"], ["--scales", "1"]])
+def test_options_of_pipelines_are_refused(option, tmp_path, capsys):
+    assert f"{option[0]} does not apply to MODEL" in fails(capsys, "generate", *option, "--output", tmp_path / "out")
