@@ -61,11 +61,13 @@ class Parser(argparse.ArgumentParser):
         self.option("--output", path, "DIR", help, required=True)
 
     def add_scales(self, default: list[float]) -> None:
-        """Adds the scales to encode at, and what is resized to them."""
+        """Adds the scales to encode at, and whether the image or its latents are resized to them."""
         shown = " ".join(f"{value:g}" for value in default)
         help = f"output side over input side, one or more (default: {shown})"
         self.option("--scales", scale, "SCALE", help, nargs="+", action=_Scales, default=default)
-        self.choice("--scale-from", SCALE_SOURCES, "what is resized to each scale (default: image)", "image")
+        self.choice(
+            "--scale-from", SCALE_SOURCES, "resize the latents or the image to each scale (default: image)", "image"
+        )
 
     def add_tiles(self, tile_size: str = TILES, overlap: str = "32") -> None:
         """Adds tile size and overlap, whose defaults are described by these words."""

@@ -95,8 +95,7 @@ def _set_facts(source: str) -> dict[str, Any]:
 
     folder = Folder(source)
     if folder.read(SETTINGS_FILE) is None:
-        lines = str(read_status(source)).splitlines()
-        return {"kind": "token set", **dict(line.split(None, 1) for line in lines)}
+        return {"kind": "token set", **read_status(source).facts()}
     settings, totals = read_settings(source), read_totals(folder) or {}
     return {
         "kind": "token set",

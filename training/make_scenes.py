@@ -68,7 +68,7 @@ HELD_OUT_PAIRS = frozenset(Random(0).sample(PAIRS, len(PAIRS) // 10))
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: its ground, and (slot, object) pairs in reading order."""
+    """What a picture shows: its ground, and the objects with their slots, in reading order."""
 
     ground: str
     objects: tuple[tuple[str, str], ...]

@@ -119,7 +119,7 @@ def train(run: Run[DiffusionOptions]) -> None:
 
 
 def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource | None:
-    """Opens the held-out images, of which the centre is cut, or returns None without `--validation_data_dir`."""
+    """Opens the held-out images, cropped to their centres; None without `--validation_data_dir`."""
     if options.validation_data_dir is None:
         return None
     centres = replace(options, center_crop=True, random_flip=False, random_rotation=False, resize_range=[1.0, 1.0])

@@ -251,7 +251,7 @@ def _launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
 
 
 def _settings() -> tuple[gr.Component, ...]:
-    """Scales, what is resized to them, and the button that runs with these."""
+    """Scales, the choice between image and latents, and the button that encodes and decodes with them."""
     scales = gr.CheckboxGroup(
         [(f"{scale:g}", scale) for scale in SCALES],
         value=DEFAULT_SCALES,

@@ -181,7 +181,7 @@ class Totals:
         """Values of the whole set, from the sums of all processes, which `counts` then holds as well.
 
         Args:
-            results (`list[dict]`): Values of each image, with `bits`, `stored_bits` and those of [`image_metrics`].
+            results (`list[dict]`): For each image, `bits`, `stored_bits` and the values of [`image_metrics`].
             records (`list[dict]`): Records of the images.
         """
         self.counts = torch.stack(gather_object([self.counts])).sum(0)

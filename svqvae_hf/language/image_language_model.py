@@ -100,8 +100,8 @@ class ImageLanguageModel:
         Args:
             prompts (`Sequence[str]`): Captions; None for an image without one.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
-            guidance_scale (`float`, *optional*): Scale of classifier-free guidance. This and the next three are by
-                default those of `sampling`.
+            guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
+                next three arguments are in `sampling`.
             temperature (`float`, *optional*): Sampling temperature; 0 takes the most likely codes.
             top_k (`int`, *optional*): Number of most likely codes to sample from; 0 means all.
             top_p (`float`, *optional*): Total probability of the most likely codes to sample from.

@@ -56,10 +56,14 @@ class TokenSetStatus:
     parts: int
     missing: list[int]
 
-    def __str__(self) -> str:
+    def facts(self) -> dict[str, str]:
+        """How many parts there are and are finished, and which are missing."""
         state = "not complete" if self.missing else "complete"
-        line = f"parts    {self.parts} ({state}; finished: {self.parts - len(self.missing)})"
-        return f"{line}\nmissing  {_ranges(self.missing)}" if self.missing else line
+        facts = {"parts": f"{self.parts} ({state}; finished: {self.parts - len(self.missing)})"}
+        return facts | ({"missing": _ranges(self.missing)} if self.missing else {})
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<9}{value}" for name, value in self.facts().items())
 
 
 def read_status(out: str | os.PathLike) -> TokenSetStatus:

@@ -95,7 +95,7 @@ def _check_config(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
     )
     if not fits:
         raise ValueError(
-            "The linear start needs 3 channels in and out, two levels of which the last of the encoder is wider, "
+            "The linear start needs 3 channels in and out, at least two levels, an encoder whose last level is wider, "
             "`z_channels` of at least `codebook_embed_dim`, and more than two channels per group of a norm. Change "
             "the config, or start with random weights."
         )
