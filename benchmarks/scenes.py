@@ -29,6 +29,7 @@ from diffusers.utils import make_image_grid
 from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 
+from svqvae_cli.loading import load_generator
 from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 
@@ -97,15 +98,6 @@ def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: flo
     return {"pictures": name, **{key: f"{100 * np.mean(values):.1f}" for key, values in shares.items()}} | {
         "s per image": f"{seconds / len(pairs):.2f}"
     }
-
-
-def load(source: str) -> Generator:
-    """Loads a generator of either kind."""
-    if ImageLanguageModel.is_at(source):
-        return ImageLanguageModel.from_pretrained(source, dtype=torch.float32)
-    pipeline = SVQVAENextScalePipeline.from_pretrained(source)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def draw_batch(model: Generator, captions: Sequence[str], options: Namespace, **arguments: Any) -> list[Image.Image]:
@@ -216,7 +208,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=Path, help="PNG of the first 16, each above the nearest training scene")
     options = parser.parse_args()
     machine, random = describe_machine("cpu", options.threads), Random(options.seed)
-    grader, model = Grader(load_objects(options.font)), load(options.model)
+    grader, model = Grader(load_objects(options.font)), load_generator(options.model, "cpu", "float32")
     sets = datasets.load_dataset(options.scenes)
     chosen = {name: sets[name].select(random.sample(range(1000), options.count)) for name in ("validation", "test")}
     scenes = {name: [Scene.parse(captions[0]) for captions in rows["caption"]] for name, rows in chosen.items()}
