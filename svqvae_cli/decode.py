@@ -58,7 +58,7 @@ def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
             model = load()
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
-                configure_decoding(model, tokens, args, work.on_tile)
+                configure_decoding(model, tokens, args)
             with work.attempt(file, ValueError), prefix_errors(file.path):
                 largest = max([*tokens.scales, *[1.0] * args.full_size])
                 check_memory(model, largest * tokens.height, largest * tokens.width)
@@ -96,4 +96,4 @@ def _decode_large(args: argparse.Namespace, inputs: list[InputFile]) -> None:
                 model.enable_tiling()
             with work.attempt(file):
                 (path,) = work.outputs(file)
-                decode_large(model, file.path, path, on_tile=work.on_tile)
+                decode_large(model, file.path, path)

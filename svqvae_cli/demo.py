@@ -17,9 +17,8 @@ def add_to(commands: Commands) -> None:
         run,
         "serve a web page that encodes and decodes photographs",
         "Shows original and reconstruction under one slider and the ids as a picture.\n"
-        "Token files can be saved and opened. The page needs no network. With\n"
-        "--generator, the page generates images instead: they grow step by step, and\n"
-        "painted parts are generated anew.",
+        "The page needs no network. With --generator, the page generates images instead:\n"
+        "they grow step by step, and painted parts are generated anew.",
         "--model org/svqvae",
     )
     parser.add_model()

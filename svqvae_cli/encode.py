@@ -53,7 +53,7 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_hf.tokens.scale_choice import encode_to_bits, encode_to_psnr
     from svqvae_hf.tokens.token_files import save_tokens
 
-    model = load_tiled_model(args, work.on_tile)
+    model = load_tiled_model(args)
     context_model = require_context_model(model, args.model) if args.compress else None
     chosen: Counter[float] = Counter()
     missed = 0
@@ -89,4 +89,4 @@ def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
     for file, _ in work.read(check_large_image):
         with work.attempt(file, ImageError, PermissionError):
             (path,) = work.outputs(file)
-            encode_large(model, file.path, path, on_tile=work.on_tile, compress=args.compress)
+            encode_large(model, file.path, path, compress=args.compress)

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,10 @@ def load_model(source: str | None, device: str | None, dtype: str, **options: An
     return load_pretrained(SVQVAE, source or DEFAULT_MODEL, device, dtype, **options).eval()
 
 
-def load_tiled_model(args: argparse.Namespace, on_tile: Callable[[int, int], None] | None = None) -> SVQVAE:
+def load_tiled_model(args: argparse.Namespace) -> SVQVAE:
     """Loads the model of a command that encodes, with the tiles of the command line."""
     model = load_model(args.model, args.device, args.dtype)
-    model.enable_tiling(args.tile_size, args.overlap, on_tile)
+    model.enable_tiling(args.tile_size, args.overlap)
     return model
 
 
@@ -150,19 +150,14 @@ def load_fitting_image(path: Path, model: SVQVAE, args: argparse.Namespace) -> I
     image = load_image(path)
     with prefix_errors(path):
         largest = max(1, *args.scales)
-        model.tile_if_large(largest * image.height, largest * image.width, args.tile_size, args.overlap, model.on_tile)
+        model.tile_if_large(largest * image.height, largest * image.width, args.tile_size, args.overlap)
         check_memory(model, largest * image.height, largest * image.width)
     return image
 
 
-def configure_decoding(
-    model: SVQVAE,
-    tokens: ImageTokens,
-    args: argparse.Namespace,
-    on_tile: Callable[[int, int], None] | None = None,
-) -> None:
+def configure_decoding(model: SVQVAE, tokens: ImageTokens, args: argparse.Namespace) -> None:
     """Sets the tiles of the command line or, where it has none, the tiles that the image was encoded with."""
     tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
     overlap = tokens.overlap if args.overlap is None else args.overlap
     largest = max(1, *tokens.scales)
-    model.tile_if_large(largest * tokens.height, largest * tokens.width, tile_size, overlap, on_tile)
+    model.tile_if_large(largest * tokens.height, largest * tokens.width, tile_size, overlap)

@@ -53,7 +53,7 @@ def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
-    model = load_tiled_model(args, work.on_tile)
+    model = load_tiled_model(args)
     width = max(map(len, ["1,000 images", *(one_line(str(file.name)) for file in work.targets)]))
 
     def write_row(name: str, figures: "Sequence[ReconstructionFigures]") -> None:

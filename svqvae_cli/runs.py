@@ -112,19 +112,10 @@ class Run(Generic[Item]):
 
     def files(self) -> Iterator[Item]:
         """Yields each input without its outputs. Shows a bar on a terminal."""
-        with (
-            tqdm(total=len(self.targets), initial=self.done, unit="image", disable=None) as bar,
-            tqdm(unit="tile", position=1, leave=False, delay=1, disable=None) as self._tiles,
-        ):
+        with tqdm(total=len(self.targets), initial=self.done, unit="image", disable=None) as bar:
             for item in self.left:
                 yield item
                 bar.update()
-
-    def on_tile(self, done: int, total: int) -> None:
-        """Shows a bar over the tiles of the current input. For [`SVQVAE.enable_tiling`]."""
-        if done == 1:
-            self._tiles.reset(total)
-        self._tiles.update()
 
     def read(self, read: Callable[[Path], Content]) -> Iterator[tuple[Item, Content]]:
         """Yields each input without its outputs, and its content. Skips those that cannot be read."""

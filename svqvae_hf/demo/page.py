@@ -1,30 +1,22 @@
 """The page of `svqvae demo`: a visitor encodes a photograph and compares it with its reconstructions."""
 
-import functools
 import html
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache, save_pil_to_cache
+from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
 from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import (
-    check_memory,
-    check_same_codebook,
-    encode_image,
-    is_out_of_memory,
-)
-from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
+from svqvae_hf.tokens.image_tokens import check_memory, encode_image, is_out_of_memory
 
 STATIC = Path(__file__).parent / "static"
 EXAMPLE = STATIC / "example.webp"
@@ -32,7 +24,6 @@ CACHE = get_upload_folder()  # Gradio serves files from here
 CACHE_SECONDS = 3600  # minimum time that Gradio keeps the files of a visit
 UPLOAD_LIMIT = "100mb"
 MAX_PIXELS = 2**24  # largest image and largest reconstruction; browsers show this size with ease
-MAX_SCALES = 8  # tabs of the page
 SCALES = (0.25, 0.5, 1.0, 2.0)
 DEFAULT_SCALES = [0.25, 0.5, 1.0]
 PROGRESS = gr.Progress()  # as a default argument, it makes Gradio pass the progress bar of the call
@@ -48,9 +39,7 @@ EMPTY = "<p class='empty'>Drop a photograph, or choose the example.</p>"
 BUSY = "<p class='empty'>Working …</p>"
 SCALES_INFO = "Side of each result over side of the photograph"
 SCALE_FROM_INFO = "The image: one encoding per scale. The latents: one for all scales. The same at scale 1"
-UPLOAD_HINT = "A token file is decoded without its photograph."
-RUN_HINT = "Runs again with these settings. A new photograph or token file runs by itself."
-DOWNLOAD_HINT = "The ids of all scales, to open here or with <code>svqvae decode</code>."
+RUN_HINT = "Runs again with these settings. A new photograph runs by itself."
 FIGURE_NOTES = {
     "size": "pixels of this result",
     "tokens": "columns × rows, one id each",
@@ -63,25 +52,8 @@ FIGURE_NOTES = {
 FOLD_ON_PHONES = "() => ({__type__: 'update', open: !matchMedia('(max-width: 640px)').matches})"
 
 
-def _show_errors(handler: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Shows errors that a visitor can correct in the page, without the folders of this machine."""
-
-    @functools.wraps(handler)  # Gradio reads its signature
-    def wrapped(page: "Page", path: str | None, *args: Any) -> list[Any]:
-        try:
-            return handler(page, path, *args)
-        except (ValueError, OSError) as error:
-            return _error_values(str(error).replace(path, Path(path).name) if path else str(error))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return _error_values("Out of memory. Use smaller scales or a smaller image.")
-
-    return wrapped
-
-
 class Page:
-    """The handlers behind the page.
+    """The handler behind the page.
 
     Args:
         model ([`SVQVAE`]): Model of the page. Visitors cannot choose another.
@@ -90,56 +62,41 @@ class Page:
     def __init__(self, model: SVQVAE) -> None:
         self.model = model
 
-    @_show_errors
     def encode(
-        self,
-        photograph: str | None,
-        token_file: str | None,
-        scales: Sequence[float],
-        scale_from: str,
-        progress: gr.Progress = PROGRESS,
+        self, photograph: str | None, scales: Sequence[float], scale_from: str, progress: gr.Progress = PROGRESS
     ) -> list[Any]:
-        """Encodes a photograph and shows it beside its reconstructions. Without one, decodes the opened token file."""
-        if photograph is None and token_file is not None:
-            return self.decode(token_file, progress)
+        """Encodes a photograph and shows it beside its reconstructions, or an error that the visitor can correct."""
+        try:
+            return self._encode(photograph, scales, scale_from, progress)
+        except (ValueError, OSError) as error:  # without the folders of this machine
+            return _error_values(str(error).replace(photograph, Path(photograph).name) if photograph else str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return _error_values("Out of memory. Use smaller scales or a smaller image.")
+
+    def _encode(
+        self, photograph: str | None, scales: Sequence[float], scale_from: str, progress: gr.Progress
+    ) -> list[Any]:
         if photograph is None:
             raise ValueError("There is no photograph yet. Drop one, or choose the example.")
         if not scales:
             raise ValueError("No scale is chosen. Choose at least one.")
         if not Path(photograph).exists():
             raise ValueError("The photograph is no longer stored here. Drop it again.")
-        size = _image_size(photograph)
-        if size:
-            _check_size(*size, scales)
+        largest = max(1, *scales)
+        _check_size(photograph, largest)
         original = load_image(photograph)
-        model, largest = self.model, max(1, *scales)
-        model.tile_if_large(largest * original.height, largest * original.width, on_tile=_tile_progress(progress))
-        check_memory(model, largest * original.height, largest * original.width)
+        self.model.tile_if_large(largest * original.height, largest * original.width)
+        check_memory(self.model, largest * original.height, largest * original.width)
         progress(0, desc="encoding")
         start = time.perf_counter()
-        tokens = encode_image(model, original, sorted(scales), scale_from)
+        tokens = encode_image(self.model, original, sorted(scales), scale_from)
         seconds = time.perf_counter() - start
-        previews = _decode(model, tokens, original, progress)
+        previews = preview_scales(self.model, tokens, original)
+        shown = list(progress.tqdm(previews, "decoding", len(scales), "scales"))
         facts = f"{original.width} × {original.height} pixels, encoded in {seconds:.2f} s"
-        return _result_values(Path(photograph).name, facts, tokens, previews, original)
-
-    @_show_errors
-    def decode(self, token_file: str, progress: gr.Progress = PROGRESS) -> list[Any]:
-        """Decodes a token file and shows its images."""
-        tokens = load_tokens(token_file)
-        if len(tokens.scales) > MAX_SCALES:
-            raise ValueError(
-                f"A token file must have at most {MAX_SCALES} scales to be shown here, got {len(tokens.scales)}."
-            )
-        _check_size(tokens.width, tokens.height, tokens.scales)
-        model, largest = self.model, max(1, *tokens.scales)
-        check_same_codebook(model, tokens)
-        size = largest * tokens.height, largest * tokens.width
-        model.tile_if_large(*size, tokens.tile_size, tokens.overlap, _tile_progress(progress))
-        check_memory(model, *size)
-        previews = _decode(model, tokens, None, progress)
-        facts = f"{tokens.width} × {tokens.height} pixels, decoded from ids alone"
-        return _result_values(Path(token_file).name, facts, tokens, previews, None)
+        return _result_values(f"<p><b>{html.escape(Path(photograph).name)}</b> {facts}</p>", shown, original)
 
 
 def build(page: Page) -> gr.Blocks:
@@ -160,47 +117,33 @@ def build(page: Page) -> gr.Blocks:
                     height=180,
                     elem_id="photograph",
                 )
-                opened = gr.State()  # token file
-                with gr.Row():
-                    example = gr.Dataset(
-                        label="Or an example",
-                        components=["image"],
-                        samples=[[str(EXAMPLE)]],
-                        type="index",
-                        min_width=100,
-                        elem_id="example",
-                    )
-                    with gr.Column(min_width=150, elem_classes="explained"):
-                        upload = gr.UploadButton(
-                            "Open token file", file_types=[".safetensors"], size="md", elem_id="upload"
-                        )
-                        gr.HTML(UPLOAD_HINT)
+                example = gr.Dataset(
+                    label="Or an example",
+                    components=["image"],
+                    samples=[[str(EXAMPLE)]],
+                    type="index",
+                    elem_id="example",
+                )
                 with gr.Accordion("Settings", elem_id="settings") as settings:
                     scales, scale_from, run = _settings()
             with gr.Column(scale=3, min_width=560):
                 summary = gr.HTML(EMPTY, elem_id="summary")
                 with gr.Tabs(visible=False, elem_id="results") as tabs:
-                    scale_tabs = [_scale_tab(index) for index in range(MAX_SCALES)]
-                with gr.Column(visible=False, elem_classes="explained") as saving:
-                    download = gr.DownloadButton("Download token file", size="md", elem_id="download")
-                    gr.HTML(DOWNLOAD_HINT)
-        cleared = [summary, tabs, saving]
+                    scale_tabs = [_scale_tab(index) for index in range(len(SCALES))]
+        cleared = [summary, tabs]
         event = {
-            "outputs": [*cleared, download, *(component for tab in scale_tabs for component in tab)],
+            "outputs": [*cleared, *(component for tab in scale_tabs for component in tab)],
             "show_progress_on": summary,
             "concurrency_id": "model",  # one event at a time, because tiling is a state of the model
             "concurrency_limit": 1,
             "api_visibility": "private",
         }
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        encode = {"fn": page.encode, "inputs": [photograph, opened, scales, scale_from], **event}
+        encode = {"fn": page.encode, "inputs": [photograph, scales, scale_from], **event}
         show_example = example.click(lambda _: str(EXAMPLE), example, photograph, **at_once)
         for start in (run.click, photograph.upload, show_example.then):
             start(lambda: _cleared_values(BUSY), None, cleared, **at_once).then(**encode)
-        photograph.clear(lambda: [None, *_cleared_values(EMPTY)], None, [opened, *cleared], **at_once)
-        upload.upload(
-            lambda path: [None, path, *_cleared_values(BUSY)], upload, [photograph, opened, *cleared], **at_once
-        ).then(page.decode, opened, **event)
+        photograph.clear(lambda: _cleared_values(EMPTY), None, cleared, **at_once)
         blocks.load(None, None, settings, js=FOLD_ON_PHONES, api_visibility="private")
     return blocks
 
@@ -272,69 +215,50 @@ def _settings() -> tuple[gr.Component, ...]:
     return scales, scale_from, run
 
 
-def _scale_tab(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.Image, gr.HTML, gr.HTML]:
-    """Tab for one scale: the slider if there is an original, otherwise the image alone."""
-    buttons = ["fullscreen", "download"]
+def _scale_tab(index: int) -> tuple[gr.Tab, gr.ImageSlider, gr.HTML, gr.HTML]:
+    """Tab for one scale."""
     with gr.Tab(visible=False, id=index) as tab:
         slider = gr.ImageSlider(
-            show_label=False, interactive=False, max_height=600, buttons=buttons, elem_classes="compared"
+            show_label=False,
+            interactive=False,
+            max_height=600,
+            buttons=["fullscreen", "download"],
+            elem_classes="compared",
         )
-        image = gr.Image(show_label=False, interactive=False, buttons=buttons, elem_classes="alone")
         figures = gr.HTML()
         code_grid = gr.HTML(
             html_template=(STATIC / "code_grid.html").read_text(), js_on_load=(STATIC / "code_grid.js").read_text()
         )
-    return tab, slider, image, figures, code_grid
+    return tab, slider, figures, code_grid
 
 
-def _decode(
-    model: SVQVAE, tokens: ImageTokens, original: Image.Image | None, progress: gr.Progress
-) -> list[ScalePreview]:
-    return list(progress.tqdm(preview_scales(model, tokens, original), "decoding", len(tokens.scales), "scales"))
-
-
-def _result_values(
-    name: str, facts: str, tokens: ImageTokens, previews: Sequence[ScalePreview], original: Image.Image | None
-) -> list[Any]:
+def _result_values(summary: str, previews: Sequence[ScalePreview], original: Image.Image) -> list[Any]:
     """Values of the page's outputs after a success."""
-    values = [
-        f"<p><b>{html.escape(name)}</b> {facts}</p>",
-        gr.Tabs(visible=True, selected=tokens.scales.index(1) if 1 in tokens.scales else 0),
-        gr.Column(visible=True),
-        gr.DownloadButton(value=_cache_token_file(tokens, Path(name).stem)),
-    ]
-    left = original and save_pil_to_cache(original, CACHE, name="original", format="png")
+    scales = [preview.scale for preview in previews]
+    values = [summary, gr.Tabs(visible=True, selected=scales.index(1) if 1 in scales else 0)]
+    left = save_pil_to_cache(original, CACHE, name="original", format="png")
     for preview in previews:
         right = save_pil_to_cache(preview.image, CACHE, name=f"scale_{preview.scale:g}", format="png")
         values += [
             gr.Tab(label=f"scale {preview.scale:g}", visible=True),
-            gr.ImageSlider(value=left and (left, right), visible=original is not None),
-            gr.Image(value=None if left else right, visible=original is None),
+            (left, right),
             _figures_html(preview.figures),
             preview.code_grid,
         ]
-    for _ in range(MAX_SCALES - len(previews)):
-        values += [gr.Tab(visible=False), None, None, "", None]
+    for _ in range(len(SCALES) - len(previews)):
+        values += [gr.Tab(visible=False), None, "", None]
     return values
 
 
 def _cleared_values(summary: str) -> list[Any]:
-    """Values of summary, results and download without a result."""
-    return [summary, gr.Tabs(visible=False), gr.Column(visible=False)]
+    """Values of summary and results without a result."""
+    return [summary, gr.Tabs(visible=False)]
 
 
 def _error_values(message: str) -> list[Any]:
     """Values of the page's outputs after an error."""
     alert = f"<p class='error' role='alert'>{html.escape(message)}</p>"
-    return [*_cleared_values(alert), *[gr.skip()] * (1 + 5 * MAX_SCALES)]
-
-
-def _cache_token_file(tokens: ImageTokens, stem: str) -> str:
-    """Writes a token file where Gradio can serve it, and returns its path."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{stem}.safetensors"
-        save_tokens(path, tokens)
-        return save_bytes_to_cache(path.read_bytes(), path.name, CACHE)
+    return [*_cleared_values(alert), *[gr.skip()] * (4 * len(SCALES))]
 
 
 def _figures_html(figures: dict[str, str]) -> str:
@@ -345,23 +269,15 @@ def _figures_html(figures: dict[str, str]) -> str:
     return f"<dl class='figures'>{''.join(cells)}</dl>"
 
 
-def _tile_progress(progress: gr.Progress) -> Callable[[int, int], None]:
-    return lambda *done_and_total: progress(done_and_total, "tiles", unit="tiles")
-
-
-def _image_size(path: str) -> tuple[int, int] | None:
-    """Width and height in an image's header, before its pixels are decoded; None if it cannot be read."""
+def _check_size(path: str, largest: float) -> None:
+    """Raises for an image of too many pixels, before they are decoded. Leaves unreadable files to [`load_image`]."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=tuple(IMAGE_FORMATS)) as image:
-                return image.size
-    except Exception:  # Pillow raises almost any type; `load_image` then explains the error
-        return None
-
-
-def _check_size(width: int, height: int, scales: Sequence[float]) -> None:
-    largest = max(1, *scales)
+                width, height = image.size
+    except Exception:  # Pillow raises almost any type
+        return
     if width * height * largest**2 > MAX_PIXELS:
         raise ValueError(
             f"An image and its reconstructions must have at most {MAX_PIXELS / 1e6:.0f} million pixels on this page, "

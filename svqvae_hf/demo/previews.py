@@ -43,13 +43,13 @@ class ScalePreview:
     code_grid: dict[str, Any]
 
 
-def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image | None) -> Iterator[ScalePreview]:
+def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) -> Iterator[ScalePreview]:
     """Decodes and measures each scale of an image.
 
     Args:
         model ([`SVQVAE`]): Model that made the ids, with tiling configured.
         tokens ([`ImageTokens`]): Ids of the image.
-        original (`PIL.Image.Image`, *optional*): The image that was encoded. PSNR and SSIM need it.
+        original (`PIL.Image.Image`): The image that was encoded.
 
     Yields:
         [`ScalePreview`]: One per scale, in the order of `tokens`, as soon as it is decoded.
@@ -60,15 +60,15 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image | N
         (image,) = decode_image(model, one_scale)
         seconds = time.perf_counter() - start
         height, width = ids.shape
+        (measured,) = measure_reconstructions(original, one_scale, [image])
         figures = {
             "size": f"{image.width} × {image.height}",
             "tokens": f"{width} × {height} = {ids.numel():,}",
             "bits per pixel": f"{tokens.bits_per_pixel(index):.3f}",
+            "PSNR": f"{measured.psnr:.2f} dB",
+            "SSIM": _ssim(original, image),
+            "decoded in": f"{seconds:.2f} s",
         }
-        if original is not None:
-            (measured,) = measure_reconstructions(original, one_scale, [image])
-            figures |= {"PSNR": f"{measured.psnr:.2f} dB", "SSIM": _ssim(original, image)}
-        figures["decoded in"] = f"{seconds:.2f} s"
         yield ScalePreview(scale, image, figures, _code_grid(model, ids))
 
 

@@ -56,7 +56,7 @@ OF_LOADING = (
 )
 OF_CHECKS = (
     *("check_config", "check_class", "check_sample", "check_scales", "check_scale_from", "check_latents"),
-    *("check_finite", "check_ids", "check_side", "check_tiles", "check_checkpointing"),
+    *("check_finite", "check_ids", "check_tiles", "check_checkpointing"),
 )
 OF_TRAINING = (
     *("SVQVAE.forward", "SVQVAE.codebook_fingerprint", "TilingMixin.tile_if_large", "TilingMixin.whole_bytes"),

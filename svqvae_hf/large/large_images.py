@@ -1,11 +1,13 @@
 """Encodes and decodes images larger than memory, from file to file, one tile after the other."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from svqvae_hf.files.outputs import os_error
 from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
@@ -14,31 +16,28 @@ from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.layers import Core
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import Read, RunWindow, gather_context, run_tiles
+from svqvae_hf.models.tiling import Read, RunWindow, gather_context, run_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device, image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
-OnTile = Callable[[int, int], None]
-
 
 @torch.inference_mode()
-def encode_large(
-    model: SVQVAE, source: Path, target: Path, on_tile: OnTile | None = None, *, compress: bool = False
-) -> None:
+def encode_large(model: SVQVAE, source: Path, target: Path, *, compress: bool = False) -> None:
     """Writes the token file of an image of any size: the same file as `encode_image` and `save_tokens` write.
+
+    Shows a progress bar over the tiles on a terminal, as [`decode_large`] does.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
         source (`Path`): Image, see [`open_large_image`].
         target (`Path`): Token file to write; its folder is created.
-        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all tiles.
         compress (`bool`, defaults to `False`): Whether to compress the ids by the context model of `model`.
 
     Raises:
         ValueError: If the image cannot be read, or tiling is not enabled.
     """
     with open_large_image(source) as image:
-        tokens = _encode(model, image, on_tile)
+        tokens = _encode(model, image)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_tokens(target, tokens, model.context_model if compress else None)
 
@@ -64,14 +63,13 @@ def load_large_tokens(source: Path, context_model: ContextModel | None = None) -
 
 
 @torch.inference_mode()
-def decode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | None = None) -> None:
+def decode_large(model: SVQVAE, source: Path, target: Path) -> None:
     """Writes the image of a token file of any size: the same pixels as `decode_image` returns.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
         source (`Path`): Token file of scale 1.
         target (`Path`): Image to write, a tiled BigTIFF; its folder is created. It is complete or absent.
-        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all tiles.
 
     Raises:
         ValueError: If the tokens have other scales or another codebook, or tiling is not enabled.
@@ -91,7 +89,7 @@ def decode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | No
     partial = target.with_name(f"{target.name}.partial")
     try:
         with TiffWriter(partial, tokens.height, tokens.width) as output:
-            for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, on_tile):
+            for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1):
                 top, left = rows.start * f, columns.start * f
                 (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])
                 output.write(top, left, np.asarray(image))
@@ -102,7 +100,7 @@ def decode_large(model: SVQVAE, source: Path, target: Path, on_tile: OnTile | No
         partial.unlink(missing_ok=True)
 
 
-def _encode(model: SVQVAE, image: LargeImage, on_tile: OnTile | None) -> ImageTokens:
+def _encode(model: SVQVAE, image: LargeImage) -> ImageTokens:
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
     ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
@@ -114,13 +112,13 @@ def _encode(model: SVQVAE, image: LargeImage, on_tile: OnTile | None) -> ImageTo
         sample = processor(pixels)["pixel_values"].to(device, model.dtype)
         return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
-    for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, on_tile):
+    for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f):
         ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
     return image_tokens(model, [ids], image.height, image.width, [1.0])
 
 
 def _run_tiles(
-    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, on_tile: OnTile | None
+    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     if not model.use_tiling:
         raise ValueError("a large image needs tiles, but tiling is disabled. Call `enable_tiling` first.")
@@ -133,4 +131,6 @@ def _run_tiles(
     def run_tile(window: torch.Tensor, core: Core) -> torch.Tensor:
         return run(window, None if context is None else context.for_tile(window, core, input_stride))
 
-    return run_tiles(run_tile, read, size, tile, overlap, input_stride, on_tile)
+    tiles = math.prod(len(tile_axis(side, tile, overlap)) for side in size)
+    results = run_tiles(run_tile, read, size, tile, overlap, input_stride)
+    return iter(tqdm(results, total=tiles, unit="tile", leave=False, delay=1, disable=None))

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -176,12 +176,6 @@ def check_scale_from(scale_from: str) -> None:
     """Raises if `scale_from` is not one of `SCALE_SOURCES`."""
     if scale_from not in SCALE_SOURCES:
         raise ValueError(f"`scale_from` must be one of {', '.join(SCALE_SOURCES)}, got {scale_from!r:.80}.")
-
-
-def check_side(sides: Collection[int]) -> None:
-    """Raises if the sides of a tile differ."""
-    if len(sides) > 1:
-        raise ValueError(f"Tiles must be squares, got sides of {' and '.join(map(str, sides))}. Pass `tile_size`.")
 
 
 def check_checkpointing(model: Any) -> None:

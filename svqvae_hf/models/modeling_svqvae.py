@@ -350,7 +350,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         )
         self.f = 2 ** (len(encoder_ch_mult) - 1)
         self.use_slicing = self.use_tiling = False
-        self.tile_size, self.overlap, self.on_tile = 256, OVERLAP_PX, None
+        self.tile_size, self.overlap = 256, OVERLAP_PX
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> SVQVAEEncoderOutput | tuple[torch.Tensor]:

@@ -16,7 +16,7 @@ import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 
-from svqvae_hf.models.checks import check_checkpointing, check_side, check_tiles
+from svqvae_hf.models.checks import check_checkpointing, check_tiles
 from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple
 from svqvae_hf.models.layers import Core, TileContext, make_cuts, move
 
@@ -116,7 +116,6 @@ def run_tiles(
     tile: int,
     overlap: int,
     input_stride: int = 1,
-    on_tile: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Runs a network over the tiles of an image of any size. Yields rows and columns in latents, and the result there.
 
@@ -130,14 +129,10 @@ def run_tiles(
         tile (`int`): Maximum side of a tile.
         overlap (`int`): Overlap on each side.
         input_stride (`int`, defaults to 1): Input positions per latent along each side.
-        on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
     """
-    tiles = [*itertools.product(*(tile_axis(length, tile, overlap) for length in size))]
-    for finished, ((y, rows), (x, columns)) in enumerate(tiles, start=1):
+    for (y, rows), (x, columns) in itertools.product(*(tile_axis(length, tile, overlap) for length in size)):
         window = read(_span(y, input_stride), _span(x, input_stride))
         yield rows, columns, run(window, (move(rows, -y.start), move(columns, -x.start)))
-        if on_tile is not None:
-            on_tile(finished, len(tiles))
 
 
 def map_tiles(
@@ -147,7 +142,6 @@ def map_tiles(
     overlap: int,
     input_stride: int = 1,
     output_stride: int = 1,
-    on_tile: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """Runs a network over the tiles of an image in memory, and joins the cores of its results.
 
@@ -158,11 +152,10 @@ def map_tiles(
         overlap (`int`): Overlap on each side.
         input_stride (`int`, defaults to 1): Input positions per latent along each side.
         output_stride (`int`, defaults to 1): Result positions per latent along each side.
-        on_tile (`Callable`, *optional*): As in [`run_tiles`].
     """
     size = [side // input_stride for side in source.shape[-2:]]
     joined: list[torch.Tensor] = []
-    for y, x, core in run_tiles(run, lambda y, x: source[..., y, x], size, tile, overlap, input_stride, on_tile):
+    for y, x, core in run_tiles(run, lambda y, x: source[..., y, x], size, tile, overlap, input_stride):
         if not joined:
             joined.append(core.new_empty(*core.shape[:2], *(side * output_stride for side in size)))
         joined[0][..., _span(y, output_stride), _span(x, output_stride)] = core
@@ -180,16 +173,8 @@ class TilingMixin(AutoencoderMixin):
     f: int
     overlap: int
     tile_size: int
-    on_tile: Callable[[int, int], None] | None
 
-    def enable_tiling(
-        self,
-        tile_size: int | None = None,
-        overlap: int | None = None,
-        on_tile: Callable[[int, int], None] | None = None,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-    ) -> None:
+    def enable_tiling(self, tile_size: int | None = None, overlap: int | None = None) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
         An image that one tile holds is not tiled. All tiles of an image share their normalisation statistics and what
@@ -199,28 +184,18 @@ class TilingMixin(AutoencoderMixin):
             tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
             overlap (`int`, *optional*): Overlap (halo) on each side of a tile in pixels, which is read but not kept: a
                 multiple of `f`, less than half of `tile_size`. By default 32, or a quarter of a small tile.
-            on_tile (`Callable`, *optional*): Called after each tile with the number of finished tiles and of all.
-            tile_sample_min_height (`int`, *optional*): `tile_size` by its name in diffusers.
-            tile_sample_min_width (`int`, *optional*): `tile_size` by its name in diffusers.
 
         Raises:
-            ValueError: If `tile_size` or `overlap` does not fit, or height and width of a tile differ.
+            ValueError: If `tile_size` or `overlap` does not fit.
         """
-        given = {side for side in (tile_size, tile_sample_min_height, tile_sample_min_width) if side is not None}
-        check_side(given)
-        side = max(given, default=256)
-        check_tiles(self.f, side, overlap)
+        tile_size = 256 if tile_size is None else tile_size
+        check_tiles(self.f, tile_size, overlap)
         super().enable_tiling()
-        self.tile_size, self.on_tile = side, on_tile
-        self.overlap = min(OVERLAP_PX // self.f, side // self.f // 4) * self.f if overlap is None else overlap
+        self.tile_size = tile_size
+        self.overlap = min(OVERLAP_PX // self.f, tile_size // self.f // 4) * self.f if overlap is None else overlap
 
     def tile_if_large(
-        self,
-        height: float,
-        width: float,
-        tile_size: int | None = None,
-        overlap: int | None = None,
-        on_tile: Callable[[int, int], None] | None = None,
+        self, height: float, width: float, tile_size: int | None = None, overlap: int | None = None
     ) -> None:
         """Enables tiling if asked for, or if an image would take more than 1 GiB as a whole. Otherwise disables it.
 
@@ -229,9 +204,8 @@ class TilingMixin(AutoencoderMixin):
             width (`float`): Width of the image in pixels.
             tile_size (`int`, *optional*): As in [`~SVQVAE.enable_tiling`]; enables tiling.
             overlap (`int`, *optional*): As in [`~SVQVAE.enable_tiling`]; enables tiling.
-            on_tile (`Callable`, *optional*): As in [`~SVQVAE.enable_tiling`].
         """
-        self.enable_tiling(tile_size, overlap, on_tile)
+        self.enable_tiling(tile_size, overlap)
         asked = tile_size is not None or overlap is not None
         self.use_tiling = asked or self.whole_bytes(height, width) > WHOLE_BYTES
 
@@ -302,4 +276,4 @@ class TilingMixin(AutoencoderMixin):
         def run_tile(window: torch.Tensor, core: Core) -> torch.Tensor:
             return run(window, shared.for_tile(window, core, input_stride))
 
-        return map_tiles(run_tile, source, *tiles, input_stride, output_stride, self.on_tile)
+        return map_tiles(run_tile, source, *tiles, input_stride, output_stride)

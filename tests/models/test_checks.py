@@ -45,7 +45,6 @@ def test_wrong_config_is_refused(config, message):
         (lambda m: m(torch.rand(1, 3, 8, 8), tile_size="16"), ValueError, "integer number of pixels, got '16'"),
         (lambda m: m.encode_tokens(torch.rand(1, 3, 8, 8), []), ValueError, "at least one scale, got none"),
         (lambda m: m.decode(m.encode(torch.rand(1, 3, 8, 8))), TypeError, "got SVQVAEEncoderOutput. Pass its `.lat"),
-        (lambda m: m.enable_tiling(64, tile_sample_min_width=32), ValueError, "squares, got sides of 64 and 32. Pass"),
         (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6)), ValueError, r"be \(batch, h, w, 8\) for as"),
         (lambda m: m.decode(torch.zeros(30, dtype=int), shape=(1, 5, 6, 4)), ValueError, r"got \(1, 5, 6, 4\) for 30"),
         (lambda _: make_tiny(codebook_l2_norm="false"), ValueError, "must be True or False, got 'false'"),

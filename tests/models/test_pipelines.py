@@ -38,7 +38,9 @@ def switch_tiling(model, tiling):
     """Switches tiling on if asked for; the list given gets an entry for each tile."""
     tiles = []
     if tiling:
-        model.enable_tiling(16, 4, on_tile=lambda done, total: tiles.append(done))
+        model.enable_tiling(16, 4)
+        decode = model.decode_window
+        model.decode_window = lambda window, shared=None: tiles.append(1) or decode(window, shared)
     return tiles
 
 

@@ -25,14 +25,6 @@ def test_default_overlap_fits_any_tile(tiny_model):
     assert deep(images, tile_size=256).sample.shape == images.shape
 
 
-def test_the_side_of_a_tile_by_its_names_in_diffusers(tiny_model):
-    for names in (["tile_sample_min_height"], ["tile_sample_min_width", "tile_sample_min_height"]):
-        tiny_model.enable_tiling(**dict.fromkeys(names, 64))
-        assert (tiny_model.use_tiling, tiny_model.tile_size, tiny_model.overlap) == (True, 64, 16)
-        tiny_model.enable_tiling()
-        assert tiny_model.tile_size == 256
-
-
 @pytest.mark.parametrize("core", [((13, 14), (20, 27)), ((0, 9), (30, 40)), ((0, 40), (0, 40))])
 @pytest.mark.parametrize("config", [{}, {"decoder_ch_mult": (1, 2, 2, 4), "encoder_ch_mult": (1, 1, 1, 1)}])
 @pytest.mark.parametrize("num_res_blocks", [1, 3])

@@ -40,13 +40,6 @@ def test_input_and_output_strides_may_differ(size):
     assert torch.equal(map_tiles(kept(lambda window: window[..., ::4, ::4]), enlarged, 4, 1, input_stride=4), image)
 
 
-def test_progress_counts_every_tile():
-    seen = []
-    map_tiles(kept(), torch.rand(1, 1, 10, 10), 4, 1, on_tile=lambda *count: seen.append(count))
-    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
-    assert len(seen) > 1
-
-
 @pytest.mark.parametrize("size", [(1, 1), (5, 12), (13, 13), (38, 57), (1, 4000), (4000, 30), (192, 256)])
 def test_context_windows_are_spread_over_the_image(size):
     origins = window_origins(size, 12, 32)
