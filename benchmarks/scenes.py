@@ -6,9 +6,10 @@ finds the slots, shifts and objects with the smallest squared error. First it re
 which states its own errors. Then it grades one picture per caption:
 
 - seen: new scenes of pairs that training shows, of single objects and of several of a kind
+- single objects
 - held-out pairs
 - held-out wordings: of held-out pairs
-- edited: one object of a held-out pair replaced by another one
+- edited: one object of a held-out pair replaced by another one, which alone counts under "objects"
 
 For a language model, the second table grades captions of real scenes by their meaning. It also has the bits per id of
 the model, of a table of frequencies, and of a table of pairs of neighbours.
@@ -95,9 +96,13 @@ def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: flo
     slots = [[slot for slot, _ in own.objects] == [slot for slot, _ in other.objects] for own, other in pairs]
     grounds = [own.ground == other.ground for own, other in pairs]
     shares = {"scene": [own == other for own, other in pairs], "objects": objects, "places": slots, "ground": grounds}
-    return {"pictures": name, **{key: f"{100 * np.mean(values):.1f}" for key, values in shares.items()}} | {
-        "s per image": f"{seconds / len(pairs):.2f}"
-    }
+    row = {"pictures": name} | {key: percent(values) for key, values in shares.items()}
+    return row | {"s per image": f"{seconds / len(pairs):.2f}"}
+
+
+def percent(values: Sequence[bool]) -> str:
+    """Share of what is true."""
+    return f"{100 * np.mean(values):.1f}"
 
 
 def draw_batch(model: Generator, captions: Sequence[str], options: Namespace, **arguments: Any) -> list[Image.Image]:
@@ -122,9 +127,9 @@ def draw(model: Generator, captions: Sequence[str], options: Namespace) -> tuple
 
 def edit(
     model: Generator, pictures: Sequence[Image.Image], scenes: Sequence[Scene], options: Namespace
-) -> tuple[list[Image.Image], list[Scene]]:
-    """Replaces one object of each pair by another one: the pictures, and what was asked for."""
-    random, results, asked = Random(options.seed), [], []
+) -> tuple[list[Image.Image], list[Scene], list[tuple[str, str]]]:
+    """Replaces one object of each pair by another one: the pictures, what was asked for, and the new objects."""
+    random, results, asked, added = Random(options.seed), [], [], []
     for start in range(0, len(scenes), BATCH):
         masks = []
         for scene in scenes[start : start + BATCH]:
@@ -132,13 +137,14 @@ def edit(
             new = random.choice([name for name in OBJECTS if name not in dict(scene.objects).values()])
             objects = ((slot, new if slot == replaced else name) for slot, name in scene.objects)
             asked.append(Scene(scene.ground, tuple(objects)))
+            added.append((replaced, new))
             x, y, _ = SLOTS[replaced]
             masks.append(Image.new("L", (SIDE, SIDE)))
             masks[-1].paste(255, (x - 24, y - 24, x + 24, y + 24))
         captions = [scene.captions()[0] for scene in asked[start:]]
         originals = pictures[start : start + BATCH]
         results += draw_batch(model, captions, options, image=originals, mask_image=masks)
-    return results, asked
+    return results, asked, added
 
 
 @torch.inference_mode()
@@ -212,26 +218,30 @@ def main() -> None:
     sets = datasets.load_dataset(options.scenes)
     chosen = {name: sets[name].select(random.sample(range(1000), options.count)) for name in ("validation", "test")}
     scenes = {name: [Scene.parse(captions[0]) for captions in rows["caption"]] for name, rows in chosen.items()}
-    captions = {
-        "seen": [scene.captions()[0] for scene in scenes["validation"]],
-        "held-out pairs": [scene.captions()[0] for scene in scenes["test"]],
-        "held-out wordings": [random.choice(scene.captions(held_out=True)) for scene in scenes["test"]],
-    }
+    singles = [
+        Scene(random.choice([*GROUNDS]), ((random.choice(ONE), random.choice([*OBJECTS])),))
+        for _ in range(options.count)
+    ]
+    asked = {"seen": scenes["validation"], "single objects": singles, "held-out pairs": scenes["test"]}
+    captions = {name: [scene.captions()[0] for scene in group] for name, group in asked.items()}
+    asked["held-out wordings"] = scenes["test"]
+    captions["held-out wordings"] = [random.choice(scene.captions(held_out=True)) for scene in scenes["test"]]
     grids = {name: encode(model, rows["image"]) for name, rows in chosen.items()}
     with torch.inference_mode():
         again = model.image_processor.postprocess(model.vqvae.decode_tokens(grids["test"]))
     grades = [grade("real, after the tokenizer", [*map(grader, again)], scenes["test"])]
     for name, texts in captions.items():
         pictures, seconds = draw(model, texts, options)
-        asked = scenes["validation" if name == "seen" else "test"]
-        grades.append(grade(name, [*map(grader, pictures)], asked, seconds))
+        grades.append(grade(name, [*map(grader, pictures)], asked[name], seconds))
         if options.sheet and name == "held-out pairs":
             make_image_grid(pictures[:64], rows=4, cols=16).save(options.sheet)
         if options.neighbours and name == "held-out pairs":
             shown = pictures[:16] + nearest(pictures[:16], sets["train"])
             make_image_grid(shown, rows=2, cols=16).save(options.neighbours)
-    pictures, asked = edit(model, chosen["test"]["image"][:64], scenes["test"][:64], options)
-    grades.append(grade("edited", [*map(grader, pictures)], asked))
+    pictures, edited, added = edit(model, chosen["test"]["image"][:64], scenes["test"][:64], options)
+    found = [*map(grader, pictures)]
+    new = [item in scene.objects for scene, item in zip(found, added, strict=True)]
+    grades.append(grade("edited", found, edited) | {"objects": percent(new)})
     tables = {"Pictures of captions": grades}
 
     if isinstance(model, ImageLanguageModel):
@@ -243,7 +253,7 @@ def main() -> None:
             rows.append(
                 {
                     "scenes": name,
-                    "captions right, %": f"{100 * np.mean(right):.1f}",
+                    "captions right, %": percent(right),
                     "bits per id": f"{bits_per_id(model, captions[name], grids[split]):.2f}",
                     "by frequencies": f"{single:.2f}",
                     "by pairs": f"{pairs:.2f}",
