@@ -88,9 +88,9 @@ class Parser(argparse.ArgumentParser):
         """Adds the device."""
         self.option("--device", not_empty, "DEVICE", "cpu, cuda, cuda:1, mps or xpu (default: a GPU if there is one)")
 
-    def add_dtype(self, choices: Sequence[str] = DTYPES) -> None:
+    def add_dtype(self) -> None:
         """Adds the precision of the weights."""
-        self.choice("--dtype", choices, "precision of weights (default: float32)", "float32")
+        self.choice("--dtype", DTYPES, "precision of weights (default: float32)", "float32")
 
     def add_image_set(self) -> None:
         """Adds a set of images, local or on the Hub."""

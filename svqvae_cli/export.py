@@ -16,20 +16,18 @@ def add_to(commands: Commands) -> None:
         "export a model to ONNX",
         "Writes one graph from images to ids and one from ids to images, for any batch\n"
         "size, height and width. Compares them with the model before it keeps them.",
-        "org/svqvae --output graphs --dtype float16",
+        "org/svqvae --output graphs",
     )
     parser.option("model", path_or_name, "MODEL", "model folder or Hub id")
     parser.add_output("folder to create")
-    parser.add_dtype(("float32", "float16"))
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes a model as two graphs, and prints how close they are to it."""
     check_source(args.model)
     check_new_folder(args.output)
-    from svqvae_cli.loading import load_model
-    from svqvae_hf.export.export import export_graphs
-
-    model = load_model(args.model, "cpu", "float32")
     with require_extra("export", "export"):
-        print(export_graphs(model, args.output, dtype=args.dtype))
+        from svqvae_hf.export.export import export_graphs
+    from svqvae_cli.loading import load_model
+
+    print(export_graphs(load_model(args.model, "cpu", "float32"), args.output))

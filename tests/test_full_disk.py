@@ -11,7 +11,7 @@ from PIL import Image
 
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.export import export, graph_files
+from svqvae_hf.export import export
 from svqvae_hf.files.outputs import save_png, write_file
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.writer import tokenize_set
@@ -51,8 +51,8 @@ def test_old_file_stays(disk, kind):
 
 
 def test_no_part_of_a_folder_stays(disk, monkeypatch):
-    monkeypatch.setattr(export, "trace_graphs", lambda model, dtype: (None, None))
-    monkeypatch.setattr(graph_files, "save_graph", lambda _, path, __: path.write_bytes(bytes(1 << 20)))
+    monkeypatch.setattr(export, "trace_graphs", lambda model: (None, None))
+    monkeypatch.setattr(export, "save_graph", lambda _, path, __: path.write_bytes(bytes(1 << 20)))
     fill(disk)
     for make in (
         lambda out: convert(CHECKPOINT, out, license="mit"),

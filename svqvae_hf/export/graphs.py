@@ -1,6 +1,5 @@
 """Encoder and decoder as traced graphs: image to ids, ids to image."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,15 +17,12 @@ class EncoderGraph(nn.Module):
     """Image to ids, untiled. The codebook is searched in one piece, so the graph holds for any number of ids.
 
     Args:
-        model ([`SVQVAE`]): Model in float32. It is not changed.
-        dtype (`torch.dtype`): Type of images and weights. The codebook is searched in float32.
+        model ([`SVQVAE`]): Model in float32.
     """
 
-    def __init__(self, model: SVQVAE, dtype: torch.dtype):
+    def __init__(self, model: SVQVAE):
         super().__init__()
-        self.encoder = copy.deepcopy(model.encoder).to(dtype)
-        self.quant_conv = copy.deepcopy(model.quant_conv).to(dtype)
-        self.f = model.f
+        self.encoder, self.quant_conv, self.f = model.encoder, model.quant_conv, model.f
         self.ranges = model.config["pixel_range"], model.config["network_range"]
         self.l2_norm = model.config["codebook_l2_norm"]
         self.codes: torch.Tensor
@@ -42,7 +38,7 @@ class EncoderGraph(nn.Module):
         sample = F.pad(sample, (0, self.f - 1, 0, self.f - 1), mode="replicate")
         sample = sample[..., : rows * self.f, : columns * self.f]
         latents = self.quant_conv(self.encoder(map_range(sample, *self.ranges)))
-        latents = latents.permute(0, 2, 3, 1).float()  # (batch, h, w, codebook_embed_dim)
+        latents = latents.permute(0, 2, 3, 1)  # (batch, h, w, codebook_embed_dim)
         if self.l2_norm:
             latents = F.normalize(latents, dim=-1)
         scores = latents @ self.codes
@@ -53,17 +49,15 @@ class DecoderGraph(nn.Module):
     """Ids to image, untiled and clamped to `pixel_range`.
 
     Args:
-        model ([`SVQVAE`]): Model in float32. It is not changed.
-        dtype (`torch.dtype`): Type of images and weights.
+        model ([`SVQVAE`]): Model in float32.
     """
 
-    def __init__(self, model: SVQVAE, dtype: torch.dtype):
+    def __init__(self, model: SVQVAE):
         super().__init__()
-        self.post_quant_conv = copy.deepcopy(model.post_quant_conv).to(dtype)
-        self.decoder = copy.deepcopy(model.decoder).to(dtype)
+        self.post_quant_conv, self.decoder = model.post_quant_conv, model.decoder
         self.ranges = model.config["network_range"], model.config["pixel_range"]
         self.codes: torch.Tensor
-        self.register_buffer("codes", _codes(model).to(dtype))  # (codebook_size, codebook_embed_dim)
+        self.register_buffer("codes", _codes(model))  # (codebook_size, codebook_embed_dim)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(batch, h, w)` -> `(batch, out_channels, h * f, w * f)`."""
@@ -71,16 +65,11 @@ class DecoderGraph(nn.Module):
         return map_range(self.decoder(self.post_quant_conv(latents)), *self.ranges).clamp(*self.ranges[1])
 
 
-def trace_graphs(model: SVQVAE, dtype: torch.dtype) -> tuple[ExportedProgram, ExportedProgram]:
+def trace_graphs(model: SVQVAE) -> tuple[ExportedProgram, ExportedProgram]:
     """Traces encoder and decoder, with dynamic batch, height and width."""
-    encoder, decoder = EncoderGraph(model, dtype), DecoderGraph(model, dtype)
-    weights = {**encoder.state_dict(), **decoder.state_dict()}
-    overflowed = sorted(key for key, tensor in weights.items() if not tensor.isfinite().all())
-    if overflowed:
-        raise ValueError(f"Weights must lie in the range of float16, but {', '.join(overflowed)} do not. Use float32.")
     return (
-        _trace(encoder, example_images(model, TRACED_GRID).to(dtype), (0, 2, 3)),
-        _trace(decoder, torch.zeros(TRACED_GRID, dtype=torch.int64), (0, 1, 2)),
+        _trace(EncoderGraph(model), example_images(model, TRACED_GRID), (0, 2, 3)),
+        _trace(DecoderGraph(model), torch.zeros(TRACED_GRID, dtype=torch.int64), (0, 1, 2)),
     )
 
 
@@ -105,7 +94,7 @@ def _trace(graph: nn.Module, example: torch.Tensor, dynamic: Sequence[int]) -> E
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds paths of this machine
     # The tracer demands at least two images, rows and columns of ids, although the graph works for one of each:
-    # graph_check.py runs it on one.
+    # `compare_graphs` runs it on one.
     program._guards_code = []
     for symbol, sides in program.range_constraints.items():
         program.range_constraints[symbol] = type(sides)(1, sides.upper)

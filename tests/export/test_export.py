@@ -9,21 +9,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, make_tiny
 from PIL import Image
 
 import svqvae_cli
 import svqvae_hf
 from svqvae_hf import SVQVAEImageProcessor
-from svqvae_hf.export import export, graph_files
-from svqvae_hf.export.export import export_graphs
-from svqvae_hf.export.graphs import trace_graphs
+from svqvae_hf.export import export
+from svqvae_hf.export.export import CHECKED_GRIDS, compare_graphs, export_graphs
+from svqvae_hf.export.graphs import TRACED_GRID, trace_graphs
 from svqvae_hf.models import quantizer
 
 EXAMPLE = ROOT / "examples" / "onnx_tokenizer.py"
 PIXEL_RANGE = (-1, 3)  # differs from `network_range`: the graphs map one to the other
 SMALL = {"encoder_ch_mult": (1, 2), "decoder_ch_mult": (1, 2), "pixel_range": PIXEL_RANGE}  # f = 2
-ONE_LEVEL = {"encoder_ch_mult": (1,), "decoder_ch_mult": (1,)}
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_grad")]
 
@@ -42,32 +42,32 @@ def model_folder(small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(small, tmp_path_factory):
-    """Report of exporting `small`, in training mode and tiled, and its graphs, traced once for all tests."""
-    graphs = []
+    """Folder of the export of `small`, in training mode and tiled, and its graphs, traced once for all tests."""
+    graphs, folder = [], tmp_path_factory.mktemp("onnx") / "graphs"
 
-    def trace(model, dtype):
-        graphs.append(trace_graphs(model, dtype))
+    def trace(model):
+        graphs.append(trace_graphs(model))
         return graphs[0]
 
     small.train().enable_tiling(tile_size=4, overlap=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "trace_graphs", trace)
-        report = export_graphs(small, tmp_path_factory.mktemp("onnx") / "graphs")
+        export_graphs(small, folder)
     assert small.training
     assert small.use_tiling
     small.eval().disable_tiling()
-    return report, graphs[0]
+    return folder, graphs[0]
 
 
 @pytest.fixture(scope="module")
-def report(exported):
+def graphs(exported):
     return exported[0]
 
 
 @pytest.fixture
 def traced(exported, monkeypatch):
     """Exports use the graphs that were traced before."""
-    monkeypatch.setattr(export, "trace_graphs", lambda model, dtype: exported[1])
+    monkeypatch.setattr(export, "trace_graphs", lambda model: exported[1])
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +76,11 @@ def documented(exported, model_folder, tmp_path_factory):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     folder, names = tmp_path_factory.mktemp("documented"), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace_graphs", lambda model, dtype: exported[1])
+        patch.setattr(export, "trace_graphs", lambda model: exported[1])
         patch.setattr(svqvae_hf, "DEFAULT_MODEL", str(model_folder))
         patch.chdir(folder)
         exec(code, names)
     return names | {"folder": folder / "graphs"}
-
-
-@pytest.fixture(scope="module")
-def half_model():
-    return make_tiny(**ONE_LEVEL, codebook_l2_norm=False)
-
-
-@pytest.fixture(scope="module")
-def half_report(half_model, tmp_path_factory):
-    return export_graphs(half_model, tmp_path_factory.mktemp("half") / "graphs", dtype="float16")
 
 
 def image(grid, model):
@@ -117,15 +107,15 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_onnx_equals_the_model(small, report, monkeypatch):
+def test_onnx_equals_the_model(small, graphs, monkeypatch):
     monkeypatch.setattr(quantizer, "SEARCH_SCORES", 7 * 64)  # the model searches in chunks, the graph does not
     for grid, (top, left) in [((1, 1, 1), (0, 0)), ((3, 1, 1), (1, 1)), ((2, 9, 6), (0, 1)), ((1, 24, 30), (1, 0))]:
         sample = image(grid, small)[..., top:, left:]  # sides that are not multiples of f, too
-        ids = run_onnx(report.out / "encoder.onnx", sample)
+        ids = run_onnx(graphs / "encoder.onnx", sample)
         assert ids.dtype == torch.int64
         assert (ids != small.encode_tokens(sample)).float().mean() < 0.01  # ties
         decoded = small.decode_tokens(ids)
-        assert is_close(run_onnx(report.out / "decoder.onnx", ids), decoded, 4 * 2 / 255)
+        assert is_close(run_onnx(graphs / "decoder.onnx", ids), decoded, 4 * 2 / 255)
 
 
 def test_decoder_clamps(small, documented):
@@ -141,20 +131,10 @@ def test_documented_code_equals_the_model(small, documented):
     assert is_close(run_session(documented["decoder"], ids), small.decode_tokens(ids), 4 * 2 / 255)
 
 
-def test_float16_graphs_are_close_to_the_model(half_model, half_report):
-    sample = image((2, 12, 10), half_model)
-    ids = run_onnx(half_report.out / "encoder.onnx", sample.half())
-    assert (ids != half_model.encode_tokens(sample)).float().mean() < 0.05
-    decoded = run_onnx(half_report.out / "decoder.onnx", ids)
-    assert decoded.dtype == torch.float16
-    assert is_close(decoded.float(), half_model.decode_tokens(ids), 2 / 255)
-    assert f"{half_report.changed} of {half_report.ids} ids differ" in str(half_report)
-
-
-def test_metadata_of_onnx(small, report):
+def test_metadata_of_onnx(small, graphs):
     shapes = {"sample": ["batch", 3, "height", "width"], "ids": ["batch", "rows", "columns"]}
     for name, source, target in (("encoder", "sample", "ids"), ("decoder", "ids", "sample")):
-        path = report.out / f"{name}.onnx"
+        path = graphs / f"{name}.onnx"
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path)
         metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -169,13 +149,13 @@ def test_metadata_of_onnx(small, report):
         assert (returned.name, returned.shape) == (target, shapes[target])
 
 
-def test_no_paths_of_the_machine_are_in_files(report):
-    contents = [path.read_bytes() for path in report.out.iterdir()]
+def test_no_paths_of_the_machine_are_in_files(graphs):
+    contents = [path.read_bytes() for path in graphs.iterdir()]
     paths = {str(ROOT), str(Path(torch.__file__).parent), str(Path.home()), sys.prefix}
     assert not any(path.encode() in content for content in contents for path in paths)
 
 
-def test_example_needs_only_onnxruntime_and_numpy(small, report, photo, tmp_path):
+def test_example_needs_only_onnxruntime_and_numpy(small, graphs, photo, tmp_path):
     photo.crop((100, 50, 191, 111)).save(tmp_path / "photo.png")  # 91 x 61, not multiples of f
     alone = (
         "import runpy, sys\n"
@@ -183,7 +163,7 @@ def test_example_needs_only_onnxruntime_and_numpy(small, report, photo, tmp_path
         "del sys.argv[0]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    argv = [sys.executable, "-c", alone, EXAMPLE, report.out, tmp_path / "photo.png", tmp_path / "back.png"]
+    argv = [sys.executable, "-c", alone, EXAMPLE, graphs, tmp_path / "photo.png", tmp_path / "back.png"]
     run = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
@@ -197,17 +177,48 @@ def test_example_needs_only_onnxruntime_and_numpy(small, report, photo, tmp_path
     assert difference.max() <= 2
 
 
+def test_graphs_without_normalised_codes_equal_the_model(tmp_path):
+    assert "checked  10 sizes" in export_graphs(make_tiny(**SMALL, codebook_l2_norm=False), tmp_path / "graphs")
+
+
+def test_ten_sizes_are_checked():
+    assert len(set(CHECKED_GRIDS)) == 10
+    assert TRACED_GRID not in CHECKED_GRIDS
+    assert all(any(grid[axis] == 1 for grid in CHECKED_GRIDS) for axis in range(3))
+    assert max(rows * columns for _, rows, columns in CHECKED_GRIDS) * 16384 > 2 * quantizer.SEARCH_SCORES
+
+
+def test_wrong_padding_ids_and_pixels_fail(small):
+    def pad_with_zeros(sample):
+        return small.encode_tokens(F.pad(sample, (0, sample.shape[-1] % 2, 0, sample.shape[-2] % 2)))
+
+    def change(ids, wrong):
+        return torch.where(torch.arange(ids.numel()).view_as(ids) == wrong, ids ^ 1, ids)
+
+    def one_wrong(sample):  # one id of 1,447
+        return change(small.encode_tokens(sample), 600)
+
+    assert "1 of 1447 ids differ" in compare_graphs(small, one_wrong, small.decode_tokens)
+    for encode, match in (
+        (pad_with_zeros, r"the encoder: ids must equal the model's, but \d+ of 1447 differ"),
+        (lambda sample: change(small.encode_tokens(sample), 20), "6 of 1447 "),  # sizes with more than 20 ids
+    ):
+        with pytest.raises(ValueError, match=match):
+            compare_graphs(small, encode, small.decode_tokens)
+    for wrong in (PIXEL_RANGE[0] - 1, torch.nan):
+        with pytest.raises(ValueError, match=r"decoder at 2 x 2 .* within 2/255 of the model's, but differ by"):
+            compare_graphs(small, small.encode_tokens, lambda ids, w=wrong: small.decode_tokens(ids).fill_(w))
+
+
 @pytest.mark.usefixtures("traced")
 def test_failed_check_leaves_no_files(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(graph_files, "load_graph", lambda path: lambda value: value.flip(0, 1))
+    monkeypatch.setattr(export, "load_graph", lambda path: lambda value: value.flip(0, 1))
     with pytest.raises(ValueError, match="encoder at 2 x 2 pixels"):
         export_graphs(small, tmp_path / "out")
     assert names(tmp_path) == []
 
 
-def test_wrong_arguments_are_errors(small, tmp_path):
-    with pytest.raises(ValueError, match="`dtype` must be one of float32, float16, got 'bfloat16'"):
-        export_graphs(small, tmp_path / "out", dtype="bfloat16")
+def test_a_folder_with_files_is_an_error(small, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="empty folder"):
         export_graphs(small, tmp_path)
