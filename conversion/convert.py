@@ -1,6 +1,6 @@
 """Runs `svqvae convert` in a checkout.
 
-python conversion/convert.py SOURCE OUT [--push-to-hub ORG/NAME --private --create-pr]
+python conversion/convert.py SOURCE OUT
 """
 
 import sys

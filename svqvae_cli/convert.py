@@ -38,15 +38,11 @@ def add_to(commands: Commands) -> None:
     help = "licence of the source for the card, by its id on the Hub (default: unknown)"
     parser.option("--license", not_empty, "ID", help)
     parser.flag("--standalone", "also write the code of the models, for use without svqvae-hf")
-    parser.option("--push-to-hub", not_empty, "ORG/NAME", "upload the result to the Hub")
-    parser.flag("--private", "make a new repository private")
-    parser.flag("--create-pr", "open a pull request instead of committing")
+    parser.option("--repo-id", not_empty, "ORG/NAME", "name on the Hub, for the card (default: the name of OUT)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts an original checkpoint to a Hub repository."""
-    names = ("use_ema", "variant", "license", "push_to_hub", "create_pr", "standalone")
-    shared = {name: getattr(args, name) for name in names} | {"private": args.private or None}
     of_tokenizers: dict[str, Any] = {"codebook_l2_norm": False} if args.no_codebook_l2_norm else {}
     if args.network_range is not None:
         of_tokenizers["network_range"] = tuple(args.network_range)
@@ -63,13 +59,9 @@ def run(args: argparse.Namespace) -> None:
     if not os.path.exists(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
         raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
     check_new_folder(args.out)
-    if args.tokenizer is None:
-        from svqvae_hf.conversion.convert import convert
-
-        print(convert(args.source, args.out, **shared, **of_tokenizers))
-        return
     from svqvae_cli.loading import hide_loading_bars
-    from svqvae_hf.conversion.convert_generator import convert_generator
+    from svqvae_hf.conversion.convert import convert
 
     hide_loading_bars()
-    print(convert_generator(args.source, args.out, args.tokenizer, **shared, **of_generators))
+    shared = {name: getattr(args, name) for name in ("use_ema", "variant", "license", "standalone", "repo_id")}
+    print(convert(args.source, args.out, args.tokenizer, **shared, **of_generators, **of_tokenizers))

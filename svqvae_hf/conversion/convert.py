@@ -1,27 +1,50 @@
-"""Converts an original checkpoint to a Hub repository: card, config and safetensors."""
+"""Converts original checkpoints of tokenizers and generators to Hub repositories: cards, configs and safetensors."""
 
+import mmap
 from pathlib import Path
 from typing import Any
 
-from svqvae_hf.conversion.new_repository import VARIANTS, ConversionReport, NewRepository
+from svqvae_hf.conversion.new_repository import VARIANTS, new_folder, write_repository
+from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
+from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
+from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, read_llamagen
+from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
+from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
+from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.pipelines.captions import load_text_encoder
+from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, default_schedule
+
+SUMMARY = (
+    "Generates images id by id: LlamaGen's language model predicts ids from {condition}, and SVQVAE decodes them."
+)
+CALLS = {  # settings of LlamaGen's scripts
+    "classes": "class_labels=207, guidance_scale=4.0, top_k=2000",
+    "captions": 'prompt="A cat on a roof.", guidance_scale=7.5, top_k=1000',
+}
 
 
 def convert(
     source: str | Path,
     out: str | Path,
+    tokenizer: str | Path | None = None,
     *,
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+    text_encoder: str | None = None,
     use_ema: bool = False,
     variant: str | None = None,
     license: str | None = None,
-    push_to_hub: str | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
     standalone: bool = False,
+    repo_id: str | None = None,
     **config: Any,
-) -> ConversionReport:
-    """Converts an original checkpoint to a Hub repository: card, config and safetensors.
+) -> str:
+    """Converts an original checkpoint to a Hub repository, which `hf upload` uploads.
+
+    A tokenizer becomes an [`SVQVAE`]. With `tokenizer`, the source is a generator: a language model of LlamaGen
+    becomes a [`SVQVAEAutoregressivePipeline`], and a transformer of FlexVAR a [`SVQVAENextScalePipeline`].
 
     The repository is written to a temporary folder beside `out` and loaded again. It is renamed to `out` once its
     tensors and its config equal the source. A process that is killed before that leaves the temporary folder,
@@ -30,26 +53,120 @@ def convert(
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
         out (`str` or `Path`): Folder to create. It may exist if it is empty.
+        tokenizer (`str` or `Path`, *optional*): Tokenizer that a generator was trained with: checkpoint file,
+            `org/repo:file`, model folder or Hub id.
+        image_size (`int`, *optional*): Side in pixels of the training images of a generator, by default `sample_size`
+            of the tokenizer. LlamaGen needs it unless the source tells it.
+        num_attention_heads (`int`, *optional*): Number of heads of LlamaGen's model. Required for sizes that LlamaGen
+            does not define.
+        text_encoder (`str`, *optional*): T5 encoder of LlamaGen's captions: folder or Hub id, such as
+            `google/flan-t5-xl`. Required for a model for captions.
         use_ema (`bool`, defaults to `False`): Use the EMA weights, which LlamaGen's files may have.
         variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well. The codebook
             stays in float32, so that ids keep their meaning.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`, because no
             checkpoint states it.
-        push_to_hub (`str`, *optional*): Hub repository `org/name` to upload the result to. It is created as soon as
-            the source is read, so that a missing login is found early.
-        private (`bool`, *optional*): Whether a new repository is private.
-        create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
-        standalone (`bool`, defaults to `False`): Also write the code of the models, see [`CardMixin.push_to_hub`].
-        **config: Config values that replace the values read from the file, such as `network_range`.
+        standalone (`bool`, defaults to `False`): Also write the code of the models.
+        repo_id (`str`, *optional*): `org/name` that the repository will have on the Hub, which its card and the code
+            of a pipeline name. By default they name the folder.
+        **config: Config values of a tokenizer that replace the values read from the file, such as `network_range`.
 
     Returns:
-        [`ConversionReport`]: Source, config and files.
+        `str`: Source, config and files, for a terminal.
 
     Raises:
-        OSError: If the source cannot be read, `out` cannot be written, or the upload fails.
-        ValueError: If the source is not a whole checkpoint of a known format, or an argument is wrong.
+        OSError: If a source cannot be read, or `out` cannot be written.
+        ValueError: If the source is not a whole checkpoint of a known format, the tokenizer or the text encoder does
+            not fit, or an argument is wrong or missing.
     """
-    repository = NewRepository(out, variant, license, push_to_hub, private, create_pr, standalone)
-    checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
-    variants = {variant: VARIANTS[variant]} if variant else None
-    return repository.write(checkpoint.model(SVQVAE), checkpoint, variants=variants)
+    folder = new_folder(out, variant)
+    if repo_id is not None:
+        check_repo_id(repo_id, "repo_id")
+    if tokenizer is None:
+        checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
+        converted: Any = checkpoint.model(SVQVAE)
+        card: dict[str, Any] = {"variants": {variant: VARIANTS[variant]} if variant else None}
+    elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
+        vqvae = _load_tokenizer(tokenizer)
+        grid_size = None if image_size is None else _latents_side(vqvae, image_size)
+        checkpoint = read_llamagen(
+            source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema
+        )
+        with_captions = checkpoint.config["caption_dim"] is not None
+        text_components = _load_text_components(source, text_encoder, with_captions)
+        converted = SVQVAEAutoregressivePipeline.from_llamagen(
+            vqvae, LlamaGenForCausalLM.from_checkpoint(checkpoint), **text_components
+        )
+        condition = "captions" if with_captions else "classes"
+        rows = {
+            "images": f"{converted.layout.height} x {converted.layout.width} pixels",
+            "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{vqvae.codebook_fingerprint()}`",
+            **({} if text_encoder is None else {"text encoder": f"`{public_name(text_encoder)}`"}),
+        }
+        card = {"provenance": rows, "summary": SUMMARY.format(condition=condition), "call": CALLS[condition]}
+        card["tags"] = ["svqvae", "llamagen", "autoregressive"]
+    else:
+        checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
+        vqvae = _load_tokenizer(tokenizer)
+        side = _latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size)
+        schedule = [list(size) for size in default_schedule(side)]
+        transformer = checkpoint.model(NextScaleTransformer)
+        converted = SVQVAENextScalePipeline(vqvae, transformer, schedule=schedule, scale_from="latents")
+        card = {"provenance": {"tokenizer": f"`{public_name(tokenizer)}`"}}
+        card["tags"] = ["svqvae", "next-scale", "class-conditional"]
+    return write_repository(
+        converted,
+        checkpoint,
+        folder,
+        variant=variant,
+        license=license,
+        standalone=standalone,
+        repo_id=repo_id,
+        **card,
+    )
+
+
+def is_llamagen(source: str | Path) -> bool:
+    """Whether a checkpoint seems to hold a language model of LlamaGen, by a name of a weight in it."""
+    path = locate_checkpoint(source)
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(EMBEDDING.encode()) >= 0
+
+
+def _load_text_components(source: str | Path, text_encoder: str | None, with_captions: bool) -> dict[str, Any]:
+    """Text encoder and its tokenizer, for a model with captions."""
+    if with_captions and text_encoder is None:
+        raise ValueError(
+            f"`{source}` does not tell the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
+            "`svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
+        )
+    if text_encoder is None:
+        return {}
+    if not with_captions:
+        raise ValueError(f"`{source}` has classes instead of captions, and no text encoder. Leave `text_encoder` out.")
+    encoder, tokenizer = load_text_encoder(text_encoder)
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
+
+
+def _latents_side(vqvae: SVQVAE, image_size: int) -> int:
+    """Rows and columns of ids of square images, by their side in pixels.
+
+    Raises:
+        ValueError: The side is not a positive multiple of f.
+    """
+    if image_size < 1 or image_size % vqvae.f:
+        raise ValueError(
+            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
+        )
+    return image_size // vqvae.f
+
+
+def _load_tokenizer(source: str | Path) -> SVQVAE:
+    """Loads a tokenizer from an original checkpoint, a folder or the Hub, in float32 and evaluation mode."""
+    if Path(source).is_file() or hub_repo(source) is not None:
+        return SVQVAE.from_single_file(source)
+    vqvae = SVQVAE.from_pretrained(source).eval()
+    vqvae.register_to_config(_name_or_path=public_name(source))
+    return vqvae

@@ -4,8 +4,8 @@ import json
 import stat
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,154 +13,83 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 
 from svqvae_hf.files.outputs import check_new_folder
-from svqvae_hf.hub.repositories import check_repo_id, hub_repo, prepare_repo, push_output
+from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class ConversionReport:
-    """Result of a conversion. `str(report)` formats it for a terminal.
+def new_folder(out: str | Path, variant: str | None) -> Path:
+    """Path of a repository to create. Raises ValueError if it has files, or the variant is unknown."""
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    return check_new_folder(Path(out))
+
+
+def write_repository(
+    converted: Any,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    variant: str | None,
+    license: str | None,
+    standalone: bool,
+    repo_id: str | None,
+    provenance: Mapping[str, str] = MappingProxyType({}),
+    **card: Any,
+) -> str:
+    """Writes a repository to a temporary folder, checks it, and renames it to `out`.
 
     Args:
-        source (`str`): Source, as passed by the caller.
-        sha256 (`str`): SHA-256 of the source file, in hexadecimal.
-        format (`str`): Name of the format of the source.
-        tokenizer (`str`, *optional*): Source of the tokenizer, if a generator was converted.
-        config (`dict[str, Any]`): Config of the converted model.
-        tensors (`int`): Number of tensors, all bit-equal after loading again.
-        out (`Path`): Folder of the repository.
-        files (`tuple[str, ...]`): Paths of the files in it.
-        url (`str`, *optional*): URL of the commit or pull request, if the result was pushed.
-    """
-
-    source: str
-    sha256: str
-    format: str
-    tokenizer: str | None
-    config: dict[str, Any]
-    tensors: int
-    out: Path
-    files: tuple[str, ...]
-    url: str | None
-
-    def __str__(self) -> str:
-        tokenizer = "" if self.tokenizer is None else f", {self.tokenizer} (tokenizer)"
-        lines = [
-            f"read     {self.source} ({self.format}, sha256 {self.sha256}){tokenizer}",
-            f"config   {', '.join(f'{key}={value}' for key, value in self.config.items())}",
-            f"checked  {self.tensors} tensors and the config, equal after loading again",
-            f"written  {self.out}: {', '.join(self.files)}",
-        ]
-        return "\n".join(lines if self.url is None else [*lines, f"pushed   {self.url}"])
-
-
-@dataclass
-class NewRepository:
-    """A repository to create, local and, if asked for, on the Hub.
-
-    Args:
-        out (`str` or `Path`): Folder to create. It may exist if it is empty.
+        converted ([`SVQVAE`] or pipeline): The converted model.
+        checkpoint ([`Checkpoint`]): Source.
+        out (`Path`): Folder to create, from [`new_folder`].
         variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier.
-        push_to_hub (`str`, *optional*): Hub repository `org/name` to upload the result to.
-        private (`bool`, *optional*): Whether a new repository is private.
-        create_pr (`bool`): Open a pull request instead of committing.
-        standalone (`bool`): Also write the code of the models.
+        standalone (`bool`): Whether to write the code of the models.
+        repo_id (`str`, *optional*): `org/name` that the repository will have on the Hub.
+        provenance (`Mapping[str, str]`, *optional*): Further rows of the card about the source.
+        **card: Further arguments of `converted.make_card`.
+
+    Returns:
+        `str`: Source, config and files, for a terminal.
 
     Raises:
-        ValueError: If an argument is wrong, or the folder has files.
+        OSError: If a file cannot be written, or the result differs from the source.
+        ValueError: If weights are out of the range of `variant`.
     """
-
-    out: str | Path
-    variant: str | None
-    license: str | None
-    push_to_hub: str | None
-    private: bool | None
-    create_pr: bool
-    standalone: bool
-
-    def __post_init__(self) -> None:
-        if self.variant is not None and self.variant not in VARIANTS:
-            raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {self.variant!r}.")
-        if self.push_to_hub is None and (self.private is not None or self.create_pr):
-            raise ValueError("`private` and `create_pr` need `push_to_hub`, got None. Pass `org/name`.")
-        if self.push_to_hub is not None:
-            check_repo_id(self.push_to_hub)
-        self.folder = check_new_folder(Path(self.out))
-
-    def write(
-        self,
-        converted: Any,
-        checkpoint: Checkpoint,
-        tokenizer: str | Path | None = None,
-        provenance: Mapping[str, str] | None = None,
-        **card: Any,
-    ) -> ConversionReport:
-        """Writes the repository to a temporary folder, checks it, renames it to `out` and uploads it.
-
-        Args:
-            converted ([`SVQVAE`] or pipeline): The converted model.
-            checkpoint ([`Checkpoint`]): Source.
-            tokenizer (`str` or `Path`, *optional*): Source of the tokenizer of a pipeline.
-            provenance (`Mapping[str, str]`, *optional*): Further rows of the card about the source.
-            **card: Further arguments of `converted.make_card`.
-
-        Raises:
-            OSError: If a file cannot be written, the result differs from the source, or the upload fails.
-            ValueError: If weights are out of the range of `variant`.
-        """
-        out, source = self.folder, checkpoint.source
-        # Cards are public, so a local file is named without its folders.
-        file = source if hub_repo(source) else checkpoint.path.name
-        name = self.push_to_hub or out.name
-        rows = {
-            "layout": checkpoint.format.title,
-            "source": f"`{file}`{', `ema`' if checkpoint.use_ema else ''}",
-            "sha256 of the source": f"`{checkpoint.sha256}`",
-            **(provenance or {}),
-        }
-        text = converted.make_card(
-            name,
-            license=self.license,
-            base_model=hub_repo(source),
-            provenance=rows,
-            standalone=self.standalone,
-            **card,
-        )
-        if self.push_to_hub is not None:
-            prepare_repo(self.push_to_hub, private=self.private, license=self.license)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-                folder = Path(beside, out.name)
-                tensors = save_and_check(converted, folder, self.variant)
-                if self.standalone:
-                    write_code(folder, self.push_to_hub or str(out))
-                (folder / "README.md").write_text(text, encoding="utf-8")
-                mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
-                files = sorted(path for path in folder.rglob("*") if path.is_file())
-                for path in files:
-                    path.chmod(mode)  # safetensors makes files that only their owner can read
-                folder.replace(out)
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"`{out}` cannot be written: {error}") from error
-        message, url = f"Upload converted {type(converted).__name__}", None
-        if self.push_to_hub is not None:
-            url = push_output(out, self.push_to_hub, message, create_pr=self.create_pr)
-        return ConversionReport(
-            source=source,
-            sha256=checkpoint.sha256,
-            format=checkpoint.format.name,
-            tokenizer=None if tokenizer is None else str(tokenizer),
-            config=checkpoint.config,
-            tensors=tensors,
-            out=out,
-            files=tuple(str(path.relative_to(folder)) for path in files),
-            url=url,
-        )
+    source = checkpoint.source
+    rows = {  # cards are public, so a local file is named without its folders
+        "layout": checkpoint.format.title,
+        "source": f"`{source if hub_repo(source) else checkpoint.path.name}`{', `ema`' if checkpoint.use_ema else ''}",
+        "sha256 of the source": f"`{checkpoint.sha256}`",
+        **provenance,
+    }
+    card |= {"license": license, "base_model": hub_repo(source), "provenance": rows, "standalone": standalone}
+    text = converted.make_card(repo_id or out.name, **card)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+            folder = Path(beside, out.name)
+            tensors = save_and_check(converted, folder, variant)
+            if standalone:
+                write_code(folder, repo_id or str(out))
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            for path in files:
+                path.chmod(mode)  # safetensors makes files that only their owner can read
+            folder.replace(out)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"`{out}` cannot be written: {error}") from error
+    lines = [
+        f"read     {source} ({checkpoint.format.name}, sha256 {checkpoint.sha256})",
+        f"config   {', '.join(f'{key}={value}' for key, value in checkpoint.config.items())}",
+        f"checked  {tensors} tensors and the config, equal after loading again",
+        f"written  {out}: {', '.join(str(path.relative_to(folder)) for path in files)}",
+    ]
+    return "\n".join(lines)
 
 
 def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, variant: str | None) -> int:

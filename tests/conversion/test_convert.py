@@ -14,15 +14,12 @@ GOLDEN = ["svqvae_tiny.safetensors", "llamagen_tiny.pt", "flexvar_tiny.pth", "li
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_conversion_is_a_whole_repository(name, golden_dir, tmp_path):
-    report = convert(golden_dir / name, tmp_path / "out")
+    printed = convert(golden_dir / name, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
-    assert report.files == (
-        "README.md",
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-        "preprocessor_config.json",
-    )
-    assert report.sha256 == hashlib.sha256((golden_dir / name).read_bytes()).hexdigest()
+    files = "README.md, config.json, diffusion_pytorch_model.safetensors, preprocessor_config.json"
+    assert printed.endswith(f"written  {tmp_path / 'out'}: {files}")
+    sha256 = hashlib.sha256((golden_dir / name).read_bytes()).hexdigest()
+    assert f"sha256 {sha256})\nconfig   in_channels=3, " in printed
     checkpoint = read_checkpoint(golden_dir / name, SVQVAE)
     written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
     assert written.keys() == checkpoint.state_dict.keys()
@@ -33,7 +30,7 @@ def test_conversion_is_a_whole_repository(name, golden_dir, tmp_path):
 
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| layout | {checkpoint.format.title} |" in card
-    assert report.sha256 in card
+    assert sha256 in card
     assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
 
 
@@ -81,10 +78,8 @@ def test_copy_with_other_weights_fails(golden_dir, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ({"variant": "fp8"}, "must be one of fp16, bf16, got 'fp8'"),
-        ({"create_pr": True}, "need `push_to_hub`"),
-        ({"private": True}, "need `push_to_hub`"),
-        ({"push_to_hub": "name"}, "must be `org/name`, got 'name'"),
-        ({"push_to_hub": "org/a--b"}, r"-- or \.\..*'org/a--b'"),
+        ({"repo_id": "name"}, "`repo_id` must be `org/name`, got 'name'"),
+        ({"repo_id": "org/a--b"}, r"-- or \.\..*'org/a--b'"),
         ({"out": "occupied"}, r"`.*occupied` must be a new or empty folder, but it is not empty"),
         ({"out": "occupied/file"}, "`.*occupied/file` is a file"),
         ({"out": "occupied/file/out"}, "file/out` must be a new.*`.*occupied/file` is a file"),

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from next_scale_golden import GOLDEN, OUTPUTS, Golden
 
 from svqvae_hf import SVQVAENextScalePipeline
-from svqvae_hf.conversion.convert_generator import convert_generator
+from svqvae_hf.conversion.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +25,30 @@ def tokenizer(tmp_path_factory):
 
 
 def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
-    report = convert_generator(GOLDEN, tmp_path / "out", tokenizer, license="mit")
+    out = tmp_path / "out"
+    printed = convert(GOLDEN, out, tokenizer, license="mit")
     assert names(tmp_path) == ["out"]
-    assert {"README.md", "model_index.json", "transformer/config.json", "vqvae/config.json"} <= {*report.files}
-    assert report.sha256 == hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
-    assert str(report).count("\n") == 3
-    modes = {stat.S_IMODE(file.stat().st_mode) for file in report.out.rglob("*") if file.is_file()}
+    assert {"README.md", "model_index.json", "transformer/config.json", "vqvae/config.json"} <= {
+        str(file.relative_to(out)) for file in out.rglob("*")
+    }
+    sha256 = hashlib.sha256(GOLDEN.read_bytes()).hexdigest()
+    assert sha256 in printed
+    assert printed.count("\n") == 3
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in out.rglob("*") if file.is_file()}
     assert len(modes) == 1
 
-    pipeline = SVQVAENextScalePipeline.from_pretrained(report.out)
+    pipeline = SVQVAENextScalePipeline.from_pretrained(out)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.trained_schedule == Golden("trained").sizes
     arguments = {"guidance_scale": 3, "temperature": 0, "output_type": "latent"}
     ids = pipeline(OUTPUTS["class_labels"].tolist(), **arguments).images
     assert torch.equal(ids, Golden("trained").split("greedy_var_cfg2")[-1])
 
-    card = (report.out / "README.md").read_text()
+    card = (out / "README.md").read_text()
     assert ModelCard(card).data.license == "mit"
-    assert report.sha256 in card
+    assert sha256 in card
     assert "SVQVAENextScalePipeline.from_pretrained" in card
-    assert str(tmp_path) not in card + (report.out / "model_index.json").read_text()
+    assert str(tmp_path) not in card + (out / "model_index.json").read_text()
     assert str(tokenizer.parent) not in card
 
 
@@ -61,7 +65,7 @@ def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
 )
 def test_wrong_arguments_leave_nothing(tokenizer, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        convert_generator(**({"source": GOLDEN, "out": tmp_path / "out", "tokenizer": tokenizer} | arguments))
+        convert(**({"source": GOLDEN, "out": tmp_path / "out", "tokenizer": tokenizer} | arguments))
     assert not list(tmp_path.iterdir())
 
 

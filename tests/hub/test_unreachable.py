@@ -81,11 +81,3 @@ def test_commands_say_so_at_once(command, two_images, tmp_path, capsys):
     assert time.monotonic() - start < SECONDS
     assert line.startswith("svqvae: error: could not load the model `org/gone`: the Hub cannot be reached")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("closed")
-def test_uploads_are_refused_before_the_work(golden_dir, tmp_path, capsys):
-    source = golden_dir / "svqvae_tiny.safetensors"
-    line = fails(capsys, "convert", source, tmp_path / "out", "--push-to-hub", "org/new", "--private")
-    assert line.startswith("svqvae: error: Could not create `org/new` on the Hub: it cannot be reached. Check the net")
-    assert not list(tmp_path.glob("out*"))

@@ -18,7 +18,7 @@ from train_autoregressive import AutoregressiveOptions
 from training_runs import assert_no_private_path, cpu, run, train_at_once_and_resumed
 
 from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
-from svqvae_hf.conversion.convert_generator import convert_generator
+from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.run import run_training
@@ -77,7 +77,7 @@ def parts(tmp_path_factory):
     images, crops = open_images([str(folder / "photos")]), {"crops": "centre", "resolution": 16}
     tokenize_set(vqvae, images, folder / "tokens", model_name="vqvae", scale_from="image", **crops)
     write_captions(folder / "tokens", CAPTIONS)
-    convert_generator(
+    convert(
         GOLDEN,
         folder / "converted",
         folder / "vqvae",
