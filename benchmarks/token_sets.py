@@ -117,7 +117,7 @@ def python_milliseconds(model: SVQVAE, folder: Path, side: int) -> float:
         "bundled", (1.0,), model.f, 2**14, model.codebook_fingerprint(), None, None, "centre", side
     )
     images = open_images([str(folder)])
-    read = list(read_crops(images, "centre", side, None, 0))
+    read = list(read_crops(images, "centre", side, 0))
     encoder = RowEncoder(model, settings, images.features, None)
     ids = torch.zeros(64, side // model.f, side // model.f, dtype=torch.int64)
     encode_tokens, model.encode_tokens = model.encode_tokens, lambda sample, *_: [ids[: len(sample)]]
@@ -126,7 +126,7 @@ def python_milliseconds(model: SVQVAE, folder: Path, side: int) -> float:
     begun = time.process_time()
     rows = encoder.encode(read, PartRecord(0, []), lambda: None)
     features = row_features(settings, images.features)
-    for _ in write_shards(Folder(folder.with_name("python")), 0, rows, settings, features, 256):
+    for _ in write_shards(Folder(folder.with_name("python")), 0, rows, settings, features):
         pass
     spent = time.process_time() - begun
     torch.set_num_threads(threads)

@@ -81,12 +81,11 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
 def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_cli.loading import load_tiled_model, require_context_model
     from svqvae_hf.large.large_images import encode_large
-    from svqvae_hf.large.tiff_reader import ImageError
 
     model = load_tiled_model(args)
     if args.compress:
         require_context_model(model, args.model)
     for file, _ in work.read(check_large_image):
-        with work.attempt(file, ImageError, PermissionError):
+        with work.attempt(file, ValueError, PermissionError):
             (path,) = work.outputs(file)
             encode_large(model, file.path, path, compress=args.compress)

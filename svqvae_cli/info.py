@@ -1,24 +1,27 @@
 """`svqvae info`."""
 
 import argparse
+import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svqvae_cli.arguments import Commands, add_command, not_empty
 from svqvae_cli.files import REPO_ID, check_source, search_folder
 
-if TYPE_CHECKING:
-    from svqvae_hf.tokens.image_tokens import TokenOrigin
+ADAPTER_FILE = "adapter_config.json"  # of peft
+ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 
 
 def add_to(commands: Commands) -> None:
     """Adds the command and its arguments."""
-    summary = "describe a model, pipeline, original checkpoint, token files or token set"
+    summary = "describe a model, pipeline, LoRA adapter, original checkpoint, token files or token set"
     details = "Of a token set that is not complete, prints which parts are missing."
     parser = add_command(commands, "info", run, summary, details, "photo.safetensors")
-    help = "model, pipeline, checkpoint, token file, folder of token files, or folder or URL of a token set"
+    help = (
+        "model, pipeline, LoRA adapter, checkpoint, token file, folder of token files, or folder or URL of a token set"
+    )
     parser.option("path", not_empty, "PATH", help)
 
 
@@ -43,6 +46,9 @@ def run(args: argparse.Namespace) -> None:
         facts = _file_facts(path)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")
+    elif (path / ADAPTER_FILE).is_file():
+        config = json.loads((path / ADAPTER_FILE).read_text())
+        facts = {"kind": f"{config['peft_type']} adapter"} | {name: config.get(name) for name in ADAPTER_FACTS}
     elif path.is_file() or is_hub_file:
         checkpoint = read_checkpoint(args.path, SVQVAE)
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
@@ -90,12 +96,12 @@ def _folder_facts(paths: list[Path]) -> dict[str, Any]:
 
 def _set_facts(source: str) -> dict[str, Any]:
     from svqvae_hf.files.folders import Folder
-    from svqvae_hf.token_sets.parts import read_status, read_totals
+    from svqvae_hf.token_sets.parts import describe_state, read_totals
     from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
 
     folder = Folder(source)
     if folder.read(SETTINGS_FILE) is None:
-        return {"kind": "token set", **read_status(source).facts()}
+        return {"kind": "token set", **describe_state(source)}
     settings, totals = read_settings(source), read_totals(folder) or {}
     return {
         "kind": "token set",
@@ -117,7 +123,7 @@ def _tiles(record: dict[str, Any]) -> str:
     return f"{record['tile_size']} pixels, overlap {record['overlap']}" if record["tile_size"] else "none"
 
 
-def _codebook(tokens: "TokenOrigin") -> str:
+def _codebook(tokens: Any) -> str:
     return f"{tokens.codebook_size} codes, sha256 {tokens.codebook_fingerprint}"
 
 

@@ -13,7 +13,7 @@ from svqvae_cli.files import check_data, check_new_folder, check_source
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 MAX_WORKERS = 4  # by default
 OPTIONS = (  # of `tokenize_set`, under the same names
-    *("scales", "scale_from", "crops", "resolution", "min_side", "batch_size", "shard_mb", "overwrite", "license"),
+    *("scales", "scale_from", "crops", "resolution", "batch_size", "overwrite", "license"),
 )
 
 
@@ -37,10 +37,8 @@ def add_to(commands: Commands) -> None:
     parser.option("--resolution", int, "PIXELS", "side of centre and ten crops")
     help = "columns to keep besides label, caption, text, cls, txt, json"
     parser.option("--keep", not_empty, "NAME", help, nargs="+", default=[])
-    parser.option("--min-side", int, "PIXELS", "skip images with a smaller side (default: none)")
     help = "crops to encode together; rounding may change a few ids (default: up to 64)"
     parser.option("--batch-size", int, "N", help)
-    parser.option("--shard-mb", float, "MB", "size of a Parquet file (default: 256)", default=256)
     parser.option("--part", int, "I", "make this part alone, from 0 (default: all)")
     parser.flag("--overwrite", "delete the token set in OUT and start over")
     parser.option("--num-parts", int, "N", "number of parts (default: per 10,000 images or file, at most 1,000)")
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
-    from svqvae_hf.token_sets.parts import read_status
+    from svqvae_hf.token_sets.parts import describe_state
     from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
 
     check_out(args.out)
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         )
     except (KeyboardInterrupt, SystemExit):
         with suppress(ValueError):  # it was not started yet
-            print(read_status(args.out))
+            print(f"parts    {describe_state(args.out)['parts']}")
         print(f"svqvae: `{args.out}` is not complete. Run the same command again to resume.", file=sys.stderr)
         raise
     print(report)

@@ -103,7 +103,6 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
         ValueError: If weights are out of the range of `variant`.
     """
     converted.save_pretrained(folder)
-    saved: dict[str | None, ModelMixin | DiffusionPipeline] = {None: converted}
     if variant is not None:
         half = type(converted).from_pretrained(folder)
         for name, model in _models(half).items():
@@ -115,17 +114,16 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
                     f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
                 )
         half.save_pretrained(folder, variant=variant)
-        saved[variant] = half
-    for suffix, expected in saved.items():  # after all is written
-        dtypes = {name: model.dtype for name, model in _models(expected).items()}
-        copy = _state(type(converted).from_pretrained(folder, variant=suffix, dtype=dtypes.get("", dtypes)))
-        differing = sorted(key for key, value in _state(expected).items() if not _equal(value, copy.get(key)))
-        if differing:
-            raise OSError(
-                f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk and "
-                "convert again."
-            )
-    return sum(isinstance(value, torch.Tensor) for value in _state(converted).values())
+    dtypes = {name: model.dtype for name, model in _models(converted).items()}
+    state = _state(converted)
+    copy = _state(type(converted).from_pretrained(folder, dtype=dtypes.get("", dtypes)))  # after all is written
+    differing = sorted(key for key, value in state.items() if not _equal(value, copy.get(key)))
+    if differing:
+        raise OSError(
+            f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk and "
+            "convert again."
+        )
+    return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
 def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Module]:

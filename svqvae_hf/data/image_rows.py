@@ -113,43 +113,20 @@ def unreadable(key: str, fault: str, columns: Sequence[str] = ()) -> ImageRow:
     return ImageRow(key, {"path": key, "bytes": None, "fault": fault}, dict.fromkeys(columns))
 
 
-def read_image(source: ImageSource | ImageRow, min_side: int | None = None) -> Image.Image:
+def read_image(source: ImageSource | ImageRow) -> Image.Image:
     """Reads an image as 8-bit RGB.
 
     Args:
         source (`PIL.Image.Image`, path, `Mapping` or [`ImageRow`]): An image, a file, an undecoded row of `datasets`,
             which has `"bytes"`, or a `"path"` for `fsspec`, or neither; or a row of an image set.
-        min_side (`int`, *optional*): Smallest side in pixels that the image may have; any by default.
 
     Raises:
         OSError: The file cannot be opened.
         ValueError: The file is not an image or broken (see [`load_image`]), the row is empty, a row on the Hub names a
-            file outside its set, or a side is too small ([`SmallImageError`]).
+            file outside its set.
     """
-    image = _load(source.source if isinstance(source, ImageRow) else source)
-    if min_side is not None and min(image.size) < min_side:
-        raise SmallImageError(f"its sides must be at least {min_side} pixels, but are {image.width} x {image.height}.")
-    return image
-
-
-class SmallImageError(ValueError):
-    """An image is smaller than asked for."""
-
-
-def fault_of(error: Exception) -> str:
-    """Reason of an error of [`read_image`], in one line without a path of this machine."""
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())
-
-
-def image_name(source: ImageSource | ImageRow, index: int) -> str:
-    """Key of a row, name of an image's file, or its index in the set if it has neither."""
     if isinstance(source, ImageRow):
-        return source.key
-    path = source.get("path") if isinstance(source, Mapping) else source
-    return Path(path).name if path and isinstance(path, str | Path) else f"image {index}"
-
-
-def _load(source: ImageSource) -> Image.Image:
+        source = source.source
     if isinstance(source, Image.Image):
         return to_rgb(source)
     if isinstance(source, str | Path):
@@ -165,3 +142,16 @@ def _load(source: ImageSource) -> Image.Image:
         raise ValueError("it must be a file, but is something else.")
     with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
         return load_image(io.BytesIO(file.read()))
+
+
+def fault_of(error: Exception) -> str:
+    """Reason of an error of [`read_image`], in one line without a path of this machine."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
+
+
+def image_name(source: ImageSource | ImageRow, index: int) -> str:
+    """Key of a row, name of an image's file, or its index in the set if it has neither."""
+    if isinstance(source, ImageRow):
+        return source.key
+    path = source.get("path") if isinstance(source, Mapping) else source
+    return Path(path).name if path and isinstance(path, str | Path) else f"image {index}"

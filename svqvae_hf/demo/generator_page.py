@@ -3,13 +3,9 @@
 A language model also describes images.
 """
 
-import base64
-import dataclasses
 import html
-import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
@@ -28,7 +24,6 @@ Generator = SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLangua
 
 NO_CLASS = -1
 EDITOR_PX = 512  # longer side of the picture to paint on
-THUMBNAIL_PX = 96
 PAPER = (128, 128, 128)  # colour of rows that are still to come
 BRUSH = "#ff2d6f"
 HEADING = "<h1>SVQVAE</h1><p>{}</p>"
@@ -38,19 +33,7 @@ EMPTY = "<p class='empty'>Click Generate. The picture appears here while it grow
 PAINT_HINT = "Paint over a part of the picture. It is generated anew, and all other tokens stay."
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step of a generation.
-
-    Args:
-        image (`PIL.Image.Image`): What the ids so far decode to, as large as the result.
-        title (`str`): Number of the step, and size of its scale in ids.
-        scale (`str`): Size of the scale in ids.
-    """
-
-    image: Image.Image
-    title: str
-    scale: str
+Step = tuple[Image.Image, str]  # what the ids so far decode to, as large as the result, and the title of the step
 
 
 class GeneratorPage:
@@ -111,13 +94,9 @@ class GeneratorPage:
             options |= {"prompt": prompt, "guidance_scale": guidance}
         elif label != NO_CLASS:
             options |= {"class_labels": int(label), "guidance_scale": guidance}
-        shown: list[Step] = []
         try:
-            for step in self._steps(options):
-                if shown and shown[-1].scale == step.scale:
-                    shown.pop()  # of the same scale, with a row less
-                shown.append(step)
-                yield _values(f"<p>{step.title}</p>", shown)
+            for image, title in self._steps(options):
+                yield _values(f"<p>{title}</p>", image)
         except (ValueError, OSError) as error:
             yield _error_values(str(error))
         except (MemoryError, RuntimeError) as error:
@@ -126,7 +105,7 @@ class GeneratorPage:
             yield _error_values("Out of memory.")
         else:
             facts = f"<b>{self.size[0]} × {self.size[1]} pixels</b> in {self._total(options)} {self.unit}s"
-            yield _values(f"<p>{facts}</p>", shown, editable=self.edits)
+            yield _values(f"<p>{facts}</p>", image, editable=self.edits)
 
     def repaint(
         self, picture: Image.Image | None, drawing: dict[str, Any] | None, *settings: Any
@@ -135,7 +114,7 @@ class GeneratorPage:
         mask = _painted(drawing, self.size)
         if picture is None or mask is None:
             alert, *_ = _error_values("Nothing is painted yet. Paint over a part of the picture.")
-            yield [alert, *[gr.skip()] * 5]
+            yield [alert, *[gr.skip()] * 4]
         else:
             edited: dict[str, Any] = {"image": picture, "mask_image": mask}
             if self.describes:
@@ -162,12 +141,12 @@ class GeneratorPage:
             running.add_done_callback(lambda _: previews.put(None))
             try:
                 while (preview := previews.get()) is not None:
-                    last = preview
+                    _, title = preview
                     yield preview
             finally:
                 left.set()  # the visitor may have gone
             image = running.result()[0]
-            yield dataclasses.replace(last, image=image if self.describes else image[0])
+            yield image if self.describes else image[0], title
 
     def _preview(self, step: int, at: Any, ids: torch.Tensor, options: dict[str, Any]) -> Step:
         """Decodes the ids of a scale, which may lack rows."""
@@ -176,7 +155,7 @@ class GeneratorPage:
         image = Image.new("RGB", (columns * f, rows * f), PAPER)
         image.paste(self.pipeline.image_processor.postprocess(self.pipeline.vqvae.decode_tokens(ids))[0])
         title = f"{self.unit.capitalize()} {step + 1} of {self._total(options)}: {columns} × {rows} tokens"
-        return Step(image.resize(self.size, Image.Resampling.BICUBIC), title, f"{columns} × {rows}")
+        return image.resize(self.size, Image.Resampling.BICUBIC), title
 
     def _total(self, options: dict[str, Any]) -> int:
         """Number of steps, or of rows."""
@@ -230,9 +209,8 @@ def build(page: GeneratorPage) -> gr.Blocks:
                         )
                         gr.HTML(PAINT_HINT)
                         repaint = gr.Button("Generate the painted part anew", elem_id="repaint")
-                strip = gr.HTML(elem_id="strip")
         event: dict[str, Any] = {
-            "outputs": [summary, image, strip, picture, painting, canvas],
+            "outputs": [summary, image, picture, painting, canvas],
             "show_progress": "hidden",  # the picture itself shows it
             "concurrency_id": "model",
             "concurrency_limit": 1,
@@ -309,10 +287,9 @@ def _painted(drawing: dict[str, Any] | None, size: tuple[int, int]) -> Image.Ima
     return layers[0].getchannel("A").resize(size, Image.Resampling.BOX).point(lambda paint: 255 * (paint > 0))
 
 
-def _values(summary: str, steps: list[Step], editable: bool = False) -> list[Any]:
+def _values(summary: str, image: Image.Image, editable: bool = False) -> list[Any]:
     """Values of the page's outputs; with an editable result, also of the canvas."""
-    image = steps[-1].image
-    values = [summary, gr.update(value=image, visible=True), _strip(steps)]
+    values = [summary, gr.update(value=image, visible=True)]
     if not editable:
         return [*values, None, gr.Column(visible=False), gr.skip()]
     factor = EDITOR_PX / max(image.size)
@@ -321,20 +298,7 @@ def _values(summary: str, steps: list[Step], editable: bool = False) -> list[Any
     return [*values, image, gr.Column(visible=True), drawing]
 
 
-def _strip(steps: list[Step]) -> str:
-    """A thumbnail of each scale, from coarse to fine."""
-    return f"<div class='strip'>{''.join(map(_thumbnail, steps))}</div>" if len(steps) > 1 else ""
-
-
-def _thumbnail(step: Step) -> str:
-    image, content = step.image.copy(), io.BytesIO()
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    image.save(content, "webp")
-    url = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
-    return f"<figure><img src='{url}' alt='{step.scale} tokens'><figcaption>{step.scale}</figcaption></figure>"
-
-
 def _error_values(message: str) -> list[Any]:
     """Values of the page's outputs after an error."""
     alert = f"<p class='error' role='alert'>{html.escape(message)}</p>"
-    return [alert, gr.Image(visible=False), "", None, gr.Column(visible=False), gr.skip()]
+    return [alert, gr.Image(visible=False), None, gr.Column(visible=False), gr.skip()]

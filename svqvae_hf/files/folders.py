@@ -3,7 +3,7 @@
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -11,7 +11,7 @@ from typing import IO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from svqvae_hf.files.outputs import os_error, write_file
+from svqvae_hf.files.outputs import os_error
 
 CLIENTS = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests")  # some errors are no OSErrors
 
@@ -40,21 +40,6 @@ class Folder:
             return self.files.cat_file(self._path(name))
         return None
 
-    def read_all(self, names: Sequence[str]) -> list[bytes]:
-        """Contents of several files, fetched together.
-
-        Raises:
-            FileNotFoundError: One is absent.
-        """
-        with explained(self.url, "read"):
-            if self.is_local:
-                return [Path(self._path(name)).read_bytes() for name in names]
-            paths = [self._path(name) for name in names]
-            if len(paths) == 1:  # `cat` would return the content alone
-                return [self.files.cat_file(paths[0])]
-            found = self.files.cat(paths)
-            return [found[path] for path in paths]
-
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """Opens a file to read parts of it."""
@@ -63,19 +48,14 @@ class Folder:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file, and its folder if necessary."""
-        if self.is_local:
-            self._make_parent(name)
-            write_file(self._path(name), content)
-        else:
-            with self._explained(name, "written"):
-                self.files.pipe_file(self._path(name), content)
+        with self.new_file(name) as path:
+            path.write_bytes(content)
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
         """Yields the path of a local file to write, which becomes the file `name` if the block raises nothing."""
-        if self.is_local:
-            self._make_parent(name)
         folder = Path(self._path(name)).parent if self.is_local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{secrets.token_hex(8)}.tmp"
         try:
             with self._explained(name, "written"):
@@ -114,9 +94,6 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"
-
-    def _make_parent(self, name: str) -> None:
-        os.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
 
     def _explained(self, name: str, done: str) -> AbstractContextManager[None]:
         return explained(self._path(name) if self.is_local else f"{self.url}/{name}", done)

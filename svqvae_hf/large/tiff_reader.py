@@ -21,14 +21,6 @@ TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 EXTRA_CHANNELS = {1: (), 3: (), 4: (EXTRASAMPLE.UNASSALPHA,)}  # by the number of channels
 
 
-class ImageError(ValueError):
-    """An image that cannot be read."""
-
-
-class UnsupportedError(ImageError):
-    """An image file of a kind that is not supported, although it may be intact."""
-
-
 class LargeImage:
     """A tiled TIFF image that is read window by window.
 
@@ -87,13 +79,12 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        UnsupportedError: If it is an image of another kind.
-        ImageError: If it is broken or cut short.
+        ValueError: If it is an image of another kind, broken or cut short.
     """
     with _named_errors(path):
         with path.open("rb") as header:
             if header.read(4) not in TIFF_HEADERS:
-                raise UnsupportedError("a large image must be a TIFF. Convert it, or leave out --large.")
+                raise ValueError("a large image must be a TIFF. Convert it, or leave out --large.")
         file = tifffile.TiffFile(path)
     with file:
         with _named_errors(path):
@@ -103,20 +94,15 @@ def open_large_image(path: Path) -> Iterator[LargeImage]:
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """Puts the file's name before errors, and turns the many error types of decoders into ImageError."""
+    """Puts the file's name before errors, and turns the many error types of decoders into ValueError."""
     try:
         yield
     except (MemoryError, FileNotFoundError, PermissionError):
         raise
-    except UnsupportedError as error:
-        raise UnsupportedError(f"`{path}`: {error}") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # a disk error, maybe temporary
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, maybe temporary
             raise os_error(f"`{path}` cannot be read: {error.strerror}.", error) from error
-        raise ImageError(f"`{path}` cannot be read as TIFF, it may be broken or cut short: {error}") from error
+        raise ValueError(f"`{path}` cannot be read as a large image: {error}") from error
 
 
 def _check_page(path: Path, page: Any) -> None:
@@ -135,15 +121,13 @@ def _check_page(path: Path, page: Any) -> None:
         or not page.is_tiled
     ):
         kind = getattr(page.photometric, "name", page.photometric)
-        raise UnsupportedError(
+        raise ValueError(
             f"a TIFF must be grey, RGB or RGBA with 8 or 16 bits, upright and in tiles, got {kind} with "
             f"{page.samplesperpixel} channels, {page.bitspersample} bits, orientation {orientation} and "
             f"{'' if page.is_tiled else 'no '}tiles. Convert it: vips autorot INPUT OUTPUT.tif[tile,bigtiff]."
         )
     if is_chunk_too_large(page.chunks, page.dtype.itemsize):
-        raise UnsupportedError(
-            f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {page.chunks}. Use smaller ones."
-        )
+        raise ValueError(f"tiles must have at most {MAX_CHUNK_BYTES >> 20} MiB, got {page.chunks}. Use smaller ones.")
     if not all(isinstance(side, int) and side > 0 for side in page.shape):
         raise ValueError("its sides must be whole numbers of at least 1.")
     check_segments(page.databytecounts, math.prod(page.chunked), path.stat().st_size)

@@ -35,15 +35,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     check_depth("The config", encoder_levels, config["num_res_blocks"])
     groups, base = config["norm_num_groups"], config["base_channels"]
-    for channels in sorted({base, *(base * mult for key in CHANNEL_MULTIPLIERS for mult in config[key])}):
-        if channels % groups:
-            raise ValueError(
-                f"`norm_num_groups` must divide the channels of each level, but {groups} does not divide {channels}."
-            )
+    if base % groups:
+        raise ValueError(f"`norm_num_groups` must divide `base_channels`, but {groups} does not divide {base}.")
     if not isinstance(config["codebook_l2_norm"], bool):
         raise ValueError(f"`codebook_l2_norm` must be True or False, got {config['codebook_l2_norm']!r}.")
     for key in ("pixel_range", "network_range"):
-        _check_range(key, config[key])
+        check_range(key, config[key])
 
 
 def check_positive_integers(numbers: Mapping[str, Any]) -> None:
@@ -53,7 +50,8 @@ def check_positive_integers(numbers: Mapping[str, Any]) -> None:
             raise ValueError(f"`{key}` must be an integer above 0, got {value!r}.")
 
 
-def _check_range(key: str, bounds: Any) -> None:
+def check_range(key: str, bounds: Any) -> None:
+    """Raises unless a range is two finite numbers, the lower one first."""
     if (
         not isinstance(bounds, list | tuple)
         or len(bounds) != 2

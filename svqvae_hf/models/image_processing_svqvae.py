@@ -4,7 +4,6 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict, cast
 
 import numpy as np
@@ -18,6 +17,7 @@ from transformers import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.hub.standalone import with_code
+from svqvae_hf.models.checks import check_range
 from svqvae_hf.untrusted.images import opened_image
 
 if TYPE_CHECKING:
@@ -146,16 +146,8 @@ class SVQVAEImageProcessor(BaseImageProcessor):
     def __init__(self, pixel_range: tuple[float, float] = (0.0, 1.0), **kwargs: Any) -> None:
         _check_keywords(kwargs.keys() - TRANSFORMERS_KEYS)
         super().__init__(**kwargs)
-        try:
-            ends = np.asarray(pixel_range)
-        except ValueError:  # rows of several lengths
-            ends = np.empty(0)
-        if ends.shape != (2,) or ends.dtype.kind not in "iuf" or not -math.inf < ends[0] < ends[1] < math.inf:
-            raise ValueError(
-                f"`pixel_range` must be two finite numbers, black then white, got {pixel_range}. Pass the model's "
-                '`config["pixel_range"]`.'
-            )
-        self.pixel_range = tuple(ends.tolist())
+        check_range("pixel_range", pixel_range)
+        self.pixel_range = tuple(pixel_range)
 
     save_pretrained = with_code(BaseImageProcessor.save_pretrained)
 
@@ -245,7 +237,6 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         sample: torch.Tensor | np.ndarray,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         output_type: str = "pil",
-        scale: float = 1.0,
     ) -> Any:
         """Converts a batch of samples to images, cropped to their sizes.
 
@@ -257,8 +248,6 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             output_type (`str`, defaults to `"pil"`): `"pil"` for 8-bit RGB images, `"np"` for a float32 array
                 `(batch, height, width, 3)` in [0, 1], `"pt"` for a float32 tensor `(batch, 3, height, width)` in
                 [0, 1].
-            scale (`float`, defaults to `1.0`): Scale of the sample. Each side of `image_sizes` is multiplied by it and
-                rounded, to at least one pixel.
 
         Returns:
             `list` of `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: One image per sample. If `image_sizes`
@@ -266,7 +255,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
 
         Raises:
             TypeError: If `sample` is of another type.
-            ValueError: If `sample`, `image_sizes`, `output_type` or `scale` is not as described.
+            ValueError: If `sample`, `image_sizes` or `output_type` is not as described.
         """
         if isinstance(sample, np.ndarray):
             sample = _as_tensor(sample)
@@ -275,8 +264,6 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 f"`sample` must be a tensor or array, got {type(sample).__name__}. Pass the output's `.sample`, one "
                 "scale at a time."
             )
-        if not isinstance(scale, Real) or not 0 < scale < math.inf:
-            raise ValueError(f"`scale` must be a finite number above 0, got {scale!r}.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
         if sample.ndim != 4 or sample.shape[1] != 3:
@@ -286,10 +273,15 @@ class SVQVAEImageProcessor(BaseImageProcessor):
                 f"`image_sizes` must hold one (height, width) per sample, got {len(image_sizes)} for {len(sample)}."
             )
         height, width = sample.shape[-2:]
-        if image_sizes is None:
-            sizes = [(height, width)] * len(sample)
-        else:
-            sizes = [_scaled_size(size, scale, height, width) for size in image_sizes]
+        sizes = [(height, width)] * len(sample) if image_sizes is None else [*image_sizes]
+        for size in sizes:
+            sides = np.asarray(size)
+            fits = sides.shape == (2,) and sides.dtype.kind in "iu" and (1 <= sides).all()
+            if not (fits and (sides <= (height, width)).all()):
+                raise ValueError(
+                    f"`image_sizes` must hold integers (height, width) from 1 to the size of the sample, {height} x "
+                    f"{width}, got {size!r}. Resize the decoded ids of another scale with `SVQVAE.resize_to_image`."
+                )
         if sample.isnan().any():
             raise ValueError("`sample` must not contain NaN. Decode in float32 or bfloat16.")
         black, white = self.pixel_range
@@ -348,20 +340,6 @@ def _on_white(rgba: torch.Tensor, is_8_bit: bool) -> torch.Tensor:
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
     # A copy, because torch needs it writable, contiguous and in the machine's byte order.
     return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
-
-
-def _scaled_size(size: Sequence[int], scale: float, max_height: int, max_width: int) -> tuple[int, int]:
-    """Height and width of an image at a scale, checked against the sample."""
-    sides = np.asarray(size)
-    if sides.shape == (2,) and sides.dtype.kind in "iu" and sides.min() >= 1:
-        height, width = (max(1, round(scale * side)) for side in sides.tolist())
-        if height <= max_height and width <= max_width:
-            return height, width
-    raise ValueError(
-        "`image_sizes` must hold integers (height, width) from 1 to the size of the sample, "
-        f"{max_height} x {max_width}, got {size!r} at scale {scale:g}. For a sample of another scale, pass `scale`, "
-        "and resize decoded ids with `SVQVAE.resize_to_image`."
-    )
 
 
 def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -> None:

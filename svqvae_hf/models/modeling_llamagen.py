@@ -32,7 +32,6 @@ from svqvae_hf.loaders.checkpoint_files import Checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import read_llamagen
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 
-CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
 FEW_ROWS = 32
 MISSING_CAPTIONS = (
     "`prompt_embeds` must be passed with the first tokens, because this model has captions. Pass the caption "
@@ -134,6 +133,7 @@ class LlamaGenAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, length, hidden_size)` -> the same shape, and the attention weights where they are computed."""
@@ -142,9 +142,8 @@ class LlamaGenAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (batch, heads, length, head_dim)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        for cache in (kwargs.pop(name, None) for name in CACHE_NAMES):
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
@@ -296,7 +295,6 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at each position.
@@ -318,7 +316,6 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             prompt_attention_mask (`torch.Tensor` of shape `(batch, num_condition_tokens)`, *optional*): 1 for features
                 of text, 0 for padding. Passed with all tokens. All features are seen by default.
             cache ([`~transformers.Cache`], *optional*): Keys and values of the tokens before.
-            past_key_values ([`~transformers.Cache`], *optional*): `cache` by its older name.
             **kwargs: Arguments of [`~transformers.LlamaForCausalLM`]'s `forward`.
 
         Returns:
@@ -327,8 +324,6 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
         Raises:
             ValueError: The features have another shape, or are missing, or the model has classes instead of captions.
         """
-        caches = {"cache": cache, "past_key_values": past_key_values}
-        given = {name: value for name, value in caches.items() if value is not None}
         if self.config.caption_dim is None:
             if prompt_embeds is not None or prompt_attention_mask is not None:
                 raise ValueError(
@@ -342,7 +337,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, length)
             logits_to_keep = logits_to_keep or length
             inputs_embeds, input_ids = self._embed(input_ids, prompt_embeds), None
-        elif not given:
+        elif cache is None:
             raise ValueError(MISSING_CAPTIONS)
         else:  # all tokens before are in the cache, whose length bounds the mask
             attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, 1 + self.config.grid_size**2)
@@ -353,7 +348,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             inputs_embeds=inputs_embeds,
             labels=labels,
             logits_to_keep=logits_to_keep,
-            **given,
+            cache=cache,
             **kwargs,
         )
 
@@ -404,10 +399,9 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
                 if prompt_embeds is None:
                     raise ValueError(MISSING_CAPTIONS)
                 inputs["prompt_embeds"] = prompt_embeds
-                for name in CACHE_NAMES:
-                    if isinstance(inputs.get(name), StaticCache):  # made for tokens: a caption has more positions
-                        length = self.config.max_position_embeddings
-                        inputs[name] = StaticCache(config=self.config, max_cache_len=length)
+                if isinstance(inputs.get("cache"), StaticCache):  # made for tokens: a caption has more positions
+                    length = self.config.max_position_embeddings
+                    inputs["cache"] = StaticCache(config=self.config, max_cache_len=length)
         return inputs
 
     @classmethod

@@ -10,8 +10,6 @@ from svqvae_hf.pipelines.reserved_cache import reserve
 from svqvae_hf.pipelines.sampling import Generators, check_finite, draw
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor, SequenceLayout
 
-CACHE_NAMES = ("cache", "past_key_values")  # name of the cache in transformers since about 5.24, and before
-
 
 class TokenSampler:
     """Samples ids of sequences one by one, with the cached keys and values of the tokens before.
@@ -51,7 +49,7 @@ class TokenSampler:
 
     def forget(self) -> None:
         """Drops the cached keys and values, after tokens have been replaced."""
-        self.cache: dict[str, Any] = {}  # under its name in the output of the model
+        self.cache: Any = None
         self.read = 0
         self.doubled = False  # whether the cache has a second half without labels
 
@@ -69,8 +67,7 @@ class TokenSampler:
     def _next_logits(self, sequences: torch.Tensor) -> torch.Tensor:
         """Float32 logits `(batch, vocab_size)` of the next token; `sequences` must extend the last call's."""
         if self.doubled and not self.guided_ids:  # guidance has ended
-            for cache in self.cache.values():
-                cache.batch_select_indices(torch.arange(len(sequences)))
+            self.cache.batch_select_indices(torch.arange(len(sequences)))
         self.doubled = self.guided_ids > 0
         tokens, captions = sequences[:, self.read :], dict(self.captions)
         if self.read:
@@ -80,16 +77,15 @@ class TokenSampler:
             captions = {name: torch.cat([each, each]) for name, each in captions.items()}
             if not self.read:
                 tokens[len(sequences) :, 0] = self.layout.unconditional_token
-        output = self.language_model(input_ids=tokens, use_cache=True, **captions, **self.cache)
-        self.cache = {name: output[name] for name in CACHE_NAMES if name in output.keys()}
-        if not self.cache:
+        output = self.language_model(input_ids=tokens, use_cache=True, cache=self.cache, **captions)
+        self.cache = output.get("cache")
+        if self.cache is None:
             raise ValueError(
                 f"`language_model` must return its keys and values, but {type(self.language_model).__name__} does "
                 "not. Use a causal language model with attention."
             )
         if not self.read:
-            for cache in self.cache.values():
-                reserve(cache, self.layout.length - sequences.shape[1])
+            reserve(self.cache, self.layout.length - sequences.shape[1])
         self.read = sequences.shape[1]
         logits = output.logits[:, -1].float()
         return self.guide(logits) if self.doubled else logits

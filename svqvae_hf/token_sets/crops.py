@@ -84,7 +84,7 @@ class CroppedImage(NamedTuple):
 
 
 def read_crops(
-    images: Iterable[ImageRow], crops: str, resolution: int | None, min_side: int | None, num_workers: int
+    images: Iterable[ImageRow], crops: str, resolution: int | None, num_workers: int
 ) -> Iterator[CroppedImage]:
     """Reads and crops images in their order. Worker processes, if any, read ahead.
 
@@ -92,12 +92,11 @@ def read_crops(
         images (`Iterable[ImageRow]`): Images of a set.
         crops (`str`): A key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
-        min_side (`int`, *optional*): Side in pixels below which an image counts as unreadable.
         num_workers (`int`): Worker processes; with 0, this process reads.
     """
     rows, size = iter(images), WHOLE_PER_TASK if resolution is None else IMAGES_PER_TASK
     tasks = DataLoader(
-        _CropReader(crops, resolution, min_side),
+        _CropReader(crops, resolution),
         batch_size=None,
         sampler=iter(lambda: list(itertools.islice(rows, size)), []),
         num_workers=num_workers,
@@ -111,10 +110,9 @@ def read_crops(
 class _CropReader(Dataset):
     """Reads and crops a few images, here or in a worker process."""
 
-    def __init__(self, crops: str, resolution: int | None, min_side: int | None):
+    def __init__(self, crops: str, resolution: int | None):
         self.crops = crops
         self.resolution = resolution
-        self.min_side = min_side
 
     def __getitem__(self, rows: list[ImageRow]) -> list[CroppedImage]:
         return [self._read(row) for row in rows]
@@ -122,7 +120,7 @@ class _CropReader(Dataset):
     def _read(self, row: ImageRow) -> CroppedImage:
         key, source, values = row
         try:
-            image = read_image(source, self.min_side)
+            image = read_image(source)
         except (OSError, ValueError) as error:
             is_remote = isinstance(source, Mapping) and "://" in (source["path"] or "")
             return CroppedImage(key, values, None, fault_of(error), is_remote and isinstance(error, OSError))

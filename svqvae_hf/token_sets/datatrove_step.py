@@ -46,12 +46,8 @@ class TokenizeImages(PipelineStep):
         **options: Any,
     ):
         super().__init__()
-        self.data = list(data)
-        self.out = out
-        self.model = model
-        self.device = device
-        self.dtype = dtype
-        self.tiles = (tile_size, overlap)
+        self.data, self.out, self.model = list(data), out, model
+        self.device, self.dtype, self.tiles = device, dtype, (tile_size, overlap)
         self.images = dict(images or {})
         self.options = {**public_names(self.data, model), **options}
 

@@ -44,30 +44,8 @@ class PartRecord:
     files: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class TokenSetStatus:
-    """State of a token set; `str` formats it.
-
-    Args:
-        parts (`int`): Number of parts.
-        missing (`list[int]`): Parts that are not finished.
-    """
-
-    parts: int
-    missing: list[int]
-
-    def facts(self) -> dict[str, str]:
-        """How many parts there are and are finished, and which are missing."""
-        state = "not complete" if self.missing else "complete"
-        facts = {"parts": f"{self.parts} ({state}; finished: {self.parts - len(self.missing)})"}
-        return facts | ({"missing": _ranges(self.missing)} if self.missing else {})
-
-    def __str__(self) -> str:
-        return "\n".join(f"{name:<9}{value}" for name, value in self.facts().items())
-
-
-def read_status(out: str | os.PathLike) -> TokenSetStatus:
-    """Reads which parts of a token set are finished.
+def describe_state(out: str | os.PathLike) -> dict[str, str]:
+    """Describes how many parts a token set has, and which are missing.
 
     Args:
         out (`str` or `os.PathLike`): Folder of the set, or its URL for `fsspec`.
@@ -81,10 +59,11 @@ def read_status(out: str | os.PathLike) -> TokenSetStatus:
     if "parts" not in options:
         raise ValueError(f"`{folder.url}` must be a token set, but has no record of one. Start it: svqvae tokenize.")
     num_parts = options["parts"]
-    if read_totals(folder) is not None:
-        return TokenSetStatus(num_parts, [])
-    finished = finished_parts(folder)
-    return TokenSetStatus(num_parts, [part for part in range(num_parts) if part not in finished])
+    finished = {*range(num_parts)} if read_totals(folder) is not None else finished_parts(folder)
+    missing = [part for part in range(num_parts) if part not in finished]
+    state = "not complete" if missing else "complete"
+    facts = {"parts": f"{num_parts} ({state}; finished: {num_parts - len(missing)})"}
+    return facts | ({"missing": _ranges(missing)} if missing else {})
 
 
 def record_name(part: int) -> str:
@@ -158,11 +137,10 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
     if totals is None:
         if len(finished_parts(folder)) < num_parts:
             return None
-        try:
-            contents = folder.read_all([record_name(part) for part in range(num_parts)])
-        except FileNotFoundError:  # another process has completed the set at the same time
+        contents = [folder.read(record_name(part)) for part in range(num_parts)]
+        if None in contents:  # another process has completed the set at the same time
             return read_totals(folder)
-        records = [PartRecord(**json.loads(content)) for content in contents]
+        records = [PartRecord(**json.loads(content)) for content in contents if content]
         skipped = [image for record in records for image in record.skipped]
         totals = add_up(records)
         if not totals["rows"]:

@@ -15,6 +15,7 @@ from svqvae_hf.tokens.token_files import METADATA_KEY
 
 DATA = "data"
 PARTS_PER_FOLDER = 1000
+SHARD_BYTES = 256_000_000  # of a Parquet file, before compression
 ROW_GROUP_BYTES = 2**21
 ROW_BYTES = 64  # of a row, besides its ids and texts
 
@@ -53,9 +54,8 @@ def write_shards(
     rows: Iterable[dict[str, Any]],
     settings: TokenSettings,
     features: datasets.Features,
-    shard_mb: float,
 ) -> Iterator[dict[str, Any]]:
-    """Writes rows to Parquet files.
+    """Writes rows to Parquet files. Where they end depends on the sizes of the images alone.
 
     Args:
         folder ([`Folder`]): Folder of the token set.
@@ -63,15 +63,13 @@ def write_shards(
         rows (`Iterable[dict[str, Any]]`): Rows of the part, with their ids as arrays.
         settings ([`TokenSettings`]): Settings of the set, which each file repeats.
         features (`datasets.Features`): Columns, from [`row_features`].
-        shard_mb (`float`): Size of a file in megabytes, without compression. It decides where files end, so that this
-            depends on the sizes of the images alone.
 
     Yields:
         `dict[str, Any]`: `name`, `rows` and `ids` of each file, once it is written.
     """
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, METADATA_KEY.encode(): settings.to_json().encode()})
-    for number, shard in itertools.groupby(rows, key=_counter(shard_mb * 1e6, settings)):
+    for number, shard in itertools.groupby(rows, key=_counter(SHARD_BYTES, settings)):
         name = shard_name(part, number)
         counts = {"rows": 0, "ids": 0}
         with folder.new_file(name) as path, pq.ParquetWriter(path, schema) as writer:

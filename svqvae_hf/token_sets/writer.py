@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,9 +87,7 @@ def tokenize_set(
     context_model: ContextModel | None = None,
     crops: str = "whole",
     resolution: int | None = None,
-    min_side: int | None = None,
     batch_size: int | None = None,
-    shard_mb: float = 256,
     parts: Sequence[int] | None = None,
     num_parts: int | None = None,
     num_workers: int = 0,
@@ -116,11 +113,9 @@ def tokenize_set(
         context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to compress each row.
         crops (`str`, defaults to `"whole"`): Crops of an image that become rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
-        min_side (`int`, *optional*): Side in pixels below which an image is skipped like an unreadable one.
         batch_size (`int`, *optional*): Crops of equal size that are encoded together. With 1, the ids equal
             [`SVQVAE.encode_tokens`] of one image. With more, a few may differ, because sums are rounded differently.
             By default 64, or fewer if these have more than a megapixel in all.
-        shard_mb (`float`, defaults to 256): Size of a Parquet file in megabytes, before compression.
         parts (`Sequence[int]`, *optional*): Numbers of the parts to make, from 0; all by default.
         num_parts (`int`, *optional*): Number of parts, see [`count_parts`].
         num_workers (`int`, defaults to 0): Processes that read and crop images; with 0, this process does.
@@ -135,7 +130,7 @@ def tokenize_set(
         ValueError: An option is out of range, or differs from the options that the set was started with; no image can
             be read; or an image needs more memory than is available.
     """
-    _check_options(crops, resolution, min_side, batch_size, shard_mb, num_workers)
+    _check_options(crops, resolution, batch_size, num_workers)
     num_parts = count_parts(images, num_parts)
     parts = range(num_parts) if parts is None else parts
     if not all(0 <= part < num_parts for part in parts):
@@ -162,9 +157,7 @@ def tokenize_set(
         "images": images.length,
         "image_set": images.fingerprint,
         "parts": num_parts,
-        "min_side": min_side,
         "batch_size": batch_size,
-        "shard_mb": shard_mb,
         "dtype": str(model.dtype),
         "device": model.device.type,
     }
@@ -179,11 +172,11 @@ def tokenize_set(
                 continue
             shards = images.part(part, num_parts)
             rows = itertools.chain.from_iterable(shard.read() for shard in shards)
-            read = read_crops(rows, crops, resolution, min_side, num_workers)
+            read = read_crops(rows, crops, resolution, num_workers)
             record = PartRecord(part, [shard.name for shard in shards])
             encoded = encoder.encode(read, record, bar.update)
             try:
-                _write_part(folder, record, write_shards(folder, part, encoded, settings, features, shard_mb))
+                _write_part(folder, record, write_shards(folder, part, encoded, settings, features))
             except OSError:
                 if not is_finished(folder, part):  # otherwise another process has made it and tidied up
                     raise
@@ -254,22 +247,13 @@ def check_out(out: str | os.PathLike) -> Folder:
     return folder
 
 
-def _check_options(
-    crops: str,
-    resolution: int | None,
-    min_side: int | None,
-    batch_size: int | None,
-    shard_mb: float,
-    num_workers: int,
-) -> None:
-    least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "min_side": (min_side, 1)}
-    for name, (value, lowest) in {**least, "resolution": (resolution, 1)}.items():
+def _check_options(crops: str, resolution: int | None, batch_size: int | None, num_workers: int) -> None:
+    least = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "resolution": (resolution, 1)}
+    for name, (value, lowest) in least.items():
         if value is not None and value < lowest:
             raise ValueError(f"`{name}` must be at least {lowest}, got {value}.")
     if crops not in CROPS:
         raise ValueError(f"`crops` must be one of {', '.join(CROPS)}, got {crops!r}.")
-    if not 0 < shard_mb < math.inf:
-        raise ValueError(f"`shard_mb` must be a number of megabytes above 0, got {shard_mb}.")
     if is_whole(crops) != (resolution is None):
         raise ValueError(
             f"`resolution` must be the side of the crops in pixels, got {resolution} for `crops` {crops!r}. "

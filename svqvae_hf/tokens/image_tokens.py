@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.token_files import ImageTokens
+from svqvae_hf.tokens.token_files import ImageTokens, check_tokens
 
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, tiles, images or batches."
@@ -21,22 +21,6 @@ PIXEL_BYTES = 64  # per pixel: the image, its float32 sample and reconstruction,
 
 class TooLargeError(ValueError):
     """An image needs more memory than is available."""
-
-
-class TokenOrigin(Protocol):
-    """Values that identify the codebook of ids: [`ImageTokens`] and the settings of a token set have them."""
-
-    @property
-    def f(self) -> int:
-        """Pixels per latent side."""
-
-    @property
-    def codebook_size(self) -> int:
-        """Rows of the codebook."""
-
-    @property
-    def codebook_fingerprint(self) -> str:
-        """[`SVQVAE.codebook_fingerprint`] of the codebook."""
 
 
 def encode_image(
@@ -109,8 +93,10 @@ def decode_image(model: SVQVAE, tokens: ImageTokens, full_size: bool = False) ->
         `list[PIL.Image.Image]`: One image per scale with sides of `round(scale * side)` pixels, or of the full size.
 
     Raises:
+        TypeError: `tokens` are ids alone.
         ValueError: The ids belong to another codebook, or their f differs.
     """
+    check_tokens(tokens)
     check_same_codebook(model, tokens)
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     image_size = tokens.height, tokens.width
@@ -133,12 +119,12 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
 
 
-def check_same_codebook(model: SVQVAE, tokens: TokenOrigin) -> None:
+def check_same_codebook(model: SVQVAE, tokens: Any) -> None:
     """Raises if the model cannot decode ids, because they belong to another codebook.
 
     Args:
         model ([`SVQVAE`]): Model to decode with.
-        tokens ([`TokenOrigin`]): Ids, or the settings of a token set.
+        tokens ([`ImageTokens`] or [`TokenSettings`]): Ids, or the settings of a token set.
 
     Raises:
         ValueError: The codebook's fingerprint or size differs, or the model's f.

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -102,6 +103,15 @@ class ImageTokens:
             )
 
 
+def check_tokens(tokens: Any) -> None:
+    """Raises TypeError for ids alone, which do not tell the size of their image."""
+    if not isinstance(tokens, ImageTokens):
+        raise TypeError(
+            f"`tokens` must be ImageTokens, got {type(tokens).__name__}. Make them with `encode_image`, or from ids "
+            "with `image_tokens`. `SVQVAE.decode_tokens` decodes ids alone."
+        )
+
+
 def save_tokens(path: str | os.PathLike, tokens: ImageTokens, context_model: ContextModel | None = None) -> None:
     """Writes a token file, see [`token_file_content`].
 
@@ -128,11 +138,7 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
         tokens (`ImageTokens`): Content of the file.
         context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to compress the ids.
     """
-    if not isinstance(tokens, ImageTokens):
-        raise TypeError(
-            f"`tokens` must be ImageTokens, got {type(tokens).__name__}. Make them with `encode_image`, or from ids "
-            "with `image_tokens`."
-        )
+    check_tokens(tokens)
     record = {name: getattr(tokens, name) for name in _record_names()}
     if context_model is not None:
         return compress(record, [ids.cpu().numpy() for ids in tokens.ids], context_model)

@@ -2,6 +2,7 @@ import pytest
 from cli_runner import fails, names, svqvae
 from conftest import ROOT
 from generators import make_autoregressive, make_next_scale
+from peft import LoraConfig
 
 from svqvae_hf import SVQVAE
 
@@ -75,6 +76,19 @@ def test_info_of_a_token_set_that_is_not_complete(two_images, tmp_path, saved_mo
     capsys.readouterr()
     assert svqvae("info", f"file://{tmp_path / 'set'}") == 0
     assert read_facts(capsys) == {"kind": "token set", "parts": "2 (not complete; finished: 1)", "missing": "0"}
+
+
+def test_info_of_an_adapter(tmp_path, capsys):
+    LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="org/lm").save_pretrained(tmp_path)
+    assert svqvae("info", tmp_path) == 0
+    facts = read_facts(capsys)
+    assert facts == {
+        "kind": "LORA adapter",
+        "base_model_name_or_path": "org/lm",
+        "r": "4",
+        "lora_alpha": "8",
+        "target_modules": "['q_proj']",
+    }
 
 
 def test_info_of_pipelines_and_their_generators(tmp_path, capsys):

@@ -20,8 +20,6 @@ def test_files_are_written_listed_and_deleted(folder):
     assert folder.read("a/b.txt") == b"one"
     folder.write("a/b.txt", b"three")
     folder.write("a/c/d.txt", b"four")
-    assert folder.read_all(["a/b.txt"]) == [b"three"]
-    assert folder.read_all(["a/c/d.txt", "a/b.txt"]) == [b"four", b"three"]
     assert folder.names("a") == {"b.txt", "c"}
     assert sorted(folder.all_files("a")) == ["a/b.txt", "a/c/d.txt"]
     folder.delete("a/b.txt")
@@ -29,8 +27,6 @@ def test_files_are_written_listed_and_deleted(folder):
     folder.delete_folder("a")
     folder.delete_folder("a")
     assert folder.read("a/c/d.txt") is None
-    with pytest.raises(FileNotFoundError):
-        folder.read_all(["a/b.txt", "a/c/d.txt"])
 
 
 def test_a_new_file_is_complete_or_absent(folder):

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("few_windows")
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"norm_num_groups": 3}, "`norm_num_groups` must divide .* 3 does not divide 8"),
+        ({"norm_num_groups": 3}, "`norm_num_groups` must divide `base_channels`, but 3 does not divide 8"),
         ({"decoder_ch_mult": (1, 2)}, "equally many levels, .* 3 and 2"),
         ({"pixel_range": (1, 0)}, r"`pixel_range` must be two finite numbers \(low, high\).*\(1, 0\)"),
         ({"network_range": "ab"}, "`network_range` must be two finite numbers .* got 'ab'"),

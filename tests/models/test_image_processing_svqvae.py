@@ -256,7 +256,9 @@ def test_keywords_that_nothing_reads_are_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [(9, 8), (8, -1), (4.0, 4), (8,), None])
 def test_sizes_that_are_refused(size):
-    with pytest.raises(ValueError, match=r"integers .* from 1 to the size of the sample, 8 x 8, got .* `scale`"):
+    with pytest.raises(
+        ValueError, match=r"integers .* from 1 to the size of the sample, 8 x 8, got .* `SVQVAE.resize_to_image`"
+    ):
         SVQVAEImageProcessor().postprocess(torch.zeros(2, 3, 8, 8), [(8, 8), size])
 
 

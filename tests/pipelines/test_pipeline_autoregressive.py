@@ -96,11 +96,11 @@ def test_the_cache_changes_nothing(pipeline, monkeypatch):
     cached = sample_ids(pipeline, **call, generator=seeded())
     forward, read, lengths = pipeline.language_model.forward, [], []
 
-    def forward_all(input_ids, use_cache, **cache):
+    def forward_all(input_ids, use_cache, cache):
         read[:] = [torch.cat([*(read if cache else []), input_ids], dim=1)]
         lengths.append(input_ids.shape[1])
         output = forward(read[0], use_cache=False)
-        output["past_key_values"] = "all read"
+        output["cache"] = "all read"
         return output
 
     monkeypatch.setattr(pipeline.language_model, "forward", forward_all)

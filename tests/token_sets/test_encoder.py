@@ -59,7 +59,7 @@ def test_crops_are_read_in_order(photo, tmp_path, num_workers):
     (tmp_path / "7.png").write_bytes(b"broken")
     names = [f"{number}.png" for number in range(40)]
     rows = [ImageRow(name, {"path": str(tmp_path / name), "bytes": None}, {}) for name in names]
-    read = list(read_crops(rows, "whole-flip", None, None, num_workers))
+    read = list(read_crops(rows, "whole-flip", None, num_workers))
     assert [image.key for image in read] == names
     assert [image.key for image in read if image.crops is None] == ["7.png"]
     assert tuple(read[5].crops.shape) == (2, 3, 9, 10)
@@ -73,7 +73,7 @@ def test_an_image_that_cannot_be_fetched_ends_the_run(monkeypatch, settings):
     monkeypatch.setattr(crops, "read_image", fail)
     row = ImageRow("a.png", {"path": "hf://datasets/org/set@main/a.png", "bytes": None}, {})
     with pytest.raises(OSError, match="`a.png` could not be fetched: no route to host. Run the same command again"):
-        encode(make_tiny(), settings, read_crops([row], "whole", None, None, 0))
+        encode(make_tiny(), settings, read_crops([row], "whole", None, 0))
 
 
 def test_an_image_that_needs_too_much_memory_is_named(monkeypatch, settings):

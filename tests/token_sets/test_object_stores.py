@@ -12,7 +12,7 @@ from token_set_parts import SCALES, content, load, save_photos
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.decoding import detokenize_set
-from svqvae_hf.token_sets.parts import read_status
+from svqvae_hf.token_sets.parts import describe_state
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.writer import tokenize_set
 
@@ -114,7 +114,7 @@ def test_an_s3_server_with_faults_gets_the_same_set(local, tmp_path, monkeypatch
         assert report.complete, failures
         tokenize(local / "tars", local / "tokens")
         check_equal(local / "tokens", "s3://bucket/tokens")
-        assert (read_status("s3://bucket/tokens").parts, read_status("s3://bucket/tokens").missing) == (PARTS, [])
+        assert describe_state("s3://bucket/tokens") == {"parts": f"{PARTS} (complete; finished: {PARTS})"}
         tars = [request for request in faults.requests if request.startswith("GET") and ".tar" in request]
         assert tokenize("s3://bucket/tars/shard-{00..02}.tar", "s3://bucket/tokens").rows == report.rows
         again = [request for request in faults.requests if request.startswith("GET") and ".tar" in request]

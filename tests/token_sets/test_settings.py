@@ -87,7 +87,8 @@ def test_a_damaged_manifest_is_one_line(photos, tmp_path, content):
 
 def test_parts_decode_all_rows_once(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("svqvae_hf.token_sets.shards.ROW_GROUP_BYTES", 500)  # so that files have several row groups
-    tokenize(make_tiled(), photos, tmp_path / "tokens", shard_mb=1e-3, num_parts=2)
+    monkeypatch.setattr("svqvae_hf.token_sets.shards.SHARD_BYTES", 1000)
+    tokenize(make_tiled(), photos, tmp_path / "tokens", num_parts=2)
     assert detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "whole") == (12, 0)
     for part in range(4):
         detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "parts", part=part, num_parts=4)  # none twice

@@ -26,7 +26,7 @@ from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import FileRows
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.crops import CROPS, make_crops
-from svqvae_hf.token_sets.parts import read_status
+from svqvae_hf.token_sets.parts import describe_state
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.image_tokens import encode_image
@@ -199,7 +199,7 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
 
     def check_refused():
         before = content(tmp_path / "out")
-        changes = ({"scales": [1.0]}, {"shard_mb": 3}, {"num_parts": 3})
+        changes = ({"scales": [1.0]}, {"batch_size": 3}, {"num_parts": 3})
         for options in changes:
             ((name, value),) = options.items()
             name = "parts" if name == "num_parts" else name
@@ -228,12 +228,12 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
 
 def test_status_names_missing_parts(photos, tmp_path):
     tokenize(make_tiny(), photos, tmp_path / "out", parts=[0, 1, 5], num_parts=7)
-    lines = ["parts    7 (not complete; finished: 3)", "missing  2-4,6"]
-    assert str(read_status(tmp_path / "out")).splitlines() == lines
+    state = {"parts": "7 (not complete; finished: 3)", "missing": "2-4,6"}
+    assert describe_state(tmp_path / "out") == state
     tokenize(make_tiny(), photos, tmp_path / "out", num_parts=7)
-    assert str(read_status(tmp_path / "out")) == "parts    7 (complete; finished: 7)"
+    assert describe_state(tmp_path / "out") == {"parts": "7 (complete; finished: 7)"}
     with pytest.raises(ValueError, match="must be a token set, but has no record of one"):
-        read_status(photos)
+        describe_state(photos)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,6 @@ def test_status_names_missing_parts(photos, tmp_path):
         ({"crops": "left"}, "`crops` must be one of whole, whole-flip, centre, centre-flip, ten-crop, got 'left'"),
         ({"crops": "centre"}, "must be the side of the crops in pixels, got None for `crops` 'centre'. Pass it"),
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
-        ({"shard_mb": 0}, "`shard_mb` must be a number of megabytes above 0, got 0"),
         ({"num_parts": 8}, "`num_parts` must be in [1, 7], the number of images, got 8"),
         ({"num_parts": 3, "parts": [0, 3]}, "`parts` must be in [0, 2] for 3 parts, got [0, 3]"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),

@@ -26,6 +26,12 @@ def crop(photo):
     return photo.crop((100, 100, 157, 135))  # 57 x 35: not multiples of f
 
 
+def test_ids_alone_are_not_decoded(tiny_model):
+    ids = torch.zeros(1, 2, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"must be ImageTokens, got Tensor.*`SVQVAE.decode_tokens` decodes ids alone"):
+        decode_image(tiny_model, ids)
+
+
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("scale_from", SCALE_SOURCES)
 def test_decoding_the_encoded_is_the_forward_pass(tiny_model, crop, tiled, scale_from):
