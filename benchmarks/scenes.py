@@ -5,8 +5,8 @@ MODEL is a language model with image tokens, or a next-scale pipeline that reads
 finds the slots, shifts and objects with the smallest squared error. First it reads real scenes after the tokenizer,
 which states its own errors. Then it grades one picture per caption:
 
-- seen: new scenes of pairs that training shows, of single objects and of several of a kind
-- single objects
+- seen pairs: new scenes of pairs of objects that training shows
+- single objects, and several of a kind
 - held-out pairs
 - held-out wordings: of held-out pairs
 - edited: one object of a held-out pair replaced by another one, which alone counts under "objects"
@@ -40,6 +40,7 @@ from make_scenes import FONT, GROUNDS, OBJECTS, ONE, RELATIONS, SHIFTS, SIDE, SL
 
 Generator = ImageLanguageModel | SVQVAENextScalePipeline
 
+KINDS = ("seen pairs", "single objects", "several of a kind")
 LAYOUTS = [*((slot,) for slot in ONE), *RELATIONS, THREE]
 BATCH = 32
 TABLE_SCENES = 2000
@@ -98,6 +99,13 @@ def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: flo
     shares = {"scene": [own == other for own, other in pairs], "objects": objects, "places": slots, "ground": grounds}
     row = {"pictures": name} | {key: percent(values) for key, values in shares.items()}
     return row | {"s per image": f"{seconds / len(pairs):.2f}"}
+
+
+def kind(scene: Scene) -> str:
+    """Which of `KINDS` a scene is."""
+    if len(scene.objects) == 1:
+        return "single objects"
+    return "seen pairs" if len({name for _, name in scene.objects}) == 2 else "several of a kind"
 
 
 def percent(values: Sequence[bool]) -> str:
@@ -217,12 +225,10 @@ def main() -> None:
     grader, model = Grader(load_objects(options.font)), load_generator(options.model, "cpu", "float32")
     sets = datasets.load_dataset(options.scenes)
     chosen = {name: sets[name].select(random.sample(range(1000), options.count)) for name in ("validation", "test")}
-    scenes = {name: [Scene.parse(captions[0]) for captions in rows["caption"]] for name, rows in chosen.items()}
-    singles = [
-        Scene(random.choice([*GROUNDS]), ((random.choice(ONE), random.choice([*OBJECTS])),))
-        for _ in range(options.count)
-    ]
-    asked = {"seen": scenes["validation"], "single objects": singles, "held-out pairs": scenes["test"]}
+    scenes = {name: [*map(Scene.parse, rows["short_caption"])] for name, rows in chosen.items()}
+    drawn = [Scene.draw(random, held_out=False) for _ in range(8 * options.count)]
+    asked = {name: [scene for scene in drawn if kind(scene) == name][: options.count] for name in KINDS}
+    asked["held-out pairs"] = scenes["test"]
     captions = {name: [scene.captions()[0] for scene in group] for name, group in asked.items()}
     asked["held-out wordings"] = scenes["test"]
     captions["held-out wordings"] = [random.choice(scene.captions(held_out=True)) for scene in scenes["test"]]
@@ -249,12 +255,13 @@ def main() -> None:
         rows = []
         for name, split in (("seen", "validation"), ("held-out pairs", "test")):
             right = [describes(model, *pair) for pair in zip(chosen[split]["image"], scenes[split], strict=True)]
+            bits = bits_per_id(model, chosen[split]["short_caption"], grids[split])
             single, pairs = table_bits(shown, grids[split], model.processor.vocabulary.codebook_size)
             rows.append(
                 {
                     "scenes": name,
                     "captions right, %": percent(right),
-                    "bits per id": f"{bits_per_id(model, captions[name], grids[split]):.2f}",
+                    "bits per id": f"{bits:.2f}",
                     "by frequencies": f"{single:.2f}",
                     "by pairs": f"{pairs:.2f}",
                 }

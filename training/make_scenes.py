@@ -2,8 +2,8 @@
 
     python training/make_scenes.py OUT --count 60000
 
-A scene shows one object in one of three sizes, two or three of a kind, or two objects beside or above one another,
-each shifted by up to 4 pixels. The objects come from Noto Color Emoji (Debian: `apt install fonts-noto-color-emoji`;
+A scene shows one object in one of two sizes, two or three of a kind, or two objects beside or above one another,
+each shifted by 4 pixels. The objects come from Noto Color Emoji (Debian: `apt install fonts-noto-color-emoji`;
 SIL OFL 1.1). One in ten pairs of objects occurs only in the split `test`, and one in four wordings in no caption.
 """
 
@@ -47,8 +47,7 @@ OBJECTS = dict(
 )
 SLOTS = {  # centre, and longer side of the object, in pixels
     "small": (48, 48, 40),
-    "medium": (48, 48, 60),
-    "large": (48, 48, 80),
+    "large": (48, 48, 60),
     "left": (24, 48, 40),
     "right": (72, 48, 40),
     "top": (48, 24, 40),
@@ -56,7 +55,7 @@ SLOTS = {  # centre, and longer side of the object, in pixels
     "top left": (24, 24, 40),
     "top right": (72, 24, 40),
 }
-ONE, TWO, THREE = ("small", "medium", "large"), ("left", "right"), ("top left", "top right", "bottom")
+ONE, TWO, THREE = ("small", "large"), ("left", "right"), ("top left", "top right", "bottom")
 RELATIONS = {  # wordings of "first relation second", then of "second relation first"
     ("left", "right"): (("left of", "to the left of"), ("right of", "to the right of")),
     ("top", "bottom"): (("above", "over"), ("below", "under")),
@@ -82,7 +81,9 @@ class Scene:
         """Wordings of the scene, the shortest first, or those that are held out."""
         slots, names = zip(*self.objects, strict=True)
         if len(slots) == 1:
-            phrases = [with_article(names[0] if slots == ("medium",) else f"{slots[0]} {names[0]}")]
+            phrases = [with_article(f"{slots[0]} {names[0]}")]
+            if slots == ("large",):
+                phrases.insert(0, with_article(names[0]))
         elif len(set(names)) == 1:
             phrases = [f"{'two' if len(slots) == 2 else 'three'} {plural(names[0])}"]
         else:
@@ -129,9 +130,9 @@ class Scene:
         """Draws a scene; `held_out` ones show a held-out pair."""
         names, kind = random.sample(list(OBJECTS), 2), random.random()
         slots: tuple[str, ...] = random.choice(list(RELATIONS))
-        if not held_out and kind < 0.2:
-            names, slots = names[:1], (random.choice(ONE),)
-        elif not held_out and kind < 0.4:
+        if not held_out and kind < 0.3:
+            names, slots = names[:1], tuple(random.choices(ONE, (1, 5)))  # only here are objects large
+        elif not held_out and kind < 0.45:
             slots = random.choice((TWO, THREE))
             names = names[:1] * len(slots)
         scene = cls(random.choice(list(GROUNDS)), tuple(zip(slots, names, strict=True)))
