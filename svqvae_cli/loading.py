@@ -1,6 +1,7 @@
 """Loads models for the commands. Imports torch, so commands import this file inside their bodies."""
 
 import argparse
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +11,28 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 
+import svqvae_hf
 from svqvae_cli.errors import prefix_errors, require_extra
 from svqvae_cli.files import check_source
-from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, SVQVAE, SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import from_hub, hub_reason
-from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import load_image
 from svqvae_hf.tokens.image_tokens import check_memory
 from svqvae_hf.tokens.token_files import ImageTokens
 
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
+
+
+class PipelineIndex(ConfigMixin):
+    """Index of a pipeline's folder. Unlike `DiffusionPipeline.load_config`, it imports no pipeline."""
+
+    config_name = "model_index.json"
 
 
 def load_model(source: str | None, device: str | None, dtype: str, **options: Any) -> SVQVAE:
@@ -57,7 +64,9 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
     found_device = find_device(device)
     with explain_loading(source):
         model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
-    return model.to(found_device)
+    gc.freeze()
+    gc.enable()
+    return model if found_device.type == "cpu" else model.to(found_device)  # diffusers' `to` imports all its hooks
 
 
 def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
@@ -92,8 +101,10 @@ def load_generator(source: str | None, device: str | None, dtype: str, adapter: 
     """Loads a generator of any kind, by default the bundled one, and merges a LoRA adapter into its language model."""
     source = source or DEFAULT_GENERATOR
     check_source(source)
+    with explain_loading(source):
+        cls = _generator_class(source)
+    pipeline = load_pretrained(cls, source, device, dtype)
     if adapter is not None:
-        pipeline = load_generator(source, device, dtype)
         with require_extra("--adapter", "train"):
             from peft import PeftModel
         check_source(adapter)
@@ -103,20 +114,24 @@ def load_generator(source: str | None, device: str | None, dtype: str, adapter: 
         except (AttributeError, IndexError, RuntimeError, ValueError) as error:
             raise ValueError(f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {error}") from error
         pipeline.language_model = adapted.merge_and_unload()
-        return pipeline
-    kinds = {cls.__name__: cls for cls in (SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline)}
-    with explain_loading(source):
-        if ImageLanguageModel.is_at(source):
-            return load_pretrained(ImageLanguageModel, source, device, dtype)
-        if Path(source).is_dir() and not Path(source, "model_index.json").is_file():
-            raise ValueError(
-                f"`{source}` must be a pipeline or a language model with image tokens, but has neither a "
-                "model_index.json nor image tokens. `svqvae extend-lm` adds them to a language model."
-            )
-        found = from_hub(DiffusionPipeline.load_config, source)["_class_name"]
-    if found not in kinds:
-        raise ValueError(f"the pipeline `{source}` must be one of {', '.join(kinds)}, but is a {found}.")
-    return load_pretrained(kinds[found], source, device, dtype)
+    return pipeline
+
+
+def _generator_class(source: str) -> Any:
+    """Class of a generator. Imports that class alone."""
+    from svqvae_hf.language.image_language_model import ImageLanguageModel
+
+    if ImageLanguageModel.is_at(source):
+        return ImageLanguageModel
+    if Path(source).is_dir() and not Path(source, PipelineIndex.config_name).is_file():
+        raise ValueError(
+            f"`{source}` must be a pipeline or a language model with image tokens, but has neither a "
+            "model_index.json nor image tokens. `svqvae extend-lm` adds them to a language model."
+        )
+    found = from_hub(PipelineIndex.load_config, source)["_class_name"]
+    if found not in PIPELINES:
+        raise ValueError(f"the pipeline `{source}` must be one of {', '.join(PIPELINES)}, but is a {found}.")
+    return getattr(svqvae_hf, found)
 
 
 def _find_cause(error: OSError) -> str:

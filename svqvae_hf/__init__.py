@@ -1,5 +1,8 @@
 """SVQVAE, a multi-scale vector-quantized image tokenizer, as a library of the Hugging Face ecosystem."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -14,12 +17,14 @@ from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
-from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEEncoderOutput, SVQVAEOutput
+from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEDecoderOutput, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses
-from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
-from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
+
+if TYPE_CHECKING:
+    from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+    from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 
 __version__ = "0.2.0"
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "NextScaleTransformer",
     "NextScaleTransformerOutput",
     "SVQVAEAutoregressivePipeline",
+    "SVQVAEDecoderOutput",
     "SVQVAEEncoderOutput",
     "SVQVAEImageProcessor",
     "SVQVAENextScalePipeline",
@@ -50,6 +56,23 @@ __all__ = [
     "save_tokens",
 ]
 
+PIPELINES = {  # imported when they are first used: diffusers' pipelines take longer to import than all else
+    "SVQVAEAutoregressivePipeline": "svqvae_hf.pipelines.pipeline_autoregressive",
+    "SVQVAENextScalePipeline": "svqvae_hf.pipelines.pipeline_next_scale",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PIPELINES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(PIPELINES[name]), name)
+
+
+class _Diffusers(type(diffusers)):  # type: ignore[misc]
+    def __getattr__(self, name: str) -> Any:
+        return __getattr__(name) if name in PIPELINES else super().__getattr__(name)
+
+
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
 # package is in its table and has the base class in its namespace; the same goes for the other classes.
 LOADABLE_CLASSES["svqvae_hf"] = {
@@ -61,8 +84,7 @@ LOADABLE_CLASSES["svqvae_hf"] = {
 # `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look for classes among the names of diffusers.
 diffusers.SVQVAE = SVQVAE
 diffusers.NextScaleTransformer = NextScaleTransformer
-diffusers.SVQVAEAutoregressivePipeline = SVQVAEAutoregressivePipeline
-diffusers.SVQVAENextScalePipeline = SVQVAENextScalePipeline
+diffusers.__class__ = _Diffusers
 
 # `AutoProcessor` and `AutoImageProcessor` look for the class that a folder names among the registered ones. The key is
 # what the configs of the language models have in common.

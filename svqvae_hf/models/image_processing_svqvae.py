@@ -390,11 +390,9 @@ def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
     """
     padded = pad_to_multiple(sample, f)
     size = [max(1, round(scale * (side // f))) * f for side in padded.shape[-2:]]
-    if list(padded.shape[-2:]) == size:
-        return padded
     if scale <= 0.25:  # a mean of many pixels
-        return resize_area(padded.float(), size).to(sample.dtype)
-    return F.interpolate(padded.float(), size, mode="bicubic", antialias=True).to(sample.dtype)
+        return resize(padded, size, "area")
+    return resize(padded, size, "bicubic", antialias=True)
 
 
 def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
@@ -408,11 +406,7 @@ def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
         `torch.Tensor`: Latents `(batch, channels, max(1, round(scale * h)), max(1, round(scale * w)))`.
     """
     size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
-    if list(latents.shape[-2:]) == size:
-        return latents
-    if scale < 1:
-        return resize_area(latents.float(), size).to(latents.dtype)
-    return F.interpolate(latents.float(), size, mode="bilinear").to(latents.dtype)
+    return resize(latents, size, "area" if scale < 1 else "bilinear")
 
 
 def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]:
@@ -428,10 +422,12 @@ def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]
     return rows, columns
 
 
-def resize_area(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resizes `(batch, channels, h, w)` by area. Apple's GPUs can only divide sides, so there the CPU does it."""
-    device = torch.device("cpu") if values.device.type == "mps" else values.device
-    return F.interpolate(values.to(device), list(size), mode="area").to(values.device)
+def resize(values: torch.Tensor, size: Sequence[int], mode: str, antialias: bool = False) -> torch.Tensor:
+    """Resizes `(batch, channels, h, w)` in float32. Apple's GPUs cannot do it by area, so there the CPU does."""
+    if list(values.shape[-2:]) == list(size):
+        return values
+    device = torch.device("cpu") if mode == "area" and values.device.type == "mps" else values.device
+    return F.interpolate(values.to(device, torch.float32), list(size), mode=mode, antialias=antialias).to(values)
 
 
 def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:

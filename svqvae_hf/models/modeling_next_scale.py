@@ -31,7 +31,7 @@ from transformers import DynamicCache
 
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.models.checks import check_positive_integers
-from svqvae_hf.models.image_processing_svqvae import resize_area
+from svqvae_hf.models.image_processing_svqvae import resize
 from svqvae_hf.models.loading import StrictLoadingMixin
 from svqvae_hf.untrusted.weights import check_layers
 
@@ -291,8 +291,7 @@ class NextScaleTransformer(StrictLoadingMixin):
 
     def _positions(self, size: Size) -> torch.Tensor:
         """Positions of a scale, `(1, height * width, width of the model)`."""
-        positions = resize_area(self.pos_1LC.float(), size)
-        return positions.flatten(2).transpose(1, 2).to(self.pos_1LC.dtype)
+        return resize(self.pos_1LC, size, "area").flatten(2).transpose(1, 2)
 
     def _initialise(self) -> None:
         """Draws the weights as FlexVAR does; the first third of a block's modulation are its gates."""

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
@@ -45,7 +44,7 @@ from svqvae_hf.models.checks import (
     check_scales,
     check_tiles,
 )
-from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
+from svqvae_hf.models.image_processing_svqvae import resize, resize_latents, resize_sample
 from svqvae_hf.models.layers import Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
 from svqvae_hf.models.loading import StrictLoadingMixin, SVQVAELoadingMixin
 from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
@@ -61,6 +60,17 @@ class SVQVAEEncoderOutput(BaseOutput):
     """
 
     latents: torch.Tensor
+
+
+@dataclass
+class SVQVAEDecoderOutput(BaseOutput):
+    """Output of [`SVQVAE.decode`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, out_channels, height, width)`): Images in `pixel_range`, not clamped.
+    """
+
+    sample: torch.Tensor
 
 
 @dataclass
@@ -177,8 +187,8 @@ class ResolutionBlock(nn.Module):
         num_groups: int,
         dropout: float,
         attention: bool = False,
-        downsample: bool = False,
-        upsample: bool = False,
+        down: bool = False,
+        up: bool = False,
     ):
         super().__init__()
         self.res = nn.ModuleList(
@@ -186,8 +196,8 @@ class ResolutionBlock(nn.Module):
             for i in range(num_blocks)
         )
         self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0))
-        self.downsample = Downsample(out_channels) if downsample else None
-        self.upsample = Upsample(out_channels) if upsample else None
+        self.downsample = Downsample(out_channels) if down else None
+        self.upsample = Upsample(out_channels) if up else None
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
 
@@ -224,7 +234,7 @@ class Encoder(nn.Module):
         last, num_blocks = len(channels) - 1, config["num_res_blocks"]
         self.conv_in = Conv3x3(config["in_channels"], config["base_channels"])
         self.conv_blocks = nn.ModuleList(
-            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == last, downsample=i != last)
+            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == last, down=i != last)
             for i, (before, after) in enumerate(itertools.pairwise([config["base_channels"], *channels]))
         )
         self.mid = middle_blocks(channels[-1], *of_blocks)
@@ -247,7 +257,7 @@ class Decoder(nn.Module):
         self.conv_in = Conv3x3(config["z_channels"], channels[0])
         self.mid = middle_blocks(channels[0], *of_blocks)
         self.conv_blocks = nn.ModuleList(
-            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == 0, upsample=i != last)
+            ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == 0, up=i != last)
             for i, (before, after) in enumerate(itertools.pairwise([channels[0], *channels]))
         )
         margin = 0
@@ -349,7 +359,6 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             lookup_from_codebook=True,
         )
         self.f = 2 ** (len(encoder_ch_mult) - 1)
-        self.use_slicing = self.use_tiling = False
         self.tile_size, self.overlap = 256, OVERLAP_PX
 
     @apply_forward_hook
@@ -380,7 +389,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         force_not_quantize: bool = False,
         return_dict: bool = True,
         shape: tuple[int, int, int, int] | None = None,
-    ) -> DecoderOutput | tuple[torch.Tensor]:
+    ) -> SVQVAEDecoderOutput | tuple[torch.Tensor]:
         """Decodes ids or latents, told apart by their type: integers are looked up, floats are quantised.
 
         Args:
@@ -391,8 +400,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)` of ids.
 
         Returns:
-            [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: Sample `(batch, out_channels, h * f, w *
-            f)`, not clamped.
+            [`SVQVAEDecoderOutput`] or `tuple`: Sample `(batch, out_channels, h * f, w * f)`, not clamped.
 
         Raises:
             ValueError: If `h` has the wrong shape, or an id is out of range.
@@ -406,7 +414,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             check_latents(h, self.config)
             quantized = h if force_not_quantize else self.quantize.snap(h)[0]
         sample = self._decode(quantized.to(self.dtype), self._tiles())
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return SVQVAEDecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
     def encode_scales(
@@ -566,10 +574,8 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             per side, clamped to `pixel_range` in evaluation mode.
         """
         padded = [max(1, round(scale * -(-side // self.f) * self.f)) for side in image_size]
-        if list(decoded.shape[-2:]) != padded:
-            decoded = F.interpolate(decoded.float(), padded, mode="bilinear", antialias=True).to(decoded.dtype)
         height, width = (max(1, round(scale * side)) for side in image_size)
-        decoded = decoded[..., :height, :width]
+        decoded = resize(decoded, padded, "bilinear", antialias=True)[..., :height, :width]
         return decoded if self.training else decoded.clamp(*self.config["pixel_range"])
 
     def codebook_fingerprint(self) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 
 from svqvae_hf.models.checks import check_checkpointing, check_tiles
@@ -162,9 +161,10 @@ def map_tiles(
     return joined[0]
 
 
-class TilingMixin(AutoencoderMixin):
+class TilingMixin:
     """Runs the networks of [`SVQVAE`] on whole images, on slices of a batch, and on tiles of each image."""
 
+    use_slicing = use_tiling = False
     config: Any
     encoder: nn.Module
     decoder: nn.Module
@@ -173,6 +173,18 @@ class TilingMixin(AutoencoderMixin):
     f: int
     overlap: int
     tile_size: int
+
+    def enable_slicing(self) -> None:
+        """Runs the images of a batch one at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Runs the images of a batch together again."""
+        self.use_slicing = False
+
+    def disable_tiling(self) -> None:
+        """Runs images as a whole again."""
+        self.use_tiling = False
 
     def enable_tiling(self, tile_size: int | None = None, overlap: int | None = None) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
@@ -190,8 +202,7 @@ class TilingMixin(AutoencoderMixin):
         """
         tile_size = 256 if tile_size is None else tile_size
         check_tiles(self.f, tile_size, overlap)
-        super().enable_tiling()
-        self.tile_size = tile_size
+        self.use_tiling, self.tile_size = True, tile_size
         self.overlap = min(OVERLAP_PX // self.f, tile_size // self.f // 4) * self.f if overlap is None else overlap
 
     def tile_if_large(

@@ -5,13 +5,14 @@ import reprlib
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.tokens.image_tokens import execution_device
 
 
-def load_text_encoder(source: str) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
+def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a text encoder in bfloat16, as LlamaGen does, and its tokenizer.
 
     Args:
@@ -22,7 +23,11 @@ def load_text_encoder(source: str) -> tuple[T5EncoderModel, PreTrainedTokenizerB
         ValueError: It is not a T5 encoder.
     """
     encoder, info = from_hub(
-        T5EncoderModel.from_pretrained, source, dtype=torch.bfloat16, use_safetensors=True, output_loading_info=True
+        transformers.T5EncoderModel.from_pretrained,  # here, because other generators need not import it
+        source,
+        dtype=torch.bfloat16,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     if info["missing_keys"]:
         raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(info['missing_keys'])}.")
@@ -62,7 +67,7 @@ def _check_length(captions: Sequence[str], batch: list[list[int]], length: int) 
 
 @torch.no_grad()
 def encode_captions(
-    text_encoder: T5EncoderModel,
+    text_encoder: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     captions: Sequence[str],
     length: int,

@@ -14,7 +14,7 @@ from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import (
     ImageInput,
     pad_to_multiple,
-    resize_area,
+    resize,
 )
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
@@ -329,7 +329,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         longest = math.ceil(max(sample.shape[-2:]) / self.vqvae.f)
         latents = self.vqvae.encode_scales(sample, [max(size) / longest for size in sizes], self.config["scale_from"])
         return [
-            self.vqvae.quantize.nearest_ids(resize_area(each.float(), size))
+            self.vqvae.quantize.nearest_ids(resize(each.float(), size, "area"))
             for each, size in zip(latents, sizes, strict=True)
         ]
 

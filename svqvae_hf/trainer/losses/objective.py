@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf.evaluation.perceptual import load_lpips
-from svqvae_hf.models.image_processing_svqvae import resize_area
+from svqvae_hf.models.image_processing_svqvae import resize
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEOutput
 from svqvae_hf.trainer.losses.adversarial import (
     MIN_SIDE,
@@ -56,18 +56,12 @@ def make_pairs(sample: torch.Tensor, outputs: Sequence[torch.Tensor], pixel_rang
     low, high = pixel_range
     sample = (sample - low) / (high - low)
     total = sum(output[0, 0].numel() for output in outputs)
+    sizes = [output.shape[-2:] for output in outputs]
+    targets = [resize(sample, size, "area" if size[0] < sample.shape[-2] else "bicubic") for size in sizes]
     return [
-        Pair(_resize(sample, output.shape[-2:]), (output.float() - low) / (high - low), output[0, 0].numel() / total)
-        for output in outputs
+        Pair(target, (output.float() - low) / (high - low), output[0, 0].numel() / total)
+        for target, output in zip(targets, outputs, strict=True)
     ]
-
-
-def _resize(sample: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    if sample.shape[-2:] == tuple(size):
-        return sample
-    if size[0] < sample.shape[-2]:
-        return resize_area(sample, size)
-    return F.interpolate(sample, tuple(size), mode="bicubic")
 
 
 class Objective:
