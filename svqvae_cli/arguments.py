@@ -5,13 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 SCALE_SOURCES = ("latents", "image")  # as in `svqvae_hf.models.checks`
 DTYPES = ("float32", "bfloat16", "float16")
 TILES = "256 for images that would take more than 1 GiB as a whole, otherwise none"  # as in `SVQVAE.enable_tiling`
-
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,25 +99,6 @@ class Parser(argparse.ArgumentParser):
         help = "column of the images, or their suffix in tar files (default: by type)"
         self.option("--image-column", not_empty, "NAME", help)
         self.option("--max-images", int, "N", "stop after N images (default: all)")
-
-
-def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], summary: str, details: str, example: str
-) -> Parser:
-    """Adds a command without arguments.
-
-    Args:
-        commands (`argparse._SubParsersAction`): Commands of the parser.
-        name (`str`): Word on the command line.
-        run (`Callable`): Body of the command.
-        summary (`str`): One line, which `svqvae --help` shows too.
-        details (`str`): Lines of at most 80 characters.
-        example (`str`): Arguments of an example.
-    """
-    description, epilog = f"{summary}.\n{details}", f"example:\n  svqvae {name} {example}"
-    parser = commands.add_parser(name, help=summary, description=description, epilog=epilog)
-    parser.set_defaults(run=run, parser=parser)
-    return parser
 
 
 class _Scales(argparse.Action):

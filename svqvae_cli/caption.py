@@ -1,25 +1,22 @@
-"""`svqvae caption`."""
+"""Describes images with a language model that has image tokens.
+
+Writes NAME.txt with the most likely text for each image, in the subfolder that
+the image was found in, and prints it. Images that cannot be read are named and
+skipped. The same command resumes an interrupted run.
+
+  svqvae caption photos --model org/lm-with-images --output out
+"""
 
 import argparse
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, path_or_name, positive
+from svqvae_cli.arguments import Parser, path_or_name, positive
 from svqvae_cli.files import find_images
 from svqvae_cli.runs import Run
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "caption",
-        run,
-        "describe images with a language model that has image tokens",
-        "Writes NAME.txt with the most likely text for each image, in the subfolder that\n"
-        "the image was found in, and prints it. Images that cannot be read are named and\n"
-        "skipped. The same command resumes an interrupted run.",
-        "photos --model org/lm-with-images --output out",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.add_images()
     parser.option("--model", path_or_name, "LM", "language model: folder or Hub id", required=True)
     parser.option("--prompt", str, "TEXT", "text after each image (default: none)", default="")

@@ -8,29 +8,17 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
+from types import FrameType
 
-from svqvae_cli import (
-    caption,
-    convert,
-    decode,
-    demo,
-    detokenize,
-    encode,
-    evaluate,
-    export,
-    extend_lm,
-    generate,
-    info,
-    reconstruct,
-    tokenize,
-)
 from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import SkippedError, one_line
 
-COMMANDS = (  # in the order of the help
-    *(reconstruct, encode, decode, tokenize, detokenize, evaluate),
-    *(convert, export, extend_lm, generate, caption, info, demo),
+# In the order of the help, which is the docstrings of their modules.
+COMMANDS = (
+    *("reconstruct", "encode", "decode", "tokenize", "detokenize", "evaluate"),
+    *("convert", "export", "extend-lm", "generate", "caption", "info", "demo"),
 )
 
 
@@ -44,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: Exit code: 0 after success; 1 if some inputs were skipped; 2 after a user's mistake or out of memory,
         with one line on stderr; 130 after Ctrl-C; 141 if the reader of stdout has closed it.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # raises: temporary files are removed
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     gc.disable()  # a fifth of the time of importing torch and diffusers; `load_pretrained` enables it again
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # from libraries, about code that is not the user's
@@ -72,6 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         gc.enable()
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raises, so that temporary files are removed, or exits at once while a library is imported.
+
+    Nothing is written yet then, and libraries make an ImportError of what is raised in an import.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"svqvae: interrupted\n")
+            os._exit(128 + number)
+        frame = frame.f_back
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 def _run(argv: Sequence[str] | None) -> None:
@@ -103,8 +108,17 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"svqvae {version('svqvae-hf')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_to(commands)
+    for name in COMMANDS:
+        module = import_module(f"svqvae_cli.{name.replace('-', '_')}")
+        summary, details, example = str(module.__doc__).strip().split("\n\n")
+        command = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:-1],
+            description=f"{summary}\n{details}",
+            epilog=f"example:\n{example}",
+        )
+        command.set_defaults(run=module.run, parser=command)
+        module.add_arguments(command)
     return parser
 
 

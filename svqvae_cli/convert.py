@@ -1,27 +1,24 @@
-"""`svqvae convert`."""
+"""Converts an original checkpoint to a Hub repository.
+
+Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training,
+taming-transformers and JanusVQVAE. Writes model card, config and safetensors,
+and verifies them. With --tokenizer, SOURCE is FlexVAR's transformer or
+LlamaGen's language model, and OUT a pipeline that holds both.
+
+  svqvae convert vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16
+"""
 
 import argparse
 import os
 import re
 from typing import Any
 
-from svqvae_cli.arguments import Commands, add_command, not_empty, path, path_or_name
+from svqvae_cli.arguments import Parser, not_empty, path, path_or_name
 from svqvae_cli.files import REPO_ID, check_new_folder
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "convert",
-        run,
-        "convert an original checkpoint to a Hub repository",
-        "Reads checkpoints of SVQVAE, LlamaGen, FlexVAR, multi-scale Lightning training,\n"
-        "taming-transformers and JanusVQVAE. Writes model card, config and safetensors,\n"
-        "and verifies them. With --tokenizer, SOURCE is FlexVAR's transformer or\n"
-        "LlamaGen's language model, and OUT a pipeline that holds both.",
-        "vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.option("source", path_or_name, "SOURCE", "checkpoint file, or org/repo:file on the Hub")
     parser.option("out", path, "OUT", "folder to create")
     help = "tokenizer of a generator: file, org/repo:file, folder or Hub id"

@@ -1,29 +1,26 @@
-"""`svqvae decode`."""
+"""Decodes token files to images.
+
+Writes one image per scale in the file, NAME_x1.png and so on, in the subfolder
+that the file was found in. The model must have the codebook that the file was
+encoded with. Files that cannot be read, or whose images are too large for
+memory, are named and skipped. The same command resumes an interrupted run.
+
+  svqvae decode tokens --output out
+"""
 
 import argparse
 from functools import cache, partial
 from pathlib import Path
 
-from svqvae_cli.arguments import Commands, add_command
+from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_output, check_source, find_inputs
 from svqvae_cli.large import add_large, check_large
 from svqvae_cli.runs import Run
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "decode",
-        run,
-        "decode token files to images",
-        "Writes one image per scale in the file, NAME_x1.png and so on, in the subfolder\n"
-        "that the file was found in. The model must have the codebook that the file was\n"
-        "encoded with. Files that cannot be read, or whose images are too large for\n"
-        "memory, are named and skipped. The same command resumes an interrupted run.",
-        "tokens --output out",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.add_files("token files, folders of them, which are searched with their subfolders, or globs")
     parser.add_model()
     parser.add_tiles("as encoded", "as encoded")

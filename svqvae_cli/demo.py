@@ -1,26 +1,23 @@
-"""`svqvae demo`."""
+"""Serves a web page that encodes and decodes photographs.
+
+Shows original and reconstruction under one slider and the ids as a picture.
+The page needs no network. With --generator, the page generates images instead:
+they grow step by step, and painted parts are generated anew.
+
+  svqvae demo --model org/svqvae
+"""
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, not_empty, path_or_name, positive
+from svqvae_cli.arguments import Parser, not_empty, path_or_name, positive
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 
 LAST_PORT = 65_535
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "demo",
-        run,
-        "serve a web page that encodes and decodes photographs",
-        "Shows original and reconstruction under one slider and the ids as a picture.\n"
-        "The page needs no network. With --generator, the page generates images instead:\n"
-        "they grow step by step, and painted parts are generated anew.",
-        "--model org/svqvae",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.add_model()
     help = "generator of a page that generates: folder or Hub id (without one: the bundled language model)"
     parser.option("--generator", path_or_name, "GENERATOR", help, nargs="?", const=False)

@@ -1,23 +1,20 @@
-"""`svqvae detokenize`."""
+"""Decodes a token set to images.
+
+Writes one image per row and scale, 00000000_x1.png and so on. The model must
+have the codebook that the token set was encoded with. On several machines, each
+decodes a part.
+
+  svqvae detokenize tokens --output out --max-images 16
+"""
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, not_empty
+from svqvae_cli.arguments import Parser, not_empty
 from svqvae_cli.files import check_output
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "detokenize",
-        run,
-        "decode a token set to images",
-        "Writes one image per row and scale, 00000000_x1.png and so on. The model must\n"
-        "have the codebook that the token set was encoded with. On several machines, each\n"
-        "decodes a part.",
-        "tokens --output out --max-images 16",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.option("tokens", not_empty, "TOKENS", "folder or URL of the token set, or its name on the Hub")
     parser.add_output()
     parser.flag("--overwrite", "decode images that are there, too (default: skip them)")

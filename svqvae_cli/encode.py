@@ -1,28 +1,25 @@
-"""`svqvae encode`."""
+"""Encodes images to token files.
+
+Writes one token file per image, NAME.safetensors, or NAME.svqz with --compress,
+with the ids at all scales, in the subfolder that the image was found in. Images
+that cannot be read, or are too large for memory, are named and skipped. The
+same command resumes an interrupted run.
+
+  svqvae encode 'photos/*.jpg' --output tokens --scales 1
+"""
 
 import argparse
 from collections import Counter
 from functools import partial
 
-from svqvae_cli.arguments import Commands, add_command, scale
+from svqvae_cli.arguments import Parser, scale
 from svqvae_cli.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES, InputFile, find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "encode",
-        run,
-        "encode images to token files",
-        "Writes one token file per image, NAME.safetensors, or NAME.svqz with --compress,\n"
-        "with the ids at all scales, in the subfolder that the image was found in. Images\n"
-        "that cannot be read, or are too large for memory, are named and skipped. The\n"
-        "same command resumes an interrupted run.",
-        "'photos/*.jpg' --output tokens --scales 1",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.add_encoding()
     targets = parser.add_mutually_exclusive_group()
     help = "take the smallest scale that reaches this PSNR at full size, or else the largest"

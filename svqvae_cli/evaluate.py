@@ -1,4 +1,13 @@
-"""`svqvae evaluate`."""
+"""Measures a model on an image set.
+
+Writes report.json, report.md and pictures. With --beside, --codecs or a MODEL
+of another class, writes one table of all tokenizers at the size of the images,
+and a plot. With --generated, writes how far the generated images are from DATA.
+On several GPUs:
+  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR
+
+  svqvae evaluate org/svqvae photos --output report --scales 1 0.5 0.25
+"""
 
 import argparse
 import os
@@ -7,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from svqvae_cli.arguments import Commands, add_command, image_set_options, path, path_or_name
+from svqvae_cli.arguments import Parser, image_set_options, path, path_or_name
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
@@ -18,20 +27,8 @@ NO_SAMPLES = ("/sheet.png", "_steps.png")  # pictures of `svqvae generate` that 
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "evaluate",
-        run,
-        "measure a model on an image set",
-        "Writes report.json, report.md and pictures. With --beside, --codecs or a MODEL\n"
-        "of another class, writes one table of all tokenizers at the size of the images,\n"
-        "and a plot. With --generated, writes how far the generated images are from DATA.\n"
-        "On several GPUs:\n"
-        "  accelerate launch -m svqvae_cli evaluate MODEL DATA --output DIR",
-        "org/svqvae photos --output report --scales 1 0.5 0.25",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.option("model", path_or_name, "MODEL", f"model folder or Hub id: {CLASSES}")
     parser.flag("--generated", "MODEL is a folder of generated images, to be compared with DATA")
     parser.add_image_set()

@@ -1,23 +1,20 @@
-"""`svqvae export`."""
+"""Exports a model to ONNX.
+
+Writes one graph from images to ids and one from ids to images, for any batch
+size, height and width. Compares them with the model before it keeps them.
+
+  svqvae export org/svqvae --output graphs
+"""
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, path_or_name
+from svqvae_cli.arguments import Parser, path_or_name
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_new_folder, check_source
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "export",
-        run,
-        "export a model to ONNX",
-        "Writes one graph from images to ids and one from ids to images, for any batch\n"
-        "size, height and width. Compares them with the model before it keeps them.",
-        "org/svqvae --output graphs",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.option("model", path_or_name, "MODEL", "model folder or Hub id")
     parser.add_output("folder to create")
 

@@ -1,23 +1,20 @@
-"""`svqvae extend-lm`."""
+"""Adds image tokens to a causal language model.
+
+Writes a folder with the language model, its tokenizer and chat template, a
+processor for texts and images, and the image tokenizer in vqvae/. The rows of
+the old tokens stay as they are.
+
+  svqvae extend-lm org/lm lm-with-images --vqvae org/svqvae --grids 16x16 16x24
+"""
 
 import argparse
 
-from svqvae_cli.arguments import Commands, add_command, grid, path, path_or_name
+from svqvae_cli.arguments import Parser, grid, path, path_or_name
 from svqvae_cli.files import check_new_folder, check_source
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "extend-lm",
-        run,
-        "add image tokens to a causal language model",
-        "Writes a folder with the language model, its tokenizer and chat template, a\n"
-        "processor for texts and images, and the image tokenizer in vqvae/. The rows of\n"
-        "the old tokens stay as they are.",
-        "org/lm lm-with-images --vqvae org/svqvae --grids 16x16 16x24",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.option("lm", path_or_name, "LM", "causal language model: folder or Hub id")
     parser.option("out", path, "OUT", "folder to create")
     parser.option("--vqvae", path_or_name, "MODEL", "image tokenizer: folder or Hub id", required=True)

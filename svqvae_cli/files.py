@@ -5,7 +5,6 @@ import glob
 import os
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 # As in `svqvae_hf.models.image_processing_svqvae`, in the same order.
 IMAGE_SUFFIXES = tuple(".bmp .gif .jpg .jpeg .png .ppm .pgm .pnm .tif .tiff .webp .avif".split())
 TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
+ARCHIVES = (".zip", ".rar", ".7z")
 TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # as in `svqvae_hf.hub.repositories`
 
@@ -23,16 +23,14 @@ class InputFile(NamedTuple):
     Args:
         path (`Path`): The file.
         name (`Path`): Path below the folder in which the file was found, or its file name.
-        stem (`str`): Start of the names of its outputs.
     """
 
     path: Path
     name: Path
-    stem: str
 
     def target(self, output: Path, ending: str) -> Path:
         """Output file: the input `a/b.png` and the ending `_x1.png` make `a/b_x1.png` in the output folder."""
-        return output / self.name.parent / f"{self.stem}{ending}"
+        return output / self.name.parent / f"{self.name.stem}{ending}"
 
 
 def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
@@ -44,8 +42,6 @@ def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIX
 
 def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path | None = None) -> list[InputFile]:
     """Finds the input files of a command and lists each once.
-
-    Outputs are named after the stem of an input or, if two inputs share a folder and a stem, after its whole name.
 
     Args:
         patterns (`Sequence[str]`): Files, folders and glob patterns. A folder stands for the files in it and in its
@@ -65,6 +61,7 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
             files = [(file, file.relative_to(path)) for file in search_folder(path, suffixes, output)]
             missing = f"the folder `{pattern}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
         elif path.exists():
+            check_unpacked(pattern)
             files = [(path, Path(path.name))] if path.is_file() else []
             missing = f"an input must be a file or a folder, but `{pattern}` is neither."
         else:
@@ -75,11 +72,7 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
             raise ValueError(missing)
         for path, name in files:  # links with different names are kept, even to the same file
             found.setdefault(path.parent.resolve() / path.name, (path, name))
-    stems = Counter(name.with_suffix("") for _, name in found.values())
-    return [
-        InputFile(path, name, name.stem if stems[name.with_suffix("")] == 1 else name.name)
-        for path, name in found.values()
-    ]
+    return [InputFile(path, name) for path, name in found.values()]
 
 
 def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:
@@ -141,8 +134,15 @@ def check_new_folder(out: str | os.PathLike) -> None:
         raise ValueError(f"`{out}` must be a new or empty folder, but {fault}. Choose another.")
 
 
+def check_unpacked(name: str) -> None:
+    """Raises ValueError for an archive."""
+    if name.lower().endswith(ARCHIVES):
+        raise ValueError(f"`{name}` must be unpacked first, because archives are not read.")
+
+
 def check_data(names: Sequence[str]) -> None:
     """Raises ValueError for a path of an image set that does not exist. Other names may be on the Hub."""
     for name in names:
+        check_unpacked(name)
         if name.startswith(("/", ".")) and not re.search(r"[*?\[{]", name) and not os.path.lexists(name):
             raise ValueError(f"no file or folder matches `{name}`.")

@@ -1,4 +1,11 @@
-"""`svqvae generate`."""
+"""Generates images with a trained pipeline.
+
+Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png
+with a row per class: at most 16 rows and columns. The same command resumes
+an interrupted run.
+
+  svqvae generate --prompt "a whale above a guitar on pink" --output out
+"""
 
 import argparse
 import re
@@ -7,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svqvae_cli.arguments import Commands, add_command, grid, path_or_name, positive, scale
+from svqvae_cli.arguments import Parser, grid, path_or_name, positive, scale
 from svqvae_cli.files import check_absent, check_source
 from svqvae_cli.runs import Run
 
@@ -21,18 +28,8 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that
 SHEET_SIDE = 16  # rows and columns of the sheet, at most
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "generate",
-        run,
-        "generate images with a trained pipeline",
-        "Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png\n"
-        f"with a row per class: at most {SHEET_SIDE} rows and columns. The same command resumes\n"
-        "an interrupted run.",
-        '--prompt "a whale above a guitar on pink" --output out',
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     help = "folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)"
     parser.option("model", path_or_name, "MODEL", help, nargs="?")
     parser.add_output()

@@ -1,4 +1,9 @@
-"""`svqvae info`."""
+"""Describes a model, pipeline, LoRA adapter, checkpoint, token file or token set.
+
+Of a token set that is not complete, prints which parts are missing.
+
+  svqvae info photo.safetensors
+"""
 
 import argparse
 import json
@@ -7,18 +12,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from svqvae_cli.arguments import Commands, add_command, not_empty
+from svqvae_cli.arguments import Parser, not_empty
 from svqvae_cli.files import REPO_ID, check_source, search_folder
 
 ADAPTER_FILE = "adapter_config.json"  # of peft
 ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    summary = "describe a model, pipeline, LoRA adapter, original checkpoint, token files or token set"
-    details = "Of a token set that is not complete, prints which parts are missing."
-    parser = add_command(commands, "info", run, summary, details, "photo.safetensors")
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     help = (
         "model, pipeline, LoRA adapter, checkpoint, token file, folder of token files, or folder or URL of a token set"
     )

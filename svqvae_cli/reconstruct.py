@@ -1,4 +1,15 @@
-"""`svqvae reconstruct`."""
+"""Encodes and decodes images, and measures the difference.
+
+Writes one image per scale, NAME_x0.5.png and so on, in the subfolder that the
+image was found in. Prints for each of them: tokens, bits per pixel of the
+original, PSNR against the original resized to that scale, and the fraction of
+the codebook that is used. For several images the last lines give totals, bits
+per pixel of all pixels, mean PSNR, and the fraction of the codebook that all
+images together use. Images that cannot be read, or are too large for memory,
+are named and skipped. The same command resumes an interrupted run.
+
+  svqvae reconstruct photo.jpg --output out --scales 0.25 0.5 1 --side-by-side
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from svqvae_cli.arguments import Commands, add_command
+from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import one_line
 from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.runs import Run
@@ -16,22 +27,8 @@ if TYPE_CHECKING:
     from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "reconstruct",
-        run,
-        "encode and decode images, and measure the difference",
-        "Writes one image per scale, NAME_x0.5.png and so on, in the subfolder that the\n"
-        "image was found in. Prints for each of them: tokens, bits per pixel of the\n"
-        "original, PSNR against the original resized to that scale, and the fraction of\n"
-        "the codebook that is used. For several images the last lines give totals, bits\n"
-        "per pixel of all pixels, mean PSNR, and the fraction of the codebook that all\n"
-        "images together use. Images that cannot be read, or are too large for memory,\n"
-        "are named and skipped. The same command resumes an interrupted run.",
-        "photo.jpg --output out --scales 0.25 0.5 1 --side-by-side",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.add_encoding()
     parser.flag("--side-by-side", "also write NAME_side_by_side.png with the original and all scales")
 

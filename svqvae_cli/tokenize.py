@@ -1,4 +1,10 @@
-"""`svqvae tokenize`."""
+"""Encodes an image set to a token set.
+
+Writes the ids of all images as Parquet files, which `datasets` loads. The same
+command resumes a run that was interrupted. On many machines, each makes a part.
+
+  svqvae tokenize photos tokens --crops centre --resolution 256 --scales 0.5 1
+"""
 
 import argparse
 import math
@@ -6,7 +12,7 @@ import os
 import sys
 from contextlib import suppress
 
-from svqvae_cli.arguments import Commands, add_command, image_set_options, not_empty, positive
+from svqvae_cli.arguments import Parser, image_set_options, not_empty, positive
 from svqvae_cli.errors import check_none_skipped
 from svqvae_cli.files import check_data, check_new_folder, check_source
 
@@ -17,17 +23,8 @@ OPTIONS = (  # of `tokenize_set`, under the same names
 )
 
 
-def add_to(commands: Commands) -> None:
-    """Adds the command and its arguments."""
-    parser = add_command(
-        commands,
-        "tokenize",
-        run,
-        "encode an image set to a token set",
-        "Writes the ids of all images as Parquet files, which `datasets` loads. The same\n"
-        "command resumes a run that was interrupted. On many machines, each makes a part.",
-        "photos tokens --crops centre --resolution 256 --scales 0.5 1",
-    )
+def add_arguments(parser: Parser) -> None:
+    """Adds the arguments."""
     parser.add_image_set()
     parser.option("out", not_empty, "OUT", "folder or URL to write to")
     parser.add_scales([1.0])

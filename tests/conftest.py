@@ -93,11 +93,13 @@ def few_windows(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def process():
-    """Restores the signal handler, log levels and progress bars that a command sets for its process."""
+    """Restores the signal handlers, log levels and progress bars that a command sets for its process."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "transformers")]
-    handler, levels = signal.getsignal(signal.SIGTERM), [logger.level for logger in loggers]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    levels = [logger.level for logger in loggers]
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
     for bars in (diffusers.utils.logging, transformers.utils.logging):

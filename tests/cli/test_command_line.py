@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -18,7 +19,6 @@ from svqvae_hf.evaluation import codecs, perceptual
 from svqvae_hf.token_sets.crops import CROPS
 
 pytestmark = pytest.mark.usefixtures("few_windows")
-COMMAND_NAMES = [command.__name__.removeprefix("svqvae_cli.").replace("_", "-") for command in COMMANDS]
 GOLDEN = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
 
 
@@ -31,7 +31,7 @@ def help_text(capsys, *command):
 
 def test_help_fits_a_terminal_and_shows_an_example_that_parses(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for name in COMMAND_NAMES:
+    for name in COMMANDS:
         text = help_text(capsys, name)
         assert max(map(len, text.splitlines())) <= 80
         example = re.search(rf"\nexample:\n  svqvae ({name} \S.*)\n", text)[1].split()
@@ -79,8 +79,27 @@ def test_help_and_wrong_names_and_options_import_nothing_slow(two_images, tmp_pa
     made.mkdir()
     for name in ("a.safetensors", "report.json"):
         (made / name).touch()
-    argv = [sys.executable, "-c", INSTANT, *COMMAND_NAMES, str(two_images), str(made)]
+    argv = [sys.executable, "-c", INSTANT, *COMMANDS, str(two_images), str(made)]
     run = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+# In a new process: which modules a command with the bundled models imports.
+LOADED = """
+import sys, diffusers
+from svqvae_cli.loading import load_generator, load_model
+load_model(None, "cpu", "float32")
+load_generator(None, "cpu", "float32")
+slow = {"peft", "scipy.stats", "datasets", "diffusers.models.unets", "diffusers.pipelines.pipeline_utils"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+assert diffusers.SVQVAENextScalePipeline.__module__ == "svqvae_hf.pipelines.pipeline_next_scale"
+"""
+
+
+@pytest.mark.slow
+def test_bundled_models_load_without_diffusers_pipelines():
+    """They would take 1.4 s of 6."""
+    run = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
@@ -200,6 +219,19 @@ def test_ctrl_c_is_one_line_and_leaves_no_partial_file(two_images, saved_model, 
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == "svqvae: interrupted"
     assert names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_import_is_one_line(two_images, tmp_path, number):
+    library = tmp_path / "libraries" / "diffusers.py"  # like a library that hides why an import of its own failed
+    library.parent.mkdir()
+    library.write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {number:d})\nexcept BaseException:\n    raise ImportError"
+    )
+    argv = [sys.executable, "-m", "svqvae_cli", "encode", two_images, "--output", tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": f"{library.parent}:{ROOT}"}
+    run = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (128 + number, "svqvae: interrupted\n")
 
 
 # The library, which the parser does not import

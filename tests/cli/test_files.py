@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import pytest
 
@@ -46,12 +45,11 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path)
         find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / "..")
 
 
-def test_inputs_of_one_stem_keep_their_suffix(tmp_path):
-    for name in ("a.png", "a.jpg", "b.png", "c/b.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = [str(file.target(Path("out"), ".x")) for file in find_inputs([str(tmp_path)], (".png", ".jpg"))]
-    assert found == ["out/a.jpg.x", "out/a.png.x", "out/b.x", "out/c/b.x"]
+def test_archives_are_to_be_unpacked(tmp_path):
+    (tmp_path / "photos.ZIP").touch()
+    for check in (lambda name: find_inputs([name], (".png",)), lambda name: files.check_data([name])):
+        with pytest.raises(ValueError, match=r"photos.ZIP` must be unpacked first"):
+            check(str(tmp_path / "photos.ZIP"))
 
 
 def test_output_must_not_be_a_broken_link(tmp_path):

@@ -146,11 +146,10 @@ def test_inputs_are_not_overwritten_and_outputs_do_not_clash(photos, tmp_path, s
     inputs = [photos / "1.png", photos / "1_x1.png"]
     assert f"the input `{inputs[1]}` would be overwritten" in fails(capsys, "reconstruct", *inputs, *words)
     assert contents(photos) == before
-    (tmp_path / "other").mkdir()
-    (photos / "1.png").rename(tmp_path / "other" / "2.png")
-    words = ["--output", tmp_path / "out", "--model", saved_model]
-    error = fails(capsys, "encode", photos, tmp_path / "other", *words)
-    assert f"would both write `{tmp_path / 'out' / '2.png.safetensors'}`. Rename one, or use two --output." in error
+    (photos / "1.png").rename(photos / "2.jpg")
+    error = fails(capsys, "encode", photos, "--output", tmp_path / "out", "--model", saved_model)
+    clash = f"`{photos / '2.jpg'}` and `{photos / '2.png'}` would both write `{tmp_path / 'out' / '2.safetensors'}`."
+    assert f"{clash} Rename one, or use two --output." in error
 
 
 def test_control_characters_in_names_are_escaped(photos, tmp_path, saved_model, capsys):

@@ -79,5 +79,5 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
 
 
 def test_each_command_has_two_wrong_inputs():
-    assert list(WRONG) == [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
+    assert list(WRONG) == [*COMMANDS]
     assert {len(cases) for cases in WRONG.values()} == {2}
