@@ -19,6 +19,7 @@ from measuring import Cost, Row, describe_machine, in_own_process, make_parser, 
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE
 from svqvae_hf.large.large_images import decode_large, encode_large
+from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
 WHOLE, TILES, FILES = "whole", "tiles", "tiles, TIFF to TIFF"
 SCAN_TILE = 256
@@ -52,8 +53,8 @@ def write_scan(path: Path, size: Size) -> None:
 def reconstruct_files(model: SVQVAE, scan: Path) -> None:
     """Encodes a TIFF to a token file and decodes it to a TIFF."""
     ids = scan.with_suffix(".safetensors")
-    encode_large(model, scan, ids)
-    decode_large(model, ids, scan.with_name("decoded.tif"))
+    save_tokens(ids, encode_large(model, scan))
+    decode_large(model, load_tokens(ids), scan.with_name("decoded.tif"))
     ids.unlink()
     scan.with_name("decoded.tif").unlink()
 

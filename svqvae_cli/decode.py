@@ -80,17 +80,18 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
 
 def _decode_large(args: argparse.Namespace, inputs: list[InputFile]) -> None:
     from svqvae_cli.loading import configure_decoding, load_model
-    from svqvae_hf.large.large_images import decode_large, load_large_tokens
+    from svqvae_hf.large.large_images import decode_large
     from svqvae_hf.tokens.image_tokens import check_same_codebook
+    from svqvae_hf.tokens.token_files import load_tokens
 
     with Run(args, {file: [file.target(args.output, "_x1.tif")] for file in inputs}, "images") as work:
         model = load_model(args.model, args.device, args.dtype)
-        for file, tokens in work.read(partial(load_large_tokens, context_model=model.context_model)):
+        for file, tokens in work.read(partial(load_tokens, context_model=model.context_model)):
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args)
             if not model.use_tiling:
                 model.enable_tiling()
-            with work.attempt(file):
+            with work.attempt(file, ValueError), prefix_errors(file.path):
                 (path,) = work.outputs(file)
-                decode_large(model, file.path, path)
+                decode_large(model, tokens, path)

@@ -78,11 +78,12 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
 def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_cli.loading import load_tiled_model, require_context_model
     from svqvae_hf.large.large_images import encode_large
+    from svqvae_hf.tokens.token_files import save_tokens
 
     model = load_tiled_model(args)
-    if args.compress:
-        require_context_model(model, args.model)
+    context_model = require_context_model(model, args.model) if args.compress else None
     for file, _ in work.read(check_large_image):
         with work.attempt(file, ValueError, PermissionError):
+            tokens = encode_large(model, file.path)
             (path,) = work.outputs(file)
-            encode_large(model, file.path, path, compress=args.compress)
+            save_tokens(path, tokens, context_model)

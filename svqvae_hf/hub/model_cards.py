@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -21,26 +22,19 @@ def model_card(
     config: Mapping[str, Any],
     *,
     repo_id: str,
-    license: str | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    provenance: Mapping[str, str] | None = None,
     variants: Mapping[str, Any] | None = None,
     standalone: bool = False,
+    **common: Any,
 ) -> str:
     """Writes the card of a repository that holds an SVQVAE.
 
     Args:
         config (`Mapping[str, Any]`): Config of the model.
         repo_id (`str`): Repository or folder that the card's example loads.
-        license (`str`, *optional*): Licence of the weights, by the Hub's identifier, such as `apache-2.0`; by default
-            `unknown`.
-        base_model (`str`, *optional*): Hub repository that the weights come from.
-        datasets (`Sequence[str]`, *optional*): Hub data sets that the model was trained on.
-        provenance (`Mapping[str, str]`, *optional*): Origin of the weights, as rows of a table.
         variants (`Mapping[str, torch.dtype]`, *optional*): Names and dtypes of additional half-precision weights,
             such as `{"fp16": torch.float16}`.
         standalone (`bool`, defaults to `False`): Whether the repository holds its code.
+        **common: Further arguments of [`write_card`], such as `license`.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
@@ -59,17 +53,9 @@ def model_card(
         f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
         for variant, dtype in (variants or {}).items()
     )
-    metadata = ModelCardData(
-        license=license or "unknown",
-        library_name="diffusers",
-        pipeline_tag="image-to-image",
-        tags=TAGS,
-        base_model=base_model,
-        datasets=list(datasets) or None,
-    )
     files = MODEL_FILES if standalone else ()
     texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}
-    return _card(metadata, repo_id, license, provenance or {}, files, **texts)
+    return write_card(repo_id, texts, files=files, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common))
 
 
 def pipeline_card(
@@ -78,12 +64,8 @@ def pipeline_card(
     repo_id: str,
     summary: str,
     call: str,
-    tags: Sequence[str],
-    provenance: Mapping[str, str],
-    license: str | None = None,
-    base_model: str | None = None,
-    pipeline_tag: str = "unconditional-image-generation",
     standalone: bool = False,
+    **common: Any,
 ) -> str:
     """Writes the card of a repository that holds a pipeline with an SVQVAE.
 
@@ -92,39 +74,55 @@ def pipeline_card(
         repo_id (`str`): Repository or folder that the card's example loads.
         summary (`str`): A sentence about the pipeline.
         call (`str`): Arguments of the pipeline's call in the example.
-        tags (`Sequence[str]`): Tags of the Hub.
-        provenance (`Mapping[str, str]`): Origin of the weights, as rows of a table.
-        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`.
-        base_model (`str`, *optional*): Hub repository that the weights come from.
-        pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
         standalone (`bool`, defaults to `False`): Whether the repository holds its code.
+        **common: Further arguments of [`write_card`], such as `tags`.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    metadata = ModelCardData(
-        license=license or "unknown",
-        library_name="diffusers",
-        pipeline_tag=pipeline_tag,
-        tags=list(tags),
-        base_model=base_model,
-    )
     files = (*pipeline_files(pipeline.__name__), "modeling_svqvae.py", "component.py") if standalone else ()
     texts = {"pipeline": pipeline.__name__, "module": pipeline.__module__.partition(".")[0]}
-    return _card(metadata, repo_id, license, provenance, files, summary=summary, call=call, **texts)
+    return write_card(repo_id, texts | {"summary": summary, "call": call}, files=files, **common)
 
 
-def _card(
-    metadata: ModelCardData,
+def write_card(
     repo_id: str,
-    license: str | None,
-    provenance: Mapping[str, str],
-    files: Sequence[str],
-    **texts: Any,
+    texts: Mapping[str, Any],
+    *,
+    files: Sequence[str] = (),
+    tags: Sequence[str] = TAGS,
+    pipeline_tag: str = "unconditional-image-generation",
+    license: str | None = None,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+    provenance: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Card from its template. `files` are the files of code in the repository."""
+    """Writes a card from the template.
+
+    Args:
+        repo_id (`str`): Repository or folder that the card's example loads.
+        texts (`Mapping[str, Any]`): Texts for the template.
+        files (`Sequence[str]`): Files of code in the repository.
+        tags (`Sequence[str]`): Tags of the Hub.
+        pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier, such as `apache-2.0`; by default
+            `unknown`.
+        base_model (`str`, *optional*): Hub repository that the weights come from.
+        datasets (`Sequence[str]`): Hub data sets that the model was trained on.
+        provenance (`Mapping[str, str]`): Origin of the weights, as rows of a table.
+
+    Returns:
+        `str`: Text of `README.md`, metadata first.
+    """
     card = ModelCard.from_template(
-        metadata,
+        ModelCardData(
+            license=license or "unknown",
+            library_name="diffusers",
+            pipeline_tag=pipeline_tag,
+            tags=list(tags),
+            base_model=base_model,
+            datasets=list(datasets) or None,
+        ),
         template_path=str(TEMPLATE),
         name=one_line(repo_id.rpartition("/")[2]),
         repo_id=quote(repo_id),

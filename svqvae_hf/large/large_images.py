@@ -10,71 +10,64 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from svqvae_hf.files.outputs import os_error
-from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
+from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
-from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.layers import Core
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import Read, RunWindow, gather_context, run_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device, image_tokens
-from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
+from svqvae_hf.tokens.token_files import ImageTokens
 
 
 @torch.inference_mode()
-def encode_large(model: SVQVAE, source: Path, target: Path, *, compress: bool = False) -> None:
-    """Writes the token file of an image of any size: the same file as `encode_image` and `save_tokens` write.
-
-    Shows a progress bar over the tiles on a terminal, as [`decode_large`] does.
+def encode_large(model: SVQVAE, source: Path) -> ImageTokens:
+    """Encodes an image of any size to the same ids as `encode_image`. Shows a progress bar on a terminal.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
         source (`Path`): Image, see [`open_large_image`].
-        target (`Path`): Token file to write; its folder is created.
-        compress (`bool`, defaults to `False`): Whether to compress the ids by the context model of `model`.
+
+    Returns:
+        [`ImageTokens`]: Ids at scale 1.
 
     Raises:
         ValueError: If the image cannot be read, or tiling is not enabled.
     """
+    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
+    device = execution_device(model)
     with open_large_image(source) as image:
-        tokens = _encode(model, image)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_tokens(target, tokens, model.context_model if compress else None)
+        ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
 
+        def read(rows: slice, columns: slice) -> torch.Tensor:
+            """Sample `(1, 3, rows, columns)`. Padding repeats the last row and column, as in [`SVQVAE.encode`]."""
+            bottom, right = max(0, rows.stop - image.height), max(0, columns.stop - image.width)
+            pixels = image.read(slice(rows.start, rows.stop - bottom), slice(columns.start, columns.stop - right))
+            sample = processor(pixels)["pixel_values"].to(device, model.dtype)
+            return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
-def load_large_tokens(source: Path, context_model: ContextModel | None = None) -> ImageTokens:
-    """Reads a token file for [`decode_large`].
-
-    Args:
-        source (`Path`): Token file of scale 1.
-        context_model ([`ContextModel`], *optional*): Context model of a compressed file.
-
-    Raises:
-        ValueError: If it is no token file, or has other scales.
-    """
-    tokens = load_tokens(source, context_model)
-    if tokens.scales != (1,):
-        scales = ", ".join(f"{scale:g}" for scale in tokens.scales)
-        raise ValueError(
-            f"`{source}` must have scale 1 alone to be decoded as a large image, got {scales}. Decode it without "
-            "--large, or encode it at scale 1."
-        )
-    return tokens
+        for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f):
+            ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
+        return image_tokens(model, [ids], image.height, image.width, [1.0])
 
 
 @torch.inference_mode()
-def decode_large(model: SVQVAE, source: Path, target: Path) -> None:
-    """Writes the image of a token file of any size: the same pixels as `decode_image` returns.
+def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path) -> None:
+    """Writes an image of any size: the same pixels as `decode_image` returns. Shows a progress bar on a terminal.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
-        source (`Path`): Token file of scale 1.
+        tokens ([`ImageTokens`]): Ids at scale 1.
         target (`Path`): Image to write, a tiled BigTIFF; its folder is created. It is complete or absent.
 
     Raises:
         ValueError: If the tokens have other scales or another codebook, or tiling is not enabled.
     """
-    tokens = load_large_tokens(source, model.context_model)
+    if tokens.scales != (1,):
+        scales = ", ".join(f"{scale:g}" for scale in tokens.scales)
+        raise ValueError(
+            f"a large image must have scale 1 alone, got {scales}. Decode it without --large, or encode it at scale 1."
+        )
     check_same_codebook(model, tokens)
     f, (ids,) = model.f, tokens.ids
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
@@ -98,23 +91,6 @@ def decode_large(model: SVQVAE, source: Path, target: Path) -> None:
         raise os_error(f"`{target}` cannot be written: {error.strerror}.", error) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _encode(model: SVQVAE, image: LargeImage) -> ImageTokens:
-    processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    device = execution_device(model)
-    ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
-
-    def read(rows: slice, columns: slice) -> torch.Tensor:
-        """Sample `(1, 3, rows, columns)`. Padding repeats the last row and column, as in [`SVQVAE.encode`]."""
-        bottom, right = max(0, rows.stop - image.height), max(0, columns.stop - image.width)
-        pixels = image.read(slice(rows.start, rows.stop - bottom), slice(columns.start, columns.stop - right))
-        sample = processor(pixels)["pixel_values"].to(device, model.dtype)
-        return F.pad(sample, (0, right, 0, bottom), mode="replicate")
-
-    for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f):
-        ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
-    return image_tokens(model, [ids], image.height, image.width, [1.0])
 
 
 def _run_tiles(

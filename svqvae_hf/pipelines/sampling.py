@@ -3,10 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-NUM_CANDIDATES = 1024  # tokens that hold `top_p` of the probability unless the logits are nearly equal
 MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float32
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -54,43 +59,15 @@ def check_finite(highest: torch.Tensor, network: torch.nn.Module, title: str) ->
 
 
 def make_warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:
-    """Logits processors as in transformers; a temperature of 0 needs none."""
+    """Logits processors of transformers; a temperature of 0 needs none."""
     warpers: list[LogitsProcessor] = []
     if temperature not in (0, 1):
         warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_p < 1:
-        warpers.append(TopPWarper(top_p, top_k))
-    elif top_k:
+    if top_k:
         warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
     return warpers
-
-
-class TopPWarper(LogitsProcessor):
-    """Keeps the most likely tokens with total probability `top_p`, and tokens as likely as the last of them.
-
-    It sorts the largest logits only, where transformers' `TopPLogitsWarper` sorts all.
-
-    Args:
-        top_p (`float`): Total probability.
-        top_k (`int`, defaults to 0): Number of most likely tokens to keep first; 0 means all.
-    """
-
-    def __init__(self, top_p: float, top_k: int = 0):
-        self.top_p = top_p
-        self.top_k = top_k
-
-    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
-        """Sets the logits `(batch, tokens)` of all other tokens to minus infinity."""
-        size = scores.shape[-1]
-        for count in (min(self.top_k or NUM_CANDIDATES, size), size):
-            best = scores.topk(count).values
-            total = (best if self.top_k else scores).logsumexp(-1, keepdim=True)
-            probabilities = (best - total).exp()
-            sums = probabilities.cumsum(-1)
-            if self.top_k or (sums[..., -1] >= self.top_p).all():
-                break
-        kept = (sums - probabilities < self.top_p).sum(-1, keepdim=True).clamp(min=1)
-        return scores.masked_fill(scores < best.gather(-1, kept - 1), -torch.inf)
 
 
 def guide(logits: torch.Tensor, guidance_scale: float) -> torch.Tensor:

@@ -43,7 +43,7 @@ def test_mistakes_are_one_line(saved_model, tiff, tmp_path, capsys):
         (["encode", tiff, "--large", "--scales", "0.5"], "Leave out --scales or --large"),
         (["encode", ROOT / "docs" / "images", "--large"], "has no file that ends in .tif"),
         (["encode", ROOT / "docs" / "images" / "chelsea.png", "--large"], "must be a TIFF. Convert it"),
-        (["encode", tmp_path / "broken.tif", "--large"], "cannot be read as TIFF"),
+        (["encode", tmp_path / "broken.tif", "--large"], "cannot be read as a large image"),
         (["encode", tiff, "--large", "--tile-size", "31"], "multiple of f"),
     ):
         assert message in fails(capsys, *argv, *out)

@@ -10,7 +10,7 @@ from PIL import Image
 from svqvae_hf.large.large_images import decode_large, encode_large
 from svqvae_hf.large.tiff_reader import LargeImage
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
-from svqvae_hf.tokens.token_files import save_tokens
+from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 # Height and width, tile and overlap: sides that are not multiples of a tile or of f, or as small as possible.
@@ -45,15 +45,15 @@ def test_ids_and_pixels_equal_the_image_in_memory(size, tiles, model, photo, tmp
     save_tokens(tmp_path / "memory.safetensors", tokens)
     (expected,) = decode_image(model, tokens)
 
-    encode_large(model, source, tmp_path / "large.safetensors")
-    decode_large(model, tmp_path / "large.safetensors", tmp_path / "decoded.tif")
+    save_tokens(tmp_path / "large.safetensors", encode_large(model, source))
+    decode_large(model, load_tokens(tmp_path / "large.safetensors"), tmp_path / "decoded.tif")
 
     assert (tmp_path / "large.safetensors").read_bytes() == (tmp_path / "memory.safetensors").read_bytes()
     assert np.array_equal(tifffile.imread(tmp_path / "decoded.tif"), expected)
     assert not list(tmp_path.glob("*.partial*"))
 
 
-def test_no_window_is_larger_than_a_tile(model, tiff, tmp_path, monkeypatch):
+def test_no_window_is_larger_than_a_tile(model, tiff, monkeypatch):
     sides = []
     read = LargeImage.read
 
@@ -62,30 +62,29 @@ def test_no_window_is_larger_than_a_tile(model, tiff, tmp_path, monkeypatch):
         return read(image, rows, columns)
 
     monkeypatch.setattr(LargeImage, "read", spy)
-    encode_large(model, tiff, tmp_path / "a.safetensors")
+    encode_large(model, tiff)
     assert max(sides) <= model.tile_size
 
 
-def test_broken_image_leaves_nothing(model, tiff, tmp_path):
+def test_broken_image_is_an_error(model, tiff):
     tiff.write_bytes(tiff.read_bytes()[:-4000])
     with pytest.raises(ValueError, match="cannot be read"):
-        encode_large(model, tiff, tmp_path / "out" / "a.safetensors")
-    assert not list(tmp_path.glob("out/*"))
+        encode_large(model, tiff)
 
 
 def test_tokens_of_other_scales_or_another_codebook_are_an_error(model, tiff, tmp_path):
     with Image.open(tiff) as image:
-        save_tokens(tmp_path / "two.safetensors", encode_image(model, image, [1.0, 0.5]))
-        save_tokens(tmp_path / "one.safetensors", encode_image(model, image, [1.0]))
-    with pytest.raises(ValueError, match=r"scale 1 alone .* got 1, 0\.5"):
-        decode_large(model, tmp_path / "two.safetensors", tmp_path / "a.tif")
+        two, one = (encode_image(model, image, scales) for scales in ([1.0, 0.5], [1.0]))
+    with pytest.raises(ValueError, match=r"scale 1 alone, got 1, 0\.5"):
+        decode_large(model, two, tmp_path / "a.tif")
     with torch.no_grad():
         model.quantize.embedding.weight.add_(1)
     with pytest.raises(ValueError, match="codebook"):
-        decode_large(model, tmp_path / "one.safetensors", tmp_path / "a.tif")
+        decode_large(model, one, tmp_path / "a.tif")
 
 
 def test_an_interrupted_run_leaves_nothing_and_counts_the_tiles(model, tiff, tmp_path, monkeypatch):
+    tokens = encode_large(model, tiff)
     totals = []
 
     def bar(tiles, total, **_):
@@ -95,6 +94,6 @@ def test_an_interrupted_run_leaves_nothing_and_counts_the_tiles(model, tiff, tmp
 
     monkeypatch.setattr("svqvae_hf.large.large_images.tqdm", bar)
     with pytest.raises(KeyboardInterrupt):
-        encode_large(model, tiff, tmp_path / "out" / "a")
+        decode_large(model, tokens, tmp_path / "out" / "a.tif")
     assert totals == [12]
     assert not list(tmp_path.glob("out/*"))

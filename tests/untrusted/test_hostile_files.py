@@ -65,7 +65,7 @@ READERS = {
     "weights.pth": lambda path: load_lpips("alex", path),
     "inception.pth": load_inception,
     "set.parquet": read_settings,
-    "large.tif": lambda path: encode_large(make_tiled(), path, path.with_suffix(".safetensors")),
+    "large.tif": lambda path: encode_large(make_tiled(), path),
 }
 
 
