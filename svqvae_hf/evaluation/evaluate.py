@@ -1,281 +1,270 @@
-"""Evaluates an SVQVAE on an image set in one pass, split over all processes.
+"""Measures tokenizers by one protocol: the same images, the same reference, a row each."""
 
-The *reference* of a reconstruction is its image, resized to the size of the reconstruction.
-"""
-
-import copy
+import io
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib.style
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from svqvae_hf.data.image_rows import ImageRow, ImageSource
 from svqvae_hf.evaluation import metrics
-from svqvae_hf.evaluation.measuring import (
-    IDS_PER_CODE,
-    Records,
-    Totals,
-    image_metrics,
-    library_versions,
-    mean,
-    measure_images,
-    missing_notes,
-    to_tensor,
-)
+from svqvae_hf.evaluation.codecs import CODECS
+from svqvae_hf.evaluation.measuring import Records, image_metrics, measure_images, to_image, to_tensor
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.models.checks import check_scale_from
-from svqvae_hf.models.context_model import ContextModel
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_memory, image_tokens, resize_image
-from svqvae_hf.tokens.token_files import token_file_content
+from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
+from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS, Report
+from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer, count
+from svqvae_hf.models.image_processing_svqvae import pad_to_multiple
+from svqvae_hf.tokens.image_tokens import resize_image
 
-SCALES = (1.0, 0.5, 0.25)
-NUM_EXAMPLES = 4
-EXAMPLE_SIDE = 512  # pixels of the longer side of an example
-
-
-@dataclass
-class ScaleResult:
-    """Values of one scale over the whole set.
-
-    Args:
-        scale (`float`): Output side over input side.
-        values (`dict[str, float | None]`): Values by the names of `METRICS` in [`svqvae_hf.evaluation.report`]. `None`
-            if a value could not be computed.
-        counts (`np.ndarray` of shape `(codebook_size,)`): Occurrences of each code.
-    """
-
-    scale: float
-    values: dict[str, float | None]
-    counts: np.ndarray
-
-
-@dataclass
-class Example:
-    """An image of the set with its reconstructions.
-
-    Args:
-        psnr (`list[float]`): One value per scale.
-        index (`int`): Position of the image in the set.
-        name (`str`): Name of the image.
-        size (`tuple[int, int]`): Width and height of the image in pixels.
-        original (`PIL.Image.Image`): The image, made smaller for display.
-        reconstructions (`list[PIL.Image.Image]`): One per scale, made smaller for display.
-    """
-
-    psnr: list[float]
-    index: int
-    name: str
-    size: tuple[int, int]
-    original: Image.Image
-    reconstructions: list[Image.Image]
-
-
-@dataclass
-class Report:
-    """All results of an evaluation.
-
-    Args:
-        settings (`dict[str, Any]`): Options of the evaluation.
-        versions (`dict[str, str]`): Versions of Python and of the libraries that affect the values.
-        codebook (`dict[str, Any]`): `size`, `dim` and `fingerprint`.
-        results (`list[ScaleResult]`): One per scale.
-        images (`list[dict[str, Any]]`): Measured images in the order of the set: `index`, `name`, `width`, `height`
-            and `results`, the values of the image at each scale.
-        skipped (`list[dict[str, Any]]`): Skipped images: `index`, `name`, `reason`.
-        notes (`list[str]`): Sentences about values that are missing or need care.
-        worst (`list[Example]`): Images with the lowest PSNR at the first scale, lowest first.
-    """
-
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    codebook: dict[str, Any]
-    results: list[ScaleResult]
-    images: Records
-    skipped: Records
-    notes: list[str]
-    worst: list[Example]
+IDS_PER_CODE = 10  # with fewer, the frequencies of codes say little
+NUM_WORST = 4
+WORST_SIDE = 512  # pixels of the longer side of an image on the sheet
 
 
 def evaluate(
-    model: SVQVAE,
+    tokenizers: Sequence[Tokenizer],
     images: Iterable[ImageSource | ImageRow],
     *,
-    scales: Sequence[float] = SCALES,
-    scale_from: str = "image",
-    tile_size: int | None = None,
-    overlap: int | None = None,
+    own_size: bool = False,
     resolution: int | None = None,
     lpips: LPIPS | None = None,
     inception: nn.Module | None = None,
-    context_model: ContextModel | None = None,
+    device: str | torch.device = "cpu",
 ) -> Report:
-    """Reconstructs a set of images and measures the reconstructions.
+    """Codes and decodes each image of a set by each tokenizer, and compares the result with the image in 8 bits.
 
+    An image is padded to multiples of `f` by repeating its last row and column, and the reconstruction is cropped.
     With several processes (`accelerate launch`), each process takes every n-th image, and all return the whole report.
-    The model is not changed, because a copy of it does the work.
 
     Args:
-        model ([`SVQVAE`]): Model on the device to work on. Its copy runs in float32.
+        tokenizers (`Sequence[Tokenizer]`): Tokenizers with different titles, on `device`.
         images (`Iterable`): As in [`measure_images`]. Read one by one; images that cannot be read or are too large
             for memory are skipped and named in the report.
-        scales (`Sequence[float]`, defaults to `(1.0, 0.5, 0.25)`): Output side over input side. The reference at a
-            scale is the image resized by area below 1, bicubic above.
-        scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
-        tile_size (`int`, *optional*): As in [`SVQVAE.tile_if_large`], which chooses tiles for each image.
-        overlap (`int`, *optional*): As in [`SVQVAE.tile_if_large`].
+        own_size (`bool`, defaults to `False`): Compare a reconstruction that is smaller or larger than its image in
+            its own size, with the image resized by area or bicubic. By default it is resized to the image.
         resolution (`int`, *optional*): As in [`measure_images`].
-        lpips ([`LPIPS`], *optional*): Network of LPIPS, from [`load_lpips`]. Moved to the model's device.
+        lpips ([`LPIPS`], *optional*): Network of LPIPS, from [`load_lpips`]. Moved to the device.
         inception (`nn.Module`, *optional*): Network of FID, from [`load_inception`]: maps uint8 images `(batch, 3,
-            height, width)` to features `(batch, n)`. Moved to the model's device.
-        context_model ([`ContextModel`], *optional*): Context model that compresses token files, whose bits are
-            counted. Without it they are not compressed.
+            height, width)` to features `(batch, n)`. Moved to the device.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
 
     Raises:
-        ValueError: If an option is out of range, or all images are skipped.
+        ValueError: If an option is out of range, titles are equal, or all images are skipped.
     """
-    if not scales or len(set(scales)) < len(scales) or not all(0 < scale < math.inf for scale in scales):
-        raise ValueError(f"`scales` must be distinct finite numbers above 0, got {list(scales)}.")
-    check_scale_from(scale_from)
-    state = PartialState(cpu=model.device.type == "cpu")
-    evaluator = _Evaluator(model, scales, scale_from, (tile_size, overlap), lpips, inception, context_model)
-    records, skipped = measure_images(evaluator.measure, images, resolution, state)
-    results = [evaluator.result(index, records) for index in range(len(scales))]
+    device = torch.device(device)
+    titles = [each.title for each in tokenizers]
+    if not titles or len(set(titles)) < len(titles):
+        raise ValueError(f"`tokenizers` must be one or more with different titles, got {titles}.")
+    state = PartialState(cpu=device.type == "cpu")
+    lpips = lpips.to(device) if lpips is not None else None
+    meters = [_Meter(each, own_size, lpips, inception, device) for each in tokenizers]
+    worst: list[tuple[float, int, list[Panel]]] = []
+
+    def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
+        measured = [meter.measure(image) for meter in meters]
+        for meter, each in zip(meters, measured, strict=True):
+            meter.add(each)  # only now, because a tokenizer may run out of memory
+        if own_size:
+            panels = [_panel(image, name, f"{image.width} x {image.height} pixels")]
+            for title, each in zip(titles, measured, strict=True):
+                panels.append(_panel(each.reconstruction, title, f"{each.values['psnr']:.2f} dB"))
+            worst[:] = _lowest([*worst, (measured[0].values["psnr"], index, panels)])
+        return {"width": image.width, "height": image.height, "results": [each.values for each in measured]}
+
+    records, skipped = measure_images(measure, images, resolution, state)
+    rows = [meter.row([record["results"][index] for record in records], records) for index, meter in enumerate(meters)]
+    if own_size:
+        pictures = {"worst": stacked_sheets(panels for _, _, panels in _lowest(gather_object(worst)))}
+    else:
+        pictures = {"rate_distortion": _plot(rows)}
+        _add_image_files(rows)
     return Report(
-        settings={
-            "scales": list(scales),
-            "scale_from": scale_from,
-            "tile_size": tile_size,
-            "overlap": overlap,
-            "resolution": resolution,
-            "compressed": context_model is not None,
-            "device": model.device.type,
-        },
-        versions=library_versions(),
-        codebook={
-            "size": model.config["codebook_size"],
-            "dim": model.config["codebook_embed_dim"],
-            "fingerprint": model.codebook_fingerprint(),
-        },
-        results=results,
+        title="Evaluation",
+        settings={"resolution": resolution, "device": device.type},
+        rows=rows,
         images=records,
         skipped=skipped,
-        notes=[*missing_notes(records, lpips, inception, min(scales)), *_notes(results, records)],
-        worst=_lowest_psnr(gather_object(evaluator.worst)),
+        notes=_notes(meters, rows, records),
+        pictures=pictures,
     )
 
 
-class _Evaluator:
-    """Copies of the model, and the sums and examples of this process."""
+class _Measured(NamedTuple):
+    """Values of an image, how often each code occurs, its reconstruction, and the reference of that."""
+
+    values: dict[str, Any]
+    counts: torch.Tensor
+    reconstruction: Image.Image
+    reference: Image.Image
+
+
+class _Meter:
+    """One tokenizer, and its sums over the images of this process."""
 
     def __init__(
         self,
-        model: SVQVAE,
-        scales: Sequence[float],
-        scale_from: str,
-        tiles: tuple[int | None, int | None],
+        tokenizer: Tokenizer,
+        own_size: bool,
         lpips: LPIPS | None,
         inception: nn.Module | None,
-        context_model: ContextModel | None,
+        device: torch.device,
     ):
-        self.context_model = context_model
-        # `nn.Module.to`, because diffusers' own warns about the codebook, which stays float32 by itself.
-        self.model = nn.Module.to(copy.deepcopy(model), torch.float32).eval()
-        self.processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-        self.scales = list(scales)
-        self.scale_from = scale_from
-        self.tiles = tiles
-        self.lpips = lpips.to(model.device) if lpips is not None else None
-        size = model.config["codebook_size"]
-        self.totals = [Totals(size, inception, model.device) for _ in scales]
-        self.worst: list[Example] = []
+        self.tokenizer, self.own_size, self.lpips, self.device = tokenizer, own_size, lpips, device
+        self.counts = torch.zeros(tokenizer.codebook_size or 0, dtype=torch.int64)
+        self.fid = None
+        if inception is not None:
+            self.fid = FrechetInceptionDistance(inception)
+            self.fid.orig_dtype = torch.float32  # otherwise set by the first image, but a process may have none
+            self.fid = self.fid.to("cpu" if device.type == "mps" else device)  # mps has no float64
 
-    @torch.inference_mode()
-    def measure(self, image: Image.Image, index: int, name: str) -> dict[str, Any]:
-        """Measures an image at all scales, adds it to the sums, and returns its values."""
-        largest = max(1, *self.scales)
-        size = largest * image.height, largest * image.width
-        self.model.tile_if_large(*size, *self.tiles)
-        check_memory(self.model, *size)
-        pixel_values = self.processor(image)["pixel_values"].to(self.model.device)
-        latents = self.model.encode_scales(pixel_values, self.scales, self.scale_from)
-        results, reconstructions, additions = [], [], []
-        for number, scale in enumerate(self.scales):
-            ids = self.model.quantize.nearest_ids(latents[number])
-            decoded = self.model.resize_to_image(self.model.decode(ids).sample, (image.height, image.width), scale)
-            reconstruction = self.processor.postprocess(decoded)[0]
-            sample, target, full_sample, full_target = (
-                to_tensor(each, self.model.device)
-                for each in (
-                    reconstruction,
-                    resize_image(image, reconstruction.size),
-                    resize_image(reconstruction, image.size),
-                    image,
+    @torch.no_grad()
+    def measure(self, image: Image.Image) -> _Measured:
+        """Codes and decodes an image, and measures the result."""
+        tokenizer = self.tokenizer
+        sample = pad_to_multiple(to_tensor(image, self.device) / 127.5 - 1, tokenizer.f)
+        codes = tokenizer.encode(sample)
+        tokens, bits, ids = count(codes, tokenizer.codebook_size)
+        counts = torch.zeros_like(self.counts) if ids is None else metrics.count_codes(ids.cpu(), len(self.counts))
+        if len(counts) > len(self.counts):
+            raise ValueError(
+                f"`encode` of {tokenizer.title} must return ids under {len(self.counts)}, its `codebook_size`, got "
+                f"{len(counts) - 1}."
+            )
+        decoded, (padded_height, padded_width) = to_image(tokenizer.decode(codes)), sample.shape[-2:]
+        decoded = decoded if self.own_size else resize_image(decoded, (padded_width, padded_height))
+        width = round(decoded.width / padded_width * image.width)
+        height = round(decoded.height / padded_height * image.height)
+        reconstruction = decoded.crop((0, 0, width, height))
+        reference = resize_image(image, (width, height))
+        stored_bits = getattr(tokenizer, "stored_bits", lambda codes: bits)(codes)
+        values: dict[str, Any] = {"tokens": tokens, "bits": bits, "stored_bits": stored_bits}
+        values |= image_metrics(to_tensor(reconstruction, self.device), to_tensor(reference, self.device), self.lpips)
+        if self.own_size:
+            full_size = to_tensor(resize_image(reconstruction, image.size))
+            values["psnr_full_size"] = metrics.psnr(full_size, to_tensor(image)).item()
+        return _Measured(values, counts, reconstruction, reference)
+
+    def add(self, measured: _Measured) -> None:
+        """Adds an image to the sums."""
+        self.counts += measured.counts
+        if self.fid is not None:
+            for image, is_real in ((measured.reconstruction, False), (measured.reference, True)):
+                self.fid.update(to_tensor(image, self.fid.device), real=is_real)
+
+    def row(self, results: Records, records: Records) -> dict[str, Any]:
+        """Means and sums over the images of all processes."""
+        counts = torch.stack(gather_object([self.counts])).sum(0)
+        pixels = sum(record["width"] * record["height"] for record in records)
+        keys = ("tokens", "psnr", "ssim", "lpips", "psnr_full_size")
+        return {
+            "title": self.tokenizer.title,
+            **{key: _mean(each.get(key) for each in results) for key in keys},
+            "rfid": self.fid.compute().item() if self.fid is not None and len(records) > 1 else None,
+            "usage": metrics.usage(counts) if len(counts) else None,
+            "perplexity": metrics.perplexity(counts) if len(counts) else None,
+            "bits_per_pixel": sum(each["bits"] for each in results) / pixels,
+            "bits_per_pixel_stored": sum(each["stored_bits"] for each in results) / pixels,
+        }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the available values. Infinite PSNRs (exact images) are excluded unless all are infinite."""
+    present = [value for value in values if value is not None]
+    counted = [value for value in present if value != math.inf] or present
+    return math.fsum(counted) / len(counted) if counted else None
+
+
+def _panel(image: Image.Image, title: str, caption: str) -> Panel:
+    shown = image.copy()
+    shown.thumbnail((WORST_SIDE, WORST_SIDE))
+    return Panel(shown, title, caption)
+
+
+def _lowest(examples: Iterable[tuple[float, int, list[Panel]]]) -> list[tuple[float, int, list[Panel]]]:
+    return sorted(examples, key=lambda example: example[:2])[:NUM_WORST]
+
+
+def _add_image_files(rows: Records) -> None:
+    """Adds the PSNR of image files of as many stored bits to the rows of models, interpolated between qualities."""
+    files = {row["title"]: codec for row in rows for codec in CODECS if row["title"].startswith(f"{codec}, ")}
+    for codec in dict.fromkeys(files.values()):
+        points = [(row["bits_per_pixel_stored"], row["psnr"]) for row in rows if files.get(row["title"]) == codec]
+        bits, psnr = zip(*sorted(points), strict=True)
+        for row in rows:
+            if row["title"] not in files and bits[0] <= row["bits_per_pixel_stored"] <= bits[-1]:
+                at_rate = np.interp(math.log(row["bits_per_pixel_stored"]), np.log(bits), psnr)
+                row[f"as_{codec.lower()}"] = float(at_rate)
+
+
+def _plot(rows: Records) -> Image.Image:
+    """Plots PSNR and SSIM against bits per pixel: a line for each model and its scales, and for each image codec."""
+    with matplotlib.style.context("tableau-colorblind10"):
+        figure = Figure(figsize=(12, 6 + 0.2 * len(rows)), layout="constrained", dpi=150)
+        for axes, key in zip(figure.subplots(1, 2), ("psnr", "ssim"), strict=True):
+            lines = defaultdict(list)
+            for row in rows:
+                if row[key] not in (None, math.inf):
+                    name = re.sub(r", (scale|quality) [\d.e+-]+$", "", row["title"])
+                    lines[name].append((row["bits_per_pixel_stored"], row[key]))
+            for name, points in lines.items():
+                axes.plot(*zip(*sorted(points), strict=True), ".--" if name in CODECS else "o-", label=name)
+            axes.set(xscale="log", xlabel="bits per pixel, stored", ylabel=METRICS[key][0])
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.grid(alpha=0.3)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+    return Image.open(content).convert("RGB")
+
+
+def _notes(meters: Sequence[_Meter], rows: Records, records: Records) -> list[str]:
+    """Sentences about values that are missing, or mean little because the set or its images are small."""
+    notes, lpips = [], meters[0].lpips
+    if lpips is None:
+        notes.append("LPIPS was not computed. Pass --lpips-weights, the weights of its network.")
+    if meters[0].fid is None:
+        notes.append("rFID was not computed. Pass --inception-weights, the weights of its network.")
+    elif len(records) == 1:
+        notes.append("rFID was not computed: it needs at least two images.")
+    elif len(records) < MANY_IMAGES:
+        notes.append(f"rFID of {len(records)} images is far too high to be compared with published values.")
+    for number, title in enumerate(meter.tokenizer.title for meter in meters):
+        results = [record["results"][number] for record in records]
+        for key, least in {"ssim": metrics.SSIM_SIDE, "lpips": lpips.min_side if lpips else 0}.items():
+            if least and (small := sum(each[key] is None for each in results)):
+                notes.append(
+                    f"{METRICS[key][0]} of {title} was not computed for {small} of {len(records)} images. It needs "
+                    f"sides of at least {least} pixels."
                 )
-            )
-            tokens = image_tokens(self.model, [ids[0].cpu()], image.height, image.width, [scale], self.scale_from)
-            content = token_file_content(tokens, self.context_model)
-            full_size = image_metrics(full_sample, full_target)
-            counts = metrics.count_codes(ids, tokens.codebook_size)
-            bits = {"bits": ids.numel() * math.log2(len(counts)), "stored_bits": 8 * len(content)}
-            results.append(
-                {"scale": scale, "ids": ids.numel()}
-                | bits
-                | image_metrics(sample, target, self.lpips)
-                | {f"{key}_full_size": full_size[key] for key in ("psnr", "ssim")}
-            )
-            reconstructions.append(reconstruction)
-            additions.append((counts, sample, target))
-        for totals, tensors in zip(self.totals, additions, strict=True):  # only now: memory may run out before
-            totals.add(*tensors)
-        psnr = [values["psnr"] for values in results]
-        self._keep_example(Example(psnr, index, name, image.size, image, reconstructions))
-        return {"width": image.width, "height": image.height, "results": results}
-
-    def result(self, index: int, records: Records) -> ScaleResult:
-        """Result at a scale, from the sums of all processes and the values of all images."""
-        per_image = [record["results"][index] for record in records]
-        totals = self.totals[index]
-        values = totals.values(per_image, records)
-        values |= {key: mean(each[key] for each in per_image) for key in ("ids", "psnr_full_size", "ssim_full_size")}
-        return ScaleResult(
-            self.scales[index], values | {"entropy": metrics.entropy(totals.counts)}, totals.counts.numpy()
-        )
-
-    def _keep_example(self, example: Example) -> None:
-        self.worst = _lowest_psnr([*self.worst, example])
-        if any(each is example for each in self.worst):
-            example.original = example.original.copy()  # the image belongs to the caller
-            for image in (example.original, *example.reconstructions):
-                image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-
-
-def _lowest_psnr(examples: Iterable[Example]) -> list[Example]:
-    return sorted(examples, key=lambda example: (example.psnr[0], example.index))[:NUM_EXAMPLES]
-
-
-def _notes(results: Sequence[ScaleResult], records: Records) -> list[str]:
-    """Notes on exact images, and on too few ids."""
-    notes = []
-    for index, result in enumerate(results):
-        exact = sum(record["results"][index]["psnr"] == math.inf for record in records)
-        if exact:
+        if exact := sum(each["psnr"] == math.inf for each in results):
             notes.append(
-                f"PSNR at scale {result.scale:g} is infinite for {exact} of {len(records)} images: their "
-                "reconstruction is exact. Means exclude them, unless all are exact."
+                f"PSNR of {title} is infinite for {exact} of {len(records)} images: their reconstruction is exact. "
+                "Means exclude them, unless all are exact."
             )
-    few = [f"{each.scale:g}" for each in results if each.counts.sum() < IDS_PER_CODE * len(each.counts)]
+    few, latents = [], []
+    for meter, row in zip(meters, rows, strict=True):
+        size = meter.tokenizer.codebook_size
+        if size and row["tokens"] * len(records) < IDS_PER_CODE * size:
+            few.append(row["title"])
+        elif not size and row["tokens"] is not None:
+            latents.append(row["title"])
     if few:
         notes.append(
-            f"The set has fewer than {IDS_PER_CODE} ids per code (scale {', '.join(few)}). Codes used, perplexity "
-            "and entropy would be higher on a larger set."
+            f"The set has fewer than {IDS_PER_CODE} ids per code for {', '.join(few)}. Codes used and perplexity "
+            "would be higher on a larger set."
         )
+    if latents:
+        notes.append(f"Codes used and perplexity need ids. {', '.join(latents)} code latents.")
     return notes

@@ -1,9 +1,6 @@
 """Compares generated images with an image set: Fréchet distance, precision and recall, and nearest neighbours."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,21 +12,15 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from svqvae_hf.data.image_rows import ImageRow, ImageSource
-from svqvae_hf.evaluation.measuring import MANY_IMAGES, Records, library_versions, measure_images, to_tensor
+from svqvae_hf.evaluation.measuring import measure_images, to_tensor
 from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
-from svqvae_hf.evaluation.report_files import Metric, closing_lines, format_table, write_texts
-from svqvae_hf.files.outputs import save_png
+from svqvae_hf.evaluation.report import MANY_IMAGES, Report
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 POOLED_SIDE = 4  # cells of latents per side
 NEIGHBOURS = 3  # of precision and recall, and on the picture
 NUM_SHOWN = 8  # generated images on the picture
-VALUES = {
-    "frechet_distance": Metric("Fréchet distance", ".4g"),
-    "precision": Metric("precision", ".3f"),
-    "recall": Metric("recall", ".3f"),
-}
 
 
 class TokenizerFeatures(nn.Module):
@@ -53,27 +44,6 @@ class TokenizerFeatures(nn.Module):
         return F.adaptive_avg_pool2d(self.model.encode(pixel_values).latents, POOLED_SIDE).flatten(1)
 
 
-@dataclass
-class GeneratedReport:
-    """Results of [`compare_generated`].
-
-    Args:
-        settings (`dict[str, Any]`): Options of the comparison, and the numbers of images.
-        versions (`dict[str, str]`): Versions of Python and of the libraries that affect the values.
-        rows (`list[dict[str, Any]]`): `features`, `frechet_distance`, `precision` and `recall` for each network.
-        skipped (`list[dict[str, Any]]`): Skipped images of both sets: `index`, `name`, `reason`.
-        notes (`list[str]`): Sentences about values that need care.
-        neighbours (`PIL.Image.Image`): Generated images, each with the most similar images of the set.
-    """
-
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    rows: list[dict[str, Any]]
-    skipped: Records
-    notes: list[str]
-    neighbours: Image.Image
-
-
 @torch.inference_mode()
 def compare_generated(
     generated: Iterable[ImageSource | ImageRow],
@@ -82,7 +52,7 @@ def compare_generated(
     *,
     resolution: int | None = None,
     device: str | torch.device = "cpu",
-) -> GeneratedReport:
+) -> Report:
     """Compares a set of generated images with an image set.
 
     Args:
@@ -139,16 +109,17 @@ def compare_generated(
             f"The Fréchet distance of {len(found)} and {len(real)} images is too high to be compared with published "
             f"values, which take at least {MANY_IMAGES:,}. Compare it only at the same numbers of images."
         )
-    return GeneratedReport(
+    return Report(
+        title="Generated images",
         settings={"resolution": side, "generated_images": len(found), "images": len(real)},
-        versions=library_versions(),
         rows=[
             _compare(name, *(torch.stack([record[name] for record in records]) for records in (found, real)))
             for name in networks
         ],
+        images=[],
         skipped=[*skipped, *also_skipped],
         notes=notes,
-        neighbours=_neighbours_sheet(shown, nearest),
+        pictures={"neighbours": _neighbours_sheet(shown, nearest)},
     )
 
 
@@ -157,7 +128,7 @@ def _compare(name: str, generated: torch.Tensor, real: torch.Tensor) -> dict[str
     statistics = [fid_features_to_statistics(each.double()) for each in (generated, real)]
     precision, recall = calculate_precision_recall_part(generated, real, NEIGHBOURS)
     distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-    return {"features": name, "frechet_distance": max(0.0, distance), "precision": precision, "recall": recall}
+    return {"title": name, "frechet_distance": max(0.0, distance), "precision": precision, "recall": recall}
 
 
 def _neighbours_sheet(
@@ -170,27 +141,3 @@ def _neighbours_sheet(
         ]
         for (name, image), neighbours in zip(shown, nearest, strict=True)
     )
-
-
-def generated_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table: a row per network."""
-    cells = [[row["features"], *(metric.cell(row[key]) for key, metric in VALUES.items())] for row in rows]
-    return format_table(["features", *(metric.title for metric in VALUES.values())], cells)
-
-
-def write_generated(report: GeneratedReport, folder: Path) -> None:
-    """Writes `report.json`, `report.md` and `neighbours.png`. `settings` must also have `generated` and `data`."""
-    settings = report.settings
-    lines = [
-        "# Generated images",
-        "",
-        f"{settings['generated_images']} images of `{settings['generated']}`, compared with {settings['images']} "
-        f"images of {', '.join(f'`{name}`' for name in settings['data'])}, at {settings['resolution']} pixels a side.",
-        "",
-        *generated_table(report.rows),
-    ]
-    pictures = {"neighbours.png": "Generated images, each with the most similar images of the set"}
-    lines += closing_lines(report.notes, report.skipped, pictures, report.versions)
-    document = {key: value for key, value in dataclasses.asdict(report).items() if key != "neighbours"}
-    write_texts(folder, document, lines)
-    save_png(report.neighbours, folder / "neighbours.png")

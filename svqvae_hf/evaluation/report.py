@@ -1,90 +1,112 @@
-"""Writes the report of an evaluation as files: JSON, Markdown tables and pictures."""
+"""The report of an evaluation: a table, notes and pictures, which are written as JSON, Markdown and PNG."""
 
-import dataclasses
-from collections.abc import Sequence
+import json
+import math
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from svqvae_hf.evaluation.evaluate import Example, Report
-from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
-from svqvae_hf.evaluation.report_files import Metric, closing_lines, format_table, write_texts
-from svqvae_hf.files.outputs import save_png
+from svqvae_hf.evaluation.measuring import Records
+from svqvae_hf.files.outputs import save_png, write_file
 
-METRICS = {
-    "psnr": Metric("PSNR, dB", ".2f"),
-    "ssim": Metric("SSIM", ".4f"),
-    "lpips": Metric("LPIPS", ".4f"),
-    "rfid": Metric("rFID", ".2f"),
-    "psnr_full_size": Metric("PSNR at full size, dB", ".2f"),
-    "ssim_full_size": Metric("SSIM at full size", ".4f"),
-    "ids": Metric("ids per image", ".0f"),
-    "bits_per_pixel": Metric("bits per pixel", ".4f"),
-    "bits_per_pixel_stored": Metric("bits per pixel, stored", ".4f"),
-    "usage": Metric("codes used", ".1%"),
-    "perplexity": Metric("perplexity", ".0f"),
-    "entropy": Metric("entropy, bits per id", ".2f"),
+LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
+MANY_IMAGES = 10_000  # papers report FID on at least this many
+METRICS = {  # title and number format of each value in the table
+    "tokens": ("tokens", ".0f"),
+    "bits_per_pixel": ("bits per pixel", ".4f"),
+    "bits_per_pixel_stored": ("stored", ".4f"),
+    "psnr": ("PSNR, dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "lpips": ("LPIPS", ".4f"),
+    "rfid": ("rFID", ".2f"),
+    "psnr_full_size": ("at full size, dB", ".2f"),
+    "as_jpeg": ("as JPEG, dB", ".2f"),
+    "as_webp": ("as WebP, dB", ".2f"),
+    "as_avif": ("as AVIF, dB", ".2f"),
+    "usage": ("codes used", ".1%"),
+    "perplexity": ("perplexity", ".0f"),
+    "frechet_distance": ("Fréchet distance", ".4g"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
 }
-TABLES = {
-    "Reconstructions": ("psnr", "ssim", "lpips", "rfid"),
-    "Rate": ("ids", "bits_per_pixel", "bits_per_pixel_stored", "psnr_full_size", "ssim_full_size"),
-    "Ids": ("usage", "perplexity", "entropy"),
-}
-SUMMARY = ("psnr", "ssim", "lpips", "rfid", "usage", "bits_per_pixel", "bits_per_pixel_stored")
-PICTURES = {"worst.png": "Images with the lowest PSNR and their reconstructions"}
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """Writes `report.json`, `report.md` and `worst.png`.
+@dataclass
+class Report:
+    """Results of [`evaluate`] or [`compare_generated`].
 
     Args:
-        report ([`Report`]): Results. Its `settings` must also have `model` and `data`.
-        folder (`Path`): Folder to write to, created if it does not exist.
-
-    Raises:
-        OSError: If a file cannot be written.
+        title (`str`): Heading.
+        settings (`dict[str, Any]`): Options of the evaluation.
+        rows (`list[dict[str, Any]]`): Rows of the table: `title` and values by the names of `METRICS`, `None` where a
+            value could not be computed.
+        images (`list[dict[str, Any]]`): Measured images in the order of the set: `index`, `name`, `width`, `height`
+            and `results`, the values of the image for each row. Empty for generated images.
+        skipped (`list[dict[str, Any]]`): Skipped images: `index`, `name`, `reason`.
+        notes (`list[str]`): Sentences about values that are missing or need care.
+        pictures (`dict[str, PIL.Image.Image]`): Pictures by the names of their files, without suffix.
     """
-    document = {
-        **{field.name: getattr(report, field.name) for field in dataclasses.fields(report)},
-        "results": [{"scale": each.scale, **each.values, "counts": each.counts.tolist()} for each in report.results],
-    }
-    del document["worst"]
-    write_texts(folder, document, markdown(report))
-    save_png(examples_sheet(report.worst, report.settings["scales"]), folder / "worst.png")
+
+    title: str
+    settings: dict[str, Any]
+    rows: Records
+    images: Records
+    skipped: Records
+    notes: list[str]
+    pictures: dict[str, Image.Image]
+
+    def table(self) -> list[str]:
+        """Lines of the table in Markdown: a column for each value that any row has."""
+        shown = {key: each for key, each in METRICS.items() if any(row.get(key) is not None for row in self.rows)}
+        lines = [["", *(title for title, _ in shown.values())]]
+        for row in sorted(self.rows, key=lambda row: row.get("bits_per_pixel_stored", 0)):
+            values = ((row.get(key), form) for key, (_, form) in shown.items())
+            lines.append([row["title"], *("–" if value is None else format(value, form) for value, form in values)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+        padded = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+        return [f"| {' | '.join(line)} |" for line in padded]
+
+    def write(self, folder: Path) -> None:
+        """Writes `report.json`, `report.md` and the pictures to a folder, created if it does not exist.
+
+        Raises:
+            OSError: If a file cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+        document = {key: value for key, value in vars(self).items() if key != "pictures"} | {"versions": versions}
+        write_file(folder / "report.json", (json.dumps(_finite(document), allow_nan=False) + "\n").encode())
+        settings = {key.replace("_", " "): value for key, value in self.settings.items() if value not in (None, [])}
+        lists = {
+            "Notes": self.notes,
+            f"Skipped: {len(self.skipped)}": [
+                f"`{each['name']}` (index {each['index']}): {each['reason']}" for each in self.skipped
+            ],
+            "Settings": [f"{key}: {_words(value)}" for key, value in settings.items()],
+            "Versions": [f"{name}: {number}" for name, number in versions.items()],
+        }
+        lines = [f"# {self.title}", "", *self.table(), ""]
+        for heading, items in lists.items():
+            lines += [f"## {heading}", "", *(f"- {item}" for item in items), ""] if items else []
+        lines += [f"![{name}]({name}.png)" for name in self.pictures]
+        write_file(folder / "report.md", ("\n".join(lines) + "\n").encode())
+        for name, picture in self.pictures.items():
+            save_png(picture, folder / f"{name}.png")
 
 
-def markdown(report: Report) -> list[str]:
-    """Lines of the report in Markdown."""
-    settings, codebook = report.settings, report.codebook
-    lines = [
-        f"# Evaluation of `{settings['model']}`",
-        "",
-        f"On {len(report.images)} images of {', '.join(f'`{name}`' for name in settings['data'])}"
-        + "".join(f", {key} `{settings[key]}`" for key in ("config", "split") if settings.get(key))
-        + (f", resized and cropped to {settings['resolution']} pixels a side." if settings["resolution"] else "."),
-        f"Scales are made from the {settings['scale_from']}. "
-        f"The codebook has {codebook['size']} codes of {codebook['dim']} dimensions.",
-    ]
-    for title, keys in TABLES.items():
-        lines += ["", f"## {title}", "", *results_table(report, keys)]
-    return lines + closing_lines(report.notes, report.skipped, PICTURES, report.versions)
+def _words(value: Any) -> str:
+    return ", ".join(f"`{each}`" for each in (value if isinstance(value, list) else [value]))
 
 
-def results_table(report: Report, keys: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table: a row per scale, a column per value that was asked for."""
-    rows = [[f"{each.scale:g}", *(METRICS[key].cell(each.values[key]) for key in keys)] for each in report.results]
-    return format_table(["scale", *(METRICS[key].title for key in keys)], rows)
-
-
-def examples_sheet(examples: Sequence[Example], scales: Sequence[float]) -> Image.Image:
-    """Sheet with a row per image: the original, then its reconstructions."""
-    return stacked_sheets(
-        [
-            Panel(example.original, example.name, "{} x {} pixels".format(*example.size)),
-            *(
-                Panel(image, f"scale {scale:g}", f"{psnr:.2f} dB")
-                for scale, image, psnr in zip(scales, example.reconstructions, example.psnr, strict=True)
-            ),
-        ]
-        for example in examples
-    )
+def _finite(value: Any) -> Any:
+    """Replaces infinite values in a tree of dictionaries and lists by text, because JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -62,7 +62,7 @@ def test_command(images, tmp_path, capsys):
     assert svqvae("evaluate", tmp_path / "generated", tmp_path / "photos", "--generated", "--output", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["neighbours.png", "report.json", "report.md"]
     report = json.loads((out / "report.json").read_text())
-    assert [row["features"] for row in report["rows"]] == ["latents of the tokenizer"]
+    assert [row["title"] for row in report["rows"]] == ["latents of the tokenizer"]
     assert report["settings"]["generated"] == str(tmp_path / "generated")
     assert report["settings"]["generated_images"] == len(images)
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]

@@ -1,65 +1,37 @@
-import copy
 import json
 import math
 
-import numpy as np
 import pytest
 from cli_runner import fails, svqvae
 from conftest import make_tiny
 from PIL import Image
 
 from svqvae_hf.evaluation.evaluate import evaluate
-from svqvae_hf.evaluation.report import (
-    METRICS,
-    TABLES,
-    markdown,
-    write_report,
-)
+from svqvae_hf.evaluation.report import METRICS
+from svqvae_hf.evaluation.tokenizers.diffusers_models import SVQVAETokenizer
 
 FILES = ["report.json", "report.md", "worst.png"]
-COMMAND_LINE = {"model": "org/name", "data": ["org/photos"], "config": None, "split": "test"}
 
 
-@pytest.fixture(scope="module")
-def evaluated():
-    generator = np.random.default_rng(0)
-    noise = [generator.integers(256, size=(6, 8, 3), dtype=np.uint8) for _ in range(3)]
-    images = [Image.fromarray(each).resize((40, 30)) for each in noise]
-    images.append({"bytes": b"", "path": "broken.png"})
-    return evaluate(make_tiny(), images, scales=[1.0, 0.5])
-
-
-@pytest.fixture
-def report(evaluated):
-    report = copy.deepcopy(evaluated)
-    report.settings |= COMMAND_LINE
-    return report
-
-
-def test_json_has_all_values(report, tmp_path):
-    report.images[0]["results"][0]["psnr"] = report.results[0].values["psnr"] = math.inf
-    write_report(report, tmp_path)
+def test_report_has_all_values(photo, tmp_path):
+    images = [photo.crop((9 * i, 0, 9 * i + 40, 30)) for i in range(3)] + [{"bytes": b"", "path": "broken.png"}]
+    report = evaluate([SVQVAETokenizer("tiny", make_tiny(), 0.5)], images, own_size=True)
+    report.settings |= {"data": ["org/photos"], "config": None, "split": "test"}
+    report.images[0]["results"][0]["psnr"] = report.rows[0]["psnr"] = math.inf
+    report.write(tmp_path)
     document = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert document["images"][0]["results"][0]["psnr"] == document["results"][0]["psnr"] == "inf"
+    assert document["images"][0]["results"][0]["psnr"] == document["rows"][0]["psnr"] == "inf"
     assert document["images"][1:] == report.images[1:]
     assert document["settings"] == report.settings
     assert document["versions"]["svqvae-hf"]
-    assert document["results"][1]["lpips"] is None
-    assert document["results"][1]["counts"] == report.results[1].counts.tolist()
-    assert document["skipped"][0]["name"] == "broken.png"
-
-
-def test_every_value_is_in_a_table(report):
-    assert sorted(key for keys in TABLES.values() for key in keys) == sorted(METRICS)
-    assert set(METRICS) == set(report.results[0].values)
-    text = "\n".join(markdown(report))
-    for result in report.results:
-        assert f"{result.values['psnr']:.2f}" in text
-    assert "On 3 images of `org/photos`, split `test`." in text
+    assert document["rows"][0]["lpips"] is None
+    text = (tmp_path / "report.md").read_text()
+    for key, value in report.rows[0].items():
+        assert (f"{value:{METRICS[key][1]}}" in text) if key in METRICS and value is not None else True
+    assert "- data: `org/photos`\n- split: `test`\n" in text
     assert "- LPIPS was not computed. Pass --lpips-weights" in text
     assert "- `broken.png` (index 3): the image (0 bytes) is not a readable image" in text
-    tables = [block.splitlines() for block in text.split("\n\n") if block[0] == "|"]
-    assert all(len({row.count("|") for row in table}) == 1 for table in tables)
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
 # The command
@@ -89,7 +61,7 @@ def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys):
     assert document["settings"]["tile_size"] == 32
     assert document["settings"]["scale_from"] == "image"
     assert document["settings"]["data"] == [photos]
-    assert f"{document['results'][0]['psnr']:.2f}" in captured.out
+    assert f"{document['rows'][0]['psnr']:.2f}" in captured.out
     assert "1 skipped: see the report." in captured.out
     assert captured.err == "svqvae: 1 of 3 inputs were skipped\n"
     assert f"`{out / 'report.json'}` already exists. Pass --overwrite" in fails(capsys, *argv)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, open_image, save_image
-from svqvae_hf.evaluation.evaluate import evaluate
-from svqvae_hf.evaluation.tokenizer_comparison import compare_tokenizers, comparison_figure, equal_bits_table
+from svqvae_hf.evaluation.evaluate import _add_image_files, evaluate
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import token_file_content
@@ -37,10 +36,10 @@ def pixels(image):
 def test_figures_are_those_computed_by_hand(tmp_path, images, name):
     model = make_tokenizer(name)
     model.save_pretrained(tmp_path / name)
-    comparison = compare_tokenizers(load_tokenizers(str(tmp_path / name)), images)
-    (row,) = comparison.rows
+    report = evaluate(load_tokenizers(str(tmp_path / name)), images)
+    (row,) = report.rows
     expected, ids = [], []
-    for image, record in zip(images, comparison.images, strict=True):
+    for image, record in zip(images, report.images, strict=True):
         (values,) = record["results"]
         sample = pixels(image) / 127.5 - 1
         f = CASES[name].f
@@ -106,53 +105,39 @@ def test_config_without_a_known_class(tmp_path, content, message):
         load_tokenizers(str(tmp_path))
 
 
-def test_scales_of_an_svqvae_are_those_of_its_own_report(saved_model, photo):
-    image = photo.crop((100, 60, 164, 108))
-    scales = [1.0, 0.5, 2.0]
-    report = evaluate(make_tiny(), [image], scales=scales)
-    comparison = compare_tokenizers(load_tokenizers(saved_model, scales=scales), [image])
-    for row, result in zip(comparison.rows, report.results, strict=True):
-        assert row["psnr"] == pytest.approx(result.values["psnr_full_size"], abs=1e-4)
-        assert (row["tokens"], row["usage"]) == (result.values["ids"], result.values["usage"])
-        assert row["bits_per_pixel"] == pytest.approx(result.values["bits_per_pixel"])
-    assert [row["title"] for row in comparison.rows] == [
-        saved_model,
-        f"{saved_model}, scale 0.5",
-        f"{saved_model}, scale 2",
-    ]
+def test_scales_of_an_svqvae_are_compared_at_the_size_of_the_image(saved_model, images):
+    tokenizers = load_tokenizers(saved_model, scales=[1.0, 0.5, 2.0])
+    rows, own_rows = (evaluate(tokenizers, images, own_size=own_size).rows for own_size in (False, True))
+    for row, own in zip(rows, own_rows, strict=True):
+        assert row["psnr"] == pytest.approx(own["psnr_full_size"], abs=1e-4)
+        assert (row["tokens"], row["usage"]) == (own["tokens"], own["usage"])
+    assert [row["title"] for row in rows] == [saved_model, f"{saved_model}, scale 0.5", f"{saved_model}, scale 2"]
 
 
-def test_a_context_model_counts_in_the_table_and_the_plot(tmp_path, photo):
+def test_a_context_model_counts(tmp_path, photo):
     make_tiny().save_pretrained(tmp_path)
     image = photo.crop((100, 60, 164, 108))
     context_model = make_context_model(make_tiny().codebook_fingerprint())
     context_model.save_pretrained(tmp_path)
-    comparison = compare_tokenizers(load_tokenizers(str(tmp_path)), [image])
-    row = comparison.rows[0]
+    (row,) = evaluate(load_tokenizers(str(tmp_path)), [image]).rows
     content = token_file_content(encode_image(make_tiny(), image, 1.0), context_model)
     assert row["bits_per_pixel_stored"] == 8 * len(content) / (64 * 48)
-    line = comparison_figure(comparison).axes[0].lines[0]
-    assert line.get_xdata().tolist() == [row["bits_per_pixel_stored"]]
-    make_context_model("f" * 64).save_pretrained(tmp_path)  # of another codebook
-    (row,) = compare_tokenizers(load_tokenizers(str(tmp_path)), [image]).rows
-    assert row["bits_per_pixel_stored"] == row["bits_per_pixel"]
 
 
-def test_image_files_at_equal_bits():
+def test_image_files_of_equal_bits():
     def row(title, bits, psnr):
         return {"title": title, "bits_per_pixel_stored": bits, "psnr": psnr}
 
     files = [row(f"JPEG, quality {quality}", *each) for quality, each in {5: (0.1, 20.0), 9: (0.4, 26.0)}.items()]
     models = [row("org/model", 0.2, 25.0), row("org/model, scale 0.5", 0.05, 22.0)]
-    assert [line.split() for line in equal_bits_table([*models, *files])[2:]] == [
-        ["|", "org/model", "|", "0.2000", "|", "25.00", "|", "23.00", "|"],
-        ["|", "org/model,", "scale", "0.5", "|", "0.0500", "|", "22.00", "|", "–", "|"],
-    ]
+    _add_image_files([*models, *files])
+    assert models[0]["as_jpeg"] == pytest.approx(23)
+    assert "as_jpeg" not in models[1] | files[0]
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_image_files_count_all_their_bytes(images, codec):
-    (row,) = compare_tokenizers([CodecTokenizer(codec, 40)], images[:1]).rows
+    (row,) = evaluate([CodecTokenizer(codec, 40)], images[:1]).rows
     content = save_image(images[0], codec, 40)
     bits = 8 * len(content) / (images[0].width * images[0].height)
     assert row["bits_per_pixel"] == row["bits_per_pixel_stored"] == bits
@@ -181,12 +166,12 @@ class TooMany(Exact):
 
 
 def test_an_adapter_of_ones_own(images):
-    comparison = compare_tokenizers([Exact()], images, inception=Features())
-    assert comparison.images[1]["results"][0]["bits"] == 40 * 24 * 3 * 8  # of 33 x 21, in multiples of 8
-    assert comparison.rows[0]["psnr"] == math.inf
-    assert comparison.rows[0]["rfid"] == pytest.approx(0, abs=1e-3)
+    report = evaluate([Exact()], images, inception=Features())
+    assert report.images[1]["results"][0]["bits"] == 40 * 24 * 3 * 8  # of 33 x 21, in multiples of 8
+    assert report.rows[0]["psnr"] == math.inf
+    assert report.rows[0]["rfid"] == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="`encode` of too many must return ids under 4, .* got 4"):
-        compare_tokenizers([TooMany()], images)
+        evaluate([TooMany()], images)
 
 
 class Greedy(Exact):
@@ -200,8 +185,8 @@ class Greedy(Exact):
 
 def test_an_image_that_exhausts_the_memory_of_one_is_skipped_for_all(saved_model, photo, images):
     tokenizers = [*load_tokenizers(saved_model), Greedy()]
-    expected = compare_tokenizers(tokenizers, images, inception=Features())
-    found = compare_tokenizers(tokenizers, [photo.crop((0, 0, 64, 64)), *images], inception=Features())
+    expected = evaluate(tokenizers, images, inception=Features())
+    found = evaluate(tokenizers, [photo.crop((0, 0, 64, 64)), *images], inception=Features())
     assert [(each["index"], each["reason"][:14]) for each in found.skipped] == [(0, "out of memory.")]
     for row, other in zip(found.rows, expected.rows, strict=True):
         assert row == pytest.approx(other)
@@ -209,9 +194,9 @@ def test_an_image_that_exhausts_the_memory_of_one_is_skipped_for_all(saved_model
 
 def test_wrong_options(images):
     with pytest.raises(ValueError, match=r"one or more with different titles, got \['exact', 'exact'\]"):
-        compare_tokenizers([Exact(), Exact()], images)
+        evaluate([Exact(), Exact()], images)
     with pytest.raises(ValueError, match="`resolution` must be at least 1, got 0"):
-        compare_tokenizers([Exact()], images, resolution=0)
+        evaluate([Exact()], images, resolution=0)
 
 
 def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys):
@@ -228,8 +213,8 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert [row["bits_per_pixel"] for row in report["rows"][:3]] == pytest.approx([6 / 16, 6 / 64, 16 * 4 / 4])
     assert {(image["width"], image["height"]) for image in report["images"]} == {(32, 32)}
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(titles) + 2 + 3
-    rates = [float(line.split("|")[3]) for line in table[2 : 2 + len(titles)]]
+    assert len(table) == 2 + len(titles)
+    rates = [float(line.split("|")[4]) for line in table[2:]]
     assert rates == sorted(rates)
     printed = capsys.readouterr().out
     assert table[2] in printed
@@ -241,7 +226,6 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("{model} {images} --beside {kl} --tile-size 32", "--tile-size is for one SVQVAE alone"),
         ("{model} {images} --beside {images}", "must be the folder of a model, but has no config.json"),
         ("{model} {images} --beside {images}/a.png", "a model must be a folder or a Hub id, got the file"),
         ("{model} {images} --beside {model}", "with different titles"),

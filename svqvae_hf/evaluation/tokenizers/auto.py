@@ -21,8 +21,10 @@ def load_tokenizers(
     device: str | torch.device = "cpu",
     scales: Sequence[float] = (1.0,),
     scale_from: str = "image",
+    tile_size: int | None = None,
+    overlap: int | None = None,
 ) -> list[Tokenizer]:
-    """Loads a tokenizer in float32 for [`compare_tokenizers`], an [`SVQVAE`] once per scale.
+    """Loads a tokenizer in float32 for [`evaluate`], an [`SVQVAE`] once per scale.
 
     Args:
         source (`str`): Folder, `org/repo` or `org/repo/subfolder` on the Hub. Its `config.json` must name an
@@ -30,6 +32,8 @@ def load_tokenizers(
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to load it to.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Scales of an [`SVQVAE`].
         scale_from (`str`, defaults to `"image"`): What an [`SVQVAE`] resizes to a scale.
+        tile_size (`int`, *optional*): Tiles of an [`SVQVAE`], as in [`SVQVAE.tile_if_large`].
+        overlap (`int`, *optional*): Their overlap.
 
     Raises:
         OSError: If it cannot be loaded.
@@ -50,10 +54,11 @@ def load_tokenizers(
         return [VQModelTokenizer(source, model)]
     if model_class is AutoencoderKL:
         return [AutoencoderKLTokenizer(source, model)]
-    titles = [source if scale == 1 else f"{source}, scale {scale:g}" for scale in scales]
     return [
-        SVQVAETokenizer(title, model, scale, scale_from, model.context_model)
-        for title, scale in zip(titles, scales, strict=True)
+        SVQVAETokenizer(
+            source if scale == 1 else f"{source}, scale {scale:g}", model, scale, scale_from, tile_size, overlap
+        )
+        for scale in scales
     ]
 
 

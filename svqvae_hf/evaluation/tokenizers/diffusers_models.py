@@ -3,23 +3,26 @@
 import torch
 from diffusers import AutoencoderKL, VQModel
 
-from svqvae_hf.models.context_model import ContextModel
+from svqvae_hf.evaluation.measuring import to_image, to_tensor
 from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import image_tokens
-from svqvae_hf.tokens.token_files import token_file_content
+from svqvae_hf.tokens.image_tokens import check_memory, decode_image, encode_image
+from svqvae_hf.tokens.token_files import ImageTokens, token_file_content
 
 
 class SVQVAETokenizer:
-    """[`SVQVAE`] at one scale, as a whole image.
+    """[`SVQVAE`] at one scale, as the commands run it: as a whole image, or by tiles where that takes too much memory.
 
     Args:
         title (`str`): Name in the tables.
         model ([`SVQVAE`]): Model in evaluation mode.
-        scale (`float`, defaults to 1.0): Output side over input side. The reconstruction is resized to the image.
-        scale_from (`str`, defaults to `"image"`): What is resized to the scale, see [`SVQVAE.forward`].
-        context_model ([`ContextModel`], *optional*): Context model that compresses token files.
+        scale (`float`, defaults to 1.0): Output side over input side.
+        scale_from (`str`, defaults to `"image"`): What is resized to the scale, see [`SVQVAE.encode_scales`].
+        tile_size (`int`, *optional*): As in [`SVQVAE.tile_if_large`].
+        overlap (`int`, *optional*): As in [`SVQVAE.tile_if_large`].
     """
+
+    f = 1  # the model pads images itself
 
     def __init__(
         self,
@@ -27,29 +30,27 @@ class SVQVAETokenizer:
         model: SVQVAE,
         scale: float = 1.0,
         scale_from: str = "image",
-        context_model: ContextModel | None = None,
+        tile_size: int | None = None,
+        overlap: int | None = None,
     ):
-        self.context_model = context_model
         self.title, self.model, self.scale, self.scale_from = title, model, scale, scale_from
-        self.f = model.f
+        self.tiles = tile_size, overlap
         self.codebook_size = model.config["codebook_size"]
-        self.low, high = model.config["pixel_range"]
-        self.half_range = (high - self.low) / 2
 
-    def encode(self, sample: torch.Tensor) -> torch.Tensor:
-        """Ids `(1, h, w)`."""
-        return self.model.encode_tokens((sample + 1) * self.half_range + self.low, [self.scale], self.scale_from)[0]
+    def encode(self, sample: torch.Tensor) -> ImageTokens:
+        """Content of a token file."""
+        height, width = (max(1, self.scale) * side for side in sample.shape[-2:])
+        self.model.tile_if_large(height, width, *self.tiles)
+        check_memory(self.model, height, width)
+        return encode_image(self.model, to_image(sample), self.scale, self.scale_from)
 
-    def stored_bits(self, codes: torch.Tensor, height: int, width: int) -> int | None:
-        """Bits of the compressed token file of the latest image, whose sides are in pixels."""
-        if self.context_model is None:
-            return None
-        tokens = image_tokens(self.model, [codes[0].cpu()], height, width, [self.scale], self.scale_from)
-        return 8 * len(token_file_content(tokens, self.context_model))
+    def stored_bits(self, codes: ImageTokens) -> int:
+        """Bits of the token file, compressed if the model has a context model."""
+        return 8 * len(token_file_content(codes, self.model.context_model))
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Image `(1, 3, h * f, w * f)`."""
-        return (self.model.decode_tokens(codes) - self.low) / self.half_range - 1
+    def decode(self, codes: ImageTokens) -> torch.Tensor:
+        """Image of the size of the scale."""
+        return to_tensor(decode_image(self.model, codes)[0]) / 127.5 - 1
 
 
 class VQModelTokenizer:

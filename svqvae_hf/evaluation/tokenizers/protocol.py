@@ -5,14 +5,16 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-Codes: TypeAlias = torch.Tensor | bytes
+from svqvae_hf.tokens.token_files import ImageTokens
+
+Codes: TypeAlias = torch.Tensor | ImageTokens | bytes
 
 
 class Tokenizer(Protocol):
     """Codes images and decodes them from the codes alone, so that the bits of the codes are the bits of the image.
 
-    Any class with these members can be measured; it need not inherit from this one. A class whose codes are ids may
-    also have `stored_bits(codes, height, width)`: bits of the compressed file of an image with these sides in pixels.
+    Any class with these members can be measured; it need not inherit from this one. A class whose codes are stored in
+    fewer or more bits than their count may also have `stored_bits(codes)`.
     """
 
     @property
@@ -21,7 +23,7 @@ class Tokenizer(Protocol):
 
     @property
     def f(self) -> int:
-        """Pixels per side of a token. [`compare_tokenizers`] pads images to multiples of it."""
+        """Pixels per side of a token. [`evaluate`] pads images to multiples of it."""
 
     @property
     def codebook_size(self) -> int | None:
@@ -35,8 +37,8 @@ class Tokenizer(Protocol):
                 evaluation. Sides are multiples of `f`.
 
         Returns:
-            `torch.Tensor` or `bytes`: Ids of any shape in `[0, codebook_size)`, int64; or latents `(1, channels, h,
-            w)` in the type in which they are stored; or the content of a file.
+            `torch.Tensor`, [`ImageTokens`] or `bytes`: Ids of any shape in `[0, codebook_size)`, int64; or latents
+            `(1, channels, h, w)` in the type in which they are stored; or the content of a file.
         """
 
     def decode(self, codes: Any) -> torch.Tensor:
@@ -48,20 +50,21 @@ class Tokenizer(Protocol):
         """
 
 
-def count_bits(codes: Codes, codebook_size: int | None) -> float:
-    """Bits of codes by count: `log2(codebook_size)` per id, all bits of a latent's type, or 8 per byte.
+def count(codes: Codes, codebook_size: int | None) -> tuple[int | None, float, torch.Tensor | None]:
+    """Counts codes.
 
     Args:
-        codes (`torch.Tensor` or `bytes`): Result of [`Tokenizer.encode`].
+        codes (`torch.Tensor`, [`ImageTokens`] or `bytes`): Result of [`Tokenizer.encode`].
         codebook_size (`int`, *optional*): Of the tokenizer.
+
+    Returns:
+        `tuple`: Number of ids, or of positions `h * w` of latents, `None` for a file; bits by count:
+        `log2(codebook_size)` per id, all bits of a latent's type, or 8 per byte; the ids, if any.
     """
     if isinstance(codes, bytes):
-        return 8 * len(codes)
-    return codes.numel() * (math.log2(codebook_size) if codebook_size else 8 * codes.element_size())
-
-
-def count_tokens(codes: Codes, codebook_size: int | None) -> int | None:
-    """Number of ids, or of positions `h * w` of latents; `None` for a file."""
-    if isinstance(codes, bytes):
-        return None
-    return codes.numel() if codebook_size else codes.shape[-2] * codes.shape[-1]
+        return None, 8 * len(codes), None
+    if isinstance(codes, ImageTokens):
+        (codes,) = codes.ids
+    if codebook_size:
+        return codes.numel(), codes.numel() * math.log2(codebook_size), codes
+    return codes.shape[-2] * codes.shape[-1], codes.numel() * 8 * codes.element_size(), None
