@@ -33,16 +33,11 @@ def measure_scaling_factor(vqvae: SVQVAE, batches: Iterable[torch.Tensor]) -> fl
     Raises:
         ValueError: If all latents are equal.
     """
-    count, total, squares = 0, 0.0, 0.0
-    for batch in batches:
-        latents = vqvae.encode(batch.to(vqvae.device)).latents.double()
-        count += latents.numel()
-        total += latents.sum().item()
-        squares += latents.square().sum().item()
-    variance = squares / count - (total / count) ** 2
-    if not variance > 0:
+    latents = torch.cat([vqvae.encode(batch.to(vqvae.device)).latents.cpu() for batch in batches])
+    deviation = latents.double().std(correction=0).item()
+    if not deviation > 0:
         raise ValueError("Latents must differ, but all are equal. Use other images, or a trained model.")
-    return variance**-0.5
+    return 1 / deviation
 
 
 def main() -> None:

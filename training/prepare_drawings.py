@@ -24,7 +24,7 @@ import resvg_py
 from fontTools.ttLib import TTFont
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
-from prepare_photos import SQUARE, call
+from prepare_photos import SQUARE, unpack
 from tqdm import tqdm
 
 from svqvae_hf.trainer.run import one_line_errors, script_parser
@@ -248,15 +248,6 @@ class Artist:
             (folder / kind).mkdir(parents=True)
             for number, draw in enumerate(draws):
                 draw(side).save(folder / kind / f"{number:02d}.png")
-
-
-def unpack(packages: Sequence[str], folder: Path) -> Path:
-    """Downloads Debian packages and unpacks them into a new folder."""
-    folder.mkdir()
-    call("apt-get", "download", *packages, cwd=folder)
-    for archive in folder.glob("*.deb"):
-        call("dpkg-deb", "-x", str(archive), str(folder))
-    return folder
 
 
 def find_drawings(folder: Path, random: Random) -> dict[str, list[Draw]]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -28,12 +29,18 @@ HELD_OUT = ("chelsea.png", "perched-osprey.jpg")  # photographs of the README an
 VALIDATION_EVERY = 20  # photographs
 
 
-def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
-    """Downloads the packages of the list and unpacks them into `folder`."""
-    debian = sorted({row["package"] for row in rows if row["registry"] == "debian"})
-    call("apt-get", "download", *debian, cwd=folder)
+def unpack(packages: Sequence[str], folder: Path) -> Path:
+    """Downloads Debian packages and unpacks them into a new folder."""
+    folder.mkdir()
+    call("apt-get", "download", *packages, cwd=folder)
     for archive in folder.glob("*.deb"):
         call("dpkg-deb", "-x", str(archive), str(folder))
+    return folder
+
+
+def fetch_packages(rows: list[dict[str, str]], folder: Path) -> None:
+    """Downloads the packages of the list and unpacks them into a new folder."""
+    unpack(sorted({row["package"] for row in rows if row["registry"] == "debian"}), folder)
     pypi = sorted({row["package"] for row in rows if row["registry"] == "pypi"})
     call(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *pypi)
     for wheel in folder.glob("*.whl"):
@@ -85,8 +92,9 @@ def main() -> None:
     if options.out.exists():
         raise ValueError(f"OUT must be a new folder, but `{options.out}` exists. Choose another.")
     partial = options.out.with_name(options.out.name + ".partial")
-    with tempfile.TemporaryDirectory() as packages:
-        fetch_packages(rows, Path(packages))
+    with tempfile.TemporaryDirectory() as name:
+        packages = Path(name, "packages")
+        fetch_packages(rows, packages)
         shutil.rmtree(partial, ignore_errors=True)
         for part in ("train", "validation"):
             (partial / part).mkdir(parents=True)

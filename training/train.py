@@ -15,15 +15,14 @@ from svqvae_hf.hub.repositories import is_hub_id, public_name
 from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
-from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.objective import Objective, Pair
 from svqvae_hf.trainer.model import load_model, step_scales, whiten_latents
-from svqvae_hf.trainer.optimization import clip_and_step, gradient_norm, loss_scale, make_optimizer, rescale_gradients
+from svqvae_hf.trainer.optimization import clip_and_step, loss_scale, make_optimizer, rescale_gradients
 from svqvae_hf.trainer.run import Run, run_script
-from svqvae_hf.trainer.tracking import ScaleStatistics, image_grid, log_image, progress
+from svqvae_hf.trainer.tracking import ScaleStatistics, log_images, progress, rows_of_images
 from svqvae_hf.trainer.train_options import TrainOptions
 
 SHOWN_IMAGES = 4
@@ -43,7 +42,11 @@ def train(run: Run[TrainOptions]) -> None:
     vqvae = load_model(options).to(accelerator.device)
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
-    loader = make_loader(options, images)
+    sides, growth_batch = (
+        [options.resolution, *options.crop_sizes],
+        options.full_crops_from * options.gradient_accumulation_steps,
+    )
+    loader = images.loader(sides, options.num_batches, options.seed, growth_batch)
     validation_batches = load_validation_batches(options, images, pixel_range)
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
     discriminator = objective.discriminator
@@ -58,7 +61,6 @@ def train(run: Run[TrainOptions]) -> None:
     model, optimizer = accelerator.prepare(vqvae, optimizer)
     models = [model]
     codes = Codes(run, vqvae, images, optimizer)
-    ids_before = encode_ids(vqvae, validation_batches, options) if options.train == "decoder" else []
     states: dict[str, Stateful] = {"codebook_average": codes.average, "dead_codes": codes.dead}
     if discriminator is not None:
         discriminator_steps = options.max_train_steps - options.adversarial_start
@@ -97,7 +99,6 @@ def train(run: Run[TrainOptions]) -> None:
 
                 # Updates, after the last batch of a step
                 if accelerator.sync_gradients:
-                    numbers |= gradient_norms(vqvae, loss_scale(accelerator))
                     scale_before = loss_scale(accelerator)
                     numbers |= run.update_weights(model, optimizer, lr_scheduler)
                     if adversarial and discriminator is not None:
@@ -122,21 +123,11 @@ def train(run: Run[TrainOptions]) -> None:
             validate(run, model, objective, validation_batches, step + 1)
 
     validation = validate(run, model, objective, validation_batches, options.max_train_steps)
-    if options.train == "decoder":
-        with run.evaluating():
-            check_ids(ids_before, encode_ids(vqvae, validation_batches, options))
     state_dict = run.final_weights(model)
     if accelerator.is_main_process:
         result = SVQVAE.from_config(vqvae.config)
         result.load_state_dict(state_dict)
         run.publish(result.save_pretrained, make_card(run, vqvae, validation_batches, validation))
-
-
-def make_loader(options: TrainOptions, images: ImageSource) -> CropLoader:
-    """Makes the loader of the crops, whose sides alternate or grow."""
-    sides = [options.resolution, *options.crop_sizes]
-    growth_batch = options.full_crops_from * options.gradient_accumulation_steps
-    return images.loader(sides, options.num_batches, options.seed, growth_batch)
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
@@ -185,7 +176,7 @@ class Codes:
             self.average.update(quantizer, latents, ids, partial(accelerator.reduce, reduction="mean"))
         if not options.dead_code_reset_steps:
             return {}
-        self.dead.observe(accelerator.reduce(count_codes(ids, quantizer.size), "sum"))
+        self.dead.counts += accelerator.reduce(count_codes(ids, quantizer.size), "sum")
         if not accelerator.sync_gradients or (step + 1) % options.dead_code_reset_steps:
             return {}
         fresh = self._fresh_latents(RESET_BATCHES, step)
@@ -212,13 +203,6 @@ class Codes:
         quantizer = self.vqvae.quantize
         self.average.restart(quantizer, replaced)
         forget_codes(self.vqvae, quantizer.embedding.weight, replaced, self.optimizer, self.run.ema)
-
-
-def gradient_norms(vqvae: SVQVAE, scale: float) -> dict[str, torch.Tensor]:
-    """Norms of the gradients of encoder and decoder, if they are trained, without the loss scale."""
-    parts = {"encoder_grad_norm": vqvae.encoder, "decoder_grad_norm": vqvae.decoder}
-    trained = {name: part for name, part in parts.items() if next(part.parameters()).requires_grad}
-    return {name: gradient_norm(part.parameters()) / scale for name, part in trained.items()}
 
 
 def load_validation_batches(
@@ -253,21 +237,8 @@ def validate(
     numbers = statistics.summary(accelerator.reduce)
     run.log(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
     if accelerator.is_main_process:
-        log_image(accelerator, image_grid(shown), run.output_dir / "samples", steps_done)
+        log_images(accelerator, rows_of_images(shown), len(shown) + 1, run.output_dir / "samples", steps_done)
     return numbers
-
-
-def encode_ids(vqvae: SVQVAE, batches: list[torch.Tensor], options: TrainOptions) -> list[torch.Tensor]:
-    """Ids of the validation images, batch by batch and scale by scale."""
-    samples, scales = (batch.to(vqvae.device) for batch in batches), options.validation_scales
-    return [ids for sample in samples for ids in vqvae.encode_tokens(sample, scales, "latents")]
-
-
-def check_ids(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
-    """Raises if training changed ids."""
-    if not all(map(torch.equal, before, after)):
-        raise RuntimeError("Training the decoder must keep all ids, but ids of validation images changed.")
-    logger.info("All ids of the validation images are as before.")
 
 
 def make_card(run: Run[TrainOptions], vqvae: SVQVAE, batches: list[torch.Tensor], validation: dict[str, float]) -> str:

@@ -21,7 +21,7 @@ from svqvae_hf.trainer.data.crop_loader import CropBatch
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option
-from svqvae_hf.trainer.pipeline_run import class_labels, latent_side, load_frozen_vqvae, log_samples, pipeline_card
+from svqvae_hf.trainer.pipeline_run import class_labels, load_frozen_vqvae, log_samples, pipeline_card
 from svqvae_hf.trainer.run import Run, run_script
 
 PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
@@ -139,14 +139,14 @@ def make_denoiser(options: DiffusionOptions, vqvae: SVQVAE) -> DiTTransformer2DM
     """Denoiser of the config for latents of this size, without its own dropout of labels."""
     source = options.model_config_name_or_path
     description = load_network_config(source, DiTTransformer2DModel)
-    side, channels = latent_side(vqvae, options.resolution), vqvae.config["codebook_embed_dim"]
+    side, channels = options.resolution // vqvae.f, vqvae.config["codebook_embed_dim"]
     sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
     denoiser = DiTTransformer2DModel.from_config({**description, **sizes, "num_embeds_ada_norm": NUM_CLASSES})
-    divisor = denoiser.config["patch_size"]
-    if side % divisor:
+    divisor = vqvae.f * denoiser.config["patch_size"]
+    if options.resolution % divisor:
         raise ValueError(
-            f"`--resolution` must give latents whose side is a multiple of {divisor}, by `{source}`, but "
-            f"{options.resolution} gives {side}."
+            f"`--resolution` must be a multiple of {divisor}, f of the SVQVAE times the `patch_size` of `{source}`, "
+            f"but is {options.resolution}."
         )
     for module in denoiser.modules():
         if isinstance(module, LabelEmbedding):

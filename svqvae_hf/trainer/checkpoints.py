@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
 RUN_STATE = "run_state.pt"
-OPTIONS = "train_config.yaml"
 NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -61,8 +59,6 @@ def save_checkpoint(
     output_dir: str | Path,
     step: int,
     run_state: Mapping[str, Any],
-    rank_state: Mapping[str, Any],
-    options: Mapping[str, Any],
     total_limit: int | None,
 ) -> None:
     """Writes a checkpoint under another name, renames it to `checkpoint-STEP`, and removes the oldest ones.
@@ -74,8 +70,6 @@ def save_checkpoint(
         output_dir (`str` or `Path`): Folder of the run, shared by all processes.
         step (`int`): Steps done.
         run_state (`Mapping`): Other state that is equal on all processes: tensors and plain values.
-        rank_state (`Mapping`): State of this process alone.
-        options (`Mapping`): Options of the run, in the form for publishing.
         total_limit (`int`, *optional*): Number of newest checkpoints to keep; all by default.
 
     Raises:
@@ -89,20 +83,16 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
-        torch.save(dict(rank_state), partial / _rank_file(accelerator))
         if accelerator.is_main_process:
+            # Not accelerate's `register_for_checkpointing`, because it loads with `weights_only=False`.
             torch.save({**run_state, "num_processes": accelerator.num_processes}, partial / RUN_STATE)
-            (partial / OPTIONS).write_text(yaml.safe_dump(dict(options), sort_keys=False), encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
-        message = f"`{path}` cannot be written: {' '.join(str(error).split())}."
-        if _checkpoints(output_dir):
-            message += " Older checkpoints are complete: resume from them with `--resume_from_checkpoint latest`."
-        raise OSError(message) from error
+        raise OSError(
+            f"`{path}` cannot be written: {' '.join(str(error).split())}. Older ones are complete."
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if path.exists():
-            shutil.rmtree(path)
         os.replace(partial, path)
         if total_limit is not None:
             for old in sorted(_checkpoints(output_dir), key=checkpoint_step)[:-total_limit]:
@@ -110,23 +100,8 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def read_checkpoint_options(path: Path) -> dict[str, Any]:
-    """Reads the options of the run that wrote a checkpoint.
-
-    Args:
-        path (`Path`): Folder of the checkpoint.
-
-    Raises:
-        ValueError: If they are absent or damaged.
-    """
-    with _one_line_reason(path):
-        return dict(yaml.safe_load((path / OPTIONS).read_text(encoding="utf-8")))
-
-
-def load_checkpoint(
-    accelerator: Accelerator, path: Path, names: Iterable[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Loads models, optimizers and random states, and returns the run's state and this process's own.
+def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Loads models, optimizers and random states, and returns the run's state.
 
     Args:
         accelerator (`Accelerator`): Accelerator whose models, optimizers and random states are loaded.
@@ -153,7 +128,7 @@ def load_checkpoint(
         )
     with _one_line_reason(path):
         accelerator.load_state(str(path))
-        return run_state, torch.load(path / _rank_file(accelerator), map_location="cpu", weights_only=True)
+    return dict(run_state)
 
 
 @contextmanager
@@ -169,10 +144,6 @@ def _one_line_reason(path: Path) -> Iterator[None]:
             f"{fault.partition('. ')[0].rstrip('.')}. Use the config of the run that wrote it, or resume from another "
             "checkpoint."
         ) from error
-
-
-def _rank_file(accelerator: Accelerator) -> str:
-    return f"rank_state_{accelerator.process_index}.pt"
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:

@@ -118,7 +118,7 @@ class CodebookAverage(nn.Module):
 class DeadCodeReset(nn.Module):
     """Replaces dead codes by latents, so that the whole codebook stays in use.
 
-    A code is dead if no latent of any process was quantised to it since the last reset.
+    A code is dead if no latent of any process was quantised to it since the last reset, as `counts` says.
 
     Args:
         size (`int`): Number of codes.
@@ -129,14 +129,6 @@ class DeadCodeReset(nn.Module):
     def __init__(self, size: int):
         super().__init__()
         self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))
-
-    def observe(self, counts: torch.Tensor) -> None:
-        """Adds how often each code was used.
-
-        Args:
-            counts (`torch.Tensor` of shape `(size,)`): int64, summed over all processes.
-        """
-        self.counts += counts
 
     @torch.no_grad()
     def reset(
@@ -174,14 +166,18 @@ class DeadCodeReset(nn.Module):
         return replaced
 
 
+@torch.no_grad()
 def forget_codes(
     model: nn.Module,
     codes: nn.Parameter,
     replaced: torch.Tensor,
     optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
+    ema: EMAModel | None = None,
 ) -> None:
     """Clears what the optimizer and the average of weights remember of replaced codes.
+
+    The optimizer's moments become 0. If SOAP rotates the rows of a codebook, its squares are not by code, and remain.
+    The average restarts at the new codes, because it would otherwise mix them with old ones.
 
     Args:
         model (`nn.Module`): Model that holds the codebook, and whose weights are averaged.
@@ -190,24 +186,10 @@ def forget_codes(
         optimizer (`torch.optim.Optimizer`): AdamW or SOAP, or Accelerate's wrapper of it.
         ema (`EMAModel`, *optional*): Average of `model.parameters()`.
     """
-    reset_code_state(optimizer, codes, replaced)
-    if ema is not None:
-        copy_codes_to_ema(ema, model, codes, replaced)
-
-
-def reset_code_state(optimizer: torch.optim.Optimizer, codes: nn.Parameter, replaced: torch.Tensor) -> None:
-    """Sets the optimizer's moments of replaced codes to 0, once its first step has created them.
-
-    If SOAP rotates the rows of a codebook, its squares are not by code. They remain.
-    """
     state = optimizer.state.get(codes, {})
     are_rotated = "Q" in state and len(state["Q"][0]) > 0
     for name in state.keys() & ({"exp_avg"} if are_rotated else {"exp_avg", "exp_avg_sq"}):
         state[name][replaced] = 0
-
-
-@torch.no_grad()
-def copy_codes_to_ema(ema: EMAModel, model: nn.Module, codes: nn.Parameter, replaced: torch.Tensor) -> None:
-    """Copies replaced codes to the EMA weights, which would otherwise mix new codes with old ones."""
-    average = dict(zip(model.parameters(), ema.shadow_params, strict=True))[codes]
-    average[replaced.to(average.device)] = codes[replaced].to(average)
+    if ema is not None:
+        average = dict(zip(model.parameters(), ema.shadow_params, strict=True))[codes]
+        average[replaced.to(average.device)] = codes[replaced].to(average)

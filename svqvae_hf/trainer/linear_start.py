@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.layers import RepeatConv2d
@@ -75,8 +74,7 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
     }
     _check_config(vqvae, layouts)
     sample = sample[: max(1, PIXELS // sample[0, 0].numel())]
-    _silence_branches(vqvae)
-    _neutralise_norms(vqvae, layouts)
+    _neutralise(vqvae, layouts)
     pixels = map_range(sample, vqvae.config["pixel_range"], vqvae.config["network_range"])
     features = _start_encoder(vqvae, layouts, pixels)
     _start_decoder(vqvae, layouts, pixels, features)
@@ -101,19 +99,8 @@ def _check_config(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
         )
 
 
-def _silence_branches(vqvae: SVQVAE) -> None:
-    for block in vqvae.modules():
-        if isinstance(block, ResnetBlock | AttnBlock):
-            last: Any = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
-            last.weight.zero_()
-            last.bias.zero_()
-
-
-def _neutralise_norms(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
-    def fix_norm(norm: nn.GroupNorm) -> None:
-        layout = layouts[norm.num_channels]
-        norm.weight.fill_(layout.norm_weight)
-        norm.weight[layout.constant] = 0
+def _neutralise(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
+    """Makes norms almost a fixed scale, and residual branches and attention silent."""
 
     def set_constants(layer: Convolution) -> None:
         layout = layouts[layer.out_channels]
@@ -126,20 +113,27 @@ def _neutralise_norms(vqvae: SVQVAE, layouts: dict[int, ChannelLayout]) -> None:
         layer.weight.mul_(SPARE_SCALE)
         set_constants(layer)
 
-    networks: list[Any] = [vqvae.encoder, vqvae.decoder]
-    for network in networks:
-        fix_stream(network.conv_in)
-        for module in network.modules():
-            if isinstance(module, GroupNorm):
-                fix_norm(module)
-            elif isinstance(module, RepeatConv2d):
-                fix_stream(module)
-            elif isinstance(module, Downsample):
-                fix_stream(module.conv)
-            elif isinstance(module, ResnetBlock):
-                set_constants(module.conv1)
-                if module.nin_shortcut is not None:
-                    fix_stream(module.nin_shortcut)
+    def silence(layer: Convolution) -> None:
+        layer.weight.zero_()
+        layer.bias.zero_()
+
+    modules: list[Any] = [*vqvae.modules()]
+    for module in modules:
+        if isinstance(module, GroupNorm):
+            layout = layouts[module.num_channels]
+            module.weight.fill_(layout.norm_weight)
+            module.weight[layout.constant] = 0
+        elif isinstance(module, RepeatConv2d) or module in (vqvae.encoder.conv_in, vqvae.decoder.conv_in):
+            fix_stream(module)
+        elif isinstance(module, Downsample):
+            fix_stream(module.conv)
+        elif isinstance(module, ResnetBlock):
+            set_constants(module.conv1)
+            silence(module.conv2)
+            if module.nin_shortcut is not None:
+                fix_stream(module.nin_shortcut)
+        elif isinstance(module, AttnBlock):
+            silence(module.proj_out)
 
 
 def _start_encoder(vqvae: SVQVAE, layouts: dict[int, ChannelLayout], pixels: torch.Tensor) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """Optimizer, learning rate schedule, and one update of the weights."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,8 +131,3 @@ def rescale_gradients(model: nn.Module, factor: float) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad *= factor
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """Norm of the gradients of some parameters, a scalar."""
-    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])

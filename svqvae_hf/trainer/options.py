@@ -3,8 +3,8 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -17,19 +17,6 @@ from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
-
-PATHS = (  # options that may hold a path of this machine
-    *("output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "model_config_name_or_path"),
-    *(
-        "vqvae_name_or_path",
-        "text_encoder_name_or_path",
-        "tokenizer_name_or_path",
-        "lpips_weights",
-        "dataset_name",
-        "data_files",
-    ),
-    *("train_data_dir", "validation_data_dir", "token_set", "validation_token_set"),
-)
 
 Options = TypeVar("Options", bound="RunOptions")
 
@@ -213,7 +200,7 @@ def read_options(options_class: type[Options], arguments: Sequence[str]) -> Opti
     """
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
-        arguments[:1] = _flags(options_class, Path(arguments[0]))
+        arguments[:1] = _flags(Path(arguments[0]))
     parser = OptionParser(options_class, prog=script_name(), allow_abbrev=False)
     (options,) = parser.parse_args_into_dataclasses(arguments)
     return options
@@ -252,12 +239,13 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def public_options(options: RunOptions) -> dict[str, Any]:
     """Options as they may be published, by name: without directories of this machine."""
-    entries = asdict(options)
-    for name in entries.keys() & set(PATHS):
-        value = entries[name]
-        if value is not None:
-            entries[name] = [*map(public_name, value)] if isinstance(value, list) else public_name(value)
-    return entries
+
+    def public(value: Any) -> Any:
+        if isinstance(value, list):
+            return [*map(public, value)]
+        return public_name(value) if isinstance(value, str) else value
+
+    return {name: public(value) for name, value in asdict(options).items()}
 
 
 def script_name() -> str:
@@ -265,7 +253,7 @@ def script_name() -> str:
     return Path(sys.argv[0]).name
 
 
-def _flags(options_class: type[RunOptions], path: Path) -> Iterable[str]:
+def _flags(path: Path) -> Iterator[str]:
     """Entries of a YAML file as flags."""
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -273,14 +261,6 @@ def _flags(options_class: type[RunOptions], path: Path) -> Iterable[str]:
         raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
-    unknown = sorted(str(key) for key in entries.keys() - {each.name for each in fields(options_class)})
-    if unknown:
-        raise ValueError(f"`{path}` must have only options of the script, but has {', '.join(unknown)}.")
-    choices = {each.name: each.metadata.get("choices", ()) for each in fields(options_class)}
-    flags = []
     for name, value in entries.items():
-        if value is False and "no" in choices[name]:
-            value = "no"  # which YAML reads as a truth value
         if value is not None:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
+            yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from torchvision.utils import make_grid
 
 from svqvae_hf.hub import model_cards
 from svqvae_hf.hub.repositories import public_name
@@ -16,7 +15,7 @@ from svqvae_hf.tokens.image_tokens import check_same_codebook
 from svqvae_hf.trainer.data.token_sequences import TokenBatch, TokenSource
 from svqvae_hf.trainer.options import PipelineOptions, option, required
 from svqvae_hf.trainer.run import Run
-from svqvae_hf.trainer.tracking import log_image
+from svqvae_hf.trainer.tracking import log_images
 
 NAMED_CLASSES = 20  # on a card
 
@@ -149,21 +148,8 @@ def log_samples(run: Run[Any], pipeline: DiffusionPipeline, call: Mapping[str, A
     with run.evaluating():
         images = pipeline(**call, generator=torch.Generator().manual_seed(run.options.seed), output_type="np")[0]
     if run.accelerator.is_main_process:
-        columns = math.ceil(len(images) ** 0.5)
-        grid = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=columns, padding=4, pad_value=1.0)
-        pixels = (grid.permute(1, 2, 0) * 255).round().byte().numpy()
-        log_image(run.accelerator, pixels, run.output_dir / "samples", steps_done)
-
-
-def latent_side(vqvae: SVQVAE, resolution: int) -> int:
-    """Side of the latents of a crop.
-
-    Raises:
-        ValueError: If the resolution is not a multiple of f.
-    """
-    if resolution % vqvae.f:
-        raise ValueError(f"`--resolution` must be a multiple of f = {vqvae.f} of the SVQVAE, but is {resolution}.")
-    return resolution // vqvae.f
+        columns, tensor = math.ceil(len(images) ** 0.5), torch.from_numpy(images).permute(0, 3, 1, 2)
+        log_images(run.accelerator, tensor, columns, run.output_dir / "samples", steps_done)
 
 
 def pipeline_card(

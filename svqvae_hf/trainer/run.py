@@ -34,20 +34,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from svqvae_hf.files.outputs import write_file
 from svqvae_hf.hub.repositories import prepare_repo, push_output
-from svqvae_hf.trainer.checkpoints import (
-    OPTIONS,
-    checkpoint_step,
-    find_checkpoint,
-    load_checkpoint,
-    read_checkpoint_options,
-    save_checkpoint,
-)
-from svqvae_hf.trainer.data.crop_loader import CropLoader
-from svqvae_hf.trainer.data.token_sequences import SequenceLoader
+from svqvae_hf.trainer.checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, save_checkpoint
+from svqvae_hf.trainer.data.resumable import Resumable
 from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resume_schedule
 from svqvae_hf.trainer.options import Options, RunOptions, public_options, read_options, script_name
 from svqvae_hf.trainer.tracking import Means
 
+OPTIONS = "train_config.yaml"
 CARD_NUMBERS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
@@ -118,7 +111,7 @@ class Run(Generic[Options]):
     """
 
     network: nn.Module
-    loader: CropLoader | SequenceLoader
+    loader: Any  # a `Resumable`, which yields batches
     lr_scheduler: LambdaLR
     states: dict[str, Stateful]
     repo_id: str | None
@@ -144,7 +137,7 @@ class Run(Generic[Options]):
     def start(
         self,
         network: nn.Module,
-        loader: CropLoader | SequenceLoader,
+        loader: Resumable,
         lr_scheduler: LambdaLR,
         states: Mapping[str, Stateful] | None = None,
     ) -> None:
@@ -153,7 +146,7 @@ class Run(Generic[Options]):
         Args:
             network (`nn.Module`): Network whose weights are trained and, with `--use_ema`, averaged. Its model and
                 optimizer have been passed to `accelerator.prepare`.
-            loader ([`CropLoader`] or [`SequenceLoader`]): Batches of this process.
+            loader ([`Resumable`]): Batches of this process.
             lr_scheduler (`LambdaLR`): Learning rate schedule.
             states (`Mapping[str, Stateful]`, *optional*): Anything else with a state that checkpoints keep.
 
@@ -296,32 +289,28 @@ class Run(Generic[Options]):
     # Checkpoints
 
     def _save_checkpoint(self, steps_done: int) -> None:
-        save_checkpoint(
-            self.accelerator,
-            self.output_dir,
-            steps_done,
-            {name: holder.state_dict() for name, holder in self.states.items()},
-            {"loader": self.loader.state_dict(), "skipped": self.skipped, "quality": self.quality},
-            public_options(self.options),
-            self.options.checkpoints_total_limit,
-        )
+        state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
+        state |= {"loader": self.loader.state_dict(), "skipped": self.skipped, "quality": self.quality}
+        state["options"] = public_options(self.options)
+        limit = self.options.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, steps_done, state, limit)
 
     def _resume(self, checkpoint: Path) -> int:
         """Loads a checkpoint and returns the first step to do."""
         schedules = {name: state for name, state in self.states.items() if isinstance(state, LambdaLR)}
         groups = {name: hyperparameters(schedule) for name, schedule in schedules.items()}
-        run_state, rank_state = load_checkpoint(self.accelerator, checkpoint, self.states)
+        saved = load_checkpoint(self.accelerator, checkpoint, self.states)
         for name in self.states.keys() - schedules.keys():
-            self.states[name].load_state_dict(run_state[name])
+            self.states[name].load_state_dict(saved[name])
         for name, schedule in schedules.items():
-            resume_schedule(schedule, run_state[name]["last_epoch"], groups[name])
+            resume_schedule(schedule, saved[name]["last_epoch"], groups[name])
         if self.ema is not None:
             self.ema.decay = self.options.ema_decay
             self.ema.to(self.accelerator.device)  # its state is loaded to the CPU
-        self.loader.load_state_dict(rank_state["loader"])
-        self.skipped, self.quality = rank_state["skipped"], rank_state["quality"]
+        self.loader.load_state_dict(saved["loader"])
+        self.skipped, self.quality = saved["skipped"], saved["quality"]
         logger.info(f"Resumed from {checkpoint}")
-        old, new = read_checkpoint_options(checkpoint), public_options(self.options)
+        old, new = saved["options"], public_options(self.options)
         for name in sorted(new.keys() & old.keys() - {"resume_from_checkpoint", "output_dir"}):
             if new[name] != old[name]:
                 logger.info(f"Changed on resume: --{name} from {old[name]} to {new[name]}")
@@ -436,6 +425,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         log_with=options.report_to,
         project_dir=options.output_dir,
     )
+    accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps  # not its environment variable's
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     _check_engine(options, accelerator)
     return accelerator
@@ -447,11 +437,6 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
         raise ValueError(
             f"The launcher started {started} processes, but accelerate would let each of them train alone. On CPUs "
             "set ACCELERATE_USE_CPU=true and start them with torchrun."
-        )
-    if accelerator.gradient_accumulation_steps != options.gradient_accumulation_steps:
-        raise ValueError(
-            f"accelerate's settings have gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, but "
-            f"`--gradient_accumulation_steps` is {options.gradient_accumulation_steps}. Make both equal."
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(

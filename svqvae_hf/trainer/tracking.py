@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -88,30 +87,29 @@ class Means:
         return means
 
 
-def image_grid(pairs: Sequence[Pair]) -> np.ndarray:
-    """Grid of images and reconstructions: one row per image, first the image, then each scale.
+def rows_of_images(pairs: Sequence[Pair]) -> torch.Tensor:
+    """Images beside their reconstructions, one row per image: first the image, then each scale.
 
     Args:
         pairs (`Sequence[Pair]`): One batch at several scales.
 
     Returns:
-        `np.ndarray` of shape `(height, width, 3)`: uint8; smaller scales are enlarged without smoothing.
+        `torch.Tensor` of shape `(batch * columns, 3, height, width)`: Smaller scales are enlarged without smoothing.
     """
     largest = max((pair.target for pair in pairs), key=torch.Tensor.numel)
-    size = largest.shape[-2:]
-    columns = [largest, *(F.interpolate(pair.output, size, mode="nearest") for pair in pairs)]
-    tiles = torch.stack(columns, dim=1).flatten(0, 1).clamp(0, 1)  # (batch * columns, 3, height, width)
-    grid = make_grid(tiles, nrow=len(columns), padding=4, pad_value=1.0)
-    return (grid.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+    columns = [largest, *(F.interpolate(pair.output, largest.shape[-2:], mode="nearest") for pair in pairs)]
+    return torch.stack(columns, dim=1).flatten(0, 1)
 
 
-def log_image(accelerator: Accelerator, grid: np.ndarray, folder: Path, step: int) -> None:
-    """Writes a picture to `folder` as PNG, and sends it to the trackers that accept pictures."""
-    save_png(Image.fromarray(grid), folder / f"step-{step:07}.png")
+def log_images(accelerator: Accelerator, images: torch.Tensor, columns: int, folder: Path, step: int) -> None:
+    """Writes images `(n, 3, height, width)` in [0, 1] to `folder` as one picture, and sends it to the trackers."""
+    grid = make_grid(images.clamp(0, 1), nrow=columns, padding=4, pad_value=1.0)
+    pixels = (grid.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+    save_png(Image.fromarray(pixels), folder / f"step-{step:07}.png")
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": grid[None]}, step=step, **layout)
+            tracker.log_images({"samples": pixels[None]}, step=step, **layout)
 
 
 def progress(batches: Iterable[Item], what: str, total: int) -> Iterable[Item]:

@@ -123,6 +123,5 @@ class TrainOptions(ImageOptions):
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps"):
             if self.train == "decoder" and getattr(self, name):
                 raise ValueError(f"`--train decoder` keeps the codes, but `--{name}` moves them.")
-        for name in ("pretrained_model_name_or_path", "validation_data_dir"):
-            if self.train == "decoder" and getattr(self, name) is None:
-                raise ValueError(f"`--train decoder` keeps a model's ids and compares them, so it needs `--{name}`.")
+        if self.train == "decoder" and self.pretrained_model_name_or_path is None:
+            raise ValueError("`--train decoder` keeps a model's ids, so it needs `--pretrained_model_name_or_path`.")

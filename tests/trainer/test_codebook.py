@@ -7,13 +7,7 @@ from pytorch_optimizer.optimizer.soap import SOAP
 from torch import nn
 
 from svqvae_hf.models.quantizer import VectorQuantizer
-from svqvae_hf.trainer.codebook import (
-    CodebookAverage,
-    DeadCodeReset,
-    copy_codes_to_ema,
-    initialise_codebook,
-    reset_code_state,
-)
+from svqvae_hf.trainer.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
 
 SIZE, DIM = 64, 8
 
@@ -29,7 +23,7 @@ def reset(dead, latents, l2_norm=True, limit=SIZE, seed=0, step=0):
     before = quantizer.embedding.weight.detach().clone()
     counts = torch.ones(SIZE, dtype=torch.int64)
     counts[dead] = 0
-    dead_codes.observe(counts)
+    dead_codes.counts += counts
     replaced = dead_codes.reset(quantizer, latents, limit, seed, step)
     assert dead_codes.counts.eq(0).all()
     return before, quantizer.embedding.weight.detach(), replaced
@@ -113,10 +107,10 @@ def test_code_is_dead_if_unused_since_the_last_reset():
     latents = torch.randn(100, DIM)
     found = torch.zeros(SIZE, dtype=torch.int64)
     found[:60] = 1
-    dead_codes.observe(found)
-    dead_codes.observe(found.flip(0))
+    dead_codes.counts += found
+    dead_codes.counts += found.flip(0)
     assert dead_codes.reset(quantizer, latents, SIZE, seed=0, step=0).tolist() == []
-    dead_codes.observe(found)
+    dead_codes.counts += found
     assert dead_codes.reset(quantizer, latents, SIZE, seed=0, step=1).tolist() == [60, 61, 62, 63]
 
 
@@ -128,12 +122,12 @@ def test_optimizer_forgets_only_replaced_codes():
     weight = model.quantize.embedding.weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     replaced = torch.tensor([2, 40])
-    reset_code_state(optimizer, weight, replaced)
+    forget_codes(model, weight, replaced, optimizer)
     assert not optimizer.state
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    reset_code_state(optimizer, weight, replaced)
+    forget_codes(model, weight, replaced, optimizer)
     for parameter, state in optimizer.state.items():
         assert state["step"] == 1
         for name in ("exp_avg", "exp_avg_sq"):
@@ -149,7 +143,7 @@ def test_replaced_codes_do_not_jump_with_soap(max_dim):
     moves = []
     for step in range(60):
         if step == 50:
-            reset_code_state(optimizer, weight, (~used).nonzero().flatten())
+            forget_codes(nn.Module(), weight, (~used).nonzero().flatten(), optimizer)
             used[:] = True
         noise = 0.3 * torch.randn(SIZE, DIM)
         weight.grad = torch.where(used[:, None], weight.detach() - target + noise, 0)
@@ -167,7 +161,7 @@ def test_average_of_replaced_codes_restarts_at_them():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    copy_codes_to_ema(ema, model, weight, torch.tensor([2, 40]))
+    forget_codes(model, weight, torch.tensor([2, 40]), torch.optim.AdamW([weight]), ema)
     for parameter, average, old in zip(model.parameters(), ema.shadow_params, before, strict=True):
         if parameter is weight:
             changed = (average != old).any(1)

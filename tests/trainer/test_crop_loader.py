@@ -158,7 +158,6 @@ def test_unreadable_files_of_a_folder_are_replaced_and_named(tmp_path, photo, nu
     batches = list(crop_loader(images, policy(batch_size=4), num_batches=15, num_workers=num_workers))
     named = [image.key for batch in batches for image in batch.skipped]
     assert set(named) == {"0.png", "21.png", "42.jpg"}
-    assert sum(batch.num_read for batch in batches) == 60 + len(named)
     seen = Counter(number for batch in batches for number in numbers(batch))
     assert seen.total() == 60
     assert set(range(60)) - set(seen) == {0, 21, 42}

@@ -29,7 +29,7 @@ def test_flags_and_file_are_equal_and_flags_override_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate: 1", "must have only options of the script, but has lerning_rate"),
+        (yaml.safe_dump(NEEDED | {"lerning_rate": 1}), "`--lerning_rate` is not an option of the script"),
         ("- output_dir", "must map options to values, but is list"),
         ("a: [", "must be a YAML file, but is not"),
     ],

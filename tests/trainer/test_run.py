@@ -162,9 +162,7 @@ def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):
     assert files(options["output_dir"]) == before
 
 
-@pytest.mark.parametrize(
-    "damage", ["optimizer.bin", "run_state.pt", "rank_state_0.pt", "model.safetensors", "network"]
-)
+@pytest.mark.parametrize("damage", ["optimizer.bin", "run_state.pt", "model.safetensors", "network"])
 def test_checkpoint_that_cannot_be_loaded_is_refused_in_one_line(options, damage, capsys):
     train(options | {"max_train_steps": 2})
     before = files(options["output_dir"])
@@ -228,8 +226,4 @@ def test_processes_that_do_not_know_each_other_are_refused(options, monkeypatch)
 
 def test_settings_of_accelerate_cannot_change_the_accumulation(options, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(ValueError, match="gradient_accumulation_steps 4, but `--gradient_accumulation_steps` is 1"):
-        make_accelerator(RunOptions(**options))
-
-
-# Errors
+    assert make_accelerator(RunOptions(**options)).gradient_accumulation_steps == 1

@@ -161,7 +161,7 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
 def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options, inputs, tmp_path):
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "train_batch_size": 1}
     options |= {"train_data_dir": str(inputs / "shard-*.tar"), "max_train_steps": 10, "checkpointing_steps": 2}
-    options |= {"codebook_decay": 0.9, "full_crops_from": 3, "scales": [1, 2], "scale_probabilities": [0.5, 0.5]}
+    options |= {"codebook_decay": 0.9, "full_crops_from": 3, "dead_code_reset_steps": 4}
     whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     stopped = start(train_in_a_session, broken, tmp_path / "stopped.txt")
     wait_for_step(stopped, tmp_path / "stopped.txt", 3)  # no loader is about to start, as at k-means
@@ -273,12 +273,10 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
 # Codebook, decoder, result, mistakes
 
 
-def test_decoder_training_keeps_all_ids(options, inputs, caplog):
-    caplog.set_level(logging.INFO)
+def test_decoder_training_keeps_all_ids(options, inputs):
     before = SVQVAE.from_pretrained(inputs / "model")
     options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
-    run(**options, train="decoder", validation_data_dir=str(inputs / "held_out"), max_train_steps=3)
-    assert "All ids of the validation images are as before" in caplog.text
+    run(**options, train="decoder", max_train_steps=3)
     after = SVQVAE.from_pretrained(options["output_dir"])
     changed = {
         name.split(".")[0]

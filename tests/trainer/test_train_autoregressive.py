@@ -131,7 +131,7 @@ def test_every_epoch_has_each_row_once_over_all_processes(parts, monkeypatch):
     order = sum(batches, [])
     assert sorted(order[:IMAGES]) == sorted(order[IMAGES:]) == list(range(IMAGES))
     resumed = SequenceLoader(source, 4, 3, 7, 0, 1)
-    resumed.load_state_dict({"batch": 2, "num_rows": IMAGES})
+    resumed.load_state_dict({"batch": 2, "order": resumed.order})
     assert list(resumed) == [order[8:]]
     with pytest.raises(ValueError, match="must have a row for each of the 7 processes, but has 6"):
         SequenceLoader(source, 1, 1, 7, 0, IMAGES + 1)
@@ -249,7 +249,10 @@ def test_only_codes_are_learned(parts):
         ({"token_set": "mixed"}, "All rows of the token set must be of one size, but it has heights from 64 to 69"),
         ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
-        ({"label_column": "key"}, "`--label_column` must hold classes, or integers of at least 0, but 'key' holds"),
+        (
+            {"label_column": "key"},
+            "`--label_column` must hold a class, or an integer of at least 0, in each row, but 'key'",
+        ),
         (
             {"model_config_name_or_path": "typo.json"},
             "must have only keys of its class, but has hiden_size",

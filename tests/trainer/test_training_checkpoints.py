@@ -34,29 +34,25 @@ def test_oldest_are_removed_and_what_was_left_half_written_is_replaced(tmp_path,
     (tmp_path / "checkpoint-3.partial").mkdir()
     (tmp_path / "checkpoint-3.partial" / "stale").touch()
     for step in (1, 2, 10, 3):
-        save_checkpoint(accelerator, tmp_path, step, {"mean": torch.ones(2)}, {"position": step}, {}, total_limit=2)
+        save_checkpoint(accelerator, tmp_path, step, {"mean": torch.ones(2)}, total_limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-3"]
     assert not (tmp_path / "checkpoint-3" / "stale").exists()
-    run_state, rank_state = load_checkpoint(accelerator, tmp_path / "checkpoint-3", ["mean"])
-    assert run_state["mean"].tolist() == [1, 1]
-    assert rank_state == {"position": 3}
+    assert load_checkpoint(accelerator, tmp_path / "checkpoint-3", ["mean"])["mean"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("too_large", ["weights", "state of the run", "state of the process"])
+@pytest.mark.parametrize("too_large", ["weights", "state of the run"])
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(disk, accelerator, too_large):
-    save_checkpoint(accelerator, disk, 1, {}, {}, {}, total_limit=None)
+    save_checkpoint(accelerator, disk, 1, {}, total_limit=None)
     if too_large == "weights":
         accelerator.prepare(torch.nn.Linear(300, 300))
-    run_state, rank_state = (
-        {"values": torch.zeros(100_000 if too_large == f"state of the {of}" else 1)} for of in ("run", "process")
-    )
-    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: .+ Older checkpoints are complete: resume"):
-        save_checkpoint(accelerator, disk, 2, run_state, rank_state, {}, total_limit=1)
+    run_state = {"values": torch.zeros(1 if too_large == "weights" else 100_000)}
+    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: .+ Older ones are complete"):
+        save_checkpoint(accelerator, disk, 2, run_state, total_limit=1)
     assert [path.name for path in disk.iterdir()] == ["checkpoint-1"]
 
 
 def test_another_number_of_processes_is_refused(tmp_path, accelerator):
-    save_checkpoint(accelerator, tmp_path, 1, {}, {}, {}, total_limit=None)
+    save_checkpoint(accelerator, tmp_path, 1, {}, total_limit=None)
     torch.save({"num_processes": 2}, tmp_path / "checkpoint-1" / RUN_STATE)
     with pytest.raises(ValueError, match="must be resumed by as many processes as wrote it, 2, but there are 1"):
         load_checkpoint(accelerator, tmp_path / "checkpoint-1", [])
@@ -68,7 +64,7 @@ class Malicious:
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, accelerator, capsys):
-    save_checkpoint(accelerator, tmp_path, 1, {}, {}, {}, total_limit=None)
+    save_checkpoint(accelerator, tmp_path, 1, {}, total_limit=None)
     torch.save({"num_processes": 1, "bad": Malicious()}, tmp_path / "checkpoint-1" / RUN_STATE)
     with pytest.raises(Exception, match="[Ww]eights.only"):
         load_checkpoint(accelerator, tmp_path / "checkpoint-1", [])

@@ -2,59 +2,63 @@
 
 import itertools
 import signal
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from svqvae_hf.data.image_rows import fault_of, read_image
 from svqvae_hf.data.image_sets import ImageSet
-from svqvae_hf.trainer.data.crops import Crop, CropPolicy, Cutter, Job, Skipped
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.resumable import Resumable
 from svqvae_hf.trainer.data.row_order import row_order
+from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
+SIDE, CROP, SYNTHETIC = 0, 1, 4  # first words of the seeds of sides, crops and synthetic crops; row_order.py uses 2
 MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
-SIDE, CROP = 0, 1  # first words of the seeds of sides and crops; row_order.py uses 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end a run, and that its whole process group may get
 
 
-@dataclass(frozen=True)
-class CropBatch:
+class Crop(NamedTuple):
+    """A crop `(3, side, side)`, and the label of its image."""
+
+    pixels: torch.Tensor
+    label: Any
+
+
+class Skipped(NamedTuple):
+    """An image without a crop: its key, and the reason."""
+
+    key: str
+    reason: str
+
+
+class CropBatch(NamedTuple):
     """Crops of one side.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, 3, side, side)`): Crops in the loader's `pixel_range`, float32.
         labels (`list`): Label of each crop's image; None without `label_column`.
-        skipped (`list[Skipped]`): Images that are unreadable or too small, which the next ones replaced.
-        num_read (`int`): Images tried, including the skipped ones.
+        skipped (`list[Skipped]`): Images that are unreadable or without a label, which the next ones replaced.
     """
 
     sample: torch.Tensor
     labels: list[Any]
     skipped: list[Skipped]
-    num_read: int
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A job that workers are cutting, and the position after it."""
-
-    job: Job
-    position: int
 
 
 @dataclass
-class CropLoader:
+class CropLoader(Resumable, Dataset[CropBatch]):
     """Batches of crops, cut in advance by worker processes.
 
     A batch depends only on the image set, the policy, the seed, the process and the batch's number: not on workers or
     global random states. In the same batch, all processes have crops of one side. In an epoch, each image is seen
     once, by one process, in a new random order. An unreadable image is replaced by the next readable one of the
     process, which is then seen twice.
-
-    Iteration continues after the last batch yielded, also after `load_state_dict`.
 
     Args:
         images ([`ImageSet`]): From [`~svqvae_hf.data.image_sets.open_images`], with `rows`.
@@ -67,6 +71,8 @@ class CropLoader:
         num_batches (`int`): Batches in all, including those before the loaded state.
         label_column (`str`, *optional*): Column of the labels.
     """
+
+    unit = "images"
 
     images: ImageSet
     policy: CropPolicy
@@ -81,33 +87,8 @@ class CropLoader:
     def __post_init__(self) -> None:
         if self.images.rows is None:
             raise ValueError("The image set must have random access. Open it with `copy=True`.")
-        self.num_rows = len(self.images.rows)
-        self.cutter = Cutter(self.images.rows, self.label_column, self.policy, self.pixel_range)
-        self.order = {"seed": self.seed, "number of images": self.num_rows}
-        self.batch, self.position = 0, self.process_index
-
-    @property
-    def contents(self) -> str:
-        """Size of the image set, for the log."""
-        return f"{self.num_rows:,} images"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch yielded, small: numbers, strings and dictionaries."""
-        return {"order": dict(self.order), "batch": self.batch, "reader": {"position": self.position}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the position at which iteration continues.
-
-        Raises:
-            ValueError: If the state is of a loader with another order, or of another set.
-        """
-        for name, value in self.order.items():
-            if (saved := state["order"].get(name)) != value:
-                raise ValueError(
-                    f"The {name} must be {saved} as when the checkpoint was written, but is {value}. Restore it, or "
-                    "start a new run in another `--output_dir`."
-                )
-        self.batch, self.position = state["batch"], state["reader"]["position"]
+        self.rows, self.num_rows = self.images.rows, len(self.images.rows)
+        self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
     def __iter__(self) -> Iterator[CropBatch]:
         """Yields the remaining batches.
@@ -115,11 +96,10 @@ class CropLoader:
         Raises:
             ValueError: If 1000 images in a row are unreadable.
         """
-        queue: deque[Pending] = deque()
         loader = DataLoader(
-            self.cutter,
+            self,
             batch_size=None,
-            sampler=self._jobs(queue),
+            sampler=self._places(),
             num_workers=self.num_workers,
             generator=torch.Generator(),  # not the global one
             worker_init_fn=_leave_signals_to_the_trainer,
@@ -128,44 +108,67 @@ class CropLoader:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new worker would die of one
         batches = iter(loader)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        for sample, labels, failed in batches:
-            pending = queue.popleft()
-            skipped = [image for _, image in failed]
-            for slot, _ in failed:
-                sample[slot], labels[slot] = self._replacement(pending, slot, skipped)
-            self.batch, self.position = self.batch + 1, pending.position
-            # Each slot in `failed`, and each later failure, took one more try.
-            yield CropBatch(sample, labels, skipped, num_read=len(pending.job.rows) + len(skipped))
+        for batch in batches:
+            self.batch += 1
+            yield batch
 
-    def _jobs(self, queue: deque[Pending]) -> Iterator[Job]:
-        """Yields the jobs for the workers, and queues what the main process needs when a batch comes back."""
-        position = self.position
-        for batch in range(self.batch, self.num_batches):
-            side = int(np.random.default_rng((SIDE, self.seed, batch)).choice(self.policy.sides_of(batch)))
-            count = self.policy.batch_size * (max(self.policy.sides) // side) ** 2
-            rows = list(itertools.islice(self._rows(position), count))
-            numbers = range(self.process_index, count * self.num_processes, self.num_processes)
-            job = Job(side, rows, [(CROP, self.seed, batch, number) for number in numbers])
-            position += count * self.num_processes
-            queue.append(Pending(job, position))
-            yield job
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """Number of each remaining batch, and place of its first image in the order of all epochs."""
+        place, first = 0, self.batch
+        for batch in range(self.num_batches):
+            if batch >= first:
+                yield batch, place
+            place += self.shape(batch)[1] * self.num_processes
 
-    def _rows(self, position: int) -> Iterator[int]:
-        """Yields the rows of this process from a position on: every `num_processes`-th in the order of all epochs."""
-        for place in itertools.count(position, self.num_processes):
-            epoch, offset = divmod(place, self.num_rows)
-            yield int(row_order(self.num_rows, self.seed, epoch)[offset])
+    def shape(self, batch: int) -> tuple[int, int]:
+        """Side of the crops of a batch, and their number in each process."""
+        policy = self.policy
+        side = int(np.random.default_rng((SIDE, self.seed, batch)).choice(policy.sides_of(batch)))
+        return side, policy.batch_size * (max(policy.sides) // side) ** 2
 
-    def _replacement(self, pending: Pending, slot: int, skipped: list[Skipped]) -> Crop:
-        for row in itertools.islice(self._rows(pending.position), MAX_IN_A_ROW):
-            crop = self.cutter.cut(row, pending.job.side, pending.job.seeds[slot])
-            if isinstance(crop, Crop):
-                return crop
-            skipped.append(crop)
-        raise ValueError(
-            f"The image set must hold readable images, but {MAX_IN_A_ROW} in a row are not, the last one "
-            f"`{skipped[-1].key}`: {skipped[-1].reason}"
-        )
+    def __getitem__(self, place: tuple[int, int]) -> CropBatch:
+        """Cuts a batch, in any process, given its number and the place of its first image.
+
+        Raises:
+            ValueError: If 1000 images in a row are unreadable.
+        """
+        batch, first = place
+        side, count = self.shape(batch)
+        end = first + count * self.num_processes
+        crops: list[Crop] = []
+        skipped: list[Skipped] = []
+        for number in range(self.process_index, count * self.num_processes, self.num_processes):
+            spares = itertools.count(end + self.process_index, self.num_processes)
+            for position in itertools.islice(itertools.chain([first + number], spares), MAX_IN_A_ROW):
+                epoch, offset = divmod(position, self.num_rows)
+                row = int(row_order(self.num_rows, self.seed, epoch)[offset])
+                crop = self.cut(row, side, (CROP, self.seed, batch, number))
+                if isinstance(crop, Crop):
+                    break
+                skipped.append(crop)
+            else:
+                raise ValueError(
+                    f"The image set must hold readable images, but {MAX_IN_A_ROW} in a row are not, the last one "
+                    f"`{skipped[-1].key}`: {skipped[-1].reason}"
+                )
+            crops.append(crop)
+        return CropBatch(torch.stack([crop.pixels for crop in crops]), [crop.label for crop in crops], skipped)
+
+    def cut(self, number: int, side: int, seed: tuple[int, ...]) -> Crop | Skipped:
+        """Returns a crop, or why the image is skipped."""
+        row = self.rows[number]
+        label = None if self.label_column is None else row.values[self.label_column]
+        synthetic = np.random.default_rng((SYNTHETIC, *seed))
+        if self.policy.synthetic_fraction and synthetic.random() < self.policy.synthetic_fraction:
+            return Crop(self.processor.preprocess(synthetic_crop(side, synthetic))["pixel_values"][0], label)
+        try:
+            image = read_image(row)
+        except (OSError, ValueError) as error:
+            return Skipped(row.key, fault_of(error))
+        if label is None and self.label_column is not None:
+            return Skipped(row.key, "it has no label.")
+        crop = self.policy.cut(image, side, seed)
+        return Crop(self.processor.preprocess(crop)["pixel_values"][0], label)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

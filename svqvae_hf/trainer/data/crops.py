@@ -3,20 +3,17 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset as TorchDataset
 
-from svqvae_hf.data.image_rows import ImageRow, IndexedRows, fault_of, read_image
+from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
 CENTRE = (0.5, 0.5)
 QUARTER_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-SYNTHETIC = 4  # first word of the seeds of synthetic crops; crop_loader.py and row_order.py use 0 to 2
 
 
 @dataclass(frozen=True)
@@ -54,82 +51,15 @@ class CropPolicy:
             return list(self.sides)
         return [largest] if batch >= self.growth_batch else [side for side in self.sides if side < largest]
 
-
-class Crop(NamedTuple):
-    """A crop `(3, side, side)`, and the label of its image."""
-
-    pixels: torch.Tensor
-    label: Any
-
-
-class Skipped(NamedTuple):
-    """An image without a crop: its key, and the reason."""
-
-    key: str
-    reason: str
-
-
-class Job(NamedTuple):
-    """A batch to cut: the numbers of its images in the set, and a seed for each of them."""
-
-    side: int
-    rows: list[int]
-    seeds: list[tuple[int, ...]]
-
-
-@dataclass
-class Cutter(TorchDataset):
-    """Cuts the crops of a job, in any process.
-
-    Args:
-        rows ([`IndexedRows`]): Image set.
-        label_column (`str`, *optional*): Column of the labels.
-        policy ([`CropPolicy`]): How crops are cut.
-        pixel_range (`tuple[float, float]`): Values of black and white.
-    """
-
-    rows: IndexedRows
-    label_column: str | None
-    policy: CropPolicy
-    pixel_range: tuple[float, float]
-
-    def __post_init__(self) -> None:
-        self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
-
-    def __getitem__(self, job: Job) -> tuple[torch.Tensor, list[Any], list[tuple[int, Skipped]]]:
-        """Cuts a batch.
-
-        Returns:
-            Crops `(batch, 3, side, side)`, their labels, and slot and image of each that is skipped.
-        """
-        crops = [self.cut(row, job.side, seed) for row, seed in zip(job.rows, job.seeds, strict=True)]
-        skipped = [(slot, crop) for slot, crop in enumerate(crops) if isinstance(crop, Skipped)]
-        empty = Crop(torch.zeros(3, job.side, job.side), None)
-        pixels, labels = zip(*(empty if isinstance(crop, Skipped) else crop for crop in crops), strict=True)
-        return torch.stack(pixels), list(labels), skipped
-
-    def cut(self, number: int, side: int, seed: tuple[int, ...]) -> Crop | Skipped:
-        """Returns a crop, or why the image is skipped."""
-        row = self.rows[number]
-        label = None if self.label_column is None else row.values[self.label_column]
-        synthetic = np.random.default_rng((SYNTHETIC, *seed))
-        if self.policy.synthetic_fraction and synthetic.random() < self.policy.synthetic_fraction:
-            return Crop(self.processor.preprocess(synthetic_crop(side, synthetic))["pixel_values"][0], label)
-        try:
-            image = read_image(row)
-        except (OSError, ValueError) as error:
-            return Skipped(row.key, fault_of(error))
-        if label is None and self.label_column is not None:
-            return Skipped(row.key, "it has no label.")
+    def cut(self, image: Image.Image, side: int, seed: Sequence[int]) -> Image.Image:
+        """Cuts a crop of an image, at random as the seed says."""
         rng = np.random.default_rng(seed)
-        factor, origin, flip = rng.uniform(*self.policy.resize_range), rng.random(2).tolist(), rng.random() < 0.5
-        crop = _crop(image, side, factor, CENTRE if self.policy.center_crop else origin)
-        if flip and self.policy.random_flip:
+        factor, origin, flip = rng.uniform(*self.resize_range), rng.random(2).tolist(), rng.random() < 0.5
+        crop = _crop(image, side, factor, CENTRE if self.center_crop else origin)
+        if flip and self.random_flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         turn = QUARTER_TURNS[rng.integers(4)]
-        if turn is not None and self.policy.random_rotation:
-            crop = crop.transpose(turn)
-        return Crop(self.processor.preprocess(crop)["pixel_values"][0], label)
+        return crop if turn is None or not self.random_rotation else crop.transpose(turn)
 
 
 def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range: tuple[float, float]) -> torch.Tensor:

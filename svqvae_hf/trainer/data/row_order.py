@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-ORDER = 2  # first word of the seeds of random orders; crops.py and crop_loader.py use 0, 1 and 4
+ORDER = 2  # first word of the seeds of random orders; crop_loader.py uses 0, 1 and 4
 
 
 @lru_cache(maxsize=4)

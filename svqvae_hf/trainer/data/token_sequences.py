@@ -1,8 +1,8 @@
 """Batches of the token sequences of a token set."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -14,6 +14,7 @@ from svqvae_hf.files.folders import Folder, explained
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.shards import DATA
+from svqvae_hf.trainer.data.resumable import Resumable
 from svqvae_hf.trainer.data.row_order import row_order
 
 
@@ -127,16 +128,12 @@ class TokenSource:
         has_names = isinstance(feature, datasets.ClassLabel)
         if has_names or (isinstance(feature, datasets.Value) and "int" in feature.dtype):
             labels = self.rows.data.column(column)
-            if labels.null_count:
-                raise ValueError(
-                    f"`--label_column` must hold a label in each row, but {column!r} has empty rows. Remove them."
-                )
             least, most = pc.min_max(labels).as_py().values()
-            if least >= 0:
+            if least >= 0 and not labels.null_count:
                 return feature.num_classes if has_names else most + 1
         raise ValueError(
-            f"`--label_column` must hold classes, or integers of at least 0, but {column!r} holds {feature}. The "
-            f"columns are {', '.join(self.rows.features)}."
+            f"`--label_column` must hold a class, or an integer of at least 0, in each row, but {column!r} holds "
+            f"{feature}, or has empty rows. The columns are {', '.join(self.rows.features)}."
         )
 
 
@@ -159,7 +156,7 @@ def check_captions(rows: datasets.Dataset, column: str) -> None:
 
 
 @dataclass
-class SequenceLoader:
+class SequenceLoader(Resumable):
     """Batches of one process. In each epoch each row is in a random place, and in the share of one process.
 
     A batch may span two epochs, so no row is dropped.
@@ -176,6 +173,8 @@ class SequenceLoader:
         ValueError: If there are fewer rows than processes.
     """
 
+    unit = "token sequences"
+
     source: TokenSource
     batch_size: int
     num_batches: int
@@ -184,7 +183,7 @@ class SequenceLoader:
     num_processes: int
 
     def __post_init__(self) -> None:
-        self.num_rows, self.batch = len(self.source.rows), 0
+        self.num_rows = len(self.source.rows)
         if self.num_rows < self.num_processes:
             raise ValueError(
                 f"The token set must have a row for each of the {self.num_processes} processes, but has "
@@ -199,28 +198,6 @@ class SequenceLoader:
             first = self.batch * self.batch_size
             self.batch += 1
             yield self.source.batch([self._row(first + offset) for offset in range(self.batch_size)])
-
-    @property
-    def contents(self) -> str:
-        """Size of the token set, for the log."""
-        return f"{self.num_rows:,} token sequences"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of batches yielded, and number of rows."""
-        return {"batch": self.batch, "num_rows": self.num_rows}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sets the batch at which iteration continues.
-
-        Raises:
-            ValueError: If the saved state is of a set with another number of rows.
-        """
-        if state["num_rows"] != self.num_rows:
-            raise ValueError(
-                f"The token set must have {state['num_rows']} rows as when the checkpoint was written, but has "
-                f"{self.num_rows}. Restore it, or start a new run in another `--output_dir`."
-            )
-        self.batch = state["batch"]
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.share))

@@ -45,25 +45,6 @@ class Pair(NamedTuple):
         return min(self.output.shape[-2:]) >= side
 
 
-def make_pairs(sample: torch.Tensor, outputs: Sequence[torch.Tensor], pixel_range: Sequence[float]) -> list[Pair]:
-    """Pairs each reconstruction with the image resized to it: by area, or larger by bicubic interpolation.
-
-    Args:
-        sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in `pixel_range`.
-        outputs (`Sequence[torch.Tensor]`): Reconstructions at each scale in `pixel_range`.
-        pixel_range (`tuple[float, float]`): Values of black and white.
-    """
-    low, high = pixel_range
-    sample = (sample - low) / (high - low)
-    total = sum(output[0, 0].numel() for output in outputs)
-    sizes = [output.shape[-2:] for output in outputs]
-    targets = [resize(sample, size, "area" if size[0] < sample.shape[-2] else "bicubic") for size in sizes]
-    return [
-        Pair(target, (output.float() - low) / (high - low), output[0, 0].numel() / total)
-        for target, output in zip(targets, outputs, strict=True)
-    ]
-
-
 class Objective:
     """Weighted sum of losses.
 
@@ -96,8 +77,13 @@ class Objective:
         return self.discriminator is not None and step >= self.options.adversarial_start
 
     def pairs(self, sample: torch.Tensor, output: SVQVAEOutput) -> list[Pair]:
-        """Pairs of targets and reconstructions, one per scale."""
-        return make_pairs(sample, list(output.sample), self.pixel_range)
+        """Pairs each reconstruction with the image resized to it: by area, or larger by bicubic interpolation."""
+        (low, high), total = self.pixel_range, sum(each[0, 0].numel() for each in output.sample)
+        target, pairs = (sample - low) / (high - low), []
+        for each in output.sample:
+            resized = resize(target, each.shape[-2:], "area" if each.shape[-2] < target.shape[-2] else "bicubic")
+            pairs.append(Pair(resized, (each.float() - low) / (high - low), each[0, 0].numel() / total))
+        return pairs
 
     def __call__(
         self, pairs: Sequence[Pair], output: SVQVAEOutput, step: int
