@@ -97,6 +97,24 @@ def test_entropy_loss_rewards_confident_and_even_use():
     assert even.item() == pytest.approx(-math.log(4), abs=1e-3)
 
 
+def test_gradients_are_summed_in_the_order_of_a_plain_reference():
+    """Rounding depends on the order, so with another one no training would repeat bit by bit."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(32, 4, commit_loss_beta=0.25, entropy_loss_ratio=0.1, l2_norm=True).train()
+    latents, upstream = torch.randn(2, 4, 16, 16, requires_grad=True), torch.randn(2, 4, 16, 16)
+    inputs = latents, quantizer.embedding.weight
+    quantized, losses, (_, _, ids) = quantizer(latents)
+    found = torch.autograd.grad((upstream * quantized).sum() + losses.total, inputs)
+
+    flat = F.normalize(latents.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
+    codes = F.embedding(ids, F.normalize(quantizer.embedding.weight, dim=-1))
+    vq, commit = F.mse_loss(codes, flat.detach()), 0.25 * F.mse_loss(flat, codes.detach())
+    total = vq + commit + quantizer._entropy_loss(flat)
+    straight_through = (flat + (codes - flat).detach()).view(2, 16, 16, 4).permute(0, 3, 1, 2)  # after the losses
+    expected = torch.autograd.grad((upstream * straight_through).sum() + total, inputs)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_quantizer_stays_in_float32_under_autocast(tiny_model):
     images = torch.rand(1, 3, 32, 32)
     latents = tiny_model.encode(images).latents
