@@ -89,10 +89,10 @@ def evaluate(
         pictures = {"worst": stacked_sheets(panels for _, _, panels in _lowest(gather_object(worst)))}
     else:
         pictures = {"rate_distortion": _plot(rows)}
-        _add_image_files(rows)
+        add_image_files(rows)
     return Report(
         title="Evaluation",
-        settings={"resolution": resolution, "device": device.type},
+        settings={"images": len(records), "resolution": resolution, "device": device.type},
         rows=rows,
         images=records,
         skipped=skipped,
@@ -196,7 +196,7 @@ def _lowest(examples: Iterable[tuple[float, int, list[Panel]]]) -> list[tuple[fl
     return sorted(examples, key=lambda example: example[:2])[:NUM_WORST]
 
 
-def _add_image_files(rows: Records) -> None:
+def add_image_files(rows: Records) -> None:
     """Adds the PSNR of image files of as many stored bits to the rows of models, interpolated between qualities."""
     files = {row["title"]: codec for row in rows for codec in CODECS if row["title"].startswith(f"{codec}, ")}
     for codec in dict.fromkeys(files.values()):

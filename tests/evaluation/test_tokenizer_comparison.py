@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, open_image, save_image
-from svqvae_hf.evaluation.evaluate import _add_image_files, evaluate
+from svqvae_hf.evaluation.evaluate import add_image_files, evaluate
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import token_file_content
@@ -130,7 +130,7 @@ def test_image_files_of_equal_bits():
 
     files = [row(f"JPEG, quality {quality}", *each) for quality, each in {5: (0.1, 20.0), 9: (0.4, 26.0)}.items()]
     models = [row("org/model", 0.2, 25.0), row("org/model, scale 0.5", 0.05, 22.0)]
-    _add_image_files([*models, *files])
+    add_image_files([*models, *files])
     assert models[0]["as_jpeg"] == pytest.approx(23)
     assert "as_jpeg" not in models[1] | files[0]
 

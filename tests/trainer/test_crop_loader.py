@@ -1,4 +1,5 @@
 import json
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -110,6 +111,12 @@ def test_two_processes_cut_what_one_would(sets):
     for batch, first, second in zip(whole, *halves, strict=True):
         assert torch.equal(batch.sample[::2], first.sample)
         assert torch.equal(batch.sample[1::2], second.sample)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_in_another_process_cuts_the_same(sets, kind):
+    loader = crop_loader(open_set(sets[kind, "whole"], kind))
+    assert torch.equal(pickle.loads(pickle.dumps(loader))[0, 0].sample, loader[0, 0].sample)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import itertools
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ class CropLoader(Resumable, Dataset[CropBatch]):
 
     unit = "images"
 
-    images: ImageSet
+    images: InitVar[ImageSet]
     policy: CropPolicy
     pixel_range: tuple[float, float]
     seed: int = field(kw_only=True)
@@ -84,10 +84,10 @@ class CropLoader(Resumable, Dataset[CropBatch]):
     num_batches: int = field(kw_only=True)
     label_column: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.images.rows is None:
+    def __post_init__(self, images: ImageSet) -> None:
+        if images.rows is None:
             raise ValueError("The image set must have random access. Open it with `copy=True`.")
-        self.rows, self.num_rows = self.images.rows, len(self.images.rows)
+        self.rows, self.num_rows = images.rows, len(images.rows)
         self.processor = SVQVAEImageProcessor(pixel_range=self.pixel_range)
 
     def __iter__(self) -> Iterator[CropBatch]:
