@@ -16,7 +16,7 @@ WRONG = {  # words on the command line, and a part of the message
         (f"{TRAIN} broken.json", "the config file at 'broken.json' is not a valid JSON file"),
     ],
     "training/train_latent_diffusion.py": [
-        (f"{PIPELINE} --train_data_dir two_images --resolution 30", "must be a multiple of f = 4 of the SVQVAE, but"),
+        (f"{PIPELINE} --train_data_dir two_images --resolution 30", "must be a multiple of 8, f of the SVQVAE times"),
         (f"{PIPELINE} --train_data_dir empty", "a set must hold images, but `empty` has none"),
     ],
     "training/train_autoregressive.py": [
@@ -30,10 +30,6 @@ WRONG = {  # words on the command line, and a part of the message
     "training/train_image_text.py": [
         ("--output_dir out --token_set two_images", "the following arguments are required: --model_name_or_path"),
         ("--output_dir out --model_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
-    ],
-    "training/measure_scaling_factor.py": [
-        ("empty two_images", "MODEL must be the folder of a model, but `empty` has no config.json"),
-        ("{model} empty", "a set must hold images, but `empty` has none"),
     ],
     "training/prepare_photos.py": [
         ("out", "the following arguments are required: --list"),

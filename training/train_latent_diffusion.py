@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import torch
 import torch.nn.functional as F
-from accelerate.logging import get_logger
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
@@ -25,9 +24,8 @@ from svqvae_hf.trainer.pipeline_run import class_labels, load_frozen_vqvae, log_
 from svqvae_hf.trainer.run import Run, run_script
 
 PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
+MEASURED_BATCHES = 16  # for the scale of the latents
 NUM_CLASSES = 1000  # the label after these means no class in DiTPipeline, for any transformer
-
-logger = get_logger(__name__, log_level="INFO")
 
 
 @dataclass
@@ -52,10 +50,12 @@ def train(run: Run[DiffusionOptions]) -> None:
 
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
+    images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
+    if vqvae.config["scaling_factor"] == 1:
+        set_scaling_factor(vqvae, images)
     denoiser = make_denoiser(options, vqvae).to(accelerator.device)
     noise_schedule = make_noise_schedule()
     num_timesteps = noise_schedule.config["num_train_timesteps"]
-    images = ImageSource(options, accelerator, PIXEL_RANGE, options.label_column)
     label_names = read_label_names(images.label_feature)
     loader = images.loader([options.resolution], options.num_batches, options.seed)
     held_out = open_held_out(options, images)
@@ -99,8 +99,6 @@ def train(run: Run[DiffusionOptions]) -> None:
         for batch in batches:
             with accelerator.accumulate(model):
                 loss, latent_std = predict(batch, run.batch_generator(), options.label_dropout)
-                if loader.batch == 1:
-                    warn_of_latent_std(latent_std.item())
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "latent_std": latent_std}
                 if accelerator.sync_gradients:  # after the last batch of a step
@@ -116,6 +114,17 @@ def train(run: Run[DiffusionOptions]) -> None:
         result.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, result.eval(), noise_schedule, label_names)
         run.publish(pipeline.save_pretrained, make_card(run, pipeline))
+
+
+@torch.no_grad()
+def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
+    """Sets the factor with which latents of the training images have the standard deviation of the noise, 1."""
+    crops = images.fresh_crops([images.options.resolution], MEASURED_BATCHES)
+    latents = torch.cat([vqvae.encode(sample).latents for sample in crops])
+    deviation = images.accelerator.reduce(latents.std(), "mean").item()
+    if not deviation > 0:
+        raise ValueError("Latents must differ, but all are equal. Use other images, or a trained SVQVAE.")
+    vqvae.register_to_config(scaling_factor=1 / deviation)
 
 
 def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource | None:
@@ -167,15 +176,6 @@ def make_noise_schedule() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
-
-
-def warn_of_latent_std(std: float) -> None:
-    """Warns if the standard deviation of the first latents is far from that of the noise, 1."""
-    if not 0.5 < std < 2:
-        logger.warning(
-            f"Latents should have a standard deviation near 1, as the noise has, but have {std:.3g}. Set the "
-            "`scaling_factor` of the SVQVAE with training/measure_scaling_factor.py."
-        )
 
 
 def read_label_names(feature: Any) -> list[str]:
