@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A tokenizer of scenes from the bundled one, and a language model that draws and describes them.
+# A tokenizer of scenes from the bundled one, a language model that draws and describes them, and a next-scale transformer.
 #   training/runs/scenes.sh WORK OUT
-# WORK: folder for everything between. OUT: folder to write. Run it again to resume. FONT is where NotoColorEmoji.ttf lies.
+# WORK: folder for everything between. OUT: folder to write the language model to. Run it again to resume. FONT is where NotoColorEmoji.ttf lies.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$1 out=$2
@@ -47,8 +47,17 @@ train_words() {
 }
 train_words --model_name_or_path "$work/extended" --output_dir "$work/shortest" --max_steps 2000 --learning_rate 2e-3 --caption_fraction 0.1 \
     --first_caption_fraction 1 --seed 8
-train_words --model_name_or_path "$work/shortest" --output_dir "$work/language_model" --max_steps 1100 --learning_rate 1.2e-3 --caption_fraction 0.15 \
+train_words --model_name_or_path "$work/shortest" --output_dir "$work/language_model" --max_steps 1250 --learning_rate 1.2e-3 --caption_fraction 0.3 \
     --first_caption_fraction 0.6 --scheduled_sampling 0.5 --seed 9
+
+# A next-scale transformer for the same ids, in 75 minutes; it reads the shortest wordings alone.
+echo '{"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}' >"$work/next_scale.json"
+"${run[@]}" training/train_next_scale.py --vqvae_name_or_path "$work/tokenizer" --model_config_name_or_path "$work/next_scale.json" \
+    --token_set "$work/tokens" --output_dir "$work/next_scale" --caption_column short_caption --tokenizer_name_or_path "$work/words" \
+    --max_text_length 14 --num_inference_steps 5 --schedule_share 1 --train_batch_size 32 --max_train_steps 1000 --label_dropout 0.1 \
+    --optimizer soap --adam_beta1 0.95 --adam_beta2 0.95 --adam_weight_decay 0 --learning_rate 2e-3 --lr_scheduler linear --lr_warmup_steps 40 \
+    --use_ema --ema_decay 0.99 --mixed_precision bf16 --logging_steps 20 --checkpointing_steps 100 --checkpoints_total_limit 2 \
+    --validation_steps 100000 --num_validation_images 1 --resume_from_checkpoint latest
 
 python - "$work/language_model" "$out" <<'PY'
 import sys
