@@ -379,23 +379,23 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Chooses the arguments of the next call of `forward` in transformers' `generate`.
 
         Args:
             input_ids (`torch.Tensor` of shape `(batch, length)`): Tokens.
+            inputs_embeds (`torch.Tensor`, *optional*): Embeddings of the first tokens, instead of these.
             prompt_embeds (`torch.Tensor`, *optional*): Features of the captions.
-            is_first_iteration (`bool`, defaults to `False`): Whether the cache is empty.
             **kwargs: Further arguments of `generate`.
         """
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if self.config.caption_dim is not None:
             for name in ("attention_mask", "position_ids"):  # counted without the positions of the caption
                 inputs.pop(name, None)
-            if is_first_iteration or not kwargs.get("use_cache", True):
+            if kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True):
                 if prompt_embeds is None:
                     raise ValueError(MISSING_CAPTIONS)
                 inputs["prompt_embeds"] = prompt_embeds

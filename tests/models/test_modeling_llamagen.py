@@ -53,6 +53,13 @@ def kind(request):
     return request.param
 
 
+def test_generation_from_embeddings_equals_generation_from_tokens():
+    model, (_, inputs, _) = load("c2i"), load_inputs("c2i")
+    tokens, call = inputs["input_ids"][:, :3], {"max_new_tokens": 5, "do_sample": False}
+    embeddings = model.get_input_embeddings()(tokens)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **call), model.generate(tokens, **call)[:, 3:])
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logits_equal_the_original_code(kind, attention):
     model = load(kind)
