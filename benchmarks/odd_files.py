@@ -1,4 +1,4 @@
-"""No picture ends a run: `python benchmarks/odd_files.py [--every N] [--model FOLDER]`.
+"""No picture ends a run: `python benchmarks/odd_files.py [--sample N] [--model FOLDER]`.
 
 Writes some 300 broken and unusual pictures. Each is the first file of a folder, beside a good picture, and each
 command that reads folders runs on it in a process that has decoded nothing before. A run is good if the good picture
@@ -144,11 +144,17 @@ def check(command: str, name: str, content: bytes, model: str, folder: Path) -> 
 def main() -> None:
     """Runs all files through all commands, and prints a line per command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=1, help="take each N-th file alone (default: all)")
+    parser.add_argument("--sample", type=int, help="take N files at random (default: all)")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(10**6), help="seed of the sample (default: a new one)"
+    )
     parser.add_argument("--model", default=str(Path(__file__).parents[1] / "svqvae_hf" / "pretrained"))
     parser.add_argument("--commands", nargs="+", choices=RESULTS, default=list(RESULTS))
     options = parser.parse_args()
-    files = dict(list(odd_files().items())[:: options.every])
+    files = odd_files()
+    if options.sample:
+        print(f"seed {options.seed}")
+        files = dict(random.Random(options.seed).sample(list(files.items()), options.sample))
     with TemporaryDirectory() as folder:
         for command in options.commands:
             found = {

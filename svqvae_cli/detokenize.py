@@ -10,7 +10,7 @@ decodes a part.
 import argparse
 
 from svqvae_cli.arguments import Parser, not_empty
-from svqvae_cli.files import check_output
+from svqvae_cli.files import check_data, check_output
 
 
 def add_arguments(parser: Parser) -> None:
@@ -26,11 +26,12 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the images of a token set, with the tiles that they were encoded with."""
+    check_data([args.tokens])
+    check_output(args.output)
     from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.token_sets.decoding import detokenize_set
     from svqvae_hf.token_sets.settings import read_settings
 
-    check_output(args.output)
     settings = read_settings(args.tokens)  # fails before the model is loaded
     model = load_model(args.model, args.device, args.dtype)
     written, kept = detokenize_set(

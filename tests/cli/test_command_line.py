@@ -58,6 +58,7 @@ for argv in (
     ["evaluate", ".", images, "--output", made],
     ["demo", "--model", "./nothere"],
     ["tokenize", "./nothere", "new"],
+    ["detokenize", "./nothere", "--output", "new"],
     ["tokenize", images, "new", "--model", "./nothere"],
     ["convert", "nothere.pt", "new"],
     ["export", ".", "--output", made],
