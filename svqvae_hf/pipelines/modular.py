@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoModel, ClassifierFreeGuidance
 from diffusers.configuration_utils import FrozenDict
@@ -256,3 +257,8 @@ class LlamaGenTextBlocks(SequentialPipelineBlocks):
     description = "Generates images of captions id by id."
     block_classes = [CaptionStep, SampleIdsStep, DecodeStep]
     block_names = ["condition", "sample", "decode"]
+
+
+# `ModularPipeline.from_pretrained` looks for the blocks of a saved pipeline among the names of diffusers.
+for blocks in (NextScaleBlocks, NextScaleTextBlocks, LlamaGenBlocks, LlamaGenTextBlocks):
+    setattr(diffusers, blocks.__name__, blocks)

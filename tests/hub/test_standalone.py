@@ -12,6 +12,7 @@ import pytest
 import standalone_process
 import torch
 from conftest import ROOT, make_tiny
+from diffusers import ModularPipeline
 from generators import make_autoregressive, make_llamagen, make_next_scale
 from hub_server import run_python, serve_hub
 from next_scale_golden import GOLDEN as FLEXVAR
@@ -31,6 +32,7 @@ from svqvae_hf.conversion.convert import convert
 from svqvae_hf.hub import standalone
 from svqvae_hf.hub.standalone import CODE_FILES, code, code_hash
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
+from svqvae_hf.pipelines.modular import NextScaleBlocks
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,17 @@ def test_converted_checkpoint_carries_its_code(tmp_path):
     convert(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors", tmp_path / "out", standalone=True)
     assert (tmp_path / "out" / "modeling_svqvae.py").read_text() == code("modeling_svqvae.py")
     assert code_hash("modeling_svqvae.py") in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_modular_pipeline_that_is_saved_loads_with_the_package(tmp_path):
+    make_next_scale().save_pretrained(tmp_path / "pipeline")
+    modular = NextScaleBlocks().init_pipeline(str(tmp_path / "pipeline"))
+    modular.load_components()
+    modular.save_pretrained(str(tmp_path / "modular"), overwrite_modular_index=True)
+    again = ModularPipeline.from_pretrained(str(tmp_path / "modular"))
+    again.load_components()
+    call = {"class_labels": 2, "temperature": 0, "output": "ids"}
+    assert again(**call).equal(modular(**call))
 
 
 PUSHED = """
