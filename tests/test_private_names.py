@@ -41,7 +41,6 @@ IMPORTED = {
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "Call `scaled_dot_product_attention` in the attention.",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm": "Copy its ten lines, or use `torch.nn.RMSNorm`.",
     "transformers.models.llama.modeling_llama.eager_attention_forward": "Copy it to `modeling_llamagen.py`.",
-    "gradio.processing_utils.save_bytes_to_cache": "See how `gr.Image.postprocess` stores its files.",
     "gradio.processing_utils.save_pil_to_cache": "See how `gr.Image.postprocess` stores its files.",
     "gradio.utils.get_upload_folder": "Read `GRADIO_TEMP_DIR`, or else `gradio` in the folder of temporary files.",
 }
