@@ -63,7 +63,7 @@ OVERRIDDEN = {  # attributes and methods of a library's class
     "_supports_gradient_checkpointing": "See how `enable_gradient_checkpointing` learns that a model supports it.",
 }
 # Names with an underscore that Python and torch have kept for years.
-STABLE = {"_abc_impl", "_actions", "_asdict", "_dynamo", "_replace"}
+STABLE = {"_abc_impl", "_actions", "_asdict", "_dynamo", "_exit", "_replace"}
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
