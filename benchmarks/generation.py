@@ -27,9 +27,9 @@ Generate = Callable[[], torch.Tensor]
 class Uncached(LlamaForCausalLM):
     """Language model whose cache holds the tokens instead of their keys and values."""
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool, **cache: torch.Tensor) -> CausalLMOutputWithPast:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, cache: torch.Tensor | None) -> CausalLMOutputWithPast:
         """Computes the logits from all tokens so far."""
-        tokens = torch.cat([*cache.values(), input_ids], dim=1)
+        tokens = input_ids if cache is None else torch.cat([cache, input_ids], dim=1)
         output = super().forward(tokens, use_cache=False, logits_to_keep=1)
         output["cache"] = tokens
         return output

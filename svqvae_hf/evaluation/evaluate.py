@@ -1,6 +1,5 @@
 """Measures tokenizers by one protocol: the same images, the same reference, a row each."""
 
-import io
 import math
 import re
 from collections import defaultdict
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -224,9 +224,9 @@ def _plot(rows: Records) -> Image.Image:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.grid(alpha=0.3)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-    return Image.open(content).convert("RGB")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _notes(meters: Sequence[_Meter], rows: Records, records: Records) -> list[str]:

@@ -138,6 +138,7 @@ class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):
         *,
         use_ema: bool = False,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         **config: Any,
     ) -> Self:
         """Loads an original checkpoint; see [`~svqvae_hf.loaders.checkpoints.read_checkpoint`].
@@ -146,12 +147,14 @@ class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):
             source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
             use_ema (`bool`, defaults to `False`): Load the averaged weights, which LlamaGen's files may have.
             dtype (`torch.dtype`, *optional*): Type of the weights, by default float32. The codebook stays float32.
+            torch_dtype (`torch.dtype`, *optional*): The same, under diffusers' older name.
             **config: Config values that replace the values read from the file, such as `network_range`.
 
         Returns:
             [`SVQVAE`]: The model in evaluation mode.
         """
         model = read_checkpoint(source, cls, use_ema=use_ema, **config).model(cls)
+        dtype = dtype or torch_dtype
         return model if dtype is None else model.to(dtype)
 
     def make_card(self, repo_id: str, **options: Any) -> str:

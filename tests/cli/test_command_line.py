@@ -231,7 +231,14 @@ def test_a_signal_during_an_import_is_one_line(two_images, tmp_path, number):
     )
     argv = [sys.executable, "-m", "svqvae_cli", "encode", two_images, "--output", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": f"{library.parent}:{ROOT}"}
-    run = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        argv,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores signals
+    )
     assert (run.returncode, run.stderr) == (128 + number, "svqvae: interrupted\n")
 
 

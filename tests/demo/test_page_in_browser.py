@@ -186,7 +186,7 @@ def watch_summary(page):
 @pytest.mark.parametrize("viewport", [{"width": 390, "height": 844}])
 def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tmp_path):
     for name in SETTINGS:
-        assert not page.locator(name).is_visible()
+        page.locator(name).wait_for(state="hidden")
     photo.resize((300, 300)).save(tmp_path / "square.png")
     choose(page, "#photograph button", tmp_path / "square.png")
     wait_for(page, "square.png 300 × 300 pixels, encoded in")

@@ -22,21 +22,21 @@ def means(caption, scene):
 
 def test_what_it_draws_of_new_captions_it_describes_by_the_same_scene():
     model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR, dtype=torch.float32)
-    assert model.sampling == {"guidance_scale": 2.0, "temperature": 0.2, "top_k": 50, "top_p": 1.0}
+    assert model.sampling == {"guidance_scale": 1.5, "temperature": 0.2, "top_k": 50, "top_p": 1.0}
     seed = Random().randrange(10**9)
     print("seed", seed)  # noqa: T201
     scenes = [Scene.draw(Random(f"{seed} {number}"), held_out=True) for number in range(32)]
     pictures = model.draw([scene.captions()[0] for scene in scenes])
     captions = model.caption(pictures)
-    assert sum(map(means, captions, scenes)) >= 4
+    assert sum(map(means, captions, scenes)) >= 14
     others = scenes[1:] + scenes[:1]
     assert sum(map(means, captions, others)) <= 2
 
 
 def test_folder_is_as_large_as_documented():
     files = [file for file in Path(DEFAULT_GENERATOR).rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files if file.parent == Path(DEFAULT_GENERATOR)) <= 11e6
-    assert sum(file.stat().st_size for file in files) <= 17.2e6
+    assert sum(file.stat().st_size for file in files if file.parent == Path(DEFAULT_GENERATOR)) <= 9e6
+    assert sum(file.stat().st_size for file in files) <= 15e6
 
 
 def test_the_command_draws_without_a_model(tmp_path, capsys):

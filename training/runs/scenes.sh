@@ -70,7 +70,7 @@ from svqvae_hf.language.image_language_model import ImageLanguageModel
 model = ImageLanguageModel.from_pretrained(sys.argv[1], dtype=torch.float16)
 model.vqvae.half().register_to_config(_name_or_path="svqvae-scenes")
 tokens = {f"{name}_token_id": getattr(model.processor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-sampling = {"guidance_scale": 2.0, "temperature": 0.2, "top_k": 50}
+sampling = {"guidance_scale": 1.5, "temperature": 0.2, "top_k": 50}
 model.language_model.generation_config = GenerationConfig(**tokens, generation_kwargs=sampling)
 model.language_model.save_pretrained(sys.argv[2])
 model.processor.save_pretrained(sys.argv[2])
