@@ -67,7 +67,7 @@ HELD_OUT_PAIRS = frozenset(Random(0).sample(PAIRS, len(PAIRS) // 10))
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: its ground, and the objects with their slots, in reading order."""
+    """A ground, and objects in their slots, in reading order."""
 
     ground: str
     objects: tuple[tuple[str, str], ...]

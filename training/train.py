@@ -42,10 +42,8 @@ def train(run: Run[TrainOptions]) -> None:
     vqvae = load_model(options).to(accelerator.device)
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
-    sides, growth_batch = (
-        [options.resolution, *options.crop_sizes],
-        options.full_crops_from * options.gradient_accumulation_steps,
-    )
+    sides = [options.resolution, *options.crop_sizes]
+    growth_batch = options.full_crops_from * options.gradient_accumulation_steps
     loader = images.loader(sides, options.num_batches, options.seed, growth_batch)
     validation_batches = load_validation_batches(options, images, pixel_range)
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))

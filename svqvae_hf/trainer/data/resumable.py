@@ -22,7 +22,7 @@ class Resumable:
 
     @property
     def order(self) -> dict[str, int]:
-        """What decides, besides the number of a batch, which rows it holds."""
+        """Settings that decide, with the number of a batch, which rows it holds."""
         return {"seed": self.seed, f"number of {self.unit}": self.num_rows}
 
     def state_dict(self) -> dict[str, Any]:
