@@ -1,5 +1,7 @@
 """Loads repositories with their own code, in an environment without this package, and saves what they compute.
 
+The tokenizer and the pipelines are saved and loaded again before.
+
 python standalone_process.py REPOSITORIES OUTPUT
 """
 
@@ -85,20 +87,30 @@ def error_of(load, *args: str) -> str:
     return ""
 
 
+def load_pipeline(folder: str) -> ModularPipeline:
+    pipeline = ModularPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.load_components(trust_remote_code=True)
+    return pipeline
+
+
 def main(repositories: Path, output: Path) -> None:
     assert importlib.util.find_spec("svqvae_hf") is None
     tokenizer, next_scale, llamagen = (str(repositories / name) for name in ("tokenizer", "next_scale", "llamagen"))
     trusted = {"trust_remote_code": True}
+    saved = str(output.parent / "saved")
+    AutoModel.from_pretrained(tokenizer, **trusted).save_pretrained(saved)
     found = outputs(
-        AutoModel.from_pretrained(tokenizer, **trusted),
+        AutoModel.from_pretrained(saved, **trusted),
         AutoImageProcessor.from_pretrained(tokenizer, **trusted),
         AutoModel.from_pretrained(next_scale, **trusted),
         AutoModelForCausalLM.from_pretrained(llamagen, **trusted),
     )
     pipelines = {}
     for name in PIPELINES:
-        pipelines[name] = ModularPipeline.from_pretrained(str(repositories / name), **trusted)
-        pipelines[name].load_components(**trusted)
+        pipeline, saved = load_pipeline(str(repositories / name)), str(output.parent / name)
+        pipeline.save_pretrained(saved, overwrite_modular_index=True)
+        pipeline.blocks.save_pretrained(saved)
+        pipelines[name] = load_pipeline(saved)
     save_file(found | sampled(pipelines), output)
     errors = {
         "AutoModel": error_of(AutoModel.from_pretrained, tokenizer),

@@ -20,5 +20,7 @@ class AutoModel(diffusers.AutoModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_or_path: str, **kwargs: Any) -> Any:
-        """Loads the component of a repository that is trusted already."""
-        return super().from_pretrained(pretrained_model_or_path, trust_remote_code=True, **kwargs)
+        """Loads the component of a repository that is trusted already. Its code is saved with it."""
+        model = super().from_pretrained(pretrained_model_or_path, trust_remote_code=True, **kwargs)
+        model.register_for_auto_class()
+        return model

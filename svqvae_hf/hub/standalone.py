@@ -59,7 +59,8 @@ OF_CHECKS = (
     *("check_finite", "check_ids", "check_tiles", "check_checkpointing"),
 )
 OF_TRAINING = (
-    *("SVQVAE.forward", "SVQVAE.codebook_fingerprint", "TilingMixin.tile_if_large", "TilingMixin.whole_bytes"),
+    *("SVQVAE.forward", "SVQVAE.codebook_fingerprint", "SVQVAE._keys_to_ignore_on_load_unexpected"),
+    *("TilingMixin.tile_if_large", "TilingMixin.whole_bytes"),
     *(f"VectorQuantizer.{name}" for name in ("forward", "reset_counts", "normalise", "_usage", "_entropy_loss")),
 )
 LEFT_OUT = frozenset({*OF_LOADING, *OF_CHECKS, *OF_TRAINING})

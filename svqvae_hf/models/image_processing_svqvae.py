@@ -390,9 +390,7 @@ def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
     """
     padded = pad_to_multiple(sample, f)
     size = [max(1, round(scale * (side // f))) * f for side in padded.shape[-2:]]
-    if scale <= 0.25:  # a mean of many pixels
-        return resize(padded, size, "area")
-    return resize(padded, size, "bicubic", antialias=True)
+    return resize(padded, size, "area" if scale <= 0.25 else "bicubic", antialias=scale > 0.25)
 
 
 def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:

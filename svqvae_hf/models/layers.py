@@ -115,9 +115,8 @@ class GroupNorm(nn.GroupNorm):
             by_group = shared.core_of(hidden).unflatten(0, (shared.images, -1)).unflatten(2, (self.num_groups, -1))
             by_group = by_group.to(torch.promote_types(hidden.dtype, torch.float32))
             shared.moments[self] = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
-        variance, mean = shared.moments[self]
         per_group = hidden.shape[1] // self.num_groups
-        variance, mean = (each.repeat_interleave(per_group, dim=1) for each in (variance, mean))  # (images, channels)
+        variance, mean = (each.repeat_interleave(per_group, dim=1) for each in shared.moments[self])
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         if len(mean) == 1 and not torch.is_grad_enabled():  # a fused kernel, which has no gradient for the statistics
             return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +31,21 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         *("block_out_channels", "latent_channels", "vq_embed_dim", "num_vq_embeddings", "lookup_from_codebook"),
         "auto_map",  # of a repository with code
     )
+    _auto_class = "AutoModel" if "diffusers_modules" in __name__ else None  # only such code is saved with a model
 
     save_pretrained = with_code(ModelMixin.save_pretrained)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the config, and the file of code of a model that was loaded with `trust_remote_code=True`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            push_to_hub (`bool`, defaults to `False`): Whether to upload the folder.
+            **kwargs: Further arguments of [`~diffusers.ConfigMixin.save_config`].
+        """
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        if self._auto_class:
+            shutil.copy(__file__, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:

@@ -1,6 +1,7 @@
 """Blocks of LlamaGen's and of next-scale models for diffusers' `ModularPipeline`: condition, sampling, decoding."""
 
 import itertools
+import shutil
 from typing import Any
 
 import diffusers
@@ -90,6 +91,16 @@ class DecodeStep(Step):
         values.images = components.image_processor.postprocess(sample.clamp(0, 1), output_type=values.output_type)
 
 
+class BlockSequence(SequentialPipelineBlocks):
+    """Blocks in a row. If a repository's code defines them, it is saved with them."""
+
+    def save_config(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Saves the config, and the file of code of blocks that were loaded with `trust_remote_code=True`."""
+        super().save_config(save_directory, *args, **kwargs)
+        if "diffusers_modules" in __name__:
+            shutil.copy(__file__, save_directory)
+
+
 def is_guided(guider: Any) -> bool:
     """Whether a guider needs logits without the condition at any step."""
     guider.set_state(step=0, num_inference_steps=None, timestep=None)
@@ -135,7 +146,7 @@ class SampleScalesStep(Step):
             predictor.add(values.ids)
 
 
-class NextScaleBlocks(SequentialPipelineBlocks):
+class NextScaleBlocks(BlockSequence):
     """Blocks of a next-scale model and its tokenizer, for diffusers' `ModularPipeline`.
 
     Example:
@@ -168,7 +179,7 @@ class TokenizeCaptionStep(Step):
         values.pad_token = components.tokenizer.pad_token_id
 
 
-class NextScaleTextBlocks(SequentialPipelineBlocks):
+class NextScaleTextBlocks(BlockSequence):
     """Blocks of a next-scale model that reads captions, and of its tokenizers."""
 
     description = "Generates images of captions scale by scale."
@@ -236,7 +247,7 @@ class SampleIdsStep(Step):
         (values.ids,), _ = layout.decode(sequences)
 
 
-class LlamaGenBlocks(SequentialPipelineBlocks):
+class LlamaGenBlocks(BlockSequence):
     """Blocks of a LlamaGen model for classes and its tokenizer, for diffusers' `ModularPipeline`.
 
     Example:
@@ -251,7 +262,7 @@ class LlamaGenBlocks(SequentialPipelineBlocks):
     block_names = ["condition", "sample", "decode"]
 
 
-class LlamaGenTextBlocks(SequentialPipelineBlocks):
+class LlamaGenTextBlocks(BlockSequence):
     """Blocks of a LlamaGen model for captions, its text encoder and its tokenizer."""
 
     description = "Generates images of captions id by id."
