@@ -22,7 +22,6 @@ def model_card(
     config: Mapping[str, Any],
     *,
     repo_id: str,
-    variants: Mapping[str, Any] | None = None,
     standalone: bool = False,
     **common: Any,
 ) -> str:
@@ -31,15 +30,13 @@ def model_card(
     Args:
         config (`Mapping[str, Any]`): Config of the model.
         repo_id (`str`): Repository or folder that the card's example loads.
-        variants (`Mapping[str, torch.dtype]`, *optional*): Names and dtypes of additional half-precision weights,
-            such as `{"fp16": torch.float16}`.
         standalone (`bool`, defaults to `False`): Whether the repository holds its code.
         **common: Further arguments of [`write_card`], such as `license`.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    quoted, f = quote(repo_id), 2 ** (len(config["encoder_ch_mult"]) - 1)
+    f = 2 ** (len(config["encoder_ch_mult"]) - 1)
     levels = ", ".join(str(tuple(config[f"{network}_ch_mult"])) for network in ("encoder", "decoder"))
     normalised = ", L2-normalised" if config["codebook_l2_norm"] else ""
     rows = {
@@ -49,12 +46,8 @@ def model_card(
         "pixel range of the training images": list(config["network_range"]),
         "encoder, decoder": f"{config['base_channels']} channels times {levels}",
     }
-    calls = (
-        f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
-        for variant, dtype in (variants or {}).items()
-    )
     files = MODEL_FILES if standalone else ()
-    texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}
+    texts = {"facts": table_rows(rows.items()), "f": f}
     return write_card(repo_id, texts, files=files, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common))
 
 
