@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         "lpips": load_lpips(args.lpips_net, args.lpips_weights) if args.lpips_weights else None,
         "inception": load_inception(args.inception_weights) if args.inception_weights else None,
     }
-    images = open_images(args.data, left_out=args.output, **image_set_options(args))
+    images = open_images(args.data, results=args.output, **image_set_options(args))
     report = (_judge if args.generated else _evaluate)(args, images, networks)
     if state.is_main_process:
         report.settings |= {

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.token_sets.writer import check_out, count_parts, tokenize_set
 
     check_out(args.out)
-    images = open_images(args.data, columns=args.keep, left_out=args.out, **image_set_options(args))
+    images = open_images(args.data, columns=args.keep, results=args.out, **image_set_options(args))
     num_parts = count_parts(images, args.num_parts)
     rank, local_rank, world_size = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     own = range(num_parts)[int(rank or 0) :: int(world_size or 1)]  # of this process under torchrun or accelerate

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import load_dataset
 from torch import nn
 
 from svqvae_hf import SVQVAE
@@ -31,6 +30,7 @@ from svqvae_hf.models.context_model import (
     pad_ids,
 )
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.trainer.run import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits
@@ -157,7 +157,7 @@ def read_pyramids(token_set: str, model: SVQVAE) -> list[Pyramid]:
     if settings.codebook_fingerprint != model.codebook_fingerprint():
         raise ValueError(f"`{token_set}` must hold ids of MODEL, but has others. Make it with `svqvae tokenize`.")
     pyramids = []
-    for row in load_dataset(token_set, split="train", streaming=True):
+    for row in load_rows(token_set, streaming=True):
         grids = sorted((ids.numpy() for ids in row_tokens(row, settings).ids), key=np.size)
         pyramids.append([pad_ids(ids, settings.codebook_size) for ids in grids])
     return pyramids

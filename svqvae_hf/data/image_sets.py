@@ -26,7 +26,6 @@ from svqvae_hf.untrusted.set_rows import confine_row
 
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
-SAVED_FILES = ("state.json", "dataset_dict.json")  # of `save_to_disk`
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 SHARDS = {  # suffixes of files that hold many images, by the loader of `datasets` for them
     "webdataset": TAR_SUFFIXES,
@@ -96,19 +95,13 @@ class ImageSet:
 
 
 class Selection(NamedTuple):
-    """Selection from a set: configuration, split, column of the images, other columns to keep, what is left out."""
+    """Selection from a set: configuration, split, column of the images, other columns to keep, random access."""
 
     config: str | None
     split: str | None
     image_column: str | None
     columns: Sequence[str]
     copy: bool
-    left_out: str | os.PathLike | None
-
-    @property
-    def left_out_folder(self) -> Path | None:
-        """The folder that is left out, without links in its path."""
-        return None if self.left_out is None else Path(self.left_out).resolve()
 
 
 def open_images(
@@ -121,7 +114,7 @@ def open_images(
     max_images: int | None = None,
     data_files: Sequence[str] = (),
     copy: bool = False,
-    left_out: str | os.PathLike | None = None,
+    results: str | os.PathLike | None = None,
 ) -> ImageSet:
     """Finds the images of a set without reading them.
 
@@ -139,16 +132,18 @@ def open_images(
         max_images (`int`, *optional*): Number of images after which to stop; all by default.
         data_files (`Sequence[str]`): Files of the set on the Hub, or patterns of them; all by default.
         copy (`bool`, defaults to `False`): Copy shards to the cache of `datasets`, for random access.
-        left_out (`str` or `os.PathLike`, *optional*): Folder or URL of the results, which is not searched.
+        results (`str` or `os.PathLike`, *optional*): Folder or URL of the results, which must not lie in the set.
 
     Raises:
         OSError: The set cannot be found or reached.
-        ValueError: There is no image, no such split or column, a folder of shards holds `left_out`, or `max_images` is
-            out of range.
+        ValueError: There is no image, no such split or column, a folder holds `results`, or `max_images` is out of
+            range.
     """
-    selection = Selection(config, split, image_column, columns, copy, left_out)
+    if results is not None:
+        _check_outside(os.fspath(results), data)
+    selection = Selection(config, split, image_column, columns, copy)
     if any("://" in name for name in data):
-        found = [_find_urls(name, left_out) for pattern in data for name in expand_braces(pattern)]
+        found = [_find_urls(name) for pattern in data for name in expand_braces(pattern)]
         urls = list(dict.fromkeys(url for _, files in found for url in files))
         images = _open_found(found[0][0] if len(found) == 1 else None, urls, selection)
     elif len(data) == 1 and (data_files or is_hub_set(data[0])):
@@ -158,7 +153,7 @@ def open_images(
     elif len(data) == 1 and Path(data[0]).is_dir():
         images = _open_folder(data[0], selection)
     else:
-        images = _open_found(None, _find_files(data, selection.left_out_folder), selection)
+        images = _open_found(None, _find_files(data), selection)
     return images if max_images is None else images.first(max_images)
 
 
@@ -266,15 +261,9 @@ class DatasetRows(IndexedRows):
 
 
 def _open_folder(folder: str, selection: Selection) -> ImageSet:
-    if selection.left_out_folder == Path(folder).resolve():
-        raise ValueError(f"the folder of the results must not be the image set, got `{folder}`. Choose another.")
-    top = os.listdir(folder)
-    if any(name in top for name in SAVED_FILES):
-        return _open_saved(folder, selection)
-    if any(name in top for name in METADATA_FILES):
-        _check_left_out(folder, selection)
+    if any(name in os.listdir(folder) for name in METADATA_FILES):
         return _open_builder(folder, selection)
-    files = walk_files(folder, selection.left_out_folder)
+    files = walk_files(folder)
     kinds = {_kind(file) for file in files} - {None}
     if not kinds:
         raise FileNotFoundError(
@@ -287,15 +276,20 @@ def _open_folder(folder: str, selection: Selection) -> ImageSet:
             f"`{folder}/*.jpg`."
         )
     if kinds != {"image"}:
-        _check_left_out(folder, selection)
         return _open_builder(folder, selection)
     split, keys = _files_of_split(folder, [file for file in files if _kind(file) == "image"], selection.split)
     return _image_files(os.path.abspath(os.path.join(folder, split)), keys, selection)
 
 
-def _check_left_out(folder: str, selection: Selection) -> None:
-    if selection.left_out_folder and Path(folder).resolve() in selection.left_out_folder.parents:
-        raise ValueError(f"`{selection.left_out}` must not be in `{folder}`, which is read whole. Choose another.")
+def _check_outside(results: str, data: Sequence[str]) -> None:
+    """Raises if results would lie in a folder of the set, whose next reading would find them."""
+
+    def place(name: str) -> str:
+        return f"{name if '://' in name else os.path.realpath(name)}/"
+
+    for name in data:
+        if place(results).startswith(place(name.rstrip("/"))):
+            raise ValueError(f"`{results}` must not be in `{name}`, which is searched for images. Choose another.")
 
 
 def _files_of_split(
@@ -341,7 +335,7 @@ def _open_found(folder: str | None, files: Sequence[str], selection: Selection) 
     return _open_builder(kind, selection._replace(split=None), files)
 
 
-def _find_urls(name: str, left_out: str | os.PathLike | None) -> tuple[str | None, list[str]]:
+def _find_urls(name: str) -> tuple[str | None, list[str]]:
     """Returns the URL of a folder, or `None` for a glob or a file, and the URLs of the files found."""
     folder = None
     with explained(name, "read"):
@@ -358,8 +352,6 @@ def _find_urls(name: str, left_out: str | os.PathLike | None) -> tuple[str | Non
         else:
             found = [path]
         urls = [files.unstrip_protocol(file) for file in found]
-    if left_out is not None:
-        urls = [url for url in urls if not url.startswith(f"{os.fspath(left_out).rstrip('/')}/")]
     if not urls:
         raise ValueError(f"no file or folder matches `{name}`.")
     return folder, urls
@@ -393,17 +385,6 @@ def _image_files(
     rows = FileRows(root, keys)
     _check_columns(["image", *rows.features], selection)
     return ImageSet([rows], rows.features, stamps or rows.stamps, len(rows))
-
-
-def _open_saved(folder: str, selection: Selection) -> ImageSet:
-    """Opens a folder of `save_to_disk`."""
-    saved = datasets.load_from_disk(folder)
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    split = _choose_split(folder, list(splits), selection.split)
-    rows, image_column, kept = _select(splits[split], selection)
-    stamps = FileRows(folder, walk_files(folder, selection.left_out_folder)).stamps
-    part = DatasetRows(rows, image_column)
-    return ImageSet([part], kept, lambda: [split, image_column, stamps()], len(part))
 
 
 def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = ()) -> ImageSet:
@@ -497,19 +478,18 @@ def _choose_split(name: str, splits: Sequence[str], split: str | None) -> str:
     return split or splits[0]
 
 
-def _find_files(patterns: Sequence[str], left_out: Path | None) -> list[str]:
+def _find_files(patterns: Sequence[str]) -> list[str]:
     """Absolute paths of the files of folders and patterns, each once."""
     found: list[str] = []
     for pattern in patterns:
         names = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
         for name in names:
             if os.path.isdir(name):
-                files = [os.path.join(name, file) for file in walk_files(name, left_out) if _kind(file)]
+                files = [os.path.join(name, file) for file in walk_files(name) if _kind(file)]
             elif os.path.exists(name):
                 files = [name]
             else:
-                matches = [file for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
-                files = [file for file in matches if left_out not in Path(file).absolute().parents]
+                files = [file for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
             if not files:
                 raise ValueError(
                     f"the folder `{name}` has no images."

@@ -19,17 +19,16 @@ def check_local(name: str) -> str:
     return name
 
 
-def walk_files(folder: str | os.PathLike, left_out: Path | None = None) -> list[str]:
+def walk_files(folder: str | os.PathLike) -> list[str]:
     """Lists the files of a folder and its subfolders, except for hidden ones.
 
     Args:
         folder (`str` or `os.PathLike`): Folder to search. Links are followed, except to a folder above them.
-        left_out (`Path`, *optional*): Subfolder that is not searched, without links in its path.
 
     Returns:
         `list[str]`: Paths relative to the folder, in order.
     """
-    return sorted(_walk(os.fspath(folder), "", (left_out,)))
+    return sorted(_walk(os.fspath(folder), "", ()))
 
 
 def readable(name: str) -> str:
@@ -37,9 +36,9 @@ def readable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def _walk(folder: str, inside: str, closed: tuple[Path | None, ...]) -> Iterator[str]:
+def _walk(folder: str, inside: str, above: tuple[Path, ...]) -> Iterator[str]:
     here = Path(folder, inside).resolve()
-    if here in closed:
+    if here in above:
         return
     with os.scandir(here) as entries:
         for entry in entries:
@@ -47,7 +46,7 @@ def _walk(folder: str, inside: str, closed: tuple[Path | None, ...]) -> Iterator
             if entry.name[0] == ".":
                 continue
             if _is_folder(entry):
-                yield from _walk(folder, name, (*closed, here))
+                yield from _walk(folder, name, (*above, here))
             else:
                 yield name
 

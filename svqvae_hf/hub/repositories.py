@@ -2,8 +2,7 @@
 
 import os
 import re
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -150,7 +149,6 @@ def push_folder(
     *,
     create_pr: bool = False,
     token: str | None = None,
-    files: Sequence[str] | None = None,
 ) -> str:
     """Uploads a folder to an existing repository.
 
@@ -160,7 +158,6 @@ def push_folder(
         message (`str`): Title of the commit.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
         token (`str`, *optional*): Access token, by default the stored one.
-        files (`Sequence[str]`, *optional*): Globs of the files to upload, all by default.
 
     Returns:
         `str`: URL of the commit or pull request.
@@ -174,18 +171,7 @@ def push_folder(
             folder_path=folder,
             commit_message=message,
             create_pr=create_pr,
-            allow_patterns=None if files is None else list(files),
         )
     except (HTTPError, OSError) as error:
         raise OSError(f"the upload to `{repo_id}` failed: {hub_reason(error)}") from error
     return commit.pr_url or commit.commit_url
-
-
-def push_output(out: Path, repo_id: str, message: str, **options: Any) -> str:
-    """Uploads a folder that stays, as [`push_folder`] does. The error says how to upload it later."""
-    try:
-        return push_folder(out, repo_id, message, **options)
-    except OSError as error:
-        words = ["hf", "upload", repo_id, str(out)]
-        words += [word for file in options.get("files") or () for word in ("--include", file)]
-        raise OSError(f"`{out}` is complete, but {error} Upload it by `{shlex.join(words)}`.") from error

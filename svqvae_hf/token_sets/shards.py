@@ -8,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svqvae_hf.files.folders import Folder
+from svqvae_hf.files.folders import Folder, explained
 from svqvae_hf.token_sets.crops import CROPS
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.token_files import METADATA_KEY
@@ -23,6 +23,21 @@ ROW_BYTES = 64  # of a row, besides its ids and texts
 def shard_name(part: int, number: int) -> str:
     """Name of a Parquet file. `datasets` takes the split from its first word. A folder has at most 10,000 files."""
     return f"{DATA}/{part // PARTS_PER_FOLDER:04}-{number // 10:04}/train-{part:07}-{number:05}.parquet"
+
+
+def load_rows(data: str, streaming: bool = False) -> Any:
+    """Loads the rows of a token set by `datasets`.
+
+    Args:
+        data (`str`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
+        streaming (`bool`, defaults to `False`): Read rows in their order, without a copy in the cache of `datasets`.
+    """
+    with explained(data, "read"):
+        if "://" not in data:
+            return datasets.load_dataset(data, split="train", streaming=streaming)
+        names = sorted(name for name in Folder(data).all_files(DATA) if name.endswith(".parquet"))
+        files = [f"{data.rstrip('/')}/{name}" for name in names]
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
 
 
 def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.Features:

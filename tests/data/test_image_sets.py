@@ -98,13 +98,14 @@ def test_a_folder_at_a_url_has_the_images_of_the_local_one(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
-def test_the_folder_of_the_results_is_left_out(tmp_path, prefix):
-    for name in ("0.png", "report/worst.png"):
-        save(numbered(0), tmp_path / name)
-    folder, report = f"{prefix}{tmp_path}", f"{prefix}{tmp_path}/report"
-    assert keys(open_images([folder], left_out=report)) == ["0.png"]
-    for data in ([folder, folder], [f"{folder}/**/*.png"]):
-        assert keys(open_images(data, left_out=report)) == ["0.png"]
+def test_results_must_lie_outside_the_set(tmp_path, prefix):
+    save(numbered(0), tmp_path / "photos" / "0.png")
+    folder = f"{prefix}{tmp_path}/photos"
+    for name in (folder, f"{folder}/"):
+        for results in (folder, f"{folder}/report"):
+            with pytest.raises(ValueError, match=f"`{results}` must not be in `{name}`, which is searched"):
+                open_images([f"{folder}/0.png", name], results=results)
+    assert keys(open_images([folder], results=f"{folder}-report")) == ["0.png"]
 
 
 def test_names_that_are_not_text_are_escaped(photo, tmp_path):

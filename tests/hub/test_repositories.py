@@ -60,6 +60,7 @@ error("licence of a model", model.push_to_hub, "org/new", license="my own")
 hub, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:1"
 start = time.monotonic()
 seen["unreachable"] = same(model, SVQVAE.from_pretrained("org/pushed")) and time.monotonic() - start < 5
+error("no network", model.push_to_hub, "org/new")
 constants.ENDPOINT, constants.HF_HUB_OFFLINE = hub, True
 seen["offline file"] = same(model, SVQVAE.from_single_file("org/raw:files/svqvae_tiny.safetensors"))
 seen["offline model"] = same(model, SVQVAE.from_pretrained("org/pushed"))
@@ -118,6 +119,7 @@ def test_errors_are_one_line(seen):
         "no file": "Could not download `org/raw:gone.pt` from the Hub: the repository has no such file.",
         "gated": "Could not download `org/gated:file.pt` from the Hub: access is restricted. Accept the terms",
         "no login": "Could not create `org/new` on the Hub: you are not logged in. Log in with `hf auth login`.",
+        "no network": "Could not create `org/new` on the Hub: it cannot be reached. Check the network",
     }
     for fault, message in messages.items():
         kind, text = seen["errors"][fault]

@@ -4,6 +4,7 @@ import re
 import datasets
 import numpy as np
 import pytest
+from cli_runner import fails
 from conftest import make_tiny
 from PIL import Image
 from token_set_parts import SCALES, SIZES, content, load, make_other, make_tiled, save_photos, tokenize
@@ -77,17 +78,16 @@ def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["00000000_x0.5.png", "00000000_x1.png"]
 
 
-@pytest.mark.parametrize("content", [b"no json", b'{"files": [{}]}'])
-def test_a_damaged_manifest_is_one_line(photos, tmp_path, content):
+def test_a_damaged_parquet_file_is_one_line(photos, tmp_path, capsys):
     tokenize(make_tiled(), photos, tmp_path / "tokens")
-    (tmp_path / "tokens" / "manifest.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match="`manifest.jsonl` in `.*tokens` is damaged. Fetch or make the set again"):
-        detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "images")
+    make_tiny().save_pretrained(tmp_path / "model")
+    (file,) = (tmp_path / "tokens").rglob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-100])
+    command = ("detokenize", tmp_path / "tokens", "--output", tmp_path / "images", "--model", tmp_path / "model")
+    assert "Parquet" in fails(capsys, *command)
 
 
-def test_parts_decode_all_rows_once(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("svqvae_hf.token_sets.shards.ROW_GROUP_BYTES", 500)  # so that files have several row groups
-    monkeypatch.setattr("svqvae_hf.token_sets.shards.SHARD_BYTES", 1000)
+def test_parts_decode_all_rows_once(photos, tmp_path):
     tokenize(make_tiled(), photos, tmp_path / "tokens", num_parts=2)
     assert detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "whole") == (12, 0)
     for part in range(4):

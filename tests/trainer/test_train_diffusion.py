@@ -13,7 +13,6 @@ import torch
 import train_latent_diffusion
 from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline, DiTPipeline
-from hub_server import serve_hub, use_hub
 from PIL import Image
 from train_latent_diffusion import NUM_CLASSES, DiffusionOptions, drop_labels, make_denoiser
 from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
@@ -162,26 +161,24 @@ def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(cl
         assert torch.equal(embedder(labels), embedder.embedding_table(labels))
 
 
-# The Hub
+# The result
 
 
 @pytest.mark.slow
-def test_pushed_pipelines_load_as_documented_and_have_cards(options, class_options, parts, tmp_path, monkeypatch):
+def test_saved_pipelines_load_as_documented_and_have_cards(options, class_options, parts, tmp_path, monkeypatch):
     runs = {"out": options, "out-dit": class_options}
-    with serve_hub(tmp_path) as hub:
-        use_hub(monkeypatch, hub)
-        for name, each in runs.items():
-            pushed = {"max_train_steps": 1, "output_dir": str(tmp_path / name), "push_to_hub": True}
-            diffuse(**(each | pushed), hub_model_id=f"org/{name}", license="mit")
+    for name, each in runs.items():
+        changes = {"max_train_steps": 1, "output_dir": str(tmp_path / name), "hub_model_id": f"org/{name}"}
+        diffuse(**(each | changes), license="mit")
     for name, label in {"out": NUM_CLASSES, "out-dit": 1}.items():
-        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "hub" / "org" / name / "main")
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / name)
         pipeline.set_progress_bar_config(disable=True)
         assert pipeline([label], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
-    assert_no_private_path(parts, tmp_path / "hub")
-    card = (tmp_path / "hub" / "org" / "out" / "main" / "README.md").read_text()
+    assert_no_private_path(parts, tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
     assert 'DiTPipeline.from_pretrained("org/out")' in card
     assert "class_labels=[1000], guidance_scale=1.0" in card
-    card = (tmp_path / "hub" / "org" / "out-dit" / "main" / "README.md").read_text()
+    card = (tmp_path / "out-dit" / "README.md").read_text()
     assert 'class_labels=pipeline.get_label_ids(["cat"])' in card
     assert "| classes | cat, dog |" in card
     assert "license: mit" in card

@@ -63,13 +63,12 @@ class ImageSource:
         options, label_column = self.options, self.label_column
         self.images = open_images(
             [options.train_data_dir or options.dataset_name or ""],
-            config=options.dataset_config_name,
             split=options.split,
             image_column=options.image_column,
             columns=[] if label_column is None else [label_column],
             data_files=options.data_files,
             copy=True,
-            left_out=options.output_dir,
+            results=options.output_dir,
         )
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
         self.named: list[str] = []  # keys of skipped images

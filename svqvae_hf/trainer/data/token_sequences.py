@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from svqvae_hf.files.folders import Folder, explained
 from svqvae_hf.pipelines.sequences import SequenceLayout
 from svqvae_hf.token_sets.settings import read_settings
-from svqvae_hf.token_sets.shards import DATA
+from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.trainer.data.resumable import Resumable
 from svqvae_hf.trainer.data.row_order import row_order
 
@@ -59,8 +58,7 @@ class TokenSource:
                 "The rows of the token set must not be compressed, because training reads them many times. Make it "
                 "again with `svqvae tokenize` without --compress."
             )
-        with explained(data, "read"):
-            self.rows = _load_rows(data)
+        self.rows = load_rows(data)
         order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
         self.id_columns = [f"ids_{index}" for index in order]
         self.label_column, self.caption_column = label_column, caption_column
@@ -202,11 +200,3 @@ class SequenceLoader(Resumable):
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.share))
         return int(row_order(self.num_rows, self.seed, epoch, 0)[self.share[offset]])
-
-
-def _load_rows(data: str) -> datasets.Dataset:
-    if "://" not in data:
-        return datasets.load_dataset(data, split="train")
-    names = sorted(name for name in Folder(data).all_files(DATA) if name.endswith(".parquet"))
-    files = [f"{data.rstrip('/')}/{name}" for name in names]
-    return datasets.load_dataset("parquet", data_files=files, split="train")
