@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +24,16 @@ class InputFile(NamedTuple):
     Args:
         path (`Path`): The file.
         name (`Path`): Path below the folder in which the file was found, or its file name.
+        target_name (`Path`): `name` without the suffix, or with it if another input differs in the suffix alone.
     """
 
     path: Path
     name: Path
+    target_name: Path
 
     def target(self, output: Path, ending: str) -> Path:
         """Output file: the input `a/b.png` and the ending `_x1.png` make `a/b_x1.png` in the output folder."""
-        return output / self.name.parent / f"{self.name.stem}{ending}"
+        return output / f"{self.target_name}{ending}"
 
 
 def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
@@ -72,7 +75,11 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
             raise ValueError(missing)
         for path, name in files:  # links with different names are kept, even to the same file
             found.setdefault(path.parent.resolve() / path.name, (path, name))
-    return [InputFile(path, name) for path, name in found.values()]
+    stems = Counter(name.with_suffix("") for _, name in found.values())
+    return [
+        InputFile(path, name, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
+        for path, name in found.values()
+    ]
 
 
 def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """Runs over folders that are interrupted, resumed, or started anew."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -146,10 +147,24 @@ def test_inputs_are_not_overwritten_and_outputs_do_not_clash(photos, tmp_path, s
     inputs = [photos / "1.png", photos / "1_x1.png"]
     assert f"the input `{inputs[1]}` would be overwritten" in fails(capsys, "reconstruct", *inputs, *words)
     assert contents(photos) == before
-    (photos / "1.png").rename(photos / "2.jpg")
-    error = fails(capsys, "encode", photos, "--output", tmp_path / "out", "--model", saved_model)
-    clash = f"`{photos / '2.jpg'}` and `{photos / '2.png'}` would both write `{tmp_path / 'out' / '2.safetensors'}`."
+    inputs = photos / "2.png", tmp_path / "2.png"
+    shutil.copy(*inputs)
+    error = fails(capsys, "encode", *inputs, "--output", tmp_path / "out", "--model", saved_model)
+    clash = f"`{inputs[0]}` and `{inputs[1]}` would both write `{tmp_path / 'out' / '2.png.safetensors'}`."
     assert f"{clash} Rename one, or use two --output." in error
+
+
+@pytest.mark.parametrize(("command", "ending"), [("encode", ".safetensors"), ("reconstruct", "_x1.png")])
+def test_inputs_that_differ_in_the_suffix_alone_keep_it(command, ending, photos, tmp_path, saved_model):
+    words = [command, photos, "--output", tmp_path / "out", "--model", saved_model]
+    assert svqvae(*words) == 0
+    before = contents(tmp_path / "out")
+    shutil.copy(photos / "1.png", photos / "2.jpg")
+    assert svqvae(*words) == 0
+    made = contents(tmp_path / "out")
+    assert made.keys() - before.keys() == {f"2.jpg{ending}", f"2.png{ending}"}
+    assert made[f"2.jpg{ending}"] == before[f"1{ending}"]
+    assert made[f"2.png{ending}"] == before[f"2{ending}"]
 
 
 def test_control_characters_in_names_are_escaped(photos, tmp_path, saved_model, capsys):
