@@ -23,7 +23,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 LICENSES = ("apache-2.0", "cc-by-4.0", "mit", "other", "unknown")
@@ -60,6 +62,12 @@ def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, env: Mapping[str, str]) -> None:
+    """Makes the repositories of [`serve_hub`] the Hub of this process, for uploads only."""
+    monkeypatch.setattr(constants, "ENDPOINT", env["HF_ENDPOINT"])
+    monkeypatch.setenv("HF_TOKEN", env["HF_TOKEN"])
 
 
 def run_python(code: str, env: Mapping[str, str], *args: str | Path) -> str:

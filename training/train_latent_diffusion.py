@@ -132,7 +132,8 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource
     if options.validation_data_dir is None:
         return None
     centres = replace(options, center_crop=True, random_flip=False, random_rotation=False, resize_range=[1.0, 1.0])
-    centres.train_data_dir, centres.dataset_name, centres.data_files = options.validation_data_dir, None, []
+    centres.train_data_dir, centres.dataset_name = options.validation_data_dir, None
+    centres.dataset_config_name, centres.data_files = None, []
     held_out = ImageSource(centres, images.accelerator, PIXEL_RANGE, options.label_column)
     check_held_out(held_out.images, images.images)
     if held_out.label_feature != images.label_feature:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -149,6 +149,7 @@ def push_folder(
     *,
     create_pr: bool = False,
     token: str | None = None,
+    files: Sequence[str] | None = None,
 ) -> str:
     """Uploads a folder to an existing repository.
 
@@ -158,6 +159,7 @@ def push_folder(
         message (`str`): Title of the commit.
         create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
         token (`str`, *optional*): Access token, by default the stored one.
+        files (`Sequence[str]`, *optional*): Globs of the files to upload, all by default.
 
     Returns:
         `str`: URL of the commit or pull request.
@@ -171,6 +173,7 @@ def push_folder(
             folder_path=folder,
             commit_message=message,
             create_pr=create_pr,
+            allow_patterns=None if files is None else list(files),
         )
     except (HTTPError, OSError) as error:
         raise OSError(f"the upload to `{repo_id}` failed: {hub_reason(error)}") from error

@@ -68,7 +68,9 @@ class RunOptions:
     validation_steps: int = option(1000, "Steps between validations.")
     logging_steps: int = option(50, "Steps between log lines.")
     report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none by default.")
-    hub_model_id: str | None = option(None, "Name on the Hub for the card, org/name; that of --output_dir by default.")
+    push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
+    hub_model_id: str | None = option(None, "Repository for upload and card, org/name; name of --output_dir by default.")
+    private: bool = option(False, "Make a new repository private.")
     license: str | None = option(None, "Licence of the trained weights for the card, by its id on the Hub.")
     seed: int = option(0, "Seed of everything random.")
 
@@ -86,6 +88,8 @@ class RunOptions:
                 f"`--lr_warmup_steps` must be at least 0, and less than `--max_train_steps` = {self.max_train_steps}, "
                 f"but is {self.warmup_steps}. Lower it, or train for longer."
             )
+        if self.private and not self.push_to_hub:
+            raise ValueError("`--private` needs `--push_to_hub`. Add it, or leave `--private` out.")
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "--hub_model_id")
 
@@ -139,6 +143,7 @@ class ImageOptions(RunOptions):
     """Options of runs on images: the image set, and how crops are cut."""
 
     dataset_name: str | None = option(None, "Image set: Hub id, or a local data set.")
+    dataset_config_name: str | None = option(None, "Configuration of the image set.")
     data_files: list[str] = option([], "Files or globs of the image set; all by default.")
     train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
     split: str = option("train", "Split of the image set.")
@@ -155,8 +160,9 @@ class ImageOptions(RunOptions):
         """Checks the options of images as well."""
         super().__post_init__()
         self.check_one_of("dataset_name", "train_data_dir")
-        if self.data_files and self.train_data_dir is not None:
-            raise ValueError("`--data_files` belongs to `--dataset_name`. Leave it or `--train_data_dir` out.")
+        for name in ("dataset_config_name", "data_files"):
+            if getattr(self, name) and self.train_data_dir is not None:
+                raise ValueError(f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out.")
         self.check_positive("resolution")
         self.check_not_negative("dataloader_num_workers")
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from svqvae_hf.files.outputs import write_file
+from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, save_checkpoint
 from svqvae_hf.trainer.data.resumable import Resumable
 from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resume_schedule
@@ -113,6 +114,7 @@ class Run(Generic[Options]):
     loader: Any  # a `Resumable`, which yields batches
     lr_scheduler: LambdaLR
     states: dict[str, Stateful]
+    repo_id: str | None
     ema: EMAModel | None = None
     first_step: int = 0
 
@@ -158,6 +160,7 @@ class Run(Generic[Options]):
         self.states |= states or {}
         if self.checkpoint is not None:
             self.first_step = self._resume(self.checkpoint)
+        self.repo_id = self._make_repository()
         self._open_output_dir()
         self._log_start()
         self.started = self.logged = time.monotonic()
@@ -342,7 +345,7 @@ class Run(Generic[Options]):
     @property
     def name(self) -> str:
         """Name of the result: its repository on the Hub, or its folder."""
-        return self.options.hub_model_id or self.output_dir.absolute().name
+        return self.repo_id or self.options.hub_model_id or self.output_dir.absolute().name
 
     def final_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """State dict of the bare model with its EMA weights, if any; called by all processes."""
@@ -351,7 +354,7 @@ class Run(Generic[Options]):
         return self.accelerator.get_state_dict(model)
 
     def publish(self, save_pretrained: Callable[..., Any], card: str) -> None:
-        """Saves the result with its card in the output folder.
+        """Saves the result with its card in the output folder, and uploads it with `--push_to_hub`.
 
         Only the main process calls it. A file that is replaced is replaced at once, weights before their config.
 
@@ -361,9 +364,12 @@ class Run(Generic[Options]):
         """
         with TemporaryDirectory(dir=self.output_dir) as folder:
             save_pretrained(Path(folder))
-            move_files(Path(folder), self.output_dir)
+            saved = move_files(Path(folder), self.output_dir)
         write_file(self.output_dir / "README.md", card.encode())
         logger.info(f"Saved to {self.output_dir}")
+        if self.repo_id is not None:
+            files = [*saved, "README.md", "samples/*.png", OPTIONS]
+            push_folder(self.output_dir, self.repo_id, "Upload the trained model", files=files)
 
     def provenance(self, script: str, examples: str) -> dict[str, str]:
         """Rows of a card that say how the weights were made.
@@ -379,18 +385,31 @@ class Run(Generic[Options]):
             "steps": f"{options.max_train_steps:,} of {count} {examples}",
         }
 
+    def _make_repository(self) -> str | None:
+        """Makes the repository on the Hub before the run, so that an error comes first, and returns its id."""
+        if not self.options.push_to_hub or not self.accelerator.is_main_process:
+            return None
+        options = self.options
+        repo_id = options.hub_model_id or self.output_dir.absolute().name
+        return prepare_repo(repo_id, private=options.private or None, license=options.license)
+
 
 def memory_in_use(device: torch.device) -> int:
     """Bytes: the peak of this process on a GPU, or its memory on a CPU now."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
-def move_files(source: Path, target: Path) -> None:
-    """Moves all files below a folder to the same paths below another, each at once, weights before their config."""
+def move_files(source: Path, target: Path) -> list[str]:
+    """Moves all files below a folder to the same paths below another, each at once, weights before their config.
+
+    Returns:
+        `list[str]`: Their paths relative to the folders.
+    """
     names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     for name in sorted(names, reverse=True):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).replace(target / name)
+    return [name.as_posix() for name in names]
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:

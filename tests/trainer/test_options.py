@@ -70,6 +70,7 @@ def test_flags_override_a_file_with_nothing(tmp_path):
         ({"lpips_weight": -1.0}, "`--lpips_weight` must not be negative, but is -1.0"),
         ({"synthetic_fraction": 2.0}, r"must lie in \[0, 1\], but is 2.0"),
         ({"scales": [0.5]}, "`--scales` must contain 1"),
+        ({"private": True}, "`--private` needs `--push_to_hub`"),
         ({"hub_model_id": "name"}, "`--hub_model_id` must be `org/name`, got 'name'"),
         (
             {"adversarial_weight": 1.0, "adversarial_start": 9, "max_train_steps": 9},

@@ -1,5 +1,6 @@
 """Runs of `training/train.py` on a tiny model and a few photographs."""
 
+import json
 import logging
 import math
 import multiprocessing
@@ -21,6 +22,7 @@ import train
 import training_runs
 from accelerate import Accelerator
 from conftest import ROOT, make_tiny
+from hub_server import serve_hub, use_hub
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -285,23 +287,46 @@ def test_decoder_training_keeps_all_ids(options, inputs):
     assert torch.equal(after.encode_tokens(sample), before.encode_tokens(sample))
 
 
-def test_output_folder_has_a_card_with_numbers_and_no_private_path(options, inputs, tmp_path):
+def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tmp_path, monkeypatch):
     options |= SMALL | {"max_train_steps": 2, "validation_data_dir": str(inputs / "held_out")}
-    options |= {"pretrained_model_name_or_path": str(inputs / "model"), "model_config_name_or_path": None}
-    run(**options, hub_model_id="org/trained", license="mit")
-    output_dir = Path(options["output_dir"])
-    shutil.rmtree(output_dir / "checkpoint-2")
-    assert {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*.*")} == {
+    options |= {"push_to_hub": True, "hub_model_id": "org/trained", "model_config_name_or_path": None}
+    options |= {"pretrained_model_name_or_path": str(inputs / "model")}
+    with serve_hub(tmp_path) as hub:
+        use_hub(monkeypatch, hub)
+        run(**options, private=True, license="mit")
+    repository = tmp_path / "hub" / "org" / "trained" / "main"
+    assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
         *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "preprocessor_config.json"),
         "train_config.yaml",
         "samples/step-0000002.png",
     }
-    card = (output_dir / "README.md").read_text()
+    assert_equal_weights(repository, options["output_dir"])
+    card = (repository / "README.md").read_text()
     assert ModelCard(card).data.license == "mit"
-    assert 'from_pretrained("org/trained")' in card
+    assert json.loads((repository.parent / "settings.json").read_text())["visibility"] == "private"
     assert re.search(r"validation \| 1 images, centre crops: psnr@0.25 \d+\.\d+", card)
     for folder in (tmp_path, inputs):
-        assert_no_private_path(folder, output_dir)
+        assert_no_private_path(folder, repository)
+
+
+@pytest.mark.parametrize(
+    ("hub", "license", "error", "message"),
+    [
+        ({}, "my own", ValueError, "`license` must be an identifier that the Hub knows.*got 'my own'"),
+        ({"HF_TOKEN": ""}, "mit", OSError, "Could not create `org/trained` on the Hub: you are not logged in"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, None, OSError, "`org/trained` on the Hub: it cannot be reached"),
+    ],
+)
+def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
+    hub, license, error, message, options, tmp_path, monkeypatch
+):
+    options |= SMALL | {"max_train_steps": 2, "push_to_hub": True, "hub_model_id": "org/trained"}
+    with serve_hub(tmp_path) as env, cpu():
+        use_hub(monkeypatch, env | hub)
+        with pytest.raises(error, match=message):
+            run_training(train.train, TrainOptions(**options, license=license))
+    assert not list((tmp_path / "hub").iterdir())
+    assert not list(Path(options["output_dir"]).glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ class ImageSource:
         options, label_column = self.options, self.label_column
         self.images = open_images(
             [options.train_data_dir or options.dataset_name or ""],
+            config=options.dataset_config_name,
             split=options.split,
             image_column=options.image_column,
             columns=[] if label_column is None else [label_column],
