@@ -1,3 +1,5 @@
+"""Fixtures. Imports of torch are in functions, because the process that starts the others reads this file, too."""
+
 import logging
 import os
 import shutil
@@ -5,22 +7,18 @@ import signal
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # no test depends on what an earlier run has cached
 
-import diffusers
 import numpy as np
 import pytest
 import tifffile
-import torch
-import torch.nn.functional as F
-import transformers
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from torch import nn
 
-from svqvae_hf import SVQVAE
+if TYPE_CHECKING:
+    from svqvae_hf import SVQVAE
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -36,17 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-class Features(nn.Module):
-    """Stand-in for Inception: six numbers per image."""
+def make_tiny(**config) -> "SVQVAE":
+    import torch
 
-    num_features = 6
+    from svqvae_hf import SVQVAE
 
-    def forward(self, images):
-        images = images.double()
-        return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
-
-
-def make_tiny(**config) -> SVQVAE:
     torch.manual_seed(0)
     tiny = {
         "base_channels": 8,
@@ -62,7 +54,7 @@ def make_tiny(**config) -> SVQVAE:
 
 
 @pytest.fixture
-def tiny_model() -> SVQVAE:
+def tiny_model() -> "SVQVAE":
     return make_tiny()
 
 
@@ -102,6 +94,9 @@ def process():
         signal.signal(number, handler)
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+    import diffusers
+    import transformers
+
     for bars in (diffusers.utils.logging, transformers.utils.logging):
         bars.enable_progress_bar()
 
@@ -112,6 +107,8 @@ def one_accelerator():
     handlers = logging.root.handlers[:]
     yield
     logging.root.handlers[:] = handlers
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
@@ -129,6 +126,8 @@ def photo() -> Image.Image:
 
 @pytest.fixture
 def no_grad():
+    import torch
+
     with torch.no_grad():
         yield
 
@@ -159,11 +158,16 @@ def fill(disk: Path) -> None:
 
 
 def psnr(output, target):
+    import torch.nn.functional as F
+
     return -10 * F.mse_loss(output.float(), target.float()).log10().item()
 
 
 def smooth_images(*size, batch=1):
     """Images with content at many scales, which a random network answers more evenly than noise."""
+    import torch
+    import torch.nn.functional as F
+
     torch.manual_seed(1)
     return F.interpolate(torch.rand(batch, 3, 9, 9), size, mode="bicubic").clamp(0, 1)
 

@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 
+import pytest
 from conftest import ROOT
 
 import svqvae_hf
@@ -116,6 +117,7 @@ def overridden_names() -> set[str]:
     return found - STABLE - CACHED
 
 
+@pytest.mark.slow  # imports every module
 def test_lists_are_complete():
     assert imported_names() == IMPORTED.keys()
     assert used_names() == USED.keys()

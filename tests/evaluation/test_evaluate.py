@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import Features, make_tiny
+from conftest import make_tiny
+from features import Features
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import svqvae
-from conftest import Features, make_tiny
+from conftest import make_tiny
+from features import Features
 from PIL import Image
 from scipy.linalg import sqrtm
 

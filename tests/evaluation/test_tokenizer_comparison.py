@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli_runner import fails, svqvae
-from conftest import Features, make_tiny
+from conftest import make_tiny
 from context_models import make_context_model
+from features import Features
 from foreign_tokenizers import CASES, make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file

@@ -20,6 +20,7 @@ def means(caption, scene):
         return False
 
 
+@pytest.mark.slow
 def test_what_it_draws_of_new_captions_it_describes_by_the_same_scene():
     model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR, dtype=torch.float32)
     assert model.sampling == {"guidance_scale": 1.5, "temperature": 0.2, "top_k": 50, "top_p": 1.0}
@@ -39,6 +40,7 @@ def test_folder_is_as_large_as_documented():
     assert sum(file.stat().st_size for file in files) <= 15e6
 
 
+@pytest.mark.slow
 def test_the_command_draws_without_a_model(tmp_path, capsys):
     assert svqvae("generate", "--prompt", "a whale above a guitar on pink", "--output", tmp_path / "out") == 0
     with Image.open(tmp_path / "out" / "prompt_0_0_x1.png") as picture:
