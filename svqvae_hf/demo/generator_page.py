@@ -14,7 +14,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from svqvae_hf.demo.page import CACHE_SECONDS, FOLD_ON_PHONES
+from svqvae_hf.demo.page import CACHE_SECONDS
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
@@ -23,6 +23,7 @@ from svqvae_hf.tokens.image_tokens import is_out_of_memory
 Generator = SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLanguageModel
 
 NO_CLASS = -1
+TOP_P = 0.95  # pipelines draw from the likeliest tokens that add up to this probability
 EDITOR_PX = 512  # longer side of the picture to paint on
 PAPER = (128, 128, 128)  # colour of rows that are still to come
 BRUSH = "#ff2d6f"
@@ -68,6 +69,7 @@ class GeneratorPage:
             self.pipeline.set_progress_bar_config(disable=True)
         rows, columns = self.grids[-1]
         self.size = columns * self.pipeline.vqvae.f, rows * self.pipeline.vqvae.f
+        self.total = len(self.grids) if self.next_scale else sum(rows for rows, _ in self.grids)
 
     @property
     def classes(self) -> list[tuple[str, int]]:
@@ -77,23 +79,17 @@ class GeneratorPage:
             names = self.pipeline.config["class_names"] or names
         return [*((name, number) for number, name in enumerate(names)), ("no class", NO_CLASS)]
 
-    def generate(
-        self, label: int, prompt: str, seed: float, guidance: float, top_p: float, steps: int, **edited: Any
-    ) -> Iterator[list[Any]]:
+    def generate(self, label: int, prompt: str, seed: float, guidance: float, **edited: Any) -> Iterator[list[Any]]:
         """Generates an image, and yields the values of the page's outputs after each step."""
-        options: dict[str, Any] = {
-            "top_p": top_p,
-            "generator": torch.Generator().manual_seed(int(seed or 0)),
-            **edited,
-        }
-        if self.next_scale:
-            options["num_inference_steps"] = None if steps == len(self.grids) else int(steps)  # None: as in training
-        if self.describes:
+        options: dict[str, Any] = {"generator": torch.Generator().manual_seed(int(seed or 0)), **edited}
+        if self.describes:  # with its own sampling
             options |= {"prompts": [prompt], "guidance_scale": guidance}
-        elif self.reads_prompts:
-            options |= {"prompt": prompt, "guidance_scale": guidance}
-        elif label != NO_CLASS:
-            options |= {"class_labels": int(label), "guidance_scale": guidance}
+        else:
+            options["top_p"] = TOP_P
+            if self.reads_prompts:
+                options |= {"prompt": prompt, "guidance_scale": guidance}
+            elif label != NO_CLASS:
+                options |= {"class_labels": int(label), "guidance_scale": guidance}
         try:
             for image, title in self._steps(options):
                 yield _values(f"<p>{title}</p>", image)
@@ -104,7 +100,7 @@ class GeneratorPage:
                 raise
             yield _error_values("Out of memory.")
         else:
-            facts = f"<b>{self.size[0]} × {self.size[1]} pixels</b> in {self._total(options)} {self.unit}s"
+            facts = f"<b>{self.size[0]} × {self.size[1]} pixels</b> in {self.total} {self.unit}s"
             yield _values(f"<p>{facts}</p>", image, editable=self.edits)
 
     def repaint(
@@ -133,7 +129,7 @@ class GeneratorPage:
         def note(_: Any, step: int, at: Any, tensors: dict[str, torch.Tensor]) -> None:
             if left.is_set():
                 raise CancelledError
-            previews.put(self._preview(step, at, tensors["ids"], options))
+            previews.put(self._preview(step, at, tensors["ids"]))
 
         with ThreadPoolExecutor(1) as pool:
             generate = self.pipeline.draw if self.describes else self.pipeline
@@ -148,20 +144,14 @@ class GeneratorPage:
             image = running.result()[0]
             yield image if self.describes else image[0], title
 
-    def _preview(self, step: int, at: Any, ids: torch.Tensor, options: dict[str, Any]) -> Step:
+    def _preview(self, step: int, at: Any, ids: torch.Tensor) -> Step:
         """Decodes the ids of a scale, which may lack rows."""
         rows, columns = at if self.edits else self.grids[self.pipeline.layout.scales.index(at)]
         f = self.pipeline.vqvae.f
         image = Image.new("RGB", (columns * f, rows * f), PAPER)
         image.paste(self.pipeline.image_processor.postprocess(self.pipeline.vqvae.decode_tokens(ids))[0])
-        title = f"{self.unit.capitalize()} {step + 1} of {self._total(options)}: {columns} × {rows} tokens"
+        title = f"{self.unit.capitalize()} {step + 1} of {self.total}: {columns} × {rows} tokens"
         return image.resize(self.size, Image.Resampling.BICUBIC), title
-
-    def _total(self, options: dict[str, Any]) -> int:
-        """Number of steps, or of rows."""
-        if self.next_scale:
-            return options["num_inference_steps"] or len(self.grids)
-        return sum(rows for rows, _ in self.grids)
 
 
 def build(page: GeneratorPage) -> gr.Blocks:
@@ -179,8 +169,7 @@ def build(page: GeneratorPage) -> gr.Blocks:
             with gr.Column(scale=1, min_width=280):
                 condition = _condition(page)
                 run = gr.Button("Generate", variant="primary", elem_id="run")
-                with gr.Accordion("Settings", elem_id="settings") as folded:
-                    settings = [*condition, *_sampling(page)]
+                settings = [*condition, *_sampling(page)]
                 with gr.Accordion("Describe a picture", open=False, visible=page.describes):
                     upload = gr.Image(type="pil", show_label=False, sources=("upload", "clipboard"), elem_id="upload")
                     told = gr.Textbox(label="Caption", interactive=False, elem_id="told")
@@ -219,7 +208,6 @@ def build(page: GeneratorPage) -> gr.Blocks:
         run.click(page.generate, settings, **event)
         repaint.click(page.repaint, [picture, canvas, *settings], **event)
         upload.change(page.describe, upload, **{**event, "outputs": told})
-        blocks.load(None, None, folded, js=FOLD_ON_PHONES, api_visibility="private")
     return blocks
 
 
@@ -244,7 +232,7 @@ def _condition(page: GeneratorPage) -> tuple[gr.Component, ...]:
 
 
 def _sampling(page: GeneratorPage) -> tuple[gr.Component, ...]:
-    """Seed, guidance, share of the likely tokens, and number of steps."""
+    """Seed and guidance."""
     guided = page.reads_prompts or page.num_classes > 0
     seed = gr.Number(0, precision=0, label="Seed", info="Another number makes another picture", elem_id="seed")
     guidance = gr.Slider(
@@ -257,26 +245,7 @@ def _sampling(page: GeneratorPage) -> tuple[gr.Component, ...]:
         visible=guided,
         elem_id="guidance",
     )
-    top_p = gr.Slider(
-        0.05,
-        1,
-        value=0.95,
-        step=0.05,
-        label="Top p",
-        info="Draws from the likeliest tokens that add up to this probability",
-        elem_id="top_p",
-    )
-    steps = gr.Slider(
-        1,
-        max(page.grids[-1]),
-        value=len(page.grids),
-        step=1,
-        label="Steps",
-        info="Scales from one token to the whole picture",
-        visible=page.next_scale,
-        elem_id="steps",
-    )
-    return seed, guidance, top_p, steps
+    return seed, guidance
 
 
 def _painted(drawing: dict[str, Any] | None, size: tuple[int, int]) -> Image.Image | None:

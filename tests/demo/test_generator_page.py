@@ -4,6 +4,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
+from cli_runner import fails
 from conftest import make_tiny
 from next_scale_golden import make_transformer
 from PIL import Image
@@ -11,11 +12,11 @@ from tiny_language_models import load_extended
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-from svqvae_hf.demo.generator_page import EDITOR_PX, NO_CLASS, PAPER, GeneratorPage
+from svqvae_hf.demo.generator_page import BY_SCALE, EDITOR_PX, HEADING, NO_CLASS, PAPER, TOP_P, GeneratorPage
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.sequences import SequenceLayout
 
-SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0, "top_p": 0.9, "steps": 4}
+SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0}
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def autoregressive():
 def sample(pipeline, **arguments):
     """Image of the pipeline, and the ids after each step."""
     steps = []
-    options = {"class_labels": 1, "guidance_scale": 2.0, "top_p": 0.9} | arguments
+    options = {"class_labels": 1, "guidance_scale": 2.0, "top_p": TOP_P} | arguments
     generator = torch.Generator().manual_seed(7)
     note = lambda *call: steps.append(call[-1]["ids"])  # noqa: E731
     return pipeline(**options, generator=generator, callback_on_step_end=note).images[0], steps
@@ -106,8 +107,7 @@ def test_a_language_model_draws_edits_and_describes():
     page, settings = GeneratorPage(model), SETTINGS | {"prompt": "a cat"}
     assert page.classes == [("no class", NO_CLASS)]
     values = list(page.generate(**settings))
-    options = {"guidance_scale": 2.0, "top_p": 0.9}
-    (image,) = model.draw(["a cat"], generator=torch.Generator().manual_seed(7), **options)
+    (image,) = model.draw(["a cat"], generator=torch.Generator().manual_seed(7), guidance_scale=2.0)
     np.testing.assert_array_equal(pictures(values)[-1], image)
     edited = list(page.repaint(image, drawn((0, 0, EDITOR_PX, EDITOR_PX // 2)), *settings.values()))
     lower = image.height // 2
@@ -124,6 +124,21 @@ def test_mistakes_are_shown_in_the_page(next_scale):
         (values,) = page.repaint(picture, drawing, *SETTINGS.values())
         assert "Nothing is painted yet" in values[0]
         assert values[1] == gr.skip()  # the picture stays
-    (values,) = page.generate(**(SETTINGS | {"top_p": 0.0}))
-    assert "role='alert'>`top_p` must be above 0" in values[0]
+    (values,) = page.generate(**(SETTINGS | {"guidance": 1e9}))
+    assert "role='alert'>`guidance_scale` must be in" in values[0]
     assert not values[1].visible
+
+
+def test_the_command_serves_the_page_of_a_generator(next_scale, tmp_path, monkeypatch, capsys):
+    def serve(blocks, host, port):
+        served.append((blocks.blocks.values(), host, port))
+        raise OSError("stopped")
+
+    served = []
+    monkeypatch.setattr("svqvae_hf.demo.page.serving", serve)
+    next_scale.save_pretrained(tmp_path / "pipeline")
+    options = ("--host", "0.0.0.0", "--port", 7000, "--device", "cpu")
+    assert "stopped" in fails(capsys, "demo", "--generator", tmp_path / "pipeline", *options)
+    ((blocks, *place),) = served
+    assert place == ["0.0.0.0", 7000]
+    assert HEADING.format(BY_SCALE) in [block.value for block in blocks if isinstance(block, gr.HTML)]

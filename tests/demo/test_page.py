@@ -13,14 +13,11 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from svqvae_hf.demo import page as demo
-from svqvae_hf.demo.page import STATIC, Page, serving
+from svqvae_hf.demo.page import SCALES, STATIC, Page, serving
 from svqvae_hf.demo.previews import draw_codes, preview_scales
 from svqvae_hf.evaluation.metrics import ssim
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
-from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
-
-SCALES = [0.5, 1.0]
 
 
 @pytest.fixture
@@ -39,16 +36,6 @@ def photograph(picture, tmp_path):
 def page(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CACHE", str(tmp_path / "cache"))
     return Page(tiny_model)
-
-
-def encode(page, photograph, scales=SCALES, scale_from="image"):
-    return page.encode(photograph, scales, scale_from)
-
-
-def scale_tabs(values):
-    """Values of each tab."""
-    per_tab = values[2:]
-    return [per_tab[first : first + 4] for first in range(0, len(per_tab), 4)]
 
 
 def pixels(path):
@@ -75,8 +62,8 @@ def test_previews_match_tokens_and_metrics(tiny_model, picture):
         assert preview.figures["tokens"].endswith(f"= {result.tokens}")
         assert preview.figures["size"] == f"{image.width} × {image.height}"
         assert float(preview.figures["decoded in"].removesuffix(" s")) >= 0
-    pair = [torch.from_numpy(np.array(each)).movedim(-1, 0)[None] for each in (images[1], picture)]
-    (_, preview) = preview_scales(tiny_model, tokens, picture)
+    pair = [torch.from_numpy(np.array(each)).movedim(-1, 0)[None] for each in (images[-1], picture)]
+    *_, preview = preview_scales(tiny_model, tokens, picture)
     assert preview.figures["SSIM"] == f"{ssim(*pair).item():.3f}"
 
 
@@ -95,30 +82,24 @@ def test_code_grid_has_ids_and_their_pictures(tiny_model, picture):
             np.testing.assert_array_equal(sheet[top : top + side, left : left + side], look)
 
 
-@pytest.mark.parametrize("scale_from", SCALE_SOURCES)
-def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture, scale_from):
-    summary, tabs, *_ = values = encode(page, photograph, [1.0, 0.5], scale_from)
-    tokens = encode_image(tiny_model, picture, SCALES, scale_from)
+def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture):
+    summary, tabs, *outputs = page.encode(photograph)
+    tokens = encode_image(tiny_model, picture, SCALES)
     assert "cat &amp; mouse.png" in summary
     assert "64 × 41 pixels" in summary
-    assert (tabs.visible, tabs.selected) == (True, 1)
-    for (tab, (left, right), figures, grid), scale, decoded in zip(
-        scale_tabs(values)[:2], SCALES, decode_image(tiny_model, tokens), strict=True
-    ):
-        assert (tab.label, tab.visible) == (f"scale {scale:g}", True)
+    assert tabs.visible
+    tabs = zip(outputs[::3], outputs[1::3], outputs[2::3], strict=True)
+    for ((left, right), figures, grid), decoded in zip(tabs, decode_image(tiny_model, tokens), strict=True):
         np.testing.assert_array_equal(pixels(left), picture)
         np.testing.assert_array_equal(pixels(right), decoded)
         assert "bits per pixel" in figures
         assert grid["codes"]
-    assert [tab[0].visible for tab in scale_tabs(values)] == [True, True, False, False]
 
 
-def test_errors_show_no_folders(page, photograph, tmp_path):
+def test_errors_show_no_folders(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"<b>no image</b>")
-    assert "There is no photograph yet" in error_shown(encode(page, None))
-    assert "No scale is chosen. Choose at least one." in error_shown(encode(page, photograph, scales=[]))
-    answer = encode(page, str(broken))
+    answer = page.encode(str(broken))
     assert "`broken.png`" in error_shown(answer)
     assert str(tmp_path) not in answer[0]
 
@@ -127,7 +108,7 @@ def test_too_large_image_is_an_error_before_decoding(page, tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (11000, 11000)).save(path)
     path.write_bytes(path.read_bytes()[:60])  # a decoder would say that it is cut short
-    assert "at most 17 million pixels" in error_shown(encode(page, str(path)))
+    assert "at most 17 million pixels" in error_shown(page.encode(str(path)))
 
 
 def test_taken_port_is_an_error():

@@ -1,25 +1,28 @@
-"""`svqvae demo` in headless Chromium, as a visitor uses it. Screenshots are saved in outputs/screenshots."""
+"""Both pages of `svqvae demo` in headless Chromium, as visitors use them. Screenshots go to outputs/screenshots."""
 
+import asyncio
 import importlib.util
 import io
 import json
 import os
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_tiny
+from next_scale_golden import make_transformer
 from PIL import Image
 
-from svqvae_hf import DEFAULT_MODEL, SVQVAE
+from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAENextScalePipeline
+from svqvae_hf.demo.generator_page import GeneratorPage, build
+from svqvae_hf.demo.page import SCALES, serving
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 pytestmark = pytest.mark.slow
 
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
-SCALES = (0.25, 0.5, 1.0)  # the defaults of the page
-SETTINGS = ("#scales", "#scale_from")
 
 
 def skip_or_fail(reason):
@@ -55,8 +58,9 @@ def viewport():
     return {"width": 1200, "height": 900}
 
 
-@pytest.fixture
-def page(browser, address, viewport):
+@contextmanager
+def visit(browser, address, viewport):
+    """Opens a page, which must ask no other server for anything and raise no error."""
     from demo_pictures import PATIENCE
 
     page = browser.new_page(viewport=viewport)
@@ -65,11 +69,42 @@ def page(browser, address, viewport):
     page.on("request", lambda request: elsewhere.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
-    page.locator("#settings").wait_for()
+    page.locator("#summary").wait_for()
     yield page
     page.close()
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
     assert errors == []
+
+
+@pytest.fixture
+def page(browser, address, viewport):
+    with visit(browser, address, viewport) as page:
+        yield page
+
+
+@pytest.fixture
+def closed_loops(monkeypatch):
+    """Closes the event loops that Gradio makes for its locks."""
+    loops, new_event_loop = [], asyncio.new_event_loop
+
+    def new_noted_loop():
+        loops.append(new_event_loop())
+        return loops[-1]
+
+    monkeypatch.setattr(asyncio, "new_event_loop", new_noted_loop)
+    yield
+    for loop in loops:
+        loop.close()
+
+
+@pytest.fixture
+def generator_page(browser, viewport, tmp_path, monkeypatch, closed_loops):
+    """Page of a generator, served by this process, because the imports of another take longer than the test."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    pipeline = SVQVAENextScalePipeline(make_tiny(), make_transformer(), schedule=[1, 2, 3, 4, 6, 8])
+    with serving(build(GeneratorPage(pipeline)), "127.0.0.1", None) as address:
+        with visit(browser, address, viewport) as page:
+            yield page
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +149,7 @@ def figures(page):
 
 def test_photograph_to_ids_and_back(page, model, picture, photograph):
     model.enable_tiling(256, 32)
-    tokens = encode_image(model, picture, SCALES, "image")
+    tokens = encode_image(model, picture, SCALES)
     images = decode_image(model, tokens)
     results = measure_reconstructions(picture, tokens, images)
 
@@ -156,8 +191,6 @@ def test_errors_are_shown_in_the_page(page, photograph, tmp_path):
         assert not page.locator("#results").is_visible()
         assert "Traceback" not in page.content()
 
-    page.locator("#run").click()
-    wait_for_error("There is no photograph yet")
     choose(page, "#photograph button", tmp_path / "broken.png")
     wait_for_error("`broken.png` (28 bytes) is not a readable image")
     page.screenshot(path=SCREENSHOTS / "mistake.png")
@@ -185,8 +218,6 @@ def watch_summary(page):
 
 @pytest.mark.parametrize("viewport", [{"width": 390, "height": 844}])
 def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tmp_path):
-    for name in SETTINGS:
-        page.locator(name).wait_for(state="hidden")
     photo.resize((300, 300)).save(tmp_path / "square.png")
     choose(page, "#photograph button", tmp_path / "square.png")
     wait_for(page, "square.png 300 × 300 pixels, encoded in")
@@ -195,8 +226,6 @@ def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tm
     box = page.locator(".compared:visible").bounding_box()
     assert page.evaluate("[scrollY, document.documentElement.scrollWidth]") == [0, viewport["width"]]
     assert box["y"] + box["height"] < viewport["height"]
-    page.locator("#settings button").first.click()
-    page.locator("#scales").wait_for()
 
 
 def test_no_analytics_and_no_public_api(address):
@@ -204,3 +233,34 @@ def test_no_analytics_and_no_public_api(address):
         config = json.load(answer)
     assert not config["analytics_enabled"]
     assert {function["api_visibility"] for function in config["dependencies"]} == {"private"}
+
+
+def generated(page):
+    url = page.locator("#result img").get_attribute("src")
+    with Image.open(io.BytesIO(page.request.get(url).body())) as image:
+        return np.asarray(image.convert("RGB"), int)
+
+
+def test_image_grows_and_a_painted_part_is_generated_anew(generator_page):
+    from demo_pictures import PHONE, generate, paint
+
+    page = generator_page
+    page.locator("#run").wait_for()
+    states = watch_summary(page)
+    generate(page)
+    texts = [text for text, _ in states()]
+    assert texts[-1].split() == "32 × 32 pixels in 6 steps".split()
+    assert any("of 6:" in text for text in texts)
+    before, url = generated(page), page.locator("#result img").get_attribute("src")
+    paint(page)
+    page.screenshot(path=SCREENSHOTS / "painted.png", full_page=True)
+    page.get_by_label("Seed").fill("1")
+    page.locator("#repaint").click()
+    page.wait_for_function("url => document.querySelector('#result img')?.src !== url", arg=url)
+    page.locator("#summary b").wait_for()
+    changed = np.abs(generated(page) - before).mean(-1)
+    page.screenshot(path=SCREENSHOTS / "repainted.png", full_page=True)
+    assert changed[12:20, 12:20].mean() > 3 * changed[:, :4].mean()
+    page.set_viewport_size(PHONE)
+    page.screenshot(path=SCREENSHOTS / "generator_on_a_phone.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
