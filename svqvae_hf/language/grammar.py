@@ -32,13 +32,15 @@ class ImageGrammar(LogitsProcessor):
 
     def __init__(self, config: PreTrainedConfig):
         vocabulary = ImageVocabulary.from_config(config)
-        self.begin, self.first_size = vocabulary.begin, vocabulary.first_size
+        self.begin = vocabulary.begin
         counts = [rows * columns for rows, columns in vocabulary.grids]
         self.kinds = torch.full((len(counts), max(counts) + 2), OUTSIDE)  # by size, and tokens after the last begin
         self.kinds[:, 0] = SIZE
         for size, count in enumerate(counts):
             self.kinds[size, 1 : count + 1], self.kinds[size, count + 1] = CODES, LAST
         self.bias = torch.full((4, config.get_text_config().vocab_size), -torch.inf)  # next kind x token
+        self.starts = torch.zeros(self.bias.shape[1], dtype=torch.int64)  # of the row of `kinds` of each size token
+        self.starts[vocabulary.first_size : vocabulary.stop] = torch.arange(0, self.kinds.numel(), self.kinds.shape[1])
         self.bias[OUTSIDE, : vocabulary.first_token] = 0
         self.bias[OUTSIDE, vocabulary.begin] = 0
         self.bias[SIZE, vocabulary.first_size : vocabulary.stop] = 0
@@ -46,17 +48,19 @@ class ImageGrammar(LogitsProcessor):
         self.bias[LAST, vocabulary.end] = 0
 
     def next_kind(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Kind of the next token of sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch,)`."""
+        """Kind of the token after sequences `(batch, length)`: `OUTSIDE`, `SIZE`, `CODES` or `LAST`, `(batch, 1)`."""
         if self.kinds.device != input_ids.device:
-            self.kinds, self.bias = self.kinds.to(input_ids.device), self.bias.to(input_ids.device)
+            self.kinds, self.bias, self.starts = (
+                each.to(input_ids.device) for each in (self.kinds, self.bias, self.starts)
+            )
         newest_first = input_ids[:, -self.kinds.shape[1] :].flip(1)  # an image that began before them is complete
-        has_begun, place = (newest_first == self.begin).max(1)
-        size = newest_first.gather(1, (place - 1).clamp_min(0)[:, None])[:, 0] - self.first_size
-        return self.kinds[size.clamp(0, len(self.kinds) - 1), place] * has_begun  # `OUTSIDE` is 0
+        has_begun, place = (newest_first == self.begin).max(1, keepdim=True)
+        size = newest_first.gather(1, (place - 1).clamp_min(0))
+        return self.kinds.take(self.starts.take(size) + place) * has_begun  # `OUTSIDE` is 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sets the logits `(batch, vocab_size)` of the barred tokens to minus infinity."""
-        return scores + self.bias.index_select(0, self.next_kind(input_ids))
+        return scores + self.bias.index_select(0, self.next_kind(input_ids)[:, 0])
 
 
 class ImageGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
@@ -76,7 +80,7 @@ class ImageGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Guides the logits `(batch, vocab_size)` of sequences that are inside an image."""
         inside = self.grammar.next_kind(input_ids) != OUTSIDE
-        return torch.where(inside[:, None], super().__call__(input_ids, scores), scores.log_softmax(-1))
+        return torch.where(inside, super().__call__(input_ids, scores), scores.log_softmax(-1))
 
 
 def grammar_regex(vocabulary: ImageVocabulary) -> str:
