@@ -49,10 +49,13 @@ class ImageTextOptions:
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id, as `svqvae extend-lm` wrote it."})
     token_set: str | None = field(default=None, metadata={"help": "Token set of `svqvae tokenize`: folder or Hub id."})
-    caption_column: str = field(default="caption", metadata={"help": "Column of the captions: a text or a list."})
+    caption_column: str = field(
+        default="caption",
+        metadata={"help": "Column of the captions: a text or a list; the model learns to write the first."},
+    )
     first_caption_fraction: float = field(
         default=0.0,
-        metadata={"help": "Fraction of pairs with the first caption of a list; the others have any of it."},
+        metadata={"help": "Fraction of images asked for by the first caption of a list; the others by any of it."},
     )
     caption_fraction: float = field(
         default=0.5, metadata={"help": "Fraction of pairs from image to text; the others go from text to image."}
@@ -144,7 +147,7 @@ class ImageTextExamples(Dataset):
         captions = [captions] if isinstance(captions, str) else captions
         is_first = rng.random() < self.options.first_caption_fraction
         caption = captions[0 if is_first else rng.integers(len(captions))]
-        draws = [image, caption]
+        draws = [image, captions[0]]
         if rng.random() >= self.options.caption_fraction:
             draws = [caption if rng.random() >= self.options.condition_dropout else self.processor.no_condition, image]
         roles = zip(("user", "assistant"), draws, strict=True)

@@ -112,6 +112,12 @@ def test_first_captions_of_lists_have_the_stated_share(tokens):
     assert all("a pear" in prompt or "a cat" in prompt for prompt in prompts)
 
 
+def test_the_first_caption_of_a_list_is_the_one_to_write(tokens):
+    made = examples(tokens, caption_fraction=1.0)
+    row, rng = made.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
+    assert {learned(made.pair_example(row, rng))[1].split("<")[0] for _ in range(20)} == {"a pear"}
+
+
 @pytest.mark.slow
 def test_texts_with_images_are_learned_whole(tokens, tmp_path):
     ids = [[1, 2], [3, 4]]
