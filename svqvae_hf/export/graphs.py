@@ -68,8 +68,8 @@ class DecoderGraph(nn.Module):
 def trace_graphs(model: SVQVAE) -> tuple[ExportedProgram, ExportedProgram]:
     """Traces encoder and decoder, with dynamic batch, height and width."""
     return (
-        _trace(EncoderGraph(model), example_images(model, TRACED_GRID), (0, 2, 3)),
-        _trace(DecoderGraph(model), torch.zeros(TRACED_GRID, dtype=torch.int64), (0, 1, 2)),
+        trace_graph(EncoderGraph(model), example_images(model, TRACED_GRID), (0, 2, 3)),
+        trace_graph(DecoderGraph(model), torch.zeros(TRACED_GRID, dtype=torch.int64), (0, 1, 2)),
     )
 
 
@@ -88,7 +88,8 @@ def _codes(model: SVQVAE) -> torch.Tensor:
     return model.quantize.get_codebook_entry(torch.arange(model.config["codebook_size"])).detach()
 
 
-def _trace(graph: nn.Module, example: torch.Tensor, dynamic: Sequence[int]) -> ExportedProgram:
+def trace_graph(graph: nn.Module, example: torch.Tensor, dynamic: Sequence[int]) -> ExportedProgram:
+    """Traces a graph by an example, some of whose dimensions are dynamic."""
     dims = dict.fromkeys(dynamic, Dim.DYNAMIC)
     program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
     for node in program.graph.nodes:

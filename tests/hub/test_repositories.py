@@ -1,7 +1,16 @@
+"""Models, a pipeline and a token set, uploaded to a stand-in for the Hub and loaded from there by one new process."""
+
 import json
 
 import pytest
+from conftest import ROOT, make_tiny
 from hub_server import run_python, serve_hub
+from huggingface_hub import ModelCard
+from tiny_language_models import extended
+from token_set_parts import content, save_photos
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from svqvae_hf import SVQVAEAutoregressivePipeline
 
 pytestmark = pytest.mark.slow
 
@@ -9,13 +18,28 @@ pytestmark = pytest.mark.slow
 CLIENT = """
 import json, os, sys, time
 from pathlib import Path
+import datasets
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants
-from svqvae_hf import SVQVAE
-from svqvae_hf.conversion.convert import convert
+from transformers import AutoModelForCausalLM, AutoProcessor
+import svqvae_hf
 
 golden, work = Path(sys.argv[1]), Path(sys.argv[2])
+saved = DiffusionPipeline.from_pretrained(work / "pipeline")  # found by `import svqvae_hf` alone
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.conversion.convert import convert
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.token_sets.decoding import detokenize_set
+from svqvae_hf.token_sets.settings import read_settings
+from svqvae_hf.token_sets.writer import tokenize_set
+
 seen = {"errors": {}}
+
+def sample(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(0, generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
@@ -48,6 +72,31 @@ seen["requested"] = taming.push_to_hub("org/converted", create_pr=True, license=
 seen["from_request"] = same(taming, SVQVAE.from_pretrained("org/converted", revision="refs/pr/1"))
 seen["main_unchanged"] = same(model, SVQVAE.from_pretrained("org/converted"))
 
+# A pipeline, a language model and a token set
+assert type(AutoProcessor.from_pretrained(sys.argv[3])) is svqvae_hf.SVQVAEProcessor
+assert AutoModelForCausalLM.from_pretrained(sys.argv[3]).config.image_vocabulary["grids"]
+saved.push_to_hub("org/dreams", private=True, license="mit")
+for cls in (DiffusionPipeline, svqvae_hf.SVQVAEAutoregressivePipeline):
+    loaded = cls.from_pretrained("org/dreams")
+    assert type(loaded) is svqvae_hf.SVQVAEAutoregressivePipeline
+    assert torch.equal(sample(loaded), sample(saved))
+saved.push_to_hub("org/dreams", variant="fp16")
+saved.save_pretrained(work / "twice", push_to_hub=True, repo_id="org/twice", private=True)
+
+tokenizer = saved.vqvae.eval()
+HfApi().create_repo("org/photos", repo_type="dataset")
+HfApi().upload_folder(repo_id="org/photos", repo_type="dataset", folder_path=work / "photos")
+images = open_images(["org/photos"])
+tokenize_set(tokenizer, images, work / "out-tokens", model_name="org/tiny", source_set="org/photos")
+HfApi().create_repo("org/tokens", repo_type="dataset")
+HfApi().upload_folder(repo_id="org/tokens", repo_type="dataset", folder_path=work / "out-tokens")
+assert read_settings("org/tokens") == read_settings(work / "out-tokens")
+rows = datasets.load_dataset("org/tokens", split="train")
+assert rows.to_list() == datasets.load_dataset(str(work / "out-tokens"), split="train").to_list()
+detokenize_set(tokenizer, "org/tokens", work / "images", max_images=1)
+seen["rows"] = list(rows["key"]), rows.features["label"].names
+
+error("no token set", read_settings, "org/gone")
 error("no repository", SVQVAE.from_single_file, "org/gone:file.pt")
 error("no file", SVQVAE.from_single_file, "org/raw:gone.pt")
 error("gated", SVQVAE.from_single_file, "org/gated:file.pt")
@@ -79,11 +128,33 @@ def hub(tmp_path_factory):
         yield folder, env
 
 
+def save_pipeline(folder):
+    vqvae = make_tiny(sample_size=8)
+    config = LlamaConfig(
+        vocab_size=66,  # 64 codes, one class, no class
+        max_position_embeddings=5,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    SVQVAEAutoregressivePipeline(vqvae, LlamaForCausalLM(config).eval(), num_classes=1).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
-def seen(hub, request):
+def seen(hub):
     folder, env = hub
-    golden = request.config.rootpath / "tests" / "golden"
-    return json.loads(run_python(CLIENT, env, golden, folder))
+    save_pipeline(folder / "pipeline")
+    photos = save_photos(folder / "photos")
+    for i, name in ((0, "cat"), (1, "dog")):
+        (photos / name).mkdir()
+        (photos / f"{i}.png").rename(photos / name / f"{i}.png")
+    for path in photos.glob("*.png"):
+        path.unlink()
+    return json.loads(run_python(CLIENT, env, ROOT / "tests" / "golden", folder, extended("llama")).splitlines()[-1])
 
 
 def test_pushed_conversion_loads_bit_equal(hub, seen):
@@ -113,8 +184,32 @@ def test_pull_request_leaves_main_unchanged(hub, seen):
     assert "license: mit" in (hub[0] / "hub" / "org" / "converted" / "refs" / "pr" / "1" / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("seen")
+def test_pushed_pipelines_have_weights_card_and_visibility(hub):
+    folder = hub[0] / "hub" / "org"
+    weights = {name: {*(folder / name / "main").rglob("*model*.safetensors")} for name in ("dreams", "twice")}
+    assert {name: sum(".fp16." in file.name for file in files) for name, files in weights.items()} == {
+        "dreams": 2,
+        "twice": 0,
+    }
+    assert len(weights["dreams"]) == 2 * len(weights["twice"]) == 4
+    for name in ("dreams", "twice"):
+        assert json.loads((folder / name / "settings.json").read_text())["visibility"] == "private"
+    assert ModelCard((folder / "dreams" / "main" / "README.md").read_text()).data.license == "mit"
+
+
+def test_token_set_is_made_from_a_set_on_the_hub_and_decoded_there(hub, seen):
+    folder = hub[0]
+    assert seen["rows"] == [["cat/0.png", "dog/1.png"], ["cat", "dog"]]
+    pushed = folder / "hub" / "org" / "tokens" / "main"
+    assert content(pushed) == content(folder / "out-tokens")
+    assert "source_datasets:\n- org/photos" in (pushed / "README.md").read_text()
+    assert (folder / "images" / "00000000_x1.png").exists()
+
+
 def test_errors_are_one_line(seen):
     messages = {
+        "no token set": "could not download the token set `org/gone` from the Hub: the repository does not exist",
         "no repository": "Could not download `org/gone:file.pt` from the Hub: the repository does not exist",
         "no file": "Could not download `org/raw:gone.pt` from the Hub: the repository has no such file.",
         "gated": "Could not download `org/gated:file.pt` from the Hub: access is restricted. Accept the terms",
