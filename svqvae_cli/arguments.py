@@ -72,6 +72,10 @@ class Parser(argparse.ArgumentParser):
         self.option("--tile-size", int, "PIXELS", f"side of a tile, a multiple of f (default: {tile_size})")
         self.option("--overlap", int, "PIXELS", f"pixels read beyond a tile's sides (default: {overlap})")
 
+    def add_compress(self) -> None:
+        """Adds compression."""
+        self.flag("--compress", "store likely ids in few bits; decoding needs the context model of MODEL as well")
+
     def add_model(self) -> None:
         """Adds the model, its device and its precision."""
         self.option("--model", path_or_name, "MODEL", "model folder or Hub id (default: the small bundled model)")

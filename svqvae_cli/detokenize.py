@@ -28,11 +28,11 @@ def run(args: argparse.Namespace) -> None:
     """Writes the images of a token set, with the tiles that they were encoded with."""
     check_data([args.tokens])
     check_output(args.output)
-    from svqvae_cli.loading import load_model
+    from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.token_sets.decoding import detokenize_set
     from svqvae_hf.token_sets.settings import read_settings
 
-    read_settings(args.tokens)  # fails before the model is loaded
+    settings = read_settings(args.tokens)  # fails before the model is loaded
     model = load_model(args.model, args.device, args.dtype)
     written, kept = detokenize_set(
         model,
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
         part=args.part,
         num_parts=args.num_parts,
         overwrite=args.overwrite,
+        context_model=None if settings.context_model is None else require_context_model(model, args.model),
     )
     if kept:
         print(f"resumed: {kept:,} of {written + kept:,} images were there")

@@ -17,7 +17,7 @@ def check_large(args: argparse.Namespace) -> None:
     """Raises ValueError for an option that `--large` excludes, or if its extra is missing."""
     if not args.large:
         return
-    for name in ("scales", "min_psnr", "full_size", "preview"):
+    for name in ("scales", "min_psnr", "max_bits", "full_size", "preview"):
         if getattr(args, name, None) != args.parser.get_default(name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"--large works at scale 1, by rows of tiles. Leave out {option} or --large.")

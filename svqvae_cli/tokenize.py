@@ -29,6 +29,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("out", not_empty, "OUT", "folder or URL to write to")
     parser.add_scales([1.0])
     parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
+    parser.add_compress()
     parser.choice("--crops", CROPS, "crops of an image that become rows (default: whole)", "whole")
     parser.option("--resolution", int, "PIXELS", "side of centre and ten crops")
     help = "columns to keep besides label, caption, text, cls, txt, json"
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     check_data(args.data)
     if os.path.isfile(args.out):
         check_new_folder(args.out)
-    from svqvae_cli.loading import find_device, load_model
+    from svqvae_cli.loading import find_device, load_model, require_context_model
     from svqvae_hf import DEFAULT_MODEL
     from svqvae_hf.data.image_sets import open_images
     from svqvae_hf.token_sets.cards import public_names
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
             images,
             args.out,
             **public_names(args.data, args.model or DEFAULT_MODEL),
+            context_model=require_context_model(model, args.model) if args.compress else None,
             parts=own if args.part is None else [args.part],
             num_parts=num_parts,
             num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,

@@ -77,6 +77,7 @@ def token_set_card(
         "tiles": f"{settings.tile_size} pixels, overlap {settings.overlap}" if settings.tile_size else "none",
     }
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(settings.scales)}
+    ids["tokens"] = "ids of all scales, compressed, as the content of a token file"
     meanings = {**ids, **COLUMNS}
     model = [] if settings.model == BUNDLED_MODEL else ["--model", settings.model]
     sources = [source_set] if source_set else None

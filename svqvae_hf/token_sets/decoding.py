@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from svqvae_hf.files.outputs import save_png, scale_endings
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
@@ -22,6 +23,7 @@ def detokenize_set(
     part: int = 0,
     num_parts: int = 1,
     overwrite: bool = False,
+    context_model: ContextModel | None = None,
 ) -> tuple[int, int]:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
@@ -36,6 +38,7 @@ def detokenize_set(
         part (`int`, defaults to 0): Number of the part to decode, from 0: every `num_parts`-th row from this one.
         num_parts (`int`, defaults to 1): Number of parts.
         overwrite (`bool`, defaults to `False`): Whether images that are there are decoded again.
+        context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
     Returns:
         `tuple[int, int]`: Numbers of images written, and kept because they were there.
@@ -55,7 +58,7 @@ def detokenize_set(
     rows = islice(enumerate(load_rows(name, streaming=True)), part, max_images, num_parts)
     written = kept = 0
     for index, row in tqdm(rows, unit="image", disable=None):
-        tokens = row_tokens(row, settings)
+        tokens = row_tokens(row, settings, context_model)
         paths = [Path(output, f"{index:08}{ending}") for ending in scale_endings(tokens.scales)]
         if not overwrite and all(path.exists() for path in paths):
             kept += len(paths)

@@ -7,11 +7,13 @@ from typing import Any
 import datasets
 import torch
 
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS, CroppedImage
 from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
-from svqvae_hf.tokens.image_tokens import check_memory, execution_device
+from svqvae_hf.tokens.image_tokens import check_memory, execution_device, image_tokens
+from svqvae_hf.tokens.token_files import token_file_content
 
 BATCH_CROPS = 64  # crops of a batch by default, if they are small
 BATCH_PIXELS = 2**20  # pixels of a batch by default, at most, unless one crop has more
@@ -28,6 +30,7 @@ class RowEncoder:
         settings ([`TokenSettings`]): Settings of the token set.
         features (`datasets.Features`): Columns of the image set that are kept.
         batch_size (`int`, *optional*): Crops of a batch. By default 64, or fewer if they have over a megapixel in all.
+        context_model ([`ContextModel`], *optional*): Context model that compresses the rows.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class RowEncoder:
         settings: TokenSettings,
         features: datasets.Features,
         batch_size: int | None,
+        context_model: ContextModel | None = None,
     ):
-        self.model = model
+        self.model, self.context_model = model, context_model
         self.device, self.dtype = execution_device(model), model.dtype  # each look-up visits all modules
         self.settings = settings
         self.features = features
@@ -119,8 +123,14 @@ class RowEncoder:
         encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from)
         grids = [grid.cpu() for grid in encoded]
         for number, (_, row) in enumerate(crops):
-            ids = [grid[number].flatten().numpy().astype(settings.id_dtype) for grid in grids]
-            row |= dict(zip(settings.id_columns, ids, strict=True))
+            ids = [grid[number] for grid in grids]
+            if self.context_model is None:
+                stored = [grid.flatten().numpy().astype(settings.id_dtype) for grid in ids]
+                row |= dict(zip(settings.id_columns, stored, strict=True))
+            else:
+                size = row["height"], row["width"]
+                tokens = image_tokens(self.model, ids, *size, settings.scales, settings.scale_from)
+                row["tokens"] = token_file_content(tokens, self.context_model)
 
     def _fit(self, shape: torch.Size, key: str) -> None:
         """Sets the tiles for images of a shape, and raises if their batches need more memory than is available."""

@@ -21,14 +21,17 @@ from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.hub.repositories import hub_answers, hub_reason
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import grid_shape
 from svqvae_hf.token_sets.crops import CROPS, is_whole
+from svqvae_hf.tokens.compressed_tokens import read_compressed
 from svqvae_hf.tokens.token_files import (
     FINGERPRINT,
     INTEGER_LIMIT,
     METADATA_KEY,
     UINT16_CODES,
     ImageTokens,
+    decompressed_tokens,
 )
 
 FORMAT_VERSION = 1
@@ -51,6 +54,8 @@ class TokenSettings:
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Sets
             without it hold scales from the latents.
+        context_model (`str`, *optional*): Fingerprint of the [`ContextModel`] that compresses the rows: their column
+            `tokens`, the content of a compressed token file, stands for the columns of ids.
 
     Raises:
         ValueError: A value is out of range.
@@ -66,6 +71,7 @@ class TokenSettings:
     crops: str
     resolution: int | None
     scale_from: str = "latents"
+    context_model: str | None = None
 
     def __post_init__(self) -> None:
         scales = self.scales
@@ -79,6 +85,7 @@ class TokenSettings:
             "overlap": self.overlap is None if self.tile_size is None else _is_integer(self.overlap, 0),
             "crops": self.crops in tuple(CROPS),
             "scale_from": self.scale_from in SCALE_SOURCES,
+            "context_model": self.context_model is None or FINGERPRINT.fullmatch(str(self.context_model)) is not None,
             "resolution": self.resolution is None if is_whole(self.crops) else _is_integer(self.resolution, 1),
         }
         for name, is_valid in valid.items():
@@ -92,8 +99,14 @@ class TokenSettings:
 
     @property
     def id_columns(self) -> list[str]:
-        """Names of the columns of ids, one per scale of a row."""
+        """Names of the columns of ids, one per scale of a row, or of the column of compressed ids."""
+        if self.context_model is not None:
+            return ["tokens"]
         return [f"ids_{index}" for index in range(len(self.scales))]
+
+    def count_ids(self, row: Mapping[str, Any]) -> int:
+        """Number of ids of a row."""
+        return sum(math.prod(self.grid(scale, row["height"], row["width"])) for scale in self.scales)
 
     def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of ids at a scale, for a row with this `height` and `width` in pixels."""
@@ -146,12 +159,15 @@ def _read_settings(name: str) -> bytes:
     return content
 
 
-def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
+def row_tokens(
+    row: Mapping[str, Any], settings: TokenSettings, context_model: ContextModel | None = None
+) -> ImageTokens:
     """Converts a row to the tokens of an image, which can be decoded.
 
     Args:
         row (`Mapping[str, Any]`): Row of the set, as `datasets` returns it.
         settings ([`TokenSettings`]): Settings of the set.
+        context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
     Returns:
         [`ImageTokens`]: One grid of ids per scale of the row.
@@ -159,6 +175,10 @@ def row_tokens(row: Mapping[str, Any], settings: TokenSettings) -> ImageTokens:
     Raises:
         ValueError: A column is missing, or the ids do not match the height and the width.
     """
+    if settings.context_model is not None:
+        if not isinstance(row.get("tokens"), bytes):
+            raise ValueError(f"`tokens` of a row must be bytes to match its settings, got {row.get('tokens')!r:.40}.")
+        return decompressed_tokens(read_compressed(row["tokens"]), context_model)
     names = settings.id_columns
     try:
         height, width = operator.index(row["height"]), operator.index(row["width"])

@@ -51,7 +51,7 @@ def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.F
         ValueError: A kept column has the name of another column.
     """
     ids = datasets.List(datasets.Value(settings.id_dtype))
-    columns = dict.fromkeys(settings.id_columns, ids)
+    columns = dict.fromkeys(settings.id_columns, ids if settings.context_model is None else datasets.Value("binary"))
     columns |= {"height": datasets.Value("int32"), "width": datasets.Value("int32"), "key": datasets.Value("string")}
     if len(CROPS[settings.crops]) > 1:
         columns |= {"crop": datasets.Value("string")}
@@ -92,7 +92,7 @@ def write_shards(
                 group_rows = list(group)
                 writer.write_table(pa.Table.from_pylist(group_rows, schema))
                 counts["rows"] += len(group_rows)
-                counts["ids"] += sum(row[name].size for row in group_rows for name in settings.id_columns)
+                counts["ids"] += sum(map(settings.count_ids, group_rows))
         yield {"name": name, **counts}
 
 
@@ -104,7 +104,7 @@ def _counter(limit: float, settings: TokenSettings) -> Callable[[dict[str, Any]]
         nonlocal number, size
         if size >= limit:
             number, size = number + 1, 0
-        size += ROW_BYTES + sum(row[name].nbytes for name in settings.id_columns)
+        size += ROW_BYTES + sum(memoryview(row[name]).nbytes for name in settings.id_columns)
         size += sum(len(value) for value in row.values() if isinstance(value, str | bytes))
         return number
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import check_new_folder, is_writable, scale_endings
+from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
@@ -83,6 +84,7 @@ def tokenize_set(
     source_set: str | None = None,
     scales: Sequence[float] = (1.0,),
     scale_from: str = "image",
+    context_model: ContextModel | None = None,
     crops: str = "whole",
     resolution: int | None = None,
     batch_size: int | None = None,
@@ -108,6 +110,7 @@ def tokenize_set(
         source_set (`str`, *optional*): Name of the image set on the Hub, for the card.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Output side over input side, one column of ids each.
         scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_tokens`].
+        context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to compress each row.
         crops (`str`, defaults to `"whole"`): Crops of an image that become rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         batch_size (`int`, *optional*): Crops of equal size that are encoded together. With 1, the ids equal
@@ -145,6 +148,7 @@ def tokenize_set(
         crops=crops,
         resolution=resolution,
         scale_from=scale_from,
+        context_model=None if context_model is None else context_model.fingerprint,
     )
     features = row_features(settings, images.features)
     stored = json.loads(settings.to_json())
@@ -160,7 +164,7 @@ def tokenize_set(
     if overwrite:
         delete_set(folder)
     start_set(folder, options)
-    encoder = RowEncoder(model, settings, images.features, batch_size)
+    encoder = RowEncoder(model, settings, images.features, batch_size, context_model)
     made: list[PartRecord] = []
     with tqdm(total=images.length if len(parts) == num_parts else None, unit="image", disable=None) as bar:
         for part in parts:

@@ -3,6 +3,8 @@ from cli_runner import fails, svqvae, visible
 from conftest import make_tiny
 from context_models import make_context_model
 
+from svqvae_hf.tokens.token_files import load_tokens
+
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
 SCALES = ["--scales", "1", "0.5"]
 
@@ -33,6 +35,13 @@ def test_compressed_files_decode_without_an_option(two_images, tmp_path, model, 
     for stem in "ab":
         plain, compressed = tmp_path / "plain" / f"{stem}.safetensors", tokens / f"{stem}.svqz"
         assert compressed.stat().st_size < plain.stat().st_size
+
+
+def test_the_largest_scale_whose_compressed_file_fits(two_images, tmp_path, model, tokens):
+    argv = [two_images / "a.png", "--output", tmp_path / "fits", *SCALES, *model, "--compress"]
+    assert svqvae("encode", *argv, "--max-bits", 8 * (tokens / "a.svqz").stat().st_size) == 0
+    context_model = make_context_model(make_tiny().codebook_fingerprint())
+    assert load_tokens(tmp_path / "fits" / "a.svqz", context_model).scales == (1.0,)
 
 
 def test_a_file_that_is_cut_is_skipped_or_shown_as_a_preview(tmp_path, model, tokens, capsys):

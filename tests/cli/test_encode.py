@@ -148,27 +148,26 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
     assert names(two_images) == ["a.png", "b.jpg", "notes.txt"]
 
 
-@pytest.mark.parametrize(("min_psnr", "scale", "missed"), [(1, "0.25", 0), (90, "1", 2)])
-def test_target_chooses_the_scale_of_each_image(
-    two_images, tmp_path, out, saved_model, capsys, min_psnr, scale, missed
-):
+def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved_model, capsys):
     model = ["--model", saved_model]
-    scales = ["--scales", "1", "0.25", "0.5"]
-    assert svqvae("encode", two_images, "--output", out, "--min-psnr", min_psnr, *scales, *model) == 0
-    assert load_tokens(out / "a.safetensors").scales == (float(scale),)
+    scales = ["--scales", "1", "0.25", "0.5", *model]
+    assert svqvae("encode", two_images, "--output", out, "--max-bits", 8 * 520, *scales) == 0
+    files = [load_tokens(out / f"{name}.safetensors") for name in "ab"]
+    assert [file.scales for file in files] == [(0.5,), (1.0,)]  # 654 and 504 bytes at scale 1
     printed = capsys.readouterr().out
-    assert f"images by scale: {scale}: 2\nimages below the target at every scale: {missed}\n" in printed
+    assert "images by scale: 0.5: 1, 1: 1\nimages beyond the target at every scale: 0\n" in printed
     assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0
-    with Image.open(tmp_path / "made" / f"a_x{scale}_full_size.png") as image:
+    with Image.open(tmp_path / "made" / "a_x0.5_full_size.png") as image:
         assert image.size == (57, 35)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--min-psnr 26", "chooses among at least two scales. Pass them, such as --scales 0.25 0.5 1."),
-        ("--min-psnr 26 --scales 1 1", "--scales must differ within six digits, got 1.0 1.0."),
+        ("--min-psnr 26", "choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."),
+        ("--max-bits 26 --scales 1 1", "--scales must differ within six digits, got 1.0 1.0."),
         ("--min-psnr nan --scales 1 2", "argument --min-psnr: must be a finite number above 0, got 'nan'"),
+        ("--min-psnr 20 --max-bits 9 --scales 1 2", "not allowed with argument --min-psnr"),
         ("--min-psnr 20 --large", "Leave out --min-psnr or --large."),
     ],
 )

@@ -53,6 +53,11 @@ class TokenSource:
 
     def __init__(self, data: str, label_column: str | None, caption_column: str | None = None):
         self.settings = read_settings(data)
+        if self.settings.context_model is not None:
+            raise ValueError(
+                "The rows of the token set must not be compressed, because training reads them many times. Make it "
+                "again with `svqvae tokenize` without --compress."
+            )
         self.rows = load_rows(data)
         order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
         self.id_columns = [f"ids_{index}" for index in order]
