@@ -5,7 +5,7 @@ taming-transformers and JanusVQVAE. Writes model card, config and safetensors,
 and verifies them. With --tokenizer, SOURCE is FlexVAR's transformer or
 LlamaGen's language model, and OUT a pipeline that holds both.
 
-  svqvae convert vq_ds8_c2i.pt llamagen-f8 --license mit
+  svqvae convert vq_ds8_c2i.pt llamagen-f8 --license mit --variant fp16
 """
 
 import argparse
@@ -31,6 +31,7 @@ def add_arguments(parser: Parser) -> None:
     help = "black and white in training (default: as in the format)"
     parser.option("--network-range", float, ("LOW", "HIGH"), help, nargs=2)
     parser.flag("--no-codebook-l2-norm", "do not normalise the codebook (default: depends on the format)")
+    parser.choice("--variant", ("fp16", "bf16"), "also write half-precision weights")
     help = "licence of the source for the card, by its id on the Hub (default: unknown)"
     parser.option("--license", not_empty, "ID", help)
     parser.flag("--standalone", "also write the code of the models, for use without svqvae-hf")
@@ -59,5 +60,5 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.conversion.convert import convert
 
     hide_loading_bars()
-    shared = {name: getattr(args, name) for name in ("use_ema", "license", "standalone", "repo_id")}
+    shared = {name: getattr(args, name) for name in ("use_ema", "variant", "license", "standalone", "repo_id")}
     print(convert(args.source, args.out, args.tokenizer, **shared, **of_generators, **of_tokenizers))

@@ -4,8 +4,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from svqvae_hf.conversion.new_repository import write_repository
-from svqvae_hf.files.outputs import check_new_folder
+from svqvae_hf.conversion.new_repository import VARIANTS, new_folder, write_repository
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
@@ -36,6 +35,7 @@ def convert(
     num_attention_heads: int | None = None,
     text_encoder: str | None = None,
     use_ema: bool = False,
+    variant: str | None = None,
     license: str | None = None,
     standalone: bool = False,
     repo_id: str | None = None,
@@ -62,6 +62,8 @@ def convert(
         text_encoder (`str`, *optional*): T5 encoder of LlamaGen's captions: folder or Hub id, such as
             `google/flan-t5-xl`. Required for a model for captions.
         use_ema (`bool`, defaults to `False`): Use the EMA weights, which LlamaGen's files may have.
+        variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well. The codebook
+            stays in float32, so that ids keep their meaning.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`, because no
             checkpoint states it.
         standalone (`bool`, defaults to `False`): Also write the code of the models.
@@ -77,13 +79,13 @@ def convert(
         ValueError: If the source is not a whole checkpoint of a known format, the tokenizer or the text encoder does
             not fit, or an argument is wrong or missing.
     """
-    folder = check_new_folder(Path(out))
+    folder = new_folder(out, variant)
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     if tokenizer is None:
         checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
         converted: Any = checkpoint.model(SVQVAE)
-        card: dict[str, Any] = {}
+        card: dict[str, Any] = {"variants": {variant: VARIANTS[variant]} if variant else None}
     elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
         vqvae = _load_tokenizer(tokenizer)
         grid_size = None if image_size is None else _latents_side(vqvae, image_size)
@@ -116,6 +118,7 @@ def convert(
         converted,
         checkpoint,
         folder,
+        variant=variant,
         license=license,
         standalone=standalone,
         repo_id=repo_id,

@@ -12,9 +12,19 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 
+from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
+
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def new_folder(out: str | Path, variant: str | None) -> Path:
+    """Path of a repository to create. Raises ValueError if it has files, or the variant is unknown."""
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    return check_new_folder(Path(out))
 
 
 def write_repository(
@@ -22,6 +32,7 @@ def write_repository(
     checkpoint: Checkpoint,
     out: Path,
     *,
+    variant: str | None,
     license: str | None,
     standalone: bool,
     repo_id: str | None,
@@ -33,7 +44,8 @@ def write_repository(
     Args:
         converted ([`SVQVAE`] or pipeline): The converted model.
         checkpoint ([`Checkpoint`]): Source.
-        out (`Path`): Folder to create, from [`check_new_folder`].
+        out (`Path`): Folder to create, from [`new_folder`].
+        variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier.
         standalone (`bool`): Whether to write the code of the models.
         repo_id (`str`, *optional*): `org/name` that the repository will have on the Hub.
@@ -45,6 +57,7 @@ def write_repository(
 
     Raises:
         OSError: If a file cannot be written, or the result differs from the source.
+        ValueError: If weights are out of the range of `variant`.
     """
     source = checkpoint.source
     rows = {  # cards are public, so a local file is named without its folders
@@ -59,7 +72,7 @@ def write_repository(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
             folder = Path(beside, out.name)
-            tensors = save_and_check(converted, folder)
+            tensors = save_and_check(converted, folder, variant)
             if standalone:
                 write_code(folder, repo_id or str(out))
             (folder / "README.md").write_text(text, encoding="utf-8")
@@ -79,19 +92,31 @@ def write_repository(
     return "\n".join(lines)
 
 
-def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path) -> int:
-    """Saves a model or a pipeline, and checks that it loads as it was.
+def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, variant: str | None) -> int:
+    """Saves a model or a pipeline, also in half precision if asked for, and checks that it loads as it was.
 
     Returns:
         `int`: Number of tensors.
 
     Raises:
         OSError: If tensors or configs differ after loading again.
+        ValueError: If weights are out of the range of `variant`.
     """
     converted.save_pretrained(folder)
+    if variant is not None:
+        half = type(converted).from_pretrained(folder)
+        for name, model in _models(half).items():
+            # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
+            model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
+            overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
+            if overflowed:
+                raise ValueError(
+                    f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
+                )
+        half.save_pretrained(folder, variant=variant)
     dtypes = {name: model.dtype for name, model in _models(converted).items()}
     state = _state(converted)
-    copy = _state(type(converted).from_pretrained(folder, dtype=dtypes.get("", dtypes)))
+    copy = _state(type(converted).from_pretrained(folder, dtype=dtypes.get("", dtypes)))  # after all is written
     differing = sorted(key for key, value in state.items() if not _equal(value, copy.get(key)))
     if differing:
         raise OSError(
@@ -102,7 +127,7 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path) -> i
 
 
 def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The model, or the models of a pipeline by name."""
+    """The model, or the models of a pipeline by name. The codebook stays in float32 by itself."""
     if isinstance(converted, torch.nn.Module):
         return {"": converted}
     return {name: part for name, part in converted.components.items() if isinstance(part, torch.nn.Module)}

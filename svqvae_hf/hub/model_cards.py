@@ -22,6 +22,7 @@ def model_card(
     config: Mapping[str, Any],
     *,
     repo_id: str,
+    variants: Mapping[str, Any] | None = None,
     standalone: bool = False,
     **common: Any,
 ) -> str:
@@ -30,13 +31,15 @@ def model_card(
     Args:
         config (`Mapping[str, Any]`): Config of the model.
         repo_id (`str`): Repository or folder that the card's example loads.
+        variants (`Mapping[str, torch.dtype]`, *optional*): Names and dtypes of additional half-precision weights,
+            such as `{"fp16": torch.float16}`.
         standalone (`bool`, defaults to `False`): Whether the repository holds its code.
         **common: Further arguments of [`write_card`], such as `license`.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    f = 2 ** (len(config["encoder_ch_mult"]) - 1)
+    quoted, f = quote(repo_id), 2 ** (len(config["encoder_ch_mult"]) - 1)
     levels = ", ".join(str(tuple(config[f"{network}_ch_mult"])) for network in ("encoder", "decoder"))
     normalised = ", L2-normalised" if config["codebook_l2_norm"] else ""
     rows = {
@@ -46,8 +49,12 @@ def model_card(
         "pixel range of the training images": list(config["network_range"]),
         "encoder, decoder": f"{config['base_channels']} channels times {levels}",
     }
+    calls = (
+        f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
+        for variant, dtype in (variants or {}).items()
+    )
     files = MODEL_FILES if standalone else ()
-    texts = {"facts": table_rows(rows.items()), "f": f}
+    texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}
     return write_card(repo_id, texts, files=files, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common))
 
 

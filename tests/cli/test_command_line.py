@@ -14,6 +14,7 @@ from conftest import ROOT, make_tiny
 
 from svqvae_cli.arguments import TILES
 from svqvae_cli.command_line import COMMANDS, build_parser
+from svqvae_hf.conversion import convert
 from svqvae_hf.evaluation import codecs, perceptual
 from svqvae_hf.token_sets.crops import CROPS
 
@@ -259,5 +260,6 @@ def test_choices_and_defaults_agree_with_the_library(capsys, monkeypatch):
     assert choices("tokenize", "--crops") == tuple(CROPS)
     assert choices("evaluate", "--codecs") == tuple(name.lower() for name in codecs.CODECS)
     assert set(choices("evaluate", "--lpips-net")) == perceptual.BACKBONES.keys()
+    assert choices("convert", "--variant") == tuple(convert.VARIANTS)
     for name in choices("encode", "--dtype"):
         assert model.to(getattr(torch, name)).dtype == getattr(torch, name)

@@ -16,9 +16,9 @@ def read_facts(capsys):
 
 def test_convert_and_info(tmp_path, capsys):
     repo = tmp_path / "repo"
-    assert svqvae("convert", GOLDEN, repo, "--license", "mit") == 0
+    assert svqvae("convert", GOLDEN, repo, "--variant", "fp16", "--license", "mit") == 0
     assert "svqvae" in capsys.readouterr().out
-    assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} <= set(names(repo))
+    assert {"README.md", "config.json", "diffusion_pytorch_model.fp16.safetensors"} <= set(names(repo))
     assert svqvae("info", repo) == 0
     facts = read_facts(capsys)
     assert facts["kind"] == "SVQVAE"

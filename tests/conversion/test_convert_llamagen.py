@@ -83,6 +83,16 @@ def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
     assert_no_path_is_told(tmp_path / "out", tmp_path, parts, ROOT)
 
 
+def test_half_precision_variant_keeps_the_codebook(parts, tmp_path):
+    convert(CLASSES, tmp_path / "out", parts / "tokenizer", variant="bf16", **SIZES)
+    full = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
+    half = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out", variant="bf16", dtype=torch.bfloat16)
+    assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / "vqvae" / weights).read_bytes() == (parts / "tokenizer" / weights).read_bytes()
+    assert torch.equal(half.language_model.lm_head.weight, full.language_model.lm_head.weight.bfloat16())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

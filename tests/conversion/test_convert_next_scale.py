@@ -70,7 +70,7 @@ def test_wrong_arguments_leave_nothing(tokenizer, tmp_path, arguments, message):
 
 
 def test_the_command(tokenizer, tmp_path, capsys):
-    options = ("--tokenizer", tokenizer, "--image-size", 16)
+    options = ("--tokenizer", tokenizer, "--image-size", 16, "--variant", "bf16")
     assert svqvae("convert", GOLDEN, tmp_path / "out", *options) == 0
     assert "(flexvar-transformer, sha256 " in capsys.readouterr().out
     assert "with `--tokenizer`" in fails(capsys, "convert", GOLDEN, tmp_path / "new")
@@ -78,4 +78,7 @@ def test_the_command(tokenizer, tmp_path, capsys):
     with_range = ("convert", GOLDEN, tmp_path / "new", "--tokenizer", tokenizer, "--network-range", 0, 1)
     assert "are for tokenizers" in fails(capsys, *with_range)
     assert names(tmp_path) == ["out"]
-    assert SVQVAENextScalePipeline.from_pretrained(tmp_path / "out").trained_schedule[-1] == (4, 4)
+    full = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out")
+    half = SVQVAENextScalePipeline.from_pretrained(tmp_path / "out", variant="bf16", torch_dtype=torch.bfloat16)
+    assert full.trained_schedule[-1] == (4, 4)
+    assert torch.equal(half.transformer.head.weight, full.transformer.head.weight.bfloat16())

@@ -12,12 +12,13 @@ def test_user_text_is_escaped(tiny_model):
         repo_id='org/a"b\n# c',
         license="mit\n# d",
         provenance={"source": "`a|b\nc.pt`"},
+        variants={"fp16": torch.float16},
     )
     headings = [line for line in card.split("---\n", 2)[2].splitlines() if re.match("#+ ", line)]
     assert headings == ['# a"b # c', "## Use", "## Origin", "## Licence"]
     assert r"| source | `a\|b c.pt` |" in card
     calls = re.findall(r"from_pretrained\((.*?)[,)]", card)
-    assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 2
+    assert [ast.literal_eval(call) for call in calls] == ['org/a"b\n# c'] * 3
 
 
 def test_example_runs(tiny_model, photo, tmp_path, monkeypatch):

@@ -53,10 +53,14 @@ def error(name, call, *args, **kwargs):
 
 file = golden / "svqvae_tiny.safetensors"
 model = SVQVAE.from_single_file(file)
-convert(file, work / "out", repo_id="org/converted")
+convert(file, work / "out", variant="fp16", repo_id="org/converted")
 HfApi().create_repo("org/converted", private=True)
 HfApi().upload_folder(repo_id="org/converted", folder_path=work / "out")
 seen["from_pretrained"] = same(model, SVQVAE.from_pretrained("org/converted"))
+seen["variant"] = same(
+    SVQVAE.from_pretrained("org/converted", variant="fp16", torch_dtype=torch.float16),
+    SVQVAE.from_pretrained(work / "out", variant="fp16", torch_dtype=torch.float16),
+)
 seen["pushed"] = model.push_to_hub("org/pushed")
 seen["from_push"] = same(model, SVQVAE.from_pretrained("org/pushed"))
 
@@ -159,9 +163,11 @@ def seen(hub):
 
 def test_pushed_conversion_loads_bit_equal(hub, seen):
     assert seen["from_pretrained"]
+    assert seen["variant"]
     assert sorted(file.name for file in (hub[0] / "hub" / "org" / "converted" / "main").iterdir()) == [
         "README.md",
         "config.json",
+        "diffusion_pytorch_model.fp16.safetensors",
         "diffusion_pytorch_model.safetensors",
         "preprocessor_config.json",
     ]
