@@ -41,8 +41,6 @@ FIGURE_NOTES = {
     "tokens": "columns × rows, one id each",
     "bits per pixel": "of the photograph, if all codes are equally likely",
     "PSNR": "against the photograph at this size, higher is closer",
-    "SSIM": "against the photograph at this size, 1 is equal",
-    "decoded in": "this scale alone",
 }
 
 

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from svqvae_hf.evaluation.metrics import SSIM_SIDE, ssim
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import decode_image, execution_device, resize_image
+from svqvae_hf.tokens.image_tokens import decode_image, execution_device
 from svqvae_hf.tokens.token_files import ImageTokens
 
 CODES_AT_ONCE = 256  # codes per pass of the decoder
@@ -56,9 +54,7 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) ->
     """
     for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
         one_scale = dataclasses.replace(tokens, ids=[ids], scales=(scale,))
-        start = time.perf_counter()
         (image,) = decode_image(model, one_scale)
-        seconds = time.perf_counter() - start
         height, width = ids.shape
         (measured,) = measure_reconstructions(original, one_scale, [image])
         figures = {
@@ -66,8 +62,6 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) ->
             "tokens": f"{width} × {height} = {ids.numel():,}",
             "bits per pixel": f"{tokens.bits_per_pixel(index):.3f}",
             "PSNR": f"{measured.psnr:.2f} dB",
-            "SSIM": _ssim(original, image),
-            "decoded in": f"{seconds:.2f} s",
         }
         yield ScalePreview(scale, image, figures, _code_grid(model, ids))
 
@@ -91,14 +85,6 @@ def draw_codes(model: SVQVAE, codes: torch.Tensor) -> np.ndarray:
             sample = model.decode(grids.to(execution_device(model))).sample
             looks += map(np.asarray, processor.postprocess(sample[:, :, low:high, low:high]))
     return np.stack(looks)
-
-
-def _ssim(original: Image.Image, image: Image.Image) -> str:
-    if min(image.size) < SSIM_SIDE:
-        return f"needs {SSIM_SIDE} pixels"
-    pair = (image, resize_image(original, image.size))
-    sample, target = (torch.from_numpy(np.array(each)).movedim(-1, 0)[None] for each in pair)
-    return f"{ssim(sample, target).item():.3f}"
 
 
 def _code_grid(model: SVQVAE, ids: torch.Tensor) -> dict[str, Any]:

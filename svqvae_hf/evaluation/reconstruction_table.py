@@ -78,11 +78,6 @@ def table_row(name_width: int, name: str, figures: Sequence[ReconstructionFigure
     return _row(name_width, name, cells)
 
 
-def token_count(tokens: int) -> str:
-    """Number of tokens with its noun: "1 token", "2 tokens"."""
-    return f"{tokens} token{'s' if tokens != 1 else ''}"
-
-
 def side_by_side(
     original: Image.Image, images: Sequence[Image.Image], figures: Sequence[ReconstructionFigures]
 ) -> Image.Image:
@@ -91,7 +86,7 @@ def side_by_side(
     for image, each in zip(images, figures, strict=True):
         caption = [
             f"{each.width} x {each.height}",
-            token_count(each.tokens),
+            f"tokens: {each.tokens}",
             f"{each.bits_per_pixel:.3f} bits/pixel",
             f"{each.psnr:.2f} dB",
         ]

@@ -15,7 +15,6 @@ from PIL import Image
 from svqvae_hf.demo import page as demo
 from svqvae_hf.demo.page import SCALES, STATIC, Page, serving
 from svqvae_hf.demo.previews import draw_codes, preview_scales
-from svqvae_hf.evaluation.metrics import ssim
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
@@ -61,10 +60,6 @@ def test_previews_match_tokens_and_metrics(tiny_model, picture):
         assert preview.figures["bits per pixel"] == f"{result.bits_per_pixel:.3f}"
         assert preview.figures["tokens"].endswith(f"= {result.tokens}")
         assert preview.figures["size"] == f"{image.width} × {image.height}"
-        assert float(preview.figures["decoded in"].removesuffix(" s")) >= 0
-    pair = [torch.from_numpy(np.array(each)).movedim(-1, 0)[None] for each in (images[-1], picture)]
-    *_, preview = preview_scales(tiny_model, tokens, picture)
-    assert preview.figures["SSIM"] == f"{ssim(*pair).item():.3f}"
 
 
 def test_code_grid_has_ids_and_their_pictures(tiny_model, picture):
