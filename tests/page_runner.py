@@ -16,8 +16,8 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
-import nbformat
 import numpy as np
 import tifffile
 import torch
@@ -82,24 +82,30 @@ def run_notebook(page: Path) -> str:
     """Runs the cells and returns the first error, or the first cell whose output is not the one in the file."""
     shell = InteractiveShell.instance()
     shell.display_trap.hook = lambda value: None if value is None else display(value)  # so that it is captured
-    for cell in nbformat.read(page, as_version=4).cells:
-        if cell.cell_type == "code":
-            with capture_output() as captured:
-                result = shell.run_cell(cell.source)
-            if not result.success:
-                return captured.stdout + captured.stderr
-            made = captured.stdout + captured.stderr, [sorted(output.data) for output in captured.outputs]
-            if without_numbers(made[0]) != without_numbers(kept_text(cell)) or made[1] != kept_kinds(cell):
-                return f"The output of this cell must be kept in the notebook, but is {made}:\n{cell.source}"
+    for cell in code_cells(page):
+        with capture_output() as captured:
+            result = shell.run_cell(cell.source)
+        if not result.success:
+            return captured.stdout + captured.stderr
+        made = captured.stdout + captured.stderr, [sorted(output.data) for output in captured.outputs]
+        if without_numbers(made[0]) != without_numbers(kept_text(cell)) or made[1] != kept_kinds(cell):
+            return f"The output of this cell must be kept in the notebook, but is {made}:\n{cell.source}"
     return f"The notebook leaves {os.listdir()}." if os.listdir() else ""
 
 
-def kept_text(cell: nbformat.NotebookNode) -> str:
+def code_cells(notebook: Path) -> list[Any]:
+    """Cells of a notebook that hold code."""
+    import nbformat  # takes half a second
+
+    return [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
+def kept_text(cell: Any) -> str:
     """Printed text of a cell, as kept in the notebook."""
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-def kept_kinds(cell: nbformat.NotebookNode) -> list[list[str]]:
+def kept_kinds(cell: Any) -> list[list[str]]:
     """MIME types of the shown outputs of a cell."""
     return [sorted(output.data) for output in cell.outputs if "data" in output]
 

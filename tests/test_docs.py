@@ -12,11 +12,10 @@ import tomllib
 from pathlib import Path
 
 import diffusers
-import nbformat
 import pytest
 from conftest import ROOT
 from hub_server import serve_hub
-from page_runner import kept_kinds, python_blocks
+from page_runner import code_cells, kept_kinds, python_blocks
 from test_imports import SUBPACKAGES
 from train_autoregressive import AutoregressiveOptions
 from train_latent_diffusion import DiffusionOptions
@@ -72,7 +71,7 @@ def test_no_example_uses_a_deprecated_class_of_diffusers():
 
 
 def test_notebook_is_small_and_shows_pictures():
-    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    cells = code_cells(NOTEBOOK)
     assert NOTEBOOK.stat().st_size < 1e6
     assert sum("image/jpeg" in kinds for cell in cells for kinds in kept_kinds(cell)) >= 5
     assert "/site-packages" not in NOTEBOOK.read_text()  # warnings name paths of the machine

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT, make_tiny
+from generators import make_next_scale
 from hub_server import run_python, serve_hub
 from huggingface_hub import ModelCard
 from tiny_language_models import extended
@@ -20,7 +21,7 @@ import json, os, sys, time
 from pathlib import Path
 import datasets
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, AutoProcessor
 import svqvae_hf
@@ -76,7 +77,7 @@ seen["requested"] = taming.push_to_hub("org/converted", create_pr=True, license=
 seen["from_request"] = same(taming, SVQVAE.from_pretrained("org/converted", revision="refs/pr/1"))
 seen["main_unchanged"] = same(model, SVQVAE.from_pretrained("org/converted"))
 
-# A pipeline, a language model and a token set
+# A pipeline and a language model
 assert type(AutoProcessor.from_pretrained(sys.argv[3])) is svqvae_hf.SVQVAEProcessor
 assert AutoModelForCausalLM.from_pretrained(sys.argv[3]).config.image_vocabulary["grids"]
 saved.push_to_hub("org/dreams", private=True, license="mit")
@@ -87,6 +88,18 @@ for cls in (DiffusionPipeline, svqvae_hf.SVQVAEAutoregressivePipeline):
 saved.push_to_hub("org/dreams", variant="fp16")
 saved.save_pretrained(work / "twice", push_to_hub=True, repo_id="org/twice", private=True)
 
+# Code beside the weights
+scales = svqvae_hf.SVQVAENextScalePipeline.from_pretrained(work / "scales")
+scales.push_to_hub("org/scales", standalone=True)
+scales.vqvae.push_to_hub("org/tokenizer", standalone=True)
+modular = ModularPipeline.from_pretrained("org/scales", trust_remote_code=True)
+modular.load_components(trust_remote_code=True)
+models = modular.vqvae, modular.transformer, AutoModel.from_pretrained("org/tokenizer", trust_remote_code=True)
+assert all(type(model).__module__.startswith("diffusers_modules.") for model in models)
+expected = scales(class_labels=2, temperature=0, output_type="latent").images
+assert modular(class_labels=2, temperature=0, output="ids").equal(expected)
+
+# A token set
 tokenizer = saved.vqvae.eval()
 HfApi().create_repo("org/photos", repo_type="dataset")
 HfApi().upload_folder(repo_id="org/photos", repo_type="dataset", folder_path=work / "photos")
@@ -152,6 +165,7 @@ def save_pipeline(folder):
 def seen(hub):
     folder, env = hub
     save_pipeline(folder / "pipeline")
+    make_next_scale().save_pretrained(folder / "scales")
     photos = save_photos(folder / "photos")
     for i, name in ((0, "cat"), (1, "dog")):
         (photos / name).mkdir()

@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, make_tiny
 from diffusers import ModularPipeline
 from generators import make_autoregressive, make_llamagen, make_next_scale
-from hub_server import run_python, serve_hub
 from next_scale_golden import GOLDEN as FLEXVAR
 from next_scale_golden import make_transformer
 from pipeline_parts import text_components
@@ -172,29 +171,6 @@ def test_a_modular_pipeline_that_is_saved_loads_with_the_package(tmp_path):
     again.load_components()
     call = {"class_labels": 2, "temperature": 0, "output": "ids"}
     assert again(**call).equal(modular(**call))
-
-
-PUSHED = """
-from diffusers import AutoModel, ModularPipeline
-
-from svqvae_hf import SVQVAENextScalePipeline
-
-pipeline = SVQVAENextScalePipeline.from_pretrained({folder!r})
-pipeline.push_to_hub("org/scales", standalone=True)
-pipeline.vqvae.push_to_hub("org/tokenizer", standalone=True)
-modular = ModularPipeline.from_pretrained("org/scales", trust_remote_code=True)
-modular.load_components(trust_remote_code=True)
-models = modular.vqvae, modular.transformer, AutoModel.from_pretrained("org/tokenizer", trust_remote_code=True)
-assert all(type(model).__module__.startswith("diffusers_modules.") for model in models)
-expected = pipeline(class_labels=2, temperature=0, output_type="latent").images
-assert modular(class_labels=2, temperature=0, output="ids").equal(expected)
-"""
-
-
-@pytest.mark.slow
-def test_pushed_repositories_load_by_their_hub_ids(repositories, tmp_path):
-    with serve_hub(tmp_path) as env:
-        run_python(PUSHED.format(folder=str(repositories / "scales")), env)
 
 
 @pytest.mark.slow
