@@ -48,6 +48,8 @@ def load_model(source: str | None, device: str | None, dtype: str, **options: An
         OSError: If the model cannot be loaded.
         ValueError: If `source` or `device` is wrong.
     """
+    if source is not None and Path(source, "vqvae").is_dir():
+        raise ValueError(f"a model must be a tokenizer, but `{source}` is a generator. Pass `{source}/vqvae`.")
     return load_pretrained(SVQVAE, source or DEFAULT_MODEL, device, dtype, **options).eval()
 
 
@@ -108,11 +110,14 @@ def load_generator(source: str | None, device: str | None, dtype: str, adapter: 
         with require_extra("--adapter", "train"):
             from peft import PeftModel
         check_source(adapter)
+        if not hasattr(pipeline, "language_model"):
+            raise ValueError(f"--adapter does not apply to MODEL, whose class is {cls.__name__}. Leave it out.")
         try:
             with explain_loading(adapter):
                 adapted = PeftModel.from_pretrained(pipeline.language_model, adapter)
-        except (AttributeError, IndexError, RuntimeError, ValueError) as error:
-            raise ValueError(f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {error}") from error
+        except (IndexError, RuntimeError, ValueError) as error:
+            message = f"`{adapter}` must be a LoRA adapter for the language model of MODEL: {error!s:.200}"
+            raise ValueError(message) from error
         pipeline.language_model = adapted.merge_and_unload()
     return pipeline
 

@@ -5,6 +5,7 @@ from cli_runner import fails
 from conftest import ROOT
 
 from svqvae_cli.command_line import COMMANDS
+from svqvae_hf import DEFAULT_GENERATOR
 
 WRONG = {  # words on the command line, and a part of the message
     "reconstruct": [
@@ -40,7 +41,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "export": [
         ("broken.png --output out", "a model must be a folder or a Hub id, got the file `broken.png`"),
-        ("empty --output out", "could not load the model `empty`"),
+        ("{generator} --output out", "pretrained_scenes` is a generator. Pass `"),
     ],
     "extend-lm": [
         ("empty out --vqvae {model}", "`empty` must be a causal language model of transformers with its tokenizer"),
@@ -73,8 +74,9 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"hello")
     before = sorted(tmp_path.rglob("*"))
-    golden = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
-    assert message in fails(capsys, command, *words.format(model=saved_model, golden=golden).split())
+    files = {"model": saved_model, "generator": DEFAULT_GENERATOR}
+    files["golden"] = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
+    assert message in fails(capsys, command, *words.format(**files).split())
     assert sorted(tmp_path.rglob("*")) == before
 
 
