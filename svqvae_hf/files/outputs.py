@@ -49,7 +49,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def check_new_folder(out: Path) -> Path:
-    """Resolves the path of a folder to create. Raises if something other than an empty folder is there."""
+    """Resolves the path of a folder to create. Raises if something else is there, or files cannot be created."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
     fault = None
     if existing.is_symlink() and not existing.exists():
@@ -60,6 +60,8 @@ def check_new_folder(out: Path) -> Path:
         fault = "it is the current folder, which cannot be replaced"
     elif out.exists() and any(out.iterdir()):
         fault = "it is not empty"
+    elif not _is_writable(existing):
+        fault = f"`{existing}` cannot be written to"
     if fault:
         raise ValueError(f"`{out}` must be a new or empty folder, but {fault}. Choose another.")
     return out.resolve()
@@ -75,7 +77,7 @@ def scale_endings(scales: Sequence[float]) -> list[str]:
     return endings
 
 
-def is_writable(folder: Path) -> bool:
+def _is_writable(folder: Path) -> bool:
     """Whether files can be created in a folder. Permissions alone do not tell: not even root can write to `/proc`."""
     try:
         with tempfile.TemporaryFile(dir=folder):

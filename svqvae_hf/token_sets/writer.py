@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.files.folders import Folder
-from svqvae_hf.files.outputs import check_new_folder, is_writable, scale_endings
+from svqvae_hf.files.outputs import check_new_folder, scale_endings
 from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
@@ -237,13 +237,10 @@ def check_out(out: str | os.PathLike) -> Folder:
     is_starting = names == {RECORDS} and all(name[0] == "." for name in folder.names(RECORDS))  # in another process
     if is_starting or (names and read_options(folder)):
         return folder
-    if not folder.is_local and names:
-        raise ValueError(f"`{folder.url}` must be a new or empty folder, but it is not empty. Choose another.")
     if folder.is_local:
-        path = check_new_folder(Path(folder.url.removeprefix("file://")))
-        nearest = next(each for each in (path, *path.parents) if each.exists())
-        if not is_writable(nearest):
-            raise ValueError(f"`{path}` must be a writable folder, but `{nearest}` is not. Choose another.")
+        check_new_folder(Path(folder.url.removeprefix("file://")))
+    elif names:
+        raise ValueError(f"`{folder.url}` must be a new or empty folder, but it is not empty. Choose another.")
     return folder
 
 

@@ -1,8 +1,9 @@
 import errno
+from pathlib import Path
 
 import pytest
 
-from svqvae_hf.files.outputs import write_file
+from svqvae_hf.files.outputs import check_new_folder, write_file
 
 
 def names(folder):
@@ -34,3 +35,8 @@ def test_errors_name_the_target_and_not_the_temporary_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"/file/a` cannot be written: Not a directory\.$"):
         write_file(tmp_path / "file" / "a", b"new")
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(ValueError, match="`/proc/new` must be a new or empty folder, but `/proc` cannot be"):
+        check_new_folder(Path("/proc/new"))  # permissions alone do not tell: not even root can write there
