@@ -50,6 +50,7 @@ USED = {
     "_execution_device": "Take the device of the transformer, or the device to which its hook brings it.",
 }
 OVERRIDDEN = {  # attributes and methods of a library's class
+    "_auto_class": "See how `save_pretrained` learns that a model's code must be saved with it.",
     "_get_arguments_from_pretrained": "Load the vqvae of the processor in `from_pretrained`.",
     "_get_resized_lm_head": "Override `resize_token_embeddings`, so that LlamaGen's head keeps its rows.",
     "_tied_weights_keys": "See how transformers learns which weights are shared: LlamaGen shares none.",
