@@ -40,6 +40,7 @@ def port(tmp_path, monkeypatch):
         [sys.executable, "-m", "ruff", "check", "--no-cache", "--select=F", file], capture_output=True, check=False
     )
     assert not checked.returncode, checked.stdout
+    assert "diffusers_modules" not in file.read_text()  # which is of repositories with code
     return load(file, "diffusers.models.autoencoders.autoencoder_svqvae", monkeypatch).SVQVAE
 
 

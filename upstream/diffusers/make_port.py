@@ -22,6 +22,7 @@ FILES = {
     "convert_svqvae_to_diffusers.py": "scripts",
 }
 LICENCE = HERE.parent / "licence.txt"
+OF_REPOSITORIES = ("StrictLoadingMixin._auto_class", "StrictLoadingMixin.save_config")  # with code of their own
 PACKAGES = {"diffusers.models.autoencoders.": ".", "diffusers.models.": "..", "diffusers.": "..."}
 ATTENTION = "attended = F.scaled_dot_product_attention(query, key, value)"
 DISPATCHED = """attended = dispatch_attention_fn(
@@ -31,7 +32,7 @@ DISPATCHED = """attended = dispatch_attention_fn(
 
 def make_model() -> str:
     """The model with its losses, relative imports, diffusers' attention dispatch and its public docstrings."""
-    left_out = frozenset({*standalone.OF_LOADING, *standalone.OF_CHECKS})
+    left_out = frozenset({*standalone.OF_LOADING, *standalone.OF_CHECKS, *OF_REPOSITORIES})
     text = standalone.code("modeling_svqvae.py", left_out, annotations=True).partition('"""\n\n')[2]
     for absolute, relative in PACKAGES.items():
         text = text.replace(f"from {absolute}", f"from {relative}")
