@@ -52,10 +52,10 @@ def reconstruct(model, image, scales, scale_from="image"):
 @pytest.mark.usefixtures("few_windows")
 @pytest.mark.parametrize(("scale_from", "tiled"), [("image", True), ("latents", False)])
 def test_values_of_each_image(tiny_model, photos, scale_from, tiled):
-    report = evaluate_at(SCALES, tiny_model, photos[2:], scale_from, 32 if tiled else None)
+    report = evaluate_at(SCALES, tiny_model, photos[:2], scale_from, 32 if tiled else None)
     if tiled:
         tiny_model.enable_tiling(32)
-    for image, record in zip(photos[2:], report.images, strict=True):
+    for image, record in zip(photos[:2], report.images, strict=True):
         ids, reconstructions = reconstruct(tiny_model, image, SCALES, scale_from)
         for scale, values, of_scale, reconstruction in zip(
             SCALES, record["results"], ids, reconstructions, strict=True
