@@ -90,8 +90,9 @@ def test_a_damaged_parquet_file_is_one_line(photos, tmp_path, capsys):
 def test_parts_decode_all_rows_once(photos, tmp_path):
     tokenize(make_tiled(), photos, tmp_path / "tokens", num_parts=2)
     assert detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "whole") == (12, 0)
-    for part in range(4):
-        detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "parts", part=part, num_parts=4)  # none twice
+    for part, written in enumerate((4, 4, 2, 2)):
+        options = {"part": part, "num_parts": 4}
+        assert detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "parts", **options) == (written, 0)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
     with pytest.raises(ValueError, match=r"`part` must be in \[0, 3\] for 4 parts, got 4"):
         detokenize_set(make_tiny(), tmp_path / "tokens", tmp_path / "parts", part=4, num_parts=4)
