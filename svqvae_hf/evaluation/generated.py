@@ -89,7 +89,7 @@ def compare_generated(
             queries.append(values[last])
         return values
 
-    found, skipped = measure_images(measure_generated, generated, None, state)
+    found, skipped = measure_images(measure_generated, generated, resolution, state)
     nearest: list[list[tuple[float, int, str, Image.Image]]] = [[] for _ in shown]
 
     def measure_real(image: Image.Image, index: int, name: str) -> dict[str, Any]:

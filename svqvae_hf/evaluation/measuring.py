@@ -20,6 +20,7 @@ from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, TooLargeError, is_out_of_memory
 
 Records = list[dict[str, Any]]
+MAX_RESOLUTION = 8192  # such an image takes 200 MB
 
 
 def measure_images(
@@ -45,8 +46,8 @@ def measure_images(
     Raises:
         ValueError: `resolution` is out of range, or all images are skipped.
     """
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"`resolution` must be at least 1, got {resolution}.")
+    if resolution is not None and not 1 <= resolution <= MAX_RESOLUTION:
+        raise ValueError(f"`resolution` must be in [1, {MAX_RESOLUTION}], got {resolution}.")
     records: Records = []
     skipped: Records = []
     bar = tqdm(

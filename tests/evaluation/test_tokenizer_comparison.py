@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svqvae_hf.evaluation.codecs import CODECS, CodecTokenizer, open_image, save_image
 from svqvae_hf.evaluation.evaluate import add_image_files, evaluate
+from svqvae_hf.evaluation.generated import compare_generated
 from svqvae_hf.evaluation.tokenizers.auto import load_tokenizers
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import token_file_content
@@ -196,8 +198,12 @@ def test_an_image_that_exhausts_the_memory_of_one_is_skipped_for_all(saved_model
 def test_wrong_options(images):
     with pytest.raises(ValueError, match=r"one or more with different titles, got \['exact', 'exact'\]"):
         evaluate([Exact(), Exact()], images)
-    with pytest.raises(ValueError, match="`resolution` must be at least 1, got 0"):
-        evaluate([Exact()], images, resolution=0)
+    for resolution in (0, 100_000):
+        message = re.escape(f"`resolution` must be in [1, 8192], got {resolution}.")
+        with pytest.raises(ValueError, match=message):
+            evaluate([Exact()], images, resolution=resolution)
+        with pytest.raises(ValueError, match=message):
+            compare_generated(images, images, {"name": Features()}, resolution=resolution)
 
 
 def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys):
