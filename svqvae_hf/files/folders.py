@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -39,12 +38,6 @@ class Folder:
         with self._explained(name, "read"), suppress(FileNotFoundError):
             return self.files.cat_file(self._path(name))
         return None
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
-        """Opens a file to read parts of it."""
-        with self._explained(name, "read"), self.files.open(self._path(name), "rb") as file:
-            yield file
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file, and its folder if necessary."""
