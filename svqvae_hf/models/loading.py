@@ -64,6 +64,8 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.pop("low_cpu_mem_usage", None)  # diffusers keeps the codebook in float32 only with it
         source = os.fspath(pretrained_model_name_or_path)
+        if os.path.isfile(source):
+            raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `from_single_file`.")
         loaded = from_hub(cls._load, source, output_loading_info=True, **kwargs)
         faults = list_faults(loaded[1])
         if faults:

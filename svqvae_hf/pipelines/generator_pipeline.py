@@ -87,7 +87,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         found = cls.load_config(folder)["_class_name"]
         if found != cls.__name__:
             raise ValueError(
-                f"the pipeline of `{name}` must be an {cls.__name__}, but is a {found}. Load it with "
+                f"the pipeline of `{name}` must be an {cls.__name__}, but is {found}. Load it with "
                 "`DiffusionPipeline`."
             )
         cls._check_weights(name, Path(folder), kwargs)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from context_models import make_context_model
 from diffusers import AutoModel, VQModel
 from safetensors.torch import load_file, save_file
@@ -52,6 +52,11 @@ def test_loading_is_strict(tiny_model, tmp_path):
     save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="missing: decoder.conv_in.bias, encoder.conv_in.bias; unexpected: surplus"):
         SVQVAE.from_pretrained(tmp_path)
+
+
+def test_a_file_is_refused():
+    with pytest.raises(ValueError, match=r"svqvae_tiny.safetensors`\. Use `from_single_file`\."):
+        SVQVAE.from_pretrained(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors")
 
 
 def test_mismatched_shapes_are_refused(tiny_model, tmp_path):

@@ -95,7 +95,7 @@ def test_saved_and_loaded_pipelines_sample_the_same(tmp_path, caplog):
         assert loaded.config["scale_from"] == "latents"
         assert all(map(torch.equal, collect(loaded, [1, "fox"], guidance_scale=2, temperature=0), expected))
     assert not caplog.records
-    with pytest.raises(ValueError, match="must be an SVQVAEAutoregressivePipeline, but is a SVQVAENextScalePipeline"):
+    with pytest.raises(ValueError, match="must be an SVQVAEAutoregressivePipeline, but is SVQVAENextScalePipeline"):
         SVQVAEAutoregressivePipeline.from_pretrained(tmp_path)
 
 
