@@ -46,6 +46,7 @@ def test_wheel_holds_the_packages_alone(built):
     assert set(headers.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
 
 
+@pytest.mark.slow
 def test_source_archive_is_small_and_builds_the_wheel(built):
     (archive,) = built.glob("*.tar.gz")
     assert archive.stat().st_size < 24e6  # the bundled models take 6.5 and 16.2 MB

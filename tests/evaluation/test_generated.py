@@ -52,6 +52,7 @@ def test_equal_sets(images):
     assert report.notes[0].startswith("The Fréchet distance of 10 and 10 images is too high to be compared")
 
 
+@pytest.mark.slow
 def test_command(images, tmp_path, capsys):
     for folder in ("generated", "photos"):
         (tmp_path / folder).mkdir()
