@@ -23,13 +23,13 @@ def means(caption, scene):
 @pytest.mark.slow
 def test_what_it_draws_of_new_captions_it_describes_by_the_same_scene():
     model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR, dtype=torch.float32)
-    assert model.sampling == {"guidance_scale": 1.5, "temperature": 0.2, "top_k": 50, "top_p": 1.0}
+    assert model.sampling == {"guidance_scale": 1.5, "temperature": 0.1, "top_k": 20, "top_p": 1.0}
     seed = Random().randrange(10**9)
     print("seed", seed)  # noqa: T201
     scenes = [Scene.draw(Random(f"{seed} {number}"), held_out=True) for number in range(32)]
     pictures = model.draw([scene.captions()[0] for scene in scenes])
     captions = model.caption(pictures)
-    assert sum(map(means, captions, scenes)) >= 14
+    assert sum(map(means, captions, scenes)) >= 23
     others = scenes[1:] + scenes[:1]
     assert sum(map(means, captions, others)) <= 2
 
