@@ -345,8 +345,9 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         check_config(self.config)
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
-        losses = commit_loss_beta, entropy_loss_ratio
-        self.quantize = VectorQuantizer(codebook_size, codebook_embed_dim, *losses, codebook_l2_norm)
+        self.quantize = VectorQuantizer(
+            codebook_size, codebook_embed_dim, commit_loss_beta, entropy_loss_ratio, codebook_l2_norm
+        )
         self.quant_conv = nn.Conv2d(z_channels, codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_embed_dim, z_channels, 1)
         # The names that diffusers' pipelines read.

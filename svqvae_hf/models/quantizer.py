@@ -73,8 +73,7 @@ class Codebook(nn.Module):
         codes = F.normalize(self.weight.float(), dim=-1) if self.l2_norm else self.weight.float()
         if not query.is_floating_point():
             return F.embedding(query, codes)
-        # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest z e - |e|^2 / 2, and for unit
-        # vectors the largest cosine.
+        # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest bracket, for unit vectors z e.
         offset = None if self.l2_norm else codes.square().sum(-1) / 2
         scores_at_once = SEARCH_SCORES if query.device.type == "cpu" else SEARCH_SCORES_GPU
         rows = max(1, scores_at_once // codes.shape[0])
