@@ -4,7 +4,6 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
-from cli_runner import fails
 from conftest import make_tiny
 from next_scale_golden import make_transformer
 from PIL import Image
@@ -12,7 +11,7 @@ from tiny_language_models import load_extended
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-from svqvae_hf.demo.generator_page import BY_SCALE, EDITOR_PX, HEADING, NO_CLASS, PAPER, TOP_P, GeneratorPage
+from svqvae_hf.demo.generator_page import EDITOR_PX, NO_CLASS, PAPER, TOP_P, GeneratorPage
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.sequences import SequenceLayout
 
@@ -127,18 +126,3 @@ def test_mistakes_are_shown_in_the_page(next_scale):
     (values,) = page.generate(**(SETTINGS | {"guidance": 1e9}))
     assert "role='alert'>`guidance_scale` must be in" in values[0]
     assert not values[1].visible
-
-
-def test_the_command_serves_the_page_of_a_generator(next_scale, tmp_path, monkeypatch, capsys):
-    def serve(blocks, host, port):
-        served.append((blocks.blocks.values(), host, port))
-        raise OSError("stopped")
-
-    served = []
-    monkeypatch.setattr("svqvae_hf.demo.page.serving", serve)
-    next_scale.save_pretrained(tmp_path / "pipeline")
-    options = ("--host", "0.0.0.0", "--port", 7000, "--device", "cpu")
-    assert "stopped" in fails(capsys, "demo", "--generator", tmp_path / "pipeline", *options)
-    ((blocks, *place),) = served
-    assert place == ["0.0.0.0", 7000]
-    assert HEADING.format(BY_SCALE) in [block.value for block in blocks if isinstance(block, gr.HTML)]

@@ -2,16 +2,22 @@ import base64
 import io
 import json
 import re
+import threading
 import tomllib
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from cli_runner import svqvae
 from conftest import ROOT
+from generators import make_next_scale
 from huggingface_hub import metadata_load
 from packaging.requirements import Requirement
 from PIL import Image
 
+from svqvae_hf.demo import generator_page
 from svqvae_hf.demo import page as demo
 from svqvae_hf.demo.page import SCALES, STATIC, Page, serving
 from svqvae_hf.demo.previews import draw_codes, preview_scales
@@ -117,6 +123,18 @@ def test_taken_port_is_an_error():
     message = "Could not serve the page at `localhost`, port 7860. Choose another --host or --port."
     with pytest.raises(OSError, match=message), serving(Taken(), "localhost", 7860):
         pass
+
+
+def test_the_command_serves_either_page_until_it_is_interrupted(saved_model, tmp_path, monkeypatch, capsys):
+    shown = lambda page, host, port: nullcontext(f"{type(page).__name__} at {host}:{port}")  # noqa: E731
+    monkeypatch.setattr(demo, "serving", shown)
+    for module in (demo, generator_page):
+        monkeypatch.setattr(module, "build", lambda page: page)
+    monkeypatch.setattr(threading, "Event", lambda: Mock(wait=Mock(side_effect=KeyboardInterrupt)))
+    make_next_scale().save_pretrained(tmp_path / "pipeline")
+    for options, name in (("--model", saved_model), "Page"), (("--generator", tmp_path / "pipeline"), "GeneratorPage"):
+        assert svqvae("demo", *options, "--device", "cpu", "--port", 7000) == 130
+        assert capsys.readouterr().out == f"{name} at 127.0.0.1:7000 shows the page until Ctrl-C\n"
 
 
 def test_space_matches_the_package():

@@ -1,10 +1,11 @@
 """Both pages of `svqvae demo` in headless Chromium, as visitors use them. Screenshots go to outputs/screenshots."""
 
-import asyncio
 import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 import urllib.request
 from contextlib import contextmanager
 
@@ -15,13 +16,25 @@ from next_scale_golden import make_transformer
 from PIL import Image
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAENextScalePipeline
-from svqvae_hf.demo.generator_page import GeneratorPage, build
-from svqvae_hf.demo.page import SCALES, serving
+from svqvae_hf.demo.page import SCALES
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 pytestmark = pytest.mark.slow
 
+SERVER = """
+import sys
+from threading import Event
+from svqvae_cli.loading import load_generator, load_model
+from svqvae_hf.demo.generator_page import GeneratorPage, build as build_generator
+from svqvae_hf.demo.page import Page, build, serving
+
+photographs = build(Page(load_model(None, "cpu", "float32")))
+generator = build_generator(GeneratorPage(load_generator(sys.argv[1], "cpu", "float32")))
+with serving(photographs, "127.0.0.1", None) as first, serving(generator, "127.0.0.1", None) as second:
+    print(first, second, flush=True)
+    Event().wait()
+"""
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
 
 
@@ -46,11 +59,16 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def address(browser):
-    from demo_pictures import serve_demo
-
-    with serve_demo() as address:
-        yield address
+def addresses(browser, tmp_path_factory):
+    """Addresses of the page of photographs and of a page that generates, both from one process."""
+    folder = tmp_path_factory.mktemp("demo")
+    pipeline = SVQVAENextScalePipeline(make_tiny(), make_transformer(), schedule=[1, 2, 3, 4, 6, 8])
+    pipeline.save_pretrained(folder / "pipeline")
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", SERVER, folder / "pipeline"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as server:
+        yield server.stdout.readline().split()
+        server.terminate()
 
 
 @pytest.fixture
@@ -77,34 +95,15 @@ def visit(browser, address, viewport):
 
 
 @pytest.fixture
-def page(browser, address, viewport):
-    with visit(browser, address, viewport) as page:
+def page(browser, addresses, viewport):
+    with visit(browser, addresses[0], viewport) as page:
         yield page
 
 
 @pytest.fixture
-def closed_loops(monkeypatch):
-    """Closes the event loops that Gradio makes for its locks."""
-    loops, new_event_loop = [], asyncio.new_event_loop
-
-    def new_noted_loop():
-        loops.append(new_event_loop())
-        return loops[-1]
-
-    monkeypatch.setattr(asyncio, "new_event_loop", new_noted_loop)
-    yield
-    for loop in loops:
-        loop.close()
-
-
-@pytest.fixture
-def generator_page(browser, viewport, tmp_path, monkeypatch, closed_loops):
-    """Page of a generator, served by this process, because the imports of another take longer than the test."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    pipeline = SVQVAENextScalePipeline(make_tiny(), make_transformer(), schedule=[1, 2, 3, 4, 6, 8])
-    with serving(build(GeneratorPage(pipeline)), "127.0.0.1", None) as address:
-        with visit(browser, address, viewport) as page:
-            yield page
+def generator_page(browser, addresses, viewport):
+    with visit(browser, addresses[1], viewport) as page:
+        yield page
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +227,8 @@ def test_on_a_phone_the_picture_is_on_the_first_screen(page, viewport, photo, tm
     assert box["y"] + box["height"] < viewport["height"]
 
 
-def test_no_analytics_and_no_public_api(address):
-    with urllib.request.urlopen(f"{address}config") as answer:
+def test_no_analytics_and_no_public_api(addresses):
+    with urllib.request.urlopen(f"{addresses[0]}config") as answer:
         config = json.load(answer)
     assert not config["analytics_enabled"]
     assert {function["api_visibility"] for function in config["dependencies"]} == {"private"}

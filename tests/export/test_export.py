@@ -216,12 +216,6 @@ def test_failed_check_leaves_no_files(small, tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_a_folder_with_files_is_an_error(small, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="empty folder"):
-        export_graphs(small, tmp_path)
-
-
 @pytest.mark.usefixtures("saved")
 def test_command_writes_both_graphs(model_folder, tmp_path, capsys):
     argv = ["export", str(model_folder), "--output", str(tmp_path / "a" / "out")]
