@@ -121,11 +121,9 @@ def train(run: Run[TrainOptions]) -> None:
             validate(run, model, objective, validation_batches, step + 1)
 
     validation = validate(run, model, objective, validation_batches, options.max_train_steps)
-    state_dict = run.final_weights(model)
-    if accelerator.is_main_process:
-        result = SVQVAE.from_config(vqvae.config)
-        result.load_state_dict(state_dict)
-        run.publish(result.save_pretrained, make_card(run, vqvae, validation_batches, validation))
+    vqvae.load_state_dict(run.final_weights(model))
+    if accelerator.is_main_process:  # with the context model, where the codes have not moved
+        run.publish(vqvae.save_pretrained, make_card(run, vqvae, validation_batches, validation))
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:

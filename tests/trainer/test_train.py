@@ -22,6 +22,7 @@ import train
 import training_runs
 from accelerate import Accelerator
 from conftest import ROOT, make_tiny
+from context_models import make_context_model
 from hub_server import serve_hub, use_hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -272,17 +273,16 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
 # Codebook, decoder, result, mistakes
 
 
-def test_decoder_training_keeps_all_ids(options, inputs):
-    before = SVQVAE.from_pretrained(inputs / "model")
-    options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(inputs / "model")}
+def test_decoder_training_keeps_all_ids(options, tmp_path):
+    before = make_tiny()
+    before.save_pretrained(tmp_path / "model")
+    make_context_model(before.codebook_fingerprint()).save_pretrained(tmp_path / "model")
+    options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(tmp_path / "model")}
     run(**options, train="decoder", max_train_steps=3)
     after = SVQVAE.from_pretrained(options["output_dir"])
-    changed = {
-        name.split(".")[0]
-        for name, value in after.state_dict().items()
-        if not torch.equal(value, before.state_dict()[name])
-    }
-    assert changed == {"decoder", "post_quant_conv"}
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+    assert after.context_model is not None
     sample = torch.rand(3, 3, 52, 40)
     assert torch.equal(after.encode_tokens(sample), before.encode_tokens(sample))
 
