@@ -4,7 +4,7 @@ import pytest
 from code_lines import count_folder
 from conftest import ROOT
 
-BUDGETS = {"svqvae_hf": 10_700, "svqvae_cli": 1_390, "training": 1_800, "tests": 12_900}
+BUDGETS = {"svqvae_hf": 10_700, "svqvae_cli": 1_390, "training": 1_800, "tests": 12_950}
 
 
 @pytest.mark.parametrize("folder", BUDGETS)

@@ -180,6 +180,11 @@ def make_language_model(
     """Language model of the config, with the vocabulary and the length of the sequences."""
     layout, name = source.layout, str(options.model_config_name_or_path)
     config = from_hub(AutoConfig.from_pretrained, name)
+    if any(Path(name).glob("*.safetensors")):
+        raise ValueError(
+            f"`--model_config_name_or_path` must be the config of a new model, but `{name}` holds weights, which "
+            "would be dropped. Name its config.json, or add image tokens to the model with `svqvae extend-lm`."
+        )
     check_keys(name, config.to_dict(), [*type(config)().to_dict(), *OLD_KEYS])
     if isinstance(config, LlamaGenConfig):
         if len(layout.scales) > 1:
@@ -203,7 +208,21 @@ def make_language_model(
         config.vocab_size = layout.vocab_size
         config.max_position_embeddings = layout.length
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if not isinstance(config, LlamaGenConfig) and not is_causal(language_model):
+        raise ValueError(
+            f"the language model must be causal, but with `{name}` ({config.model_type}) a token sees the ones after "
+            "it. Use a config of a causal model, such as Llama's."
+        )
+    return language_model
+
+
+@torch.no_grad()
+def is_causal(language_model: PreTrainedModel) -> bool:
+    """Whether the logits of a token do not depend on the next one."""
+    tokens = torch.tensor([[0, 0], [0, 1]])
+    first, second = language_model.eval()(input_ids=tokens, use_cache=False).logits[:, 0]
+    return torch.allclose(first, second, atol=1e-4)
 
 
 def check_captions(language_model: PreTrainedModel, text: dict[str, Any]) -> None:

@@ -80,8 +80,12 @@ def parts(tmp_path_factory):
     for name, config in {
         "llamagen": llamagen,
         "typo": LLAMA | {"hiden_size": 64},
+        "bert": {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(config))
+    (folder / "text_model").mkdir()
+    (folder / "text_model" / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "text_model" / "model.safetensors").touch()
     return folder
 
 
@@ -257,6 +261,8 @@ def test_only_codes_are_learned(parts):
             {"model_config_name_or_path": "typo.json"},
             "must have only keys of its class, but has hiden_size",
         ),
+        ({"model_config_name_or_path": "bert.json"}, r"must be causal, but with `bert.json` \(bert\) a token sees"),
+        ({"model_config_name_or_path": "text_model"}, "`text_model` holds weights, which would be dropped"),
         ({"model_config_name_or_path": "llamagen.json"}, "reads ids at one scale, but the token set has 2"),
         ({"validation_token_set": "tokens"}, "images that are not trained on, but `cat/0.png` is in both sets"),
         ({"validation_token_set": "small"}, "`--validation_token_set` must have the sequences of the token set"),
