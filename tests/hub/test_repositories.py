@@ -3,15 +3,12 @@
 import json
 
 import pytest
-from conftest import ROOT, make_tiny
-from generators import make_next_scale
+from conftest import ROOT
+from generators import make_autoregressive, make_next_scale
 from hub_server import run_python, serve_hub
 from huggingface_hub import ModelCard
 from tiny_language_models import extended
 from token_set_parts import content, save_photos
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from svqvae_hf import SVQVAEAutoregressivePipeline
 
 pytestmark = pytest.mark.slow
 
@@ -145,26 +142,10 @@ def hub(tmp_path_factory):
         yield folder, env
 
 
-def save_pipeline(folder):
-    vqvae = make_tiny(sample_size=8)
-    config = LlamaConfig(
-        vocab_size=66,  # 64 codes, one class, no class
-        max_position_embeddings=5,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    SVQVAEAutoregressivePipeline(vqvae, LlamaForCausalLM(config).eval(), num_classes=1).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def seen(hub):
     folder, env = hub
-    save_pipeline(folder / "pipeline")
+    make_autoregressive().save_pretrained(folder / "pipeline")
     make_next_scale().save_pretrained(folder / "scales")
     photos = save_photos(folder / "photos")
     for i, name in ((0, "cat"), (1, "dog")):
