@@ -175,8 +175,8 @@ def compare(checkout: Path, checkpoint: Checkpoint) -> Iterator[tuple[bool, str]
 def compare_ids(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor, margin: float) -> tuple[bool, str]:
     """Compares ids `(images, ids)`, given the logits `(images, ids, codes)` of the expected ones.
 
-    The first unequal id of an image may have a logit up to `margin` below the expected one. Later ids follow from
-    other ones, and are not compared.
+    The first unequal id of an image may have a logit up to `margin` below the expected one. Later ids depend on it,
+    and are not compared.
     """
     unequal = found != expected
     rows = unequal.any(1).nonzero().flatten()

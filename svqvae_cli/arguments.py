@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_tiles(self, tile_size: str = TILES, overlap: str = "32") -> None:
-        """Adds tile size and overlap, whose defaults are described by these words."""
+        """Adds tile size and overlap. The arguments describe the defaults in the help."""
         self.option("--tile-size", int, "PIXELS", f"side of a tile, a multiple of f (default: {tile_size})")
         self.option("--overlap", int, "PIXELS", f"pixels read beyond a tile's sides (default: {overlap})")
 

@@ -153,7 +153,7 @@ def _sample_next_scale(
 def _sample_language_model(
     model: "ImageLanguageModel", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
 ) -> Images:
-    """Draws an image of each caption, or without one."""
+    """Draws an image for each caption, or without a caption."""
     del sampling["class_labels"]
     count = sampling.pop("num_images_per_prompt")
     return [model.draw(sampling.pop("prompt", [None] * count), args.grid, **sampling)]

@@ -111,14 +111,14 @@ class Run(Generic[Item]):
             check_none_skipped(self.skipped, total)
 
     def files(self) -> Iterator[Item]:
-        """Yields each input without its outputs. Shows a bar on a terminal."""
+        """Yields each input whose outputs are missing. Shows a progress bar on a terminal."""
         with tqdm(total=len(self.targets), initial=self.done, unit="image", disable=None) as bar:
             for item in self.left:
                 yield item
                 bar.update()
 
     def read(self, read: Callable[[Path], Content]) -> Iterator[tuple[Item, Content]]:
-        """Yields each input without its outputs, and its content. Skips those that cannot be read."""
+        """Yields each input whose outputs are missing, and its content. Skips inputs that cannot be read."""
         for item in self.files():
             with self.attempt(item, OSError, ValueError):
                 yield item, read(item.path)  # type: ignore[attr-defined] # only for inputs that are files

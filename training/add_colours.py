@@ -1,7 +1,8 @@
 """Gives a model codes for flat colours: `python training/add_colours.py MODEL IMAGES OUT`.
 
-A flat area has one code, so its colour is as exact as the codes for colours are dense. Photographs alone have some 200
-of them. This replaces the codes that IMAGES use least by the latents of colours on a lattice of the RGB cube.
+A flat area has one code, so its colour is only as exact as the codes for colours are dense. Photographs alone make
+some 200 such codes. This replaces the codes that IMAGES use least by the latents of colours on a lattice of the RGB
+cube.
 """
 
 from pathlib import Path

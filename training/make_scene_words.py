@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes a tokenizer of whole words in upper or lower case. A plural is two tokens."""
+    """Makes a tokenizer of whole words, which ignores case. A plural is two tokens."""
     tokens = [*SPECIAL, ",", "##s", "##es", *dict.fromkeys(WORDS)]
     tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

@@ -4,9 +4,9 @@
 
 Clip art, emoji and the fonts of the text come from Debian packages (`apt-get download`, no root needed). Clip art is
 rendered by resvg, whose wheels need no system library. `OUT/train` has squares as large as those in PHOTOS, which
-`prepare_photos.py` made, stored as BMP; a fifth of the grounds are photographs. `OUT/choose/KIND` and `OUT/test/KIND`
-are held out: the first for choosing a recipe, the second for measuring its result. Each part has fonts of its own, and
-drawings that look alike are in one part.
+`prepare_photos.py` made, stored as BMP; in a fifth of them the background is a photograph. `OUT/choose/KIND` and
+`OUT/test/KIND` are held out: the first for choosing a recipe, the second for measuring its result. Each part has fonts
+of its own, and drawings that look alike are in one part.
 """
 
 import io

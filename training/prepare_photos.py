@@ -60,7 +60,7 @@ def read_list(file: Path) -> list[dict[str, str]]:
         reader = csv.DictReader(table, delimiter="\t")
         missing = sorted({"registry", "package", "path", "licence"} - {*(reader.fieldnames or ())})
         if missing:
-            raise ValueError(f"`--list` must have the columns {', '.join(missing)}, but `{file}` has not.")
+            raise ValueError(f"`--list` must have the columns {', '.join(missing)}, but `{file}` does not.")
         return [row for row in reader if row["licence"] != "not stated"]
 
 

@@ -140,7 +140,7 @@ def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -
 
 
 class Codes:
-    """The codes of a run, moved outside gradient descent: by k-means, as averages of their latents, or once dead.
+    """Updates the codes of a run without gradients: by k-means, by averages of latents, and by replacing dead codes.
 
     Args:
         run ([`Run`]): The run.

@@ -219,7 +219,7 @@ def make_language_model(
 
 @torch.no_grad()
 def is_causal(language_model: PreTrainedModel) -> bool:
-    """Whether the logits of a token do not depend on the next one."""
+    """Whether a model is causal: the logits of a token do not depend on the next token."""
     tokens = torch.tensor([[0, 0], [0, 1]])
     first, second = language_model.eval()(input_ids=tokens, use_cache=False).logits[:, 0]
     return torch.allclose(first, second, atol=1e-4)

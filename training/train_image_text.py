@@ -1,4 +1,4 @@
-"""Trains a language model with image tokens on images and texts, in both directions.
+"""Trains a language model with image tokens on images and texts, to draw images and to describe them.
 
 python training/train_image_text.py --model_name_or_path LM --token_set TOKENS --output_dir OUT --max_steps N
 """
@@ -45,7 +45,7 @@ FRACTIONS = ("caption_fraction", "condition_dropout", "first_caption_fraction", 
 
 @dataclass
 class ImageTextOptions:
-    """Options of the data and the model. All options of `transformers.TrainingArguments` come on top."""
+    """Options of the data and the model. All options of `transformers.TrainingArguments` can be given as well."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id, as `svqvae extend-lm` wrote it."})
     token_set: str | None = field(default=None, metadata={"help": "Token set of `svqvae tokenize`: folder or Hub id."})
@@ -128,7 +128,7 @@ class ImageTextExamples(Dataset):
         return self.pair_example(self.pairs[index % len(self.pairs)], rng)
 
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        """A text with any number of images, all of which is learned."""
+        """A text with any number of images. All of its tokens are learned."""
         images = [self.processor.image_text(torch.tensor(ids)) for ids in row.get("images", [])]
         texts = row["text"].split(self.processor.image_token)
         if len(texts) != len(images) + 1:
@@ -141,7 +141,7 @@ class ImageTextExamples(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
     def pair_example(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, list[int]]:
-        """A conversation in which a caption or an image is asked for, and the other is learned."""
+        """A conversation that asks for an image or for its caption. The answer is learned."""
         image = self.processor.image_text(row_tokens(row, self.settings).ids[-1])
         captions = row[self.options.caption_column]
         captions = [captions] if isinstance(captions, str) else captions
@@ -205,7 +205,7 @@ class ModalityLoss:
 
 
 class ImageTextTrainer(Trainer):
-    """Trainer with scheduled sampling, which logs the loss of texts and of images apart."""
+    """Trainer with scheduled sampling, which logs the losses of texts and of images separately."""
 
     scheduled_sampling = 0.0
 
@@ -217,7 +217,7 @@ class ImageTextTrainer(Trainer):
 
     @torch.no_grad()
     def draw_some(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        """Tokens in which some ids are what the model draws after the tokens before."""
+        """Replaces some ids by ids that the model samples after the tokens before them."""
         vocabulary, tokens = self.compute_loss_func.vocabulary, inputs["input_ids"].clone()
         is_image = (tokens >= vocabulary.first_token) & (tokens < vocabulary.begin)
         share = self.scheduled_sampling * torch.rand(len(tokens), 1, device=tokens.device)

@@ -88,7 +88,7 @@ def train(run: Run[NextScaleOptions]) -> None:
     def predict(
         batch: TokenBatch, sizes: Sequence[Size], generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Loss, accuracy and number of ids of a batch: the transformer predicts each scale from the ones before.
+        """Loss, accuracy and number of ids of a batch. The transformer predicts each scale from the previous ones.
 
         With a generator, it draws a caption of each row, and which rows go without their label or caption.
         """

@@ -56,7 +56,7 @@ def convert(
         tokenizer (`str` or `Path`, *optional*): Tokenizer that a generator was trained with: checkpoint file,
             `org/repo:file`, model folder or Hub id.
         image_size (`int`, *optional*): Side in pixels of the training images of a generator, by default `sample_size`
-            of the tokenizer. LlamaGen needs it unless the source tells it.
+            of the tokenizer. Required for LlamaGen unless the source states it.
         num_attention_heads (`int`, *optional*): Number of heads of LlamaGen's model. Required for sizes that LlamaGen
             does not define.
         text_encoder (`str`, *optional*): T5 encoder of LlamaGen's captions: folder or Hub id, such as
@@ -127,7 +127,7 @@ def convert(
 
 
 def is_llamagen(source: str | Path) -> bool:
-    """Whether a checkpoint seems to hold a language model of LlamaGen, by a name of a weight in it."""
+    """Whether a checkpoint seems to hold a language model of LlamaGen, judging by the name of one weight."""
     path = locate_checkpoint(source)
     if not path.stat().st_size:
         return False
@@ -139,7 +139,7 @@ def _load_text_components(source: str | Path, text_encoder: str | None, with_cap
     """Text encoder and its tokenizer, for a model with captions."""
     if with_captions and text_encoder is None:
         raise ValueError(
-            f"`{source}` does not tell the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
+            f"`{source}` does not name the encoder of its captions. Pass `text_encoder`, or `--text-encoder` to "
             "`svqvae convert`: LlamaGen's released models need google/flan-t5-xl."
         )
     if text_encoder is None:
@@ -151,7 +151,7 @@ def _load_text_components(source: str | Path, text_encoder: str | None, with_cap
 
 
 def _latents_side(vqvae: SVQVAE, image_size: int) -> int:
-    """Rows and columns of ids of square images, by their side in pixels.
+    """Number of ids along each side of square images, given their side in pixels.
 
     Raises:
         ValueError: The side is not a positive multiple of f.

@@ -93,7 +93,7 @@ def write_repository(
 
 
 def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, variant: str | None) -> int:
-    """Saves a model or a pipeline, also in half precision if asked for, and checks that it loads as it was.
+    """Saves a model or a pipeline, also in half precision if asked for, and checks that it loads unchanged.
 
     Returns:
         `int`: Number of tensors.
@@ -127,7 +127,7 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
 
 
 def _models(converted: ModelMixin | DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The model, or the models of a pipeline by name. The codebook stays in float32 by itself."""
+    """The model, or the models of a pipeline by name. The codebook stays in float32 without help."""
     if isinstance(converted, torch.nn.Module):
         return {"": converted}
     return {name: part for name, part in converted.components.items() if isinstance(part, torch.nn.Module)}

@@ -39,7 +39,7 @@ class ImageRow(NamedTuple):
 
 @runtime_checkable
 class ImagePart(Protocol):
-    """A part of an image set, which can be read independently of the others. Its name says what is read."""
+    """A part of an image set, which can be read independently of the others. Its name says which images it holds."""
 
     name: str
 
@@ -106,7 +106,7 @@ def unreadable(key: str, fault: str, columns: Sequence[str] = ()) -> ImageRow:
     """Row of an image that cannot be read, so that it is named, counted and skipped like a broken file.
 
     Args:
-        key (`str`): Key of the image, or name of the file that ends before its time.
+        key (`str`): Key of the image, or name of the truncated file.
         fault (`str`): Reason, which [`read_image`] raises.
         columns (`Sequence[str]`): Other columns, which are empty.
     """

@@ -282,7 +282,7 @@ def _open_folder(folder: str, selection: Selection) -> ImageSet:
 
 
 def _check_outside(results: str, data: Sequence[str]) -> None:
-    """Raises if results would lie in a folder of the set, whose next reading would find them."""
+    """Raises if results would lie in a folder of the set, because the next run would read them as images."""
 
     def place(name: str) -> str:
         return f"{name if '://' in name else os.path.realpath(name)}/"
@@ -393,7 +393,7 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
     with _explained(name):
         builder = datasets.load_dataset_builder(name, selection.config, data_files=files)
         if builder.config.data_files is None:
-            raise OSError("the Hub cannot be reached, and the cache has its rows without their files")
+            raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
     split = _choose_split(name, [*builder.config.data_files], selection.split)
     paths = builder.config.data_files[split]
     if builder.name.startswith("webdataset"):  # its own reader takes only samples of equal suffixes
@@ -529,7 +529,7 @@ def _check_hub(name: str) -> None:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Makes one line of the errors of `datasets`, its readers of files and the network, which are of many types."""
+    """Turns the many types of errors of `datasets`, its file readers and the network into one line."""
     try:
         yield
     except Exception as error:

@@ -69,7 +69,7 @@ class TarPart:
 
 
 def open_tars(paths: Sequence[str], image_key: str | None, columns: Sequence[str]) -> list[TarPart]:
-    """Finds out the columns of tar files, from the first samples of the first that has any.
+    """Finds the columns of tar files, from the first samples of the first file that has any.
 
     Args:
         paths (`Sequence[str]`): Local paths, or paths for `fsspec`.

@@ -118,7 +118,7 @@ class GeneratorPage:
             yield from self.generate(*settings, **edited)
 
     def describe(self, picture: Image.Image | None) -> str:
-        """What the language model says about a picture."""
+        """Caption of a picture, by the language model."""
         return "" if picture is None else self.pipeline.caption([picture])[0]
 
     def _steps(self, options: dict[str, Any]) -> Iterator[Step]:

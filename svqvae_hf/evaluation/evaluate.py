@@ -43,7 +43,7 @@ def evaluate(
     inception: nn.Module | None = None,
     device: str | torch.device = "cpu",
 ) -> Report:
-    """Codes and decodes each image of a set by each tokenizer, and compares the result with the image in 8 bits.
+    """Encodes and decodes each image of a set with each tokenizer, and compares the result with the image in 8 bits.
 
     An image is padded to multiples of `f` by repeating its last row and column, and the reconstruction is cropped.
     With several processes (`accelerate launch`), each process takes every n-th image, and all return the whole report.
@@ -102,7 +102,7 @@ def evaluate(
 
 
 class _Measured(NamedTuple):
-    """Values of an image, how often each code occurs, its reconstruction, and the reference of that."""
+    """Values of an image, how often each code occurs, its reconstruction, and the image that this is compared with."""
 
     values: dict[str, Any]
     counts: torch.Tensor
@@ -131,7 +131,7 @@ class _Meter:
 
     @torch.no_grad()
     def measure(self, image: Image.Image) -> _Measured:
-        """Codes and decodes an image, and measures the result."""
+        """Encodes and decodes an image, and measures the result."""
         tokenizer = self.tokenizer
         sample = pad_to_multiple(to_tensor(image, self.device) / 127.5 - 1, tokenizer.f)
         codes = tokenizer.encode(sample)

@@ -42,7 +42,7 @@ def export_graphs(model: SVQVAE, out: str | Path) -> str:
     After that the folder is renamed to `out`. One id in a thousand may differ, and pixels by 2/255.
 
     Args:
-        model ([`SVQVAE`]): Model to export. A copy in evaluation mode is traced, so it is not changed.
+        model ([`SVQVAE`]): Model to export. A copy in evaluation mode is traced, so the model is not changed.
         out (`str` or `Path`): Folder to create. It may exist if it is empty.
 
     Returns:
@@ -111,7 +111,7 @@ def compare_graphs(model: SVQVAE, encode: Graph, decode: Graph) -> str:
         decode (`Callable`): Decoder graph.
 
     Returns:
-        `str`: How many ids differ, and how much pixels do.
+        `str`: How many ids differ, and by how much pixels differ.
 
     Raises:
         ValueError: If a graph fails to run, returns a wrong shape, or differs by more than `MAX_CHANGED` of all ids or

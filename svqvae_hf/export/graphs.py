@@ -14,7 +14,7 @@ TRACED_GRID = (2, 3, 5)  # batch, rows and columns of ids
 
 
 class EncoderGraph(nn.Module):
-    """Image to ids, untiled. The codebook is searched in one piece, so the graph holds for any number of ids.
+    """Image to ids, untiled. The codebook is searched in one piece, so the graph works for any number of ids.
 
     Args:
         model ([`SVQVAE`]): Model in float32.
@@ -89,7 +89,7 @@ def _codes(model: SVQVAE) -> torch.Tensor:
 
 
 def trace_graph(graph: nn.Module, example: torch.Tensor, dynamic: Sequence[int]) -> ExportedProgram:
-    """Traces a graph by an example, some of whose dimensions are dynamic."""
+    """Traces a graph with an example input, some of whose dimensions are dynamic."""
     dims = dict.fromkeys(dynamic, Dim.DYNAMIC)
     program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
     for node in program.graph.nodes:

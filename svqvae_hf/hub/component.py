@@ -13,7 +13,7 @@ class AutoModel(diffusers.AutoModel):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Loads the config of the component. The pipeline's is passed over."""
+        """Loads the config of the component. Ignores the config of the pipeline."""
         if cls.config_name == "model_index.json":
             raise OSError("the config of the pipeline does not name the code of its components")
         return super().load_config(*args, **kwargs)

@@ -147,7 +147,7 @@ def _with_images(template: str | dict[str, str] | None) -> str | dict[str, str]:
 
 @torch.no_grad()
 def _start_rows(model: PreTrainedModel, vocabulary: ImageVocabulary, codebook: torch.Tensor, seed: int) -> None:
-    """Sets the new rows to a linear map of the codes, with the mean and the deviation of the old rows."""
+    """Sets the new rows to a linear map of the codes, with the mean and the standard deviation of the old rows."""
     generator = torch.Generator().manual_seed(seed)
     codes = codebook.detach().float().cpu()
     others = torch.randn(vocabulary.stop - vocabulary.begin, codes.shape[1], generator=generator)

@@ -14,11 +14,11 @@ OUTSIDE, SIZE, CODES, LAST = range(4)  # the next token: text or begin, a size, 
 
 
 class ImageGrammar(LogitsProcessor):
-    """Bars every token that would make a malformed image. All other logits stay as they are.
+    """Forbids every token that would make a malformed image. All other logits stay as they are.
 
     Outside an image the next token is a token of the text or begins an image, then comes one of the sizes, then
-    exactly rows x columns codes, then the end. The tokens so far say all, so sequences may be padded on the left, hold
-    several images, change places in beam search, or begin inside an image.
+    exactly rows x columns codes, then the end. The tokens so far determine what may follow, so sequences may be padded
+    on the left, hold several images, change places in beam search, or begin inside an image.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): Config of the language model.
@@ -59,7 +59,7 @@ class ImageGrammar(LogitsProcessor):
         return self.kinds.take(self.starts.take(size) + place) * has_begun  # `OUTSIDE` is 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Sets the logits `(batch, vocab_size)` of the barred tokens to minus infinity."""
+        """Sets the logits `(batch, vocab_size)` of the forbidden tokens to minus infinity."""
         return scores + self.bias.index_select(0, self.next_kind(input_ids)[:, 0])
 
 
@@ -84,7 +84,7 @@ class ImageGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
 
 
 def grammar_regex(vocabulary: ImageVocabulary) -> str:
-    """Regular expression of texts with images, without lookaround, as servers with structured output take it.
+    """Regular expression of texts with images, without lookaround, as servers with structured output expect it.
 
     Example:
         >>> pattern = grammar_regex(ImageVocabulary.from_config(model.config))

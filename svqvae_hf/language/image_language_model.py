@@ -1,4 +1,4 @@
-"""Images of captions and captions of images, by a language model with image tokens."""
+"""Draws images from captions and writes captions of images, with a language model that has image tokens."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from svqvae_hf.pipelines.sampling import Generators, check_sampling, draw, make_
 
 
 class ImageLanguageModel:
-    """A language model with image tokens, and its processor. It asks as `training/train_image_text.py` does.
+    """A language model with image tokens, and its processor. Its prompts are as in `training/train_image_text.py`.
 
     Args:
         language_model ([`~transformers.PreTrainedModel`]): Language model.
@@ -169,7 +169,7 @@ class ImageLanguageModel:
         grid: tuple[int, int],
         inputs: BatchFeature,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of images, and which of them stay, `(batch, codes)`: those whose parts of the masks are black."""
+        """Tokens of images, and which of them are kept, `(batch, codes)`: those whose parts of the masks are black."""
         if not len(images) == len(masks) == len(inputs["input_ids"]):
             raise ValueError(
                 "`image` and `mask_image` must hold one image and one mask per prompt, got "
@@ -193,7 +193,7 @@ class ImageLanguageModel:
 
 
 class _Keep(LogitsProcessor):
-    """Keeps tokens of images that begin at a position."""
+    """Forces the kept tokens of images, which begin at a position."""
 
     def __init__(self, tokens: torch.Tensor, kept: torch.Tensor, start: int):
         self.tokens, self.kept, self.start = tokens, kept, start
@@ -221,7 +221,7 @@ class _Rows(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token, and bars all others."""
+    """Samples a token, and forbids all others."""
 
     def __init__(self, generator: Generators):
         self.generator = generator

@@ -36,11 +36,12 @@ class SVQVAEProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call
 class SVQVAEProcessor(ProcessorMixin):
     """Prepares texts and images for a language model with image tokens, and converts what it generates back.
 
-    In a text, `<|image|>` stands for an image. The language model sees codes between begin and end tokens, no pixels.
+    In a text, `<|image|>` stands for an image. The language model sees codes between begin and end tokens, and no
+    pixels.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with the image tokens.
-        vqvae ([`SVQVAE`]): Image tokenizer. Move it to the device on which it shall run.
+        vqvae ([`SVQVAE`]): Image tokenizer. Move it to the device on which it should run.
         image_vocabulary (`ImageVocabulary` or `dict`): Image tokens of the language model.
         chat_template (`str`, *optional*): Chat template, by default the tokenizer's.
 

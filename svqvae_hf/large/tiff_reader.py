@@ -134,7 +134,7 @@ def _check_page(path: Path, page: Any) -> None:
 
 
 def _paste(values: np.ndarray, tile: np.ndarray, top: int, left: int) -> None:
-    """Copies into the values of a window the part of a tile that overlaps it."""
+    """Copies the part of a tile that overlaps a window into the values of the window."""
     rows = slice(max(0, top), min(len(values), top + len(tile)))
     columns = slice(max(0, left), min(values.shape[1], left + tile.shape[1]))
     window = tile[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]

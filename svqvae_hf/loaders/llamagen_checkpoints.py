@@ -53,8 +53,8 @@ def read_llamagen(
 ) -> Checkpoint:
     """Reads a checkpoint of LlamaGen's language models, strictly.
 
-    The weights may lie bare in the file, or in `model`, `module` or `state_dict`. Pickles are read as weights only;
-    code in them raises an error.
+    The weights may be at the top level of the file, or in `model`, `module` or `state_dict`. Pickles are read as
+    weights only; code in them raises an error.
 
     Args:
         source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
@@ -68,7 +68,7 @@ def read_llamagen(
     Raises:
         OSError: If the file is missing or cannot be downloaded.
         ValueError: If the file is broken, is another checkpoint, does not hold exactly the weights of such a model, or
-            does not tell a value that was not passed.
+            does not hold a value that was not passed.
     """
     path = locate_checkpoint(source)
     weights = _select_weights(load_checkpoint_file(path, source), use_ema, source)
@@ -96,8 +96,8 @@ def _select_weights(content: dict[str | None, Any], use_ema: bool, source: str |
     weights = find_language_model(content)
     if weights is None:
         raise ValueError(
-            f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, neither bare "
-            f"nor in {', '.join(CONTAINERS)}. Tokenizers load by `SVQVAE.from_single_file`."
+            f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, at "
+            f"its top level or in {', '.join(CONTAINERS)}. Load a tokenizer with `SVQVAE.from_single_file`."
         )
     if use_ema:
         weights = content.get("ema")
@@ -184,7 +184,7 @@ def _find_grid_size(table: Any, condition_tokens: int, grid_size: int | None, so
         return found
     if grid_size is None:
         raise ValueError(
-            f"`{source}` does not tell the size of its images. Pass `grid_size`, or the side in pixels to "
+            f"`{source}` does not state the size of its images. Pass `grid_size`, or the side in pixels to "
             "`svqvae convert` as `--image-size`. LlamaGen's file names end with the "
             "side: `grid_size` is 16 for 256 pixels, 24 for 384, 32 for 512."
         )
@@ -197,7 +197,7 @@ def _find_heads(sizes: Mapping[str, Any], heads: int | None, source: str | Path)
     if heads is None:
         raise ValueError(
             f"`{source}` has {layers} layers of {hidden} channels, which is not a size that LlamaGen defines, and "
-            "does not tell the number of heads, `n_head` in training. Pass `num_attention_heads`, or `--num-heads` to "
-            "`svqvae convert`."
+            "does not state the number of heads, `n_head` in training. Pass `num_attention_heads`, or `--num-heads` "
+            "to `svqvae convert`."
         )
     return heads

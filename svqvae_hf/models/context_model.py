@@ -1,12 +1,12 @@
-"""Distribution of ids in exact integers, given the ids around them, by which a range coder stores them in few bits.
+"""Predicts ids from the ids around them, in exact integers, so that a range coder can store them in few bits.
 
     codes of 12 neighbours    -> layer -> layer -> frequencies of the groups of codes -> group of the id
     and of 5 coarser ids         layer, given the group -> frequencies of its members -> id
 
 Similar codes form a group. An id is coded in two steps, so twice 128 frequencies are computed for it instead of
 16,384. All weights and activations are integers, and every sum of products stays below 2**24, where float32 is exact
-in any order of summation. The frequencies are therefore the same on every machine. An id depends on earlier diagonals
-alone, so a whole diagonal is coded at once.
+in any order of summation. The frequencies are therefore the same on every machine. An id depends only on earlier
+diagonals, so a whole diagonal is coded at once.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ Step = Callable[[np.ndarray, Any], np.ndarray]  # probabilities and known symbol
 
 
 class ContextModel:
-    """Distribution of ids given the ids around them, in integers, and the coder of ids that it serves.
+    """Distribution of ids given the ids around them, in integers, and coding of ids with it.
 
     Args:
         tensors (`Mapping[str, np.ndarray]`): Weights in int8 and biases in int32. `codes` `(codes, dim)`; `order`
@@ -144,7 +144,7 @@ class ContextModel:
     def _code(
         self, step: Step, shape: tuple[int, ...], known: np.ndarray | None, coarse: np.ndarray | None
     ) -> np.ndarray:
-        """Calls `step` for the groups and then the members of each diagonal, with known ranks or to find them."""
+        """Calls `step` for the groups and then the members of each diagonal, with known ranks or to find the ranks."""
         outside = len(self.order)
         ranks = np.zeros(shape, np.int64)
         padded = pad_ids(np.full(shape, outside), outside)
@@ -172,7 +172,7 @@ class ContextModel:
 
 
 def code_inputs(codes: np.ndarray) -> np.ndarray:
-    """Inputs for each id `(codes + 1, dim + 1)`: its code, and that it is inside. The last row stands for outside."""
+    """Inputs for each id `(codes + 1, dim + 1)`: its code, and a mark. The last row stands for outside the grid."""
     inside = np.full((len(codes), 1), LIMIT)
     return np.pad(np.hstack([codes, inside]), ((0, 1), (0, 0))).astype(np.float32)
 
@@ -195,8 +195,8 @@ def context(
         columns (`np.ndarray` of shape `(n,)`): Columns of the ids.
 
     Returns:
-        `np.ndarray` of shape `(n, inputs)`: Inputs for the neighbours; inputs for the coarser ids around the place,
-        and where in its cell the place lies, or zeros without coarser ids.
+        `np.ndarray` of shape `(n, inputs)`: Inputs for the neighbours; inputs for the coarser ids around the same
+        place, and its position in the cell of its coarser id, or zeros without coarser ids.
     """
     near = [inputs[padded[rows + MARGIN + y, columns + MARGIN + x]] for y, x in NEIGHBOURS]
     if coarse is None:
@@ -224,7 +224,7 @@ def activate(summed: np.ndarray, layer: str) -> np.ndarray:
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Distributions as multiples of `1 / TOTAL` that sum to 1 and are above 0, float32, from logits `(n, symbols)`."""
+    """Converts logits `(n, symbols)` to distributions in float32: multiples of `1 / TOTAL` above 0 that sum to 1."""
     steps = ((logits.max(1, keepdims=True) - logits) / 2**LOGIT_SHIFT).astype(np.int64)
     weights = exponentials()[np.minimum(steps, STEPS_PER_NAT * NATS)]
     frequencies = 1 + weights * (TOTAL - logits.shape[1]) // weights.sum(1, keepdims=True)
@@ -250,7 +250,7 @@ def check_exact(tensors: Mapping[str, np.ndarray]) -> None:
     if any(tensor.dtype not in (np.int8, np.int32) for tensor in tensors.values()):
         raise ValueError("the tensors of a context model must be in int8 and int32, but are not.")
     if not np.array_equal(np.sort(tensors["order"]), np.arange(len(tensors["codes"]))):
-        raise ValueError("`order` must have each id once, but has not.")
+        raise ValueError("`order` must have each id once, but does not.")
     for layer in ("1", "2", "group", "member", "code"):
         weight, bias = (abs(tensors[f"{name}_{layer}"].astype(np.int64)) for name in ("weight", "bias"))
         largest = (weight.sum(1 if layer == "code" else 0) * (LIMIT + 1) + bias).max()

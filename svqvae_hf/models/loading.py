@@ -110,7 +110,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
 
 
 class SVQVAELoadingMixin(CardMixin, StrictLoadingMixin):
-    """Strict loading, `from_single_file` for original checkpoints, and what a model's repository holds beside it."""
+    """Strict loading, `from_single_file` for original checkpoints, and the other files of a model's repository."""
 
     codebook_fingerprint: Callable[[], str]
     _context_model: ContextModel | None = None

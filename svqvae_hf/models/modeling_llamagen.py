@@ -281,7 +281,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
         self.post_init()
 
     def _get_resized_lm_head(self, old_lm_head: CodeHead, *_: Any, **__: Any) -> CodeHead:
-        """The head as it is, because it has rows for codes alone, however many tokens are embedded."""
+        """Returns the head unchanged, because it has rows only for codes, however many tokens are embedded."""
         return old_lm_head
 
     def forward(

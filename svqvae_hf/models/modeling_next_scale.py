@@ -163,8 +163,8 @@ class NextScaleTransformer(StrictLoadingMixin):
         max_text_length (`int`, defaults to 0): Length of padded captions.
 
     Raises:
-        ValueError: If a value is not a positive integer (`num_classes` may be 0, and both of the last two), or there
-            are too many layers.
+        ValueError: If a value is not a positive integer (`num_classes`, `vocab_size` and `max_text_length`
+            may be 0), or there are too many layers.
     """
 
     _supports_gradient_checkpointing = True

@@ -297,7 +297,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         codebook_l2_norm (`bool`, defaults to `True`): Whether latents and codes lie on the unit sphere.
         commit_loss_beta (`float`, defaults to 0.25): Weight of the commitment loss.
         entropy_loss_ratio (`float`, defaults to 0.0): Weight of the entropy loss; at 0 it is not computed.
-        pixel_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Value range of images in and out.
+        pixel_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Value range of input and output images.
         network_range (`tuple[float, float]`, defaults to `(0.0, 1.0)`): Value range that the weights were trained on.
         sample_size (`int`, defaults to 256): Side in pixels of the images that the weights were trained on.
         scaling_factor (`float`, defaults to 1.0): Factor by which a latent diffusion model multiplies latents.
@@ -524,7 +524,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
                 losses)`.
             scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`~SVQVAE.encode_scales`].
             force_not_quantize (`bool`, defaults to `False`): Whether to decode the latents without quantising them,
-                at unit length if the codes are.
+                normalised if the codes are.
 
         Returns:
             [`SVQVAEOutput`] or `tuple`: Reconstruction `(batch, out_channels, round(scale * height), round(scale *

@@ -189,8 +189,8 @@ class TilingMixin:
     def enable_tiling(self, tile_size: int | None = None, overlap: int | None = None) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
-        An image that one tile holds is not tiled. All tiles of an image share their normalisation statistics and what
-        they attend to. Both come from at most 16 windows of 10 x 10 latents, spread over the image.
+        An image that fits into one tile is not tiled. All tiles of an image share their normalisation statistics and
+        what they attend to. Both come from at most 16 windows of 10 x 10 latents, spread over the image.
 
         Args:
             tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.

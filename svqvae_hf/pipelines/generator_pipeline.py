@@ -103,7 +103,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
 
     @classmethod
     def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
-        """Raises for weights whose faults their class does not find while loading."""
+        """Raises for faulty weights that their class accepts while loading."""
 
     @functools.wraps(DiffusionPipeline.save_pretrained)  # diffusers looks at the names of its arguments
     def save_pretrained(  # type: ignore[override]
@@ -163,7 +163,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
 
         Raises:
             TypeError: A label is neither an integer nor a name.
-            ValueError: A class is unknown, there is none to guide to, or not one image or one per label is given.
+            ValueError: A class is unknown, guidance has no class, or the images are neither one nor one per label.
         """
         if class_labels is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` = {guidance_scale} needs `class_labels`. Pass them, or leave it at 1.")

@@ -120,11 +120,11 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
     def from_llamagen(
         cls, vqvae: SVQVAE, language_model: LlamaGenForCausalLM, **components: Any
     ) -> "SVQVAEAutoregressivePipeline":
-        """Joins a model of LlamaGen to its tokenizer, whose fingerprint its config stores from then on.
+        """Makes a pipeline of a LlamaGen model and its tokenizer, whose fingerprint the model's config then stores.
 
         Args:
-            vqvae ([`SVQVAE`]): Tokenizer that the model was trained with. The weights cannot tell whether it is.
-            language_model ([`LlamaGenForCausalLM`]): Model, whose config tells classes and size of the images.
+            vqvae ([`SVQVAE`]): Tokenizer that the model was trained with. The weights do not show whether it is.
+            language_model ([`LlamaGenForCausalLM`]): Model, whose config has the classes and the size of the images.
             **components: Further arguments of the pipeline.
 
         Example:

@@ -169,7 +169,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 aspect ratio of the result. Needs `mask_image` or `image_scale`.
             mask_image (`PipelineImageInput`, *optional*): Mask as large as `image`, one for all or one per image. At
                 every scale, an id is sampled if its part of the mask has any white, and kept otherwise.
-            image_scale (`float`, *optional*): The ids of all scales up to this share of the last one come from
+            image_scale (`float`, *optional*): Fraction of the last scale. The ids of scales up to it come from
                 `image`, and finer ones are sampled. In [0, 1].
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional + scale *
                 (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].

@@ -12,7 +12,7 @@ RISING_STEPS = 9  # after which rising guidance has reached its scale, as in VAR
 
 
 def make_schedule(size: Size, steps: int) -> list[Size]:
-    """Spreads scales between one id along the longer side and a size. Sides grow by one factor, but at least by one.
+    """Spreads scales between one id along the longer side and a size. Sides grow by a constant factor, at least by 1.
 
     For 16 x 16 ids in 10 steps these are FlexVAR's own sides: 1, 2, 3, 4, 5, 6, 8, 10, 13 and 16.
 
@@ -79,8 +79,8 @@ def guidance_per_step(guidance_scale: float, mode: str, sizes: Sequence[Size], t
 
     Args:
         guidance_scale (`float`): Guidance scale; 1 means none.
-        mode (`str`): `"constant"`, or `"rising"`: from 1 by equal steps to `guidance_scale`, which it has at the last
-            scale, but at latest at the tenth, beyond which it rises further. Scales larger than in training have
+        mode (`str`): `"constant"`, or `"rising"`: by equal steps from 1 to `guidance_scale` at the last scale, or at
+            the tenth if there are more, after which it rises further. Scales larger than in training have
             `guidance_scale` itself.
         sizes (list of `(height, width)`): Schedule.
         trained (`tuple[int, int]`): Largest scale in training.

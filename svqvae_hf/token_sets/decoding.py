@@ -27,7 +27,7 @@ def detokenize_set(
 ) -> tuple[int, int]:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
-    A row whose images are all there is skipped, so a run that was interrupted can be run again.
+    A row whose images all exist is skipped, so an interrupted run can be resumed.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
@@ -37,11 +37,11 @@ def detokenize_set(
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
         part (`int`, defaults to 0): Number of the part to decode, from 0: every `num_parts`-th row from this one.
         num_parts (`int`, defaults to 1): Number of parts.
-        overwrite (`bool`, defaults to `False`): Whether images that are there are decoded again.
+        overwrite (`bool`, defaults to `False`): Whether to decode existing images again.
         context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
     Returns:
-        `tuple[int, int]`: Numbers of images written, and kept because they were there.
+        `tuple[int, int]`: Numbers of images written, and of existing images kept.
 
     Raises:
         OSError: The set cannot be reached, or `output` cannot be written.

@@ -1,7 +1,7 @@
 """Parts of a token set: the files of a finished part, which parts are finished, and the set that all of them complete.
 
-A part is a pure function of the image set, the options and its number. It is finished when its record is there, which
-is written last. It knows no other part: two processes that make the same part write the same files.
+A part is a pure function of the image set, the options and its number. It is finished when its record exists, which
+is written last. Two processes that make the same part write the same files.
 """
 
 import json
@@ -23,7 +23,7 @@ CARD_FILE = "README.md"
 
 @dataclass
 class PartRecord:
-    """Facts of a part. They are equal however often and wherever it is made.
+    """Facts of a part. They are the same each time that the part is made.
 
     Args:
         part (`int`): Number of the part.
@@ -117,9 +117,10 @@ def delete_set(folder: Folder) -> None:
 
 
 def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., str]) -> dict[str, int] | None:
-    """Completes a token set if all its parts are finished. Opens no Parquet file. Deletes those of no part.
+    """Completes a token set if all its parts are finished. Deletes files that belong to no part.
 
-    The settings are written last: they mark the set as complete. Then the records are deleted.
+    The settings are written last: they mark the set as complete. Then the records are deleted. No
+    Parquet file is opened.
 
     Args:
         folder ([`Folder`]): Folder of the set.

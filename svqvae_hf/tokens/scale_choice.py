@@ -49,7 +49,7 @@ def encode_to_bits(
     scale_from: str = "image",
     context_model: ContextModel | None = None,
 ) -> tuple[ImageTokens, bool]:
-    """Encodes an image at the largest scale whose token file has at most so many bits.
+    """Encodes an image at the largest scale whose token file has at most this many bits.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.

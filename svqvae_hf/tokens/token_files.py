@@ -123,7 +123,7 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens, context_model: Con
     Raises:
         OSError: The file cannot be written.
         TypeError: `tokens` are ids alone.
-        ValueError: The ids belong to another codebook than the context model.
+        ValueError: The codebook of the ids is not that of the context model.
     """
     write_file(path, token_file_content(tokens, context_model))
 

@@ -109,8 +109,8 @@ def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str]) 
         names (`Iterable[str]`): Names that the run's state must hold.
 
     Raises:
-        ValueError: If another number of processes wrote it, or a run without some parts of this run or with another
-            network, or it is damaged.
+        ValueError: If it was written by another number of processes, or by a run with another network or without some
+            parts of this run, or if it is damaged.
     """
     with _one_line_reason(path):
         run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)

@@ -176,8 +176,8 @@ def forget_codes(
 ) -> None:
     """Clears what the optimizer and the average of weights remember of replaced codes.
 
-    The optimizer's moments become 0. If SOAP rotates the rows of a codebook, its squares are not by code, and remain.
-    The average restarts at the new codes, because it would otherwise mix them with old ones.
+    The optimizer's moments become 0. If SOAP rotates the rows of a codebook, its second moments belong to no single
+    code, and remain. The average restarts at the new codes, because it would otherwise mix them with old ones.
 
     Args:
         model (`nn.Module`): Model that holds the codebook, and whose weights are averaged.

@@ -28,7 +28,7 @@ def load_network_config(source: str, network_class: Any) -> dict[str, Any]:
 
 
 def check_keys(source: str, config: Iterable[str], known: Iterable[str]) -> None:
-    """Raises if a config has keys that its class does not know, with which another network than meant is trained."""
+    """Raises if a config has unknown keys, because another network than intended would be trained."""
     unknown = sorted(key for key in set(config) - set(known) if not key.startswith("_"))
     if unknown:
         raise ValueError(f"`{source}` must have only keys of its class, but has {', '.join(unknown)}. Correct them.")

@@ -1,8 +1,8 @@
 """Starts a new model as the linear autoencoder of some images, which a trained model has to beat.
 
 With random weights, image content has to find its way through many random layers, and group norm removes the mean and
-the contrast of each image. Training then spends hours on what a linear map has for free. This start sets weights only,
-so the architecture and the file format stay:
+the contrast of each image. Training then spends hours learning what a linear map does at once. This start sets weights
+only, so the architecture and the file format stay:
 
 - **Neutral norms.** In each group of each norm, two channels are constants, +B and -B. They dominate the variance, so
   the norm is almost a fixed scale. The weight of the norm undoes that scale for the other channels.

@@ -75,7 +75,7 @@ def _check_fit(options: TrainOptions, vqvae: SVQVAE) -> None:
 
 
 def frozen_parts(options: TrainOptions, vqvae: SVQVAE) -> list[nn.Module]:
-    """Parts of the model that the optimizer leaves as they are."""
+    """Parts of the model that are not trained."""
     if options.train == "decoder":
         return [vqvae.encoder, vqvae.quant_conv, vqvae.quantize]
     return [vqvae.quantize] if options.codebook_decay else []

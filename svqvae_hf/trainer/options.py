@@ -206,7 +206,7 @@ def read_options(options_class: type[Options], arguments: Sequence[str]) -> Opti
 
 
 class OptionParser(HfArgumentParser):
-    """Parser of the options of a script. A flag empties a list with no value, and unsets an option with `none`."""
+    """Parser of a script's options. A flag without values empties a list, and the value `none` unsets an option."""
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
         """Adds an option, whose metadata are `settings`."""

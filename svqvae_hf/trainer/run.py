@@ -356,7 +356,7 @@ class Run(Generic[Options]):
     def publish(self, save_pretrained: Callable[..., Any], card: str) -> None:
         """Saves the result with its card in the output folder, and uploads it with `--push_to_hub`.
 
-        Only the main process calls it. A file that is replaced is replaced at once, weights before their config.
+        Only the main process calls it. Existing files are replaced one by one, weights before their config.
 
         Args:
             save_pretrained (`Callable`): Writes the result into an empty folder.
@@ -400,7 +400,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def move_files(source: Path, target: Path) -> list[str]:
-    """Moves all files below a folder to the same paths below another, each at once, weights before their config.
+    """Moves all files below a folder to the same paths below another one, weights before their config.
 
     Returns:
         `list[str]`: Their paths relative to the folders.
@@ -449,14 +449,14 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
 
 
 def run_training(train: Callable[[Run[Options]], None], options: Options) -> None:
-    """Trains by the function of a script, and ends the trackers."""
+    """Calls the training function of a script, and then ends the trackers."""
     run = Run(options)
     train(run)
     run.accelerator.end_training()
 
 
 def run_script(train: Callable[[Run[Options]], None], options_class: type[Options]) -> None:
-    """Trains by the function of a script, with the options of the command line."""
+    """Calls the training function of a script with the options of the command line."""
     with one_line_errors():
         run_training(train, read_options(options_class, sys.argv[1:]))
 

@@ -98,7 +98,7 @@ def test_half_precision_variant_keeps_the_codebook(parts, tmp_path):
     [
         ({"image_size": 18}, "must be a positive multiple of f = 4 of the tokenizer, got 18"),
         ({"text_encoder": "t5"}, "has classes instead of captions"),
-        ({"source": CAPTIONS}, "does not tell the encoder of its captions. Pass `text_encoder`"),
+        ({"source": CAPTIONS}, "does not name the encoder of its captions. Pass `text_encoder`"),
         ({"source": GOLDEN / "llamagen_tiny.pt"}, "must be a checkpoint of a language model of LlamaGen"),
         ({"tokenizer": GOLDEN / "llamagen_tiny.pt"}, r"must have 139 tokens \(128 codes, 10 classes.*got 267"),
     ],

@@ -60,7 +60,7 @@ def test_grid_is_read_where_the_file_tells_it(golden_dir, tmp_path):
 
 def test_what_a_file_does_not_tell_is_asked_for(golden_dir):
     path = golden("c2i", golden_dir)
-    with pytest.raises(ValueError, match=r"does not tell the size of its images. Pass `grid_size`, .* `--image-size`"):
+    with pytest.raises(ValueError, match=r"does not state the size of its images. Pass `grid_size`, .*`--image-size`"):
         read_llamagen(path, num_attention_heads=4)
     with pytest.raises(ValueError, match=r"2 layers of 64 channels, .*Pass `num_attention_heads`, or `--num-heads`"):
         read_llamagen(path, grid_size=4)

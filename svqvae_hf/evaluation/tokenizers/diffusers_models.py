@@ -54,7 +54,7 @@ class SVQVAETokenizer:
 
 
 class VQModelTokenizer:
-    """`VQModel` of diffusers. Those that look up codes are aMUSEd's, whose pixels lie in [0, 1]; others in [-1, 1]."""
+    """`VQModel` of diffusers. Pixels lie in [0, 1] if it looks up codes, as in aMUSEd, and otherwise in [-1, 1]."""
 
     def __init__(self, title: str, model: VQModel):
         self.title, self.model = title, model
