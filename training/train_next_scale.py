@@ -90,7 +90,7 @@ def train(run: Run[NextScaleOptions]) -> None:
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Loss, accuracy and number of ids of a batch. The transformer predicts each scale from the previous ones.
 
-        With a generator, it draws a caption of each row, and which rows go without their label or caption.
+        With a generator, it draws one caption of each row, and drops the label or caption of random rows.
         """
         grids, labels = layout.decode(batch.sequences.to(accelerator.device))
         ids = [grids[layout.grids.index(size)] for size in sizes]

@@ -80,7 +80,7 @@ class ImageSet:
 
     @property
     def max_parts(self) -> int:
-        """Number of parts that [`ImageSet.part`] can cut: images if there is random access, or files."""
+        """Largest number of parts for [`ImageSet.part`]: one per image with random access, otherwise one per file."""
         return len(self.parts) if self.rows is None else len(self.rows)
 
     def part(self, number: int, num_parts: int) -> list[ImagePart]:
@@ -127,7 +127,7 @@ def open_images(
         split (`str`, *optional*): Split of the set; required if it has several. Subfolders named as splits are splits.
         image_column (`str`, *optional*): Column of the images, or their suffix in tar files. By default it is found by
             its type, and of several the one named `image`.
-        columns (`Sequence[str]`): Other columns to keep, in addition to those of [`LABEL_COLUMNS`] that there are.
+        columns (`Sequence[str]`): Other columns to keep, in addition to those of [`LABEL_COLUMNS`] that the set has.
             Image files in several folders have the column `label`, the name of the folder.
         max_images (`int`, *optional*): Number of images after which to stop; all by default.
         data_files (`Sequence[str]`): Files of the set on the Hub, or patterns of them; all by default.

@@ -218,7 +218,7 @@ def _figures_html(figures: dict[str, str]) -> str:
 
 
 def _check_size(path: str) -> None:
-    """Raises for an image of too many pixels, before they are decoded. Leaves unreadable files to [`load_image`]."""
+    """Raises for an image with too many pixels, before it is decoded. Leaves unreadable files to [`load_image`]."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower

@@ -1,4 +1,4 @@
-"""Measures tokenizers by one protocol: the same images, the same reference, a row each."""
+"""Measures tokenizers in the same way: on the same images, with the same reference, in one row each."""
 
 import math
 import re
@@ -52,8 +52,8 @@ def evaluate(
         tokenizers (`Sequence[Tokenizer]`): Tokenizers with different titles, on `device`.
         images (`Iterable`): As in [`measure_images`]. Read one by one; images that cannot be read or are too large
             for memory are skipped and named in the report.
-        own_size (`bool`, defaults to `False`): Compare a reconstruction that is smaller or larger than its image in
-            its own size, with the image resized by area or bicubic. By default it is resized to the image.
+        own_size (`bool`, defaults to `False`): Compare a reconstruction at its own size, with the image resized to it:
+            by area if smaller, otherwise bicubic. By default the reconstruction is resized to the image.
         resolution (`int`, *optional*): As in [`measure_images`].
         lpips ([`LPIPS`], *optional*): Network of LPIPS, from [`load_lpips`]. Moved to the device.
         inception (`nn.Module`, *optional*): Network of FID, from [`load_inception`]: maps uint8 images `(batch, 3,

@@ -12,7 +12,7 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def named_weights(weights: Mapping[Any, Any]) -> dict[str, Any]:
-    """Weights of a file, with text as names and without what a pickle may have attached to tensors."""
+    """Weights of a file, named by text, and without attributes that a pickle may have given to tensors."""
     return {key_text(key): without_attributes(value) for key, value in weights.items()}
 
 

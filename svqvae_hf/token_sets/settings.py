@@ -1,4 +1,4 @@
-"""Token sets: the settings that all rows share, ids of a row, crops, and rows decoded to images."""
+"""Settings that all rows of a token set share, and the tokens of a row."""
 
 import dataclasses
 import json
