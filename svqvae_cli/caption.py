@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_images()
     parser.option("--model", path_or_name, "LM", "language model: folder or Hub id", required=True)
     parser.option("--prompt", str, "TEXT", "text after each image (default: none)", default="")
-    parser.option("--max-tokens", positive, "N", "most tokens of a text (default: 64)", default=64)
+    parser.option("--max-tokens", positive, "N", "largest number of tokens of a text (default: 64)", default=64)
     parser.add_device()
     parser.add_dtype()
 

@@ -19,7 +19,7 @@ LAST_PORT = 65_535
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_model()
-    help = "generator of a page that generates: folder or Hub id (without one: the bundled language model)"
+    help = "serve a page that generates images; folder or Hub id (without one: the bundled language model)"
     parser.option("--generator", path_or_name, "GENERATOR", help, nargs="?", const=False)
     parser.option("--host", not_empty, "ADDRESS", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
     parser.option("--port", positive, "PORT", "port to listen on (default: the first free one from 7860)")

@@ -17,9 +17,9 @@ def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.option("tokens", not_empty, "TOKENS", "folder or URL of the token set, or its name on the Hub")
     parser.add_output()
-    parser.flag("--overwrite", "decode images that are there, too (default: skip them)")
+    parser.flag("--overwrite", "decode existing images again (default: skip them)")
     parser.option("--max-images", int, "N", "stop after N rows (default: all)")
-    parser.option("--part", int, "I", "decode this part alone, from 0 (default: 0)", default=0)
+    parser.option("--part", int, "I", "decode only this part, counted from 0 (default: 0)", default=0)
     parser.option("--num-parts", int, "N", "number of parts (default: 1)", default=1)
     parser.add_model()
 

@@ -22,9 +22,9 @@ def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_encoding()
     targets = parser.add_mutually_exclusive_group()
-    help = "take the smallest scale that reaches this PSNR at full size, or else the largest"
+    help = "choose the smallest scale that reaches this PSNR at full size, or else the largest"
     targets.add_argument("--min-psnr", type=scale, metavar="DB", help=help)
-    help = "take the largest scale of at most so many bits, as stored, or else the smallest"
+    help = "choose the largest scale whose file has at most this many bits, or else the smallest"
     targets.add_argument("--max-bits", type=scale, metavar="BITS", help=help)
     parser.add_compress()
     add_large(parser)

@@ -28,12 +28,12 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--generated", "MODEL is a folder of generated images, to be compared with DATA")
     parser.add_image_set()
     parser.add_output()
-    parser.flag("--overwrite", "replace a report that exists (default: an error)")
-    parser.option("--beside", path_or_name, "OTHER", "one table of MODEL, further models and image files", nargs="*")
+    parser.flag("--overwrite", "replace an existing report (default: an error)")
+    parser.option("--beside", path_or_name, "OTHER", "also measure further models and image files", nargs="*")
     help = "resize the shorter side and crop the centre (default: images as they are)"
     parser.option("--resolution", int, "PIXELS", help)
     parser.add_scales([1.0, 0.5, 0.25])
-    help = "image files to compare with: jpeg, webp, avif, or none (default: all three, where tokenizers are compared)"
+    help = "image files to compare with: jpeg, webp, avif, or none (default: all three, if tokenizers are compared)"
     parser.add_argument("--codecs", nargs="*", choices=CODEC_NAMES, metavar="CODEC", help=help)
     parser.add_tiles()
     parser.option("--lpips-weights", path, "FILE", "weights of the LPIPS network, to add LPIPS")

@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     help = "folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)"
     parser.option("model", path_or_name, "MODEL", help, nargs="?")
     parser.add_output()
-    parser.flag("--overwrite", "generate images that exist again (default: keep them)")
+    parser.flag("--overwrite", "generate existing images again (default: keep them)")
     parser.option("--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")
     parser.flag("--steps-pictures", "also write class_cat_0_steps.png and so on, with all scales from coarse to fine")
     condition = parser.add_mutually_exclusive_group()
@@ -44,7 +44,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--batch-size", positive, "COUNT", "images generated at once (default: 16)", default=16)
     help = "scales of an autoregressive pipeline to decode (default: 1)"
     parser.option("--scales", scale, "SCALE", help, nargs="+")
-    help = "rows x columns of codes of a language model, such as 16x24 (default: its first)"
+    help = "grid of codes of a language model, rows x columns, such as 16x24 (default: its first)"
     parser.option("--grid", grid, "GRID", help)
     parser.option("--steps", positive, "N", "scales of a next-scale pipeline (default: as in training)")
     help = "scale of classifier-free guidance (default, here and below: a language model's own, otherwise 1)"

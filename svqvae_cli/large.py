@@ -10,7 +10,7 @@ from svqvae_cli.errors import require_extra
 
 def add_large(parser: Parser) -> None:
     """Adds the option for images larger than memory."""
-    parser.flag("--large", "work from TIFF to file by rows of tiles, so that memory does not grow with the image")
+    parser.flag("--large", "process TIFF files by rows of tiles, so that memory does not grow with the image")
 
 
 def check_large(args: argparse.Namespace) -> None:

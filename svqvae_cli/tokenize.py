@@ -31,14 +31,14 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
     parser.add_compress()
     parser.choice("--crops", CROPS, "crops of an image that become rows (default: whole)", "whole")
-    parser.option("--resolution", int, "PIXELS", "side of centre and ten crops")
+    parser.option("--resolution", int, "PIXELS", "side of the crops, if they are not whole images")
     help = "columns to keep besides label, caption, text, cls, txt, json"
     parser.option("--keep", not_empty, "NAME", help, nargs="+", default=[])
     help = "crops to encode together; rounding may change a few ids (default: up to 64)"
     parser.option("--batch-size", int, "N", help)
-    parser.option("--part", int, "I", "make this part alone, from 0 (default: all)")
+    parser.option("--part", int, "I", "make only this part, counted from 0 (default: all)")
     parser.flag("--overwrite", "delete the token set in OUT and start over")
-    parser.option("--num-parts", int, "N", "number of parts (default: per 10,000 images or file, at most 1,000)")
+    parser.option("--num-parts", int, "N", "number of parts (default: one per 10,000 images or file, at most 1,000)")
     parser.option("--workers", int, "N", "processes that read images (default: one per core, at most 4)")
     parser.option("--license", not_empty, "ID", "licence of the images for the card, by its id on the Hub")
     parser.add_model()

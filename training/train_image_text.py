@@ -55,7 +55,7 @@ class ImageTextOptions:
     )
     first_caption_fraction: float = field(
         default=0.0,
-        metadata={"help": "Fraction of images asked for by the first caption of a list; the others by any of it."},
+        metadata={"help": "Fraction of images drawn from the first caption of a list; the others from any of it."},
     )
     caption_fraction: float = field(
         default=0.5, metadata={"help": "Fraction of pairs from image to text; the others go from text to image."}
@@ -81,7 +81,7 @@ class ImageTextOptions:
         default=True, metadata={"help": "Pack each batch into one sequence; `--no_packing` pads instead, for the CPU."}
     )
     completion_only_loss: bool = field(
-        default=True, metadata={"help": "Learn what is asked for alone; `--no_completion_only_loss` learns all."}
+        default=True, metadata={"help": "Learn only the answer; `--no_completion_only_loss` learns the prompt, too."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of transformers; `eager` is fast for short examples on a CPU."}

@@ -69,7 +69,7 @@ class RunOptions:
     logging_steps: int = option(50, "Steps between log lines.")
     report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none by default.")
     push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
-    hub_model_id: str | None = option(None, "Repository of upload and card, org/name; --output_dir by default.")
+    hub_model_id: str | None = option(None, "Repository to upload to and name in the card; --output_dir by default.")
     private: bool = option(False, "Make a new repository private.")
     license: str | None = option(None, "Licence of the trained weights for the card, by its id on the Hub.")
     seed: int = option(0, "Seed of everything random.")

@@ -32,7 +32,7 @@ class TokenOptions(PipelineOptions):
     )
     train_batch_size: int = option(8, "Images per batch of one process.")
     guidance_scale: float = option(1.0, "Guidance scale of the images of a validation.")
-    caption_column: str | None = option(None, "Column of captions. Of a row with several, each batch draws one.")
+    caption_column: str | None = option(None, "Column of captions. From a row with several, each batch draws one.")
 
     def __post_init__(self) -> None:
         """Checks the options of token sets as well."""

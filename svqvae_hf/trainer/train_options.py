@@ -34,7 +34,7 @@ class TrainOptions(ImageOptions):
     scale_probabilities: list[float] = option([], "Probability of each of --scales; a step then trains only one.")
     num_scales: int = option(3, "Scales of a step: the full one and random smaller ones.")
     token_budget: float | None = option(
-        None, "Maximum tokens of all scales over those of the full one; none by default."
+        None, "Maximum tokens of all scales, relative to the full scale; none by default."
     )
     lpips_weight: float = option(0.0, "Weight of LPIPS.")
     lpips_net: str = option("vgg", "Network of LPIPS.", ("vgg", "alex", "squeeze"))
