@@ -31,6 +31,7 @@ from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
 from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.tokens.encoding import encoding_of
 
 SMALL = 32  # side in pixels of the images for `memory`
 
@@ -113,9 +114,8 @@ def measure_side(options: argparse.Namespace, folder: Path, side: int) -> list[R
 
 def python_milliseconds(model: SVQVAE, folder: Path, side: int) -> float:
     """CPU time per image beside reading and encoding: batches, rows and the Parquet file."""
-    settings = TokenSettings(
-        "bundled", (1.0,), model.f, 2**14, model.codebook_fingerprint(), None, None, "centre", side
-    )
+    encoding = encoding_of(model, [1.0], "latents")
+    settings = TokenSettings(model="bundled", crops="centre", resolution=side, **encoding)
     images = open_images([str(folder)])
     read = list(read_crops(images, "centre", side, 0))
     encoder = RowEncoder(model, settings, images.features, None)

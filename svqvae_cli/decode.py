@@ -35,10 +35,7 @@ def run(args: argparse.Namespace) -> None:
     check_source(args.model)
     check_output(args.output)
     inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
-    (_decode_large if args.large else _decode)(args, inputs)
 
-
-def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
     from svqvae_cli.loading import configure_decoding, load_model, require_context_model
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
@@ -50,13 +47,21 @@ def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
         context_model = require_context_model(load(), args.model) if is_compressed(path) else None
         return load_tokens(path, context_model, args.preview)
 
+    if args.large:
+        from svqvae_hf.large.large_images import decode_large
     with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
         for file, tokens in work.read(read):
             model = load()
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args)
+                if args.large and not model.use_tiling:
+                    model.enable_tiling()
             with work.attempt(file, ValueError), prefix_errors(file.path):
+                if args.large:
+                    (path,) = work.outputs(file)
+                    decode_large(model, tokens, path)
+                    continue
                 largest = max([*tokens.scales, *[1.0] * args.full_size])
                 check_memory(model, largest * tokens.height, largest * tokens.width)
                 images = decode_image(model, tokens, args.full_size)
@@ -66,6 +71,9 @@ def _decode(args: argparse.Namespace, inputs: list[InputFile]) -> None:
 
 def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     """Images of a token file; none if it cannot be read."""
+    if args.large:
+        return [file.target(args.output, "_x1.tif")]
+
     from svqvae_hf.files.outputs import scale_endings
     from svqvae_hf.tokens.token_files import load_scales
 
@@ -76,22 +84,3 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     if args.full_size:
         endings = [ending.replace(".png", "_full_size.png") for ending in endings]
     return [file.target(args.output, ending) for ending in endings]
-
-
-def _decode_large(args: argparse.Namespace, inputs: list[InputFile]) -> None:
-    from svqvae_cli.loading import configure_decoding, load_model
-    from svqvae_hf.large.large_images import decode_large
-    from svqvae_hf.tokens.image_tokens import check_same_codebook
-    from svqvae_hf.tokens.token_files import load_tokens
-
-    with Run(args, {file: [file.target(args.output, "_x1.tif")] for file in inputs}, "images") as work:
-        model = load_model(args.model, args.device, args.dtype)
-        for file, tokens in work.read(partial(load_tokens, context_model=model.context_model)):
-            with prefix_errors(file.path):
-                check_same_codebook(model, tokens)
-                configure_decoding(model, tokens, args)
-            if not model.use_tiling:
-                model.enable_tiling()
-            with work.attempt(file, ValueError), prefix_errors(file.path):
-                (path,) = work.outputs(file)
-                decode_large(model, tokens, path)

@@ -23,7 +23,7 @@ from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.tokens.image_tokens import check_memory
+from svqvae_hf.tokens.image_tokens import fit_in_memory
 from svqvae_hf.tokens.token_files import ImageTokens
 
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
@@ -169,9 +169,7 @@ def load_fitting_image(path: Path, model: SVQVAE, args: argparse.Namespace) -> I
     """Loads an image to encode at `args.scales`, and sets its tiles. Raises if memory is too small for it."""
     image = load_image(path)
     with prefix_errors(path):
-        largest = max(1, *args.scales)
-        model.tile_if_large(largest * image.height, largest * image.width, args.tile_size, args.overlap)
-        check_memory(model, largest * image.height, largest * image.width)
+        fit_in_memory(model, image.height, image.width, args.scales, args.tile_size, args.overlap)
     return image
 
 

@@ -24,7 +24,8 @@ CHECKPOINT = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"
 
 def tokens_of(side: int) -> ImageTokens:
     ids = torch.randint(300, (side, side), generator=torch.Generator().manual_seed(0))
-    return ImageTokens([ids], side * 8, side * 8, (1.0,), 8, None, None, 300, 64 * "0")
+    encoding = {"scales": (1.0,), "f": 8, "tile_size": None, "overlap": None}
+    return ImageTokens([ids], side * 8, side * 8, **encoding, codebook_size=300, codebook_fingerprint=64 * "0")
 
 
 def noise(side: int) -> Image.Image:

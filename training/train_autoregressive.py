@@ -195,7 +195,7 @@ def make_language_model(
         config = LlamaGenConfig(
             **config.to_diff_dict()
             | {
-                "vocab_size": None,
+                "vocab_size": 0,  # computed
                 "codebook_size": layout.codebook_size,
                 "num_classes": layout.num_classes,
                 "grid_size": layout.grids[-1][0],

@@ -4,7 +4,8 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from svqvae_hf.conversion.new_repository import VARIANTS, new_folder, write_repository
+from svqvae_hf.conversion.new_repository import VARIANTS, write_repository
+from svqvae_hf.files.outputs import check_new_folder
 from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
@@ -79,7 +80,9 @@ def convert(
         ValueError: If the source is not a whole checkpoint of a known format, the tokenizer or the text encoder does
             not fit, or an argument is wrong or missing.
     """
-    folder = new_folder(out, variant)
+    folder = check_new_folder(Path(out))
+    if variant not in (None, *VARIANTS):
+        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     if tokenizer is None:

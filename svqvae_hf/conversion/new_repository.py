@@ -1,8 +1,6 @@
 """Repositories of converted models: complete and checked, or absent."""
 
 import json
-import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,21 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
 
-from svqvae_hf.files.outputs import check_new_folder
+from svqvae_hf.files.outputs import new_folder
 from svqvae_hf.hub.repositories import hub_repo
 from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def new_folder(out: str | Path, variant: str | None) -> Path:
-    """Path of a repository to create. Raises ValueError if it has files, or the variant is unknown."""
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
-    return check_new_folder(Path(out))
 
 
 def write_repository(
@@ -44,7 +34,7 @@ def write_repository(
     Args:
         converted ([`SVQVAE`] or pipeline): The converted model.
         checkpoint ([`Checkpoint`]): Source.
-        out (`Path`): Folder to create, from [`new_folder`].
+        out (`Path`): Folder to create, from [`~svqvae_hf.files.outputs.check_new_folder`].
         variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier.
         standalone (`bool`): Whether to write the code of the models.
@@ -68,26 +58,17 @@ def write_repository(
     }
     card |= {"license": license, "base_model": hub_repo(source), "provenance": rows, "standalone": standalone}
     text = converted.make_card(repo_id or out.name, **card)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-            folder = Path(beside, out.name)
-            tensors = save_and_check(converted, folder, variant)
-            if standalone:
-                write_code(folder, repo_id or str(out))
-            (folder / "README.md").write_text(text, encoding="utf-8")
-            mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            for path in files:
-                path.chmod(mode)  # safetensors makes files that only their owner can read
-            folder.replace(out)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"`{out}` cannot be written: {error}") from error
+    with new_folder(out) as folder:
+        tensors = save_and_check(converted, folder, variant)
+        if standalone:
+            write_code(folder, repo_id or str(out))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     lines = [
         f"read     {source} ({checkpoint.format.name}, sha256 {checkpoint.sha256})",
         f"config   {', '.join(f'{key}={value}' for key, value in checkpoint.config.items())}",
         f"checked  {tensors} tensors and the config, equal after loading again",
-        f"written  {out}: {', '.join(str(path.relative_to(folder)) for path in files)}",
+        f"written  {out}: {', '.join(files)}",
     ]
     return "\n".join(lines)
 

@@ -2,19 +2,13 @@
 
 import io
 import os
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
-import datasets
 import fsspec
-import numpy as np
-import pyarrow as pa
 from PIL import Image
 
-from svqvae_hf.files.inputs import readable
 from svqvae_hf.models.image_processing_svqvae import load_image, to_rgb
 
 LABEL_COLUMNS = ("label", "caption", "text", "cls", "txt", "json")  # kept wherever a set has them
@@ -37,69 +31,10 @@ class ImageRow(NamedTuple):
     values: dict[str, Any]
 
 
-@runtime_checkable
-class ImagePart(Protocol):
-    """A part of an image set, which can be read independently of the others. Its name says which images it holds."""
-
-    name: str
-
-    def read(self) -> Iterator[ImageRow]:
-        """Yields the images, always in the same order."""
-
-
-class IndexedRows(Sequence[ImageRow]):
-    """A part with random access."""
-
-    name = "all images"
-
-    @abstractmethod
-    def row(self, index: int) -> ImageRow:
-        """Returns one image, not read yet."""
-
-    def __getitem__(self, index: Any) -> Any:
-        numbers = range(len(self))[index]
-        return self.row(numbers) if isinstance(numbers, int) else [self.row(number) for number in numbers]
-
-    def read(self) -> Iterator[ImageRow]:
-        """Yields the images."""
-        return (self.row(index) for index in range(len(self)))
-
-
-class FileRows(IndexedRows):
-    """Image files. Their labels are the names of their folders, if there are several.
-
-    Args:
-        root (`str`): Folder above all files.
-        keys (`Sequence[str]`): Paths of the files, relative to `root`.
-    """
-
-    def __init__(self, root: str, keys: Sequence[str]):
-        self.root = root
-        self.names = pa.array(map(os.fsencode, keys), pa.binary(), size=len(keys))
-        names = sorted({readable(os.path.dirname(key)) or "." for key in keys})
-        self.features = datasets.Features()
-        if names != ["."]:
-            index = {name: number for number, name in enumerate(names)}
-            self.labels = np.array([index[readable(os.path.dirname(key)) or "."] for key in keys], np.int32)
-            self.features["label"] = datasets.ClassLabel(names=names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def row(self, index: int) -> ImageRow:
-        """Returns one image, not read yet."""
-        name = os.fsdecode(self.names[index].as_py())
-        values = {"label": int(self.labels[index])} if self.features else {}
-        return ImageRow(readable(name), {"path": os.path.join(self.root, name), "bytes": None}, values)
-
-    def stamps(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of change in ns of each file that is still there."""
-        stamps = []
-        for name in map(os.fsdecode, self.names.to_pylist()):
-            with suppress(OSError):
-                fact = os.stat(os.path.join(self.root, name))
-                stamps.append((name, fact.st_size, fact.st_mtime_ns))
-        return stamps
+def check_columns(asked: Sequence[str], names: Sequence[str]) -> None:
+    """Raises unless all columns that are asked for are among `names`."""
+    if missing := sorted(set(asked) - set(names)):
+        raise ValueError(f"columns must be among {', '.join(names)}, got {', '.join(missing)}.")
 
 
 def unreadable(key: str, fault: str, columns: Sequence[str] = ()) -> ImageRow:

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple, cast
 
 import datasets
 import fsspec
-import pyarrow as pa
 
-from svqvae_hf.data.image_rows import LABEL_COLUMNS, FileRows, ImagePart, ImageRow, IndexedRows, fault_of, unreadable
+from svqvae_hf.data.image_parts import DatasetRows, FileRows, FirstRows, ImagePart, IndexedRows, RowRange, StreamPart
+from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns
 from svqvae_hf.data.tar_files import TAR_SUFFIXES, TarPart, open_tars
-from svqvae_hf.files.folders import explained
+from svqvae_hf.files.errors import explained
 from svqvae_hf.files.inputs import expand_braces, walk_files
 from svqvae_hf.hub.repositories import UNREACHABLE, hub_answers
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
-from svqvae_hf.untrusted.set_rows import confine_row
 
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
@@ -34,7 +33,6 @@ SHARDS = {  # suffixes of files that hold many images, by the loader of `dataset
     "imagefolder": (".zip",),
 }
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "created")  # names in file systems
-NOT_PART_OF_A_KEY = r"^(\w+://datasets/[^@]*@[^/]*/|zip://)"  # repository and revision on the Hub, or an archive
 
 
 @dataclass(frozen=True)
@@ -162,122 +160,18 @@ def is_hub_set(name: str) -> bool:
     return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
 
 
-class FirstRows:
-    """The first images of a set, as one part."""
-
-    def __init__(self, images: ImageSet, count: int):
-        self.images = images
-        self.count = count
-        self.name = f"images 0 to {count - 1}"
-
-    def read(self) -> Iterator[ImageRow]:
-        """Yields the images."""
-        return itertools.islice(self.images, self.count)
-
-
-class RowRange(IndexedRows):
-    """Consecutive images of a part with random access.
-
-    Args:
-        rows ([`IndexedRows`]): The part.
-        start (`int`): First image.
-        stop (`int`): Image after the last.
-    """
-
-    def __init__(self, rows: IndexedRows, start: int, stop: int):
-        self.rows = rows
-        self.range = range(start, stop)
-        self.name = f"images {start} to {stop - 1}"
-
-    def __len__(self) -> int:
-        return len(self.range)
-
-    def row(self, index: int) -> ImageRow:
-        """Returns one image, not read yet."""
-        return self.rows.row(self.range[index])
-
-
-@dataclass
-class StreamPart:
-    """A shard of a set of `datasets` that is streamed.
-
-    Args:
-        rows (`datasets.IterableDataset`): The set, with its images undecoded.
-        image_column (`str`): Column of the images.
-        root (`str`): Folder or name of the set.
-        repository (`str`, *optional*): Repository of the set if it is on the Hub.
-        name (`str`): Name of the shard's file.
-        number (`int`): Number of the shard.
-    """
-
-    rows: datasets.IterableDataset
-    image_column: str
-    root: str
-    repository: str | None
-    name: str
-    number: int
-
-    def read(self) -> Iterator[ImageRow]:
-        """Yields the images. The rest of a broken file is one unreadable row."""
-        try:
-            for index, row in enumerate(self.rows.shard(self.rows.num_shards, self.number)):
-                source = confine_row(row.pop(self.image_column), self.repository)
-                path = source["path"] if isinstance(source, Mapping) else None
-                key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{self.number}-{index}"
-                yield ImageRow(os.path.relpath(key, self.root) if os.path.isabs(key) else key, source, row)
-        except (ValueError, OSError, pa.ArrowException) as error:
-            if self.repository is not None and isinstance(error, OSError):
-                raise
-            reason = fault_of(error).removesuffix(".")
-            kept = [name for name in self.rows.features if name != self.image_column]
-            yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", kept)
-
-
-@dataclass(eq=False)
-class DatasetRows(IndexedRows):
-    """A set of `datasets` on disk.
-
-    Args:
-        rows (`datasets.Dataset`): The set, with its images undecoded.
-        image_column (`str`): Column of the images.
-        key_column (`str`, *optional*): Column of the keys; by default the path in the image's row.
-        repository (`str`, *optional*): Repository on the Hub that the set was copied from.
-    """
-
-    rows: datasets.Dataset
-    image_column: str
-    key_column: str | None = None
-    repository: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, index: int) -> ImageRow:
-        """Returns one image, not read yet."""
-        row = self.rows[index]
-        source = confine_row(row.pop(self.image_column), self.repository, is_copied=True)
-        path = row.pop(self.key_column) if self.key_column else source and source["path"]
-        return ImageRow(path or f"0-{index}", source, row)
-
-
 def _open_folder(folder: str, selection: Selection) -> ImageSet:
     if any(name in os.listdir(folder) for name in METADATA_FILES):
         return _open_builder(folder, selection)
-    files = walk_files(folder)
-    kinds = {_kind(file) for file in files} - {None}
-    if not kinds:
+    files = [file for file in walk_files(folder) if _kind(file)]
+    if not files:
         raise FileNotFoundError(
             f"a set must hold images, but `{folder}` has none. Pass a folder of images or of shards, or the name of a "
             "set on the Hub."
         )
-    if len(kinds) > 1:
-        raise ValueError(
-            f"`{folder}` must hold files of one kind, but holds {_named(kinds)}. Choose some by a pattern such as "
-            f"`{folder}/*.jpg`."
-        )
-    if kinds != {"image"}:
+    if _kind_of_all(files) != "image":
         return _open_builder(folder, selection)
-    split, keys = _files_of_split(folder, [file for file in files if _kind(file) == "image"], selection.split)
+    split, keys = _files_of_split(folder, files, selection.split)
     return _image_files(os.path.abspath(os.path.join(folder, split)), keys, selection)
 
 
@@ -383,7 +277,7 @@ def _image_files(
     if selection.config or selection.image_column not in (None, "image"):
         raise ValueError(f"--config and --image-column are for sets with columns, but `{root}` holds image files.")
     rows = FileRows(root, keys)
-    _check_columns(["image", *rows.features], selection)
+    check_columns(selection.columns, ["image", *rows.features])
     return ImageSet([rows], rows.features, stamps or rows.stamps, len(rows))
 
 
@@ -441,7 +335,7 @@ def _stored_rows(parts: Sequence[TarPart], origin: Any) -> Iterator[dict[str, An
 def _select(rows: Any, selection: Selection) -> tuple[Any, str, datasets.Features]:
     """Selects columns, and leaves images encoded, so that a broken one raises where it is read."""
     features = rows.features or {}
-    _check_columns([*features], selection)
+    check_columns(selection.columns, [*features])
     found = [name for name, feature in features.items() if _holds_images(feature)]
     image_column = selection.image_column or ("image" if "image" in found else "".join(found[:1]))
     if image_column not in found or (selection.image_column is None and len(found) > 1 and image_column != "image"):
@@ -453,12 +347,6 @@ def _select(rows: Any, selection: Selection) -> tuple[Any, str, datasets.Feature
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     rows = rows.select_columns([image_column, *kept])
     return rows, image_column, datasets.Features({name: features[name] for name in kept})
-
-
-def _check_columns(names: Sequence[str], selection: Selection) -> None:
-    missing = sorted(set(selection.columns) - set(names))
-    if missing:
-        raise ValueError(f"columns must be among {', '.join(names)}, got {', '.join(missing)}.")
 
 
 def _holds_images(feature: Any) -> bool:
@@ -512,13 +400,12 @@ def _kind_of_all(files: Sequence[str]) -> str:
     """The kind of files that are named. One with an unknown suffix is an image."""
     kinds = {_kind(file) or "image" for file in files}
     if len(kinds) > 1:
-        raise ValueError(f"files of a set must be of one kind, but are {_named(kinds)}. Choose one.")
+        suffixes = {"image": "images"} | {kind: f"{endings[0]} files" for kind, endings in SHARDS.items()}
+        raise ValueError(
+            f"files of a set must be of one kind, but are {' and '.join(sorted(suffixes[kind] for kind in kinds))}. "
+            "Choose some by a pattern such as `photos/*.jpg`."
+        )
     return kinds.pop()
-
-
-def _named(kinds: set[Any]) -> str:
-    suffixes = {"image": "images"} | {kind: f"{endings[0]} files" for kind, endings in SHARDS.items()}
-    return " and ".join(sorted(suffixes[kind] for kind in kinds))
 
 
 def _check_hub(name: str) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import datasets
 import fsspec
 
-from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, fault_of, unreadable
-from svqvae_hf.files.folders import explained
+from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns, fault_of, unreadable
+from svqvae_hf.files.errors import explained
 from svqvae_hf.files.inputs import readable
 from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
@@ -91,9 +91,7 @@ def open_tars(paths: Sequence[str], image_key: str | None, columns: Sequence[str
     several = next((keys for keys in found if len(keys) > 1), None)
     if several:
         raise ValueError(f"the samples have several images: {', '.join(several)}. Choose one with --image-column.")
-    missing = sorted(set(columns) - set(suffixes))
-    if missing:
-        raise ValueError(f"columns must be among {', '.join(suffixes)}, got {', '.join(missing)}.")
+    check_columns(columns, suffixes)
     kept = [suffix for suffix in suffixes if suffix in (*LABEL_COLUMNS, *columns)]
     features = datasets.Features({suffix: _type(suffix, samples) for suffix in kept})
     return [TarPart(path, features, image_key) for path in paths]

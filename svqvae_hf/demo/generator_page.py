@@ -16,11 +16,8 @@ from PIL import Image
 
 from svqvae_hf.demo.page import CACHE_SECONDS
 from svqvae_hf.language.image_language_model import ImageLanguageModel
-from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 from svqvae_hf.tokens.image_tokens import is_out_of_memory
-
-Generator = SVQVAEAutoregressivePipeline | SVQVAENextScalePipeline | ImageLanguageModel
 
 NO_CLASS = -1
 TOP_P = 0.95  # pipelines draw from the likeliest tokens that add up to this probability
@@ -51,22 +48,15 @@ class GeneratorPage:
         self.describes = isinstance(pipeline, ImageLanguageModel)
         self.edits = self.next_scale or self.describes
         self.unit = "step" if self.next_scale else "row"
-        self.num_classes = 0
-        self.reads_prompts = self.describes
+        self.reads_prompts = self.describes or pipeline.tokenizer is not None
+        self.num_classes = 0 if self.reads_prompts else pipeline.num_classes
         self.guidance = 3.0
         if self.describes:
             self.guidance = pipeline.sampling["guidance_scale"]
-            self.grids = [self.pipeline.processor.vocabulary.grids[0]]
-        elif self.next_scale:
-            self.grids = self.pipeline.trained_schedule
-            self.reads_prompts = self.pipeline.tokenizer is not None
-            self.num_classes = self.pipeline.transformer.config["num_classes"]
+            self.grids = [pipeline.processor.vocabulary.grids[0]]
         else:
-            self.grids = self.pipeline.layout.grids
-            self.reads_prompts = self.pipeline.text_encoder is not None
-            self.num_classes = 0 if self.reads_prompts else self.pipeline.layout.num_classes
-        if not self.describes:
-            self.pipeline.set_progress_bar_config(disable=True)
+            self.grids = pipeline.trained_schedule if self.next_scale else pipeline.layout.grids
+            pipeline.set_progress_bar_config(disable=True)
         rows, columns = self.grids[-1]
         self.size = columns * self.pipeline.vqvae.f, rows * self.pipeline.vqvae.f
         self.total = len(self.grids) if self.next_scale else sum(rows for rows, _ in self.grids)

@@ -2,7 +2,6 @@
 
 import html
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from PIL import Image
 from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_memory, encode_image, is_out_of_memory
+from svqvae_hf.tokens.image_tokens import encode_image, fit_in_memory, is_out_of_memory
+from svqvae_hf.untrusted.images import opened_image
 
 STATIC = Path(__file__).parent / "static"
 EXAMPLE = STATIC / "example.webp"
@@ -68,8 +68,7 @@ class Page:
     def _encode(self, photograph: str, progress: gr.Progress) -> list[Any]:
         _check_size(photograph)
         original = load_image(photograph)
-        self.model.tile_if_large(original.height, original.width)
-        check_memory(self.model, original.height, original.width)
+        fit_in_memory(self.model, original.height, original.width, SCALES)
         progress(0, desc="encoding")
         start = time.perf_counter()
         tokens = encode_image(self.model, original, SCALES)
@@ -218,14 +217,9 @@ def _figures_html(figures: dict[str, str]) -> str:
 
 
 def _check_size(path: str) -> None:
-    """Raises for an image with too many pixels, before it is decoded. Leaves unreadable files to [`load_image`]."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            with Image.open(path, formats=tuple(IMAGE_FORMATS)) as image:
-                width, height = image.size
-    except Exception:  # Pillow raises almost any type
-        return
+    """Raises for an image with too many pixels, before it is decoded."""
+    with open(path, "rb") as file, opened_image(file, f"`{path}`", tuple(IMAGE_FORMATS)) as image:
+        width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"An image must have at most {MAX_PIXELS / 1e6:.0f} million pixels on this page, got "

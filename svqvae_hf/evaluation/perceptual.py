@@ -9,11 +9,11 @@ from typing import NamedTuple
 import lpips
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchvision.models import get_weight
 
-from svqvae_hf.untrusted.pickles import load_pickle
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, select_weights
+from svqvae_hf.loaders.checkpoint_files import load_checkpoint_file
 
 
 class Backbone(NamedTuple):
@@ -149,19 +149,10 @@ def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
 
 
 def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
+    """Reads a state dict from a .safetensors file or a pickle."""
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state_dict = load_pickle(path)
-        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()):
-            raise TypeError("holds more than names and tensors")
-    except OSError:
-        raise
-    except Exception as error:  # a broken pickle can raise almost any type
-        raise ValueError(
-            f"`{path}` must be a state dict, .safetensors or a pickle with weights only, but cannot be read as one. "
-            "Save the weights of the network alone: `torch.save(model.state_dict(), file)`."
-        ) from error
-    return state_dict
+    content = load_checkpoint_file(path, path)
+    weights = select_weights(content, content.get(None, content), path)
+    check_tensors(weights, path)
+    return weights

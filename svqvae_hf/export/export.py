@@ -1,7 +1,6 @@
 """Exports a model as two graphs, image to ids and ids to image, for programs without this package or Python."""
 
 import json
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from svqvae_hf.export.graphs import example_images, trace_graphs
-from svqvae_hf.files.outputs import check_new_folder
+from svqvae_hf.files.outputs import check_new_folder, new_folder
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 Graph = Callable[[torch.Tensor], torch.Tensor]
@@ -55,18 +54,11 @@ def export_graphs(model: SVQVAE, out: str | Path) -> str:
     out = check_new_folder(Path(out))
     plain = SVQVAE.from_config(model.config).eval()  # in float32 on the CPU, without tiles or hooks
     plain.load_state_dict(model.state_dict())
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside, torch.no_grad():
-            folder = Path(beside, out.name)
-            folder.mkdir()
-            paths = [folder / f"{name}.onnx" for name in ("encoder", "decoder")]
-            for path, program in zip(paths, trace_graphs(plain), strict=True):
-                save_graph(program, path, plain)
-            checked = compare_graphs(plain, *map(load_graph, paths))
-            folder.replace(out)
-    except OSError as error:
-        raise OSError(f"`{out}` cannot be written: {error}") from error
+    with new_folder(out) as folder, torch.no_grad():
+        paths = [folder / f"{name}.onnx" for name in ("encoder", "decoder")]
+        for path, program in zip(paths, trace_graphs(plain), strict=True):
+            save_graph(program, path, plain)
+        checked = compare_graphs(plain, *map(load_graph, paths))
     return f"checked  {checked}\nwritten  {out}: encoder.onnx, decoder.onnx"
 
 

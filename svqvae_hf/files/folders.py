@@ -1,7 +1,6 @@
 """Folders that `fsspec` reaches, on a disk or in an object store. Each file in them is complete or absent."""
 
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -10,9 +9,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from svqvae_hf.files.outputs import os_error
-
-CLIENTS = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests")  # some errors are no OSErrors
+from svqvae_hf.files.errors import explained
+from svqvae_hf.files.outputs import new_file
 
 
 class Folder:
@@ -47,24 +45,19 @@ class Folder:
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
         """Yields the path of a local file to write, which becomes the file `name` if the block raises nothing."""
-        folder = Path(self._path(name)).parent if self.is_local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{secrets.token_hex(8)}.tmp"
-        try:
-            with self._explained(name, "written"):
+        if self.is_local:
+            path = Path(self._path(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as temporary:
                 yield temporary
-                if self.is_local:
-                    temporary.replace(self._path(name))
-                else:
-                    self.files.put_file(str(temporary), self._path(name))
-        finally:
-            temporary.unlink(missing_ok=True)
+        else:
+            with tempfile.TemporaryDirectory() as folder, self._explained(name, "written"):
+                yield Path(folder, "content")
+                self.files.put_file(f"{folder}/content", self._path(name))
 
     def names(self, subfolder: str) -> set[str]:
         """Names of what is in a subfolder; none if it is absent."""
         with self._explained(subfolder, "read"), suppress(FileNotFoundError):
-            if self.is_local:
-                return set(os.listdir(self._path(subfolder)))
             self.files.invalidate_cache()  # others write there, too
             return {path.rsplit("/", 1)[-1] for path in self.files.ls(self._path(subfolder), detail=False)}
         return set()
@@ -90,27 +83,3 @@ class Folder:
 
     def _explained(self, name: str, done: str) -> AbstractContextManager[None]:
         return explained(self._path(name) if self.is_local else f"{self.url}/{name}", done)
-
-
-@contextmanager
-def explained(name: str, done: str) -> Iterator[None]:
-    """Makes an `OSError` of one line from the errors of file systems, which are of many types.
-
-    Args:
-        name (`str`): Path or URL.
-        done (`str`): Past participle of what the block does with it.
-
-    Raises:
-        FileNotFoundError: The file is absent.
-        OSError: Another error of the file system.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        raise os_error(f"`{name}` cannot be {done}: {reason.removesuffix('.')}.", error) from error
-    except Exception as error:
-        if not type(error).__module__.startswith(CLIENTS):
-            raise
-        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-        raise OSError(f"`{name}` cannot be {done}: {reason}.") from error

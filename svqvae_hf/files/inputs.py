@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 DEFAULT_MODEL = str(Path(__file__).parents[1] / "pretrained")  # folder of the small bundled model
@@ -28,34 +27,22 @@ def walk_files(folder: str | os.PathLike) -> list[str]:
     Returns:
         `list[str]`: Paths relative to the folder, in order.
     """
-    return sorted(_walk(os.fspath(folder), "", ()))
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    root = os.path.join(folder, "")
+    found: list[str] = []
+    for here, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        above = {path.resolve() for path in (Path(here), *Path(here).parents)}
+        folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() not in above]
+        found += [os.path.join(here[len(root) :], name) for name in names if name[0] != "."]
+    return sorted(found)
 
 
 def readable(name: str) -> str:
     """Name of a file as text that can be stored and shown: bytes that are not UTF-8 become escapes."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-def _walk(folder: str, inside: str, above: tuple[Path, ...]) -> Iterator[str]:
-    here = Path(folder, inside).resolve()
-    if here in above:
-        return
-    with os.scandir(here) as entries:
-        for entry in entries:
-            name = os.path.join(inside, entry.name)
-            if entry.name[0] == ".":
-                continue
-            if _is_folder(entry):
-                yield from _walk(folder, name, (*above, here))
-            else:
-                yield name
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # such as a link to itself
-        return False
 
 
 def expand_braces(pattern: str) -> list[str]:

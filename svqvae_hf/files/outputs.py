@@ -5,39 +5,38 @@ import io
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from svqvae_hf.files.errors import explained
 
-def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a temporary file in the same folder and then renames it, so that the file is complete or absent.
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary file beside `path`, which becomes `path` at the end, so that it is complete or absent.
 
     Args:
-        path (`str` or `os.PathLike`): File to write, in an existing folder.
-        content (`bytes`): Content of the file.
+        path (`Path`): File to write, in an existing folder.
 
     Raises:
         OSError: The file cannot be written.
     """
-    path = Path(path)
     temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")  # short, because the name may have the maximum length
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise os_error(f"`{path}` cannot be written: {error.strerror}.", error) from error
+        with explained(path, "written"):
+            yield temporary
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def os_error(message: str, cause: OSError) -> OSError:
-    """An error with this message alone and the error number of its cause. A missing file stays a missing file."""
-    error = FileNotFoundError(message) if isinstance(cause, FileNotFoundError) else OSError(message)
-    error.errno = cause.errno
-    return error
+def write_file(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file in an existing folder with [`new_file`]."""
+    with new_file(Path(path)) as temporary:
+        temporary.write_bytes(content)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
@@ -65,6 +64,28 @@ def check_new_folder(out: Path) -> Path:
     if fault:
         raise ValueError(f"`{out}` must be a new or empty folder, but {fault}. Choose another.")
     return out.resolve()
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `out`, which becomes `out` at the end, so that it is complete or absent.
+
+    Args:
+        out (`Path`): Folder to create, from [`check_new_folder`].
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    with explained(out, "written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+            folder = Path(beside, out.name)
+            folder.mkdir()
+            yield folder
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+            folder.replace(out)
 
 
 def scale_endings(scales: Sequence[float]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
 
-from huggingface_hub import CardData, HfApi, RepoCard, constants
+from huggingface_hub import CardData, HfApi, RepoCard, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -97,6 +97,24 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
         raise OSError(f"could not load `{source}`: {UNREACHABLE}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
+
+
+def download_file(repo_id: str, file: str, source: str | Path, **options: Any) -> Path:
+    """Downloads a file from the Hub, or finds it in the cache if the Hub does not answer.
+
+    Args:
+        repo_id (`str`): `org/name` on the Hub.
+        file (`str`): Path of the file in the repository.
+        source (`str` or `Path`): What the user named, for the error.
+        **options: Further arguments of [`~huggingface_hub.hf_hub_download`].
+
+    Raises:
+        OSError: If the file does not exist or cannot be downloaded.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, file, local_files_only=not hub_answers(), **options))
+    except (HTTPError, OSError) as error:
+        raise OSError(f"could not download `{source}` from the Hub: {hub_reason(error)}") from error
 
 
 def check_repo_id(repo_id: str, argument: str = "push_to_hub") -> None:

@@ -8,6 +8,7 @@ arguments that fit on one line without them. Nothing else changes.
 """
 
 import ast
+import copy
 import functools
 import hashlib
 import json
@@ -141,20 +142,17 @@ class _Module:
     def _drop_annotations(self, node: ast.FunctionDef) -> None:
         """Writes the arguments in one line without annotations, if they fit."""
         start, stop = node.lineno - 1, node.body[0].lineno - 1
-        arguments = [each for each in ast.walk(node.args) if isinstance(each, ast.arg)]
-        annotations = [(each, each.annotation) for each in arguments]
-        for argument in arguments:
-            argument.annotation = None
-        indent, names = " " * node.col_offset, ast.unparse(node.args).replace("'", '"')
+        bare = copy.deepcopy(node.args)
+        for argument in ast.walk(bare):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        indent, names = " " * node.col_offset, ast.unparse(bare).replace("'", '"')
         text = [f"{indent}def {node.name}({names}):"]
         if len(text[0]) > LINE_LENGTH:
             text = [f"{indent}def {node.name}(", f"{indent}    {names}", f"{indent}):"]
         if max(map(len, text)) <= LINE_LENGTH:
-            node.returns = None
+            node.args, node.returns = bare, None
             self.lines[start:stop] = [*text, *[None] * (stop - start - len(text))]
-        else:
-            for argument, annotation in annotations:
-                argument.annotation = annotation
 
 
 def is_annotation(node: ast.stmt) -> bool:

@@ -1,14 +1,12 @@
 """Adds image tokens to a causal language model of transformers."""
 
-import stat
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from svqvae_hf.files.outputs import check_new_folder
+from svqvae_hf.files.outputs import check_new_folder, new_folder
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.language.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
@@ -80,16 +78,9 @@ def extend_language_model(
     side = image_tokenizer.config["sample_size"] // image_tokenizer.f
     vocabulary = add_image_tokens(model, tokenizer, image_tokenizer, grids or [(side, side)], seed)
     processor = SVQVAEProcessor(tokenizer, image_tokenizer, vocabulary)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-        folder = Path(beside, out.name)
+    with new_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
-        for path in folder.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)  # safetensors makes files that only their owner can read
-        folder.replace(out)
     return vocabulary
 
 

@@ -161,8 +161,7 @@ class ImageVocabulary:
                 place = begin + 2 + wrong[0] if wrong else position - 1
                 raise ValueError(
                     f"an image of {rows} x {columns} must have {rows * columns} codes and then {END}, got token "
-                    f"{tokens[place]} at position {place}. Correct the prompt, or generate "
-                    "with `ImageGrammar`."
+                    f"{tokens[place]} at position {place}. Correct the prompt, or generate with `ImageGrammar`."
                 )
             if position <= len(tokens):
                 parts.append(ids.view(rows, columns))
@@ -181,7 +180,6 @@ class ImageVocabulary:
             place = int(is_image.nonzero()[0])
             raise ValueError(
                 f"outside an image there must be no image token, got token {tokens[place]} at position "
-                f"{start + place}. Correct the prompt, or generate "
-                "with `ImageGrammar`."
+                f"{start + place}. Correct the prompt, or generate with `ImageGrammar`."
             )
         return tokens

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from svqvae_hf.files.outputs import os_error
+from svqvae_hf.files.outputs import new_file
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
@@ -79,18 +79,11 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path) -> None:
         return model.quantize.get_codebook_entry(window, shape).to(model.dtype)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        with TiffWriter(partial, tokens.height, tokens.width) as output:
-            for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1):
-                top, left = rows.start * f, columns.start * f
-                (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])
-                output.write(top, left, np.asarray(image))
-        partial.replace(target)
-    except OSError as error:
-        raise os_error(f"`{target}` cannot be written: {error.strerror}.", error) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(target) as partial, TiffWriter(partial, tokens.height, tokens.width) as output:
+        for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1):
+            top, left = rows.start * f, columns.start * f
+            (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])
+            output.write(top, left, np.asarray(image))
 
 
 def _run_tiles(

@@ -11,8 +11,15 @@ from svqvae_hf.untrusted.weights import is_dense, key_text, without_attributes
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def named_weights(weights: Mapping[Any, Any]) -> dict[str, Any]:
-    """Weights of a file, named by text, and without attributes that a pickle may have given to tensors."""
+def select_weights(
+    content: Mapping[Any, Any], weights: Any, source: str | Path, *, use_ema: bool = False
+) -> dict[str, Any]:
+    """Weights of a file, or its EMA weights, by name, and without attributes that a pickle may give to tensors."""
+    weights = content.get("ema") if use_ema else weights
+    if not isinstance(weights, Mapping):
+        raise ValueError(
+            f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without `use_ema`."
+        )
     return {key_text(key): without_attributes(value) for key, value in weights.items()}
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from svqvae_hf.hub.repositories import hub_answers, hub_reason, hub_repo
+from svqvae_hf.hub.repositories import download_file, hub_repo
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat
 from svqvae_hf.untrusted.pickles import load_pickle
 
@@ -84,11 +82,7 @@ def locate_checkpoint(source: str | Path) -> Path:
     repo_id = hub_repo(source)
     if repo_id is None:
         raise FileNotFoundError(f"There is no file `{source}`. Pass an existing one, or `org/repo:file` on the Hub.")
-    try:
-        file = str(source).removeprefix(f"{repo_id}:")
-        return Path(hf_hub_download(repo_id, file, local_files_only=not hub_answers()))
-    except (HTTPError, EntryNotFoundError, OSError) as error:
-        raise OSError(f"Could not download `{source}` from the Hub: {hub_reason(error)}") from error
+    return download_file(repo_id, str(source).removeprefix(f"{repo_id}:"), source)
 
 
 def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any]:

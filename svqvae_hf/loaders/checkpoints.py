@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from svqvae_hf.hub.repositories import hub_repo
-from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, named_weights
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, select_weights
 from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
@@ -47,11 +47,12 @@ def read_checkpoint(
         raise ValueError(f"`{source}` is already converted. Load its folder, `{folder}`, with `from_pretrained`.")
     content = load_checkpoint_file(path, source)
     format = _find_format(content, source)
-    weights = _select_weights(content, format, use_ema, source)
+    found = select_weights(content, content[format.container], source, use_ema=use_ema)
+    weights = {key: value for key, value in found.items() if not key.startswith(format.training_keys)}
     check_tensors(weights, source)
     num_levels = count_numbers(weights, format.level_prefix)
     num_blocks = count_numbers(weights, format.to_original("encoder.conv_blocks.0.res.", num_levels))
-    check_depth(f"`{source}`", num_levels, num_blocks)
+    check_depth(f"`{source}`", {"levels": num_levels, "residual blocks per level": num_blocks})
     config = {**infer_config(format, weights, num_levels, source), **config}
     names_and_shapes = {
         key: (format.to_original(key, num_levels), shape)
@@ -83,18 +84,6 @@ def _find_format(content: Mapping[str | None, Any], source: str | Path) -> Check
         f"`{source}` must be a checkpoint of a known format, but is not. Looked for {looked_for}. Found {found}. A "
         "transformer is converted by `svqvae convert` with `--tokenizer`."
     )
-
-
-def _select_weights(
-    content: Mapping[str | None, Any], format: CheckpointFormat, use_ema: bool, source: str | Path
-) -> dict[str, Any]:
-    """Weights under the file's names, without weights that only training needs."""
-    weights = content.get("ema") if use_ema else content[format.container]
-    if not isinstance(weights, dict):
-        raise ValueError(
-            f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without `use_ema`."
-        )
-    return {key: value for key, value in named_weights(weights).items() if not key.startswith(format.training_keys)}
 
 
 def _expected_shapes(

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, named_weights, read_sizes
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, read_sizes, select_weights
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
-from svqvae_hf.untrusted.weights import check_layers
+from svqvae_hf.untrusted.weights import check_depth
 
 LLAMAGEN = CheckpointFormat(
     name="llamagen-transformer", title="LlamaGen's language model", container=None, level_prefix="layers."
 )
 EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
+EMBEDDED = "model.embed_tokens.weight"  # with the rows of classes, which lie apart in the file
 CLASSES = "cls_embedding.embedding_table.weight"
 CAPTION = "cls_embedding.uncond_embedding"
 TABLE = "freqs_cis"  # angles, in files of older code
@@ -25,22 +26,6 @@ CONTAINERS = ("model", "module", "state_dict")  # keys of the weights in files o
 HEADS = {
     **{(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1536): 24, (48, 2560): 40},
     **{(22, 2048): 32, (24, 3200): 32, (32, 4096): 32},
-}
-
-# Names in a layer, in the file and here. Queries, keys and values are stacked in the file.
-LAYER_NAMES = {
-    "attention.wqkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "attention.wo.weight": ("self_attn.o_proj.weight",),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight",),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight",),
-    "feed_forward.w2.weight": ("mlp.down_proj.weight",),
-    "attention_norm.weight": ("input_layernorm.weight",),
-    "ffn_norm.weight": ("post_attention_layernorm.weight",),
-}
-CAPTION_NAMES = {
-    "cls_embedding.cap_proj.fc1.weight": "caption_projection.fc1.weight",
-    "cls_embedding.cap_proj.fc2.weight": "caption_projection.fc2.weight",
-    CAPTION: "uncond_embedding",
 }
 
 
@@ -71,11 +56,18 @@ def read_llamagen(
             does not hold a value that was not passed.
     """
     path = locate_checkpoint(source)
-    weights = _select_weights(load_checkpoint_file(path, source), use_ema, source)
+    content = load_checkpoint_file(path, source)
+    found = find_language_model(content)
+    if found is None:
+        raise ValueError(
+            f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, at "
+            f"its top level or in {', '.join(CONTAINERS)}. Load a tokenizer with `SVQVAE.from_single_file`."
+        )
+    weights = select_weights(content, found, source, use_ema=use_ema)
     table = weights.pop(TABLE, None)
     check_tensors(weights, source)
     sizes = _read_sizes(weights, source)
-    check_weights(weights, _original_shapes(sizes), source)
+    check_weights(weights, {name: torch.Size(shape) for name, (shape, _) in _layout(sizes).items()}, source)
     config = {
         **sizes,
         "grid_size": _find_grid_size(table, sizes["num_condition_tokens"], grid_size, source),
@@ -92,23 +84,6 @@ def find_language_model(content: Mapping[str | None, Any]) -> dict[Any, Any] | N
     return None
 
 
-def _select_weights(content: dict[str | None, Any], use_ema: bool, source: str | Path) -> dict[str, Any]:
-    weights = find_language_model(content)
-    if weights is None:
-        raise ValueError(
-            f"`{source}` must be a checkpoint of a language model of LlamaGen, but has no `{EMBEDDING}`, at "
-            f"its top level or in {', '.join(CONTAINERS)}. Load a tokenizer with `SVQVAE.from_single_file`."
-        )
-    if use_ema:
-        weights = content.get("ema")
-        if not isinstance(weights, dict):
-            raise ValueError(
-                f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without "
-                "`use_ema`."
-            )
-    return named_weights(weights)
-
-
 def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict[str, Any]:
     """Config values that are sizes of weights."""
     condition = CAPTION if CAPTION in weights else CLASSES
@@ -123,7 +98,7 @@ def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict
     rows, channels = sizes.pop("rows"), sizes.pop("channels")
     with_captions = condition == CAPTION
     layers = count_numbers(weights, LLAMAGEN.level_prefix)
-    check_layers(f"`{source}`", layers)
+    check_depth(f"`{source}`", {"layers": layers})
     return {
         **sizes,
         "num_classes": 1 if with_captions else rows - 1,
@@ -133,47 +108,45 @@ def _read_sizes(weights: Mapping[str, torch.Tensor], source: str | Path) -> dict
     }
 
 
-def _original_shapes(sizes: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """Shapes of all weights of a file with these sizes."""
+def _layout(sizes: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], list[str]]]:
+    """Shape of each weight of a file with these sizes, and its name here, or the names of those that it stacks."""
     codes, hidden, inner = (sizes[name] for name in ("codebook_size", "hidden_size", "intermediate_size"))
     layer = {
-        "attention.wqkv.weight": (3 * hidden, hidden),
-        "attention.wo.weight": (hidden, hidden),
-        "feed_forward.w1.weight": (inner, hidden),
-        "feed_forward.w3.weight": (inner, hidden),
-        "feed_forward.w2.weight": (hidden, inner),
-        "attention_norm.weight": (hidden,),
-        "ffn_norm.weight": (hidden,),
+        "attention.wqkv.weight": ((3 * hidden, hidden), [f"self_attn.{each}_proj.weight" for each in "qkv"]),
+        "attention.wo.weight": ((hidden, hidden), ["self_attn.o_proj.weight"]),
+        "feed_forward.w1.weight": ((inner, hidden), ["mlp.gate_proj.weight"]),
+        "feed_forward.w3.weight": ((inner, hidden), ["mlp.up_proj.weight"]),
+        "feed_forward.w2.weight": ((hidden, inner), ["mlp.down_proj.weight"]),
+        "attention_norm.weight": ((hidden,), ["input_layernorm.weight"]),
+        "ffn_norm.weight": ((hidden,), ["post_attention_layernorm.weight"]),
     }
-    shapes = {EMBEDDING: (codes, hidden), "norm.weight": (hidden,), "output.weight": (codes, hidden)}
+    layout: dict[str, tuple[tuple[int, ...], list[str]]] = {
+        EMBEDDING: ((codes, hidden), [EMBEDDED]),
+        "norm.weight": ((hidden,), ["model.norm.weight"]),
+        "output.weight": ((codes, hidden), ["lm_head.weight"]),
+    }
     for index in range(sizes["num_hidden_layers"]):
-        shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+        for name, (shape, ours) in layer.items():
+            layout[f"layers.{index}.{name}"] = shape, [f"model.layers.{index}.{each}" for each in ours]
     if sizes["caption_dim"] is None:
-        shapes[CLASSES] = (sizes["num_classes"] + 1, hidden)
-    else:
-        fc1, fc2, features = CAPTION_NAMES
-        shapes |= {fc1: (hidden, sizes["caption_dim"]), fc2: (hidden, hidden)}
-        shapes[features] = (sizes["num_condition_tokens"], sizes["caption_dim"])
-    return {name: torch.Size(shape) for name, shape in shapes.items()}
+        return layout | {CLASSES: ((sizes["num_classes"] + 1, hidden), [CLASSES])}
+    return layout | {
+        "cls_embedding.cap_proj.fc1.weight": ((hidden, sizes["caption_dim"]), ["caption_projection.fc1.weight"]),
+        "cls_embedding.cap_proj.fc2.weight": ((hidden, hidden), ["caption_projection.fc2.weight"]),
+        CAPTION: ((sizes["num_condition_tokens"], sizes["caption_dim"]), ["uncond_embedding"]),
+    }
 
 
 def _rename(weights: dict[str, torch.Tensor], sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Moves weights to this library's names, in float32. Emptying `weights` holds each tensor in memory only once."""
-    captions = {ours: weights.pop(name) for name, ours in CAPTION_NAMES.items() if name in weights}
-    codes = weights.pop(EMBEDDING)
+    renamed: dict[str, torch.Tensor] = {}
+    for name, (_, ours) in _layout(sizes).items():
+        parts = weights.pop(name).float().chunk(len(ours))
+        renamed |= {key: part.clone() for key, part in zip(ours, parts, strict=True)}
+    codes = renamed[EMBEDDED]
     # The rows of classes and of no class follow the codes. With captions nothing reads them.
-    rows = codes.new_zeros((sizes["num_classes"] + 1, codes.shape[1])) if captions else weights.pop(CLASSES)
-    renamed = {
-        "model.embed_tokens.weight": torch.cat([codes.float(), rows.float()]),
-        "model.norm.weight": weights.pop("norm.weight").float(),
-        "lm_head.weight": weights.pop("output.weight").float(),
-        **{key: tensor.float() for key, tensor in captions.items()},
-    }
-    for index in range(sizes["num_hidden_layers"]):
-        for name, ours in LAYER_NAMES.items():
-            parts = weights.pop(f"layers.{index}.{name}").float().chunk(len(ours))
-            renamed |= {f"model.layers.{index}.{key}": part.clone() for key, part in zip(ours, parts, strict=True)}
-    return renamed
+    classes = renamed.pop(CLASSES, codes.new_zeros(sizes["num_classes"] + 1, codes.shape[1]))
+    return renamed | {EMBEDDED: torch.cat([codes, classes])}
 
 
 def _find_grid_size(table: Any, condition_tokens: int, grid_size: int | None, source: str | Path) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, named_weights, read_sizes
+from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, read_sizes, select_weights
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
-from svqvae_hf.untrusted.weights import check_layers
+from svqvae_hf.untrusted.weights import check_depth
 
 FLEXVAR = CheckpointFormat(
     name="flexvar-transformer", title="FlexVAR's transformer", container=None, level_prefix="blocks."
@@ -53,13 +53,15 @@ def read_next_scale_checkpoint(source: str | Path, model_class: type[nn.Module])
         ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
     """
     path = locate_checkpoint(source)
-    found = find_next_scale_weights(load_checkpoint_file(path, source))
+    content = load_checkpoint_file(path, source)
+    found = find_next_scale_weights(content)
     if found is None:
         raise ValueError(
             f"`{source}` must be a checkpoint of FlexVAR's transformer, with `word_embed.weight` and `pos_1LC` at the "
             "top or in `trainer` > `var_wo_ddp`, but is not. Load a tokenizer with `SVQVAE.from_single_file`."
         )
-    weights = {key: value for key, value in named_weights(found).items() if not BUFFERS.fullmatch(key)}
+    named = select_weights(content, found, source)
+    weights = {key: value for key, value in named.items() if not BUFFERS.fullmatch(key)}
     check_tensors(weights, source)
     config = _infer_config(weights, source)
     with torch.device("meta"):
@@ -73,7 +75,7 @@ def _infer_config(weights: Mapping[str, Any], source: str | Path) -> dict[str, i
     sizes = read_sizes(weights, CONFIG_AXES, source)
     heads, width, classes = (sizes.pop(name) for name in ("heads", "width", "classes"))
     num_layers = count_numbers(weights, FLEXVAR.level_prefix)
-    check_layers(f"`{source}`", num_layers)
+    check_depth(f"`{source}`", {"layers": num_layers})
     if width % heads or classes < 2:
         raise ValueError(
             f"`{source}` must have a width that is a multiple of its heads, and at least one class, but has width "

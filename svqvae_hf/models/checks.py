@@ -14,6 +14,7 @@ POSITIVE_INTEGERS = (
     *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
     *("codebook_size", "codebook_embed_dim", "sample_size"),
 )
+INTEGER_LIMIT = 2**31  # sizes, sides and ids fit in 32 bits
 RANGE_TOLERANCE = 0.25  # share of `pixel_range` by which resized images may overshoot it
 SCALE_SOURCES = ("latents", "image")  # values of `scale_from`
 CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
@@ -21,7 +22,7 @@ CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Raises if config values are wrong or do not fit each other."""
-    check_positive_integers({key: config[key] for key in POSITIVE_INTEGERS})
+    check_integers({key: config[key] for key in POSITIVE_INTEGERS})
     for key in CHANNEL_MULTIPLIERS:
         if not isinstance(config[key], list | tuple) or not all(
             type(mult) is int and mult > 0 for mult in config[key]
@@ -33,7 +34,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             "`encoder_ch_mult` and `decoder_ch_mult` must have equally many levels, so that both have the same f, "
             f"got {encoder_levels} and {decoder_levels}."
         )
-    check_depth("The config", encoder_levels, config["num_res_blocks"])
+    check_depth("The config", {"levels": encoder_levels, "residual blocks per level": config["num_res_blocks"]})
     groups, base = config["norm_num_groups"], config["base_channels"]
     if base % groups:
         raise ValueError(f"`norm_num_groups` must divide `base_channels`, but {groups} does not divide {base}.")
@@ -43,11 +44,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         check_range(key, config[key])
 
 
-def check_positive_integers(numbers: Mapping[str, Any]) -> None:
+def check_integers(numbers: Mapping[str, Any], least: int = 1) -> None:
     """Raises unless all values are integers above 0."""
     for key, value in numbers.items():
-        if type(value) is not int or value <= 0:
-            raise ValueError(f"`{key}` must be an integer above 0, got {value!r}.")
+        if type(value) is not int or not least <= value < INTEGER_LIMIT:
+            raise ValueError(f"`{key}` must be an integer of at least {least} and under 2**31, got {value!r:.80}.")
 
 
 def check_range(key: str, bounds: Any) -> None:

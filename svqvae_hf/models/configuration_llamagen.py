@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 
+@strict
 class LlamaGenConfig(LlamaConfig):
     """Config of a [`LlamaGenForCausalLM`]; the defaults are LlamaGen-B for classes at 256 x 256 pixels.
 
@@ -33,46 +35,32 @@ class LlamaGenConfig(LlamaConfig):
     model_type = "llamagen"
     default_theta = 10_000.0
 
-    def __init__(
-        self,
-        codebook_size: int = 16384,
-        num_classes: int = 1000,
-        grid_size: int = 16,
-        num_condition_tokens: int = 1,
-        caption_dim: int | None = None,
-        codebook_fingerprint: str | None = None,
-        hidden_size: int = 768,
-        intermediate_size: int = 2048,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        **kwargs: Any,
-    ):
-        if hidden_size % (4 * num_attention_heads):
+    vocab_size: int = 0
+    codebook_size: int = 16384
+    num_classes: int = 1000
+    grid_size: int = 16
+    num_condition_tokens: int = 1
+    caption_dim: int | None = None
+    codebook_fingerprint: str | None = None
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
-                f"`num_attention_heads` must divide the {hidden_size} channels into heads of a multiple of 4 "
-                f"channels, got {num_attention_heads}."
+                f"`num_attention_heads` must divide the {self.hidden_size} channels into heads of a multiple of 4 "
+                f"channels, got {self.num_attention_heads}."
             )
-        self.codebook_size = codebook_size
-        self.num_classes = num_classes
-        self.grid_size = grid_size
-        self.num_condition_tokens = num_condition_tokens
-        self.caption_dim = caption_dim
-        self.codebook_fingerprint = codebook_fingerprint
-        computed = {
-            "vocab_size": max(kwargs.get("vocab_size") or 0, codebook_size + num_classes + 1),
-            "head_dim": hidden_size // num_attention_heads,
-            "max_position_embeddings": num_condition_tokens + grid_size**2,
-            "num_key_value_heads": num_attention_heads,
-        }
-        defaults = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-        no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        super().__init__(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            **(defaults | no_special_tokens | kwargs | computed),
-        )
+        self.vocab_size = max(self.vocab_size, self.unconditional_token + 1)
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        self.max_position_embeddings = self.num_condition_tokens + self.grid_size**2
+        self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
 
     @property
     def unconditional_token(self) -> int:

@@ -30,10 +30,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
-from svqvae_hf.models.checks import check_positive_integers
+from svqvae_hf.models.checks import check_integers
 from svqvae_hf.models.image_processing_svqvae import resize
 from svqvae_hf.models.loading import StrictLoadingMixin
-from svqvae_hf.untrusted.weights import check_layers
+from svqvae_hf.untrusted.weights import check_depth
 
 NORM_EPS = 1e-6
 LENGTH_EPS = 1e-12  # as in `F.normalize`
@@ -189,8 +189,8 @@ class NextScaleTransformer(StrictLoadingMixin):
         for optional in ("num_classes", *(["vocab_size", "max_text_length"] if vocab_size == max_text_length else [])):
             if numbers[optional] == 0:
                 del numbers[optional]
-        check_positive_integers(numbers)
-        check_layers("The config", num_layers)
+        check_integers(numbers)
+        check_depth("The config", {"layers": num_layers})
         width = num_attention_heads * attention_head_dim
         self.class_emb = nn.Embedding(num_classes + 1, width)
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))

@@ -19,9 +19,8 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels
 from svqvae_hf.pipelines.sequences import to_int64
 
-LOAD_WITH = (
-    "`pip install svqvae-hf`, then `import svqvae_hf` before `DiffusionPipeline.from_pretrained`"  # for readers
-)
+# For readers of `model_index.json`.
+LOAD_WITH = "`pip install svqvae-hf`, then `import svqvae_hf` before `DiffusionPipeline.from_pretrained`"
 
 
 class GeneratorPipeline(CardMixin, DiffusionPipeline):

@@ -94,6 +94,8 @@ class DecodeStep(Step):
 class BlockSequence(SequentialPipelineBlocks):
     """Blocks in a row. If a repository's code defines them, it is saved with them."""
 
+    block_names = ["condition", "sample", "decode"]
+
     def save_config(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Saves the config, and the file of code of blocks that were loaded with `trust_remote_code=True`."""
         super().save_config(save_directory, *args, **kwargs)
@@ -140,9 +142,8 @@ class SampleScalesStep(Step):
             logits = predictor.next_logits(size)
             if guided:
                 logits = guide_step(components.guider, logits, step, len(sizes))
-            values.ids = sample_ids(logits, warpers, values.generator, greedy=values.temperature == 0).unflatten(
-                1, size
-            )
+            ids = sample_ids(logits, warpers, values.generator, greedy=values.temperature == 0)
+            values.ids = ids.unflatten(1, size)
             predictor.add(values.ids)
 
 
@@ -158,7 +159,6 @@ class NextScaleBlocks(BlockSequence):
 
     description = "Generates images scale by scale."
     block_classes = [ClassStep, SampleScalesStep, DecodeStep]
-    block_names = ["condition", "sample", "decode"]
 
 
 class TokenizeCaptionStep(Step):
@@ -184,7 +184,6 @@ class NextScaleTextBlocks(BlockSequence):
 
     description = "Generates images of captions scale by scale."
     block_classes = [TokenizeCaptionStep, SampleScalesStep, DecodeStep]
-    block_names = ["condition", "sample", "decode"]
 
 
 class LlamaGenClassStep(ClassStep):
@@ -259,7 +258,6 @@ class LlamaGenBlocks(BlockSequence):
 
     description = "Generates images of classes id by id."
     block_classes = [LlamaGenClassStep, SampleIdsStep, DecodeStep]
-    block_names = ["condition", "sample", "decode"]
 
 
 class LlamaGenTextBlocks(BlockSequence):
@@ -267,7 +265,6 @@ class LlamaGenTextBlocks(BlockSequence):
 
     description = "Generates images of captions id by id."
     block_classes = [CaptionStep, SampleIdsStep, DecodeStep]
-    block_names = ["condition", "sample", "decode"]
 
 
 # `ModularPipeline.from_pretrained` looks for the blocks of a saved pipeline among the names of diffusers.

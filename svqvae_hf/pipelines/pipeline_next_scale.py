@@ -11,11 +11,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from svqvae_hf.models.checks import check_scale_from
-from svqvae_hf.models.image_processing_svqvae import (
-    ImageInput,
-    pad_to_multiple,
-    resize,
-)
+from svqvae_hf.models.image_processing_svqvae import ImageInput, pad_to_multiple, resize
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import pad_captions

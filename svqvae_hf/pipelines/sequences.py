@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from transformers import LogitsProcessor
 
-from svqvae_hf.models.checks import check_scale_from
+from svqvae_hf.models.checks import check_integers, check_scale_from
 from svqvae_hf.models.image_processing_svqvae import grid_shape
 
 INTEGER_TYPES = {
@@ -56,10 +56,8 @@ class SequenceLayout:
 
     def __post_init__(self) -> None:
         check_scale_from(self.scale_from)
-        for name, least in {"codebook_size": 1, "f": 1, "height": 1, "width": 1, "num_classes": 0}.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        check_integers({name: getattr(self, name) for name in ("codebook_size", "f", "height", "width")})
+        check_integers({"num_classes": self.num_classes}, least=0)
         scales = tuple(map(float, self.scales))  # a config stores a list
         bounds = (0.0, *scales, math.inf)
         if not scales or not all(low < high for low, high in zip(bounds, bounds[1:], strict=False)):

@@ -11,7 +11,7 @@ from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
+from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, fit_in_memory
 
 
 def detokenize_set(
@@ -63,9 +63,7 @@ def detokenize_set(
         if not overwrite and all(path.exists() for path in paths):
             kept += len(paths)
             continue
-        largest = max(1, *tokens.scales)
-        model.tile_if_large(largest * tokens.height, largest * tokens.width, settings.tile_size, settings.overlap)
-        check_memory(model, largest * tokens.height, largest * tokens.width)
+        fit_in_memory(model, tokens.height, tokens.width, tokens.scales, settings.tile_size, settings.overlap)
         for image, path in zip(decode_image(model, tokens), paths, strict=True):
             save_png(image, path)
             written += 1

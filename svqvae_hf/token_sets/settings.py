@@ -1,6 +1,5 @@
 """Settings that all rows of a token set share, and the tokens of a row."""
 
-import dataclasses
 import json
 import math
 import operator
@@ -14,79 +13,52 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.folders import Folder
-from svqvae_hf.hub.repositories import hub_answers, hub_reason
-from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.hub.repositories import download_file
+from svqvae_hf.models.checks import check_integers
 from svqvae_hf.models.context_model import ContextModel
-from svqvae_hf.models.image_processing_svqvae import grid_shape
 from svqvae_hf.token_sets.crops import CROPS, is_whole
 from svqvae_hf.tokens.compressed_tokens import read_compressed
-from svqvae_hf.tokens.token_files import (
-    FINGERPRINT,
-    INTEGER_LIMIT,
-    METADATA_KEY,
-    UINT16_CODES,
-    ImageTokens,
-    decompressed_tokens,
-)
+from svqvae_hf.tokens.encoding import FINGERPRINT, Encoding
+from svqvae_hf.tokens.token_files import METADATA_KEY, UINT16_CODES, ImageTokens, decompressed_tokens
 
-FORMAT_VERSION = 1
 SETTINGS_FILE = f"{METADATA_KEY}.json"
 
 
-@dataclass(frozen=True)
-class TokenSettings:
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings(Encoding):
     """Settings that all rows of a token set share.
 
     Args:
         model (`str`): Hub id of the model that encoded the images, the name of its folder, or `BUNDLED_MODEL`.
-        scales (`tuple[float, ...]`): Output side over input side; the columns `ids_0`, `ids_1`, ... are in this order.
-        f (`int`): Pixels per latent side.
-        codebook_size (`int`): Rows of the codebook.
-        codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
-        tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded in; `None` without tiles.
-        overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
         crops (`str`): Crops of an image that are rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
-        scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Sets
-            without it hold scales from the latents.
         context_model (`str`, *optional*): Fingerprint of the [`ContextModel`] that compresses the rows: their column
             `tokens`, the content of a compressed token file, stands for the columns of ids.
+        **encoding: How the images were encoded; see [`~svqvae_hf.tokens.encoding.Encoding`]. The columns `ids_0`,
+            `ids_1`, ... are in the order of `scales`.
 
     Raises:
         ValueError: A value is out of range.
     """
 
     model: str
-    scales: tuple[float, ...]
-    f: int
-    codebook_size: int
-    codebook_fingerprint: str
-    tile_size: int | None
-    overlap: int | None
     crops: str
     resolution: int | None
-    scale_from: str = "latents"
     context_model: str | None = None
 
     def __post_init__(self) -> None:
-        scales = self.scales
+        super().__post_init__()
+        if not is_whole(self.crops):
+            check_integers({"resolution": self.resolution})
         valid = {
             "model": isinstance(self.model, str),
-            "scales": isinstance(scales, tuple) and len(scales) > 0 and all(map(_is_scale, scales)),
-            "f": _is_integer(self.f, 1),
-            "codebook_size": _is_integer(self.codebook_size, 1),
-            "codebook_fingerprint": FINGERPRINT.fullmatch(str(self.codebook_fingerprint)) is not None,
-            "tile_size": self.tile_size is None or _is_integer(self.tile_size, 1),
-            "overlap": self.overlap is None if self.tile_size is None else _is_integer(self.overlap, 0),
+            "scales": len(self.scales) > 0,
             "crops": self.crops in tuple(CROPS),
-            "scale_from": self.scale_from in SCALE_SOURCES,
+            "resolution": self.resolution is None or not is_whole(self.crops),
             "context_model": self.context_model is None or FINGERPRINT.fullmatch(str(self.context_model)) is not None,
-            "resolution": self.resolution is None if is_whole(self.crops) else _is_integer(self.resolution, 1),
         }
         for name, is_valid in valid.items():
             if not is_valid:
@@ -108,13 +80,9 @@ class TokenSettings:
         """Number of ids of a row."""
         return sum(math.prod(self.grid(scale, row["height"], row["width"])) for scale in self.scales)
 
-    def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of ids at a scale, for a row with this `height` and `width` in pixels."""
-        return grid_shape(height, width, self.f, scale)
-
     def to_json(self) -> str:
         """Formats the settings as [`read_settings`] reads them."""
-        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+        return json.dumps(self.to_record(), indent=2) + "\n"
 
 
 def read_settings(path: str | os.PathLike) -> TokenSettings:
@@ -131,18 +99,14 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
     name = os.fspath(path)
     content = _read_settings(name)
     try:
-        return _settings_from(json.loads(content))
-    except (ValueError, TypeError, RecursionError) as error:
+        return TokenSettings.from_record(json.loads(content))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`{name}` is not a token set of this version: {error}") from error
 
 
 def _read_settings(name: str) -> bytes:
     if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
-        try:
-            file = hf_hub_download(name, SETTINGS_FILE, repo_type="dataset", local_files_only=not hub_answers())
-        except (HfHubHTTPError, OSError) as error:
-            raise OSError(f"could not download the token set `{name}` from the Hub: {hub_reason(error)}") from error
-        return Path(file).read_bytes()
+        return download_file(name, SETTINGS_FILE, name, repo_type="dataset").read_bytes()
     if name.endswith(".parquet"):
         try:
             return (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null")
@@ -198,33 +162,4 @@ def row_tokens(
                 f"{ids.numel()}."
             )
         grids.append(ids.view(shape))
-    return ImageTokens(
-        ids=grids,
-        height=height,
-        width=width,
-        scales=settings.scales,
-        f=settings.f,
-        tile_size=settings.tile_size,
-        overlap=settings.overlap,
-        codebook_size=settings.codebook_size,
-        codebook_fingerprint=settings.codebook_fingerprint,
-        scale_from=settings.scale_from,
-    )
-
-
-def _settings_from(record: Any) -> TokenSettings:
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"its settings must have format version {FORMAT_VERSION}, got {record!r:.80}.")
-    names = [field.name for field in dataclasses.fields(TokenSettings)]
-    values = {name: record[name] for name in names if name in record}
-    if isinstance(values.get("scales"), list):
-        values["scales"] = tuple(values["scales"])
-    return TokenSettings(**values)
-
-
-def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value < INTEGER_LIMIT
-
-
-def _is_integer(value: object, least: int) -> bool:
-    return type(value) is int and least <= value < INTEGER_LIMIT
+    return ImageTokens(grids, height, width, **settings.encoding)

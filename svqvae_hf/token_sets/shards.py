@@ -8,7 +8,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svqvae_hf.files.folders import Folder, explained
+from svqvae_hf.files.errors import explained
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.crops import CROPS
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.token_files import METADATA_KEY

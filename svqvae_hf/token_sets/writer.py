@@ -34,6 +34,7 @@ from svqvae_hf.token_sets.parts import (
 )
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
+from svqvae_hf.tokens.encoding import encoding_of
 
 IMAGES_PER_PART = 10_000  # by default, in sets with random access
 MAX_PARTS = 1000  # by default
@@ -139,16 +140,10 @@ def tokenize_set(
     scale_endings(scales)  # `detokenize_set` names files by them
     settings = TokenSettings(
         model=model_name,
-        scales=tuple(map(float, scales)),
-        f=model.f,
-        codebook_size=model.config["codebook_size"],
-        codebook_fingerprint=model.codebook_fingerprint(),
-        tile_size=model.tile_size if model.use_tiling else None,
-        overlap=model.overlap if model.use_tiling else None,
         crops=crops,
         resolution=resolution,
-        scale_from=scale_from,
         context_model=None if context_model is None else context_model.fingerprint,
+        **encoding_of(model, [*map(float, scales)], scale_from),
     )
     features = row_features(settings, images.features)
     stored = json.loads(settings.to_json())

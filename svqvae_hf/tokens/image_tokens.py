@@ -11,6 +11,7 @@ from PIL import Image
 from svqvae_hf.models.checks import check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.encoding import encoding_of
 from svqvae_hf.tokens.token_files import ImageTokens, check_tokens
 
 GIB = 2**30
@@ -66,18 +67,8 @@ def image_tokens(
         scales (`Sequence[float]`): Output side over input side, one per grid.
         scale_from (`str`, defaults to `"image"`): What was resized to the scales.
     """
-    return ImageTokens(
-        ids=ids,
-        height=height,
-        width=width,
-        scales=tuple(scales),
-        f=model.f,
-        tile_size=model.tile_size if model.use_tiling else None,
-        overlap=model.overlap if model.use_tiling else None,
-        codebook_size=model.config["codebook_size"],
-        codebook_fingerprint=model.codebook_fingerprint(),
-        scale_from="latents" if set(scales) == {1} else scale_from,
-    )
+    scale_from = "latents" if set(scales) == {1} else scale_from
+    return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from))
 
 
 def decode_image(model: SVQVAE, tokens: ImageTokens, full_size: bool = False) -> list[Image.Image]:
@@ -182,3 +173,21 @@ def check_memory(model: SVQVAE, height: float, width: float, images: int = 1) ->
             f"memory, but {available / GIB:,.2f} GiB are available. Use smaller scales, smaller tiles or a smaller "
             "image, or `--large` on the command line."
         )
+
+
+def fit_in_memory(model: SVQVAE, height: int, width: int, scales: Sequence[float], *tiles: int | None) -> None:
+    """Sets the tiling of a model for an image at several scales, and raises if its memory does not suffice.
+
+    Args:
+        model ([`SVQVAE`]): Model.
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+        scales (`Sequence[float]`): Scales of the ids.
+        *tiles (`int`, *optional*): Tile size and overlap, for [`SVQVAE.tile_if_large`].
+
+    Raises:
+        TooLargeError: The image does not fit, see [`check_memory`].
+    """
+    largest = max(1, *scales)
+    model.tile_if_large(largest * height, largest * width, *tiles)
+    check_memory(model, largest * height, largest * width)

@@ -1,10 +1,8 @@
 """Token files: the ids of one image at one or several scales, with everything that decoding needs."""
 
-import dataclasses
 import json
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,35 +12,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from svqvae_hf.files.outputs import write_file
-from svqvae_hf.models.checks import check_scale_from
+from svqvae_hf.models.checks import check_integers
 from svqvae_hf.models.context_model import ContextModel
-from svqvae_hf.models.image_processing_svqvae import grid_shape
 from svqvae_hf.tokens.compressed_tokens import MAGIC, CompressedTokens, compress, decompress, read_compressed
+from svqvae_hf.tokens.encoding import Encoding
 
 METADATA_KEY = "svqvae_tokens"  # key of one JSON document, because the order of several keys would vary
-FORMAT_VERSION = 1
 UINT16_CODES = 2**16  # size of the largest codebook whose ids fit in 16 bits
-INTEGER_LIMIT = 2**31  # ids fit in 32 bits
 ID_DTYPES = (torch.uint16, torch.int32)
-FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False)
-class ImageTokens:
+class ImageTokens(Encoding):
     """Ids of one image at one or several scales, with everything that decoding needs: the content of a token file.
 
     Args:
         ids (`list[torch.Tensor]`, each of shape `(h, w)`, int64): One grid of ids per scale.
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
-        scales (`tuple[float, ...]`): Output side over input side, one per grid, in the order of `ids`.
-        f (`int`): Pixels per latent side of the model.
-        tile_size (`int`, *optional*): Side in pixels of the tiles that the image was encoded in; `None` without tiles.
-        overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
-        codebook_size (`int`): Rows of the codebook.
-        codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
-        scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Files
-            without it hold scales from the latents. Decoding is the same for both.
+        **encoding: How the image was encoded; see [`~svqvae_hf.tokens.encoding.Encoding`].
 
     Raises:
         ValueError: A value is out of range, or the ids do not match the image, the scale or the codebook.
@@ -51,25 +39,10 @@ class ImageTokens:
     ids: list[torch.Tensor]
     height: int
     width: int
-    scales: tuple[float, ...]
-    f: int
-    tile_size: int | None
-    overlap: int | None
-    codebook_size: int
-    codebook_fingerprint: str
-    scale_from: str = "latents"
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "f", "codebook_size"):
-            self._check_integer(name, minimum=1)
-        if self.tile_size is not None or self.overlap is not None:
-            self._check_integer("tile_size", minimum=1)
-            self._check_integer("overlap", minimum=0)
-        check_scale_from(self.scale_from)
-        if not FINGERPRINT.fullmatch(str(self.codebook_fingerprint)):
-            raise ValueError(
-                f"`codebook_fingerprint` must be 64 hexadecimal digits, got {_short(self.codebook_fingerprint)}."
-            )
+        super().__post_init__()
+        check_integers({"height": self.height, "width": self.width})
         if not self.ids or len(self.ids) != len(self.scales):
             raise ValueError(f"`ids` must have one grid per scale, got {len(self.ids)} for {len(self.scales)} scales.")
         for ids, scale in zip(self.ids, self.scales, strict=True):
@@ -79,17 +52,8 @@ class ImageTokens:
         """Bits of the ids of one scale per pixel of the original image, if all ids are equally likely."""
         return self.ids[index].numel() * math.log2(self.codebook_size) / (self.height * self.width)
 
-    def _check_integer(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or not minimum <= value < INTEGER_LIMIT:
-            raise ValueError(
-                f"`{name}` must be an integer of at least {minimum} and under 2**31, got {_short(value)}."
-            )
-
     def _check_ids(self, ids: torch.Tensor, scale: float) -> None:
-        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise ValueError(f"a scale must be a finite number above 0, got {_short(scale)}.")
-        expected = grid_shape(self.height, self.width, self.f, scale)
+        expected = self.grid(scale, self.height, self.width)
         if tuple(ids.shape) != expected:
             raise ValueError(
                 f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x {self.width} "
@@ -139,12 +103,11 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
         context_model ([`ContextModel`], *optional*): Context model of the tokenizer, to compress the ids.
     """
     check_tokens(tokens)
-    record = {name: getattr(tokens, name) for name in _record_names()}
     if context_model is not None:
-        return compress(record, [ids.cpu().numpy() for ids in tokens.ids], context_model)
+        return compress(tokens.to_record(), [ids.cpu().numpy() for ids in tokens.ids], context_model)
     dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
     grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
-    metadata = {METADATA_KEY: json.dumps(record | {"format_version": FORMAT_VERSION})}
+    metadata = {METADATA_KEY: json.dumps(tokens.to_record())}
     return safetensors.torch.save(grids, metadata)
 
 
@@ -182,7 +145,7 @@ def load_tokens(
         raise ValueError(f"`{path}` must be a safetensors file, but is another kind or cut short: {error}.") from error
     try:
         return _tokens_from(metadata, grids)
-    except (ValueError, OverflowError, RecursionError) as error:  # hostile files raise the last two
+    except (ValueError, RecursionError) as error:  # hostile files raise the latter
         raise _undecodable(path, error) from error
 
 
@@ -229,36 +192,16 @@ def is_token_file(path: str | os.PathLike) -> bool:
         return False
 
 
-def _short(value: object) -> str:
-    """A value of a file for a message, shortened because a hostile value may be long."""
-    return f"{value!r:.80}"
-
-
 def _undecodable(path: str | os.PathLike, error: Exception) -> ValueError:
     return ValueError(f"`{path}` is not a token file that can be decoded: {error}")
 
 
-def _record_names() -> list[str]:
-    return [field.name for field in dataclasses.fields(ImageTokens) if field.name != "ids"]
-
-
 def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> ImageTokens:
     if METADATA_KEY not in metadata:
-        raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, got {_short(sorted(metadata))}.")
-    record = json.loads(metadata[METADATA_KEY])  # raises a ValueError
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"its metadata must have format version {FORMAT_VERSION}, got {_short(record)}.")
-    record = {"scale_from": "latents", **record}  # older files do not say it
-    missing = sorted(set(_record_names()) - set(record))
-    if missing:
-        raise ValueError(f"its metadata must also have {missing}.")
-    if not isinstance(record["scales"], list):
-        raise ValueError(f"its scales must be a list, got {_short(record['scales'])}.")
-    names = [f"ids_{i}" for i in range(len(record["scales"]))]
+        raise ValueError(f"its metadata must have the key {METADATA_KEY!r}, got {sorted(metadata)!r:.80}.")
+    names = [f"ids_{i}" for i in range(len(grids))]
     if sorted(grids) != sorted(names) or any(grid.dtype not in ID_DTYPES for grid in grids.values()):
         found = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
-        raise ValueError(
-            f"its tensors must be {_short(names)} of type uint16 or int32, one per scale, got {_short(found)}."
-        )
-    values = {name: record[name] for name in _record_names()} | {"scales": tuple(record["scales"])}
-    return ImageTokens(ids=[grids[name].long() for name in names], **values)
+        raise ValueError(f"its tensors must be ids_0, ids_1 and so on of type uint16 or int32, got {found!r:.80}.")
+    ids = [grids[name].long() for name in names]
+    return ImageTokens.from_record(json.loads(metadata[METADATA_KEY]), ids=ids)

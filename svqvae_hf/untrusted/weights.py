@@ -1,28 +1,27 @@
 """Guards for the weights in a checkpoint."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 # Far above every real model.
-MAX_LEVELS = 16
-MAX_BLOCKS = 64  # per level
-MAX_LAYERS = 256  # of a transformer
+MOST = {"levels": 16, "residual blocks per level": 64, "layers": 256}
 
 
-def check_depth(name: str, levels: int, blocks: int) -> None:
-    """Raises for thousands of levels or blocks, because building such a model would never end."""
-    if levels > MAX_LEVELS or blocks > MAX_BLOCKS:
-        raise ValueError(
-            f"{name} must have at most {MAX_LEVELS} levels and {MAX_BLOCKS} residual blocks per level, "
-            f"got {levels} levels and {blocks} blocks."
-        )
+def check_depth(name: str, counts: Mapping[str, int]) -> None:
+    """Raises for thousands of levels, blocks or layers, because building such a network would never end.
 
+    Args:
+        name (`str`): Name of the file or config, for the error.
+        counts (`Mapping[str, int]`): Numbers by the keys of `MOST`.
 
-def check_layers(name: str, layers: int) -> None:
-    """Raises for thousands of layers of a transformer, because building it would never end."""
-    if layers > MAX_LAYERS:
-        raise ValueError(f"{name} must have at most {MAX_LAYERS} layers, got {layers}.")
+    Raises:
+        ValueError: A number is too large.
+    """
+    for what, count in counts.items():
+        if count > MOST[what]:
+            raise ValueError(f"{name} must have at most {MOST[what]} {what}, got {count}.")
 
 
 def without_attributes(value: Any) -> Any:

@@ -182,7 +182,7 @@ def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
         ("shards/s-{0..2}.tar", {}, "no file or folder matches `.*s-2.tar`"),
         ("shards/s-{1..0}.tar", {}, "`{1..0}` in .* must count upwards"),
         ("empty", {}, "must hold images, but `.*empty` has none. Pass a folder of images"),
-        ("both", {}, "must hold files of one kind, but holds .parquet files and images. Choose some by a pattern"),
+        ("both", {}, "must be of one kind, but are .parquet files and images. Choose some by a pattern"),
         ("images", {"split": "test"}, "--split must be one of train in the set .*, got `test`"),
         ("images", {"max_images": 0}, "`max_images` must be at least 1, got 0"),
         ("a.parquet", {}, "--image-column must be one of the columns of images"),

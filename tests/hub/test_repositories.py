@@ -208,10 +208,10 @@ def test_token_set_is_made_from_a_set_on_the_hub_and_decoded_there(hub, seen):
 
 def test_errors_are_one_line(seen):
     messages = {
-        "no token set": "could not download the token set `org/gone` from the Hub: the repository does not exist",
-        "no repository": "Could not download `org/gone:file.pt` from the Hub: the repository does not exist",
-        "no file": "Could not download `org/raw:gone.pt` from the Hub: the repository has no such file.",
-        "gated": "Could not download `org/gated:file.pt` from the Hub: access is restricted. Accept the terms",
+        "no token set": "could not download `org/gone` from the Hub: the repository does not exist",
+        "no repository": "could not download `org/gone:file.pt` from the Hub: the repository does not exist",
+        "no file": "could not download `org/raw:gone.pt` from the Hub: the repository has no such file.",
+        "gated": "could not download `org/gated:file.pt` from the Hub: access is restricted. Accept the terms",
         "no login": "Could not create `org/new` on the Hub: you are not logged in. Log in with `hf auth login`.",
         "no network": "Could not create `org/new` on the Hub: it cannot be reached. Check the network",
     }
@@ -235,6 +235,6 @@ def test_offline_and_without_a_network_downloaded_files_load(seen):
     assert seen["offline file"]
     assert seen["offline model"]
     assert seen["errors"]["offline"][1] == (
-        "Could not download `org/raw:files/taming_tiny.pt` from the Hub: the Hub cannot be reached, and the cache has "
+        "could not download `org/raw:files/taming_tiny.pt` from the Hub: the Hub cannot be reached, and the cache has "
         "no complete copy. Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
     )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("few_windows")
         ({"decoder_ch_mult": (1, 2)}, "equally many levels, .* 3 and 2"),
         ({"pixel_range": (1, 0)}, r"`pixel_range` must be two finite numbers \(low, high\).*\(1, 0\)"),
         ({"network_range": "ab"}, "`network_range` must be two finite numbers .* got 'ab'"),
-        ({"base_channels": "eight"}, "`base_channels` must be an integer above 0, got 'eight'"),
+        ({"base_channels": "eight"}, "`base_channels` must be an integer of at least 1 and .*, got 'eight'"),
         ({"encoder_ch_mult": None}, "`encoder_ch_mult` .* got None"),
         ({"encoder_ch_mult": (1, 0, 2)}, r"`encoder_ch_mult` .* got \(1, 0, 2\)"),
     ],

@@ -178,7 +178,7 @@ def test_wrong_arguments():
     transformer = make_transformer()
     with pytest.raises(ValueError, match=r"`codes` must .* each of the 4 scales but the first, got 4\."):
         transformer(LABELS, make_codes(transformer), SIZES)
-    with pytest.raises(ValueError, match="`num_layers` must be an integer above 0, got 0"):
+    with pytest.raises(ValueError, match="`num_layers` must be an integer of at least 1 and .*, got 0"):
         make_transformer(num_layers=0)
     with pytest.raises(ValueError, match="The config must have at most 256 layers, got 100000"):
         make_transformer(num_layers=100_000)

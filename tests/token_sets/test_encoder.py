@@ -10,12 +10,12 @@ from svqvae_hf.token_sets.crops import CroppedImage, read_crops
 from svqvae_hf.token_sets.encoder import RowEncoder
 from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
+from svqvae_hf.tokens.encoding import encoding_of
 
 
 @pytest.fixture
 def settings():
-    model = make_tiny()
-    return TokenSettings("tiny", (1.0,), model.f, 64, model.codebook_fingerprint(), None, None, "whole", None)
+    return TokenSettings(model="tiny", crops="whole", resolution=None, **encoding_of(make_tiny(), [1.0], "latents"))
 
 
 def encode(model, settings, images, batch_size=None):

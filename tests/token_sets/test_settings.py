@@ -112,7 +112,7 @@ def test_reading_settings_of_something_else_raises(token_set, photos, tmp_path):
     with pytest.raises(FileNotFoundError, match="a token set must be a folder with svqvae_tokens.json"):
         read_settings(photos)
     datasets.Dataset.from_dict({"label": [0]}).to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="its settings must have format version 1, got None"):
+    with pytest.raises(ValueError, match="it must have format version 1, got None"):
         read_settings(tmp_path / "other.parquet")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="must be a Parquet file"):
@@ -121,15 +121,15 @@ def test_reading_settings_of_something_else_raises(token_set, photos, tmp_path):
     file = tmp_path / "svqvae_tokens.json"
     for change, message in (
         ({"format_version": 2}, "must have format version 1"),
-        ({"scales": [1e308]}, "`scales` of a token set is out of range"),
-        ({"scale_from": "pixels"}, "`scale_from` of a token set is out of range, got 'pixels'"),
-        ({"overlap": None}, "`overlap` of a token set is out of range"),
+        ({"scales": [1e308]}, "a scale must be a number above 0"),
+        ({"scale_from": "pixels"}, "`scale_from` must be one of latents, image, got 'pixels'"),
+        ({"overlap": None}, "`overlap` must be an integer of at least 0 and under .*, got None"),
     ):
         file.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):
             read_settings(tmp_path)
     file.write_text(json.dumps({"format_version": 1}))
-    with pytest.raises(ValueError, match="token set of this version: .* missing 9 required .*: 'model', 'scales'"):
+    with pytest.raises(ValueError, match="token set of this version: it must also have scales, f, .*, resolution"):
         read_settings(tmp_path)
     file.write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is not a token set of this version"):

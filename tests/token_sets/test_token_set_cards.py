@@ -11,7 +11,10 @@ from svqvae_hf import DEFAULT_MODEL
 from svqvae_hf.token_sets.cards import BUNDLED_MODEL, public_names, token_set_card
 from svqvae_hf.token_sets.settings import TokenSettings
 
-SETTINGS = TokenSettings("org/name", (1.0, 0.5), 4, 64, "0" * 64, None, None, "whole", None, "image")
+SETTINGS = TokenSettings(
+    **{"model": "org/name", "scales": (1.0, 0.5), "f": 4, "codebook_size": 64, "codebook_fingerprint": "0" * 64},
+    **{"tile_size": None, "overlap": None, "crops": "whole", "resolution": None, "scale_from": "image"},
+)
 
 
 def card(repo_id, columns=(), **settings):

@@ -23,7 +23,7 @@ from token_set_parts import (
 from tokenize_processes import processes, run_killed, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor
-from svqvae_hf.data.image_rows import FileRows
+from svqvae_hf.data.image_parts import FileRows
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.crops import CROPS, make_crops
 from svqvae_hf.token_sets.parts import describe_state
@@ -174,8 +174,8 @@ def test_killed_and_repeated_parts_make_the_set_of_one_process(many, tmp_path):
 
 def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):
     read = []
-    row = FileRows.row
-    monkeypatch.setattr(FileRows, "row", lambda self, index: read.append(index) or row(self, index))
+    row = FileRows.__getitem__
+    monkeypatch.setattr(FileRows, "__getitem__", lambda self, index: read.append(index) or row(self, index))
     for part in (2, 0, 2):
         report = tokenize(make_tiny(), photos, tmp_path / "out", parts=[part], num_parts=3)
         assert not report.complete

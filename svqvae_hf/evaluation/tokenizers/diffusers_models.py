@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, VQModel
 from svqvae_hf.evaluation.measuring import to_image, to_tensor
 from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_memory, decode_image, encode_image
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image, fit_in_memory
 from svqvae_hf.tokens.token_files import ImageTokens, token_file_content
 
 
@@ -39,9 +39,8 @@ class SVQVAETokenizer:
 
     def encode(self, sample: torch.Tensor) -> ImageTokens:
         """Content of a token file."""
-        height, width = (max(1, self.scale) * side for side in sample.shape[-2:])
-        self.model.tile_if_large(height, width, *self.tiles)
-        check_memory(self.model, height, width)
+        height, width = sample.shape[-2:]
+        fit_in_memory(self.model, height, width, [self.scale], *self.tiles)
         return encode_image(self.model, to_image(sample), self.scale, self.scale_from)
 
     def stored_bits(self, codes: ImageTokens) -> int:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from svqvae_hf.data.image_rows import FileRows
+from svqvae_hf.data.image_parts import FileRows
 from svqvae_hf.data.image_sets import ImageSet, open_images
 from svqvae_hf.files.inputs import readable
 from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader

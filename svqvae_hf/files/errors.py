@@ -1,0 +1,39 @@
+"""Errors of file systems, as an `OSError` of one line that names the file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Modules of libraries that read and write files. Some of their errors are no OSErrors.
+LIBRARIES = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests", "safetensors")
+
+
+def os_error(message: str, cause: OSError) -> OSError:
+    """An error with this message alone and the error number of its cause. A missing file stays a missing file."""
+    error = FileNotFoundError(message) if isinstance(cause, FileNotFoundError) else OSError(message)
+    error.errno = cause.errno
+    return error
+
+
+@contextmanager
+def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
+    """Makes an `OSError` of one line from the errors of file systems, which are of many types.
+
+    Args:
+        name (`str` or `os.PathLike`): Path or URL.
+        done (`str`): Past participle of what the block does with it.
+
+    Raises:
+        FileNotFoundError: The file is absent.
+        OSError: Another error of the file system.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise os_error(f"`{name}` cannot be {done}: {reason.removesuffix('.')}.", error) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(LIBRARIES):
+            raise
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        raise OSError(f"`{name}` cannot be {done}: {reason}.") from error

@@ -1,0 +1,104 @@
+"""How images were encoded to ids: all that decoding needs besides the ids and the size of an image."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from svqvae_hf.models.checks import INTEGER_LIMIT, check_integers, check_scale_from
+from svqvae_hf.models.image_processing_svqvae import grid_shape
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+
+FORMAT_VERSION = 1  # of token files and of the settings of token sets
+FINGERPRINT = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Encoding:
+    """How images were encoded.
+
+    Args:
+        scales (`tuple[float, ...]`): Output side over input side, one per grid of ids, in their order.
+        f (`int`): Pixels per latent side of the model.
+        tile_size (`int`, *optional*): Side in pixels of the tiles that images were encoded in; `None` without tiles.
+        overlap (`int`, *optional*): Overlap of these tiles in pixels; `None` without tiles.
+        codebook_size (`int`): Rows of the codebook.
+        codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
+        scale_from (`str`, defaults to `"latents"`): What was resized to the scales, see [`SVQVAE.forward`]. Files
+            without it hold scales from the latents. Decoding is the same for both.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    scales: tuple[float, ...]
+    f: int
+    tile_size: int | None
+    overlap: int | None
+    codebook_size: int
+    codebook_fingerprint: str
+    scale_from: str = "latents"
+
+    def __post_init__(self) -> None:
+        check_integers({"f": self.f, "codebook_size": self.codebook_size})
+        if self.tile_size is not None or self.overlap is not None:
+            check_integers({"tile_size": self.tile_size})
+            check_integers({"overlap": self.overlap}, least=0)
+        check_scale_from(self.scale_from)
+        if not FINGERPRINT.fullmatch(str(self.codebook_fingerprint)):
+            raise ValueError(
+                f"`codebook_fingerprint` must be 64 hexadecimal digits, got {self.codebook_fingerprint!r:.80}."
+            )
+        for scale in self.scales:
+            if not isinstance(scale, int | float) or not 0 < scale < INTEGER_LIMIT:
+                raise ValueError(f"a scale must be a number above 0 and under 2**31, got {scale!r:.80}.")
+
+    def grid(self, scale: float, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of ids at a scale, for an image of `height` and `width` in pixels."""
+        return grid_shape(height, width, self.f, scale)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """How images were encoded, as arguments of this class and of its subclasses."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Encoding)}
+
+    def to_record(self) -> dict[str, Any]:
+        """Content of a JSON document that [`from_record`] reads: the format version, and all values except ids."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "ids"}
+        return {"format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_record(cls, record: Any, **others: Any) -> Self:
+        """Reads the content of a JSON document.
+
+        Args:
+            record: Content.
+            **others: Values that it does not have.
+
+        Raises:
+            ValueError: It has another version, lacks a value, or has one that is out of range.
+        """
+        if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"it must have format version {FORMAT_VERSION}, got {record!r:.80}.")
+        fields = [field for field in dataclasses.fields(cls) if field.name not in others]
+        missing = [each.name for each in fields if each.default is dataclasses.MISSING and each.name not in record]
+        if missing:
+            raise ValueError(f"it must also have {', '.join(missing)}.")
+        values = {field.name: record[field.name] for field in fields if field.name in record}
+        if not isinstance(values["scales"], list):
+            raise ValueError(f"its scales must be a list, got {values['scales']!r:.80}.")
+        return cls(**values | {"scales": tuple(values["scales"])}, **others)
+
+
+def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str) -> dict[str, Any]:
+    """How a model encodes images now, as arguments of [`Encoding`] and of its subclasses."""
+    return {
+        "scales": tuple(scales),
+        "f": model.f,
+        "tile_size": model.tile_size if model.use_tiling else None,
+        "overlap": model.overlap if model.use_tiling else None,
+        "codebook_size": model.config["codebook_size"],
+        "codebook_fingerprint": model.codebook_fingerprint(),
+        "scale_from": scale_from,
+    }
