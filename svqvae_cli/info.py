@@ -130,7 +130,7 @@ def _codebook(tokens: Any) -> str:
 
 
 def _model_facts(source: str) -> dict[str, Any]:
-    """Config of a model or pipeline, in its own words."""
+    """Config values of a model or pipeline, by their own names."""
     from svqvae_cli.loading import PipelineIndex, explain_loading, load_model
     from svqvae_hf import SVQVAE
     from svqvae_hf.hub.repositories import from_hub

@@ -100,8 +100,8 @@ class ImageTextOptions:
         for name, needed in needs.items():
             if needed != bool(getattr(self, name)):
                 raise ValueError(
-                    f"`--{name}` must be given exactly if `--text_fraction`, {self.text_fraction:g}, leaves examples "
-                    "for it."
+                    f"`--{name}` must {'' if needed else 'not '}be given with `--text_fraction` "
+                    f"{self.text_fraction:g}. {'Pass it' if needed else 'Leave it out'}, or change the fraction."
                 )
 
 

@@ -1,4 +1,4 @@
-"""The formats of original checkpoints, as data: how weights are named, and the config that shapes do not tell."""
+"""The formats of original checkpoints, as data: how weights are named, and config values that shapes do not show."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ def count_numbers(keys: Iterable[Any], prefix: str) -> int:
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """Layout of the checkpoint files of one code base, and the config values that shapes do not tell.
+    """Layout of the checkpoint files of one code base, and the config values that shapes do not show.
 
     Args:
         name (`str`): Short name.

@@ -195,8 +195,8 @@ def context(
         columns (`np.ndarray` of shape `(n,)`): Columns of the ids.
 
     Returns:
-        `np.ndarray` of shape `(n, inputs)`: Inputs for the neighbours; inputs for the coarser ids around the same
-        place, and its position in the cell of its coarser id, or zeros without coarser ids.
+        `np.ndarray` of shape `(n, inputs)`: Inputs for the neighbours, for the coarser ids around the same place, and
+        for its position within the cell of its coarser id. The last two are zeros without coarser ids.
     """
     near = [inputs[padded[rows + MARGIN + y, columns + MARGIN + x]] for y, x in NEIGHBOURS]
     if coarse is None:

@@ -89,7 +89,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert(image: Image.Image) -> Image.Image:
-    """Converts an upright image to RGB, without the notes in its file."""
+    """Converts an upright image to RGB, without the metadata of its file."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8_bit(image)
     elif image.has_transparency_data:

@@ -81,7 +81,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Creates a model from a config. Unknown keyword arguments raise an error unless they are to be returned.
+        """Creates a model from a config. Unknown keyword arguments raise an error, unless the call returns them.
 
         Args:
             config (`dict[str, Any]`): Config, as `load_config` returns it.

@@ -418,8 +418,8 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
 
         Args:
             source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-            grid_size (`int`, *optional*): Rows and columns of ids of an image, side in pixels over f. Required unless
-                the file holds `freqs_cis`.
+            grid_size (`int`, *optional*): Number of rows and of columns of the ids of an image, its side in pixels
+                over f. Required unless the file holds `freqs_cis`.
             num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
             use_ema (`bool`, defaults to `False`): Load the averaged weights, which checkpoints of training may have.
             dtype (`torch.dtype`, *optional*): Type of the weights, by default float32.

@@ -75,7 +75,7 @@ class CodebookAverage(nn.Module):
 
     @torch.no_grad()
     def restart(self, quantizer: VectorQuantizer, replaced: torch.Tensor) -> None:
-        """Starts the averages of replaced codes anew, at the codes and with the weight of a mean code.
+        """Restarts the averages of replaced codes at the codes, with the weight of an average code.
 
         Args:
             quantizer ([`VectorQuantizer`]): Quantizer that holds the codes.

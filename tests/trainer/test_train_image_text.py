@@ -281,7 +281,7 @@ def test_lora_trains_new_rows_and_leaves_a_model_of_texts(train, family, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_fraction": 0.5}, "`--text_files` must be given exactly if `--text_fraction`, 0.5"),
+        ({"text_fraction": 0.5}, "`--text_files` must be given with `--text_fraction` 0.5"),
         ({"caption_column": "text"}, "`--caption_column` must hold texts or lists of texts, but 'text' holds None"),
         ({"caption_column": "height"}, "`--caption_column` must hold texts or lists of texts, but 'height' holds"),
         ({"model_name_or_path": "foreign"}, "the ids must be of the model's codebook"),
