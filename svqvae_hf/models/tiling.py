@@ -20,7 +20,7 @@ from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple
 from svqvae_hf.models.layers import Core, TileContext, make_cuts, move
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
-CONTEXT_WINDOWS = 16  # maximum number of windows per image
+CONTEXT_WINDOWS = 12  # maximum number of windows per image
 CONTEXT_WINDOW_SIDE = 10  # side of a window, in latents
 CONTEXT_MARGIN = 2  # latents next to a cut that are ignored
 WHOLE_BYTES = 1 << 30  # memory of an image above which the commands tile it
@@ -190,7 +190,7 @@ class TilingMixin:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
         An image that fits into one tile is not tiled. All tiles of an image share their normalisation statistics and
-        what they attend to. Both come from at most 16 windows of 10 x 10 latents, spread over the image.
+        what they attend to. Both come from at most 12 windows of 10 x 10 latents, spread over the image.
 
         Args:
             tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.

@@ -118,7 +118,7 @@ def _read_settings(name: str) -> bytes:
     if content is None:
         raise FileNotFoundError(
             f"a token set must be a folder with {SETTINGS_FILE} or a set on the Hub, but `{name}` is neither. Make "
-            "one with `svqvae tokenize`."
+            "one with `svqvae tokenize`, which writes that file last."
         )
     return content
 
