@@ -39,7 +39,7 @@ svqvae tokenize "$work/scenes/train.parquet" "$work/tokens" --model "$work/token
 [ -d "$work/words" ] || python training/make_scene_words.py "$work/words"
 [ -d "$work/extended" ] || svqvae extend-lm "$work/words" "$work/extended" --vqvae "$work/tokenizer"
 
-# A language model, in 3.1 hours on the same core: first the shortest wording of each scene alone, then more and more of the others.
+# A language model, in 4.5 hours on the same core: first the shortest wording of each scene alone, then more and more of the others.
 train_words() {
     python training/train_image_text.py --token_set "$work/tokens" --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager \
         --no_packing --no_completion_only_loss --condition_dropout 0.1 --use_soap --adam_beta1 0.95 --adam_beta2 0.95 --warmup_steps 40 \
@@ -51,8 +51,10 @@ train_words --model_name_or_path "$work/shortest" --output_dir "$work/wordings" 
     --first_caption_fraction 0.6 --scheduled_sampling 0.5 --seed 9
 train_words --model_name_or_path "$work/wordings" --output_dir "$work/more_wordings" --max_steps 2000 --learning_rate 1.2e-3 --caption_fraction 0.4 \
     --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 10
-train_words --model_name_or_path "$work/more_wordings" --output_dir "$work/language_model" --max_steps 700 --learning_rate 8e-4 --caption_fraction 0.4 \
+train_words --model_name_or_path "$work/more_wordings" --output_dir "$work/longer" --max_steps 700 --learning_rate 8e-4 --caption_fraction 0.4 \
     --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 11
+train_words --model_name_or_path "$work/longer" --output_dir "$work/language_model" --max_steps 2400 --learning_rate 1e-3 --caption_fraction 0.4 \
+    --first_caption_fraction 0.1 --scheduled_sampling 0.5 --seed 12
 
 # A next-scale transformer for the same ids, in 42 minutes; it reads the shortest wordings alone.
 echo '{"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}' >"$work/next_scale.json"
