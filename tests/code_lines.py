@@ -4,25 +4,22 @@ python tests/code_lines.py svqvae_hf svqvae_cli training tests
 """
 
 import ast
-import io
 import sys
-import tokenize
 from pathlib import Path
 
-BLANK = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def count_code(source: str) -> int:
     """Counts the lines of code of a file's text."""
-    lines, docstrings = set(), set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in BLANK:
-            lines |= set(range(token.start[0], token.end[0] + 1))
+    text = {number for number, line in enumerate(source.split("\n"), 1) if line.strip() and line.lstrip()[0] != "#"}
+    docstrings = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+        if isinstance(node, ast.Constant | ast.JoinedStr):  # may hold blank lines
+            text |= set(range(node.lineno, node.end_lineno + 1))
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines - docstrings)
+    return len(text - docstrings)
 
 
 def count_folder(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """Fixtures. Imports of torch are in functions, because the process that starts the others reads this file, too."""
 
 import gc
+import importlib
 import logging
 import os
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # no test depends on what an earlier run has cached
@@ -44,6 +45,18 @@ def pytest_collection() -> Iterator[object]:
     gc.freeze()
     gc.enable()
     return result
+
+
+class Lazy:
+    """A module that is imported at its first use, because each process collects all tests and runs a part of them."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest asks for marks
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self._name), name)
 
 
 def make_tiny(**config) -> "SVQVAE":

@@ -10,8 +10,6 @@ from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
 
 
 class Faults:
@@ -36,6 +34,9 @@ class Faults:
 @contextmanager
 def s3_server() -> Iterator[tuple[str, Faults]]:
     """Yields the address of the server, and its faults."""
+    from moto.server import DomainDispatcherApplication, create_backend_app  # takes time that few tests need
+    from werkzeug.serving import make_server
+
     faults = Faults(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, faults, threaded=True)
     thread = threading.Thread(target=server.serve_forever)

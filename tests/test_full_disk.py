@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import fails
-from conftest import ROOT, fill, make_tiny
+from conftest import ROOT, Lazy, fill, make_tiny
 from PIL import Image
 
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.export import export
 from svqvae_hf.files.outputs import save_png, write_file
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.writer import tokenize_set
@@ -52,12 +51,12 @@ def test_old_file_stays(disk, kind):
 
 
 def test_no_part_of_a_folder_stays(disk, monkeypatch):
-    monkeypatch.setattr(export, "trace_graphs", lambda model: (None, None))
-    monkeypatch.setattr(export, "save_graph", lambda _, path, __: path.write_bytes(bytes(1 << 20)))
+    monkeypatch.setattr("svqvae_hf.export.export.trace_graphs", lambda model: (None, None))
+    monkeypatch.setattr("svqvae_hf.export.export.save_graph", lambda _, path, __: path.write_bytes(bytes(1 << 20)))
     fill(disk)
     for make in (
         lambda out: convert(CHECKPOINT, out, license="mit"),
-        lambda out: export.export_graphs(make_tiny(), out),
+        lambda out: Lazy("svqvae_hf.export.export").export_graphs(make_tiny(), out),
     ):
         with pytest.raises(OSError, match="/made` cannot be written: .*(No space left|os error 28)"):
             make(disk / "made")

@@ -1,21 +1,11 @@
-"""`svqvae tokenize` in processes of their own; they import this file and no more than they need."""
+"""`svqvae tokenize` in processes of their own."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-MODULES = ["tokenize_processes", "svqvae_cli.tokenize", "svqvae_hf.token_sets.writer"]
-
-
-def processes() -> multiprocessing.context.BaseContext:
-    """A way to start processes that imports the package only once: they are forks of a process that has done so."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
-    return context
 
 
 def run_killed(arguments: Sequence[str], step: str) -> None:

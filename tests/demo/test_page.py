@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import svqvae
-from conftest import ROOT
+from conftest import ROOT, Lazy
 from generators import make_next_scale
 from huggingface_hub import metadata_load
 from packaging.requirements import Requirement
 from PIL import Image
 
-from svqvae_hf.demo import generator_page
-from svqvae_hf.demo import page as demo
-from svqvae_hf.demo.page import SCALES, STATIC, Page, serving
 from svqvae_hf.demo.previews import draw_codes, preview_scales
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
+
+demo = Lazy("svqvae_hf.demo.page")
 
 
 @pytest.fixture
@@ -39,8 +38,8 @@ def photograph(picture, tmp_path):
 
 @pytest.fixture
 def page(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "CACHE", str(tmp_path / "cache"))
-    return Page(tiny_model)
+    monkeypatch.setattr("svqvae_hf.demo.page.CACHE", str(tmp_path / "cache"))
+    return demo.Page(tiny_model)
 
 
 def pixels(path):
@@ -57,7 +56,7 @@ def error_shown(values):
 
 
 def test_previews_match_tokens_and_metrics(tiny_model, picture):
-    tokens = encode_image(tiny_model, picture, SCALES)
+    tokens = encode_image(tiny_model, picture, demo.SCALES)
     shown = list(preview_scales(tiny_model, tokens, picture))
     images = decode_image(tiny_model, tokens)
     for preview, image, result in zip(shown, images, measure_reconstructions(picture, tokens, images), strict=True):
@@ -73,7 +72,7 @@ def test_code_grid_has_ids_and_their_pictures(tiny_model, picture):
     for preview, ids in zip(preview_scales(tiny_model, tokens, picture), tokens.ids, strict=True):
         grid = json.loads(json.dumps(preview.code_grid))  # as the browser receives it
         cells = np.frombuffer(base64.b64decode(grid["cells"]), "<u4").reshape(grid["height"], grid["width"])
-        assert grid.keys() <= set(re.findall(r"\w+", (STATIC / "code_grid.js").read_text()))
+        assert grid.keys() <= set(re.findall(r"\w+", (demo.STATIC / "code_grid.js").read_text()))
         codes = np.array(grid["codes"])
         np.testing.assert_array_equal(codes[cells], ids)
         side, columns = grid["look_px"], grid["columns"]
@@ -85,7 +84,7 @@ def test_code_grid_has_ids_and_their_pictures(tiny_model, picture):
 
 def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture):
     summary, tabs, *outputs = page.encode(photograph)
-    tokens = encode_image(tiny_model, picture, SCALES)
+    tokens = encode_image(tiny_model, picture, demo.SCALES)
     assert "cat &amp; mouse.png" in summary
     assert "64 × 41 pixels" in summary
     assert tabs.visible
@@ -121,15 +120,15 @@ def test_taken_port_is_an_error():
             pass
 
     message = "Could not serve the page at `localhost`, port 7860. Choose another --host or --port."
-    with pytest.raises(OSError, match=message), serving(Taken(), "localhost", 7860):
+    with pytest.raises(OSError, match=message), demo.serving(Taken(), "localhost", 7860):
         pass
 
 
 def test_the_command_serves_either_page_until_it_is_interrupted(saved_model, tmp_path, monkeypatch, capsys):
     shown = lambda page, host, port: nullcontext(f"{type(page).__name__} at {host}:{port}")  # noqa: E731
-    monkeypatch.setattr(demo, "serving", shown)
-    for module in (demo, generator_page):
-        monkeypatch.setattr(module, "build", lambda page: page)
+    monkeypatch.setattr("svqvae_hf.demo.page.serving", shown)
+    for module in ("page", "generator_page"):
+        monkeypatch.setattr(f"svqvae_hf.demo.{module}.build", lambda page: page)
     monkeypatch.setattr(threading, "Event", lambda: Mock(wait=Mock(side_effect=KeyboardInterrupt)))
     make_next_scale().save_pretrained(tmp_path / "pipeline")
     for options, name in (("--model", saved_model), "Page"), (("--generator", tmp_path / "pipeline"), "GeneratorPage"):

@@ -16,7 +16,6 @@ from next_scale_golden import make_transformer
 from PIL import Image
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAENextScalePipeline
-from svqvae_hf.demo.page import SCALES
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
@@ -147,6 +146,8 @@ def figures(page):
 
 
 def test_photograph_to_ids_and_back(page, model, picture, photograph):
+    from svqvae_hf.demo.page import SCALES
+
     model.enable_tiling(256, 32)
     tokens = encode_image(model, picture, SCALES)
     images = decode_image(model, tokens)

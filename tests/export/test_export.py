@@ -6,22 +6,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_tiny
+from conftest import ROOT, Lazy, make_tiny
 from PIL import Image
 
 import svqvae_cli
 import svqvae_hf
 from svqvae_hf import SVQVAEImageProcessor
-from svqvae_hf.export import export
-from svqvae_hf.export.export import CHECKED_GRIDS, compare_graphs, export_graphs, load_graph, save_graph
 from svqvae_hf.export.graphs import TRACED_GRID, DecoderGraph, EncoderGraph, example_images, trace_graph
 from svqvae_hf.models import quantizer
 
+export = Lazy("svqvae_hf.export.export")
 EXAMPLE = ROOT / "examples" / "onnx_tokenizer.py"
 PIXEL_RANGE = (-1, 3)  # differs from `network_range`: the graphs map one to the other
 SMALL = {"encoder_ch_mult": (1, 2), "decoder_ch_mult": (1, 2), "pixel_range": PIXEL_RANGE}  # f = 2
@@ -46,7 +43,7 @@ def graphs(small, tmp_path_factory):
     """Folder of the export of `small`, in training mode and tiled."""
     folder = tmp_path_factory.mktemp("onnx") / "graphs"
     small.train().enable_tiling(tile_size=4, overlap=0)
-    export_graphs(small, folder)
+    export.export_graphs(small, folder)
     assert small.training
     assert small.use_tiling
     small.eval().disable_tiling()
@@ -55,8 +52,10 @@ def graphs(small, tmp_path_factory):
 
 def save_again(patch, graphs):
     """Lets exports of `small` copy its graphs, because tracing and conversion take ten seconds."""
-    patch.setattr(export, "trace_graphs", lambda model: (None, None))
-    patch.setattr(export, "save_graph", lambda program, path, model: shutil.copy(graphs / path.name, path))
+    patch.setattr("svqvae_hf.export.export.trace_graphs", lambda model: (None, None))
+    patch.setattr(
+        "svqvae_hf.export.export.save_graph", lambda program, path, model: shutil.copy(graphs / path.name, path)
+    )
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def image(grid, model):
 
 
 def run_onnx(path, value):
-    return run_session(onnxruntime.InferenceSession(path), value)
+    return run_session(export.onnxruntime.InferenceSession(path), value)
 
 
 def run_session(session, value):
@@ -129,8 +128,8 @@ def test_metadata_of_onnx(small, graphs):
     shapes = {"sample": ["batch", 3, "height", "width"], "ids": ["batch", "rows", "columns"]}
     for name, source, target in (("encoder", "sample", "ids"), ("decoder", "ids", "sample")):
         path = graphs / f"{name}.onnx"
-        onnx.checker.check_model(path, full_check=True)
-        session = onnxruntime.InferenceSession(path)
+        export.onnx.checker.check_model(path, full_check=True)
+        session = export.onnxruntime.InferenceSession(path)
         metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
         assert metadata == {
             "f": 2,
@@ -174,16 +173,16 @@ def test_example_needs_only_onnxruntime_and_numpy(small, graphs, photo, tmp_path
 def test_encoder_without_normalised_codes_equals_the_model(tmp_path):
     model = make_tiny(**SMALL, codebook_l2_norm=False)
     program = trace_graph(EncoderGraph(model), example_images(model, TRACED_GRID), (0, 2, 3))
-    save_graph(program, tmp_path / "encoder.onnx", model)
-    checked = compare_graphs(model, load_graph(tmp_path / "encoder.onnx"), DecoderGraph(model))
+    export.save_graph(program, tmp_path / "encoder.onnx", model)
+    checked = export.compare_graphs(model, export.load_graph(tmp_path / "encoder.onnx"), DecoderGraph(model))
     assert checked.startswith("10 sizes against the model: ")
 
 
 def test_ten_sizes_are_checked():
-    assert len(set(CHECKED_GRIDS)) == 10
-    assert TRACED_GRID not in CHECKED_GRIDS
-    assert all(any(grid[axis] == 1 for grid in CHECKED_GRIDS) for axis in range(3))
-    assert max(rows * columns for _, rows, columns in CHECKED_GRIDS) * 16384 > 2 * quantizer.SEARCH_SCORES
+    assert len(set(export.CHECKED_GRIDS)) == 10
+    assert TRACED_GRID not in export.CHECKED_GRIDS
+    assert all(any(grid[axis] == 1 for grid in export.CHECKED_GRIDS) for axis in range(3))
+    assert max(rows * columns for _, rows, columns in export.CHECKED_GRIDS) * 16384 > 2 * quantizer.SEARCH_SCORES
 
 
 def test_wrong_padding_ids_and_pixels_fail(small):
@@ -196,23 +195,23 @@ def test_wrong_padding_ids_and_pixels_fail(small):
     def one_wrong(sample):  # one id of 1,447
         return change(small.encode_tokens(sample), 600)
 
-    assert "1 of 1447 ids differ" in compare_graphs(small, one_wrong, small.decode_tokens)
+    assert "1 of 1447 ids differ" in export.compare_graphs(small, one_wrong, small.decode_tokens)
     for encode, match in (
         (pad_with_zeros, r"the encoder: ids must equal the model's, but \d+ of 1447 differ"),
         (lambda sample: change(small.encode_tokens(sample), 20), "6 of 1447 "),  # sizes with more than 20 ids
     ):
         with pytest.raises(ValueError, match=match):
-            compare_graphs(small, encode, small.decode_tokens)
+            export.compare_graphs(small, encode, small.decode_tokens)
     for wrong in (PIXEL_RANGE[0] - 1, torch.nan):
         with pytest.raises(ValueError, match=r"decoder at 2 x 2 .* within 2/255 of the model's, but differ by"):
-            compare_graphs(small, small.encode_tokens, lambda ids, w=wrong: small.decode_tokens(ids).fill_(w))
+            export.compare_graphs(small, small.encode_tokens, lambda ids, w=wrong: small.decode_tokens(ids).fill_(w))
 
 
 @pytest.mark.usefixtures("saved")
 def test_failed_check_leaves_no_files(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "load_graph", lambda path: lambda value: value.flip(0, 1))
+    monkeypatch.setattr("svqvae_hf.export.export.load_graph", lambda path: lambda value: value.flip(0, 1))
     with pytest.raises(ValueError, match="encoder at 2 x 2 pixels"):
-        export_graphs(small, tmp_path / "out")
+        export.export_graphs(small, tmp_path / "out")
     assert names(tmp_path) == []
 
 

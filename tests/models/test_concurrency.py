@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("few_windows")
 
 @pytest.mark.slow
 def test_two_threads_use_one_model(tiny_model, tmp_path):
-    tiny_model.enable_tiling(16, 4)
+    tiny_model.enable_tiling(32, 8)
     samples = [torch.rand(1, 3, 24 + 4 * index, 50 - 3 * index) for index in range(4)]
 
     def work(sample):

@@ -7,7 +7,6 @@ import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch._dynamo.testing import CompileCounter
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -236,6 +235,8 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
 @pytest.mark.slow
 def test_decode_steps_are_compiled_once():
     """Ids equal those of the original code. A static cache keeps all shapes; each step is one graph."""
+    from torch._dynamo.testing import CompileCounter
+
     model, (expected, inputs, _) = load("t2i"), load_inputs("t2i")
     counter = CompileCounter()
     decode = torch.compile(model.forward, backend=counter, fullgraph=True)

@@ -26,10 +26,11 @@ def test_default_overlap_fits_any_tile(tiny_model):
 
 
 @pytest.mark.parametrize("core", [((13, 14), (20, 27)), ((0, 9), (30, 40)), ((0, 40), (0, 40))])
-@pytest.mark.parametrize("config", [{}, {"decoder_ch_mult": (1, 2, 2, 4), "encoder_ch_mult": (1, 1, 1, 1)}])
-@pytest.mark.parametrize("num_res_blocks", [1, 3])
-def test_decoding_a_core_is_exact_and_cheaper(config, num_res_blocks, core):
-    model = make_tiny(num_res_blocks=num_res_blocks, **config)
+@pytest.mark.parametrize(
+    "config", [{"num_res_blocks": 3}, {"decoder_ch_mult": (1, 2, 2, 4), "encoder_ch_mult": (1,) * 4}]
+)
+def test_decoding_a_core_is_exact_and_cheaper(config, core):
+    model = make_tiny(**config)
     codes = model.quantize(torch.randn(1, 8, 40, 40))[0]
     context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)

@@ -5,7 +5,6 @@ import torch
 from generators import GOLDEN, make_llamagen
 from pipeline_parts import text_components
 from safetensors.torch import load_file
-from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAEAutoregressivePipeline
@@ -73,6 +72,8 @@ def test_64_ids_in_bfloat16_equal_the_original_code_up_to_rounding(guidance_scal
 @pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_at_each_step():
     """Takes five seconds, because shapes that change are traced several times."""
+    from torch._dynamo.testing import CompileCounter
+
     expected, condition = load_expected("c2i")
     pipeline, counter = make_llamagen("c2i"), CompileCounter()
     pipeline.language_model.compile(backend=counter, dynamic=True)

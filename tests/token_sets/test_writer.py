@@ -9,6 +9,7 @@ import torch
 from cli_runner import fails, svqvae
 from conftest import ROOT, make_tiny
 from PIL import Image
+from processes import start
 from token_set_parts import (
     SCALES,
     SIZES,
@@ -20,7 +21,7 @@ from token_set_parts import (
     save_photos,
     tokenize,
 )
-from tokenize_processes import processes, run_killed, run_to_end
+from tokenize_processes import run_killed, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_parts import FileRows
@@ -148,17 +149,13 @@ def many(tmp_path):
 def test_killed_and_repeated_parts_make_the_set_of_one_process(many, tmp_path):
     options = ["--model", str(tmp_path / "tiny"), "--num-parts", "8", "--workers", "0", "--scales", "0.5", "1"]
     arguments = ["tokenize", str(many), str(tmp_path / "out"), *options]
-    start = processes().Process
     kills = [(step, ["--part", f"{part}"]) for part, step in enumerate(("new_file", "write", "_write_part"))]
     for step, part in [*kills, *kills, ("new_file", []), ("write", [])]:
-        killed = start(target=run_killed, args=([*arguments, *part], step))
-        killed.start()
+        killed = start(run_killed, [*arguments, *part], step)
         killed.join()
         assert killed.exitcode == -signal.SIGKILL
     assert [*(tmp_path / "out").rglob(".*.tmp")]
-    both = [start(target=run_to_end, args=([*arguments, "--part", "5"], tmp_path / f"{name}.txt")) for name in "ab"]
-    for process in both:
-        process.start()
+    both = [start(run_to_end, [*arguments, "--part", "5"], tmp_path / f"{name}.txt") for name in "ab"]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from context_models import make_context_model
 from hub_server import serve_hub, use_hub
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import start
 from safetensors.torch import load_file
 from training_runs import assert_no_private_path, cpu, logged
 
@@ -83,15 +83,6 @@ def options(inputs, tmp_path):
         "train_data_dir": str(inputs / "images"),
         "output_dir": str(tmp_path / "out"),
     }
-
-
-def start(target, *args):
-    """Starts a process that is a fork of one that has imported this file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train"])
-    process = context.Process(target=target, args=args)
-    process.start()
-    return process
 
 
 def train_in_a_session(config, log):

@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
+import runpy
 import signal
-import subprocess
 import sys
 from functools import cache
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from cli_runner import svqvae
 from conftest import ROOT, make_tiny
 from peft import PeftModel
 from PIL import Image
+from processes import start
 from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
 from train_image_text import (
     IGNORED,
@@ -25,7 +27,7 @@ from train_image_text import (
     main,
     read_texts,
 )
-from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from svqvae_hf.language.extension import extend_language_model
 from svqvae_hf.language.grammar import ImageGrammar
@@ -219,19 +221,17 @@ def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
                 assert torch.equal(made[1], answer)
 
 
-KILLED = """
-import os, runpy, signal, sys
-from transformers import Trainer
+def train_until_killed(*command):
+    """Runs the script until the second checkpoint is half written."""
 
-def die_at_the_second_checkpoint(trainer, folder):
-    if trainer.state.global_step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(trainer, folder)
+    def die_at_the_second_checkpoint(trainer, folder):
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(trainer, folder)
 
-save, Trainer._save_rng_state = Trainer._save_rng_state, die_at_the_second_checkpoint
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    save, Trainer._save_rng_state = Trainer._save_rng_state, die_at_the_second_checkpoint
+    sys.argv = [*command]
+    runpy.run_path(command[0], run_name="__main__")
 
 
 @pytest.mark.slow
@@ -241,9 +241,9 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(train, tokens, tmp_path
     own = {"model_name_or_path": extended("qwen"), "token_set": tokens, "condition_dropout": 0, "output_dir": killed}
     changes = LEARN | options | own | {"use_cpu": True, "report_to": "none"}
     flags = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-c", KILLED, ROOT / "training" / "train_image_text.py", *flags]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    process = start(train_until_killed, str(ROOT / "training" / "train_image_text.py"), *flags)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert {path.name for path in killed.iterdir()} >= {"checkpoint-2", "checkpoint-4"}  # the second is half written
     resumed = train("killed", resume="latest", **options)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
