@@ -15,7 +15,7 @@ from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
-from svqvae_hf.trainer.run import one_line_errors, script_parser
+from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 LEVELS = 13  # of red, green and blue
 SIDE = 64  # pixels of a flat image

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from prepare_photos import SQUARE, unpack
 from tqdm import tqdm
 
-from svqvae_hf.trainer.run import one_line_errors, script_parser
+from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 DRAWINGS = ("openclipart-svg", "fonts-noto-color-emoji")  # public domain; SIL OFL 1.1
 FONTS = {  # SIL OFL 1.1, Apache-2.0, Bitstream Vera's licence, AGPL with an exception for fonts

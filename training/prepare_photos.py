@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from svqvae_hf.models.image_processing_svqvae import load_image
-from svqvae_hf.trainer.run import one_line_errors, script_parser
+from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 SQUARE = 512  # pixels
 SHORT_SIDES = (512, 1024)  # pixels

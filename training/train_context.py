@@ -31,7 +31,7 @@ from svqvae_hf.models.context_model import (
 )
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.run import one_line_errors, script_parser
+from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits
 # One, in integers

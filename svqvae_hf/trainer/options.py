@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import wraps
@@ -14,6 +13,7 @@ from transformers import HfArgumentParser
 
 from svqvae_hf.files.inputs import check_local
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
+from svqvae_hf.trainer.scripts import script_name
 
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
@@ -245,11 +245,6 @@ def public_options(options: RunOptions) -> dict[str, Any]:
         return public_name(value) if isinstance(value, str) else value
 
     return {name: public(value) for name, value in asdict(options).items()}
-
-
-def script_name() -> str:
-    """File name of the running script."""
-    return Path(sys.argv[0]).name
 
 
 def _flags(path: Path) -> Iterator[str]:

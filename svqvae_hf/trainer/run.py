@@ -1,9 +1,7 @@
 """A training run: signals, exact resumption, checkpoints, log, EMA weights, and the published result."""
 
-import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -37,13 +35,13 @@ from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, save_checkpoint
 from svqvae_hf.trainer.data.resumable import Resumable
 from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resume_schedule
-from svqvae_hf.trainer.options import Options, RunOptions, public_options, read_options, script_name
+from svqvae_hf.trainer.options import Options, RunOptions, public_options, read_options
+from svqvae_hf.trainer.scripts import one_line_errors
 from svqvae_hf.trainer.tracking import Means
 
 OPTIONS = "train_config.yaml"
 CARD_NUMBERS = ("train/loss", "validation/loss", "validation/accuracy", "validation/bits_per_id")
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
-TRACEBACK = r"(?s).*Traceback \(most recent call last\):\n(?: [^\n]*\n)*"
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -114,7 +112,7 @@ class Run(Generic[Options]):
     loader: Any  # a `Resumable`, which yields batches
     lr_scheduler: LambdaLR
     states: dict[str, Stateful]
-    repo_id: str | None
+    repo_id: str | None = None
     ema: EMAModel | None = None
     first_step: int = 0
 
@@ -387,11 +385,10 @@ class Run(Generic[Options]):
 
     def _make_repository(self) -> str | None:
         """Makes the repository on the Hub before the run, so that an error comes first, and returns its id."""
-        if not self.options.push_to_hub or not self.accelerator.is_main_process:
-            return None
         options = self.options
-        repo_id = options.hub_model_id or self.output_dir.absolute().name
-        return prepare_repo(repo_id, private=options.private or None, license=options.license)
+        if not options.push_to_hub or not self.accelerator.is_main_process:
+            return None
+        return prepare_repo(self.name, private=options.private or None, license=options.license)
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -426,11 +423,6 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     )
     accelerator.gradient_accumulation_steps = options.gradient_accumulation_steps  # not its environment variable's
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    _check_engine(options, accelerator)
-    return accelerator
-
-
-def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise ValueError(
@@ -446,6 +438,7 @@ def _check_engine(options: RunOptions, accelerator: Accelerator) -> None:
         raise ValueError(
             f"`--report_to {options.report_to}` needs that tracker's package. Install it, or choose another tracker."
         )
+    return accelerator
 
 
 def run_training(train: Callable[[Run[Options]], None], options: Options) -> None:
@@ -459,20 +452,3 @@ def run_script(train: Callable[[Run[Options]], None], options_class: type[Option
     """Calls the training function of a script with the options of the command line."""
     with one_line_errors():
         run_training(train, read_options(options_class, sys.argv[1:]))
-
-
-def script_parser(description: str | None) -> argparse.ArgumentParser:
-    """Parser of a script without options of training, whose description shows how it is called."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=formatter)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Prints a user's mistake as one line and exits with code 2, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = re.sub(TRACEBACK, "", str(error)) or repr(error)  # a loader's process puts its traceback first
-        sys.stderr.write(f"{script_name()}: error: {' '.join(message.split())}\n")
-        sys.exit(2)

@@ -15,7 +15,8 @@ from training_runs import cpu, forget_accelerate, logged
 
 from svqvae_hf.trainer.optimization import hyperparameters, make_optimizer
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.run import Run, make_accelerator, one_line_errors
+from svqvae_hf.trainer.run import Run, make_accelerator
+from svqvae_hf.trainer.scripts import one_line_errors
 
 
 class ToyLoader:

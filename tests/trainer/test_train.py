@@ -33,7 +33,8 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.trainer.losses import objective as objective_module
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.run import Run, one_line_errors, run_training
+from svqvae_hf.trainer.run import Run, run_training
+from svqvae_hf.trainer.scripts import one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
 
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
