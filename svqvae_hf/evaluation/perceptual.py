@@ -149,10 +149,11 @@ def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
 
 
 def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
-    """Reads a state dict from a .safetensors file or a pickle."""
+    """Reads the tensors of a .safetensors file or a pickle. Whether they are those of the network is checked later."""
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     content = load_checkpoint_file(path, path)
-    weights = select_weights(content, content.get(None, content), path)
+    found = select_weights(content, content.get(None, content), path)
+    weights = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     check_tensors(weights, path)
     return weights
