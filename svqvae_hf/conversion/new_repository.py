@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -85,7 +86,7 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
     """
     converted.save_pretrained(folder)
     if variant is not None:
-        half = type(converted).from_pretrained(folder)
+        half = deepcopy(converted)  # one that is loaded from `folder` would name it in its config
         for name, model in _models(half).items():
             # LlamaGen runs its text encoder in bfloat16, in which it is saved. T5 overflows in float16.
             model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])

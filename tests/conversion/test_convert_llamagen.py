@@ -36,36 +36,44 @@ def assert_no_path_is_told(folder, *paths):
             assert not [path for path in paths if str(path) in file.read_text()], file
 
 
-def test_a_model_of_classes_is_a_whole_repository(parts, tmp_path):
-    out = tmp_path / "out"
-    convert(CLASSES, out, parts / "tokenizer", **SIZES, license="mit")
-    assert names(tmp_path) == ["out"]
-    made = {str(file.relative_to(out)) for file in out.rglob("*")}
+@pytest.fixture(scope="module")
+def converted(parts):
+    """Repository of a model of classes in two precisions, made by the command."""
+    options = ("--image-size", 16, "--num-heads", 4, "--variant", "bf16", "--license", "mit")
+    assert svqvae("convert", CLASSES, parts / "new" / "out", "--tokenizer", parts / "tokenizer", *options) == 0
+    return parts / "new" / "out"
+
+
+def test_a_model_of_classes_is_a_whole_repository(parts, converted):
+    assert names(converted.parent) == ["out"]
+    made = {str(file.relative_to(converted)) for file in converted.rglob("*")}
     assert {"README.md", "model_index.json", "language_model/config.json", "vqvae/config.json"} <= made
-    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
+    pipeline = DiffusionPipeline.from_pretrained(converted)
     assert pipeline.config["height"] == 16
     fingerprint = pipeline.vqvae.codebook_fingerprint()
     assert pipeline.language_model.config.codebook_fingerprint == fingerprint
     original = LlamaGenForCausalLM.from_single_file(CLASSES, grid_size=4, num_attention_heads=4).state_dict()
-    written = load_file(tmp_path / "out" / "language_model" / "model.safetensors")
+    written = load_file(converted / "language_model" / "model.safetensors")
     assert written.keys() == original.keys()
     assert all(torch.equal(tensor, original[key]) for key, tensor in written.items())
-    card = ModelCard.load(tmp_path / "out" / "README.md")
+    card = ModelCard.load(converted / "README.md")
     assert card.data.license == "mit"
     assert hashlib.sha256(CLASSES.read_bytes()).hexdigest() in card.text
     assert fingerprint in card.text
-    assert_no_path_is_told(tmp_path / "out", tmp_path, parts, ROOT)
-
-
-def test_the_command(parts, tmp_path, capsys):
-    options = ("--tokenizer", parts / "tokenizer", "--image-size", 16, "--num-heads", 4)
-    assert svqvae("convert", CLASSES, tmp_path / "out", *options) == 0
-    assert "sha256" in capsys.readouterr().out
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert_no_path_is_told(converted, parts, ROOT)
     expected = load_file(GOLDEN / "llamagen_gpt_c2i_tiny.outputs.safetensors")
     call = {"temperature": 0, "output_type": "latent", "guidance_scale": 2}
     ids = pipeline(expected["class_labels"].tolist(), **call).images.flatten(1)
     assert torch.equal(ids, expected["greedy_cfg2.ids"])
+
+
+def test_half_precision_variant_keeps_the_codebook(parts, converted):
+    full = SVQVAEAutoregressivePipeline.from_pretrained(converted)
+    half = SVQVAEAutoregressivePipeline.from_pretrained(converted, variant="bf16", dtype=torch.bfloat16)
+    assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (converted / "vqvae" / weights).read_bytes() == (parts / "tokenizer" / weights).read_bytes()
+    assert torch.equal(half.language_model.lm_head.weight, full.language_model.lm_head.weight.bfloat16())
 
 
 def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
@@ -81,16 +89,6 @@ def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
     assert torch.equal(ids.flatten(1), expected["greedy_cfg2.ids"])
     assert ModelCard.load(tmp_path / "out" / "README.md").data.pipeline_tag == "text-to-image"
     assert_no_path_is_told(tmp_path / "out", tmp_path, parts, ROOT)
-
-
-def test_half_precision_variant_keeps_the_codebook(parts, tmp_path):
-    convert(CLASSES, tmp_path / "out", parts / "tokenizer", variant="bf16", **SIZES)
-    full = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out")
-    half = SVQVAEAutoregressivePipeline.from_pretrained(tmp_path / "out", variant="bf16", dtype=torch.bfloat16)
-    assert half.vqvae.codebook_fingerprint() == full.vqvae.codebook_fingerprint()
-    weights = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "out" / "vqvae" / weights).read_bytes() == (parts / "tokenizer" / weights).read_bytes()
-    assert torch.equal(half.language_model.lm_head.weight, full.language_model.lm_head.weight.bfloat16())
 
 
 @pytest.mark.parametrize(

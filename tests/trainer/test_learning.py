@@ -21,12 +21,12 @@ from svqvae_hf.trainer.train_options import TrainOptions
 PHOTOS = Path(skimage.data.__file__).parent
 TRAINED, HELD_OUT = ("coffee.png", "rocket.jpg", "motorcycle_left.png"), ("astronaut.png", "chelsea.png")
 SIDE = 64
-# The bundled model's config with blocks of 4 x 4 pixels and 64 codes: with f = 8 it needs some minutes more.
-CONFIG = {"norm_num_groups": 1, "encoder_ch_mult": [1, 2, 4], "decoder_ch_mult": [1, 2, 4], "codebook_size": 64}
+# The bundled model's config at half the width, with blocks of 4 x 4 pixels and 64 codes: with f = 8 it needs minutes.
+CONFIG = {"base_channels": 8, "encoder_ch_mult": [1, 2, 4], "decoder_ch_mult": [1, 2, 4], "codebook_size": 64}
 OPTIONS = {
     **{"start": "linear", "resolution": SIDE, "train_batch_size": 8, "scales": [1.0]},
-    **{"max_train_steps": 68, "learning_rate": 5e-4, "lr_warmup_steps": 10, "adam_weight_decay": 0.0},
-    **{"kmeans_steps": [1, 40], "kmeans_batches": 8, "use_ema": True, "ema_decay": 0.95},
+    **{"optimizer": "soap", "adam_beta1": 0.95, "max_train_steps": 40, "learning_rate": 3e-3, "lr_warmup_steps": 4},
+    **{"adam_weight_decay": 0.0, "kmeans_steps": [1, 28], "kmeans_batches": 8, "use_ema": True, "ema_decay": 0.9},
     **{"validation_scales": [1.0], "num_validation_images": 100, "dataloader_num_workers": 0},
 }
 
@@ -65,6 +65,6 @@ def kmeans_psnr(options):
 
 
 @pytest.mark.slow  # only training can show it
-def test_half_a_minute_of_training_beats_kmeans_of_blocks(options, caplog):
+def test_a_few_seconds_of_training_beat_kmeans_of_blocks(options, caplog):
     run(**options)
-    assert logged(caplog, "validation/psnr@1")[68] > kmeans_psnr(options) + 0.3
+    assert logged(caplog, "validation/psnr@1")[40] > kmeans_psnr(options) + 0.3

@@ -91,8 +91,8 @@ def learned(example):
 @pytest.mark.slow
 def test_pairs_go_in_both_directions_in_the_stated_share(tokens):
     processor = load_extended("qwen")[1]
-    to_text = 0
-    made = [learned(example) for example in (examples(tokens, caption_fraction=0.25)[index] for index in range(200))]
+    to_text, source = 0, examples(tokens, caption_fraction=0.25)
+    made = [learned(source[index]) for index in range(200)]
     for prompt, answer in made:
         question = "".join(CAPTIONS)
         assert prompt.startswith("<|im_start|>user\n")
