@@ -8,7 +8,7 @@ from make_scenes import GROUNDS, OBJECTS, RELATIONS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.scripts import one_line_errors
 
 RELATION_WORDS = " ".join(word for wordings in RELATIONS.values() for each in wordings for word in each).split()
 WORDS = [*OBJECTS, *GROUNDS, *RELATION_WORDS, *"small large two three a an on ground".split()]

@@ -18,7 +18,7 @@ from random import Random
 import datasets
 from PIL import Image, ImageDraw, ImageFont
 
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.scripts import one_line_errors
 
 SIDE = 96  # pixels of a scene
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")

@@ -37,7 +37,7 @@ from svqvae_hf.trainer.checkpoints import find_checkpoint
 from svqvae_hf.trainer.data.token_sequences import check_captions
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
 from svqvae_hf.trainer.options import OptionParser, script_name
-from svqvae_hf.trainer.run import one_line_errors
+from svqvae_hf.trainer.scripts import one_line_errors
 
 IGNORED = -100  # label that the loss skips
 FRACTIONS = ("caption_fraction", "condition_dropout", "first_caption_fraction", "scheduled_sampling", "text_fraction")
