@@ -75,13 +75,7 @@ def write_sets(root):
 
 
 def policy(**options):
-    plain = {
-        "sides": (16,),
-        "batch_size": 2,
-        "center_crop": False,
-        "random_flip": False,
-        "resize_range": (1.0, 1.0),
-    }
+    plain = {"sides": (16,), "batch_size": 2, "center_crop": False, "random_flip": False, "resize_range": (1.0, 1.0)}
     return CropPolicy(**(plain | options))
 
 

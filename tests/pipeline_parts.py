@@ -21,12 +21,7 @@ def make_pipeline(cls, **config):
 
 def dit():
     return DiTTransformer2DModel(
-        sample_size=SIDE // F,
-        in_channels=8,
-        out_channels=8,
-        num_layers=1,
-        num_attention_heads=1,
-        attention_head_dim=8,
+        sample_size=SIDE // F, in_channels=8, out_channels=8, num_layers=1, num_attention_heads=1, attention_head_dim=8
     ).eval()
 
 

@@ -33,10 +33,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "training/prepare_photos.py": [
         ("out", "the following arguments are required: --list"),
-        (
-            "out --list broken.json",
-            "must have the columns licence, package, path, registry",
-        ),
+        ("out --list broken.json", "must have the columns licence, package, path, registry"),
     ],
     "training/prepare_drawings.py": [
         ("out --photos empty", "`empty/train` must hold photographs"),

@@ -43,12 +43,7 @@ def used_tiles(monkeypatch):
 
 
 def test_tiles_default_to_the_tiles_of_the_file(tokens, out, saved_model, used_tiles):
-    for options in (
-        [],
-        ["--overlap", "4"],
-        ["--tile-size", "40"],
-        ["--tile-size", "64", "--overlap", "0"],
-    ):
+    for options in ([], ["--overlap", "4"], ["--tile-size", "40"], ["--tile-size", "64", "--overlap", "0"]):
         assert svqvae("decode", tokens, "--output", out, "--model", saved_model, "--overwrite", *options) == 0
     assert used_tiles == [(32, 8), (32, 4), (40, 8), (64, 0)]
 

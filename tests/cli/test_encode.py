@@ -159,18 +159,3 @@ def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved
     assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0
     with Image.open(tmp_path / "made" / "a_x0.5_full_size.png") as image:
         assert image.size == (57, 35)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--min-psnr 26", "choose among at least two scales. Pass them, such as --scales 0.25 0.5 1."),
-        ("--max-bits 26 --scales 1 1", "--scales must differ within six digits, got 1.0 1.0."),
-        ("--min-psnr nan --scales 1 2", "argument --min-psnr: must be a finite number above 0, got 'nan'"),
-        ("--min-psnr 20 --max-bits 9 --scales 1 2", "not allowed with argument --min-psnr"),
-        ("--min-psnr 20 --large", "Leave out --min-psnr or --large."),
-    ],
-)
-def test_wrong_targets(two_images, out, capsys, words, message):
-    assert message in fails(capsys, "encode", two_images, "--output", out, *words.split())
-    assert not out.exists()

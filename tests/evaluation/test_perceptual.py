@@ -59,10 +59,7 @@ def draw_images(side=40):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("net", "suffix"),
-    [("vgg", ".safetensors"), ("alex", ".safetensors"), ("squeeze", ".pth")],
-)
+@pytest.mark.parametrize(("net", "suffix"), [("vgg", ".safetensors"), ("alex", ".safetensors"), ("squeeze", ".pth")])
 def test_distance_and_gradient_equal_the_package(package_lpips, tmp_path, net, suffix):
     sample, target = draw_images()
     distance = load_lpips(net, save_backbone(net, tmp_path / f"weights{suffix}"))(sample, target)

@@ -66,14 +66,3 @@ def test_command_writes_the_report_once(saved_model, photos, tmp_path, capsys):
     assert captured.err == "svqvae: 1 of 3 inputs were skipped\n"
     assert f"`{out / 'report.json'}` already exists. Pass --overwrite" in fails(capsys, *argv)
     assert svqvae(*argv, "--overwrite") == 1
-
-
-def test_errors_are_one_line(saved_model, photos, tmp_path, capsys):
-    for words, message in (
-        (["/no/model", photos], "there is no file or folder `/no/model`"),
-        ([saved_model, photos, "--lpips-weights", "none.pth"], "there is no file `none.pth`"),
-        ([saved_model, f"{photos}/c.jpg"], "none of 1 is"),
-        ([photos, photos, "--generated", "--tile-size", 32], "--tile-size is not for generated images"),
-    ):
-        assert message in fails(capsys, "evaluate", *words, "--output", tmp_path / "out")
-        assert not (tmp_path / "out").exists()

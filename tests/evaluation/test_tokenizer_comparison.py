@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cli_runner import fails, svqvae
+from cli_runner import svqvae
 from conftest import make_tiny
 from context_models import make_context_model
 from features import Features
@@ -228,21 +228,6 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert f"Codes used and perplexity need ids. {tmp_path / 'AutoencoderKL'} code latents." in printed
     with Image.open(out / "rate_distortion.png") as figure:
         assert figure.width > 1000
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("{model} {images} --beside {images}", "must be the folder of a model, but has no config.json"),
-        ("{model} {images} --beside {images}/a.png", "a model must be a folder or a Hub id, got the file"),
-        ("{model} {images} --beside {model}", "with different titles"),
-    ],
-)
-def test_wrong_inputs_of_a_comparison(tmp_path, two_images, saved_model, capsys, words, message):
-    make_tokenizer("AutoencoderKL").save_pretrained(tmp_path / "kl")
-    argv = words.format(kl=tmp_path / "kl", images=two_images, model=saved_model).split()
-    assert message in fails(capsys, "evaluate", *argv, "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_one_model_of_another_class_is_compared(tmp_path, two_images):

@@ -14,13 +14,7 @@ from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 # Height and width, tile and overlap: sides that are not multiples of a tile or of f, or as small as possible.
-GEOMETRIES = [
-    ((75, 49), (32, 8)),
-    ((33, 90), (32, 4)),
-    ((60, 1), (16, 4)),
-    ((1, 1), (16, 0)),
-    ((32, 24), (8, 0)),
-]
+GEOMETRIES = [((75, 49), (32, 8)), ((33, 90), (32, 4)), ((60, 1), (16, 4)), ((1, 1), (16, 0)), ((32, 24), (8, 0))]
 
 
 @pytest.fixture

@@ -176,10 +176,7 @@ RUN_LENGTHS += b"\4\0\0\1"
     ("content", "message"),
     [
         (b"", r"\(0 bytes\) is not a readable image. It must be intact, in one of"),
-        (
-            b"Dear diary, ...",
-            r"\(15 bytes\) is not a readable image. It must be intact, in one of",
-        ),
+        (b"Dear diary, ...", r"\(15 bytes\) is not a readable image. It must be intact, in one of"),
         (b"\x89PNG\r\n\x1a\n", r"\(8 bytes\) is not a readable image. It must be intact"),
         (RUN_LENGTHS, r"\(62 bytes\) is not a readable image. It must .* \(BMP without run-length encoding\)"),
     ],
@@ -265,10 +262,7 @@ def test_sizes_that_are_refused(size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"sample": torch.zeros(3, 8, 8)},
-            r"`sample` must have shape \(batch, 3, height, width\), got \(3, 8, 8\)",
-        ),
+        ({"sample": torch.zeros(3, 8, 8)}, r"`sample` must have shape \(batch, 3, height, width\), got \(3, 8, 8\)"),
         ({"sample": torch.zeros(1, 4, 8, 8)}, r"got \(1, 4, 8, 8\)"),
         ({"sample": torch.zeros(2, 3, 8, 8), "image_sizes": [(8, 8)]}, "one .* per sample, got 1 for 2"),
         ({"sample": torch.zeros(2, 3, 8, 8), "output_type": "jpg"}, "must be 'pil', 'np' or 'pt', got 'jpg'"),

@@ -7,13 +7,7 @@ import torch
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    StaticCache,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.utils import find_labels
 
 from svqvae_hf import LlamaGenForCausalLM
@@ -35,10 +29,7 @@ def load_inputs(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     ids = expected["ids"]
     captions, labels, null = {}, torch.zeros(len(ids), dtype=torch.int64), 1
     if kind == "t2i":
-        captions = {
-            "prompt_embeds": expected["caption_embeddings"],
-            "prompt_attention_mask": expected["caption_mask"],
-        }
+        captions = {"prompt_embeds": expected["caption_embeddings"], "prompt_attention_mask": expected["caption_mask"]}
     else:
         labels, null = expected["class_labels"], 10
     tokens, dropped = (
@@ -188,11 +179,7 @@ def test_rotation_in_bfloat16_has_float32_tables():
 def test_saving_and_loading_in_half_precision(kind, tmp_path):
     model = load(kind)
     model.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    }
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     _, inputs, _ = load_inputs(kind)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

@@ -11,12 +11,7 @@ from conftest import make_tiny
 from diffusers import DiffusionPipeline
 from generators import LAYOUT, SCALES, make_autoregressive, make_language_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.sampling import draw

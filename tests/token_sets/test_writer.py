@@ -10,17 +10,7 @@ from cli_runner import fails, svqvae
 from conftest import ROOT, make_tiny
 from PIL import Image
 from processes import start
-from token_set_parts import (
-    SCALES,
-    SIZES,
-    content,
-    load,
-    make_other,
-    make_tiled,
-    save_parquet,
-    save_photos,
-    tokenize,
-)
+from token_set_parts import SCALES, SIZES, content, load, make_other, make_tiled, save_parquet, save_photos, tokenize
 from tokenize_processes import run_killed, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor

@@ -9,13 +9,7 @@ from PIL import Image
 
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.tokens.image_tokens import (
-    available_memory,
-    check_memory,
-    decode_image,
-    encode_image,
-    execution_device,
-)
+from svqvae_hf.tokens.image_tokens import available_memory, check_memory, decode_image, encode_image, execution_device
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 SCALES = (0.5, 1.0, 1.3)

@@ -19,14 +19,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from s3_server import make_bucket, s3_server
 from train_autoregressive import AutoregressiveOptions, next_code_loss
-from training_runs import (
-    assert_no_private_path,
-    cpu,
-    forget_accelerate,
-    logged,
-    run,
-    train_at_once_and_resumed,
-)
+from training_runs import assert_no_private_path, cpu, forget_accelerate, logged, run, train_at_once_and_resumed
 from transformers import LlamaForCausalLM
 
 import svqvae_cli
@@ -257,10 +250,7 @@ def test_only_codes_are_learned(parts):
             {"label_column": "key"},
             "`--label_column` must hold a class, or an integer of at least 0, in each row, but 'key'",
         ),
-        (
-            {"model_config_name_or_path": "typo.json"},
-            "must have only keys of its class, but has hiden_size",
-        ),
+        ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has hiden_size"),
         ({"model_config_name_or_path": "bert.json"}, r"must be causal, but with `bert.json` \(bert\) a token sees"),
         ({"model_config_name_or_path": "text_model"}, "`text_model` holds weights, which would be dropped"),
         ({"model_config_name_or_path": "llamagen.json"}, "reads ids at one scale, but the token set has 2"),

@@ -42,7 +42,7 @@ GREEDY = {"temperature": 0, "output_type": "latent"}
 
 pytestmark = [
     # peft asks transformers for it, whenever it wraps a model
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ]
 train = partial(run, train_autoregressive.train, AutoregressiveOptions)
 

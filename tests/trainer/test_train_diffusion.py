@@ -76,17 +76,9 @@ def test_denoiser_of_one_image_generates_that_image(options, photo, tmp_path):
     one = tmp_path / "one"
     one.mkdir()
     photo.crop((100, 0, 400, 300)).resize((32, 32)).save(one / "chelsea.png")
-    network = DIT | {
-        "num_attention_heads": 2,
-        "attention_head_dim": 32,
-        "dropout": 0.0,
-        "patch_size": 1,
-    }
+    network = DIT | {"num_attention_heads": 2, "attention_head_dim": 32, "dropout": 0.0, "patch_size": 1}
     (tmp_path / "dit.json").write_text(json.dumps(network))
-    options |= {
-        "vqvae_name_or_path": svqvae_hf.DEFAULT_MODEL,
-        "model_config_name_or_path": str(tmp_path / "dit.json"),
-    }
+    options |= {"vqvae_name_or_path": svqvae_hf.DEFAULT_MODEL, "model_config_name_or_path": str(tmp_path / "dit.json")}
     options |= {"train_data_dir": str(one), "resolution": 32, "random_flip": False, "num_validation_images": 0}
     options |= {"max_train_steps": 300, "learning_rate": 4e-3, "train_batch_size": 4, "lr_warmup_steps": 10}
     diffuse(**options, use_ema=True, ema_decay=0.9)
@@ -200,10 +192,7 @@ def test_saved_pipelines_load_as_documented_and_have_cards(options, class_option
     [
         ({"model_config_name_or_path": "vqvae"}, "must be DiTTransformer2DModel, but is SVQVAE"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has num_layer"),
-        (
-            {"resolution": 18},
-            "`--resolution` must be a multiple of 8, f of the SVQVAE times the `patch_size` of",
-        ),
+        ({"resolution": 18}, "`--resolution` must be a multiple of 8, f of the SVQVAE times the `patch_size` of"),
         (
             {"validation_data_dir": "photos"},
             "must hold images that are not trained on, but `cat/0.png` is `cat/0.png`",
