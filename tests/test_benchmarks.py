@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_windows")]
 
 BENCHMARKS = str(ROOT / "benchmarks")
 # A stand-in for the original's checkout that runs our own model.
