@@ -65,7 +65,7 @@ def test_port_to_diffusers_equals_the_package(port, tmp_path):
         assert all(map(torch.equal, ids, expected))
         assert torch.equal(theirs.decode_tokens(ids[0]), ours.decode_tokens(expected[0]))
         assert torch.equal(theirs(sample).losses.total, ours(sample).losses.total)
-    assert "Value range of images in and out" in port.__doc__
+    assert "Value range of input and output images" in port.__doc__
     assert json.loads((tmp_path / "model" / "config.json").read_text())["_class_name"] == port.__name__
 
 
