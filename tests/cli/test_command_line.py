@@ -1,6 +1,7 @@
 """Help, errors, exit codes, progress: what holds for all commands."""
 
 import argparse
+import gc
 import os
 import re
 import signal
@@ -257,3 +258,11 @@ def test_choices_and_defaults_agree_with_the_library(capsys, monkeypatch):
     assert choices("convert", "--variant") == tuple(convert.VARIANTS)
     for name in choices("encode", "--dtype"):
         assert model.to(getattr(torch, name)).dtype == getattr(torch, name)
+
+
+def test_objects_of_triton_are_freed_at_exit(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", object())
+    gc.freeze()
+    assert svqvae("info", "nothing") == 2
+    assert gc.get_freeze_count() == 0
+    gc.freeze()  # as before
