@@ -149,7 +149,7 @@ def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
 
 
 def _read_weights(path: Path, network: str) -> Mapping[str, torch.Tensor]:
-    """Reads the tensors of a .safetensors file or a pickle. Whether they are those of the network is checked later."""
+    """Reads the tensors of a .safetensors file or a pickle. Whether they belong to the network is checked later."""
     if not path.is_file():
         raise FileNotFoundError(f"The weights of {network} must be a file, but `{path}` is not one.")
     content = load_checkpoint_file(path, path)

@@ -11,7 +11,7 @@ Codes: TypeAlias = torch.Tensor | ImageTokens | bytes
 
 
 class Tokenizer(Protocol):
-    """Encodes images and decodes them from their codes alone, so the bits of the codes are those of the image.
+    """Encodes images, and decodes them from nothing but their codes, so an image costs the bits of its codes.
 
     Any class with these members can be measured; it need not inherit from this one. A class whose codes are stored in
     fewer or more bits than their count may also have `stored_bits(codes)`.
