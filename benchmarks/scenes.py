@@ -71,7 +71,7 @@ class Grader:
         return Scene(ground, tuple((slot, found[slot][1]) for slot in slots))
 
     def find(self, pixels: np.ndarray, ground: str, slot: str) -> tuple[float, str]:
-        """Finds the object that fits a slot best. Returns its squared error minus that of the bare ground, and its name."""
+        """Finds the object that fits a slot best. Returns its squared error minus the bare ground's, and its name."""
         templates = self.templates[ground, SLOTS[slot][2]]
         windows = np.stack([window(pixels, slot, dx, dy) for dx in SHIFTS for dy in SHIFTS], axis=1)
         errors = np.square(templates).sum(1) - 2 * (templates @ windows).max(1)
