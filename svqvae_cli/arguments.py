@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-SCALE_SOURCES = ("latents", "image")  # as in `svqvae_hf.models.checks`
+SCALE_SOURCES = ("image", "latents")
 DTYPES = ("float32", "bfloat16", "float16")
 TILES = "256 for images that would take more than 1 GiB as a whole, otherwise none"  # as in `SVQVAE.enable_tiling`
 
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         help = f"output side over input side, one or more (default: {shown})"
         self.option("--scales", scale, "SCALE", help, nargs="+", action=_Scales, default=default)
         self.choice(
-            "--scale-from", SCALE_SOURCES, "resize the latents or the image to each scale (default: image)", "image"
+            "--scale-from", SCALE_SOURCES, "resize the image or its latents to each scale (default: image)", "image"
         )
 
     def add_tiles(self, tile_size: str = TILES, overlap: str = "32") -> None:

@@ -47,18 +47,18 @@ def run(args: argparse.Namespace) -> None:
         context_model = require_context_model(load(), args.model) if is_compressed(path) else None
         return load_tokens(path, context_model, args.preview)
 
-    if args.large:
-        from svqvae_hf.large.large_images import decode_large
     with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
         for file, tokens in work.read(read):
             model = load()
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 configure_decoding(model, tokens, args)
-                if args.large and not model.use_tiling:
-                    model.enable_tiling()
             with work.attempt(file, ValueError), prefix_errors(file.path):
                 if args.large:
+                    from svqvae_hf.large.large_images import decode_large
+
+                    if not model.use_tiling:
+                        model.enable_tiling()
                     (path,) = work.outputs(file)
                     decode_large(model, tokens, path)
                     continue

@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.overwrite:
         check_absent(args.output / "report.json")
     if args.generated:
-        for name in ("beside", "codecs", "tile_size", "overlap", "lpips_weights"):
-            if getattr(args, name) is not None:
+        for name in ("beside", "scales", "scale_from", "codecs", "tile_size", "overlap", "lpips_weights", "lpips_net"):
+            if getattr(args, name) != args.parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is not for generated images. Leave it out.")
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")
     elif (path / ADAPTER_FILE).is_file():
         config = json.loads((path / ADAPTER_FILE).read_text())
-        facts = {"kind": f"{config['peft_type']} adapter"} | {name: config.get(name) for name in ADAPTER_FACTS}
+        facts = {"kind": "LoRA adapter"} | {name: config.get(name) for name in ADAPTER_FACTS}
     elif path.is_file() or is_hub_file:
         checkpoint = read_checkpoint(args.path, SVQVAE)
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}

@@ -83,7 +83,7 @@ def test_info_of_an_adapter(tmp_path, capsys):
     assert svqvae("info", tmp_path) == 0
     facts = read_facts(capsys)
     assert facts == {
-        "kind": "LORA adapter",
+        "kind": "LoRA adapter",
         "base_model_name_or_path": "org/lm",
         "r": "4",
         "lora_alpha": "8",

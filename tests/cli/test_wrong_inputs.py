@@ -37,7 +37,7 @@ WRONG = {  # words on the command line, and a part of the message
         ("{model} broken.png --output out", "none of 1 is. The first, `broken.png`: the image (5 bytes) is not"),
         ("./nowhere two_images --output out", "there is no file or folder `./nowhere`"),
         ("{model} two_images --output out --lpips-weights none.pth", "there is no file `none.pth`"),
-        ("two_images two_images --output out --generated --tile-size 32", "--tile-size is not for generated images"),
+        ("two_images two_images --output out --generated --scales 0.5", "--scales is not for generated images"),
         (
             "{model} two_images --output out --beside two_images",
             "must be the folder of a model, but has no config.json",
