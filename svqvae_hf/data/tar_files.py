@@ -56,8 +56,8 @@ class TarPart:
     def _row(self, name: str, members: dict[str, bytes | None]) -> ImageRow:
         keys = image_keys(members, self.image_key)
         if len(keys) != 1:
-            found = ", ".join(keys or members)
-            return unreadable(name, f"the sample must hold one image, but has {found}.", [*self.features])
+            fault = f"the sample must hold one image, its files side by side, but has {', '.join(keys or members)}."
+            return unreadable(name, fault, [*self.features])
         key, content = f"{name}.{keys[0]}", members[keys[0]]
         try:
             values = {column: _value(members.get(column), type) for column, type in self.features.items()}

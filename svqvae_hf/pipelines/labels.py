@@ -20,10 +20,12 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
 
     Raises:
         TypeError: A label is neither an integer nor a name.
-        ValueError: A class is unknown.
+        ValueError: A class is unknown, or there are no classes.
     """
     if class_labels is None:
         return torch.tensor([num_classes])
+    if not num_classes:
+        raise ValueError("`class_labels` must be left out, because the model has no classes.")
     names = list(class_names or [])
     given = [class_labels] if isinstance(class_labels, str) else class_labels
     if isinstance(given, list | tuple):

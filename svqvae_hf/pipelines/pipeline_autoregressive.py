@@ -295,7 +295,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             if prompt is not None or prompt_embeds is not None:
                 raise ValueError(
                     "`prompt` and `prompt_embeds` need a language model with captions, but this one has "
-                    f"{self.layout.num_classes} classes. Pass `class_labels`."
+                    f"{self.layout.num_classes} classes. Leave them out."
                 )
             return {}
         if (prompt is None) == (prompt_embeds is None) or class_labels is not None:

@@ -241,9 +241,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         """Tokens of the prompts, one per image to edit; padding alone without prompts, None without captions."""
         if self.tokenizer is None:
             if prompt is not None:
-                raise ValueError(
-                    "`prompt` needs a transformer that reads captions. Pass `class_labels`, or leave it out."
-                )
+                raise ValueError("`prompt` needs a transformer that reads captions. Leave it out.")
             return None
         if prompt is None and guidance_scale != 1:
             raise ValueError(f"`guidance_scale` = {guidance_scale} needs `prompt`. Pass it, or leave it at 1.")

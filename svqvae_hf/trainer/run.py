@@ -241,8 +241,8 @@ class Run(Generic[Options]):
     # The log
 
     def logs_after(self, step: int) -> bool:
-        """Whether a line of the log is due after a step."""
-        return (step + 1) % self.options.logging_steps == 0
+        """Whether a line of the log is due after a step. The last step always has one."""
+        return step + 1 == self.options.max_train_steps or (step + 1) % self.options.logging_steps == 0
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation is due after a step. The one after the last step is the script's own."""

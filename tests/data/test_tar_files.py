@@ -72,7 +72,7 @@ def test_samples_that_cannot_be_read_are_named_with_the_reason(tmp_path, monkeyp
     members += [("a.txt", b"no image"), *sample(201, cls="x"), ("c.png", bytes(20_000)), ("d.png", b"")]
     write_tar(tmp_path / "a.tar", members)
     assert faults(open_images([str(tmp_path)])) == {
-        "a": "the sample must hold one image, but has txt.",
+        "a": "the sample must hold one image, its files side by side, but has txt.",
         "0201.png": "a label beside it cannot be read: it must be an integer, but is b'x'.",
         "c.png": "the image is too large for a member of a tar file.",
         "d.png": "the image (0 bytes) is not a readable image. It must be intact, in one of the formats BMP, GIF, "

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.labels import encode_labels
 from svqvae_hf.pipelines.sampling import draw
 from svqvae_hf.pipelines.sequences import LayoutLogitsProcessor
 
@@ -279,6 +280,11 @@ def test_values_out_of_range_raise(pipeline, calls):
     for call, message in calls:
         with pytest.raises(ValueError, match=re.escape(message)):
             pipeline(**call)
+
+
+def test_labels_of_a_model_without_classes_raise():
+    with pytest.raises(ValueError, match="must be left out, because the model has no classes"):
+        encode_labels(0, num_classes=0, class_names=None)
 
 
 def test_a_language_model_that_does_not_match_the_layout_raises():
