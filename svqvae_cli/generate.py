@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svqvae_cli.arguments import Parser, grid, path_or_name, positive, scale
+from svqvae_cli.arguments import Parser, grid, not_empty, path_or_name, positive, scale
 from svqvae_cli.files import check_absent, check_source
 from svqvae_cli.runs import Run
 
@@ -39,7 +39,8 @@ def add_arguments(parser: Parser) -> None:
     condition = parser.add_mutually_exclusive_group()
     help = "classes by name or number (default: images without a class)"
     condition.add_argument("--class", dest="class_labels", nargs="+", metavar="CLASS", help=help)
-    condition.add_argument("--prompt", nargs="+", metavar="TEXT", help="captions in quotes, instead of classes")
+    help = "captions in quotes, instead of classes"
+    condition.add_argument("--prompt", nargs="+", type=not_empty, metavar="TEXT", help=help)
     parser.option("--num-images", positive, "N", "images per class or caption (default: 1)", dest="count", default=1)
     parser.option("--batch-size", positive, "COUNT", "images generated at once (default: 16)", default=16)
     help = "scales of an autoregressive pipeline to decode (default: 1)"

@@ -75,7 +75,9 @@ def _file_facts(path: Path) -> dict[str, Any]:
         origin = {"kind": "token file", "codebook": _codebook(tokens)}
     height, width, f = (record[name] for name in ("height", "width", "f"))
     facts = {**origin, "image": f"{width} x {height} pixels (width x height)", "f": f}
-    facts |= {"tiles": _tiles(record), "scales from": record["scale_from"]}
+    facts["tiles"] = _tiles(record)
+    if set(record["scales"]) != {1}:  # at scale 1 nothing is resized
+        facts["scales from"] = record["scale_from"]
     for scale, size in zip(record["scales"], bits, strict=True):
         rows, columns = grid_shape(height, width, f, scale)
         rates = f"{size / (rows * columns):.2f} bits/token, {size / (height * width):.4f} bits/pixel"

@@ -1,6 +1,7 @@
 """Crops of images that become rows of a token set, and reading them."""
 
 import itertools
+import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def read_crops(
         num_workers=num_workers,
         collate_fn=list,  # by default, the loader would make tensors of all arrays
         generator=torch.Generator(),  # otherwise the loader draws from the global one
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return itertools.chain.from_iterable(tasks)
 
@@ -128,7 +129,10 @@ class _CropReader(Dataset):
         return CroppedImage(key, values, np.stack(pixels).transpose(0, 3, 1, 2))
 
 
-def _ignore_signals(worker: int) -> None:
-    """Lets a worker end with its parent, because Ctrl-C reaches every process of a terminal at once."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ignores Ctrl-C, which reaches every process of a terminal at once, and ends without an error at SIGTERM.
+
+    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -151,6 +151,7 @@ def test_empty_arguments_are_errors(capsys):
         ["encode", "in", "--output", "out", "--device", ""],
         ["tokenize", "in", "out", "--split", ""],
         ["convert", GOLDEN, "out", "--license", ""],
+        ["generate", "--prompt", "", "--output", "out"],
     ):
         assert "must not be empty. If it is a shell variable, set it. (see" in fails(capsys, *argv)
 

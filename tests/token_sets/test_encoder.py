@@ -1,3 +1,8 @@
+import itertools
+import multiprocessing
+import os
+import signal
+
 import datasets
 import numpy as np
 import pytest
@@ -64,6 +69,19 @@ def test_crops_are_read_in_order(photo, tmp_path, num_workers):
     assert [image.key for image in read if image.crops is None] == ["7.png"]
     assert tuple(read[5].crops.shape) == (2, 3, 9, 10)
     assert np.array_equal(read[5].crops[0], read[5].crops[1][..., ::-1])
+
+
+def test_a_worker_ignores_ctrl_c_and_ends_when_its_parent_terminates_it(photo, tmp_path):
+    """A command that is interrupted while workers start terminates those that its loader does not know."""
+    photo.save(tmp_path / "a.png")
+    images = read_crops(itertools.repeat(ImageRow("a", str(tmp_path / "a.png"), {})), "centre", 16, num_workers=1)
+    next(images)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    assert [next(images).key for _ in range(100)] == ["a"] * 100
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_an_image_that_cannot_be_fetched_ends_the_run(monkeypatch, settings):
