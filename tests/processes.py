@@ -6,14 +6,20 @@ import sys
 from collections.abc import Callable
 from unittest.mock import patch
 
-PRELOADED = ["pytest", "train", "train_image_text", "svqvae_cli.tokenize", "svqvae_hf.token_sets.writer"]
+PRELOADED = ["pytest", "train", "train_image_text", "odd_files", "svqvae_hf.evaluation.report"]
 
 
 def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
     """Starts a process that calls a function of a module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=target, args=args)
+    process = context.Process(target=call, args=(multiprocessing.get_start_method(), target, *args))
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # else nothing outside the package is preloaded
         process.start()
     return process
+
+
+def call(start_method: str, target: Callable[..., None], *args: object) -> None:
+    """Calls a function whose own processes start as those of a command do, not from a new server that imports all."""
+    multiprocessing.set_start_method(start_method, force=True)
+    target(*args)
