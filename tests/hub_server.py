@@ -46,7 +46,7 @@ def serve_hub(folder: Path) -> Iterator[dict[str, str]]:
     root = folder / "hub"
     root.mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"root": root}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # polls for its shutdown
     try:
         yield {
             **os.environ,

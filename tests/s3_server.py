@@ -39,7 +39,7 @@ def s3_server() -> Iterator[tuple[str, Faults]]:
 
     faults = Faults(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, faults, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # polls for its shutdown
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
     try:

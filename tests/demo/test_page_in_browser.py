@@ -3,17 +3,18 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import urllib.request
 from contextlib import contextmanager
+from threading import Event
 
 import numpy as np
 import pytest
 from conftest import ROOT, make_tiny
 from next_scale_golden import make_transformer
 from PIL import Image
+from processes import start
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAENextScalePipeline
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
@@ -21,20 +22,23 @@ from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 pytestmark = pytest.mark.slow
 
-SERVER = """
-import sys
-from threading import Event
-from svqvae_cli.loading import load_generator, load_model
-from svqvae_hf.demo.generator_page import GeneratorPage, build as build_generator
-from svqvae_hf.demo.page import Page, build, serving
-
-photographs = build(Page(load_model(None, "cpu", "float32")))
-generator = build_generator(GeneratorPage(load_generator(sys.argv[1], "cpu", "float32")))
-with serving(photographs, "127.0.0.1", None) as first, serving(generator, "127.0.0.1", None) as second:
-    print(first, second, flush=True)
-    Event().wait()
-"""
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
+
+
+def serve(folder, addresses):
+    """Serves the page of photographs and a page that generates, and sends their addresses."""
+    os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    from svqvae_cli.loading import load_generator, load_model
+    from svqvae_hf.demo import generator_page
+    from svqvae_hf.demo.page import Page, build, serving
+
+    photographs = build(Page(load_model(None, "cpu", "float32")))
+    generator = generator_page.build(
+        generator_page.GeneratorPage(load_generator(f"{folder}/pipeline", "cpu", "float32"))
+    )
+    with serving(photographs, "127.0.0.1", None) as first, serving(generator, "127.0.0.1", None) as second:
+        addresses.send([first, second])
+        Event().wait()
 
 
 def skip_or_fail(reason):
@@ -63,11 +67,12 @@ def addresses(browser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     pipeline = SVQVAENextScalePipeline(make_tiny(), make_transformer(), schedule=[1, 2, 3, 4, 6, 8])
     pipeline.save_pretrained(folder / "pipeline")
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SERVER, folder / "pipeline"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as server:
-        yield server.stdout.readline().split()
-        server.terminate()
+    received, sent = multiprocessing.Pipe(duplex=False)
+    server = start(serve, folder, sent)
+    sent.close()
+    yield received.recv()
+    server.terminate()
+    server.join()
 
 
 @pytest.fixture
