@@ -118,7 +118,8 @@ def process():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+        if logger.level != level:  # setting it takes longer, because it clears what all loggers remember
+            logger.setLevel(level)
     import diffusers
     import transformers
 

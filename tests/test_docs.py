@@ -41,14 +41,8 @@ OPTIONS = {
 def test_python_blocks_and_notebook_run(tmp_path):
     pages = [page for page, text in PAGES.items() if python_blocks(text) and page.name != RUN_BY_TEST_EXPORT]
     assert {"README.md", "index.md", "scales_and_tiles.md"} <= {page.name for page in pages}
-    command = [
-        sys.executable,
-        ROOT / "tests" / "page_runner.py",
-        tmp_path / "hub",
-        tmp_path / "work",
-        *pages,
-        NOTEBOOK,
-    ]
+    runner = ROOT / "tests" / "page_runner.py"
+    command = [sys.executable, runner, tmp_path / "hub", tmp_path / "work", *pages, NOTEBOOK]
     with serve_hub(tmp_path) as env:  # one process for all of them, because its imports take longer than the pages
         env |= {"PYTHONWARNINGS": "ignore:IProgress", "IPYTHONDIR": str(tmp_path / "ipython")}
         result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

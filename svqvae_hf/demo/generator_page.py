@@ -250,7 +250,7 @@ def _values(summary: str, image: Image.Image, editable: bool = False) -> list[An
     """Values of the page's outputs; with an editable result, also of the canvas."""
     values = [summary, gr.update(value=image, visible=True)]
     if not editable:
-        return [*values, None, gr.Column(visible=False), gr.skip()]
+        return [*values, None, gr.skip(), gr.skip()]
     factor = EDITOR_PX / max(image.size)
     enlarged = image.resize([round(factor * side) for side in image.size], Image.Resampling.BICUBIC)
     drawing = {"background": enlarged, "layers": [], "composite": None}

@@ -27,15 +27,14 @@ SCREENSHOTS = ROOT / "outputs" / "screenshots"
 
 def serve(folder, addresses):
     """Serves the page of photographs and a page that generates, and sends their addresses."""
-    os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read at import
     from svqvae_cli.loading import load_generator, load_model
-    from svqvae_hf.demo import generator_page
+    from svqvae_hf.demo.generator_page import GeneratorPage
+    from svqvae_hf.demo.generator_page import build as build_generator
     from svqvae_hf.demo.page import Page, build, serving
 
     photographs = build(Page(load_model(None, "cpu", "float32")))
-    generator = generator_page.build(
-        generator_page.GeneratorPage(load_generator(f"{folder}/pipeline", "cpu", "float32"))
-    )
+    generator = build_generator(GeneratorPage(load_generator(f"{folder}/pipeline", "cpu", "float32")))
     with serving(photographs, "127.0.0.1", None) as first, serving(generator, "127.0.0.1", None) as second:
         addresses.send([first, second])
         Event().wait()
