@@ -1,26 +1,67 @@
 #!/usr/bin/env bash
-# The bundled model, svqvae_hf/pretrained: under five hours on one core of a CPU with bfloat16 instructions.
-#   training/runs/default.sh CID22_TRAIN WORK
-# CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for photographs and checkpoints.
-# Run it again to resume from the latest checkpoint.
+# The bundled model, svqvae_hf/pretrained: 3.5 hours on one core of a CPU with bfloat16 instructions.
+#   training/runs/default.sh CID22_TRAIN WORK OUT
+# CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for images and checkpoints.
+# OUT: folder to write. Run it again to resume from the latest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-cid22=$1 work=$2
+cid22=$1 work=$2 out=$3
 
 [ -d "$work/photos" ] || python training/prepare_photos.py "$work/photos" --list training/free_photos.tsv --folder "$cid22"
+[ -d "$work/drawings" ] || python training/prepare_drawings.py "$work/drawings" --photos "$work/photos"
+
+# Drawings beside photographs, which are linked in several times, so that drawings are a smaller fraction.
+mix() {
+    [ ! -d "$work/$1" ] || return 0
+    rm -rf "$work/$1.partial" && mkdir "$work/$1.partial"
+    cp -rl "$work/drawings/train" "$work/$1.partial/drawings"
+    for copy in $(seq "$2"); do cp -rl "$work/photos/train" "$work/$1.partial/photos-$copy"; done
+    mv "$work/$1.partial" "$work/$1"
+}
+mix mixture_40 6   # 39 % drawings
+mix mixture_20 15  # 20 % drawings
 
 train() {
     accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py \
-        --train_data_dir "$work/photos/train" --synthetic_fraction 0.04 --dataloader_num_workers 0 \
+        --synthetic_fraction 0.1 --dataloader_num_workers 0 \
         --scales 0.25 0.5 1 2 --scale_probabilities 0.1 0.12 0.76 0.02 \
-        --adam_weight_decay 0 --use_ema --mixed_precision bf16 \
-        --validation_data_dir "$work/photos/validation" --num_validation_images 36 --validation_steps 1000 \
-        --checkpointing_steps 1000 --checkpoints_total_limit 2 --resume_from_checkpoint latest "$@"
+        --optimizer soap --adam_beta1 0.95 --adam_weight_decay 0 --use_ema --ema_decay 0.998 --mixed_precision bf16 \
+        --validation_data_dir "$work/photos/validation" --num_validation_images 36 --validation_steps 500 \
+        --checkpointing_steps 250 --checkpoints_total_limit 2 --resume_from_checkpoint latest "$@"
 }
 
+# From the linear start, on crops of 64 pixels, which are fast and show the most different content.
+train --output_dir "$work/start" --model_config_name_or_path training/runs/default_config.json --start linear \
+    --train_data_dir "$work/mixture_20" --resolution 128 --crop_sizes 64 --train_batch_size 4 --max_train_steps 3000 \
+    --learning_rate 1e-3 --lr_scheduler constant_with_warmup --lr_warmup_steps 100 \
+    --kmeans_steps 1 1200 --kmeans_batches 60 --dead_code_reset_steps 300
+
+# Norms see crops of all sizes, from images shrunk by up to 2.5.
+continue_from() {
+    train --pretrained_model_name_or_path "$work/$1" --output_dir "$work/$2" --train_data_dir "$work/$3" \
+        --resolution 256 --train_batch_size 2 --resize_range 0.4 1 --lr_warmup_steps 50 "${@:4}"
+}
+# New codes: the means of their latents, first by k-means and then by a moving average.
+new_codes() {
+    continue_from "$@" --crop_sizes 256 256 128 128 64 32 --lr_scheduler constant_with_warmup \
+        --kmeans_steps 1 --kmeans_batches 60 --codebook_decay 0.99 --dead_code_reset_steps 300
+}
+# Codes for flat colours take the place of the rarest.
+add_colours() {
+    [ -d "$work/$2" ] || python training/add_colours.py "$work/$1" "$work/mixture_20" "$work/$2"
+}
+
+new_codes start codes mixture_20 --max_train_steps 2062 --learning_rate 6e-4
+add_colours codes colours
+continue_from colours annealed mixture_20 --crop_sizes 256 256 128 128 64 32 --max_train_steps 2100 --learning_rate 6e-4 --codebook_decay 0.995
+
+# The same again, with codes for more drawings, and for longer.
+new_codes annealed more_codes mixture_40 --max_train_steps 1300 --learning_rate 5e-4
+add_colours more_codes more_colours
+continue_from more_colours last mixture_20 --crop_sizes 256 256 256 128 128 64 32 --max_train_steps 3700 --learning_rate 5e-4 --codebook_decay 0.998
+
 # Half precision for the networks halves the size; the codebook stays in float32.
-store() {
-    python - "$@" <<'PY'
+python - "$work/last" "$out" <<'PY'
 import sys
 import torch
 from svqvae_hf import SVQVAE
@@ -29,27 +70,3 @@ model = SVQVAE.from_pretrained(sys.argv[1], torch_dtype=torch.float16)
 model.register_to_config(_name_or_path="svqvae-default", sample_size=256)
 model.save_pretrained(sys.argv[2])
 PY
-}
-
-# From the linear start. Crops of 64 pixels grow to 128 late.
-train --output_dir "$work/start" --model_config_name_or_path training/runs/default_config.json --start linear \
-    --resolution 128 --crop_sizes 64 --full_crops_from 21500 --train_batch_size 2 --max_train_steps 26000 --learning_rate 6e-4 --lr_warmup_steps 150 \
-    --kmeans_steps 1 10400 --kmeans_batches 300 --dead_code_reset_steps 300 --ema_decay 0.999
-
-# Norms see large crops. Codes become the means of their latents.
-train --output_dir "$work/large_crops" --pretrained_model_name_or_path "$work/start" \
-    --resolution 256 --crop_sizes 128 --train_batch_size 1 --max_train_steps 1000 --learning_rate 1e-4 --lr_warmup_steps 50 \
-    --kmeans_steps 1 --kmeans_batches 200 --codebook_decay 0.998 --dead_code_reset_steps 100 --ema_decay 0.998
-store "$work/large_crops" "$work/first_release"
-
-# The same crops for longer, at a higher learning rate.
-train --output_dir "$work/longer" --pretrained_model_name_or_path "$work/first_release" \
-    --resolution 256 --crop_sizes 128 --train_batch_size 1 --max_train_steps 16000 --learning_rate 3e-4 --lr_warmup_steps 200 \
-    --codebook_decay 0.998 --dead_code_reset_steps 200 --ema_decay 0.999
-store "$work/longer" "$work/second_release"
-
-# Photographs that are shrunk by up to 2.5, for the smaller scales. Larger steps, and longer between resets, so that few codes die.
-train --output_dir "$work/default" --pretrained_model_name_or_path "$work/second_release" \
-    --resolution 256 --crop_sizes 128 --train_batch_size 2 --resize_range 0.4 1 --max_train_steps 4200 --learning_rate 3e-4 \
-    --lr_warmup_steps 200 --codebook_decay 0.998 --dead_code_reset_steps 300 --ema_decay 0.998
-store "$work/default" svqvae_hf/pretrained
