@@ -115,6 +115,11 @@ def image_set_options(args: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
 
 
+def changed_options(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of some options whose value is not the default, as on the command line."""
+    return [f"--{key.replace('_', '-')}" for key in names if getattr(args, key, None) != args.parser.get_default(key)]
+
+
 def path(text: str) -> Path:
     """Reads a path."""
     return Path(path_or_name(text))

@@ -13,7 +13,7 @@ import argparse
 import os
 from typing import Any
 
-from svqvae_cli.arguments import Parser, image_set_options, path, path_or_name
+from svqvae_cli.arguments import Parser, changed_options, image_set_options, path, path_or_name
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.overwrite:
         check_absent(args.output / "report.json")
     if args.generated:
-        for name in ("beside", "scales", "scale_from", "codecs", "tile_size", "overlap", "lpips_weights", "lpips_net"):
-            if getattr(args, name) != args.parser.get_default(name):
-                raise ValueError(f"--{name.replace('_', '-')} is not for generated images. Leave it out.")
+        names = ("beside", "scales", "scale_from", "codecs", "tile_size", "overlap", "lpips_weights", "lpips_net")
+        for option in changed_options(args, *names):
+            raise ValueError(f"{option} is not for generated images. Leave it out.")
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips

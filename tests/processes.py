@@ -20,6 +20,6 @@ def start(target: Callable[..., None], *args: object) -> multiprocessing.process
 
 
 def call(start_method: str, target: Callable[..., None], *args: object) -> None:
-    """Calls a function whose own processes start as those of a command do, not from a new server that imports all."""
+    """Calls a function. Processes that it starts itself start as they do in a command, without a fork server."""
     multiprocessing.set_start_method(start_method, force=True)
     target(*args)
