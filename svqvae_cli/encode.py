@@ -72,7 +72,7 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
     finally:
         if chosen and (args.min_psnr or args.max_bits):
             print(f"images by scale: {', '.join(f'{scale:g}: {chosen[scale]}' for scale in sorted(chosen))}")
-            print(f"images beyond the target at every scale: {missed}")
+            print(f"images that miss the target at every scale: {missed}")
 
 
 def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:

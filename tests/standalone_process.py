@@ -39,6 +39,7 @@ def tokens_and_pixels(vqvae, processor) -> dict[str, torch.Tensor]:
         "tiled ids": tiled_ids,
         "tiled sample": sample,
         "decoded latents": vqvae.decode(latents).sample.detach(),
+        "not quantised": vqvae.decode(latents, force_not_quantize=True).sample.detach(),
         "pixels": pixels.contiguous(),
     }
 

@@ -19,13 +19,8 @@ LIBRARIES = ("diffusers", "transformers", "gradio")
 # Modules whose names the libraries document.
 DOCUMENTED = {
     *("diffusers", "diffusers.configuration_utils", "diffusers.image_processor", "diffusers.models.modeling_utils"),
-    *(
-        "diffusers.modular_pipelines",
-        "diffusers.optimization",
-        "diffusers.training_utils",
-        "diffusers.utils",
-        "diffusers.utils.torch_utils",
-    ),
+    *("diffusers.modular_pipelines", "diffusers.optimization", "diffusers.training_utils"),
+    *("diffusers.utils", "diffusers.utils.torch_utils"),
     *("transformers", "transformers.cache_utils", "transformers.generation", "transformers.modeling_outputs"),
     *("transformers.image_processing_utils", "transformers.image_utils", "transformers.processing_utils"),
     *("transformers.trainer_utils", "gradio"),

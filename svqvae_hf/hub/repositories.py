@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -93,8 +94,8 @@ def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: 
     try:
         constants.HF_HUB_OFFLINE = True  # otherwise the Hub's client looks up its name again, without a time limit
         return load(source, **(options | {"local_files_only": True}))
-    except OSError as error:
-        raise OSError(f"could not load `{source}`: {UNREACHABLE}") from error
+    except (OSError, HFValidationError) as error:
+        raise OSError(f"could not load `{source}`: there is no such folder, and {UNREACHABLE}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 

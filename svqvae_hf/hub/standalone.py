@@ -62,7 +62,7 @@ OF_CHECKS = (
 OF_TRAINING = (
     *("SVQVAE.forward", "SVQVAE.codebook_fingerprint", "SVQVAE._keys_to_ignore_on_load_unexpected"),
     *("TilingMixin.tile_if_large", "TilingMixin.whole_bytes"),
-    *(f"VectorQuantizer.{name}" for name in ("forward", "reset_counts", "normalise", "_usage", "_entropy_loss")),
+    *(f"VectorQuantizer.{name}" for name in ("forward", "reset_counts", "_usage", "_entropy_loss")),
 )
 LEFT_OUT = frozenset({*OF_LOADING, *OF_CHECKS, *OF_TRAINING})
 CODE_FILES = {

@@ -14,6 +14,7 @@ POSITIVE_INTEGERS = (
     *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
     *("codebook_size", "codebook_embed_dim", "sample_size"),
 )
+INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 INTEGER_LIMIT = 2**31  # sizes, sides and ids fit in 32 bits
 RANGE_TOLERANCE = 0.25  # share of `pixel_range` by which resized images may overshoot it
 SCALE_SOURCES = ("latents", "image")  # values of `scale_from`
@@ -91,7 +92,7 @@ def _warn_outside_range(sample: torch.Tensor, pixel_range: Sequence[float]) -> N
     (low, high), (lowest, highest) = pixel_range, sample.aminmax()
     tolerance = RANGE_TOLERANCE * (high - low)
     fault = ""
-    if lowest < low - tolerance or highest > high + tolerance:
+    if not (low - tolerance <= lowest and highest <= high + tolerance):  # also when they are NaN
         fault = f"has values far outside {tuple(pixel_range)} (`pixel_range`), so its ids will be wrong"
     elif low < 0 <= lowest < highest <= 1:
         fault = f"has no value below 0, where `pixel_range` is {tuple(pixel_range)}. Images in [0, 1] get wrong ids"
@@ -130,16 +131,15 @@ def check_ids(ids: torch.Tensor, config: Mapping[str, Any], shape: Sequence[int]
         config (`Mapping[str, Any]`): Config of the model.
         shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)`.
     """
-    is_tensor = isinstance(ids, torch.Tensor)
-    if not is_tensor or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        kind = ids.dtype if is_tensor else type(ids).__name__
-        advice = "Pass its `.latents`." if hasattr(ids, "latents") else "Pass latents to `decode`."
+    kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+    if kind not in INTEGERS:
+        advice = "Pass its `.latents`." if hasattr(ids, "latents") else "Only `decode` takes latents."
         raise TypeError(f"Ids must be a tensor of an integer type, got {kind}. {advice}")
     dim, size = config["codebook_embed_dim"], config["codebook_size"]
     if shape is None:
-        if ids.ndim != 3:
+        if ids.ndim != 3 or not ids.numel():
             raise ValueError(
-                f"Ids must have shape (batch, h, w), got {tuple(ids.shape)}. Reshape them, or pass `shape`."
+                f"Ids must have shape (batch, h, w), not empty, got {tuple(ids.shape)}. Reshape them, or pass `shape`."
             )
         shape = (*ids.shape, dim)
     if not ids.numel() or len(shape) != 4 or math.prod(shape[:-1]) != ids.numel() or shape[-1] != dim:
@@ -161,7 +161,7 @@ def check_scales(scales: float | Iterable[float], name: str = "`scales`") -> lis
     """Raises if scales are not finite numbers above 0. Returns them as a list."""
     is_list = isinstance(scales, Iterable) and getattr(scales, "ndim", None) != 0
     checked: list[Any] = list(cast(Iterable[float], scales)) if is_list else [scales]
-    if not all(isinstance(scale, Real) for scale in checked):
+    if not all(isinstance(scale, Real) and not isinstance(scale, bool) for scale in checked):
         raise TypeError(f"{name} must be a number or a list of numbers, got {scales!r}.")
     if not checked:
         raise ValueError(f"{name} must have at least one scale, got none. Pass `[1]`, or leave them out.")

@@ -287,7 +287,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         black, white = self.pixel_range
         unit = ((sample.detach().float() - black) / (white - black)).clamp(0, 1)
         images = [image[:, :h, :w] for image, (h, w) in zip(unit, sizes, strict=True)]
-        agree = len(set(sizes)) == 1
+        agree = len({tuple(map(int, size)) for size in sizes}) == 1
         if output_type == "pt":
             return torch.stack(images) if agree else images
         arrays = [image.movedim(0, -1).cpu().numpy() for image in images]  # (height, width, 3)
@@ -345,7 +345,7 @@ def _as_tensor(array: np.ndarray) -> torch.Tensor:
 def _check_shape(image: np.ndarray | torch.Tensor, layout: str, channels: int) -> None:
     if not 2 <= image.ndim <= 4 or 0 in image.shape or (image.ndim > 2 and image.shape[channels] not in (1, 3, 4)):
         raise ValueError(
-            f"a {type(image).__name__} image must have shape (height, width), ({layout}) or (batch, {layout}), with 3 "
+            f"{type(image).__name__} images must have shape (height, width), ({layout}) or (batch, {layout}), with 3 "
             f"channels (RGB), 4 (RGBA) or 1 (grey), got {tuple(image.shape)}."
         )
 

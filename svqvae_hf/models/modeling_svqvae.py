@@ -132,8 +132,7 @@ class AttnBlock(nn.Module):
             if shared.images is not None:
                 shared.attended[self] = self._keys_and_values(shared.core_of(normed), shared.images)
             key, value = shared.attended[self]
-        query = to_positions(self.q(normed), key.shape[0])
-        attended = F.scaled_dot_product_attention(query, key, value)  # (images, 1, positions, channels)
+        attended = F.scaled_dot_product_attention(to_positions(self.q(normed), key.shape[0]), key, value)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)
 
@@ -395,7 +394,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         Args:
             h (`torch.Tensor`): Ids `(batch, h, w)`, or of any shape if `shape` is given; or latents
                 `(batch, codebook_embed_dim, h, w)`.
-            force_not_quantize (`bool`, defaults to `False`): Whether to decode latents without quantising them.
+            force_not_quantize (`bool`, defaults to `False`): See [`~SVQVAE.forward`].
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
             shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)` of ids.
 
@@ -408,11 +407,10 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         """
         if not isinstance(h, torch.Tensor) or not h.is_floating_point():
             check_ids(h, self.config, shape)
-            shape = (*h.shape, self.config["codebook_embed_dim"]) if shape is None else shape
-            quantized = self.quantize.get_codebook_entry(h.long(), shape)
+            quantized = self.quantize.get_codebook_entry(h.long(), shape or (*h.shape, -1))
         else:
             check_latents(h, self.config)
-            quantized = h if force_not_quantize else self.quantize.snap(h)[0]
+            quantized = self.quantize.normalise(h) if force_not_quantize else self.quantize.snap(h)[0]
         sample = self._decode(quantized.to(self.dtype), self._tiles())
         return SVQVAEDecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -447,6 +445,7 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
         """
         check_sample(sample, self.config, self.dtype, self.training)
         check_scale_from(scale_from)
+        check_scales(scales)
         tiles = self._tiles(tile_size, overlap)
         if scale_from == "image":
             return [self._encode(resize_sample(sample, scale, self.f), tiles) for scale in scales]
@@ -471,7 +470,6 @@ class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
             grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
         """
         listed = [*scales] if isinstance(scales, Iterable) else [1.0 if scales is None else scales]
-        check_scales(listed)
         grids = [self.quantize.nearest_ids(latents) for latents in self.encode_scales(sample, listed, scale_from)]
         return grids if isinstance(scales, Iterable) else grids[0]
 

@@ -75,8 +75,7 @@ class Codebook(nn.Module):
             return F.embedding(query, codes)
         # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest bracket, for unit vectors z e.
         offset = None if self.l2_norm else codes.square().sum(-1) / 2
-        scores_at_once = SEARCH_SCORES if query.device.type == "cpu" else SEARCH_SCORES_GPU
-        rows = max(1, scores_at_once // codes.shape[0])
+        rows = max(1, (SEARCH_SCORES if query.device.type == "cpu" else SEARCH_SCORES_GPU) // codes.shape[0])
         ids = []
         # Chunks of equal size: a small remainder would use another kernel and round differently.
         for latents in query.detach().tensor_split(-(-query.shape[0] // rows)):

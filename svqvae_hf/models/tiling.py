@@ -276,8 +276,7 @@ class TilingMixin:
     ) -> torch.Tensor:
         """Runs a network over a batch: as a whole, or by slices and tiles."""
         if self.use_slicing and source.shape[0] > 1:
-            slices = [self._run(run, image, tiles, input_stride, output_stride) for image in source.split(1)]
-            return torch.cat(slices)
+            return torch.cat([self._run(run, image, tiles, input_stride, output_stride) for image in source.split(1)])
         size = [side // input_stride for side in source.shape[-2:]]
         if tiles is None or max(size) <= tiles[0]:
             return run(source)

@@ -301,7 +301,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             )
         mask = torch.ones(1, 1, image_height, image_width)
         if mask_image is not None:
-            mask = self.mask_processor.preprocess(mask_image)
+            mask = self.mask_processor.preprocess(mask_image).float()
             if mask.shape[-2:] != (image_height, image_width):
                 raise ValueError(
                     f"`mask_image` must be as large as `image`, {image_width} x {image_height} (width x height), got "

@@ -9,13 +9,8 @@ from itertools import accumulate
 import torch
 from transformers import LogitsProcessor
 
-from svqvae_hf.models.checks import check_integers, check_scale_from
+from svqvae_hf.models.checks import INTEGERS, check_integers, check_scale_from
 from svqvae_hf.models.image_processing_svqvae import grid_shape
-
-INTEGER_TYPES = {
-    *(torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-}
 
 
 @dataclass(frozen=True)
@@ -234,7 +229,7 @@ def to_int64(name: str, values: torch.Tensor) -> torch.Tensor:
         TypeError: The values are not a tensor of integers.
     """
     found = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-    if found not in INTEGER_TYPES:
+    if found not in INTEGERS:
         raise TypeError(f"`{name}` must be tensors of integers, got {found}. Pass int64 tensors.")
     return values.long()
 

@@ -52,7 +52,7 @@ def image_tokens(
     ids: list[torch.Tensor],
     height: int,
     width: int,
-    scales: Sequence[float],
+    scales: float | Sequence[float],
     scale_from: str = "image",
 ) -> ImageTokens:
     """Joins the ids of an image with the facts of the model that a token file stores.
@@ -64,9 +64,10 @@ def image_tokens(
         ids (`list[torch.Tensor]`, each of shape `(h, w)`): One grid per scale.
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
-        scales (`Sequence[float]`): Output side over input side, one per grid.
+        scales (`float` or `Sequence[float]`): Output side over input side, one per grid.
         scale_from (`str`, defaults to `"image"`): What was resized to the scales.
     """
+    scales = check_scales(scales)
     scale_from = "latents" if set(scales) == {1} else scale_from
     return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from))
 

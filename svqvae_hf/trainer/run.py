@@ -450,5 +450,9 @@ def run_training(train: Callable[[Run[Options]], None], options: Options) -> Non
 
 def run_script(train: Callable[[Run[Options]], None], options_class: type[Options]) -> None:
     """Calls the training function of a script with the options of the command line."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        # Ctrl-C outside of the loop ends the process at once, as SIGTERM does. An exception would wait for the workers
+        # of loaders, which ignore both signals.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with one_line_errors():
         run_training(train, read_options(options_class, sys.argv[1:]))

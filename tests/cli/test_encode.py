@@ -155,7 +155,7 @@ def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved
     files = [load_tokens(out / f"{name}.safetensors") for name in "ab"]
     assert [file.scales for file in files] == [(0.5,), (1.0,)]  # 654 and 504 bytes at scale 1
     printed = capsys.readouterr().out
-    assert "images by scale: 0.5: 1, 1: 1\nimages beyond the target at every scale: 0\n" in printed
+    assert "images by scale: 0.5: 1, 1: 1\nimages that miss the target at every scale: 0\n" in printed
     assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0
     with Image.open(tmp_path / "made" / "a_x0.5_full_size.png") as image:
         assert image.size == (57, 35)

@@ -49,7 +49,7 @@ def closed(port, monkeypatch):
 
 def assert_one_line_soon(load, *arguments):
     start = time.monotonic()
-    with pytest.raises(OSError, match=r"org/gone.*: the Hub cannot be reached, and the cache has no compl") as error:
+    with pytest.raises(OSError, match="org/gone.*the Hub cannot be reached, and the cache has no compl") as error:
         load(*arguments)
     assert time.monotonic() - start < SECONDS
     assert "\n" not in str(error.value)

@@ -36,6 +36,8 @@ def test_wrong_config_is_refused(config, message):
         (lambda m: m.decode_tokens(torch.rand(1, 8, 2, 2)), TypeError, "integer type, got torch.float32"),
         (lambda m: m(torch.rand(1, 3, 8, 8), patch_nums=[1], tile_size=0), ValueError, "positive multiple"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[0]), ValueError, "above 0, got 0"),
+        (lambda m: m(torch.rand(1, 3, 8, 8), False), TypeError, "must be a number or a list of numbers, got False"),
+        (lambda m: m.encode_scales(torch.rand(1, 3, 8, 8), [1, -1]), ValueError, "above 0, got -1"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[math.inf]), ValueError, "finite .* got inf"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scales=[1], patch_nums=[1]), ValueError, "got both"),
         (lambda m: m(torch.rand(1, 3, 8, 8), scale_from="pixels"), ValueError, "of latents, image, got 'pixels'"),

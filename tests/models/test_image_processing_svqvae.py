@@ -45,16 +45,8 @@ def test_all_kinds_of_input_agree(pixels, tmp_path):
     path = save(Image.fromarray(pixels), tmp_path / "a.png")
     chw = torch.from_numpy(pixels).permute(2, 0, 1)
     kinds = [
-        Image.fromarray(pixels),
-        pixels,
-        pixels[::-1][::-1],
-        (pixels / 255).astype(">f4"),
-        chw,
-        chw[None],
-        chw / 255,
-        str(path),
-        path.read_bytes(),
-        path.open("rb"),
+        *(Image.fromarray(pixels), pixels, pixels[::-1][::-1], (pixels / 255).astype(">f4")),
+        *(chw, chw[None], chw / 255, str(path), path.read_bytes(), path.open("rb")),
     ]
     with kinds[-1]:
         batch = SVQVAEImageProcessor()(kinds)
@@ -222,9 +214,9 @@ def test_each_format_is_read(pixels, tmp_path, suffix):
     [
         (7, TypeError, "must be a PIL image, .* an open binary file or its bytes, got int"),
         ([], ValueError, "must hold at least one image"),
-        (np.zeros((3, 8, 8), np.uint8), ValueError, r"ndarray image must have shape .* got \(3, 8, 8\)"),
+        (np.zeros((3, 8, 8), np.uint8), ValueError, r"ndarray images must have shape .* got \(3, 8, 8\)"),
         (np.zeros((8, 8, 5), np.uint8), ValueError, r"\(RGB\), 4 \(RGBA\) or 1 \(grey\), got \(8, 8, 5\)"),
-        (torch.zeros(8, 8, 3), ValueError, r"Tensor image must have shape .* got \(8, 8, 3\)"),
+        (torch.zeros(8, 8, 3), ValueError, r"Tensor images must have shape .* got \(8, 8, 3\)"),
         (np.zeros((8, 8, 3), np.int64), TypeError, "must be uint8 .* or floating point .* got torch.int64"),
         (np.full((8, 8, 3), 255.0), ValueError, r"must have values in \[0, 1\], got \[255, 255\]"),
         (torch.full((3, 8, 8), -1.0), ValueError, r"got \[-1, -1\]. Scale or clip it, or pass uint8"),
@@ -249,6 +241,12 @@ def test_keywords_that_nothing_reads_are_refused(tmp_path):
     assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
     with pytest.raises(TypeError, match="takes only `pixel_range`, got pixel_rnage"):
         SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_rnage=(0, 1))
+
+
+@pytest.mark.parametrize("sizes", [[[8, 8], [8, 8]], np.full((2, 2), 8), torch.full((2, 2), 8)])
+def test_sizes_are_pairs_of_any_kind(sizes):
+    sample = torch.rand(2, 3, 8, 8)
+    assert torch.equal(SVQVAEImageProcessor().postprocess(sample, sizes, output_type="pt"), sample)
 
 
 @pytest.mark.parametrize("size", [(9, 8), (8, -1), (4.0, 4), (8,), None])

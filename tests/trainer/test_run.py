@@ -15,7 +15,7 @@ from training_runs import cpu, forget_accelerate, logged
 
 from svqvae_hf.trainer.optimization import hyperparameters, make_optimizer
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.run import Run, make_accelerator
+from svqvae_hf.trainer.run import Run, make_accelerator, run_script
 from svqvae_hf.trainer.scripts import one_line_errors
 
 
@@ -100,6 +100,16 @@ def test_signal_saves_a_checkpoint_and_the_resumed_run_equals_an_unbroken_one(op
     assert type(whole.lr_scheduler.optimizer).__name__.lower() == optimizer
     assert_equal_networks(resumed, whole)
     assert all(map(torch.equal, resumed.ema.shadow_params, whole.ema.shadow_params))
+
+
+def test_ctrl_c_outside_of_the_loop_ends_a_script_at_once(monkeypatch):
+    handlers = {signal.SIGINT: signal.default_int_handler}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    for name in ("read_options", "run_training"):
+        monkeypatch.setattr(f"svqvae_hf.trainer.run.{name}", lambda *_: None)
+    run_script(lambda run: None, RunOptions)
+    assert handlers == {signal.SIGINT: signal.SIG_DFL}
 
 
 def test_updates_with_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(options, monkeypatch, caplog):

@@ -8,7 +8,7 @@ model=$1 work=$2
 
 # Every sixteenth drawing, so that photographs are four fifths of the images.
 if [ ! -d "$work/some_drawings" ]; then
-    mkdir "$work/some_drawings.partial"
+    rm -rf "$work/some_drawings.partial" && mkdir "$work/some_drawings.partial"
     find "$work/drawings/train" -type f | sort | awk 'NR % 16 == 1' | xargs cp -lt "$work/some_drawings.partial"
     mv "$work/some_drawings.partial" "$work/some_drawings"
 fi

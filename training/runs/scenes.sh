@@ -7,7 +7,11 @@ cd "$(dirname "$0")/../.."
 work=$1 out=$2
 mkdir -p "$work"
 
-[ -d "$work/scenes" ] || python training/make_scenes.py "$work/scenes" ${FONT:+--font "$FONT"}
+if [ ! -d "$work/scenes" ]; then
+    rm -rf "$work/scenes.partial"
+    python training/make_scenes.py "$work/scenes.partial" ${FONT:+--font "$FONT"}
+    mv "$work/scenes.partial" "$work/scenes"
+fi
 
 # The bundled tokenizer with 1,024 of its codes, which k-means sets anew.
 [ -d "$work/start" ] || python - "$work/start" <<'PY'

@@ -24,9 +24,10 @@ FILES = {
 LICENCE = HERE.parent / "licence.txt"
 OF_REPOSITORIES = ("StrictLoadingMixin._auto_class", "StrictLoadingMixin.save_config")  # with code of their own
 PACKAGES = {"diffusers.models.autoencoders.": ".", "diffusers.models.": "..", "diffusers.": "..."}
-ATTENTION = "attended = F.scaled_dot_product_attention(query, key, value)"
-DISPATCHED = """attended = dispatch_attention_fn(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+QUERY = "to_positions(self.q(normed), key.shape[0])"
+ATTENTION = f"F.scaled_dot_product_attention({QUERY}, key, value)"
+DISPATCHED = f"""dispatch_attention_fn(
+            {QUERY}.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         ).transpose(1, 2)"""
 
 
