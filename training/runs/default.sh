@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The bundled model, svqvae_hf/pretrained: 3.5 hours on one core of a CPU with bfloat16 instructions.
+# The bundled model, svqvae_hf/pretrained: 4.8 hours on one core of a CPU with bfloat16 instructions.
 #   training/runs/default.sh CID22_TRAIN WORK OUT
 # CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for images and checkpoints.
 # OUT: folder to write. Run it again to resume from the latest checkpoint.
@@ -43,12 +43,16 @@ continue_from() {
 }
 # New codes: the means of their latents, first by k-means and then by a moving average.
 new_codes() {
-    continue_from "$@" --crop_sizes 256 256 128 128 64 32 --lr_scheduler constant_with_warmup \
-        --kmeans_steps 1 --kmeans_batches 60 --codebook_decay 0.99 --dead_code_reset_steps 300
+    continue_from "${@:1:3}" --crop_sizes 256 256 128 128 64 32 --lr_scheduler constant_with_warmup \
+        --kmeans_steps 1 --kmeans_batches 60 --codebook_decay 0.99 --dead_code_reset_steps 300 "${@:4}"
 }
 # Codes for flat colours take the place of the rarest.
 add_colours() {
     [ -d "$work/$2" ] || python training/add_colours.py "$work/$1" "$work/mixture_20" "$work/$2"
+}
+# The learning rate falls to 0.
+anneal() {
+    continue_from "$1" "$2" mixture_20 --crop_sizes 256 256 256 128 128 64 32 --learning_rate 5e-4 --codebook_decay 0.998 "${@:3}"
 }
 
 new_codes start codes mixture_20 --max_train_steps 2062 --learning_rate 6e-4
@@ -58,7 +62,12 @@ continue_from colours annealed mixture_20 --crop_sizes 256 256 128 128 64 32 --m
 # The same again, with codes for more drawings, and for longer.
 new_codes annealed more_codes mixture_40 --max_train_steps 1300 --learning_rate 5e-4
 add_colours more_codes more_colours
-continue_from more_colours last mixture_20 --crop_sizes 256 256 256 128 128 64 32 --max_train_steps 3700 --learning_rate 5e-4 --codebook_decay 0.998
+anneal more_colours annealed_again --max_train_steps 3700
+
+# And once more, with means of more latents, and for longer still.
+new_codes annealed_again last_codes mixture_20 --max_train_steps 400 --learning_rate 5e-4 --kmeans_batches 200
+add_colours last_codes last_colours
+anneal last_colours last --max_train_steps 6200
 
 # Half precision for the networks halves the size; the codebook stays in float32.
 python - "$work/last" "$out" <<'PY'
