@@ -40,7 +40,7 @@ def encode_image(
     """
     scales = check_scales(scales)
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
-    batch = processor(image)
+    batch = processor([image])
     ((height, width),) = batch["image_sizes"]
     with torch.inference_mode():
         grids = model.encode_tokens(batch["pixel_values"].to(execution_device(model), model.dtype), scales, scale_from)
