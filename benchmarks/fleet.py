@@ -170,7 +170,6 @@ def measure(options: argparse.Namespace, folder: Path) -> Row:
     for name in ("alone", "fleet"):
         (folder / name).mkdir()
     model = SVQVAE.from_pretrained(folder / "tiny").eval()
-    model.enable_tiling()
     images, alone = open_images([str(folder / "images")]), folder / "alone" / "set"
     tokenize_set(model, images, alone, model_name="tiny", num_parts=options.parts)
     begun = time.perf_counter()

@@ -212,6 +212,8 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=64, help="width of the layer before the members of a group")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if min(options.max_train_steps, options.hidden, options.features) < 1:
+        raise ValueError("`--max_train_steps`, `--hidden` and `--features` must be at least 1.")
     model = SVQVAE.from_pretrained(options.model)
     fingerprint = model.codebook_fingerprint()
     pyramids = [pyramid for name in options.token_sets for pyramid in read_pyramids(name, model)]

@@ -137,6 +137,8 @@ def open_images(
         ValueError: There is no image, no such split or column, a folder holds `results`, or `max_images` is out of
             range.
     """
+    if isinstance(data, str) or not data:
+        raise ValueError(f"`data` must be a list of files, folders, URLs or names of sets on the Hub, got {data!r}.")
     if results is not None:
         _check_outside(os.fspath(results), data)
     selection = Selection(config, split, image_column, columns, copy)

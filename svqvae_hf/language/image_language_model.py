@@ -127,7 +127,8 @@ class ImageLanguageModel:
         guidance_scale = sampling.pop("guidance_scale")
         warpers = [] if sampling["temperature"] == 0 else [*make_warpers(**sampling), _Draw(generator)]
         prompts_length = inputs["input_ids"].shape[1]
-        others = [] if image is None else [_Keep(*self._known(image, mask_image or [], grid, inputs), prompts_length)]
+        edit = () if image is mask_image is None else self._known(image or [], mask_image or [], grid, inputs)
+        others = [_Keep(*edit, prompts_length)] if edit else []
         if callback_on_step_end is not None:
             note = partial(callback_on_step_end, self)
             others.append(_Rows(note, grid, prompts_length, self.processor.vocabulary.first_token))

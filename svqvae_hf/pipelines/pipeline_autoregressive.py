@@ -300,8 +300,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             return {}
         if (prompt is None) == (prompt_embeds is None) or class_labels is not None:
             raise ValueError(
-                "A pipeline for captions takes either `prompt` or `prompt_embeds`, and no `class_labels`, got "
-                f"{'none' if prompt is prompt_embeds is class_labels else 'several'} of them."
+                "Pipelines for captions take `prompt` or `prompt_embeds`, and no `class_labels`. Pass `prompt` alone."
             )
         if prompt is not None:
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)

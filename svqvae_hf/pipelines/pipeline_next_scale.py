@@ -209,7 +209,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             if text is None:
                 labels = self._encode_labels(class_labels, images, guidance_scale)
             else:
-                labels = torch.full((len(text),), self.num_classes, device=self._execution_device)
+                labels = self._encode_labels(class_labels, len(text), 1)
                 text = text.repeat_interleave(num_images_per_prompt, dim=0)
             labels = labels.repeat_interleave(num_images_per_prompt)
             check_generators(generator, len(labels))

@@ -46,7 +46,7 @@ class TokenizeImages(PipelineStep):
         **options: Any,
     ):
         super().__init__()
-        self.data, self.out, self.model = list(data), out, model
+        self.data, self.out, self.model = data, out, model
         self.device, self.dtype, self.tiles = device, dtype, (tile_size, overlap)
         self.images = dict(images or {})
         self.options = {**public_names(self.data, model), **options}

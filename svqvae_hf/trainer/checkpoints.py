@@ -140,9 +140,8 @@ def _one_line_reason(path: Path) -> Iterator[None]:
         faults = [line.strip() for line in str(error).splitlines()] or [repr(error)]
         fault = faults[1] if faults[0].startswith("Error(s) in loading state_dict") else faults[0]
         raise ValueError(
-            f"`{path}` must be a complete checkpoint of the same network, but cannot be loaded: "
-            f"{fault.partition('. ')[0].rstrip('.')}. Use the config of the run that wrote it, or resume from another "
-            "checkpoint."
+            f"`{path}` must be a complete checkpoint of the same network and options, but cannot be loaded: "
+            f"{fault.partition('. ')[0].rstrip('.')}. Use the options of the run that wrote it, or another checkpoint."
         ) from error
 
 

@@ -218,10 +218,10 @@ class OptionParser(HfArgumentParser):
 
     def parse_args_into_dataclasses(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Parses the arguments. Raises for one that is no option."""
-        *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
+        _, unknown = self.parse_known_args(args)
         if unknown:
             self.error(f"`{unknown[0]}` is not an option of the script. Pass `--help` to see all.")
-        return tuple(parsed)
+        return tuple(super().parse_args_into_dataclasses(args))
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""

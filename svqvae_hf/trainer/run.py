@@ -406,6 +406,7 @@ def move_files(source: Path, target: Path) -> list[str]:
     for name in sorted(names, reverse=True):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).replace(target / name)
+        (target / name).chmod(target.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
     return [name.as_posix() for name in names]
 
 

@@ -100,8 +100,10 @@ class TrainOptions(ImageOptions):
 
     def _check_scales(self) -> None:
         probabilities = self.scale_probabilities
-        if min([*self.scales, *self.validation_scales], default=1) <= 0:
-            raise ValueError("`--scales` and `--validation_scales` must be more than 0.")
+        if not (self.validation_scales and all(0 < s < math.inf for s in (*self.scales, *self.validation_scales))):
+            raise ValueError(
+                "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
+            )
         if self.scales and 1 not in self.scales:
             raise ValueError(f"`--scales` must contain 1, but are {self.scales}.")
         if self.token_budget is not None and (self.scales or self.token_budget < 1):

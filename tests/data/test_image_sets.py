@@ -211,10 +211,14 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, data, options, message, co
     assert not (tmp_path / "nope:").exists()
 
 
+@pytest.mark.parametrize("data", ["photos", []])
+def test_a_set_must_be_a_list_of_names(data):
+    with pytest.raises(ValueError, match="`data` must be a list of files, folders, URLs or names"):
+        open_images(data)
+
+
 def test_a_set_in_the_cache_alone_is_one_line(monkeypatch):
-    builder = SimpleNamespace(
-        config=SimpleNamespace(data_files=None)
-    )  # as offline, after `datasets` has loaded it once
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=None))  # as offline, after it was loaded once
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     with pytest.raises(OSError, match="the image set `mnist` cannot be opened: the Hub cannot be reached"):
         open_images(["mnist"])

@@ -58,8 +58,9 @@ def test_an_edit_keeps_all_codes_outside_the_mask():
     whole = Image.new("L", image.size, 255)
     new = pipe.draw(["a red key"], grid=(4, 4), image=[image], mask_image=[whole], generator=generators(2))
     assert pixels(new) == pixels([other])
-    with pytest.raises(ValueError, match="one image and one mask per prompt"):
-        pipe.draw(["a red key"], image=[image], mask_image=[])
+    for edit in ({"image": [image]}, {"mask_image": [mask]}):
+        with pytest.raises(ValueError, match="one image and one mask per prompt"):
+            pipe.draw(["a red key"], **edit)
 
 
 def test_sampling_of_images_defaults_to_the_generation_config():

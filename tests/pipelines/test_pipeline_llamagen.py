@@ -117,8 +117,8 @@ def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("t2i", {}, "takes either `prompt` or `prompt_embeds`, and no `class_labels`, got none of them"),
-        ("t2i", {"prompt": "a cat", "prompt_embeds": torch.zeros(1, 120, 32)}, "got several of them"),
+        ("t2i", {}, "take `prompt` or `prompt_embeds`, and no `class_labels`. Pass `prompt` alone"),
+        ("t2i", {"prompt": "a cat", "prompt_embeds": torch.zeros(1, 120, 32)}, "Pass `prompt` alone"),
         ("t2i", {"prompt": "a " * 120}, r"must have at most 120 tokens, but 'a a a.*' has 121. Shorten it"),
         ("t2i", {"prompt_embeds": torch.zeros(1, 9, 32)}, r"must have shape \(1, 120, 32\)"),
         ("c2i", {"prompt": "a cat"}, "need a language model with captions, but this one has 10 classes"),

@@ -184,7 +184,7 @@ def test_checkpoint_that_cannot_be_loaded_is_refused_in_one_line(options, damage
     with pytest.raises(SystemExit), one_line_errors():
         train(options, width=4 if damage == "network" else 3)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "must be a complete checkpoint of the same network, but cannot be loaded" in error
+    assert "must be a complete checkpoint of the same network and options, but cannot be loaded" in error
     assert len(error) < 500
     assert files(options["output_dir"]) == before
 

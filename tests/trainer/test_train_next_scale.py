@@ -106,6 +106,8 @@ def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path)
         pipeline(prompt="sailboat")
     with pytest.raises(ValueError, match="at most 2 tokens"):
         pipeline(prompt="photo1 photo2 photo3")
+    with pytest.raises(ValueError, match="`class_labels` must be left out, because the model has no classes"):
+        pipeline(class_labels=0)
 
 
 @pytest.mark.slow
