@@ -116,11 +116,10 @@ class TrainOptions(ImageOptions):
             )
 
     def _check_codebook(self) -> None:
-        first = min(self.kmeans_steps, default=1)
-        if not 0 < first < self.max_train_steps:
+        if self.kmeans_steps and not 0 < min(self.kmeans_steps) < self.max_train_steps:
             raise ValueError(
                 f"The first of `--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, "
-                f"but is {first}."
+                f"but is {min(self.kmeans_steps)}."
             )
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps"):
             if self.train == "decoder" and getattr(self, name):
