@@ -20,10 +20,9 @@ LIBRARIES = ("diffusers", "transformers", "gradio")
 DOCUMENTED = {
     *("diffusers", "diffusers.configuration_utils", "diffusers.image_processor", "diffusers.models.modeling_utils"),
     *("diffusers.modular_pipelines", "diffusers.optimization", "diffusers.training_utils"),
-    *("diffusers.utils", "diffusers.utils.torch_utils"),
+    *("diffusers.utils", "diffusers.utils.torch_utils", "transformers.trainer_utils", "gradio"),
     *("transformers", "transformers.cache_utils", "transformers.generation", "transformers.modeling_outputs"),
     *("transformers.image_processing_utils", "transformers.image_utils", "transformers.processing_utils"),
-    *("transformers.trainer_utils", "gradio"),
 }
 IMPORTED = {
     "diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES": (

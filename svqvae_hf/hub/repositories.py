@@ -13,12 +13,11 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import HFValidationError, get_session, validate_repo_id
 
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
 ANSWER_SECONDS = 4  # after which the Hub counts as unreachable

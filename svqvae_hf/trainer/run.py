@@ -311,6 +311,8 @@ class Run(Generic[Options]):
         old, new = saved["options"], public_options(self.options)
         for name in sorted(new.keys() & old.keys() - {"resume_from_checkpoint", "output_dir"}):
             if new[name] != old[name]:
+                if name == "optimizer":
+                    raise ValueError(f"`--optimizer` must be {old[name]} as in `{checkpoint}`, got {new[name]}.")
                 logger.info(f"Changed on resume: --{name} from {old[name]} to {new[name]}")
         return checkpoint_step(checkpoint)
 
