@@ -59,11 +59,11 @@ class ImageTokens(Encoding):
                 f"the ids of scale {scale:g} must have shape {expected} for an image of {self.height} x {self.width} "
                 f"pixels and f = {self.f}, got {tuple(ids.shape)}."
             )
-        values = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
-        lowest, highest = values.min(), values.max()
-        if values.dtype.kind not in "iu" or lowest < 0 or highest >= self.codebook_size:
+        grid = ids.cpu().numpy()  # because PyTorch has no minimum for uint16
+        low, high = grid.min(), grid.max()
+        if grid.dtype.kind not in "iu" or low < 0 or high >= self.codebook_size:
             raise ValueError(
-                f"ids must be integers in [0, {self.codebook_size}), got {values.dtype} in [{lowest}, {highest}]."
+                f"scale {scale:g} needs integer ids in [0, {self.codebook_size}), got {grid.dtype} in [{low}, {high}]."
             )
 
 

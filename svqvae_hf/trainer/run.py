@@ -298,6 +298,9 @@ class Run(Generic[Options]):
         schedules = {name: state for name, state in self.states.items() if isinstance(state, LambdaLR)}
         groups = {name: hyperparameters(schedule) for name, schedule in schedules.items()}
         saved = load_checkpoint(self.accelerator, checkpoint, self.states)
+        old, new = saved["options"], public_options(self.options)
+        if new["optimizer"] != old["optimizer"]:
+            raise ValueError(f"`--optimizer` must be {old['optimizer']} as in `{checkpoint}`, got {new['optimizer']}.")
         for name in self.states.keys() - schedules.keys():
             self.states[name].load_state_dict(saved[name])
         for name, schedule in schedules.items():
@@ -308,11 +311,8 @@ class Run(Generic[Options]):
         self.loader.load_state_dict(saved["loader"])
         self.skipped, self.quality = saved["skipped"], saved["quality"]
         logger.info(f"Resumed from {checkpoint}")
-        old, new = saved["options"], public_options(self.options)
         for name in sorted(new.keys() & old.keys() - {"resume_from_checkpoint", "output_dir"}):
             if new[name] != old[name]:
-                if name == "optimizer":
-                    raise ValueError(f"`--optimizer` must be {old[name]} as in `{checkpoint}`, got {new[name]}.")
                 logger.info(f"Changed on resume: --{name} from {old[name]} to {new[name]}")
         return checkpoint_step(checkpoint)
 

@@ -49,6 +49,7 @@ def test_tiles_leave_no_lattice_on_flat_dark_and_gradient_images(model, side, ti
     for lattice in 255 * (measurement.tiled - moved).mean(1):
         assert lattice[bands].mean().abs() < 0.25
         assert lattice[:, bands].mean().abs() < 0.25
+    assert (ids == measurement.ids).float().mean() > 0.99
     assert tile_size is not None or torch.equal(ids, measurement.ids)
     model.disable_tiling()
 

@@ -140,7 +140,7 @@ def test_rows_that_do_not_match_the_settings_raise(token_set):
     settings, row = read_settings(token_set), load(token_set)[0]
     with pytest.raises(ValueError, match="a row of 20 x 33 pixels must have 45 ids at scale 1, but has 44"):
         row_tokens({**row, "ids_1": row["ids_1"][1:]}, settings)
-    with pytest.raises(ValueError, match=r"ids must be integers in \[0, 64\)"):
+    with pytest.raises(ValueError, match=r"needs integer ids in \[0, 64\)"):
         row_tokens({**row, "ids_1": [64] * 45}, settings)
     rule = "a row must have integers as height, width, ids_0, ids_1 to match its settings, but has "
     for name, value in (("ids_1", None), ("ids_1", [0.5] * 45), ("height", 20.0)):
