@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := pytest --numprocesses auto --dist worksteal --durations 15
 
-.PHONY: install reconstruct generate browser test quick lowest lint dist
+.PHONY: install reconstruct generate browser test quick lowest lint docs gpu dist
 
 install: .venv/installed
 
@@ -42,6 +42,14 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The site, in site/.
+docs: install
+	$(BIN)/mkdocs build --strict
+
+# The tests, and tables of speed, memory, training steps and generation in outputs/gpu, on a machine with a GPU.
+gpu: install
+	@PATH="$(BIN):$$PATH" bash benchmarks/gpu.sh
 
 # Wheel and source archive, in dist/.
 dist: install

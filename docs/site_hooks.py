@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: the reference of the command line, made from its parser, and the changelog as a page."""
+"""Hooks of MkDocs: the reference of the command line, made from its parser, and pages from files of the root."""
 
 import argparse
 import re
@@ -7,15 +7,17 @@ from typing import Any
 
 from svqvae_cli.command_line import build_parser
 
-CHANGELOG = Path(__file__).parent.parent / "CHANGELOG.md"
+ROOT = Path(__file__).parent.parent
+PAGES = {"changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by MkDocs with the text of each page. Completes the pages that are made from other files."""
     if page.file.src_uri == "command_line.md":
         return f"{markdown}\n{command_reference()}"
-    if page.file.src_uri == "changelog.md":
-        return CHANGELOG.read_text().replace("](docs/", "](").replace("](model_card.md)", "](index.md)")
+    if page.file.src_uri in PAGES:
+        text = (ROOT / PAGES[page.file.src_uri]).read_text()
+        return text.replace("](docs/", "](").replace("](model_card.md)", "](index.md)")
     return markdown
 
 

@@ -83,8 +83,26 @@ def test_citation_names_this_version():
     assert f"\n## {svqvae_hf.__version__} " in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_hosted_workflow_runs_ci_on_each_version_of_python():
-    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+def test_hosted_workflows_run_what_the_project_names():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     versions = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if "Python :: 3." in text]
-    assert job["strategy"]["matrix"]["python"] == versions
-    assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
+    assert jobs["linux"]["strategy"]["matrix"]["python"] == versions
+    commands = {name: [step.get("run") for step in job["steps"]] for name, job in jobs.items()}
+    for name, command in {"linux": "bash .ci/run", "lowest": "make lowest", "docs": "make docs"}.items():
+        assert command in commands[name]
+    systems = [each["system"] for each in jobs["other-systems"]["strategy"]["matrix"]["include"]]
+    assert systems == ["macos-latest", "windows-latest"]
+
+
+def test_release_is_built_from_the_tag_of_its_version():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the key `on` as a boolean
+    (job,) = workflow["jobs"].values()
+    (check,) = (step["run"] for step in job["steps"] if step.get("run", "").startswith("test "))
+    check = check.replace("hatchling", f"{sys.executable} -m hatchling")
+    version = svqvae_hf.__version__
+    tags = {"GITHUB_REF_NAME": f"v{version}"}, {"GITHUB_REF_NAME": f"v{version}.1"}
+    codes = [
+        subprocess.run(["bash", "-c", check], cwd=ROOT, env=os.environ | tag, check=False).returncode for tag in tags
+    ]
+    assert codes == [0, 1]

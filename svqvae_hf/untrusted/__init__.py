@@ -1,1 +1,1 @@
-"""Guards against hostile files. docs/untrusted_files.md says what they promise. Imports no subpackage above it."""
+"""Guards against hostile files. SECURITY.md says what they promise. Imports no subpackage above it."""
