@@ -1,19 +1,20 @@
 """Quality of what a model should beat at the same bits: `python benchmarks/baselines.py SETS --fit IMAGES`.
 
-k-means of blocks, the same codes with a linear decoder, principal components, JPEG, WebP and AVIF. There is a table
-per set, with means over its images. At a scale, the image is resized and coded as an image of its own; bits are per
-pixel of the image before.
+k-means of blocks, the same codes with a linear decoder, principal components, JPEG, WebP and AVIF. A block has f x f
+pixels, as an id has, and k-means has as many codes as the codebook, so it takes the model's bits. There is a table per
+set, with means over its images. At a scale, the image is resized and coded as an image of its own; bits are per pixel
+of the image before.
 """
 
+import argparse
 import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from block_baselines import KMeans, fit_block_baselines, principal_components, read_fit_images, take_blocks
 from measuring import Row, describe_machine, make_parser, report
 from PIL import Image
 from tqdm import tqdm
@@ -24,30 +25,90 @@ from svqvae_hf.evaluation.codecs import CODECS, open_image, save_image
 from svqvae_hf.evaluation.measuring import image_metrics, to_tensor
 from svqvae_hf.tokens.image_tokens import resize_image
 
+MAX_BLOCKS = 1 << 20  # at most, that k-means is fitted on: more of them gain more than more iterations
+ITERATIONS = 4
+SEARCH_DIM = 32  # leading components by which blocks find their codes while k-means is fitted: 99 % of the variance
+REGRESSION_BLOCKS = 1 << 18  # at most, that a linear map is fitted on
+RIDGE = 1e-3  # relative to the mean square of the inputs
+BLOCKS_AT_ONCE = 1 << 12
 COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 BEST_QUALITY = 95  # Pillow's advice for JPEG: higher ones grow without a gain
 
+Decoder = Callable[[torch.Tensor], torch.Tensor]  # blocks `(1, 3 * f * f, h, w)`, values from 0 to 255, after coding
 
-class PrincipalComponents:
-    """Keeps the leading components of blocks of f x f pixels, not quantised: the best linear code of so many numbers.
 
-    Args:
-        blocks (`torch.Tensor` of shape `(n, 3 * f * f)`): Blocks to fit it on.
-        count (`int`): Number of components.
-    """
+def read_blocks(path: Path, f: int, count: int) -> torch.Tensor:
+    """At most `count` blocks of the centre of an image, `(1, 3 * f * f, h, w)`."""
+    pixels = torch.from_numpy(np.array(read_image(path))).movedim(-1, 0)
+    rows = min(pixels.shape[1] // f, math.isqrt(count))
+    columns = min(pixels.shape[2] // f, count // max(1, rows))
+    top, left = (pixels.shape[1] - rows * f) // 2, (pixels.shape[2] - columns * f) // 2
+    return F.pixel_unshuffle(pixels[None, :, top : top + rows * f, left : left + columns * f].float(), f)
 
-    def __init__(self, blocks: torch.Tensor, count: int):
-        self.title = f"{count} principal components, not quantised"
-        self.mean, self.components = principal_components(blocks, count)
-        self.f = math.isqrt(len(self.mean) // 3)
 
-    def reconstruct(self, sample: torch.Tensor) -> torch.Tensor:
-        """Projects the blocks of images on the components, as [`KMeans.reconstruct`] replaces them."""
-        height, width = sample.shape[-2:]
-        padded = F.pad(sample.float(), (0, -width % self.f, 0, -height % self.f), mode="replicate")
-        blocks = F.pixel_unshuffle(padded, self.f).movedim(1, -1)
-        decoded = (blocks - self.mean) @ self.components @ self.components.T + self.mean
-        return F.pixel_shuffle(decoded.movedim(-1, 1), self.f)[..., :height, :width]
+def nearest(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Ids of the nearest codes `(n,)` of vectors `(n, dim)`."""
+    half = codes.square().sum(1) / 2
+    return torch.cat([(half - part @ codes.T).argmin(1) for part in vectors.split(BLOCKS_AT_ONCE)])
+
+
+def components_of(blocks: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(dim,)` of blocks `(n, dim)`, and their leading principal components as columns `(dim, count)`."""
+    vectors = blocks[:: math.ceil(len(blocks) / REGRESSION_BLOCKS)]
+    components = torch.linalg.eigh((vectors - vectors.mean(0)).T.cov()).eigenvectors
+    return vectors.mean(0), components.flip(-1)[:, :count]
+
+
+def fit_kmeans(blocks: torch.Tensor, size: int) -> torch.Tensor:
+    """Codes `(size, dim)` by a few iterations of Lloyd from random blocks; a code without blocks restarts at one."""
+    if len(blocks) < size:
+        raise ValueError(f"--fit must have at least {size} blocks, as many as codes, got {len(blocks)}. Add images.")
+    generator = torch.Generator().manual_seed(0)
+    mean, components = components_of(blocks, min(SEARCH_DIM, blocks.shape[1]))
+    shortened = (blocks - mean) @ components
+    codes = blocks[torch.randperm(len(blocks), generator=generator)[:size]]
+    for _ in range(ITERATIONS):
+        ids = nearest(shortened, (codes - mean) @ components)
+        sums = torch.zeros_like(codes).index_add_(0, ids, blocks)
+        counts = torch.bincount(ids, minlength=size).unsqueeze(-1)
+        restarts = blocks[torch.randperm(len(blocks), generator=generator)[:size]]
+        codes = torch.where(counts > 0, sums / counts.clamp(min=1), restarts)
+    return codes
+
+
+def fit_baselines(grids: Sequence[torch.Tensor], codes: int, components: int) -> dict[str, Decoder]:
+    """Fits the baselines of blocks on the blocks of images, `(1, dim, h, w)` each."""
+    blocks = torch.cat([grid.flatten(2)[0].T for grid in grids])
+    codebook, dim = fit_kmeans(blocks, codes), blocks.shape[1]
+    centre = codebook.mean(0)[:, None, None]
+
+    def kmeans(grid: torch.Tensor) -> torch.Tensor:
+        ids = nearest(grid.flatten(2)[0].T - centre.flatten(), codebook - centre.flatten())
+        return codebook[ids].T.view(grid.shape)
+
+    def neighbours(coded: torch.Tensor) -> torch.Tensor:
+        return F.pad(coded - centre, (1, 1, 1, 1), mode="replicate")
+
+    products, targets = (torch.zeros(9 * dim, n, dtype=torch.float64) for n in (9 * dim, dim))
+    for grid in grids[:: math.ceil(len(blocks) / REGRESSION_BLOCKS)]:
+        coded = kmeans(grid)
+        inputs = F.unfold(neighbours(coded), 3)[0]  # (9 * dim, h * w)
+        products += inputs @ inputs.T
+        targets += inputs @ (grid - coded).flatten(2)[0].T
+    products.diagonal().add_(RIDGE * products.diagonal().mean())
+    weight = torch.linalg.solve(products, targets).T.float().reshape(dim, dim, 3, 3)
+
+    def with_decoder(grid: torch.Tensor) -> torch.Tensor:
+        coded = kmeans(grid)
+        return coded + F.conv2d(neighbours(coded), weight)
+
+    mean, leading = components_of(blocks, components)
+
+    def project(grid: torch.Tensor) -> torch.Tensor:
+        return ((grid.movedim(1, -1) - mean) @ leading @ leading.T + mean).movedim(-1, 1)
+
+    title = f"{components} principal components, not quantised"
+    return {"k-means of blocks": kmeans, "k-means with a linear 3 x 3 decoder": with_decoder, title: project}
 
 
 def save_within(image: Image.Image, codec: str, bits: float) -> bytes:
@@ -64,52 +125,48 @@ def save_within(image: Image.Image, codec: str, bits: float) -> bytes:
     return best
 
 
-def reconstruct_by_baselines(
-    image: Image.Image, bits: float, baselines: Sequence[KMeans | PrincipalComponents], device: torch.device
+def code(
+    image: Image.Image, bits: float, baselines: Mapping[str, Decoder], f: int
 ) -> Iterator[tuple[str, float | None, Image.Image]]:
     """Yields title, bits (`None` if not quantised) and reconstruction of an image by each baseline at these bits."""
-    sample = to_tensor(image, device)
-    for baseline in baselines:
-        pixels = baseline.reconstruct(sample)[0].clamp(0, 255).round().byte()
-        taken = bits if isinstance(baseline, KMeans) else None
-        yield baseline.title, taken, Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float()
+    padded = F.pad(pixels, (0, -image.width % f, 0, -image.height % f), mode="replicate")
+    for title, decode in baselines.items():
+        output = F.pixel_shuffle(decode(F.pixel_unshuffle(padded, f)), f)[0, :, : image.height, : image.width]
+        array = output.clamp(0, 255).round().byte().movedim(0, -1).numpy()
+        yield title, bits if title.startswith("k-means") else None, Image.fromarray(array)
     for codec in CODECS:
         content = save_within(image, codec, bits)
         yield codec, 8 * len(content), open_image(content)
 
 
-def measure(
-    path: Path,
-    scale: float,
-    side: int,
-    codes: int,
-    baselines: Sequence[KMeans | PrincipalComponents],
-    device: torch.device,
-) -> list[Row]:
+def measure(path: Path, scale: float, baselines: Mapping[str, Decoder], options: argparse.Namespace) -> Iterator[Row]:
     """Measures all baselines on one image at one scale."""
     image = read_image(path)
-    pixels = image.width * image.height
     target = resize_image(image, (max(1, round(scale * image.width)), max(1, round(scale * image.height))))
-    bits = math.ceil(target.width / side) * math.ceil(target.height / side) * math.log2(codes)
-    rows = []
-    for title, taken, reconstruction in reconstruct_by_baselines(target, bits, baselines, device):
+    ids = math.ceil(target.width / options.side) * math.ceil(target.height / options.side)
+    bits, device = ids * math.log2(options.codes), torch.device("cpu")
+    for title, taken, reconstruction in code(target, bits, baselines, options.side):
         values = image_metrics(to_tensor(reconstruction, device), to_tensor(target, device))
-        row: dict[str, object] = {"coded by": title, "scale": scale}
-        row["bits per pixel"] = None if taken is None else taken / pixels
-        row |= {column: values[key] for key, column in COLUMNS.items()}
-        rows.append(row | {"images of more bits": int(taken is not None and taken > bits)})
-    return rows
+        rate = None if taken is None else taken / (image.width * image.height)
+        more = int(taken is not None and taken > bits)
+        yield {
+            **{"coded by": title, "scale": scale, "bits per pixel": rate},
+            **{column: values[key] for key, column in COLUMNS.items()},
+            "images of more bits": more,
+        }
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
-    """Means of the rows of one baseline at one scale, in whose text and scale they agree."""
-    columns = ("bits per pixel", *COLUMNS.values())
-    values = {column: [row[column] for row in rows if row[column] is not None] for column in columns}
-    means = {column: round(statistics.fmean(each), 4) if each else None for column, each in values.items()}
-    more = sum(row["images of more bits"] for row in rows)
-    return {"coded by": rows[0]["coded by"], "scale": rows[0]["scale"], **means, "images of more bits": more}
+    """Means of the rows of one baseline at one scale."""
+    row = dict(rows[0])
+    for column in ("bits per pixel", *COLUMNS.values()):
+        values = [each[column] for each in rows if each[column] is not None]
+        row[column] = round(statistics.fmean(values), 4) if values else None
+    return row | {"images of more bits": sum(each["images of more bits"] for each in rows)}
 
 
+@torch.inference_mode()
 def main() -> None:
     """Reads the arguments, fits the baselines, measures and reports."""
     parser = make_parser(__doc__, rounds=1)
@@ -121,21 +178,17 @@ def main() -> None:
     parser.add_argument("--components", type=int, default=8, help="dimension of a code (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = describe_machine(options.device, options.threads)
-    device = torch.device(options.device)
-    begun = time.perf_counter()
-    images = read_fit_images([file.path for file in find_inputs(options.fit, IMAGE_SUFFIXES)], options.side, device)
-    components = PrincipalComponents(take_blocks(images, options.side), options.components)
-    baselines = [*fit_block_baselines(images, options.side, options.codes), components]
-    blocks = sum(image[0].numel() for image in images) // options.side**2
-    fit = {"images": len(images), "blocks": blocks, "codes": options.codes, "seconds": time.perf_counter() - begun}
-    tables = {"Fit": [fit]}
+    machine = describe_machine("cpu", options.threads)
+    paths = [file.path for file in find_inputs(options.fit, IMAGE_SUFFIXES)]
+    grids = [read_blocks(path, options.side, max(1, MAX_BLOCKS // len(paths))) for path in paths]
+    baselines = fit_baselines(grids, options.codes, options.components)
+    tables = {}
     for name in options.sets:
         groups: dict[tuple[str, float], list[Row]] = {}
         paths = [file.path for file in find_inputs([name], IMAGE_SUFFIXES)]
         for scale in options.scales:
             for path in tqdm(paths, desc=f"{Path(name).name}, scale {scale:g}", disable=None):
-                for row in measure(path, scale, options.side, options.codes, baselines, device):
+                for row in measure(path, scale, baselines, options):
                     groups.setdefault((row["coded by"], scale), []).append(row)
         tables[f"{Path(name).name}, {len(paths)} images"] = [mean_row(rows) for rows in groups.values()]
     report(options, machine, tables)

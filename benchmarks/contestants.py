@@ -3,8 +3,8 @@
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, VQModel
@@ -27,8 +27,15 @@ CODEBOOK = (16384, 8)
 TRACKED_CODES = 65_536  # length of the buffer of recent ids in the original's files
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Tiles(NamedTuple):
+    """Side and overlap of tiles in pixels, and `patch_nums` of the original: latents per tile side at each scale."""
+
+    side: int
+    overlap: int
+    patch_nums: tuple[int, ...]
+
+
+class Contestant(NamedTuple):
     """A model and the way it runs.
 
     Args:
@@ -37,8 +44,6 @@ class Contestant:
         checkpoint (`Path`): Weights from [`make_checkpoint`] for `OURS` and `ORIGINAL`; the others are random.
         original (`Path`, *optional*): Folder with the original's `svqvae.py`.
         device (`str`): Device of the model.
-        channels_last (`bool`): Whether weights and samples have that memory format.
-        compiled (`bool`): Whether the model is compiled.
     """
 
     name: str
@@ -46,8 +51,6 @@ class Contestant:
     checkpoint: Path
     original: Path | None
     device: str
-    channels_last: bool = False
-    compiled: bool = False
 
     @property
     def label(self) -> str:
@@ -64,23 +67,21 @@ class Contestant:
         else:
             base_channels = read_checkpoint(self.checkpoint, SVQVAE).config["base_channels"]
             model = make_diffusers_model(self.name, base_channels).eval()
-        model.requires_grad_(False).to(self.device, self.dtype)
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)
-        if self.compiled:
-            model.compile()
-        return model
+        return model.requires_grad_(False).to(self.device, self.dtype)
 
-    def sample(self, height: int, width: int) -> torch.Tensor:
-        """Draws a random image `(1, 3, height, width)` in [0, 1], the same for all contestants."""
-        sample = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return sample.to(self.device, self.dtype, memory_format=layout)
+    def sample(self, side: int) -> torch.Tensor:
+        """Draws a random image `(1, 3, side, side)` in [0, 1], the same for all contestants."""
+        sample = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        return sample.to(self.device, self.dtype)
 
-    def reconstruct(self, model: nn.Module, sample: torch.Tensor) -> torch.Tensor:
-        """Encodes, quantises and decodes without tiles, by calling the model."""
-        with torch.inference_mode():
-            return model(sample)[0] if self.name == ORIGINAL else model(sample).sample
+    @torch.inference_mode()
+    def reconstruct(self, model: nn.Module, sample: torch.Tensor, tiles: Tiles | None) -> Any:
+        """Encodes, quantises and decodes, as a whole if `tiles` is None."""
+        options = {}
+        if tiles is not None:
+            options = {"patch_nums": tiles.patch_nums, "tile_size": tiles.side, "overlap": tiles.overlap}
+        output = model(sample, **options)
+        return output[0] if self.name == ORIGINAL else output.sample
 
 
 def make_checkpoint(path: Path, base_channels: int) -> None:
@@ -109,19 +110,20 @@ def make_diffusers_model(name: str, base_channels: int) -> nn.Module:
 
 
 @functools.cache
-def count_operations(base_channels: int, height: int, width: int) -> int:
+def count_operations(base_channels: int, side: int) -> int:
     """Counts the floating-point operations of encoding and decoding an image, without the code search.
 
     Counted on diffusers' `VQModel`, which computes every convolution at its own resolution.
     """
     with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model = make_diffusers_model(VQ_MODEL, base_channels).eval()
-        model(torch.empty(1, 3, height, width))
+        model(torch.empty(1, 3, side, side))
     return counter.get_total_flops()
 
 
-def prepare_reconstruction(contestant: Contestant, height: int, width: int) -> Callable[[], torch.Tensor]:
+def prepare(contestant: Contestant, side: int, tiles: Tiles | None = None) -> Callable[[], Any]:
     """Loads and warms up a model, and returns its reconstruction of an image as a function."""
     model = contestant.load()
-    contestant.reconstruct(model, contestant.sample(LATENT_PIXELS, LATENT_PIXELS))
-    return functools.partial(contestant.reconstruct, model, contestant.sample(height, width))
+    small = LATENT_PIXELS if tiles is None else tiles.side + LATENT_PIXELS
+    contestant.reconstruct(model, contestant.sample(small), tiles)
+    return functools.partial(contestant.reconstruct, model, contestant.sample(side), tiles)

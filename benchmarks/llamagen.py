@@ -1,15 +1,12 @@
 """LlamaGen's sampling loop and this package's pipeline: `python benchmarks/llamagen.py --original LLAMAGEN`.
 
 Both sample the ids of images from a model of LlamaGen-B's size with random weights; LLAMAGEN is a checkout of
-FoundationVision/LlamaGen, whose code runs unchanged. Decoding the ids to images is not included. The second table
-tells how the time per id of the pipeline grows from the first row of ids to the last one, and how that of its
-attention layers does.
+FoundationVision/LlamaGen, whose code runs unchanged. Decoding the ids to images is not included.
 """
 
 import argparse
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +27,7 @@ CODES, NUM_CLASSES = 16384, 1000
 
 def prepare(name: str, batch: int, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
     """Returns a run of a contestant as a function, whose result is the ids."""
-    labels = torch.arange(batch) % NUM_CLASSES
+    labels = torch.arange(batch, device=options.device) % NUM_CLASSES
     if name == OURS:
         pipeline = make_pipeline(options)
         return lambda: pipeline(labels, **call_of(options)).images.flatten(1)
@@ -47,7 +44,7 @@ def prepare(name: str, batch: int, options: argparse.Namespace) -> Callable[[], 
         )
     )
     torch.nn.init.normal_(model.output.weight, std=0.02)  # zero at first
-    model.to(getattr(torch, options.dtype)).eval()
+    model.to(options.device, getattr(torch, options.dtype)).eval()
     call = {"cfg_scale": options.guidance_scale, "top_k": options.top_k}
     return lambda: sampling.generate(model, labels, options.side**2, **call)
 
@@ -65,7 +62,7 @@ def make_pipeline(options: argparse.Namespace) -> SVQVAEAutoregressivePipeline:
     )
     model = LlamaGenForCausalLM(config).to(getattr(torch, options.dtype)).eval()
     vqvae = SVQVAE(codebook_size=CODES, base_channels=32)  # decodes nothing here
-    pipeline = SVQVAEAutoregressivePipeline.from_llamagen(vqvae, model)
+    pipeline = SVQVAEAutoregressivePipeline.from_llamagen(vqvae, model).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -73,45 +70,6 @@ def make_pipeline(options: argparse.Namespace) -> SVQVAEAutoregressivePipeline:
 def call_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline besides the labels."""
     return {"guidance_scale": options.guidance_scale, "top_k": options.top_k, "output_type": "latent"}
-
-
-def measure_growth(batch: int, options: argparse.Namespace) -> list[Row]:
-    """Time per id in the second and in the last row, and of this in attention layers."""
-    pipeline = make_pipeline(options)
-    attention_seconds = [0.0]
-    for layer in pipeline.language_model.model.layers:
-        layer.self_attn.forward = _timed(layer.self_attn.forward, attention_seconds)
-    rows: dict[int, list[tuple[float, float]]] = {1: [], options.side - 1: []}  # the first row has the class as well
-    ends: list[tuple[float, float]] = []
-
-    def end_row(*_: Any) -> None:
-        ends.append((time.perf_counter(), attention_seconds[0]))
-
-    for _ in range(options.rounds):
-        ends.clear()
-        pipeline(torch.arange(batch), **call_of(options), callback_on_step_end=end_row)
-        for row, found in rows.items():
-            (begun, before), (ended, after) = ends[row - 1 : row + 1]
-            found.append((ended - begun, after - before))
-    return [
-        {
-            "row of ids": row + 1,
-            "batch": batch,
-            "milliseconds per id": 1e3 * statistics.median(each for each, _ in found) / options.side,
-            "in attention layers": 1e3 * statistics.median(each for _, each in found) / options.side,
-        }
-        for row, found in rows.items()
-    ]
-
-
-def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds[0] += time.perf_counter() - begun
-        return result
-
-    return timed
 
 
 def main() -> None:
@@ -127,13 +85,10 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=2000, help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     options = parser.parse_args()
-    if options.device != "cpu":
-        parser.error("--device must be cpu")
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
     names = [ORIGINAL, OURS] if options.original else [OURS]
     sampling: list[Row] = []
-    growth: list[Row] = []
     for batch in options.batches:
         runs = {name: prepare(name, batch, options) for name in names}
         seconds = take_turns(runs, options.rounds, options.device)
@@ -151,8 +106,7 @@ def main() -> None:
                     "all seconds": seconds[name],
                 }
             )
-        growth += measure_growth(batch, options)
-    report(options, machine, {"Sampling": sampling, "Growth": growth})
+    report(options, machine, {"Sampling": sampling})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,17 @@
 """Quality and cost of tiles: `python benchmarks/tiles.py IMAGES [--model MODEL]`.
 
-The first table has means over the images: PSNR as a whole and by tiles, agreement between the two, the fraction of
+Means over the images: PSNR as a whole and by tiles, agreement between the two, the fraction of
 equal ids, and the squared error along tile borders and along the image border, relative to the error elsewhere. Pixels
 along a tile border may be hard to reconstruct anyway. Two rows therefore measure the same pixels without a border: in
-the whole image, and with the grid moved by half a tile. Two more rows compare ids and results of the two grids. The
-second table has time and memory for the first image, as a whole and by tiles, each in a process of its own.
+the whole image, and with the grid moved by half a tile. Two more rows compare ids and results of the two grids.
 """
 
-import argparse
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from measuring import Cost, Row, describe_machine, in_own_process, make_parser, median_cost, report
+from measuring import Row, describe_machine, make_parser, report
 from tqdm import tqdm
 
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
@@ -123,23 +119,6 @@ def measure(model: SVQVAE, image: torch.Tensor, with_whole: bool) -> dict[str, f
     return figures | (measurement.compare_with_whole() if with_whole else {})
 
 
-def load(options: argparse.Namespace) -> tuple[SVQVAE, SVQVAEImageProcessor]:
-    """Loads the model, with tiling configured, and the processor."""
-    model = SVQVAE.from_pretrained(options.model, pixel_range=(0, 1)).eval().to(options.device)
-    model.enable_tiling(options.tile_size, options.overlap)
-    return model, SVQVAEImageProcessor(pixel_range=(0, 1))
-
-
-def prepare(path: Path, tiled: bool, options: argparse.Namespace) -> Callable[[], object]:
-    """Loads and warms up the model, and returns the reconstruction of an image as a function."""
-    model, processor = load(options)
-    if not tiled:
-        model.disable_tiling()
-    run = torch.inference_mode()(functools.partial(reconstruct, model))
-    run(torch.rand(1, 3, model.f, model.f, device=options.device))
-    return functools.partial(run, processor(path)["pixel_values"].to(options.device))
-
-
 def main() -> None:
     """Reads the arguments, runs the benchmark and reports."""
     parser = make_parser(__doc__, rounds=1)
@@ -154,7 +133,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
     paths = [file.path for file in find_inputs([str(options.images)], IMAGE_SUFFIXES)]
-    model, processor = load(options)
+    model = SVQVAE.from_pretrained(options.model, pixel_range=(0, 1)).eval().to(options.device)
+    model.enable_tiling(options.tile_size, options.overlap)
+    processor = SVQVAEImageProcessor(pixel_range=(0, 1))
     figures_per_image = [
         measure(model, processor(path)["pixel_values"].to(options.device), not options.tiled_only)
         for path in tqdm(paths)
@@ -163,17 +144,7 @@ def main() -> None:
         {"figure": name, "mean": np.mean(values).item(), "images": values}
         for name, values in ((name, [figures[name] for figures in figures_per_image]) for name in figures_per_image[0])
     ]
-    methods = {"tiles": True} if options.tiled_only else {"whole": False, "tiles": True}
-    costs: dict[str, list[Cost]] = {name: [] for name in methods}
-    for _ in range(options.rounds):
-        for name, tiled in methods.items():
-            costs[name].append(in_own_process(options.device, options.threads, prepare, paths[0], tiled, options))
-    cost_rows: list[Row] = []
-    for name, measured in costs.items():
-        cost = median_cost(measured)
-        cost_rows.append({"method": name, "seconds": cost.seconds, "peak memory, MiB": cost.peak_mib})
-    tables = {f"Means over {len(paths)} images": quality, f"Cost of {paths[0].name}": cost_rows}
-    report(options, machine, tables)
+    report(options, machine, {f"Means over {len(paths)} images": quality})
 
 
 if __name__ == "__main__":

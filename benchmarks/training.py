@@ -1,22 +1,18 @@
-"""Speed of a training step: `python benchmarks/training.py [--threads N] [--output FILE]`.
+"""Speed of a training step: `python benchmarks/training.py`.
 
 Times a step of training/train.py (two scales, mean squared error, codebook losses, AdamW), with the same model and
-crops for each recipe, and then in bfloat16 with crops of other numbers and sides. The steps take turns, so that the
-load of the machine affects all alike. The plain recipe is eager float32 in PyTorch's default memory format. Prints
-tables; `--output` also writes all times as JSON.
+crops for each recipe, and then in bfloat16 with crops of other numbers and sides. The plain recipe is eager float32 in
+PyTorch's default memory format.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from measuring import Row, describe_machine, make_parser, report, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
@@ -35,30 +31,20 @@ RECIPES = {
     "bfloat16": {"bfloat16": True},
     "bfloat16, channels_last": {"bfloat16": True, "channels_last": True},
 }
-
 CROPS = ((4, 64), (8, 64), (32, 64), (2, 128), (8, 128), (1, 256), (2, 256))  # crops per step, side in pixels
 
 
 def make_step(
-    model_config: str,
-    sample: torch.Tensor,
-    bfloat16: bool = False,
-    channels_last: bool = False,
+    config: str, device: str, count: int, side: int, bfloat16: bool = False, channels_last: bool = False
 ) -> Callable[[], None]:
     """Makes a model for a recipe, and returns its training step as a function."""
-    options = TrainOptions(
-        output_dir="out",
-        train_data_dir="none",
-        model_config_name_or_path=model_config,
-        resolution=sample.shape[-1],
-    )
+    options = TrainOptions(output_dir="out", train_data_dir="none", model_config_name_or_path=config, resolution=side)
     torch.manual_seed(0)
-    vqvae = load_model(options).to(sample.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    vqvae.to(memory_format=layout)
+    vqvae = load_model(options).to(device, memory_format=layout)
     objective = Objective(options, vqvae)
     optimizer, _ = make_optimizer(vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM)
-    sample = sample.contiguous(memory_format=layout)
+    sample = torch.rand(count, 3, side, side).to(device, memory_format=layout)
 
     def step() -> None:
         with torch.autocast(sample.device.type, torch.bfloat16) if bfloat16 else nullcontext():
@@ -68,64 +54,47 @@ def make_step(
         torch.nn.utils.clip_grad_norm_(vqvae.parameters(), options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if sample.device.type == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
 
-def time_steps(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round."""
-    for _ in range(2):  # compiles and warms up
+def time_steps(steps: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each step."""
+    for _ in range(2):  # warms up
         for step in steps.values():
             step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return {name: statistics.median(seconds) for name, seconds in take_turns(steps, rounds, device).items()}
 
 
 def main() -> None:
-    """Reads the arguments, times the steps and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_config", default=str(ROOT / "training" / "runs" / "default_config.json"))
-    parser.add_argument("--batch_size", type=int, default=1, help="crops per step")
-    parser.add_argument("--side", type=int, default=256, help="side of a crop in pixels")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps per recipe")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    """Reads the arguments, times the steps and reports."""
+    parser = make_parser(__doc__, rounds=9)
+    parser.add_argument("--model-config", default=str(ROOT / "training" / "runs" / "default_config.json"))
+    parser.add_argument("--side", type=int, default=256, help="side of a recipe's crop in pixels (default: 256)")
+    parser.add_argument("--crops", type=int, help="only the first N of the other numbers and sides of crops")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sample = torch.rand(options.batch_size, 3, options.side, options.side, device=options.device)
-    steps = {name: make_step(options.model_config, sample, **recipe) for name, recipe in RECIPES.items()}
-    seconds = time_steps(steps, options.rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    machine = describe_machine(options.device, options.threads)
+    model = (options.model_config, options.device)
+    medians = time_steps(
+        {name: make_step(*model, 1, options.side, **recipe) for name, recipe in RECIPES.items()},
+        *(options.rounds, options.device),
+    )
     plain = next(iter(medians.values()))
-    crops = f"{options.batch_size} x {options.side}² pixels"
-    print(f"{crops}, {options.device}, {options.threads} threads, torch {torch.__version__}\n")
-    print("| recipe | seconds per step | times as fast as plain |\n|---|---|---|")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.3f} | {plain / median:.2f} |")
-
-    by_crops = {
-        f"{count} x {side}²": make_step(
-            options.model_config, torch.rand(count, 3, side, side, device=options.device), bfloat16=True
-        )
-        for count, side in CROPS
-    }
-    crop_seconds = time_steps(by_crops, options.rounds)
-    print("\n| crops per step, bfloat16 | seconds per step | seconds per megapixel |\n|---|---|---|")
-    for (count, side), (name, values) in zip(CROPS, crop_seconds.items(), strict=True):
-        median = statistics.median(values)
-        print(f"| {name} | {median:.3f} | {median * 1e6 / (count * side**2):.2f} |")
-    if options.output:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-        content = vars(options) | machine | {"seconds": seconds | crop_seconds, "output": str(options.output)}
-        options.output.write_text(json.dumps(content, indent=2) + "\n")
+    recipes: list[Row] = [
+        {"recipe": name, "seconds per step": seconds, "times as fast as plain": plain / seconds}
+        for name, seconds in medians.items()
+    ]
+    steps = {each: make_step(*model, *each, bfloat16=True) for each in CROPS[: options.crops]}
+    crops: list[Row] = [
+        {
+            "crops per step, bfloat16": f"{count} x {side}²",
+            "seconds per step": seconds,
+            "seconds per megapixel": seconds * 1e6 / (count * side**2),
+        }
+        for (count, side), seconds in time_steps(steps, options.rounds, options.device).items()
+    ]
+    report(options, machine, {f"One crop of {options.side} x {options.side}": recipes, "Crops": crops})
 
 
 if __name__ == "__main__":

@@ -81,17 +81,15 @@ def inputs(tmp_path, photo) -> Path:
 
 SMALL_TILES = "--tile-size 32 --overlap 8"
 COMMANDS = [  # options that shrink the work
-    "speed --original svqvae --base-channels 32 --sides 32 --dtypes float32",
-    "speed --layers --original svqvae --base-channels 32 --sides 32",
-    f"tiled --original svqvae --base-channels 32 --side 48 --patch-nums 2 4 --dtypes float32 {SMALL_TILES}",
+    "speed --original svqvae --base-channels 32 --sides 32 --tiled-side 48 --dtypes float32 --patch-nums 2 4"
+    f" {SMALL_TILES}",
     "growth --whole 64x64 --tiles 96x64 --files 96x64 --tile-size 64 --overlap 8",
     "search --latents 1024 --codes 512",
     f"tiles photos {SMALL_TILES}",
-    "token_sets speed photos --count 2 --sides 16 --workers 0",
-    "image_sets --files 40 --folders 4",
+    "token_sets photos --count 2 --sides 16 --workers 0",
     "baselines photos --fit photos --scales 1 0.5 --side 4 --codes 64",
-    "next_scale --side 4 --steps 3 --batch 2 --hidden-size 64 --layers 1",
-    "generation --sides 4 --batch 2 --hidden-size 64 --layers 1 --guidance-scale 2",
+    "training --side 64 --crops 1",
+    "llamagen --side 4 --batches 2 --hidden-size 64 --layers 1 --heads 2",
 ]
 
 

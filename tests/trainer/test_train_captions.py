@@ -123,7 +123,6 @@ def expected_ids(parts: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_captioned_images_learned_by_heart_come_back(options, parts):
-    """docs/generation.md has a longer run, of 64 images."""
     learn = {"max_train_steps": 120, "learning_rate": 5e-3, "train_batch_size": 8, "label_dropout": 0.0}
     train(**(options | learn | {"logging_steps": 50}))
     ids = load(Path(options["output_dir"]))(prompt=CAPTIONS, **GREEDY).images

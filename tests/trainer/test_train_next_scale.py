@@ -112,7 +112,6 @@ def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path)
 
 @pytest.mark.slow
 def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
-    """docs/next_scale.md has a longer run, of 64 photographs."""
     options |= {"token_set": str(parts / "image"), "max_train_steps": 200, "learning_rate": 5e-3}
     options |= {"train_batch_size": IMAGES, "label_dropout": 0.0}
     train(**(options | {"num_validation_images": 0, "logging_steps": 50, "schedule_share": 0.5}))
