@@ -25,8 +25,8 @@ NOT_OPTIONS = {"command", "device", "inputs", "output", "overwrite", "parser", "
 class Run(Generic[Item]):
     """A run of a command over inputs, which resumes an earlier run with the same options.
 
-    The options are recorded in the output folder. Its files are kept if they are from such a run and not older than
-    their input. With `--overwrite` all are made again.
+    The options are recorded in the output folder. Its files are kept if they are from such a run, whole and not older
+    than their input. With `--overwrite` all are made again.
 
     Args:
         args (`argparse.Namespace`): Parsed command line.
@@ -47,9 +47,9 @@ class Run(Generic[Item]):
         self.pending = 0  # files of the input in work
         check_output(self.output)
         self._check_clashes()
+        self._check_earlier()
         self.left = [item for item in targets if self.overwrite or not self._is_done(item)]
         self.done = len(targets) - len(self.left)
-        self._check_earlier()
 
     def _check_clashes(self) -> None:
         sources = {item.path.resolve() for item in self.targets if isinstance(item, InputFile)}
@@ -67,7 +67,7 @@ class Run(Generic[Item]):
 
     def _is_done(self, item: Item) -> bool:
         paths = self.targets[item]
-        if not paths or not all(path.exists() for path in paths):
+        if not paths or not all(path.exists() and _is_whole(path) for path in paths):
             return False
         made = min(path.stat().st_mtime_ns for path in paths)
         return not isinstance(item, InputFile) or item.path.stat().st_mtime_ns <= made
@@ -168,6 +168,25 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Path) or (name == "model" and value and os.path.isdir(value)):
         return os.path.abspath(value)
     return value
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an output file is not damaged or cut, as far as this can be told without decoding it."""
+    from svqvae_hf.files.outputs import is_whole
+
+    try:
+        if path.suffix == ".svqz":
+            from svqvae_hf.tokens.token_files import load_compressed
+
+            load_compressed(path)
+        elif path.suffix == ".tif":
+            from svqvae_hf.large.tiff_reader import open_large_image
+
+            with open_large_image(path) as image:
+                image.read(slice(image.height - 1, image.height), slice(image.width - 1, image.width))
+        return is_whole(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _name(item: Any) -> str:

@@ -1,8 +1,10 @@
 """Crops of images that become rows of a token set, and reading them."""
 
 import itertools
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -103,7 +105,7 @@ def read_crops(
         num_workers=num_workers,
         collate_fn=list,  # by default, the loader would make tensors of all arrays
         generator=torch.Generator(),  # otherwise the loader draws from the global one
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_start_worker,
     )
     return itertools.chain.from_iterable(tasks)
 
@@ -129,10 +131,17 @@ class _CropReader(Dataset):
         return CroppedImage(key, values, np.stack(pixels).transpose(0, 3, 1, 2))
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ignores Ctrl-C, which reaches every process of a terminal at once, and ends without an error at SIGTERM.
+def _start_worker(worker: int) -> None:
+    """Ignores Ctrl-C, which reaches all processes of a terminal, and ends at SIGTERM or with the parent.
 
-    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end.
+    The parent sends SIGTERM to workers that it could not shut down. If the parent is killed, a worker whose results
+    nobody reads would wait forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)

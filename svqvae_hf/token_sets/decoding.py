@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from svqvae_hf.files.outputs import save_png, scale_endings
+from svqvae_hf.files.outputs import is_whole, save_png, scale_endings
 from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
@@ -27,7 +27,7 @@ def detokenize_set(
 ) -> tuple[int, int]:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
 
-    A row whose images all exist is skipped, so an interrupted run can be resumed.
+    A row whose images all exist and are whole is skipped, so an interrupted run can be resumed.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
@@ -60,7 +60,7 @@ def detokenize_set(
     for index, row in tqdm(rows, unit="image", disable=None):
         tokens = row_tokens(row, settings, context_model)
         paths = [Path(output, f"{index:08}{ending}") for ending in scale_endings(tokens.scales)]
-        if not overwrite and all(path.exists() for path in paths):
+        if not overwrite and all(path.exists() and is_whole(path) for path in paths):
             kept += len(paths)
             continue
         fit_in_memory(model, tokens.height, tokens.width, tokens.scales, settings.tile_size, settings.overlap)

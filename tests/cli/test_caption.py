@@ -19,6 +19,9 @@ def test_a_text_for_each_image_in_the_folders_of_the_images(two_images, tmp_path
         assert f"{name}: {text}\n" in printed
     assert svqvae("caption", two_images, "--output", out, *options) == 1
     assert "resumed: 2 of 3 were there" in capsys.readouterr().out
+    (out / "b.txt").write_text("cut")
+    assert svqvae("caption", two_images, "--output", out, *options) == 1
+    assert "resumed: 1 of 3 were there" in capsys.readouterr().out
 
 
 def test_generate_draws_with_a_language_model(tmp_path, capsys):

@@ -3,8 +3,6 @@ from cli_runner import fails, svqvae, visible
 from conftest import make_tiny
 from context_models import make_context_model
 
-from svqvae_hf.tokens.token_files import load_tokens
-
 pytestmark = pytest.mark.usefixtures("few_windows", "process")
 SCALES = ["--scales", "1", "0.5"]
 
@@ -37,13 +35,6 @@ def test_compressed_files_decode_without_an_option(two_images, tmp_path, model, 
         assert compressed.stat().st_size < plain.stat().st_size
 
 
-def test_the_largest_scale_whose_compressed_file_fits(two_images, tmp_path, model, tokens):
-    argv = [two_images / "a.png", "--output", tmp_path / "fits", *SCALES, *model, "--compress"]
-    assert svqvae("encode", *argv, "--max-bits", 8 * (tokens / "a.svqz").stat().st_size) == 0
-    context_model = make_context_model(make_tiny().codebook_fingerprint())
-    assert load_tokens(tmp_path / "fits" / "a.svqz", context_model).scales == (1.0,)
-
-
 def test_a_file_that_is_cut_is_skipped_or_shown_as_a_preview(tmp_path, model, tokens, capsys):
     (tokens / "a.svqz").write_bytes((tokens / "a.svqz").read_bytes()[:-9])
     capsys.readouterr()
@@ -52,6 +43,15 @@ def test_a_file_that_is_cut_is_skipped_or_shown_as_a_preview(tmp_path, model, to
     assert visible(tmp_path / "whole") == ["b_x0.5.png", "b_x1.png"]
     assert svqvae("decode", tokens, "--output", tmp_path / "previews", "--preview", *model) == 0
     assert visible(tmp_path / "previews") == ["a_x0.5.png", "b_x0.5.png", "b_x1.png"]
+
+
+def test_a_file_that_is_damaged_is_made_again(two_images, tmp_path, model, tokens, capsys):
+    whole = (tokens / "a.svqz").read_bytes()
+    for damaged in (whole[:-9], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]):
+        (tokens / "a.svqz").write_bytes(damaged)
+        assert svqvae("encode", two_images, "--output", tokens, *SCALES, "--compress", *model) == 0
+        assert "resumed: 1 of 2 were there" in capsys.readouterr().out
+        assert (tokens / "a.svqz").read_bytes() == whole
 
 
 def test_other_context_models_are_refused(two_images, tmp_path, model, tokens, capsys):

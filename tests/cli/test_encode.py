@@ -148,14 +148,9 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
     assert names(two_images) == ["a.png", "b.jpg", "notes.txt"]
 
 
-def test_target_chooses_the_scale_of_each_image(two_images, tmp_path, out, saved_model, capsys):
+def test_full_size_is_the_size_of_the_image(two_images, tmp_path, out, saved_model):
     model = ["--model", saved_model]
-    scales = ["--scales", "1", "0.25", "0.5", *model]
-    assert svqvae("encode", two_images, "--output", out, "--max-bits", 8 * 520, *scales) == 0
-    files = [load_tokens(out / f"{name}.safetensors") for name in "ab"]
-    assert [file.scales for file in files] == [(0.5,), (1.0,)]  # 654 and 504 bytes at scale 1
-    printed = capsys.readouterr().out
-    assert "images by scale: 0.5: 1, 1: 1\nimages that miss the target at every scale: 0\n" in printed
+    assert svqvae("encode", two_images, "--output", out, "--scales", "0.5", *model) == 0
     assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0
     with Image.open(tmp_path / "made" / "a_x0.5_full_size.png") as image:
         assert image.size == (57, 35)

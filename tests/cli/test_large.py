@@ -34,6 +34,11 @@ def test_to_tokens_and_back(options, name, tiff, tmp_path, capsys):
     in_memory.enable_tiling(32, 8)
     (expected,) = decode_image(in_memory, encode_image(in_memory, Image.open(tiff), [1.0]))
     assert np.array_equal(tifffile.imread(out / "photo_x1.tif"), expected)
+    (out / "photo_x1.tif").write_bytes((out / "photo_x1.tif").read_bytes()[:-1])
+    assert svqvae("decode", out / name, "--large", "--output", out, *model) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert svqvae("decode", out / name, "--large", "--output", out, *model) == 0
+    assert "resumed: 1 of 1" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(saved_model, tiff, tmp_path, capsys):
