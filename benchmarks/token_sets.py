@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from svqvae_cli.files import IMAGE_SUFFIXES, find_inputs
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
 from svqvae_hf.token_sets.writer import tokenize_set
 
 

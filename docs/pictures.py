@@ -15,7 +15,7 @@ from svqvae_hf.demo.previews import draw_codes
 from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.language.image_language_model import ImageLanguageModel
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
 from svqvae_hf.models.tiling import Core, gather_context, map_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 

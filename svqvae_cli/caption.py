@@ -37,7 +37,7 @@ def _caption(args: argparse.Namespace, work: Run) -> None:
     from svqvae_cli.loading import load_pretrained
     from svqvae_hf.files.outputs import write_file
     from svqvae_hf.language.image_language_model import ImageLanguageModel
-    from svqvae_hf.models.image_processing_svqvae import load_image
+    from svqvae_hf.models.image_files import load_image
 
     model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
     caption = partial(model.caption, prompt=args.prompt, max_new_tokens=args.max_tokens)

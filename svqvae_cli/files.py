@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# As in `svqvae_hf.models.image_processing_svqvae`, in the same order.
+# As in `svqvae_hf.models.image_files`, in the same order.
 IMAGE_SUFFIXES = tuple(".bmp .gif .jpg .jpeg .png .ppm .pgm .pnm .tif .tiff .webp .avif".split())
 TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
 ARCHIVES = (".zip", ".rar", ".7z")

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         check_source(args.path)
     from svqvae_hf import SVQVAE
     from svqvae_hf.loaders.checkpoints import read_checkpoint
-    from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+    from svqvae_hf.models.image_files import IMAGE_SUFFIXES
     from svqvae_hf.token_sets.parts import OPTIONS_FILE
     from svqvae_hf.token_sets.settings import SETTINGS_FILE
     from svqvae_hf.tokens.token_files import is_compressed, is_token_file
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    from svqvae_hf.models.image_processing_svqvae import grid_shape
+    from svqvae_hf.models.resizing import grid_shape
     from svqvae_hf.tokens.token_files import is_compressed, load_compressed, load_tokens
 
     if is_compressed(path):

@@ -21,8 +21,8 @@ from svqvae_cli.errors import prefix_errors, require_extra
 from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import from_hub, hub_reason
-from svqvae_hf.models.context_model import ContextModel
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
+from svqvae_hf.tokens.context_model import ContextModel, find_context_model
 from svqvae_hf.tokens.image_tokens import fit_in_memory
 from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -73,12 +73,13 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
 
 def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
     """Context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`."""
-    if model.context_model is None:
+    found = find_context_model(source or DEFAULT_MODEL, model.codebook_fingerprint())
+    if found is None:
         raise ValueError(
             "the model must have a context model for its codebook, `context_model.safetensors`, but "
             f"`{source or DEFAULT_MODEL}` has none. Train one with training/train_context.py."
         )
-    return model.context_model
+    return found
 
 
 @contextmanager

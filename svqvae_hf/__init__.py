@@ -3,22 +3,28 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import diffusers
-from diffusers.models.modeling_utils import ModelMixin
+# diffusers looks for the base class of a pipeline's component among the names of the component's package.
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from transformers import AutoImageProcessor, AutoProcessor, PreTrainedModel
-from transformers.image_processing_utils import ImageProcessingMixin
+from transformers import AutoImageProcessor, AutoProcessor
+from transformers import PreTrainedModel as PreTrainedModel
+from transformers.image_processing_utils import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.files.inputs import DEFAULT_GENERATOR, DEFAULT_MODEL
 from svqvae_hf.language.image_vocabulary import ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
+from svqvae_hf.loaders.pretrained_models import (
+    SVQVAE,
+    LlamaGenForCausalLM,
+    NextScaleTransformer,
+    SVQVAEImageProcessor,
+)
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
-from svqvae_hf.models.context_model import ContextModel
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image
-from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
-from svqvae_hf.models.modeling_next_scale import NextScaleTransformer, NextScaleTransformerOutput
-from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEDecoderOutput, SVQVAEEncoderOutput, SVQVAEOutput
+from svqvae_hf.models.image_files import load_image
+from svqvae_hf.models.modeling_next_scale import NextScaleTransformerOutput
+from svqvae_hf.models.modeling_svqvae import SVQVAEDecoderOutput, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens, load_tokens, save_tokens
 
@@ -32,12 +38,9 @@ __all__ = [
     "DEFAULT_MODEL",
     "SVQVAE",
     "ContextModel",
-    "ImageProcessingMixin",
     "ImageTokens",
     "LlamaGenConfig",
     "LlamaGenForCausalLM",
-    "ModelMixin",
-    "PreTrainedModel",
     "NextScaleTransformer",
     "NextScaleTransformerOutput",
     "SVQVAEAutoregressivePipeline",
@@ -68,23 +71,13 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(PIPELINES[name]), name)
 
 
-class _Diffusers(type(diffusers)):  # type: ignore[misc]
-    def __getattr__(self, name: str) -> Any:
-        return __getattr__(name) if name in PIPELINES else super().__getattr__(name)
-
-
 # A pipeline that holds an SVQVAE stores `["svqvae_hf", "SVQVAE"]`. diffusers loads it, by folder or by Hub id, if this
-# package is in its table and has the base class in its namespace; the same goes for the other classes.
+# package is in its table.
 LOADABLE_CLASSES["svqvae_hf"] = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "ImageProcessingMixin": ["save_pretrained", "from_pretrained"],
     "PreTrainedModel": ["save_pretrained", "from_pretrained"],
 }
-
-# `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look for classes among the names of diffusers.
-diffusers.SVQVAE = SVQVAE
-diffusers.NextScaleTransformer = NextScaleTransformer
-diffusers.__class__ = _Diffusers
 
 # `AutoProcessor` and `AutoImageProcessor` look for the class that a folder names among the registered ones. The key is
 # what the configs of the language models have in common.

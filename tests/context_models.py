@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from svqvae_hf.models.context_model import COARSE, NEIGHBOURS, ContextModel
+from svqvae_hf.tokens.context_model import COARSE, NEIGHBOURS, ContextModel
 
 FINGERPRINT = "0123456789abcdef" * 4
 

@@ -5,6 +5,7 @@ The tokenizer and the pipelines are saved and loaded again before.
 python standalone_process.py REPOSITORIES OUTPUT
 """
 
+import copy
 import importlib.util
 import json
 import sys
@@ -25,17 +26,30 @@ def tokens_and_pixels(vqvae, processor) -> dict[str, torch.Tensor]:
     image = Image.linear_gradient("L").resize((75, 43)).rotate(30).convert("RGB")
     batch = processor([image, image.transpose(Image.Transpose.ROTATE_180)])
     with torch.no_grad():
-        ids = vqvae.encode_tokens(batch["pixel_values"], scales=[1, 0.5])
+        ids = vqvae.encode_tokens(batch["pixel_values"], scales=[1, 0.5, 2])
         vqvae.enable_tiling(32)
         tiled_ids = vqvae.encode_tokens(batch["pixel_values"])
         sample = vqvae.decode(tiled_ids).sample
         vqvae.disable_tiling()
+        vqvae.enable_slicing()
+        sliced = vqvae.decode_tokens(ids[1])
+        vqvae.disable_slicing()
+        forward = vqvae(batch["pixel_values"], scales=[1, 0.5], tile_size=32)
+        half = copy.deepcopy(vqvae).to(torch.bfloat16)
+        half_ids = half.encode_tokens(batch["pixel_values"].to(torch.bfloat16))
         latents = vqvae.encode(batch["pixel_values"]).latents
         pixels = processor.postprocess(vqvae.decode_tokens(ids[0]), batch["image_sizes"], output_type="pt")
     return {
         "latents": latents,
         "ids": ids[0],
-        "half ids": ids[1],
+        "ids at 0.5": ids[1],
+        "ids at 2": ids[2],
+        "sliced": sliced,
+        "forward": forward.sample[0],
+        "forward at 0.5": forward.sample[1],
+        "losses": torch.stack([*forward.losses[0]]),
+        "ids in half precision": half_ids,
+        "sample in half precision": half.decode_tokens(half_ids),
         "tiled ids": tiled_ids,
         "tiled sample": sample,
         "decoded latents": vqvae.decode(latents).sample.detach(),

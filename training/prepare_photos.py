@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 SQUARE = 512  # pixels

@@ -19,7 +19,7 @@ from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.losses.objective import Objective, Pair
-from svqvae_hf.trainer.model import load_model, step_scales, whiten_latents
+from svqvae_hf.trainer.model import load_model, save_model, step_scales, whiten_latents
 from svqvae_hf.trainer.optimization import clip_and_step, loss_scale, make_optimizer, rescale_gradients
 from svqvae_hf.trainer.run import Run, run_script
 from svqvae_hf.trainer.tracking import ScaleStatistics, log_images, progress, rows_of_images
@@ -122,8 +122,8 @@ def train(run: Run[TrainOptions]) -> None:
 
     validation = validate(run, model, objective, validation_batches, options.max_train_steps)
     vqvae.load_state_dict(run.final_weights(model))
-    if accelerator.is_main_process:  # with the context model, where the codes have not moved
-        run.publish(vqvae.save_pretrained, make_card(run, vqvae, validation_batches, validation))
+    if accelerator.is_main_process:
+        run.publish(partial(save_model, options, vqvae), make_card(run, vqvae, validation_batches, validation))
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:

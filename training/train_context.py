@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf import SVQVAE
-from svqvae_hf.models.context_model import (
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.token_sets.shards import load_rows
+from svqvae_hf.tokens.context_model import (
     COARSE,
     LIMIT,
     LOGIT_SHIFT,
@@ -29,8 +31,6 @@ from svqvae_hf.models.context_model import (
     context,
     pad_ids,
 )
-from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.trainer.scripts import one_line_errors, script_parser
 
 NAT = STEPS_PER_NAT << LOGIT_SHIFT  # one nat in integer logits

@@ -11,9 +11,7 @@ from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, read_llamagen
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
-from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
-from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
-from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, NextScaleTransformer
 from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, default_schedule

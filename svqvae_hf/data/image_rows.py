@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import fsspec
 from PIL import Image
 
-from svqvae_hf.models.image_processing_svqvae import load_image, to_rgb
+from svqvae_hf.models.image_files import load_image, to_rgb
 
 LABEL_COLUMNS = ("label", "caption", "text", "cls", "txt", "json")  # kept wherever a set has them
 

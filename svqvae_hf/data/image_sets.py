@@ -20,8 +20,7 @@ from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns
 from svqvae_hf.data.tar_files import TAR_SUFFIXES, TarPart, open_tars
 from svqvae_hf.files.errors import explained
 from svqvae_hf.files.inputs import expand_braces, walk_files
-from svqvae_hf.hub.repositories import UNREACHABLE, hub_answers
-from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 
 SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
@@ -147,8 +146,6 @@ def open_images(
         urls = list(dict.fromkeys(url for _, files in found for url in files))
         images = _open_found(found[0][0] if len(found) == 1 else None, urls, selection)
     elif len(data) == 1 and (data_files or is_hub_set(data[0])):
-        if not Path(data[0]).exists():
-            _check_hub(data[0])
         images = _open_builder(data[0], selection, data_files)
     elif len(data) == 1 and Path(data[0]).is_dir():
         images = _open_folder(data[0], selection)
@@ -408,12 +405,6 @@ def _kind_of_all(files: Sequence[str]) -> str:
             "Choose some by a pattern such as `photos/*.jpg`."
         )
     return kinds.pop()
-
-
-def _check_hub(name: str) -> None:
-    """Raises at once if the Hub does not answer, where `datasets` would try for half a minute."""
-    if not datasets.config.HF_HUB_OFFLINE and not hub_answers():
-        raise OSError(f"there is no file or folder `{name}`, and as a set on the Hub: {UNREACHABLE}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import fsspec
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns, fault_of, unreadable
 from svqvae_hf.files.errors import explained
 from svqvae_hf.files.inputs import readable
-from svqvae_hf.models.image_processing_svqvae import IMAGE_SUFFIXES
+from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 from svqvae_hf.untrusted.tars import StrictTarInfo, check_end, read_member
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")

@@ -13,10 +13,9 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from svqvae_hf.demo.previews import ScalePreview, preview_scales
-from svqvae_hf.models.image_processing_svqvae import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image
+from svqvae_hf.models.image_files import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image, opened_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.image_tokens import encode_image, fit_in_memory, is_out_of_memory
-from svqvae_hf.untrusted.images import opened_image
 
 STATIC = Path(__file__).parent / "static"
 EXAMPLE = STATIC / "example.webp"

@@ -25,7 +25,7 @@ from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
 from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS, Report
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer, count
-from svqvae_hf.models.image_processing_svqvae import pad_to_multiple
+from svqvae_hf.models.resizing import pad_to_multiple
 from svqvae_hf.tokens.image_tokens import resize_image
 
 IDS_PER_CODE = 10  # with fewer, the frequencies of codes say little

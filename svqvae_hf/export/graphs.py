@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.resizing import map_range
 
 TRACED_GRID = (2, 3, 5)  # batch, rows and columns of ids
 

@@ -2,18 +2,15 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from svqvae_hf.hub.standalone import VERSION, code_hash, pipeline_files
-
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["svqvae", "image-tokenizer", "vq-vae", "vector-quantization", "multi-scale"]
-
-MODEL_FILES = ("modeling_svqvae.py", "image_processing_svqvae.py")
 
 NO_LICENCE = "Not stated: ask the authors of the weights before you use or share them."
 
@@ -53,9 +50,10 @@ def model_card(
         f'`SVQVAE.from_pretrained({quoted}, variant="{variant}", torch_dtype={dtype})`'
         for variant, dtype in (variants or {}).items()
     )
-    files = MODEL_FILES if standalone else ()
     texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}
-    return write_card(repo_id, texts, files=files, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common))
+    return write_card(
+        repo_id, texts, standalone=standalone, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common)
+    )
 
 
 def pipeline_card(
@@ -80,16 +78,15 @@ def pipeline_card(
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
-    files = (*pipeline_files(pipeline.__name__), "modeling_svqvae.py", "component.py") if standalone else ()
     texts = {"pipeline": pipeline.__name__, "module": pipeline.__module__.partition(".")[0]}
-    return write_card(repo_id, texts | {"summary": summary, "call": call}, files=files, **common)
+    return write_card(repo_id, texts | {"summary": summary, "call": call}, standalone=standalone, **common)
 
 
 def write_card(
     repo_id: str,
     texts: Mapping[str, Any],
     *,
-    files: Sequence[str] = (),
+    standalone: bool = False,
     tags: Sequence[str] = TAGS,
     pipeline_tag: str = "unconditional-image-generation",
     license: str | None = None,
@@ -102,7 +99,7 @@ def write_card(
     Args:
         repo_id (`str`): Repository or folder that the card's example loads.
         texts (`Mapping[str, Any]`): Texts for the template.
-        files (`Sequence[str]`): Files of code in the repository.
+        standalone (`bool`, defaults to `False`): Whether the repository holds its code.
         tags (`Sequence[str]`): Tags of the Hub.
         pipeline_tag (`str`, defaults to `"unconditional-image-generation"`): Task of the Hub.
         license (`str`, *optional*): Licence of the weights, by the Hub's identifier, such as `apache-2.0`; by default
@@ -126,8 +123,8 @@ def write_card(
         template_path=str(TEMPLATE),
         name=one_line(repo_id.rpartition("/")[2]),
         repo_id=quote(repo_id),
-        hashes=table_rows((f"`{file}`", f"`{code_hash(file)}`") for file in files),
-        version=VERSION,
+        standalone=standalone,
+        version=version("svqvae-hf"),
         provenance=table_rows(provenance.items()),
         licence=one_line(license or NO_LICENCE),
         **texts,

@@ -3,12 +3,10 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, TypeVar
 
-from huggingface_hub import CardData, HfApi, RepoCard, constants, hf_hub_download
+from huggingface_hub import CardData, HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,19 +15,17 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import HFValidationError, get_session, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
-ANSWER_SECONDS = 4  # after which the Hub counts as unreachable
 
 Loaded = TypeVar("Loaded")
 
 CHECK_NETWORK = "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
-UNREACHABLE = f"the Hub cannot be reached, and the cache has no complete copy. {CHECK_NETWORK}"
 HUB_REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (GatedRepoError, "access is restricted. Accept the terms on its page and log in with `hf auth login`."),
     (RepositoryNotFoundError, "the repository does not exist, or is private. Check its name, or `hf auth login`."),
-    (LocalEntryNotFoundError, UNREACHABLE),
+    (LocalEntryNotFoundError, f"the Hub cannot be reached, and the cache has no complete copy. {CHECK_NETWORK}"),
     (EntryNotFoundError, "the repository has no such file."),
 )
 
@@ -52,51 +48,39 @@ def hub_repo(source: str | Path) -> str | None:
 
 def hub_reason(error: BaseException) -> str:
     """Explains an error of the Hub and what to do about it, in text that ends with a full stop."""
-    for kind, reason in HUB_REASONS:
-        if isinstance(error, kind):
-            return reason
-    if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
-        return "you are not logged in. Log in with `hf auth login`."
+    chain: BaseException | None = error
+    while chain is not None:  # libraries wrap the errors of the Hub's client
+        for kind, reason in HUB_REASONS:
+            if isinstance(chain, kind):
+                return reason
+        if isinstance(chain, HfHubHTTPError):  # an answer
+            if chain.response is not None and chain.response.status_code == 401:
+                return "you are not logged in. Log in with `hf auth login`."
+            break
+        if isinstance(chain, HTTPError):
+            return f"the Hub cannot be reached. {CHECK_NETWORK}"
+        chain = chain.__cause__ or chain.__context__
     return f"{' '.join(str(error).split()).removesuffix('.')}."
 
 
-def hub_answers() -> bool:
-    """Whether the Hub answers within `ANSWER_SECONDS`, without a retry."""
-    answered = Event()
-
-    def ask() -> None:
-        with suppress(HTTPError, OSError):
-            response = get_session().head(constants.ENDPOINT, follow_redirects=False, timeout=ANSWER_SECONDS)
-            if response.status_code < 500:
-                answered.set()
-
-    thread = Thread(target=ask, daemon=True)  # looking up a name has no timeout, and each address has its own
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    return answered.is_set()
-
-
 def from_hub(load: Callable[..., Loaded], source: str | os.PathLike, **options: Any) -> Loaded:
-    """Calls a loader of files that may be on the Hub. If the Hub does not answer, only its cache is asked.
+    """Calls a loader of files that may be on the Hub, and explains its errors.
 
     Args:
-        load (`Callable`): Function that takes a folder or Hub id and `local_files_only`, such as `from_pretrained`.
+        load (`Callable`): Function that takes a folder or Hub id, such as `from_pretrained`.
         source (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
         **options: Further arguments of `load`.
 
     Raises:
         OSError: If the repository does not exist, or the Hub does not answer and the cache has no complete copy.
     """
-    if Path(source).exists() or options.get("local_files_only") or hub_answers():
-        return load(source, **options)
-    was_offline = constants.HF_HUB_OFFLINE
     try:
-        constants.HF_HUB_OFFLINE = True  # otherwise the Hub's client looks up its name again, without a time limit
-        return load(source, **(options | {"local_files_only": True}))
-    except (OSError, HFValidationError) as error:
-        raise OSError(f"could not load `{source}`: there is no such folder, and {UNREACHABLE}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline
+        return load(source, **options)
+    except (OSError, HTTPError, HFValidationError) as error:
+        is_absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if Path(source).exists() or is_absent:
+            raise
+        raise OSError(f"could not load `{source}`: there is no such folder, and {hub_reason(error)}") from error
 
 
 def download_file(repo_id: str, file: str, source: str | Path, **options: Any) -> Path:
@@ -112,7 +96,7 @@ def download_file(repo_id: str, file: str, source: str | Path, **options: Any) -
         OSError: If the file does not exist or cannot be downloaded.
     """
     try:
-        return Path(hf_hub_download(repo_id, file, local_files_only=not hub_answers(), **options))
+        return Path(hf_hub_download(repo_id, file, **options))
     except (HTTPError, OSError) as error:
         raise OSError(f"could not download `{source}` from the Hub: {hub_reason(error)}") from error
 
@@ -141,8 +125,6 @@ def prepare_repo(repo_id: str, *, private: bool | None, license: str | None, tok
         ValueError: If the Hub does not know the licence.
     """
     failed = f"Could not create `{repo_id}` on the Hub"
-    if not hub_answers():
-        raise OSError(f"{failed}: it cannot be reached. {CHECK_NETWORK}")
     try:
         if license is not None:
             _check_license(license)

@@ -12,13 +12,14 @@ import copy
 import functools
 import hashlib
 import json
-import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from svqvae_hf.hub.code import write_code as write_model_code
 
 PACKAGE = "svqvae_hf"
 LINE_LENGTH = 119
@@ -47,41 +48,8 @@ class CodeFile(NamedTuple):
     also: tuple[str, ...] = ()
 
 
-# Classes, functions and methods that a repository does not need. Statements that only call one are left out too.
-OF_LOADING = (
-    *("CardMixin", "SVQVAELoadingMixin"),
-    *(f"StrictLoadingMixin.{name}" for name in ("from_pretrained", "_load", "from_config", "save_pretrained")),
-    *("NextScaleTransformer.from_single_file",),
-    *(f"LlamaGenForCausalLM.{name}" for name in ("from_single_file", "from_checkpoint", "save_pretrained")),
-    *(f"SVQVAEImageProcessor.{name}" for name in ("from_pretrained", "from_model", "save_pretrained")),
-)
-OF_CHECKS = (
-    *("check_config", "check_class", "check_sample", "check_scales", "check_scale_from", "check_latents"),
-    *("check_finite", "check_ids", "check_tiles", "check_checkpointing"),
-)
-OF_TRAINING = (
-    *("SVQVAE.forward", "SVQVAE.codebook_fingerprint", "SVQVAE._keys_to_ignore_on_load_unexpected"),
-    *("TilingMixin.tile_if_large", "TilingMixin.whole_bytes"),
-    *(f"VectorQuantizer.{name}" for name in ("forward", "reset_counts", "_usage", "_entropy_loss")),
-)
-LEFT_OUT = frozenset({*OF_LOADING, *OF_CHECKS, *OF_TRAINING})
+LEFT_OUT: frozenset[str] = frozenset()
 CODE_FILES = {
-    "modeling_svqvae.py": CodeFile("models.modeling_svqvae", "SVQVAE", {"AutoModel": "SVQVAE"}),
-    "image_processing_svqvae.py": CodeFile(
-        "models.image_processing_svqvae", "SVQVAEImageProcessor", {"AutoImageProcessor": "SVQVAEImageProcessor"}
-    ),
-    "modeling_next_scale.py": CodeFile(
-        "models.modeling_next_scale", "NextScaleTransformer", {"AutoModel": "NextScaleTransformer"}
-    ),
-    "modeling_llamagen.py": CodeFile(
-        "models.modeling_llamagen",
-        "LlamaGenForCausalLM",
-        {
-            "AutoConfig": "LlamaGenConfig",
-            "AutoModel": "LlamaGenForCausalLM",
-            "AutoModelForCausalLM": "LlamaGenForCausalLM",
-        },
-    ),
     "component.py": CodeFile("hub.component", "AutoModel"),
     "modular_next_scale.py": CodeFile("pipelines.modular", "NextScaleBlocks", also=("NextScaleTextBlocks",)),
     "modular_llamagen.py": CodeFile("pipelines.modular", "LlamaGenBlocks", also=("LlamaGenTextBlocks",)),
@@ -102,7 +70,8 @@ class _Module:
             if isinstance(node, ast.Import):
                 self.imports |= {alias.asname or alias.name: (alias.name, "") for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                self.imports |= {alias.asname or alias.name: (str(node.module), alias.name) for alias in node.names}
+                module = f"{name.rpartition('.')[0]}.{node.module}" if node.level else str(node.module)
+                self.imports |= {alias.asname or alias.name: (module, alias.name) for alias in node.names}
             elif name_of(node):
                 self.definitions[name_of(node)] = node
                 self._shorten(node)
@@ -265,13 +234,7 @@ def write_code(folder: Path, source: str) -> None:
     Raises:
         ValueError: If the pipeline has no blocks.
     """
-    for path in sorted(folder.rglob("*config.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        names = {config.get("_class_name"), config.get("image_processor_type"), *(config.get("architectures") or ())}
-        for file, of in CODE_FILES.items():
-            if of.name in names:
-                _write_file(path.parent, file)
-                _write_json(path, config | {"auto_map": _references(file, of.auto_map)})
+    write_model_code(folder)
     if (folder / "model_index.json").exists():
         _write_blocks(folder, source)
 
@@ -316,21 +279,6 @@ def pipeline_files(pipeline: str) -> tuple[str, str]:
     """Files of code of a pipeline by its class: the blocks and the generator."""
     kind = "next_scale" if pipeline == "SVQVAENextScalePipeline" else "llamagen"
     return f"modular_{kind}.py", f"modeling_{kind}.py"
-
-
-def with_code(save_pretrained: Callable[..., None]) -> Callable[..., None]:
-    """Adds the argument `standalone` to `save_pretrained`: whether to write the code of the models as well."""
-
-    @functools.wraps(save_pretrained)  # diffusers looks at the names of its arguments
-    def save(
-        self: Any, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
-    ) -> None:
-        vars(getattr(self, "config", self)).pop("auto_map", None)  # of a repository with code that it was loaded from
-        save_pretrained(self, save_directory, *args, **kwargs)
-        if standalone:
-            write_code(Path(save_directory), os.fspath(save_directory))
-
-    return save
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from svqvae_hf.files.outputs import check_new_folder, new_folder
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.language.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
+from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.models.loading import list_faults
-from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 # Before a chat template: joins the parts of a message to one text, with a placeholder for each image.
 JOIN_PARTS = f"""{{%- set joined = namespace(messages=[], text='') %}}

@@ -13,8 +13,8 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 
 from svqvae_hf.language.image_vocabulary import CONFIG_KEY, NO_CONDITION, PLACEHOLDER, ImageVocabulary
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
-from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.loaders.pretrained_models import SVQVAE, SVQVAEImageProcessor
+from svqvae_hf.models.image_files import load_image, to_rgb
 from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device
 
 VQVAE_FOLDER = "vqvae"  # beside the language model

@@ -13,7 +13,8 @@ from svqvae_hf.loaders.checkpoint_configs import CONFIG_AXES, infer_config
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CHECKPOINT_FORMATS, CheckpointFormat, count_numbers
 from svqvae_hf.loaders.llamagen_checkpoints import find_language_model
-from svqvae_hf.untrusted.weights import check_depth, key_text
+from svqvae_hf.models.checks import check_depth
+from svqvae_hf.untrusted.weights import key_text
 
 
 def read_checkpoint(

@@ -10,7 +10,7 @@ import torch
 from svqvae_hf.loaders.checkpoint_checks import check_tensors, check_weights, read_sizes, select_weights
 from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file, locate_checkpoint
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
-from svqvae_hf.untrusted.weights import check_depth
+from svqvae_hf.models.checks import check_depth
 
 LLAMAGEN = CheckpointFormat(
     name="llamagen-transformer", title="LlamaGen's language model", container=None, level_prefix="layers."

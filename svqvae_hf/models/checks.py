@@ -8,8 +8,6 @@ from typing import Any, cast
 
 import torch
 
-from svqvae_hf.untrusted.weights import check_depth
-
 POSITIVE_INTEGERS = (
     *("in_channels", "out_channels", "base_channels", "num_res_blocks", "norm_num_groups", "z_channels"),
     *("codebook_size", "codebook_embed_dim", "sample_size"),
@@ -18,6 +16,7 @@ INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torc
 INTEGER_LIMIT = 2**31  # sizes, sides and ids fit in 32 bits
 RANGE_TOLERANCE = 0.25  # share of `pixel_range` by which resized images may overshoot it
 SCALE_SOURCES = ("latents", "image")  # values of `scale_from`
+MOST = {"levels": 16, "residual blocks per level": 64, "layers": 256}  # far above every real model
 CHANNEL_MULTIPLIERS = ("encoder_ch_mult", "decoder_ch_mult")
 
 
@@ -43,6 +42,21 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"`codebook_l2_norm` must be True or False, got {config['codebook_l2_norm']!r}.")
     for key in ("pixel_range", "network_range"):
         check_range(key, config[key])
+
+
+def check_depth(name: str, counts: Mapping[str, int]) -> None:
+    """Raises for thousands of levels, blocks or layers, because building such a network would never end.
+
+    Args:
+        name (`str`): Name of the file or config, for the error.
+        counts (`Mapping[str, int]`): Numbers by the keys of `MOST`.
+
+    Raises:
+        ValueError: A number is too large.
+    """
+    for what, count in counts.items():
+        if count > MOST[what]:
+            raise ValueError(f"{name} must have at most {MOST[what]} {what}, got {count}.")
 
 
 def check_integers(numbers: Mapping[str, Any], least: int = 1) -> None:

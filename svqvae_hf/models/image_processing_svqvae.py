@@ -1,117 +1,22 @@
-"""Converts image files and arrays to samples for the model, samples back to images, and resizes both."""
+"""Converts image files and arrays to samples for the model, and samples back to images."""
 
 import io
-import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypedDict, cast
+from typing import Any, BinaryIO, Self, TypedDict, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
-# diffusers loads a pipeline's component only if the base class that it knows is a name of the component's module.
-from transformers import ImageProcessingMixin as ImageProcessingMixin
+from .checks import check_range
+from .image_files import load_image, to_rgb
 
-from svqvae_hf.hub.repositories import from_hub
-from svqvae_hf.hub.standalone import with_code
-from svqvae_hf.models.checks import check_range
-from svqvae_hf.untrusted.images import opened_image
-
-if TYPE_CHECKING:
-    from svqvae_hf.models.modeling_svqvae import SVQVAE
-
-# Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
-IMAGE_FORMATS = {
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "JPEG": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "PPM": (".ppm", ".pgm", ".pnm"),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "AVIF": (".avif",),
-}
-IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Keys that transformers writes to the configs of its processors.
 TRANSFORMERS_KEYS = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | BinaryIO | bytes
-
-
-def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Reads an image file as 8-bit RGB. A file with several frames or pages yields the first.
-
-    Args:
-        file (`str`, `os.PathLike` or binary file object): Path or open file (`io.BytesIO(encoded)` for bytes in
-            memory) in one of `IMAGE_FORMATS`. The content decides, not the name. Pillow's other formats raise an
-            error, because some of them start another program. So do run-length encoded BMPs, because a few bytes can
-            decode to any size.
-
-    Returns:
-        `PIL.Image.Image`: The image, converted by [`to_rgb`].
-
-    Raises:
-        OSError: If the file cannot be opened.
-        ValueError: If it is not an image, is broken or truncated, has values outside the range of its mode, or has
-            more pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, by default 179 million.
-    """
-    if isinstance(file, str | os.PathLike):
-        with open(file, "rb") as opened:
-            return _decode(opened, f"`{os.fspath(file)}`")
-    return _decode(file, "the image")
-
-
-def _decode(file: BinaryIO, name: str) -> Image.Image:
-    with opened_image(file, name, tuple(IMAGE_FORMATS)) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _convert(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any Pillow image to 8-bit RGB, upright and with transparent parts on white.
-
-    Args:
-        image (`PIL.Image.Image`): Image of any mode. Its EXIF orientation is applied. Integer modes (`"I"`, `"I;16"`,
-            ...) are read as 16-bit grey in [0, 65535], and `"F"` as grey in [0, 1].
-
-    Returns:
-        `PIL.Image.Image`: Image of mode `"RGB"`.
-
-    Raises:
-        ValueError: If a 16-bit or float image has values outside its range.
-    """
-    image = ImageOps.exif_transpose(image)  # a copy
-    return image if image.mode == "RGB" and not image.has_transparency_data else _convert(image)
-
-
-def _convert(image: Image.Image) -> Image.Image:
-    """Converts an upright image to RGB, without the metadata of its file."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _grey_to_8_bit(image)
-    elif image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    image.info = {}
-    return image
-
-
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """Scales grey to 8 bits, where Pillow's own conversion of these modes clips at 255."""
-    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
-    low, high = values.min(), values.max()  # NaN if any value is
-    if not (low >= 0 and high <= top):
-        raise ValueError(
-            f"an image of mode {image.mode!r} must have values in [0, {top}], got [{low}, {high}]. Scale them to that "
-            "range."
-        )
-    grey = np.rint(values * (255 / top))
-    if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey.astype(np.uint8))
 
 
 class SVQVAEImageProcessorKwargs(TypedDict, total=False):
@@ -149,29 +54,14 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         check_range("pixel_range", pixel_range)
         self.pixel_range = tuple(pixel_range)
 
-    save_pretrained = with_code(BaseImageProcessor.save_pretrained)
-
     @classmethod
-    def from_model(cls, model: "SVQVAE") -> Self:
+    def from_model(cls, model: Any) -> Self:
         """Makes the processor of a model, with its `pixel_range`.
 
         Args:
             model ([`SVQVAE`]): Model to prepare images for.
         """
         return cls(pixel_range=model.config["pixel_range"])
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Loads a processor from the folder or Hub repository of a model.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-            **kwargs: Further arguments of transformers' method, and `pixel_range`, which replaces the stored one.
-
-        Raises:
-            OSError: If the config does not exist, or the Hub does not answer and the cache has no complete copy.
-        """
-        return from_hub(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -362,75 +252,3 @@ def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
             "pass uint8."
         )
     return pixels.float()
-
-
-def pad_to_multiple(sample: torch.Tensor, f: int) -> torch.Tensor:
-    """Pads both sides to multiples of `f`, at the bottom and right, by repeating the last row and column."""
-    bottom, right = (-side % f for side in sample.shape[-2:])
-    if not torch.compiler.is_compiling() and bottom == right == 0:  # a graph pads images of any size alike
-        return sample
-    return F.pad(sample, (0, right, 0, bottom), mode="replicate")
-
-
-def resize_sample(sample: torch.Tensor, scale: float, f: int) -> torch.Tensor:
-    """Resizes images to a scale, so that their latents have the same grid as [`resize_latents`] returns.
-
-    Images are padded as in [`SVQVAE.encode`], then resized to whole latents: bicubic with antialiasing, or by area at
-    scales up to 0.25. On Kodak images bicubic was 0.16 dB better at 0.75, and both were equal at 0.25 and 0.1. At very
-    small scales PyTorch's bicubic kernel for CUDA needs too much shared memory.
-
-    Args:
-        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): Images of any size and range.
-        scale (`float`): Above 0.
-        f (`int`): Pixels per latent side.
-
-    Returns:
-        `torch.Tensor`: Images `(batch, channels, f * max(1, round(scale * h)), f * max(1, round(scale * w)))`, where
-        `h = ceil(height / f)` and `w = ceil(width / f)`. Bicubic overshoot is not clamped.
-    """
-    padded = pad_to_multiple(sample, f)
-    size = [max(1, round(scale * (side // f))) * f for side in padded.shape[-2:]]
-    return resize(padded, size, "area" if scale <= 0.25 else "bicubic", antialias=scale > 0.25)
-
-
-def resize_latents(latents: torch.Tensor, scale: float) -> torch.Tensor:
-    """Resizes latents to a scale, by area below 1 and bilinearly above.
-
-    Args:
-        latents (`torch.Tensor` of shape `(batch, channels, h, w)`): Latents before quantisation.
-        scale (`float`): Above 0.
-
-    Returns:
-        `torch.Tensor`: Latents `(batch, channels, max(1, round(scale * h)), max(1, round(scale * w)))`.
-    """
-    size = [max(1, round(scale * side)) for side in latents.shape[-2:]]
-    return resize(latents, size, "area" if scale < 1 else "bilinear")
-
-
-def grid_shape(height: int, width: int, f: int, scale: float) -> tuple[int, int]:
-    """Rows and columns of ids of an image at a scale.
-
-    Args:
-        height (`int`): Height of the image in pixels.
-        width (`int`): Width of the image in pixels.
-        f (`int`): Pixels per latent side of the model.
-        scale (`float`): Output side over input side, more than 0.
-    """
-    rows, columns = (max(1, round(scale * math.ceil(side / f))) for side in (height, width))
-    return rows, columns
-
-
-def resize(values: torch.Tensor, size: Sequence[int], mode: str, antialias: bool = False) -> torch.Tensor:
-    """Resizes `(batch, channels, h, w)` in float32. Apple's GPUs cannot do it by area, so there the CPU does."""
-    if list(values.shape[-2:]) == list(size):
-        return values
-    device = torch.device("cpu") if mode == "area" and values.device.type == "mps" else values.device
-    return F.interpolate(values.to(device, torch.float32), list(size), mode=mode, antialias=antialias).to(values)
-
-
-def map_range(values: torch.Tensor, source: Sequence[float], target: Sequence[float]) -> torch.Tensor:
-    """Maps values linearly from the range `source` (low, high) to `target` (low, high), without clamping."""
-    if list(source) == list(target):
-        return values
-    gain = (target[1] - target[0]) / (source[1] - source[0])
-    return values * gain + (target[0] - source[0] * gain)

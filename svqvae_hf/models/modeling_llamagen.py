@@ -7,15 +7,12 @@ An attention rotates queries and keys by row and column of their id. [`LlamaGenM
 the rest from transformers' Llama: masks, caches and outputs.
 """
 
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     Cache,
     LlamaForCausalLM,
     LlamaModel,
@@ -27,10 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from svqvae_hf.hub.standalone import with_code
-from svqvae_hf.loaders.checkpoint_files import Checkpoint
-from svqvae_hf.loaders.llamagen_checkpoints import read_llamagen
-from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
+from .configuration_llamagen import LlamaGenConfig
 
 FEW_ROWS = 32
 MISSING_CAPTIONS = (
@@ -257,17 +251,11 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
 
     Args:
         config ([`LlamaGenConfig`]): Config of the model.
-
-    Example:
-        >>> model = LlamaGenForCausalLM.from_single_file("c2i_B_256.pt", grid_size=16)
-        >>> prompt = torch.tensor([[model.config.codebook_size + 207]])  # class 207
-        >>> ids = model.generate(prompt, max_new_tokens=16 * 16, do_sample=True, top_k=2000)[:, 1:]
     """
 
     config_class = LlamaGenConfig
     _no_split_modules = ["LlamaGenDecoderLayer"]
     _tied_weights_keys: dict[str, str] = {}  # the head has rows for codes alone
-    save_pretrained = with_code(LlamaForCausalLM.save_pretrained)
 
     def __init__(self, config: LlamaGenConfig):
         PreTrainedModel.__init__(self, config)  # not Llama's, whose model is another
@@ -403,57 +391,3 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
                     length = self.config.max_position_embeddings
                     inputs["cache"] = StaticCache(config=self.config, max_cache_len=length)
         return inputs
-
-    @classmethod
-    def from_single_file(
-        cls,
-        source: str | Path,
-        *,
-        grid_size: int | None = None,
-        num_attention_heads: int | None = None,
-        use_ema: bool = False,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Loads a checkpoint of LlamaGen.
-
-        Args:
-            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-            grid_size (`int`, *optional*): Number of rows and of columns of the ids of an image, its side in pixels
-                over f. Required unless the file holds `freqs_cis`.
-            num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
-            use_ema (`bool`, defaults to `False`): Load the averaged weights, which checkpoints of training may have.
-            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32.
-
-        Returns:
-            [`LlamaGenForCausalLM`]: The model in evaluation mode.
-
-        Raises:
-            OSError: The file is missing or cannot be downloaded.
-            ValueError: The file is broken, does not hold exactly the weights of such a model, or an argument that it
-                needs is missing.
-        """
-        checkpoint = read_llamagen(
-            source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema
-        )
-        model = cls.from_checkpoint(checkpoint)
-        return model if dtype is None else model.to(dtype)
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
-        """Builds a model that takes over the tensors of a checkpoint.
-
-        Args:
-            checkpoint ([`~svqvae_hf.loaders.checkpoint_files.Checkpoint`]): Checked checkpoint.
-
-        Returns:
-            [`LlamaGenForCausalLM`]: The model in evaluation mode.
-        """
-        config = LlamaGenConfig(**checkpoint.config)
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(checkpoint.state_dict, assign=True)
-        return model.eval()
-
-
-AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)
-AutoModelForCausalLM.register(LlamaGenConfig, LlamaGenForCausalLM)

@@ -19,8 +19,6 @@ The architecture and the names of the weights come from FlexVAR (arXiv 2502.2031
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +27,15 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from transformers import DynamicCache
 
-from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
-from svqvae_hf.models.checks import check_integers
-from svqvae_hf.models.image_processing_svqvae import resize
-from svqvae_hf.models.loading import StrictLoadingMixin
-from svqvae_hf.untrusted.weights import check_depth
+from .checks import check_depth, check_integers
+from .loading import StrictLoadingMixin
+from .resizing import resize
 
 NORM_EPS = 1e-6
+POSITIVE_INTEGERS = (
+    *("num_layers", "num_attention_heads", "attention_head_dim", "codebook_size", "codebook_embed_dim"),
+    "position_size",
+)
 LENGTH_EPS = 1e-12  # as in `F.normalize`
 MLP_RATIO = 4
 POSITION_PERIOD = 10_000  # of the initial positions
@@ -185,11 +185,10 @@ class NextScaleTransformer(StrictLoadingMixin):
         max_text_length: int = 0,
     ):
         super().__init__()
-        numbers = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        for optional in ("num_classes", *(["vocab_size", "max_text_length"] if vocab_size == max_text_length else [])):
-            if numbers[optional] == 0:
-                del numbers[optional]
-        check_integers(numbers)
+        check_integers({name: self.config[name] for name in POSITIVE_INTEGERS})
+        check_integers({"num_classes": num_classes}, least=0)
+        for name in ("vocab_size", "max_text_length"):  # both or neither
+            check_integers({name: self.config[name]}, least=int(bool(vocab_size or max_text_length)))
         check_depth("The config", {"layers": num_layers})
         width = num_attention_heads * attention_head_dim
         self.class_emb = nn.Embedding(num_classes + 1, width)
@@ -205,24 +204,6 @@ class NextScaleTransformer(StrictLoadingMixin):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., torch.Tensor]
         self._initialise()
-
-    @classmethod
-    def from_single_file(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> Self:
-        """Loads an original checkpoint of FlexVAR: a released file, or one of its trainer.
-
-        Args:
-            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
-            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32.
-
-        Returns:
-            [`NextScaleTransformer`]: The model in evaluation mode.
-
-        Raises:
-            OSError: If the file is missing or cannot be downloaded.
-            ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
-        """
-        model = read_next_scale_checkpoint(source, cls).model(cls)
-        return model if dtype is None else model.to(dtype)
 
     def forward(
         self,

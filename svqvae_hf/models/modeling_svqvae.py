@@ -35,7 +35,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from svqvae_hf.models.checks import (
+from .checks import (
     check_config,
     check_ids,
     check_latents,
@@ -44,11 +44,11 @@ from svqvae_hf.models.checks import (
     check_scales,
     check_tiles,
 )
-from svqvae_hf.models.image_processing_svqvae import resize, resize_latents, resize_sample
-from svqvae_hf.models.layers import Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
-from svqvae_hf.models.loading import StrictLoadingMixin, SVQVAELoadingMixin
-from svqvae_hf.models.quantizer import VectorQuantizer, VQLosses
-from svqvae_hf.models.tiling import OVERLAP_PX, TilingMixin
+from .layers import Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
+from .loading import StrictLoadingMixin
+from .quantizer import VectorQuantizer, VQLosses
+from .resizing import resize, resize_latents, resize_sample
+from .tiling import OVERLAP_PX, TilingMixin
 
 
 @dataclass
@@ -276,7 +276,7 @@ def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleLi
     return nn.ModuleList([ResnetBlock(*of_block), AttnBlock(channels, num_groups), ResnetBlock(*of_block)])
 
 
-class SVQVAE(SVQVAELoadingMixin, StrictLoadingMixin, TilingMixin):
+class SVQVAE(StrictLoadingMixin, TilingMixin):
     """Scalable vector-quantized VAE: tokenizes images of any size, at several scales, with one codebook.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from svqvae_hf.models.checks import check_finite
+from .checks import check_finite
 
 SEARCH_SCORES = 1 << 21  # scores held at once on CPU, where 8 MiB stay in the cache
 SEARCH_SCORES_GPU = 1 << 24  # on other devices, where each chunk costs a kernel launch: 64 MiB

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from svqvae_hf.models.checks import check_checkpointing, check_tiles
-from svqvae_hf.models.image_processing_svqvae import map_range, pad_to_multiple
-from svqvae_hf.models.layers import Core, TileContext, make_cuts, move
+from .checks import check_checkpointing, check_tiles
+from .layers import Core, TileContext, make_cuts, move
+from .resizing import map_range, pad_to_multiple
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
 CONTEXT_WINDOWS = 12  # maximum number of windows per image

@@ -14,13 +14,13 @@ from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.hub.standalone import write_code
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels
 from svqvae_hf.pipelines.sequences import to_int64
 
 # For readers of `model_index.json`.
-LOAD_WITH = "`pip install svqvae-hf`, then `import svqvae_hf` before `DiffusionPipeline.from_pretrained`"
+LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
 
 
 class GeneratorPipeline(CardMixin, DiffusionPipeline):
@@ -86,13 +86,11 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         found = cls.load_config(folder)["_class_name"]
         if found != cls.__name__:
             raise ValueError(
-                f"the pipeline of `{name}` must be an {cls.__name__}, but is {found}. Load it with "
-                "`DiffusionPipeline`."
+                f"the pipeline of `{name}` must be an {cls.__name__}, but is {found}. Load it with that class."
             )
         cls._check_weights(name, Path(folder), kwargs)
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=name)
-        pipeline.vqvae.find_context_model(name, subfolder="vqvae")  # diffusers downloads only files that it knows
         return pipeline
 
     @classmethod

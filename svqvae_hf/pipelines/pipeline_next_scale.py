@@ -11,9 +11,10 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from svqvae_hf.models.checks import check_scale_from
-from svqvae_hf.models.image_processing_svqvae import ImageInput, pad_to_multiple, resize
+from svqvae_hf.models.image_processing_svqvae import ImageInput
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.resizing import pad_to_multiple, resize
 from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode
 from svqvae_hf.pipelines.labels import Labels

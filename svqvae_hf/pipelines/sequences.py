@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor
 
 from svqvae_hf.models.checks import INTEGERS, check_integers, check_scale_from
-from svqvae_hf.models.image_processing_svqvae import grid_shape
+from svqvae_hf.models.resizing import grid_shape
 
 
 @dataclass(frozen=True)

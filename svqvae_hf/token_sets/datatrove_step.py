@@ -7,7 +7,7 @@ import torch
 from datatrove.pipeline.base import PipelineStep
 
 from svqvae_hf.data.image_sets import open_images
-from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.token_sets.cards import public_names
 from svqvae_hf.token_sets.writer import tokenize_set
 

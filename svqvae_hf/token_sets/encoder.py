@@ -7,11 +7,11 @@ from typing import Any
 import datasets
 import torch
 
-from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS, CroppedImage
 from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import check_memory, execution_device, image_tokens
 from svqvae_hf.tokens.token_files import token_file_content
 

@@ -18,9 +18,9 @@ from svqvae_hf.data.image_sets import is_hub_set
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.hub.repositories import download_file
 from svqvae_hf.models.checks import check_integers
-from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.token_sets.crops import CROPS, is_whole
 from svqvae_hf.tokens.compressed_tokens import read_compressed
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import FINGERPRINT, Encoding
 from svqvae_hf.tokens.token_files import METADATA_KEY, UINT16_CODES, ImageTokens, decompressed_tokens
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import check_new_folder, scale_endings
-from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
@@ -34,6 +33,7 @@ from svqvae_hf.token_sets.parts import (
 )
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.token_sets.shards import row_features, write_shards
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import encoding_of
 
 IMAGES_PER_PART = 10_000  # by default, in sets with random access

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from svqvae_hf.models.checks import SCALE_SOURCES
-from svqvae_hf.models.context_model import ContextModel
-from svqvae_hf.models.image_processing_svqvae import grid_shape
+from svqvae_hf.models.resizing import grid_shape
+from svqvae_hf.tokens.context_model import ContextModel
 
 MAGIC, VERSION = b"SVQZ", 1
 HEADER = struct.Struct("<4s4B4I8s")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from svqvae_hf.models.checks import INTEGER_LIMIT, check_integers, check_scale_from
-from svqvae_hf.models.image_processing_svqvae import grid_shape
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.resizing import grid_shape
 
 FORMAT_VERSION = 1  # of token files and of the settings of token sets
 FINGERPRINT = re.compile("[0-9a-f]{64}")

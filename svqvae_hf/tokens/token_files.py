@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from svqvae_hf.files.outputs import write_file
 from svqvae_hf.models.checks import check_integers
-from svqvae_hf.models.context_model import ContextModel
 from svqvae_hf.tokens.compressed_tokens import MAGIC, CompressedTokens, compress, decompress, read_compressed
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import Encoding
 
 METADATA_KEY = "svqvae_tokens"  # key of one JSON document, because the order of several keys would vary

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.layers import RepeatConv2d
 from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, Downsample, GroupNorm, ResnetBlock
+from svqvae_hf.models.resizing import map_range
 
 Convolution = Any  # nn.Conv2d, whose type allows no bias, while all of these have one
 

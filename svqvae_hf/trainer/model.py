@@ -1,14 +1,17 @@
 """The model to train: its initial weights, its frozen parts, and the scales of its steps."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from svqvae_hf.hub.repositories import public_name
-from svqvae_hf.models.modeling_svqvae import SVQVAE, AttnBlock, ResnetBlock
+from svqvae_hf.loaders.pretrained_models import SVQVAE
+from svqvae_hf.models.modeling_svqvae import AttnBlock, ResnetBlock
 from svqvae_hf.models.quantizer import flatten_latents
+from svqvae_hf.tokens.context_model import find_context_model
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.train_options import TrainOptions
 
@@ -131,3 +134,12 @@ def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
     variances, components = torch.linalg.eigh(flat.T.cov())
     weight = (components[:, -dim:] * variances[-dim:].clamp(min=VARIANCE_EPS).rsqrt()).T
     vqvae.quant_conv.load_state_dict({"weight": weight[..., None, None], "bias": -weight @ flat.mean(0)})
+
+
+def save_model(options: TrainOptions, vqvae: SVQVAE, folder: Path) -> None:
+    """Saves the model, with the context model of the one it started from if the codes have not moved."""
+    vqvae.save_pretrained(folder)
+    if options.pretrained_model_name_or_path is not None:
+        found = find_context_model(options.pretrained_model_name_or_path, vqvae.codebook_fingerprint())
+        if found is not None:
+            found.save_pretrained(folder)

@@ -1,27 +1,8 @@
 """Guards for the weights in a checkpoint."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-
-# Far above every real model.
-MOST = {"levels": 16, "residual blocks per level": 64, "layers": 256}
-
-
-def check_depth(name: str, counts: Mapping[str, int]) -> None:
-    """Raises for thousands of levels, blocks or layers, because building such a network would never end.
-
-    Args:
-        name (`str`): Name of the file or config, for the error.
-        counts (`Mapping[str, int]`): Numbers by the keys of `MOST`.
-
-    Raises:
-        ValueError: A number is too large.
-    """
-    for what, count in counts.items():
-        if count > MOST[what]:
-            raise ValueError(f"{name} must have at most {MOST[what]} {what}, got {count}.")
 
 
 def without_attributes(value: Any) -> Any:

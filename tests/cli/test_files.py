@@ -6,7 +6,7 @@ from svqvae_cli import files
 from svqvae_cli.files import check_output, find_inputs
 from svqvae_hf.hub import repositories
 from svqvae_hf.large import tiff_reader
-from svqvae_hf.models import image_processing_svqvae
+from svqvae_hf.models import image_files
 
 
 def find_files(patterns, suffixes):
@@ -14,7 +14,7 @@ def find_files(patterns, suffixes):
 
 
 def test_suffixes_and_ids_agree_with_the_library():
-    assert files.IMAGE_SUFFIXES == image_processing_svqvae.IMAGE_SUFFIXES
+    assert files.IMAGE_SUFFIXES == image_files.IMAGE_SUFFIXES
     assert files.TIFF_SUFFIXES == tiff_reader.TIFF_SUFFIXES
     assert files.REPO_ID == repositories.REPO_ID
 

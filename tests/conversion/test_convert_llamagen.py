@@ -6,7 +6,6 @@ import pytest
 import torch
 from cli_runner import names, svqvae
 from conftest import ROOT, make_tiny
-from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from pipeline_parts import text_components
 from safetensors.torch import load_file
@@ -48,7 +47,7 @@ def test_a_model_of_classes_is_a_whole_repository(parts, converted):
     assert names(converted.parent) == ["out"]
     made = {str(file.relative_to(converted)) for file in converted.rglob("*")}
     assert {"README.md", "model_index.json", "language_model/config.json", "vqvae/config.json"} <= made
-    pipeline = DiffusionPipeline.from_pretrained(converted)
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(converted)
     assert pipeline.config["height"] == 16
     fingerprint = pipeline.vqvae.codebook_fingerprint()
     assert pipeline.language_model.config.codebook_fingerprint == fingerprint

@@ -18,7 +18,7 @@ from context_models import make_context_model
 from svqvae_hf import SVQVAE
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.loaders.checkpoints import read_checkpoint
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, TokenSettings, read_settings
 from svqvae_hf.tokens.compressed_tokens import CRC, SCALE
 from svqvae_hf.tokens.token_files import is_compressed, is_token_file, load_tokens, save_tokens

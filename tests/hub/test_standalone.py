@@ -1,4 +1,4 @@
-import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -13,6 +13,7 @@ import standalone_process
 import torch
 from conftest import ROOT, make_tiny
 from diffusers import ModularPipeline
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files, get_relative_imports
 from generators import make_autoregressive, make_llamagen, make_next_scale
 from next_scale_golden import GOLDEN as FLEXVAR
 from next_scale_golden import make_transformer
@@ -28,8 +29,7 @@ from svqvae_hf import (
     SVQVAENextScalePipeline,
 )
 from svqvae_hf.conversion.convert import convert
-from svqvae_hf.hub import standalone
-from svqvae_hf.hub.standalone import CODE_FILES, code, code_hash
+from svqvae_hf.hub.code import AUTO_CLASSES
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
 from svqvae_hf.pipelines.modular import NextScaleBlocks
 
@@ -128,38 +128,36 @@ def test_pipeline_of_another_language_model_is_refused(tmp_path):
         make_autoregressive().save_pretrained(tmp_path, standalone=True)
 
 
-def test_cards_say_how_to_check_the_code(repositories, tiny_model):
-    cards = {
-        "modeling_svqvae.py": tiny_model.make_card("org/name", standalone=True),
-        "modular_next_scale.py": (repositories / "scales" / "README.md").read_text(),
+MODEL_FILES = {
+    *("modeling_svqvae", "checks", "layers", "loading", "quantizer", "resizing", "tiling"),
+    *("image_processing_svqvae", "image_files"),
+}
+
+
+def test_files_of_code_are_those_of_the_package(repositories):
+    files = {path.stem: path for path in (repositories / "tokenizer").glob("*.py")}
+    assert files.keys() == MODEL_FILES
+    for path in [
+        *files.values(),
+        *(repositories / "next_scale").glob("*.py"),
+        *(repositories / "llamagen").glob("*.py"),
+    ]:
+        assert path.read_bytes() == (ROOT / "svqvae_hf" / "models" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("model_class", AUTO_CLASSES)
+def test_the_file_of_a_class_names_all_files_that_it_needs(model_class):
+    """From a local folder, diffusers copies no more than these to its cache."""
+    source = inspect.getfile(model_class)
+    assert {*get_relative_import_files(source)} == {
+        f"{Path(source).parent / name}.py" for name in get_relative_imports(source)
     }
-    for file, card in cards.items():
-        assert f"| `{file}` | `{code_hash(file)}` |" in card
-        assert "trust_remote_code=True" in card
-
-
-@pytest.mark.parametrize("file", CODE_FILES)
-def test_files_are_short_and_clean(file):
-    assert len(code(file).splitlines()) <= 700
-    options = ["--no-cache", "--line-length=119", "--stdin-filename", file]
-    for command in (["check", "--ignore-noqa", "--select=F,W", *options], ["format", "--check", *options]):
-        checked = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "-"], input=code(file).encode(), capture_output=True, check=False
-        )
-        assert not checked.returncode, checked.stdout
-
-
-def test_a_process_writes_the_same_file(repositories):
-    file = repositories / "tokenizer" / "modeling_svqvae.py"
-    written = subprocess.run([sys.executable, standalone.__file__, file.name], stdout=subprocess.PIPE, check=True)
-    assert written.stdout == file.read_bytes()
-    assert hashlib.sha256(written.stdout).hexdigest() == code_hash(file.name)
 
 
 def test_converted_checkpoint_carries_its_code(tmp_path):
     convert(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors", tmp_path / "out", standalone=True)
-    assert (tmp_path / "out" / "modeling_svqvae.py").read_text() == code("modeling_svqvae.py")
-    assert code_hash("modeling_svqvae.py") in (tmp_path / "out" / "README.md").read_text()
+    assert {path.stem for path in (tmp_path / "out").glob("*.py")} == MODEL_FILES
+    assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_modular_pipeline_that_is_saved_loads_with_the_package(tmp_path):
@@ -171,16 +169,6 @@ def test_a_modular_pipeline_that_is_saved_loads_with_the_package(tmp_path):
     again.load_components()
     call = {"class_labels": 2, "temperature": 0, "output": "ids"}
     assert again(**call).equal(modular(**call))
-
-
-@pytest.mark.slow
-def test_file_changes_with_the_source(tmp_path, monkeypatch):
-    before = code("modeling_svqvae.py")
-    shutil.copytree(ROOT / "svqvae_hf", tmp_path / "svqvae_hf")
-    monkeypatch.setattr(standalone, "SOURCE", tmp_path)
-    layers = tmp_path / "svqvae_hf" / "models" / "layers.py"
-    layers.write_text(layers.read_text().replace("NORM_EPS = 1e-6", "NORM_EPS = 1e-5"))
-    assert code.__wrapped__("modeling_svqvae.py") != before
 
 
 def test_code_is_written_only_if_asked_for(repositories, tmp_path):

@@ -7,7 +7,7 @@ import tifffile
 from conftest import save_tiff
 
 from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
 from svqvae_hf.untrusted import images as guards
 
 

@@ -9,8 +9,10 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import EpsImagePlugin, Image
 from transformers import AutoImageProcessor
 
+import svqvae_hf
 from svqvae_hf import SVQVAE
-from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor, load_image, to_rgb
+from svqvae_hf.models.image_files import load_image, to_rgb
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_saves_and_loads_as_a_component(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["preprocessor_config.json"]
     assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
     assert SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_range=(0, 1)).pixel_range == (0, 1)
-    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is SVQVAEImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is svqvae_hf.SVQVAEImageProcessor
 
 
 def test_a_processor_made_from_a_model_has_its_range(tiny_model, saved_model):

@@ -3,12 +3,10 @@ import json
 import pytest
 import torch
 from conftest import ROOT, make_tiny
-from context_models import make_context_model
-from diffusers import AutoModel, VQModel
+from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
 from svqvae_hf import DEFAULT_MODEL, SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.models.context_model import FILE
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -84,7 +82,7 @@ def test_unknown_arguments_are_refused_and_known_ones_accepted(tiny_model, tmp_p
 
 
 def test_bundled_model_loads_by_its_path():
-    assert isinstance(AutoModel.from_pretrained(DEFAULT_MODEL), SVQVAE)
+    assert SVQVAE.from_pretrained(DEFAULT_MODEL).f == 8
     assert SVQVAEImageProcessor.from_pretrained(DEFAULT_MODEL).pixel_range == (0, 1)
 
 
@@ -104,18 +102,3 @@ def test_usage_log_of_original_files_is_ignored(tiny_model, tmp_path):
     save_file(load_file(tmp_path / WEIGHTS) | {"quantize.codebook_used": torch.zeros(65536)}, tmp_path / WEIGHTS)
     loaded = SVQVAE.from_pretrained(tmp_path)
     assert "quantize.codebook_used" not in loaded.state_dict()
-
-
-def test_a_context_model_is_saved_with_the_codebook_that_it_fits(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "first")
-    context_model = make_context_model(tiny_model.codebook_fingerprint())
-    context_model.save_pretrained(tmp_path / "first")
-    loaded = SVQVAE.from_pretrained(tmp_path / "first")
-    loaded.save_pretrained(tmp_path / "outer" / "inner")
-    again = SVQVAE.from_pretrained(tmp_path / "outer", subfolder="inner")
-    assert again.context_model.fingerprint == context_model.fingerprint
-    again.quantize.embedding.weight.data.neg_()
-    again.save_pretrained(tmp_path / "other codebook")
-    assert not (tmp_path / "other codebook" / FILE).exists()
-    again.save_pretrained(tmp_path / "first")
-    assert SVQVAE.from_pretrained(tmp_path / "first").context_model is None

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.models.checks import SCALE_SOURCES
-from svqvae_hf.models.image_processing_svqvae import resize_latents, resize_sample
 from svqvae_hf.models.modeling_svqvae import ResolutionBlock
+from svqvae_hf.models.resizing import resize_latents, resize_sample
 
 pytestmark = pytest.mark.usefixtures("few_windows", "no_grad")
 SIZES = [(1, 1), (3, 200), (65, 130)]

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.models.checks import SCALE_SOURCES
-from svqvae_hf.models.image_processing_svqvae import grid_shape
+from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.models.tiling import Core, map_tiles, tile_axis
 
 pytestmark = pytest.mark.usefixtures("few_windows")

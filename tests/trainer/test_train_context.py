@@ -9,8 +9,8 @@ from conftest import make_tiny
 from token_set_parts import load, save_photos, tokenize
 
 from svqvae_hf.models import context_model
-from svqvae_hf.models.context_model import ContextModel, context, pad_ids
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.tokens.context_model import ContextModel, context, pad_ids
 from svqvae_hf.tokens.token_files import token_file_content
 
 

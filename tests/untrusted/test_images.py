@@ -5,7 +5,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from svqvae_hf.models.image_processing_svqvae import load_image
+from svqvae_hf.models.image_files import load_image
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

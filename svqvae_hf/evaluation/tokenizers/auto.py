@@ -12,6 +12,7 @@ from svqvae_hf.evaluation.tokenizers.diffusers_models import AutoencoderKLTokeni
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer
 from svqvae_hf.hub.repositories import REPO_ID, from_hub
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.tokens.context_model import find_context_model
 
 CLASSES: dict[str, Any] = {"SVQVAE": SVQVAE, "VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
@@ -54,9 +55,12 @@ def load_tokenizers(
         return [VQModelTokenizer(source, model)]
     if model_class is AutoencoderKL:
         return [AutoencoderKLTokenizer(source, model)]
+    place = {"subfolder": options["subfolder"]} if "subfolder" in options else {}
+    context_model = find_context_model(folder, model.codebook_fingerprint(), **place)
     return [
         SVQVAETokenizer(
-            source if scale == 1 else f"{source}, scale {scale:g}", model, scale, scale_from, tile_size, overlap
+            source if scale == 1 else f"{source}, scale {scale:g}",
+            *(model, scale, scale_from, tile_size, overlap, context_model),
         )
         for scale in scales
     ]

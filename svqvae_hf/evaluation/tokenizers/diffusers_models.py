@@ -4,8 +4,9 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from svqvae_hf.evaluation.measuring import to_image, to_tensor
-from svqvae_hf.models.image_processing_svqvae import map_range
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.resizing import map_range
+from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image, fit_in_memory
 from svqvae_hf.tokens.token_files import ImageTokens, token_file_content
 
@@ -32,9 +33,11 @@ class SVQVAETokenizer:
         scale_from: str = "image",
         tile_size: int | None = None,
         overlap: int | None = None,
+        context_model: ContextModel | None = None,
     ):
         self.title, self.model, self.scale, self.scale_from = title, model, scale, scale_from
         self.tiles = tile_size, overlap
+        self.context_model = context_model
         self.codebook_size = model.config["codebook_size"]
 
     def encode(self, sample: torch.Tensor) -> ImageTokens:
@@ -44,8 +47,8 @@ class SVQVAETokenizer:
         return encode_image(self.model, to_image(sample), self.scale, self.scale_from)
 
     def stored_bits(self, codes: ImageTokens) -> int:
-        """Bits of the token file, compressed if the model has a context model."""
-        return 8 * len(token_file_content(codes, self.model.context_model))
+        """Bits of the token file, compressed if there is a context model."""
+        return 8 * len(token_file_content(codes, self.context_model))
 
     def decode(self, codes: ImageTokens) -> torch.Tensor:
         """Image of the size of the scale."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from svqvae_hf.evaluation.perceptual import load_lpips
-from svqvae_hf.models.image_processing_svqvae import resize
 from svqvae_hf.models.modeling_svqvae import SVQVAE, SVQVAEOutput
+from svqvae_hf.models.resizing import resize
 from svqvae_hf.trainer.losses.adversarial import (
     MIN_SIDE,
     PatchDiscriminator,

@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT
 from context_models import make_context_model, pattern
 
-from svqvae_hf.models import context_model
-from svqvae_hf.models.context_model import EXACT, FILE, ContextModel, diagonals, probabilities
+from svqvae_hf.tokens import context_model
+from svqvae_hf.tokens.context_model import EXACT, FILE, ContextModel, diagonals, find_context_model, probabilities
 
 SHAPE = 9, 13
 MATMUL = np.matmul
@@ -156,3 +156,11 @@ def test_a_missing_or_damaged_file_is_an_error(tmp_path):
         (tmp_path / FILE).write_bytes(content)
         with pytest.raises(ValueError, match="must be a context model, but is another file or damaged"):
             ContextModel.from_pretrained(tmp_path)
+
+
+def test_only_a_context_model_of_the_same_codebook_is_found(tmp_path):
+    context_model = make_context_model("a" * 64)
+    assert find_context_model(tmp_path, "a" * 64) is None
+    context_model.save_pretrained(tmp_path)
+    assert find_context_model(tmp_path, "a" * 64).fingerprint == context_model.fingerprint
+    assert find_context_model(tmp_path, "b" * 64) is None

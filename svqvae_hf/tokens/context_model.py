@@ -84,7 +84,7 @@ class ContextModel:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, subfolder: str = "", **options: Any) -> "ContextModel":
-        """Loads the context model of an [`SVQVAE`], which has it as `context_model` as well.
+        """Loads the context model that lies beside an [`SVQVAE`].
 
         Args:
             source (`str` or `os.PathLike`): Folder of the model, or `org/name` on the Hub.
@@ -169,6 +169,21 @@ class ContextModel:
         summed = np.matmul(hidden, self.weights["weight_member"]) + self.weights["bias_member"][group]
         logits = np.matmul(self.table[group], activate(summed, "member")[:, :, None])  # (ids, members, 1)
         return probabilities(logits[..., 0] + self.code_bias[group])
+
+
+def find_context_model(source: str | os.PathLike, codebook_fingerprint: str, **options: Any) -> ContextModel | None:
+    """Context model beside a model if there is one for its codebook; see [`ContextModel.from_pretrained`].
+
+    Args:
+        source (`str` or `os.PathLike`): Folder of the model, or `org/name` on the Hub.
+        codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the model.
+        **options: Further arguments of [`ContextModel.from_pretrained`].
+    """
+    try:
+        found = ContextModel.from_pretrained(source, **options)
+    except FileNotFoundError:
+        return None
+    return found if found.codebook_fingerprint == codebook_fingerprint else None
 
 
 def code_inputs(codes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,38 @@
+"""Code in repositories: copies of the files that define a model, which load it where this package is not installed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.loading import copy_code
+from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
+from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
+from svqvae_hf.models.modeling_svqvae import SVQVAE
+
+AUTO_CLASSES: Mapping[type, Mapping[str, str]] = {  # classes with code, and what the auto classes load from their file
+    SVQVAE: {"AutoModel": "SVQVAE"},
+    SVQVAEImageProcessor: {"AutoImageProcessor": "SVQVAEImageProcessor"},
+    NextScaleTransformer: {"AutoModel": "NextScaleTransformer"},
+    LlamaGenForCausalLM: {
+        **{"AutoConfig": "LlamaGenConfig", "AutoModel": "LlamaGenForCausalLM"},
+        "AutoModelForCausalLM": "LlamaGenForCausalLM",
+    },
+}
+
+
+def write_code(folder: Path) -> None:
+    """Copies the code of each model in a saved repository beside its config, which names it from then on.
+
+    Args:
+        folder (`Path`): Folder of a model, or of a pipeline with its components.
+    """
+    for path in sorted(folder.rglob("*config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        names = {config.get("_class_name"), config.get("image_processor_type"), *(config.get("architectures") or ())}
+        for model_class, auto_classes in AUTO_CLASSES.items():
+            if model_class.__name__ in names:
+                copy_code(model_class, path.parent)
+                module = model_class.__module__.rpartition(".")[2]
+                config["auto_map"] = {auto: f"{module}.{name}" for auto, name in auto_classes.items()}
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,242 @@
+"""The models of `models/` with what the package adds: original checkpoints, cards and code of repositories, errors."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from svqvae_hf.hub.code import write_code
+from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.hub.publishing import CardMixin
+from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.checkpoint_files import Checkpoint
+from svqvae_hf.loaders.checkpoints import read_checkpoint
+from svqvae_hf.loaders.llamagen_checkpoints import read_llamagen
+from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
+from svqvae_hf.models import image_processing_svqvae, modeling_llamagen, modeling_next_scale, modeling_svqvae
+from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
+
+
+class RepositoryMixin(ModelMixin):
+    """Loading from the Hub with errors that explain, and saving of a model's code beside its weights."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Loads a model strictly; see [`~svqvae_hf.models.loading.StrictLoadingMixin.from_pretrained`].
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **kwargs: Arguments of diffusers' method, and config values such as `pixel_range=(-1, 1)`.
+
+        Raises:
+            OSError: If the model does not exist, or the Hub does not answer and the cache has no complete copy.
+            ValueError: If the weights are not exactly what the config asks for, or the folder holds another class.
+            TypeError: If an argument is unknown.
+        """
+        return from_hub(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+    @functools.wraps(ModelMixin.save_pretrained)  # diffusers looks at the names of its arguments
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the model.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+            standalone (`bool`, defaults to `False`): Whether to write the code of the model as well, so that it loads
+                with `trust_remote_code=True` where this package is not installed.
+            **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if standalone:
+            write_code(Path(save_directory))
+
+
+class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignore[misc] # mypy: `wraps` hides a signature
+    """Scalable vector-quantized VAE: tokenizes images of any size, at several scales, with one codebook.
+
+    It extends [`~svqvae_hf.models.modeling_svqvae.SVQVAE`], which has the arguments of the constructor and the methods
+    that encode and decode, by original checkpoints, cards, and errors of the Hub.
+
+    Example:
+        >>> vqvae = SVQVAE.from_pretrained("org/svqvae")
+        >>> ids = vqvae.encode_tokens(images)
+        >>> images = vqvae.decode_tokens(ids)
+    """
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the config, and the config of the image processor.
+
+        diffusers' `save_pretrained` calls it before it writes the weights.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write to.
+            push_to_hub (`bool`, defaults to `False`): Whether to upload the folder.
+            **kwargs: Further arguments of [`~diffusers.ConfigMixin.save_config`].
+        """
+        SVQVAEImageProcessor(pixel_range=self.config["pixel_range"]).save_pretrained(save_directory)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        use_ema: bool = False,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **config: Any,
+    ) -> Self:
+        """Loads an original checkpoint; see [`~svqvae_hf.loaders.checkpoints.read_checkpoint`].
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            use_ema (`bool`, defaults to `False`): Load the averaged weights, which LlamaGen's files may have.
+            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32. The codebook stays float32.
+            torch_dtype (`torch.dtype`, *optional*): The same, under diffusers' older name.
+            **config: Config values that replace the values read from the file, such as `network_range`.
+
+        Returns:
+            [`SVQVAE`]: The model in evaluation mode.
+        """
+        model = read_checkpoint(source, cls, use_ema=use_ema, **config).model(cls)
+        dtype = dtype or torch_dtype
+        return model if dtype is None else model.to(dtype)
+
+    def make_card(self, repo_id: str, **options: Any) -> str:
+        """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`]."""
+        return model_card(self.config, repo_id=repo_id, **options)
+
+
+class NextScaleTransformer(RepositoryMixin, modeling_next_scale.NextScaleTransformer):
+    """[`~svqvae_hf.models.modeling_next_scale.NextScaleTransformer`] with original checkpoints and Hub errors."""
+
+    @classmethod
+    def from_single_file(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> Self:
+        """Loads an original checkpoint of FlexVAR: a released file, or one of its trainer.
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32.
+
+        Returns:
+            [`NextScaleTransformer`]: The model in evaluation mode.
+
+        Raises:
+            OSError: If the file is missing or cannot be downloaded.
+            ValueError: If the file is broken, or does not hold exactly the weights of such a transformer.
+        """
+        model = read_next_scale_checkpoint(source, cls).model(cls)
+        return model if dtype is None else model.to(dtype)
+
+
+class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
+    """[`~svqvae_hf.models.modeling_llamagen.LlamaGenForCausalLM`] with original checkpoints.
+
+    Example:
+        >>> model = LlamaGenForCausalLM.from_single_file("c2i_B_256.pt", grid_size=16)
+        >>> prompt = torch.tensor([[model.config.codebook_size + 207]])  # class 207
+        >>> ids = model.generate(prompt, max_new_tokens=16 * 16, do_sample=True, top_k=2000)[:, 1:]
+    """
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the model, with `standalone` as in [`RepositoryMixin.save_pretrained`]."""
+        self.config.__dict__.pop("auto_map", None)  # of a repository with code that it was loaded from
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if standalone:
+            write_code(Path(save_directory))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path,
+        *,
+        grid_size: int | None = None,
+        num_attention_heads: int | None = None,
+        use_ema: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Loads a checkpoint of LlamaGen.
+
+        Args:
+            source (`str` or `Path`): Local file, or `org/repo:file` on the Hub.
+            grid_size (`int`, *optional*): Number of rows and of columns of the ids of an image, its side in pixels
+                over f. Required unless the file holds `freqs_cis`.
+            num_attention_heads (`int`, *optional*): Number of heads. Required for sizes that LlamaGen does not define.
+            use_ema (`bool`, defaults to `False`): Load the averaged weights, which checkpoints of training may have.
+            dtype (`torch.dtype`, *optional*): Type of the weights, by default float32.
+
+        Returns:
+            [`LlamaGenForCausalLM`]: The model in evaluation mode.
+
+        Raises:
+            OSError: The file is missing or cannot be downloaded.
+            ValueError: The file is broken, does not hold exactly the weights of such a model, or an argument that it
+                needs is missing.
+        """
+        checkpoint = read_llamagen(
+            source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema
+        )
+        model = cls.from_checkpoint(checkpoint)
+        return model if dtype is None else model.to(dtype)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Builds a model that takes over the tensors of a checkpoint.
+
+        Args:
+            checkpoint ([`~svqvae_hf.loaders.checkpoint_files.Checkpoint`]): Checked checkpoint.
+
+        Returns:
+            [`LlamaGenForCausalLM`]: The model in evaluation mode.
+        """
+        config = LlamaGenConfig(**checkpoint.config)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(checkpoint.state_dict, assign=True)
+        return model.eval()
+
+
+class SVQVAEImageProcessor(image_processing_svqvae.SVQVAEImageProcessor):
+    """[`~svqvae_hf.models.image_processing_svqvae.SVQVAEImageProcessor`] with errors of the Hub.
+
+    Example:
+        >>> processor = SVQVAEImageProcessor.from_pretrained("org/svqvae")
+        >>> batch = processor(["first.jpg", "second.png"])  # of one size
+        >>> images = processor.postprocess(batch["pixel_values"], batch["image_sizes"])
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a processor from the folder or Hub repository of a model.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            **kwargs: Further arguments of transformers' method, and `pixel_range`, which replaces the stored one.
+
+        Raises:
+            OSError: If the config does not exist, or the Hub does not answer and the cache has no complete copy.
+        """
+        return from_hub(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
+    ) -> Any:
+        """Saves the config, with `standalone` as in [`RepositoryMixin.save_pretrained`]."""
+        self.__dict__.pop("auto_map", None)  # of a repository with code that it was loaded from
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        if standalone:
+            write_code(Path(save_directory))
+        return saved
+
+
+AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)
+AutoModelForCausalLM.register(LlamaGenConfig, LlamaGenForCausalLM)

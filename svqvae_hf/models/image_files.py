@@ -1,0 +1,138 @@
+"""Reads image files as 8-bit RGB. A hostile file is an error: Pillow reads only listed formats, within its limits."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Supported formats by Pillow's names, with their file suffixes. JPEG includes MPO.
+IMAGE_FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "PPM": (".ppm", ".pgm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+
+
+def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """Reads an image file as 8-bit RGB. A file with several frames or pages yields the first.
+
+    Args:
+        file (`str`, `os.PathLike` or binary file object): Path or open file (`io.BytesIO(encoded)` for bytes in
+            memory) in one of `IMAGE_FORMATS`. The content decides, not the name. Pillow's other formats raise an
+            error, because some of them start another program. So do run-length encoded BMPs, because a few bytes can
+            decode to any size.
+
+    Returns:
+        `PIL.Image.Image`: The image, converted by [`to_rgb`].
+
+    Raises:
+        OSError: If the file cannot be opened.
+        ValueError: If it is not an image, is broken or truncated, has values outside the range of its mode, or has
+            more pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, by default 179 million.
+    """
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return _decode(opened, f"`{os.fspath(file)}`")
+    return _decode(file, "the image")
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    with opened_image(file, name, tuple(IMAGE_FORMATS)) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _convert(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any Pillow image to 8-bit RGB, upright and with transparent parts on white.
+
+    Args:
+        image (`PIL.Image.Image`): Image of any mode. Its EXIF orientation is applied. Integer modes (`"I"`, `"I;16"`,
+            ...) are read as 16-bit grey in [0, 65535], and `"F"` as grey in [0, 1].
+
+    Returns:
+        `PIL.Image.Image`: Image of mode `"RGB"`.
+
+    Raises:
+        ValueError: If a 16-bit or float image has values outside its range.
+    """
+    image = ImageOps.exif_transpose(image)  # a copy
+    return image if image.mode == "RGB" and not image.has_transparency_data else _convert(image)
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    """Converts an upright image to RGB, without the metadata of its file."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey_to_8_bit(image)
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    image.info = {}
+    return image
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """Scales grey to 8 bits, where Pillow's own conversion of these modes clips at 255."""
+    values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+    low, high = values.min(), values.max()  # NaN if any value is
+    if not (low >= 0 and high <= top):
+        raise ValueError(
+            f"an image of mode {image.mode!r} must have values in [0, {top}], got [{low}, {high}]. Scale them to that "
+            "range."
+        )
+    grey = np.rint(values * (255 / top))
+    if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+@contextmanager
+def opened_image(file: BinaryIO, name: str, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """Opens an image file to decode it. Raises one kind of error, because decoders raise almost any kind.
+
+    Args:
+        file (binary file object): Open file.
+        name (`str`): Name of the file for errors.
+        formats (`tuple[str, ...]`): Pillow's names of the formats that may be read. For some others, such as EPS,
+            Pillow would start another program.
+
+    Yields:
+        `PIL.Image.Image`: The image, not decoded yet.
+
+    Raises:
+        ValueError: The file is of another format, broken, or a decompression bomb: it has over twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, is a BMP with run lengths, which have no size limit, or exhausts the memory.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised at half the limit
+            with Image.open(file, formats=formats) as image:
+                if any(tile.codec_name == "bmp_rle" for tile in image.tile):
+                    raise UnidentifiedImageError
+                yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} must keep to Pillow's limit against decompression bombs: {error} Make it smaller. In "
+            "Python you can raise `PIL.Image.MAX_IMAGE_PIXELS` if you trust it."
+        ) from error
+    except UnidentifiedImageError as error:
+        size = file.seek(0, os.SEEK_END)
+        raise ValueError(
+            f"{name} ({size} bytes) is not a readable image. It must be intact, in one of the formats "
+            f"{', '.join(formats)} (BMP without run-length encoding)."
+        ) from error
+    except MemoryError as error:
+        raise ValueError(f"{name} takes more memory than there is to decode. Make it smaller.") from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{name} is not a readable image: {reason}") from error
