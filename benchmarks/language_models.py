@@ -53,7 +53,7 @@ def by_heart(model: PreTrainedModel, processor: SVQVAEProcessor, tokens: str) ->
             logits_processor=[grammar],
         )
         new = made[:, inputs["input_ids"].shape[1] :].cpu()
-        return [processor.vocabulary.split(each, unfinished=True) for each in new]
+        return [processor.vocabulary.split(each) for each in new]
 
     drawn = answers(captions, max(ids.numel() for ids in grids) + 8)
     images = [len(made) > 1 and torch.equal(made[1], ids) for made, ids in zip(drawn, grids, strict=True)]

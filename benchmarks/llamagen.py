@@ -62,7 +62,7 @@ def make_pipeline(options: argparse.Namespace) -> SVQVAEAutoregressivePipeline:
     )
     model = LlamaGenForCausalLM(config).to(getattr(torch, options.dtype)).eval()
     vqvae = SVQVAE(codebook_size=CODES, base_channels=32)  # decodes nothing here
-    pipeline = SVQVAEAutoregressivePipeline.from_llamagen(vqvae, model).to(options.device)
+    pipeline = SVQVAEAutoregressivePipeline(vqvae, model).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

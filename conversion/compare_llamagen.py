@@ -99,7 +99,7 @@ class Converted:
     def __init__(self, checkpoint: Checkpoint):
         self.model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
         tokenizer = SVQVAE(codebook_size=self.model.config.codebook_size, base_channels=32)  # decodes nothing here
-        self.pipeline = SVQVAEAutoregressivePipeline.from_llamagen(tokenizer, self.model)
+        self.pipeline = SVQVAEAutoregressivePipeline(tokenizer, self.model)
         self.pipeline.set_progress_bar_config(disable=True)
 
     def logits(self, ids: torch.Tensor, condition: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -1,28 +1,25 @@
 """Generates images with a trained pipeline.
 
-Writes each image at each scale, such as class_cat_0_x1.png, and sheet.png
-with a row per class: at most 16 rows and columns. The same command resumes
-an interrupted run.
+Writes each image, such as class_cat_0.png, and sheet.png with a row per
+class: at most 16 rows and columns. The same command resumes an interrupted
+run.
 
   svqvae generate --prompt "a whale above a guitar on pink" --output out
 """
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svqvae_cli.arguments import Parser, grid, not_empty, path_or_name, positive, scale
+from svqvae_cli.arguments import Parser, grid, not_empty, path_or_name, positive
 from svqvae_cli.files import check_absent, check_source
 from svqvae_cli.runs import Run
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
-    from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that a pipeline has under the same names
 SHEET_SIDE = 16  # rows and columns of the sheet, at most
@@ -35,7 +32,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_output()
     parser.flag("--overwrite", "generate existing images again (default: keep them)")
     parser.option("--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")
-    parser.flag("--steps-pictures", "also write class_cat_0_steps.png and so on, with all scales from coarse to fine")
     condition = parser.add_mutually_exclusive_group()
     help = "classes by name or number (default: images without a class)"
     condition.add_argument("--class", dest="class_labels", nargs="+", metavar="CLASS", help=help)
@@ -43,8 +39,6 @@ def add_arguments(parser: Parser) -> None:
     condition.add_argument("--prompt", nargs="+", type=not_empty, metavar="TEXT", help=help)
     parser.option("--num-images", positive, "N", "images per class or caption (default: 1)", dest="count", default=1)
     parser.option("--batch-size", positive, "COUNT", "images generated at once (default: 16)", default=16)
-    help = "scales of an autoregressive pipeline to decode (default: 1)"
-    parser.option("--scales", scale, "SCALE", help, nargs="+")
     help = "grid of codes of a language model, rows x columns, such as 16x24 (default: its first)"
     parser.option("--grid", grid, "GRID", help)
     parser.option("--steps", positive, "N", "scales of a next-scale pipeline (default: as in training)")
@@ -59,21 +53,18 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generates images in batches, and writes each to files."""
+    """Generates images in batches, and writes each to a file."""
     check_source(args.model)
     names = _row_names(args)
-    scales = args.scales or [1.0]
-    endings = [f"_x{each:g}.png" for each in scales] + ["_steps.png"] * args.steps_pictures
-    stems = [f"{name}_{index}" for name in names for index in range(args.count)]
+    files = {f"{name}_{index}": args.output / f"{name}_{index}.png" for name in names for index in range(args.count)}
     sheet = args.output / "sheet.png"
-    targets = {stem: [args.output / f"{stem}{ending}" for ending in endings] for stem in stems}
-    with Run(args, targets, "images") as work:
+    with Run(args, {stem: [file] for stem, file in files.items()}, "images") as work:
         if not args.overwrite and not work.record.exists():
             check_absent(sheet)
         if work.left:
-            _generate(args, work, scales)
-        rows = [[f"{name}_{index}_x{max(scales):g}.png" for index in range(args.count)] for name in names]
-        _write_sheet([[args.output / file for file in row[:SHEET_SIDE]] for row in rows[:SHEET_SIDE]], sheet)
+            _generate(args, work)
+        columns = range(min(args.count, SHEET_SIDE))
+        _write_sheet([[files[f"{name}_{index}"] for index in columns] for name in names[:SHEET_SIDE]], sheet)
 
 
 def _row_names(args: argparse.Namespace) -> list[str]:
@@ -89,83 +80,51 @@ def _row_names(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def _generate(args: argparse.Namespace, work: Run[str], scales: list[float]) -> None:
+def _generate(args: argparse.Namespace, work: Run[str]) -> None:
     import torch
 
     from svqvae_cli.loading import load_generator
     from svqvae_hf.files.outputs import save_png
 
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
-    kind, labels = type(pipeline).__name__, []
-    sample, excluded = GENERATORS[kind]
-    for name in excluded:
-        if getattr(args, name):
-            option = name.removesuffix("_labels").replace("_", "-")
-            raise ValueError(f"--{option} does not apply to MODEL, whose class is {kind}. Leave it out.")
-    if "class_labels" not in excluded:
-        pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
-        class_names = pipeline.config["class_names"] or []
-        labels = [_class_label(text, class_names) for text in args.class_labels or []]
+    _check_options(pipeline, args)
     numbers = {stem: number for number, stem in enumerate(work.targets)}
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     for batch in _batches(work.files(), args.batch_size):
+        generator = [torch.Generator().manual_seed(args.seed + numbers[stem]) for stem in batch]
         rows = [numbers[stem] // args.count for stem in batch]
-        sampling: dict[str, Any] = {
-            "class_labels": [labels[row] for row in rows] if labels else None,
-            "num_images_per_prompt": 1 if labels or args.prompt else len(batch),
-            "generator": [torch.Generator().manual_seed(args.seed + numbers[stem]) for stem in batch],
-            **({"prompt": [args.prompt[row] for row in rows]} if args.prompt else {}),
-            **{name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None},
-        }
-        images = sample(pipeline, args, sampling, scales)
-        for stem, pictures in zip(batch, zip(*images, strict=True), strict=True):
+        images = _sample(pipeline, args, rows, generator=generator, **sampling)
+        for stem, image in zip(batch, images, strict=True):
             with work.attempt(stem):
-                for path, picture in zip(work.outputs(stem), pictures, strict=True):
-                    save_png(picture, path)
+                save_png(image, *work.outputs(stem))
 
 
-Images = list[list["Image.Image"]]  # by scale, and by steps picture
+def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
+    """Raises for an option of another kind of generator."""
+    draws, by_scale = hasattr(pipeline, "draw"), hasattr(pipeline, "trained_schedule")
+    foreign = {"--class": draws and args.class_labels, "--grid": not draws and args.grid}
+    foreign |= {"--steps": not by_scale and args.steps}
+    for option, given in foreign.items():
+        if given:
+            raise ValueError(
+                f"{option} does not apply to MODEL, whose class is {type(pipeline).__name__}. Leave it out."
+            )
 
 
-def _sample_autoregressive(
-    pipeline: "SVQVAEAutoregressivePipeline", args: argparse.Namespace, sampling: dict[str, Any], scales: list[float]
-) -> Images:
-    """Samples images at some scales and, for pictures of the steps, at all."""
-    steps = [*pipeline.layout.scales] if args.steps_pictures else []
-    asked = [*scales, *(each for each in steps if each not in scales)]
-    images = dict(zip(asked, pipeline(scales=asked, **sampling)[0], strict=True))
-    return [*(images[each] for each in scales), *_steps_pictures([images[each] for each in steps])]
-
-
-def _sample_next_scale(
-    pipeline: "SVQVAENextScalePipeline", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
-) -> Images:
-    """Samples images and, for pictures of the steps, decodes each step."""
-    steps: Images = []
-
-    def decode(_pipeline: object, _step: int, _size: Sequence[int], tensors: dict[str, Any]) -> None:
-        sample = pipeline.vqvae.decode_tokens(tensors["ids"])
-        steps.append(pipeline.image_processor.postprocess(sample, output_type="pil"))
-
-    callback = decode if args.steps_pictures else None
-    images = pipeline(num_inference_steps=args.steps, callback_on_step_end=callback, **sampling)[0]
-    return [images, *_steps_pictures([*steps[:-1], images] if steps else [])]
-
-
-def _sample_language_model(
-    model: "ImageLanguageModel", args: argparse.Namespace, sampling: dict[str, Any], _scales: list[float]
-) -> Images:
-    """Draws an image for each caption, or without a caption."""
-    del sampling["class_labels"]
-    count = sampling.pop("num_images_per_prompt")
-    return [model.draw(sampling.pop("prompt", [None] * count), args.grid, **sampling)]
-
-
-def _steps_pictures(steps: Images) -> Images:
-    """Joins the steps of each image, enlarged to the last one. No steps give no pictures."""
-    from diffusers.utils import make_image_grid
-
-    rows = [[image.resize(row[-1].size) for image in row] for row in zip(*steps, strict=True)]
-    return [[make_image_grid(row, rows=1, cols=len(row)) for row in rows]] if rows else []
+def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list["Image.Image"]:
+    """Samples an image for each row of the sheet, given by the number of its class or caption."""
+    prompts = [args.prompt[row] for row in rows] if args.prompt else None
+    if hasattr(pipeline, "draw"):
+        return pipeline.draw(prompts or [None] * len(rows), args.grid, **sampling)
+    pipeline.set_progress_bar_config(position=1, leave=False, disable=None)
+    if args.steps:
+        sampling["num_inference_steps"] = args.steps
+    if prompts:
+        return pipeline(prompt=prompts, **sampling).images
+    if not args.class_labels:
+        return pipeline(num_images_per_prompt=len(rows), **sampling).images
+    names = pipeline.config["class_names"] or []
+    return pipeline(class_labels=[_class_label(args.class_labels[row], names) for row in rows], **sampling).images
 
 
 def _write_sheet(rows: list[list[Path]], sheet: Path) -> None:
@@ -189,10 +148,3 @@ def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
 def _class_label(text: str, names: list[str]) -> int | str:
     """A name of a class, or its number; a name that is a number counts as a name."""
     return int(text) if text not in names and text.removeprefix("-").isdecimal() else text
-
-
-GENERATORS: dict[str, tuple[Any, Sequence[str]]] = {  # how they sample, and options that do not apply to them
-    "SVQVAEAutoregressivePipeline": (_sample_autoregressive, ("steps", "grid")),
-    "SVQVAENextScalePipeline": (_sample_next_scale, ("scales", "grid")),
-    "ImageLanguageModel": (_sample_language_model, ("class_labels", "scales", "steps", "steps_pictures")),
-}

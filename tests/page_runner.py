@@ -153,9 +153,8 @@ def prepare_files(folder: Path) -> Path:
     make_tiny(codebook_size=256).save_pretrained(folder / "tokenizer")
     file = GOLDEN / "llamagen_gpt_t2i_tiny.pt"
     captions = svqvae_hf.LlamaGenForCausalLM.from_single_file(file, grid_size=4, num_attention_heads=4)
-    svqvae_hf.SVQVAEAutoregressivePipeline(
-        make_tiny(codebook_size=256), captions, num_classes=1, height=16, width=16, **text_components()
-    ).save_pretrained(folder / "llamagen-t2i")
+    pipeline = svqvae_hf.SVQVAEAutoregressivePipeline(make_tiny(codebook_size=256), captions, **text_components())
+    pipeline.save_pretrained(folder / "llamagen-t2i")
     get_peft_model(captions, LoraConfig(target_modules="all-linear")).save_pretrained(folder / "adapter")
     return folder
 

@@ -1,12 +1,11 @@
-"""Trains a causal language model on the ids of a token set, and saves an `SVQVAEAutoregressivePipeline`.
+"""Trains a LlamaGen model on the ids of a token set, and saves an `SVQVAEAutoregressivePipeline`.
 
-With --caption_column it trains a LlamaGen for captions, and with --lora_rank it saves an adapter of peft.
+With --caption_column it trains a model for captions, and with --lora_rank it saves an adapter of peft.
 
 accelerate launch training/train_autoregressive.py --vqvae_name_or_path SVQVAE --model_config_name_or_path CONFIG \
     --token_set TOKENS --output_dir OUT
 """
 
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5En
 from svqvae_hf import SVQVAE, LlamaGenConfig
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import from_hub, is_hub_id, public_name
-from svqvae_hf.pipelines.captions import encode_captions, load_text_encoder
+from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
+from svqvae_hf.pipelines.text_encoders import load_text_encoder
 from svqvae_hf.trainer.configs import check_keys
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.optimization import make_optimizer
@@ -49,7 +49,7 @@ class AutoregressiveOptions(TokenOptions):
     """Options of training a language model on ids."""
 
     model_config_name_or_path: str | None = option(  # type: ignore[assignment]
-        None, "Config of a new language model: a config.json, its folder or Hub id. LlamaGen's is of type llamagen."
+        None, "Config of a new model, of type llamagen: a config.json, its folder or Hub id."
     )
     pretrained_model_name_or_path: str | None = option(
         None, "Pipeline whose language model is trained further, instead of a new one: folder or Hub id."
@@ -139,6 +139,12 @@ def train(run: Run[AutoregressiveOptions]) -> None:
 def make_pipeline(options: AutoregressiveOptions, vqvae: SVQVAE, source: TokenSource) -> SVQVAEAutoregressivePipeline:
     """Pipeline for the sequences of a token set, with a new language model, or with a pretrained one."""
     layout, text = source.layout, {}
+    rows, columns = layout.grids[-1]
+    if len(layout.scales) > 1 or rows != columns:
+        raise ValueError(
+            f"A model of LlamaGen reads ids of a square at one scale, but the token set has {layout.grids}. Tokenize "
+            "square crops at one scale."
+        )
     options.check_sources("pretrained_model_name_or_path", "text_encoder_name_or_path")
     if options.text_encoder_name_or_path is not None:
         text_encoder, tokenizer = load_text_encoder(options.text_encoder_name_or_path)
@@ -149,35 +155,23 @@ def make_pipeline(options: AutoregressiveOptions, vqvae: SVQVAE, source: TokenSo
         pretrained = SVQVAEAutoregressivePipeline.from_pretrained(
             options.pretrained_model_name_or_path, vqvae=vqvae, **text
         )
-        trained = pretrained.layout
-        if trained.scales == (1.0,):  # nothing was resized
-            trained = dataclasses.replace(trained, scale_from=layout.scale_from)
-        if trained != layout:
+        trained, found = (pretrained.grid, pretrained.num_classes), (layout.grids[-1], layout.num_classes)
+        if trained != found:
             raise ValueError(
-                f"the token set must have the sequences of the pretrained pipeline, {trained}, but has "
-                f"{layout}. Tokenize images at its size and scales, and name a column with its classes, or captions."
+                f"the token set must have the grid and the classes of the pretrained pipeline, {trained}, but has "
+                f"{found}. Tokenize images of its size, and name a column with its classes, or captions."
             )
         language_model = pretrained.language_model.float()
         text = {"text_encoder": pretrained.text_encoder, "tokenizer": pretrained.tokenizer}
     if options.caption_column is not None:
         check_captions(language_model, text)
-    return SVQVAEAutoregressivePipeline(
-        vqvae,
-        language_model,
-        num_classes=layout.num_classes,
-        height=layout.height,
-        width=layout.width,
-        scales=list(layout.scales),
-        scale_from=layout.scale_from,
-        class_names=source.class_names,
-        **text,
-    )
+    return SVQVAEAutoregressivePipeline(vqvae, language_model, class_names=source.class_names, **text)
 
 
 def make_language_model(
     options: AutoregressiveOptions, source: TokenSource, text_encoder: T5EncoderModel | None
 ) -> PreTrainedModel:
-    """Language model of the config, with the vocabulary and the length of the sequences."""
+    """Model of the config, for the codes, the classes or captions, and the grid of the token set."""
     layout, name = source.layout, str(options.model_config_name_or_path)
     config = from_hub(AutoConfig.from_pretrained, name)
     if any(Path(name).glob("*.safetensors")):
@@ -186,43 +180,24 @@ def make_language_model(
             "would be dropped. Name its config.json, or add image tokens to the model with `svqvae extend-lm`."
         )
     check_keys(name, config.to_dict(), [*type(config)().to_dict(), *OLD_KEYS])
-    if isinstance(config, LlamaGenConfig):
-        if len(layout.scales) > 1:
-            raise ValueError(
-                f"A model of LlamaGen reads ids at one scale, but the token set has {len(layout.scales)}. Use another "
-                "config, such as Llama's, or tokenize at one scale."
-            )
-        config = LlamaGenConfig(
-            **config.to_diff_dict()
-            | {
-                "vocab_size": 0,  # computed
-                "codebook_size": layout.codebook_size,
-                "num_classes": layout.num_classes,
-                "grid_size": layout.grids[-1][0],
-                "num_condition_tokens": 1 if text_encoder is None else config.num_condition_tokens,
-                "caption_dim": None if text_encoder is None else text_encoder.config.d_model,
-                "codebook_fingerprint": source.settings.codebook_fingerprint,
-            }
-        )
-    else:
-        config.vocab_size = layout.vocab_size
-        config.max_position_embeddings = layout.length
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    language_model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if not isinstance(config, LlamaGenConfig) and not is_causal(language_model):
+    if not isinstance(config, LlamaGenConfig):
         raise ValueError(
-            f"the language model must be causal, but with `{name}` ({config.model_type}) a token sees the ones after "
-            "it. Use a config of a causal model, such as Llama's."
+            f"`--model_config_name_or_path` must be a config of type llamagen, but `{name}` is of type "
+            f"{config.model_type}. To train another language model, add image tokens with `svqvae extend-lm`."
         )
-    return language_model
-
-
-@torch.no_grad()
-def is_causal(language_model: PreTrainedModel) -> bool:
-    """Whether a model is causal: the logits of a token do not depend on the next token."""
-    tokens = torch.tensor([[0, 0], [0, 1]])
-    first, second = language_model.eval()(input_ids=tokens, use_cache=False).logits[:, 0]
-    return torch.allclose(first, second, atol=1e-4)
+    config = LlamaGenConfig(
+        **config.to_diff_dict()
+        | {
+            "vocab_size": 0,  # computed
+            "codebook_size": layout.codebook_size,
+            "num_classes": layout.num_classes,
+            "grid_size": layout.grids[-1][0],
+            "num_condition_tokens": 1 if text_encoder is None else config.num_condition_tokens,
+            "caption_dim": None if text_encoder is None else text_encoder.config.d_model,
+            "codebook_fingerprint": source.settings.codebook_fingerprint,
+        }
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def check_captions(language_model: PreTrainedModel, text: dict[str, Any]) -> None:

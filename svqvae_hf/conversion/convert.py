@@ -12,9 +12,9 @@ from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, read_llamagen
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, NextScaleTransformer
-from svqvae_hf.pipelines.captions import load_text_encoder
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, default_schedule
+from svqvae_hf.pipelines.text_encoders import load_text_encoder
 
 SUMMARY = (
     "Generates images id by id: LlamaGen's language model predicts ids from {condition}, and SVQVAE decodes them."
@@ -95,12 +95,13 @@ def convert(
         )
         with_captions = checkpoint.config["caption_dim"] is not None
         text_components = _load_text_components(source, text_encoder, with_captions)
-        converted = SVQVAEAutoregressivePipeline.from_llamagen(
-            vqvae, LlamaGenForCausalLM.from_checkpoint(checkpoint), **text_components
-        )
+        language_model = LlamaGenForCausalLM.from_checkpoint(checkpoint)
+        language_model.config.codebook_fingerprint = vqvae.codebook_fingerprint()
+        converted = SVQVAEAutoregressivePipeline(vqvae, language_model, **text_components)
+        side = converted.grid[0] * vqvae.f
         condition = "captions" if with_captions else "classes"
         rows = {
-            "images": f"{converted.layout.height} x {converted.layout.width} pixels",
+            "images": f"{side} x {side} pixels",
             "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{vqvae.codebook_fingerprint()}`",
             **({} if text_encoder is None else {"text encoder": f"`{public_name(text_encoder)}`"}),
         }

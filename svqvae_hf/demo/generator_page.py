@@ -20,7 +20,9 @@ from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 from svqvae_hf.tokens.image_tokens import is_out_of_memory
 
 NO_CLASS = -1
+GUIDANCE = 3.0  # of generators without their own
 TOP_P = 0.95  # pipelines draw from the likeliest tokens that add up to this probability
+VISITORS = 4  # served at once
 EDITOR_PX = 512  # longer side of the picture to paint on
 PAPER = (128, 128, 128)  # colour of rows that are still to come
 BRUSH = "#ff2d6f"
@@ -35,7 +37,7 @@ Step = tuple[Image.Image, str]  # what the ids so far decode to, as large as the
 
 
 class GeneratorPage:
-    """The handlers behind the page.
+    """The handlers behind the page. They change nothing in the generator, which serves several visitors at once.
 
     Args:
         pipeline ([`SVQVAEAutoregressivePipeline`], [`SVQVAENextScalePipeline`] or [`ImageLanguageModel`]): Generator
@@ -45,21 +47,24 @@ class GeneratorPage:
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self.next_scale = isinstance(pipeline, SVQVAENextScalePipeline)
-        self.describes = isinstance(pipeline, ImageLanguageModel)
-        self.edits = self.next_scale or self.describes
+        self.draws = isinstance(pipeline, ImageLanguageModel)
+        self.edits = self.next_scale or self.draws
         self.unit = "step" if self.next_scale else "row"
-        self.reads_prompts = self.describes or pipeline.tokenizer is not None
+        self.reads_prompts = self.draws or pipeline.tokenizer is not None
         self.num_classes = 0 if self.reads_prompts else pipeline.num_classes
-        self.guidance = 3.0
-        if self.describes:
-            self.guidance = pipeline.sampling["guidance_scale"]
-            self.grids = [pipeline.processor.vocabulary.grids[0]]
+        if self.draws:
+            self.guidance, (rows, columns) = (
+                pipeline.sampling["guidance_scale"],
+                pipeline.processor.vocabulary.grids[0],
+            )
         else:
-            self.grids = pipeline.trained_schedule if self.next_scale else pipeline.layout.grids
+            self.guidance, (rows, columns) = (
+                GUIDANCE,
+                (pipeline.trained_schedule[-1] if self.next_scale else pipeline.grid),
+            )
             pipeline.set_progress_bar_config(disable=True)
-        rows, columns = self.grids[-1]
-        self.size = columns * self.pipeline.vqvae.f, rows * self.pipeline.vqvae.f
-        self.total = len(self.grids) if self.next_scale else sum(rows for rows, _ in self.grids)
+        self.size = columns * pipeline.vqvae.f, rows * pipeline.vqvae.f
+        self.total = len(pipeline.trained_schedule) if self.next_scale else rows
 
     @property
     def classes(self) -> list[tuple[str, int]]:
@@ -71,18 +76,22 @@ class GeneratorPage:
 
     def generate(self, label: int, prompt: str, seed: float, guidance: float, **edited: Any) -> Iterator[list[Any]]:
         """Generates an image, and yields the values of the page's outputs after each step."""
-        options: dict[str, Any] = {"generator": torch.Generator().manual_seed(int(seed or 0)), **edited}
-        if self.describes:  # with its own sampling
-            options |= {"prompts": [prompt], "guidance_scale": guidance}
-        else:
+        seed = int(seed or 0)
+        options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), **edited}
+        facts = f"seed {seed}"
+        if self.reads_prompts or label != NO_CLASS:
+            options["guidance_scale"] = guidance
+        if self.reads_prompts:
+            options["prompts" if self.draws else "prompt"] = prompt
+            facts = f"“{html.escape(prompt)}”, {facts}"
+        elif label != NO_CLASS:
+            options["class_labels"] = int(label)
+            facts = f"{html.escape(self.classes[int(label)][0])}, {facts}"
+        if not self.draws:  # a language model has its own sampling
             options["top_p"] = TOP_P
-            if self.reads_prompts:
-                options |= {"prompt": prompt, "guidance_scale": guidance}
-            elif label != NO_CLASS:
-                options |= {"class_labels": int(label), "guidance_scale": guidance}
         try:
             for image, title in self._steps(options):
-                yield _values(f"<p>{title}</p>", image)
+                yield _values(f"<p>{title}. {facts}</p>", image)
         except (ValueError, OSError) as error:
             yield _error_values(str(error))
         except (MemoryError, RuntimeError) as error:
@@ -90,8 +99,8 @@ class GeneratorPage:
                 raise
             yield _error_values("Out of memory.")
         else:
-            facts = f"<b>{self.size[0]} × {self.size[1]} pixels</b> in {self.total} {self.unit}s"
-            yield _values(f"<p>{facts}</p>", image, editable=self.edits)
+            size = f"<b>{self.size[0]} × {self.size[1]} pixels</b> in {self.total} {self.unit}s"
+            yield _values(f"<p>{size}. {facts}</p>", image, editable=self.edits)
 
     def repaint(
         self, picture: Image.Image | None, drawing: dict[str, Any] | None, *settings: Any
@@ -103,7 +112,7 @@ class GeneratorPage:
             yield [alert, *[gr.skip()] * 4]
         else:
             edited: dict[str, Any] = {"image": picture, "mask_image": mask}
-            if self.describes:
+            if self.draws:
                 edited = {name: [value] for name, value in edited.items()}
             yield from self.generate(*settings, **edited)
 
@@ -116,13 +125,13 @@ class GeneratorPage:
         previews: SimpleQueue[Step | None] = SimpleQueue()
         left = Event()
 
-        def note(_: Any, step: int, at: Any, tensors: dict[str, torch.Tensor]) -> None:
+        def note(_: Any, step: int, at: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
             if left.is_set():
                 raise CancelledError
             previews.put(self._preview(step, at, tensors["ids"]))
 
         with ThreadPoolExecutor(1) as pool:
-            generate = self.pipeline.draw if self.describes else self.pipeline
+            generate = self.pipeline.draw if self.draws else self.pipeline
             running = pool.submit(generate, callback_on_step_end=note, **options)
             running.add_done_callback(lambda _: previews.put(None))
             try:
@@ -132,11 +141,11 @@ class GeneratorPage:
             finally:
                 left.set()  # the visitor may have gone
             image = running.result()[0]
-            yield image if self.describes else image[0], title
+            yield image if self.draws else image[0], title
 
-    def _preview(self, step: int, at: Any, ids: torch.Tensor) -> Step:
-        """Decodes the ids of a scale, which may lack rows."""
-        rows, columns = at if self.edits else self.grids[self.pipeline.layout.scales.index(at)]
+    def _preview(self, step: int, at: tuple[int, int], ids: torch.Tensor) -> Step:
+        """Decodes the ids of a scale or of the first rows of an image, given the grid of the whole."""
+        rows, columns = at
         f = self.pipeline.vqvae.f
         image = Image.new("RGB", (columns * f, rows * f), PAPER)
         image.paste(self.pipeline.image_processor.postprocess(self.pipeline.vqvae.decode_tokens(ids))[0])
@@ -160,7 +169,7 @@ def build(page: GeneratorPage) -> gr.Blocks:
                 condition = _condition(page)
                 run = gr.Button("Generate", variant="primary", elem_id="run")
                 settings = [*condition, *_sampling(page)]
-                with gr.Accordion("Describe a picture", open=False, visible=page.describes):
+                with gr.Accordion("Describe a picture", open=False, visible=page.draws):
                     upload = gr.Image(type="pil", show_label=False, sources=("upload", "clipboard"), elem_id="upload")
                     told = gr.Textbox(label="Caption", interactive=False, elem_id="told")
             with gr.Column(scale=3, min_width=560):
@@ -192,7 +201,8 @@ def build(page: GeneratorPage) -> gr.Blocks:
             "outputs": [summary, image, picture, painting, canvas],
             "show_progress": "hidden",  # the picture itself shows it
             "concurrency_id": "model",
-            "concurrency_limit": 1,
+            "concurrency_limit": VISITORS,
+            "trigger_mode": "always_last",  # a button that is pressed again waits, and then reads the new prompt
             "api_visibility": "private",
         }
         run.click(page.generate, settings, **event)

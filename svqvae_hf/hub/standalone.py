@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,8 +52,10 @@ class CodeFile(NamedTuple):
 LEFT_OUT: frozenset[str] = frozenset()
 CODE_FILES = {
     "component.py": CodeFile("hub.component", "AutoModel"),
-    "modular_next_scale.py": CodeFile("pipelines.modular", "NextScaleBlocks", also=("NextScaleTextBlocks",)),
-    "modular_llamagen.py": CodeFile("pipelines.modular", "LlamaGenBlocks", also=("LlamaGenTextBlocks",)),
+    "modular_next_scale.py": CodeFile(
+        "pipelines.modular_next_scale", "NextScaleBlocks", also=("NextScaleTextBlocks",)
+    ),
+    "modular_llamagen.py": CodeFile("pipelines.modular_llamagen", "LlamaGenBlocks", also=("LlamaGenTextBlocks",)),
 }
 LIBRARIES = (PACKAGE, "transformers")  # of the components of pipelines
 
@@ -185,6 +188,10 @@ def code(file: str, left_out: frozenset[str] = LEFT_OUT, annotations: bool = Fal
                 external.add((source, original, name))
 
     root = CODE_FILES[file]
+    if root.module.startswith(
+        "pipelines."
+    ):  # files that import each other relatively, and nothing else of the package
+        return Path(SOURCE, PACKAGE, "pipelines", file).read_text(encoding="utf-8")
     read(f"{PACKAGE}.{root.module}")
     for name in (root.name, *root.also):
         use(f"{PACKAGE}.{root.module}", name)
@@ -244,9 +251,6 @@ def _write_blocks(folder: Path, source: str) -> None:
     components = {name: value for name, value in index.items() if isinstance(value, list) and value[0] in LIBRARIES}
     file = pipeline_files(index["_class_name"])[0]
     blocks = CODE_FILES[file].also[0] if "tokenizer" in components else CODE_FILES[file].name
-    generator = components["transformer" if "transformer" in components else "language_model"][1]
-    if file == "modular_llamagen.py" and generator != "LlamaGenForCausalLM":
-        raise ValueError(f"`standalone` needs a LlamaGen model or a next-scale model, got {generator}. Leave it out.")
     modular: dict[str, Any] = {"_blocks_class_name": blocks, "_class_name": "ModularPipeline"}
     modular |= {name: index[name] or [] for name in ("class_names", "schedule") if name in index}
     for name, (library, cls) in components.items():
@@ -257,6 +261,8 @@ def _write_blocks(folder: Path, source: str) -> None:
         place = {"pretrained_model_name_or_path": source, "subfolder": name, "variant": None, "revision": None}
         modular[name] = [None, None, {"type_hint": hint, **place}]
     _write_file(folder, file)
+    for name in re.findall(r"^from \.(\w+) import", code(file), re.MULTILINE):
+        shutil.copy(Path(SOURCE, PACKAGE, "pipelines", f"{name}.py"), folder)
     _write_json(folder / "modular_config.json", {"auto_map": _references(file, {"ModularPipelineBlocks": blocks})})
     _write_json(folder / "modular_model_index.json", modular)
     index["auto_map"] = _references("component.py", {"AutoModel": "AutoModel"})

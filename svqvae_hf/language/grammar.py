@@ -1,11 +1,9 @@
 """The grammar of images among text: as logits processors for generation, and as a regular expression for servers."""
 
 import re
-from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import LogitsProcessor, PreTrainedConfig
 
 from svqvae_hf.language.image_vocabulary import BEGIN, END, ImageVocabulary
 
@@ -61,26 +59,6 @@ class ImageGrammar(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sets the logits `(batch, vocab_size)` of the forbidden tokens to minus infinity."""
         return scores + self.bias.index_select(0, self.next_kind(input_ids)[:, 0])
-
-
-class ImageGuidance(UnbatchedClassifierFreeGuidanceLogitsProcessor):
-    """Classifier-free guidance of transformers, inside images only. It comes before [`ImageGrammar`].
-
-    Args:
-        guidance_scale (`float`): Guidance scale, 1 for none.
-        model ([`~transformers.PreTrainedModel`]): The language model.
-        **context: `unconditional_ids` and its mask, the prompt without its condition, as `negative_prompt_ids` of
-            `generate`.
-    """
-
-    def __init__(self, guidance_scale: float, model: PreTrainedModel, **context: Any):
-        super().__init__(guidance_scale, model, **context)
-        self.grammar = ImageGrammar(model.config)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Guides the logits `(batch, vocab_size)` of sequences that are inside an image."""
-        inside = self.grammar.next_kind(input_ids) != OUTSIDE
-        return torch.where(inside, super().__call__(input_ids, scores), scores.log_softmax(-1))
 
 
 def grammar_regex(vocabulary: ImageVocabulary) -> str:

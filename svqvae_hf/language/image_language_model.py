@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoModelForCausalLM, BatchFeature, LogitsProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BatchFeature, PreTrainedConfig, PreTrainedModel
 
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.language.grammar import ImageGrammar
@@ -17,7 +17,8 @@ from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import check_words
-from svqvae_hf.pipelines.sampling import Generators, check_sampling, draw, make_warpers
+from svqvae_hf.pipelines.id_sampler import IdSampler
+from svqvae_hf.pipelines.sampling import Generators, check_generators, check_sampling, guide, sample
 
 
 class ImageLanguageModel:
@@ -84,7 +85,7 @@ class ImageLanguageModel:
     @torch.inference_mode()
     def draw(
         self,
-        prompts: Sequence[str | None],
+        prompts: str | Sequence[str | None] | None,
         grid: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -98,7 +99,7 @@ class ImageLanguageModel:
         """Draws one image per caption, or edits images.
 
         Args:
-            prompts (`Sequence[str]`): Captions; None for an image without one.
+            prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
             guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
                 next three arguments are in `sampling`.
@@ -114,34 +115,38 @@ class ImageLanguageModel:
 
         Raises:
             ValueError: If an argument of sampling is out of its range, the model does not know the grid, there are
-                not as many images or masks as captions, or the tokenizer has no token for a word.
+                no captions or not as many images, masks or generators, or the tokenizer has no token for a word.
         """
-        check_words(self.processor.tokenizer, [prompt for prompt in prompts if prompt is not None])
+        texts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise ValueError("`prompts` must hold at least one caption, or None for an image without one, got none.")
+        check_words(self.processor.tokenizer, [text for text in texts if text is not None])
         asked = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = self.sampling | {name: value for name, value in asked.items() if value is not None}
-        check_sampling(**sampling, num_images=len(prompts), output_type="pil", tensor_inputs=["ids"])
-        grid = grid or self.processor.vocabulary.grids[0]
-        start = self.processor.begin_image(grid)
-        no_condition = self.processor.no_condition
-        inputs = self._ask([no_condition if prompt is None else prompt for prompt in prompts], start)
-        guidance_scale = sampling.pop("guidance_scale")
-        warpers = [] if sampling["temperature"] == 0 else [*make_warpers(**sampling), _Draw(generator)]
-        prompts_length = inputs["input_ids"].shape[1]
-        edit = () if image is mask_image is None else self._known(image or [], mask_image or [], grid, inputs)
-        others = [_Keep(*edit, prompts_length)] if edit else []
-        if callback_on_step_end is not None:
-            note = partial(callback_on_step_end, self)
-            others.append(_Rows(note, grid, prompts_length, self.processor.vocabulary.first_token))
-        tokens = self.language_model.generate(
-            **inputs,
-            max_new_tokens=grid[0] * grid[1] + 1,
-            do_sample=False,  # drawn by the last processor, from a generator per image
-            guidance_scale=guidance_scale,
-            negative_prompt_ids=self._ask([no_condition] * len(prompts), start)["input_ids"],
-            logits_processor=[self.grammar, *warpers, *others],
+        check_sampling(**sampling)
+        check_generators(generator, len(texts))
+        vocabulary, no_condition = self.processor.vocabulary, self.processor.no_condition
+        grid = grid or vocabulary.grids[0]
+        questions = [no_condition if text is None else text for text in texts]
+        scale = sampling.pop("guidance_scale")
+        if scale != 1:
+            questions += [no_condition] * len(texts)
+        sampler = IdSampler(
+            self.language_model,
+            self._ask(questions, self.processor.begin_image(grid)),
+            grid,
+            range(vocabulary.first_token, vocabulary.begin),
+            partial(sample, **sampling, generator=generator),
+            guide=None if scale == 1 else partial(guide, guidance_scale=scale),
+            known=None
+            if image is mask_image is None
+            else self._known(image or [], mask_image or [], grid, len(texts)),
         )
-        images = self.processor.post_process_multimodal_output(tokens, generation_mode="image")
-        return [each[-1] for each in images]
+        for row in range(grid[0]):
+            ids = sampler.next_row()
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, row, grid, {"ids": ids.clone()})
+        return self.processor.decode_images([*sampler.ids])
 
     @torch.inference_mode()
     def caption(self, images: Sequence[Any], prompt: str = "", max_new_tokens: int = 64) -> list[str]:
@@ -164,24 +169,19 @@ class ImageLanguageModel:
         return [text.strip() for text in self.processor.batch_decode(texts, skip_special_tokens=True)]
 
     def _known(
-        self,
-        images: Sequence[Image.Image],
-        masks: Sequence[Image.Image],
-        grid: tuple[int, int],
-        inputs: BatchFeature,
+        self, images: Sequence[Image.Image], masks: Sequence[Image.Image], grid: tuple[int, int], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of images, and which of them are kept, `(batch, codes)`: those whose parts of the masks are black."""
-        if not len(images) == len(masks) == len(inputs["input_ids"]):
+        """Ids of images `(batch, rows, columns)`, and which are kept: those whose parts of the masks are black."""
+        if not len(images) == len(masks) == count:
             raise ValueError(
                 "`image` and `mask_image` must hold one image and one mask per prompt, got "
-                f"{len(images)} and {len(masks)} for {len(inputs['input_ids'])}."
+                f"{len(images)} and {len(masks)} for {count}."
             )
         (rows, columns), f = grid, self.vqvae.f
         fitted = [np.asarray(ImageOps.fit(mask.convert("L"), (columns * f, rows * f))) for mask in masks]
-        parts = torch.from_numpy(np.stack(fitted)).view(len(masks), rows, f, columns, f)
-        tokens = torch.stack(self.processor.encode_images(images, grid)) + self.processor.vocabulary.first_token
-        device = inputs["input_ids"].device
-        return tokens.flatten(1).to(device), (parts.amax((2, 4)) == 0).flatten(1).to(device)
+        parts = torch.from_numpy(np.stack(fitted)).view(count, rows, f, columns, f)
+        ids, kept = torch.stack(self.processor.encode_images(images, grid)), parts.amax((2, 4)) == 0
+        return ids.to(self.language_model.device), kept.to(self.language_model.device)
 
     def _ask(self, questions: list[str], start: str = "", images: Any = None) -> BatchFeature:
         """Prompts of a batch, padded on the left, up to the start of the answer."""
@@ -191,42 +191,3 @@ class ImageLanguageModel:
         inputs = self.processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt")
         names = ("input_ids", "attention_mask")
         return BatchFeature({name: inputs[name] for name in names}).to(self.language_model.device)
-
-
-class _Keep(LogitsProcessor):
-    """Forces the kept tokens of images, which begin at a position."""
-
-    def __init__(self, tokens: torch.Tensor, kept: torch.Tensor, start: int):
-        self.tokens, self.kept, self.start = tokens, kept, start
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        place = input_ids.shape[1] - self.start
-        if place == self.tokens.shape[1]:  # the end
-            return scores
-        known = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, place, None], 0.0)
-        return torch.where(self.kept[:, place, None], known, scores)
-
-
-class _Rows(LogitsProcessor):
-    """Calls a function after each row of codes."""
-
-    def __init__(self, note: Callable[..., object], grid: tuple[int, int], start: int, first_token: int):
-        self.note, self.grid, self.start, self.first_token = note, grid, start, first_token
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        ids = input_ids[:, self.start :] - self.first_token
-        rows, rest = divmod(ids.shape[1], self.grid[1])
-        if rows and not rest:
-            self.note(rows - 1, self.grid, {"ids": ids.view(len(ids), rows, -1)})
-        return scores
-
-
-class _Draw(LogitsProcessor):
-    """Samples a token, and forbids all others."""
-
-    def __init__(self, generator: Generators):
-        self.generator = generator
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = draw(scores.float(), self.generator)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)

@@ -130,16 +130,15 @@ class ImageVocabulary:
             )
         return [*start, *(ids.flatten().long() + self.first_token).tolist(), self.end]
 
-    def split(self, tokens: torch.Tensor, unfinished: bool = False) -> list[torch.Tensor]:
+    def split(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Splits a sequence into text and images.
 
         Args:
             tokens (`torch.Tensor` of shape `(length,)`): Sequence.
-            unfinished (`bool`, defaults to `False`): Whether the sequence may end inside an image, as a prompt may.
 
         Returns:
             `list[torch.Tensor]`: In turn, the tokens of a text, which may be empty, and the ids `(h, w)` of an image,
-            from the first text to the last. An unfinished image is left out.
+            from the first text to the last. An image in which the sequence ends is left out.
 
         Raises:
             ValueError: If there is an image token outside an image, a text inside one, or too few or too many codes.
@@ -166,12 +165,7 @@ class ImageVocabulary:
             if position <= len(tokens):
                 parts.append(ids.view(rows, columns))
         if position <= len(tokens):
-            return [*parts, self._check_text(tokens[position:], position)]
-        if not unfinished:
-            raise ValueError(
-                "the last image must be complete, but the sequence ends inside it. Generate with more "
-                "`max_new_tokens`."
-            )
+            parts.append(self._check_text(tokens[position:], position))
         return parts
 
     def _check_text(self, tokens: torch.Tensor, start: int) -> torch.Tensor:

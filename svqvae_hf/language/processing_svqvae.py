@@ -1,6 +1,7 @@
 """Texts and images to the tokens of a language model, and back."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class SVQVAEProcessor(ProcessorMixin):
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:
-            self.vocabulary.split(torch.as_tensor(tokens), unfinished=True)
+            self.vocabulary.split(torch.as_tensor(tokens))
         return features
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
@@ -207,14 +208,23 @@ class SVQVAEProcessor(ProcessorMixin):
                 images, by default a list of both in order.
             **kwargs: Further arguments of the tokenizer's `decode`.
 
+        An image in which a sequence ends is left out, with a warning.
+
         Raises:
-            ValueError: If a sequence has a malformed image, or ends inside one.
+            ValueError: If a sequence has a malformed image.
         """
         if generation_mode not in (None, "text", "image"):
             raise ValueError(f'`generation_mode` must be "text", "image" or None, got {generation_mode!r}.')
         results: list[Any] = []
         for tokens in generated_outputs:
-            parts = self.vocabulary.split(torch.as_tensor(tokens).cpu())
+            sequence = torch.as_tensor(tokens).cpu()
+            parts = self.vocabulary.split(sequence)
+            if (sequence == self.vocabulary.begin).sum() > len(parts) // 2:
+                warnings.warn(
+                    f"sequence {len(results)} ends inside an image, which is left out. Generate with more "
+                    "`max_new_tokens`.",
+                    stacklevel=2,
+                )
             texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in parts[::2]]
             if generation_mode == "text":
                 results.append("".join(texts))

@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 class LlamaGenConfig(LlamaConfig):
     """Config of a [`LlamaGenForCausalLM`]; the defaults are LlamaGen-B for classes at 256 x 256 pixels.
 
-    The vocabulary is the codes, then the classes, then the unconditional token, as in a [`SequenceLayout`] with one
-    scale. A model for captions has one class, "with its caption".
+    The vocabulary is the codes, then the classes, then the unconditional token. A model for captions has one class,
+    "with its caption".
 
     Args:
         codebook_size (`int`, defaults to 16384): Codes of the tokenizer.

@@ -5,33 +5,7 @@ import reprlib
 from collections.abc import Sequence
 
 import torch
-import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from svqvae_hf.hub.repositories import from_hub
-from svqvae_hf.tokens.image_tokens import execution_device
-
-
-def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a text encoder in bfloat16, as LlamaGen does, and its tokenizer.
-
-    Args:
-        source (`str`): Folder or Hub id of a T5 encoder, such as `google/flan-t5-xl`.
-
-    Raises:
-        OSError: It does not exist or cannot be downloaded.
-        ValueError: It is not a T5 encoder.
-    """
-    encoder, info = from_hub(
-        transformers.T5EncoderModel.from_pretrained,  # here, because other generators need not import it
-        source,
-        dtype=torch.bfloat16,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    if info["missing_keys"]:
-        raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(info['missing_keys'])}.")
-    return encoder.eval(), from_hub(AutoTokenizer.from_pretrained, source)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> None:
@@ -72,6 +46,7 @@ def encode_captions(
     captions: Sequence[str],
     length: int,
     *,
+    device: torch.device | None = None,
     truncate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes captions as LlamaGen does, with their text at the end.
@@ -81,18 +56,19 @@ def encode_captions(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         captions (`Sequence[str]`): Captions.
         length (`int`): Number of positions.
+        device (`torch.device`, *optional*): Device on which the encoder computes, by default the one that holds it.
         truncate (`bool`, defaults to `False`): Cut longer captions to `length` tokens, instead of raising an error.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Features `(batch, length, channels)` with zeros before the text, and their
-        mask `(batch, length)`, on the device of the encoder.
+        mask `(batch, length)`, on this device.
 
     Raises:
         ValueError: A caption has more tokens than positions.
     """
     batch = tokenizer(list(captions), padding="max_length", max_length=length, truncation=truncate)
     _check_length(captions, batch["input_ids"], length)
-    device = execution_device(text_encoder)
+    device = text_encoder.device if device is None else device
     ids, mask = (torch.tensor(batch[name], device=device) for name in ("input_ids", "attention_mask"))
     features = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
     pairs = zip(features, mask.sum(1).tolist(), strict=True)

@@ -16,8 +16,7 @@ from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.pipelines.labels import Labels, encode_labels
-from svqvae_hf.pipelines.sequences import to_int64
+from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
 
 # For readers of `model_index.json`.
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"

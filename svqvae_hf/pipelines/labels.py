@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from svqvae_hf.pipelines.sequences import to_int64
-
 Labels = int | str | Sequence[int | str]
 
 
@@ -41,3 +39,19 @@ def encode_labels(class_labels: Labels | None, num_classes: int, class_names: Se
     if not labels.numel() or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"`class_labels` must be in [0, {num_classes}), got {class_labels!r}.")
     return labels
+
+
+def to_int64(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Converts integers of any type to int64, because unsigned types lack operations.
+
+    Args:
+        name (`str`): Name of the values, for the error.
+        values (`torch.Tensor`): Integers of any shape.
+
+    Raises:
+        TypeError: The values are not a tensor of integers.
+    """
+    found = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+    if isinstance(found, str) or found.is_floating_point or found.is_complex or found == torch.bool:
+        raise TypeError(f"`{name}` must be tensors of integers, got {found}. Pass int64 tensors.")
+    return values.long()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from svqvae_hf.models.checks import check_scale_from
 from svqvae_hf.models.image_processing_svqvae import ImageInput
@@ -22,10 +22,10 @@ from svqvae_hf.pipelines.sampling import (
     Generators,
     check_finite,
     check_generators,
+    check_outputs,
     check_sampling,
     guide,
-    make_warpers,
-    sample_ids,
+    sample,
 )
 from svqvae_hf.pipelines.scale_predictor import ScalePredictor
 from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
@@ -197,8 +197,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             TypeError: Labels are neither integers nor names.
             ValueError: A value is out of range or does not fit the others, or logits are NaN or infinite.
         """
-        tensor_inputs = callback_on_step_end_tensor_inputs
-        check_sampling(guidance_scale, temperature, top_k, top_p, num_images_per_prompt, output_type, tensor_inputs)
+        check_sampling(guidance_scale, temperature, top_k, top_p)
+        check_outputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         height, width, sizes = self._plan(height, width, num_inference_steps, schedule)
         scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
         _check_greedy(greedy_scales, sizes)
@@ -214,21 +214,19 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 text = text.repeat_interleave(num_images_per_prompt, dim=0)
             labels = labels.repeat_interleave(num_images_per_prompt)
             check_generators(generator, len(labels))
-            warpers = LogitsProcessorList(make_warpers(temperature, top_k, top_p))
-            greedy = LogitsProcessorList(make_warpers(temperature, 1, 1.0))
             guided = guidance_scale != 1
             pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
-            predictor = ScalePredictor(self.transformer, self.vqvae, labels, sizes, text, pad_token, guided=guided)
+            predictor = ScalePredictor(self.transformer, self.vqvae, labels, text, pad_token, guided=guided)
             for step, size in enumerate(self.progress_bar(sizes)):
                 logits = predictor.next_logits(size)
                 if guided:
                     logits = guide(logits, scales[step])
                 check_finite(logits.amax(-1), self.transformer, "transformer")
-                of_step = greedy if step in greedy_scales else warpers
-                ids = sample_ids(logits, of_step, generator, greedy=temperature == 0).unflatten(1, size)
+                top = (1, 1.0) if step in greedy_scales else (top_k, top_p)
+                ids = sample(logits, temperature, *top, generator).unflatten(1, size)
                 if known:
                     ids = _keep(known[step], ids)
-                ids = self._call_back(callback_on_step_end, tensor_inputs, step, size, ids)
+                ids = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, size, ids)
                 if self.interrupt:
                     break
                 predictor.add(ids)

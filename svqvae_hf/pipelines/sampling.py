@@ -17,27 +17,29 @@ MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def check_sampling(
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    num_images: int,
-    output_type: str,
-    tensor_inputs: Sequence[str],
-) -> None:
+def check_sampling(guidance_scale: float, temperature: float, top_k: int, top_p: float) -> None:
     """Raises if an argument of sampling is out of its range."""
     least, most = 1 / MAX_FACTOR, MAX_FACTOR
     temperature_holds = temperature == 0 or least <= temperature <= most
-    rules = {
-        "guidance_scale": (guidance_scale, -most <= guidance_scale <= most, f"in [-{most:g}, {most:g}]"),
-        "temperature": (temperature, temperature_holds, f"0 or in [{least:g}, {most:g}]"),
-        "top_k": (top_k, top_k >= 0, "at least 0"),
-        "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        "num_images_per_prompt": (num_images, num_images >= 1, "at least 1"),
-        "output_type": (output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
-        "callback_on_step_end_tensor_inputs": (list(tensor_inputs), {*tensor_inputs} <= {"ids"}, "among ['ids']"),
-    }
+    check_rules(
+        guidance_scale=(guidance_scale, -most <= guidance_scale <= most, f"in [-{most:g}, {most:g}]"),
+        temperature=(temperature, temperature_holds, f"0 or in [{least:g}, {most:g}]"),
+        top_k=(top_k, top_k >= 0, "at least 0"),
+        top_p=(top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    )
+
+
+def check_outputs(num_images_per_prompt: int, output_type: str, tensor_inputs: Sequence[str]) -> None:
+    """Raises if an argument of a pipeline's outputs is out of its range."""
+    check_rules(
+        num_images_per_prompt=(num_images_per_prompt, num_images_per_prompt >= 1, "at least 1"),
+        output_type=(output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+        callback_on_step_end_tensor_inputs=(list(tensor_inputs), {*tensor_inputs} <= {"ids"}, "among ['ids']"),
+    )
+
+
+def check_rules(**rules: tuple[object, bool, str]) -> None:
+    """Raises for the first argument whose rule does not hold."""
     for name, (value, holds, rule) in rules.items():
         if not holds:
             raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
@@ -58,42 +60,49 @@ def check_finite(highest: torch.Tensor, network: torch.nn.Module, title: str) ->
         )
 
 
-def make_warpers(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:
-    """Logits processors of transformers; a temperature of 0 needs none."""
-    warpers: list[LogitsProcessor] = []
-    if temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers
-
-
 def guide(logits: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Joins logits of a batch and of the same batch without its classes, `(2 * batch, ...)` -> `(batch, ...)`."""
+    """Joins logits of a batch and of the same batch without its condition, `(2 * batch, ...)` -> `(batch, ...)`."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def sample_ids(
-    logits: torch.Tensor, warpers: LogitsProcessorList, generator: Generators, *, greedy: bool
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: Generators = None,
 ) -> torch.Tensor:
-    """Samples ids `(batch, tokens)` of a scale from logits `(batch, tokens, codebook_size)`."""
-    scores = warpers(None, logits.flatten(0, 1)).view_as(logits)
-    return scores.argmax(-1) if greedy else draw(scores, generator)
+    """Samples ids `(batch, ...)` from logits `(batch, ..., codes)`.
+
+    Args:
+        logits (`torch.Tensor`): Logits.
+        temperature (`float`, defaults to 1.0): Divides the logits; 0 takes the most likely id.
+        top_k (`int`, defaults to 0): Number of most likely ids to sample from; 0 means all.
+        top_p (`float`, defaults to 1.0): Total probability of the most likely ids to sample from.
+        generator (`torch.Generator` or a list of them, *optional*): One for all images or one per image, on any
+            device.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return draw(LogitsProcessorList(warpers)(None, logits.flatten(0, -2)).view_as(logits), generator)
 
 
 def draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Draws one token per row of scores, by the Gumbel-max trick in its exponential form, as `torch.multinomial` does.
+    """Draws one id per row of scores, by the Gumbel-max trick in its exponential form, as `torch.multinomial` does.
 
     Args:
-        scores (`torch.Tensor` of shape `(batch, ..., tokens)`): Logits.
+        scores (`torch.Tensor` of shape `(batch, ..., codes)`): Logits.
         generator (`torch.Generator` or a list of them, *optional*): One for all images or one per image, on any
             device.
 
     Returns:
-        `torch.Tensor`: Tokens `(batch, ...)` in int64.
+        `torch.Tensor`: Ids `(batch, ...)` in int64.
     """
     return (scores.softmax(-1) / _exponential(scores.shape, generator, scores.device)).argmax(-1)
 

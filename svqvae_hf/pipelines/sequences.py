@@ -7,10 +7,10 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from transformers import LogitsProcessor
 
-from svqvae_hf.models.checks import INTEGERS, check_integers, check_scale_from
+from svqvae_hf.models.checks import check_integers, check_scale_from
 from svqvae_hf.models.resizing import grid_shape
+from svqvae_hf.pipelines.labels import to_int64
 
 
 @dataclass(frozen=True)
@@ -184,54 +184,8 @@ class SequenceLayout:
         if tokens.numel() and not allowed.start <= tokens.min() <= tokens.max() < allowed.stop:
             raise ValueError(
                 f"from position {position}, tokens must be in [{allowed.start}, {allowed.stop}), got "
-                f"[{tokens.min()}, {tokens.max()}]. Sample with `LayoutLogitsProcessor`."
+                f"[{tokens.min()}, {tokens.max()}]."
             )
-
-
-class LayoutLogitsProcessor(LogitsProcessor):
-    """Allows only the tokens of the layout at each position, so that every sample can be decoded.
-
-    Args:
-        layout ([`SequenceLayout`]): Layout of the sequences.
-
-    Example:
-        >>> prompt = torch.tensor([[layout.unconditional_token]])
-        >>> processors = [LayoutLogitsProcessor(layout)]
-        >>> sequences = model.generate(
-        ...     prompt, logits_processor=processors, max_new_tokens=layout.length - 1, do_sample=True, top_k=0
-        ... )
-    """
-
-    def __init__(self, layout: SequenceLayout):
-        self.layout = layout
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Sets the scores `(batch, vocab_size)` of all other tokens to minus infinity.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(batch, tokens)`): Sequences so far.
-            scores (`torch.Tensor` of shape `(batch, vocab_size)`): Logits of the next token.
-        """
-        allowed = self.layout.allowed(input_ids.shape[1])
-        masked = torch.full_like(scores, -math.inf)
-        masked[:, allowed.start : allowed.stop] = scores[:, allowed.start : allowed.stop]
-        return masked
-
-
-def to_int64(name: str, values: torch.Tensor) -> torch.Tensor:
-    """Converts integers of any type to int64, because unsigned types lack operations.
-
-    Args:
-        name (`str`): Name of the values, for the error.
-        values (`torch.Tensor`): Integers of any shape.
-
-    Raises:
-        TypeError: The values are not a tensor of integers.
-    """
-    found = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-    if found not in INTEGERS:
-        raise TypeError(f"`{name}` must be tensors of integers, got {found}. Pass int64 tensors.")
-    return values.long()
 
 
 def _check_range(name: str, values: torch.Tensor, end: int, what: str) -> None:

@@ -95,9 +95,9 @@ def test_info_of_pipelines_and_their_generators(tmp_path, capsys):
     make_autoregressive(class_names=["cat", "dog", "fox"]).save_pretrained(tmp_path / "ids")
     make_next_scale().save_pretrained(tmp_path / "scales")
     for folder, facts in {
-        "ids": {"kind": "SVQVAEAutoregressivePipeline", "height": "32", "width": "16", "scales": "[0.25, 0.5, 1.0]"},
+        "ids": {"kind": "SVQVAEAutoregressivePipeline", "class_names": "['cat', 'dog', 'fox']"},
         "scales": {"kind": "SVQVAENextScalePipeline", "vqvae": "['svqvae_hf', 'SVQVAE']"},
-        "ids/language_model": {"kind": "LlamaForCausalLM", "vocab_size": "70"},
+        "ids/language_model": {"kind": "LlamaGenForCausalLM", "grid_size": "4"},
         "scales/transformer": {"kind": "NextScaleTransformer", "num_classes": "3"},
     }.items():
         assert svqvae("info", tmp_path / folder) == 0

@@ -38,26 +38,24 @@ def is_picture(file, image):
         return np.array_equal(written, image)
 
 
-def test_images_at_all_scales_and_a_sheet(saved, pipeline, tmp_path, capsys):
-    arguments = ["--class", "1", "0", "--num-images", "3", "--scales", "1", "0.5", "--seed", "7", "--top-k", "9"]
-    arguments += ["--guidance-scale", "2", "--temperature", "0.9", "--top-p", "0.8", "--batch-size", "2"]
+def test_images_of_classes_and_a_sheet(saved, pipeline, tmp_path, capsys):
+    arguments = ["--class", "1", "0", "--num-images", "3", "--seed", "7", "--top-k", "9", "--batch-size", "2"]
+    arguments += ["--guidance-scale", "2", "--temperature", "0.9", "--top-p", "0.8"]
     assert svqvae("generate", saved, *arguments, "--output", tmp_path) == 0
-    files = {f"class_{name}_{index}_x{scale}.png" for name in "10" for index in range(3) for scale in ("1", "0.5")}
-    assert {*visible(tmp_path)} == files | {"sheet.png"}
-    assert capsys.readouterr().out == f"written  {tmp_path} (images: 12)\n"
-    call = {"top_k": 9, "guidance_scale": 2.0, "temperature": 0.9, "top_p": 0.8, "scales": [1.0, 0.5]}
-    (whole,), (half,) = pipeline(0, generator=[seeded(7 + 4)], **call).images
-    assert is_picture(tmp_path / "class_0_1_x1.png", whole)
-    assert is_picture(tmp_path / "class_0_1_x0.5.png", half)
+    assert {*visible(tmp_path)} == {f"class_{name}_{index}.png" for name in "10" for index in range(3)} | {"sheet.png"}
+    assert capsys.readouterr().out == f"written  {tmp_path} (images: 6)\n"
+    call = {"top_k": 9, "guidance_scale": 2.0, "temperature": 0.9, "top_p": 0.8}
+    (image,) = pipeline(0, generator=[seeded(7 + 4)], **call).images
+    assert is_picture(tmp_path / "class_0_1.png", image)
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (3 * 16, 2 * 32)
-        assert np.array_equal(sheet.crop((16, 32, 32, 64)), whole)
+        assert sheet.size == (3 * 16, 2 * 16)
+        assert np.array_equal(sheet.crop((16, 16, 32, 32)), image)
 
 
 def test_names_of_classes_name_files(saved, pipeline, tmp_path):
     classes = ["../up", "tench, Tinca", "1", "0"]  # "1" is a name, "0" a number
     assert svqvae("generate", saved, "--class", *classes, "--output", tmp_path) == 0
-    files = [f"class_{name}_0_x1.png" for name in ("up", "tench-Tinca", "1", "0")]
+    files = [f"class_{name}_0.png" for name in ("up", "tench-Tinca", "1", "0")]
     assert {*visible(tmp_path)} == {*files, "sheet.png"}
     images = pipeline([1, 0, 2, 0], generator=[seeded(index) for index in range(4)]).images
     assert all(is_picture(tmp_path / file, image) for file, image in zip(files, images, strict=True))
@@ -68,22 +66,18 @@ def test_a_row_of_images_per_caption(tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
     call = ("generate", tmp_path / "pipeline", "--output", tmp_path / "out", "--prompt", "the cat", "a roof")
     assert svqvae(*call, "--num-images", 2, "--guidance-scale", 2) == 0
-    files = [f"prompt_{caption}_{index}_x1.png" for caption in range(2) for index in range(2)]
+    files = [f"prompt_{caption}_{index}.png" for caption in range(2) for index in range(2)]
     assert visible(tmp_path / "out") == [*files, "sheet.png"]
     (image,) = pipeline(prompt="a roof", guidance_scale=2.0, generator=seeded(2)).images
-    assert is_picture(tmp_path / "out" / "prompt_1_0_x1.png", image)
+    assert is_picture(tmp_path / "out" / "prompt_1_0.png", image)
     capsys.readouterr()
     assert "not allowed with argument --prompt" in fails(capsys, *call, "--class", "0")
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("autoregressive", 3), ("next scale", 4)])
-def test_pictures_of_the_steps(kind, steps, saved, saved_next_scale, tmp_path):
-    source = saved if kind == "autoregressive" else saved_next_scale
-    assert svqvae("generate", source, "--class", "0", "--steps-pictures", "--output", tmp_path) == 0
-    assert visible(tmp_path) == ["class_0_0_steps.png", "class_0_0_x1.png", "sheet.png"]
-    with Image.open(tmp_path / "class_0_0_steps.png") as strip, Image.open(tmp_path / "class_0_0_x1.png") as image:
-        assert strip.size == (steps * image.width, image.height)
-        assert np.array_equal(strip.crop((image.width * (steps - 1), 0, *strip.size)), image)
+def test_steps_of_a_next_scale_pipeline(saved_next_scale, tmp_path):
+    assert svqvae("generate", saved_next_scale, "--class", "0", "--steps", "2", "--output", tmp_path) == 0
+    (image,) = make_next_scale()(0, num_inference_steps=2, generator=[seeded(0)]).images
+    assert is_picture(tmp_path / "class_0_0.png", image)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # that peft reads
@@ -96,7 +90,7 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
     assert svqvae("generate", saved, "--adapter", tmp_path / "adapter", *arguments, tmp_path / "out") == 0
     pipeline.language_model = adapter.merge_and_unload()
     (adapted,) = pipeline(0, temperature=0).images
-    assert is_picture(tmp_path / "out" / "class_0_0_x1.png", adapted)
+    assert is_picture(tmp_path / "out" / "class_0_0.png", adapted)
     assert not np.array_equal(adapted, plain)
     capsys.readouterr()
     for model, other, message in (
@@ -118,7 +112,6 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
         (["--class", "cat"], "`class_labels` must be numbers in [0, 3) or names of classes, ['tench, Tinca'"),
         (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
         (["--steps", "3"], "--steps does not apply to MODEL, whose class is SVQVAEAutoregressivePipeline"),
-        (["--scales", "2"], "`scales` must be among [0.25, 0.5, 1.0]"),
         (["--grid", "4x4"], "--grid does not apply to MODEL"),
         (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),
     ],
@@ -126,8 +119,3 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
 def test_mistakes_are_one_line(arguments, message, saved, tmp_path, capsys):
     assert message in fails(capsys, "generate", saved, *arguments, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_options_of_autoregressive_pipelines(saved_next_scale, tmp_path, capsys):
-    error = fails(capsys, "generate", saved_next_scale, "--scales", "1", "--output", tmp_path / "out")
-    assert "--scales does not apply to MODEL" in error

@@ -48,7 +48,7 @@ def test_a_model_of_classes_is_a_whole_repository(parts, converted):
     made = {str(file.relative_to(converted)) for file in converted.rglob("*")}
     assert {"README.md", "model_index.json", "language_model/config.json", "vqvae/config.json"} <= made
     pipeline = SVQVAEAutoregressivePipeline.from_pretrained(converted)
-    assert pipeline.config["height"] == 16
+    assert pipeline.grid == (4, 4)
     fingerprint = pipeline.vqvae.codebook_fingerprint()
     assert pipeline.language_model.config.codebook_fingerprint == fingerprint
     original = LlamaGenForCausalLM.from_single_file(CLASSES, grid_size=4, num_attention_heads=4).state_dict()
@@ -97,7 +97,7 @@ def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
         ({"text_encoder": "t5"}, "has classes instead of captions"),
         ({"source": CAPTIONS}, "does not name the encoder of its captions. Pass `text_encoder`"),
         ({"source": GOLDEN / "llamagen_tiny.pt"}, "must be a checkpoint of a language model of LlamaGen"),
-        ({"tokenizer": GOLDEN / "llamagen_tiny.pt"}, r"must have 139 tokens \(128 codes, 10 classes.*got 267"),
+        ({"tokenizer": GOLDEN / "llamagen_tiny.pt"}, "must have the 128 codes of `vqvae`, but has 256"),
     ],
 )
 def test_wrong_arguments_leave_nothing(parts, tmp_path, arguments, message):

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Lazy, make_tiny
+from generators import make_autoregressive
 from next_scale_golden import make_transformer
 from PIL import Image
 from tiny_language_models import load_extended
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from svqvae_hf import SVQVAEAutoregressivePipeline, SVQVAENextScalePipeline
+from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.language.image_language_model import ImageLanguageModel
-from svqvae_hf.pipelines.sequences import SequenceLayout
 
 demo = Lazy("svqvae_hf.demo.generator_page")
 SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0}
@@ -21,23 +20,6 @@ SETTINGS = {"label": 1, "prompt": "", "seed": 7, "guidance": 2.0}
 def next_scale():
     names = ["cat", "dog", "fox"]
     return SVQVAENextScalePipeline(make_tiny(), make_transformer(), schedule=[1, 2, 3, 4], class_names=names)
-
-
-@pytest.fixture
-def autoregressive():
-    layout = SequenceLayout(64, 4, 16, 24, (0.5, 1.0), 3)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=layout.vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=layout.length,
-        initializer_range=0.5,
-    )
-    model = LlamaForCausalLM(config).eval()
-    return SVQVAEAutoregressivePipeline(make_tiny(), model, num_classes=3, height=16, width=24, scales=(0.5, 1.0))
 
 
 def sample(pipeline, **arguments):
@@ -57,7 +39,7 @@ def test_image_grows_scale_by_scale_to_the_image_of_the_pipeline(next_scale):
     values = list(demo.GeneratorPage(next_scale).generate(**SETTINGS))
     image, ids = sample(next_scale)
     assert [value[0] for value in values[:4]] == [
-        f"<p>Step {side} of 4: {side} × {side} tokens</p>" for side in (1, 2, 3, 4)
+        f"<p>Step {side} of 4: {side} × {side} tokens. dog, seed 7</p>" for side in (1, 2, 3, 4)
     ]
     for shown, grid in zip(pictures(values), ids, strict=False):
         (decoded,) = next_scale.image_processor.postprocess(next_scale.vqvae.decode_tokens(grid))
@@ -70,15 +52,26 @@ def test_image_grows_scale_by_scale_to_the_image_of_the_pipeline(next_scale):
     assert drawing["background"].size == (demo.EDITOR_PX, demo.EDITOR_PX)
 
 
-def test_image_grows_row_by_row_to_the_image_of_the_pipeline(autoregressive):
-    values = list(demo.GeneratorPage(autoregressive).generate(**SETTINGS))
-    image, _ = sample(autoregressive)
+def test_image_grows_row_by_row_to_the_image_of_the_pipeline():
+    pipeline = make_autoregressive(class_names=["cat", "<dog>", "fox"])
+    values = list(demo.GeneratorPage(pipeline).generate(**SETTINGS))
+    image, _ = sample(pipeline)
     titles = [value[0] for value in values]
-    assert "Row 1 of 6: 3 × 2 tokens" in titles[0]
-    assert "Row 5 of 6: 6 × 4 tokens" in titles[4]
-    assert (pictures(values)[4][12:] == demo.PAPER).all()  # the last of four rows is still to come
-    assert (pictures(values)[4][:12] != demo.PAPER).any(-1).mean() > 0.9
+    assert titles[0] == "<p>Row 1 of 4: 4 × 4 tokens. &lt;dog&gt;, seed 7</p>"
+    assert titles[-1] == "<p><b>16 × 16 pixels</b> in 4 rows. &lt;dog&gt;, seed 7</p>"
+    assert (pictures(values)[2][12:] == demo.PAPER).all()  # the last of four rows is still to come
+    assert (pictures(values)[2][:12] != demo.PAPER).any(-1).mean() > 0.9
     np.testing.assert_array_equal(pictures(values)[-1], image)
+
+
+def test_visitors_at_the_same_time_get_what_they_would_get_alone():
+    page = demo.GeneratorPage(ImageLanguageModel(*load_extended()))
+    settings = [SETTINGS | {"prompt": prompt, "seed": seed} for seed, prompt in enumerate(["a cat", "a red key"])]
+    alone = [pictures(page.generate(**each)) for each in settings]
+    first, second = (page.generate(**each) for each in settings)
+    together = list(zip(*zip(first, second, strict=True), strict=True))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, pictures(other))
 
 
 def drawn(box):

@@ -253,7 +253,7 @@ def test_image_grows_and_a_painted_part_is_generated_anew(generator_page):
     states = watch_summary(page)
     generate(page)
     texts = [text for text, _ in states()]
-    assert texts[-1].split() == "32 × 32 pixels in 6 steps".split()
+    assert texts[-1] == "32 × 32 pixels in 6 steps. no class, seed 0"
     assert any("of 6:" in text for text in texts)
     before, url = generated(page), page.locator("#result img").get_attribute("src")
     paint(page)
@@ -261,10 +261,18 @@ def test_image_grows_and_a_painted_part_is_generated_anew(generator_page):
     page.get_by_label("Seed").fill("1")
     page.locator("#repaint").click()
     page.wait_for_function("url => document.querySelector('#result img')?.src !== url", arg=url)
-    page.locator("#summary b").wait_for()
+    page.locator("#summary p", has_text="pixels").wait_for()
     changed = np.abs(generated(page) - before).mean(-1)
     page.screenshot(path=SCREENSHOTS / "repainted.png", full_page=True)
     assert changed[12:20, 12:20].mean() > 3 * changed[:, :4].mean()
     page.set_viewport_size(PHONE)
     page.screenshot(path=SCREENSHOTS / "generator_on_a_phone.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+
+
+def test_a_button_that_is_pressed_again_waits_and_reads_the_new_settings(generator_page):
+    page = generator_page
+    for seed in ("4", "5"):
+        page.get_by_label("Seed").fill(seed)
+        page.locator("#run").click()
+    page.locator("#summary p", has_text="32 × 32 pixels in 6 steps. no class, seed 5").wait_for()

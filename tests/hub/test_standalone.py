@@ -12,9 +12,8 @@ import pytest
 import standalone_process
 import torch
 from conftest import ROOT, make_tiny
-from diffusers import ModularPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files, get_relative_imports
-from generators import make_autoregressive, make_llamagen, make_next_scale
+from generators import make_llamagen, make_next_scale
 from next_scale_golden import GOLDEN as FLEXVAR
 from next_scale_golden import make_transformer
 from pipeline_parts import text_components
@@ -31,7 +30,6 @@ from svqvae_hf import (
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.hub.code import AUTO_CLASSES
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
-from svqvae_hf.pipelines.modular import NextScaleBlocks
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +121,6 @@ def test_errors_without_trust_are_those_of_the_page(repositories, without_packag
         assert " ".join(error.replace(str(repositories), "org").splitlines()[-1].split()) in page
 
 
-def test_pipeline_of_another_language_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a next-scale model, got LlamaForCausalLM"):
-        make_autoregressive().save_pretrained(tmp_path, standalone=True)
-
-
 MODEL_FILES = {
     *("modeling_svqvae", "checks", "layers", "loading", "quantizer", "resizing", "tiling"),
     *("image_processing_svqvae", "image_files"),
@@ -158,17 +151,6 @@ def test_converted_checkpoint_carries_its_code(tmp_path):
     convert(ROOT / "tests" / "golden" / "svqvae_tiny.safetensors", tmp_path / "out", standalone=True)
     assert {path.stem for path in (tmp_path / "out").glob("*.py")} == MODEL_FILES
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_modular_pipeline_that_is_saved_loads_with_the_package(tmp_path):
-    make_next_scale().save_pretrained(tmp_path / "pipeline")
-    modular = NextScaleBlocks().init_pipeline(str(tmp_path / "pipeline"))
-    modular.load_components()
-    modular.save_pretrained(str(tmp_path / "modular"), overwrite_modular_index=True)
-    again = ModularPipeline.from_pretrained(str(tmp_path / "modular"))
-    again.load_components()
-    call = {"class_labels": 2, "temperature": 0, "output": "ids"}
-    assert again(**call).equal(modular(**call))
 
 
 def test_code_is_written_only_if_asked_for(repositories, tmp_path):

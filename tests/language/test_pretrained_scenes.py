@@ -43,7 +43,7 @@ def test_folder_is_as_large_as_documented():
 @pytest.mark.slow
 def test_the_command_draws_without_a_model(tmp_path, capsys):
     assert svqvae("generate", "--prompt", "a whale above a guitar on pink", "--output", tmp_path / "out") == 0
-    with Image.open(tmp_path / "out" / "prompt_0_0_x1.png") as picture:
+    with Image.open(tmp_path / "out" / "prompt_0_0.png") as picture:
         assert picture.size == (96, 96)
     capsys.readouterr()
     error = fails(capsys, "generate", "--prompt", "a unicorn on pink", "--output", tmp_path / "none")
@@ -51,6 +51,6 @@ def test_the_command_draws_without_a_model(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("option", [["--class", "3"], ["--scales", "1"]])
+@pytest.mark.parametrize("option", [["--class", "3"], ["--steps", "1"]])
 def test_options_of_pipelines_are_refused(option, tmp_path, capsys):
     assert f"{option[0]} does not apply to MODEL" in fails(capsys, "generate", *option, "--output", tmp_path / "out")

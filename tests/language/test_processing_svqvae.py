@@ -102,12 +102,16 @@ def test_wrong_inputs_are_explained(call, message):
         processor(**call)
 
 
-def test_a_sequence_that_ends_inside_an_image_is_explained():
+def test_an_image_in_which_a_sequence_ends_is_left_out_of_a_batch():
     _, processor = load_extended()
-    tokens = processor(text="a" + processor.begin_image((2, 2)))["input_ids"]
-    for cut in (tokens[0], [*tokens[0], processor.vocabulary.first_token], tokens[0][:-1]):
-        with pytest.raises(ValueError, match="the last image must be complete.*more `max_new_tokens`"):
-            processor.post_process_multimodal_output([cut])
+    begun = processor(text="a" + processor.begin_image((2, 2)))["input_ids"][0]
+    whole = processor(text="a <|image|> b", images=noise())["input_ids"][0]
+    (expected,) = processor.post_process_multimodal_output([whole])
+    for cut in (begun, [*begun, processor.vocabulary.first_token], begun[:-1]):
+        with pytest.warns(UserWarning, match="sequence 1 ends inside an image.*with more `max_new_tokens`"):
+            first, second, third = processor.post_process_multimodal_output([whole, cut, whole])
+        assert [type(part) for part in first] == [type(part) for part in third] == [type(part) for part in expected]
+        assert second == ["a"]
 
 
 @pytest.mark.parametrize("change", ["codebook", "tokenizer", "config"])

@@ -75,7 +75,7 @@ def test_card_of_a_saved_pipeline_shows_how_to_load_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code.partition("```")[0], names)
-    assert names["image"].size == (16, 32)
+    assert names["image"].size == (16, 16)
 
 
 def test_card_of_a_pipeline_for_captions(tmp_path, monkeypatch):

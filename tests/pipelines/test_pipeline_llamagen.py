@@ -7,7 +7,6 @@ from pipeline_parts import text_components
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svqvae_hf import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.sampling import guide
 
 
@@ -130,9 +129,3 @@ def test_wrong_conditions_are_errors(kind, arguments, message):
     pipeline = make_llamagen(kind, **(text_components() if kind == "t2i" else {}))
     with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
-
-
-def test_a_grid_that_was_not_trained_is_an_error():
-    pipeline = make_llamagen("c2i")
-    with pytest.raises(ValueError, match=r"has 4 x 4 ids per image.* Pass `height` and `width` of 16"):
-        SVQVAEAutoregressivePipeline(pipeline.vqvae, pipeline.language_model, num_classes=10, height=8, width=32)

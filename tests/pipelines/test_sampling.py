@@ -1,15 +1,33 @@
-"""Choice of the tokens to sample from."""
+"""Sampling of ids from logits."""
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
 
-from svqvae_hf.pipelines.sampling import make_warpers
+from svqvae_hf.pipelines.sampling import draw, sample
+
+SCORES = torch.tensor([2.0, 1.0, -torch.inf, 0.0, -1.0])
 
 
-@pytest.mark.parametrize("fault", [torch.nan, torch.inf])
-def test_faults_of_logits_stay_visible(fault):
-    logits = torch.zeros(1, 8)
-    logits[0, 3] = fault
-    warpers = LogitsProcessorList(make_warpers(0.5, 5, 0.5))
-    assert not warpers(None, logits).amax(-1).isfinite().any()
+def test_draws_follow_the_probabilities():
+    draws = draw(SCORES.expand(100_000, -1), torch.Generator().manual_seed(0))
+    shares = torch.bincount(draws, minlength=5) / len(draws)
+    torch.testing.assert_close(shares, SCORES.softmax(0), atol=0.006, rtol=0)
+    assert shares[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, {0, 1, 3, 4}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.6}, {0}),
+        ({"top_p": 0.7}, {0, 1}),
+        ({"top_k": 3, "top_p": 0.95}, {0, 1, 3}),
+        ({"temperature": 0.05}, {0}),
+        ({"temperature": 0}, {0}),
+    ],
+)
+def test_ids_that_can_be_sampled(settings, kept):
+    ids = sample(SCORES.expand(5000, 2, -1), **settings, generator=torch.Generator().manual_seed(0))
+    assert ids.shape == (5000, 2)
+    assert set(ids.flatten().tolist()) == kept

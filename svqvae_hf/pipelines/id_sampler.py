@@ -1,0 +1,160 @@
+"""Sampling of the ids of images from a causal language model, one by one, row by row."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .sampling import check_finite
+
+
+class ReservedLayer(DynamicLayer):
+    """Keys and values of a layer, in buffers of full length: a new token is stored without copying the others.
+
+    It takes 0.86 of the time of a `DynamicCache` (LlamaGen-B, 4 images with guidance), and 0.9 of that of a
+    `StaticCache` (the bundled language model, 16 images).
+
+    Args:
+        tokens (`int`): Number of tokens after the first ones.
+    """
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Stores keys and values `(batch, heads, length, head_dim)` of new tokens, and returns those of all tokens."""
+        new = key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            length = key_states.shape[-2] + self.tokens
+            self.buffers = [each.new_empty(*each.shape[:2], length, each.shape[-1]) for each in new]
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[..., start:stop, :] = states
+        self.keys, self.values = (buffer[..., :stop, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+class IdSampler:
+    """Samples ids one by one. Each takes one forward pass of all rows, with and without their condition.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Causal language model, in evaluation mode.
+        inputs (`dict[str, torch.Tensor]`): Its arguments for the tokens before the images, as `generate` takes them.
+            `input_ids` `(batch, length)` may be padded on the left if there is an `attention_mask`. With guidance
+            there are `2 * batch` rows: all conditional ones, then all unconditional ones.
+        grid (`tuple[int, int]`): Rows and columns of ids.
+        codes (`range`): Tokens of the codes. Nothing else is sampled.
+        sample (`Callable`): Samples ids `(batch,)` from logits `(batch, codes)`.
+        guide (`Callable`, *optional*): Joins logits `(2 * batch, codes)` to `(batch, codes)`.
+        guided_ids (`int`, *optional*): Number of ids with guidance, by default all.
+        known (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Ids `(batch, rows, columns)`, and where they are kept
+            instead of sampled ones.
+
+    Example:
+        >>> sampler = IdSampler(model, {"input_ids": prompts}, (16, 16), range(16384), partial(sample, top_k=2000))
+        >>> for row in range(16):
+        ...     ids = sampler.next_row()  # (batch, row + 1, 16)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, torch.Tensor],
+        grid: tuple[int, int],
+        codes: range,
+        sample: Callable[[torch.Tensor], torch.Tensor],
+        guide: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        guided_ids: int | None = None,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        self.model, self.inputs, self.codes, self.sample, self.guide = model, dict(inputs), codes, sample, guide
+        self.arguments = inspect.signature(model.forward).parameters
+        mask = inputs.get("attention_mask")
+        if mask is not None and "position_ids" in self.arguments:
+            self.inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        rows, columns = grid
+        prompts = inputs["input_ids"]
+        self.ids = prompts.new_zeros(len(prompts) // (2 if guide else 1), rows, columns)
+        self.guided_ids = rows * columns if guided_ids is None else guided_ids
+        self.known = known
+        self.place = 0  # number of ids so far
+        self._forget()
+
+    def _forget(self) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+        self.cache.layers = [
+            ReservedLayer(self.ids[0].numel()) if type(layer) is DynamicLayer else layer for layer in self.cache.layers
+        ]
+        self.unread = self.inputs["input_ids"].shape[1]  # tokens that are not in the cache
+
+    def next_row(self) -> torch.Tensor:
+        """Samples a row.
+
+        Returns:
+            `torch.Tensor`: All ids so far, `(batch, rows so far, columns)`.
+
+        Raises:
+            ValueError: Logits are NaN or infinite.
+        """
+        columns, highest = self.ids.shape[2], []
+        for _ in range(columns):
+            logits = self._next_logits()
+            highest.append(logits.amax(-1))
+            row, column = divmod(self.place, columns)
+            ids = self.sample(logits)
+            if self.known is not None:
+                known, kept = (each[:, row, column] for each in self.known)
+                ids = torch.where(kept, known, ids)
+            self.ids[:, row, column] = ids
+            self._append(ids)
+        check_finite(torch.stack(highest), self.model, "language model")
+        return self.ids[:, : self.place // columns]
+
+    def replace(self, ids: torch.Tensor) -> None:
+        """Replaces all ids so far, `(batch, rows so far, columns)`. The rows below follow from them."""
+        self.ids[:, : ids.shape[1]] = ids
+        tokens = self.inputs["input_ids"]
+        tokens[:, -self.place :] = self._as_tokens(ids.flatten(1))
+        self._forget()
+
+    def _next_logits(self) -> torch.Tensor:
+        """Float32 logits `(batch, codes)` of the next id."""
+        if self.guide is not None and self.place == self.guided_ids:
+            self.guide = None
+            self.inputs = {name: each[: len(self.ids)] for name, each in self.inputs.items()}
+            self._forget()
+        inputs = self.model.prepare_inputs_for_generation(
+            **self.inputs,
+            cache=self.cache,
+            use_cache=True,
+            next_sequence_length=self.unread,
+            is_first_iteration=self.cache.get_seq_length() == 0,
+        )
+        if "logits_to_keep" in self.arguments:
+            inputs["logits_to_keep"] = 1
+        logits = self.model(**inputs).logits[:, -1, self.codes.start : self.codes.stop].float()
+        self.unread = 0
+        return logits if self.guide is None else self.guide(logits)
+
+    def _append(self, ids: torch.Tensor) -> None:
+        """Appends ids `(batch,)` to the inputs of the model."""
+        inputs = self.inputs
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], self._as_tokens(ids)[:, None]], dim=1)
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = F.pad(inputs["attention_mask"], (0, 1), value=1)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = torch.cat([inputs["position_ids"], inputs["position_ids"][:, -1:] + 1], dim=1)
+        self.place += 1
+        self.unread += 1
+
+    def _as_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """Tokens of ids, for the rows with and without conditions."""
+        copies = len(self.inputs["input_ids"]) // len(ids)
+        return self.codes.start + ids.repeat(copies, *[1] * (ids.ndim - 1))

@@ -1,0 +1,37 @@
+"""Tokens of LlamaGen's sequences: a condition token, then the ids of an image, row by row."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def to_sequences(config: Any, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Joins labels and ids to sequences `(batch, 1 + h * w)`.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+        labels (`torch.Tensor` of shape `(batch,)`): Classes in `[0, num_classes)`, or `num_classes` for no condition.
+            Each caption has label 0.
+        ids (`torch.Tensor` of shape `(batch, h, w)`): Ids.
+    """
+    return torch.cat([config.codebook_size + labels[:, None], ids.flatten(1)], dim=1)
+
+
+def condition_inputs(
+    config: Any, labels: torch.Tensor, captions: Mapping[str, torch.Tensor | None], *, guided: bool
+) -> dict[str, torch.Tensor]:
+    """Arguments of a model for the tokens before the ids of images.
+
+    Args:
+        config ([`LlamaGenConfig`]): Config of the model.
+        labels (`torch.Tensor` of shape `(batch,)`): Classes in `[0, num_classes)`, or `num_classes` for no condition.
+        captions (`Mapping[str, torch.Tensor]`): `prompt_embeds` and `prompt_attention_mask` for a model with captions.
+        guided (`bool`): Whether as many rows without a condition follow.
+    """
+    inputs = {name: each for name, each in captions.items() if each is not None}
+    inputs["input_ids"] = config.codebook_size + labels[:, None]
+    if guided:
+        inputs = {name: torch.cat([each, each]) for name, each in inputs.items()}
+        inputs["input_ids"][len(labels) :] = config.unconditional_token
+    return inputs

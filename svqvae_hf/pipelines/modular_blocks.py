@@ -1,0 +1,86 @@
+"""Parts of the blocks for diffusers' `ModularPipeline` that all generators share."""
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel, ClassifierFreeGuidance
+from diffusers.configuration_utils import FrozenDict
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.modular_pipelines import ComponentSpec as Component
+from diffusers.modular_pipelines import InputParam as Input
+from diffusers.modular_pipelines import ModularPipelineBlocks as Blocks
+from diffusers.modular_pipelines import OutputParam as Output
+from diffusers.modular_pipelines import PipelineState, SequentialPipelineBlocks
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+
+VQVAE = Component("vqvae", AutoModel, description="Tokenizer, whose ids are sampled.")
+FROM_CONFIG = {"default_creation_method": "from_config"}
+GUIDER = Component("guider", ClassifierFreeGuidance, config=FrozenDict(guidance_scale=1.0), **FROM_CONFIG)
+IMAGE_PROCESSOR = Component("image_processor", VaeImageProcessor, config=FrozenDict(do_normalize=False), **FROM_CONFIG)
+SAMPLING = [
+    Input("temperature", default=1.0, description="Divides the logits; 0 takes the most likely id."),
+    Input("top_k", default=0, description="Number of most likely ids to sample from; 0 means all."),
+    Input("top_p", default=1.0, description="Total probability of the most likely ids to sample from."),
+    Input.template("generator"),
+]
+IDS = {"name": "ids", "type_hint": torch.Tensor, "description": "Ids `(batch, h, w)` of the images."}
+LABELS = {"name": "labels", "type_hint": torch.Tensor, "description": "One label per image."}
+
+
+class Step(Blocks):
+    """Block that computes its outputs from its inputs, which lie in one namespace."""
+
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        """Runs the block on the state of the pipeline."""
+        values = self.get_block_state(state)
+        self.run(components, values)
+        self.set_block_state(state, values)
+        return components, state
+
+    def run(self, components: Any, values: Any) -> None:
+        """Sets the outputs."""
+        raise NotImplementedError
+
+
+class DecodeStep(Step):
+    """Decodes ids to images."""
+
+    description = "Decodes ids to images."
+    expected_components = [VQVAE, IMAGE_PROCESSOR]
+    inputs = [Input(**IDS, required=True), Input.template("output_type")]
+    intermediate_outputs = [Output.template("images")]
+
+    def run(self, components: Any, values: Any) -> None:
+        """Sets `images`."""
+        black, white = components.vqvae.config["pixel_range"]
+        sample = (components.vqvae.decode_tokens(values.ids).float() - black) / (white - black)
+        values.images = components.image_processor.postprocess(sample.clamp(0, 1), output_type=values.output_type)
+
+
+class BlockSequence(SequentialPipelineBlocks):
+    """Blocks in a row. If a repository's code defines them, it is saved with them."""
+
+    block_names = ["condition", "sample", "decode"]
+
+    def save_config(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Saves the config, and the code of blocks that were loaded with `trust_remote_code=True`."""
+        super().save_config(save_directory, *args, **kwargs)
+        if "diffusers_modules" in __name__:
+            file = Path(inspect.getfile(type(self)))
+            for name in (file.stem, *get_relative_imports(file)):
+                shutil.copy(file.with_name(f"{name}.py"), save_directory)
+
+
+def is_guided(guider: Any) -> bool:
+    """Whether a guider needs logits without the condition at any step."""
+    guider.set_state(step=0, num_inference_steps=None, timestep=None)
+    return guider.num_conditions > 1
+
+
+def guide_step(guider: Any, logits: torch.Tensor, step: int, steps: int) -> torch.Tensor:
+    """Joins logits of a batch and of the same batch without its condition."""
+    guider.set_state(step=step, num_inference_steps=steps, timestep=None)
+    return guider.forward(*logits.chunk(2)).pred

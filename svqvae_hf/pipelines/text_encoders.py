@@ -1,0 +1,29 @@
+"""Loading of the text encoders of LlamaGen's models for captions."""
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from svqvae_hf.hub.repositories import from_hub
+
+
+def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a text encoder in bfloat16, as LlamaGen does, and its tokenizer.
+
+    Args:
+        source (`str`): Folder or Hub id of a T5 encoder, such as `google/flan-t5-xl`.
+
+    Raises:
+        OSError: It does not exist or cannot be downloaded.
+        ValueError: It is not a T5 encoder.
+    """
+    encoder, info = from_hub(
+        transformers.T5EncoderModel.from_pretrained,  # here, because other generators need not import it
+        source,
+        dtype=torch.bfloat16,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"`text_encoder` must be a T5 encoder, but `{source}` lacks {min(info['missing_keys'])}.")
+    return encoder.eval(), from_hub(AutoTokenizer.from_pretrained, source)
