@@ -11,13 +11,13 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
-# The bundled photograph by the bundled model: images and a side-by-side picture in outputs/, PSNR on the terminal.
+# The bundled photograph by the bundled model: images and a side-by-side picture in outputs/chelsea, PSNR on the terminal.
 reconstruct: install
-	$(BIN)/svqvae reconstruct docs/images/chelsea.png --scales 0.25 0.5 1 --side-by-side --output outputs --overwrite
+	$(BIN)/svqvae reconstruct docs/images/chelsea.png --scales 0.25 0.5 1 --side-by-side --output outputs/chelsea --overwrite
 
-# Scenes of emoji by the bundled language model, in outputs/.
+# Scenes of emoji by the bundled language model, in outputs/scenes.
 generate: install
-	$(BIN)/svqvae generate --prompt "a whale above a guitar on pink" "three foxes on white" --output outputs --overwrite
+	$(BIN)/svqvae generate --prompt "a whale above a guitar on pink" "three foxes on white" --output outputs/scenes --overwrite
 
 # Chromium, for the test of the demo's page, from Debian's packages; as root.
 browser:

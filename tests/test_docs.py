@@ -11,8 +11,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-import diffusers
 import pytest
+from cli_runner import svqvae
 from conftest import ROOT
 from hub_server import serve_hub
 from page_runner import code_cells, kept_kinds, python_blocks
@@ -57,13 +57,6 @@ def test_python_is_in_blocks_that_run():
         assert not re.findall(r"^    (?:import|from|svqvae|python|pip|accelerate) .*", text, re.MULTILINE), page
 
 
-def test_no_example_uses_a_deprecated_class_of_diffusers():
-    text = "\n".join([*PAGES.values(), NOTEBOOK.read_text()])
-    names = {name for line in re.findall(r"from diffusers import ([\w, ]+)", text) for name in line.split(", ")}
-    assert {"AutoModel", "DiTPipeline", "ModularPipeline"} <= names
-    assert not [name for name in names if ".deprecated." in getattr(diffusers, name).__module__]
-
-
 def test_notebook_is_small_and_shows_pictures():
     cells = code_cells(NOTEBOOK)
     assert NOTEBOOK.stat().st_size < 1e6
@@ -87,6 +80,24 @@ def test_commands_parse(monkeypatch):
     for text in PAGES.values():
         for words in commands(text):
             check_command(words)
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch):
+    """In a folder that has what a new clone has. Installation, make and the demo are left out."""
+    for path in ROOT.glob("[!.]*"):
+        if path.name not in ("out", "outputs"):
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES[ROOT / "README.md"], re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    run = [words for words in lines if words[0] not in ("pip", "make")]
+    assert len(run) == 8
+    for words in run[:-1]:
+        assert svqvae(*words[1:]) == 0, words
+    assert run[-1][0] == "python"
+    subprocess.run([sys.executable, *run[-1][1:]], check=True)
+    assert (tmp_path / "out" / "my-svqvae" / "config.json").is_file()
 
 
 def check_command(words: list[str]) -> None:
