@@ -36,6 +36,7 @@ class TrainOptions(ImageOptions):
     token_budget: float | None = option(
         None, "Maximum tokens of all scales, relative to the full scale; none by default."
     )
+    causal_weight: float = option(0.0, "Weight of the loss of latents that earlier ones do not predict.")
     lpips_weight: float = option(0.0, "Weight of LPIPS.")
     lpips_net: str = option("vgg", "Network of LPIPS.", ("vgg", "alex", "squeeze"))
     lpips_weights: str | None = option(None, "File of torchvision's weights of that network; downloaded by default.")
@@ -62,7 +63,7 @@ class TrainOptions(ImageOptions):
         self.check_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
         self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
         self.check_not_negative("dead_code_reset_steps", "full_crops_from", "adversarial_start")
-        self.check_not_negative("lpips_weight", "adversarial_weight")
+        self.check_not_negative("causal_weight", "lpips_weight", "adversarial_weight")
         self.check_fractions("synthetic_fraction", "codebook_decay")
         self._check_crops()
         self._check_scales()
@@ -121,7 +122,7 @@ class TrainOptions(ImageOptions):
                 f"The first of `--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, "
                 f"but is {min(self.kmeans_steps)}."
             )
-        for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps"):
+        for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "causal_weight"):
             if self.train == "decoder" and getattr(self, name):
                 raise ValueError(f"`--train decoder` keeps the codes, but `--{name}` moves them.")
         if self.train == "decoder" and self.pretrained_model_name_or_path is None:

@@ -1,13 +1,16 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tiny
 
 from svqvae_hf.evaluation.perceptual import LPIPS
+from svqvae_hf.trainer.losses.causal import FLOOR, NEIGHBOURS, causal_loss
 from svqvae_hf.trainer.losses.objective import Objective
 from svqvae_hf.trainer.train_options import TrainOptions
 
-WEIGHTS = ("lpips_weight", "adversarial_weight")
+WEIGHTS = ("causal_weight", "lpips_weight", "adversarial_weight")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,8 @@ def test_each_weighted_loss_changes_the_gradient(name):
     assert {"l2", "vq", "commitment", "entropy"} == numbers.keys()
     after, numbers = gradient(10, **{name: 0.5})
     assert numbers[name.removesuffix("_weight")].isfinite()
-    assert any(key.startswith("decoder") and not torch.equal(after[key], without[key]) for key in after)
+    part = "encoder" if name == "causal_weight" else "decoder"
+    assert any(key.startswith(part) and not torch.equal(after[key], without[key]) for key in after)
     assert all(each.isfinite().all() for each in after.values())
 
 
@@ -105,3 +109,13 @@ def test_discriminator_loss_trains_only_the_discriminator():
     loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.grad is not None for parameter in objective.discriminator.parameters())
+
+
+def test_causal_loss_is_low_for_latents_that_follow_from_earlier_ones():
+    assert all(neighbour < (0, 0) for neighbour in NEIGHBOURS)
+    noise = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    of_noise = causal_loss(noise).item()
+    assert of_noise == pytest.approx(math.log(1 / 8 + FLOOR), abs=0.15)
+    assert causal_loss(3 * noise).item() == pytest.approx(of_noise, abs=1e-5)
+    assert causal_loss(noise[..., :1, :1].expand(-1, -1, 16, 16)) < of_noise - 1
+    assert causal_loss(noise[:1, :, :2, :1]).isfinite()

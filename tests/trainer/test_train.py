@@ -41,7 +41,7 @@ from svqvae_hf.trainer.train_options import TrainOptions
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
 EVERYTHING = {
     **{"resolution": 48, "crop_sizes": [24], "train_batch_size": 2, "num_scales": 2, "resize_range": [0.5, 1.0]},
-    **{"lpips_weight": 0.1, "lpips_net": "squeeze"},
+    **{"lpips_weight": 0.1, "lpips_net": "squeeze", "causal_weight": 1e-3},
     **{"adversarial_weight": 0.5, "adversarial_start": 3, "adversarial_adaptive": True},
     **{"kmeans_steps": [2], "kmeans_batches": 2, "dead_code_reset_steps": 2, "use_ema": True, "lr_warmup_steps": 2},
     **{"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "logging_steps": 1, "learning_rate": 1e-3},
@@ -127,7 +127,7 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
     options |= {"adversarial_start": 10, "ema_decay": 0.9}
     options |= {"validation_data_dir": str(inputs / "held_out"), "validation_steps": 4}
     run(**options, report_to="tensorboard", gradient_checkpointing=True)
-    for name in ("loss", "l2", "lpips", "vq", "commitment", "entropy", "adversarial"):
+    for name in ("loss", "l2", "lpips", "vq", "commitment", "entropy", "causal", "adversarial"):
         values = logged(caplog, f"train/{name}")
         assert 16 in values, name
         assert all(map(math.isfinite, values.values())), name

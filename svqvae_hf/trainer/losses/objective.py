@@ -17,6 +17,7 @@ from svqvae_hf.trainer.losses.adversarial import (
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
+from svqvae_hf.trainer.losses.causal import causal_loss
 from svqvae_hf.trainer.train_options import TrainOptions
 
 Term = tuple[float, torch.Tensor]  # weight and loss
@@ -157,11 +158,15 @@ class Objective:
             return {}
         num_tokens = sum(each.numel() for each in ids)
         fractions = [each.numel() / num_tokens for each in ids]
-        return {
+        terms = {
             "vq": (1.0, _weighted_sum(fractions, (each.vq for each in losses))),
             "commitment": (1.0, _weighted_sum(fractions, (each.commit for each in losses))),
             "entropy": (1.0, _weighted_sum(fractions, (each.entropy for each in losses))),
         }
+        if self.options.causal_weight:
+            loss = _weighted_sum(fractions, (causal_loss(each, self.mean) for each in output.latents or []))
+            terms["causal"] = (self.options.causal_weight, loss)
+        return terms
 
 
 def _weighted_total(terms: Mapping[str, Term]) -> torch.Tensor:

@@ -1,0 +1,43 @@
+"""A loss of latents that cannot be predicted, so that a generator of their ids has less to learn.
+
+CRT (arXiv 2412.16326) trains a causal transformer beside the tokenizer. Here, the predictor is the best linear one for
+each batch, so it needs neither training nor a place in checkpoints.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+NEIGHBOURS = ((0, -1), (-1, -1), (-1, 0), (-1, 1))  # rows and columns from a latent to those before it
+RIDGE = 1e-2  # keeps coefficients finite, as a fraction of the mean square of a latent
+FLOOR = 0.004  # about the squared error of quantisation, below which a smaller error saves no bits
+
+
+def causal_loss(
+    latents: torch.Tensor, mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+) -> torch.Tensor:
+    """Mean logarithm of the squared error of predicting latents from earlier ones in raster order.
+
+    Each latent is predicted as the linear combination of the latents to its left and above that is the best for the
+    batch. Gradients reach latents as neighbours and as targets, but not through the coefficients. The bits of an id
+    grow with the logarithm of this error, so a plain place counts as much as a busy one.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
+        mean (`Callable`, *optional*): Averages a tensor over all processes; not needed for one process.
+
+    Returns:
+        `torch.Tensor`: Scalar in float32, at least `log(FLOOR)`, and `-log(codebook_embed_dim)` without any relation.
+    """
+    dim, height, width = latents.shape[1:]
+    with torch.autocast(latents.device.type, enabled=False):
+        latents = F.normalize(latents.float(), dim=1)
+        padded = F.pad(latents, (1, 1, 1, 0))
+        shifted = [padded[..., 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in NEIGHBOURS]
+        inputs, targets = (each.movedim(1, -1).flatten(0, 2) for each in (torch.cat(shifted, dim=1), latents))
+        with torch.no_grad():
+            products = mean(inputs.T @ torch.cat([inputs, targets], dim=1) / len(inputs))
+            products.diagonal().add_(RIDGE / dim)
+            coefficients = torch.linalg.solve(products[:, :-dim], products[:, -dim:])
+        return ((inputs @ coefficients - targets).square().mean(1) + FLOOR).log().mean()
