@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import pickle
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +102,19 @@ def test_benchmark_runs(run, inputs, monkeypatch, command):
     monkeypatch.chdir(inputs)
     tables = run(*command.split())
     assert all(rows for rows in tables)
+
+
+def test_make_gpu_says_in_one_line_that_there_is_no_gpu():
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh"], env=env, capture_output=True, text=True, check=True
+    )
+    assert (result.stdout, result.stderr) == ("There is no GPU that PyTorch can use, so nothing was run.\n", "")
+
+
+def test_gpu_script_runs_benchmarks_that_take_its_options():
+    (names,) = re.findall(r"^for name in (.*); do$", (ROOT / "benchmarks" / "gpu.sh").read_text(), re.MULTILINE)
+    assert set(names.split()) <= {command.split()[0] for command in COMMANDS}
 
 
 def allocate_twice(mib: int):
