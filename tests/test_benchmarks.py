@@ -131,3 +131,20 @@ def test_peak_memory_excludes_what_is_loaded(load):
     cost = load("measuring").in_own_process("cpu", 1, allocate_twice, 64)
     assert 64 <= cost.peak_mib < 72  # plus some code that is loaded at its first call
     assert 0 < cost.cpu_seconds < cost.seconds + 0.1
+
+
+def test_learner_sees_only_earlier_ids_and_learns_what_can_be_predicted(load):
+    learnable = load("learnable")
+    torch.manual_seed(0)
+    learner, ids = learnable.Learner(8, 3, 4).eval(), torch.randint(8, (1, 3, 4))
+    changed = ids.clone()
+    changed[0, 1, 2] = (ids[0, 1, 2] + 1) % 8
+    bits, other_bits = learner(ids).flatten(), learner(changed).flatten()
+    assert torch.equal(bits[:6], other_bits[:6])
+    assert (bits[6:] != other_bits[6:]).all()
+
+    random = torch.randint(8, (640, 3, 4))
+    columns = random[:, :1].expand(-1, 3, -1)  # each id repeats the one above it
+    for grids, least, most in ((random, 2.9, 3.2), (columns, 0.9, 1.6)):
+        (measured,) = learnable.learn(grids, grids[:32], 8, [40], seed=0)
+        assert least < measured.mean() < most
