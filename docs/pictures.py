@@ -16,7 +16,8 @@ from svqvae_hf.evaluation.metrics import psnr
 from svqvae_hf.evaluation.pictures import Panel, contact_sheet
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.models.image_files import load_image
-from svqvae_hf.models.tiling import Core, gather_context, map_tiles, tile_axis
+from svqvae_hf.models.layers import TileContext
+from svqvae_hf.models.tiling import map_tiles, sample_windows, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
@@ -142,7 +143,7 @@ def _context_windows(size: list[int]) -> list[tuple[slice, slice]]:
         windows.append((rows, columns))
         return torch.zeros(1, 1, rows.stop - rows.start, columns.stop - columns.start)
 
-    gather_context(lambda windows, shared: windows, read, size, TILE, input_stride=1)
+    sample_windows(lambda windows, shared: windows, read, size, TILE, input_stride=1)
     return windows
 
 
@@ -152,12 +153,11 @@ def picture_of_seams(model: SVQVAE, photo: Image.Image) -> Image.Image:
     sample = SVQVAEImageProcessor()(photo)["pixel_values"]
     shared = model(sample, tile_size=TILE * model.f, overlap=HALO * model.f).sample
 
-    def encode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
-        return model.encode_window(window)[..., *core]
+    def encode_apart(window: torch.Tensor, shared: TileContext) -> torch.Tensor:
+        return shared.core_of(model.encode_window(window))
 
-    def decode_apart(window: torch.Tensor, core: Core) -> torch.Tensor:
-        rows, columns = (slice(span.start * model.f, span.stop * model.f) for span in core)
-        return model.decode_window(window)[..., rows, columns]
+    def decode_apart(window: torch.Tensor, shared: TileContext) -> torch.Tensor:
+        return shared.core_of(model.decode_window(window))
 
     latents = map_tiles(encode_apart, sample, TILE, HALO, input_stride=model.f)
     apart = map_tiles(decode_apart, model.quantize(latents)[0], TILE, HALO, output_stride=model.f)

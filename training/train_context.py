@@ -220,7 +220,7 @@ def main() -> None:
     held_out = {name: read_pyramids(name, model) for name in options.held_out}
 
     torch.manual_seed(options.seed)
-    codes = model.quantize.embedding().detach().float()
+    codes = model.quantize.embedding.table().detach().float()
     codes = F.normalize(codes, dim=1) if model.config["codebook_l2_norm"] else codes / codes.abs().max()
     finest = np.concatenate([unpad(pyramid[-1]).ravel() for pyramid in pyramids])
     counts = torch.from_numpy(np.bincount(finest, minlength=len(codes))).float()

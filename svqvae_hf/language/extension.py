@@ -125,7 +125,7 @@ def add_image_tokens(
     tokenizer.chat_template = _with_images(tokenizer.chat_template)
     if vocabulary.stop > rows:
         model.resize_token_embeddings(vocabulary.stop, mean_resizing=False)
-    _start_rows(model, vocabulary, vqvae.quantize.embedding(torch.arange(vocabulary.codebook_size)), seed)
+    _start_rows(model, vocabulary, vqvae.quantize.embedding.lookup(torch.arange(vocabulary.codebook_size)), seed)
     setattr(model.config, CONFIG_KEY, vocabulary.to_config())
     return vocabulary
 

@@ -13,9 +13,8 @@ from svqvae_hf.files.outputs import new_file
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.models.layers import Core
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.models.tiling import Read, RunWindow, gather_context, run_tiles, tile_axis
+from svqvae_hf.models.tiling import Read, RunWindow, run_tiles, tile_axis
 from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device, image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens
 
@@ -95,11 +94,6 @@ def _run_tiles(
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
     tile, overlap = model.tile_size // model.f, model.overlap // model.f
-    context = gather_context(run, read, size, tile, input_stride) if max(size) > tile else None
-
-    def run_tile(window: torch.Tensor, core: Core) -> torch.Tensor:
-        return run(window, None if context is None else context.for_tile(window, core, input_stride))
-
     tiles = math.prod(len(tile_axis(side, tile, overlap)) for side in size)
-    results = run_tiles(run_tile, read, size, tile, overlap, input_stride)
+    results = run_tiles(run, read, size, tile, overlap, input_stride)
     return iter(tqdm(results, total=tiles, unit="tile", leave=False, delay=1, disable=None))

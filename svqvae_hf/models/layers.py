@@ -13,12 +13,12 @@ Core = tuple[slice, slice]  # rows and columns of a window
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class TileContext:
     """Values that all tiles of an image share, and the place of the window that a network runs on.
 
-    First the network runs on a sample of windows, whose norms and attentions fill `moments` and `attended`. Then every
-    tile is normalised alike and attends to the same positions, wherever it lies.
+    Every tile is normalised alike and attends to the same positions, wherever it lies. [`WindowSample`] gathers these
+    values.
 
     Args:
         size (`tuple[int, int]`): Height and width of the window, in latents.
@@ -26,7 +26,6 @@ class TileContext:
             next to a cut.
         cuts (`torch.Tensor` of shape `(4, windows, 1, 1, 1)`, *optional*): 1 where a window is cut from its image, 0
             at a border of the image: at the top, bottom, left and right. `None` if no window is cut.
-        images (`int`, *optional*): Number of images whose sampled windows fill the context. `None` for a tile.
         moments (`dict`): Variance and mean `(images, groups)` of the input of each norm.
         attended (`dict`): Keys and values `(images, 1, positions, channels)` of each attention.
     """
@@ -34,12 +33,65 @@ class TileContext:
     size: tuple[int, int]
     core: Core
     cuts: torch.Tensor | None
-    images: int | None = None
     moments: dict[nn.Module, Pair] = field(default_factory=dict)
     attended: dict[nn.Module, Pair] = field(default_factory=dict)
 
-    def for_tile(self, window: torch.Tensor, core: Core, input_stride: int) -> Self:
-        """Context for one tile, which is cut on the sides that its core does not reach.
+    def moments_of(self, norm: "GroupNorm", hidden: torch.Tensor) -> Pair:
+        """Variance and mean of a norm's input `(windows, channels, h, w)`."""
+        return self.moments[norm]
+
+    def keys_and_values(self, attention: nn.Module, normed: torch.Tensor) -> Pair:
+        """Keys and values of an attention, whose normalised input is `normed`."""
+        return self.attended[attention]
+
+    def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Crops features of any resolution to what counts."""
+        return hidden[..., *self._scaled_core(hidden)]
+
+    def crop(self, hidden: torch.Tensor, margin: int) -> tuple[torch.Tensor, Self]:
+        """Crops features to the core and `margin` positions around it. Returns them with their context.
+
+        A compiled graph keeps one size instead.
+        """
+        if torch.compiler.is_compiling():
+            return hidden, self
+        (y, x), (height, width) = self._scaled_core(hidden), hidden.shape[-2:]
+        rows = slice(max(0, y.start - margin), min(height, y.stop + margin))
+        columns = slice(max(0, x.start - margin), min(width, x.stop + margin))
+        core = move(y, -rows.start), move(x, -columns.start)
+        cropped = replace(self, size=(rows.stop - rows.start, columns.stop - columns.start), core=core)
+        return fast_layout(hidden[..., rows, columns]), cropped
+
+    def _scaled_core(self, hidden: torch.Tensor) -> Core:
+        spans = zip(self.core, hidden.shape[-2:], self.size, strict=True)
+        rows, columns = (slice(span.start * side // of, span.stop * side // of) for span, side, of in spans)
+        return rows, columns
+
+
+@dataclass(frozen=True, eq=False)
+class WindowSample(TileContext):
+    """Sampled windows of images, as one batch, whose norms and attentions gather what the tiles will share.
+
+    Args:
+        images (`int`): Number of images, each with as many windows.
+    """
+
+    images: int = field(kw_only=True)
+
+    def moments_of(self, norm: "GroupNorm", hidden: torch.Tensor) -> Pair:
+        """Computes and keeps variance and mean of a norm's input over the windows of each image."""
+        by_group = self.core_of(hidden).unflatten(0, (self.images, -1)).unflatten(2, (norm.num_groups, -1))
+        by_group = by_group.to(torch.promote_types(hidden.dtype, torch.float32))
+        self.moments[norm] = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
+        return self.moments[norm]
+
+    def keys_and_values(self, attention: nn.Module, normed: torch.Tensor) -> Pair:
+        """Computes and keeps keys and values of an attention."""
+        self.attended[attention] = attention.keys_and_values(self.core_of(normed), self.images)  # type: ignore[operator]
+        return self.attended[attention]
+
+    def tile(self, window: torch.Tensor, core: Core, input_stride: int) -> TileContext:
+        """Context of one tile, which is cut on the sides that its core does not reach.
 
         Args:
             window (`torch.Tensor`): Input at the tile.
@@ -49,27 +101,7 @@ class TileContext:
         (y, x), (height, width) = core, (side // input_stride for side in window.shape[-2:])
         sides = [(y.start > 0, y.stop < height, x.start > 0, x.stop < width)]
         cuts = make_cuts(sides, window) if any(sides[0]) else None
-        return replace(self, size=(height, width), core=core, cuts=cuts, images=None)
-
-    def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Crops features of any resolution to what counts."""
-        return hidden[..., *self._scaled_core(hidden)]
-
-    def crop(self, hidden: torch.Tensor, margin: int) -> torch.Tensor:
-        """Crops features to the core and `margin` positions around it. A compiled graph keeps one size instead."""
-        if torch.compiler.is_compiling():
-            return hidden
-        (y, x), (height, width) = self._scaled_core(hidden), hidden.shape[-2:]
-        rows = slice(max(0, y.start - margin), min(height, y.stop + margin))
-        columns = slice(max(0, x.start - margin), min(width, x.stop + margin))
-        self.core = move(y, -rows.start), move(x, -columns.start)
-        self.size = rows.stop - rows.start, columns.stop - columns.start
-        return fast_layout(hidden[..., rows, columns])
-
-    def _scaled_core(self, hidden: torch.Tensor) -> Core:
-        spans = zip(self.core, hidden.shape[-2:], self.size, strict=True)
-        rows, columns = (slice(span.start * side // of, span.stop * side // of) for span, side, of in spans)
-        return rows, columns
+        return TileContext((height, width), core, cuts, self.moments, self.attended)
 
 
 def move(span: slice, by: int) -> slice:
@@ -111,12 +143,9 @@ class GroupNorm(nn.GroupNorm):
             hidden = hidden.contiguous()  # in channels_last the backward pass takes half of a training step on CPU
         if shared is None:  # not `F.group_norm`, which raises for a 1 x 1 image with one value per group
             return torch.group_norm(hidden, self.num_groups, self.weight, self.bias, self.eps)
-        if shared.images is not None:
-            by_group = shared.core_of(hidden).unflatten(0, (shared.images, -1)).unflatten(2, (self.num_groups, -1))
-            by_group = by_group.to(torch.promote_types(hidden.dtype, torch.float32))
-            shared.moments[self] = torch.var_mean(by_group, dim=(1, 3, 4, 5), correction=0)
+        variance, mean = shared.moments_of(self, hidden)
         per_group = hidden.shape[1] // self.num_groups
-        variance, mean = (each.repeat_interleave(per_group, dim=1) for each in shared.moments[self])
+        variance, mean = (each.repeat_interleave(per_group, dim=1) for each in (variance, mean))
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         if len(mean) == 1 and not torch.is_grad_enabled():  # a fused kernel, which has no gradient for the statistics
             return F.batch_norm(hidden, mean[0], variance[0], weight, bias, eps=self.eps)

@@ -127,16 +127,14 @@ class AttnBlock(nn.Module):
         """`(batch, channels, h, w)` -> the same shape."""
         normed = self.norm(hidden, shared)
         if shared is None:
-            key, value = self._keys_and_values(normed, hidden.shape[0])
+            key, value = self.keys_and_values(normed, hidden.shape[0])
         else:
-            if shared.images is not None:
-                shared.attended[self] = self._keys_and_values(shared.core_of(normed), shared.images)
-            key, value = shared.attended[self]
+            key, value = shared.keys_and_values(self, normed)
         attended = F.scaled_dot_product_attention(to_positions(self.q(normed), key.shape[0]), key, value)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)
 
-    def _keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `(images, 1, positions, channels)`."""
         return to_positions(self.k(normed), images), to_positions(self.v(normed), images)
 
@@ -162,9 +160,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution, cropped to what later layers read."""
-
-    margin: int  # positions around a core that later layers read: two per residual block, one for the last layer
+    """Nearest-neighbour upsampling by 2, then a 3 x 3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -172,7 +168,7 @@ class Upsample(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, channels, h, w)` -> `(batch, channels, 2 * h, 2 * w)`."""
-        return self.conv(hidden) if shared is None else shared.crop(self.conv(hidden, shared.cuts), self.margin)
+        return self.conv(hidden, None if shared is None else shared.cuts)
 
 
 class ResolutionBlock(nn.Module):
@@ -212,17 +208,6 @@ class ResolutionBlock(nn.Module):
         return hidden
 
 
-def run_network(
-    network: "Encoder | Decoder", blocks: Iterable[nn.Module], hidden: torch.Tensor, shared: TileContext | None
-) -> torch.Tensor:
-    """Runs a convolution, blocks, a norm and a convolution."""
-    cuts = None if shared is None else shared.cuts
-    hidden = network.conv_in(fast_layout(hidden), cuts)
-    for block in blocks:
-        hidden = block(hidden, shared)
-    return network.conv_out(silu(network.norm_out(hidden, shared)), cuts)
-
-
 class Encoder(nn.Module):
     """Image -> features, one per `2 ** (len(encoder_ch_mult) - 1)` pixels along each side."""
 
@@ -242,7 +227,11 @@ class Encoder(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
         """`(batch, in_channels, h * f, w * f)` -> `(batch, z_channels, h, w)`."""
-        return run_network(self, (*self.conv_blocks, *self.mid), hidden, shared)
+        cuts = None if shared is None else shared.cuts
+        hidden = self.conv_in(fast_layout(hidden), cuts)
+        for block in (*self.conv_blocks, *self.mid):
+            hidden = block(hidden, shared)
+        return self.conv_out(silu(self.norm_out(hidden, shared)), cuts)
 
 
 class Decoder(nn.Module):
@@ -259,15 +248,25 @@ class Decoder(nn.Module):
             ResolutionBlock(before, after, num_blocks, *of_blocks, attention=i == 0, up=i != last)
             for i, (before, after) in enumerate(itertools.pairwise([channels[0], *channels]))
         )
-        margin = 0
-        for level in reversed(self.conv_blocks[:-1]):
-            level.upsample.margin = margin = 2 * num_blocks + 1 + margin // 2  # type: ignore[union-attr]
+        # Positions around a core that the levels after each one read: two per residual block, one for the last layer.
+        self.margins = [0]
+        for _ in range(last):
+            self.margins.insert(0, 2 * num_blocks + 1 + self.margins[0] // 2)
         self.norm_out = GroupNorm(config["norm_num_groups"], channels[-1])
         self.conv_out = Conv3x3(channels[-1], config["out_channels"])
 
     def forward(self, hidden: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
-        """`(batch, z_channels, h, w)` -> `(batch, out_channels, h * f, w * f)`."""
-        return run_network(self, (*self.mid, *self.conv_blocks), hidden, shared)
+        """`(batch, z_channels, h, w)` -> `(batch, out_channels, h * f, w * f)`; with `shared` only at its core."""
+        cuts = None if shared is None else shared.cuts
+        hidden = self.conv_in(fast_layout(hidden), cuts)
+        for block in self.mid:
+            hidden = block(hidden, shared)
+        for level, margin in zip(self.conv_blocks, self.margins, strict=True):
+            hidden = level(hidden, shared)
+            if shared is not None and margin:
+                hidden, shared = shared.crop(hidden, margin)
+        hidden = self.conv_out(silu(self.norm_out(hidden, shared)), cuts)
+        return hidden if shared is None else shared.core_of(hidden)
 
 
 def middle_blocks(channels: int, num_groups: int, dropout: float) -> nn.ModuleList:
@@ -410,7 +409,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             quantized = self.quantize.get_codebook_entry(h.long(), shape or (*h.shape, -1))
         else:
             check_latents(h, self.config)
-            quantized = self.quantize.normalise(h) if force_not_quantize else self.quantize.snap(h)[0]
+            quantized = self.quantize.normalise(h) if force_not_quantize else self.quantize(h)[0]
         sample = self._decode(quantized.to(self.dtype), self._tiles())
         return SVQVAEDecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -551,6 +550,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
                 ids.append(flat_ids.view(of_scale.shape[0], *of_scale.shape[-2:]))
             decoded = self._decode(quantized, self._tiles(tile_size, overlap))
             reconstructions.append(self.resize_to_image(decoded, sample.shape[-2:], scale))
+        if not return_dict:  # the original's tuple, which ends with the fraction of the codebook in use
+            losses = [(*loss, self.quantize.usage(grid)) for loss, grid in zip(losses, ids, strict=True)]
         output = SVQVAEOutput(reconstructions, losses, latents, ids)
         if not isinstance(scales, Iterable):
             output = SVQVAEOutput(**{name: values[0] for name, values in output.items() if values})
@@ -578,5 +579,5 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
 
     def codebook_fingerprint(self) -> str:
         """Identifies the codebook: SHA-256 in hexadecimal of its float32 bytes, little-endian."""
-        codes = self.quantize.embedding().detach().float().cpu()
+        codes = self.quantize.embedding.table().detach().float().cpu()
         return hashlib.sha256(codes.numpy().astype("<f4").tobytes()).hexdigest()

@@ -19,31 +19,28 @@ ENTROPY_TEMPERATURE = 0.01
 
 
 class VQLosses(NamedTuple):
-    """Losses of one quantisation, scalar tensors in float32, and the part of the codebook that it used.
+    """Losses of one quantisation, scalar tensors in float32.
 
     Args:
         vq (`torch.Tensor`): `mean((q - sg[z])^2)`, moves the codes to the latents.
         commit (`torch.Tensor`): `commit_loss_beta * mean((sg[q] - z)^2)`, moves the latents to the codes.
         entropy (`torch.Tensor`): `entropy_loss_ratio` times the entropy term; 0 if the ratio is 0, and in evaluation.
-        usage (`torch.Tensor`): Fraction of the codebook in use: by this call, or in training by all calls since the
-            counts were reset. `sum(losses)` would add it too: use `losses.total`.
     """
 
     vq: torch.Tensor
     commit: torch.Tensor
     entropy: torch.Tensor
-    usage: torch.Tensor
 
     @property
     def total(self) -> torch.Tensor:
-        """Sum of the three losses."""
+        """Sum of the losses."""
         return self.vq + self.commit + self.entropy
 
 
 class Codebook(nn.Module):
     """Code vectors, kept in float32.
 
-    Everything that reads the weight happens inside `forward`, because hooks that offload weights load them only there.
+    Everything that reads the weight goes through `forward`, because hooks that offload weights load them only there.
 
     Args:
         size (`int`): Number of codes.
@@ -57,37 +54,47 @@ class Codebook(nn.Module):
         nn.init.normal_(self.weight)  # uniform on the sphere once normalised
         self.l2_norm = l2_norm
 
-    def forward(self, query: torch.Tensor | None = None) -> torch.Tensor:
-        """Looks up codes, finds the nearest ids, or copies all codes, by the type of its argument.
+    def forward(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Calls an operation with the weight `(size, dim)`."""
+        return operation(self.weight)
+
+    def table(self) -> torch.Tensor:
+        """Copies all codes as stored, not normalised, `(size, dim)`."""
+        return self(torch.clone)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Codes `(*ids.shape, dim)` in float32, at unit length if `l2_norm`, of ids of any shape and integer type."""
+        return self(lambda weight: F.embedding(ids, self._normalise(weight)))
+
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """Ids `(n,)` in int64 of the nearest codes, the lowest on a tie, without gradients.
 
         Args:
-            query (`torch.Tensor`, *optional*): Ids of any shape and integer type; or latents `(n, dim)` in float32,
-                normalised if the codes are.
-
-        Returns:
-            `torch.Tensor`: Codes `(*ids.shape, dim)` in float32; or ids `(n,)` in int64, the lowest on a tie; or the
-            codes as stored, not normalised, `(size, dim)`.
+            latents (`torch.Tensor` of shape `(n, dim)`): Latents in float32, normalised if the codes are.
         """
-        if query is None:
-            return self.weight.clone()
-        codes = F.normalize(self.weight.float(), dim=-1) if self.l2_norm else self.weight.float()
-        if not query.is_floating_point():
-            return F.embedding(query, codes)
-        # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest bracket, for unit vectors z e.
-        offset = None if self.l2_norm else codes.square().sum(-1) / 2
-        rows = max(1, (SEARCH_SCORES if query.device.type == "cpu" else SEARCH_SCORES_GPU) // codes.shape[0])
-        ids = []
-        # Chunks of equal size: a small remainder would use another kernel and round differently.
-        for latents in query.detach().tensor_split(-(-query.shape[0] // rows)):
-            scores = latents @ codes.detach().T
-            ids.append((scores if offset is None else scores - offset).argmax(-1))
-        return torch.cat(ids)
+        return self(lambda weight: find_nearest(latents.detach(), self._normalise(weight.detach()), self.l2_norm))
+
+    def _normalise(self, weight: torch.Tensor) -> torch.Tensor:
+        return F.normalize(weight.float(), dim=-1) if self.l2_norm else weight.float()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Codebook":
         """Follows the model's device but stays float32, because rounding the codes would change the ids."""
         return super()._apply(
             lambda tensor: moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device), recurse
         )
+
+
+def find_nearest(latents: torch.Tensor, codes: torch.Tensor, l2_norm: bool) -> torch.Tensor:
+    """Ids `(n,)` of the codes `(size, dim)` nearest to latents `(n, dim)`, in chunks that bound the memory."""
+    # |z - e|^2 = |z|^2 - 2 (z e - |e|^2 / 2): the nearest code has the largest bracket, for unit vectors z e.
+    offset = None if l2_norm else codes.square().sum(-1) / 2
+    rows = max(1, (SEARCH_SCORES if latents.device.type == "cpu" else SEARCH_SCORES_GPU) // codes.shape[0])
+    ids = []
+    # Chunks of equal size: a small remainder would use another kernel and round differently.
+    for chunk in latents.tensor_split(-(-latents.shape[0] // rows)):
+        scores = chunk @ codes.T
+        ids.append((scores if offset is None else scores - offset).argmax(-1))
+    return torch.cat(ids)
 
 
 class VectorQuantizer(nn.Module):
@@ -106,54 +113,38 @@ class VectorQuantizer(nn.Module):
         self.size, self.l2_norm = size, l2_norm
         self.commit_loss_beta, self.entropy_loss_ratio = commit_loss_beta, entropy_loss_ratio
         self.embedding = Codebook(size, dim, l2_norm)
-        self.code_counts: torch.Tensor
-        self.register_buffer("code_counts", torch.zeros(size, dtype=torch.int64), persistent=False)
 
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, VQLosses, tuple[torch.Tensor, None, torch.Tensor]]:
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, VQLosses, tuple[None, None, torch.Tensor]]:
         """Quantises latents, with the straight-through gradient.
 
         Args:
             latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
 
         Returns:
-            `tuple`: Quantised latents in the shape and type of `latents`; [`VQLosses`]; and `(perplexity, None, ids)`
-            with flat ids `(batch * h * w,)` in int64.
+            `tuple`: Quantised latents in the shape and type of `latents`; [`VQLosses`]; and `(None, None, ids)` with
+            flat ids `(batch * h * w,)` in int64, as the quantizer of diffusers' `VQModel` returns them.
         """
-        _, flat, ids, codes = self.snap(latents)
-        counts = torch.zeros_like(self.code_counts).index_add_(0, ids, torch.ones_like(ids))
+        flat, ids, codes = self.search(latents)
         losses = VQLosses(
             vq=F.mse_loss(codes, flat.detach()),
             commit=self.commit_loss_beta * F.mse_loss(flat, codes.detach()),
             entropy=self._entropy_loss(flat),
-            usage=self._usage(counts),
         )
-        frequencies = counts / ids.numel()
-        perplexity = torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
-        # Again after the losses: gradients are summed in the order of the calls, and rounding depends on it.
-        quantized = codes.detach() + (flat - flat.detach())
+        quantized = codes.detach() + (flat - flat.detach())  # exactly the codes, because the difference is 0
         quantized = quantized.view(latents.shape[0], *latents.shape[-2:], -1).permute(0, 3, 1, 2)
-        quantized = quantized.to(latents.dtype).contiguous()
-        return quantized, losses, (perplexity, None, ids)
+        return quantized.to(latents.dtype).contiguous(), losses, (None, None, ids)
 
-    def snap(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Replaces latents by their codes, with the straight-through gradient.
-
-        Args:
-            latents (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Latents before quantisation.
+    def search(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Finds the nearest code of each latent `(batch, codebook_embed_dim, h, w)`.
 
         Returns:
-            `tuple`: Quantised latents in the shape and type of `latents`; and the latents, their ids and their codes,
-            one row per latent.
+            `tuple`: The latents as they are compared, their ids and their codes, one row per latent.
         """
         device = latents.device.type  # meta tensors have no autocast
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-            flat = latents.permute(0, 2, 3, 1).flatten(0, 2).float()
-            flat = F.normalize(flat, dim=-1) if self.l2_norm else flat
-            ids = self.embedding(flat)
-            codes = self.embedding(ids)
-        quantized = codes.detach() + (flat - flat.detach())  # exactly the codes, because the difference is 0
-        quantized = quantized.view(latents.shape[0], *latents.shape[-2:], -1).permute(0, 3, 1, 2)
-        return quantized.to(latents.dtype).contiguous(), flat, ids, codes
+            flat = flatten_latents(self.normalise(latents.float()))
+            ids = self.embedding.nearest(flat)
+            return flat, ids, self.embedding.lookup(ids)
 
     def nearest_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Finds the nearest code of each latent.
@@ -169,7 +160,7 @@ class VectorQuantizer(nn.Module):
                 graph does not check.
         """
         check_finite(latents)
-        return self.snap(latents)[2].view(latents.shape[0], *latents.shape[-2:])
+        return self.search(latents)[1].view(latents.shape[0], *latents.shape[-2:])
 
     def get_codebook_entry(self, ids: torch.Tensor, shape: tuple[int, int, int, int] | None = None) -> torch.Tensor:
         """Looks up codes.
@@ -182,21 +173,16 @@ class VectorQuantizer(nn.Module):
             `torch.Tensor`: Codes in float32: `(batch, codebook_embed_dim, h, w)` with a shape, `(*ids.shape,
             codebook_embed_dim)` without.
         """
-        codes = self.embedding(ids)
+        codes = self.embedding.lookup(ids)
         return codes if shape is None else codes.view(shape).permute(0, 3, 1, 2).contiguous()
 
-    def reset_counts(self) -> None:
-        """Sets the counts of used codes to zero."""
-        self.code_counts.zero_()
+    def usage(self, ids: torch.Tensor) -> float:
+        """Fraction of the codebook that occurs in ids of any shape."""
+        return ids.unique().numel() / self.size
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(batch, codebook_embed_dim, h, w)` at unit length if codes are, not quantised."""
         return F.normalize(latents.float(), dim=1).to(latents.dtype) if self.l2_norm else latents
-
-    def _usage(self, counts: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            counts = self.code_counts.add_(counts)
-        return (counts > 0).float().mean()
 
     def _entropy_loss(self, flat: torch.Tensor) -> torch.Tensor:
         """Rewards a low entropy of each latent's soft assignment and a high entropy of their mean.
@@ -206,7 +192,7 @@ class VectorQuantizer(nn.Module):
         """
         if self.entropy_loss_ratio == 0 or not self.training:
             return flat.new_zeros(())
-        codes = self.embedding(torch.arange(self.size, device=flat.device))
+        codes = self.embedding.lookup(torch.arange(self.size, device=flat.device))
         log_probs = F.log_softmax(-torch.cdist(flat, codes).square() / ENTROPY_TEMPERATURE, dim=-1)
         probs = log_probs.exp()
         mean_probs = _mean_over_processes(probs.mean(0))

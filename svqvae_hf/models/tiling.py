@@ -2,8 +2,8 @@
 
 Lengths are in latents unless a name says otherwise, so that pixels and latents share one grid. Three steps:
 
-1. [`gather_context`] runs the network over a few windows of the image, and keeps the statistics of each norm and the
-   keys and values of each attention.
+1. [`sample_windows`] runs the network over a few windows of the image, which gather the statistics of each norm and
+   the keys and values of each attention.
 2. [`run_tiles`] runs it over each tile, which is read with an overlap (halo) on each side, with these shared values.
 3. Only the core of each tile is kept. The cores partition the image, so nothing is blended.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .checks import check_checkpointing, check_tiles
-from .layers import Core, TileContext, make_cuts, move
+from .layers import TileContext, WindowSample, make_cuts, move
 from .resizing import map_range, pad_to_multiple
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
@@ -27,7 +27,6 @@ WHOLE_BYTES = 1 << 30  # memory of an image above which the commands tile it
 FEATURES_HELD = 4  # feature maps that a residual block holds: its input, normalised values, two convolutions
 
 Read = Callable[[slice, slice], torch.Tensor]
-RunTile = Callable[[torch.Tensor, Core], torch.Tensor]
 RunWindow = Callable[..., torch.Tensor]  # [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]
 
 
@@ -74,15 +73,16 @@ def window_origins(size: Sequence[int], side: int, count: int) -> list[tuple[int
     return [*itertools.product(tops, lefts)]
 
 
-def _span(part: slice, stride: int) -> slice:
+def scale_span(part: slice, stride: int) -> slice:
+    """Multiplies both ends of a slice."""
     return slice(part.start * stride, part.stop * stride)
 
 
-# The context that tiles share
+# Running a network over tiles
 
 
-def gather_context(run: RunWindow, read: Read, size: Sequence[int], tile: int, input_stride: int) -> TileContext:
-    """Runs a network over a sample of windows of an image, as one batch, and returns the context that its tiles share.
+def sample_windows(run: RunWindow, read: Read, size: Sequence[int], tile: int, input_stride: int) -> WindowSample:
+    """Runs a network over a sample of windows of an image, as one batch, and returns what they gathered.
 
     Args:
         run (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
@@ -97,50 +97,42 @@ def gather_context(run: RunWindow, read: Read, size: Sequence[int], tile: int, i
     rows, columns = (slice(margin, side - margin) if length > side else slice(0, length) for length in size)
     origins = window_origins(size, side, CONTEXT_WINDOWS)
     areas = [(slice(y, y + height), slice(x, x + width)) for y, x in origins]
-    windows = [read(_span(y, input_stride), _span(x, input_stride)) for y, x in areas]
-    sample = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
-    cut_sides = [(y > 0, y + height < size[0], x > 0, x + width < size[1]) for y, x in origins] * len(sample)
-    context = TileContext((height, width), (rows, columns), make_cuts(cut_sides, sample), images=len(sample))
-    run(sample.flatten(0, 1), context)
-    return context
-
-
-# Running a network over tiles
+    windows = [read(scale_span(y, input_stride), scale_span(x, input_stride)) for y, x in areas]
+    batch = torch.stack(windows, dim=1)  # (images, windows, channels, height, width)
+    cut_sides = [(y > 0, y + height < size[0], x > 0, x + width < size[1]) for y, x in origins] * len(batch)
+    sample = WindowSample((height, width), (rows, columns), make_cuts(cut_sides, batch), images=len(batch))
+    run(batch.flatten(0, 1), sample)
+    return sample
 
 
 def run_tiles(
-    run: RunTile,
-    read: Read,
-    size: Sequence[int],
-    tile: int,
-    overlap: int,
-    input_stride: int = 1,
+    run: RunWindow, read: Read, size: Sequence[int], tile: int, overlap: int, input_stride: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Runs a network over the tiles of an image of any size. Yields rows and columns in latents, and the result there.
 
-    Only one tile is in memory at a time.
+    Only one tile is in memory at a time. An image that fits into one tile shares nothing, as without tiles.
 
     Args:
-        run (`Callable`): Takes a window `(batch, channels, h, w)` and its `core`, rows and columns in latents, and
-            returns the result at the core.
+        run (`Callable`): [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`].
         read (`Callable`): Returns the input `(batch, channels, rows, columns)` at two slices.
         size (`tuple[int, int]`): Height and width of the image, in latents.
         tile (`int`): Maximum side of a tile.
         overlap (`int`): Overlap on each side.
-        input_stride (`int`, defaults to 1): Input positions per latent along each side.
+        input_stride (`int`): Input positions per latent along each side.
     """
+    if max(size) <= tile:
+        rows, columns = (slice(0, length) for length in size)
+        yield rows, columns, run(read(scale_span(rows, input_stride), scale_span(columns, input_stride)))
+        return
+    sample = sample_windows(run, read, size, tile, input_stride)
     for (y, rows), (x, columns) in itertools.product(*(tile_axis(length, tile, overlap) for length in size)):
-        window = read(_span(y, input_stride), _span(x, input_stride))
-        yield rows, columns, run(window, (move(rows, -y.start), move(columns, -x.start)))
+        window = read(scale_span(y, input_stride), scale_span(x, input_stride))
+        core = move(rows, -y.start), move(columns, -x.start)
+        yield rows, columns, run(window, sample.tile(window, core, input_stride))
 
 
 def map_tiles(
-    run: RunTile,
-    source: torch.Tensor,
-    tile: int,
-    overlap: int,
-    input_stride: int = 1,
-    output_stride: int = 1,
+    run: RunWindow, source: torch.Tensor, tile: int, overlap: int, input_stride: int = 1, output_stride: int = 1
 ) -> torch.Tensor:
     """Runs a network over the tiles of an image in memory, and joins the cores of its results.
 
@@ -157,7 +149,7 @@ def map_tiles(
     for y, x, core in run_tiles(run, lambda y, x: source[..., y, x], size, tile, overlap, input_stride):
         if not joined:
             joined.append(core.new_empty(*core.shape[:2], *(side * output_stride for side in size)))
-        joined[0][..., _span(y, output_stride), _span(x, output_stride)] = core
+        joined[0][..., scale_span(y, output_stride), scale_span(x, output_stride)] = core
     return joined[0]
 
 
@@ -262,8 +254,7 @@ class TilingMixin:
             window (`torch.Tensor` of shape `(batch, codebook_embed_dim, h, w)`): Quantised latents.
             shared ([`TileContext`], *optional*): Values that the tiles of the image share, and the core to return.
         """
-        decoded = self.decoder(self.post_quant_conv(window), shared)
-        decoded = (decoded if shared is None else shared.core_of(decoded)).contiguous()
+        decoded = self.decoder(self.post_quant_conv(window), shared).contiguous()
         return map_range(decoded, self.config["network_range"], self.config["pixel_range"])
 
     def _run(
@@ -281,9 +272,4 @@ class TilingMixin:
         if tiles is None or max(size) <= tiles[0]:
             return run(source)
         check_checkpointing(self)
-        shared = gather_context(run, lambda y, x: source[..., y, x], size, tiles[0], input_stride)
-
-        def run_tile(window: torch.Tensor, core: Core) -> torch.Tensor:
-            return run(window, shared.for_tile(window, core, input_stride))
-
-        return map_tiles(run_tile, source, *tiles, input_stride, output_stride)
+        return map_tiles(run, source, *tiles, input_stride, output_stride)

@@ -30,7 +30,7 @@ class ScalePredictor:
     ):
         self.transformer = transformer
         quantize = vqvae.quantize
-        stored_on = quantize.embedding().device  # the CPU while the tokenizer is offloaded
+        stored_on = quantize.embedding.table().device  # the CPU while the tokenizer is offloaded
         codebook = quantize.get_codebook_entry(torch.arange(quantize.size, device=stored_on))
         self.codebook = codebook.to(labels.device)
         no_class = torch.full_like(labels, self.transformer.config["num_classes"])

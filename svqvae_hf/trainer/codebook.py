@@ -46,7 +46,7 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
     codes = quantizer.embedding.weight
     codes.copy_(draw(size))
     for _ in progress(range(KMEANS_ITERATIONS), "k-means: rounds", KMEANS_ITERATIONS):
-        ids = quantizer.embedding(latents)
+        ids = quantizer.embedding.nearest(latents)
         counts = torch.bincount(ids, minlength=size).unsqueeze(-1)
         sums = torch.zeros_like(codes).index_add_(0, ids, latents)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), draw(size))
@@ -71,7 +71,7 @@ class CodebookAverage(nn.Module):
         self.decay = decay
         every_code = torch.arange(quantizer.size, device=quantizer.embedding.weight.device)
         self.register_buffer("weights", torch.ones(quantizer.size))  # 1: used as often as the mean code
-        self.register_buffer("sums", quantizer.embedding(every_code).detach())
+        self.register_buffer("sums", quantizer.embedding.lookup(every_code).detach())
 
     @torch.no_grad()
     def restart(self, quantizer: VectorQuantizer, replaced: torch.Tensor) -> None:
@@ -82,7 +82,7 @@ class CodebookAverage(nn.Module):
             replaced (`torch.Tensor`): Ids of the replaced codes.
         """
         self.weights[replaced] = 1
-        self.sums[replaced] = quantizer.embedding(replaced)
+        self.sums[replaced] = quantizer.embedding.lookup(replaced)
 
     @torch.no_grad()
     def update(

@@ -20,7 +20,9 @@ def plain_operations(monkeypatch):
     monkeypatch.setattr(
         RepeatConv2d,
         "forward",
-        lambda self, hidden: F.conv2d(F.interpolate(hidden, scale_factor=2.0), self.weight, self.bias, padding=1),
+        lambda self, hidden, cuts: F.conv2d(
+            F.interpolate(hidden, scale_factor=2.0), self.weight, self.bias, padding=1
+        ),
     )
 
 

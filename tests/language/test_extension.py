@@ -32,7 +32,7 @@ def test_text_logits_and_old_rows_stay_bit_equal(family):
 def test_new_rows_are_a_linear_map_of_the_codes_at_the_scale_of_the_old_rows(family):
     model, processor = load_extended(family)
     vocabulary = processor.vocabulary
-    codes = processor.vqvae.quantize.embedding(torch.arange(vocabulary.codebook_size))
+    codes = processor.vqvae.quantize.embedding.lookup(torch.arange(vocabulary.codebook_size))
     inputs = torch.cat([codes, torch.ones(len(codes), 1)], dim=1)
     for rows in heads(model):
         rows = rows.detach()

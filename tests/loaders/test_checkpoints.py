@@ -48,7 +48,7 @@ def assert_same_ids(model: SVQVAE, latents: torch.Tensor, ids: torch.Tensor, exp
     """Ids may differ only in ties: squared distances within 2e-5, which are cosines within 1e-5."""
     flat = flatten_latents(latents)
     flat = F.normalize(flat, dim=-1) if model.quantize.l2_norm else flat
-    gaps, expected_gaps = (flat - model.quantize.embedding(each.flatten()) for each in (ids, expected))
+    gaps, expected_gaps = (flat - model.quantize.embedding.lookup(each.flatten()) for each in (ids, expected))
     ties = (gaps.square().sum(-1) - expected_gaps.square().sum(-1)).abs() < 2e-5
     assert ids.shape == expected.shape
     assert torch.all((ids == expected).flatten() | ties)

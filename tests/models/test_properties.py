@@ -14,8 +14,9 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.models.checks import SCALE_SOURCES
+from svqvae_hf.models.layers import TileContext
 from svqvae_hf.models.resizing import grid_shape
-from svqvae_hf.models.tiling import Core, map_tiles, tile_axis
+from svqvae_hf.models.tiling import map_tiles, tile_axis
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -98,8 +99,8 @@ def test_tiles_equal_the_whole_if_the_overlap_covers_the_receptive_field(height,
     def widest(window: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.max_pool2d(window, reach, stride=1, padding=overlap)
 
-    def widest_of_core(window: torch.Tensor, core: Core) -> torch.Tensor:
-        return widest(window)[..., *core]
+    def widest_of_core(window: torch.Tensor, shared: TileContext | None = None) -> torch.Tensor:
+        return widest(window) if shared is None else shared.core_of(widest(window))
 
     assert torch.equal(map_tiles(widest_of_core, source, tile, overlap), widest(source))
     axis = tile_axis(height, tile, overlap)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from conftest import make_tiny, psnr, smooth_images
@@ -5,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.models import tiling
-from svqvae_hf.models.layers import GroupNorm, TileContext
+from svqvae_hf.models.layers import GroupNorm, WindowSample
 from svqvae_hf.models.modeling_svqvae import AttnBlock
-from svqvae_hf.models.tiling import gather_context
+from svqvae_hf.models.tiling import sample_windows
 
 pytestmark = pytest.mark.usefixtures("few_windows", "no_grad")
 
@@ -32,15 +34,15 @@ def test_default_overlap_fits_any_tile(tiny_model):
 def test_decoding_a_core_is_exact_and_cheaper(config, core):
     model = make_tiny(**config)
     codes = model.quantize(torch.randn(1, 8, 40, 40))[0]
-    context = gather_context(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
+    sample = sample_windows(model.decode_window, lambda y, x: codes[..., y, x], (40, 40), 16, input_stride=1)
     rows, columns = (slice(model.f * start, model.f * stop) for start, stop in core)
     core = tuple(slice(*span) for span in core)
-    uncropped = context.for_tile(codes, core, input_stride=1)
-    uncropped.core = (slice(0, 40), slice(0, 40))
+    cropped = sample.tile(codes, core, input_stride=1)
+    uncropped = dataclasses.replace(cropped, core=(slice(0, 40), slice(0, 40)))
     with FlopCounterMode(display=False) as of_window:
         whole = model.decode_window(codes, uncropped)
     with FlopCounterMode(display=False) as of_core:
-        decoded = model.decode_window(codes, context.for_tile(codes, core, input_stride=1))
+        decoded = model.decode_window(codes, cropped)
     torch.testing.assert_close(decoded, whole[..., rows, columns], rtol=1e-5, atol=2e-5)
     share = of_core.get_total_flops() / of_window.get_total_flops()
     assert share == 1 if core[0] == slice(0, 40) else share < 0.9
@@ -79,10 +81,10 @@ def test_tiles_equal_the_whole_image_if_the_windows_are_the_whole_image(monkeypa
     """Tiles then differ from the whole image only by what their overlap does not reach."""
 
     def whole(run, read, size, tile, input_stride):
-        return gather_context(run, read, size, max(size), input_stride)
+        return sample_windows(run, read, size, max(size), input_stride)
 
     monkeypatch.setattr(tiling, "CONTEXT_WINDOW_SIDE", 200)
-    monkeypatch.setattr(tiling, "gather_context", whole)
+    monkeypatch.setattr(tiling, "sample_windows", whole)
     model = make_tiny()
     images = torch.stack([smooth_images(200, 168)[0], torch.rand(3, 200, 168)])
     latents = model.encode(images).latents
@@ -105,13 +107,13 @@ def test_blocks_on_all_windows_equal_blocks_on_the_whole_image():
     expected = hidden
     for block in blocks:
         expected = block(expected)
-    context = TileContext((10, 4), (slice(0, 10), slice(0, 4)), cuts=None, images=2)
+    sample = WindowSample((10, 4), (slice(0, 10), slice(0, 4)), cuts=None, images=2)
     windows = torch.stack(hidden.split(4, dim=-1), dim=1).flatten(0, 1)
     for block in blocks:
-        windows = block(windows, context)
-    norm_out(windows, context)
+        windows = block(windows, sample)
+    norm_out(windows, sample)
     tile = hidden[..., 2:9, 3:]
-    context = context.for_tile(tile, (slice(0, 7), slice(0, 9)), input_stride=1)
+    context = sample.tile(tile, (slice(0, 7), slice(0, 9)), input_stride=1)
     for block in blocks:
         tile = block(tile, context)
     torch.testing.assert_close(tile, expected[..., 2:9, 3:], rtol=1e-4, atol=1e-4)
