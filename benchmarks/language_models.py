@@ -28,7 +28,9 @@ from svqvae_hf.token_sets.settings import read_settings, row_tokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
-from train_image_text import IGNORED, ModalityLoss
+from language_trainer import ModalityLoss
+
+from svqvae_hf.trainer.examples import IGNORED
 
 NEW_TOKENS = 64
 BATCH = 8
@@ -112,7 +114,10 @@ def speed(model: PreTrainedModel, processor: SVQVAEProcessor, rounds: int) -> li
     grid = max(processor.vocabulary.grids)
     prompt = torch.tensor([processor.vocabulary.begin_image(grid)] * BATCH, device=model.device)
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    grammar, loss = ImageGrammar(model.config), ModalityLoss(processor.vocabulary)
+    grammar, loss = (
+        ImageGrammar(model.config),
+        ModalityLoss(range(processor.vocabulary.first_token, processor.vocabulary.begin)),
+    )
     tokens = torch.randint(1, processor.vocabulary.begin, (1, BATCH * NEW_TOKENS), device=model.device)
 
     def generate(processors: list[Any]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from unittest.mock import patch
 
-PRELOADED = ["pytest", "train", "train_image_text", "odd_files", "svqvae_hf.evaluation.report"]
+PRELOADED = ["pytest", "train", "train_language_model", "odd_files", "svqvae_hf.evaluation.report"]
 
 
 def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:

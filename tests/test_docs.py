@@ -17,8 +17,9 @@ from conftest import ROOT
 from hub_server import serve_hub
 from page_runner import code_cells, kept_kinds, python_blocks
 from test_imports import SUBPACKAGES
-from train_autoregressive import AutoregressiveOptions
+from train_language_model import LanguageModelOptions
 from train_latent_diffusion import DiffusionOptions
+from transformers import TrainingArguments
 
 from svqvae_cli.command_line import COMMANDS, parse
 from svqvae_hf.trainer.options import read_options
@@ -28,9 +29,9 @@ NOTEBOOK = ROOT / "notebooks" / "inference_example.ipynb"
 PAGES = {page: page.read_text() for page in [ROOT / "README.md", ROOT / "model_card.md", *ROOT.glob("docs/*.md")]}
 RUN_BY_TEST_EXPORT = "export.md"
 OPTIONS = {
-    "training/train.py": TrainOptions,
-    "training/train_latent_diffusion.py": DiffusionOptions,
-    "training/train_autoregressive.py": AutoregressiveOptions,
+    "training/train.py": [TrainOptions],
+    "training/train_latent_diffusion.py": [DiffusionOptions],
+    "training/train_language_model.py": [LanguageModelOptions, TrainingArguments],
 }
 
 
@@ -113,7 +114,8 @@ def check_command(words: list[str]) -> None:
         script, arguments = ROOT / words[index], words[index + 1 :]
         assert script.is_file()
         if words[index] in OPTIONS:
-            read_options(OPTIONS[words[index]], arguments)
+            on_cpu = ["--use_cpu"] if TrainingArguments in OPTIONS[words[index]] else []  # else bf16 is refused
+            read_options(OPTIONS[words[index]], [*arguments, *on_cpu])
         elif "parse_args()" in script.read_text():
             parse_as(script, arguments)
 

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.run import Run, run_training
+from svqvae_hf.trainer.run import run_training
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def forget_accelerate() -> None:
         state._reset_state()
 
 
-def run(train: Callable[[Run], None], options_class: type[RunOptions], /, **options) -> None:
+def run(train: Callable[..., None], options_class: type[RunOptions], /, **options) -> None:
     """Runs a script to its end."""
     with cpu():
         run_training(train, options_class(**options))

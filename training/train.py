@@ -1,8 +1,11 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
 from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast
 from torch.distributed.checkpoint.stateful import Stateful
@@ -14,17 +17,22 @@ from svqvae_hf.hub.model_cards import model_card
 from svqvae_hf.hub.repositories import is_hub_id, public_name
 from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 from svqvae_hf.models.quantizer import flatten_latents
+from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.codebook import CodebookAverage, DeadCodeReset, forget_codes, initialise_codebook
 from svqvae_hf.trainer.data.crops import centre_crops
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.linear_start import start_linear
+from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.losses.objective import Objective, Pair
 from svqvae_hf.trainer.model import load_model, save_model, step_scales, whiten_latents
-from svqvae_hf.trainer.optimization import clip_and_step, loss_scale, make_optimizer, rescale_gradients
-from svqvae_hf.trainer.run import Run, run_script
+from svqvae_hf.trainer.optimization import loss_scale, make_optimizer, rescale_gradients
+from svqvae_hf.trainer.publishing import Result, provenance
+from svqvae_hf.trainer.run import run_script
 from svqvae_hf.trainer.tracking import ScaleStatistics, log_images, progress, rows_of_images
 from svqvae_hf.trainer.train_options import TrainOptions
+from svqvae_hf.trainer.weights import Weights
 
+SCRIPT = "training/train.py"
 SHOWN_IMAGES = 4
 START_BATCHES = 16
 RESET_BATCHES = 16  # batches whose latents replace dead codes, because the crops of one step are too similar
@@ -34,9 +42,9 @@ DISCRIMINATOR_LEARNING_RATE = 1e-4
 logger = get_logger(__name__, log_level="INFO")
 
 
-def train(run: Run[TrainOptions]) -> None:
+def train(options: TrainOptions, accelerator: Accelerator) -> None:
     """Trains an SVQVAE, from the start or from a checkpoint, and saves it with its card in the output folder."""
-    options, accelerator = run.options, run.accelerator
+    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
 
     # Model and images
     vqvae = load_model(options).to(accelerator.device)
@@ -51,15 +59,16 @@ def train(run: Run[TrainOptions]) -> None:
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
     # Optimizers
-    if options.model_config_name_or_path is not None and run.checkpoint is None:
+    if options.model_config_name_or_path is not None and checkpoint is None:
         start_new_model(options, vqvae, images)
     optimizer, lr_scheduler = make_optimizer(
         vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM
     )
     model, optimizer = accelerator.prepare(vqvae, optimizer)
     models = [model]
-    codes = Codes(run, vqvae, images, optimizer)
-    states: dict[str, Stateful] = {"codebook_average": codes.average, "dead_codes": codes.dead}
+    weights = Weights(options, accelerator, vqvae, model, optimizer, lr_scheduler, options.use_ema)
+    codes = Codes(options, accelerator, vqvae, images, weights)
+    states: dict[str, Stateful] = {"weights": weights, "codebook_average": codes.average, "dead_codes": codes.dead}
     if discriminator is not None:
         discriminator_steps = options.max_train_steps - options.adversarial_start
         discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
@@ -68,16 +77,32 @@ def train(run: Run[TrainOptions]) -> None:
         discriminator_model, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
         discriminator.requires_grad_(False)  # in the model's loss, gradients only pass through it
         models.append(discriminator_model)
-        states["discriminator_lr_scheduler"] = discriminator_lr_scheduler
-    run.start(vqvae, loader, lr_scheduler, states)
+        discriminator_weights = states["discriminator"] = Weights(
+            options,
+            accelerator,
+            discriminator,
+            discriminator_model,
+            discriminator_optimizer,
+            discriminator_lr_scheduler,
+            use_ema=False,
+        )
+    checkpoints = Checkpoints(options, accelerator, checkpoint, states | {"loader": loader})
+    result = Result.of(options, accelerator)
+    log = Log(options, accelerator, vqvae, loader.contents, checkpoints.first_step)
+    batches = iter(loader)
 
-    for step, batches in run.steps():
+    def validate_after(steps_done: int) -> dict[str, float]:
+        return validate(options, log, weights, objective, validation_batches, steps_done)
+
+    if checkpoint is None:
+        validate_after(0)
+    for step in checkpoints.steps():
         quantize = step >= options.quantize_from
         adversarial = objective.is_adversarial(step)
         if step in options.kmeans_steps:
             codes.set_by_kmeans(step)
 
-        for batch in batches:
+        for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(*models):
                 # Forward pass and gradients, of the model and then of the discriminator
                 sample = images.to_device(batch)
@@ -98,32 +123,30 @@ def train(run: Run[TrainOptions]) -> None:
                 # Updates, after the last batch of a step
                 if accelerator.sync_gradients:
                     scale_before = loss_scale(accelerator)
-                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
+                    numbers |= weights.update()
                     if adversarial and discriminator is not None:
                         rescale_gradients(discriminator, loss_scale(accelerator) / scale_before)
-                        numbers["discriminator_grad_norm"] = clip_and_step(
-                            accelerator,
-                            discriminator_model,
-                            discriminator_optimizer,
-                            discriminator_lr_scheduler,
-                            options.max_grad_norm,
-                        )
+                        numbers["discriminator_grad_norm"] = discriminator_weights.update()["grad_norm"]
 
                 # Codes, outside gradient descent
                 if quantize:
                     numbers |= codes.move(output, step)
-                run.add(numbers | {"loss": loss}, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
+                log.add(numbers | {"loss": loss}, images=len(sample), megapixels=sample[:, 0].numel() / 1e6)
                 statistics.add(scales, pairs, output.ids or [])
 
-        if run.logs_after(step):
-            run.log_training(step, statistics.summary(accelerator.reduce))
-        if run.validates_after(step):
-            validate(run, model, objective, validation_batches, step + 1)
+        if options.logs_after(step):
+            log.write_training(step + 1, statistics.summary(accelerator.reduce) | {"lr": weights.lr})
+        if options.validates_after(step):
+            validate_after(step + 1)
 
-    validation = validate(run, model, objective, validation_batches, options.max_train_steps)
-    vqvae.load_state_dict(run.final_weights(model))
+    validation = validate_after(options.max_train_steps)
+    vqvae.load_state_dict(weights.final())
     if accelerator.is_main_process:
-        run.publish(partial(save_model, options, vqvae), make_card(run, vqvae, validation_batches, validation))
+        origin = provenance(SCRIPT, f"crops of {options.resolution}² pixels", checkpoints.stages())
+        if validation:
+            found = ", ".join(f"{name} {value:.4g}" for name, value in validation.items())
+            origin["validation"] = f"{sum(map(len, validation_batches))} images, centre crops: {found}"
+        result.publish(partial(save_model, options, vqvae), make_card(options, result.name, vqvae, origin))
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
@@ -143,20 +166,24 @@ class Codes:
     """Updates the codes of a run without gradients: by k-means, by averages of latents, and by replacing dead codes.
 
     Args:
-        run ([`Run`]): The run.
+        options ([`TrainOptions`]): Options.
+        accelerator (`Accelerator`): Accelerator whose processes share the codes.
         vqvae ([`SVQVAE`]): Model that holds the codes.
         images ([`ImageSource`]): Images whose latents become codes.
-        optimizer (`torch.optim.Optimizer`): Optimizer of the model.
+        weights ([`Weights`]): Weights of the model.
     """
 
-    def __init__(self, run: Run[TrainOptions], vqvae: SVQVAE, images: ImageSource, optimizer: torch.optim.Optimizer):
-        self.run, self.vqvae, self.images, self.optimizer = run, vqvae, images, optimizer
-        self.average = CodebookAverage(vqvae.quantize, run.options.codebook_decay).to(vqvae.device)
-        self.dead = DeadCodeReset(vqvae.quantize.size).to(vqvae.device)
+    def __init__(
+        self, options: TrainOptions, accelerator: Accelerator, vqvae: SVQVAE, images: ImageSource, weights: Weights
+    ):
+        self.options, self.accelerator, self.images, self.weights = options, accelerator, images, weights
+        self.vqvae = vqvae
+        self.average = CodebookAverage(vqvae.quantize, options.codebook_decay).to(accelerator.device)
+        self.dead = DeadCodeReset(vqvae.quantize.size).to(accelerator.device)
 
     def set_by_kmeans(self, step: int) -> None:
         """Sets all codes by k-means of the latents of fresh crops, from all processes."""
-        quantizer, options = self.vqvae.quantize, self.run.options
+        quantizer, options = self.vqvae.quantize, self.options
         logger.info(f"Setting {quantizer.size:,} codes by k-means of {options.kmeans_batches} batches of latents")
         initialise_codebook(quantizer, self._fresh_latents(options.kmeans_batches, step), options.seed)
         weight = quantizer.embedding.weight
@@ -165,7 +192,7 @@ class Codes:
 
     def move(self, output: SVQVAEOutput, step: int) -> dict[str, torch.Tensor]:
         """Moves codes to the average of their latents, and replaces dead codes by latents, if asked for."""
-        options, accelerator, quantizer = self.run.options, self.run.accelerator, self.vqvae.quantize
+        options, accelerator, quantizer = self.options, self.accelerator, self.vqvae.quantize
         ids = torch.cat([each.flatten() for each in output.ids or []])
         if options.codebook_decay:
             latents = torch.cat([flatten_latents(each.detach()) for each in output.latents or []])
@@ -182,7 +209,7 @@ class Codes:
 
     def _fresh_latents(self, num_batches: int, step: int) -> torch.Tensor:
         """Latents of crops that the run does not train on, with sides as at that step, from all processes."""
-        options, accelerator, latents = self.run.options, self.run.accelerator, []
+        options, accelerator, latents = self.options, self.accelerator, []
         sides, growth_batch = [options.resolution, *options.crop_sizes], 0
         if options.full_crops_from:
             sides, growth_batch = (sides, num_batches) if step < options.full_crops_from else (sides[:1], 0)
@@ -198,7 +225,7 @@ class Codes:
         """Starts averages and optimizer of replaced codes anew."""
         quantizer = self.vqvae.quantize
         self.average.restart(quantizer, replaced)
-        forget_codes(self.vqvae, quantizer.embedding.weight, replaced, self.optimizer, self.run.ema)
+        forget_codes(self.vqvae, quantizer.embedding.weight, replaced, self.weights.optimizer, self.weights.ema)
 
 
 def load_validation_batches(
@@ -214,48 +241,50 @@ def load_validation_batches(
 
 
 def validate(
-    run: Run[TrainOptions], model: torch.nn.Module, objective: Objective, batches: list[torch.Tensor], steps_done: int
+    options: TrainOptions,
+    log: Log,
+    weights: Weights,
+    objective: Objective,
+    batches: list[torch.Tensor],
+    steps_done: int,
 ) -> dict[str, float]:
     """Logs statistics of each scale and a picture."""
     if not batches:
         return {}
-    options, accelerator = run.options, run.accelerator
+    accelerator = log.accelerator
     shown: list[Pair] = []
     statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
-    quantize = steps_done > options.quantize_from
-    with run.evaluating():
+    quantize = steps_done > options.quantize_from or options.quantize_from == 0
+    scales = options.validation_scales
+    with weights.evaluating():
         for batch in batches:
             sample = batch.to(accelerator.device)
-            output = model(sample, options.validation_scales, scale_from="latents", force_not_quantize=not quantize)
+            output = weights.model(
+                sample, options.validation_scales, scale_from="latents", force_not_quantize=not quantize
+            )
             pairs = [pair.clamped() for pair in objective.pairs(sample, output)]
-            statistics.add(options.validation_scales, pairs, output.ids or [])
+            statistics.add(scales, pairs, output.ids or [])
             shown = shown or [pair.first(SHOWN_IMAGES) for pair in pairs]
     numbers = statistics.summary(accelerator.reduce)
-    run.log(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
+    log.write(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
     if accelerator.is_main_process:
-        log_images(accelerator, rows_of_images(shown), len(shown) + 1, run.output_dir / "samples", steps_done)
+        log_images(accelerator, rows_of_images(shown), len(shown) + 1, Path(options.output_dir, "samples"), steps_done)
     return numbers
 
 
-def make_card(run: Run[TrainOptions], vqvae: SVQVAE, batches: list[torch.Tensor], validation: dict[str, float]) -> str:
-    """Card of the model, with the numbers of the last validation."""
-    options = run.options
+def make_card(options: TrainOptions, name: str, vqvae: SVQVAE, origin: dict[str, str]) -> str:
+    """Card of the model."""
     model, images = options.pretrained_model_name_or_path, options.dataset_name or options.train_data_dir or ""
-    provenance = run.provenance("training/train.py", f"crops of {options.resolution}² pixels")
     if model is not None:
-        provenance["started from"] = f"`{public_name(model)}`"
-    provenance["images"] = f"`{public_name(images)}`"
-    if batches:
-        count = sum(map(len, batches))
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in validation.items())
-        provenance["validation"] = f"{count} images, centre crops: {numbers}"
+        origin["started from"] = f"`{public_name(model)}`"
+    origin["images"] = f"`{public_name(images)}`"
     return model_card(
         vqvae.config,
-        repo_id=run.name,
+        repo_id=name,
         license=options.license,
         base_model=model if model is not None and is_hub_id(model) else None,
         datasets=[images] if options.dataset_name is not None and is_hub_id(images) else [],
-        provenance=provenance,
+        provenance=origin,
     )
 
 

@@ -4,25 +4,34 @@ accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE
     --train_data_dir PHOTOS --output_dir OUT
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import datasets
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
 from svqvae_hf import SVQVAE
 from svqvae_hf.hub.model_cards import quote
+from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.crop_loader import CropBatch
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
+from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
 from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option
-from svqvae_hf.trainer.pipeline_run import class_labels, load_frozen_vqvae, log_samples, pipeline_card
-from svqvae_hf.trainer.run import Run, run_script
+from svqvae_hf.trainer.pipeline_run import class_labels, generator_card, load_frozen_vqvae, log_samples
+from svqvae_hf.trainer.publishing import Result, provenance
+from svqvae_hf.trainer.randomness import batch_generator
+from svqvae_hf.trainer.run import run_script
+from svqvae_hf.trainer.weights import Weights
 
+SCRIPT = "training/train_latent_diffusion.py"
 PIXEL_RANGE = (-1.0, 1.0)  # of DiTPipeline
 MEASURED_BATCHES = 16  # for the scale of the latents
 NUM_CLASSES = 1000  # the label after these means no class in DiTPipeline, for any transformer
@@ -44,9 +53,9 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
         self.check_positive("num_inference_steps")
 
 
-def train(run: Run[DiffusionOptions]) -> None:
+def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     """Trains a denoiser, from the start or from a checkpoint, and saves its pipeline with a card."""
-    options, accelerator = run.options, run.accelerator
+    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
 
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
@@ -63,7 +72,11 @@ def train(run: Run[DiffusionOptions]) -> None:
     # Optimizer
     optimizer, lr_scheduler = make_optimizer(denoiser, options, options.learning_rate, options.max_train_steps)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
-    run.start(denoiser, loader, lr_scheduler)
+    weights = Weights(options, accelerator, denoiser, model, optimizer, lr_scheduler, options.use_ema)
+    checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
+    result = Result.of(options, accelerator)
+    log = Log(options, accelerator, denoiser, loader.contents, checkpoints.first_step)
+    batches = iter(loader)
 
     def predict(
         batch: CropBatch, generator: torch.Generator, label_dropout: float
@@ -85,35 +98,45 @@ def train(run: Run[DiffusionOptions]) -> None:
     def validate(steps_done: int) -> None:
         if held_out is not None:
             batches = -(-held_out.images.max_parts // (options.train_batch_size * accelerator.num_processes))
-            with run.evaluating():  # the same crops, noise and timesteps at each validation
+            with weights.evaluating():  # the same crops, noise and timesteps at each validation
                 losses = [
                     predict(batch, torch.Generator().manual_seed(number), 0.0)[0]
                     for number, batch in enumerate(held_out.loader([options.resolution], batches, seed=0))
                 ]
             loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            run.log(steps_done, {"validation/loss": loss})
+            log.write(steps_done, {"validation/loss": loss})
         pipeline = make_pipeline(vqvae, denoiser, noise_schedule, label_names)
-        log_samples(run, pipeline, sample_call(options, pipeline), steps_done)
+        log_samples(log, weights, pipeline, sample_call(options, pipeline), steps_done)
 
-    for step, batches in run.steps():
-        for batch in batches:
+    if checkpoint is None:
+        validate(0)
+    for step in checkpoints.steps():
+        for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(model):
-                loss, latent_std = predict(batch, run.batch_generator(), options.label_dropout)
+                loss, latent_std = predict(
+                    batch,
+                    batch_generator(options.seed, loader.batch, accelerator.process_index),
+                    options.label_dropout,
+                )
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "latent_std": latent_std}
                 if accelerator.sync_gradients:  # after the last batch of a step
-                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                run.add(numbers, images=len(batch.sample), megapixels=batch.sample[:, 0].numel() / 1e6)
+                    numbers |= weights.update()
+                log.add(numbers, images=len(batch.sample), megapixels=batch.sample[:, 0].numel() / 1e6)
 
-        run.report(step, validate)
+        if options.logs_after(step):
+            log.write_training(step + 1, {"lr": weights.lr})
+        if options.validates_after(step):
+            validate(step + 1)
 
     validate(options.max_train_steps)
-    state_dict = run.final_weights(model)
+    state_dict = weights.final()
     if accelerator.is_main_process:
-        result = make_denoiser(options, vqvae)
-        result.load_state_dict(state_dict)
-        pipeline = make_pipeline(vqvae, result.eval(), noise_schedule, label_names)
-        run.publish(pipeline.save_pretrained, make_card(run, pipeline))
+        trained = make_denoiser(options, vqvae)
+        trained.load_state_dict(state_dict)
+        pipeline = make_pipeline(vqvae, trained.eval(), noise_schedule, label_names)
+        origin = provenance(SCRIPT, "images", checkpoints.stages()) | log.card_rows
+        result.publish(pipeline.save_pretrained, make_card(options, result.name, pipeline, origin))
 
 
 @torch.no_grad()
@@ -220,17 +243,17 @@ def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, A
     return call | {"class_labels": class_labels(count, len(pipeline.config.id2label) or count)}
 
 
-def make_card(run: Run[DiffusionOptions], pipeline: DiTPipeline) -> str:
+def make_card(options: DiffusionOptions, name: str, pipeline: DiTPipeline, origin: Mapping[str, str]) -> str:
     """Card of the pipeline."""
-    side, steps = run.options.resolution, run.options.num_inference_steps
+    side, steps = options.resolution, options.num_inference_steps
     names = list(pipeline.config.id2label.values())
-    if run.options.label_column is None:
+    if options.label_column is None:
         labels = f"[{NUM_CLASSES}], guidance_scale=1.0"
     else:
         labels = f"pipeline.get_label_ids([{quote(names[0])}])" if names else "[0]"
     summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
     call = f"class_labels={labels}, num_inference_steps={steps}"
-    return pipeline_card(run, pipeline, "training/train_latent_diffusion.py", summary, call, names)
+    return generator_card(options, name, pipeline, origin, summary, call, names)
 
 
 if __name__ == "__main__":

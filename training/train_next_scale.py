@@ -4,32 +4,38 @@ accelerate launch training/train_next_scale.py --vqvae_name_or_path SVQVAE --mod
     --token_set TOKENS --output_dir OUT
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from svqvae_hf import SVQVAE, NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
-from svqvae_hf.pipelines.sequences import SequenceLayout
+from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
+from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import option
+from svqvae_hf.trainer.options import PipelineOptions, check_fractions, option, required
 from svqvae_hf.trainer.pipeline_run import (
-    TokenOptions,
+    class_labels,
+    generator_card,
     load_frozen_vqvae,
     log_samples,
     open_token_sets,
-    pipeline_card,
-    sample_call,
-    validate_tokens,
 )
-from svqvae_hf.trainer.run import Run, run_script
+from svqvae_hf.trainer.publishing import Result, provenance
+from svqvae_hf.trainer.randomness import batch_generator
+from svqvae_hf.trainer.run import run_script
+from svqvae_hf.trainer.weights import Weights
 
 SCRIPT = "training/train_next_scale.py"
 PIXEL_RANGE = (0.0, 1.0)  # of the pipeline
@@ -44,9 +50,15 @@ NUM_DROPPABLE = 4  # of the last scales, while a schedule has too many ids
 
 
 @dataclass
-class NextScaleOptions(TokenOptions):
+class NextScaleOptions(PipelineOptions):
     """Options of training a next-scale transformer."""
 
+    token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder, URL or Hub id.")
+    validation_token_set: str | None = option(
+        None, "Token set of other images, whose loss, accuracy and bits per id are logged at each validation."
+    )
+    guidance_scale: float = option(1.0, "Guidance scale of the images of a validation.")
+    caption_column: str | None = option(None, "Column of captions. From a row with several, each batch draws one.")
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer of the captions: folder or Hub id.")
     max_text_length: int = option(32, "Largest number of tokens of a caption; shorter ones are padded.")
@@ -57,23 +69,22 @@ class NextScaleOptions(TokenOptions):
         super().__post_init__()
         if self.num_inference_steps < 2:
             raise ValueError(f"`--num_inference_steps` must be at least 2, but is {self.num_inference_steps}.")
-        self.check_fractions("schedule_share")
+        check_fractions(self, "schedule_share")
         if (self.caption_column is None) != (self.tokenizer_name_or_path is None):
             raise ValueError(
                 "`--caption_column` and `--tokenizer_name_or_path` need each other. Give both or neither."
             )
 
 
-def train(run: Run[NextScaleOptions]) -> None:
+def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     """Trains a next-scale transformer, from the start or from a checkpoint, and saves its pipeline with a card."""
-    options, accelerator = run.options, run.accelerator
+    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
     source, held_out = open_token_sets(options, vqvae)
-    layout = source.layout
     tokenizer = load_tokenizer(options)
-    schedule = trained_schedule(layout, options.num_inference_steps)
+    schedule = trained_schedule(source.grids, options.num_inference_steps)
     process = accelerator.process_index, accelerator.num_processes
     loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
     transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)
@@ -83,7 +94,11 @@ def train(run: Run[NextScaleOptions]) -> None:
         transformer, options, options.learning_rate, options.max_train_steps, undecayed=UNDECAYED
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
-    run.start(transformer, loader, lr_scheduler)
+    weights = Weights(options, accelerator, transformer, model, optimizer, lr_scheduler, options.use_ema)
+    checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
+    result = Result.of(options, accelerator)
+    log = Log(options, accelerator, transformer, loader.contents, checkpoints.first_step)
+    batches = iter(loader)
 
     def predict(
         batch: TokenBatch, sizes: Sequence[Size], generator: torch.Generator | None = None
@@ -92,14 +107,14 @@ def train(run: Run[NextScaleOptions]) -> None:
 
         With a generator, it draws one caption of each row, and drops the label or caption of random rows.
         """
-        grids, labels = layout.decode(batch.sequences.to(accelerator.device))
-        ids = [grids[layout.grids.index(size)] for size in sizes]
+        ids = [batch.ids[source.grids.index(size)].to(accelerator.device) for size in sizes]
+        labels = batch.labels.to(accelerator.device)
         dropped = torch.zeros(len(labels), dtype=torch.bool)
         if generator is not None:
             dropped = torch.rand(len(labels), generator=generator) < options.label_dropout
         text = None
         if tokenizer is None:
-            labels = labels.masked_fill(dropped.to(labels.device), layout.num_classes)
+            labels = labels.masked_fill(dropped.to(labels.device), source.num_classes)
         else:
             text = pad_captions(tokenizer, batch.draw_captions(generator), options.max_text_length)
             text[dropped] = tokenizer.pad_token_id
@@ -111,33 +126,50 @@ def train(run: Run[NextScaleOptions]) -> None:
         return loss, (logits.argmax(-1) == targets).float().mean(), targets.numel()
 
     def validate(steps_done: int) -> None:
-        validate_tokens(run, held_out, lambda batch: predict(batch, schedule)[:2], steps_done)
+        if held_out is not None:
+            rows = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
+            totals = torch.zeros(2, device=accelerator.device)
+            with weights.evaluating():
+                for start in range(0, len(rows), options.train_batch_size):
+                    batch = rows[start : start + options.train_batch_size]
+                    totals += len(batch) * torch.stack(predict(held_out.batch(batch), schedule)[:2])
+            loss, accuracy = (accelerator.reduce(totals, "sum") / len(held_out.rows)).tolist()
+            numbers = {"loss": loss, "accuracy": accuracy, "bits_per_id": loss / math.log(2)}
+            log.write(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
         pipeline = make_pipeline(vqvae, transformer, tokenizer, source, schedule)
-        log_samples(run, pipeline, sample_call(options, source, lambda captions: {"prompt": captions}), steps_done)
+        log_samples(log, weights, pipeline, sample_call(options, source), steps_done)
 
-    for step, batches in run.steps():
-        for batch in batches:
+    if checkpoint is None:
+        validate(0)
+    for step in checkpoints.steps():
+        for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(model):
-                random = run.batch_generator(shared=True)  # all processes predict equally many ids
+                random = batch_generator(options.seed, loader.batch)  # all processes predict equally many ids
                 is_fixed = torch.rand((), generator=random) < options.schedule_share
-                sizes = schedule if is_fixed else draw_schedule(layout.grids, schedule, random)
-                loss, accuracy, num_ids = predict(batch, sizes, run.batch_generator())
+                sizes = schedule if is_fixed else draw_schedule(source.grids, schedule, random)
+                loss, accuracy, num_ids = predict(
+                    batch, sizes, batch_generator(options.seed, loader.batch, accelerator.process_index)
+                )
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "accuracy": accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step
-                    numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                run.add(numbers, images=len(batch.sequences), tokens=num_ids)
+                    numbers |= weights.update()
+                log.add(numbers, images=len(batch.labels), tokens=num_ids)
 
-        run.report(step, validate)
+        if options.logs_after(step):
+            log.write_training(step + 1, {"lr": weights.lr})
+        if options.validates_after(step):
+            validate(step + 1)
 
     validate(options.max_train_steps)
-    state_dict = run.final_weights(model)
+    state_dict = weights.final()
     if accelerator.is_main_process:
-        result = make_transformer(options, vqvae, source, tokenizer)
-        result.load_state_dict(state_dict)
-        pipeline = make_pipeline(vqvae, result.eval(), tokenizer, source, schedule)
-        card = pipeline_card(run, pipeline, SCRIPT, *pipeline.describe(), source.class_names)
-        run.publish(pipeline.save_pretrained, card)
+        trained = make_transformer(options, vqvae, source, tokenizer)
+        trained.load_state_dict(state_dict)
+        pipeline = make_pipeline(vqvae, trained.eval(), tokenizer, source, schedule)
+        origin = provenance(SCRIPT, "images", checkpoints.stages()) | log.card_rows
+        card = generator_card(options, result.name, pipeline, origin, *pipeline.describe(), source.class_names)
+        result.publish(pipeline.save_pretrained, card)
 
 
 def load_tokenizer(options: NextScaleOptions) -> PreTrainedTokenizerBase | None:
@@ -162,28 +194,28 @@ def make_transformer(
     """Transformer of the config, for this codebook, these classes or captions and this size."""
     description = load_network_config(options.model_config_name_or_path, NextScaleTransformer)
     derived = {
-        "num_classes": source.layout.num_classes if tokenizer is None else 0,
+        "num_classes": source.num_classes if tokenizer is None else 0,
         "vocab_size": 0 if tokenizer is None else len(tokenizer),
         "max_text_length": 0 if tokenizer is None else options.max_text_length,
         "codebook_size": vqvae.config["codebook_size"],
         "codebook_embed_dim": vqvae.config["codebook_embed_dim"],
-        "position_size": 2 * max(source.layout.grids[-1]),  # as in FlexVAR, for images twice as large
+        "position_size": 2 * max(source.grids[-1]),  # as in FlexVAR, for images twice as large
     }
     return NextScaleTransformer.from_config({**description, **derived}).train()
 
 
-def trained_schedule(layout: SequenceLayout, steps: int) -> list[Size]:
+def trained_schedule(grids: Sequence[Size], steps: int) -> list[Size]:
     """Schedule of the pipeline.
 
     Raises:
         ValueError: If the token set lacks one of its scales.
     """
-    schedule = make_schedule(layout.grids[-1], min(steps, max(layout.grids[-1])))
-    if missing := [size for size in schedule if size not in layout.grids]:
+    schedule = make_schedule(grids[-1], min(steps, max(grids[-1])))
+    if missing := [size for size in schedule if size not in grids]:
         raise ValueError(
             f"The token set must hold the scales of the schedule, {describe(schedule)}, but lacks "
             f"{describe(missing)}. Make it again with `svqvae tokenize --sides` and each side up to "
-            f"{max(layout.grids[-1])}, or change `--num_inference_steps`."
+            f"{max(grids[-1])}, or change `--num_inference_steps`."
         )
     return schedule
 
@@ -224,6 +256,16 @@ def count_ids(sizes: Sequence[Size]) -> int:
     return sum(height * width for height, width in sizes)
 
 
+def sample_call(options: NextScaleOptions, source: TokenSource) -> dict[str, Any]:
+    """Arguments of the pipeline's call for the images of a validation: each class, or the first captions."""
+    count, guidance = options.num_validation_images, {"guidance_scale": options.guidance_scale}
+    if options.caption_column is not None:
+        return {"prompt": source.first_captions(count)} | guidance
+    if source.num_classes:
+        return {"class_labels": class_labels(count, source.num_classes)} | guidance
+    return {"num_images_per_prompt": count}
+
+
 def make_pipeline(
     vqvae: SVQVAE,
     transformer: NextScaleTransformer,
@@ -237,7 +279,7 @@ def make_pipeline(
         transformer,
         schedule=[list(size) for size in schedule],
         class_names=source.class_names,
-        scale_from=source.layout.scale_from,
+        scale_from=source.settings.scale_from,
         tokenizer=tokenizer,
     )
 

@@ -22,7 +22,7 @@ from svqvae_hf.pipelines.sampling import Generators, check_generators, check_sam
 
 
 class ImageLanguageModel:
-    """A language model with image tokens, and its processor. Its prompts are as in `training/train_image_text.py`.
+    """A language model with image tokens, and its processor. Its prompts are as in `training/train_language_model.py`.
 
     Args:
         language_model ([`~transformers.PreTrainedModel`]): Language model.

@@ -1,30 +1,119 @@
-"""Checkpoints of a run, folders `checkpoint-N`: complete, or absent."""
+"""Checkpoints of a run, folders `checkpoint-N`: complete, or absent. A run resumes from one exactly."""
 
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.stateful import Stateful
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from svqvae_hf.trainer.interruption import Interruption
+from svqvae_hf.trainer.options import RunOptions, public_values
 
 RUN_STATE = "run_state.pt"
 NAME = re.compile(r"checkpoint-\d+")
 
+logger = get_logger(__name__, log_level="INFO")
 
-def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
+
+class Checkpoints:
+    """Resumes a run from a checkpoint, if there is one, and saves new ones.
+
+    Args:
+        options ([`RunOptions`]): Options.
+        accelerator (`Accelerator`): Accelerator that prepared the models and optimizers.
+        checkpoint (`Path`, *optional*): From [`find_checkpoint`].
+        states (`Mapping[str, Stateful]`): Anything else with a state, equal on all processes.
+
+    Attributes:
+        first_step (`int`): Steps done before.
+
+    Raises:
+        ValueError: If the checkpoint is of a run with other options.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        accelerator: Accelerator,
+        checkpoint: Path | None,
+        states: Mapping[str, Stateful],
+    ):
+        self.options, self.accelerator, self.states = options, accelerator, states
+        self.first_step, self.earlier = 0, list[tuple[int, int]]()
+        if checkpoint is not None:
+            saved = load_checkpoint(accelerator, checkpoint, states, options.optimizer)
+            for name, holder in states.items():
+                holder.load_state_dict(saved[name])
+            self.first_step, self.earlier = checkpoint_step(checkpoint), saved["stages"]
+            logger.info(f"Resumed from {checkpoint}")
+            old, new = saved["options"], public_values(asdict(options))
+            for name in sorted(new.keys() & old.keys() - {"resume_from_checkpoint", "output_dir"}):
+                if new[name] != old[name]:
+                    logger.info(f"Changed on resume: --{name} from {old[name]} to {new[name]}")
+
+    def stages(self, steps_done: int | None = None) -> list[tuple[int, int]]:
+        """Steps and examples per step of each part of the run, of the whole run by default."""
+        batch = self.options.batch_per_process * self.accelerator.num_processes
+        *before, (steps, last) = self.earlier or [(0, batch)]
+        own = (steps_done or self.options.max_train_steps) - self.first_step
+        parts = [(steps + own, batch)] if last == batch else [(steps, last), (own, batch)]
+        return [*before, *(part for part in parts if part[0])]
+
+    def steps(self) -> Iterator[int]:
+        """Yields the number of each remaining step. After a step, saves a checkpoint if one is due.
+
+        Raises:
+            SystemExit: After a signal, once a checkpoint is saved.
+        """
+        options, accelerator = self.options, self.accelerator
+        on_terminal = accelerator.is_local_main_process and sys.stderr.isatty()
+        steps = range(self.first_step, options.max_train_steps)
+        bar = tqdm(steps, initial=self.first_step, total=options.max_train_steps, unit="step", disable=not on_terminal)
+        with logging_redirect_tqdm(), Interruption(accelerator) as interruption:
+            for step in bar:
+                yield step
+                steps_done = step + 1
+                interrupted = interruption.requested()
+                due = steps_done % options.checkpointing_steps == 0 or steps_done == options.max_train_steps
+                if due or interrupted:
+                    self.save(steps_done)
+                if interrupted:
+                    logger.info(
+                        f"Stopped by a signal at step {steps_done}. Resume with --resume_from_checkpoint latest."
+                    )
+                    sys.exit(interruption.exit_code)
+
+    def save(self, steps_done: int) -> None:
+        """Saves a checkpoint."""
+        state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
+        state |= {"options": public_values(asdict(self.options)), "stages": self.stages(steps_done)}
+        limit = self.options.checkpoints_total_limit
+        save_checkpoint(self.accelerator, Path(self.options.output_dir), steps_done, state, limit)
+
+
+def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> Path | None:
     """Finds the checkpoint to resume from. Returns None for a new run in a folder without checkpoints.
 
     Args:
         output_dir (`str` or `Path`): Folder of the run.
         wanted (`str`, *optional*): A checkpoint folder, the name of one in `output_dir`, or `latest`.
+        steps (`int`): Steps of the run.
 
     Raises:
-        ValueError: If the checkpoint is absent, if `output_dir` has newer ones, or if it has some and none is wanted.
+        ValueError: If the checkpoint is absent or has more steps, if `output_dir` has newer ones, or if it has some
+            and none is wanted.
     """
     newest = max(_checkpoints(output_dir), key=checkpoint_step, default=None)
     if wanted is None and newest is not None:
@@ -32,21 +121,26 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None) -> Path | None:
             f"A new run needs an `--output_dir` without checkpoints, but `{output_dir}` has {newest.name}. Resume it "
             "with `--resume_from_checkpoint latest`, or choose another folder."
         )
-    if wanted in (None, "latest"):
-        return newest
-    for path in (Path(wanted), Path(output_dir, wanted)):
-        if path.is_dir() and NAME.fullmatch(path.name):
-            if newest is not None and checkpoint_step(path) < checkpoint_step(newest):
-                raise ValueError(  # `latest` and the limit are by step
-                    f"A run resumed from {path.name} needs an `--output_dir` without newer checkpoints, but "
-                    f"`{output_dir}` has {newest.name}. Move the newer ones away, or choose another folder and name "
-                    f"`{path}`."
-                )
-            return path
-    raise ValueError(
-        "`--resume_from_checkpoint` must be a checkpoint folder, the name of one in `--output_dir`, or 'latest', but "
-        f"is {wanted!r}."
-    )
+    found = newest
+    if wanted not in (None, "latest"):
+        paths = Path(wanted), Path(output_dir, wanted)
+        found = next((path for path in paths if path.is_dir() and NAME.fullmatch(path.name)), None)
+        if found is None:
+            raise ValueError(
+                "`--resume_from_checkpoint` must be a checkpoint folder, the name of one in `--output_dir`, or "
+                f"'latest', but is {wanted!r}."
+            )
+    if found is not None and newest is not None and checkpoint_step(found) < checkpoint_step(newest):
+        raise ValueError(  # `latest` and the limit are by step
+            f"A run resumed from {found.name} needs an `--output_dir` without newer checkpoints, but `{output_dir}` "
+            f"has {newest.name}. Move the newer ones away, or choose another folder and name `{found}`."
+        )
+    if found is not None and checkpoint_step(found) > steps:
+        raise ValueError(
+            f"The run must have at least {checkpoint_step(found)} steps, as many as `{found}`, but has {steps}. "
+            "Raise the number."
+        )
+    return found
 
 
 def checkpoint_step(path: Path) -> int:
@@ -85,7 +179,7 @@ def save_checkpoint(
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             # Not accelerate's `register_for_checkpointing`, because it loads with `weights_only=False`.
-            torch.save({**run_state, "num_processes": accelerator.num_processes}, partial / RUN_STATE)
+            torch.save(dict(run_state), partial / RUN_STATE)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -100,32 +194,29 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str]) -> dict[str, Any]:
+def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str], optimizer: str) -> dict[str, Any]:
     """Loads models, optimizers and random states, and returns the run's state.
 
     Args:
         accelerator (`Accelerator`): Accelerator whose models, optimizers and random states are loaded.
         path (`Path`): Folder of the checkpoint.
         names (`Iterable[str]`): Names that the run's state must hold.
+        optimizer (`str`): Optimizer of this run.
 
     Raises:
-        ValueError: If it was written by another number of processes, or by a run with another network or without some
-            parts of this run, or if it is damaged.
+        ValueError: If it was written by a run with another network or optimizer, or without some parts of this run,
+            or if it is damaged.
     """
     with _one_line_reason(path):
         run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
-    if run_state["num_processes"] != accelerator.num_processes:
-        raise ValueError(
-            f"`{path}` must be resumed by as many processes as wrote it, {run_state['num_processes']}, but there are "
-            f"{accelerator.num_processes}. Start as many, or start a new run from the model with "
-            "`--pretrained_model_name_or_path`."
-        )
     missing = sorted(set(names) - run_state.keys())
     if missing:
         raise ValueError(
             f"`{path}` must hold the state of all parts of the run, but lacks {', '.join(missing)}. Use the options "
             "of the run that wrote it, or start a new run from its model with `--pretrained_model_name_or_path`."
         )
+    if (old := run_state["options"]["optimizer"]) != optimizer:
+        raise ValueError(f"`--optimizer` must be {old} as in `{path}`, got {optimizer}.")
     with _one_line_reason(path):
         accelerator.load_state(str(path))
     return dict(run_state)

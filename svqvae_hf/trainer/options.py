@@ -2,8 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -32,6 +32,13 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 def required(text: str) -> Any:
     """Field of an option that must be given."""
     return field(kw_only=True, metadata={"help": text})
+
+
+def check_fractions(options: Any, *names: str) -> None:
+    """Raises if an option is not in [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(options, name)}.")
 
 
 @dataclass
@@ -70,7 +77,7 @@ class RunOptions:
     report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none by default.")
     push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
     hub_model_id: str | None = option(None, "Repository to upload to and name in the card; --output_dir by default.")
-    private: bool = option(False, "Make a new repository private.")
+    hub_private_repo: bool = option(False, "Make a new repository private.")
     license: str | None = option(None, "Licence of the trained weights for the card, by its id on the Hub.")
     seed: int = option(0, "Seed of everything random.")
 
@@ -82,16 +89,30 @@ class RunOptions:
             *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
         )
         self.check_not_negative("adam_weight_decay", "max_skipped_steps", "seed")
-        self.check_fractions("ema_decay")
+        check_fractions(self, "ema_decay")
         if not 0 <= self.warmup_steps < self.max_train_steps:
             raise ValueError(
                 f"`--lr_warmup_steps` must be at least 0, and less than `--max_train_steps` = {self.max_train_steps}, "
                 f"but is {self.warmup_steps}. Lower it, or train for longer."
             )
-        if self.private and not self.push_to_hub:
-            raise ValueError("`--private` needs `--push_to_hub`. Add it, or leave `--private` out.")
+        if self.hub_private_repo and not self.push_to_hub:
+            raise ValueError("`--hub_private_repo` needs `--push_to_hub`. Add it, or leave `--hub_private_repo` out.")
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "--hub_model_id")
+
+    @property
+    def batch_per_process(self) -> int:
+        """Examples of one process in a step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    def logs_after(self, step: int) -> bool:
+        """Whether a line of the log is due after a step. The last step always has one."""
+        return step + 1 == self.max_train_steps or (step + 1) % self.logging_steps == 0
+
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation is due after a step. The one after the last step is the script's own."""
+        steps_done = step + 1
+        return steps_done % self.validation_steps == 0 and steps_done < self.max_train_steps
 
     @property
     def num_batches(self) -> int:
@@ -114,12 +135,6 @@ class RunOptions:
         for name in names:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`--{name}` must not be negative, but is {getattr(self, name)}.")
-
-    def check_fractions(self, *names: str) -> None:
-        """Raises if a value is not in [0, 1]."""
-        for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(self, name)}.")
 
     def check_sources(self, *names: str) -> None:
         """Raises if a source is neither a file or folder nor a possible Hub id."""
@@ -183,15 +198,18 @@ class PipelineOptions(RunOptions):
         """Checks the options of pipelines as well."""
         super().__post_init__()
         self.check_not_negative("num_validation_images")
-        self.check_fractions("label_dropout")
+        check_fractions(self, "label_dropout")
 
 
-def read_options(options_class: type[Options], arguments: Sequence[str]) -> Options:
+def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
     """Reads options from flags, or from a YAML file and flags that override its entries.
 
     Args:
-        options_class (`type[RunOptions]`): Options of the script.
+        options_classes (`Sequence[type]`): Dataclasses of the options of the script.
         arguments (`Sequence[str]`): Command line after the script's name: `[config.yaml] [--name value ...]`.
+
+    Returns:
+        `tuple`: One instance of each class.
 
     Raises:
         ValueError: If an option is unknown or missing, a value is of the wrong type, or the file does not map options
@@ -200,9 +218,8 @@ def read_options(options_class: type[Options], arguments: Sequence[str]) -> Opti
     arguments = list(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments[:1] = _flags(Path(arguments[0]))
-    parser = OptionParser(options_class, prog=script_name(), allow_abbrev=False)
-    (options,) = parser.parse_args_into_dataclasses(arguments)
-    return options
+    parser = OptionParser(options_classes, prog=script_name(), allow_abbrev=False)
+    return parser.parse_args_into_dataclasses(arguments)
 
 
 class OptionParser(HfArgumentParser):
@@ -236,7 +253,7 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_none
 
 
-def public_options(options: RunOptions) -> dict[str, Any]:
+def public_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as they may be published, by name: without directories of this machine."""
 
     def public(value: Any) -> Any:
@@ -244,7 +261,7 @@ def public_options(options: RunOptions) -> dict[str, Any]:
             return [*map(public, value)]
         return public_name(value) if isinstance(value, str) else value
 
-    return {name: public(value) for name, value in asdict(options).items()}
+    return {name: public(value) for name, value in options.items()}
 
 
 def _flags(path: Path) -> Iterator[str]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from svqvae_hf.trainer.losses.adversarial import MIN_SIDE
-from svqvae_hf.trainer.options import ImageOptions, option
+from svqvae_hf.trainer.options import ImageOptions, check_fractions, option
 
 
 @dataclass
@@ -64,7 +64,7 @@ class TrainOptions(ImageOptions):
         self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
         self.check_not_negative("dead_code_reset_steps", "full_crops_from", "adversarial_start")
         self.check_not_negative("causal_weight", "lpips_weight", "adversarial_weight")
-        self.check_fractions("synthetic_fraction", "codebook_decay")
+        check_fractions(self, "synthetic_fraction", "codebook_decay")
         self._check_crops()
         self._check_scales()
         self._check_codebook()

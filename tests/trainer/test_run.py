@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from training_runs import cpu, forget_accelerate, logged
 
+from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
+from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import hyperparameters, make_optimizer
 from svqvae_hf.trainer.options import RunOptions
-from svqvae_hf.trainer.run import Run, make_accelerator, run_script
+from svqvae_hf.trainer.publishing import Result, provenance
+from svqvae_hf.trainer.run import make_accelerator, run_script, run_training
 from svqvae_hf.trainer.scripts import one_line_errors
+from svqvae_hf.trainer.weights import Weights
 
 
 class ToyLoader:
@@ -42,32 +48,41 @@ def options(tmp_path):
     return {"output_dir": str(tmp_path / "out"), "max_train_steps": 6, "lr_warmup_steps": 0, "learning_rate": 0.01}
 
 
-def train(options, on_step=lambda step, network: 1.0, width=3):
-    """Trains two layers and returns the run; `on_step` sees each step and returns the factor of its loss."""
-    forget_accelerate()
-    with cpu():
-        run = Run(RunOptions(**options))
-        accelerator = run.accelerator
+def train(settings, on_step=lambda step, network: 1.0, width=3, publish=False):
+    """Trains two layers and returns their weights; `on_step` sees each step and returns the factor of its loss."""
+    trained = []
+
+    def script(options, accelerator):
+        checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
         network = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
-        optimizer, lr_scheduler = make_optimizer(
-            network, run.options, run.options.learning_rate, run.options.max_train_steps
-        )
+        optimizer, lr_scheduler = make_optimizer(network, options, options.learning_rate, options.max_train_steps)
         model, optimizer = accelerator.prepare(network, optimizer)
-        run.start(network, ToyLoader(run.options.num_batches), lr_scheduler)
-        for step, batches in run.steps():
+        weights = Weights(options, accelerator, network, model, optimizer, lr_scheduler, options.use_ema)
+        loader = ToyLoader(options.num_batches)
+        checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
+        result, batches = Result.of(options, accelerator), iter(loader)
+        log = Log(options, accelerator, network, loader.contents, checkpoints.first_step)
+        trained.append(weights)
+        for step in checkpoints.steps():
             factor = on_step(step, network)
-            for batch in batches:
+            for batch in islice(batches, options.gradient_accumulation_steps):
                 with accelerator.accumulate(model):
                     loss = factor * model(batch).square().mean()
                     accelerator.backward(loss)
                     numbers = {"loss": loss}
                     if accelerator.sync_gradients:
-                        numbers |= run.update_weights(model, optimizer, lr_scheduler)
-                    run.add(numbers, rows=len(batch))
-            if run.logs_after(step):
-                run.log_training(step)
-        accelerator.end_training()
-    return run
+                        numbers |= weights.update()
+                    log.add(numbers, rows=len(batch))
+            if options.logs_after(step):
+                log.write_training(step + 1, {"lr": weights.lr})
+        if publish:
+            card = str(provenance("toy.py", "toys", checkpoints.stages()))
+            result.publish(lambda folder: torch.save(network.state_dict(), folder / "weights.pt"), card)
+
+    forget_accelerate()
+    with cpu():
+        run_training(script, RunOptions(**settings))
+    return trained[0]
 
 
 def assert_equal_networks(one, other):
@@ -107,7 +122,7 @@ def test_ctrl_c_outside_of_the_loop_ends_a_script_at_once(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", handlers.get)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     for name in ("read_options", "run_training"):
-        monkeypatch.setattr(f"svqvae_hf.trainer.run.{name}", lambda *_: None)
+        monkeypatch.setattr(f"svqvae_hf.trainer.run.{name}", lambda *_: ())
     run_script(lambda run: None, RunOptions)
     assert handlers == {signal.SIGINT: signal.SIG_DFL}
 
@@ -160,8 +175,8 @@ def files(folder):
     ("change", "message"),
     [
         ({"resume_from_checkpoint": None}, "needs an `--output_dir` without checkpoints"),
-        ({"use_ema": True}, "the state of all parts of the run, but lacks ema. Use the options of the run that wrote"),
-        ({"max_train_steps": 1}, "`--max_train_steps` must be at least 2, .*checkpoint-2`, but is 1"),
+        ({"use_ema": True}, "`--use_ema` must be False, as in the run that wrote the checkpoint"),
+        ({"max_train_steps": 1}, "The run must have at least 2 steps, as many as .*checkpoint-2`, but has 1"),
     ],
 )
 def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):
@@ -171,6 +186,36 @@ def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):
     with pytest.raises(ValueError, match=message):
         train(options | {"resume_from_checkpoint": "latest", "learning_rate": 1.0} | change)
     assert files(options["output_dir"]) == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_ema": False}, {"train_batch_size": 64}, {"max_train_steps": 1}, {"without_checkpoints": True}]
+)
+def test_a_finished_result_is_not_rewritten_by_a_run_with_other_options(options, change):
+    options |= {"use_ema": True, "max_train_steps": 2}
+    train(options, publish=True)
+    before = files(options["output_dir"])
+    if change.pop("without_checkpoints", False):
+        shutil.rmtree(Path(options["output_dir"], "checkpoint-2"))
+        change = {"learning_rate": 1.0}
+    with pytest.raises(ValueError, match=r"holds the result of a finished run.* has other options \(--"):
+        train(options | {"resume_from_checkpoint": "latest"} | change)
+    assert files(options["output_dir"]) == before
+
+
+def test_a_finished_run_started_again_says_so_and_a_longer_one_trains_further(options, capsys):
+    options |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    train(options, publish=True)
+    before = files(options["output_dir"])
+    with pytest.raises(SystemExit) as stop:
+        train(options, publish=True)
+    assert stop.value.code == 0
+    assert "has finished its 2 steps. Nothing was changed." in capsys.readouterr().err
+    assert files(options["output_dir"]) == before
+    train(options | {"max_train_steps": 3}, publish=True)
+    assert files(options["output_dir"]) != before
+    train(options | {"max_train_steps": 5, "train_batch_size": 2}, publish=True)
+    assert "'3 of 8 toys, then 2 of 2 toys'" in Path(options["output_dir"], "README.md").read_text()
 
 
 @pytest.mark.parametrize("damage", ["optimizer.bin", "run_state.pt", "model.safetensors", "network"])

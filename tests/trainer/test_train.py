@@ -34,9 +34,10 @@ from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.tokens.context_model import find_context_model
 from svqvae_hf.trainer.losses import objective as objective_module
 from svqvae_hf.trainer.losses.objective import Objective
-from svqvae_hf.trainer.run import Run, run_training
+from svqvae_hf.trainer.run import run_training
 from svqvae_hf.trainer.scripts import one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
+from svqvae_hf.trainer.weights import Weights
 
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
 EVERYTHING = {
@@ -144,7 +145,7 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
     assert all(name.endswith(".k.bias") for name in kept), "softmax hides a shift of all keys, and nothing else"
     files = {path.name for path in (ROOT / output_dir).iterdir()}
     assert {"README.md", "config.json", "train_config.yaml", "checkpoint-16", "samples"} <= files
-    assert len(list((ROOT / output_dir / "samples").iterdir())) == 4
+    assert len(list((ROOT / output_dir / "samples").iterdir())) == 5
 
 
 # Interruptions
@@ -204,17 +205,17 @@ def gradients(sample):
 
 
 def work_of_two_processes(rank, port, options, sample, folder):
-    """Saves the gradients of a batch, and trains at once and resumed; `final_weights` saves those of each process."""
+    """Saves the gradients of a batch, and trains at once and resumed; `final` saves those of each process."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
     torch.save(gradients(sample), folder / f"gradients-{rank}.pt")
 
-    def record_weights(run, model):
-        torch.save(run.network.state_dict(), folder / f"weights-{rank}.pt")
-        return final_weights(run, model)
+    def record(weights):
+        torch.save(weights.network.state_dict(), folder / f"weights-{rank}.pt")
+        return final(weights)
 
-    final_weights, Run.final_weights = Run.final_weights, record_weights
+    final, Weights.final = Weights.final, record
     Accelerator.end_training = lambda accelerator: accelerator.wait_for_everyone()
     run_training(train.train, TrainOptions(**options))
     if rank == 0:
@@ -286,12 +287,12 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     options |= {"pretrained_model_name_or_path": str(inputs / "model")}
     with serve_hub(tmp_path) as hub:
         use_hub(monkeypatch, hub)
-        run(**options, private=True, license="mit")
+        run(**options, hub_private_repo=True, license="mit")
     repository = tmp_path / "hub" / "org" / "trained" / "main"
     assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
         *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "preprocessor_config.json"),
         "train_config.yaml",
-        "samples/step-0000002.png",
+        *("samples/step-0000000.png", "samples/step-0000002.png"),
     }
     assert_equal_weights(repository, options["output_dir"])
     card = (repository / "README.md").read_text()
@@ -307,7 +308,7 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     [
         ({}, "my own", ValueError, "`license` must be an identifier that the Hub knows.*got 'my own'"),
         ({"HF_TOKEN": ""}, "mit", OSError, "Could not create `org/trained` on the Hub: you are not logged in"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, None, OSError, "`org/trained` on the Hub: it cannot be reached"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:1"}, None, OSError, "`org/trained` on the Hub: the Hub cannot be reached"),
     ],
 )
 def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(

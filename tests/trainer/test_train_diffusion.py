@@ -121,7 +121,7 @@ def test_a_validation_measures_the_loss_of_held_out_images(class_options, parts,
     changes = {"validation_data_dir": str(tmp_path / "other"), "validation_steps": 1, "learning_rate": 1e-12}
     diffuse(**class_options | changes)
     losses = logged(caplog, "validation/loss")
-    assert losses.keys() == {1, 2}
+    assert losses.keys() == {0, 1, 2}
     assert losses[1] == losses[2] > 0  # the same crops, noise and timesteps
     assert "validation/loss |" in Path(class_options["output_dir"], "README.md").read_text()
 
@@ -136,7 +136,8 @@ def test_bf16_run_with_everything_on_stays_finite_and_shows_samples(class_option
     assert all(map(math.isfinite, logged(caplog, "train/loss").values()))
     assert not any(logged(caplog, "train/skipped").values())
     output_dir = ROOT / class_options["output_dir"]
-    assert sorted(path.name for path in (output_dir / "samples").iterdir()) == ["step-0000002.png", "step-0000003.png"]
+    names = sorted(path.name for path in (output_dir / "samples").iterdir())
+    assert names == [f"step-{step:07}.png" for step in (0, 2, 3)]
     with Image.open(output_dir / "samples" / "step-0000003.png") as grid:
         assert grid.size == (2 * 16 + 3 * 4, 16 + 2 * 4)
 

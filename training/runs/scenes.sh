@@ -45,8 +45,8 @@ svqvae tokenize "$work/scenes/train.parquet" "$work/tokens" --model "$work/token
 
 # A language model, in 4.5 hours on the same core: first the shortest wording of each scene alone, then more and more of the others.
 train_words() {
-    python training/train_image_text.py --token_set "$work/tokens" --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager \
-        --no_packing --no_completion_only_loss --condition_dropout 0.1 --use_soap --adam_beta1 0.95 --adam_beta2 0.95 --warmup_steps 40 \
+    python training/train_language_model.py --token_set "$work/tokens" --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager \
+        --no_packing --no_completion_only_loss --condition_dropout 0.1 --optimizer soap --adam_beta1 0.95 --adam_beta2 0.95 --warmup_steps 40 \
         --lr_scheduler_type linear --logging_steps 20 --save_steps 100 --save_total_limit 2 --report_to none --resume_from_checkpoint latest "$@"
 }
 train_words --model_name_or_path "$work/extended" --output_dir "$work/shortest" --max_steps 2000 --learning_rate 2e-3 --caption_fraction 0.1 \

@@ -1,4 +1,4 @@
-"""Batches of the token sequences of a token set."""
+"""Batches of the ids of a token set, with their classes or captions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from svqvae_hf.pipelines.sequences import SequenceLayout
+from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.trainer.data.resumable import Resumable
@@ -18,14 +18,16 @@ from svqvae_hf.trainer.data.row_order import row_order
 
 
 class TokenBatch(NamedTuple):
-    """Token sequences with their captions.
+    """Ids of some images.
 
     Args:
-        sequences (`torch.Tensor` of shape `(batch, length)`): Tokens, int64.
+        ids (`list` of `torch.Tensor` of shape `(batch, h, w)`): Ids, from the coarsest scale to the finest, int64.
+        labels (`torch.Tensor` of shape `(batch,)`): Classes, or 0 for the class of all captions; int64.
         captions (`list[list[str]]`, *optional*): Captions of each row, at least one; None without a column of them.
     """
 
-    sequences: torch.Tensor
+    ids: list[torch.Tensor]
+    labels: torch.Tensor
     captions: list[list[str]] | None
 
     def draw_captions(self, generator: torch.Generator | None) -> list[str]:
@@ -37,13 +39,17 @@ class TokenBatch(NamedTuple):
 
 
 class TokenSource:
-    """A token set whose rows are of one size, as token sequences. `datasets` keeps a copy of it in its cache.
+    """A token set whose rows are of one size. `datasets` keeps a copy of it in its cache.
 
     Args:
         data (`str`): Folder of the set, its URL for `fsspec`, or its Hub id.
         label_column (`str`, *optional*): Column of the labels; without it, images have no class.
-        caption_column (`str`, *optional*): Column of the captions, a text or a list of texts per row. With it, the
-            layout has one class, "with its caption".
+        caption_column (`str`, *optional*): Column of the captions, a text or a list of texts per row. With it, there
+            is one class, "with its caption".
+
+    Attributes:
+        grids (`list` of `(rows, columns)`): Shapes of the ids, from the coarsest scale to the finest.
+        num_classes (`int`): Number of classes. The label `num_classes` means no class.
 
     Raises:
         OSError: If there is no such set, or it cannot be reached.
@@ -59,40 +65,34 @@ class TokenSource:
                 "again with `svqvae tokenize` without --compress."
             )
         self.rows = load_rows(data)
-        order = np.argsort(self.settings.scales)  # sequences go from coarse to fine, columns need not
+        order = np.argsort(self.settings.scales)  # columns need not go from coarse to fine
         self.id_columns = [f"ids_{index}" for index in order]
         self.label_column, self.caption_column = label_column, caption_column
         feature = self.rows.features.get(label_column)
         self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        num_classes = 0 if label_column is None else self._num_classes(label_column)
+        self.num_classes = 0 if label_column is None else self._num_classes(label_column)
         if caption_column is not None:
             check_captions(self.rows, caption_column)
-            num_classes = 1
+            self.num_classes = 1
         columns = [*self.id_columns, *(each for each in (label_column, caption_column) if each is not None)]
         self.tables = self.rows.select_columns(columns).with_format("arrow")
-        self.layout = SequenceLayout(
-            codebook_size=self.settings.codebook_size,
-            f=self.settings.f,
-            height=self._only("height"),
-            width=self._only("width"),
-            scales=tuple(self.settings.scales[index] for index in order),
-            num_classes=num_classes,
-            scale_from=self.settings.scale_from,
-        )
+        height, width = self._only("height"), self._only("width")
+        scales = [self.settings.scales[index] for index in order]
+        self.grids = [grid_shape(height, width, self.settings.f, scale) for scale in scales]
 
     def batch(self, rows: Sequence[int]) -> TokenBatch:
-        """Sequences of some rows."""
+        """Ids of some rows."""
         table = self.tables[list(rows)]
         ids = [
             torch.from_numpy(np.stack(table[column].to_numpy()).astype(np.int64)).unflatten(1, grid)
-            for column, grid in zip(self.id_columns, self.layout.grids, strict=True)
+            for column, grid in zip(self.id_columns, self.grids, strict=True)
         ]
-        captions = labels = None
+        captions, labels = None, torch.full((len(rows),), self.num_classes)
         if self.caption_column is not None:
-            captions, labels = self._captions(table), torch.zeros(len(rows), dtype=torch.int64)
+            captions, labels = self._captions(table), torch.zeros_like(labels)
         elif self.label_column is not None:
-            labels = torch.from_numpy(table[self.label_column].to_numpy().copy())
-        return TokenBatch(self.layout.encode(ids, labels), captions)
+            labels = torch.from_numpy(table[self.label_column].to_numpy().astype(np.int64))
+        return TokenBatch(ids, labels, captions)
 
     def first_captions(self, count: int) -> list[str]:
         """First caption of each of the first rows, up to `count`."""
@@ -171,7 +171,7 @@ class SequenceLoader(Resumable):
         ValueError: If there are fewer rows than processes.
     """
 
-    unit = "token sequences"
+    unit = "rows of ids"
 
     source: TokenSource
     batch_size: int

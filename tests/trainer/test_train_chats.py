@@ -14,23 +14,17 @@ import pytest
 import torch
 from cli_runner import svqvae
 from conftest import ROOT, make_tiny
+from language_trainer import LanguageModelTrainer, ModalityLoss
 from peft import PeftModel
 from PIL import Image
 from processes import start
 from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
-from train_image_text import (
-    IGNORED,
-    ImageTextExamples,
-    ImageTextOptions,
-    ImageTextTrainer,
-    ModalityLoss,
-    main,
-    read_texts,
-)
+from train_language_model import LanguageModelOptions, main
 from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from svqvae_hf.language.extension import extend_language_model
 from svqvae_hf.language.grammar import ImageGrammar
+from svqvae_hf.trainer.examples import IGNORED, ChatExamples, Mix, read_texts
 
 CAPTIONS = ["a pear", "a cat", "a red key", "a sailboat"]
 LEARN = {"learning_rate": 4e-3, "per_device_train_batch_size": 8, "max_steps": 150, "lr_scheduler_type": "cosine"}
@@ -62,12 +56,12 @@ def train(tokens, tmp_path):
     """Trains in a folder below `tmp_path`, by default on pairs, and returns the folder."""
 
     def run(name, model="qwen", resume=None, **changes):
-        own = {key: changes.pop(key) for key in list(changes) if key in ImageTextOptions.__dataclass_fields__}
+        own = {key: changes.pop(key) for key in list(changes) if key in LanguageModelOptions.__dataclass_fields__}
         own = {"token_set": str(tokens), "condition_dropout": 0.0} | own
         own.setdefault("model_name_or_path", str(extended(model)))
         training = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True} | changes
         main(
-            ImageTextOptions(**own),
+            LanguageModelOptions(**own),
             TrainingArguments(str(tmp_path / name), resume_from_checkpoint=resume, **(LEARN | training)),
         )
         return tmp_path / name
@@ -75,9 +69,8 @@ def train(tokens, tmp_path):
     return run
 
 
-def examples(tokens, count=200, **options):
-    options = {"model_name_or_path": "", "token_set": str(tokens), "condition_dropout": 0.0} | options
-    return ImageTextExamples(ImageTextOptions(**options), load_extended("qwen")[1], count, 0, 512)
+def examples(tokens, texts=(), **mix):
+    return ChatExamples(load_extended("qwen")[1], 512, 200, Mix(**mix), tokens and str(tokens), "caption", texts)
 
 
 def learned(example):
@@ -125,23 +118,31 @@ def test_texts_with_images_are_learned_whole(tokens, tmp_path):
     ids = [[1, 2], [3, 4]]
     rows = [{"text": "left <|image|> right <|image|>", "images": [ids, ids]}, {"text": "a text"}]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {"text_files": [str(tmp_path / "texts.jsonl")], "text_fraction": 1.0, "token_set": None}
-    made = examples(None, **options)
     processor = load_extended("qwen")[1]
+    made = examples(None, read_texts([str(tmp_path / "texts.jsonl")], processor), text_fraction=1.0)
     image = processor.image_text(torch.tensor(ids))
-    assert learned(made[0]) == ["", f"left {image} right {image}<|im_end|>"]
-    assert learned(made[1]) == ["", "a text<|im_end|>"]
-    rows[0]["images"] = [ids]
-    with pytest.raises(ValueError, match="as many <\\|image\\|> as images, but has 2 for 1 images: 'left"):
-        made.text_example(rows[0])
+    known = [["", f"left {image} right {image}<|im_end|>"], ["", "a text<|im_end|>"]]
+    assert sorted(learned(made[index]) for index in range(2)) == sorted(known)
 
 
-@pytest.mark.parametrize("line", ["", "hello", '["a"]', '{"txt": "a"}', '{"text": 3}'])
-def test_wrong_texts_are_refused_by_their_line(line, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", ""),
+        ("hello", ""),
+        ('["a"]', ""),
+        ('{"txt": "a"}', ""),
+        ('{"text": 3}', ""),
+        ('{"text": "<|image|>"}', "it has 1 <|image|> for 0 images"),
+        ('{"text": "<|image|>", "images": [[[1, 64], [3, 4]]]}', "ids must be in [0, 64)"),
+    ],
+)
+def test_wrong_texts_are_refused_by_their_line(line, reason, tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text(line and f'{{"text": "a \u2028 b"}}\n\n{line}\n')
-    with pytest.raises(ValueError, match=f"^line {3 if line else 1} of `{file}` must be a JSON object with a `text`"):
-        read_texts([str(file)])
+    with pytest.raises(ValueError, match=f"^line {3 if line else 1} of `{file}` must be a JSON object with") as error:
+        read_texts([str(file)], load_extended("qwen")[1])
+    assert reason in str(error.value)
 
 
 def test_a_new_run_does_not_replace_an_old_one(train, tmp_path):
@@ -154,7 +155,7 @@ def test_a_new_run_does_not_replace_an_old_one(train, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_examples_do_not_see_each_other(tokens, family):
     model, _ = load_extended(family)
-    made = [examples(tokens)[index] for index in range(3)]
+    made = [examples(tokens, caption_fraction=0.5)[index] for index in range(3)]
     batch = DataCollatorWithFlattening()(made)
     with torch.no_grad():
         packed = model(**batch, use_cache=False).logits[0]
@@ -163,34 +164,33 @@ def test_packed_examples_do_not_see_each_other(tokens, family):
 
 
 def test_loss_by_modality():
-    _, processor = load_extended("qwen")
-    loss = ModalityLoss(processor.vocabulary)
-    first = processor.vocabulary.first_token
-    labels = torch.tensor([[IGNORED, 5, first, first + 1, IGNORED]])
-    logits = torch.zeros(1, 5, 400)
-    logits[0, 0, 5] = 100.0  # the text is known, the codes are not
-    total = loss(type("Output", (), {"logits": logits}), labels)
-    assert loss.sums[:, 1].tolist() == [1, 2]
-    assert loss.sums[0, 0] == pytest.approx(0, abs=1e-6)
-    assert loss.sums[1, 0] == pytest.approx(2 * math.log(400), rel=1e-5)
-    assert total == pytest.approx(2 * math.log(400) / 3, rel=1e-5)
+    codes = range(300, 364)
+    loss = ModalityLoss(codes)
+    labels = torch.tensor([[IGNORED, 5, 300, 301, IGNORED]])
+    logits = torch.zeros(1, 5, 400, requires_grad=True)
+    with torch.no_grad():
+        logits[0, 0, 5] = 100.0  # the text is known, the codes are not
+    total = loss(SimpleNamespace(logits=logits), labels)
+    assert loss.sums[True][:, 1:].tolist() == [[1, 1], [2, 0]]
+    assert loss.sums[True][0, 0] == pytest.approx(0, abs=1e-6)
+    assert loss.sums[True][1, 0] == pytest.approx(2 * math.log(400), rel=1e-5)
+    assert total.item() == pytest.approx(2 * math.log(400) / 3, rel=1e-5)
+    assert not loss.sums[False].any()
 
 
 def test_scheduled_sampling_replaces_ids_by_drawn_ones_and_nothing_else():
-    model, processor = load_extended("qwen")
-    first, begin = processor.vocabulary.first_token, processor.vocabulary.begin
+    first, begin = 300, 364
     tokens = torch.tensor([[1, 2, begin, begin + 3, *range(first + 8, first + 40), begin + 1, 3]] * 8)
-    wanted = torch.zeros(*tokens.shape, processor.vocabulary.stop)
+    wanted = torch.zeros(*tokens.shape, 400)
     wanted[..., first + 5], wanted[..., 3] = 50.0, 90.0  # the likeliest code, and a likelier word
 
     def forward(input_ids):
         assert torch.equal(input_ids, tokens)
         return SimpleNamespace(logits=wanted)
 
-    loss = ModalityLoss(processor.vocabulary)
     for share, expected in ((1.0, 0.5), (0.5, 0.25), (0.0, 0.0)):
-        trainer = SimpleNamespace(compute_loss_func=loss, scheduled_sampling=share)
-        drawn = ImageTextTrainer.draw_some(trainer, forward, {"input_ids": tokens, "labels": tokens})
+        trainer = SimpleNamespace(loss=ModalityLoss(range(first, begin)), scheduled_sampling=share)
+        drawn = LanguageModelTrainer.draw_some(trainer, forward, {"input_ids": tokens, "labels": tokens})
         changed = drawn != tokens
         assert torch.all(drawn[changed] == first + 5)
         assert not changed[:, [0, 1, 2, 3, -2, -1]].any()
@@ -241,13 +241,48 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(train, tokens, tmp_path
     own = {"model_name_or_path": extended("qwen"), "token_set": tokens, "condition_dropout": 0, "output_dir": killed}
     changes = LEARN | options | own | {"use_cpu": True, "report_to": "none"}
     flags = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    process = start(train_until_killed, str(ROOT / "training" / "train_image_text.py"), *flags)
+    process = start(train_until_killed, str(ROOT / "training" / "train_language_model.py"), *flags)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert {path.name for path in killed.iterdir()} >= {"checkpoint-2", "checkpoint-4"}  # the second is half written
     resumed = train("killed", resume="latest", **options)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch):
+    step = LanguageModelTrainer.training_step
+
+    def send_signal(trainer, *args):
+        if trainer.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *args)
+
+    options = {"max_steps": 6, "scheduled_sampling": 0.5}
+    whole = train("whole", **options)
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", send_signal)
+    with pytest.raises(SystemExit) as stop:
+        train("stopped", **options)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-4", "train_config.yaml"}
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", step)
+    resumed = train("stopped", resume="latest", **options)
+    weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_finished_run_is_not_rewritten(train, tmp_path):
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "done").iterdir() if path.is_file()}
+
+    train("done", max_steps=2)
+    before = files()
+    with pytest.raises(ValueError, match=r"holds the result of a finished run.* has other options \(--seed"):
+        train("done", resume="latest", max_steps=2, seed=7)
+    with pytest.raises(SystemExit) as stop:
+        train("done", resume="latest", max_steps=2)
+    assert stop.value.code == 0
+    assert files() == before
 
 
 @pytest.mark.slow

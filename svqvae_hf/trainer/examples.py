@@ -1,0 +1,188 @@
+"""Examples of language models: rows of token sets as sequences with a class or a caption, or as chats, and texts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
+from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.trainer.data.row_order import row_order
+from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
+
+IGNORED = -100  # label that the loss skips
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How rows become examples.
+
+    Args:
+        condition_dropout (`float`): Fraction of images without their class or caption.
+        caption_fraction (`float`): Fraction of chats that ask for the caption; the others ask for the image.
+        first_caption_fraction (`float`): Fraction of images asked for by their first caption, not by any of them.
+        text_fraction (`float`): Fraction of examples that are texts.
+        completion_only_loss (`bool`): Learn only the answers of chats.
+        seed (`int`): Seed of the order and of all draws.
+    """
+
+    condition_dropout: float = 0.0
+    caption_fraction: float = 0.0
+    first_caption_fraction: float = 1.0
+    text_fraction: float = 0.0
+    completion_only_loss: bool = True
+    seed: int = 0
+
+
+class LlamaGenExamples(Dataset):
+    """Sequences of LlamaGen: a class or the token for captions, and the ids of an image.
+
+    Each is a function of the seed and its number. In an epoch each row occurs once, in a new random order.
+
+    Args:
+        source ([`TokenSource`]): Token set.
+        count (`int`): Number of examples.
+        mix ([`Mix`]): Dropout of the condition, and seed.
+    """
+
+    def __init__(self, source: TokenSource, count: int, mix: Mix):
+        self.source, self.count, self.mix = source, count, mix
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.mix.seed, index))
+        epoch, offset = divmod(index, len(self.source.rows))
+        source, row = self.source, int(row_order(len(self.source.rows), self.mix.seed, epoch)[offset])
+        ids, label, captions = source.batch([row])
+        if rng.random() < self.mix.condition_dropout:
+            label[:] = source.num_classes  # drops its caption as well
+        tokens = torch.cat([source.settings.codebook_size + label, ids[-1].flatten()])
+        example = {"input_ids": tokens, "labels": torch.cat([torch.tensor([IGNORED]), tokens[1:]])}
+        if captions is None:
+            return example
+        is_first = rng.random() < self.mix.first_caption_fraction
+        return example | {"caption": captions[0][0 if is_first else rng.integers(len(captions[0]))]}
+
+
+def collate_sequences(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks sequences of one length; captions stay texts."""
+    batch = {name: torch.stack([example[name] for example in examples]) for name in ("input_ids", "labels")}
+    return batch if "caption" not in examples[0] else batch | {"captions": [each["caption"] for each in examples]}
+
+
+class ChatExamples(Dataset):
+    """Chats that ask for an image or for its caption, and texts. Each is a function of the seed and its number.
+
+    Args:
+        processor ([`SVQVAEProcessor`]): Processor of the language model.
+        context (`int`): Largest number of tokens.
+        count (`int`, *optional*): Number of examples, by default one per row.
+        mix ([`Mix`]): Fractions of all kinds of examples, and seed.
+        token_set (`str`, *optional*): Token set of the images.
+        caption_column (`str`): Its column of captions.
+        texts (`Sequence[dict]`): From [`read_texts`].
+    """
+
+    def __init__(
+        self,
+        processor: SVQVAEProcessor,
+        context: int,
+        count: int | None,
+        mix: Mix,
+        token_set: str | None,
+        caption_column: str,
+        texts: Sequence[dict[str, Any]] = (),
+    ):
+        self.processor, self.context, self.mix = processor, context, mix
+        self.caption_column, self.texts = caption_column, texts
+        self.pairs: Any = []
+        if token_set is not None:
+            self.settings = read_settings(token_set)
+            check_same_codebook(processor.vqvae, self.settings)
+            self.pairs = datasets.load_dataset(token_set, split="train")
+            check_captions(self.pairs, caption_column)
+        self.count = len(self.pairs) if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        rng = np.random.default_rng((self.mix.seed, index))
+        is_text = rng.random() < self.mix.text_fraction
+        rows = self.texts if is_text else self.pairs
+        epoch, offset = divmod(index, len(rows))
+        row = rows[int(row_order(len(rows), self.mix.seed, epoch)[offset])]
+        return self.text_example(row) if is_text else self.pair_example(row, rng)
+
+    def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """A text with any number of images. All of its tokens are learned."""
+        images = [self.processor.image_text(torch.tensor(ids)) for ids in row.get("images", [])]
+        texts = row["text"].split(self.processor.image_token)
+        text = "".join(part for pair in zip(texts, [*images, ""], strict=True) for part in pair)
+        tokens = self.tokenize(text + (self.processor.tokenizer.eos_token or ""))[: self.context]
+        return {"input_ids": tokens, "labels": tokens}
+
+    def pair_example(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, list[int]]:
+        """A conversation that asks for an image or for its first caption. The answer is learned."""
+        image = self.processor.image_text(row_tokens(row, self.settings).ids[-1])
+        captions = row[self.caption_column]
+        captions = [captions] if isinstance(captions, str) else captions
+        is_first = rng.random() < self.mix.first_caption_fraction
+        caption = captions[0 if is_first else rng.integers(len(captions))]
+        turns = [image, captions[0]]
+        if rng.random() >= self.mix.caption_fraction:
+            turns = [caption if rng.random() >= self.mix.condition_dropout else self.processor.no_condition, image]
+        roles = zip(("user", "assistant"), turns, strict=True)
+        conversation = [{"role": role, "content": content} for role, content in roles]
+        tokens = self.tokenize(self.processor.apply_chat_template(conversation))
+        prompt = self.tokenize(self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True))
+        if len(tokens) > self.context:
+            raise ValueError(
+                f"an image with its caption must fit the context of {self.context} tokens, but takes {len(tokens)}. "
+                "Tokenize smaller images."
+            )
+        same = [own == other for own, other in zip(tokens, prompt, strict=False)]
+        asked = [*same, False].index(False) if self.mix.completion_only_loss else 0
+        return {"input_ids": tokens, "labels": [IGNORED] * asked + tokens[asked:]}
+
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens as the processor makes them, without a second begin of sequence."""
+        bos = self.processor.tokenizer.bos_token
+        return self.processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+
+
+def read_texts(files: Sequence[str], processor: SVQVAEProcessor) -> list[dict[str, Any]]:
+    """Reads and checks the objects of JSON Lines files.
+
+    Args:
+        files (`Sequence[str]`): Files, of which each line has a `text` and, for each placeholder of an image in it,
+            rows of ids in `images`.
+        processor ([`SVQVAEProcessor`]): Processor of the language model.
+
+    Raises:
+        ValueError: If a line is something else.
+    """
+    texts = []
+    for file in files:
+        lines = [*enumerate(Path(file).read_text("utf-8").split("\n"), start=1)]
+        for number, line in [each for each in lines if each[1].strip()] or lines[:1]:
+            try:
+                row = json.loads(line)
+                images = [processor.vocabulary.encode(torch.tensor(ids)) for ids in row.get("images", [])]
+                if (count := row["text"].count(processor.image_token)) != len(images):
+                    raise ValueError(f"it has {count} {processor.image_token} for {len(images)} images")
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                reason = f" ({error})" if isinstance(error, ValueError) else ""
+                message = f"line {number} of `{file}` must be a JSON object with a `text` and its `images`{reason}."
+                raise ValueError(message) from error
+            texts.append(row)
+    return texts

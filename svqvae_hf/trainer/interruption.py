@@ -1,0 +1,43 @@
+"""Signals that end a run after its step."""
+
+import os
+import signal
+from types import FrameType
+
+from accelerate import Accelerator
+
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
+
+
+class Interruption:
+    """Turns SIGTERM, Ctrl-C and the end of the launcher into a request that all processes see at the end of a step.
+
+    A second signal ends the process at once.
+
+    Args:
+        accelerator (`Accelerator`): Accelerator whose processes stop together.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.launcher = os.getppid() if LAUNCHED in os.environ else None  # does not pass signals on
+        self.exit_code = 128 + signal.SIGTERM
+
+    def __enter__(self) -> "Interruption":
+        self.handlers = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Whether any process got a signal or lost its launcher; all processes must ask."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.__exit__()
+        self.exit_code = 128 + number
+        self.accelerator.set_trigger()

@@ -1,0 +1,140 @@
+"""The result of a run: its folder, its repository on the Hub, and the record that it is finished."""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from svqvae_hf.files.outputs import write_file
+from svqvae_hf.hub.repositories import prepare_repo, push_folder
+from svqvae_hf.trainer.options import RunOptions, public_values
+
+OPTIONS, FINISHED = "train_config.yaml", "finished_run.json"
+OF_THE_START = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+class Result:
+    """Result of a run, in its output folder and, with `--push_to_hub`, on the Hub.
+
+    Makes the repository and writes `train_config.yaml` before the first step, so that an error comes first.
+
+    Args:
+        options ([`RunOptions`] or `TrainingArguments`): Options of the folder and of the repository.
+        described (`Mapping`): All options as they may be published, by name.
+        license (`str`, *optional*): Licence of the weights.
+        push_to_hub (`bool`): Whether the result is uploaded.
+        is_main (`bool`): Whether this process publishes.
+
+    Raises:
+        OSError: If the repository cannot be made.
+    """
+
+    def __init__(
+        self, options: Any, described: Mapping[str, Any], license: str | None, push_to_hub: bool, is_main: bool
+    ):
+        self.described, self.push_to_hub, self.output_dir = described, push_to_hub, Path(options.output_dir)
+        self.name = options.hub_model_id or self.output_dir.absolute().name
+        if is_main:
+            if push_to_hub:
+                self.name = prepare_repo(self.name, private=options.hub_private_repo or None, license=license)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_file(self.output_dir / OPTIONS, yaml.safe_dump(dict(described), sort_keys=False).encode())
+
+    @classmethod
+    def of(cls, options: RunOptions, accelerator: Accelerator) -> "Result":
+        """Result of a run with [`RunOptions`]."""
+        is_main = accelerator.is_main_process
+        return cls(options, public_values(asdict(options)), options.license, options.push_to_hub, is_main)
+
+    def publish(self, save_pretrained: Callable[..., Any], card: str) -> None:
+        """Saves the result with its card in the output folder, and uploads it with `--push_to_hub`.
+
+        Only the main process calls it. Existing files are replaced one by one, weights before their config.
+
+        Args:
+            save_pretrained (`Callable`): Writes the result into an empty folder.
+            card (`str`): Text of README.md.
+        """
+        with TemporaryDirectory(dir=self.output_dir) as folder:
+            save_pretrained(Path(folder))
+            saved = move_files(Path(folder), self.output_dir)
+        write_file(self.output_dir / "README.md", card.encode())
+        write_finished(self.output_dir, self.described)
+        logger.info(f"Saved to {self.output_dir}")
+        if self.push_to_hub:
+            files = [*saved, "README.md", "samples/*.png", OPTIONS]
+            push_folder(self.output_dir, self.name, "Upload the trained model", files=files)
+
+
+def provenance(script: str, examples: str, stages: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """Rows of a card that say how the weights were made.
+
+    Args:
+        script (`str`): The script, such as `training/train.py`.
+        examples (`str`): Contents of a batch, such as `images`.
+        stages (sequence of `(steps, batch)`): From [`Checkpoints`].
+    """
+    return {
+        "trained by": f"`{script}` of svqvae-hf {version('svqvae-hf')}, options in `train_config.yaml`",
+        "steps": ", then ".join(f"{steps:,} of {batch} {examples}" for steps, batch in stages),
+    }
+
+
+def write_finished(output_dir: Path, options: Mapping[str, Any]) -> None:
+    """Records the options of a run whose result has been written."""
+    write_file(output_dir / FINISHED, _text(options).encode())
+
+
+def refuse_finished(output_dir: Path, options: Mapping[str, Any], steps: str) -> None:
+    """Ends a run whose result is already in its folder, before anything is written.
+
+    Args:
+        output_dir (`Path`): Folder of the run.
+        options (`Mapping`): Options of the run, by name.
+        steps (`str`): Name of the option that is the number of steps. A longer run may resume from a checkpoint.
+
+    Raises:
+        SystemExit: With code 0, if the options are those of the finished run.
+        ValueError: If they are others.
+    """
+    if not (output_dir / FINISHED).exists():
+        return
+    old, new = json.loads((output_dir / FINISHED).read_text()), json.loads(_text(options))
+    if old == new:
+        sys.stderr.write(f"The run in `{output_dir}` has finished its {new[steps]} steps. Nothing was changed.\n")
+        sys.exit(0)
+    if new[steps] > old[steps] and any(output_dir.glob("checkpoint-*")):
+        return
+    changed = ", ".join(f"--{name} {new[name]}" for name in sorted(new) if new[name] != old.get(name))
+    raise ValueError(
+        f"`{output_dir}` holds the result of a finished run of {old[steps]} steps, but this run has other options "
+        f"({changed}). Choose another `--output_dir`, or raise `--{steps}` to train it further."
+    )
+
+
+def move_files(source: Path, target: Path) -> list[str]:
+    """Moves all files below a folder to the same paths below another one, weights before their config.
+
+    Returns:
+        `list[str]`: Their paths relative to the folders.
+    """
+    names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    for name in sorted(names, reverse=True):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(target / name)
+        (target / name).chmod(target.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+    return [name.as_posix() for name in names]
+
+
+def _text(options: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in options.items() if name not in OF_THE_START}, indent=2)

@@ -1,0 +1,112 @@
+"""The trained weights: their updates, their average, and their state in checkpoints."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from svqvae_hf.trainer.optimization import clip_and_step, hyperparameters, resume_schedule
+from svqvae_hf.trainer.options import RunOptions
+
+
+class Weights:
+    """Weights of a network, which an optimizer updates and `--use_ema` averages.
+
+    Args:
+        options ([`RunOptions`]): Options.
+        accelerator (`Accelerator`): Accelerator that prepared the model and the optimizer.
+        network (`nn.Module`): The bare network.
+        model (`nn.Module`): The network as `accelerator.prepare` returned it.
+        optimizer (`torch.optim.Optimizer`): Optimizer as `accelerator.prepare` returned it.
+        lr_scheduler (`LambdaLR`): Learning rate schedule of the optimizer.
+        use_ema (`bool`): Whether the weights are averaged.
+
+    Attributes:
+        lr (`float`): Learning rate of the last update.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        accelerator: Accelerator,
+        network: nn.Module,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LambdaLR,
+        use_ema: bool,
+    ):
+        self.options, self.accelerator = options, accelerator
+        self.network, self.model, self.optimizer, self.lr_scheduler = network, model, optimizer, lr_scheduler
+        self.ema = EMAModel(network.parameters(), decay=options.ema_decay) if use_ema else None
+        self.groups = hyperparameters(lr_scheduler)  # of this run, before a checkpoint is loaded
+        self.lr = float(lr_scheduler.get_last_lr()[0])
+        self.skipped = 0
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Updates weights and average by [`clip_and_step`], and counts skipped updates.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Numbers for the log.
+
+        Raises:
+            ValueError: If too many updates in a row were skipped.
+        """
+        self.lr = float(self.lr_scheduler.get_last_lr()[0])
+        norm = clip_and_step(
+            self.accelerator, self.model, self.optimizer, self.lr_scheduler, self.options.max_grad_norm
+        )
+        self.skipped = 0 if norm.isfinite() else self.skipped + 1
+        if self.skipped > self.options.max_skipped_steps:
+            raise ValueError(
+                f"Gradients must be finite, but were not for {self.skipped} steps in a row. Lower `--learning_rate` "
+                "and resume from an earlier checkpoint."
+            )
+        if self.ema is not None and norm.isfinite():
+            self.ema.step(self.network.parameters())
+        return {"grad_norm": norm, "skipped": (~norm.isfinite()).float()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, with the averaged weights if there are any."""
+        training = [module for module in self.network.modules() if module.training]
+        self.network.eval()
+        if self.ema is not None:
+            self.ema.store(self.network.parameters())
+            self.ema.copy_to(self.network.parameters())
+        with torch.no_grad():
+            yield
+        if self.ema is not None:
+            self.ema.restore(self.network.parameters())
+        for module in training:
+            module.training = True
+
+    def final(self) -> dict[str, torch.Tensor]:
+        """State dict of the network with its averaged weights, if any."""
+        if self.ema is not None:
+            self.ema.copy_to(self.network.parameters())
+        return self.network.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress of the schedule, the average, and the skipped updates; models and optimizers are accelerate's."""
+        state = {"updates": self.lr_scheduler.last_epoch, "skipped": self.skipped}
+        return state if self.ema is None else state | {"ema": self.ema.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes from a state, with the hyperparameters of this run, after accelerate has loaded the optimizer.
+
+        Raises:
+            ValueError: If the weights are averaged, but the state has no average, or the other way round.
+        """
+        if ("ema" in state) != (self.ema is not None):
+            raise ValueError(f"`--use_ema` must be {'ema' in state}, as in the run that wrote the checkpoint.")
+        resume_schedule(self.lr_scheduler, state["updates"], self.groups)
+        self.skipped = state["skipped"]
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.decay = self.options.ema_decay
+            self.ema.to(self.accelerator.device)  # its state is loaded to the CPU

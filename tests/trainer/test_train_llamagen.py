@@ -1,0 +1,279 @@
+"""LlamaGen's language models trained on classes and captions, new ones and converted ones, whole or by LoRA."""
+
+import json
+import shutil
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+from peft import PeftModel
+from PIL import Image
+from pipeline_parts import text_components
+from s3_server import make_bucket, s3_server
+from safetensors.torch import load_file
+from train_language_model import LanguageModelOptions, main
+from training_runs import assert_no_private_path
+from transformers import TrainingArguments
+
+import svqvae_cli
+from svqvae_hf import LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
+from svqvae_hf.conversion.convert import convert
+from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.trainer.options import read_options
+
+CAPTIONS = [
+    "a cat",
+    "the cat",
+    "a roof",
+    "the roof",
+    "a cat on a roof",
+    "the cat on the roof",
+    "a roof on a cat",
+    "on",
+]
+LLAMAGEN = {
+    **{"model_type": "llamagen", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_condition_tokens": 8},
+}
+GOLDEN = ROOT / "tests" / "golden" / "llamagen_gpt_t2i_tiny.pt"
+GREEDY = {"temperature": 0, "output_type": "latent"}
+LEARN = {"per_device_train_batch_size": 8, "condition_dropout": 0.0, "lr_scheduler_type": "cosine"}
+WEIGHTS = "language_model/model.safetensors"
+
+pytestmark = [
+    # peft asks transformers for it, whenever it wraps a model
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+]
+
+
+def train(**options) -> Path:
+    """Trains, and returns the output folder."""
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"} | options
+    own = {name: options.pop(name) for name in list(options) if name in LanguageModelOptions.__dataclass_fields__}
+    main(LanguageModelOptions(**own), TrainingArguments(**options))
+    return Path(options["output_dir"])
+
+
+def write_captions(folder: Path, captions: list) -> None:
+    """Adds a column of captions to a token set."""
+    (file,) = folder.rglob("*.parquet")
+    table = pq.read_table(file)
+    names = [name for name in table.column_names if name != "caption"]
+    rows = [captions[index % len(captions)] for index in range(table.num_rows)]
+    table = table.select(names).append_column("caption", pa.array(rows))
+    metadata = {name: value for name, value in table.schema.metadata.items() if name != b"huggingface"}
+    pq.write_table(table.replace_schema_metadata(metadata), file, row_group_size=3)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A tokenizer, a text encoder, configs, token sets of 8 images of 16 x 16 pixels, and a converted pipeline."""
+    folder = tmp_path_factory.mktemp("parts")
+    vqvae = make_tiny(codebook_size=256)
+    vqvae.save_pretrained(folder / "vqvae")
+    make_tiny(codebook_size=65).save_pretrained(folder / "other")
+    (folder / "llamagen.json").write_text(json.dumps(LLAMAGEN))
+    (folder / "typo.json").write_text(json.dumps(LLAMAGEN | {"hiden_size": 64}))
+    (folder / "llama.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    for component in text_components().values():
+        component.save_pretrained(folder / "t5")
+    with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
+        for name, down in (("photos", 0), ("others", 90)):
+            for index in range(len(CAPTIONS)):
+                corner = 50 * index, 37 * index % 100 + down
+                path = folder / name / f"class{index}" / "photo.png"
+                path.parent.mkdir(parents=True)
+                photo.convert("RGB").crop((*corner, corner[0] + 20, corner[1] + 16)).save(path)
+    crops = {"crops": "centre", "resolution": 16}
+    for name, source, settings in (
+        ("tokens", "photos", crops),
+        ("held_out", "others", crops),
+        ("scales", "photos", crops | {"scales": [0.5, 1.0]}),
+        ("oblong", "photos", {}),
+    ):
+        images = open_images([str(folder / source)])
+        tokenize_set(vqvae, images, folder / name, model_name="vqvae", scale_from="image", **settings)
+    for name, captions in (("captioned", CAPTIONS), ("no_captions", ["a cat", None])):
+        shutil.copytree(folder / "tokens", folder / name)
+        write_captions(folder / name, captions)
+    settings = {"image_size": 16, "num_attention_heads": 4, "text_encoder": str(folder / "t5")}
+    convert(GOLDEN, folder / "converted", folder / "vqvae", **settings)
+    return folder
+
+
+@pytest.fixture
+def classes(parts, tmp_path):
+    """Options of a tiny run of a new model for classes."""
+    return {
+        "vqvae_name_or_path": str(parts / "vqvae"),
+        "model_config_name_or_path": str(parts / "llamagen.json"),
+        "token_set": str(parts / "tokens"),
+        "label_column": "label",
+        "output_dir": str(tmp_path / "out"),
+        **{"per_device_train_batch_size": 3, "max_steps": 2, "logging_steps": 1},
+    }
+
+
+@pytest.fixture
+def captions(classes, parts):
+    """Options of a tiny run of a new model for captions."""
+    encoder = str(parts / "t5")
+    changes = {"label_column": None, "caption_column": "caption", "token_set": str(parts / "captioned")}
+    return classes | changes | {"text_encoder_name_or_path": encoder}
+
+
+@pytest.fixture
+def fine_tuning(captions, parts):
+    """Options of a tiny run of the converted model."""
+    names = ("model_config_name_or_path", "text_encoder_name_or_path", "vqvae_name_or_path")
+    return captions | dict.fromkeys(names) | {"pipeline_name_or_path": str(parts / "converted")}
+
+
+def load(folder: Path) -> SVQVAEAutoregressivePipeline:
+    pipeline = SVQVAEAutoregressivePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def expected_ids(parts: Path) -> torch.Tensor:
+    (file,) = (parts / "tokens").rglob("*.parquet")
+    return torch.tensor(pq.read_table(file)["ids_0"].to_pylist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["classes", "captions"])
+def test_images_learned_by_heart_come_back(condition, request, parts):
+    options = request.getfixturevalue(condition) | LEARN | {"max_steps": 120, "learning_rate": 5e-3}
+    pipeline = load(train(**options))
+    call = {"class_labels": list(range(8))} if condition == "classes" else {"prompt": CAPTIONS}
+    assert torch.equal(pipeline(**call, **GREEDY).images.flatten(1), expected_ids(parts))
+
+
+@pytest.mark.slow
+def test_lora_learns_images_by_heart_and_can_be_switched_off(fine_tuning, parts):
+    before = load(parts / "converted")(prompt=CAPTIONS, **GREEDY, guidance_scale=2).images
+    folder = train(**(fine_tuning | LEARN | {"max_steps": 60, "learning_rate": 2e-2}), lora_rank=16)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert_no_private_path(parts, folder)
+    card = (folder / "README.md").read_text()
+    assert "LoRA adapter for `converted`" in card
+    assert 'SVQVAEAutoregressivePipeline.from_pretrained("converted")' in card
+    pipeline = load(parts / "converted")
+    adapter = PeftModel.from_pretrained(pipeline.language_model, folder)
+    assert torch.equal(pipeline(prompt=CAPTIONS, **GREEDY).images.flatten(1), expected_ids(parts))
+    with adapter.disable_adapter():
+        assert torch.equal(pipeline(prompt=CAPTIONS, **GREEDY, guidance_scale=2).images, before)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("kind", ["classes", "captions", "fine_tuning", "remote"])
+def test_ten_steps_and_ten_more_equal_twenty(kind, request, tmp_path, monkeypatch, parts):
+    options = request.getfixturevalue("classes" if kind == "remote" else kind)
+    options |= {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "scheduled_sampling": 0.5}
+    options |= {"lora_rank": 2} if kind == "fine_tuning" else {"optimizer": "soap"}
+    weights = "adapter_model.safetensors" if kind == "fine_tuning" else WEIGHTS
+    whole = load_file(train(**(options | {"output_dir": str(tmp_path / "whole")})) / weights)
+    out = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-10", out / "checkpoint-10")
+    options |= {"output_dir": str(out), "resume_from_checkpoint": "latest"}
+    if kind == "remote":
+        with s3_server() as (address, faults):
+            make_bucket("bucket", address, monkeypatch)
+            fsspec.filesystem("s3").put(f"{parts}/tokens/", "bucket/tokens/", recursive=True)
+            train(**(options | {"token_set": "s3://bucket/tokens"}))
+            assert any(request.startswith("GET") and request.endswith(".parquet") for request in faults.requests)
+    else:
+        train(**options)
+    torch.testing.assert_close(load_file(out / weights), whole, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_commands_of_the_documentation_train_validate_and_draw(classes, parts, tmp_path, monkeypatch, capsys):
+    options = classes | {"validation_token_set": str(parts / "held_out"), "eval_strategy": "steps", "eval_steps": 10}
+    options |= {"max_steps": 20, "logging_steps": 10, "learning_rate": 1e-2, "hub_model_id": "org/dreams"}
+    options |= {"license": "mit", "use_cpu": True, "bf16": True, "report_to": "none", "optimizer": "soap"}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    main(*read_options((LanguageModelOptions, TrainingArguments), flags))
+    shown = capsys.readouterr().out
+    assert shown.count("'eval_bits_per_id'") == 3, "before the first step, too"
+    assert shown.index("eval_loss_image") < shown.index("'loss_image'")
+    folder = Path(options["output_dir"])
+    assert_no_private_path(parts, folder)
+    card = (folder / "README.md").read_text()
+    assert "from svqvae_hf import SVQVAEAutoregressivePipeline" in card
+    for row in ("trained by | `training/train_language_model.py`", "classes | class0, class1", "token set | `tokens`"):
+        assert row in card
+    for row in ("steps | 20 of 3 examples", "| loss image |", "| eval bits per id |", "license: mit"):
+        assert row in card
+    assert load(folder).config.class_names[:2] == ["class0", "class1"]
+    call = ["--class", "class1", "1", "--num-images", "3", "--guidance-scale", "2", "--device", "cpu"]
+    assert svqvae_cli.main(["generate", str(folder), *call, "--output", str(tmp_path / "new")]) == 0
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.size == (3 * 16, 2 * 16)
+
+
+@pytest.mark.parametrize("condition_dropout", [0.0, 1.0])
+def test_a_random_caption_of_several_is_read_and_cut_unless_it_is_dropped(
+    captions, parts, tmp_path, monkeypatch, condition_dropout
+):
+    shutil.copytree(parts / "captioned", tmp_path / "tokens")
+    write_captions(tmp_path / "tokens", [["a cat", "the cat on the roof"], ["on the roof on the roof on"]])
+    lengths, tokens = set(), set()
+
+    def record(self, *args, **kwargs):
+        lengths.update(kwargs["prompt_attention_mask"].sum(1).tolist())
+        tokens.update(kwargs["input_ids"][:, 0].tolist())
+        return forward(self, *args, **kwargs)
+
+    forward = LlamaGenForCausalLM.forward
+    monkeypatch.setattr(LlamaGenForCausalLM, "forward", record)
+    changes = {"token_set": str(tmp_path / "tokens"), "condition_dropout": condition_dropout, "max_steps": 6}
+    train(**(captions | changes))
+    assert lengths == {3, 6, 8}
+    assert tokens == {257 if condition_dropout else 256}  # "no caption", or "with its caption"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"token_set": "oblong"},
+            r"one scale of 4 x 4 ids .* but has scales of \[\(4, 5\)\] ids",
+        ),
+        ({"token_set": "scales"}, r"but has scales of \[\(2, 2\), \(4, 4\)\] ids"),
+        ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
+        ({"vqvae_name_or_path": "other"}, "codebook"),
+        ({"label_column": "key"}, "`--label_column` must hold a class, or an integer of at least 0, in each row, but"),
+        ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has hiden_size"),
+        (
+            {"model_config_name_or_path": "llama.json"},
+            "must be a config of type llamagen, but `llama.json` is of type",
+        ),
+        ({"validation_token_set": "tokens"}, "images that are not trained on, but `class0/photo.png` is in both sets"),
+        ({"caption_column": "caption"}, "Only one of `--caption_column` and `--label_column`"),
+        ({"label_column": None, "caption_column": "height"}, "must hold texts or lists of texts, but 'height' holds"),
+        (
+            {"label_column": None, "caption_column": "caption", "token_set": "captioned"},
+            "only for one. Give both or none",
+        ),
+        ({"label_column": None, "caption_column": "caption", "token_set": "no_captions"}, "has empty rows"),
+        ({"text_encoder_name_or_path": "t5"}, "`--caption_column` must be given for a LlamaGen with a text encoder"),
+        ({"lora_rank": 2}, "`--lora_rank` must be left out"),
+        ({"pipeline_name_or_path": "converted"}, "Exactly one of `--model_name_or_path`, `--pipeline_name_or_path`"),
+        ({"max_steps": 0}, "`--max_steps` must be at least 1, but is 0"),
+        ({"condition_dropout": 2.0}, r"`--condition_dropout` must lie in \[0, 1\], but is 2.0"),
+    ],
+)
+def test_wrong_inputs_are_one_error(classes, parts, changes, message, monkeypatch):
+    monkeypatch.chdir(parts)
+    with pytest.raises((ValueError, OSError), match=message):
+        train(**(classes | changes))
+    assert not list(Path(classes["output_dir"]).glob("checkpoint-*"))
