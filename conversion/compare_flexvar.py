@@ -61,7 +61,7 @@ def load_original(checkout: Path, checkpoint: Checkpoint) -> nn.Module:
         cond_drop_rate=0.0,
         attn_l2_norm=True,
     )
-    model.load_state_dict({**model.state_dict(), **checkpoint.state_dict})  # the file has no buffers any more
+    model.load_state_dict({**model.state_dict(), **checkpoint.state_dict})  # the file lacks the buffers
     model.rng = torch.Generator()
     return model.eval()
 

@@ -25,8 +25,8 @@ NOT_OPTIONS = {"command", "device", "inputs", "output", "overwrite", "parser", "
 class Run(Generic[Item]):
     """A run of a command over inputs, which resumes an earlier run with the same options.
 
-    The options are recorded in the output folder. Its files are kept if they are from such a run, whole and not older
-    than their input. With `--overwrite` all are made again.
+    The options are recorded in the output folder. An output of such a run is kept if it is
+    complete and not older than its input. `--overwrite` makes all of them again.
 
     Args:
         args (`argparse.Namespace`): Parsed command line.
@@ -147,7 +147,7 @@ class Run(Generic[Item]):
         tqdm.write(f"svqvae: skipped: {one_line(reason)}", sys.stderr)  # above the progress bars
 
     def outputs(self, item: Item) -> Sequence[Path]:
-        """Output files of an input whose content is about to be written. Creates their folder and the record."""
+        """Returns the output files of an input, after creating their folder and the record of the run."""
         from svqvae_hf.files.outputs import write_file
 
         paths = self.targets[item]

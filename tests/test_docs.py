@@ -91,7 +91,7 @@ def test_commands_of_the_readme_run_in_order(tmp_path, monkeypatch):
             (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", PAGES[ROOT / "README.md"], re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     run = [words for words in lines if words[0] not in ("pip", "make")]
     assert len(run) == 8
     for words in run[:-1]:

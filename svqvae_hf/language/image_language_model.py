@@ -171,7 +171,7 @@ class ImageLanguageModel:
     def _known(
         self, images: Sequence[Image.Image], masks: Sequence[Image.Image], grid: tuple[int, int], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of images `(batch, rows, columns)`, and which are kept: those whose parts of the masks are black."""
+        """Ids of images, and whether each is kept because its part of the mask is black, `(batch, rows, columns)`."""
         if not len(images) == len(masks) == count:
             raise ValueError(
                 "`image` and `mask_image` must hold one image and one mask per prompt, got "

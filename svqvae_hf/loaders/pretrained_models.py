@@ -179,8 +179,8 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
 
         Raises:
             OSError: The file is missing or cannot be downloaded.
-            ValueError: The file is broken, does not hold exactly the weights of such a model, or an argument that it
-                needs is missing.
+            ValueError: The file is broken, its weights are not exactly those of this class, or a required argument
+                is missing.
         """
         checkpoint = read_llamagen(
             source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema

@@ -258,7 +258,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
     _tied_weights_keys: dict[str, str] = {}  # the head has rows for codes alone
 
     def __init__(self, config: LlamaGenConfig):
-        PreTrainedModel.__init__(self, config)  # not Llama's, whose model is another
+        PreTrainedModel.__init__(self, config)  # not LlamaForCausalLM: it would make a plain Llama
         self.model = LlamaGenModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = CodeHead(config)
@@ -294,7 +294,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             position_ids (`torch.Tensor` of shape `(batch, length)`, *optional*): Positions. A caption has
                 `num_condition_tokens` of them, which come first. They are passed together with `prompt_embeds`.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Embeddings, instead of
-                `input_ids`. A model with captions takes them after a caption that is in the cache.
+                `input_ids`. If the model reads captions, the caption must already be in the cache.
             labels (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens for the loss, -100 for none.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions with logits, 0 for all.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_condition_tokens, caption_dim)`, *optional*): Features

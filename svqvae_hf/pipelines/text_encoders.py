@@ -14,7 +14,7 @@ def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         source (`str`): Folder or Hub id of a T5 encoder, such as `google/flan-t5-xl`.
 
     Raises:
-        OSError: It does not exist or cannot be downloaded.
+        OSError: If the text encoder does not exist or cannot be downloaded.
         ValueError: It is not a T5 encoder.
     """
     encoder, info = from_hub(

@@ -62,7 +62,7 @@ class ContextModel:
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
 
     Raises:
-        ValueError: The tensors are not such integers, or a sum of products could reach 2**24.
+        ValueError: If a tensor has another type or shape, or a sum of products could reach 2**24.
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], codebook_fingerprint: str):

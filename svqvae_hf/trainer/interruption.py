@@ -32,7 +32,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether any process got a signal or lost its launcher; all processes must ask."""
+        """Returns whether any process got a signal or lost its launcher. All processes must call it."""
         if self.launcher is not None and os.getppid() != self.launcher:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()

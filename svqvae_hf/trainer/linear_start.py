@@ -57,7 +57,7 @@ class ChannelLayout:
 
 @torch.no_grad()
 def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
-    """Sets all weights but the codebook to the linear autoencoder of some images.
+    """Fits a linear autoencoder to images, and sets all weights but the codebook so that the model computes it.
 
     Args:
         vqvae ([`SVQVAE`]): New model with the weights of [`~svqvae_hf.trainer.model.initialise`].
@@ -65,7 +65,7 @@ def start_linear(vqvae: SVQVAE, sample: torch.Tensor) -> None:
             which the first half megapixel is used.
 
     Raises:
-        ValueError: If the config has too few channels or levels for it.
+        ValueError: If the config has too few channels or levels for a linear autoencoder.
     """
     groups = vqvae.config["norm_num_groups"]
     layouts = {

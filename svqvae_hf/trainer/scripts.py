@@ -16,7 +16,7 @@ def script_name() -> str:
 
 
 def script_parser(description: str | None) -> argparse.ArgumentParser:
-    """Parser of a script without options of training, whose description shows how it is called."""
+    """Makes the parser of a script that does not train. Its description shows how to call it."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=formatter)
 
