@@ -1,7 +1,7 @@
 """Grades a generator on scenes: `python benchmarks/scenes.py MODEL SCENES`.
 
 MODEL is a language model with image tokens, or a next-scale pipeline that reads captions. SCENES is the folder of
-`training/make_scenes.py`. The grader reads the ground from the edge of a picture, and then
+`training/bundled/make_scenes.py`. The grader reads the ground from the edge of a picture, and then
 finds the slots, shifts and objects with the smallest squared error. First it reads real scenes after the tokenizer,
 which states its own errors. Then it grades one picture per caption:
 
@@ -34,7 +34,7 @@ from svqvae_cli.loading import load_generator
 from svqvae_hf import SVQVAENextScalePipeline
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "training" / "bundled"))
 
 from make_scenes import FONT, GROUNDS, OBJECTS, ONE, RELATIONS, SHIFTS, SIDE, SLOTS, THREE, Scene, load_objects
 

@@ -69,7 +69,7 @@ def time_steps(steps: Mapping[str, Callable[[], None]], rounds: int, device: str
 def main() -> None:
     """Reads the arguments, times the steps and reports."""
     parser = make_parser(__doc__, rounds=9)
-    parser.add_argument("--model-config", default=str(ROOT / "training" / "runs" / "default_config.json"))
+    parser.add_argument("--model-config", default=str(ROOT / "training" / "configs" / "model_small.json"))
     parser.add_argument("--side", type=int, default=256, help="side of a recipe's crop in pixels (default: 256)")
     parser.add_argument("--crops", type=int, help="only the first N of the other numbers and sides of crops")
     options = parser.parse_args()

@@ -20,7 +20,7 @@ from svqvae_hf.models.layers import TileContext
 from svqvae_hf.models.tiling import map_tiles, sample_windows, tile_axis
 from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "training" / "bundled"))
 
 from make_scenes import Scene
 

@@ -161,7 +161,14 @@ def test_links_outside_the_site_lead_somewhere():
 
 
 def test_files_named_by_their_path_exist():
-    for page in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "training/README.md", "conversion/README.md"):
+    for page in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "training/README.md",
+        "training/bundled/README.md",
+        "conversion/README.md",
+    ):
         for path in re.findall(r"`([\w/]+/\w+\.(?:py|sh|json|yaml))`", (ROOT / page).read_text()):
             folders = (ROOT, ROOT / "svqvae_hf", (ROOT / page).parent)
             assert any((folder / path).is_file() for folder in folders), f"{page} names {path}"

@@ -30,23 +30,23 @@ WRONG = {  # words on the command line, and a part of the message
         ),
         ("--output_dir out --model_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
     ],
-    "training/prepare_photos.py": [
+    "training/bundled/prepare_photos.py": [
         ("out", "the following arguments are required: --list"),
         ("out --list broken.json", "must have the columns licence, package, path, registry"),
     ],
-    "training/prepare_drawings.py": [
+    "training/bundled/prepare_drawings.py": [
         ("out --photos empty", "`empty/train` must hold photographs"),
         ("empty --photos empty", "OUT must be a new folder"),
     ],
-    "training/add_colours.py": [
+    "training/bundled/add_colours.py": [
         ("{model} two_images empty", "OUT must be a new folder, but `empty` exists"),
         ("{model} two_images out", "MODEL must have more than 2,197 codes"),
     ],
-    "training/make_scenes.py": [
+    "training/bundled/make_scenes.py": [
         ("", "the following arguments are required: out"),
         ("out --font nowhere.ttf", "nowhere.ttf"),
     ],
-    "training/make_scene_words.py": [
+    "training/bundled/make_scene_words.py": [
         ("", "the following arguments are required: out"),
         ("broken.json", "broken.json"),
     ],
@@ -95,7 +95,7 @@ def test_wrong_inputs_of_scripts(two_images, tmp_path, saved_model, monkeypatch,
 
 
 def test_each_script_has_two_wrong_inputs():
-    paths = [path for room in ("training", "conversion") for path in (ROOT / room).glob("*.py")]
+    paths = [path for room in ("training", "conversion") for path in (ROOT / room).rglob("*.py")]
     paths = [path for path in paths if "__main__" in path.read_text()]
     assert WRONG.keys() == {str(path.relative_to(ROOT)) for path in paths}
     assert {len(cases) for cases in WRONG.values()} == {2}

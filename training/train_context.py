@@ -3,6 +3,8 @@
     python training/train_context.py MODEL TOKEN_SET... --held_out TOKEN_SET...
 
 The integers of the context model are rounded from floats in each forward pass, and gradients pass straight through.
+The network stands here a second time, because the one that reads files has integers and no gradients, in NumPy. Both
+share their constants, and a test holds them equal.
 """
 
 import math

@@ -47,7 +47,7 @@ def options(tmp_path):
                 for left in range(0, photo.width - SIDE + 1, SIDE):
                     piece = photo.convert("RGB").crop((left, top, left + SIDE, top + SIDE))
                     piece.save(tmp_path / "held_out" / f"{name}-{top}-{left}.png")
-    config = json.loads((ROOT / "training" / "runs" / "default_config.json").read_text()) | CONFIG
+    config = json.loads((ROOT / "training" / "configs" / "model_small.json").read_text()) | CONFIG
     (tmp_path / "config.json").write_text(json.dumps(config))
     return OPTIONS | {
         "model_config_name_or_path": str(tmp_path / "config.json"),

@@ -1,6 +1,6 @@
 """Makes an image set of scenes: emoji on plain grounds, with captions.
 
-    python training/make_scenes.py OUT --count 60000
+    python training/bundled/make_scenes.py OUT --count 60000
 
 A scene shows one object in one of two sizes, two or three of a kind, or two objects beside or above one another,
 each shifted by 4 pixels. The objects come from Noto Color Emoji (Debian: `apt install fonts-noto-color-emoji`;

@@ -1,4 +1,4 @@
-"""Gives a model codes for flat colours: `python training/add_colours.py MODEL IMAGES OUT`.
+"""Gives a model codes for flat colours: `python training/bundled/add_colours.py MODEL IMAGES OUT`.
 
 A flat area has one code, so its colour is only as exact as the codes for colours are dense. Photographs alone make
 some 200 such codes. This replaces the codes that IMAGES use least by the latents of colours on a lattice of the RGB

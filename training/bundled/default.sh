@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The bundled model, svqvae_hf/pretrained: 4.8 hours on one core of a CPU with bfloat16 instructions.
-#   training/runs/default.sh CID22_TRAIN WORK OUT
+#   training/bundled/default.sh CID22_TRAIN WORK OUT
 # CID22_TRAIN: folder of the CID22 training images (Cloudinary, CC BY-SA 4.0). WORK: folder for images and checkpoints.
 # OUT: folder to write. Run it again to resume from the latest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cid22=$1 work=$2 out=$3
 
-[ -d "$work/photos" ] || python training/prepare_photos.py "$work/photos" --list training/free_photos.tsv --folder "$cid22"
-[ -d "$work/drawings" ] || python training/prepare_drawings.py "$work/drawings" --photos "$work/photos"
+[ -d "$work/photos" ] || python training/bundled/prepare_photos.py "$work/photos" --list training/bundled/free_photos.tsv --folder "$cid22"
+[ -d "$work/drawings" ] || python training/bundled/prepare_drawings.py "$work/drawings" --photos "$work/photos"
 
 # Drawings beside photographs, which are linked in several times, so that drawings are a smaller fraction.
 mix() {
@@ -31,7 +31,7 @@ train() {
 }
 
 # From the linear start, on crops of 64 pixels, which are fast and show the most different content.
-train --output_dir "$work/start" --model_config_name_or_path training/runs/default_config.json --start linear \
+train --output_dir "$work/start" --model_config_name_or_path training/configs/model_small.json --start linear \
     --train_data_dir "$work/mixture_20" --resolution 128 --crop_sizes 64 --train_batch_size 4 --max_train_steps 3000 \
     --learning_rate 1e-3 --lr_scheduler constant_with_warmup --lr_warmup_steps 100 \
     --kmeans_steps 1 1200 --kmeans_batches 60 --dead_code_reset_steps 300
@@ -48,7 +48,7 @@ new_codes() {
 }
 # Codes for flat colours take the place of the rarest.
 add_colours() {
-    [ -d "$work/$2" ] || python training/add_colours.py "$work/$1" "$work/mixture_20" "$work/$2"
+    [ -d "$work/$2" ] || python training/bundled/add_colours.py "$work/$1" "$work/mixture_20" "$work/$2"
 }
 # The learning rate falls to 0.
 anneal() {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A tokenizer of scenes from the bundled one, a language model that draws and describes them, and a next-scale transformer.
-#   training/runs/scenes.sh WORK OUT
+#   training/bundled/scenes.sh WORK OUT
 # WORK: folder for everything between. OUT: folder to write the language model to. Run it again to resume. FONT is where NotoColorEmoji.ttf lies.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -9,7 +9,7 @@ mkdir -p "$work"
 
 if [ ! -d "$work/scenes" ]; then
     rm -rf "$work/scenes.partial"
-    python training/make_scenes.py "$work/scenes.partial" ${FONT:+--font "$FONT"}
+    python training/bundled/make_scenes.py "$work/scenes.partial" ${FONT:+--font "$FONT"}
     mv "$work/scenes.partial" "$work/scenes"
 fi
 
@@ -40,7 +40,7 @@ run=(accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_thread
 svqvae tokenize "$work/scenes/train.parquet" "$work/tokens" --model "$work/tokenizer" --crops centre --resolution 96 --sides $(seq 12) \
     --scale-from latents --keep short_caption
 
-[ -d "$work/words" ] || python training/make_scene_words.py "$work/words"
+[ -d "$work/words" ] || python training/bundled/make_scene_words.py "$work/words"
 [ -d "$work/extended" ] || svqvae extend-lm "$work/words" "$work/extended" --vqvae "$work/tokenizer"
 
 # A language model, in 4.5 hours on the same core: first the shortest wording of each scene alone, then more and more of the others.

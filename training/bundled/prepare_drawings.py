@@ -1,6 +1,6 @@
 """Makes an image folder of drawings: clip art, emoji, text, screens and charts, in three parts.
 
-    python training/prepare_drawings.py OUT --photos PHOTOS
+    python training/bundled/prepare_drawings.py OUT --photos PHOTOS
 
 Clip art, emoji and the fonts of the text come from Debian packages (`apt-get download`, no root needed). Clip art is
 rendered by resvg, whose wheels need no system library. `OUT/train` has squares as large as those in PHOTOS, which

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The context model of the bundled model, which compresses its ids: 20 minutes on a shared core of a CPU.
-#   training/runs/context.sh MODEL WORK
+#   training/bundled/context.sh MODEL WORK
 # MODEL: folder of the model. WORK: folder of default.sh, with photographs and drawings. Run it again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

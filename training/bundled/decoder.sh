@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A sharper decoder for the ids of the bundled model: 18 minutes on one core of a CPU with bfloat16 instructions.
-#   training/runs/decoder.sh WORK OUT
+#   training/bundled/decoder.sh WORK OUT
 # WORK: folder of default.sh, with its mixtures. OUT: folder to write. Needs `pip install h5py`. Run it again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

