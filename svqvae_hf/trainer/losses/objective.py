@@ -102,7 +102,7 @@ class Objective:
         pixel_terms, codebook_terms = self._pixel_terms(pairs), self._codebook_terms(output)
         reconstruction_loss = _weighted_total(pixel_terms)
         loss = reconstruction_loss + _weighted_total(codebook_terms)
-        loss = loss + 0 * self.codebook().sum()  # a gradient in every step, for which DDP waits
+        loss = loss + 0 * self.codebook.table().sum()  # a gradient in every step, for which DDP waits
         numbers = {name: value.detach() for name, (_, value) in (pixel_terms | codebook_terms).items()}
         if self.discriminator is not None and self.is_adversarial(step):
             large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
