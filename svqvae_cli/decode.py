@@ -25,7 +25,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_model()
     parser.add_tiles("as encoded", "as encoded")
     parser.flag("--full-size", "resize all images to the size of the original, and name them NAME_x0.5_full_size.png")
-    parser.flag("--preview", "also decode compressed files that are cut short, to the scales that are complete")
     add_large(parser)
 
 
@@ -36,35 +35,34 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
 
-    from svqvae_cli.loading import configure_decoding, load_model, require_context_model
+    from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.files.outputs import save_png
-    from svqvae_hf.tokens.image_tokens import check_memory, check_same_codebook, decode_image
+    from svqvae_hf.tokens.image_tokens import check_same_codebook, choose_tiles, decode_image
     from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_tokens
 
     load = cache(partial(load_model, args.model, args.device, args.dtype))
 
     def read(path: Path) -> ImageTokens:
         context_model = require_context_model(load(), args.model) if is_compressed(path) else None
-        return load_tokens(path, context_model, args.preview)
+        return load_tokens(path, context_model)
 
     with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
         for file, tokens in work.read(read):
             model = load()
             with prefix_errors(file.path):
                 check_same_codebook(model, tokens)
-                configure_decoding(model, tokens, args)
+                tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
+                overlap = tokens.overlap if args.overlap is None else args.overlap
+                asked = model.tiles_of_call(tile_size, overlap)
             with work.attempt(file, ValueError), prefix_errors(file.path):
                 if args.large:
                     from svqvae_hf.large.large_images import decode_large
 
-                    if not model.use_tiling:
-                        model.enable_tiling()
                     (path,) = work.outputs(file)
-                    decode_large(model, tokens, path)
+                    decode_large(model, tokens, path, asked)
                     continue
-                largest = max([*tokens.scales, *[1.0] * args.full_size])
-                check_memory(model, largest * tokens.height, largest * tokens.width)
-                images = decode_image(model, tokens, args.full_size)
+                tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *(asked or ()))
+                images = decode_image(model, tokens, args.full_size, tiles)
                 for image, path in zip(images, work.outputs(file), strict=True):
                     save_png(image, path)
 
@@ -78,7 +76,7 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     from svqvae_hf.tokens.token_files import load_scales
 
     try:
-        endings = scale_endings(load_scales(file.path, args.preview))
+        endings = scale_endings(load_scales(file.path))
     except (OSError, ValueError):  # is raised again, and counted, when its turn comes
         return []
     if args.full_size:

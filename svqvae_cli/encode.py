@@ -35,28 +35,28 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_fitting_image, load_tiled_model, require_context_model
+    from svqvae_cli.loading import load_encoder, load_image_with_tiles, require_context_model
     from svqvae_hf.tokens.image_tokens import encode_image
     from svqvae_hf.tokens.token_files import save_tokens
 
-    model = load_tiled_model(args)
+    model = load_encoder(args)
     context_model = require_context_model(model, args.model) if args.compress else None
-    for file, image in work.read(partial(load_fitting_image, model=model, args=args)):
+    for file, (image, tiles) in work.read(partial(load_image_with_tiles, model=model, args=args)):
         with work.attempt(file):
-            tokens = encode_image(model, image, args.scales, args.scale_from)
+            tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
             (path,) = work.outputs(file)
             save_tokens(path, tokens, context_model)
 
 
 def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_tiled_model, require_context_model
+    from svqvae_cli.loading import load_encoder, require_context_model
     from svqvae_hf.large.large_images import encode_large
     from svqvae_hf.tokens.token_files import save_tokens
 
-    model = load_tiled_model(args)
+    model = load_encoder(args)
     context_model = require_context_model(model, args.model) if args.compress else None
     for file, _ in work.read(check_large_image):
         with work.attempt(file, ValueError, PermissionError):
-            tokens = encode_large(model, file.path)
+            tokens = encode_large(model, file.path, model.tiles_of_call(args.tile_size, args.overlap))
             (path,) = work.outputs(file)
             save_tokens(path, tokens, context_model)

@@ -23,8 +23,7 @@ from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import from_hub, hub_reason
 from svqvae_hf.models.image_files import load_image
 from svqvae_hf.tokens.context_model import ContextModel, find_context_model
-from svqvae_hf.tokens.image_tokens import fit_in_memory
-from svqvae_hf.tokens.token_files import ImageTokens
+from svqvae_hf.tokens.image_tokens import choose_tiles
 
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
 
@@ -53,10 +52,10 @@ def load_model(source: str | None, device: str | None, dtype: str, **options: An
     return load_pretrained(SVQVAE, source or DEFAULT_MODEL, device, dtype, **options).eval()
 
 
-def load_tiled_model(args: argparse.Namespace) -> SVQVAE:
-    """Loads the model of a command that encodes, with the tiles of the command line."""
+def load_encoder(args: argparse.Namespace) -> SVQVAE:
+    """Loads the model of a command that encodes. Raises if the tiles of the command line do not fit it."""
     model = load_model(args.model, args.device, args.dtype)
-    model.enable_tiling(args.tile_size, args.overlap)
+    model.tiles_of_call(args.tile_size, args.overlap)
     return model
 
 
@@ -166,17 +165,10 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name or usable[0])
 
 
-def load_fitting_image(path: Path, model: SVQVAE, args: argparse.Namespace) -> Image.Image:
-    """Loads an image to encode at `args.scales`, and sets its tiles. Raises if memory is too small for it."""
+def load_image_with_tiles(
+    path: Path, model: SVQVAE, args: argparse.Namespace
+) -> tuple[Image.Image, tuple[int, int] | None]:
+    """Loads an image to encode at `args.scales`, and chooses its tiles. Raises if memory is too small for it."""
     image = load_image(path)
     with prefix_errors(path):
-        fit_in_memory(model, image.height, image.width, args.scales, args.tile_size, args.overlap)
-    return image
-
-
-def configure_decoding(model: SVQVAE, tokens: ImageTokens, args: argparse.Namespace) -> None:
-    """Sets the tiles of the command line or, where it has none, the tiles that the image was encoded with."""
-    tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
-    overlap = tokens.overlap if args.overlap is None else args.overlap
-    largest = max(1, *tokens.scales)
-    model.tile_if_large(largest * tokens.height, largest * tokens.width, tile_size, overlap)
+        return image, choose_tiles(model, image.height, image.width, args.scales, args.tile_size, args.overlap)

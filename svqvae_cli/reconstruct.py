@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_fitting_image, load_tiled_model
+    from svqvae_cli.loading import load_encoder, load_image_with_tiles
     from svqvae_hf.evaluation import reconstruction_table as table
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
-    model = load_tiled_model(args)
+    model = load_encoder(args)
     width = max(map(len, ["1,000 images", *(one_line(str(file.name)) for file in work.targets)]))
 
     def write_row(name: str, figures: "Sequence[ReconstructionFigures]") -> None:
@@ -58,10 +58,10 @@ def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
 
     measured: list[list[ReconstructionFigures]] = []  # per image, one per scale
     try:
-        for file, original in work.read(partial(load_fitting_image, model=model, args=args)):
+        for file, (original, tiles) in work.read(partial(load_image_with_tiles, model=model, args=args)):
             with work.attempt(file):
-                tokens = encode_image(model, original, args.scales, args.scale_from)
-                images = decode_image(model, tokens)
+                tokens = encode_image(model, original, args.scales, args.scale_from, tiles)
+                images = decode_image(model, tokens, tiles=tiles)
                 figures = table.measure_reconstructions(original, tokens, images)
                 sheet = [table.side_by_side(original, images, figures)] if args.side_by_side else []
                 for image, path in zip([*images, *sheet], work.outputs(file), strict=True):

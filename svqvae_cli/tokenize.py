@@ -19,7 +19,7 @@ from svqvae_cli.files import check_data, check_new_folder, check_source
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 MAX_WORKERS = 4  # by default
 OPTIONS = (  # of `tokenize_set`, under the same names
-    *("scales", "scale_from", "crops", "resolution", "batch_size", "overwrite", "license"),
+    *("scales", "scale_from", "crops", "resolution", "batch_size", "overwrite", "license", "tile_size", "overlap"),
 )
 
 
@@ -72,8 +72,6 @@ def run(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     is_numbered = local_rank is not None and args.device is None and device.type != "cpu"
     model = load_model(args.model, f"{device}:{local_rank}" if is_numbered else args.device, args.dtype)
-    if args.tile_size is not None or args.overlap is not None:
-        model.enable_tiling(args.tile_size, args.overlap)
     if args.sides:
         args.scales = [side / math.ceil(args.resolution / model.f) for side in args.sides]
     try:

@@ -15,7 +15,7 @@ from PIL import Image
 from svqvae_hf.demo.previews import ScalePreview, preview_scales
 from svqvae_hf.models.image_files import IMAGE_FORMATS, IMAGE_SUFFIXES, load_image, opened_image
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import encode_image, fit_in_memory, is_out_of_memory
+from svqvae_hf.tokens.image_tokens import choose_tiles, encode_image, is_out_of_memory
 
 STATIC = Path(__file__).parent / "static"
 EXAMPLE = STATIC / "example.webp"
@@ -24,6 +24,7 @@ CACHE_SECONDS = 3600  # minimum time that Gradio keeps the files of a visit
 UPLOAD_LIMIT = "100mb"
 MAX_PIXELS = 2**24  # browsers show this size with ease
 SCALES = (0.25, 0.5, 1.0)
+VISITORS_AT_ONCE = 4  # whose photographs are encoded; others wait
 PROGRESS = gr.Progress()  # as a default argument, it makes Gradio pass the progress bar of the call
 
 # Gradio brings these fonts. Its theme draws bold text at weight 600, but the file of that weight lacks most letters.
@@ -67,10 +68,10 @@ class Page:
     def _encode(self, photograph: str, progress: gr.Progress) -> list[Any]:
         _check_size(photograph)
         original = load_image(photograph)
-        fit_in_memory(self.model, original.height, original.width, SCALES)
+        tiles = choose_tiles(self.model, original.height, original.width, SCALES)
         progress(0, desc="encoding")
         start = time.perf_counter()
-        tokens = encode_image(self.model, original, SCALES)
+        tokens = encode_image(self.model, original, SCALES, tiles=tiles)
         seconds = time.perf_counter() - start
         previews = preview_scales(self.model, tokens, original)
         shown = list(progress.tqdm(previews, "decoding", len(SCALES), "scales"))
@@ -111,8 +112,7 @@ def build(page: Page) -> gr.Blocks:
         event = {
             "outputs": [*cleared, *(component for tab in scale_tabs for component in tab)],
             "show_progress_on": summary,
-            "concurrency_id": "model",  # one event at a time, because tiling is a state of the model
-            "concurrency_limit": 1,
+            "concurrency_limit": VISITORS_AT_ONCE,
             "api_visibility": "private",
         }
         at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

@@ -45,7 +45,7 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) ->
     """Decodes and measures each scale of an image.
 
     Args:
-        model ([`SVQVAE`]): Model that made the ids, with tiling configured.
+        model ([`SVQVAE`]): Model that made the ids.
         tokens ([`ImageTokens`]): Ids of the image.
         original (`PIL.Image.Image`): The image that was encoded.
 
@@ -54,7 +54,7 @@ def preview_scales(model: SVQVAE, tokens: ImageTokens, original: Image.Image) ->
     """
     for index, (ids, scale) in enumerate(zip(tokens.ids, tokens.scales, strict=True)):
         one_scale = dataclasses.replace(tokens, ids=[ids], scales=(scale,))
-        (image,) = decode_image(model, one_scale)
+        (image,) = decode_image(model, one_scale, tiles=tokens.tiles)
         height, width = ids.shape
         (measured,) = measure_reconstructions(original, one_scale, [image])
         figures = {

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from svqvae_hf.files.outputs import new_file
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
+from svqvae_hf.models.checks import check_tiles
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import Read, RunWindow, run_tiles, tile_axis
@@ -20,21 +21,24 @@ from svqvae_hf.tokens.token_files import ImageTokens
 
 
 @torch.inference_mode()
-def encode_large(model: SVQVAE, source: Path) -> ImageTokens:
+def encode_large(model: SVQVAE, source: Path, tiles: tuple[int, int] | None = None) -> ImageTokens:
     """Encodes an image of any size to the same ids as `encode_image`. Shows a progress bar on a terminal.
 
     Args:
-        model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
+        model ([`SVQVAE`]): Model in evaluation mode.
         source (`Path`): Image, see [`open_large_image`].
+        tiles (`tuple[int, int]`, *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
+            default the model's: 256 and 32 unless others were set.
 
     Returns:
         [`ImageTokens`]: Ids at scale 1.
 
     Raises:
-        ValueError: If the image cannot be read, or tiling is not enabled.
+        ValueError: If the image cannot be read.
     """
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
+    tiles = tiles or (model.tile_size, model.overlap)
     with open_large_image(source) as image:
         ids = torch.empty([-(-side // model.f) for side in (image.height, image.width)], dtype=torch.int32)
 
@@ -45,22 +49,23 @@ def encode_large(model: SVQVAE, source: Path) -> ImageTokens:
             sample = processor(pixels)["pixel_values"].to(device, model.dtype)
             return F.pad(sample, (0, right, 0, bottom), mode="replicate")
 
-        for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f):
+        for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
             ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
-        return image_tokens(model, [ids], image.height, image.width, [1.0])
+        return image_tokens(model, [ids], image.height, image.width, [1.0], tiles=tiles)
 
 
 @torch.inference_mode()
-def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path) -> None:
+def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path, tiles: tuple[int, int] | None = None) -> None:
     """Writes an image of any size: the same pixels as `decode_image` returns. Shows a progress bar on a terminal.
 
     Args:
-        model ([`SVQVAE`]): Model in evaluation mode, with tiling enabled.
+        model ([`SVQVAE`]): Model in evaluation mode.
         tokens ([`ImageTokens`]): Ids at scale 1.
         target (`Path`): Image to write, a tiled BigTIFF; its folder is created. It is complete or absent.
+        tiles (`tuple[int, int]`, *optional*): As in [`encode_large`].
 
     Raises:
-        ValueError: If the tokens have other scales or another codebook, or tiling is not enabled.
+        ValueError: If the tokens have other scales or another codebook.
     """
     if tokens.scales != (1,):
         scales = ", ".join(f"{scale:g}" for scale in tokens.scales)
@@ -71,6 +76,7 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path) -> None:
     f, (ids,) = model.f, tokens.ids
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     device = execution_device(model)
+    tiles = tiles or (model.tile_size, model.overlap)
 
     def read(rows: slice, columns: slice) -> torch.Tensor:
         window = ids[rows, columns].to(device, torch.int64)
@@ -79,21 +85,20 @@ def decode_large(model: SVQVAE, tokens: ImageTokens, target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_file(target) as partial, TiffWriter(partial, tokens.height, tokens.width) as output:
-        for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1):
+        for rows, columns, decoded in _run_tiles(model, model.decode_window, read, ids.shape, 1, tiles):
             top, left = rows.start * f, columns.start * f
             (image,) = processor.postprocess(decoded[..., : tokens.height - top, : tokens.width - left])
             output.write(top, left, np.asarray(image))
 
 
 def _run_tiles(
-    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int
+    model: SVQVAE, run: RunWindow, read: Read, size: torch.Size, input_stride: int, tiles: tuple[int, int]
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    if not model.use_tiling:
-        raise ValueError("a large image needs tiles, but tiling is disabled. Call `enable_tiling` first.")
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)  # loads offloaded weights, as `encode` and `decode` do
-    tile, overlap = model.tile_size // model.f, model.overlap // model.f
-    tiles = math.prod(len(tile_axis(side, tile, overlap)) for side in size)
+    check_tiles(model.f, *tiles)
+    tile, overlap = tiles[0] // model.f, tiles[1] // model.f
+    total = math.prod(len(tile_axis(side, tile, overlap)) for side in size)
     results = run_tiles(run, read, size, tile, overlap, input_stride)
-    return iter(tqdm(results, total=tiles, unit="tile", leave=False, delay=1, disable=None))
+    return iter(tqdm(results, total=total, unit="tile", leave=False, delay=1, disable=None))

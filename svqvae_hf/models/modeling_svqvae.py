@@ -357,7 +357,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             lookup_from_codebook=True,
         )
         self.f = 2 ** (len(encoder_ch_mult) - 1)
-        self.tile_size, self.overlap = 256, OVERLAP_PX
+        self.tile_size, self.overlap = 256, OVERLAP_PX // self.f * self.f
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> SVQVAEEncoderOutput | tuple[torch.Tensor]:
@@ -387,6 +387,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         force_not_quantize: bool = False,
         return_dict: bool = True,
         shape: tuple[int, int, int, int] | None = None,
+        tile_size: int | None = None,
+        overlap: int | None = None,
     ) -> SVQVAEDecoderOutput | tuple[torch.Tensor]:
         """Decodes ids or latents, told apart by their type: integers are looked up, floats are quantised.
 
@@ -396,6 +398,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             force_not_quantize (`bool`, defaults to `False`): See [`~SVQVAE.forward`].
             return_dict (`bool`, defaults to `True`): Whether to return an output object or a tuple.
             shape (`tuple[int, int, int, int]`, *optional*): `(batch, h, w, codebook_embed_dim)` of ids.
+            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
+            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
 
         Returns:
             [`SVQVAEDecoderOutput`] or `tuple`: Sample `(batch, out_channels, h * f, w * f)`, not clamped.
@@ -410,7 +414,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         else:
             check_latents(h, self.config)
             quantized = self.quantize.normalise(h) if force_not_quantize else self.quantize(h)[0]
-        sample = self._decode(quantized.to(self.dtype), self._tiles())
+        sample = self._decode(quantized.to(self.dtype), self._tiles(tile_size, overlap))
         return SVQVAEDecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
@@ -454,7 +458,12 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
     @apply_forward_hook
     @torch.no_grad()
     def encode_tokens(
-        self, sample: torch.Tensor, scales: float | Sequence[float] | None = None, scale_from: str = "image"
+        self,
+        sample: torch.Tensor,
+        scales: float | Sequence[float] | None = None,
+        scale_from: str = "image",
+        tile_size: int | None = None,
+        overlap: int | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Encodes images to ids, without gradients.
 
@@ -463,21 +472,28 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
                 `pixel_range`.
             scales (`float` or `Sequence[float]`, *optional*): One scale or several, each above 0.
             scale_from (`str`, defaults to `"image"`): See [`~SVQVAE.encode_scales`].
+            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
+            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
 
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Ids `(batch, h, w)` in int64. For several scales, a list with one
             grid per scale, in the same order. The shape of a grid does not depend on `scale_from`.
         """
         listed = [*scales] if isinstance(scales, Iterable) else [1.0 if scales is None else scales]
-        grids = [self.quantize.nearest_ids(latents) for latents in self.encode_scales(sample, listed, scale_from)]
+        latents = self.encode_scales(sample, listed, scale_from, tile_size, overlap)
+        grids = [self.quantize.nearest_ids(of_scale) for of_scale in latents]
         return grids if isinstance(scales, Iterable) else grids[0]
 
     @apply_forward_hook
-    def decode_tokens(self, ids: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    def decode_tokens(
+        self, ids: torch.Tensor | list[torch.Tensor], tile_size: int | None = None, overlap: int | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Decodes ids to images.
 
         Args:
             ids (`torch.Tensor` of shape `(batch, h, w)` or a list of them): Integers in `[0, codebook_size)`.
+            tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
+            overlap (`int`, *optional*): Overlap of this call. Switches tiling on.
 
         Returns:
             `torch.Tensor` or `list[torch.Tensor]`: Images `(batch, out_channels, h * f, w * f)`, clamped to
@@ -488,9 +504,10 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             TypeError: If `ids` is not a tensor of an integer type.
         """
         if isinstance(ids, list | tuple):
-            return [self.decode_tokens(grid) for grid in ids]
+            return [self.decode_tokens(grid, tile_size, overlap) for grid in ids]
         check_ids(ids, self.config)
-        return self.decode(ids).sample.clamp(*self.config["pixel_range"])
+        sample = self.decode(ids, tile_size=tile_size, overlap=overlap).sample
+        return sample.clamp(*self.config["pixel_range"])
 
     def forward(
         self,

@@ -23,8 +23,6 @@ OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
 CONTEXT_WINDOWS = 12  # maximum number of windows per image
 CONTEXT_WINDOW_SIDE = 10  # side of a window, in latents
 CONTEXT_MARGIN = 2  # latents next to a cut that are ignored
-WHOLE_BYTES = 1 << 30  # memory of an image above which the commands tile it
-FEATURES_HELD = 4  # feature maps that a residual block holds: its input, normalised values, two convolutions
 
 Read = Callable[[slice, slice], torch.Tensor]
 RunWindow = Callable[..., torch.Tensor]  # [`SVQVAE.encode_window`] or [`SVQVAE.decode_window`]
@@ -178,55 +176,48 @@ class TilingMixin:
         """Runs images as a whole again."""
         self.use_tiling = False
 
-    def enable_tiling(self, tile_size: int | None = None, overlap: int | None = None) -> None:
+    def enable_tiling(self, tile_size: int = 256, overlap: int | None = None) -> None:
         """Encodes and decodes large images tile by tile, so that memory grows only with the image and its latents.
 
         An image that fits into one tile is not tiled. All tiles of an image share their normalisation statistics and
-        what they attend to. Both come from at most 12 windows of 10 x 10 latents, spread over the image.
+        what they attend to. Both come from at most 12 windows of 10 x 10 latents, spread over the image. Arguments of
+        a call take the place of these.
 
         Args:
-            tile_size (`int`, *optional*, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
+            tile_size (`int`, defaults to 256): Maximum side of a tile in pixels, a multiple of `f`.
             overlap (`int`, *optional*): Overlap (halo) on each side of a tile in pixels, which is read but not kept: a
                 multiple of `f`, less than half of `tile_size`. By default 32, or a quarter of a small tile.
 
         Raises:
             ValueError: If `tile_size` or `overlap` does not fit.
         """
-        tile_size = 256 if tile_size is None else tile_size
         check_tiles(self.f, tile_size, overlap)
         self.use_tiling, self.tile_size = True, tile_size
         self.overlap = min(OVERLAP_PX // self.f, tile_size // self.f // 4) * self.f if overlap is None else overlap
 
-    def tile_if_large(
-        self, height: float, width: float, tile_size: int | None = None, overlap: int | None = None
-    ) -> None:
-        """Enables tiling if asked for, or if an image would take more than 1 GiB as a whole. Otherwise disables it.
+    def tiles_of_call(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
+        """Tile size and overlap in pixels of a call with these arguments; `None` if images are not tiled.
 
         Args:
-            height (`float`): Height of the image in pixels.
-            width (`float`): Width of the image in pixels.
-            tile_size (`int`, *optional*): As in [`~SVQVAE.enable_tiling`]; enables tiling.
-            overlap (`int`, *optional*): As in [`~SVQVAE.enable_tiling`]; enables tiling.
+            tile_size (`int`, *optional*): By default the model's. If one of the arguments is given, or after
+                [`~SVQVAE.enable_tiling`], the call uses tiles.
+            overlap (`int`, *optional*): By default the model's, or a quarter of a small tile.
+
+        Raises:
+            ValueError: If `tile_size` or `overlap` does not fit.
         """
-        self.enable_tiling(tile_size, overlap)
-        asked = tile_size is not None or overlap is not None
-        self.use_tiling = asked or self.whole_bytes(height, width) > WHOLE_BYTES
-
-    def whole_bytes(self, height: float, width: float) -> float:
-        """Estimates the memory of an image as a whole: four float32 feature maps of the widest at full resolution."""
-        encoder, decoder = self.config["encoder_ch_mult"], self.config["decoder_ch_mult"]
-        channels = self.config["base_channels"] * max(encoder[0], *decoder[:2])  # the second level is enlarged
-        return FEATURES_HELD * 4 * channels * height * width
-
-    def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
-        """Tile and overlap in latents; `None` without tiling."""
         if not self.use_tiling and tile_size is None and overlap is None:
             return None
         side = self.tile_size if tile_size is None else tile_size
         check_tiles(self.f, side, overlap)
         if overlap is None:
             overlap = self.overlap if tile_size is None else min(self.overlap // self.f, side // self.f // 4) * self.f
-        return side // self.f, overlap // self.f
+        return side, overlap
+
+    def _tiles(self, tile_size: int | None = None, overlap: int | None = None) -> tuple[int, int] | None:
+        """Tile and overlap of a call in latents; `None` without tiles."""
+        tiles = self.tiles_of_call(tile_size, overlap)
+        return None if tiles is None else (tiles[0] // self.f, tiles[1] // self.f)
 
     def _encode(self, sample: torch.Tensor, tiles: tuple[int, int] | None) -> torch.Tensor:
         return self._run(self.encode_window, pad_to_multiple(sample, self.f), tiles, self.f, 1)

@@ -21,9 +21,6 @@ class TokenizeImages(PipelineStep):
         model (`str`): Folder or Hub id of the model.
         device (`str`, *optional*): Device of the model; by default a GPU if there is one.
         dtype (`str`, defaults to `"float32"`): Precision of the weights.
-        tile_size (`int`, *optional*): Side of a tile in pixels; by default 256 for images that would take more than
-            1 GiB as a whole, and no tiles for others.
-        overlap (`int`, *optional*): Pixels that a tile reads beyond each of its sides, by default 32.
         images (`Mapping[str, Any]`, *optional*): Further options of `open_images`.
         **options: Further options of [`~svqvae_hf.token_sets.writer.tokenize_set`], except `parts` and
             `num_parts`.
@@ -40,14 +37,12 @@ class TokenizeImages(PipelineStep):
         *,
         device: str | None = None,
         dtype: str = "float32",
-        tile_size: int | None = None,
-        overlap: int | None = None,
         images: Mapping[str, Any] | None = None,
         **options: Any,
     ):
         super().__init__()
         self.data, self.out, self.model = data, out, model
-        self.device, self.dtype, self.tiles = device, dtype, (tile_size, overlap)
+        self.device, self.dtype = device, dtype
         self.images = dict(images or {})
         self.options = {**public_names(self.data, model), **options}
 
@@ -65,8 +60,6 @@ class TokenizeImages(PipelineStep):
         device = self.device or gpu or "cpu"
         with self.track_time():
             model = SVQVAE.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).to(device).eval()
-            if self.tiles != (None, None):
-                model.enable_tiling(*self.tiles)
             tokenize_set(
                 model,
                 open_images(self.data, **self.images),

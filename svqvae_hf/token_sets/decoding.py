@@ -11,7 +11,7 @@ from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.tokens.context_model import ContextModel
-from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, fit_in_memory
+from svqvae_hf.tokens.image_tokens import check_same_codebook, choose_tiles, decode_image
 
 
 def detokenize_set(
@@ -30,8 +30,7 @@ def detokenize_set(
     A row whose images all exist and are whole is skipped, so an interrupted run can be resumed.
 
     Args:
-        model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set. Its tiling is set to the tiling of
-            the set.
+        model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set.
         data (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
         output (`str` or `os.PathLike`): Folder to write to.
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
@@ -63,8 +62,10 @@ def detokenize_set(
         if not overwrite and all(path.exists() and is_whole(path) for path in paths):
             kept += len(paths)
             continue
-        fit_in_memory(model, tokens.height, tokens.width, tokens.scales, settings.tile_size, settings.overlap)
-        for image, path in zip(decode_image(model, tokens), paths, strict=True):
+        asked = settings.tile_size, settings.overlap
+        tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *asked)
+        images = decode_image(model, tokens, tiles=tiles)
+        for image, path in zip(images, paths, strict=True):
             save_png(image, path)
             written += 1
     return written, kept

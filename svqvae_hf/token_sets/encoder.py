@@ -12,7 +12,7 @@ from svqvae_hf.token_sets.crops import CROPS, CroppedImage
 from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.context_model import ContextModel
-from svqvae_hf.tokens.image_tokens import check_memory, execution_device, image_tokens
+from svqvae_hf.tokens.image_tokens import choose_tiles, execution_device, image_tokens
 from svqvae_hf.tokens.token_files import token_file_content
 
 BATCH_CROPS = 64  # crops of a batch by default, if they are small
@@ -47,7 +47,9 @@ class RowEncoder:
         self.features = features
         self.batch_size = batch_size
         self.black, self.white = model.config["pixel_range"]
-        self.fitting: set[tuple[int, ...]] = set()  # shapes of batches that fit in memory
+        self.tiles: dict[
+            tuple[int, ...], tuple[int, int] | None
+        ] = {}  # of batches by their shape, which fit in memory
 
     def encode(
         self, images: Iterable[CroppedImage], record: PartRecord, on_image: Callable[[], object]
@@ -81,7 +83,6 @@ class RowEncoder:
             while queue and self.settings.id_columns[0] in queue[0]:
                 yield queue.popleft()
         self._encode_all(waiting)
-        self.model.use_tiling = self.settings.tile_size is not None  # as before the images
         yield from queue
 
     def _crops(
@@ -115,12 +116,12 @@ class RowEncoder:
         """Adds ids to the rows of crops of one size."""
         pixels = torch.stack([pixels for pixels, _ in crops])
         settings = self.settings
-        self._fit(pixels.shape, crops[0][1]["key"])
+        tiles = self._tiles(pixels.shape, crops[0][1]["key"])
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         unit = pixels.to(self.device, non_blocking=True).float().div_(255)
         sample = unit.mul_(self.white - self.black).add_(self.black)  # as the image processor, with fewer copies
-        encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from)
+        encoded = self.model.encode_tokens(sample.to(self.dtype), settings.scales, settings.scale_from, *(tiles or ()))
         grids = [grid.cpu() for grid in encoded]
         for number, (_, row) in enumerate(crops):
             ids = [grid[number] for grid in grids]
@@ -129,18 +130,16 @@ class RowEncoder:
                 row |= dict(zip(settings.id_columns, stored, strict=True))
             else:
                 size = row["height"], row["width"]
-                tokens = image_tokens(self.model, ids, *size, settings.scales, settings.scale_from)
+                tokens = image_tokens(self.model, ids, *size, settings.scales, settings.scale_from, tiles)
                 row["tokens"] = token_file_content(tokens, self.context_model)
 
-    def _fit(self, shape: torch.Size, key: str) -> None:
-        """Sets the tiles for images of a shape, and raises if their batches need more memory than is available."""
+    def _tiles(self, shape: torch.Size, key: str) -> tuple[int, int] | None:
+        """Tiles of a batch. Raises if it needs more memory than is available."""
         count, _, height, width = shape
-        largest, settings = max(1, *self.settings.scales), self.settings
-        self.model.tile_if_large(largest * height, largest * width, settings.tile_size, settings.overlap)
-        if shape in self.fitting:
-            return
-        try:
-            check_memory(self.model, largest * height, largest * width, count)
-        except ValueError as error:
-            raise ValueError(f"`{key}`: {error}") from error
-        self.fitting.add(shape)
+        if shape not in self.tiles:
+            asked = self.settings.tile_size, self.settings.overlap
+            try:
+                self.tiles[shape] = choose_tiles(self.model, height, width, self.settings.scales, *asked, count)
+            except ValueError as error:
+                raise ValueError(f"`{key}`: {error}") from error
+        return self.tiles[shape]

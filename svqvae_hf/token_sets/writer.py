@@ -94,6 +94,8 @@ def tokenize_set(
     num_workers: int = 0,
     overwrite: bool = False,
     license: str | None = None,
+    tile_size: int | None = None,
+    overlap: int | None = None,
 ) -> TokenizeReport:
     """Makes a token set from an image set, or some parts of it.
 
@@ -102,7 +104,7 @@ def tokenize_set(
     completes the set. On devices of one kind, the files are the same however many processes took part.
 
     Args:
-        model ([`SVQVAE`]): Model in evaluation mode, on its device, with its tiling configured.
+        model ([`SVQVAE`]): Model in evaluation mode, on its device.
         images ([`ImageSet`]): Images from [`~svqvae_hf.data.image_sets.open_images`]. Unreadable ones are skipped and
             listed.
         out (`str` or `os.PathLike`): Folder to create, or its URL for `fsspec`, such as `s3://bucket/tokens`. It must
@@ -122,6 +124,9 @@ def tokenize_set(
         num_workers (`int`, defaults to 0): Processes that read and crop images; with 0, this process does.
         overwrite (`bool`, defaults to `False`): Whether to delete a token set in the folder first.
         license (`str`, *optional*): Licence of the images, by the Hub's identifier, for the card.
+        tile_size (`int`, *optional*): Tile size for all images, as in
+            [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
+        overlap (`int`, *optional*): Overlap for all images.
 
     Returns:
         [`TokenizeReport`]: Numbers of images, rows and files.
@@ -143,7 +148,7 @@ def tokenize_set(
         crops=crops,
         resolution=resolution,
         context_model=None if context_model is None else context_model.fingerprint,
-        **encoding_of(model, [*map(float, scales)], scale_from),
+        **encoding_of(model, [*map(float, scales)], scale_from, model.tiles_of_call(tile_size, overlap)),
     )
     features = row_features(settings, images.features)
     stored = json.loads(settings.to_json())

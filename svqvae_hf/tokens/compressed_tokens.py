@@ -7,8 +7,7 @@
     CRC-32 of all above                                           4 bytes
     per scale, from the fewest ids: chunk, CRC-32 of the chunk    ... + 4 bytes
 
-A chunk is the output of constriction's range coder. Scales after the first are coded given the scale before. A file
-that is cut after some chunk still holds the coarser scales.
+A chunk is the output of constriction's range coder. Scales after the first are coded given the scale before.
 """
 
 import math
@@ -74,12 +73,11 @@ def compress(record: Mapping[str, Any], grids: Sequence[np.ndarray], model: Cont
     return b"".join(part + CRC.pack(zlib.crc32(part)) for part in (header, *chunks.values()))
 
 
-def read_compressed(content: bytes, preview: bool = False) -> CompressedTokens:
+def read_compressed(content: bytes) -> CompressedTokens:
     """Reads the content of a compressed token file, and checks every byte. The ids remain coded.
 
     Args:
         content (`bytes`): The file.
-        preview (`bool`, defaults to `False`): Whether to return the scales that are complete if the file is cut.
 
     Raises:
         ValueError: The content is damaged or cut.
@@ -98,21 +96,18 @@ def read_compressed(content: bytes, preview: bool = False) -> CompressedTokens:
     shapes = [grid_shape(height, width, f, scale) for scale in scales]
     chunks: dict[int, bytes] = {}
     for index in coding_order(shapes):
-        if preview and chunks and len(content) < end + sizes[index] + CRC.size:
-            break
         if math.prod(shapes[index]) * LEAST_BITS > 8 * (sizes[index] + CRC.size):
             raise ValueError(f"its {sizes[index]} bytes cannot hold {math.prod(shapes[index])} ids.")
         chunks[index] = _take(content, end, end + sizes[index])
         end = _check(content, end, end + sizes[index])
-    if end < len(content) and len(chunks) == count:
+    if end < len(content):
         raise ValueError(f"it must end after {end} bytes, but has {len(content)}.")
-    found = sorted(chunks)
     record = {
         **{"height": height, "width": width, "f": f, "scale_from": SCALE_SOURCES[source]},
         **{"tile_size": tile_size or None, "overlap": overlap if tile_size else None},
-        "scales": tuple(scales[index] for index in found),
+        "scales": scales,
     }
-    return CompressedTokens(record, fingerprint.hex(), [chunks[index] for index in found])
+    return CompressedTokens(record, fingerprint.hex(), [chunks[index] for index in range(count)])
 
 
 def decompress(compressed: CompressedTokens, model: ContextModel) -> list[np.ndarray]:

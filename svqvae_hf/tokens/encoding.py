@@ -59,6 +59,11 @@ class Encoding:
         return grid_shape(height, width, self.f, scale)
 
     @property
+    def tiles(self) -> tuple[int, int] | None:
+        """Tile size and overlap in pixels; `None` without tiles."""
+        return None if self.tile_size is None or self.overlap is None else (self.tile_size, self.overlap)
+
+    @property
     def encoding(self) -> dict[str, Any]:
         """How images were encoded, as arguments of this class and of its subclasses."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Encoding)}
@@ -91,13 +96,16 @@ class Encoding:
         return cls(**values | {"scales": tuple(values["scales"])}, **others)
 
 
-def encoding_of(model: SVQVAE, scales: Sequence[float], scale_from: str) -> dict[str, Any]:
-    """How a model encodes images now, as arguments of [`Encoding`] and of its subclasses."""
+def encoding_of(
+    model: SVQVAE, scales: Sequence[float], scale_from: str, tiles: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """How a model encodes images, as arguments of [`Encoding`]. By default, with the tiles that are enabled on it."""
+    tile_size, overlap = tiles or model.tiles_of_call() or (None, None)
     return {
         "scales": tuple(scales),
         "f": model.f,
-        "tile_size": model.tile_size if model.use_tiling else None,
-        "overlap": model.overlap if model.use_tiling else None,
+        "tile_size": tile_size,
+        "overlap": overlap,
         "codebook_size": model.config["codebook_size"],
         "codebook_fingerprint": model.codebook_fingerprint(),
         "scale_from": scale_from,

@@ -1,5 +1,6 @@
 """Encodes one image to its tokens and back, and checks the memory that this needs."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from svqvae_hf.tokens.token_files import ImageTokens, check_tokens
 GIB = 2**30
 OUT_OF_MEMORY = "out of memory. Use smaller scales, tiles, images or batches."
 
+FEATURES_HELD = 4  # feature maps that a residual block holds: its input, normalised values, two convolutions
 PIXEL_BYTES = 64  # per pixel: the image, its float32 sample and reconstruction, and a copy of each
 
 
@@ -25,7 +27,11 @@ class TooLargeError(ValueError):
 
 
 def encode_image(
-    model: SVQVAE, image: Image.Image, scales: float | Sequence[float] = 1, scale_from: str = "image"
+    model: SVQVAE,
+    image: Image.Image,
+    scales: float | Sequence[float] = 1,
+    scale_from: str = "image",
+    tiles: tuple[int, int] | None = None,
 ) -> ImageTokens:
     """Encodes an image to ids at each scale.
 
@@ -34,6 +40,8 @@ def encode_image(
         image (`PIL.Image.Image`): Image of any size.
         scales (`float` or `Sequence[float]`, defaults to 1): Output side over input side, each above 0.
         scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`SVQVAE.encode_scales`].
+        tiles (`tuple[int, int]`, *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
+            default the model's, if tiling is enabled.
 
     Returns:
         [`ImageTokens`]: One grid of ids per scale, in the order of `scales`.
@@ -42,9 +50,11 @@ def encode_image(
     processor = SVQVAEImageProcessor(pixel_range=model.config["pixel_range"])
     batch = processor([image])
     ((height, width),) = batch["image_sizes"]
+    sample = batch["pixel_values"].to(execution_device(model), model.dtype)
     with torch.inference_mode():
-        grids = model.encode_tokens(batch["pixel_values"].to(execution_device(model), model.dtype), scales, scale_from)
-    return image_tokens(model, [grid[0].cpu() for grid in grids], height, width, scales, scale_from)
+        grids = model.encode_tokens(sample, scales, scale_from, *(tiles or ()))
+    ids = [grid[0].cpu() for grid in grids]
+    return image_tokens(model, ids, height, width, scales, scale_from, tiles)
 
 
 def image_tokens(
@@ -54,25 +64,29 @@ def image_tokens(
     width: int,
     scales: float | Sequence[float],
     scale_from: str = "image",
+    tiles: tuple[int, int] | None = None,
 ) -> ImageTokens:
     """Joins the ids of an image with the facts of the model that a token file stores.
 
     At scale 1 alone nothing is resized, and `scale_from` is always `"latents"`, so that equal ids make equal files.
 
     Args:
-        model ([`SVQVAE`]): Model that encoded the image, with the same tiling.
+        model ([`SVQVAE`]): Model that encoded the image.
         ids (`list[torch.Tensor]`, each of shape `(h, w)`): One grid per scale.
         height (`int`): Height of the image in pixels.
         width (`int`): Width of the image in pixels.
         scales (`float` or `Sequence[float]`): Output side over input side, one per grid.
         scale_from (`str`, defaults to `"image"`): What was resized to the scales.
+        tiles (`tuple[int, int]`, *optional*): Tile size and overlap that the model was called with.
     """
     scales = check_scales(scales)
     scale_from = "latents" if set(scales) == {1} else scale_from
-    return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from))
+    return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from, tiles))
 
 
-def decode_image(model: SVQVAE, tokens: ImageTokens, full_size: bool = False) -> list[Image.Image]:
+def decode_image(
+    model: SVQVAE, tokens: ImageTokens, full_size: bool = False, tiles: tuple[int, int] | None = None
+) -> list[Image.Image]:
     """Decodes ids to the images that `model(image, scales)` reconstructs.
 
     Args:
@@ -80,6 +94,8 @@ def decode_image(model: SVQVAE, tokens: ImageTokens, full_size: bool = False) ->
         tokens ([`ImageTokens`]): Ids of one image, from the codebook of the model.
         full_size (`bool`, defaults to `False`): Whether to resize all images to the size of the image that was
             encoded, with [`resize_image`].
+        tiles (`tuple[int, int]`, *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
+            default the model's, if tiling is enabled.
 
     Returns:
         `list[PIL.Image.Image]`: One image per scale with sides of `round(scale * side)` pixels, or of the full size.
@@ -95,7 +111,8 @@ def decode_image(model: SVQVAE, tokens: ImageTokens, full_size: bool = False) ->
     images: list[Image.Image] = []
     with torch.inference_mode():
         for ids, scale in zip(tokens.ids, tokens.scales, strict=True):
-            decoded = model.decode(ids[None].to(execution_device(model))).sample
+            grid = ids[None].to(execution_device(model))
+            decoded = model.decode(grid, False, True, None, *(tiles or ())).sample
             images += processor.postprocess(model.resize_to_image(decoded, image_size, scale))
     return [resize_image(image, (tokens.width, tokens.height)) for image in images] if full_size else images
 
@@ -152,43 +169,54 @@ def available_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def check_memory(model: SVQVAE, height: float, width: float, images: int = 1) -> None:
-    """Raises before the work if images of one size would need more memory than is available.
+def choose_tiles(
+    model: SVQVAE,
+    height: int,
+    width: int,
+    scales: Sequence[float] = (1,),
+    tile_size: int | None = None,
+    overlap: int | None = None,
+    images: int = 1,
+) -> tuple[int, int] | None:
+    """Chooses the tiles of an image at several scales, and checks before the work that its memory suffices.
 
     Args:
-        model ([`SVQVAE`]): Model on its device, with its tiling configured.
-        height (`float`): Height in pixels of the image, or of its largest scale.
-        width (`float`): Width in pixels.
+        model ([`SVQVAE`]): Model on its device. Tiles that are enabled on it are used.
+        height (`int`): Height of the image in pixels.
+        width (`int`): Width of the image in pixels.
+        scales (`Sequence[float]`, defaults to `(1,)`): Scales of the ids.
+        tile_size (`int`, *optional*): Tile size to use. By default the model's, if tiling is enabled or the image
+            would take more than 1 GiB as a whole.
+        overlap (`int`, *optional*): Overlap to use.
         images (`int`, defaults to 1): Number of images in a batch.
+
+    Returns:
+        `tuple[int, int]`, *optional*: Tile size and overlap in pixels; `None` to run the image as a whole.
 
     Raises:
         TooLargeError: The estimate exceeds the available memory.
-    """
-    sides = [min(side, model.tile_size) if model.use_tiling else side for side in (height, width)]
-    needed = images * (model.whole_bytes(*sides) + PIXEL_BYTES * height * width)
-    available = available_memory(execution_device(model))
-    if needed > available:
-        tiles = f"in tiles of {model.tile_size} pixels" if model.use_tiling else "without tiles"
-        raise TooLargeError(
-            f"an image of {width:.0f} x {height:.0f} pixels {tiles} would take about {needed / GIB:,.2f} GiB of "
-            f"memory, but {available / GIB:,.2f} GiB are available. Use smaller scales, smaller tiles or a smaller "
-            "image, or `--large` on the command line."
-        )
-
-
-def fit_in_memory(model: SVQVAE, height: int, width: int, scales: Sequence[float], *tiles: int | None) -> None:
-    """Sets the tiling of a model for an image at several scales, and raises if its memory does not suffice.
-
-    Args:
-        model ([`SVQVAE`]): Model.
-        height (`int`): Height of the image in pixels.
-        width (`int`): Width of the image in pixels.
-        scales (`Sequence[float]`): Scales of the ids.
-        *tiles (`int`, *optional*): Tile size and overlap, for [`SVQVAE.tile_if_large`].
-
-    Raises:
-        TooLargeError: The image does not fit, see [`check_memory`].
+        ValueError: `tile_size` or `overlap` does not fit the model.
     """
     largest = max(1, *scales)
-    model.tile_if_large(largest * height, largest * width, *tiles)
-    check_memory(model, largest * height, largest * width)
+    tiles = model.tiles_of_call(tile_size, overlap)
+    if tiles is None and whole_bytes(model, largest * height, largest * width) > GIB:
+        tiles = model.tiles_of_call(model.tile_size)
+    limit = tiles[0] if tiles else math.inf
+    sides = [min(limit, largest * side) for side in (height, width)]
+    needed = images * (whole_bytes(model, *sides) + PIXEL_BYTES * largest**2 * height * width)
+    available = available_memory(execution_device(model))
+    if needed > available:
+        raise TooLargeError(
+            f"an image of {largest * width:.0f} x {largest * height:.0f} pixels "
+            f"{f'in tiles of {limit} pixels' if tiles else 'without tiles'} would take about "
+            f"{needed / GIB:,.2f} GiB of memory, but {available / GIB:,.2f} GiB are available. Use smaller scales, "
+            "smaller tiles or a smaller image, or `--large` on the command line."
+        )
+    return tiles
+
+
+def whole_bytes(model: SVQVAE, height: float, width: float) -> float:
+    """Estimates the memory of an image as a whole: four float32 feature maps of the widest at full resolution."""
+    encoder, decoder = model.config["encoder_ch_mult"], model.config["decoder_ch_mult"]
+    channels = model.config["base_channels"] * max(encoder[0], *decoder[:2])  # the second level is enlarged
+    return FEATURES_HELD * 4 * channels * height * width

@@ -111,15 +111,12 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
     return safetensors.torch.save(grids, metadata)
 
 
-def load_tokens(
-    path: str | os.PathLike, context_model: ContextModel | None = None, preview: bool = False
-) -> ImageTokens:
+def load_tokens(path: str | os.PathLike, context_model: ContextModel | None = None) -> ImageTokens:
     """Reads a token file and checks every value.
 
     Args:
         path (`str` or `os.PathLike`): File that [`save_tokens`] wrote.
         context_model ([`ContextModel`], *optional*): Context model that a compressed file was written with.
-        preview (`bool`, defaults to `False`): Whether to return the complete scales of a compressed file that is cut.
 
     Returns:
         `ImageTokens`: Content of the file, with ids in int64.
@@ -132,7 +129,7 @@ def load_tokens(
     if not Path(path).is_file():
         raise FileNotFoundError(f"the token file `{path}` does not exist.")
     if is_compressed(path):
-        compressed = load_compressed(path, preview)
+        compressed = load_compressed(path)
         try:
             return decompressed_tokens(compressed, context_model)
         except ValueError as error:
@@ -149,10 +146,10 @@ def load_tokens(
         raise _undecodable(path, error) from error
 
 
-def load_compressed(path: str | os.PathLike, preview: bool = False) -> CompressedTokens:
+def load_compressed(path: str | os.PathLike) -> CompressedTokens:
     """Reads a compressed token file without decoding its ids, see [`load_tokens`]."""
     try:
-        return read_compressed(Path(path).read_bytes(), preview)
+        return read_compressed(Path(path).read_bytes())
     except ValueError as error:
         raise _undecodable(path, error) from error
 
@@ -172,9 +169,9 @@ def decompressed_tokens(compressed: CompressedTokens, context_model: ContextMode
     )
 
 
-def load_scales(path: str | os.PathLike, preview: bool = False) -> tuple[float, ...]:
+def load_scales(path: str | os.PathLike) -> tuple[float, ...]:
     """Reads the scales of a token file, see [`load_tokens`]."""
-    return load_compressed(path, preview).record["scales"] if is_compressed(path) else load_tokens(path).scales
+    return load_compressed(path).record["scales"] if is_compressed(path) else load_tokens(path).scales
 
 
 def is_compressed(path: str | os.PathLike) -> bool:

@@ -34,8 +34,8 @@ def used_tiles(monkeypatch):
     """Replaces the decoder, and collects the tiling of its calls."""
     used = []
 
-    def decode_image(model, tokens, full_size):
-        used.append((model.tile_size, model.overlap) if model.use_tiling else None)
+    def decode_image(model, tokens, full_size, tiles):
+        used.append(tiles)
         return [Image.new("RGB", (1, 1))]
 
     monkeypatch.setattr("svqvae_hf.tokens.image_tokens.decode_image", decode_image)

@@ -49,7 +49,6 @@ def read_any_tokens(content: bytes, folder: Path) -> None:
     make = {b"h": with_data, b"c": with_checksums}.get(content[:1], bytes)
     path.write_bytes(make(content[1:]))
     says_tokens = is_token_file(path) or is_compressed(path)
-    result_or_none(lambda: load_tokens(path, CONTEXT_MODEL, preview=True), path)
     tokens = result_or_none(lambda: load_tokens(path, CONTEXT_MODEL), path)
     if tokens is not None:
         assert says_tokens

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from conftest import make_tiny
 
 from svqvae_hf.models.tiling import map_tiles, tile_axis, window_origins
 
@@ -57,19 +56,3 @@ def test_context_windows_have_the_proportions_of_the_image():
     for size, grid in [((192, 256), (5, 6)), ((100, 3200), (1, 32)), ((14, 14), (2, 2))]:
         origins = window_origins(size, 12, 32)
         assert (len({y for y, _ in origins}), len({x for _, x in origins})) == grid
-
-
-@pytest.mark.parametrize(("config", "channels"), [({}, 16), ({"encoder_ch_mult": (4, 2, 2)}, 32)])
-def test_images_are_tiled_if_asked_for_or_if_they_take_more_than_a_gib_as_a_whole(config, channels):
-    model = make_tiny(**config)
-    side = 2**15 / channels**0.5 / 4
-    assert model.whole_bytes(side, side) == pytest.approx(2**26 * 4**2)
-    for size, asked, tiled in [
-        ((side, side * 0.99), {}, False),
-        ((side, side * 1.01), {}, True),
-        ((8, 8), {"tile_size": 32}, True),
-        ((8, 8), {"overlap": 8}, True),
-    ]:
-        model.tile_if_large(*size, **asked)
-        assert model.use_tiling == tiled
-        assert model.tile_size == asked.get("tile_size", 256)

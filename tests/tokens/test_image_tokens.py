@@ -5,11 +5,12 @@ import psutil
 import pytest
 import torch
 from accelerate import cpu_offload
+from conftest import make_tiny
 from PIL import Image
 
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.tokens.image_tokens import available_memory, check_memory, decode_image, encode_image, execution_device
+from svqvae_hf.tokens.image_tokens import available_memory, choose_tiles, decode_image, encode_image, execution_device
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 SCALES = (0.5, 1.0, 1.3)
@@ -98,15 +99,47 @@ def test_the_unused_reserve_of_a_gpu_is_available(monkeypatch):
 
 def test_memory_depends_on_the_tile_and_on_the_image(tiny_model, available):
     available.available = 3 * 2**28
-    tiny_model.enable_tiling(256, 32)
-    check_memory(tiny_model, 2000, 2000)
-    with pytest.raises(ValueError, match="20000 x 20000 pixels in tiles of 256 pixels would take about"):
-        check_memory(tiny_model, 20_000, 20_000)
-    with pytest.raises(ValueError, match="would take about"):
-        check_memory(tiny_model, 2000, 2000, images=8)
-    tiny_model.disable_tiling()
-    with pytest.raises(ValueError, match="without tiles would take about 1.19 GiB of memory, but 0.75 GiB are"):
-        check_memory(tiny_model, 2000, 2000)
+    tiles = {"tile_size": 256}
+    assert choose_tiles(tiny_model, 2000, 2000, **tiles) == (256, 32)
+    for size, more in ((20_000, {}), (2000, {"images": 8}), (2000, {"scales": [1, 10]})):
+        with pytest.raises(ValueError, match=r"pixels in tiles of 256 pixels would take about"):
+            choose_tiles(tiny_model, size, size, **tiles, **more)
+    with pytest.raises(ValueError, match="1980 x 1980 pixels without tiles would take about 1.17 GiB of memory, but"):
+        choose_tiles(tiny_model, 1980, 1980)
+
+
+@pytest.mark.parametrize(("config", "channels"), [({}, 16), ({"encoder_ch_mult": (4, 2, 2)}, 32)])
+def test_tiles_are_those_asked_for_or_enabled_or_for_images_of_more_than_a_gib(config, channels, available):
+    model = make_tiny(**config)
+    side = round(2**15 / channels**0.5 / 4)
+    for size, scales, asked, tiles in [
+        ((side, side - 9), [0.5, 1], {}, None),
+        ((side, side + 9), [0.5], {}, (256, 32)),
+        ((side, side - 9), [1.1], {}, (256, 32)),
+        ((8, 8), [1], {"tile_size": 32}, (32, 8)),
+        ((8, 8), [1], {"overlap": 8}, (256, 8)),
+    ]:
+        assert choose_tiles(model, *size, scales, **asked) == tiles
+    model.enable_tiling(128)
+    before = vars(model).copy()
+    for asked, tiles in [({}, (128, 32)), ({"tile_size": 32}, (32, 8)), ({"overlap": 8}, (128, 8))]:
+        assert choose_tiles(model, side, side + 9, **asked) == tiles
+    assert vars(model) == before
+
+
+def test_tiles_of_a_call_are_those_of_a_model_on_which_they_are_enabled(tiny_model, crop):
+    by_call = encode_image(tiny_model, crop, SCALES, tiles=(32, 8))
+    images = decode_image(tiny_model, by_call, tiles=by_call.tiles)
+    assert not tiny_model.use_tiling
+    assert by_call.tiles == (32, 8)
+    tiny_model.enable_tiling(32, 8)
+    enabled = encode_image(tiny_model, crop, SCALES)
+    assert enabled.to_record() == by_call.to_record()
+    assert all(torch.equal(one, other) for one, other in zip(enabled.ids, by_call.ids, strict=True))
+    assert images == decode_image(tiny_model, enabled)
+    tiny_model.enable_tiling(16, 4)
+    assert images == decode_image(tiny_model, enabled, tiles=(32, 8))
+    assert images != decode_image(tiny_model, enabled)
 
 
 def test_full_size_is_the_size_of_the_image(tiny_model, crop):

@@ -33,7 +33,8 @@ def load_tokenizers(
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to load it to.
         scales (`Sequence[float]`, defaults to `(1.0,)`): Scales of an [`SVQVAE`].
         scale_from (`str`, defaults to `"image"`): What an [`SVQVAE`] resizes to a scale.
-        tile_size (`int`, *optional*): Tiles of an [`SVQVAE`], as in [`SVQVAE.tile_if_large`].
+        tile_size (`int`, *optional*): Tiles of an [`SVQVAE`], as in
+            [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
         overlap (`int`, *optional*): Their overlap.
 
     Raises:

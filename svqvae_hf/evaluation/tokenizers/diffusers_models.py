@@ -7,7 +7,7 @@ from svqvae_hf.evaluation.measuring import to_image, to_tensor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.resizing import map_range
 from svqvae_hf.tokens.context_model import ContextModel
-from svqvae_hf.tokens.image_tokens import decode_image, encode_image, fit_in_memory
+from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image, encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, token_file_content
 
 
@@ -19,8 +19,8 @@ class SVQVAETokenizer:
         model ([`SVQVAE`]): Model in evaluation mode.
         scale (`float`, defaults to 1.0): Output side over input side.
         scale_from (`str`, defaults to `"image"`): What is resized to the scale, see [`SVQVAE.encode_scales`].
-        tile_size (`int`, *optional*): As in [`SVQVAE.tile_if_large`].
-        overlap (`int`, *optional*): As in [`SVQVAE.tile_if_large`].
+        tile_size (`int`, *optional*): As in [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
+        overlap (`int`, *optional*): As in [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
     """
 
     f = 1  # the model pads images itself
@@ -36,15 +36,15 @@ class SVQVAETokenizer:
         context_model: ContextModel | None = None,
     ):
         self.title, self.model, self.scale, self.scale_from = title, model, scale, scale_from
-        self.tiles = tile_size, overlap
+        self.asked = tile_size, overlap
         self.context_model = context_model
         self.codebook_size = model.config["codebook_size"]
 
     def encode(self, sample: torch.Tensor) -> ImageTokens:
         """Content of a token file."""
         height, width = sample.shape[-2:]
-        fit_in_memory(self.model, height, width, [self.scale], *self.tiles)
-        return encode_image(self.model, to_image(sample), self.scale, self.scale_from)
+        tiles = choose_tiles(self.model, height, width, [self.scale], *self.asked)
+        return encode_image(self.model, to_image(sample), self.scale, self.scale_from, tiles)
 
     def stored_bits(self, codes: ImageTokens) -> int:
         """Bits of the token file, compressed if there is a context model."""
@@ -52,7 +52,8 @@ class SVQVAETokenizer:
 
     def decode(self, codes: ImageTokens) -> torch.Tensor:
         """Image of the size of the scale."""
-        return to_tensor(decode_image(self.model, codes)[0]) / 127.5 - 1
+        (image,) = decode_image(self.model, codes, tiles=codes.tiles)
+        return to_tensor(image) / 127.5 - 1
 
 
 class VQModelTokenizer:
