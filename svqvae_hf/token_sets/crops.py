@@ -97,11 +97,9 @@ def read_crops(
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         num_workers (`int`): Worker processes; with 0, this process reads.
     """
-    rows, size = iter(images), WHOLE_PER_TASK if resolution is None else IMAGES_PER_TASK
     tasks = DataLoader(
         _CropReader(crops, resolution),
-        batch_size=None,
-        sampler=iter(lambda: list(itertools.islice(rows, size)), []),
+        batch_sampler=_tasks(images, WHOLE_PER_TASK if resolution is None else IMAGES_PER_TASK),
         num_workers=num_workers,
         collate_fn=list,  # by default, the loader would make tensors of all arrays
         generator=torch.Generator(),  # otherwise the loader draws from the global one
@@ -110,17 +108,21 @@ def read_crops(
     return itertools.chain.from_iterable(tasks)
 
 
+def _tasks(images: Iterable[ImageRow], size: int) -> Iterator[list[ImageRow]]:
+    """Yields tasks of workers. Only this process reads the set, so that no worker reads files of another."""
+    rows = iter(images)
+    while task := list(itertools.islice(rows, size)):
+        yield task
+
+
 class _CropReader(Dataset):
-    """Reads and crops a few images, here or in a worker process."""
+    """Reads and crops an image, here or in a worker process."""
 
     def __init__(self, crops: str, resolution: int | None):
         self.crops = crops
         self.resolution = resolution
 
-    def __getitem__(self, rows: list[ImageRow]) -> list[CroppedImage]:
-        return [self._read(row) for row in rows]
-
-    def _read(self, row: ImageRow) -> CroppedImage:
+    def __getitem__(self, row: ImageRow) -> CroppedImage:
         key, source, values = row
         try:
             image = read_image(source)

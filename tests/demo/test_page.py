@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -94,6 +95,30 @@ def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_m
         np.testing.assert_array_equal(pixels(right), decoded)
         assert "bits per pixel" in figures
         assert grid["codes"]
+
+
+def test_two_visitors_at_once_get_their_own_pictures(page, photo, tmp_path, monkeypatch):
+    """Both encode before either decodes, one by tiles and one as a whole."""
+    monkeypatch.setattr("svqvae_hf.tokens.image_tokens.GIB", 2**23)
+    encode, both = demo.encode_image, threading.Barrier(2, timeout=60)
+    paths = [tmp_path / "small.png", tmp_path / "large.png"]
+    for path, side in zip(paths, (64, 290), strict=True):
+        photo.crop((0, 0, side, side)).save(path)
+    alone = [page.encode(str(path)) for path in paths]
+
+    def encode_together(*args, **options):
+        both.wait()
+        tokens = encode(*args, **options)
+        both.wait()
+        return tokens
+
+    monkeypatch.setattr(demo, "encode_image", encode_together)
+    with ThreadPoolExecutor(2) as pool:
+        together = [*pool.map(page.encode, map(str, paths))]
+    for (_, _, *expected), (_, _, *found) in zip(alone, together, strict=True):
+        for (_, right), (_, wanted) in zip(found[::3], expected[::3], strict=True):
+            np.testing.assert_array_equal(pixels(right), pixels(wanted))
+        assert found[1::3] + found[2::3] == expected[1::3] + expected[2::3]
 
 
 def test_errors_show_no_folders(page, tmp_path):

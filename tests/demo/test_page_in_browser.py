@@ -187,6 +187,20 @@ def check_codes(page, model, ids):
         page.keyboard.press("ArrowLeft")
 
 
+def test_two_visitors_at_once_see_their_own_pictures(browser, addresses, viewport, photo, tmp_path):
+    crops = {"small": photo.crop((150, 70, 310, 190)), "large": photo}
+    with visit(browser, addresses[0], viewport) as one, visit(browser, addresses[0], viewport) as other:
+        pages = dict(zip(crops, (one, other), strict=True))
+        for name, page in pages.items():
+            crops[name].save(tmp_path / f"{name}.png")
+            choose(page, "#photograph button", tmp_path / f"{name}.png")
+        for name, page in pages.items():
+            wait_for(page, f"{name}.png {crops[name].width} × {crops[name].height} pixels, encoded in")
+            page.locator(".compared:visible img.fixed").wait_for()
+            np.testing.assert_array_equal(fetched(page, ".compared img:not(.fixed)"), crops[name])
+            assert fetched(page, ".compared img.fixed").shape[:2] == crops[name].size[::-1]
+
+
 def test_errors_are_shown_in_the_page(page, photograph, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"this is not any picture here")
 
