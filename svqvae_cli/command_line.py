@@ -1,7 +1,6 @@
 """Parses the command line, runs the command, and turns errors into one line and an exit code."""
 
 import argparse
-import gc
 import io
 import os
 import signal
@@ -10,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
-from types import FrameType
 
 from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import SkippedError, one_line
@@ -32,10 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: Exit code: 0 after success; 1 if some inputs were skipped; 2 after a user's mistake or out of memory,
         with one line on stderr; 130 after Ctrl-C; 141 if the reader of stdout has closed it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop)
-    gc.disable()  # a fifth of the time of importing torch and diffusers; `load_pretrained` enables it again
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes temporary files
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # from libraries, about code that is not the user's
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -59,26 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         return _fail(OUT_OF_MEMORY)
-    finally:
-        gc.enable()
-        if "triton" in sys.modules:  # it would report its objects as leaked; walking all objects takes a second
-            gc.unfreeze()
     return 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Raises, so that temporary files are removed, or exits at once while a library is imported.
-
-    Nothing is written yet then, and libraries make an ImportError of what is raised in an import.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os.write(2, b"svqvae: interrupted\n")
-            os._exit(128 + number)
-        frame = frame.f_back
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
 
 
 def _run(argv: Sequence[str] | None) -> None:

@@ -1,7 +1,6 @@
 """Loads models for the commands. Imports torch, so commands import this file inside their bodies."""
 
 import argparse
-import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,8 +64,6 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
     found_device = find_device(device)
     with explain_loading(source):
         model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
-    gc.freeze()
-    gc.enable()
     return model if found_device.type == "cpu" else model.to(found_device)  # diffusers' `to` imports all its hooks
 
 

@@ -1,10 +1,8 @@
 """Help, errors, exit codes, progress: what holds for all commands."""
 
 import argparse
-import gc
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -218,26 +216,6 @@ def test_ctrl_c_is_one_line_and_leaves_no_partial_file(two_images, saved_model, 
     assert names(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_an_import_is_one_line(two_images, tmp_path, number):
-    library = tmp_path / "libraries" / "diffusers.py"  # like a library that hides why an import of its own failed
-    library.parent.mkdir()
-    library.write_text(
-        f"import os\ntry:\n    os.kill(os.getpid(), {number:d})\nexcept BaseException:\n    raise ImportError"
-    )
-    argv = [sys.executable, "-m", "svqvae_cli", "encode", two_images, "--output", tmp_path / "out"]
-    environment = os.environ | {"PYTHONPATH": f"{library.parent}:{ROOT}"}
-    run = subprocess.run(
-        argv,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores signals
-    )
-    assert (run.returncode, run.stderr) == (128 + number, "svqvae: interrupted\n")
-
-
 # The library, which the parser does not import
 
 
@@ -259,11 +237,3 @@ def test_choices_and_defaults_agree_with_the_library(capsys, monkeypatch):
     assert choices("convert", "--variant") == tuple(convert.VARIANTS)
     for name in choices("encode", "--dtype"):
         assert model.to(getattr(torch, name)).dtype == getattr(torch, name)
-
-
-def test_objects_of_triton_are_freed_at_exit(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", object())
-    gc.freeze()
-    assert svqvae("info", "nothing") == 2
-    assert gc.get_freeze_count() == 0
-    gc.freeze()  # as before
