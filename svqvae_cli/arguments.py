@@ -37,9 +37,9 @@ class Parser(argparse.ArgumentParser):
         """Adds an option without a value."""
         self.add_argument(name, action="store_true", help=help)
 
-    def add_files(self, kinds: str) -> None:
+    def add_files(self, kinds: str, read: Callable[[str], str] | None = None) -> None:
         """Adds input files, the folder for output files, and whether these may exist."""
-        self.option("inputs", path_or_name, "INPUT", kinds, nargs="+")
+        self.option("inputs", read or path_or_name, "INPUT", kinds, nargs="+")
         self.add_output("folder to write to; it is not searched for inputs")
         self.flag("--overwrite", "replace output files (default: keep those made with the same options)")
 

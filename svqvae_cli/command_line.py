@@ -15,7 +15,7 @@ from svqvae_cli.errors import SkippedError, one_line
 
 # In the order of the help, which is the docstrings of their modules.
 COMMANDS = (
-    *("reconstruct", "encode", "decode", "tokenize", "detokenize", "evaluate"),
+    *("reconstruct", "encode", "decode", "tokenize", "evaluate"),
     *("convert", "export", "extend-lm", "generate", "caption", "info", "demo"),
 )
 

@@ -1,9 +1,10 @@
-"""Decodes token files to images.
+"""Decodes token files or a token set to images.
 
-Writes one image per scale in the file, NAME_x1.png and so on, in the subfolder
-that the file was found in. The model must have the codebook that the file was
-encoded with. Files that cannot be read, or whose images are too large for
-memory, are named and skipped. The same command resumes an interrupted run.
+Writes one image per scale: NAME_x1.png and so on, in the subfolder that the
+token file was found in, or 00000000_x1.png for the first row of a token set.
+The model must have the codebook that they were encoded with. Token files that
+cannot be read, or whose images are too large for memory, are named and
+skipped. The same command resumes an interrupted run.
 
   svqvae decode tokens --output out
 """
@@ -12,27 +13,59 @@ import argparse
 from functools import cache, partial
 from pathlib import Path
 
-from svqvae_cli.arguments import Parser
+from svqvae_cli.arguments import Parser, changed_options, not_empty, positive
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_output, check_source, find_inputs
+from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_output, check_source, find_inputs, is_token_set
 from svqvae_cli.large import add_large, check_large
 from svqvae_cli.runs import Run
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    parser.add_files("token files, folders of them, which are searched with their subfolders, or globs")
+    kinds = "token files, folders of them, which are searched with their subfolders, or globs; or one token set: its "
+    parser.add_files(f"{kinds}folder, its URL or its name on the Hub", not_empty)
     parser.add_model()
     parser.add_tiles("as encoded", "as encoded")
     parser.flag("--full-size", "resize all images to the size of the original, and name them NAME_x0.5_full_size.png")
+    parser.option("--max-images", positive, "N", "stop after N rows of a token set (default: all)")
     add_large(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the images of token files, with the tiles that they were encoded with."""
+    """Writes the images of token files or of a token set, with the tiles that they were encoded with."""
     check_large(args)
     check_source(args.model)
     check_output(args.output)
+    if any(map(is_token_set, args.inputs)):
+        _decode_set(args)
+    else:
+        _decode_files(args)
+
+
+def _decode_set(args: argparse.Namespace) -> None:
+    if len(args.inputs) > 1:
+        raise ValueError(f"a token set must be the only INPUT, got {len(args.inputs)}. Decode each on its own.")
+    for option in changed_options(args, "tile_size", "overlap", "full_size", "large"):
+        raise ValueError(f"{option} is not for token sets. Leave it out.")
+    (source,) = args.inputs
+
+    from svqvae_cli.loading import load_model, require_context_model
+    from svqvae_hf.token_sets.decoding import detokenize_set
+    from svqvae_hf.token_sets.settings import read_settings
+
+    settings = read_settings(source)  # fails before the model is loaded
+    model = load_model(args.model, args.device, args.dtype)
+    context_model = None if settings.context_model is None else require_context_model(model, args.model)
+    options = {"max_images": args.max_images, "overwrite": args.overwrite, "context_model": context_model}
+    written, kept = detokenize_set(model, source, args.output, **options)
+    if kept:
+        print(f"resumed: {kept:,} of {written + kept:,} images were there")
+    print(f"written  {args.output} (images: {written})")
+
+
+def _decode_files(args: argparse.Namespace) -> None:
+    for option in changed_options(args, "max_images"):
+        raise ValueError(f"{option} is for token sets. Leave it out.")
     inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
 
     from svqvae_cli.loading import load_model, require_context_model

@@ -15,6 +15,7 @@ IMAGE_SUFFIXES = tuple(".bmp .gif .jpg .jpeg .png .ppm .pgm .pnm .tif .tiff .web
 TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
 ARCHIVES = (".zip", ".rar", ".7z")
 TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
+SETTINGS_FILE = "svqvae_tokens.json"  # as in `svqvae_hf.token_sets.settings`
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # as in `svqvae_hf.hub.repositories`
 
 
@@ -80,6 +81,12 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
         InputFile(path, name, name if stems[name.with_suffix("")] > 1 else name.with_suffix(""))
         for path, name in found.values()
     ]
+
+
+def is_token_set(name: str) -> bool:
+    """Whether an input is the folder of a token set, its URL or its name on the Hub."""
+    is_on_hub = re.fullmatch(REPO_ID, name) is not None and not os.path.lexists(name)
+    return is_on_hub or "://" in name or os.path.isfile(os.path.join(name, SETTINGS_FILE))
 
 
 def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:

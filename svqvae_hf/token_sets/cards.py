@@ -81,7 +81,7 @@ def token_set_card(
     meanings = {**ids, **COLUMNS}
     model = [] if settings.model == BUNDLED_MODEL else ["--model", settings.model]
     sources = [source_set] if source_set else None
-    command = shlex.join(["svqvae", "detokenize", repo_id, *model, "--output", "DIR"])
+    command = shlex.join(["svqvae", "decode", repo_id, *model, "--output", "DIR"])
     card = DatasetCard.from_template(
         DatasetCardData(license=license or "unknown", tags=TAGS, source_datasets=sources),
         template_path=str(TEMPLATE),

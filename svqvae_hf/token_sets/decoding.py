@@ -20,8 +20,6 @@ def detokenize_set(
     output: str | os.PathLike,
     *,
     max_images: int | None = None,
-    part: int = 0,
-    num_parts: int = 1,
     overwrite: bool = False,
     context_model: ContextModel | None = None,
 ) -> tuple[int, int]:
@@ -34,8 +32,6 @@ def detokenize_set(
         data (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
         output (`str` or `os.PathLike`): Folder to write to.
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
-        part (`int`, defaults to 0): Number of the part to decode, from 0: every `num_parts`-th row from this one.
-        num_parts (`int`, defaults to 1): Number of parts.
         overwrite (`bool`, defaults to `False`): Whether to decode existing images again.
         context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
@@ -44,17 +40,13 @@ def detokenize_set(
 
     Raises:
         OSError: The set cannot be reached, or `output` cannot be written.
-        ValueError: The set has another codebook, a row does not match the settings, a row needs more memory than is
-            available, or there is no such part.
+        ValueError: The set has another codebook, a row does not match the settings, or a row needs more memory than is
+            available.
     """
-    if not 0 <= part < num_parts:
-        raise ValueError(f"`part` must be in [0, {num_parts - 1}] for {num_parts} parts, got {part}.")
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"`max_images` must be at least 1, got {max_images}.")
     name = os.fspath(data)
     settings = read_settings(name)
     check_same_codebook(model, settings)
-    rows = islice(enumerate(load_rows(name, streaming=True)), part, max_images, num_parts)
+    rows = islice(enumerate(load_rows(name, streaming=True)), max_images)
     written = kept = 0
     for index, row in tqdm(rows, unit="image", disable=None):
         tokens = row_tokens(row, settings, context_model)

@@ -20,14 +20,13 @@ WRONG = {  # words on the command line, and a part of the message
     "decode": [
         ("two_images --output out", "`two_images`, subfolders included, has no file that ends in .safetens"),
         ("two_images/a.png --output out", "`two_images/a.png` must be a safetensors file"),
+        ("two_images/a.png --output out --max-images 1", "--max-images is for token sets. Leave it out"),
+        ("hf://datasets/a/b --output out --full-size", "--full-size is not for token sets. Leave it out"),
+        ("two_images a://b --output out", "a token set must be the only INPUT, got 2."),
     ],
     "tokenize": [
         ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
         ("two_images out --sides 1 2", "--sides needs square crops of one size. Add --crops centre --resolution"),
-    ],
-    "detokenize": [
-        ("nowhere --output out", "a token set must be a folder with svqvae_tokens.json"),
-        ("two_images --output out", "but `two_images` is neither"),
     ],
     "evaluate": [
         ("{model} broken.png --output out", "none of 1 is. The first, `broken.png`: the image (5 bytes) is not"),

@@ -53,13 +53,13 @@ def test_commands(photos, tmp_path, capsys):
     options = [*argv, "--scales", "0.5", "1", "--workers", "0"]
     for name, compress in (("plain", []), ("compressed", ["--compress"])):
         svqvae("tokenize", photos, tmp_path / name, *options, *compress)
-        assert svqvae("detokenize", tmp_path / name, "--output", tmp_path / f"{name}_out", *argv) == 0
+        assert svqvae("decode", tmp_path / name, "--output", tmp_path / f"{name}_out", *argv) == 0
     for path in (tmp_path / "plain_out").iterdir():
         with Image.open(path) as image, Image.open(tmp_path / "compressed_out" / path.name) as other:
             assert np.array_equal(image, other)
     make_context_model(MODEL.codebook_fingerprint, width=25).save_pretrained(tmp_path / "model")
     capsys.readouterr()
-    error = fails(capsys, "detokenize", tmp_path / "compressed", "--output", tmp_path / "other", *argv)
+    error = fails(capsys, "decode", tmp_path / "compressed", "--output", tmp_path / "other", *argv)
     assert "its context model must be" in error
 
 

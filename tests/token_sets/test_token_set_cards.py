@@ -30,7 +30,7 @@ def test_card_describes_the_set_and_its_columns():
     assert "| scales made from | the image |\n" in text
     assert "| `label` | as in the image set |\n" in text
     assert 'read_settings("org/tokens")' in text
-    assert "`svqvae detokenize org/tokens --model org/name --output DIR`" in text
+    assert "`svqvae decode org/tokens --model org/name --output DIR`" in text
     assert "{" not in text
 
 
@@ -43,7 +43,7 @@ def test_user_text_cannot_break_the_card():
     assert r"| model | my\|models/best one |" in text
     calls = re.findall(r"(?:read_settings|load_dataset)\((.*?)[,)]", text)
     assert [ast.literal_eval(call) for call in calls] == [repo_id] * 2
-    command = re.search(r"`(svqvae detokenize .*?)`", text)[1]
+    command = re.search(r"`(svqvae decode .*?)`", text)[1]
     assert shlex.split(command)[3:5] == ["--model", "my|models/best one"]
 
 
@@ -51,7 +51,7 @@ def test_user_text_cannot_break_the_card():
 def test_command_on_the_card_decodes_a_set_of_the_bundled_model(model, two_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert svqvae("tokenize", two_images / "a.png", "tokens", *model) == 0
-    command = re.search(r"`svqvae (detokenize .*?)`", (tmp_path / "tokens" / "README.md").read_text())[1]
+    command = re.search(r"`svqvae (decode .*?)`", (tmp_path / "tokens" / "README.md").read_text())[1]
     assert svqvae(*shlex.split(command)) == 0
     assert len(list((tmp_path / "DIR").iterdir())) == 1
 

@@ -251,7 +251,7 @@ def test_the_folder_must_be_new_and_one_image_readable(tiny_model, photos, tmp_p
 
 
 @pytest.mark.slow
-def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
+def test_tokenize_and_decode(photos, tmp_path, capsys):
     make_tiny().save_pretrained(tmp_path / "models" / "tiny")
     out, images = tmp_path / "tokens", tmp_path / "images"
     model = ["--model", tmp_path / "models" / "tiny"]
@@ -262,14 +262,14 @@ def test_commands_tokenize_and_detokenize(photos, tmp_path, capsys):
     assert written == f"written  {out} (images: 4, rows: 3, files: 1)\n" + (
         f"skipped  {out / 'skipped.jsonl'} (unreadable images: 1)\n"
     )
-    assert svqvae("detokenize", out, "--output", images, *model) == 0
+    assert svqvae("decode", out, "--output", images, *model) == 0
     assert capsys.readouterr().out == f"written  {images} (images: 6)\n"
     (images / "00000001_x0.5.png").write_bytes(b"cut")
-    assert svqvae("detokenize", out, "--output", images, *model) == 0
+    assert svqvae("decode", out, "--output", images, *model) == 0
     written = f"resumed: 4 of 6 images were there\nwritten  {images} (images: 2)\n"
     assert capsys.readouterr().out == written
-    assert svqvae("detokenize", out, "--output", images, *model, "--overwrite", "--max-images", "1") == 0
+    assert svqvae("decode", out, "--output", images, *model, "--overwrite", "--max-images", "1") == 0
     assert capsys.readouterr().out == f"written  {images} (images: 2)\n"
     assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, "tokenize", photos, out, *model)
-    bundled = fails(capsys, "detokenize", out, "--output", images)  # the bundled model has another codebook
+    bundled = fails(capsys, "decode", out, "--output", images)  # the bundled model has another codebook
     assert "the ids must be of the model's codebook" in bundled

@@ -95,7 +95,7 @@ print(test.coded().hex())
 def test_bytes_do_not_depend_on_the_instructions_of_the_processor():
     plain = {"ATEN_CPU_CAPABILITY": "default", "OPENBLAS_CORETYPE": "Haswell"}  # no AVX-512 in torch and numpy
     threads = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "models")))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "tokens")))
     environment = os.environ | plain | threads | {"PYTHONPATH": path}
     found = subprocess.run([sys.executable, "-c", CODE_TWICE], env=environment, capture_output=True, check=True)
     assert found.stdout.decode().split() == [coded().hex()] * 2

@@ -84,7 +84,7 @@ def test_no_reader_runs_code(tmp_path, name, form):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("command", ["info", "convert", "reconstruct", "encode", "decode", "detokenize"])
+@pytest.mark.parametrize("command", ["info", "convert", "reconstruct", "encode", "decode"])
 def test_no_command_runs_code(tmp_path, capsys, photo, command):
     file = tmp_path / "hostile.bin"
     torch.save({"state_dict": Payload(tmp_path / "ran")}, file)
@@ -100,7 +100,6 @@ def test_no_command_runs_code(tmp_path, capsys, photo, command):
             "reconstruct": ["reconstruct", tmp_path / "a.png", "--output", out, "--model", folder],
             "encode": ["encode", tmp_path / "a.png", "--output", out, "--model", folder],
             "decode": ["decode", tmp_path / "a.safetensors", "--output", out, "--model", folder],
-            "detokenize": ["detokenize", tmp_path, "--output", out, "--model", folder],
         }[command],
     )
     assert not (tmp_path / "ran").exists()
