@@ -1,6 +1,7 @@
 """The start of a training script: its accelerator, its errors, and what must be checked first."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -68,5 +69,9 @@ def run_script(train: Callable[[Options, Accelerator], None], options_class: typ
         # Ctrl-C outside of the loop ends the process at once, as SIGTERM does. An exception would wait for the workers
         # of loaders, which ignore both signals.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with one_line_errors():
-        run_training(train, *read_options([options_class], sys.argv[1:]))
+    try:
+        with one_line_errors():
+            run_training(train, *read_options([options_class], sys.argv[1:]))
+    finally:
+        for worker in multiprocessing.active_children():  # after an error; Python would wait for them forever
+            worker.kill()

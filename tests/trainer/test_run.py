@@ -1,9 +1,12 @@
 """The run of a toy script: one linear layer on a few numbers."""
 
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
+from processes import start
 from torch import nn
 from training_runs import cpu, forget_accelerate, logged
 
@@ -125,6 +129,24 @@ def test_ctrl_c_outside_of_the_loop_ends_a_script_at_once(monkeypatch):
         monkeypatch.setattr(f"svqvae_hf.trainer.run.{name}", lambda *_: ())
     run_script(lambda run: None, RunOptions)
     assert handlers == {signal.SIGINT: signal.SIG_DFL}
+
+
+def fail_beside_a_worker(folder):
+    def train(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker inherits it, as workers of loaders ignore it
+        multiprocessing.Process(target=time.sleep, args=(600,), daemon=True).start()
+        raise RuntimeError("out of luck")
+
+    sys.argv = ["train.py", "--output_dir", str(folder), "--max_train_steps", "1"]
+    with cpu():
+        run_script(train, RunOptions)
+
+
+def test_an_error_ends_a_script_although_its_workers_ignore_sigterm(tmp_path):
+    process = start(fail_beside_a_worker, tmp_path / "out")
+    process.join(60)
+    ended, _ = process.exitcode, process.kill()
+    assert ended == 1
 
 
 def test_updates_with_gradients_that_are_not_finite_are_skipped_counted_and_stop_the_run(options, monkeypatch, caplog):
