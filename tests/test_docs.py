@@ -21,6 +21,7 @@ from train_language_model import LanguageModelOptions
 from train_latent_diffusion import DiffusionOptions
 from transformers import TrainingArguments
 
+import svqvae_hf
 from svqvae_cli.command_line import COMMANDS, parse
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.train_options import TrainOptions
@@ -140,6 +141,12 @@ def parse_as(script: Path, arguments: list[str]) -> None:
 
 
 # Statements
+
+
+def test_reference_has_each_public_name():
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/api/*.md"))
+    documented = set(re.findall(r"^::: svqvae_hf\.(\w+)$", pages, re.MULTILINE))
+    assert documented == set(svqvae_hf.__all__) - {"DEFAULT_MODEL", "DEFAULT_GENERATOR"}
 
 
 def test_extras_and_targets_exist():
