@@ -9,8 +9,10 @@ from datasets import Dataset
 from PIL import Image
 
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.trainer.data.crop_batches import CropCutter
 from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.sample_order import Share
 
 SHARDS, SHARD_SIZE = 4, 6
 NUM_IMAGES = SHARDS * SHARD_SIZE
@@ -61,7 +63,7 @@ def write_set(folder, kind, contents):
             Dataset.from_dict({"png": rows}).to_parquet(folder / f"{shard:03d}.parquet", batch_size=4)
 
 
-def open_set(folder, kind):
+def open_set(folder):
     return open_images([str(folder)], copy=True)
 
 
@@ -75,13 +77,14 @@ def write_sets(root):
 
 
 def policy(**options):
-    plain = {"sides": (16,), "batch_size": 2, "center_crop": False, "random_flip": False, "resize_range": (1.0, 1.0)}
+    plain = {"sides": (16,), "center_crop": False, "random_flip": False, "resize_range": (1.0, 1.0)}
     return CropPolicy(**(plain | options))
 
 
-def crop_loader(images, crop_policy=None, pixel_range=(0, 1), **options):
-    defaults = {"seed": 0, "num_workers": 0, "process_index": 0, "num_processes": 1, "num_batches": 12}
-    return CropLoader(images, crop_policy or policy(), pixel_range, **(defaults | options))
+def crop_loader(images, crop_policy=None, share=(2,), num_steps=12, pixel_range=(0, 1), seed=0, label=None, **options):
+    """A loader of crops, in this process by default. `share`: batch size, batches per step, process, processes."""
+    cutter = CropCutter(crop_policy or policy(), pixel_range, Share(*share), num_steps, seed, label)
+    return CropLoader(images, cutter, **({"num_workers": 0} | options))
 
 
 def assert_equal(batches, expected):

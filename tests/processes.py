@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from unittest.mock import patch
+
+import psutil
 
 PRELOADED = ["pytest", "train", "train_language_model", "odd_files", "svqvae_hf.evaluation.report"]
 
@@ -23,3 +26,13 @@ def call(start_method: str, target: Callable[..., None], *args: object) -> None:
     """Calls a function. Processes that it starts itself start as they do in a command, without a fork server."""
     multiprocessing.set_start_method(start_method, force=True)
     target(*args)
+
+
+def assert_ended(note: str, count: int) -> None:
+    """Asserts that the processes whose ids a note holds end within ten seconds, if only as zombies."""
+    processes = [psutil.Process(pid) for pid in map(int, note.split()) if psutil.pid_exists(pid)]
+    assert len(note.split()) == count
+    patience = time.monotonic() + 10
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        assert time.monotonic() < patience
+        time.sleep(0.1)

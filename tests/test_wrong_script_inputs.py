@@ -12,12 +12,12 @@ TRAIN = "--output_dir out --train_data_dir two_images --model_config_name_or_pat
 PIPELINE = "--output_dir out --vqvae_name_or_path {model} --model_config_name_or_path network.json"
 WRONG = {  # words on the command line, and a part of the message
     "training/train.py": [
-        (f"{TRAIN} {{model}} --train_data_dir nowhere", "there is no file or folder `nowhere`"),
+        (f"{TRAIN} {{model}} --train_data_dir nowhere", "the image set `nowhere` cannot be opened"),
         (f"{TRAIN} broken.json", "the config file at 'broken.json' is not a valid JSON file"),
     ],
     "training/train_latent_diffusion.py": [
         (f"{PIPELINE} --train_data_dir two_images --resolution 30", "must be a multiple of 8, f of the SVQVAE times"),
-        (f"{PIPELINE} --train_data_dir empty", "a set must hold images, but `empty` has none"),
+        (f"{PIPELINE} --train_data_dir empty", "a set must hold images, but the folder has none: `empty`"),
     ],
     "training/train_next_scale.py": [
         (f"{PIPELINE} --token_set two_images", "a token set must be a folder with svqvae_tokens.json"),

@@ -56,6 +56,7 @@ def train_at_once_and_resumed(train, weights, options):
     output_dir = Path(options["output_dir"])
     whole = load_file(output_dir / weights)
     shutil.rmtree(output_dir / "checkpoint-4")
-    (output_dir / weights).unlink()
+    for name in (weights, "finished_run.json"):
+        (output_dir / name).unlink()
     train(**options, resume_from_checkpoint="latest")
     return whole, load_file(output_dir / weights)

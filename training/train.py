@@ -51,8 +51,9 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
     sides = [options.resolution, *options.crop_sizes]
-    growth_batch = options.full_crops_from * options.gradient_accumulation_steps
-    loader = images.loader(sides, options.num_batches, options.seed, growth_batch)
+    loader = images.loader(
+        sides, options.max_train_steps, options.seed, options.full_crops_from, options.gradient_accumulation_steps
+    )
     validation_batches = load_validation_batches(options, images, pixel_range)
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
     discriminator = objective.discriminator
@@ -142,7 +143,8 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     validation = validate_after(options.max_train_steps)
     vqvae.load_state_dict(weights.final())
     if accelerator.is_main_process:
-        origin = provenance(SCRIPT, f"crops of {options.resolution}² pixels", checkpoints.stages())
+        examples = f"crops of {options.resolution}² pixels"
+        origin = provenance(SCRIPT, options.max_train_steps, loader.share.step_size, examples)
         if validation:
             found = ", ".join(f"{name} {value:.4g}" for name, value in validation.items())
             origin["validation"] = f"{sum(map(len, validation_batches))} images, centre crops: {found}"
@@ -217,9 +219,11 @@ class Codes:
         crops = self.images.fresh_crops(sides, num_batches, step, growth_batch)
         for sample in progress(crops, "k-means: latents", num_batches) if num_batches > RESET_BATCHES else crops:
             with torch.no_grad(), accelerator.autocast():
-                latents.append(flatten_latents(self.vqvae.encode(sample).latents.float()))
+                gathered = accelerator.gather(self.vqvae.encode(sample).latents.float())
+            by_process = gathered.unflatten(0, (accelerator.num_processes, -1))
+            latents.append(flatten_latents(by_process.transpose(0, 1).flatten(0, 1)))  # as one process has them
         self.vqvae.train()
-        return accelerator.gather(torch.cat(latents))
+        return torch.cat(latents)
 
     def _forget(self, replaced: torch.Tensor) -> None:
         """Starts averages and optimizer of replaced codes anew."""

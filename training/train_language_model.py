@@ -170,7 +170,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     trainer.save_model(str(trained))  # by all processes, because some engines shard the weights
     if is_main:
         (trained / "training_args.bin").unlink()  # a pickle with paths of this machine
-        rows = provenance(SCRIPT, "examples", [(arguments.max_steps, batch)]) | trainer.last_numbers()
+        rows = provenance(SCRIPT, arguments.max_steps, batch, "examples") | trainer.last_numbers()
         saved = name_base(trained, options) if options.lora_rank else task.save(trained)
         result.publish(partial(shutil.copytree, saved, dirs_exist_ok=True), task.card(result.name, rows))
         shutil.rmtree(trained)

@@ -20,7 +20,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.hub.model_cards import quote
 from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
-from svqvae_hf.trainer.data.crop_loader import CropBatch
+from svqvae_hf.trainer.data.crop_batches import CropBatch
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
@@ -66,7 +66,10 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     noise_schedule = make_noise_schedule()
     num_timesteps = noise_schedule.config["num_train_timesteps"]
     label_names = read_label_names(images.label_feature)
-    loader = images.loader([options.resolution], options.num_batches, options.seed)
+    batches_per_step = options.gradient_accumulation_steps
+    loader = images.loader(
+        [options.resolution], options.max_train_steps, options.seed, batches_per_step=batches_per_step
+    )
     held_out = open_held_out(options, images)
 
     # Optimizer
@@ -135,7 +138,7 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
         trained = make_denoiser(options, vqvae)
         trained.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, trained.eval(), noise_schedule, label_names)
-        origin = provenance(SCRIPT, "images", checkpoints.stages()) | log.card_rows
+        origin = provenance(SCRIPT, options.max_train_steps, loader.share.step_size, "images") | log.card_rows
         result.publish(pipeline.save_pretrained, make_card(options, result.name, pipeline, origin))
 
 
@@ -154,7 +157,7 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource
     """Opens the held-out images, cropped to their centres; None without `--validation_data_dir`."""
     if options.validation_data_dir is None:
         return None
-    centres = replace(options, center_crop=True, random_flip=False, random_rotation=False, resize_range=[1.0, 1.0])
+    centres = replace(options, center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
     centres.train_data_dir, centres.dataset_name = options.validation_data_dir, None
     centres.dataset_config_name, centres.data_files = None, []
     held_out = ImageSource(centres, images.accelerator, PIXEL_RANGE, options.label_column)

@@ -21,6 +21,7 @@ from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.schedules import Size, describe, make_schedule
 from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
 from svqvae_hf.trainer.configs import load_network_config
+from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
@@ -85,8 +86,7 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     source, held_out = open_token_sets(options, vqvae)
     tokenizer = load_tokenizer(options)
     schedule = trained_schedule(source.grids, options.num_inference_steps)
-    process = accelerator.process_index, accelerator.num_processes
-    loader = SequenceLoader(source, options.train_batch_size, options.num_batches, options.seed, *process)
+    loader = SequenceLoader(source, Share.of(options, accelerator), options.max_train_steps, options.seed)
     transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)
 
     # Optimizer
@@ -167,7 +167,7 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
         trained = make_transformer(options, vqvae, source, tokenizer)
         trained.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, trained.eval(), tokenizer, source, schedule)
-        origin = provenance(SCRIPT, "images", checkpoints.stages()) | log.card_rows
+        origin = provenance(SCRIPT, options.max_train_steps, loader.share.step_size, "images") | log.card_rows
         card = generator_card(options, result.name, pipeline, origin, *pipeline.describe(), source.class_names)
         result.publish(pipeline.save_pretrained, card)
 

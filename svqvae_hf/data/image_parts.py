@@ -138,7 +138,9 @@ class StreamPart:
     def read(self) -> Iterator[ImageRow]:
         """Yields the images. The rest of a broken file is one unreadable row."""
         try:
-            for index, row in enumerate(self.rows.shard(self.rows.num_shards, self.number)):
+            shard = self.rows.shard(self.rows.num_shards, self.number)
+            for index, batch in enumerate(shard.iter(1)):  # its `__iter__` would share rows among a loader's workers
+                row = {name: values[0] for name, values in batch.items()}
                 source = confine_row(row.pop(self.image_column), self.repository)
                 path = source["path"] if isinstance(source, Mapping) else None
                 key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{self.number}-{index}"
@@ -149,29 +151,3 @@ class StreamPart:
             reason = fault_of(error).removesuffix(".")
             kept = [name for name in self.rows.features if name != self.image_column]
             yield unreadable(self.name, f"the rest of the file cannot be read: {reason}.", kept)
-
-
-@dataclass(eq=False)
-class DatasetRows(IndexedRows):
-    """A set of `datasets` on disk.
-
-    Args:
-        rows (`datasets.Dataset`): The set, with its images undecoded.
-        image_column (`str`): Column of the images.
-        key_column (`str`, *optional*): Column of the keys; by default the path in the image's row.
-        repository (`str`, *optional*): Repository on the Hub that the set was copied from.
-    """
-
-    rows: datasets.Dataset
-    image_column: str
-    key_column: str | None = None
-    repository: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> ImageRow:
-        row = self.rows[index]
-        source = confine_row(row.pop(self.image_column), self.repository, is_copied=True)
-        path = row.pop(self.key_column) if self.key_column else source and source["path"]
-        return ImageRow(path or f"0-{index}", source, row)

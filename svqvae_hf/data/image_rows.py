@@ -72,11 +72,15 @@ def read_image(source: ImageSource | ImageRow) -> Image.Image:
         raise ValueError("the row must hold an image, but is empty.")
     if source["bytes"] is not None:
         return load_image(io.BytesIO(source["bytes"]))
-    path = source["path"]
+    return load_image(io.BytesIO(read_bytes(source["path"])))
+
+
+def read_bytes(path: str) -> bytes:
+    """Reads a file of this machine, or at a URL."""
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
         raise ValueError("it must be a file, but is something else.")
     with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-        return load_image(io.BytesIO(file.read()))
+        return file.read()
 
 
 def fault_of(error: Exception) -> str:

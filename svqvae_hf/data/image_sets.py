@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import datasets
 import fsspec
 
-from svqvae_hf.data.image_parts import DatasetRows, FileRows, FirstRows, ImagePart, IndexedRows, RowRange, StreamPart
+from svqvae_hf.data.copies import copy_images
+from svqvae_hf.data.image_parts import FileRows, FirstRows, ImagePart, IndexedRows, RowRange, StreamPart
 from svqvae_hf.data.image_rows import LABEL_COLUMNS, ImageRow, check_columns
-from svqvae_hf.data.tar_files import TAR_SUFFIXES, TarPart, open_tars
+from svqvae_hf.data.tar_files import TAR_SUFFIXES, open_tars
 from svqvae_hf.files.errors import explained
 from svqvae_hf.files.inputs import expand_braces, walk_files
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
@@ -92,13 +93,12 @@ class ImageSet:
 
 
 class Selection(NamedTuple):
-    """Selection from a set: configuration, split, column of the images, other columns to keep, random access."""
+    """Selection from a set: configuration, split, column of the images, other columns to keep."""
 
     config: str | None
     split: str | None
     image_column: str | None
     columns: Sequence[str]
-    copy: bool
 
 
 def open_images(
@@ -140,38 +140,21 @@ def open_images(
         raise ValueError(f"`data` must be a list of files, folders, URLs or names of sets on the Hub, got {data!r}.")
     if results is not None:
         _check_outside(os.fspath(results), data)
-    selection = Selection(config, split, image_column, columns, copy)
-    if any("://" in name for name in data):
-        found = [_find_urls(name) for pattern in data for name in expand_braces(pattern)]
-        urls = list(dict.fromkeys(url for _, files in found for url in files))
-        images = _open_found(found[0][0] if len(found) == 1 else None, urls, selection)
-    elif len(data) == 1 and (data_files or is_hub_set(data[0])):
+    selection = Selection(config, split, image_column, columns)
+    if len(data) == 1 and (data_files or is_hub_set(data[0])):
         images = _open_builder(data[0], selection, data_files)
-    elif len(data) == 1 and Path(data[0]).is_dir():
-        images = _open_folder(data[0], selection)
     else:
-        images = _open_found(None, _find_files(data), selection)
+        images = _open_files(data, selection)
+    if copy and images.rows is None:
+        with _explained(data[0]):
+            rows = copy_images(images.parts, images.features, images.fingerprint)
+        images = ImageSet([rows], images.features, images.origin, len(rows))
     return images if max_images is None else images.first(max_images)
 
 
 def is_hub_set(name: str) -> bool:
     """Whether `name` is the name of a set on the Hub, and not a local path."""
     return not Path(name).exists() and re.fullmatch(SET_NAME, name) is not None
-
-
-def _open_folder(folder: str, selection: Selection) -> ImageSet:
-    if any(name in os.listdir(folder) for name in METADATA_FILES):
-        return _open_builder(folder, selection)
-    files = [file for file in walk_files(folder) if _kind(file)]
-    if not files:
-        raise FileNotFoundError(
-            f"a set must hold images, but `{folder}` has none. Pass a folder of images or of shards, or the name of a "
-            "set on the Hub."
-        )
-    if _kind_of_all(files) != "image":
-        return _open_builder(folder, selection)
-    split, keys = _files_of_split(folder, files, selection.split)
-    return _image_files(os.path.abspath(os.path.join(folder, split)), keys, selection)
 
 
 def _check_outside(results: str, data: Sequence[str]) -> None:
@@ -205,9 +188,15 @@ def _files_of_split(
     return "", list(keys)
 
 
-def _open_found(folder: str | None, files: Sequence[str], selection: Selection) -> ImageSet:
-    """Opens files on disk or at URLs. `folder` is the URL of the folder that was named, if it was only one."""
+def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
+    """Opens files, folders and patterns, on disk or at URLs."""
+    names = [name for each in data for name in ([each] if os.path.exists(each) else expand_braces(each))]
+    found = [_find(name) for name in names]
+    stamps = {file: stamp for _, files in found for file, stamp in files.items()}
+    files, folder = [*stamps], found[0][0] if len(found) == 1 else None
     kind, is_remote = _kind_of_all(files), "://" in files[0]
+    if folder is not None and not is_remote and (kind != "image" or {*METADATA_FILES} & {*os.listdir(folder)}):
+        return _open_builder(folder, selection)
     if folder is None:
         scheme = f"{files[0].partition('://')[0]}://" if is_remote else ""
         root = os.path.commonpath([os.path.dirname(file.removeprefix(scheme)) for file in files])
@@ -218,18 +207,37 @@ def _open_found(folder: str | None, files: Sequence[str], selection: Selection) 
         split, keys = _files_of_split(folder, keys, selection.split, are_shards=kind != "image")
         folder = f"{folder}/{split}".rstrip("/")
         files = [f"{folder}/{key}" for key in keys]
+    origin = [[file, *stamps[file]] for file in files]
     if kind == "image":
-        if not is_remote:
-            return _image_files(folder, keys, selection)
-        stamps = _url_stamps(files)  # now, because it names an absent file
-        return _image_files(folder, keys, selection, lambda: stamps)
+        if selection.config or selection.image_column not in (None, "image"):
+            raise ValueError(f"--config and --image-column are for sets with columns, but `{folder}` holds images.")
+        rows = FileRows(folder, keys)
+        check_columns(selection.columns, ["image", *rows.features])
+        return ImageSet([rows], rows.features, (lambda: origin) if is_remote else rows.stamps, len(rows))
     if kind == "webdataset" and is_remote:
-        return _open_tars(files, [_url_stamps(files)], selection)
+        return _open_tars(files, [origin], selection)
     return _open_builder(kind, selection._replace(split=None), files)
 
 
-def _find_urls(name: str) -> tuple[str | None, list[str]]:
-    """Returns the URL of a folder, or `None` for a glob or a file, and the URLs of the files found."""
+def _find(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
+    """Returns the path of a folder, or `None` for a pattern or a file, and the files found, with stamps if remote."""
+    if "://" in name:
+        return _find_urls(name)
+    folder = os.path.abspath(name) if os.path.isdir(name) else None
+    if folder is not None:
+        found = [os.path.join(folder, file) for file in walk_files(folder) if _kind(file)]
+    elif os.path.exists(name):
+        found = [name]
+    else:
+        found = [file for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
+    if not found:
+        asked = "a set must hold images, but the folder has none" if folder else "no file or folder matches"
+        raise FileNotFoundError(f"{asked}: `{name}`. Pass images, shards or a folder of them, or a set on the Hub.")
+    return folder, dict.fromkeys(map(os.path.abspath, found), ())
+
+
+def _find_urls(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
+    """Returns the URL of a folder, or `None` for a pattern or a file, and the files found, with size and version."""
     folder = None
     with explained(name, "read"):
         try:
@@ -237,47 +245,25 @@ def _find_urls(name: str) -> tuple[str | None, list[str]]:
         except ImportError as error:
             raise ValueError(f"`{name}` cannot be reached: {str(error).removesuffix('.')}.") from error
         if glob.has_magic(path):
-            found = sorted(files.glob(path))
+            found = files.glob(path, detail=True)
         elif _kind(path) is None and files.isdir(path):
             path = path.rstrip("/")
             folder = files.unstrip_protocol(path)
-            found = [file for file in sorted(files.find(path)) if _kind(file) and "/." not in file[len(path) :]]
-        else:
-            found = [path]
-        urls = [files.unstrip_protocol(file) for file in found]
-    if not urls:
-        raise ValueError(f"no file or folder matches `{name}`.")
-    return folder, urls
+            found = files.find(path, detail=True)
+            found = {file: info for file, info in found.items() if _kind(file) and "/." not in file[len(path) :]}
+        else:  # one request for all files of a folder
+            found = {
+                info["name"]: info for info in files.ls(os.path.dirname(path), detail=True) if info["name"] == path
+            }
+    if not found:
+        raise FileNotFoundError(f"no file or folder matches `{name}`.")
+    stamps = {files.unstrip_protocol(file): (info["size"], _version(info)) for file, info in sorted(found.items())}
+    return folder, stamps
 
 
-def _url_stamps(urls: Sequence[str]) -> list[tuple[str, int, str]]:
-    """Name, bytes and version of each file. Folders are listed, which takes fewer requests than asking for each file.
-
-    Raises:
-        FileNotFoundError: A file is absent.
-    """
-    found = {}
-    for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
-        with explained(folder, "read"):
-            files, path = fsspec.core.url_to_fs(folder)
-            entries = files.ls(path, detail=True)
-        for entry in entries:
-            version = next((str(entry[name]) for name in VERSIONS if entry.get(name)), "")
-            found[files.unstrip_protocol(entry["name"])] = (entry["size"], version)
-    absent = [url for url in urls if url not in found]
-    if absent:
-        raise FileNotFoundError(f"there is no file `{absent[0]}`.")
-    return [(url, *found[url]) for url in urls]
-
-
-def _image_files(
-    root: str, keys: Sequence[str], selection: Selection, stamps: Callable[[], Any] | None = None
-) -> ImageSet:
-    if selection.config or selection.image_column not in (None, "image"):
-        raise ValueError(f"--config and --image-column are for sets with columns, but `{root}` holds image files.")
-    rows = FileRows(root, keys)
-    check_columns(selection.columns, ["image", *rows.features])
-    return ImageSet([rows], rows.features, stamps or rows.stamps, len(rows))
+def _version(info: Mapping[str, Any]) -> str:
+    """Version of a file in the words of its file system, if it has one."""
+    return next((str(info[name]) for name in VERSIONS if info.get(name)), "")
 
 
 def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = ()) -> ImageSet:
@@ -292,16 +278,11 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
     if builder.name.startswith("webdataset"):  # its own reader takes only samples of equal suffixes
         return _open_tars(list(paths), [split, list(paths), paths.origin_metadata], selection)
     with _explained(name):
-        if selection.copy:
-            builder.download_and_prepare()
-        rows = builder.as_dataset(split) if selection.copy else builder.as_streaming_dataset(split)
+        rows = builder.as_streaming_dataset(split)
     rows, image_column, kept = _select(rows, selection)
     origin = [split, list(paths), paths.origin_metadata, image_column]
     is_remote = any("://" in path for path in data_files)
     repository = builder.repo_id or ("" if is_remote else None)  # no file outside it may be named
-    if selection.copy:
-        copied = DatasetRows(rows, image_column, repository=repository)
-        return ImageSet([copied], kept, lambda: origin, len(rows))
     names = [os.path.basename(path) for path in paths] if rows.num_shards == len(paths) else [name] * rows.num_shards
     parts = [
         StreamPart(rows, image_column, os.path.abspath(name), repository, file, number)
@@ -315,20 +296,7 @@ def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = (
 def _open_tars(paths: Sequence[str], origin: list[Any], selection: Selection) -> ImageSet:
     parts = open_tars(paths, selection.image_column, selection.columns)
     origin, features = [*origin, selection.image_column], parts[0].features
-    if not selection.copy:
-        return ImageSet(parts, features, lambda: origin)
-    source = {"path": datasets.Value("string"), "bytes": datasets.Value("binary"), "fault": datasets.Value("string")}
-    stored = datasets.Features({"key": datasets.Value("string"), "image": source, **features})
-    sources = {"parts": tuple(parts), "origin": tuple(origin)}
-    with _explained(paths[0]):
-        rows = datasets.Dataset.from_generator(_stored_rows, features=stored, gen_kwargs=sources)
-    return ImageSet([DatasetRows(rows, "image", "key")], features, lambda: origin, len(rows))
-
-
-def _stored_rows(parts: Sequence[TarPart], origin: Any) -> Iterator[dict[str, Any]]:
-    """Rows to copy. `datasets` copies again if `origin` has changed."""
-    for key, source, values in itertools.chain.from_iterable(part.read() for part in parts):
-        yield {"key": key, "image": {"fault": None, **cast(Mapping[str, Any], source)}, **values}
+    return ImageSet(parts, features, lambda: origin)
 
 
 def _select(rows: Any, selection: Selection) -> tuple[Any, str, datasets.Features]:
@@ -341,19 +309,16 @@ def _select(rows: Any, selection: Selection) -> tuple[Any, str, datasets.Feature
         got = f", got `{image_column}`" if selection.image_column else ""
         raise ValueError(f"--image-column must be one of {', '.join(found) or 'the columns of images'}{got}.")
     kept = [name for name in features if name in (*LABEL_COLUMNS, *selection.columns) and name != image_column]
-    if isinstance(rows, datasets.IterableDataset):
-        rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
+    rows = rows.decode(False)  # otherwise a broken image of a folder on the Hub ends the stream
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     rows = rows.select_columns([image_column, *kept])
     return rows, image_column, datasets.Features({name: features[name] for name in kept})
 
 
 def _holds_images(feature: Any) -> bool:
-    return (
-        isinstance(feature, datasets.Image)
-        or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
-        or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
-    )
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= set(feature)
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
 def _choose_split(name: str, splits: Sequence[str], split: str | None) -> str:
@@ -363,28 +328,6 @@ def _choose_split(name: str, splits: Sequence[str], split: str | None) -> str:
     if split is not None and split not in splits:
         raise ValueError(f"--split must be one of {', '.join(splits)} in the set `{name}`, got `{split}`.")
     return split or splits[0]
-
-
-def _find_files(patterns: Sequence[str]) -> list[str]:
-    """Absolute paths of the files of folders and patterns, each once."""
-    found: list[str] = []
-    for pattern in patterns:
-        names = [pattern] if os.path.exists(pattern) else expand_braces(pattern)
-        for name in names:
-            if os.path.isdir(name):
-                files = [os.path.join(name, file) for file in walk_files(name) if _kind(file)]
-            elif os.path.exists(name):
-                files = [name]
-            else:
-                files = [file for file in sorted(glob.glob(name, recursive=True)) if os.path.isfile(file)]
-            if not files:
-                raise ValueError(
-                    f"the folder `{name}` has no images."
-                    if os.path.isdir(name)
-                    else f"no file or folder matches `{name}`, and it is not the name of a set on the Hub."
-                )
-            found += map(os.path.abspath, files)
-    return list(dict.fromkeys(found))
 
 
 def _kind(file: str) -> str | None:

@@ -1,10 +1,8 @@
 """Crops of images that become rows of a token set, and reading them."""
 
 import itertools
-import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
+from svqvae_hf.data.workers import end_with_parent
 
 FLIPPED = "-flipped"
 CROP_POSITIONS = {  # (x, y): 0 is left or top, 1 is right or bottom
@@ -136,14 +135,8 @@ class _CropReader(Dataset):
 def _start_worker(worker: int) -> None:
     """Ignores Ctrl-C, which reaches all processes of a terminal, and ends at SIGTERM or with the parent.
 
-    The parent sends SIGTERM to workers that it could not shut down. If the parent is killed, a worker whose results
-    nobody reads would wait forever.
+    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
-
-
-def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    end_with_parent()

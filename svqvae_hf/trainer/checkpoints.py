@@ -51,25 +51,17 @@ class Checkpoints:
         states: Mapping[str, Stateful],
     ):
         self.options, self.accelerator, self.states = options, accelerator, states
-        self.first_step, self.earlier = 0, list[tuple[int, int]]()
+        self.first_step = 0
         if checkpoint is not None:
             saved = load_checkpoint(accelerator, checkpoint, states, options.optimizer)
             for name, holder in states.items():
                 holder.load_state_dict(saved[name])
-            self.first_step, self.earlier = checkpoint_step(checkpoint), saved["stages"]
+            self.first_step = checkpoint_step(checkpoint)
             logger.info(f"Resumed from {checkpoint}")
             old, new = saved["options"], public_values(asdict(options))
             for name in sorted(new.keys() & old.keys() - {"resume_from_checkpoint", "output_dir"}):
                 if new[name] != old[name]:
                     logger.info(f"Changed on resume: --{name} from {old[name]} to {new[name]}")
-
-    def stages(self, steps_done: int | None = None) -> list[tuple[int, int]]:
-        """Steps and examples per step of each part of the run, of the whole run by default."""
-        batch = self.options.batch_per_process * self.accelerator.num_processes
-        *before, (steps, last) = self.earlier or [(0, batch)]
-        own = (steps_done or self.options.max_train_steps) - self.first_step
-        parts = [(steps + own, batch)] if last == batch else [(steps, last), (own, batch)]
-        return [*before, *(part for part in parts if part[0])]
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each remaining step. After a step, saves a checkpoint if one is due.
@@ -98,7 +90,7 @@ class Checkpoints:
     def save(self, steps_done: int) -> None:
         """Saves a checkpoint."""
         state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
-        state |= {"options": public_values(asdict(self.options)), "stages": self.stages(steps_done)}
+        state["options"] = public_values(asdict(self.options))
         limit = self.options.checkpoints_total_limit
         save_checkpoint(self.accelerator, Path(self.options.output_dir), steps_done, state, limit)
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.tokens.image_tokens import check_same_codebook
-from svqvae_hf.trainer.data.row_order import row_order
+from svqvae_hf.trainer.data.sample_order import row_at
 from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 
 IGNORED = -100  # label that the loss skips
@@ -60,8 +60,7 @@ class LlamaGenExamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.mix.seed, index))
-        epoch, offset = divmod(index, len(self.source.rows))
-        source, row = self.source, int(row_order(len(self.source.rows), self.mix.seed, epoch)[offset])
+        source, row = self.source, row_at(index, len(self.source.rows), self.mix.seed)
         ids, label, captions = source.batch([row])
         if rng.random() < self.mix.condition_dropout:
             label[:] = source.num_classes  # drops its caption as well
@@ -119,8 +118,7 @@ class ChatExamples(Dataset):
         rng = np.random.default_rng((self.mix.seed, index))
         is_text = rng.random() < self.mix.text_fraction
         rows = self.texts if is_text else self.pairs
-        epoch, offset = divmod(index, len(rows))
-        row = rows[int(row_order(len(rows), self.mix.seed, epoch)[offset])]
+        row = rows[row_at(index, len(rows), self.mix.seed)]
         return self.text_example(row) if is_text else self.pair_example(row, rng)
 
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:

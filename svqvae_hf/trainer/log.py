@@ -44,8 +44,8 @@ class Log:
         count = accelerator.num_processes
         logger.info(
             f"Training on {contents}: {trained:,} of {sum(sizes.values()):,} parameters, "
-            f"{options.max_train_steps - first_step:,} of {options.max_train_steps:,} steps left with a batch of "
-            f"{options.batch_per_process * count}, {count} process{'es' * (count > 1)} on {accelerator.device.type}"
+            f"{options.max_train_steps - first_step:,} of {options.max_train_steps:,} steps left, {count} "
+            f"process{'es' * (count > 1)} on {accelerator.device.type}"
         )
 
     def add(self, numbers: Mapping[str, torch.Tensor], **amounts: float) -> None:

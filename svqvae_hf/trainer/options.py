@@ -100,11 +100,6 @@ class RunOptions:
         if self.hub_model_id is not None:
             check_repo_id(self.hub_model_id, "--hub_model_id")
 
-    @property
-    def batch_per_process(self) -> int:
-        """Examples of one process in a step."""
-        return self.train_batch_size * self.gradient_accumulation_steps
-
     def logs_after(self, step: int) -> bool:
         """Whether a line of the log is due after a step. The last step always has one."""
         return step + 1 == self.max_train_steps or (step + 1) % self.logging_steps == 0
@@ -113,11 +108,6 @@ class RunOptions:
         """Whether a validation is due after a step. The one after the last step is the script's own."""
         steps_done = step + 1
         return steps_done % self.validation_steps == 0 and steps_done < self.max_train_steps
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of one process in the whole run."""
-        return self.max_train_steps * self.gradient_accumulation_steps
 
     @property
     def warmup_steps(self) -> int:
@@ -167,8 +157,9 @@ class ImageOptions(RunOptions):
     resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
     center_crop: bool = option(False, "Cut crops at the centre, not at random positions.")
     random_flip: bool = option(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
-    random_rotation: bool = option(False, "Turn crops by 0, 90, 180 or 270 degrees, for more different content.")
     resize_range: list[float] = option([1.0, 1.0], "Range of the factor by which an image is resized before the crop.")
+    streaming: bool = option(False, "Read tar, Parquet and Hub sets as a stream, not from a copy.")
+    shuffle_buffer: int = option(1000, "Images of a stream that each worker holds and shuffles at a time.")
     dataloader_num_workers: int = option(2, "Processes that cut crops.")
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -76,17 +76,18 @@ class Result:
             push_folder(self.output_dir, self.name, "Upload the trained model", files=files)
 
 
-def provenance(script: str, examples: str, stages: Sequence[tuple[int, int]]) -> dict[str, str]:
+def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, str]:
     """Rows of a card that say how the weights were made.
 
     Args:
         script (`str`): The script, such as `training/train.py`.
-        examples (`str`): Contents of a batch, such as `images`.
-        stages (sequence of `(steps, batch)`): From [`Checkpoints`].
+        steps (`int`): Number of steps.
+        batch (`int`): Examples of a step.
+        examples (`str`): Name of the examples, such as `images`.
     """
     return {
         "trained by": f"`{script}` of svqvae-hf {version('svqvae-hf')}, options in `train_config.yaml`",
-        "steps": ", then ".join(f"{steps:,} of {batch} {examples}" for steps, batch in stages),
+        "steps": f"{steps:,} of {batch} {examples}",
     }
 
 

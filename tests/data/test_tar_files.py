@@ -91,8 +91,8 @@ def test_the_rest_of_a_truncated_file_is_one_unreadable_row(tmp_path, mode):
     assert 2 < len(rows) < 12
     assert [*faults(images)] == ["a.tar"]
     assert "the tar file ends early" in faults(images)["a.tar"]
-    batches = list(crop_loader(open_images([str(tmp_path)], copy=True), num_batches=24))
-    assert {image.key for batch in batches for image in batch.skipped} == {"a.tar"}
+    batches = list(crop_loader(open_images([str(tmp_path)], copy=True), num_steps=24))
+    assert {key for batch in batches for key, _ in batch.skipped} == {"a.tar"}
     assert {number for batch in batches for number in numbers(batch)}
 
 

@@ -1,8 +1,12 @@
+import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import time
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -10,6 +14,8 @@ from numbered_images import (
     BROKEN,
     KINDS,
     NUM_IMAGES,
+    SHARDS,
+    STREAMS,
     assert_equal,
     crop_loader,
     encode,
@@ -20,8 +26,10 @@ from numbered_images import (
     write_set,
     write_sets,
 )
+from processes import assert_ended, start
 
 from svqvae_hf.data.image_sets import open_images
+from svqvae_hf.trainer.data.crop_loader import CropRows
 from svqvae_hf.trainer.data.crops import centre_crops
 
 
@@ -35,122 +43,167 @@ def sets(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("num_workers", "num_processes"), [(0, 3), (2, 1)])
-def test_resumed_loader_continues_exactly(sets, kind, num_workers, num_processes):
-    folder = sets[kind, "broken"]
+@pytest.mark.parametrize(("num_workers", "share"), [(0, (2, 1, 1, 3)), (2, (2,)), (0, (1, 2))])
+def test_resumed_loader_continues_exactly(sets, kind, num_workers, share):
     mixed = policy(sides=(16, 8), random_flip=True, resize_range=(0.5, 2))
-    options = {"process_index": num_processes // 2, "num_processes": num_processes}
-    loader = crop_loader(open_set(folder, kind), mixed, num_workers=num_workers, **options)
+
+    def make_loader(num_workers):
+        return crop_loader(open_set(sets[kind, "broken"]), mixed, share, num_workers=num_workers)
+
+    loader = make_loader(num_workers)
     batches, states = [], []
     for batch in loader:
         batches.append(batch)
-        states.append(json.loads(json.dumps(loader.state_dict())))
-    assert len(batches) == 12
+        if len(batches) % loader.share.batches == 0:
+            states.append(json.loads(json.dumps(loader.state_dict())))
+    assert len(states) == 12
     assert list(loader) == []
     for done in (1, 5, 12) if num_workers else (1, 4, 5, 8, 11):
-        workers = 2 - num_workers if done == 5 else num_workers
-        resumed = crop_loader(open_set(folder, kind), mixed, num_workers=workers, **options)
+        resumed = make_loader(2 - num_workers if done == 5 else num_workers)
         resumed.load_state_dict(states[done - 1])
-        assert_equal(list(resumed), batches[done:])
+        assert_equal(list(resumed), batches[done * loader.share.batches :])
         assert resumed.state_dict() == states[-1]
 
 
+def crops_of_steps(images, shares, state=None):
+    """Sorted crops of each step, from the loaders of some shares in it."""
+    steps = [[] for _ in range(12)]
+    for share in shares:
+        options = {"sides": (16, 8, 4), "random_flip": True, "resize_range": (0.5, 2)}
+        loader = crop_loader(images, policy(**options), share)
+        if state is not None:
+            loader.load_state_dict(state)
+        for batch in loader:
+            steps[(loader.batch - 1) // loader.share.batches] += [crop.numpy().tobytes() for crop in batch.sample]
+    return [*map(sorted, steps)]
+
+
+PROCESSES = {"batches": [(1, 4)], "two": [(1, 2, 0, 2), (1, 2, 1, 2)], "four": [(1, 1, i, 4) for i in range(4)]}
+
+
+@pytest.mark.parametrize("shares", PROCESSES.values(), ids=PROCESSES)
+def test_a_step_holds_the_same_crops_for_any_division_into_batches_and_processes(sets, shares):
+    images = open_set(sets["folder", "broken"])
+    whole = crops_of_steps(images, [(4,)])
+    assert crops_of_steps(images, shares) == whole
+    saved = crop_loader(images, None, (2, 1, 1, 2))
+    list(itertools.islice(saved, 5))
+    assert crops_of_steps(images, shares, saved.state_dict()) == [[]] * 5 + whole[5:]
+    assert {sum(map(len, step)) for step in whole} == {4 * 4 * 3 * 16 * 16}, "float32 pixels of each step"
+    assert len({len(step) for step in whole if len(set(map(len, step))) == 1}) == 3, "each step has one side"
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_each_epoch_shows_each_image_to_one_process(sets, kind, num_processes):
-    seen = []
-    for process_index in range(num_processes):
-        loader = crop_loader(
-            open_set(sets[kind, "whole"], kind),
-            policy(batch_size=4),
-            process_index=process_index,
-            num_processes=num_processes,
-            num_batches=3 * NUM_IMAGES // num_processes // 4,
-        )
-        seen.append([number for batch in loader for number in numbers(batch)])
-    count = NUM_IMAGES // num_processes
-    epochs = [[each[start : start + count] for each in seen] for start in range(0, 3 * count, count)]
-    for images in epochs:
-        assert sorted(sum(images, [])) == list(range(NUM_IMAGES))
+def test_each_epoch_shows_each_image_once(sets, kind):
+    loader = crop_loader(open_set(sets[kind, "whole"]), None, (4,), 3 * NUM_IMAGES // 4)
+    seen = [number for batch in loader for number in numbers(batch)]
+    epochs = [seen[start : start + NUM_IMAGES] for start in range(0, len(seen), NUM_IMAGES)]
+    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_batches_have_one_side_on_all_processes_and_equal_pixels(sets):
-    images = open_set(sets["folder", "whole"], "folder")
-    sides = []
-    for process_index in range(2):
-        loader = crop_loader(images, policy(sides=(16, 8, 4)), process_index=process_index, num_processes=2)
-        shapes = [batch.sample.shape for batch in loader]
-        assert {np.prod(shape) for shape in shapes} == {2 * 3 * 16 * 16}
-        sides.append([shape[-1] for shape in shapes])
-    assert sides[0] == sides[1]
-    assert set(sides[0]) == {16, 8, 4}
-
-
-def test_crops_grow_at_the_same_batch_after_a_resume(sets):
-    images = open_set(sets["folder", "whole"], "folder")
-    growing = policy(sides=(16, 8, 4), growth_batch=7)
-    loader = crop_loader(images, growing)
-    sides, state = [], {}
-    for batch in loader:
-        sides.append(batch.sample.shape[-1])
-        if len(sides) == 5:
-            state = loader.state_dict()
-    assert set(sides[:7]) == {8, 4}
-    assert set(sides[7:]) == {16}
-    resumed = crop_loader(images, growing)
-    resumed.load_state_dict(state)
-    assert [batch.sample.shape[-1] for batch in resumed] == sides[5:]
-
-
-def test_two_processes_cut_what_one_would(sets):
-    images = open_set(sets["folder", "whole"], "folder")
-    options = {"random_flip": True, "resize_range": (0.5, 2)}
-    whole = list(crop_loader(images, policy(batch_size=4, **options)))
-    halves = [list(crop_loader(images, policy(**options), process_index=i, num_processes=2)) for i in range(2)]
-    for batch, first, second in zip(whole, *halves, strict=True):
-        assert torch.equal(batch.sample[::2], first.sample)
-        assert torch.equal(batch.sample[1::2], second.sample)
+def test_crops_grow_at_a_step():
+    growing = policy(sides=(16, 8, 4), growth_step=7)
+    sides = growing.sides_of(20, seed=0).tolist()
+    assert (set(sides[:7]), set(sides[7:])) == ({8, 4}, {16})
+    assert growing.sides_of(9, seed=0).tolist() == sides[:9]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_in_another_process_cuts_the_same(sets, kind):
-    loader = crop_loader(open_set(sets[kind, "whole"], kind))
-    assert torch.equal(pickle.loads(pickle.dumps(loader))[0, 0].sample, loader[0, 0].sample)
+    loader = crop_loader(open_set(sets[kind, "whole"]))
+    rows = CropRows(loader.rows, loader.cutter)
+    assert torch.equal(pickle.loads(pickle.dumps(rows))[0].sample, rows[0].sample)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         ({"seed": 1}, "The seed must be 0 as when the checkpoint was written, but is 1. Restore it, or"),
-        ({"images": ("parquet", "small")}, "The number of images must be 24 as when .*, but is 1"),
+        ({"images": "small"}, "The number of images must be 24 as when .*, but is 1"),
+        ({"share": (2, 1, 0, 2)}, "The product of .* number of processes must be 2 as when .*, but is 4. Restore"),
     ],
 )
 def test_states_of_another_order_are_refused(sets, tmp_path, other, message):
     write_set(tmp_path / "small", "parquet", [encode(numbered(0))])
-    folders = sets | {("parquet", "small"): tmp_path / "small"}
-    state = crop_loader(open_set(sets["parquet", "whole"], "parquet")).state_dict()
-    kind, name = other.pop("images", ("parquet", "whole"))
+    folders = sets | {"small": tmp_path / "small"}
+    state = crop_loader(open_set(sets["parquet", "whole"])).state_dict()
+    name = other.pop("images", ("parquet", "whole"))
     with pytest.raises(ValueError, match=message):
-        crop_loader(open_set(folders[kind, name], kind), **other).load_state_dict(state)
+        crop_loader(open_set(folders[name]), **other).load_state_dict(state)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 2)])
+def test_each_epoch_of_a_stream_has_each_image_once(sets, kind, processes, workers):
+    images = open_images([str(sets[kind, "whole"])])
+    steps = 3 * NUM_IMAGES // processes // 2
+    loaders = [
+        crop_loader(images, None, (2, 1, process, processes), steps, num_workers=workers, shuffle_buffer=5)
+        for process in range(processes)
+    ]
+    seen = [[numbers(batch) for batch in loader] for loader in loaders]
+    epochs = [
+        sum(sum((each[start : start + steps // 3] for each in seen), []), []) for start in range(0, steps, steps // 3)
+    ]
+    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
+    assert epochs[2] != epochs[0] != epochs[1] != list(range(NUM_IMAGES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_stream_continues_exactly(sets, kind, workers):
+    def make_loader():
+        images = open_images([str(sets[kind, "broken"])])
+        options = {"num_workers": workers, "shuffle_buffer": 5}
+        return crop_loader(images, policy(sides=(16, 8), random_flip=True), (2, 1, 1, 2), **options)
+
+    loader = make_loader()
+    batches, states = [], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(
+            json.loads(json.dumps(loader.state_dict())) | {"places": [None, loader.state_dict()["places"][0]]}
+        )
+    assert any(batch.skipped for batch in batches)
+    assert states[-1]["places"][1][0][0] > 0, "the readers must have come to another epoch"
+    for done in range(1, 13, 5 if workers else 1):
+        resumed = make_loader()
+        resumed.load_state_dict(states[done - 1])
+        assert_equal(list(resumed), batches[done:])
+
+
+def test_streams_say_what_they_need(sets):
+    images = open_images([str(sets["parquet", "whole"])])
+    state = crop_loader(images, num_workers=2).state_dict()
+    with pytest.raises(ValueError, match="The number of workers must be 2 as when the checkpoint .*, but is 1"):
+        crop_loader(images).load_state_dict(state)
+    with pytest.raises(ValueError, match=f"must have a shard per worker, but has {SHARDS} for .* 3 x 2 processes"):
+        crop_loader(images, share=(2, 1, 0, 2), num_workers=3)
 
 
 # Labels
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_path, num_workers):
+@pytest.mark.parametrize("copy", [True, False])
+def test_labels_belong_to_their_images_even_where_broken_ones_are_replaced(tmp_path, num_workers, copy):
     contents = [BROKEN.get(number, encode(numbered(number))) for number in range(NUM_IMAGES)]
     rows = [{"bytes": content, "path": None} for content in contents]
-    Dataset.from_dict({"label": list(range(NUM_IMAGES)), "png": rows}).to_parquet(tmp_path / "set.parquet")
-    images = open_images([f"{tmp_path}/*.parquet"], copy=True)
-    options = {"num_workers": num_workers, "num_batches": NUM_IMAGES // 2, "label_column": "label"}
-    batches = list(crop_loader(images, **options))
+    for half in (slice(0, 12), slice(12, 24)):
+        part = Dataset.from_dict({"label": list(range(NUM_IMAGES))[half], "png": rows[half]})
+        part.to_parquet(tmp_path / f"{half.start}.parquet")
+    images = open_images([f"{tmp_path}/*.parquet"], copy=copy)
+    batches = list(crop_loader(images, num_steps=NUM_IMAGES // 2, num_workers=num_workers, label="label"))
     assert any(batch.skipped for batch in batches)
     assert all(batch.labels == numbers(batch) for batch in batches)
 
 
-# Unreadable images
+# Unreadable and small images
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -162,8 +215,8 @@ def test_unreadable_files_of_a_folder_are_replaced_and_named(tmp_path, photo, nu
     (tmp_path / "42.png").unlink()
     (tmp_path / "42.jpg").write_text("Dear diary, ...")
     images = open_images([str(tmp_path)])
-    batches = list(crop_loader(images, policy(batch_size=4), num_batches=15, num_workers=num_workers))
-    named = [image.key for batch in batches for image in batch.skipped]
+    batches = list(crop_loader(images, None, (4,), 15, num_workers=num_workers))
+    named = [key for batch in batches for key, _ in batch.skipped]
     assert set(named) == {"0.png", "21.png", "42.jpg"}
     seen = Counter(number for batch in batches for number in numbers(batch))
     assert seen.total() == 60
@@ -171,17 +224,40 @@ def test_unreadable_files_of_a_folder_are_replaced_and_named(tmp_path, photo, nu
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_set_without_a_readable_image_is_an_error(tmp_path, kind):
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_set_without_a_readable_image_is_an_error(tmp_path, kind, copy):
     write_set(tmp_path / "set", kind, [b"no image", b""])
-    images = open_set(tmp_path / "set", kind)
-    with pytest.raises(
-        ValueError, match=r"must hold readable images, but 1000 in a row are not, .*00[01].png`: the image"
-    ):
+    images = open_images([str(tmp_path / "set")], copy=copy)
+    with pytest.raises(ValueError, match=r"1000 images in a row are not readable, .*00[01].png`: the image"):
         next(iter(crop_loader(images)))
     with pytest.raises(ValueError, match="set must hold at least one readable image, but holds none"):
         centre_crops(images, 1, 16, (0, 1))
 
 
-def test_a_stream_is_refused(sets):
-    with pytest.raises(ValueError, match="must have random access. Open it with `copy=True`"):
-        crop_loader(open_images([str(sets["parquet", "whole"])]))
+def test_enlarged_images_are_counted(tmp_path):
+    for number in range(4):
+        numbered(number).resize((24, 20 if number else 15)).save(tmp_path / f"{number}.png")
+    assert [batch.enlarged for batch in crop_loader(open_images([str(tmp_path)]), None, (4,), 2)] == [1, 1]
+
+
+# Workers
+
+
+def die_with_workers(folder, copy, note):
+    """Reads crops until workers wait for room in their pipe, notes them and dies."""
+    batches = iter(crop_loader(open_images([str(folder)], copy=copy), num_workers=2, num_steps=1000, label="text"))
+    next(batches)
+    time.sleep(1)
+    note.write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path, copy):
+    (tmp_path / "set").mkdir()
+    for name in ("a", "b"):
+        Dataset.from_dict({"text": ["long" * 50_000], "png": [encode(numbered(0))]}).to_parquet(
+            tmp_path / "set" / f"{name}.parquet"
+        )
+    start(die_with_workers, tmp_path / "set", copy, tmp_path / "workers").join()
+    assert_ended((tmp_path / "workers").read_text(), 2)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.writer import tokenize_set
+from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenSource
 
 IMAGES = 6
@@ -41,18 +42,15 @@ def test_batches_are_the_ids_of_the_images_coarse_to_fine(tokens):
         assert np.array_equal(grids.flatten(1).numpy(), np.array(rows[column].to_pylist())[order])
 
 
-def test_every_epoch_has_each_row_once_over_all_processes(tokens, monkeypatch):
+def test_every_epoch_has_each_row_once_for_any_number_of_processes(tokens, monkeypatch):
     source = TokenSource(str(tokens), None)
     monkeypatch.setattr(source, "batch", list)
-    orders = [sum(SequenceLoader(source, 1, IMAGES, 7, process, 2), []) for process in range(2)]
-    epochs = [[row for order in orders for row in order[start : start + IMAGES // 2]] for start in (0, IMAGES // 2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(IMAGES))
-    assert epochs[0] != epochs[1]
-    batches = list(SequenceLoader(source, 4, 3, 7, 0, 1))  # the second goes over the end of an epoch
-    order = sum(batches, [])
+    order = sum(SequenceLoader(source, Share(4), 3, 7), [])  # the second step goes over the end of an epoch
     assert sorted(order[:IMAGES]) == sorted(order[IMAGES:]) == list(range(IMAGES))
-    resumed = SequenceLoader(source, 4, 3, 7, 0, 1)
-    resumed.load_state_dict({"batch": 2, "order": resumed.order})
-    assert list(resumed) == [order[8:]]
-    with pytest.raises(ValueError, match="must have a row for each of the 7 processes, but has 6"):
-        SequenceLoader(source, 1, 1, 7, 0, IMAGES + 1)
+    halves = [SequenceLoader(source, Share(2, 1, process, 2), 3, 7) for process in range(2)]
+    assert [row for pair in zip(*(sum(half, []) for half in halves), strict=True) for row in pair] == order
+    resumed = SequenceLoader(source, Share(2, 2), 3, 7)
+    resumed.load_state_dict(halves[1].state_dict() | {"step": 1})
+    assert sum(resumed, []) == order[4:]
+    with pytest.raises(ValueError, match="The product of .* must be 4 as when the checkpoint was written, but is 8"):
+        SequenceLoader(source, Share(4, 1, 0, 2), 3, 7).load_state_dict(resumed.state_dict())

@@ -1,5 +1,6 @@
 """Runs of `training/train.py` on a tiny model and a few photographs."""
 
+import hashlib
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ from training_runs import assert_no_private_path, cpu, logged
 from svqvae_hf import SVQVAE
 from svqvae_hf.evaluation.perceptual import LPIPS
 from svqvae_hf.tokens.context_model import find_context_model
+from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses import objective as objective_module
 from svqvae_hf.trainer.losses.objective import Objective
 from svqvae_hf.trainer.run import run_training
@@ -204,11 +206,28 @@ def gradients(sample):
     return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
-def work_of_two_processes(rank, port, options, sample, folder):
-    """Saves the gradients of a batch, and trains at once and resumed; `final` saves those of each process."""
+def be_one_of_two(rank, port):
+    """Makes this process one of two, which stay connected from one run to the next."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    Accelerator.end_training = lambda accelerator: accelerator.wait_for_everyone()
+
+
+def run_two(work, *args):
+    """Calls a function in two processes, with their rank and a free port before other arguments."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    processes = [start(work, rank, port, *args) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def work_of_two_processes(rank, port, options, sample, folder):
+    """Saves the gradients of a batch, and trains at once and resumed; `final` saves those of each process."""
+    be_one_of_two(rank, port)
     torch.save(gradients(sample), folder / f"gradients-{rank}.pt")
 
     def record(weights):
@@ -216,13 +235,34 @@ def work_of_two_processes(rank, port, options, sample, folder):
         return final(weights)
 
     final, Weights.final = Weights.final, record
-    Accelerator.end_training = lambda accelerator: accelerator.wait_for_everyone()
     run_training(train.train, TrainOptions(**options))
     if rank == 0:
         shutil.copytree(options["output_dir"], folder / "whole")
         shutil.rmtree(f"{options['output_dir']}/checkpoint-4")
+        Path(options["output_dir"], "finished_run.json").unlink()
     torch.distributed.barrier()
     run_training(train.train, TrainOptions(**options, resume_from_checkpoint="latest"))
+    torch.distributed.destroy_process_group()
+
+
+def train_and_record(options):
+    """Trains, and returns the hashes of the crops of each step."""
+    steps, to_device = [], ImageSource.to_device
+
+    def record(images, batch):
+        steps.append([hashlib.sha256(crop.numpy().tobytes()).hexdigest() for crop in batch.sample])
+        return to_device(images, batch)
+
+    with patch.object(ImageSource, "to_device", record):
+        run_training(train.train, TrainOptions(**options))
+    return steps
+
+
+def two_record(rank, port, options, changes, folder):
+    """Trains from the start, and then from the checkpoint of one process, and notes the hashes."""
+    be_one_of_two(rank, port)
+    steps = train_and_record(options), train_and_record(options | changes)
+    (folder / f"steps-{rank}.json").write_text(json.dumps(steps))
     torch.distributed.destroy_process_group()
 
 
@@ -244,13 +284,7 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
     options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1, "codebook_decay": 0.9}
     torch.manual_seed(3)
     sample = torch.rand(4, 3, 48, 48)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    processes = [start(work_of_two_processes, rank, port, options, sample, tmp_path) for rank in range(2)]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_two(work_of_two_processes, options, sample, tmp_path)
 
     expected = gradients(sample)
     assert any(name.startswith("layers") for name in expected)
@@ -262,6 +296,35 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
     one, other = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one), "k-means and resets see other latents on each"
     assert_equal_weights(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_another_number_of_processes_goes_on_with_the_same_crops_and_ends_alike(inputs, tmp_path):
+    options = EVERYTHING | {"lpips_weight": 0.0, "adversarial_start": 1, "kmeans_steps": [1], "codebook_decay": 0.9}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 2, "dataloader_num_workers": 0}
+    make_tiny(entropy_loss_ratio=0.01).save_pretrained(tmp_path / "model")  # without dropout
+    options |= {"model_config_name_or_path": str(tmp_path / "model" / "config.json"), "train_batch_size": 4}
+    options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1}
+    names = ("one", "two", "one_then_two", "two_then_one")
+    one, two, one_then_two, two_then_one = ({"output_dir": str(tmp_path / name)} for name in names)
+    one_then_two["resume_from_checkpoint"] = str(tmp_path / "one" / "checkpoint-2")
+    two_then_one["resume_from_checkpoint"] = str(tmp_path / "two" / "checkpoint-2")
+    with cpu():
+        steps = train_and_record(options | one)
+        training_runs.forget_accelerate()
+        run_two(two_record, options | two | {"train_batch_size": 2}, one_then_two, tmp_path)
+        assert train_and_record(options | two_then_one) == steps[2:]
+        training_runs.forget_accelerate()
+    halves = [json.loads((tmp_path / f"steps-{rank}.json").read_text()) for rank in range(2)]
+    for expected, *each in zip((steps, steps[2:]), *halves, strict=True):
+        assert [
+            [crop for pair in zip(*step, strict=True) for crop in pair] for step in zip(*each, strict=True)
+        ] == expected
+    for whole, broken in (("one", "one_then_two"), ("two", "two_then_one")):
+        expected = weights(tmp_path / whole)
+        for name, value in weights(tmp_path / broken).items():
+            torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0, msg=f"{broken}: {name}")
 
 
 # Codebook, decoder, result, mistakes
@@ -327,7 +390,7 @@ def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
     ("changes", "message"),
     [
         ({"resume_from_checkpoint": "nowhere"}, "or 'latest', but is 'nowhere'"),
-        ({"train_data_dir": "/nowhere"}, "no file or folder matches `/nowhere`"),
+        ({"train_data_dir": "/nowhere"}, "no file or folder matches: `/nowhere`"),
         ({"validation_data_dir": "copies"}, "`--validation_data_dir` must hold images that are not trained on, but"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has base_chanels"),
         ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),

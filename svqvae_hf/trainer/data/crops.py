@@ -12,54 +12,49 @@ from PIL import Image
 from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 
+SIDE = 0  # first word of the seed of sides
 CENTRE = (0.5, 0.5)
-QUARTER_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
 
 @dataclass(frozen=True)
 class CropPolicy:
-    """How crops are cut. All crops of a batch have one side, drawn at random for each batch.
+    """How crops are cut. All crops of a step have one side, drawn at random for each step.
 
-    Crops may grow: the first batches have all sides but the largest, the others only the largest.
+    A step of a smaller side has more crops, of as many pixels in all. Crops may grow: the first steps have all sides
+    but the largest, the others only the largest.
 
     Args:
         sides (`Sequence[int]`): Sides in pixels; the largest is a multiple of each.
-        batch_size (`int`): Crops of the largest side per batch of one process. A batch of a smaller side has as many
-            pixels.
         center_crop (`bool`): Cut at the centre, not at random positions.
         random_flip (`bool`): Flip half of the crops, left to right.
-        resize_range (`tuple[float, float]`): Range of the random factor by which an image is resized before it is
+        resize_range (`Sequence[float]`): Range of the random factor by which an image is resized before it is
             cropped. An image that would not hold the crop then is shrunk less, or enlarged.
         synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that [`synthetic_crop`] replaces.
-        growth_batch (`int`, defaults to 0): First batch of the largest side only; 0: sides are mixed throughout.
-        random_rotation (`bool`, defaults to `False`): Turn crops by 0, 90, 180 or 270 degrees.
+        growth_step (`int`, defaults to 0): First step of the largest side only; 0: sides are mixed throughout.
     """
 
     sides: Sequence[int]
-    batch_size: int
     center_crop: bool
     random_flip: bool
-    resize_range: tuple[float, float]
+    resize_range: Sequence[float]
     synthetic_fraction: float = 0.0
-    growth_batch: int = 0
-    random_rotation: bool = False
+    growth_step: int = 0
 
-    def sides_of(self, batch: int) -> list[int]:
-        """Sides among which that of a batch is drawn."""
-        largest = max(self.sides)
-        if not self.growth_batch:
-            return list(self.sides)
-        return [largest] if batch >= self.growth_batch else [side for side in self.sides if side < largest]
+    def sides_of(self, num_steps: int, seed: int) -> np.ndarray:
+        """Side of the crops of each step, the same for the first steps of more steps."""
+        draws, largest = np.random.default_rng((SIDE, seed)).random(num_steps), max(self.sides)
+        mixed = [side for side in self.sides if side < largest] if self.growth_step else self.sides
+        sides = np.array(mixed or [largest])[(draws * len(mixed)).astype(int)]
+        sides[self.growth_step or num_steps :] = largest
+        return sides
 
     def cut(self, image: Image.Image, side: int, seed: Sequence[int]) -> Image.Image:
         """Cuts a crop of an image, at random as the seed says."""
         rng = np.random.default_rng(seed)
-        factor, origin, flip = rng.uniform(*self.resize_range), rng.random(2).tolist(), rng.random() < 0.5
+        low, high = self.resize_range
+        factor, origin, flip = rng.uniform(low, high), rng.random(2).tolist(), rng.random() < 0.5
         crop = _crop(image, side, factor, CENTRE if self.center_crop else origin)
-        if flip and self.random_flip:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        turn = QUARTER_TURNS[rng.integers(4)]
-        return crop if turn is None or not self.random_rotation else crop.transpose(turn)
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and self.random_flip else crop
 
 
 def centre_crops(images: Iterable[ImageRow], count: int, side: int, pixel_range: tuple[float, float]) -> torch.Tensor:

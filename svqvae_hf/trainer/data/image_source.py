@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from accelerate.logging import get_logger
 from svqvae_hf.data.image_parts import FileRows
 from svqvae_hf.data.image_sets import ImageSet, open_images
 from svqvae_hf.files.inputs import readable
-from svqvae_hf.trainer.data.crop_loader import CropBatch, CropLoader
+from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
+from svqvae_hf.trainer.data.crop_loader import CropLoader
 from svqvae_hf.trainer.data.crops import CropPolicy
+from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.options import ImageOptions
 
 logger = get_logger(__name__, log_level="INFO")
@@ -68,36 +70,23 @@ class ImageSource:
             image_column=options.image_column,
             columns=[] if label_column is None else [label_column],
             data_files=options.data_files,
-            copy=True,
+            copy=not options.streaming,
             results=options.output_dir,
         )
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
         self.named: list[str] = []  # keys of skipped images
+        self.num_crops, self.has_warned = 0, False
 
-    def loader(self, sides: list[int], num_batches: int, seed: int, growth_batch: int = 0) -> CropLoader:
+    def loader(
+        self, sides: list[int], num_steps: int, seed: int, growth_step: int = 0, batches_per_step: int = 1
+    ) -> CropLoader:
         """Makes a loader of this process's crops, cut as [`CropPolicy`] says; the seed decides which they are."""
         options = self.options
-        policy = CropPolicy(
-            sides=sides,
-            batch_size=options.train_batch_size,
-            center_crop=options.center_crop,
-            random_flip=options.random_flip,
-            resize_range=(options.resize_range[0], options.resize_range[1]),
-            synthetic_fraction=self.synthetic_fraction,
-            growth_batch=growth_batch,
-            random_rotation=options.random_rotation,
-        )
-        return CropLoader(
-            self.images,
-            policy,
-            self.pixel_range,
-            seed=seed,
-            num_workers=options.dataloader_num_workers,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            num_batches=num_batches,
-            label_column=self.label_column,
-        )
+        share = replace(Share.of(options, self.accelerator), batches=batches_per_step)
+        cuts = options.center_crop, options.random_flip, options.resize_range
+        policy = CropPolicy(sides, *cuts, self.synthetic_fraction, growth_step)
+        cutter = CropCutter(policy, self.pixel_range, share, num_steps, seed, self.label_column)
+        return CropLoader(self.images, cutter, options.dataloader_num_workers, options.shuffle_buffer)
 
     def fresh_crops(
         self, sides: list[int], num_batches: int, step: int = 0, growth_batch: int = 0
@@ -110,13 +99,20 @@ class ImageSource:
             step (`int`, defaults to 0): Step of the run. Each has crops of its own.
             growth_batch (`int`, defaults to 0): First batch of the largest side only, see [`CropPolicy`].
         """
-        for batch in self.loader(sides, num_batches, self.options.seed + 1 + step, growth_batch):
+        loader = self.loader(sides, num_batches, self.options.seed + 1 + step, growth_batch)
+        loader.shuffle_buffer = min(loader.shuffle_buffer, num_batches * self.options.train_batch_size)
+        for batch in loader:
             yield batch.sample.to(self.accelerator.device)
 
     def to_device(self, batch: CropBatch) -> torch.Tensor:
-        """Moves the crops of a batch to the device, and logs the names of skipped images once."""
-        for image in batch.skipped:
-            if image.key not in self.named:
-                self.named.append(image.key)
-                logger.warning(f"Skipped `{image.key}`: {image.reason}", main_process_only=False)
+        """Moves the crops of a batch to the device. Logs once which images are skipped, and that some are small."""
+        for key, reason in batch.skipped:
+            if key not in self.named:
+                self.named.append(key)
+                logger.warning(f"Skipped `{key}`: {reason}", main_process_only=False)
+        self.num_crops += len(batch.sample)
+        if batch.enlarged and not self.has_warned:
+            self.has_warned = True
+            count, side = f"{batch.enlarged} of the first {self.num_crops}", batch.sample.shape[-1]
+            logger.warning(f"{count} images are smaller than their crops of {side} pixels, and are enlarged.")
         return batch.sample.to(self.accelerator.device, non_blocking=True)

@@ -1,7 +1,6 @@
 """Batches of the ids of a token set, with their classes or captions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import datasets
@@ -13,8 +12,7 @@ import torch
 from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.data.resumable import Resumable
-from svqvae_hf.trainer.data.row_order import row_order
+from svqvae_hf.trainer.data.sample_order import OrderedLoader, Share, row_at
 
 
 class TokenBatch(NamedTuple):
@@ -153,50 +151,27 @@ def check_captions(rows: datasets.Dataset, column: str) -> None:
         )
 
 
-@dataclass
-class SequenceLoader(Resumable):
-    """Batches of one process. In each epoch each row is in a random place, and in the share of one process.
+class SequenceLoader(OrderedLoader):
+    """Batches of ids. In each epoch, each row is seen once, in a new random order.
 
-    A batch may span two epochs, so no row is dropped.
+    A step may span two epochs, so no row is dropped.
 
     Args:
-        source ([`TokenSource`]): The sequences.
-        batch_size (`int`): Sequences per batch of one process.
-        num_batches (`int`): Batches in all, including those before the loaded state.
+        source ([`TokenSource`]): The rows.
+        share ([`Share`]): Share of this process in a step.
+        num_steps (`int`): Steps in all, including those before the loaded state.
         seed (`int`): Seed of the order.
-        process_index (`int`): Index of this process.
-        num_processes (`int`): Number of processes.
-
-    Raises:
-        ValueError: If there are fewer rows than processes.
     """
 
-    unit = "rows of ids"
-
-    source: TokenSource
-    batch_size: int
-    num_batches: int
-    seed: int
-    process_index: int
-    num_processes: int
-
-    def __post_init__(self) -> None:
-        self.num_rows = len(self.source.rows)
-        if self.num_rows < self.num_processes:
-            raise ValueError(
-                f"The token set must have a row for each of the {self.num_processes} processes, but has "
-                f"{self.num_rows}. Start fewer processes."
-            )
-        ends = [(self.process_index + each) * self.num_rows // self.num_processes for each in (0, 1)]
-        self.share = range(*ends)
+    def __init__(self, source: TokenSource, share: Share, num_steps: int, seed: int):
+        self.source, self.num_steps, self.seed, self.num_rows = source, num_steps, seed, len(source.rows)
+        settings = {"seed": seed, "number of rows of ids": self.num_rows}
+        super().__init__(share, f"{self.num_rows:,} rows of ids", settings)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yields the remaining batches."""
-        while self.batch < self.num_batches:
-            first = self.batch * self.batch_size
+        while self.batch < self.num_steps * self.share.batches:
+            first = self.batch // self.share.batches * self.share.step_size
+            rows = [row_at(first + number, self.num_rows, self.seed) for number in self.share.numbers(self.batch)]
             self.batch += 1
-            yield self.source.batch([self._row(first + offset) for offset in range(self.batch_size)])
-
-    def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.share))
-        return int(row_order(self.num_rows, self.seed, epoch, 0)[self.share[offset]])
+            yield self.source.batch(rows)

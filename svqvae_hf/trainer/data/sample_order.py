@@ -1,0 +1,105 @@
+"""Order of the samples of a run: a function of the seed and the step, whatever the number of processes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from svqvae_hf.trainer.options import RunOptions
+
+ORDER = 2  # first word of the seeds of random orders; crop_batches.py and crop_stream.py use others
+
+SAMPLES_PER_STEP = "product of `--train_batch_size`, `--gradient_accumulation_steps` and the number of processes"
+
+
+@lru_cache(maxsize=2)
+def row_order(num_rows: int, *seed: int) -> np.ndarray:
+    """Random order of the rows of a set in an epoch, which is the last word of the seed."""
+    return np.random.default_rng((ORDER, *seed)).permutation(num_rows)
+
+
+def row_at(position: int, num_rows: int, seed: int) -> int:
+    """Row at a position in the order of all epochs."""
+    epoch, offset = divmod(position, num_rows)
+    return int(row_order(num_rows, seed, epoch)[offset])
+
+
+@dataclass(frozen=True)
+class Share:
+    """Share of a process in the samples of each step.
+
+    The samples of a step are numbered. Its batches hold them one after the other, and within a batch the processes
+    take turns. So a step holds the same samples for any division into batches and processes of the same product.
+
+    Args:
+        batch_size (`int`): Samples of a batch of one process.
+        batches (`int`, defaults to 1): Batches of a step.
+        process (`int`, defaults to 0): Index of the process.
+        num_processes (`int`, defaults to 1): Number of processes.
+    """
+
+    batch_size: int
+    batches: int = 1
+    process: int = 0
+    num_processes: int = 1
+
+    @classmethod
+    def of(cls, options: RunOptions, accelerator: Accelerator) -> "Share":
+        """Share of this process in a run."""
+        batches = options.gradient_accumulation_steps
+        return cls(options.train_batch_size, batches, accelerator.process_index, accelerator.num_processes)
+
+    @property
+    def step_size(self) -> int:
+        """Samples of a step."""
+        return self.batch_size * self.batches * self.num_processes
+
+    def numbers(self, batch: int, times: int = 1) -> range:
+        """Numbers of the samples of a batch in its step.
+
+        Args:
+            batch (`int`): Number of the batch in the run.
+            times (`int`, defaults to 1): Samples of this step per sample of an ordinary one.
+        """
+        size = self.batch_size * times * self.num_processes
+        first = batch % self.batches * size
+        return range(first + self.process, first + size, self.num_processes)
+
+
+class OrderedLoader:
+    """A loader whose samples are a function of the seed and the step.
+
+    Iteration continues after the last batch yielded, also after `load_state_dict`.
+
+    Args:
+        share ([`Share`]): Share of this process.
+        contents (`str`): Size of the set, for the log.
+        settings (`dict[str, int]`): Settings that decide, with the step, which samples it holds.
+    """
+
+    batch = 0  # batches yielded
+
+    def __init__(self, share: Share, contents: str, settings: dict[str, int]):
+        self.share, self.contents = share, f"{contents}, {share.step_size} per step"
+        self.settings = settings | {SAMPLES_PER_STEP: share.step_size}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done, and the settings; equal on all processes."""
+        return {"step": self.batch // self.share.batches, "settings": self.settings}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sets the step at which iteration continues.
+
+        Raises:
+            ValueError: If the state is of a loader with other settings, or of another set.
+        """
+        for name, value in self.settings.items():
+            if (saved := state["settings"].get(name)) != value:
+                raise ValueError(
+                    f"The {name} must be {saved} as when the checkpoint was written, but is {value}. Restore it, or "
+                    "start a new run in another `--output_dir`."
+                )
+        self.batch = state["step"] * self.share.batches
