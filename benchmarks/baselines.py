@@ -2,8 +2,7 @@
 
 k-means of blocks, the same codes with a linear decoder, principal components, JPEG, WebP and AVIF. A block has f x f
 pixels, as an id has, and k-means has as many codes as the codebook, so it takes the model's bits. There is a table per
-set, with means over its images. At a scale, the image is resized and coded as an image of its own; bits are per pixel
-of the image before.
+set, with means over its images. At a scale, the resized image is coded, and bits are per pixel of the full image.
 """
 
 import argparse

@@ -142,7 +142,7 @@ class AttnBlock(nn.Module):
 def to_positions(hidden: torch.Tensor, images: int) -> torch.Tensor:
     """`(images * windows, channels, h, w)` -> `(images, 1, windows * h * w, channels)`.
 
-    Contiguous, because the fused attention kernels, which never hold all pairs of positions, take no other layout.
+    The result is contiguous, as the fused attention kernels require.
     """
     return hidden.unflatten(0, (images, -1)).movedim(2, -1).flatten(1, 3).unsqueeze(1).contiguous()
 

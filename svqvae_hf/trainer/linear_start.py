@@ -1,4 +1,4 @@
-"""Starts a new model as the linear autoencoder of some images, which a trained model has to beat.
+"""Starts a new model as a linear autoencoder, fitted to some images.
 
 With random weights, image content has to find its way through many random layers, and group norm removes the mean and
 the contrast of each image. Training then spends hours learning what a linear map does at once. This start sets weights
