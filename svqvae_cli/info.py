@@ -133,14 +133,15 @@ def _codebook(tokens: Any) -> str:
 
 def _model_facts(source: str) -> dict[str, Any]:
     """Config values of a model or pipeline, by their own names."""
-    from svqvae_cli.loading import PipelineIndex, explain_loading, load_model
+    from svqvae_cli.loading import explain_loading, load_model
     from svqvae_hf import SVQVAE
     from svqvae_hf.hub.repositories import from_hub
+    from svqvae_hf.pipelines.repository_index import read_index
 
     check_source(source)
     with explain_loading(source):
         try:
-            config = from_hub(PipelineIndex.load_config, source)
+            config = read_index(source)
         except OSError:  # no model_index.json
             config = from_hub(SVQVAE.load_config, source)
     facts = {"kind": config.get("_class_name") or (config.get("architectures") or ["unknown model"])[0]}

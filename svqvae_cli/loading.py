@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
@@ -19,18 +18,13 @@ import svqvae_hf
 from svqvae_cli.errors import prefix_errors, require_extra
 from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
-from svqvae_hf.hub.repositories import from_hub, hub_reason
+from svqvae_hf.hub.repositories import hub_reason
 from svqvae_hf.models.image_files import load_image
+from svqvae_hf.pipelines.repository_index import read_index
 from svqvae_hf.tokens.context_model import ContextModel, find_context_model
 from svqvae_hf.tokens.image_tokens import choose_tiles
 
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
-
-
-class PipelineIndex(ConfigMixin):
-    """Index of a pipeline's folder. Unlike `DiffusionPipeline.load_config`, it imports no pipeline."""
-
-    config_name = "model_index.json"
 
 
 def load_model(source: str | None, device: str | None, dtype: str, **options: Any) -> SVQVAE:
@@ -125,12 +119,12 @@ def _generator_class(source: str) -> Any:
 
     if ImageLanguageModel.is_at(source):
         return ImageLanguageModel
-    if Path(source).is_dir() and not Path(source, PipelineIndex.config_name).is_file():
+    if Path(source).is_dir() and not [*Path(source).glob("*model_index.json")]:
         raise ValueError(
             f"`{source}` must be a pipeline or a language model with image tokens, but has neither a "
             "model_index.json nor image tokens. `svqvae extend-lm` adds them to a language model."
         )
-    found = from_hub(PipelineIndex.load_config, source)["_class_name"]
+    found = read_index(source)["_class_name"]
     if found not in PIPELINES:
         raise ValueError(f"the pipeline `{source}` must be one of {', '.join(PIPELINES)}, but is a {found}.")
     return getattr(svqvae_hf, found)

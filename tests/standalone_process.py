@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
+from diffusers import AutoModel, ModularPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM
@@ -132,7 +132,6 @@ def main(repositories: Path, output: Path) -> None:
         "AutoImageProcessor": error_of(AutoImageProcessor.from_pretrained, tokenizer),
         "AutoModelForCausalLM": error_of(AutoModelForCausalLM.from_pretrained, llamagen),
         "ModularPipeline": error_of(ModularPipeline.from_pretrained, str(repositories / "classes")),
-        "DiffusionPipeline": error_of(DiffusionPipeline.from_pretrained, str(repositories / "classes")),
     }
     sys.stdout.write("\n" + json.dumps(errors))
 

@@ -11,9 +11,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from svqvae_hf.files.outputs import new_folder
+from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.repositories import hub_repo
-from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
+from svqvae_hf.pipelines.repository_index import write_blocks
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,7 +63,10 @@ def write_repository(
     with new_folder(out) as folder:
         tensors = save_and_check(converted, folder, variant)
         if standalone:
-            write_code(folder, repo_id or str(out))
+            if isinstance(converted, DiffusionPipeline):
+                write_blocks(converted.blocks(), folder, repo_id or str(out))
+            else:
+                write_code(folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     lines = [

@@ -256,6 +256,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
     config_class = LlamaGenConfig
     _no_split_modules = ["LlamaGenDecoderLayer"]
     _tied_weights_keys: dict[str, str] = {}  # the head has rows for codes alone
+    _auto_class = "AutoModel" if "diffusers_modules" in __name__ else None  # only such code is saved with a model
 
     def __init__(self, config: LlamaGenConfig):
         PreTrainedModel.__init__(self, config)  # not LlamaForCausalLM: it would make a plain Llama

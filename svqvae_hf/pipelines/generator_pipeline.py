@@ -1,6 +1,7 @@
 """The common half of the pipelines that sample ids: components, labels, callbacks, decoding, saving and loading."""
 
 import functools
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ from diffusers import DiffusionPipeline
 from svqvae_hf.hub.model_cards import pipeline_card
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
-from svqvae_hf.hub.standalone import write_code
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
+from svqvae_hf.pipelines.repository_index import is_modular, load_components, read_index, write_blocks
 
 # For readers of `model_index.json`.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
 
 
@@ -81,21 +83,21 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """
         kwargs["use_safetensors"] = True
         name = os.fspath(pretrained_model_name_or_path)
-        folder = name if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
-        found = cls.load_config(folder)["_class_name"]
-        if found != cls.__name__:
+        index = read_index(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        if index["_class_name"] != cls.__name__:
             raise ValueError(
-                f"the pipeline of `{name}` must be an {cls.__name__}, but is {found}. Load it with that class."
+                f"the pipeline of `{name}` must be an {cls.__name__}, but is {index['_class_name']}. Load it with "
+                "that class."
             )
-        cls._check_weights(name, Path(folder), kwargs)
-        pipeline = super().from_pretrained(folder, **kwargs)
+        if is_modular(index):
+            arguments = {key: value for key, value in index.items() if key in inspect.signature(cls).parameters}
+            pipeline = cls(**arguments | load_components(name, index, **kwargs))
+        else:
+            folder = name if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
+            cls._check_weights(name, Path(folder), kwargs)
+            pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=name)
         return pipeline
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """Splits a config into constructor arguments and the rest, without the code of a standalone repository."""
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
@@ -116,7 +118,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:
-            ValueError: A component has an adapter of peft that is not merged, or `standalone` does not know the model.
+            ValueError: A component has an adapter of peft that is not merged.
         """
         for name, component in self.components.items():
             if isinstance(component, torch.nn.Module) and any(hasattr(m, "base_layer") for m in component.modules()):
@@ -129,7 +131,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         folder = Path(save_directory)
         name = standalone if isinstance(standalone, str) else folder.absolute().name
         if standalone:
-            write_code(folder, name if isinstance(standalone, str) else str(folder))
+            write_blocks(self.blocks(), folder, name if isinstance(standalone, str) else str(folder))
         card = folder / "README.md"
         if not card.exists():
             card.write_text(self.make_card(name, standalone=bool(standalone)), encoding="utf-8")
@@ -139,6 +141,10 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         summary, call = self.describe()
         texts = {"summary": summary, "call": call, "tags": ["svqvae"], "provenance": {}, "pipeline_tag": self.task}
         return pipeline_card(type(self), repo_id=repo_id, **(texts | options))
+
+    def blocks(self) -> type:
+        """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
+        raise NotImplementedError
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""

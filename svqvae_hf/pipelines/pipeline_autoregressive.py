@@ -18,6 +18,7 @@ from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation
 from svqvae_hf.pipelines.id_sampler import IdSampler
 from svqvae_hf.pipelines.labels import Labels
 from svqvae_hf.pipelines.llamagen_inputs import condition_inputs
+from svqvae_hf.pipelines.modular_llamagen import LlamaGenBlocks, LlamaGenTextBlocks
 from svqvae_hf.pipelines.sampling import Generators, check_generators, check_outputs, check_sampling, guide, sample
 
 # Pipeline, row, (rows, columns), tensors -> tensors that replace them
@@ -104,6 +105,10 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
     @property
     def _reads_captions(self) -> bool:
         return self.language_model.config.caption_dim is not None
+
+    def blocks(self) -> type:
+        """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
+        return LlamaGenBlocks if self.tokenizer is None else LlamaGenTextBlocks
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""

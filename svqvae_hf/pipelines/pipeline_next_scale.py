@@ -18,6 +18,7 @@ from svqvae_hf.models.resizing import pad_to_multiple, resize
 from svqvae_hf.pipelines.captions import pad_captions
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode
 from svqvae_hf.pipelines.labels import Labels
+from svqvae_hf.pipelines.modular_next_scale import NextScaleBlocks, NextScaleTextBlocks
 from svqvae_hf.pipelines.sampling import (
     Generators,
     check_finite,
@@ -110,6 +111,10 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         self.mask_processor = VaeImageProcessor(
             do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
+
+    def blocks(self) -> type:
+        """Class of the blocks that diffusers' `ModularPipeline` runs in place of this pipeline."""
+        return NextScaleBlocks if self.tokenizer is None else NextScaleTextBlocks
 
     def describe(self) -> tuple[str, str]:
         """Texts of the card: a sentence about the pipeline, and the arguments of an example's call."""

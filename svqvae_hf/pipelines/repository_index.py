@@ -1,0 +1,115 @@
+"""The index of a pipeline's repository: `model_index.json`, or the modular one of a repository with code.
+
+A repository with code has no `model_index.json`, because diffusers' `AutoModel` would look there for the code of all
+components.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from diffusers.configuration_utils import ConfigMixin
+
+from svqvae_hf.hub.code import write_code
+from svqvae_hf.hub.repositories import from_hub
+from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, NextScaleTransformer
+from svqvae_hf.models.loading import copy_code, list_faults
+
+PIPELINE_OF_BLOCKS = {"LlamaGen": "SVQVAEAutoregressivePipeline", "NextScale": "SVQVAENextScalePipeline"}
+MODELS = {"vqvae": SVQVAE, "transformer": NextScaleTransformer, "language_model": LlamaGenForCausalLM}
+
+
+class PipelineIndex(ConfigMixin):
+    """Index of a pipeline."""
+
+    config_name = "model_index.json"
+
+
+class ModularIndex(ConfigMixin):
+    """Index of a modular pipeline."""
+
+    config_name = "modular_model_index.json"
+
+
+def read_index(source: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """Reads the index of a pipeline in a folder or on the Hub. Its `_class_name` is the class in this package.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+        **options: Options of the Hub, such as `revision`.
+
+    Raises:
+        OSError: There is no index, or the Hub does not answer and the cache has none.
+    """
+    try:
+        return from_hub(PipelineIndex.load_config, source, **options)
+    except OSError as error:
+        try:
+            index = from_hub(ModularIndex.load_config, source, **options)
+        except OSError:
+            raise error from None
+    kind = str(index.get("_blocks_class_name")).removesuffix("TextBlocks").removesuffix("Blocks")
+    return index | {"_class_name": PIPELINE_OF_BLOCKS.get(kind, index.get("_class_name"))}
+
+
+def is_modular(index: dict[str, Any]) -> bool:
+    """Whether the index is of a repository with code."""
+    return "_blocks_class_name" in index
+
+
+def write_blocks(blocks: type, folder: Path, source: str) -> None:
+    """Copies the code of a saved pipeline's models and blocks beside them, with the index of a modular pipeline.
+
+    Args:
+        blocks (`type`): Class of the blocks.
+        folder (`Path`): Folder of the pipeline, whose `model_index.json` is replaced.
+        source (`str`): Folder or Hub id that the repository will be loaded from.
+    """
+    write_code(folder)
+    copy_code(blocks, folder)
+    modular: dict[str, Any] = {"_blocks_class_name": blocks.__name__, "_class_name": "ModularPipeline"}
+    for name, value in json.loads((folder / PipelineIndex.config_name).read_text(encoding="utf-8")).items():
+        if isinstance(value, list) and (folder / name).is_dir():
+            hint = ["diffusers", "AutoModel"] if name in MODELS else value
+            place = {"pretrained_model_name_or_path": source, "subfolder": name, "variant": None, "revision": None}
+            modular[name] = [None, None, {"type_hint": hint, **place}]
+        elif name[0] != "_" and value != [None, None]:
+            modular[name] = value
+    reference = f"{blocks.__module__.rpartition('.')[2]}.{blocks.__name__}"
+    _write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": reference}})
+    _write_json(folder / ModularIndex.config_name, modular)
+    (folder / PipelineIndex.config_name).unlink()
+
+
+def load_components(source: str, index: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Loads the components that the index of a repository with code names, without that code.
+
+    Args:
+        source (`str`): Folder, or `org/name` on the Hub.
+        index (`dict`): Its index.
+        **options: Components that are not loaded, and arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: Weights are missing or unexpected.
+    """
+    components: dict[str, Any] = {}
+    places = {name: index[name][-1] for name in (*MODELS, "text_encoder", "tokenizer") if name in index}
+    passed = {name: options.pop(name) for name in places if name in options}
+    for name, place in places.items():
+        if name in passed:
+            components[name] = passed[name]
+            continue
+        component_class = MODELS.get(name) or getattr(transformers, place["type_hint"][1])
+        is_model = hasattr(component_class, "forward")
+        arguments = {"subfolder": name} | (options | {"output_loading_info": True} if is_model else {})
+        loaded = component_class.from_pretrained(source, **arguments)
+        components[name], info = loaded if is_model else (loaded, None)
+        if info and (faults := list_faults(info)):
+            raise ValueError(f"`{name}` of `{source}` must have exactly its weights, but has faults: {faults}.")
+    return components
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
