@@ -37,7 +37,6 @@ class ImageLanguageModel:
     def __init__(self, language_model: PreTrainedModel, processor: SVQVAEProcessor):
         self.language_model = language_model.eval()
         self.processor = processor
-        self.grammar = ImageGrammar(language_model.config)
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
@@ -163,7 +162,7 @@ class ImageLanguageModel:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             suppress_tokens=[self.processor.vocabulary.begin],
-            logits_processor=[self.grammar],
+            logits_processor=[ImageGrammar(self.language_model.config)],
         )
         texts = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(texts, skip_special_tokens=True)]

@@ -1,21 +1,9 @@
-"""Tokens of LlamaGen's sequences: a condition token, then the ids of an image, row by row."""
+"""The start of LlamaGen's sequences, which are a condition token and the ids of an image, row by row."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-
-
-def to_sequences(config: Any, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Joins labels and ids to sequences `(batch, 1 + h * w)`.
-
-    Args:
-        config ([`LlamaGenConfig`]): Config of the model.
-        labels (`torch.Tensor` of shape `(batch,)`): Classes in `[0, num_classes)`, or `num_classes` for no condition.
-            Each caption has label 0.
-        ids (`torch.Tensor` of shape `(batch, h, w)`): Ids.
-    """
-    return torch.cat([config.codebook_size + labels[:, None], ids.flatten(1)], dim=1)
 
 
 def condition_inputs(
