@@ -43,7 +43,7 @@ def make_step(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     vqvae = load_model(options).to(device, memory_format=layout)
     objective = Objective(options, vqvae)
-    optimizer, _ = make_optimizer(vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM)
+    optimizer, _ = make_optimizer(vqvae, options, options.learning_rate, options.max_steps, CONVOLUTION_NDIM)
     sample = torch.rand(count, 3, side, side).to(device, memory_format=layout)
 
     def step() -> None:

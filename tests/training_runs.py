@@ -50,7 +50,7 @@ def assert_no_private_path(folder: Path, repository: Path) -> None:
 
 def train_at_once_and_resumed(train, weights, options):
     """Trains with everything that has a state, at once and in two parts, and returns the weights of both."""
-    options = options | {"max_train_steps": 4, "checkpointing_steps": 2}
+    options = options | {"max_steps": 4, "save_steps": 2}
     options |= {"use_ema": True, "gradient_accumulation_steps": 2}
     train(**options)
     output_dir = Path(options["output_dir"])

@@ -44,7 +44,7 @@ logger = get_logger(__name__, log_level="INFO")
 
 def train(options: TrainOptions, accelerator: Accelerator) -> None:
     """Trains an SVQVAE, from the start or from a checkpoint, and saves it with its card in the output folder."""
-    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
+    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
 
     # Model and images
     vqvae = load_model(options).to(accelerator.device)
@@ -52,7 +52,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
     sides = [options.resolution, *options.crop_sizes]
     loader = images.loader(
-        sides, options.max_train_steps, options.seed, options.full_crops_from, options.gradient_accumulation_steps
+        sides, options.max_steps, options.seed, options.full_crops_from, options.gradient_accumulation_steps
     )
     validation_batches = load_validation_batches(options, images, pixel_range)
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
@@ -63,7 +63,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     if options.model_config_name_or_path is not None and checkpoint is None:
         start_new_model(options, vqvae, images)
     optimizer, lr_scheduler = make_optimizer(
-        vqvae, options, options.learning_rate, options.max_train_steps, CONVOLUTION_NDIM
+        vqvae, options, options.learning_rate, options.max_steps, CONVOLUTION_NDIM
     )
     model, optimizer = accelerator.prepare(vqvae, optimizer)
     models = [model]
@@ -71,7 +71,7 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     codes = Codes(options, accelerator, vqvae, images, weights)
     states: dict[str, Stateful] = {"weights": weights, "codebook_average": codes.average, "dead_codes": codes.dead}
     if discriminator is not None:
-        discriminator_steps = options.max_train_steps - options.adversarial_start
+        discriminator_steps = options.max_steps - options.adversarial_start
         discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
             discriminator, options, DISCRIMINATOR_LEARNING_RATE, discriminator_steps, CONVOLUTION_NDIM
         )
@@ -140,11 +140,11 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         if options.validates_after(step):
             validate_after(step + 1)
 
-    validation = validate_after(options.max_train_steps)
+    validation = validate_after(options.max_steps)
     vqvae.load_state_dict(weights.final())
     if accelerator.is_main_process:
         examples = f"crops of {options.resolution}² pixels"
-        origin = provenance(SCRIPT, options.max_train_steps, loader.share.step_size, examples)
+        origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, examples)
         if validation:
             found = ", ".join(f"{name} {value:.4g}" for name, value in validation.items())
             origin["validation"] = f"{sum(map(len, validation_batches))} images, centre crops: {found}"
@@ -241,7 +241,7 @@ def load_validation_batches(
     held_out = open_images([options.validation_data_dir])
     check_held_out(held_out, images.images)
     crops = centre_crops(held_out, options.num_validation_images, options.resolution, pixel_range)
-    return list(crops.split(options.train_batch_size))
+    return list(crops.split(options.per_device_train_batch_size))
 
 
 def validate(

@@ -208,14 +208,14 @@ def main() -> None:
     parser.add_argument(
         "--held_out", nargs="+", default=[], help="token sets whose bits per id are printed at the end"
     )
-    parser.add_argument("--max_train_steps", type=int, default=8000)
+    parser.add_argument("--max_steps", type=int, default=8000)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--hidden", type=int, default=256, help="width of the hidden layers")
     parser.add_argument("--features", type=int, default=64, help="width of the layer before the members of a group")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if min(options.max_train_steps, options.hidden, options.features) < 1:
-        raise ValueError("`--max_train_steps`, `--hidden` and `--features` must be at least 1.")
+    if min(options.max_steps, options.hidden, options.features) < 1:
+        raise ValueError("`--max_steps`, `--hidden` and `--features` must be at least 1.")
     model = SVQVAE.from_pretrained(options.model)
     fingerprint = model.codebook_fingerprint()
     pyramids = [pyramid for name in options.token_sets for pyramid in read_pyramids(name, model)]
@@ -230,11 +230,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.max_train_steps)) / 2,
+        lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.max_steps)) / 2,
     )
     batches = draw_batches(pyramids, network.codes.numpy(), options.seed)
     start, mean = time.monotonic(), 0.0
-    for step in range(1, options.max_train_steps + 1):
+    for step in range(1, options.max_steps + 1):
         loss = network(*next(batches)).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -130,7 +130,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     if arguments.max_steps < 1:
         raise ValueError(f"`--max_steps` must be at least 1, but is {arguments.max_steps}.")
     output_dir, described = Path(arguments.output_dir), public_values(asdict(options) | arguments.to_dict())
-    refuse_finished(output_dir, described, "max_steps")
+    refuse_finished(output_dir, described)
     for folder in output_dir.glob("checkpoint-*"):
         if not (folder / "trainer_state.json").exists():  # written last: the run was killed
             shutil.rmtree(folder)

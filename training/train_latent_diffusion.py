@@ -55,7 +55,7 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
 
 def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     """Trains a denoiser, from the start or from a checkpoint, and saves its pipeline with a card."""
-    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
+    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
 
     # Model and images
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
@@ -67,13 +67,11 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     num_timesteps = noise_schedule.config["num_train_timesteps"]
     label_names = read_label_names(images.label_feature)
     batches_per_step = options.gradient_accumulation_steps
-    loader = images.loader(
-        [options.resolution], options.max_train_steps, options.seed, batches_per_step=batches_per_step
-    )
+    loader = images.loader([options.resolution], options.max_steps, options.seed, batches_per_step=batches_per_step)
     held_out = open_held_out(options, images)
 
     # Optimizer
-    optimizer, lr_scheduler = make_optimizer(denoiser, options, options.learning_rate, options.max_train_steps)
+    optimizer, lr_scheduler = make_optimizer(denoiser, options, options.learning_rate, options.max_steps)
     model, optimizer = accelerator.prepare(denoiser, optimizer)
     weights = Weights(options, accelerator, denoiser, model, optimizer, lr_scheduler, options.use_ema)
     checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
@@ -82,7 +80,7 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     batches = iter(loader)
 
     def predict(
-        batch: CropBatch, generator: torch.Generator, label_dropout: float
+        batch: CropBatch, generator: torch.Generator, condition_dropout: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch at random timesteps, and the deviation of its latents."""
         sample = images.to_device(batch)
@@ -92,7 +90,7 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
         timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator).to(latents.device)
         noisy = noise_schedule.add_noise(latents, noise, timesteps)
         classes = None if options.label_column is None else batch.labels
-        labels = drop_labels(classes, len(latents), label_dropout, generator).to(latents.device)
+        labels = drop_labels(classes, len(latents), condition_dropout, generator).to(latents.device)
 
         # The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512)
         velocity = noise_schedule.get_velocity(latents, noise, timesteps)
@@ -100,7 +98,9 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
 
     def validate(steps_done: int) -> None:
         if held_out is not None:
-            batches = -(-held_out.images.max_parts // (options.train_batch_size * accelerator.num_processes))
+            batches = -(
+                -held_out.images.max_parts // (options.per_device_train_batch_size * accelerator.num_processes)
+            )
             with weights.evaluating():  # the same crops, noise and timesteps at each validation
                 losses = [
                     predict(batch, torch.Generator().manual_seed(number), 0.0)[0]
@@ -119,7 +119,7 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
                 loss, latent_std = predict(
                     batch,
                     batch_generator(options.seed, loader.batch, accelerator.process_index),
-                    options.label_dropout,
+                    options.condition_dropout,
                 )
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "latent_std": latent_std}
@@ -132,13 +132,13 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
         if options.validates_after(step):
             validate(step + 1)
 
-    validate(options.max_train_steps)
+    validate(options.max_steps)
     state_dict = weights.final()
     if accelerator.is_main_process:
         trained = make_denoiser(options, vqvae)
         trained.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, trained.eval(), noise_schedule, label_names)
-        origin = provenance(SCRIPT, options.max_train_steps, loader.share.step_size, "images") | log.card_rows
+        origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
         result.publish(pipeline.save_pretrained, make_card(options, result.name, pipeline, origin))
 
 
@@ -216,7 +216,7 @@ def read_label_names(feature: Any) -> list[str]:
 
 
 def drop_labels(
-    labels: list[int] | None, count: int, label_dropout: float, generator: torch.Generator
+    labels: list[int] | None, count: int, condition_dropout: float, generator: torch.Generator
 ) -> torch.Tensor:
     """Labels of a batch, a random fraction of them replaced by the label of no class; all of them without labels."""
     if labels is None:
@@ -224,7 +224,7 @@ def drop_labels(
     for label in labels:
         if not 0 <= label < NUM_CLASSES:
             raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
-    dropped = torch.rand(count, generator=generator) < label_dropout
+    dropped = torch.rand(count, generator=generator) < condition_dropout
     return torch.tensor(labels).masked_fill(dropped, NUM_CLASSES)
 
 

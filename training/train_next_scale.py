@@ -79,19 +79,19 @@ class NextScaleOptions(PipelineOptions):
 
 def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     """Trains a next-scale transformer, from the start or from a checkpoint, and saves its pipeline with a card."""
-    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
+    checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
 
     # Tokens and model
     vqvae = load_frozen_vqvae(options, PIXEL_RANGE).to(accelerator.device)
     source, held_out = open_token_sets(options, vqvae)
     tokenizer = load_tokenizer(options)
     schedule = trained_schedule(source.grids, options.num_inference_steps)
-    loader = SequenceLoader(source, Share.of(options, accelerator), options.max_train_steps, options.seed)
+    loader = SequenceLoader(source, Share.of(options, accelerator), options.max_steps, options.seed)
     transformer = make_transformer(options, vqvae, source, tokenizer).to(accelerator.device)
 
     # Optimizer
     optimizer, lr_scheduler = make_optimizer(
-        transformer, options, options.learning_rate, options.max_train_steps, undecayed=UNDECAYED
+        transformer, options, options.learning_rate, options.max_steps, undecayed=UNDECAYED
     )
     model, optimizer = accelerator.prepare(transformer, optimizer)
     weights = Weights(options, accelerator, transformer, model, optimizer, lr_scheduler, options.use_ema)
@@ -111,7 +111,7 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
         labels = batch.labels.to(accelerator.device)
         dropped = torch.zeros(len(labels), dtype=torch.bool)
         if generator is not None:
-            dropped = torch.rand(len(labels), generator=generator) < options.label_dropout
+            dropped = torch.rand(len(labels), generator=generator) < options.condition_dropout
         text = None
         if tokenizer is None:
             labels = labels.masked_fill(dropped.to(labels.device), source.num_classes)
@@ -130,8 +130,8 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
             rows = range(accelerator.process_index, len(held_out.rows), accelerator.num_processes)
             totals = torch.zeros(2, device=accelerator.device)
             with weights.evaluating():
-                for start in range(0, len(rows), options.train_batch_size):
-                    batch = rows[start : start + options.train_batch_size]
+                for start in range(0, len(rows), options.per_device_train_batch_size):
+                    batch = rows[start : start + options.per_device_train_batch_size]
                     totals += len(batch) * torch.stack(predict(held_out.batch(batch), schedule)[:2])
             loss, accuracy = (accelerator.reduce(totals, "sum") / len(held_out.rows)).tolist()
             numbers = {"loss": loss, "accuracy": accuracy, "bits_per_id": loss / math.log(2)}
@@ -161,13 +161,13 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
         if options.validates_after(step):
             validate(step + 1)
 
-    validate(options.max_train_steps)
+    validate(options.max_steps)
     state_dict = weights.final()
     if accelerator.is_main_process:
         trained = make_transformer(options, vqvae, source, tokenizer)
         trained.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, trained.eval(), tokenizer, source, schedule)
-        origin = provenance(SCRIPT, options.max_train_steps, loader.share.step_size, "images") | log.card_rows
+        origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
         card = generator_card(options, result.name, pipeline, origin, *pipeline.describe(), source.class_names)
         result.publish(pipeline.save_pretrained, card)
 

@@ -71,14 +71,14 @@ class Checkpoints:
         """
         options, accelerator = self.options, self.accelerator
         on_terminal = accelerator.is_local_main_process and sys.stderr.isatty()
-        steps = range(self.first_step, options.max_train_steps)
-        bar = tqdm(steps, initial=self.first_step, total=options.max_train_steps, unit="step", disable=not on_terminal)
+        steps = range(self.first_step, options.max_steps)
+        bar = tqdm(steps, initial=self.first_step, total=options.max_steps, unit="step", disable=not on_terminal)
         with logging_redirect_tqdm(), Interruption(accelerator) as interruption:
             for step in bar:
                 yield step
                 steps_done = step + 1
                 interrupted = interruption.requested()
-                due = steps_done % options.checkpointing_steps == 0 or steps_done == options.max_train_steps
+                due = steps_done % options.save_steps == 0 or steps_done == options.max_steps
                 if due or interrupted:
                     self.save(steps_done)
                 if interrupted:
@@ -91,7 +91,7 @@ class Checkpoints:
         """Saves a checkpoint."""
         state: dict[str, Any] = {name: holder.state_dict() for name, holder in self.states.items()}
         state["options"] = public_values(asdict(self.options))
-        limit = self.options.checkpoints_total_limit
+        limit = self.options.save_total_limit
         save_checkpoint(self.accelerator, Path(self.options.output_dir), steps_done, state, limit)
 
 
@@ -129,8 +129,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
         )
     if found is not None and checkpoint_step(found) > steps:
         raise ValueError(
-            f"The run must have at least {checkpoint_step(found)} steps, as many as `{found}`, but has {steps}. "
-            "Raise the number."
+            f"`--max_steps` must be at least {checkpoint_step(found)}, the steps of `{found}`, but is {steps}."
         )
     return found
 

@@ -44,7 +44,7 @@ class Log:
         count = accelerator.num_processes
         logger.info(
             f"Training on {contents}: {trained:,} of {sum(sizes.values()):,} parameters, "
-            f"{options.max_train_steps - first_step:,} of {options.max_train_steps:,} steps left, {count} "
+            f"{options.max_steps - first_step:,} of {options.max_steps:,} steps left, {count} "
             f"process{'es' * (count > 1)} on {accelerator.device.type}"
         )
 
@@ -67,10 +67,10 @@ class Log:
         self.accelerator.log(dict(numbers), step=steps_done)
         self.card_rows |= {name: f"{numbers[name]:.4g}" for name in CARD_NUMBERS if name in numbers}
         elapsed = time.monotonic() - self.started
-        left = elapsed / max(1, steps_done - self.first_step) * (self.options.max_train_steps - steps_done)
+        left = elapsed / max(1, steps_done - self.first_step) * (self.options.max_steps - steps_done)
         memory = memory_in_use(self.accelerator.device) / 2**30
         logger.info(
-            f"step {steps_done} of {self.options.max_train_steps} ({timedelta(seconds=round(elapsed))} elapsed, "
+            f"step {steps_done} of {self.options.max_steps} ({timedelta(seconds=round(elapsed))} elapsed, "
             f"{timedelta(seconds=round(left))} left, {memory:.1f} GiB): "
             + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         )

@@ -69,7 +69,7 @@ def _check_fit(options: TrainOptions, vqvae: SVQVAE) -> None:
     for side in (options.resolution, *options.crop_sizes):
         if side % vqvae.f:
             raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
-    num_latents = options.kmeans_batches * options.train_batch_size * (options.resolution // vqvae.f) ** 2
+    num_latents = options.kmeans_batches * options.per_device_train_batch_size * (options.resolution // vqvae.f) ** 2
     if options.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
         raise ValueError(
             f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "

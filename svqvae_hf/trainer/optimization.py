@@ -51,7 +51,7 @@ def make_optimizer(
         decayed_ndim (`int`, defaults to 2): Weights of at least so many dimensions decay.
         undecayed (`Sequence[str]`, defaults to `()`): Last parts of the names of further weights without decay.
     """
-    groups = parameter_groups(network, options.adam_weight_decay, decayed_ndim, undecayed)
+    groups = parameter_groups(network, options.weight_decay, decayed_ndim, undecayed)
     betas = options.adam_beta1, options.adam_beta2
     optimizer: torch.optim.Optimizer
     if options.optimizer == "soap":
@@ -61,7 +61,7 @@ def make_optimizer(
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
     lr_scheduler = get_scheduler(
-        options.lr_scheduler, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=num_steps
+        options.lr_scheduler_type, optimizer, num_warmup_steps=options.num_warmup_steps, num_training_steps=num_steps
     )
     return optimizer, lr_scheduler
 

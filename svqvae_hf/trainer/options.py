@@ -43,7 +43,7 @@ def check_fractions(options: Any, *names: str) -> None:
 
 @dataclass
 class RunOptions:
-    """Options of every run, named as in diffusers' example scripts. Each script adds its own in a subclass.
+    """Options of every run, named as in transformers' `TrainingArguments`. Each script adds its own in a subclass.
 
     Raises:
         ValueError: If a value is out of its range, or two options contradict each other.
@@ -52,16 +52,16 @@ class RunOptions:
     output_dir: str = field(metadata={"help": "Folder for checkpoints and, at the end, the trained model."})
 
     # Optimisation
-    train_batch_size: int = option(8, "Examples in a batch of one process.")
+    per_device_train_batch_size: int = option(8, "Examples in a batch of one process.")
     gradient_accumulation_steps: int = option(1, "Batches per step, whose mean gradient updates the weights.")
-    max_train_steps: int = option(100_000, "Updates of the weights.")
+    max_steps: int = option(100_000, "Updates of the weights.")
     optimizer: str = option("adamw", "SOAP takes longer per step than AdamW, but learns more in it.", OPTIMIZERS)
     learning_rate: float = option(1e-4, "Peak learning rate.")
-    lr_scheduler: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
-    lr_warmup_steps: int | None = option(None, "Steps of warm-up; by default a tenth of the run, and at most 500.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
+    warmup_steps: int | None = option(None, "Steps of warm-up; by default a tenth of the run, and at most 500.")
     adam_beta1: float = option(0.9, "Decay of the optimizer's mean of gradients.")
     adam_beta2: float = option(0.95, "Decay of the optimizer's mean of squared gradients.")
-    adam_weight_decay: float = option(0.05, "Weight decay, only on weights of convolutions and matrices.")
+    weight_decay: float = option(0.05, "Weight decay, only on weights of convolutions and matrices.")
     max_grad_norm: float = option(1.0, "Norm to which gradients are clipped.")
     max_skipped_steps: int = option(10, "Steps in a row that may be skipped for gradients that are not finite.")
     use_ema: bool = option(False, "Average the weights over the steps (EMA), and validate and save the average.")
@@ -69,10 +69,10 @@ class RunOptions:
     mixed_precision: str | None = option(None, "Precision, instead of accelerate's setting.", ("no", "bf16", "fp16"))
 
     # Checkpoints, validation, log
-    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Number of newest checkpoints to keep; all by default.")
+    save_steps: int = option(1000, "Steps between checkpoints.")
+    save_total_limit: int | None = option(None, "Number of newest checkpoints to keep; all by default.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' in --output_dir, if any.")
-    validation_steps: int = option(1000, "Steps between validations.")
+    eval_steps: int = option(1000, "Steps between validations.")
     logging_steps: int = option(50, "Steps between log lines.")
     report_to: str | None = option(None, "Tracker: tensorboard, wandb or another of accelerate's; none by default.")
     push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
@@ -85,15 +85,21 @@ class RunOptions:
         """Checks the options, except against data and model."""
         check_local(self.output_dir)
         self.check_positive(
-            *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "max_grad_norm"),
-            *("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps"),
+            *(
+                "per_device_train_batch_size",
+                "gradient_accumulation_steps",
+                "max_steps",
+                "learning_rate",
+                "max_grad_norm",
+            ),
+            *("save_steps", "save_total_limit", "eval_steps", "logging_steps"),
         )
-        self.check_not_negative("adam_weight_decay", "max_skipped_steps", "seed")
+        self.check_not_negative("weight_decay", "max_skipped_steps", "seed")
         check_fractions(self, "ema_decay")
-        if not 0 <= self.warmup_steps < self.max_train_steps:
+        if not 0 <= self.num_warmup_steps < self.max_steps:
             raise ValueError(
-                f"`--lr_warmup_steps` must be at least 0, and less than `--max_train_steps` = {self.max_train_steps}, "
-                f"but is {self.warmup_steps}. Lower it, or train for longer."
+                f"`--warmup_steps` must be at least 0, and less than `--max_steps` = {self.max_steps}, "
+                f"but is {self.num_warmup_steps}. Lower it, or train for longer."
             )
         if self.hub_private_repo and not self.push_to_hub:
             raise ValueError("`--hub_private_repo` needs `--push_to_hub`. Add it, or leave `--hub_private_repo` out.")
@@ -102,17 +108,17 @@ class RunOptions:
 
     def logs_after(self, step: int) -> bool:
         """Whether a line of the log is due after a step. The last step always has one."""
-        return step + 1 == self.max_train_steps or (step + 1) % self.logging_steps == 0
+        return step + 1 == self.max_steps or (step + 1) % self.logging_steps == 0
 
     def validates_after(self, step: int) -> bool:
         """Whether a validation is due after a step. The one after the last step is the script's own."""
         steps_done = step + 1
-        return steps_done % self.validation_steps == 0 and steps_done < self.max_train_steps
+        return steps_done % self.eval_steps == 0 and steps_done < self.max_steps
 
     @property
-    def warmup_steps(self) -> int:
+    def num_warmup_steps(self) -> int:
         """Steps in which the learning rate rises."""
-        return min(500, self.max_train_steps // 10) if self.lr_warmup_steps is None else self.lr_warmup_steps
+        return min(500, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     def check_positive(self, *names: str) -> None:
         """Raises if a value is 0 or less."""
@@ -153,7 +159,7 @@ class ImageOptions(RunOptions):
     train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
     split: str = option("train", "Split of the image set.")
     image_column: str | None = option(None, "Column of the images, or their suffix in tar files; found by default.")
-    train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
+    per_device_train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")
     resolution: int = option(256, "Side of the largest crops in pixels, stored as sample_size.")
     center_crop: bool = option(False, "Cut crops at the centre, not at random positions.")
     random_flip: bool = option(True, "Flip half of the crops left to right; --no_random_flip turns this off.")
@@ -182,14 +188,14 @@ class PipelineOptions(RunOptions):
     vqvae_name_or_path: str = required("SVQVAE of the pipeline, which stays frozen: folder or Hub id.")
     model_config_name_or_path: str = required("Config of the network to train: a config.json, its folder or Hub id.")
     label_column: str | None = option(None, "Column of the labels; 'label' is the subfolder of an image file.")
-    label_dropout: float = option(0.1, "Fraction of examples trained without their label, for guidance.")
+    condition_dropout: float = option(0.1, "Fraction of examples trained without their label, for guidance.")
     num_validation_images: int = option(4, "Images sampled at a validation.")
 
     def __post_init__(self) -> None:
         """Checks the options of pipelines as well."""
         super().__post_init__()
         self.check_not_negative("num_validation_images")
-        check_fractions(self, "label_dropout")
+        check_fractions(self, "condition_dropout")
 
 
 def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:

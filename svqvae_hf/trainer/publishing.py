@@ -96,13 +96,12 @@ def write_finished(output_dir: Path, options: Mapping[str, Any]) -> None:
     write_file(output_dir / FINISHED, _text(options).encode())
 
 
-def refuse_finished(output_dir: Path, options: Mapping[str, Any], steps: str) -> None:
+def refuse_finished(output_dir: Path, options: Mapping[str, Any]) -> None:
     """Ends a run whose result is already in its folder, before anything is written.
 
     Args:
         output_dir (`Path`): Folder of the run.
-        options (`Mapping`): Options of the run, by name.
-        steps (`str`): Name of the option that is the number of steps. A longer run may resume from a checkpoint.
+        options (`Mapping`): Options of the run, by name. A longer run may resume from a checkpoint.
 
     Raises:
         SystemExit: With code 0, if the options are those of the finished run.
@@ -112,14 +111,16 @@ def refuse_finished(output_dir: Path, options: Mapping[str, Any], steps: str) ->
         return
     old, new = json.loads((output_dir / FINISHED).read_text()), json.loads(_text(options))
     if old == new:
-        sys.stderr.write(f"The run in `{output_dir}` has finished its {new[steps]} steps. Nothing was changed.\n")
+        sys.stderr.write(
+            f"The run in `{output_dir}` has finished its {new['max_steps']} steps. Nothing was changed.\n"
+        )
         sys.exit(0)
-    if new[steps] > old[steps] and any(output_dir.glob("checkpoint-*")):
+    if new["max_steps"] > old["max_steps"] and any(output_dir.glob("checkpoint-*")):
         return
     changed = ", ".join(f"--{name} {new[name]}" for name in sorted(new) if new[name] != old.get(name))
     raise ValueError(
-        f"`{output_dir}` holds the result of a finished run of {old[steps]} steps, but this run has other options "
-        f"({changed}). Choose another `--output_dir`, or raise `--{steps}` to train it further."
+        f"`{output_dir}` holds the result of a finished run of {old['max_steps']} steps, but this run has other "
+        f"options ({changed}). Choose another `--output_dir`, or raise `--max_steps` to train it further."
     )
 
 

@@ -56,7 +56,7 @@ def run_training(train: Callable[[Options, Accelerator], None], options: Options
         SystemExit: If the folder holds the result of this very run.
         ValueError: If it holds the result of a run with other options.
     """
-    refuse_finished(Path(options.output_dir), public_values(asdict(options)), "max_train_steps")
+    refuse_finished(Path(options.output_dir), public_values(asdict(options)))
     accelerator = make_accelerator(options)
     set_seed(options.seed)
     train(options, accelerator)

@@ -93,9 +93,9 @@ class TrainOptions(ImageOptions):
             smallest = int(smallest * min(self.scales, default=1))
         if self.adversarial_weight and smallest < MIN_SIDE:
             raise ValueError(f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest}.")
-        if self.adversarial_weight and self.adversarial_start >= self.max_train_steps:
+        if self.adversarial_weight and self.adversarial_start >= self.max_steps:
             raise ValueError(
-                f"`--adversarial_start` must be less than `--max_train_steps` = {self.max_train_steps}, but is "
+                f"`--adversarial_start` must be less than `--max_steps` = {self.max_steps}, but is "
                 f"{self.adversarial_start}. Lower it, or leave `--adversarial_weight` at 0."
             )
 
@@ -117,9 +117,9 @@ class TrainOptions(ImageOptions):
             )
 
     def _check_codebook(self) -> None:
-        if self.kmeans_steps and not 0 < min(self.kmeans_steps) < self.max_train_steps:
+        if self.kmeans_steps and not 0 < min(self.kmeans_steps) < self.max_steps:
             raise ValueError(
-                f"The first of `--kmeans_steps` must lie between 0 and `--max_train_steps` = {self.max_train_steps}, "
+                f"The first of `--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, "
                 f"but is {min(self.kmeans_steps)}."
             )
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "causal_weight"):

@@ -19,7 +19,7 @@ NEEDED = {"output_dir": "out", "model_config_name_or_path": "model.json", "train
 def test_flags_and_file_are_equal_and_flags_override_the_file(tmp_path):
     options = {"crop_sizes": [64, 128], "learning_rate": 1e-3, "use_ema": True, "random_flip": False}
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(NEEDED | options | {"checkpoints_total_limit": None}))
+    file.write_text(yaml.safe_dump(NEEDED | options | {"save_total_limit": None}))
     flags = [f"--{name}={value}" for name, value in NEEDED.items()]
     flags += ["--crop_sizes", "64", "128", "--learning_rate=1e-3", "--use_ema", "--no_random_flip"]
     expected = TrainOptions(**NEEDED, **options)
@@ -42,7 +42,7 @@ def test_wrong_files_are_refused(tmp_path, text, message):
         read_options([TrainOptions], [str(file)])
 
 
-@pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet", "--lr_scheduler=piecewise_constant"])
+@pytest.mark.parametrize("flag", ["--learning_rate=fast", "--lpips_net=resnet", "--lr_scheduler_type=stepwise"])
 def test_wrong_values_of_flags_are_refused(flag, capsys):
     with pytest.raises(ValueError, match=f"^argument {flag.split('=')[0]}.*: invalid .*{flag.split('=')[1]}") as error:
         read_options([TrainOptions], [*(f"--{name}={value}" for name, value in NEEDED.items()), flag])
@@ -57,9 +57,9 @@ def test_unknown_flags_are_refused():
 
 def test_flags_override_a_file_with_nothing(tmp_path):
     file = tmp_path / "config.yaml"
-    set_by_file = {"kmeans_steps": [5], "report_to": "tensorboard", "checkpoints_total_limit": 3, "crop_sizes": []}
+    set_by_file = {"kmeans_steps": [5], "report_to": "tensorboard", "save_total_limit": 3, "crop_sizes": []}
     file.write_text(yaml.safe_dump(NEEDED | set_by_file))
-    flags = ["--kmeans_steps", "--report_to", "none", "--checkpoints_total_limit=none"]
+    flags = ["--kmeans_steps", "--report_to", "none", "--save_total_limit=none"]
     assert read_options([TrainOptions], [str(file), *flags]) == (TrainOptions(**NEEDED),)
 
 
@@ -67,19 +67,19 @@ def test_flags_override_a_file_with_nothing(tmp_path):
     ("options", "message"),
     [
         ({"crop_sizes": [24]}, r"`--crop_sizes` must divide `--resolution` = 256, but are \[24\]"),
-        ({"max_train_steps": 0}, "`--max_train_steps` must be more than 0, but is 0"),
+        ({"max_steps": 0}, "`--max_steps` must be more than 0, but is 0"),
         ({"lpips_weight": -1.0}, "`--lpips_weight` must not be negative, but is -1.0"),
         ({"synthetic_fraction": 2.0}, r"must lie in \[0, 1\], but is 2.0"),
         ({"scales": [0.5]}, "`--scales` must contain 1"),
         ({"hub_private_repo": True}, "`--hub_private_repo` needs `--push_to_hub`"),
         ({"hub_model_id": "name"}, "`--hub_model_id` must be `org/name`, got 'name'"),
         (
-            {"adversarial_weight": 1.0, "adversarial_start": 9, "max_train_steps": 9},
+            {"adversarial_weight": 1.0, "adversarial_start": 9, "max_steps": 9},
             "`--adversarial_start` must be less than .* = 9, but",
         ),
         (
-            {"max_train_steps": 9, "lr_warmup_steps": 9},
-            "`--lr_warmup_steps` must be at least 0, and less than .* = 9, but",
+            {"max_steps": 9, "warmup_steps": 9},
+            "`--warmup_steps` must be at least 0, and less than .* = 9, but",
         ),
         ({"data_files": ["x"]}, "`--data_files` belongs to `--dataset_name`. Leave it"),
         ({"scales": [1.0], "token_budget": 2.0}, "and not be used with `--scales`"),

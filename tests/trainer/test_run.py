@@ -49,7 +49,7 @@ class ToyLoader:
 
 @pytest.fixture
 def options(tmp_path):
-    return {"output_dir": str(tmp_path / "out"), "max_train_steps": 6, "lr_warmup_steps": 0, "learning_rate": 0.01}
+    return {"output_dir": str(tmp_path / "out"), "max_steps": 6, "warmup_steps": 0, "learning_rate": 0.01}
 
 
 def train(settings, on_step=lambda step, network: 1.0, width=3, publish=False):
@@ -57,12 +57,12 @@ def train(settings, on_step=lambda step, network: 1.0, width=3, publish=False):
     trained = []
 
     def script(options, accelerator):
-        checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_train_steps)
+        checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint, options.max_steps)
         network = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
-        optimizer, lr_scheduler = make_optimizer(network, options, options.learning_rate, options.max_train_steps)
+        optimizer, lr_scheduler = make_optimizer(network, options, options.learning_rate, options.max_steps)
         model, optimizer = accelerator.prepare(network, optimizer)
         weights = Weights(options, accelerator, network, model, optimizer, lr_scheduler, options.use_ema)
-        loader = ToyLoader(options.max_train_steps * options.gradient_accumulation_steps)
+        loader = ToyLoader(options.max_steps * options.gradient_accumulation_steps)
         checkpoints = Checkpoints(options, accelerator, checkpoint, {"weights": weights, "loader": loader})
         result, batches = Result.of(options, accelerator), iter(loader)
         log = Log(options, accelerator, network, loader.contents, checkpoints.first_step)
@@ -80,7 +80,7 @@ def train(settings, on_step=lambda step, network: 1.0, width=3, publish=False):
             if options.logs_after(step):
                 log.write_training(step + 1, {"lr": weights.lr})
         if publish:
-            card = str(provenance("toy.py", options.max_train_steps, 2, "toys"))
+            card = str(provenance("toy.py", options.max_steps, 2, "toys"))
             result.publish(lambda folder: torch.save(network.state_dict(), folder / "weights.pt"), card)
 
     forget_accelerate()
@@ -97,7 +97,7 @@ def assert_equal_networks(one, other):
 @pytest.mark.parametrize("optimizer", ["adamw", "soap"])
 def test_signal_saves_a_checkpoint_and_the_resumed_run_equals_an_unbroken_one(options, optimizer, tmp_path, caplog):
     caplog.set_level("INFO")
-    options |= {"optimizer": optimizer, "max_train_steps": 14}  # SOAP turns its axes every 10 steps
+    options |= {"optimizer": optimizer, "max_steps": 14}  # SOAP turns its axes every 10 steps
     options |= {"gradient_accumulation_steps": 2, "use_ema": True, "logging_steps": 1}
     handler = signal.getsignal(signal.SIGTERM)
 
@@ -137,7 +137,7 @@ def fail_beside_a_worker(folder):
         multiprocessing.Process(target=time.sleep, args=(600,), daemon=True).start()
         raise RuntimeError("out of luck")
 
-    sys.argv = ["train.py", "--output_dir", str(folder), "--max_train_steps", "1"]
+    sys.argv = ["train.py", "--output_dir", str(folder), "--max_steps", "1"]
     with cpu():
         run_script(train, RunOptions)
 
@@ -198,11 +198,11 @@ def files(folder):
     [
         ({"resume_from_checkpoint": None}, "needs an `--output_dir` without checkpoints"),
         ({"use_ema": True}, "`--use_ema` must be False, as in the run that wrote the checkpoint"),
-        ({"max_train_steps": 1}, "The run must have at least 2 steps, as many as .*checkpoint-2`, but has 1"),
+        ({"max_steps": 1}, "`--max_steps` must be at least 2, the steps of .*checkpoint-2`, but is 1"),
     ],
 )
 def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):
-    options |= {"gradient_accumulation_steps": 2, "max_train_steps": 2}
+    options |= {"gradient_accumulation_steps": 2, "max_steps": 2}
     train(options)
     before = files(options["output_dir"])
     with pytest.raises(ValueError, match=message):
@@ -211,10 +211,11 @@ def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_ema": False}, {"train_batch_size": 64}, {"max_train_steps": 1}, {"without_checkpoints": True}]
+    "change",
+    [{"use_ema": False}, {"per_device_train_batch_size": 64}, {"max_steps": 1}, {"without_checkpoints": True}],
 )
 def test_a_finished_result_is_not_rewritten_by_a_run_with_other_options(options, change):
-    options |= {"use_ema": True, "max_train_steps": 2}
+    options |= {"use_ema": True, "max_steps": 2}
     train(options, publish=True)
     before = files(options["output_dir"])
     if change.pop("without_checkpoints", False):
@@ -226,7 +227,7 @@ def test_a_finished_result_is_not_rewritten_by_a_run_with_other_options(options,
 
 
 def test_a_finished_run_started_again_says_so_and_a_longer_one_trains_further(options, capsys):
-    options |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    options |= {"max_steps": 2, "resume_from_checkpoint": "latest"}
     train(options, publish=True)
     before = files(options["output_dir"])
     with pytest.raises(SystemExit) as stop:
@@ -234,14 +235,14 @@ def test_a_finished_run_started_again_says_so_and_a_longer_one_trains_further(op
     assert stop.value.code == 0
     assert "has finished its 2 steps. Nothing was changed." in capsys.readouterr().err
     assert files(options["output_dir"]) == before
-    train(options | {"max_train_steps": 3}, publish=True)
+    train(options | {"max_steps": 3}, publish=True)
     assert files(options["output_dir"]) != before
     assert "'3 of 2 toys'" in Path(options["output_dir"], "README.md").read_text()
 
 
 @pytest.mark.parametrize("damage", ["optimizer.bin", "run_state.pt", "model.safetensors", "network"])
 def test_checkpoint_that_cannot_be_loaded_is_refused_in_one_line(options, damage, capsys):
-    train(options | {"max_train_steps": 2})
+    train(options | {"max_steps": 2})
     before = files(options["output_dir"])
     if damage != "network":
         path = Path(options["output_dir"], "checkpoint-2", damage)
@@ -258,11 +259,11 @@ def test_checkpoint_that_cannot_be_loaded_is_refused_in_one_line(options, damage
 def test_changed_hyperparameters_are_applied_and_logged_on_resume(options, tmp_path, caplog):
     caplog.set_level("INFO")
     changes = {
-        **{"learning_rate": 0.5, "lr_scheduler": "linear", "lr_warmup_steps": 3, "max_train_steps": 8},
-        **{"adam_beta1": 0.8, "adam_beta2": 0.7, "adam_weight_decay": 0.3, "ema_decay": 0.5},
+        **{"learning_rate": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 3, "max_steps": 8},
+        **{"adam_beta1": 0.8, "adam_beta2": 0.7, "weight_decay": 0.3, "ema_decay": 0.5},
     }
     options |= {"logging_steps": 1, "use_ema": True}
-    train(options | {"max_train_steps": 2})
+    train(options | {"max_steps": 2})
     caplog.clear()
     resumed = train(options | changes | {"resume_from_checkpoint": "latest"})
     rates = logged(caplog, "lr")

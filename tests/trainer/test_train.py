@@ -43,13 +43,25 @@ from svqvae_hf.trainer.weights import Weights
 
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
 EVERYTHING = {
-    **{"resolution": 48, "crop_sizes": [24], "train_batch_size": 2, "num_scales": 2, "resize_range": [0.5, 1.0]},
+    **{
+        "resolution": 48,
+        "crop_sizes": [24],
+        "per_device_train_batch_size": 2,
+        "num_scales": 2,
+        "resize_range": [0.5, 1.0],
+    },
     **{"lpips_weight": 0.1, "lpips_net": "squeeze", "causal_weight": 1e-3},
     **{"adversarial_weight": 0.5, "adversarial_start": 3, "adversarial_adaptive": True},
-    **{"kmeans_steps": [2], "kmeans_batches": 2, "dead_code_reset_steps": 2, "use_ema": True, "lr_warmup_steps": 2},
+    **{"kmeans_steps": [2], "kmeans_batches": 2, "dead_code_reset_steps": 2, "use_ema": True, "warmup_steps": 2},
     **{"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "logging_steps": 1, "learning_rate": 1e-3},
 }
-SMALL = {"resolution": 32, "train_batch_size": 2, "num_scales": 2, "dataloader_num_workers": 0, "lr_warmup_steps": 0}
+SMALL = {
+    "resolution": 32,
+    "per_device_train_batch_size": 2,
+    "num_scales": 2,
+    "dataloader_num_workers": 0,
+    "warmup_steps": 0,
+}
 
 run = partial(training_runs.run, train.train, TrainOptions)
 
@@ -126,9 +138,9 @@ def assert_equal_weights(one, other):
 def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(options, inputs, caplog):
     caplog.set_level(logging.INFO)
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "gradient_accumulation_steps": 1}
-    options |= {"max_train_steps": 16, "logging_steps": 4, "kmeans_steps": [4], "dead_code_reset_steps": 8}
+    options |= {"max_steps": 16, "logging_steps": 4, "kmeans_steps": [4], "dead_code_reset_steps": 8}
     options |= {"adversarial_start": 10, "ema_decay": 0.9}
-    options |= {"validation_data_dir": str(inputs / "held_out"), "validation_steps": 4}
+    options |= {"validation_data_dir": str(inputs / "held_out"), "eval_steps": 4}
     run(**options, report_to="tensorboard", gradient_checkpointing=True)
     for name in ("loss", "l2", "lpips", "vq", "commitment", "entropy", "causal", "adversarial"):
         values = logged(caplog, f"train/{name}")
@@ -155,8 +167,8 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
 
 @pytest.mark.slow
 def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options, inputs, tmp_path):
-    options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "train_batch_size": 1}
-    options |= {"train_data_dir": str(inputs / "shard-*.tar"), "max_train_steps": 8, "checkpointing_steps": 2}
+    options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "per_device_train_batch_size": 1}
+    options |= {"train_data_dir": str(inputs / "shard-*.tar"), "max_steps": 8, "save_steps": 2}
     options |= {"codebook_decay": 0.9, "full_crops_from": 3, "dead_code_reset_steps": 4}
     whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     stopped = start(train_in_a_session, broken, tmp_path / "stopped.txt")
@@ -279,7 +291,7 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exactly(inputs, tmp_path):
     options = EVERYTHING | {"lpips_weight": 0.0, "adversarial_start": 1, "kmeans_steps": [1]}
-    options |= {"max_train_steps": 4, "checkpointing_steps": 2, "output_dir": str(tmp_path / "out")}
+    options |= {"max_steps": 4, "save_steps": 2, "output_dir": str(tmp_path / "out")}
     options |= {"model_config_name_or_path": str(inputs / "model" / "config.json"), "dataloader_num_workers": 0}
     options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1, "codebook_decay": 0.9}
     torch.manual_seed(3)
@@ -302,9 +314,9 @@ def test_two_processes_equal_one_with_the_joined_batch_stay_equal_and_resume_exa
 @pytest.mark.usefixtures("one_thread")
 def test_another_number_of_processes_goes_on_with_the_same_crops_and_ends_alike(inputs, tmp_path):
     options = EVERYTHING | {"lpips_weight": 0.0, "adversarial_start": 1, "kmeans_steps": [1], "codebook_decay": 0.9}
-    options |= {"max_train_steps": 4, "checkpointing_steps": 2, "dataloader_num_workers": 0}
+    options |= {"max_steps": 4, "save_steps": 2, "dataloader_num_workers": 0}
     make_tiny(entropy_loss_ratio=0.01).save_pretrained(tmp_path / "model")  # without dropout
-    options |= {"model_config_name_or_path": str(tmp_path / "model" / "config.json"), "train_batch_size": 4}
+    options |= {"model_config_name_or_path": str(tmp_path / "model" / "config.json"), "per_device_train_batch_size": 4}
     options |= {"train_data_dir": str(inputs / "images"), "gradient_accumulation_steps": 1}
     names = ("one", "two", "one_then_two", "two_then_one")
     one, two, one_then_two, two_then_one = ({"output_dir": str(tmp_path / name)} for name in names)
@@ -313,7 +325,7 @@ def test_another_number_of_processes_goes_on_with_the_same_crops_and_ends_alike(
     with cpu():
         steps = train_and_record(options | one)
         training_runs.forget_accelerate()
-        run_two(two_record, options | two | {"train_batch_size": 2}, one_then_two, tmp_path)
+        run_two(two_record, options | two | {"per_device_train_batch_size": 2}, one_then_two, tmp_path)
         assert train_and_record(options | two_then_one) == steps[2:]
         training_runs.forget_accelerate()
     halves = [json.loads((tmp_path / f"steps-{rank}.json").read_text()) for rank in range(2)]
@@ -335,7 +347,7 @@ def test_decoder_training_keeps_all_ids(options, tmp_path):
     before.save_pretrained(tmp_path / "model")
     make_context_model(before.codebook_fingerprint()).save_pretrained(tmp_path / "model")
     options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(tmp_path / "model")}
-    run(**options, train="decoder", max_train_steps=3)
+    run(**options, train="decoder", max_steps=3)
     after = SVQVAE.from_pretrained(options["output_dir"])
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
@@ -345,7 +357,7 @@ def test_decoder_training_keeps_all_ids(options, tmp_path):
 
 
 def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tmp_path, monkeypatch):
-    options |= SMALL | {"max_train_steps": 2, "validation_data_dir": str(inputs / "held_out")}
+    options |= SMALL | {"max_steps": 2, "validation_data_dir": str(inputs / "held_out")}
     options |= {"push_to_hub": True, "hub_model_id": "org/trained", "model_config_name_or_path": None}
     options |= {"pretrained_model_name_or_path": str(inputs / "model")}
     with serve_hub(tmp_path) as hub:
@@ -377,7 +389,7 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
 def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
     hub, license, error, message, options, tmp_path, monkeypatch
 ):
-    options |= SMALL | {"max_train_steps": 2, "push_to_hub": True, "hub_model_id": "org/trained"}
+    options |= SMALL | {"max_steps": 2, "push_to_hub": True, "hub_model_id": "org/trained"}
     with serve_hub(tmp_path) as env, cpu():
         use_hub(monkeypatch, env | hub)
         with pytest.raises(error, match=message):

@@ -8,8 +8,8 @@ import train_context
 from conftest import make_tiny
 from token_set_parts import load, save_photos, tokenize
 
-from svqvae_hf.models import context_model
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.tokens import context_model
 from svqvae_hf.tokens.context_model import ContextModel, context, pad_ids
 from svqvae_hf.tokens.token_files import token_file_content
 
@@ -49,7 +49,7 @@ def test_a_trained_context_model_takes_fewer_bits_than_a_count(tmp_path, monkeyp
     token_set = tmp_path / "tokens"
     tokenize(make_tiny(), save_photos(tmp_path / "photos"), token_set, scales=[0.5, 1.0])
     argv = [str(tmp_path / "model"), str(token_set), "--held_out", str(token_set)]
-    options = ["--max_train_steps", "40", "--hidden", "32", "--features", "16"]
+    options = ["--max_steps", "40", "--hidden", "32", "--features", "16"]
     monkeypatch.setattr(sys, "argv", ["train_context.py", *argv, *options])
     monkeypatch.setattr(train_context, "WARM_UP", 5)
     train_context.main()

@@ -26,7 +26,7 @@ DIT = {
     "dropout": 0.1,
 }
 TINY_RUN = {
-    **{"resolution": 16, "train_batch_size": 2, "max_train_steps": 2, "lr_warmup_steps": 0},
+    **{"resolution": 16, "per_device_train_batch_size": 2, "max_steps": 2, "warmup_steps": 0},
     **{"dataloader_num_workers": 0, "num_validation_images": 2, "logging_steps": 1},
 }
 
@@ -80,7 +80,7 @@ def test_denoiser_of_one_image_generates_that_image(options, photo, tmp_path):
     (tmp_path / "dit.json").write_text(json.dumps(network))
     options |= {"vqvae_name_or_path": svqvae_hf.DEFAULT_MODEL, "model_config_name_or_path": str(tmp_path / "dit.json")}
     options |= {"train_data_dir": str(one), "resolution": 32, "random_flip": False, "num_validation_images": 0}
-    options |= {"max_train_steps": 300, "learning_rate": 4e-3, "train_batch_size": 4, "lr_warmup_steps": 10}
+    options |= {"max_steps": 300, "learning_rate": 4e-3, "per_device_train_batch_size": 4, "warmup_steps": 10}
     diffuse(**options, use_ema=True, ema_decay=0.9)
     pipeline = DiTPipeline.from_pretrained(options["output_dir"])
     pipeline.set_progress_bar_config(disable=True)
@@ -107,7 +107,7 @@ def test_latents_are_scaled_to_the_deviation_of_the_noise_unless_the_tokenizer_h
     caplog.set_level(logging.INFO)
     path = Path(options["output_dir"]).with_name("vqvae")
     make_tiny(scaling_factor=factor).save_pretrained(path)
-    diffuse(**options | {"vqvae_name_or_path": str(path), "train_batch_size": 8})
+    diffuse(**options | {"vqvae_name_or_path": str(path), "per_device_train_batch_size": 8})
     stored = SVQVAE.from_pretrained(options["output_dir"], subfolder="vae").config["scaling_factor"]
     assert (stored == factor) == (factor != 1)
     assert (0.8 < logged(caplog, "train/latent_std")[1] < 1.25) == (factor == 1)
@@ -118,7 +118,7 @@ def test_a_validation_measures_the_loss_of_held_out_images(class_options, parts,
     for label in ("cat", "dog"):
         (tmp_path / "other" / label).mkdir(parents=True)
         photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "other" / label / "0.png")
-    changes = {"validation_data_dir": str(tmp_path / "other"), "validation_steps": 1, "learning_rate": 1e-12}
+    changes = {"validation_data_dir": str(tmp_path / "other"), "eval_steps": 1, "learning_rate": 1e-12}
     diffuse(**class_options | changes)
     losses = logged(caplog, "validation/loss")
     assert losses.keys() == {0, 1, 2}
@@ -129,7 +129,7 @@ def test_a_validation_measures_the_loss_of_held_out_images(class_options, parts,
 @pytest.mark.slow
 def test_bf16_run_with_everything_on_stays_finite_and_shows_samples(class_options, caplog):
     caplog.set_level(logging.INFO)
-    class_options |= {"max_train_steps": 3, "logging_steps": 1, "validation_steps": 2}
+    class_options |= {"max_steps": 3, "logging_steps": 1, "eval_steps": 2}
     diffuse(
         **class_options, mixed_precision="bf16", use_ema=True, gradient_checkpointing=True, report_to="tensorboard"
     )
@@ -161,7 +161,7 @@ def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(cl
 def test_saved_pipelines_load_as_documented_and_have_cards(options, class_options, parts, tmp_path, monkeypatch):
     runs = {"out": options, "out-dit": class_options}
     for name, each in runs.items():
-        changes = {"max_train_steps": 1, "output_dir": str(tmp_path / name), "hub_model_id": f"org/{name}"}
+        changes = {"max_steps": 1, "output_dir": str(tmp_path / name), "hub_model_id": f"org/{name}"}
         diffuse(**(each | changes), license="mit")
     for name, label in {"out": NUM_CLASSES, "out-dit": 1}.items():
         pipeline = DiffusionPipeline.from_pretrained(tmp_path / name)

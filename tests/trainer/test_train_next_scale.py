@@ -73,7 +73,7 @@ def options(parts, tmp_path):
         "token_set": str(parts / "latents"),
         "label_column": "label",
         "output_dir": str(tmp_path / "out"),
-        **{"train_batch_size": 3, "max_train_steps": 2, "lr_warmup_steps": 0, "logging_steps": 1},
+        **{"per_device_train_batch_size": 3, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1},
         **{"num_inference_steps": 4, "num_validation_images": 2},
     }
 
@@ -93,9 +93,9 @@ def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path)
     special = {"pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "words")
     captions = {"label_column": None, "caption_column": "caption", "max_text_length": 2}
-    longer = {"max_train_steps": 150, "learning_rate": 4e-3, "schedule_share": 1.0, "guidance_scale": 2.0}
+    longer = {"max_steps": 150, "learning_rate": 4e-3, "schedule_share": 1.0, "guidance_scale": 2.0}
     paths = {"token_set": str(tmp_path / "captioned"), "tokenizer_name_or_path": str(tmp_path / "words")}
-    train(**options | captions | longer | paths | {"train_batch_size": IMAGES})
+    train(**options | captions | longer | paths | {"per_device_train_batch_size": IMAGES})
     pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
     ids = pipeline(prompt=words, temperature=0, guidance_scale=1.5, output_type="latent").images
     expected = torch.tensor(rows[f"ids_{SIDE - 1}"]).view_as(ids)
@@ -111,8 +111,8 @@ def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path)
 
 @pytest.mark.slow
 def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
-    options |= {"token_set": str(parts / "image"), "max_train_steps": 200, "learning_rate": 5e-3}
-    options |= {"train_batch_size": IMAGES, "label_dropout": 0.0}
+    options |= {"token_set": str(parts / "image"), "max_steps": 200, "learning_rate": 5e-3}
+    options |= {"per_device_train_batch_size": IMAGES, "condition_dropout": 0.0}
     train(**(options | {"num_validation_images": 0, "logging_steps": 50, "schedule_share": 0.5}))
     pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
     assert pipeline.config["scale_from"] == "image"
@@ -141,7 +141,7 @@ def test_resumed_run_equals_an_unbroken_one(options):
 @pytest.mark.slow
 def test_bf16_run_with_everything_on_learns_validates_and_shows_samples(options, parts, caplog):
     caplog.set_level(logging.INFO)
-    options |= {"max_train_steps": 20, "learning_rate": 5e-3, "logging_steps": 10, "validation_steps": 20}
+    options |= {"max_steps": 20, "learning_rate": 5e-3, "logging_steps": 10, "eval_steps": 20}
     held_out = {"validation_token_set": str(parts / "held_out")}
     train(**options, **held_out, mixed_precision="bf16", use_ema=True, guidance_scale=2.0, report_to="tensorboard")
     losses = logged(caplog, "train/loss")
@@ -153,7 +153,7 @@ def test_bf16_run_with_everything_on_learns_validates_and_shows_samples(options,
 
 
 def test_without_labels_images_have_no_class(options):
-    train(**(options | {"label_column": None, "max_train_steps": 1}))
+    train(**(options | {"label_column": None, "max_steps": 1}))
     pipeline = SVQVAENextScalePipeline.from_pretrained(options["output_dir"])
     assert pipeline.transformer.config["num_classes"] == 0
     assert len(pipeline(num_images_per_prompt=2).images) == 2
@@ -203,7 +203,7 @@ def test_mistakes_are_refused(options, parts, changes, message, monkeypatch):
 
 
 def test_saved_pipeline_loads_and_has_a_card(options, parts):
-    train(**(options | {"max_train_steps": 1}), hub_model_id="org/dreams", license="mit")
+    train(**(options | {"max_steps": 1}), hub_model_id="org/dreams", license="mit")
     repository = Path(options["output_dir"])
     pipeline = SVQVAENextScalePipeline.from_pretrained(repository)
     assert isinstance(pipeline, SVQVAENextScalePipeline)

@@ -76,7 +76,7 @@ def test_frozen_parts_get_no_gradient_and_no_optimizer(tmp_path, options, frozen
     [
         ({"resolution": 30}, "must be multiples of f = 4, but one is 30"),
         (
-            {"kmeans_steps": [5], "kmeans_batches": 1, "train_batch_size": 1, "resolution": 16},
+            {"kmeans_steps": [5], "kmeans_batches": 1, "per_device_train_batch_size": 1, "resolution": 16},
             "64, but .* gives 16 in",
         ),
     ],

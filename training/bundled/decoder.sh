@@ -41,9 +41,9 @@ fi
 # The recorded run left out 12 of the 264 photographs, on which its steps were compared.
 accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no training/train.py \
     training/configs/train_decoder.yaml --pretrained_model_name_or_path svqvae_hf/pretrained --train_data_dir "$work/mixture_20" \
-    --output_dir "$work/decoder" --lpips_weights "$work/vgg16_hed.pth" --resolution 192 --crop_sizes 192 96 --train_batch_size 1 \
-    --scales 0.25 0.5 1 --scale_probabilities 0.05 0.1 0.85 --max_train_steps 1200 --adversarial_start 200 --learning_rate 1e-4 \
-    --lr_warmup_steps 30 --adam_weight_decay 0 --ema_decay 0.995 --report_to none --dataloader_num_workers 0 --checkpointing_steps 200
+    --output_dir "$work/decoder" --lpips_weights "$work/vgg16_hed.pth" --resolution 192 --crop_sizes 192 96 --per_device_train_batch_size 1 \
+    --scales 0.25 0.5 1 --scale_probabilities 0.05 0.1 0.85 --max_steps 1200 --adversarial_start 200 --learning_rate 1e-4 \
+    --warmup_steps 30 --weight_decay 0 --ema_decay 0.995 --report_to none --dataloader_num_workers 0 --save_steps 200
 
 python - "$work/decoder" "$out" <<'PY'
 import sys

@@ -31,10 +31,10 @@ PY
 # Twelve minutes on one core of a CPU with bfloat16 instructions.
 run=(accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 1 --mixed_precision no --dynamo_backend no)
 "${run[@]}" training/train.py --pretrained_model_name_or_path "$work/start" --train_data_dir "$work/scenes" --output_dir "$work/tokenizer" \
-    --resolution 96 --crop_sizes 96 --no_random_flip --train_batch_size 8 --max_train_steps 1200 --dataloader_num_workers 0 \
+    --resolution 96 --crop_sizes 96 --no_random_flip --per_device_train_batch_size 8 --max_steps 1200 --dataloader_num_workers 0 \
     --scales 0.25 0.5 1 --scale_probabilities 0.04 0.08 0.88 --kmeans_steps 1 --kmeans_batches 40 --codebook_decay 0.99 --dead_code_reset_steps 200 \
-    --optimizer soap --adam_beta1 0.95 --adam_weight_decay 0 --learning_rate 4e-4 --lr_warmup_steps 30 --use_ema --ema_decay 0.99 \
-    --mixed_precision bf16 --checkpointing_steps 300 --checkpoints_total_limit 1 --resume_from_checkpoint latest
+    --optimizer soap --adam_beta1 0.95 --weight_decay 0 --learning_rate 4e-4 --warmup_steps 30 --use_ema --ema_decay 0.99 \
+    --mixed_precision bf16 --save_steps 300 --save_total_limit 1 --resume_from_checkpoint latest
 
 # All sides, as next-scale generation needs them; a language model takes the last.
 svqvae tokenize "$work/scenes/train.parquet" "$work/tokens" --model "$work/tokenizer" --crops centre --resolution 96 --sides $(seq 12) \
@@ -64,10 +64,10 @@ train_words --model_name_or_path "$work/longer" --output_dir "$work/language_mod
 echo '{"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}' >"$work/next_scale.json"
 "${run[@]}" training/train_next_scale.py --vqvae_name_or_path "$work/tokenizer" --model_config_name_or_path "$work/next_scale.json" \
     --token_set "$work/tokens" --output_dir "$work/next_scale" --caption_column short_caption --tokenizer_name_or_path "$work/words" \
-    --max_text_length 14 --num_inference_steps 5 --schedule_share 1 --train_batch_size 32 --max_train_steps 1000 --label_dropout 0.1 \
-    --optimizer soap --adam_beta1 0.95 --adam_beta2 0.95 --adam_weight_decay 0 --learning_rate 2e-3 --lr_scheduler linear --lr_warmup_steps 40 \
-    --use_ema --ema_decay 0.99 --mixed_precision bf16 --logging_steps 20 --checkpointing_steps 100 --checkpoints_total_limit 2 \
-    --validation_steps 100000 --num_validation_images 1 --resume_from_checkpoint latest
+    --max_text_length 14 --num_inference_steps 5 --schedule_share 1 --per_device_train_batch_size 32 --max_steps 1000 --condition_dropout 0.1 \
+    --optimizer soap --adam_beta1 0.95 --adam_beta2 0.95 --weight_decay 0 --learning_rate 2e-3 --lr_scheduler_type linear --warmup_steps 40 \
+    --use_ema --ema_decay 0.99 --mixed_precision bf16 --logging_steps 20 --save_steps 100 --save_total_limit 2 \
+    --eval_steps 100000 --num_validation_images 1 --resume_from_checkpoint latest
 
 python - "$work/language_model" "$out" <<'PY'
 import sys

@@ -100,7 +100,7 @@ class ImageSource:
             growth_batch (`int`, defaults to 0): First batch of the largest side only, see [`CropPolicy`].
         """
         loader = self.loader(sides, num_batches, self.options.seed + 1 + step, growth_batch)
-        loader.shuffle_buffer = min(loader.shuffle_buffer, num_batches * self.options.train_batch_size)
+        loader.shuffle_buffer = min(loader.shuffle_buffer, num_batches * self.options.per_device_train_batch_size)
         for batch in loader:
             yield batch.sample.to(self.accelerator.device)
 

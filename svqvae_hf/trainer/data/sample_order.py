@@ -12,7 +12,9 @@ from svqvae_hf.trainer.options import RunOptions
 
 ORDER = 2  # first word of the seeds of random orders; crop_batches.py and crop_stream.py use others
 
-SAMPLES_PER_STEP = "product of `--train_batch_size`, `--gradient_accumulation_steps` and the number of processes"
+SAMPLES_PER_STEP = (
+    "product of `--per_device_train_batch_size`, `--gradient_accumulation_steps` and the number of processes"
+)
 
 
 @lru_cache(maxsize=2)
@@ -50,7 +52,7 @@ class Share:
     def of(cls, options: RunOptions, accelerator: Accelerator) -> "Share":
         """Share of this process in a run."""
         batches = options.gradient_accumulation_steps
-        return cls(options.train_batch_size, batches, accelerator.process_index, accelerator.num_processes)
+        return cls(options.per_device_train_batch_size, batches, accelerator.process_index, accelerator.num_processes)
 
     @property
     def step_size(self) -> int:
