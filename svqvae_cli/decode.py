@@ -15,7 +15,15 @@ from pathlib import Path
 
 from svqvae_cli.arguments import Parser, changed_options, not_empty, positive
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_output, check_source, find_inputs, is_token_set
+from svqvae_cli.files import (
+    TOKEN_SUFFIXES,
+    InputFile,
+    check_file,
+    check_output,
+    check_source,
+    find_inputs,
+    is_token_set,
+)
 from svqvae_cli.large import add_large, check_large
 from svqvae_cli.runs import Run
 
@@ -109,6 +117,7 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
     from svqvae_hf.tokens.token_files import load_scales
 
     try:
+        check_file(file.path)
         endings = scale_endings(load_scales(file.path))
     except (OSError, ValueError):  # is raised again, and counted, when its turn comes
         return []

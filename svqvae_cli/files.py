@@ -49,7 +49,8 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
 
     Args:
         patterns (`Sequence[str]`): Files, folders and glob patterns. A folder stands for the files in it and in its
-            subfolders that have one of the suffixes. Hidden files and folders are left out.
+            subfolders that have one of the suffixes, and also for broken links and pipes, so that a run counts them as
+            skipped. Hidden files and folders are left out.
         suffixes (`Sequence[str]`): Suffixes in lower case, such as `.png`.
         output (`Path`, *optional*): Folder that the command writes to. It is not searched.
 
@@ -102,7 +103,7 @@ def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = N
             closed.add(output.resolve())
         folders[:] = [name for name in folders if name[0] != "." and Path(here, name).resolve() not in closed]
         files += [Path(here, name) for name in names if name[0] != "." and Path(name).suffix.lower() in suffixes]
-    yield from sorted((file for file in files if file.is_file()), key=os.fspath)
+    yield from sorted(files, key=os.fspath)
 
 
 def check_output(output: Path) -> None:
@@ -113,6 +114,12 @@ def check_output(output: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--output must be a writable folder, but `{nearest}` is not.") from error
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError for a broken link, a pipe or a device. A pipe may have no end."""
+    if not path.is_file():
+        raise ValueError(f"`{path}` is {'not a file' if path.exists() else 'a broken link'}.")
 
 
 def check_absent(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from svqvae_cli.errors import check_none_skipped, one_line
-from svqvae_cli.files import InputFile, check_absent, check_output
+from svqvae_cli.files import InputFile, check_absent, check_file, check_output
 
 Item = TypeVar("Item", bound=Hashable)
 Content = TypeVar("Content")
@@ -70,7 +70,7 @@ class Run(Generic[Item]):
         if not paths or not all(path.exists() and _is_whole(path) for path in paths):
             return False
         made = min(path.stat().st_mtime_ns for path in paths)
-        return not isinstance(item, InputFile) or item.path.stat().st_mtime_ns <= made
+        return not isinstance(item, InputFile) or (item.path.is_file() and item.path.stat().st_mtime_ns <= made)
 
     def _check_earlier(self) -> None:
         """Raises if there are outputs that are not from a run with the same options."""
@@ -121,7 +121,8 @@ class Run(Generic[Item]):
         """Yields each input whose outputs are missing, and its content. Skips inputs that cannot be read."""
         for item in self.files():
             with self.attempt(item, OSError, ValueError):
-                yield item, read(item.path)  # type: ignore[attr-defined] # only for inputs that are files
+                check_file(item.path)  # type: ignore[attr-defined] # only for inputs that are files
+                yield item, read(item.path)  # type: ignore[attr-defined]
 
     @contextmanager
     def attempt(self, item: Item, *errors: type[Exception]) -> Iterator[None]:

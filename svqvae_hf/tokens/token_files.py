@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from svqvae_hf.tokens.context_model import ContextModel
 from svqvae_hf.tokens.encoding import Encoding
 
 METADATA_KEY = "svqvae_tokens"  # key of one JSON document, because the order of several keys would vary
+CHECKSUM = "crc32"  # its key in that document
 UINT16_CODES = 2**16  # size of the largest codebook whose ids fit in 16 bits
 ID_DTYPES = (torch.uint16, torch.int32)
 
@@ -96,7 +99,8 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
     """Content of a token file. Equal tokens make equal files.
 
     Without a context model it is a safetensors file with the tensors `ids_0`, `ids_1`, ..., one per scale, in 16 bits
-    if the codebook has at most 65,536 rows, otherwise in 32. With one it is what `compressed_tokens.py` describes.
+    if the codebook has at most 65,536 rows, otherwise in 32, and a checksum of all. With one it is what
+    `compressed_tokens.py` describes.
 
     Args:
         tokens (`ImageTokens`): Content of the file.
@@ -107,8 +111,9 @@ def token_file_content(tokens: ImageTokens, context_model: ContextModel | None =
         return compress(tokens.to_record(), [ids.cpu().numpy() for ids in tokens.ids], context_model)
     dtype = ID_DTYPES[tokens.codebook_size > UINT16_CODES]
     grids = {f"ids_{i}": ids.to("cpu", dtype).contiguous() for i, ids in enumerate(tokens.ids)}
-    metadata = {METADATA_KEY: json.dumps(tokens.to_record())}
-    return safetensors.torch.save(grids, metadata)
+    record = tokens.to_record()
+    record[CHECKSUM] = _checksum(record, [*grids.values()])
+    return safetensors.torch.save(grids, {METADATA_KEY: json.dumps(record)})
 
 
 def load_tokens(path: str | os.PathLike, context_model: ContextModel | None = None) -> ImageTokens:
@@ -182,11 +187,10 @@ def is_compressed(path: str | os.PathLike) -> bool:
 
 def is_token_file(path: str | os.PathLike) -> bool:
     """Whether a file has the metadata key of a token file; [`load_tokens`] checks the rest."""
-    try:
-        with safe_open(path, framework="pt") as file:
+    if Path(path).is_file():  # a pipe may have no end
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
             return METADATA_KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+    return False
 
 
 def _undecodable(path: str | os.PathLike, error: Exception) -> ValueError:
@@ -200,5 +204,15 @@ def _tokens_from(metadata: dict[str, str], grids: dict[str, torch.Tensor]) -> Im
     if sorted(grids) != sorted(names) or any(grid.dtype not in ID_DTYPES for grid in grids.values()):
         found = {name: str(grid.dtype) for name, grid in sorted(grids.items())}
         raise ValueError(f"its tensors must be ids_0, ids_1 and so on of type uint16 or int32, got {found!r:.80}.")
-    ids = [grids[name].long() for name in names]
-    return ImageTokens.from_record(json.loads(metadata[METADATA_KEY]), ids=ids)
+    record = json.loads(metadata[METADATA_KEY])
+    tokens = ImageTokens.from_record(record, ids=[grids[name].long() for name in names])
+    checksum = record.pop(CHECKSUM, None)  # files of 0.1 have none
+    if checksum not in (None, _checksum(record, [grids[name] for name in names])):
+        raise ValueError("its checksum differs, so it is damaged.")
+    return tokens
+
+
+def _checksum(record: dict[str, Any], grids: list[torch.Tensor]) -> int:
+    """CRC-32 of the metadata and of the ids as they are stored, little-endian."""
+    stored = [grid.numpy().astype(f"<{'u2' if grid.dtype == torch.uint16 else 'i4'}").tobytes() for grid in grids]
+    return zlib.crc32(b"".join([json.dumps(record).encode(), *stored]))

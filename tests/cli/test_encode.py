@@ -1,3 +1,4 @@
+import os
 import re
 
 import pytest
@@ -91,13 +92,16 @@ def test_what_cannot_be_read_is_named_counted_and_skipped(two_images, out, saved
         ("a2", whole.read_bytes()[: whole.stat().st_size // 2]),
     ):
         whole.with_stem(name).write_bytes(content)
+    whole.with_stem("a3").symlink_to("nowhere")
+    os.mkfifo(whole.with_stem("a4"))
     argv = [command, source, "--output", out / "made", *model]
     assert svqvae(*argv) == 1
     assert {name[0] for name in visible(out / "made")} == {"a", "b"}
     *skipped, last = capsys.readouterr().err.splitlines()
-    assert last == "svqvae: 3 of 5 inputs were skipped"
-    for line, name in zip(skipped, ("a0", "a1", "a2"), strict=True):
+    assert last == "svqvae: 5 of 7 inputs were skipped"
+    for line, name in zip(skipped, ("a0", "a1", "a2", "a3", "a4"), strict=True):
         assert line.startswith(f"svqvae: skipped: `{whole.with_stem(name)}`")
+    assert [line.rpartition("` is ")[2] for line in skipped[3:]] == ["a broken link.", "not a file."]
 
 
 def test_one_input_that_cannot_be_read_is_an_error(two_images, out, saved_model, capsys):

@@ -29,7 +29,7 @@ def test_each_file_is_found_once(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path)
     found = find_files([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.png", f"{tmp_path}/in/link"], (".png",))
-    assert found == [tmp_path / "a.png", tmp_path / "b.PNG"]
+    assert found == [tmp_path / "a.png", tmp_path / "b.PNG", tmp_path / "fifo.png"]
     assert find_files([f"{tmp_path}/*.png"], (".png",)) == found[:1]
 
 
