@@ -34,7 +34,6 @@ def add_arguments(parser: Parser) -> None:
     parser.add_files(f"{kinds}folder, its URL or its name on the Hub", not_empty)
     parser.add_model()
     parser.add_tiles("as encoded", "as encoded")
-    parser.flag("--full-size", "resize all images to the size of the original, and name them NAME_x0.5_full_size.png")
     parser.option("--max-images", positive, "N", "stop after N rows of a token set (default: all)")
     add_large(parser)
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 def _decode_set(args: argparse.Namespace) -> None:
     if len(args.inputs) > 1:
         raise ValueError(f"a token set must be the only INPUT, got {len(args.inputs)}. Decode each on its own.")
-    for option in changed_options(args, "tile_size", "overlap", "full_size", "large"):
+    for option in changed_options(args, "tile_size", "overlap", "large"):
         raise ValueError(f"{option} is not for token sets. Leave it out.")
     (source,) = args.inputs
 
@@ -103,7 +102,7 @@ def _decode_files(args: argparse.Namespace) -> None:
                     decode_large(model, tokens, path, asked)
                     continue
                 tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *(asked or ()))
-                images = decode_image(model, tokens, args.full_size, tiles)
+                images = decode_image(model, tokens, tiles)
                 for image, path in zip(images, work.outputs(file), strict=True):
                     save_png(image, path)
 
@@ -121,6 +120,4 @@ def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
         endings = scale_endings(load_scales(file.path))
     except (OSError, ValueError):  # is raised again, and counted, when its turn comes
         return []
-    if args.full_size:
-        endings = [ending.replace(".png", "_full_size.png") for ending in endings]
     return [file.target(args.output, ending) for ending in endings]

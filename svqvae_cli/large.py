@@ -17,7 +17,7 @@ def check_large(args: argparse.Namespace) -> None:
     """Raises ValueError for an option that `--large` excludes, or if its extra is missing."""
     if not args.large:
         return
-    for option in changed_options(args, "scales", "full_size"):
+    for option in changed_options(args, "scales"):
         raise ValueError(f"--large works at scale 1, by rows of tiles. Leave out {option} or --large.")
     with require_extra("--large", "large"):
         import tifffile  # noqa: F401

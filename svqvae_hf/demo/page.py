@@ -140,13 +140,6 @@ def serving(blocks: gr.Blocks, host: str, port: int | None) -> Iterator[str]:
         OSError: If the port is taken.
     """
     try:
-        yield _launch(blocks, host, port)
-    finally:
-        blocks.close()
-
-
-def _launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
-    try:
         _, address, _ = blocks.launch(
             server_name=host,
             server_port=port,
@@ -166,7 +159,10 @@ def _launch(blocks: gr.Blocks, host: str, port: int | None) -> str:
         raise OSError(
             f"Could not serve the page at `{host}`, port {port or 'from 7860'}. Choose another --host or --port."
         ) from error
-    return address
+    try:
+        yield address
+    finally:
+        blocks.close()
 
 
 def _scale_tab(scale: float) -> tuple[gr.ImageSlider, gr.HTML, gr.HTML]:

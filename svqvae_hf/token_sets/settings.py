@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from svqvae_hf.data.image_sets import is_hub_set
@@ -89,8 +87,7 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
     """Reads the settings of a token set.
 
     Args:
-        path (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, its name on the Hub, or one
-            of its Parquet files.
+        path (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
 
     Raises:
         OSError: The set does not exist or cannot be reached.
@@ -107,13 +104,6 @@ def read_settings(path: str | os.PathLike) -> TokenSettings:
 def _read_settings(name: str) -> bytes:
     if is_hub_set(name) and "/" in name:  # token sets always have an owner on the Hub
         return download_file(name, SETTINGS_FILE, name, repo_type="dataset").read_bytes()
-    if name.endswith(".parquet"):
-        try:
-            return (pq.read_schema(name).metadata or {}).get(METADATA_KEY.encode(), b"null")
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # pyarrow's errors about content have none
-                raise
-            raise ValueError(f"`{name}` must be a Parquet file, but is of another kind or truncated.") from error
     content = Folder(name).read(SETTINGS_FILE) if "://" in name or Path(name, SETTINGS_FILE).is_file() else None
     if content is None:
         raise FileNotFoundError(

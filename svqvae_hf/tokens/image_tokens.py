@@ -84,21 +84,17 @@ def image_tokens(
     return ImageTokens(ids, height, width, **encoding_of(model, scales, scale_from, tiles))
 
 
-def decode_image(
-    model: SVQVAE, tokens: ImageTokens, full_size: bool = False, tiles: tuple[int, int] | None = None
-) -> list[Image.Image]:
+def decode_image(model: SVQVAE, tokens: ImageTokens, tiles: tuple[int, int] | None = None) -> list[Image.Image]:
     """Decodes ids to the images that `model(image, scales)` reconstructs.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.
         tokens ([`ImageTokens`]): Ids of one image, from the codebook of the model.
-        full_size (`bool`, defaults to `False`): Whether to resize all images to the size of the image that was
-            encoded, with [`resize_image`].
         tiles (`tuple[int, int]`, *optional*): Tile size and overlap in pixels, see [`SVQVAE.enable_tiling`]. By
             default the model's, if tiling is enabled.
 
     Returns:
-        `list[PIL.Image.Image]`: One image per scale with sides of `round(scale * side)` pixels, or of the full size.
+        `list[PIL.Image.Image]`: One image per scale with sides of `round(scale * side)` pixels.
 
     Raises:
         TypeError: `tokens` are ids alone.
@@ -114,7 +110,7 @@ def decode_image(
             grid = ids[None].to(execution_device(model))
             decoded = model.decode(grid, False, True, None, *(tiles or ())).sample
             images += processor.postprocess(model.resize_to_image(decoded, image_size, scale))
-    return [resize_image(image, (tokens.width, tokens.height)) for image in images] if full_size else images
+    return images
 
 
 def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -34,7 +34,7 @@ def used_tiles(monkeypatch):
     """Replaces the decoder, and collects the tiling of its calls."""
     used = []
 
-    def decode_image(model, tokens, full_size, tiles):
+    def decode_image(model, tokens, tiles):
         used.append(tiles)
         return [Image.new("RGB", (1, 1))]
 

@@ -150,11 +150,3 @@ def test_output_that_cannot_be_written_is_an_error(two_images, out, saved_model,
     assert f"`{out / f'a{ending}'}` cannot be written: Is a directory." in error
     assert visible(out) == [f"a{ending}"]
     assert names(two_images) == ["a.png", "b.jpg", "notes.txt"]
-
-
-def test_full_size_is_the_size_of_the_image(two_images, tmp_path, out, saved_model):
-    model = ["--model", saved_model]
-    assert svqvae("encode", two_images, "--output", out, "--scales", "0.5", *model) == 0
-    assert svqvae("decode", out, "--output", tmp_path / "made", "--full-size", *model) == 0
-    with Image.open(tmp_path / "made" / "a_x0.5_full_size.png") as image:
-        assert image.size == (57, 35)

@@ -87,10 +87,9 @@ def read_corners(path: Path) -> None:
 
 
 def read_any_token_set(content: bytes, folder: Path) -> None:
-    """The first byte tells what follows: `j` the settings of a folder, else a Parquet file."""
-    path = folder if content[:1] == b"j" else folder / "fuzz.parquet"
-    (folder / SETTINGS_FILE if path == folder else path).write_bytes(content[1:])
-    settings = result_or_none(lambda: read_settings(path), path)
+    """The settings of a folder follow after the first byte."""
+    (folder / SETTINGS_FILE).write_bytes(content[1:])
+    settings = result_or_none(lambda: read_settings(folder), folder)
     if settings is not None:
         assert isinstance(settings, TokenSettings)
         (folder / SETTINGS_FILE).write_text(settings.to_json())

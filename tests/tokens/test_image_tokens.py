@@ -10,7 +10,14 @@ from PIL import Image
 
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.tokens.image_tokens import available_memory, choose_tiles, decode_image, encode_image, execution_device
+from svqvae_hf.tokens.image_tokens import (
+    available_memory,
+    choose_tiles,
+    decode_image,
+    encode_image,
+    execution_device,
+    resize_image,
+)
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 SCALES = (0.5, 1.0, 1.3)
@@ -142,9 +149,7 @@ def test_tiles_of_a_call_are_those_of_a_model_on_which_they_are_enabled(tiny_mod
     assert images != decode_image(tiny_model, enabled)
 
 
-def test_full_size_is_the_size_of_the_image(tiny_model, crop):
-    tokens = encode_image(tiny_model, crop, SCALES)
-    plain, full = decode_image(tiny_model, tokens), decode_image(tiny_model, tokens, full_size=True)
-    assert [image.size for image in full] == [crop.size] * 3
-    for image, resized, resampling in zip(plain, full, ("BICUBIC", "BICUBIC", "BOX"), strict=True):
-        assert np.array_equal(resized, image.resize(crop.size, Image.Resampling[resampling]))
+def test_images_are_resized_by_area_or_bicubic(crop):
+    for size, resampling in (((57, 35), None), ((29, 40), "BOX"), ((80, 40), "BICUBIC")):
+        expected = crop if resampling is None else crop.resize(size, Image.Resampling[resampling])
+        assert np.array_equal(resize_image(crop, size), expected)
