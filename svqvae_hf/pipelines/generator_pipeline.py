@@ -3,8 +3,7 @@
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -198,16 +197,3 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             return ids
         sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, size, scale)
         return self.image_processor.postprocess(sample, output_type=output_type)
-
-
-@contextmanager
-def evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Puts models in evaluation mode, and every module back in its own mode afterwards."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

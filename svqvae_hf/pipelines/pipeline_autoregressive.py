@@ -14,7 +14,7 @@ from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import encode_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
 from svqvae_hf.pipelines.id_sampler import IdSampler
 from svqvae_hf.pipelines.labels import Labels
 from svqvae_hf.pipelines.llamagen_inputs import condition_inputs
@@ -38,7 +38,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         text_encoder ([`~transformers.T5EncoderModel`], *optional*): Encoder of captions, for a model with captions.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer of captions.
 
-    The attribute `grid` holds the rows and columns of ids. Both models are in evaluation mode during sampling.
+    The attribute `grid` holds the rows and columns of ids.
 
     Raises:
         TypeError: The language model is another one.
@@ -182,33 +182,32 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         self._interrupt = False
         rows, columns = self.grid
         config = self.language_model.config
-        with evaluation_mode(self.vqvae, self.language_model):
-            captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
-            if captions:
-                class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
-            labels = self._encode_labels(class_labels, 1, guidance_scale).repeat_interleave(num_images_per_prompt)
-            captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
-            check_generators(generator, len(labels))
-            guided = guidance_scale != 1
-            sampler = IdSampler(
-                self.language_model,
-                condition_inputs(config, labels, captions, guided=guided),
-                self.grid,
-                range(config.codebook_size),
-                partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
-                guide=partial(guide, guidance_scale=guidance_scale) if guided else None,
-                guided_ids=round(guidance_stop * rows * columns),
-            )
-            for row in self.progress_bar(range(rows)):
-                if self.interrupt:
-                    break
-                ids = sampler.next_row()
-                tensor_inputs = callback_on_step_end_tensor_inputs
-                replaced = self._call_back(callback_on_step_end, tensor_inputs, row, self.grid, ids)
-                if not torch.equal(replaced, ids):
-                    sampler.replace(replaced)
-            size = (rows * self.vqvae.f, columns * self.vqvae.f)
-            images = self._decode(sampler.ids, size, 1.0, output_type)
+        captions = self._encode_captions(class_labels, prompt, prompt_embeds, prompt_attention_mask)
+        if captions:
+            class_labels = [0] * len(captions["prompt_embeds"])  # the one class, "with its caption"
+        labels = self._encode_labels(class_labels, 1, guidance_scale).repeat_interleave(num_images_per_prompt)
+        captions = {name: each.repeat_interleave(num_images_per_prompt, dim=0) for name, each in captions.items()}
+        check_generators(generator, len(labels))
+        guided = guidance_scale != 1
+        sampler = IdSampler(
+            self.language_model,
+            condition_inputs(config, labels, captions, guided=guided),
+            self.grid,
+            range(config.codebook_size),
+            partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
+            guide=partial(guide, guidance_scale=guidance_scale) if guided else None,
+            guided_ids=round(guidance_stop * rows * columns),
+        )
+        for row in self.progress_bar(range(rows)):
+            if self.interrupt:
+                break
+            ids = sampler.next_row()
+            tensor_inputs = callback_on_step_end_tensor_inputs
+            replaced = self._call_back(callback_on_step_end, tensor_inputs, row, self.grid, ids)
+            if not torch.equal(replaced, ids):
+                sampler.replace(replaced)
+        size = (rows * self.vqvae.f, columns * self.vqvae.f)
+        images = self._decode(sampler.ids, size, 1.0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.resizing import pad_to_multiple, resize
 from svqvae_hf.pipelines.captions import pad_captions
-from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline, evaluation_mode
+from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
 from svqvae_hf.pipelines.labels import Labels
 from svqvae_hf.pipelines.modular_next_scale import NextScaleBlocks, NextScaleTextBlocks
 from svqvae_hf.pipelines.sampling import (
@@ -37,13 +37,6 @@ DEFAULT_STEPS = 10
 Callback = Callable[[Any, int, Size, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-class KnownIds(NamedTuple):
-    """Ids of an image at one scale, `(images, h, w)`, and which of them are kept, in the same shape or `(1, h, w)`."""
-
-    ids: torch.Tensor
-    kept: torch.Tensor
-
-
 class SVQVAENextScalePipeline(GeneratorPipeline):
     """Samples images scale by scale: a transformer predicts all ids of a scale at once, and SVQVAE decodes the last.
 
@@ -61,8 +54,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer of the captions, for a transformer
             that reads them.
 
-    The attribute `trained_schedule` lists the scales as pairs `(height, width)`. Both models are in evaluation mode
-    during sampling.
+    The attribute `trained_schedule` lists the scales as pairs `(height, width)`.
 
     Raises:
         ValueError: The models do not fit each other, `vqvae` does not have the codebook with this fingerprint, the
@@ -208,34 +200,34 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
         _check_greedy(greedy_scales, sizes)
         self._interrupt = False
-        with evaluation_mode(self.vqvae, self.transformer):
-            known = self._encode_known(image, mask_image, image_scale, sizes, height, width)
-            images = len(known[0].ids) if known else 1
-            text = self._encode_prompts(prompt, images, guidance_scale)
-            if text is None:
-                labels = self._encode_labels(class_labels, images, guidance_scale)
-            else:
-                labels = self._encode_labels(class_labels, len(text), 1)
-                text = text.repeat_interleave(num_images_per_prompt, dim=0)
-            labels = labels.repeat_interleave(num_images_per_prompt)
-            check_generators(generator, len(labels))
-            guided = guidance_scale != 1
-            pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
-            predictor = ScalePredictor(self.transformer, self.vqvae, labels, text, pad_token, guided=guided)
-            for step, size in enumerate(self.progress_bar(sizes)):
-                logits = predictor.next_logits(size)
-                if guided:
-                    logits = guide(logits, scales[step])
-                check_finite(logits.amax(-1), self.transformer, "transformer")
-                top = (1, 1.0) if step in greedy_scales else (top_k, top_p)
-                ids = sample(logits, temperature, *top, generator).unflatten(1, size)
-                if known:
-                    ids = _keep(known[step], ids)
-                ids = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, size, ids)
-                if self.interrupt:
-                    break
-                predictor.add(ids)
-            images = self._decode(ids, (height, width), 1.0, output_type)
+        known = self._encode_known(image, mask_image, image_scale, sizes, height, width)
+        images = len(known[0][0]) if known else 1
+        text = self._encode_prompts(prompt, images, guidance_scale)
+        if text is None:
+            labels = self._encode_labels(class_labels, images, guidance_scale)
+        else:
+            labels = self._encode_labels(class_labels, len(text), 1)
+            text = text.repeat_interleave(num_images_per_prompt, dim=0)
+        labels = labels.repeat_interleave(num_images_per_prompt)
+        check_generators(generator, len(labels))
+        guided = guidance_scale != 1
+        pad_token = 0 if self.tokenizer is None else self.tokenizer.pad_token_id
+        predictor = ScalePredictor(self.transformer, self.vqvae, labels, text, pad_token, guided=guided)
+        for step, size in enumerate(self.progress_bar(sizes)):
+            logits = predictor.next_logits(size)
+            if guided:
+                logits = guide(logits, scales[step])
+            check_finite(logits.amax(-1), self.transformer, "transformer")
+            top = (1, 1.0) if step in greedy_scales else (top_k, top_p)
+            ids = sample(logits, temperature, *top, generator).unflatten(1, size)
+            if known:
+                given, kept = (part.repeat_interleave(len(ids) // len(part), dim=0) for part in known[step])
+                ids = torch.where(kept, given, ids)
+            ids = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, size, ids)
+            if self.interrupt:
+                break
+            predictor.add(ids)
+        images = self._decode(ids, (height, width), 1.0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -285,8 +277,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         sizes: list[Size],
         height: int,
         width: int,
-    ) -> list[KnownIds]:
-        """Ids of images at each scale, and which of them are kept; nothing without an image."""
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Ids `(images, h, w)` of each scale, and which of them are kept; nothing without an image."""
         if image is None:
             if mask_image is not None or image_scale is not None:
                 raise ValueError("`mask_image` and `image_scale` need `image`. Pass the image to edit.")
@@ -318,7 +310,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         grids = self._encode_scales(batch["pixel_values"].to(device, self.vqvae.dtype), sizes)
         up_to = 0.0 if image_scale is None else image_scale * max(sizes[-1])
         return [
-            KnownIds(ids=ids, kept=(F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device) | (max(size) <= up_to))
+            (ids, (F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device) | (max(size) <= up_to))
             for ids, size in zip(grids, sizes, strict=True)
         ]
 
@@ -353,9 +345,3 @@ def _check_greedy(greedy_scales: Sequence[int], sizes: list[Size]) -> None:
         raise ValueError(
             f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
         )
-
-
-def _keep(known: KnownIds, ids: torch.Tensor) -> torch.Tensor:
-    """Puts the kept ids of each image among the sampled ids of its label."""
-    given, kept = (part.repeat_interleave(len(ids) // len(part), dim=0) for part in known)
-    return torch.where(kept, given, ids)

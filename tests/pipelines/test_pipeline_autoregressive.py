@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from svqvae_hf import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.labels import encode_labels
-from svqvae_hf.pipelines.sampling import draw
 
 
 def seeded(seed=0):
@@ -71,41 +70,6 @@ def test_greedy_ids_are_the_most_likely_ones(pipeline, guidance_scale):
     ids = sample_ids(pipeline, [0, 1, 2], temperature=0, guidance_scale=guidance_scale)
     check_greedy(pipeline, ids, torch.arange(3), guidance_scale)
     assert len(ids.unique()) > 16
-
-
-def test_draws_follow_the_probabilities():
-    scores = torch.tensor([2.0, 1.0, -torch.inf, 0.0, -1.0])
-    draws = draw(scores.expand(100_000, -1), seeded())
-    shares = torch.bincount(draws, minlength=5) / len(draws)
-    torch.testing.assert_close(shares, scores.softmax(0), atol=0.006, rtol=0)
-    assert shares[2] == 0
-
-
-def test_seeds_decide_the_images_alone_and_in_a_batch(pipeline):
-    ids, again, other = (sample_ids(pipeline, [0, 1], generator=seeded(seed)) for seed in (0, 0, 1))
-    assert torch.equal(ids, again)
-    assert not torch.equal(ids, other)
-    batch = sample_ids(pipeline, [0, 1, 2], generator=[seeded(5), seeded(6), seeded(7)])
-    alone = sample_ids(pipeline, 1, generator=[seeded(6)])
-    assert torch.equal(batch[1:2], alone)
-
-
-def test_temperature_top_k_and_top_p(pipeline):
-    greedy = sample_ids(pipeline, [0, 1], temperature=0)
-    for call in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
-        assert torch.equal(greedy, sample_ids(pipeline, [0, 1], generator=seeded(), **call))
-    hot = sample_ids(pipeline, [0, 1], top_k=3, temperature=100.0, generator=seeded())
-    assert not torch.equal(hot, greedy)
-
-
-def test_sampling_is_in_evaluation_mode_and_restores_the_mode(own_pipeline):
-    ids = sample_ids(own_pipeline, [0, 1], temperature=0)
-    models = own_pipeline.vqvae.train(), own_pipeline.language_model.train()
-    seen = []
-    models[1].register_forward_pre_hook(lambda module, _: seen.append(module.training))
-    assert torch.equal(ids, sample_ids(own_pipeline, [0, 1], temperature=0))
-    assert not any(seen)
-    assert all(module.training for model in models for module in model.modules())
 
 
 # Images
