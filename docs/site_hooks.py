@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from svqvae_cli.command_line import build_parser
+from svqvae_cli.command_line import COMMANDS, build_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
@@ -22,25 +22,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def command_reference() -> str:
-    """Section of each command: description, usage, arguments and example."""
-    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return "\n".join(_command_section(name, parser) for name, parser in commands.choices.items())
+    """Section of each command: description, example and arguments."""
+    return "\n".join(map(_command_section, COMMANDS))
 
 
-def _command_section(name: str, parser: argparse.ArgumentParser) -> str:
-    summary, _, details = parser.description.partition(".\n")
-    details = re.sub(r"\n(  .*)", r"\n\n```bash\n\1\n```\n", details).replace("```bash\n  ", "```bash\n")
-    example = parser.epilog.removeprefix("example:\n  ")
+def _command_section(name: str) -> str:
+    (commands,) = (a for a in build_parser(name)._actions if isinstance(a, argparse._SubParsersAction))
+    parser = commands.choices[name]
+    description = re.sub(r"\n  (.*)", r"\n\n```bash\n\1\n```\n", parser.description.strip())
     arguments = [_argument(parser, action) for action in parser._actions if action.dest != "help"]
-    return "\n".join(
-        [
-            f"### svqvae {name}\n",
-            f"{summary[0].upper()}{summary[1:]}. {details}".rstrip() + "\n",
-            f"For example:\n\n```bash\n{example}\n```\n",
-            *arguments,
-            "",
-        ]
-    )
+    return "\n".join([f"### svqvae {name}\n", f"{description}\n", *arguments, ""])
 
 
 def _argument(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

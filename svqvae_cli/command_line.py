@@ -13,11 +13,20 @@ from importlib.metadata import version
 from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import SkippedError, one_line
 
-# In the order of the help, which is the docstrings of their modules.
-COMMANDS = (
-    *("reconstruct", "encode", "decode", "tokenize", "evaluate"),
-    *("convert", "export", "extend-lm", "generate", "caption", "info", "demo"),
-)
+COMMANDS = {
+    "reconstruct": "encodes and decodes images, and measures the difference",
+    "encode": "encodes images to token files",
+    "decode": "decodes token files or a token set to images",
+    "tokenize": "encodes an image set to a token set",
+    "evaluate": "measures a model on an image set",
+    "convert": "converts an original checkpoint to a Hub repository",
+    "export": "exports a model to ONNX",
+    "extend-lm": "adds image tokens to a causal language model",
+    "generate": "generates images with a trained pipeline",
+    "caption": "describes images with a language model that has image tokens",
+    "info": "describes a model, pipeline, LoRA adapter, checkpoint, token file or token set",
+    "demo": "serves a web page that encodes and decodes photographs",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +80,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: If the command line is wrong.
     """
-    args, unknown = build_parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else [*argv]
+    args, unknown = build_parser(*words[:1]).parse_known_args(words)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own help
     return args
 
 
-def build_parser() -> Parser:
-    """Builds the parser of all commands."""
+def build_parser(chosen: str | None = None) -> Parser:
+    """Builds the parser of a command line.
+
+    Args:
+        chosen (`str`, *optional*): Command whose arguments are added. Only its module is imported.
+    """
     parser = Parser(
         prog="svqvae",
         description="SVQVAE, a multi-scale image tokenizer: images to tokens and back.",
@@ -86,17 +100,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"svqvae {version('svqvae-hf')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = import_module(f"svqvae_cli.{name.replace('-', '_')}")
-        summary, details, example = str(module.__doc__).strip().split("\n\n")
-        command = commands.add_parser(
-            name,
-            help=summary[0].lower() + summary[1:-1],
-            description=f"{summary}\n{details}",
-            epilog=f"example:\n{example}",
-        )
-        command.set_defaults(run=module.run, parser=command)
-        module.add_arguments(command)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name == chosen:
+            module = import_module(f"svqvae_cli.{name.replace('-', '_')}")
+            command.description = module.__doc__
+            command.set_defaults(run=module.run, parser=command)
+            module.add_arguments(command)
     return parser
 
 

@@ -12,7 +12,7 @@ from cli_runner import fails, names, svqvae
 from conftest import ROOT, make_tiny
 
 from svqvae_cli.arguments import TILES
-from svqvae_cli.command_line import COMMANDS, build_parser
+from svqvae_cli.command_line import COMMANDS, build_parser, parse
 from svqvae_hf.conversion import convert
 from svqvae_hf.evaluation import codecs, perceptual
 from svqvae_hf.token_sets.crops import CROPS
@@ -33,8 +33,8 @@ def test_help_fits_a_terminal_and_shows_an_example_that_parses(capsys, monkeypat
     for name in COMMANDS:
         text = help_text(capsys, name)
         assert max(map(len, text.splitlines())) <= 80
-        example = re.search(rf"\nexample:\n  svqvae ({name} \S.*)\n", text)[1].split()
-        assert build_parser().parse_args(example).run.__module__ == f"svqvae_cli.{name}".replace("-", "_")
+        example = re.search(rf"\n\n  svqvae ({name} \S.*)\n", text)[1].split()
+        assert parse(example).run.__module__ == f"svqvae_cli.{name}".replace("-", "_")
     text = help_text(capsys)
     assert max(map(len, text.splitlines())) <= 80
     assert "\nexample:\n  svqvae reconstruct photo.jpg" in text
@@ -218,8 +218,8 @@ def test_ctrl_c_is_one_line_and_leaves_no_partial_file(two_images, saved_model, 
 
 
 def choices(command, option):
-    commands = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    actions = commands.choices[command]._actions
+    parsers = next(each for each in build_parser(command)._actions if isinstance(each, argparse._SubParsersAction))
+    actions = parsers.choices[command]._actions
     return next(action.choices for action in actions if option in action.option_strings)
 
 
