@@ -3,6 +3,7 @@
 import itertools
 import signal
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,12 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from svqvae_hf.data.image_parts import IndexedRows
-from svqvae_hf.data.image_rows import ImageRow
+from svqvae_hf.data.image_rows import ImageRow, read_image
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.data.workers import end_with_parent
 from svqvae_hf.trainer.data.crop_batches import CropBatch, CropCutter
 from svqvae_hf.trainer.data.crop_stream import CropStream, Place
-from svqvae_hf.trainer.data.sample_order import OrderedLoader, row_at
+from svqvae_hf.trainer.data.sample_order import OrderedLoader, row_at, spread
 
 
 @dataclass
@@ -104,6 +105,14 @@ class CropLoader(OrderedLoader):
                 self.places[self.batch % len(self.places)], crops = crops
             self.batch += 1
             yield crops
+
+    def samples(self) -> Iterator[bytes]:
+        """Yields some images as bytes, each with its key."""
+        rows = self.rows
+        for row in [] if rows is None else [rows[number] for number in spread(len(rows))]:
+            yield row.key.encode()
+            with suppress(OSError, ValueError):  # unreadable
+                yield read_image(row).resize((8, 8)).tobytes()
 
     def state_dict(self) -> dict[str, Any]:
         """State that is equal on all processes. For a stream, all of them must call it."""

@@ -1,8 +1,9 @@
 """Order of the samples of a run: a function of the seed and the step, whatever the number of processes."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from svqvae_hf.trainer.options import RunOptions
 
+DIGEST = "digest of the set"
 ORDER = 2  # first word of the seeds of random orders; crop_batches.py and crop_stream.py use others
 
 SAMPLES_PER_STEP = (
@@ -71,6 +73,11 @@ class Share:
         return range(first + self.process, first + size, self.num_processes)
 
 
+def spread(num_rows: int) -> list[int]:
+    """Up to 16 row numbers, from the first to the last."""
+    return [round(at) for at in np.linspace(0, num_rows - 1, min(num_rows, 16))]
+
+
 class OrderedLoader:
     """A loader whose samples are a function of the seed and the step.
 
@@ -88,9 +95,21 @@ class OrderedLoader:
         self.share, self.contents = share, f"{contents}, {share.step_size} per step"
         self.settings = settings | {SAMPLES_PER_STEP: share.step_size}
 
+    def samples(self) -> Iterator[bytes]:
+        """Yields some samples of the set as bytes; none for a stream."""
+        yield from ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of some samples, by which another set of equal size is known."""
+        digest = hashlib.sha256()
+        for sample in self.samples():
+            digest.update(sample)
+        return digest.hexdigest()[:16]
+
     def state_dict(self) -> dict[str, Any]:
-        """Steps done, and the settings; equal on all processes."""
-        return {"step": self.batch // self.share.batches, "settings": self.settings}
+        """Steps done, the settings, and the digest of the set; equal on all processes."""
+        return {"step": self.batch // self.share.batches, "settings": self.settings | {DIGEST: self.digest}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Sets the step at which iteration continues.
@@ -98,7 +117,7 @@ class OrderedLoader:
         Raises:
             ValueError: If the state is of a loader with other settings, or of another set.
         """
-        for name, value in self.settings.items():
+        for name, value in (self.settings | {DIGEST: self.digest}).items():
             if (saved := state["settings"].get(name)) != value:
                 raise ValueError(
                     f"The {name} must be {saved} as when the checkpoint was written, but is {value}. Restore it, or "

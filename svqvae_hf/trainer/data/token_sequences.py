@@ -12,7 +12,7 @@ import torch
 from svqvae_hf.models.resizing import grid_shape
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.data.sample_order import OrderedLoader, Share, row_at
+from svqvae_hf.trainer.data.sample_order import OrderedLoader, Share, row_at, spread
 
 
 class TokenBatch(NamedTuple):
@@ -167,6 +167,10 @@ class SequenceLoader(OrderedLoader):
         self.source, self.num_steps, self.seed, self.num_rows = source, num_steps, seed, len(source.rows)
         settings = {"seed": seed, "number of rows of ids": self.num_rows}
         super().__init__(share, f"{self.num_rows:,} rows of ids", settings)
+
+    def samples(self) -> Iterator[bytes]:
+        """Yields some rows as bytes."""
+        yield str(self.source.rows[spread(self.num_rows)]).encode()
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yields the remaining batches."""
