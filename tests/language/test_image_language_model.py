@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from tiny_language_models import FAMILIES, load_extended
 
+from svqvae_hf.language.grammar import ImageGrammar
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 
@@ -22,6 +23,39 @@ def test_images_have_the_grid_that_was_asked_for(family):
     assert [image.size for image in pipe.draw(["a cat"], grid=(2, 3), guidance_scale=2.0)] == [(12, 8)]
     with pytest.raises(ValueError, match="the rows x columns of codes that the model knows"):
         pipe.draw(["a cat"], grid=(9, 9))
+
+
+def test_a_text_is_one_caption_and_no_caption_is_an_error():
+    pipe = ImageLanguageModel(*load_extended("qwen"))
+    (one,) = pipe.draw("a cat", generator=generators(1))
+    assert pixels([one]) == pixels(pipe.draw(["a cat"], generator=generators(1)))
+    with pytest.raises(ValueError, match="`prompts` must hold at least one caption"):
+        pipe.draw([])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_with_guidance_equal_those_of_generate(family):
+    model, processor = load_extended(family)
+    start = processor.begin_image((2, 3))
+    inputs = [
+        processor(
+            text=processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+            + start,
+            return_tensors="pt",
+        )
+        for text in ("a cat", processor.no_condition)
+    ]
+    tokens = model.generate(
+        **inputs[0],
+        negative_prompt_ids=inputs[1]["input_ids"],
+        guidance_scale=3.0,
+        do_sample=False,
+        max_new_tokens=7,
+        logits_processor=[ImageGrammar(model.config)],
+    )
+    (images,) = processor.post_process_multimodal_output(tokens, generation_mode="image")
+    drawn = ImageLanguageModel(model, processor).draw("a cat", (2, 3), guidance_scale=3.0, temperature=0)
+    assert pixels(images) == pixels(drawn)
 
 
 def test_an_image_depends_on_its_generator_and_caption_alone():
