@@ -45,7 +45,7 @@ class TileContext:
         return self.attended[attention]
 
     def core_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Crops features of any resolution to what counts."""
+        """Crops features of any resolution to the core of the tile."""
         return hidden[..., *self._scaled_core(hidden)]
 
     def crop(self, hidden: torch.Tensor, margin: int) -> tuple[torch.Tensor, Self]:

@@ -52,7 +52,7 @@ class ScaleStatistics:
             self._counts[key] = self._counts[key] + counts if key in self._counts else counts
 
     def summary(self, reduce: Callable[[torch.Tensor, str], torch.Tensor]) -> dict[str, float]:
-        """Numbers over all processes since the last call. All processes must have added the same scales.
+        """Means over all processes and all steps since the last call. All processes must have added the same scales.
 
         Args:
             reduce (`Callable`): Reduces a tensor over processes, by `"mean"` or `"sum"`.
