@@ -79,7 +79,7 @@ def kmeans_psnr(options):
             ]
         )
     decoded = codes[torch.cdist(held_out, codes).argmin(1)]
-    return psnr(decoded.view(100, 1, -1, 48), held_out.view(100, 1, -1, 48), data_range=1.0).mean().item()
+    return psnr(decoded.view(-1, 1, 256, 48), held_out.view(-1, 1, 256, 48), data_range=1.0).mean().item()
 
 
 @pytest.mark.slow  # only training can show it
