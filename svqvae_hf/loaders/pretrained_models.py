@@ -19,6 +19,7 @@ from svqvae_hf.loaders.llamagen_checkpoints import read_llamagen
 from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.models import image_processing_svqvae, modeling_llamagen, modeling_next_scale, modeling_svqvae
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
+from svqvae_hf.models.loading import check_weights
 
 
 class RepositoryMixin(ModelMixin):
@@ -143,6 +144,23 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         >>> prompt = torch.tensor([[model.config.codebook_size + 207]])  # class 207
         >>> ids = model.generate(prompt, max_new_tokens=16 * 16, do_sample=True, top_k=2000)[:, 1:]
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Loads a model strictly, where transformers only warns.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
+            *args: Further arguments of transformers' method.
+            **kwargs: Further arguments of transformers' method.
+
+        Raises:
+            ValueError: The weights are not exactly what the config asks for.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        check_weights(os.fspath(pretrained_model_name_or_path), info)
+        return (model, info) if with_info else model
 
     @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(

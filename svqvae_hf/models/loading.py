@@ -55,12 +55,7 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         if os.path.isfile(source):
             raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `from_single_file`.")
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
-        faults = list_faults(info)
-        if faults:
-            raise ValueError(
-                f"The weights of {source} must be exactly what its config asks for, but are not: {faults}. Restore "
-                "the files, or correct config.json."
-            )
+        check_weights(source, info)
         return (model, info) if with_info else model
 
     @classmethod
@@ -91,6 +86,16 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         check_class(cls, config_dict)
         given = {key: value for key, value in config_dict.items() if key not in cls.derived_config}
         return super().extract_init_dict(given, **kwargs)
+
+
+def check_weights(source: str, loading_info: Mapping[str, Any]) -> None:
+    """Raises unless the weights of a folder or Hub id were exactly what its config asks for."""
+    faults = list_faults(loading_info)
+    if faults:
+        raise ValueError(
+            f"The weights of {source} must be exactly what its config asks for, but are not: {faults}. Restore the "
+            "files, or correct config.json."
+        )
 
 
 def list_faults(loading_info: Mapping[str, Any]) -> str:

@@ -93,14 +93,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             pipeline = cls(**arguments | load_components(name, index, **kwargs))
         else:
             folder = name if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
-            cls._check_weights(name, Path(folder), kwargs)
             pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=name)
         return pipeline
-
-    @classmethod
-    def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
-        """Raises for faulty weights that their class accepts while loading."""
 
     @functools.wraps(DiffusionPipeline.save_pretrained)  # diffusers looks at the names of its arguments
     def save_pretrained(  # type: ignore[override]

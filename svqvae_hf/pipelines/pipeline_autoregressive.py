@@ -3,14 +3,12 @@
 import reprlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from svqvae_hf.models.loading import list_faults
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.captions import encode_captions
@@ -84,23 +82,6 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             [codebook_fingerprint, config.codebook_fingerprint],
             class_names,
         )
-
-    @classmethod
-    def _check_weights(cls, name: str, folder: Path, kwargs: dict[str, Any]) -> None:
-        if "language_model" in kwargs:
-            return
-        folder, variant = folder / "language_model", kwargs.get("variant")
-        if not any(f".{variant}" in file.name for file in folder.glob("*.safetensors")):
-            variant = None  # as diffusers, component by component
-        _, info = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="meta", use_safetensors=True, variant=variant, output_loading_info=True
-        )
-        faults = list_faults(info)  # transformers only warns
-        if faults:
-            raise ValueError(
-                f"the language model of {name} must have exactly the weights that its config asks for, but has "
-                f"faults: {faults}. Restore its files."
-            )
 
     @property
     def _reads_captions(self) -> bool:
