@@ -45,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain any bytes
     try:
-        _run(argv)
+        try:
+            args = parse(argv)
+            args.run(args)
+        finally:
+            sys.stdout.flush()  # a closed stdout raises here, also after --help, and not when the interpreter exits
     except KeyboardInterrupt:
         print("svqvae: interrupted", file=sys.stderr)
         return 130
@@ -64,14 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(OUT_OF_MEMORY)
     return 0
-
-
-def _run(argv: Sequence[str] | None) -> None:
-    try:
-        args = parse(argv)
-        args.run(args)
-    finally:
-        sys.stdout.flush()  # a closed stdout raises here, also after --help, and not when the interpreter exits
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

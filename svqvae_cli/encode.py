@@ -9,9 +9,10 @@ same command resumes an interrupted run.
 """
 
 import argparse
-from functools import partial
+from typing import Any
 
 from svqvae_cli.arguments import Parser
+from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import IMAGE_SUFFIXES, TIFF_SUFFIXES, TOKEN_SUFFIXES, InputFile, find_images
 from svqvae_cli.large import add_large, check_large, check_large_image
 from svqvae_cli.runs import Run
@@ -31,32 +32,28 @@ def run(args: argparse.Namespace) -> None:
     suffix = TOKEN_SUFFIXES[args.compress]
     with Run(args, {file: [file.target(args.output, suffix)] for file in inputs}, "token files") as work:
         if work.left:
-            (_encode_large if args.large else _encode)(args, work)
+            _encode(args, work)
 
 
 def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_encoder, load_image_with_tiles, require_context_model
-    from svqvae_hf.tokens.image_tokens import encode_image
-    from svqvae_hf.tokens.token_files import save_tokens
-
-    model = load_encoder(args)
-    context_model = require_context_model(model, args.model) if args.compress else None
-    for file, (image, tiles) in work.read(partial(load_image_with_tiles, model=model, args=args)):
-        with work.attempt(file):
-            tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
-            (path,) = work.outputs(file)
-            save_tokens(path, tokens, context_model)
-
-
-def _encode_large(args: argparse.Namespace, work: Run[InputFile]) -> None:
     from svqvae_cli.loading import load_encoder, require_context_model
-    from svqvae_hf.large.large_images import encode_large
+    from svqvae_hf.models.image_files import load_image
+    from svqvae_hf.tokens.image_tokens import choose_tiles, encode_image
     from svqvae_hf.tokens.token_files import save_tokens
 
     model = load_encoder(args)
     context_model = require_context_model(model, args.model) if args.compress else None
-    for file, _ in work.read(check_large_image):
-        with work.attempt(file, ValueError, PermissionError):
-            tokens = encode_large(model, file.path, model.tiles_of_call(args.tile_size, args.overlap))
+    read: Any = check_large_image if args.large else load_image
+    for file, image in work.read(read):
+        with work.attempt(file, ValueError):
+            if args.large:
+                from svqvae_hf.large.large_images import encode_large
+
+                tokens = encode_large(model, file.path, model.tiles_of_call(args.tile_size, args.overlap))
+            else:
+                with prefix_errors(file.path):
+                    asked = args.scales, args.tile_size, args.overlap
+                    tiles = choose_tiles(model, image.height, image.width, *asked)
+                tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
             (path,) = work.outputs(file)
             save_tokens(path, tokens, context_model)

@@ -18,7 +18,7 @@ from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
 CLASSES = "SVQVAE, or VQModel or AutoencoderKL of diffusers"
-NO_SAMPLES = ("/sheet.png", "_steps.png")  # pictures of `svqvae generate` that show several images
+SHEET = "/sheet.png"  # of `svqvae generate`, which shows several images
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 
 
@@ -127,7 +127,7 @@ def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> A
     if networks["inception"] is not None:
         named["Inception (FID)"] = networks["inception"].to(args.device)
     files = [os.fspath(file.path) for file in find_inputs([args.model], IMAGE_SUFFIXES, args.output)]
-    samples = [file for file in files if not file.endswith(NO_SAMPLES)]
+    samples = [file for file in files if not file.endswith(SHEET)]
     report = compare_generated(open_images(samples), images, named, resolution=args.resolution, device=args.device)
     report.settings["generated"] = args.model
     return report

@@ -38,9 +38,8 @@ class InputFile(NamedTuple):
 
 
 def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
-    """Finds the images that a command encodes, and checks the names of its model and its output folder."""
+    """Finds the images that a command encodes, and checks the name of its model."""
     check_source(args.model)
-    check_output(args.output)
     return find_inputs(args.inputs, suffixes, args.output)
 
 

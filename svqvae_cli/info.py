@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import Parser, not_empty
-from svqvae_cli.files import REPO_ID, check_source, search_folder
+from svqvae_cli.files import REPO_ID, check_source
 
 ADAPTER_FILE = "adapter_config.json"  # of peft
 ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
@@ -21,9 +21,7 @@ ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    help = (
-        "model, pipeline, LoRA adapter, checkpoint, token file, folder of token files, or folder or URL of a token set"
-    )
+    help = "model, pipeline, LoRA adapter, checkpoint, token file, or folder or URL of a token set"
     parser.option("path", not_empty, "PATH", help)
 
 
@@ -42,8 +40,6 @@ def run(args: argparse.Namespace) -> None:
 
     if is_url or (path / SETTINGS_FILE).is_file() or (path / OPTIONS_FILE).is_file():
         facts = _set_facts(args.path)
-    elif path.is_dir() and (files := [*filter(is_token_file, search_folder(path, [".safetensors"]))]):
-        facts = _folder_facts(files)
     elif path.is_file() and (is_compressed(path) or is_token_file(path)):
         facts = _file_facts(path)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
@@ -83,19 +79,6 @@ def _file_facts(path: Path) -> dict[str, Any]:
         rates = f"{size / (rows * columns):.2f} bits/token, {size / (height * width):.4f} bits/pixel"
         facts[f"scale {scale:g}"] = f"{columns} x {rows} = {rows * columns:,} tokens, {rates}"
     return facts
-
-
-def _folder_facts(paths: list[Path]) -> dict[str, Any]:
-    from svqvae_hf.tokens.token_files import load_tokens
-
-    files = [load_tokens(path) for path in paths]
-    return {
-        "kind": "folder of token files",
-        "files": len(files),
-        "tokens": sum(ids.numel() for tokens in files for ids in tokens.ids),
-        "scales": ", ".join(f"{scale:g}" for scale in sorted({scale for tokens in files for scale in tokens.scales})),
-        "codebook": "; ".join(sorted({_codebook(tokens) for tokens in files})),
-    }
 
 
 def _set_facts(source: str) -> dict[str, Any]:

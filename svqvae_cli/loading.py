@@ -11,18 +11,15 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from PIL import Image
 from safetensors import SafetensorError
 
 import svqvae_hf
-from svqvae_cli.errors import prefix_errors, require_extra
+from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, PIPELINES, SVQVAE
 from svqvae_hf.hub.repositories import hub_reason
-from svqvae_hf.models.image_files import load_image
 from svqvae_hf.pipelines.repository_index import read_index
 from svqvae_hf.tokens.context_model import ContextModel, find_context_model
-from svqvae_hf.tokens.image_tokens import choose_tiles
 
 DEVICES = ("cuda", "mps", "xpu")  # besides the CPU; the first that is available is the default
 
@@ -54,7 +51,6 @@ def load_encoder(args: argparse.Namespace) -> SVQVAE:
 
 def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **options: Any) -> Any:
     """Loads a model or a pipeline of class `cls`, as [`load_model`] does."""
-    check_source(source)
     found_device = find_device(device)
     with explain_loading(source):
         model = cls.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True, **options)
@@ -148,18 +144,8 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ValueError: If torch does not find the device on this machine.
     """
-    counts = {kind: getattr(torch, kind).device_count() for kind in DEVICES}
-    usable = [*(kind for kind in DEVICES if counts[kind]), "cpu"]
-    numbered = [f"{kind}:{index}" for kind in usable[:-1] for index in range(counts[kind])]
-    if name is not None and name not in usable + numbered:
-        raise ValueError(f"--device must be one that torch finds here, {', '.join(usable + numbered)}, got `{name}`.")
-    return torch.device(name or usable[0])
-
-
-def load_image_with_tiles(
-    path: Path, model: SVQVAE, args: argparse.Namespace
-) -> tuple[Image.Image, tuple[int, int] | None]:
-    """Loads an image to encode at `args.scales`, and chooses its tiles. Raises if memory is too small for it."""
-    image = load_image(path)
-    with prefix_errors(path):
-        return image, choose_tiles(model, image.height, image.width, args.scales, args.tile_size, args.overlap)
+    found = [*(f"{kind}:{index}" for kind in DEVICES for index in range(getattr(torch, kind).device_count())), "cpu"]
+    usable = dict.fromkeys(name for device in found for name in (device.partition(":")[0], device))
+    if name is not None and name not in usable:
+        raise ValueError(f"--device must be one that torch finds here, {', '.join(usable)}, got `{name}`.")
+    return torch.device(name or next(iter(usable)))

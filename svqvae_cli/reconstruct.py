@@ -13,13 +13,12 @@ are named and skipped. The same command resumes an interrupted run.
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from svqvae_cli.arguments import Parser
-from svqvae_cli.errors import one_line
+from svqvae_cli.errors import one_line, prefix_errors
 from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.runs import Run
 
@@ -45,10 +44,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
-    from svqvae_cli.loading import load_encoder, load_image_with_tiles
+    from svqvae_cli.loading import load_encoder
     from svqvae_hf.evaluation import reconstruction_table as table
     from svqvae_hf.files.outputs import save_png
-    from svqvae_hf.tokens.image_tokens import decode_image, encode_image
+    from svqvae_hf.models.image_files import load_image
+    from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image, encode_image
 
     model = load_encoder(args)
     width = max(map(len, ["1,000 images", *(one_line(str(file.name)) for file in work.targets)]))
@@ -58,8 +58,11 @@ def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
 
     measured: list[list[ReconstructionFigures]] = []  # per image, one per scale
     try:
-        for file, (original, tiles) in work.read(partial(load_image_with_tiles, model=model, args=args)):
-            with work.attempt(file):
+        for file, original in work.read(load_image):
+            with work.attempt(file, ValueError):
+                with prefix_errors(file.path):
+                    asked = args.scales, args.tile_size, args.overlap
+                    tiles = choose_tiles(model, original.height, original.width, *asked)
                 tokens = encode_image(model, original, args.scales, args.scale_from, tiles)
                 images = decode_image(model, tokens, tiles=tiles)
                 figures = table.measure_reconstructions(original, tokens, images)

@@ -45,17 +45,6 @@ def test_info_of_a_token_file(two_images, tmp_path, saved_model, capsys):
     assert f"6.00 bits/token, {15 * 9 * 6 / (57 * 35):.4f} bits/pixel" in lines[-1]
 
 
-def test_info_of_a_folder_of_token_files(two_images, tmp_path, saved_model, capsys):
-    svqvae("encode", two_images, "--output", tmp_path / "tokens", "--model", saved_model, "--scales", "1", "0.5")
-    capsys.readouterr()
-    assert svqvae("info", tmp_path / "tokens") == 0
-    facts = read_facts(capsys)
-    assert (facts["kind"], facts["files"], facts["scales"]) == ("folder of token files", "2", "0.5, 1")
-    assert int(facts["tokens"]) == 15 * 9 + 8 * 4 + 10 * 6 + 5 * 3
-    codebook = f"64 codes, sha256 {SVQVAE.from_pretrained(saved_model).codebook_fingerprint()}"
-    assert facts["codebook"] == codebook
-
-
 def test_info_of_a_token_set(two_images, tmp_path, saved_model, capsys):
     argv = ["--model", saved_model, "--workers", "0", "--crops", "centre", "--resolution", "16", "--num-parts", "1"]
     argv += ["--tile-size", "32", "--overlap", "8", "--scale-from", "latents"]
