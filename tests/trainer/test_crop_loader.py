@@ -7,6 +7,8 @@ import signal
 import time
 from collections import Counter
 
+import datasets
+import fsspec
 import pytest
 import torch
 from datasets import Dataset
@@ -27,6 +29,7 @@ from numbered_images import (
     write_sets,
 )
 from processes import assert_ended, start
+from s3_server import make_bucket, s3_server
 
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_loader import CropRows
@@ -153,6 +156,17 @@ def test_each_epoch_of_a_stream_has_each_image_once(sets, kind, processes, worke
     ]
     assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
     assert epochs[2] != epochs[0] != epochs[1] != list(range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_of_a_bucket_leaves_nothing_in_the_cache(sets, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with s3_server() as (address, _):
+        make_bucket("bucket", address, monkeypatch)
+        fsspec.filesystem("s3").put(str(sets[kind, "whole"]), "bucket/set", recursive=True)
+        loader = crop_loader(open_images(["s3://bucket/set"]), num_workers=2, shuffle_buffer=5)
+        assert sorted(number for batch in loader for number in numbers(batch)) == list(range(NUM_IMAGES))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 0, "a lock at most"
 
 
 @pytest.mark.slow

@@ -149,6 +149,7 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
     assert 8 not in logged(caplog, "train/adversarial")
     assert all(norm > 0 for norm in logged(caplog, "train/discriminator_grad_norm").values())
     assert not any(logged(caplog, "train/skipped").values())
+    assert caplog.text.count("images are smaller than their crops of") == 1
     validation = logged(caplog, "validation/psnr@1")
     assert validation[16] > validation[4] > 5
     output_dir = options["output_dir"]
@@ -170,6 +171,7 @@ def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "per_device_train_batch_size": 1}
     options |= {"train_data_dir": str(inputs / "shard-*.tar"), "max_steps": 8, "save_steps": 2}
     options |= {"codebook_decay": 0.9, "full_crops_from": 3, "dead_code_reset_steps": 4}
+    options |= {"streaming": True, "shuffle_buffer": 2}
     whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     stopped = start(train_in_a_session, broken, tmp_path / "stopped.txt")
     wait_for_step(stopped, tmp_path / "stopped.txt", 3)  # no loader is about to start, as at k-means
