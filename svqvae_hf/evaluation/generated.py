@@ -27,6 +27,7 @@ class TokenizerFeatures(nn.Module):
     """Features of images from a tokenizer: its latents before quantisation, averaged over 4 x 4 cells.
 
     They need no download. Distances between them are comparable only for the same tokenizer, and are not an FID.
+    Precision and recall are not computed from them: latents of white noise lie between those of photographs.
 
     Args:
         model ([`SVQVAE`]): Tokenizer in evaluation mode.
@@ -104,6 +105,11 @@ def compare_generated(
             f"both sets must have more than {NEIGHBOURS} images, got {len(found)} generated and {len(real)} others."
         )
     notes = []
+    if any(isinstance(network, TokenizerFeatures) for network in networks.values()):
+        notes.append(
+            f"Precision and recall are left out for {TokenizerFeatures.title}, by which white noise would have a "
+            "precision of 1. Pass --inception-weights to compute them."
+        )
     if min(len(found), len(real)) < MANY_IMAGES:
         notes.append(
             f"The Fréchet distance of {len(found)} and {len(real)} images is too high to be compared with published "
@@ -113,8 +119,8 @@ def compare_generated(
         title="Generated images",
         settings={"resolution": side, "generated_images": len(found), "images": len(real)},
         rows=[
-            _compare(name, *(torch.stack([record[name] for record in records]) for records in (found, real)))
-            for name in networks
+            _compare(name, network, *(torch.stack([record[name] for record in records]) for records in (found, real)))
+            for name, network in networks.items()
         ],
         images=[],
         skipped=[*skipped, *also_skipped],
@@ -123,10 +129,12 @@ def compare_generated(
     )
 
 
-def _compare(name: str, generated: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
+def _compare(name: str, network: nn.Module, generated: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
     """Values of two sets of features `(n, dim)`."""
     statistics = [fid_features_to_statistics(each.double()) for each in (generated, real)]
-    precision, recall = calculate_precision_recall_part(generated, real, NEIGHBOURS)
+    precision = recall = None
+    if not isinstance(network, TokenizerFeatures):
+        precision, recall = calculate_precision_recall_part(generated, real, NEIGHBOURS)
     distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
     return {"title": name, "frechet_distance": max(0.0, distance), "precision": precision, "recall": recall}
 
