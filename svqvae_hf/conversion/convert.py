@@ -6,7 +6,7 @@ from typing import Any
 
 from svqvae_hf.conversion.new_repository import VARIANTS, write_repository
 from svqvae_hf.files.outputs import check_new_folder
-from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
+from svqvae_hf.hub.repositories import check_license, check_repo_id, hub_repo, public_name
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, read_llamagen
@@ -81,6 +81,7 @@ def convert(
     folder = check_new_folder(Path(out))
     if variant not in (None, *VARIANTS):
         raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    check_license(license)
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     if tokenizer is None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import check_new_folder, scale_endings
+from svqvae_hf.hub.repositories import check_license
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
@@ -136,6 +137,7 @@ def tokenize_set(
         ValueError: An option is out of range, or differs from the options that the set was started with; no image can
             be read; or an image needs more memory than is available.
     """
+    check_license(license)
     _check_options(crops, resolution, batch_size, num_workers)
     num_parts = count_parts(images, num_parts)
     parts = range(num_parts) if parts is None else parts

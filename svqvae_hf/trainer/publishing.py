@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from svqvae_hf.files.outputs import write_file
-from svqvae_hf.hub.repositories import prepare_repo, push_folder
+from svqvae_hf.hub.repositories import check_license, prepare_repo, push_folder
 from svqvae_hf.trainer.options import RunOptions, public_values
 
 OPTIONS, FINISHED = "train_config.yaml", "finished_run.json"
@@ -42,6 +42,7 @@ class Result:
     def __init__(
         self, options: Any, described: Mapping[str, Any], license: str | None, push_to_hub: bool, is_main: bool
     ):
+        check_license(license)
         self.described, self.push_to_hub, self.output_dir = described, push_to_hub, Path(options.output_dir)
         self.name = options.hub_model_id or self.output_dir.absolute().name
         if is_main:

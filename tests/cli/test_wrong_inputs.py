@@ -26,6 +26,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "tokenize": [
         ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
+        ("two_images out --license foo", "`license` must be an identifier that the Hub knows"),
         ("two_images out --sides 1 2", "--sides needs square crops of one size. Add --crops centre --resolution"),
     ],
     "evaluate": [
@@ -41,6 +42,7 @@ WRONG = {  # words on the command line, and a part of the message
         ("{model} two_images --output out --beside {model}", "with different titles"),
     ],
     "convert": [
+        ("{golden} out --license foo", "`license` must be an identifier that the Hub knows"),
         ("broken.png out", "`broken.png` must be a whole PyTorch checkpoint"),
         ("{golden} two_images", "`two_images` must be a new or empty folder, but it is not empty"),
     ],

@@ -222,7 +222,8 @@ def test_errors_are_one_line(seen):
 def test_wrong_licence_is_found_before_a_repository_is_made(hub, seen):
     assert seen["errors"]["licence of a model"] == [
         "ValueError",
-        "`license` must be an identifier that the Hub knows, such as `apache-2.0` or `other`, got 'my own'.",
+        "`license` must be an identifier that the Hub knows, such as `apache-2.0`, or `other` for the rest, got "
+        "'my own'.",
     ]
     assert not (hub[0] / "hub" / "org" / "new").exists()
 
