@@ -80,17 +80,21 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     batches = iter(loader)
 
     def predict(
-        batch: CropBatch, generator: torch.Generator, condition_dropout: float
+        batch: CropBatch, generator: torch.Generator, condition_dropout: float, numbers: range, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch at random timesteps, and the deviation of its latents."""
+        """Loss of a batch at random timesteps, and the deviation of its latents.
+
+        All processes draw numbers for the `count` samples of a step, and use those with the `numbers` of the batch.
+        """
         sample = images.to_device(batch)
         with torch.no_grad(), accelerator.autocast():
             latents = vqvae.encode(sample).latents.float() * vqvae.config["scaling_factor"]
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator).to(latents.device)
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[numbers].to(latents.device)
+        timesteps = torch.randint(num_timesteps, (count,), generator=generator)[numbers].to(latents.device)
         noisy = noise_schedule.add_noise(latents, noise, timesteps)
         classes = None if options.label_column is None else batch.labels
-        labels = drop_labels(classes, len(latents), condition_dropout, generator).to(latents.device)
+        dropped = torch.rand(count, generator=generator)[numbers] < condition_dropout
+        labels = drop_labels(classes, dropped).to(latents.device)
 
         # The denoiser predicts the velocity (Salimans and Ho, arXiv 2202.00512)
         velocity = noise_schedule.get_velocity(latents, noise, timesteps)
@@ -103,7 +107,7 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
             )
             with weights.evaluating():  # the same crops, noise and timesteps at each validation
                 losses = [
-                    predict(batch, torch.Generator().manual_seed(number), 0.0)[0]
+                    predict(batch, batch_generator(number), 0.0, range(len(batch.labels)), len(batch.labels))[0]
                     for number, batch in enumerate(held_out.loader([options.resolution], batches, seed=0))
                 ]
             loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
@@ -116,10 +120,10 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
     for step in checkpoints.steps():
         for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(model):
+                numbers_in_step = loader.share.numbers(loader.batch - 1)
+                generator = batch_generator(options.seed, step)
                 loss, latent_std = predict(
-                    batch,
-                    batch_generator(options.seed, loader.batch, accelerator.process_index),
-                    options.condition_dropout,
+                    batch, generator, options.condition_dropout, numbers_in_step, loader.share.step_size
                 )
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "latent_std": latent_std}
@@ -215,16 +219,13 @@ def read_label_names(feature: Any) -> list[str]:
     raise ValueError(f"`--label_column` must hold integers, or at most {NUM_CLASSES} classes, but it holds {feature}.")
 
 
-def drop_labels(
-    labels: list[int] | None, count: int, condition_dropout: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Labels of a batch, a random fraction of them replaced by the label of no class; all of them without labels."""
+def drop_labels(labels: list[int] | None, dropped: torch.Tensor) -> torch.Tensor:
+    """Labels of a batch, replaced by the label of no class where they are dropped; all of them without labels."""
     if labels is None:
-        return torch.full((count,), NUM_CLASSES)
+        return torch.full((len(dropped),), NUM_CLASSES)
     for label in labels:
         if not 0 <= label < NUM_CLASSES:
             raise ValueError(f"Labels must be integers in [0, {NUM_CLASSES}), but one is {label}.")
-    dropped = torch.rand(count, generator=generator) < condition_dropout
     return torch.tensor(labels).masked_fill(dropped, NUM_CLASSES)
 
 

@@ -101,22 +101,25 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     batches = iter(loader)
 
     def predict(
-        batch: TokenBatch, sizes: Sequence[Size], generator: torch.Generator | None = None
+        batch: TokenBatch, sizes: Sequence[Size], draws: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Loss, accuracy and number of ids of a batch. The transformer predicts each scale from the previous ones.
 
-        With a generator, it draws one caption of each row, and drops the label or caption of random rows.
+        `draws` are two random numbers per row, `(batch, 2)`: they decide whether its label or caption is dropped, and
+        which of its captions it has, by default the first.
         """
         ids = [batch.ids[source.grids.index(size)].to(accelerator.device) for size in sizes]
         labels = batch.labels.to(accelerator.device)
         dropped = torch.zeros(len(labels), dtype=torch.bool)
-        if generator is not None:
-            dropped = torch.rand(len(labels), generator=generator) < options.condition_dropout
+        if draws is not None:
+            dropped = draws[:, 0] < options.condition_dropout
         text = None
         if tokenizer is None:
             labels = labels.masked_fill(dropped.to(labels.device), source.num_classes)
         else:
-            text = pad_captions(tokenizer, batch.draw_captions(generator), options.max_text_length)
+            text = pad_captions(
+                tokenizer, batch.draw_captions(None if draws is None else draws[:, 1]), options.max_text_length
+            )
             text[dropped] = tokenizer.pad_token_id
             text = text.to(labels.device)
         codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]
@@ -144,12 +147,11 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
     for step in checkpoints.steps():
         for batch in islice(batches, options.gradient_accumulation_steps):
             with accelerator.accumulate(model):
-                random = batch_generator(options.seed, loader.batch)  # all processes predict equally many ids
+                random = batch_generator(options.seed, step)  # all processes predict equally many ids
                 is_fixed = torch.rand((), generator=random) < options.schedule_share
                 sizes = schedule if is_fixed else draw_schedule(source.grids, schedule, random)
-                loss, accuracy, num_ids = predict(
-                    batch, sizes, batch_generator(options.seed, loader.batch, accelerator.process_index)
-                )
+                draws = torch.rand((loader.share.step_size, 2), generator=random)  # of all samples of the step
+                loss, accuracy, num_ids = predict(batch, sizes, draws[loader.share.numbers(loader.batch - 1)])
                 accelerator.backward(loss)
                 numbers = {"loss": loss, "accuracy": accuracy}
                 if accelerator.sync_gradients:  # after the last batch of a step

@@ -144,7 +144,7 @@ def test_bf16_run_with_everything_on_stays_finite_and_shows_samples(class_option
 
 def test_transformer_embeds_each_label_or_the_label_of_no_class_in_all_blocks(class_options, parts):
     given = list(range(64))
-    labels = drop_labels(given, 64, 0.5, torch.Generator().manual_seed(0))
+    labels = drop_labels(given, torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.5)
     kept = labels != NUM_CLASSES
     assert 16 < kept.sum() < 48
     assert labels[kept].tolist() == [label for label, keep in zip(given, kept.tolist(), strict=True) if keep]

@@ -28,12 +28,11 @@ class TokenBatch(NamedTuple):
     labels: torch.Tensor
     captions: list[list[str]] | None
 
-    def draw_captions(self, generator: torch.Generator | None) -> list[str]:
-        """One caption of each row: a random one, or the first without a generator."""
+    def draw_captions(self, draws: torch.Tensor | None) -> list[str]:
+        """One caption of each row, the one at a number in [0, 1) of `draws` per row, by default the first."""
         rows = self.captions or []
-        if generator is None:
-            return [captions[0] for captions in rows]
-        return [captions[int(torch.randint(len(captions), (), generator=generator))] for captions in rows]
+        chosen = [0.0] * len(rows) if draws is None else draws.tolist()
+        return [captions[int(draw * len(captions))] for draw, captions in zip(chosen, rows, strict=True)]
 
 
 class TokenSource:
