@@ -198,6 +198,11 @@ def test_streams_say_what_they_need(sets):
     state = crop_loader(images, num_workers=2).state_dict()
     with pytest.raises(ValueError, match="The number of workers must be 2 as when the checkpoint .*, but is 1"):
         crop_loader(images).load_state_dict(state)
+    tars = open_images([str(sets["webdataset", "whole"])])  # as many shards, with other names
+    with pytest.raises(
+        ValueError, match="The digest of the set must be .* as when the checkpoint was written, but is"
+    ):
+        crop_loader(tars, num_workers=2).load_state_dict(state)
     with pytest.raises(ValueError, match=f"must have a shard per worker, but has {SHARDS} for .* 3 x 2 processes"):
         crop_loader(images, share=(2, 1, 0, 2), num_workers=3)
 

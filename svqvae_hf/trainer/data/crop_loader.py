@@ -107,9 +107,11 @@ class CropLoader(OrderedLoader):
             yield crops
 
     def samples(self) -> Iterator[bytes]:
-        """Yields some images as bytes, each with its key."""
-        rows = self.rows
-        for row in [] if rows is None else [rows[number] for number in spread(len(rows))]:
+        """Yields some images as bytes, each with its key, or the names of a stream's shards."""
+        if self.rows is None:
+            yield from (shard.name.encode() for shard in self.shards)
+            return
+        for row in [self.rows[number] for number in spread(len(self.rows))]:
             yield row.key.encode()
             with suppress(OSError, ValueError):  # unreadable
                 yield read_image(row).resize((8, 8)).tobytes()

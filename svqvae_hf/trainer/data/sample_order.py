@@ -96,12 +96,12 @@ class OrderedLoader:
         self.settings = settings | {SAMPLES_PER_STEP: share.step_size}
 
     def samples(self) -> Iterator[bytes]:
-        """Yields some samples of the set as bytes; none for a stream."""
+        """Yields what tells the set from others, as bytes."""
         yield from ()
 
     @cached_property
     def digest(self) -> str:
-        """Hash of some samples, by which another set of equal size is known."""
+        """Hash by which another set of equal size is known."""
         digest = hashlib.sha256()
         for sample in self.samples():
             digest.update(sample)
