@@ -52,7 +52,12 @@ class RepositoryMixin(ModelMixin):
             standalone (`bool`, defaults to `False`): Whether to write the code of the model as well, so that it loads
                 with `trust_remote_code=True` where this package is not installed.
             **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
+
+        Raises:
+            ValueError: If there is a file of that name.
         """
+        if os.path.isfile(save_directory):  # diffusers would only log it
+            raise ValueError(f"`{os.fspath(save_directory)}` must be a folder, but is a file. Choose another name.")
         super().save_pretrained(save_directory, *args, **kwargs)
         if standalone:
             write_code(Path(save_directory))

@@ -54,6 +54,12 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         source = os.fspath(pretrained_model_name_or_path)
         if os.path.isfile(source):
             raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `from_single_file`.")
+        folder = os.path.join(source, kwargs.get("subfolder") or "")
+        if os.path.isdir(source) and not os.path.isdir(folder):  # diffusers would load `source`
+            raise OSError(f"there is no folder `{folder}`. Correct `subfolder`, or leave it out.")
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(kwargs.get(name), str):  # diffusers would load float32
+                raise TypeError(f"`{name}` must be a torch.dtype, got {kwargs[name]!r}. Pass `torch.{kwargs[name]}`.")
         model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
         check_weights(source, info)
         return (model, info) if with_info else model

@@ -102,3 +102,13 @@ def test_usage_log_of_original_files_is_ignored(tiny_model, tmp_path):
     save_file(load_file(tmp_path / WEIGHTS) | {"quantize.codebook_used": torch.zeros(65536)}, tmp_path / WEIGHTS)
     loaded = SVQVAE.from_pretrained(tmp_path)
     assert "quantize.codebook_used" not in loaded.state_dict()
+
+
+def test_what_diffusers_would_do_otherwise_in_silence_raises(saved_model, tmp_path):
+    with pytest.raises(OSError, match="there is no folder .*vae`. Correct `subfolder`"):
+        SVQVAE.from_pretrained(saved_model, subfolder="vae")
+    with pytest.raises(TypeError, match="`torch_dtype` must be a torch.dtype, got 'float16'. Pass `torch.float16`"):
+        SVQVAE.from_pretrained(saved_model, torch_dtype="float16")
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(ValueError, match="photo.jpg` must be a folder, but is a file"):
+        SVQVAE.from_pretrained(saved_model).save_pretrained(tmp_path / "photo.jpg")
