@@ -86,7 +86,7 @@ class GeneratorPage:
             facts = f"“{html.escape(prompt)}”, {facts}"
         elif label != NO_CLASS:
             options["class_labels"] = int(label)
-            facts = f"{html.escape(self.classes[int(label)][0])}, {facts}"
+            facts = f"class {html.escape(self.classes[int(label)][0])}, {facts}"
         if not self.draws:  # a language model has its own sampling
             options["top_p"] = TOP_P
         try:

@@ -39,7 +39,7 @@ def test_image_grows_scale_by_scale_to_the_image_of_the_pipeline(next_scale):
     values = list(demo.GeneratorPage(next_scale).generate(**SETTINGS))
     image, ids = sample(next_scale)
     assert [value[0] for value in values[:4]] == [
-        f"<p>Step {side} of 4: {side} × {side} tokens. dog, seed 7</p>" for side in (1, 2, 3, 4)
+        f"<p>Step {side} of 4: {side} × {side} tokens. class dog, seed 7</p>" for side in (1, 2, 3, 4)
     ]
     for shown, grid in zip(pictures(values), ids, strict=False):
         (decoded,) = next_scale.image_processor.postprocess(next_scale.vqvae.decode_tokens(grid))
@@ -57,8 +57,8 @@ def test_image_grows_row_by_row_to_the_image_of_the_pipeline():
     values = list(demo.GeneratorPage(pipeline).generate(**SETTINGS))
     image, _ = sample(pipeline)
     titles = [value[0] for value in values]
-    assert titles[0] == "<p>Row 1 of 4: 4 × 4 tokens. &lt;dog&gt;, seed 7</p>"
-    assert titles[-1] == "<p><b>16 × 16 pixels</b> in 4 rows. &lt;dog&gt;, seed 7</p>"
+    assert titles[0] == "<p>Row 1 of 4: 4 × 4 tokens. class &lt;dog&gt;, seed 7</p>"
+    assert titles[-1] == "<p><b>16 × 16 pixels</b> in 4 rows. class &lt;dog&gt;, seed 7</p>"
     assert (pictures(values)[2][12:] == demo.PAPER).all()  # the last of four rows is still to come
     assert (pictures(values)[2][:12] != demo.PAPER).any(-1).mean() > 0.9
     np.testing.assert_array_equal(pictures(values)[-1], image)

@@ -267,7 +267,7 @@ def test_image_grows_and_a_painted_part_is_generated_anew(generator_page):
     states = watch_summary(page)
     generate(page)
     texts = [text for text, _ in states()]
-    assert texts[-1] == "32 × 32 pixels in 6 steps. no class, seed 0"
+    assert texts[-1] == "32 × 32 pixels in 6 steps. class 0, seed 0"
     assert any("of 6:" in text for text in texts)
     before, url = generated(page), page.locator("#result img").get_attribute("src")
     paint(page)
@@ -289,4 +289,4 @@ def test_a_button_that_is_pressed_again_waits_and_reads_the_new_settings(generat
     for seed in ("4", "5"):
         page.get_by_label("Seed").fill(seed)
         page.locator("#run").click()
-    page.locator("#summary p", has_text="32 × 32 pixels in 6 steps. no class, seed 5").wait_for()
+    page.locator("#summary p", has_text="32 × 32 pixels in 6 steps. class 0, seed 5").wait_for()
