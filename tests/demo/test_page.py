@@ -108,11 +108,12 @@ def test_two_visitors_at_once_get_their_own_pictures(page, photo, tmp_path, monk
 
     def encode_together(*args, **options):
         both.wait()
+        assert not page.model.use_tiling
         tokens = encode(*args, **options)
         both.wait()
         return tokens
 
-    monkeypatch.setattr(demo, "encode_image", encode_together)
+    monkeypatch.setattr("svqvae_hf.demo.page.encode_image", encode_together)
     with ThreadPoolExecutor(2) as pool:
         together = [*pool.map(page.encode, map(str, paths))]
     for (_, _, *expected), (_, _, *found) in zip(alone, together, strict=True):
