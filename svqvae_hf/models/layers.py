@@ -208,7 +208,6 @@ class RepeatConv2d(nn.Conv2d):
     def summed_kernel(self) -> torch.Tensor:
         """Kernel of the transposed convolution, `(in_channels, out_channels, 4, 4)`."""
         flipped = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).flip(-2, -1).transpose(0, 1)
-        kernel = F.pad(fast_layout(flipped), (0, 1, 0, 1))
-        for row, column in ((0, 1), (1, 0), (1, 1)):
-            kernel[..., row : row + 3, column : column + 3] += flipped
-        return kernel.to(self.weight.dtype)
+        flipped = fast_layout(flipped)
+        first, *others = (F.pad(flipped, (x, 1 - x, y, 1 - y)) for y in (0, 1) for x in (0, 1))
+        return sum(others, first).to(self.weight.dtype)
