@@ -12,7 +12,7 @@ TRAIN = "--output_dir out --train_data_dir two_images --model_config_name_or_pat
 PIPELINE = "--output_dir out --vqvae_name_or_path {model} --model_config_name_or_path network.json"
 WRONG = {  # words on the command line, and a part of the message
     "training/train.py": [
-        (f"{TRAIN} {{model}} --train_data_dir nowhere", "the image set `nowhere` cannot be opened"),
+        (f"{TRAIN} {{model}} --train_data_dir ./nowhere", "no file or folder matches: `./nowhere`"),
         (f"{TRAIN} broken.json", "the config file at 'broken.json' is not a valid JSON file"),
     ],
     "training/train_latent_diffusion.py": [

@@ -23,7 +23,7 @@ from svqvae_hf.files.errors import explained
 from svqvae_hf.files.inputs import expand_braces, walk_files
 from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 
-SET_NAME = r"[\w.-]+(/[\w.-]+)?"  # on the Hub, also sets without an owner
+SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 SHARDS = {  # suffixes of files that hold many images, by the loader of `datasets` for them
@@ -216,7 +216,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
         return ImageSet([rows], rows.features, (lambda: origin) if is_remote else rows.stamps, len(rows))
     if kind == "webdataset" and is_remote:
         return _open_tars(files, [origin], selection)
-    return _open_builder(kind, selection._replace(split=None), files)
+    return _open_builder(kind, selection._replace(split=None), files, title=files[0])
 
 
 def _find(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
@@ -266,18 +266,24 @@ def _version(info: Mapping[str, Any]) -> str:
     return next((str(info[name]) for name in VERSIONS if info.get(name)), "")
 
 
-def _open_builder(name: str, selection: Selection, data_files: Sequence[str] = ()) -> ImageSet:
-    """Opens a set of `datasets` by its name on the Hub or its folder, or files by the name of their loader."""
+def _open_builder(
+    name: str, selection: Selection, data_files: Sequence[str] = (), title: str | None = None
+) -> ImageSet:
+    """Opens a set of `datasets` by its name on the Hub or its folder, or files by the name of their loader.
+
+    Errors name the set by `title`, by default `name`.
+    """
+    title = title or name
     files = {selection.split or "train": list(data_files)} if data_files else None
-    with _explained(name):
+    with _explained(title):
         builder = datasets.load_dataset_builder(name, selection.config, data_files=files)
         if builder.config.data_files is None:
             raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
-    split = _choose_split(name, [*builder.config.data_files], selection.split)
+    split = _choose_split(title, [*builder.config.data_files], selection.split)
     paths = builder.config.data_files[split]
     if builder.name.startswith("webdataset"):  # its own reader takes only samples of equal suffixes
         return _open_tars(list(paths), [split, list(paths), paths.origin_metadata], selection)
-    with _explained(name):
+    with _explained(title):
         rows = builder.as_streaming_dataset(split)
     rows, image_column, kept = _select(rows, selection)
     origin = [split, list(paths), paths.origin_metadata, image_column]

@@ -188,7 +188,7 @@ def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
         ("a.parquet", {}, "--image-column must be one of the columns of images"),
         ("a.parquet", {"columns": ["size"]}, "columns must be among number, text, got size"),
         ("two.parquet", {}, "--image-column must be one of left, right"),
-        ("bad.parquet", {}, "`parquet` cannot be opened: Parquet magic bytes"),
+        ("bad.parquet", {}, "bad.parquet` cannot be opened: Parquet magic bytes"),
         ("bad.tar", {}, "tar files must hold images, but `.*bad.tar` has none: .*"),
         ("nope://bucket/photos", {}, "Protocol not known: nope"),
         ("org/none", {}, "the image set `org/none` cannot be opened: "),

@@ -41,7 +41,7 @@ def test_tiles_leave_no_lattice_on_flat_dark_and_gradient_images(model, side, ti
     along = torch.linspace(0, 1, side)
     diagonal = (along[:, None] + along) / 2
     images = torch.stack([start + rise * diagonal for start, rise in ((0.02, 0), (0.02, 0.05), (0.2, 0.6))])
-    model.enable_tiling(tile_size, overlap)
+    model.enable_tiling(*(() if tile_size is None else (tile_size, overlap)))
     measurement = Measurement(model, images[:, None].expand(-1, 3, -1, -1))
     bands, _ = border_bands(measurement.image.shape[-1], model)
     with patch("svqvae_hf.models.tiling.tile_axis", moved_axis):

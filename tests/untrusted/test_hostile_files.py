@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import svqvae_cli
 from svqvae_hf import SVQVAE
+from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
 from svqvae_hf.large.large_images import encode_large
 from svqvae_hf.loaders.checkpoints import read_checkpoint
@@ -64,7 +65,7 @@ READERS = {
     "image.png": load_image,
     "weights.pth": lambda path: load_lpips("alex", path),
     "inception.pth": load_inception,
-    "set.parquet": read_settings,
+    "set.parquet": lambda path: open_images([str(path)]),
     "large.tif": lambda path: encode_large(make_tiled(), path),
 }
 
