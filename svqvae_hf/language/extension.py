@@ -63,7 +63,7 @@ def extend_language_model(
         ValueError: If `out` exists, the language model already has image tokens, or an image does not fit its context.
     """
     out = check_new_folder(Path(out))
-    image_tokenizer = from_hub(SVQVAE.from_pretrained, vqvae)
+    image_tokenizer = SVQVAE.from_pretrained(vqvae)
     try:
         model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype="auto", output_loading_info=True)
         tokenizer = from_hub(AutoTokenizer.from_pretrained, source)

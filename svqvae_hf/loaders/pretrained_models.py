@@ -22,23 +22,27 @@ from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.models.loading import check_weights
 
 
-class RepositoryMixin(ModelMixin):
-    """Loading from the Hub with errors that explain, and saving of a model's code beside its weights."""
+class HubMixin:
+    """Loading from the Hub with errors that explain."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Loads a model strictly; see [`~svqvae_hf.models.loading.StrictLoadingMixin.from_pretrained`].
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads from a folder or from the Hub; see the method of the class in `models/`.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-            **kwargs: Arguments of diffusers' method, and config values such as `pixel_range=(-1, 1)`.
+            **kwargs: Arguments of that method, and config values such as `pixel_range=(-1, 1)`.
 
         Raises:
-            OSError: If the model does not exist, or the Hub does not answer and the cache has no complete copy.
+            OSError: If the files do not exist, or the Hub does not answer and the cache has no complete copy.
             ValueError: If the weights are not exactly what the config asks for, or the folder holds another class.
             TypeError: If an argument is unknown.
         """
-        return from_hub(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+        return from_hub(super().from_pretrained, pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+
+class RepositoryMixin(HubMixin, ModelMixin):
+    """Loading from the Hub, and saving of a model's code beside its weights."""
 
     @functools.wraps(ModelMixin.save_pretrained)  # diffusers looks at the names of its arguments
     def save_pretrained(
@@ -228,7 +232,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
         return model.eval()
 
 
-class SVQVAEImageProcessor(image_processing_svqvae.SVQVAEImageProcessor):
+class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcessor):
     """[`~svqvae_hf.models.image_processing_svqvae.SVQVAEImageProcessor`] with errors of the Hub.
 
     Example:
@@ -236,19 +240,6 @@ class SVQVAEImageProcessor(image_processing_svqvae.SVQVAEImageProcessor):
         >>> batch = processor(["first.jpg", "second.png"])  # of one size
         >>> images = processor.postprocess(batch["pixel_values"], batch["image_sizes"])
     """
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Loads a processor from the folder or Hub repository of a model.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder, or `org/name` on the Hub.
-            **kwargs: Further arguments of transformers' method, and `pixel_range`, which replaces the stored one.
-
-        Raises:
-            OSError: If the config does not exist, or the Hub does not answer and the cache has no complete copy.
-        """
-        return from_hub(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, standalone: bool = False, **kwargs: Any
