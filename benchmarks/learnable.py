@@ -79,7 +79,7 @@ def encode(tokenizer: Tokenizer, crop: torch.Tensor) -> tuple[Any, torch.Tensor]
     codes = tokenizer.encode(crop / 127.5 - 1)
     ids = count(codes, tokenizer.codebook_size)[2]
     if ids is None:
-        raise ValueError(f"TOKENIZER must have ids, but the codes of {tokenizer.title} are none.")
+        raise ValueError(f"TOKENIZER must encode images as ids, but {tokenizer.title} does not.")
     return codes, ids.view(-1, ids.shape[-1])
 
 

@@ -206,7 +206,7 @@ class LlamaGenForCausalLM(modeling_llamagen.LlamaGenForCausalLM):
 
         Raises:
             OSError: The file is missing or cannot be downloaded.
-            ValueError: The file is broken, its weights are not exactly those of this class, or a required argument
+            ValueError: The file is broken, its weights do not fit this class exactly, or a required argument
                 is missing.
         """
         checkpoint = read_llamagen(

@@ -15,7 +15,7 @@ from .sampling import check_finite
 class ReservedLayer(DynamicLayer):
     """Keys and values of a layer, in buffers of full length: a new token is stored without copying the others.
 
-    It takes 0.86 of the time of a `DynamicCache` (LlamaGen-B, 4 images with guidance), and 0.9 of that of a
+    It takes 14 % less time than a `DynamicCache` (LlamaGen-B, 4 images with guidance), and 10 % less than a
     `StaticCache` (the bundled language model, 16 images).
 
     Args:
@@ -27,7 +27,7 @@ class ReservedLayer(DynamicLayer):
         self.tokens = tokens
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Stores keys and values `(batch, heads, length, head_dim)` of new tokens, and returns those of all tokens."""
+        """Stores keys and values `(batch, heads, length, head_dim)` of new tokens, and returns all so far."""
         new = key_states, value_states
         if not self.is_initialized:
             self.lazy_initialization(*new)

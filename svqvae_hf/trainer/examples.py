@@ -162,7 +162,7 @@ def read_texts(files: Sequence[str], processor: SVQVAEProcessor) -> list[dict[st
     """Reads and checks the objects of JSON Lines files.
 
     Args:
-        files (`Sequence[str]`): Files, of which each line has a `text` and, for each placeholder of an image in it,
+        files (`Sequence[str]`): Files. Each line has a `text` and, for each placeholder of an image in it,
             rows of ids in `images`.
         processor ([`SVQVAEProcessor`]): Processor of the language model.
 

@@ -105,7 +105,7 @@ def refuse_finished(output_dir: Path, options: Mapping[str, Any]) -> None:
         options (`Mapping`): Options of the run, by name. A longer run may resume from a checkpoint.
 
     Raises:
-        SystemExit: With code 0, if the options are those of the finished run.
+        SystemExit: With code 0, if a run with the same options has finished here.
         ValueError: If they are others.
     """
     if not (output_dir / FINISHED).exists():
