@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from svqvae_cli.files import find_bundled
+
 SCALE_SOURCES = ("image", "latents")
 DTYPES = ("float32", "bfloat16", "float16")
 TILES = "256 for images that would take more than 1 GiB as a whole, otherwise none"  # as in `SVQVAE.enable_tiling`
@@ -78,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_model(self) -> None:
         """Adds the model, its device and its precision."""
-        self.option("--model", path_or_name, "MODEL", "model folder or Hub id (default: the small bundled model)")
+        self.option("--model", model, "MODEL", "folder or Hub id (default: bundled, the small model of the package)")
         self.add_device()
         self.add_dtype()
 
@@ -133,6 +135,11 @@ def path_or_name(text: str) -> str:
             "it first."
         )
     return not_empty(text)
+
+
+def model(text: str) -> str:
+    """Reads a model: folder, name on the Hub, or of a bundled model."""
+    return find_bundled(path_or_name(text))
 
 
 def not_empty(text: str) -> str:

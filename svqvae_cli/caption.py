@@ -10,7 +10,7 @@ skipped. The same command resumes an interrupted run.
 import argparse
 from functools import partial
 
-from svqvae_cli.arguments import Parser, path_or_name, positive
+from svqvae_cli.arguments import Parser, model, positive
 from svqvae_cli.files import find_images
 from svqvae_cli.runs import Run
 
@@ -18,7 +18,7 @@ from svqvae_cli.runs import Run
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_images()
-    parser.option("--model", path_or_name, "LM", "language model: folder or Hub id", required=True)
+    parser.option("--model", model, "LM", "language model: folder or Hub id", required=True)
     parser.option("--prompt", str, "TEXT", "text after each image (default: none)", default="")
     parser.option("--max-tokens", positive, "N", "largest number of tokens of a text (default: 64)", default=64)
     parser.add_device()

@@ -13,7 +13,7 @@ import os
 import re
 from typing import Any
 
-from svqvae_cli.arguments import Parser, not_empty, path, path_or_name
+from svqvae_cli.arguments import Parser, model, not_empty, path, path_or_name
 from svqvae_cli.files import REPO_ID, check_new_folder
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("source", path_or_name, "SOURCE", "checkpoint file, or org/repo:file on the Hub")
     parser.option("out", path, "OUT", "folder to create")
     help = "tokenizer of a generator: file, org/repo:file, folder or Hub id"
-    parser.option("--tokenizer", path_or_name, "MODEL", help)
+    parser.option("--tokenizer", model, "MODEL", help)
     parser.option("--image-size", int, "PIXELS", "side of the training images of a generator; LlamaGen needs it")
     help = "heads of LlamaGen's model (default: as LlamaGen defines them)"
     parser.option("--num-heads", int, "COUNT", help, dest="num_attention_heads")
@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--network-range", float, ("LOW", "HIGH"), help, nargs=2)
     parser.flag("--no-codebook-l2-norm", "do not normalise the codebook (default: depends on the format)")
     parser.choice("--variant", ("fp16", "bf16"), "also write half-precision weights")
-    help = "licence of the source for the card, by its id on the Hub (default: unknown)"
+    help = "licence for the card, by its id on the Hub (default: from the sources' cards)"
     parser.option("--license", not_empty, "ID", help)
     parser.flag("--standalone", "also write the code of the models, for use without svqvae-hf")
     parser.option("--repo-id", not_empty, "ORG/NAME", "name on the Hub, for the card (default: the name of OUT)")

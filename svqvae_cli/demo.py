@@ -9,7 +9,7 @@ they grow step by step, and painted parts are generated anew.
 
 import argparse
 
-from svqvae_cli.arguments import Parser, not_empty, path_or_name, positive
+from svqvae_cli.arguments import Parser, model, not_empty, positive
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 
@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     parser.add_model()
     help = "serve a page that generates images; folder or Hub id (without one: the bundled language model)"
-    parser.option("--generator", path_or_name, "GENERATOR", help, nargs="?", const=False)
+    parser.option("--generator", model, "GENERATOR", help, nargs="?", const=False)
     parser.option("--host", not_empty, "ADDRESS", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
     parser.option("--port", positive, "PORT", "port to listen on (default: the first free one from 7860)")
 

@@ -13,23 +13,22 @@ import argparse
 import os
 from typing import Any
 
-from svqvae_cli.arguments import Parser, changed_options, image_set_options, path, path_or_name
+from svqvae_cli.arguments import Parser, changed_options, image_set_options, model, path
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
-CLASSES = "SVQVAE, or VQModel or AutoencoderKL of diffusers"
 SHEET = "/sheet.png"  # of `svqvae generate`, which shows several images
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    parser.option("model", path_or_name, "MODEL", f"model folder or Hub id: {CLASSES}")
+    parser.option("model", model, "MODEL", "folder or Hub id: SVQVAE, or VQModel or AutoencoderKL of diffusers")
     parser.flag("--generated", "MODEL is a folder of generated images, to be compared with DATA")
     parser.add_image_set()
     parser.add_output()
     parser.flag("--overwrite", "replace an existing report (default: an error)")
-    parser.option("--beside", path_or_name, "OTHER", "also measure further models and image files", nargs="*")
+    parser.option("--beside", model, "OTHER", "also measure further models and image files", nargs="*")
     help = "resize the shorter side and crop the centre (default: images as they are)"
     parser.option("--resolution", int, "PIXELS", help)
     parser.add_scales([1.0, 0.5, 0.25])

@@ -8,14 +8,14 @@ size, height and width. Compares them with the model before it keeps them.
 
 import argparse
 
-from svqvae_cli.arguments import Parser, path_or_name
+from svqvae_cli.arguments import Parser, model
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_new_folder, check_source
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    parser.option("model", path_or_name, "MODEL", "model folder or Hub id")
+    parser.option("model", model, "MODEL", "model folder or Hub id")
     parser.add_output("folder to create")
 
 

@@ -9,16 +9,17 @@ the old tokens stay as they are.
 
 import argparse
 
-from svqvae_cli.arguments import Parser, grid, path, path_or_name
+from svqvae_cli.arguments import Parser, grid, model, not_empty, path
 from svqvae_cli.files import check_new_folder, check_source
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
-    parser.option("lm", path_or_name, "LM", "causal language model: folder or Hub id")
+    parser.option("lm", model, "LM", "causal language model: folder or Hub id")
     parser.option("out", path, "OUT", "folder to create")
-    parser.option("--vqvae", path_or_name, "MODEL", "image tokenizer: folder or Hub id", required=True)
+    parser.option("--vqvae", model, "MODEL", "image tokenizer: folder or Hub id", required=True)
     parser.option("--grids", grid, "ROWSxCOLUMNS", "sizes of images in codes (default: the tokenizer's)", nargs="+")
+    parser.option("--license", not_empty, "ID", "licence for the card (default: from the sources' cards)")
     parser.option("--seed", int, "S", "seed of the new rows (default: 0)", default=0)
 
 
@@ -31,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
     from svqvae_hf.language.extension import extend_language_model
 
     with explain_loading(args.lm):
-        vocabulary = extend_language_model(args.lm, args.out, args.vqvae, args.grids, args.seed)
+        vocabulary = extend_language_model(args.lm, args.out, args.vqvae, args.grids, args.seed, args.license)
     grids = ", ".join(f"{rows} x {columns}" for rows, columns in vocabulary.grids)
     print(f"written  {args.out} (image tokens {vocabulary.first_token} to {vocabulary.stop - 1}, grids {grids})")

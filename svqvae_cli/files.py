@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,11 @@ TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
 ARCHIVES = (".zip", ".rar", ".7z")
 TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
 SETTINGS_FILE = "svqvae_tokens.json"  # as in `svqvae_hf.token_sets.settings`
+PACKAGE = Path(str(find_spec("svqvae_hf").origin)).parent  # type: ignore[union-attr] # it is not imported
+BUNDLED = {
+    "bundled": PACKAGE / "pretrained",
+    "scenes": PACKAGE / "pretrained_scenes",
+}
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # as in `svqvae_hf.hub.repositories`
 
 
@@ -87,6 +93,11 @@ def is_token_set(name: str) -> bool:
     """Whether an input is the folder of a token set, its URL or its name on the Hub."""
     is_on_hub = re.fullmatch(REPO_ID, name) is not None and not os.path.lexists(name)
     return is_on_hub or "://" in name or os.path.isfile(os.path.join(name, SETTINGS_FILE))
+
+
+def find_bundled(name: str) -> str:
+    """Folder of a bundled model by its name, unless a file or folder of that name exists."""
+    return name if os.path.exists(name) else str(BUNDLED.get(name, name))
 
 
 def search_folder(folder: Path, suffixes: Sequence[str], output: Path | None = None) -> Iterator[Path]:

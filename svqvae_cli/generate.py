@@ -12,14 +12,11 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from svqvae_cli.arguments import Parser, grid, not_empty, path_or_name, positive
+from svqvae_cli.arguments import Parser, grid, model, not_empty, path_or_name, positive
 from svqvae_cli.files import check_absent, check_source
 from svqvae_cli.runs import Run
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that a pipeline has under the same names
 SHEET_SIDE = 16  # rows and columns of the sheet, at most
@@ -28,7 +25,7 @@ SHEET_SIDE = 16  # rows and columns of the sheet, at most
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     help = "folder or Hub id of the generator (default: the bundled language model, which draws scenes of emoji)"
-    parser.option("model", path_or_name, "MODEL", help, nargs="?")
+    parser.option("model", model, "MODEL", help, nargs="?")
     parser.add_output()
     parser.flag("--overwrite", "generate existing images again (default: keep them)")
     parser.option("--adapter", path_or_name, "LORA", "folder or Hub id of a LoRA adapter of the language model")
@@ -111,7 +108,7 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
             )
 
 
-def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list["Image.Image"]:
+def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list[Any]:
     """Samples an image for each row of the sheet, given by the number of its class or caption."""
     prompts = [args.prompt[row] for row in rows] if args.prompt else None
     if hasattr(pipeline, "draw"):

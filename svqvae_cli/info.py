@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import Parser, not_empty
-from svqvae_cli.files import REPO_ID, check_source
+from svqvae_cli.files import REPO_ID, check_source, find_bundled
 
 ADAPTER_FILE = "adapter_config.json"  # of peft
 ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
@@ -27,6 +27,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints facts about a model, a pipeline, an original checkpoint, token files or a token set."""
+    args.path = find_bundled(args.path)
     path, is_url = Path(args.path), "://" in args.path
     is_hub_file = re.fullmatch(f"{REPO_ID}:.+", args.path)
     if not (path.exists() or is_url or is_hub_file):

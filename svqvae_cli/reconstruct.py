@@ -13,7 +13,7 @@ are named and skipped. The same command resumes an interrupted run.
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,9 +21,6 @@ from svqvae_cli.arguments import Parser
 from svqvae_cli.errors import one_line, prefix_errors
 from svqvae_cli.files import InputFile, find_images
 from svqvae_cli.runs import Run
-
-if TYPE_CHECKING:
-    from svqvae_hf.evaluation.reconstruction_table import ReconstructionFigures
 
 
 def add_arguments(parser: Parser) -> None:
@@ -53,10 +50,10 @@ def _reconstruct(args: argparse.Namespace, work: Run[InputFile]) -> None:
     model = load_encoder(args)
     width = max(map(len, ["1,000 images", *(one_line(str(file.name)) for file in work.targets)]))
 
-    def write_row(name: str, figures: "Sequence[ReconstructionFigures]") -> None:
+    def write_row(name: str, figures: Sequence[Any]) -> None:
         tqdm.write(table.table_row(width, name, figures, model.config["codebook_size"]))  # above the progress bars
 
-    measured: list[list[ReconstructionFigures]] = []  # per image, one per scale
+    measured: list[list[Any]] = []  # per image, one per scale
     try:
         for file, original in work.read(load_image):
             with work.attempt(file, ValueError):

@@ -18,9 +18,8 @@ from svqvae_cli.files import check_data, check_new_folder, check_source
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 MAX_WORKERS = 4  # by default
-OPTIONS = (  # of `tokenize_set`, under the same names
-    *("scales", "scale_from", "crops", "resolution", "batch_size", "overwrite", "license", "tile_size", "overlap"),
-)
+# Of `tokenize_set`, under the same names
+OPTIONS = ("scales", "scale_from", "crops", "resolution", "batch_size", "overwrite", "license", "tile_size", "overlap")
 
 
 def add_arguments(parser: Parser) -> None:

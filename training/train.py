@@ -14,7 +14,7 @@ from svqvae_hf import SVQVAE
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.evaluation.metrics import count_codes
 from svqvae_hf.hub.model_cards import model_card
-from svqvae_hf.hub.repositories import is_hub_id, public_name
+from svqvae_hf.hub.repositories import is_hub_id
 from svqvae_hf.models.modeling_svqvae import SVQVAEOutput
 from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.trainer.checkpoints import Checkpoints, find_checkpoint
@@ -144,11 +144,11 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     vqvae.load_state_dict(weights.final())
     if accelerator.is_main_process:
         examples = f"crops of {options.resolution}² pixels"
-        origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, examples)
+        rows = provenance(SCRIPT, options.max_steps, loader.share.step_size, examples)
         if validation:
             found = ", ".join(f"{name} {value:.4g}" for name, value in validation.items())
-            origin["validation"] = f"{sum(map(len, validation_batches))} images, centre crops: {found}"
-        result.publish(partial(save_model, options, vqvae), make_card(options, result.name, vqvae, origin))
+            rows["validation"] = f"{sum(map(len, validation_batches))} images, centre crops: {found}"
+        result.publish(partial(save_model, options, vqvae), make_card(options, result, vqvae, rows))
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
@@ -276,19 +276,16 @@ def validate(
     return numbers
 
 
-def make_card(options: TrainOptions, name: str, vqvae: SVQVAE, origin: dict[str, str]) -> str:
+def make_card(options: TrainOptions, result: Result, vqvae: SVQVAE, rows: dict[str, str]) -> str:
     """Card of the model."""
-    model, images = options.pretrained_model_name_or_path, options.dataset_name or options.train_data_dir or ""
-    if model is not None:
-        origin["started from"] = f"`{public_name(model)}`"
-    origin["images"] = f"`{public_name(images)}`"
+    is_on_hub = options.dataset_name is not None and is_hub_id(options.dataset_name)
     return model_card(
         vqvae.config,
-        repo_id=name,
-        license=options.license,
-        base_model=model if model is not None and is_hub_id(model) else None,
-        datasets=[images] if options.dataset_name is not None and is_hub_id(images) else [],
-        provenance=origin,
+        repo_id=result.name,
+        license=result.origin.license,
+        base_model=result.origin.base_model,
+        datasets=[str(options.dataset_name)] if is_on_hub else [],
+        provenance=rows | result.origin.rows,
     )
 
 

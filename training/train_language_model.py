@@ -29,7 +29,7 @@ from transformers import (
 
 from svqvae_hf import SVQVAE, LlamaGenConfig, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline, SVQVAEProcessor
 from svqvae_hf.hub.model_cards import table_rows
-from svqvae_hf.hub.repositories import from_hub, is_hub_id, public_name
+from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.language.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.text_encoders import load_text_encoder
@@ -41,7 +41,7 @@ from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
 from svqvae_hf.trainer.options import OPTIMIZERS, check_fractions, option, public_values, read_options
 from svqvae_hf.trainer.pipeline_run import generator_card, open_token_sets
-from svqvae_hf.trainer.publishing import Result, provenance, refuse_finished
+from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
 from svqvae_hf.trainer.scripts import one_line_errors
 
 SCRIPT = "training/train_language_model.py"
@@ -78,7 +78,7 @@ class LanguageModelOptions:
     attn_implementation: str | None = option(None, "Attention of transformers; `eager` is fast for short examples.")
     optimizer: str = option("adamw", "SOAP takes longer per step than AdamW, but learns more in it.", OPTIMIZERS)
     lora_rank: int = option(0, "Rank of LoRA on all linear layers, with the rows of image tokens; 0 trains all.")
-    license: str | None = option(None, "Licence of the trained weights for the card, by its id on the Hub.")
+    license: str | None = option(None, "Licence for the card, by its id on the Hub; by default, from sources' cards.")
 
     def __post_init__(self) -> None:
         """Checks the options, except against data and model."""
@@ -111,7 +111,7 @@ class Task:
         held_out (`Dataset`, *optional*): Examples of a validation.
         collate (`Callable`): Joins examples to a batch.
         save (`Callable`): Adds what belongs to the trained model to its folder, which it returns.
-        card (`Callable`): Text of the card, from the name of the result and rows of a table.
+        card (`Callable`): Text of the card, from the result and rows of a table.
         encode (`Callable`, *optional*): Features of captions, as arguments of the model.
     """
 
@@ -121,7 +121,7 @@ class Task:
     held_out: Dataset | None
     collate: Callable[[Any], Any]
     save: Callable[[Path], Path]
-    card: Callable[[str, dict[str, str]], str]
+    card: Callable[[Result, dict[str, str]], str]
     encode: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
 
 
@@ -156,7 +156,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
         optimizer_cls_and_kwargs=soap(arguments) if options.optimizer == "soap" else None,
     )
     is_main = trainer.is_world_process_zero()
-    result = Result(arguments, described, options.license, push_to_hub, is_main)
+    result = Result(arguments, described, find_sources(options), push_to_hub, is_main)
     with Interruption(trainer.accelerator) as interruption:
         callback = CheckpointOnSignal(interruption)
         trainer.add_callback(callback)
@@ -172,7 +172,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
         (trained / "training_args.bin").unlink()  # a pickle with paths of this machine
         rows = provenance(SCRIPT, arguments.max_steps, batch, "examples") | trainer.last_numbers()
         saved = name_base(trained, options) if options.lora_rank else task.save(trained)
-        result.publish(partial(shutil.copytree, saved, dirs_exist_ok=True), task.card(result.name, rows))
+        result.publish(partial(shutil.copytree, saved, dirs_exist_ok=True), task.card(result, rows))
         shutil.rmtree(trained)
 
 
@@ -241,7 +241,7 @@ def llamagen_task(options: LanguageModelOptions, arguments: TrainingArguments, c
         make_pipeline(LlamaGenForCausalLM.from_pretrained(trained)).save_pretrained(trained / "pipeline")
         return trained / "pipeline"
 
-    def card(result: str, rows: dict[str, str]) -> str:
+    def card(result: Result, rows: dict[str, str]) -> str:
         pipeline = make_pipeline(model)
         summary, call = pipeline.describe()
         return generator_card(options, result, pipeline, rows, summary, call, source.class_names)
@@ -330,23 +330,23 @@ def soap(arguments: TrainingArguments) -> tuple[type, dict[str, Any]]:
     return SOAP, {"lr": arguments.learning_rate, "betas": betas, "max_precondition_dim": MAX_PRECONDITION_DIM}
 
 
-def make_card(options: LanguageModelOptions, name: str, rows: dict[str, str]) -> str:
+def make_card(options: LanguageModelOptions, result: Result, rows: dict[str, str]) -> str:
     """Card of a language model with image tokens, or of a LoRA adapter."""
     base = str(options.model_name_or_path or options.pipeline_name_or_path)
     metadata = ModelCardData(
-        license=options.license or "unknown",
+        license=result.origin.license or "unknown",
         library_name="peft" if options.lora_rank else "transformers",
         tags=["svqvae", "lora"] if options.lora_rank else ["svqvae"],
-        base_model=public_name(base) if is_hub_id(base) else None,
+        base_model=result.origin.base_model,
     )
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("language_model_card.md")),
-        name=name,
+        name=result.name,
         base=public_name(base),
         of_a_pipeline=options.pipeline_name_or_path is not None,
         is_adapter=bool(options.lora_rank),
-        provenance=table_rows(rows.items()),
+        provenance=table_rows((rows | result.origin.rows).items()),
     )
     return f"{card}\n"
 

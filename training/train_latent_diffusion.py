@@ -143,7 +143,7 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
         trained.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, trained.eval(), noise_schedule, label_names)
         origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
-        result.publish(pipeline.save_pretrained, make_card(options, result.name, pipeline, origin))
+        result.publish(pipeline.save_pretrained, make_card(options, result, pipeline, origin))
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def sample_call(options: DiffusionOptions, pipeline: DiTPipeline) -> dict[str, A
     return call | {"class_labels": class_labels(count, len(pipeline.config.id2label) or count)}
 
 
-def make_card(options: DiffusionOptions, name: str, pipeline: DiTPipeline, origin: Mapping[str, str]) -> str:
+def make_card(options: DiffusionOptions, result: Result, pipeline: DiTPipeline, numbers: Mapping[str, str]) -> str:
     """Card of the pipeline."""
     side, steps = options.resolution, options.num_inference_steps
     names = list(pipeline.config.id2label.values())
@@ -257,7 +257,7 @@ def make_card(options: DiffusionOptions, name: str, pipeline: DiTPipeline, origi
         labels = f"pipeline.get_label_ids([{quote(names[0])}])" if names else "[0]"
     summary = f"Images of {side} x {side} pixels by diffusion in the latents of an SVQVAE."
     call = f"class_labels={labels}, num_inference_steps={steps}"
-    return generator_card(options, name, pipeline, origin, summary, call, names)
+    return generator_card(options, result, pipeline, numbers, summary, call, names)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
         trained.load_state_dict(state_dict)
         pipeline = make_pipeline(vqvae, trained.eval(), tokenizer, source, schedule)
         origin = provenance(SCRIPT, options.max_steps, loader.share.step_size, "images") | log.card_rows
-        card = generator_card(options, result.name, pipeline, origin, *pipeline.describe(), source.class_names)
+        card = generator_card(options, result, pipeline, origin, *pipeline.describe(), source.class_names)
         result.publish(pipeline.save_pretrained, card)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from svqvae_hf.conversion.new_repository import VARIANTS, write_repository
 from svqvae_hf.files.outputs import check_new_folder
-from svqvae_hf.hub.repositories import check_license, check_repo_id, hub_repo, public_name
+from svqvae_hf.hub.origin import find_origin
+from svqvae_hf.hub.repositories import check_repo_id, hub_repo, public_name
 from svqvae_hf.loaders.checkpoint_files import locate_checkpoint
 from svqvae_hf.loaders.checkpoints import read_checkpoint
 from svqvae_hf.loaders.llamagen_checkpoints import EMBEDDING, read_llamagen
@@ -15,14 +16,6 @@ from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, Nex
 from svqvae_hf.pipelines.pipeline_autoregressive import SVQVAEAutoregressivePipeline
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline, default_schedule
 from svqvae_hf.pipelines.text_encoders import load_text_encoder
-
-SUMMARY = (
-    "Generates images id by id: LlamaGen's language model predicts ids from {condition}, and SVQVAE decodes them."
-)
-CALLS = {  # settings of LlamaGen's scripts
-    "classes": "class_labels=207, guidance_scale=4.0, top_k=2000",
-    "captions": 'prompt="A cat on a roof.", guidance_scale=7.5, top_k=1000',
-}
 
 
 def convert(
@@ -63,8 +56,8 @@ def convert(
         use_ema (`bool`, defaults to `False`): Use the EMA weights, which LlamaGen's files may have.
         variant (`str`, *optional*): `fp16` or `bf16`, to write the weights in half precision as well. The codebook
             stays in float32, so that ids keep their meaning.
-        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default `unknown`, because no
-            checkpoint states it.
+        license (`str`, *optional*): Licence of the weights, by the Hub's identifier; by default, as on the cards of
+            the source's repository, the tokenizer and the text encoder, if they have one.
         standalone (`bool`, defaults to `False`): Also write the code of the models.
         repo_id (`str`, *optional*): `org/name` that the repository will have on the Hub, which its card and the code
             of a pipeline name. By default they name the folder.
@@ -81,7 +74,8 @@ def convert(
     folder = check_new_folder(Path(out))
     if variant not in (None, *VARIANTS):
         raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)}, got {variant!r}.")
-    check_license(license)
+    sources = {"source": hub_repo(source), "tokenizer": None if tokenizer is None else str(tokenizer)}
+    license = find_origin(sources | {"text encoder": text_encoder}, license=license).license
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     if tokenizer is None:
@@ -100,14 +94,12 @@ def convert(
         language_model.config.codebook_fingerprint = vqvae.codebook_fingerprint()
         converted = SVQVAEAutoregressivePipeline(vqvae, language_model, **text_components)
         side = converted.grid[0] * vqvae.f
-        condition = "captions" if with_captions else "classes"
         rows = {
             "images": f"{side} x {side} pixels",
             "tokenizer": f"`{public_name(tokenizer)}`, sha256 of its codebook `{vqvae.codebook_fingerprint()}`",
             **({} if text_encoder is None else {"text encoder": f"`{public_name(text_encoder)}`"}),
         }
-        card = {"provenance": rows, "summary": SUMMARY.format(condition=condition), "call": CALLS[condition]}
-        card["tags"] = ["svqvae", "llamagen", "autoregressive"]
+        card = {"provenance": rows, "tags": ["svqvae", "llamagen", "autoregressive"]}
     else:
         checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
         vqvae = _load_tokenizer(tokenizer)
@@ -115,8 +107,8 @@ def convert(
         schedule = [list(size) for size in default_schedule(side)]
         transformer = checkpoint.model(NextScaleTransformer)
         converted = SVQVAENextScalePipeline(vqvae, transformer, schedule=schedule, scale_from="latents")
-        card = {"provenance": {"tokenizer": f"`{public_name(tokenizer)}`"}}
-        card["tags"] = ["svqvae", "next-scale", "class-conditional"]
+        rows = {"tokenizer": f"`{public_name(tokenizer)}`"}
+        card = {"provenance": rows, "tags": ["svqvae", "next-scale", "class-conditional"]}
     return write_repository(
         converted,
         checkpoint,

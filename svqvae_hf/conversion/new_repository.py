@@ -105,10 +105,7 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
     copy = _state(type(converted).from_pretrained(folder, dtype=dtypes.get("", dtypes)))  # after all is written
     differing = sorted(key for key, value in state.items() if not _equal(value, copy.get(key)))
     if differing:
-        raise OSError(
-            f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk and "
-            "convert again."
-        )
+        raise OSError(f"What is written must equal the source, but differs in {', '.join(differing)}. Check the disk.")
     return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 

@@ -53,16 +53,11 @@ class GeneratorPage:
         self.reads_prompts = self.draws or pipeline.tokenizer is not None
         self.num_classes = 0 if self.reads_prompts else pipeline.num_classes
         if self.draws:
-            self.guidance, (rows, columns) = (
-                pipeline.sampling["guidance_scale"],
-                pipeline.processor.vocabulary.grids[0],
-            )
+            self.guidance, grid = pipeline.sampling["guidance_scale"], pipeline.processor.vocabulary.grids[0]
         else:
-            self.guidance, (rows, columns) = (
-                GUIDANCE,
-                (pipeline.trained_schedule[-1] if self.next_scale else pipeline.grid),
-            )
+            self.guidance, grid = GUIDANCE, pipeline.trained_schedule[-1] if self.next_scale else pipeline.grid
             pipeline.set_progress_bar_config(disable=True)
+        rows, columns = grid
         self.size = columns * pipeline.vqvae.f, rows * pipeline.vqvae.f
         self.total = len(pipeline.trained_schedule) if self.next_scale else rows
 

@@ -139,8 +139,7 @@ class _Meter:
         counts = torch.zeros_like(self.counts) if ids is None else metrics.count_codes(ids.cpu(), len(self.counts))
         if len(counts) > len(self.counts):
             raise ValueError(
-                f"`encode` of {tokenizer.title} must return ids under {len(self.counts)}, its `codebook_size`, got "
-                f"{len(counts) - 1}."
+                f"`encode` of {tokenizer.title} must return ids under {len(self.counts)}, got {len(counts) - 1}."
             )
         decoded, (padded_height, padded_width) = to_image(tokenizer.decode(codes)), sample.shape[-2:]
         decoded = decoded if self.own_size else resize_image(decoded, (padded_width, padded_height))
@@ -253,18 +252,12 @@ def _notes(meters: Sequence[_Meter], rows: Records, records: Records) -> list[st
                 f"PSNR of {title} is infinite for {exact} of {len(records)} images: their reconstruction is exact. "
                 "Means exclude them, unless all are exact."
             )
-    few, latents = [], []
-    for meter, row in zip(meters, rows, strict=True):
-        size = meter.tokenizer.codebook_size
-        if size and row["tokens"] * len(records) < IDS_PER_CODE * size:
-            few.append(row["title"])
-        elif not size and row["tokens"] is not None:
-            latents.append(row["title"])
+    sizes = [meter.tokenizer.codebook_size for meter in meters]
+    counted = ((row, size) for row, size in zip(rows, sizes, strict=True) if size)
+    few = [row["title"] for row, size in counted if row["tokens"] * len(records) < IDS_PER_CODE * size]
     if few:
         notes.append(
             f"The set has fewer than {IDS_PER_CODE} ids per code for {', '.join(few)}. Codes used and perplexity "
             "would be higher on a larger set."
         )
-    if latents:
-        notes.append(f"Codes used and perplexity need ids. {', '.join(latents)} code latents.")
     return notes

@@ -6,14 +6,19 @@ from pathlib import Path
 
 DEFAULT_MODEL = str(Path(__file__).parents[1] / "pretrained")  # folder of the small bundled model
 DEFAULT_GENERATOR = str(Path(__file__).parents[1] / "pretrained_scenes")  # of the bundled language model that draws
+BUNDLED = {"bundled": DEFAULT_MODEL, "scenes": DEFAULT_GENERATOR}  # names that commands and scripts take for them
+
+
+def find_bundled(name: str) -> str:
+    """Folder of a bundled model by its name, `bundled` or `scenes`, unless a file or folder of that name exists."""
+    return name if os.path.exists(name) else BUNDLED.get(name, name)
 
 
 def check_local(name: str) -> str:
     """Returns a path or a name on the Hub. Raises for a URL, which would be taken for a local path otherwise."""
     if match := re.match(r"([a-zA-Z][\w+.-]*)://", name):
         raise ValueError(
-            f"`{name}` must be a local path or a name on the Hub, because `{match[1]}://` is not supported. Copy or "
-            "mount it first."
+            f"`{name}` must be a local path or a name on the Hub, because `{match[1]}://` is not supported. Mount it."
         )
     return name
 

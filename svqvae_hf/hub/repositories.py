@@ -17,20 +17,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from svqvae_hf.files.inputs import BUNDLED
+
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"
 
-# Of hf.co/docs/hub/repositories-licenses
-LICENSES = frozenset(
-    "apache-2.0 mit openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 "
-    "bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc "
-    "cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 "
-    "cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
-    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
-    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
-    "mpl-2.0 odc-by odbl openmdw-1.0 osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr "
-    "deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
-    "grok2-community gemma unknown other".split()
-)
+LICENSES = Path(__file__).with_name("licenses.txt").read_text().split()  # of hf.co/docs/hub/repositories-licenses
 
 Loaded = TypeVar("Loaded")
 
@@ -49,7 +40,10 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def public_name(source: str | Path) -> str:
-    """A source as it may be published: its Hub id, `org/repo:file`, or its file name without the directory."""
+    """A source as it may be published: its Hub id, `org/repo:file`, its bundled name, or its name without folders."""
+    for name, folder in BUNDLED.items():
+        if Path(source).resolve() == Path(folder).resolve():
+            return name
     return str(source) if is_hub_id(source) or hub_repo(source) else Path(source).absolute().name
 
 

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svqvae_hf.files.outputs import check_new_folder, new_folder
+from svqvae_hf.hub.model_cards import table_rows
+from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.language.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
@@ -14,26 +17,8 @@ from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.models.loading import list_faults
 
 # Before a chat template: joins the parts of a message to one text, with a placeholder for each image.
-JOIN_PARTS = f"""{{%- set joined = namespace(messages=[], text='') %}}
-{{%- for message in messages %}}
-    {{%- if message.content is defined and message.content is not string and message.content %}}
-        {{%- set joined.text = '' %}}
-        {{%- for part in message.content %}}
-            {{%- set joined.text = joined.text + (part.text if part.type == 'text' else '{PLACEHOLDER}') %}}
-        {{%- endfor %}}
-        {{%- set joined.messages = joined.messages + [dict(message, content=joined.text)] %}}
-    {{%- else %}}
-        {{%- set joined.messages = joined.messages + [message] %}}
-    {{%- endif %}}
-{{%- endfor %}}
-{{%- set messages = joined.messages %}}"""
-PLAIN_TEMPLATE = """{% for message in messages %}
-{{ message.role }}:
-{{ message.content }}{{ eos_token if message.role == 'assistant' }}
-{% endfor %}
-{% if add_generation_prompt %}
-assistant:
-{% endif %}"""
+JOIN_PARTS = Path(__file__).with_name("join_parts.jinja").read_text().replace("PLACEHOLDER", PLACEHOLDER)
+PLAIN_TEMPLATE = Path(__file__).with_name("plain_template.jinja").read_text()
 
 
 def extend_language_model(
@@ -42,6 +27,7 @@ def extend_language_model(
     vqvae: str | Path,
     grids: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
+    license: str | None = None,
 ) -> ImageVocabulary:
     """Adds the codes of an image tokenizer to a causal language model, and saves both in one folder.
 
@@ -54,15 +40,19 @@ def extend_language_model(
         grids (`Sequence[tuple[int, int]]`, *optional*): Rows and columns of codes of the images, by default of a
             square image of the size that the SVQVAE was trained on.
         seed (`int`, defaults to 0): Seed of the linear map from codes to new rows.
+        license (`str`, *optional*): Licence for the card, by the Hub's identifier; by default, the only one that the
+            cards of both sources state.
 
     Returns:
         [`ImageVocabulary`]: The image tokens.
 
     Raises:
         OSError: If a source cannot be read or `out` cannot be written.
-        ValueError: If `out` exists, the language model already has image tokens, or an image does not fit its context.
+        ValueError: If `out` exists, the language model already has image tokens, an image does not fit its context, or
+            the sources have different licences and `license` is missing.
     """
     out = check_new_folder(Path(out))
+    origin = find_origin({STARTED_FROM: str(source), "SVQVAE": str(vqvae)}, license=license)
     image_tokenizer = SVQVAE.from_pretrained(vqvae)
     try:
         model, info = from_hub(AutoModelForCausalLM.from_pretrained, source, dtype="auto", output_loading_info=True)
@@ -81,6 +71,9 @@ def extend_language_model(
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        metadata = ModelCardData(license=origin.license or "unknown", base_model=origin.base_model, tags=["svqvae"])
+        text = f"---\n{metadata}\n---\n\n# {out.name}\n\nIts image tokens are untrained.\n\n| | |\n|---|---|\n"
+        (folder / "README.md").write_text(f"{text}{table_rows(origin.rows.items())}\n", encoding="utf-8")
     return vocabulary
 
 
@@ -112,8 +105,7 @@ def add_image_tokens(
         )
     if longest > context:
         raise ValueError(
-            f"`grids` must fit the context of the language model, {context} tokens, but the largest image takes "
-            f"{longest}. Pass smaller `--grids`."
+            f"`grids` must fit the context, {context} tokens, but the largest takes {longest}. Pass smaller `--grids`."
         )
     tokens = [AddedToken(name, special=True, normalized=False) for name in vocabulary.names]
     tokenizer.add_tokens(tokens, special_tokens=True)

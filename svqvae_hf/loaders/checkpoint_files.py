@@ -101,8 +101,7 @@ def load_checkpoint_file(path: Path, source: str | Path) -> dict[str | None, Any
             return {None: load_file(path)}
         except SafetensorError as error:
             raise ValueError(
-                f"`{source}` must be a whole safetensors file, as its name says, but is not: {error}. Download it "
-                "again."
+                f"`{source}` must be a whole safetensors file, as its name says, but is not: {error}. Download it."
             ) from error
     try:
         content = load_pickle(path, SAFE_GLOBALS)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from svqvae_hf.hub.code import write_code
 from svqvae_hf.hub.model_cards import model_card
+from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.hub.publishing import CardMixin
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.checkpoint_files import Checkpoint
@@ -119,7 +120,9 @@ class SVQVAE(CardMixin, RepositoryMixin, modeling_svqvae.SVQVAE):  # type: ignor
         return model if dtype is None else model.to(dtype)
 
     def make_card(self, repo_id: str, **options: Any) -> str:
-        """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`]."""
+        """Text of the card; see [`~svqvae_hf.hub.model_cards.model_card`]. It inherits the licence."""
+        if options.get("license") is None:
+            options["license"] = find_origin({"source": self.config.get("_name_or_path")}).license
         return model_card(self.config, repo_id=repo_id, **options)
 
 

@@ -87,8 +87,7 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()  # NaN if any value is
     if not (low >= 0 and high <= top):
         raise ValueError(
-            f"an image of mode {image.mode!r} must have values in [0, {top}], got [{low}, {high}]. Scale them to that "
-            "range."
+            f"an image of mode {image.mode!r} must have values in [0, {top}], got [{low}, {high}]. Scale them."
         )
     grey = np.rint(values * (255 / top))
     if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent

@@ -248,7 +248,6 @@ def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
     low, high = pixels.min().item(), pixels.max().item()
     if not (low >= 0 and high <= 1):  # also when they are NaN
         raise ValueError(
-            f"a floating-point image must have values in [0, 1], got [{low:g}, {high:g}]. Scale or clip it, or "
-            "pass uint8."
+            f"a floating-point image must have values in [0, 1], got [{low:g}, {high:g}]. Scale it, or pass uint8."
         )
     return pixels.float()

@@ -316,8 +316,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
         if self.config.caption_dim is None:
             if prompt_embeds is not None or prompt_attention_mask is not None:
                 raise ValueError(
-                    "`prompt_embeds` and `prompt_attention_mask` are for models with captions, but this one has "
-                    "classes. Leave them out."
+                    "`prompt_embeds` and `prompt_attention_mask` are for models with captions. This one has classes."
                 )
         elif prompt_embeds is not None:
             if input_ids is None or inputs_embeds is not None:

@@ -335,8 +335,7 @@ def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
     ours, theirs = (" x ".join(str(model.config[name]) for name in names) for model in (transformer, vqvae))
     if ours != theirs:
         raise ValueError(
-            f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use the SVQVAE that it was "
-            "trained with."
+            f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use its own SVQVAE."
         )
 
 

@@ -8,13 +8,12 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from svqvae_hf.data.image_sets import is_hub_set
-from svqvae_hf.files.inputs import DEFAULT_MODEL
 from svqvae_hf.hub.model_cards import one_line, quote, table_rows
+from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.token_sets.settings import TokenSettings
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["svqvae", "image-tokens"]
-BUNDLED_MODEL = "bundled with svqvae-hf"  # in settings, for the model that commands use by default
 COLUMNS = {
     "height": "height of the crop in pixels",
     "width": "width of the crop in pixels",
@@ -31,13 +30,11 @@ def public_names(data: Sequence[str], model: str) -> dict[str, Any]:
         model (`str`): Folder or Hub id of the model.
 
     Returns:
-        `dict[str, Any]`: `model_name`, a Hub id, the name of the folder, or `BUNDLED_MODEL`; and `source_set`, a Hub
+        `dict[str, Any]`: `model_name`, a Hub id or the name of the folder; and `source_set`, a Hub
         id, or `None` if the images are not a set on the Hub.
     """
-    folder = Path(model).resolve()
-    name = folder.name if folder.exists() else model
     return {
-        "model_name": BUNDLED_MODEL if folder == Path(DEFAULT_MODEL).resolve() else name,
+        "model_name": public_name(model),
         "source_set": data[0] if len(data) == 1 and is_hub_set(data[0]) else None,
     }
 
@@ -79,9 +76,8 @@ def token_set_card(
     ids = {f"ids_{index}": f"ids at scale {scale:g}, row by row" for index, scale in enumerate(settings.scales)}
     ids["tokens"] = "ids of all scales, compressed, as the content of a token file"
     meanings = {**ids, **COLUMNS}
-    model = [] if settings.model == BUNDLED_MODEL else ["--model", settings.model]
     sources = [source_set] if source_set else None
-    command = shlex.join(["svqvae", "decode", repo_id, *model, "--output", "DIR"])
+    command = shlex.join(["svqvae", "decode", repo_id, "--model", settings.model, "--output", "DIR"])
     card = DatasetCard.from_template(
         DatasetCardData(license=license or "unknown", tags=TAGS, source_datasets=sources),
         template_path=str(TEMPLATE),

@@ -4,6 +4,7 @@ A part is a pure function of the image set, the options and its number. It is fi
 is written last. Two processes that make the same part write the same files.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -168,10 +169,6 @@ def add_up(records: Iterable[PartRecord]) -> dict[str, int]:
 
 def _ranges(numbers: list[int]) -> str:
     """Numbers as SLURM's `--array` takes them: `3-5,9`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    grouped = itertools.groupby(enumerate(numbers), lambda each: each[1] - each[0])
+    runs = [[number for _, number in group] for _, group in grouped]
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

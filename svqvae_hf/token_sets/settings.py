@@ -30,7 +30,7 @@ class TokenSettings(Encoding):
     """Settings that all rows of a token set share.
 
     Args:
-        model (`str`): Hub id of the model that encoded the images, the name of its folder, or `BUNDLED_MODEL`.
+        model (`str`): Hub id of the model that encoded the images, or the name of its folder.
         crops (`str`): Crops of an image that are rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
         context_model (`str`, *optional*): Fingerprint of the [`ContextModel`] that compresses the rows: their column
@@ -148,8 +148,7 @@ def row_tokens(
         shape = settings.grid(scale, height, width)
         if ids.shape != (math.prod(shape),):
             raise ValueError(
-                f"a row of {height} x {width} pixels must have {math.prod(shape)} ids at scale {scale:g}, but has "
-                f"{ids.numel()}."
+                f"a row of {height} x {width} pixels has {math.prod(shape)} ids at scale {scale:g}, not {ids.numel()}."
             )
         grids.append(ids.view(shape))
     return ImageTokens(grids, height, width, **settings.encoding)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from svqvae_hf.data.image_sets import ImageSet
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import check_new_folder, scale_endings
-from svqvae_hf.hub.repositories import check_license
+from svqvae_hf.hub.origin import find_origin
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.cards import token_set_card
 from svqvae_hf.token_sets.crops import CROPS, is_whole, read_crops
@@ -124,7 +124,8 @@ def tokenize_set(
         num_parts (`int`, *optional*): Number of parts, see [`count_parts`].
         num_workers (`int`, defaults to 0): Processes that read and crop images; with 0, this process does.
         overwrite (`bool`, defaults to `False`): Whether to delete a token set in the folder first.
-        license (`str`, *optional*): Licence of the images, by the Hub's identifier, for the card.
+        license (`str`, *optional*): Licence of the images, by the Hub's identifier, for the card; by default, the
+            licence of `source_set`.
         tile_size (`int`, *optional*): Tile size for all images, as in
             [`~svqvae_hf.tokens.image_tokens.choose_tiles`].
         overlap (`int`, *optional*): Overlap for all images.
@@ -137,7 +138,7 @@ def tokenize_set(
         ValueError: An option is out of range, or differs from the options that the set was started with; no image can
             be read; or an image needs more memory than is available.
     """
-    check_license(license)
+    license = find_origin({}, {"image set": source_set}, license).license
     _check_options(crops, resolution, batch_size, num_workers)
     num_parts = count_parts(images, num_parts)
     parts = range(num_parts) if parts is None else parts

@@ -105,8 +105,7 @@ class ContextModel:
                 return cls(tensors, file.metadata()["codebook_fingerprint"])
         except (FileNotFoundError, EntryNotFoundError) as error:
             raise FileNotFoundError(
-                f"the model must have a context model, `{FILE}`, but `{source}` has none. Train one with "
-                "training/train_context.py."
+                f"the model must have a context model, `{FILE}`, but `{source}` has none (training/train_context.py)."
             ) from error
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"`{path}` must be a context model, but is another file or damaged: {error}.") from error
@@ -271,6 +270,5 @@ def check_exact(tensors: Mapping[str, np.ndarray]) -> None:
         largest = (weight.sum(1 if layer == "code" else 0) * (LIMIT + 1) + bias).max()
         if largest >= EXACT:
             raise ValueError(
-                f"sums of layer {layer} must stay below {EXACT}, but could reach {largest}. Train it with smaller "
-                "weights."
+                f"sums of layer {layer} must stay below {EXACT}, but could reach {largest}. Train it again."
             )

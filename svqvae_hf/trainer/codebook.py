@@ -34,8 +34,7 @@ def initialise_codebook(quantizer: VectorQuantizer, latents: torch.Tensor, seed:
     latents = latents[latents.isfinite().all(-1)]
     if len(latents) < size:
         raise ValueError(
-            f"k-means needs at least as many finite latents as codes, {size}, but has {len(latents)}. Raise "
-            f"`--kmeans_batches`."
+            f"k-means needs a finite latent per code, {size}, got {len(latents)}. Raise `--kmeans_batches`."
         )
     generator = torch.Generator().manual_seed(seed)
 

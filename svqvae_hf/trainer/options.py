@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from svqvae_hf.files.inputs import check_local
+from svqvae_hf.files.inputs import check_local, find_bundled
 from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 from svqvae_hf.trainer.scripts import script_name
 
@@ -78,7 +78,7 @@ class RunOptions:
     push_to_hub: bool = option(False, "Upload the trained model, with its card, at the end.")
     hub_model_id: str | None = option(None, "Repository to upload to and name in the card; --output_dir by default.")
     hub_private_repo: bool = option(False, "Make a new repository private.")
-    license: str | None = option(None, "Licence of the trained weights for the card, by its id on the Hub.")
+    license: str | None = option(None, "Licence for the card, by its id on the Hub; by default, from sources' cards.")
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
@@ -216,7 +216,12 @@ def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> t
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments[:1] = _flags(Path(arguments[0]))
     parser = OptionParser(options_classes, prog=script_name(), allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(arguments)
+    found = parser.parse_args_into_dataclasses(arguments)
+    for options in found:
+        for name, value in vars(options).items():
+            if name.endswith("_name_or_path") and value is not None:
+                setattr(options, name, find_bundled(value))
+    return found
 
 
 class OptionParser(HfArgumentParser):

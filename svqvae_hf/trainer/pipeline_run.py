@@ -15,6 +15,7 @@ from svqvae_hf.tokens.image_tokens import check_same_codebook
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.options import PipelineOptions
+from svqvae_hf.trainer.publishing import Result
 from svqvae_hf.trainer.tracking import log_images
 from svqvae_hf.trainer.weights import Weights
 
@@ -63,8 +64,7 @@ def open_token_sets(options: Any, vqvae: SVQVAE) -> tuple[TokenSource, TokenSour
         )
     if shared := source.shared_key(held_out):
         raise ValueError(
-            f"`--validation_token_set` must hold images that are not trained on, but `{shared}` is in both sets. "
-            "Tokenize other images."
+            f"`--validation_token_set` must hold images that are not trained on, but `{shared}` is in both sets."
         )
     return source, held_out
 
@@ -99,9 +99,9 @@ def log_samples(
 
 def generator_card(
     options: Any,
-    name: str,
+    result: Result,
     pipeline: DiffusionPipeline,
-    origin: Mapping[str, str],
+    numbers: Mapping[str, str],
     summary: str,
     call: str,
     class_names: Sequence[str] | None = None,
@@ -110,15 +110,15 @@ def generator_card(
 
     Args:
         options: Options of its run.
-        name (`str`): Name of the result.
+        result ([`Result`]): Result of the run.
         pipeline (`DiffusionPipeline`): The pipeline.
-        origin (`Mapping[str, str]`): From [`provenance`], and numbers from the log.
+        numbers (`Mapping[str, str]`): From [`provenance`], and numbers from the log.
         summary (`str`): A sentence about the pipeline.
         call (`str`): Arguments of the pipeline's call in the example.
         class_names (`Sequence[str]`, *optional*): Names of the classes.
     """
-    rows = {"SVQVAE": f"`{public_name(options.vqvae_name_or_path)}`", **origin}
-    for each in ("token_set", "validation_token_set", "dataset_name", "train_data_dir", "validation_data_dir"):
+    rows = dict(numbers)
+    for each in ("validation_token_set", "validation_data_dir"):
         if (source := getattr(options, each, None)) is not None:
             rows[each.replace("_", " ")] = f"`{public_name(source)}`"
     if class_names:
@@ -129,11 +129,12 @@ def generator_card(
     network = pipeline.components.get("transformer") or pipeline.components["language_model"]
     return model_cards.pipeline_card(
         type(pipeline),
-        repo_id=name,
+        repo_id=result.name,
         summary=summary,
         call=call,
         tags=["svqvae", type(network).__name__.lower()],
-        provenance=rows,
-        license=options.license,
+        provenance=rows | result.origin.rows,
+        license=result.origin.license,
+        base_model=result.origin.base_model,
         pipeline_tag=getattr(pipeline, "task", "unconditional-image-generation"),
     )

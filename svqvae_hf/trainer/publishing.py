@@ -14,10 +14,13 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from svqvae_hf.files.outputs import write_file
-from svqvae_hf.hub.repositories import check_license, prepare_repo, push_folder
+from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
+from svqvae_hf.hub.repositories import prepare_repo, push_folder
 from svqvae_hf.trainer.options import RunOptions, public_values
 
 OPTIONS, FINISHED = "train_config.yaml", "finished_run.json"
+BASES = ("pretrained_model", "model", "pipeline")  # in the names of options, for what is trained further
+SETS = ("token_set", "dataset_name", "train_data_dir")
 OF_THE_START = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
 
 logger = get_logger(__name__, log_level="INFO")
@@ -31,7 +34,7 @@ class Result:
     Args:
         options ([`RunOptions`] or `TrainingArguments`): Options of the folder and of the repository.
         described (`Mapping`): All options as they may be published, by name.
-        license (`str`, *optional*): Licence of the weights.
+        origin ([`~svqvae_hf.hub.origin.Origin`]): Licence and sources of the weights.
         push_to_hub (`bool`): Whether the result is uploaded.
         is_main (`bool`): Whether this process publishes.
 
@@ -39,15 +42,13 @@ class Result:
         OSError: If the repository cannot be made.
     """
 
-    def __init__(
-        self, options: Any, described: Mapping[str, Any], license: str | None, push_to_hub: bool, is_main: bool
-    ):
-        check_license(license)
+    def __init__(self, options: Any, described: Mapping[str, Any], origin: Origin, push_to_hub: bool, is_main: bool):
+        self.origin = origin
         self.described, self.push_to_hub, self.output_dir = described, push_to_hub, Path(options.output_dir)
         self.name = options.hub_model_id or self.output_dir.absolute().name
         if is_main:
             if push_to_hub:
-                self.name = prepare_repo(self.name, private=options.hub_private_repo or None, license=license)
+                self.name = prepare_repo(self.name, private=options.hub_private_repo or None, license=origin.license)
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_file(self.output_dir / OPTIONS, yaml.safe_dump(dict(described), sort_keys=False).encode())
 
@@ -55,7 +56,7 @@ class Result:
     def of(cls, options: RunOptions, accelerator: Accelerator) -> "Result":
         """Result of a run with [`RunOptions`]."""
         is_main = accelerator.is_main_process
-        return cls(options, public_values(asdict(options)), options.license, options.push_to_hub, is_main)
+        return cls(options, public_values(asdict(options)), find_sources(options), options.push_to_hub, is_main)
 
     def publish(self, save_pretrained: Callable[..., Any], card: str) -> None:
         """Saves the result with its card in the output folder, and uploads it with `--push_to_hub`.
@@ -75,6 +76,22 @@ class Result:
         if self.push_to_hub:
             files = [*saved, "README.md", "samples/*.png", OPTIONS]
             push_folder(self.output_dir, self.name, "Upload the trained model", files=files)
+
+
+def find_sources(options: Any) -> Origin:
+    """Licence and sources of a run's result. Its licence is the option's or, by default, its sources'.
+
+    Raises:
+        ValueError: If sources have different licences and none is given.
+    """
+    models, sets = {}, {}
+    for name, source in vars(options).items():
+        role, is_model, _ = name.partition("_name_or_path")
+        if is_model and source is not None and role != "model_config":
+            models[STARTED_FROM if role in BASES else role.replace("_", " ")] = source
+        elif name in SETS:
+            sets[name.replace("_", " ")] = source
+    return find_origin(models, sets, options.license)
 
 
 def provenance(script: str, steps: int, batch: int, examples: str) -> dict[str, str]:

@@ -142,11 +142,8 @@ def test_empty_arguments_are_errors(capsys):
     for argv in (
         ["encode", "", "--output", "out"],
         ["encode", "in", "--output", ""],
-        ["convert", GOLDEN, ""],
         ["encode", "in", "--output", "out", "--model", ""],
         ["encode", "in", "--output", "out", "--device", ""],
-        ["tokenize", "in", "out", "--split", ""],
-        ["convert", GOLDEN, "out", "--license", ""],
         ["generate", "--prompt", "", "--output", "out"],
     ):
         assert "must not be empty. If it is a shell variable, set it. (see" in fails(capsys, *argv)
@@ -166,14 +163,6 @@ def test_urls_are_refused_where_local_paths_are_needed(tmp_path, capsys, monkeyp
     assert names(tmp_path) == []
 
 
-def test_weights_cut_short_are_named(tmp_path, capsys):
-    make_tiny().save_pretrained(tmp_path)
-    weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    error = fails(capsys, "info", tmp_path)
-    assert "its weight file is empty, cut short or of another kind" in error
-
-
 @pytest.fixture
 def failing_encoder(monkeypatch):
     """Returns a function that makes the encoder raise an error."""
@@ -188,10 +177,9 @@ def failing_encoder(monkeypatch):
 
 
 def test_out_of_memory_is_one_line(two_images, saved_model, tmp_path, capsys, failing_encoder):
-    for error in (MemoryError(), RuntimeError("MPS backend out of memory")):
-        failing_encoder(error)
-        argv = ["encode", two_images / "a.png", "--output", tmp_path / "out", "--model", saved_model]
-        assert "error: out of memory. Use smaller scales" in fails(capsys, *argv)
+    failing_encoder(RuntimeError("MPS backend out of memory"))
+    argv = ["encode", two_images / "a.png", "--output", tmp_path / "out", "--model", saved_model]
+    assert "error: out of memory. Use smaller scales" in fails(capsys, *argv)
 
 
 def test_other_errors_are_not_hidden(two_images, saved_model, tmp_path, failing_encoder):

@@ -72,11 +72,3 @@ def test_reconstruction_is_encode_then_decode(two_images, out, saved_model):
     assert visible(out / "decoded") == visible(out / "images") == ["a_x0.5.png", "a_x1.png", "b_x0.5.png", "b_x1.png"]
     for name in visible(out / "images"):
         assert (out / "decoded" / name).read_bytes() == (out / "images" / name).read_bytes()
-
-
-@pytest.mark.parametrize("size", [(1, 1), (200, 3)])
-def test_smallest_and_narrow_images_are_reconstructed(tmp_path, out, saved_model, size):
-    Image.new("RGB", size, "teal").save(tmp_path / "a.png")
-    argv = ["--output", out, "--model", saved_model, "--scales", "0.1", "2", "--side-by-side"]
-    assert svqvae("reconstruct", tmp_path / "a.png", *argv) == 0
-    assert Image.open(out / "a_x2.png").size == (2 * size[0], 2 * size[1])

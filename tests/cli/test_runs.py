@@ -147,14 +147,6 @@ def test_outputs_that_are_cut_or_zeroed_are_made_again(command, argv, tmp_path, 
     assert contents(tmp_path / "out") == whole
 
 
-def test_summary_after_inputs_that_cannot_be_read(argv, photos, tmp_path, capsys):
-    (photos / "2.png").write_bytes(b"")
-    assert svqvae(*argv("encode", tmp_path / "out")) == 1
-    captured = capsys.readouterr()
-    assert captured.out.endswith(f"written  {tmp_path / 'out'} (token files: 4)\n")
-    assert captured.err.endswith("svqvae: 1 of 5 inputs were skipped\n")
-
-
 def test_inputs_are_not_overwritten_and_outputs_do_not_clash(photos, tmp_path, saved_model, capsys):
     (photos / "0.png").rename(photos / "1_x1.png")
     before = contents(photos)

@@ -77,7 +77,7 @@ def test_a_sharded_checkpoint_in_bfloat16_stays_in_bfloat16(tmp_path, saved_mode
     ("change", "message"),
     [
         ({"grids": [(2, 2), (2, 2)]}, "`grids` must be different pairs"),
-        ({"grids": [(64, 64)]}, "the largest image takes 4099. Pass smaller `--grids`"),
+        ({"grids": [(64, 64)]}, "the largest takes 4099. Pass smaller `--grids`"),
         ({"twice": True}, "must not have image tokens yet"),
         ({"rows": 100}, "has 100 rows for 300 tokens. Use the tokenizer that it was trained with"),
         ({"token": "<|image_00003|>"}, "must take the image tokens as its last ones"),
@@ -99,6 +99,6 @@ def test_wrong_language_models_are_explained(change, message):
 
 def test_nothing_is_left_of_a_failed_extension(tmp_path, saved_model):
     save_language_model(tmp_path / "lm", "neox")
-    with pytest.raises(ValueError, match="the largest image"):
+    with pytest.raises(ValueError, match="the largest takes"):
         extend_language_model(tmp_path / "lm", tmp_path / "out", saved_model, [(99, 99)])
     assert [path.name for path in tmp_path.iterdir()] == ["lm"]

@@ -221,7 +221,7 @@ def test_each_format_is_read(pixels, tmp_path, suffix):
         (torch.zeros(8, 8, 3), ValueError, r"Tensor images must have shape .* got \(8, 8, 3\)"),
         (np.zeros((8, 8, 3), np.int64), TypeError, "must be uint8 .* or floating point .* got torch.int64"),
         (np.full((8, 8, 3), 255.0), ValueError, r"must have values in \[0, 1\], got \[255, 255\]"),
-        (torch.full((3, 8, 8), -1.0), ValueError, r"got \[-1, -1\]. Scale or clip it, or pass uint8"),
+        (torch.full((3, 8, 8), -1.0), ValueError, r"got \[-1, -1\]. Scale it, or pass uint8"),
     ],
 )
 def test_wrong_images_are_refused(image, error, message):

@@ -117,7 +117,7 @@ def test_reading_settings_of_something_else_raises(token_set, photos, tmp_path):
 
 def test_rows_that_do_not_match_the_settings_raise(token_set):
     settings, row = read_settings(token_set), load(token_set)[0]
-    with pytest.raises(ValueError, match="a row of 20 x 33 pixels must have 45 ids at scale 1, but has 44"):
+    with pytest.raises(ValueError, match="a row of 20 x 33 pixels has 45 ids at scale 1, not 44"):
         row_tokens({**row, "ids_1": row["ids_1"][1:]}, settings)
     with pytest.raises(ValueError, match=r"needs integer ids in \[0, 64\)"):
         row_tokens({**row, "ids_1": [64] * 45}, settings)

@@ -8,7 +8,7 @@ from cli_runner import svqvae
 from huggingface_hub import DatasetCard
 
 from svqvae_hf import DEFAULT_MODEL
-from svqvae_hf.token_sets.cards import BUNDLED_MODEL, public_names, token_set_card
+from svqvae_hf.token_sets.cards import public_names, token_set_card
 from svqvae_hf.token_sets.settings import TokenSettings
 
 SETTINGS = TokenSettings(
@@ -60,7 +60,7 @@ def test_names_are_public(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "org" / "here").mkdir(parents=True)
-    models = {"models/tiny": "tiny", "org/name": "org/name", DEFAULT_MODEL: BUNDLED_MODEL}
+    models = {"models/tiny": "tiny", "org/name": "org/name", DEFAULT_MODEL: "bundled"}
     assert {model: public_names(["photos"], model)["model_name"] for model in models} == models
     sets = {("org/photos",): "org/photos", ("org/photos", "more"): None, ("org/here",): None, ("s3://a/b",): None}
     assert {data: public_names(data, "tiny")["source_set"] for data in sets} == sets

@@ -361,10 +361,13 @@ def test_decoder_training_keeps_all_ids(options, tmp_path):
 def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tmp_path, monkeypatch):
     options |= SMALL | {"max_steps": 2, "validation_data_dir": str(inputs / "held_out")}
     options |= {"push_to_hub": True, "hub_model_id": "org/trained", "model_config_name_or_path": None}
-    options |= {"pretrained_model_name_or_path": str(inputs / "model")}
+    started_from = shutil.copytree(inputs / "model", tmp_path / "started_from")
+    head = "---\nlicense: mit\nbase_model: org/first\ntags: [svqvae]\n---\n\n"
+    (started_from / "README.md").write_text(f"{head}| | |\n|---|---|\n| steps | 7 of 8 crops |\n")
+    options |= {"pretrained_model_name_or_path": str(started_from)}
     with serve_hub(tmp_path) as hub:
         use_hub(monkeypatch, hub)
-        run(**options, hub_private_repo=True, license="mit")
+        run(**options, hub_private_repo=True)
     repository = tmp_path / "hub" / "org" / "trained" / "main"
     assert {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")} == {
         *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "preprocessor_config.json"),
@@ -373,7 +376,8 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     }
     assert_equal_weights(repository, options["output_dir"])
     card = (repository / "README.md").read_text()
-    assert ModelCard(card).data.license == "mit"
+    assert (ModelCard(card).data.license, ModelCard(card).data.base_model) == ("mit", "org/first")
+    assert "| before: steps | 7 of 8 crops |" in card
     assert json.loads((repository.parent / "settings.json").read_text())["visibility"] == "private"
     assert re.search(r"validation \| 1 images, centre crops: psnr@0.25 \d+\.\d+", card)
     for folder in (tmp_path, inputs):

@@ -51,7 +51,7 @@ def parts(tmp_path_factory):
             photo.convert("RGB").crop((60 * index, 80, 60 * index + 64, 144)).save(other)
     photos = str(folder / "photos")
     crops = ["--crops", "centre", "--resolution", str(CROP), "--workers", "0"]
-    model = ["--model", str(folder / "vqvae"), "--device", "cpu"]
+    model = ["--model", str(folder / "vqvae"), "--device", "cpu", "--license", "cc-by-4.0"]
     sides = ["--sides", *map(str, range(1, SIDE + 1))]
     for name, scales in {
         "latents": ["--scale-from", "latents", *sides],
@@ -190,7 +190,7 @@ def test_schedules_are_drawn_as_in_flexvar():
         ({"token_set": "halves"}, "must hold the scales of the schedule, 1 x 1, .*, but lacks 1 x 1, 2 x 2"),
         ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
-        ({"validation_token_set": "latents"}, "is in both sets. Tokenize other images"),
+        ({"validation_token_set": "latents"}, "but `.*` is in both sets"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has num_layer"),
         ({"num_inference_steps": 0}, "`--num_inference_steps` must be at least 2, but is 0"),
         ({"schedule_share": 1.5}, r"`--schedule_share` must lie in \[0, 1\], but is 1.5"),
@@ -203,12 +203,14 @@ def test_mistakes_are_refused(options, parts, changes, message, monkeypatch):
 
 
 def test_saved_pipeline_loads_and_has_a_card(options, parts):
-    train(**(options | {"max_steps": 1}), hub_model_id="org/dreams", license="mit")
+    train(**(options | {"max_steps": 1}), hub_model_id="org/dreams")
     repository = Path(options["output_dir"])
     pipeline = SVQVAENextScalePipeline.from_pretrained(repository)
     assert isinstance(pipeline, SVQVAENextScalePipeline)
     assert pipeline(class_labels=[1], output_type="np").images.shape == (1, CROP, CROP, 3)
     assert_no_private_path(parts, repository)
     card = (repository / "README.md").read_text()
+    assert "license: cc-by-4.0" in card
+    assert "| token set | `latents` (licence: cc-by-4.0) |" in card
     assert "from svqvae_hf import SVQVAENextScalePipeline" in card
     assert "trained by | `training/train_next_scale.py`" in card

@@ -1,0 +1,65 @@
+"""Licences, base models and stages that a result inherits."""
+
+import pytest
+from hub_server import run_python, serve_hub
+from huggingface_hub import ModelCard
+
+from svqvae_hf import DEFAULT_GENERATOR, DEFAULT_MODEL, SVQVAE
+from svqvae_hf.hub.origin import STARTED_FROM, find_origin
+
+
+def write_card(folder, license, more="", rows=""):
+    folder.mkdir(parents=True)
+    text = f"---\nlicense: {license}\ntags:\n- svqvae\n{more}---\n\n## Origin\n\n| | |\n|---|---|\n{rows}\n"
+    (folder / "README.md").write_text(f"{text}\n## Licence\n")
+    return str(folder)
+
+
+def test_only_stated_licence_is_inherited_and_each_is_listed(tmp_path):
+    tokens, model = write_card(tmp_path / "tokens", "cc-by-4.0"), write_card(tmp_path / "model", "unknown")
+    origin = find_origin({"vqvae": model, "text encoder": str(tmp_path)}, {"token set": tokens})
+    assert origin.license == "cc-by-4.0"
+    assert origin.rows == {
+        "vqvae": "`model` (licence: not stated)",
+        "text encoder": f"`{tmp_path.name}` (licence: not stated)",
+        "token set": "`tokens` (licence: cc-by-4.0)",
+    }
+    assert find_origin({"vqvae": model}).license is None
+
+
+def test_different_licences_need_a_decision(tmp_path):
+    sources = {"vqvae": DEFAULT_MODEL}, {"token set": write_card(tmp_path / "tokens", "cc-by-nc-4.0")}
+    with pytest.raises(ValueError, match="`bundled` cc-by-sa-4.0, `tokens` cc-by-nc-4.0. Pass .* `--license`"):
+        find_origin(*sources)
+    assert find_origin(*sources, "other").license == "other"
+
+
+def test_further_training_keeps_base_model_and_stages(tmp_path):
+    rows = "| steps | 5 of `a\\|b` |"
+    origin = find_origin({STARTED_FROM: write_card(tmp_path / "first", "mit", "base_model: org/original\n", rows)})
+    assert (origin.license, origin.base_model) == ("mit", "org/original")
+    assert origin.rows["before: steps"] == "5 of `a|b`"
+
+
+def test_card_on_the_hub(tmp_path):
+    with serve_hub(tmp_path) as env:
+        write_card(tmp_path / "hub" / "org" / "model" / "main", "mit")
+        (tmp_path / "hub" / "org" / "model" / "settings.json").write_text("{}")
+        sources = {STARTED_FROM: "org/model", "source": "org/none", "file": "org/model:weights.pt"}
+        code = f"from svqvae_hf.hub.origin import find_origin; print(*find_origin({sources}), sep='\\n')"
+        licence, base, rows = run_python(code, env).splitlines()
+    assert (licence, base) == ("mit", "org/model")
+    assert "'source': '`org/none` (licence: not stated)', 'file': '`org/model:weights.pt` (licence: mit)'" in rows
+
+
+def test_bundled_models_state_their_licence_also_in_their_parts():
+    for source in (DEFAULT_MODEL, DEFAULT_GENERATOR, f"{DEFAULT_GENERATOR}/vqvae"):
+        assert find_origin({"source": source}).license == "cc-by-sa-4.0"
+    card = SVQVAE.from_pretrained(DEFAULT_MODEL).make_card("org/copy")
+    assert ModelCard(card).data.license == "cc-by-sa-4.0"
+
+
+def test_broken_card_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("---\n[\n---\n")
+    with pytest.raises(ValueError, match=f"the card of `{tmp_path}`, README.md, must start with YAML"):
+        find_origin({"vqvae": str(tmp_path)})
