@@ -9,6 +9,7 @@ run.
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -82,9 +83,12 @@ def _generate(args: argparse.Namespace, work: Run[str]) -> None:
 
     from svqvae_cli.loading import load_generator
     from svqvae_hf.files.outputs import save_png
+    from svqvae_hf.pipelines.captions import keep_known_words, say_unknown, unknown_words
 
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
     _check_options(pipeline, args)
+    if args.prompt and pipeline.tokenizer and keep_known_words(pipeline.tokenizer, args.prompt) != args.prompt:
+        print(f"svqvae: {say_unknown(unknown_words(pipeline.tokenizer, args.prompt))}", file=sys.stderr)
     numbers = {stem: number for number, stem in enumerate(work.targets)}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     for batch in _batches(work.files(), args.batch_size):

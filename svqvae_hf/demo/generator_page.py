@@ -16,6 +16,7 @@ from PIL import Image
 
 from svqvae_hf.demo.page import CACHE_SECONDS
 from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.pipelines.captions import say_unknown, unknown_words
 from svqvae_hf.pipelines.pipeline_next_scale import SVQVAENextScalePipeline
 from svqvae_hf.tokens.image_tokens import is_out_of_memory
 
@@ -79,6 +80,8 @@ class GeneratorPage:
         if self.reads_prompts:
             options["prompts" if self.draws else "prompt"] = prompt
             facts = f"“{html.escape(prompt)}”, {facts}"
+            if unknown := unknown_words(self.pipeline.tokenizer, [prompt]):
+                facts += f", {html.escape(say_unknown(unknown))}"
         elif label != NO_CLASS:
             options["class_labels"] = int(label)
             facts = f"class {html.escape(self.classes[int(label)][0])}, {facts}"

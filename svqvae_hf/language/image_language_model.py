@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoModelForCausalLM, BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BatchFeature, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.language.grammar import ImageGrammar
@@ -16,7 +16,7 @@ from svqvae_hf.language.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.pipelines.captions import check_words
+from svqvae_hf.pipelines.captions import keep_known_words
 from svqvae_hf.pipelines.id_sampler import IdSampler
 from svqvae_hf.pipelines.sampling import Generators, check_generators, check_sampling, guide, sample
 
@@ -53,6 +53,11 @@ class ImageLanguageModel:
         """
         own = getattr(self.language_model.generation_config, "generation_kwargs", {})
         return {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | own
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer of texts."""
+        return self.processor.tokenizer
 
     @property
     def image_processor(self) -> SVQVAEImageProcessor:
@@ -98,7 +103,8 @@ class ImageLanguageModel:
         """Draws one image per caption, or edits images.
 
         Args:
-            prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one.
+            prompts (`str` or `Sequence[str]`): A caption, or one per image; None for an image without one. Words that
+                a tokenizer of whole words lacks are left out, with a warning.
             grid (`tuple[int, int]`, *optional*): Rows and columns of codes, by default the first of the model.
             guidance_scale (`float`, *optional*): Scale of classifier-free guidance. The defaults of this and of the
                 next three arguments are in `sampling`.
@@ -114,19 +120,19 @@ class ImageLanguageModel:
 
         Raises:
             ValueError: If an argument of sampling is out of its range, the model does not know the grid, there are
-                no captions or not as many images, masks or generators, or the tokenizer has no token for a word.
+                no captions or not as many images, masks or generators, or the tokenizer knows no word of a caption.
         """
         texts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
         if not texts:
             raise ValueError("`prompts` must hold at least one caption, or None for an image without one, got none.")
-        check_words(self.processor.tokenizer, [text for text in texts if text is not None])
         asked = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = self.sampling | {name: value for name, value in asked.items() if value is not None}
         check_sampling(**sampling)
         check_generators(generator, len(texts))
         vocabulary, no_condition = self.processor.vocabulary, self.processor.no_condition
         grid = grid or vocabulary.grids[0]
-        questions = [no_condition if text is None else text for text in texts]
+        known = iter(keep_known_words(self.tokenizer, [text for text in texts if text is not None]))
+        questions = [no_condition if text is None else next(known) for text in texts]
         scale = sampling.pop("guidance_scale")
         if scale != 1:
             questions += [no_condition] * len(texts)

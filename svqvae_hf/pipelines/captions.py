@@ -2,31 +2,53 @@
 
 import re
 import reprlib
+import warnings
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+WORD = re.compile(r"[\w'’]+")
 
-def check_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> None:
-    """Raises ValueError if a tokenizer of whole words lacks a word of captions."""
-    words = dict.fromkeys(word for caption in captions for word in re.findall(r"\w+", caption))
-    unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
-    if unknown:
-        known = sorted(word for word in tokenizer.get_vocab() if word.isalnum())
-        raise ValueError(
-            f"a prompt must consist of words that the model knows, but has {', '.join(unknown)}. It knows "
-            f"{', '.join(known)}."
-        )
+
+def unknown_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
+    """Words of captions that a tokenizer of whole words lacks; other tokenizers lack none."""
+    words = dict.fromkeys(word for caption in captions for word in WORD.findall(caption))
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
+
+
+def keep_known_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
+    """Leaves out the words that a tokenizer of whole words lacks, with one warning.
+
+    Raises:
+        ValueError: If it knows no word of a caption.
+    """
+    unknown = unknown_words(tokenizer, captions)
+    if not unknown:
+        return list(captions)
+    kept = [WORD.sub(lambda word: "" if word[0] in unknown else word[0], caption) for caption in captions]
+    for caption, rest in zip(captions, kept, strict=True):
+        if not WORD.search(rest):
+            known = ", ".join(sorted(word for word in tokenizer.get_vocab() if word.isalnum()))
+            raise ValueError(f"a prompt must have a word that the model knows, got {caption!r}. It knows {known}.")
+    warnings.warn(say_unknown(unknown), stacklevel=3)
+    return kept
+
+
+def say_unknown(words: Sequence[str]) -> str:
+    """What happens to words that a model does not know."""
+    return f"unknown to the model and left out: {', '.join(words)}"
 
 
 def pad_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int) -> torch.Tensor:
     """Tokens of captions, padded at their end, `(batch, length)`.
 
+    Words that the tokenizer lacks are left out, with a warning.
+
     Raises:
-        ValueError: A caption has a word that the tokenizer lacks, or more tokens than `length`.
+        ValueError: A caption has no known word, or more tokens than `length`.
     """
-    check_words(tokenizer, captions)
+    captions = keep_known_words(tokenizer, captions)
     batch = tokenizer(list(captions), padding="max_length", padding_side="right", max_length=length).input_ids
     _check_length(captions, batch, length)
     return torch.tensor(batch)

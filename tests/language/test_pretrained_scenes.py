@@ -8,9 +8,11 @@ import torch
 from cli_runner import fails, svqvae
 from make_scenes import Scene
 from PIL import Image
+from transformers import AutoTokenizer
 
 from svqvae_hf import DEFAULT_GENERATOR
 from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.pipelines.captions import keep_known_words
 
 
 def means(caption, scene):
@@ -46,9 +48,24 @@ def test_the_command_draws_without_a_model(tmp_path, capsys):
     with Image.open(tmp_path / "out" / "prompt_0_0.png") as picture:
         assert picture.size == (96, 96)
     capsys.readouterr()
-    error = fails(capsys, "generate", "--prompt", "a unicorn on pink", "--output", tmp_path / "none")
-    assert "must consist of words that the model knows, but has unicorn. It knows a, above, airplane, " in error
+    assert svqvae("generate", "--prompt", "a lovely fox on pink", "a fox on pink", "--output", tmp_path / "two") == 0
+    assert "svqvae: unknown to the model and left out: lovely\n" in capsys.readouterr().err
+    error = fails(capsys, "generate", "--prompt", "Unicorns!", "--output", tmp_path / "none")
+    assert "a prompt must have a word that the model knows, got 'Unicorns!'. It knows a, above, airplane, " in error
     assert not (tmp_path / "none").exists()
+
+
+def test_unknown_words_are_left_out_with_one_warning():
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_GENERATOR)
+    assert keep_known_words(tokenizer, ["a fox on pink", ""]) == ["a fox on pink", ""]
+    with pytest.warns(UserWarning, match="unknown to the model and left out: Unicorn's, nice$") as warned:
+        kept = keep_known_words(tokenizer, ["A Unicorn's fox", "a nice fox on nice-blue", "a fox"])
+    assert [tokenizer(text).input_ids for text in kept] == [
+        tokenizer(text).input_ids for text in ("a fox", "a fox on -blue", "a fox")
+    ]
+    assert len(warned) == 1
+    with pytest.raises(ValueError, match="must have a word that the model knows, got 'lovely unicorns'"):
+        keep_known_words(tokenizer, ["a fox", "lovely unicorns"])
 
 
 @pytest.mark.parametrize("option", [["--class", "3"], ["--steps", "1"]])
