@@ -1,8 +1,9 @@
 """The parser of commands, with arguments that several of them share, and types of arguments."""
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing usage and exiting, so that `main` prints one line."""
         raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises for all options that the command does not have, before missing ones."""
+        names = [word.partition("=")[0] for word in args or () if word.startswith("--")]
+        known = [*self._option_string_actions]
+        unknown = [name for name in names if not any(each.startswith(name) for each in known)]
+        if unknown and self.get_default("parser") is self:  # a command
+            self.error(" ".join(f"There is no option `{name}`.{nearest(name, known)}" for name in unknown))
+        return super().parse_known_args(args, namespace)
 
     def option(
         self, name: str, read: Callable[[str], Any], metavar: str | tuple[str, ...], help: str, **settings: Any
@@ -101,6 +111,11 @@ class Parser(argparse.ArgumentParser):
         help = "column of the images, or their suffix in tar files (default: by type)"
         self.option("--image-column", not_empty, "NAME", help)
         self.option("--max-images", int, "N", "stop after N images (default: all)")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A question that names the most similar of some words, if one is similar."""
+    return "".join(f" Did you mean `{each}`?" for each in difflib.get_close_matches(word, words, 1))
 
 
 class _Scales(argparse.Action):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from svqvae_cli.arguments import Parser
+from svqvae_cli.arguments import Parser, nearest
 from svqvae_cli.errors import SkippedError, one_line
 
 COMMANDS = {
@@ -77,7 +77,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError: If the command line is wrong.
     """
     words = sys.argv[1:] if argv is None else [*argv]
-    args, unknown = build_parser(*words[:1]).parse_known_args(words)
+    parser = build_parser(*words[:1])
+    if words and words[0][:1] != "-" and words[0] not in COMMANDS:
+        parser.error(f"there is no command `{words[0]}`.{nearest(words[0], COMMANDS)}")
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # names the command's own help
     return args

@@ -12,18 +12,11 @@ skipped. The same command resumes an interrupted run.
 import argparse
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from svqvae_cli.arguments import Parser, changed_options, not_empty, positive
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import (
-    TOKEN_SUFFIXES,
-    InputFile,
-    check_file,
-    check_output,
-    check_source,
-    find_inputs,
-    is_token_set,
-)
+from svqvae_cli.files import TOKEN_SUFFIXES, check_file, check_output, check_source, find_inputs, is_token_set
 from svqvae_cli.large import add_large, check_large
 from svqvae_cli.runs import Run
 
@@ -107,7 +100,7 @@ def _decode_files(args: argparse.Namespace) -> None:
                     save_png(image, path)
 
 
-def _targets(file: InputFile, args: argparse.Namespace) -> list[Path]:
+def _targets(file: Any, args: argparse.Namespace) -> list[Path]:
     """Images of a token file; none if it cannot be read."""
     if args.large:
         return [file.target(args.output, "_x1.tif")]

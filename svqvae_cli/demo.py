@@ -13,8 +13,6 @@ from svqvae_cli.arguments import Parser, model, not_empty, positive
 from svqvae_cli.errors import require_extra
 from svqvae_cli.files import check_source
 
-LAST_PORT = 65_535
-
 
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
@@ -29,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
     if args.model and args.generator is not None:
         raise ValueError("--generator brings its own model. Leave out --model or --generator.")
-    if args.port is not None and args.port > LAST_PORT:
-        raise ValueError(f"--port must be at most {LAST_PORT}, got {args.port}.")
+    if args.port is not None and args.port > 65_535:
+        raise ValueError(f"--port must be at most 65535, got {args.port}.")
     check_source(args.generator or args.model)
     with require_extra("demo", "demo"):
         from svqvae_hf.demo import generator_page

@@ -17,7 +17,6 @@ from svqvae_cli.arguments import Parser, changed_options, image_set_options, mod
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
-SHEET = "/sheet.png"  # of `svqvae generate`, which shows several images
 CODEC_NAMES = ("jpeg", "webp", "avif")  # in lower case, as in `svqvae_hf.evaluation.codecs`
 
 
@@ -126,7 +125,7 @@ def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> A
     if networks["inception"] is not None:
         named["Inception (FID)"] = networks["inception"].to(args.device)
     files = [os.fspath(file.path) for file in find_inputs([args.model], IMAGE_SUFFIXES, args.output)]
-    samples = [file for file in files if not file.endswith(SHEET)]
+    samples = [file for file in files if not file.endswith("/sheet.png")]  # of `svqvae generate`
     report = compare_generated(open_images(samples), images, named, resolution=args.resolution, device=args.device)
     report.settings["generated"] = args.model
     return report

@@ -17,7 +17,6 @@ from svqvae_cli.errors import check_none_skipped
 from svqvae_cli.files import check_data, check_new_folder, check_source
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
-MAX_WORKERS = 4  # by default
 # Of `tokenize_set`, under the same names
 OPTIONS = ("scales", "scale_from", "crops", "resolution", "batch_size", "overwrite", "license", "tile_size", "overlap")
 
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             context_model=require_context_model(model, args.model) if args.compress else None,
             parts=own if args.part is None else [args.part],
             num_parts=num_parts,
-            num_workers=min(MAX_WORKERS, os.cpu_count() or 1) if args.workers is None else args.workers,
+            num_workers=min(4, os.cpu_count() or 1) if args.workers is None else args.workers,
             **{name: getattr(args, name) for name in OPTIONS},
         )
     except (KeyboardInterrupt, SystemExit):

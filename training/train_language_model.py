@@ -7,7 +7,7 @@ accelerate launch training/train_language_model.py --model_name_or_path LM --tok
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, collate_sequences, read_texts
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
-from svqvae_hf.trainer.options import OPTIMIZERS, check_fractions, option, public_values, read_options
+from svqvae_hf.trainer.options import FRACTION, OPTIMIZERS, option, public_values, raise_faults, read_options, wrong
 from svqvae_hf.trainer.pipeline_run import generator_card, open_token_sets
 from svqvae_hf.trainer.publishing import Result, find_sources, provenance, refuse_finished
 from svqvae_hf.trainer.scripts import one_line_errors
@@ -81,20 +81,24 @@ class LanguageModelOptions:
     license: str | None = option(None, "Licence for the card, by its id on the Hub; by default, from sources' cards.")
 
     def __post_init__(self) -> None:
-        """Checks the options, except against data and model."""
-        check_fractions(self, *FRACTIONS)
+        """Raises all faults at once."""
+        raise_faults(self.faults())
+
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options, except for data and model."""
+        yield from wrong(self, FRACTION, *FRACTIONS)
         sources = self.model_name_or_path, self.pipeline_name_or_path, self.model_config_name_or_path
         if sum(source is not None for source in sources) != 1:
-            raise ValueError(
+            yield (
                 "Exactly one of `--model_name_or_path`, `--pipeline_name_or_path` and `--model_config_name_or_path` "
                 "must be given."
             )
         if self.model_config_name_or_path is not None and (self.vqvae_name_or_path is None or self.lora_rank):
-            raise ValueError("A new LlamaGen needs `--vqvae_name_or_path`, and `--lora_rank` must be left out.")
+            yield "A new LlamaGen needs `--vqvae_name_or_path`, and `--lora_rank` must be left out."
         needs = {"token_set": self.text_fraction < 1, "text_files": self.text_fraction > 0}
         for name, needed in needs.items():
             if needed != bool(getattr(self, name)):
-                raise ValueError(
+                yield (
                     f"`--{name}` must {'' if needed else 'not '}be given with `--text_fraction` "
                     f"{self.text_fraction:g}. {'Pass it' if needed else 'Leave it out'}, or change the fraction."
                 )

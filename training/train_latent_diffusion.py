@@ -4,7 +4,7 @@ accelerate launch training/train_latent_diffusion.py --vqvae_name_or_path SVQVAE
     --train_data_dir PHOTOS --output_dir OUT
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -24,7 +24,7 @@ from svqvae_hf.trainer.data.crop_batches import CropBatch
 from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import ImageOptions, PipelineOptions, option
+from svqvae_hf.trainer.options import POSITIVE, ImageOptions, PipelineOptions, option, wrong
 from svqvae_hf.trainer.pipeline_run import class_labels, generator_card, load_frozen_vqvae, log_samples
 from svqvae_hf.trainer.publishing import Result, provenance
 from svqvae_hf.trainer.randomness import batch_generator
@@ -47,10 +47,10 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
         None, "Folder of images that are not trained on, whose loss is logged at each validation."
     )
 
-    def __post_init__(self) -> None:
-        """Checks the options of denoisers as well."""
-        super().__post_init__()
-        self.check_positive("num_inference_steps")
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options of denoisers as well."""
+        yield from super().faults()
+        yield from wrong(self, POSITIVE, "num_inference_steps")
 
 
 def train(options: DiffusionOptions, accelerator: Accelerator) -> None:

@@ -5,7 +5,7 @@ accelerate launch training/train_next_scale.py --vqvae_name_or_path SVQVAE --mod
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.data.token_sequences import SequenceLoader, TokenBatch, TokenSource
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.optimization import make_optimizer
-from svqvae_hf.trainer.options import PipelineOptions, check_fractions, option, required
+from svqvae_hf.trainer.options import FRACTION, PipelineOptions, option, required, wrong
 from svqvae_hf.trainer.pipeline_run import (
     class_labels,
     generator_card,
@@ -65,16 +65,14 @@ class NextScaleOptions(PipelineOptions):
     max_text_length: int = option(32, "Largest number of tokens of a caption; shorter ones are padded.")
     schedule_share: float = option(0.05, "Fraction of batches with the pipeline's schedule; others are random.")
 
-    def __post_init__(self) -> None:
-        """Checks the options of next-scale training as well."""
-        super().__post_init__()
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options of next-scale training as well."""
+        yield from super().faults()
         if self.num_inference_steps < 2:
-            raise ValueError(f"`--num_inference_steps` must be at least 2, but is {self.num_inference_steps}.")
-        check_fractions(self, "schedule_share")
+            yield f"`--num_inference_steps` must be at least 2, but is {self.num_inference_steps}."
+        yield from wrong(self, FRACTION, "schedule_share")
         if (self.caption_column is None) != (self.tokenizer_name_or_path is None):
-            raise ValueError(
-                "`--caption_column` and `--tokenizer_name_or_path` need each other. Give both or neither."
-            )
+            yield "`--caption_column` and `--tokenizer_name_or_path` need each other. Give both or neither."
 
 
 def train(options: NextScaleOptions, accelerator: Accelerator) -> None:

@@ -151,8 +151,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
             sample = _as_tensor(sample)
         if not isinstance(sample, torch.Tensor):
             raise TypeError(
-                f"`sample` must be a tensor or array, got {type(sample).__name__}. Pass the output's `.sample`, one "
-                "scale at a time."
+                f"`sample` must be a tensor or array, got {type(sample).__name__}. Pass one of the scales."
             )
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")

@@ -143,7 +143,7 @@ def tokenize_set(
     num_parts = count_parts(images, num_parts)
     parts = range(num_parts) if parts is None else parts
     if not all(0 <= part < num_parts for part in parts):
-        raise ValueError(f"`parts` must be in [0, {num_parts - 1}] for {num_parts} parts, got {[*parts]!r:.80}.")
+        raise ValueError(f"A part (`--part`) must be in [0, {num_parts - 1}], got {[*parts]!r:.80}.")
     folder = check_out(out)
     scale_endings(scales)  # `detokenize_set` names files by them
     settings = TokenSettings(

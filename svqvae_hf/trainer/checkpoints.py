@@ -119,8 +119,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
         found = next((path for path in paths if path.is_dir() and NAME.fullmatch(path.name)), None)
         if found is None:
             raise ValueError(
-                "`--resume_from_checkpoint` must be a checkpoint folder, the name of one in `--output_dir`, or "
-                f"'latest', but is {wanted!r}."
+                f"`--resume_from_checkpoint` must be a folder, one in `--output_dir`, or 'latest', got {wanted!r}."
             )
     if found is not None and newest is not None and checkpoint_step(found) < checkpoint_step(newest):
         raise ValueError(  # `latest` and the limit are by step

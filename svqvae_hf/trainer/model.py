@@ -119,8 +119,7 @@ def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
     features_dim, dim = vqvae.config["z_channels"], vqvae.config["codebook_embed_dim"]
     if dim > features_dim:
         raise ValueError(
-            f"A new model must have a `codebook_embed_dim` of at most its `z_channels` = {features_dim}, but it is "
-            f"{dim}. Change its config."
+            f"`codebook_embed_dim` of a new model must be at most `z_channels` = {features_dim}, but it is {dim}."
         )
     features: list[torch.Tensor] = []
     was_training = vqvae.training

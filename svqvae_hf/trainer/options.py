@@ -1,8 +1,9 @@
 """Options of training scripts, and how they are read from flags and YAML files."""
 
 import argparse
+import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -17,6 +18,12 @@ from svqvae_hf.trainer.scripts import script_name
 
 OPTIMIZERS = ("adamw", "soap")
 SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
+
+POSITIVE, NOT_NEGATIVE, FRACTION = "be more than 0", "not be negative", "lie in [0, 1]"
+RULES: dict[str, Callable[[Any], bool]] = {
+    **{POSITIVE: lambda value: value > 0, NOT_NEGATIVE: lambda value: value >= 0},
+    FRACTION: lambda value: 0 <= value <= 1,
+}
 
 Options = TypeVar("Options", bound="RunOptions")
 
@@ -34,11 +41,17 @@ def required(text: str) -> Any:
     return field(kw_only=True, metadata={"help": text})
 
 
-def check_fractions(options: Any, *names: str) -> None:
-    """Raises if an option is not in [0, 1]."""
+def wrong(options: Any, rule: str, *names: str) -> Iterator[str]:
+    """Yields which options are given, but do not follow one of the `RULES`."""
     for name in names:
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"`--{name}` must lie in [0, 1], but is {getattr(options, name)}.")
+        if (value := getattr(options, name)) is not None and not RULES[rule](value):
+            yield f"`--{name}` must {rule}, but is {value}."
+
+
+def raise_faults(faults: Iterable[str]) -> None:
+    """Raises one ValueError with all faults, if there are any."""
+    if message := " ".join(faults):
+        raise ValueError(message)
 
 
 @dataclass
@@ -82,29 +95,26 @@ class RunOptions:
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
-        """Checks the options, except against data and model."""
+        """Raises all faults at once."""
         check_local(self.output_dir)
-        self.check_positive(
-            *(
-                "per_device_train_batch_size",
-                "gradient_accumulation_steps",
-                "max_steps",
-                "learning_rate",
-                "max_grad_norm",
-            ),
-            *("save_steps", "save_total_limit", "eval_steps", "logging_steps"),
-        )
-        self.check_not_negative("weight_decay", "max_skipped_steps", "seed")
-        check_fractions(self, "ema_decay")
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "--hub_model_id")
+        raise_faults(self.faults())
+
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options, except for data and model."""
+        names = "save_steps", "save_total_limit", "eval_steps", "logging_steps", "learning_rate", "max_grad_norm"
+        batches = "per_device_train_batch_size", "gradient_accumulation_steps"
+        yield from wrong(self, POSITIVE, "max_steps", *batches, *names)
+        yield from wrong(self, NOT_NEGATIVE, "weight_decay", "max_skipped_steps", "seed")
+        yield from wrong(self, FRACTION, "ema_decay")
         if not 0 <= self.num_warmup_steps < self.max_steps:
-            raise ValueError(
+            yield (
                 f"`--warmup_steps` must be at least 0, and less than `--max_steps` = {self.max_steps}, "
                 f"but is {self.num_warmup_steps}. Lower it, or train for longer."
             )
         if self.hub_private_repo and not self.push_to_hub:
-            raise ValueError("`--hub_private_repo` needs `--push_to_hub`. Add it, or leave `--hub_private_repo` out.")
-        if self.hub_model_id is not None:
-            check_repo_id(self.hub_model_id, "--hub_model_id")
+            yield "`--hub_private_repo` needs `--push_to_hub`. Add it, or leave `--hub_private_repo` out."
 
     def logs_after(self, step: int) -> bool:
         """Whether a line of the log is due after a step. The last step always has one."""
@@ -120,18 +130,6 @@ class RunOptions:
         """Steps in which the learning rate rises."""
         return min(500, self.max_steps // 10) if self.warmup_steps is None else self.warmup_steps
 
-    def check_positive(self, *names: str) -> None:
-        """Raises if a value is 0 or less."""
-        for name in names:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"`--{name}` must be more than 0, but is {getattr(self, name)}.")
-
-    def check_not_negative(self, *names: str) -> None:
-        """Raises if a value is negative."""
-        for name in names:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`--{name}` must not be negative, but is {getattr(self, name)}.")
-
     def check_sources(self, *names: str) -> None:
         """Raises if a source is neither a file or folder nor a possible Hub id."""
         for name in names:
@@ -143,10 +141,10 @@ class RunOptions:
                     f"`--{name}` must be a file, folder or Hub id (org/name), but there is no {source!r}."
                 )
 
-    def check_one_of(self, one: str, other: str) -> None:
-        """Raises if neither or both are given."""
+    def not_one_of(self, one: str, other: str) -> Iterator[str]:
+        """Yields what is wrong if neither or both are given."""
         if (getattr(self, one) is None) == (getattr(self, other) is None):
-            raise ValueError(f"Exactly one of `--{one}` and `--{other}` must be given.")
+            yield f"Exactly one of `--{one}` and `--{other}` must be given."
 
 
 @dataclass
@@ -168,17 +166,17 @@ class ImageOptions(RunOptions):
     shuffle_buffer: int = option(1000, "Images of a stream that each worker holds and shuffles at a time.")
     dataloader_num_workers: int = option(2, "Processes that cut crops.")
 
-    def __post_init__(self) -> None:
-        """Checks the options of images as well."""
-        super().__post_init__()
-        self.check_one_of("dataset_name", "train_data_dir")
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options of images as well."""
+        yield from super().faults()
+        yield from self.not_one_of("dataset_name", "train_data_dir")
         for name in ("dataset_config_name", "data_files"):
             if getattr(self, name) and self.train_data_dir is not None:
-                raise ValueError(f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out.")
-        self.check_positive("resolution")
-        self.check_not_negative("dataloader_num_workers")
+                yield f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out."
+        yield from wrong(self, POSITIVE, "resolution")
+        yield from wrong(self, NOT_NEGATIVE, "dataloader_num_workers")
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
-            raise ValueError(f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}.")
+            yield f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}."
 
 
 @dataclass
@@ -191,11 +189,11 @@ class PipelineOptions(RunOptions):
     condition_dropout: float = option(0.1, "Fraction of examples trained without their label, for guidance.")
     num_validation_images: int = option(4, "Images sampled at a validation.")
 
-    def __post_init__(self) -> None:
-        """Checks the options of pipelines as well."""
-        super().__post_init__()
-        self.check_not_negative("num_validation_images")
-        check_fractions(self, "condition_dropout")
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options of pipelines as well."""
+        yield from super().faults()
+        yield from wrong(self, NOT_NEGATIVE, "num_validation_images")
+        yield from wrong(self, FRACTION, "condition_dropout")
 
 
 def read_options(options_classes: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -236,11 +234,30 @@ class OptionParser(HfArgumentParser):
         return super().add_argument(*flags, **settings)
 
     def parse_args_into_dataclasses(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Parses the arguments. Raises for one that is no option."""
-        _, unknown = self.parse_known_args(args)
-        if unknown:
-            self.error(f"`{unknown[0]}` is not an option of the script. Pass `--help` to see all.")
+        """Parses the arguments. Raises one error for all that are no options, or have wrong values."""
+        if not {"-h", "--help"} & {*(args or [])}:
+            raise_faults(self.faults(args or []))
         return tuple(super().parse_args_into_dataclasses(args))
+
+    def faults(self, words: Sequence[str]) -> Iterator[str]:
+        """Yields what is wrong with each option, and the required options that are missing."""
+        known, given = self._option_string_actions, set()
+        for option in re.split(r"\0(?=--)", "\0".join(words)) if words else []:
+            name, *values = option.replace("=", "\0", 1).split("\0") if option.startswith("--") else [option]
+            action = known.get(name)
+            given.add(action)
+            try:
+                if action is None:
+                    near = "".join(f" Did you mean `{each}`?" for each in difflib.get_close_matches(name, known, 1))
+                    yield f"`{name}` is not an option of the script.{near or ' Pass `--help` to see all.'}"
+                elif action.nargs is None and len(values) != 1:
+                    yield f"`{name}` takes one value, but got {' '.join(values) or 'none'}."
+                else:
+                    self._get_values(action, values)
+            except argparse.ArgumentError as error:
+                yield f"{error}."
+        if missing := [each.option_strings[0] for each in self._actions if each.required and each not in given]:
+            yield f"the following arguments are required: {', '.join(missing)}"
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, without the usage, which lists every option."""

@@ -1,10 +1,11 @@
 """Options of `train.py`."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from svqvae_hf.trainer.losses.adversarial import MIN_SIDE
-from svqvae_hf.trainer.options import ImageOptions, check_fractions, option
+from svqvae_hf.trainer.options import FRACTION, NOT_NEGATIVE, POSITIVE, ImageOptions, option, wrong
 
 
 @dataclass
@@ -57,17 +58,17 @@ class TrainOptions(ImageOptions):
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
     num_validation_images: int = option(16, "Maximum number of images of a validation, of which the centre is cut.")
 
-    def __post_init__(self) -> None:
-        """Checks the options, except against data and model."""
-        super().__post_init__()
-        self.check_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
-        self.check_positive("num_scales", "token_budget", "kmeans_batches", "num_validation_images")
-        self.check_not_negative("dead_code_reset_steps", "full_crops_from", "adversarial_start")
-        self.check_not_negative("causal_weight", "lpips_weight", "adversarial_weight")
-        check_fractions(self, "synthetic_fraction", "codebook_decay")
-        self._check_crops()
-        self._check_scales()
-        self._check_codebook()
+    def faults(self) -> Iterator[str]:
+        """Yields what is wrong with the options of an SVQVAE as well."""
+        yield from super().faults()
+        yield from self.not_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
+        yield from wrong(self, POSITIVE, "num_scales", "token_budget", "kmeans_batches", "num_validation_images")
+        yield from wrong(self, NOT_NEGATIVE, "dead_code_reset_steps", "full_crops_from", "adversarial_start")
+        yield from wrong(self, NOT_NEGATIVE, "causal_weight", "lpips_weight", "adversarial_weight")
+        yield from wrong(self, FRACTION, "synthetic_fraction", "codebook_decay")
+        yield from self._check_crops()
+        yield from self._check_scales()
+        yield from self._check_codebook()
 
     @property
     def initial_model(self) -> str:
@@ -79,51 +80,45 @@ class TrainOptions(ImageOptions):
         """First step that quantises: before its first k-means, a new model's codebook is random."""
         return 0 if self.pretrained_model_name_or_path is not None else min(self.kmeans_steps, default=0)
 
-    def _check_crops(self) -> None:
+    def _check_crops(self) -> Iterator[str]:
         if any(side < 1 or self.resolution % side for side in self.crop_sizes):
-            raise ValueError(
-                f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but are {self.crop_sizes}."
-            )
+            yield f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but are {self.crop_sizes}."
         if self.full_crops_from and max(self.crop_sizes, default=self.resolution) >= self.resolution:
-            raise ValueError(
-                "`--full_crops_from` needs smaller `--crop_sizes` for the steps before. Give at least one."
-            )
+            yield "`--full_crops_from` needs smaller `--crop_sizes` for the steps before. Give at least one."
         smallest = min([self.resolution, *self.crop_sizes])
         if self.scale_probabilities:
             smallest = int(smallest * min(self.scales, default=1))
         if self.adversarial_weight and smallest < MIN_SIDE:
-            raise ValueError(f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest}.")
+            yield f"The discriminator needs images of at least {MIN_SIDE} pixels, but one has {smallest}."
         if self.adversarial_weight and self.adversarial_start >= self.max_steps:
-            raise ValueError(
+            yield (
                 f"`--adversarial_start` must be less than `--max_steps` = {self.max_steps}, but is "
                 f"{self.adversarial_start}. Lower it, or leave `--adversarial_weight` at 0."
             )
 
-    def _check_scales(self) -> None:
+    def _check_scales(self) -> Iterator[str]:
         probabilities = self.scale_probabilities
         if not (self.validation_scales and all(0 < s < math.inf for s in (*self.scales, *self.validation_scales))):
-            raise ValueError(
-                "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
-            )
+            yield "`--validation_scales` must not be empty, and they and `--scales` must be finite and more than 0."
         if self.scales and 1 not in self.scales:
-            raise ValueError(f"`--scales` must contain 1, but are {self.scales}.")
+            yield f"`--scales` must contain 1, but are {self.scales}."
         if self.token_budget is not None and (self.scales or self.token_budget < 1):
-            raise ValueError("`--token_budget` must be at least 1, the full scale, and not be used with `--scales`.")
+            yield "`--token_budget` must be at least 1, the full scale, and not be used with `--scales`."
         matches = len(probabilities) == len(self.scales) and math.isclose(sum(probabilities), 1)
         if probabilities and not (matches and min(probabilities) >= 0):
-            raise ValueError(
+            yield (
                 f"`--scale_probabilities` must be one fraction for each of `--scales` = {self.scales}, and sum to 1, "
                 f"but are {probabilities}."
             )
 
-    def _check_codebook(self) -> None:
+    def _check_codebook(self) -> Iterator[str]:
         if self.kmeans_steps and not 0 < min(self.kmeans_steps) < self.max_steps:
-            raise ValueError(
+            yield (
                 f"The first of `--kmeans_steps` must lie between 0 and `--max_steps` = {self.max_steps}, "
                 f"but is {min(self.kmeans_steps)}."
             )
         for name in ("kmeans_steps", "codebook_decay", "dead_code_reset_steps", "causal_weight"):
             if self.train == "decoder" and getattr(self, name):
-                raise ValueError(f"`--train decoder` keeps the codes, but `--{name}` moves them.")
+                yield f"`--train decoder` keeps the codes, but `--{name}` moves them."
         if self.train == "decoder" and self.pretrained_model_name_or_path is None:
-            raise ValueError("`--train decoder` keeps a model's ids, so it needs `--pretrained_model_name_or_path`.")
+            yield "`--train decoder` keeps a model's ids, so it needs `--pretrained_model_name_or_path`."

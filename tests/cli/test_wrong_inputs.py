@@ -10,6 +10,7 @@ from svqvae_hf import DEFAULT_GENERATOR
 WRONG = {  # words on the command line, and a part of the message
     "reconstruct": [
         ("broken.png --output out --model {model}", "`broken.png` (5 bytes) is not a readable image"),
+        ("two_images --outptu out", "There is no option `--outptu`. Did you mean `--output`?"),
         ("two_images --output two_images", "--output must not be an input folder, got `two_images`"),
     ],
     "encode": [
@@ -26,6 +27,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "tokenize": [
         ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
+        ("two_images out --part 3", "A part (`--part`) must be in [0, 0], got [3]."),
         ("two_images out --license foo", "`license` must be an identifier that the Hub knows"),
         ("two_images out --sides 1 2", "--sides needs square crops of one size. Add --crops centre --resolution"),
     ],

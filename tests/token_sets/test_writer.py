@@ -230,7 +230,7 @@ def test_status_names_missing_parts(photos, tmp_path):
         ({"crops": "centre"}, "must be the side of the crops in pixels, got None for `crops` 'centre'. Pass it"),
         ({"resolution": 16}, "got 16 for `crops` 'whole'. Leave it out"),
         ({"num_parts": 8}, "`num_parts` must be in [1, 7], the number of images, got 8"),
-        ({"num_parts": 3, "parts": [0, 3]}, "`parts` must be in [0, 2] for 3 parts, got [0, 3]"),
+        ({"num_parts": 3, "parts": [0, 3]}, "A part (`--part`) must be in [0, 2], got [0, 3]"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"scales": [1, 1]}, "scales must differ within six digits"),
     ],
