@@ -15,7 +15,6 @@ from svqvae_hf.hub.repositories import check_license, download_file, hub_repo, i
 CARD = "README.md"
 STARTED_FROM = "started from"
 NOT_STATED = (None, "unknown")
-WHOLE = ("config.json", "model_index.json")  # one of them is in a repository whose parts are in subfolders
 
 
 class Origin(NamedTuple):
@@ -95,7 +94,7 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
     elif "://" in source or Path(source).is_dir():
         content = Folder(source).read(CARD)
         above = Path(source).absolute().parent
-        if content is None and any((above / name).is_file() for name in WHOLE):
+        if content is None and any((above / name).is_file() for name in ("config.json", "model_index.json")):
             content = Folder(above).read(CARD)
     if content is None:
         return None
