@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from svqvae_cli.files import find_bundled
 
 SCALE_SOURCES = ("image", "latents")
+MAX_SCALE = 64
 DTYPES = ("float32", "bfloat16", "float16")
 TILES = "256 for images that would take more than 1 GiB as a whole, otherwise none"  # as in `SVQVAE.enable_tiling`
 
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Raises for all options that the command does not have, before missing ones."""
         names = [word.partition("=")[0] for word in args or () if word.startswith("--")]
-        known = [*self._option_string_actions]
+        known = [name for action in self._actions for name in action.option_strings]
         unknown = [name for name in names if not any(each.startswith(name) for each in known)]
         if unknown and self.get_default("parser") is self:  # a command
             self.error(" ".join(f"There is no option `{name}`.{nearest(name, known)}" for name in unknown))
@@ -173,13 +174,13 @@ def grid(text: str) -> tuple[int, int]:
 
 
 def scale(text: str) -> float:
-    """Reads a scale, or another number above 0."""
+    """Reads a scale."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}.")
+    if not 0 < value <= MAX_SCALE:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {MAX_SCALE}, got {text!r}.")
     return value
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             "--network-range and --no-codebook-l2-norm are for tokenizers. Convert the tokenizer with them first, and "
             "pass its folder as --tokenizer."
         )
-    if not os.path.exists(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
+    if not os.path.isfile(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
         raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
     check_new_folder(args.out)
     from svqvae_cli.loading import hide_loading_bars

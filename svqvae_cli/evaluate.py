@@ -125,7 +125,6 @@ def _judge(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> A
     if networks["inception"] is not None:
         named["Inception (FID)"] = networks["inception"].to(args.device)
     files = [os.fspath(file.path) for file in find_inputs([args.model], IMAGE_SUFFIXES, args.output)]
-    samples = [file for file in files if not file.endswith("/sheet.png")]  # of `svqvae generate`
-    report = compare_generated(open_images(samples), images, named, resolution=args.resolution, device=args.device)
+    report = compare_generated(open_images(files), images, named, resolution=args.resolution, device=args.device)
     report.settings["generated"] = args.model
     return report

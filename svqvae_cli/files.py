@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import json
 import os
 import re
 import tempfile
@@ -44,8 +45,9 @@ class InputFile(NamedTuple):
 
 
 def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
-    """Finds the images that a command encodes, and checks the name of its model."""
+    """Finds the images that a command encodes, and checks the name of its model and its tiles."""
     check_source(args.model)
+    check_tiles(args.model, args.tile_size)
     return find_inputs(args.inputs, suffixes, args.output)
 
 
@@ -152,6 +154,17 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "
             "for `convert` and `info`, is `org/repo:file`."
         )
+
+
+def check_tiles(source: str | None, tile_size: int | None) -> None:
+    """Raises ValueError for a tile size that does not fit a local model. Others are checked once they are loaded."""
+    config = Path(source or BUNDLED["bundled"], "config.json")
+    if tile_size is not None and config.is_file():
+        f = 2 ** (len(json.loads(config.read_text()).get("encoder_ch_mult", [])) - 1)
+        if tile_size < 1 or tile_size % f:
+            raise ValueError(
+                f"--tile-size must be a multiple of f = {f}, got {tile_size}. Try {max(f, tile_size // f * f)}."
+            )
 
 
 def check_new_folder(out: str | os.PathLike) -> None:

@@ -1,8 +1,7 @@
 """Generates images with a trained pipeline.
 
-Writes each image, such as class_cat_0.png, and sheet.png with a row per
-class: at most 16 rows and columns. The same command resumes an interrupted
-run.
+Writes each image, such as class_cat_0.png. The same command resumes an
+interrupted run.
 
   svqvae generate --prompt "a whale above a guitar on pink" --output out
 """
@@ -12,15 +11,13 @@ import re
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import Parser, grid, model, not_empty, path_or_name, positive
-from svqvae_cli.files import check_absent, check_source
+from svqvae_cli.files import check_source
 from svqvae_cli.runs import Run
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # arguments that a pipeline has under the same names
-SHEET_SIDE = 16  # rows and columns of the sheet, at most
 
 
 def add_arguments(parser: Parser) -> None:
@@ -55,14 +52,9 @@ def run(args: argparse.Namespace) -> None:
     check_source(args.model)
     names = _row_names(args)
     files = {f"{name}_{index}": args.output / f"{name}_{index}.png" for name in names for index in range(args.count)}
-    sheet = args.output / "sheet.png"
     with Run(args, {stem: [file] for stem, file in files.items()}, "images") as work:
-        if not args.overwrite and not work.record.exists():
-            check_absent(sheet)
         if work.left:
             _generate(args, work)
-        columns = range(min(args.count, SHEET_SIDE))
-        _write_sheet([[files[f"{name}_{index}"] for index in columns] for name in names[:SHEET_SIDE]], sheet)
 
 
 def _row_names(args: argparse.Namespace) -> list[str]:
@@ -113,7 +105,7 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
 
 
 def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list[Any]:
-    """Samples an image for each row of the sheet, given by the number of its class or caption."""
+    """Samples an image for each of some rows, the numbers of its class or caption."""
     prompts = [args.prompt[row] for row in rows] if args.prompt else None
     if hasattr(pipeline, "draw"):
         return pipeline.draw(prompts or [None] * len(rows), args.grid, **sampling)
@@ -126,19 +118,6 @@ def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling
         return pipeline(num_images_per_prompt=len(rows), **sampling).images
     names = pipeline.config["class_names"] or []
     return pipeline(class_labels=[_class_label(args.class_labels[row], names) for row in rows], **sampling).images
-
-
-def _write_sheet(rows: list[list[Path]], sheet: Path) -> None:
-    from diffusers.utils import make_image_grid
-    from PIL import Image
-
-    from svqvae_hf.files.outputs import save_png
-
-    images = []
-    for path in sum(rows, []):
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
-    save_png(make_image_grid(images, rows=len(rows), cols=len(rows[0])), sheet)
 
 
 def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:

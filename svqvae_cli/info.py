@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     is_hub_file = re.fullmatch(f"{REPO_ID}:.+", args.path)
     if not (path.exists() or is_url or is_hub_file):
         check_source(args.path)
+    if path.is_dir() and not [*path.glob("*.json"), *path.glob("parts/options.json")]:
+        raise ValueError(f"`{path}` holds no model and no token set. info describes these, and files of tokens.")
     from svqvae_hf import SVQVAE
     from svqvae_hf.loaders.checkpoints import read_checkpoint
     from svqvae_hf.models.image_files import IMAGE_SUFFIXES

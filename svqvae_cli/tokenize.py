@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from svqvae_cli.arguments import Parser, image_set_options, not_empty, positive
 from svqvae_cli.errors import check_none_skipped
-from svqvae_cli.files import check_data, check_new_folder, check_source
+from svqvae_cli.files import check_data, check_new_folder, check_source, check_tiles
 
 CROPS = ("whole", "whole-flip", "centre", "centre-flip", "ten-crop")  # as in `svqvae_hf.token_sets.crops`
 # Of `tokenize_set`, under the same names
@@ -49,9 +49,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--sides needs square crops of one size. Add --crops centre --resolution PIXELS.")
     if args.sides and args.scales != [1.0]:
         raise ValueError("--sides stands for the scales. Leave out --sides or --scales.")
+    if args.resolution is None and not args.crops.startswith("whole"):
+        raise ValueError(f"--crops {args.crops} needs --resolution PIXELS.")
     if args.overwrite and (args.part is not None or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     check_source(args.model)
+    check_tiles(args.model, args.tile_size)
     check_data(args.data)
     if os.path.isfile(args.out):
         check_new_folder(args.out)

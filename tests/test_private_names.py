@@ -61,7 +61,7 @@ OVERRIDDEN = {  # attributes and methods of a library's class
 }
 CACHED = {"_can_set_experts_implementation_cached_value"}  # transformers writes it to the class when it loads a model
 # Names with an underscore that Python and torch have kept for years.
-STABLE = {"_abc_impl", "_actions", "_asdict", "_dynamo", "_exit", "_replace"}
+STABLE = {"_abc_impl", "_actions", "_asdict", "_dynamo", "_exit", "_get_values", "_replace"}
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

@@ -241,7 +241,7 @@ class OptionParser(HfArgumentParser):
 
     def faults(self, words: Sequence[str]) -> Iterator[str]:
         """Yields what is wrong with each option, and the required options that are missing."""
-        known, given = self._option_string_actions, set()
+        known, given = {name: each for each in self._actions for name in each.option_strings}, set()
         for option in re.split(r"\0(?=--)", "\0".join(words)) if words else []:
             name, *values = option.replace("=", "\0", 1).split("\0") if option.startswith("--") else [option]
             action = known.get(name)

@@ -36,10 +36,11 @@ def test_bundled_model_is_the_default(two_images, out, saved_model, monkeypatch)
 
 
 @pytest.mark.parametrize("command", ["reconstruct", "encode"])
-def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, capsys, command):
-    argv = ["--output", out, "--model", saved_model, "--scales", "100000"]
+def test_scale_too_large_for_memory_is_an_error(two_images, out, saved_model, capsys, command, monkeypatch):
+    monkeypatch.setattr("svqvae_hf.tokens.image_tokens.available_memory", lambda device: 2**20)
+    argv = ["--output", out, "--model", saved_model, "--scales", "2"]
     error = fails(capsys, command, two_images / "a.png", *argv)
-    estimate = r"a.png`: an image of 5700000 x 3500000 pixels in tiles .* would take about \S+ GiB of memory"
+    estimate = r"a.png`: an image of 114 x 70 pixels without tiles would take about \S+ GiB of memory"
     assert re.search(estimate, error)
     assert not out.exists()
 

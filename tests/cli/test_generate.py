@@ -38,25 +38,22 @@ def is_picture(file, image):
         return np.array_equal(written, image)
 
 
-def test_images_of_classes_and_a_sheet(saved, pipeline, tmp_path, capsys):
+def test_images_of_classes(saved, pipeline, tmp_path, capsys):
     arguments = ["--class", "1", "0", "--num-images", "3", "--seed", "7", "--top-k", "9", "--batch-size", "2"]
     arguments += ["--guidance-scale", "2", "--temperature", "0.9", "--top-p", "0.8"]
     assert svqvae("generate", saved, *arguments, "--output", tmp_path) == 0
-    assert {*visible(tmp_path)} == {f"class_{name}_{index}.png" for name in "10" for index in range(3)} | {"sheet.png"}
+    assert {*visible(tmp_path)} == {f"class_{name}_{index}.png" for name in "10" for index in range(3)}
     assert capsys.readouterr().out == f"written  {tmp_path} (images: 6)\n"
     call = {"top_k": 9, "guidance_scale": 2.0, "temperature": 0.9, "top_p": 0.8}
     (image,) = pipeline(0, generator=[seeded(7 + 4)], **call).images
     assert is_picture(tmp_path / "class_0_1.png", image)
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (3 * 16, 2 * 16)
-        assert np.array_equal(sheet.crop((16, 16, 32, 32)), image)
 
 
 def test_names_of_classes_name_files(saved, pipeline, tmp_path):
     classes = ["../up", "tench, Tinca", "1", "0"]  # "1" is a name, "0" a number
     assert svqvae("generate", saved, "--class", *classes, "--output", tmp_path) == 0
     files = [f"class_{name}_0.png" for name in ("up", "tench-Tinca", "1", "0")]
-    assert {*visible(tmp_path)} == {*files, "sheet.png"}
+    assert {*visible(tmp_path)} == {*files}
     images = pipeline([1, 0, 2, 0], generator=[seeded(index) for index in range(4)]).images
     assert all(is_picture(tmp_path / file, image) for file, image in zip(files, images, strict=True))
 
@@ -67,7 +64,7 @@ def test_a_row_of_images_per_caption(tmp_path, capsys):
     call = ("generate", tmp_path / "pipeline", "--output", tmp_path / "out", "--prompt", "the cat", "a roof")
     assert svqvae(*call, "--num-images", 2, "--guidance-scale", 2) == 0
     files = [f"prompt_{caption}_{index}.png" for caption in range(2) for index in range(2)]
-    assert visible(tmp_path / "out") == [*files, "sheet.png"]
+    assert visible(tmp_path / "out") == files
     (image,) = pipeline(prompt="a roof", guidance_scale=2.0, generator=seeded(2)).images
     assert is_picture(tmp_path / "out" / "prompt_1_0.png", image)
     capsys.readouterr()

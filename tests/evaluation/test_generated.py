@@ -65,7 +65,6 @@ def test_command(images, tmp_path, capsys):
         (tmp_path / folder).mkdir()
         for index, image in enumerate(images):
             image.save(tmp_path / folder / f"{index}.png")
-    images[0].save(tmp_path / "generated" / "sheet.png")  # which `svqvae generate` writes beside the images
     out = tmp_path / "out"
     assert svqvae("evaluate", tmp_path / "generated", tmp_path / "photos", "--generated", "--output", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["neighbours.png", "report.json", "report.md"]
