@@ -9,7 +9,6 @@ interrupted run.
 import argparse
 import re
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -83,7 +82,8 @@ def _generate(args: argparse.Namespace, work: Run[str]) -> None:
         print(f"svqvae: {say_unknown(unknown_words(pipeline.tokenizer, args.prompt))}", file=sys.stderr)
     numbers = {stem: number for number, stem in enumerate(work.targets)}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    for batch in _batches(work.files(), args.batch_size):
+    stems = work.files()
+    while batch := list(islice(stems, args.batch_size)):
         generator = [torch.Generator().manual_seed(args.seed + numbers[stem]) for stem in batch]
         rows = [numbers[stem] // args.count for stem in batch]
         images = _sample(pipeline, args, rows, generator=generator, **sampling)
@@ -118,11 +118,6 @@ def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling
         return pipeline(num_images_per_prompt=len(rows), **sampling).images
     names = pipeline.config["class_names"] or []
     return pipeline(class_labels=[_class_label(args.class_labels[row], names) for row in rows], **sampling).images
-
-
-def _batches(stems: Iterator[str], size: int) -> Iterator[list[str]]:
-    while batch := list(islice(stems, size)):
-        yield batch
 
 
 def _class_label(text: str, names: list[str]) -> int | str:

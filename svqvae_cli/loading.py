@@ -116,10 +116,9 @@ def _generator_class(source: str) -> Any:
     if ImageLanguageModel.is_at(source):
         return ImageLanguageModel
     if Path(source).is_dir() and not [*Path(source).glob("*model_index.json")]:
-        raise ValueError(
-            f"`{source}` must be a pipeline or a language model with image tokens, but has neither a "
-            "model_index.json nor image tokens. `svqvae extend-lm` adds them to a language model."
-        )
+        is_adapter = Path(source, "adapter_config.json").is_file()
+        hint = "Pass its base as MODEL and it as --adapter" if is_adapter else "`svqvae extend-lm` adds image tokens"
+        raise ValueError(f"`{source}` must be a pipeline or a language model with image tokens. {hint}.")
     found = read_index(source)["_class_name"]
     if found not in PIPELINES:
         raise ValueError(f"the pipeline `{source}` must be one of {', '.join(PIPELINES)}, but is a {found}.")

@@ -1,11 +1,8 @@
 """A full disk leaves either the old file or no file, and one line that says why."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
-from cli_runner import fails
 from conftest import ROOT, Lazy, fill, make_tiny
 from PIL import Image
 
@@ -14,7 +11,6 @@ from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.outputs import save_png, write_file
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.writer import tokenize_set
-from svqvae_hf.tokens.image_tokens import encode_image
 from svqvae_hf.tokens.token_files import ImageTokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -79,20 +75,3 @@ def test_token_set_is_written_once_there_is_space(disk, tmp_path):
     (disk / "ballast").unlink()
     assert tokenize().rows == 6
     assert read_settings(disk / "set").model == "org/tiny"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["encode", "decode", "convert"])
-def test_commands_name_the_full_disk(disk, tmp_path, saved_model, capsys, command):
-    noise(400).save(tmp_path / "a.png")
-    save_tokens(tmp_path / "a.safetensors", encode_image(make_tiny(), noise(400), [1.0]))
-    fill(disk)
-    words = {
-        "encode": [tmp_path / "a.png", "--output", disk / "out", "--model", saved_model],
-        "decode": [tmp_path / "a.safetensors", "--output", disk / "out", "--model", saved_model],
-        "convert": [CHECKPOINT, disk / "out", "--license", "mit"],
-    }
-    assert re.search(
-        "cannot be written.*(No space left on device|os error 28)", fails(capsys, command, *words[command])
-    )
-    assert [path.name for path in disk.rglob("*") if path.is_file() and path.suffix != ".json"] == ["ballast"]

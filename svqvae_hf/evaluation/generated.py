@@ -1,6 +1,6 @@
-"""Compares generated images with an image set: Fréchet distance, precision and recall, and nearest neighbours."""
+"""Compares generated images with an image set: Fréchet distance, precision and recall."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +13,12 @@ from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from svqvae_hf.data.image_rows import ImageRow, ImageSource
 from svqvae_hf.evaluation.measuring import measure_images, to_tensor
-from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
 from svqvae_hf.evaluation.report import MANY_IMAGES, Report
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 
 POOLED_SIDE = 4  # cells of latents per side
-NEIGHBOURS = 3  # of precision and recall, and on the picture
-NUM_SHOWN = 8  # generated images on the picture
+NEIGHBOURS = 3  # of precision and recall
 
 
 class TokenizerFeatures(nn.Module):
@@ -61,7 +59,7 @@ def compare_generated(
         images (`Iterable`): Images to compare with. Their shorter side is resized to the generated images (bicubic),
             and the centre is cropped.
         networks (`Mapping[str, nn.Module]`): Names and networks that map uint8 images `(batch, 3, height, width)` to
-            features `(batch, n)`. The last one finds the nearest neighbours.
+            features `(batch, n)`.
         resolution (`int`, *optional*): Side to which both are resized and cropped; by default the shorter side of the
             first generated image.
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
@@ -73,33 +71,15 @@ def compare_generated(
     """
     state = PartialState(cpu=torch.device(device).type == "cpu")
     side = resolution
-    shown: list[tuple[str, Image.Image]] = []
-    queries: list[torch.Tensor] = []
-    last = [*networks][-1]
 
-    def features(image: Image.Image) -> dict[str, torch.Tensor]:
-        return {name: network(to_tensor(image, device))[0].float().cpu() for name, network in networks.items()}
-
-    def measure_generated(image: Image.Image, index: int, name: str) -> dict[str, Any]:
+    def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
         nonlocal side
         side = side or min(image.size)
-        fitted = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-        values = features(fitted)
-        if len(shown) < NUM_SHOWN:
-            shown.append((name, fitted))
-            queries.append(values[last])
-        return values
+        pixels = to_tensor(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC), device)
+        return {name: network(pixels)[0].float().cpu() for name, network in networks.items()}
 
-    found, skipped = measure_images(measure_generated, generated, resolution, state)
-    nearest: list[list[tuple[float, int, str, Image.Image]]] = [[] for _ in shown]
-
-    def measure_real(image: Image.Image, index: int, name: str) -> dict[str, Any]:
-        values = features(image)
-        for kept, distance in zip(nearest, (torch.stack(queries) - values[last]).norm(dim=1).tolist(), strict=True):
-            kept[:] = sorted([*kept, (distance, index, name, image)], key=lambda each: each[:2])[:NEIGHBOURS]
-        return values
-
-    real, also_skipped = measure_images(measure_real, images, side, state)
+    found, skipped = measure_images(measure, generated, resolution, state)
+    real, also_skipped = measure_images(measure, images, side, state)
     if min(len(found), len(real)) <= NEIGHBOURS:
         raise ValueError(
             f"both sets must have more than {NEIGHBOURS} images, got {len(found)} generated and {len(real)} others."
@@ -125,7 +105,7 @@ def compare_generated(
         images=[],
         skipped=[*skipped, *also_skipped],
         notes=notes,
-        pictures={"neighbours": _neighbours_sheet(shown, nearest)},
+        pictures={},
     )
 
 
@@ -137,15 +117,3 @@ def _compare(name: str, network: nn.Module, generated: torch.Tensor, real: torch
         precision, recall = calculate_precision_recall_part(generated, real, NEIGHBOURS)
     distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
     return {"title": name, "frechet_distance": max(0.0, distance), "precision": precision, "recall": recall}
-
-
-def _neighbours_sheet(
-    shown: Sequence[tuple[str, Image.Image]], nearest: Sequence[Sequence[tuple[float, int, str, Image.Image]]]
-) -> Image.Image:
-    return stacked_sheets(
-        [
-            Panel(image, name, "generated"),
-            *(Panel(each, other, f"distance {distance:.3g}") for distance, _, other, each in neighbours),
-        ]
-        for (name, image), neighbours in zip(shown, nearest, strict=True)
-    )

@@ -284,7 +284,7 @@ def public_values(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flags(path: Path) -> Iterator[str]:
-    """Entries of a YAML file as flags."""
+    """Entries of a YAML file as flags. Paths are relative to its folder, if they exist there."""
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -292,5 +292,7 @@ def _flags(path: Path) -> Iterator[str]:
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
     for name, value in entries.items():
+        if isinstance(value, str) and (path.parent / value).exists():  # from any folder
+            value = str(path.parent / value)
         if value is not None:
             yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))

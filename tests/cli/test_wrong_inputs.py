@@ -27,7 +27,6 @@ WRONG = {  # words on the command line, and a part of the message
     "tokenize": [
         ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
         ("two_images out --part 3", "A part (`--part`) must be in [0, 0], got [3]."),
-        ("two_images out --license foo", "`license` must be an identifier that the Hub knows"),
         ("two_images out --sides 1 2", "--sides needs square crops of one size. Add --crops centre --resolution"),
     ],
     "evaluate": [
@@ -57,7 +56,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "generate": [
         ("empty --output out", "`empty` must be a pipeline or a language model with image tokens"),
-        ("{model} --output out", "must be a pipeline or a language model with image tokens"),
+        ("adapter --output out", "image tokens. Pass its base as MODEL and it as --adapter."),
         ("{model} --output out --seed x", "argument --seed: invalid int value: 'x'"),
     ],
     "caption": [
@@ -81,6 +80,8 @@ WRONG = {  # words on the command line, and a part of the message
 def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, command, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
     (tmp_path / "broken.png").write_bytes(b"hello")
     before = sorted(tmp_path.rglob("*"))
     files = {"model": saved_model, "generator": DEFAULT_GENERATOR}

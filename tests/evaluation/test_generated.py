@@ -8,7 +8,6 @@ import torch
 from cli_runner import svqvae
 from conftest import make_tiny
 from features import Features
-from PIL import Image
 from scipy.linalg import sqrtm
 
 from svqvae_hf.evaluation.generated import NEIGHBOURS, TokenizerFeatures, compare_generated
@@ -35,7 +34,10 @@ def test_latents_give_no_precision(images):
 def test_values_are_those_of_the_definitions(images):
     network = Features()
     generated = [image.rotate(180) for image in images[:6]]
-    (row,) = compare_generated(generated, images, {"name": network}).rows
+    report = compare_generated(generated, images, {"name": network})
+    (row,) = report.rows
+    assert report.settings == {"resolution": 48, "generated_images": 6, "images": 10}
+    assert report.notes[0].startswith("The Fréchet distance of 6 and 10 images is too high to be compared")
     fake, real = features(network, generated), features(network, images)
     covariances = np.cov(fake, rowvar=False), np.cov(real, rowvar=False)
     distance = np.square(fake.mean(0) - real.mean(0)).sum()
@@ -50,15 +52,6 @@ def test_values_are_those_of_the_definitions(images):
     assert row["recall"] == pytest.approx(covered(real, fake))
 
 
-def test_equal_sets(images):
-    report = compare_generated(images, [image.resize((96, 96)) for image in images], {"name": Features()})
-    (row,) = report.rows
-    assert row["frechet_distance"] == pytest.approx(0, abs=1)
-    assert (row["precision"], row["recall"]) == (1, 1)
-    assert report.settings == {"resolution": 48, "generated_images": 10, "images": 10}
-    assert report.notes[0].startswith("The Fréchet distance of 10 and 10 images is too high to be compared")
-
-
 @pytest.mark.slow
 def test_command(images, tmp_path, capsys):
     for folder in ("generated", "photos"):
@@ -67,12 +60,10 @@ def test_command(images, tmp_path, capsys):
             image.save(tmp_path / folder / f"{index}.png")
     out = tmp_path / "out"
     assert svqvae("evaluate", tmp_path / "generated", tmp_path / "photos", "--generated", "--output", out) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["neighbours.png", "report.json", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md"]
     report = json.loads((out / "report.json").read_text())
     assert [row["title"] for row in report["rows"]] == ["latents of the tokenizer"]
     assert report["settings"]["generated"] == str(tmp_path / "generated")
     assert report["settings"]["generated_images"] == len(images)
     table = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
     assert "\n".join(table) in capsys.readouterr().out
-    with Image.open(out / "neighbours.png") as sheet:
-        assert sheet.height > 8 * 256

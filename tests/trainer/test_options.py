@@ -115,14 +115,15 @@ COMMANDS = sorted((ROOT / "training" / "configs").glob("train_*.yaml"))
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
-def test_command_of_a_recipe_is_valid_and_names_files_that_exist(path):
+def test_command_of_a_recipe_is_valid_from_any_folder(path, tmp_path, monkeypatch):
     (command,) = re.findall(r"^#   (.*)$", path.read_text(), re.MULTILINE)
     script, options = re.search(r"training/(\w+)\.py (.*)", command).groups()
     arguments = shlex.split(options)
     assert arguments[0] == path.relative_to(ROOT).as_posix()
+    monkeypatch.chdir(tmp_path)
     config, *_ = read_options(OPTIONS[script], [str(path), *arguments[1:], *ON_CPU.get(script, [])])
     if config.model_config_name_or_path is not None:
-        assert SVQVAE.load_config(str(ROOT / config.model_config_name_or_path))
+        assert SVQVAE.load_config(config.model_config_name_or_path)
     launcher = re.search(r"--config_file (\S+)", command)
     assert launcher is None or (ROOT / launcher[1]).is_file()
 
