@@ -47,7 +47,7 @@ class InputFile(NamedTuple):
 def find_images(args: argparse.Namespace, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[InputFile]:
     """Finds the images that a command encodes, and checks the name of its model and its tiles."""
     check_source(args.model)
-    check_tiles(args.model, args.tile_size)
+    check_tiles(args.model, getattr(args, "tile_size", None))
     return find_inputs(args.inputs, suffixes, args.output)
 
 
