@@ -7,6 +7,6 @@ if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; the
     exit
 fi
 pytest
-for name in speed growth search training llamagen; do
+for name in speed growth training llamagen; do
     python "benchmarks/$name.py" --device cuda --output "outputs/gpu/$name.json"
 done

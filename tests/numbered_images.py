@@ -81,9 +81,11 @@ def policy(**options):
     return CropPolicy(**(plain | options))
 
 
-def crop_loader(images, crop_policy=None, share=(2,), num_steps=12, pixel_range=(0, 1), seed=0, label=None, **options):
+def crop_loader(
+    images, crop_policy=None, share=(2,), num_steps=12, pixel_range=(0, 1), seed=0, label=None, mixture=(), **options
+):
     """A loader of crops, in this process by default. `share`: batch size, batches per step, process, processes."""
-    cutter = CropCutter(crop_policy or policy(), pixel_range, Share(*share), num_steps, seed, label)
+    cutter = CropCutter(crop_policy or policy(), pixel_range, Share(*share), num_steps, seed, label, *mixture)
     return CropLoader(images, cutter, **({"num_workers": 0} | options))
 
 

@@ -87,7 +87,6 @@ COMMANDS = [  # options that shrink the work
     "speed --original svqvae --base-channels 32 --sides 32 --tiled-side 48 --dtypes float32 --patch-nums 2 4"
     f" {SMALL_TILES}",
     "growth --whole 64x64 --tiles 96x64 --files 96x64 --tile-size 64 --overlap 8",
-    "search --latents 1024 --codes 512",
     f"tiles photos {SMALL_TILES}",
     "token_sets photos --count 2 --sides 16 --workers 0",
     "baselines photos --fit photos --scales 1 0.5 --side 4 --codes 64",

@@ -1,5 +1,6 @@
 """Trains an SVQVAE: `accelerate launch training/train.py --train_data_dir PHOTOS --output_dir OUT ...`."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,12 +25,13 @@ from svqvae_hf.trainer.data.image_source import ImageSource, check_held_out
 from svqvae_hf.trainer.linear_start import start_linear
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.losses.objective import Objective, Pair
-from svqvae_hf.trainer.model import load_model, save_model, step_scales, whiten_latents
+from svqvae_hf.trainer.model import load_model, save_model, step_scales
 from svqvae_hf.trainer.optimization import loss_scale, make_optimizer, rescale_gradients
 from svqvae_hf.trainer.publishing import Result, provenance
 from svqvae_hf.trainer.run import run_script
 from svqvae_hf.trainer.tracking import ScaleStatistics, log_images, progress, rows_of_images
 from svqvae_hf.trainer.train_options import TrainOptions
+from svqvae_hf.trainer.validations import Validations
 from svqvae_hf.trainer.weights import Weights
 
 SCRIPT = "training/train.py"
@@ -51,16 +53,14 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     codebook_size, pixel_range = vqvae.config["codebook_size"], vqvae.config["pixel_range"]
     images = ImageSource(options, accelerator, pixel_range, synthetic_fraction=options.synthetic_fraction)
     sides = [options.resolution, *options.crop_sizes]
-    loader = images.loader(
-        sides, options.max_steps, options.seed, options.full_crops_from, options.gradient_accumulation_steps
-    )
-    validation_batches = load_validation_batches(options, images, pixel_range)
+    loader = images.loader(sides, options.max_steps, options.seed, options.gradient_accumulation_steps)
+    validation_sets = load_validation_sets(options, images, pixel_range)
     objective = Objective(options, vqvae, mean=partial(accelerator.reduce, reduction="mean"))
     discriminator = objective.discriminator
     statistics = ScaleStatistics(codebook_size, by_octave=not options.scales)
 
     # Optimizers
-    if options.model_config_name_or_path is not None and checkpoint is None:
+    if options.model_config_name_or_path is not None and options.start == "linear" and checkpoint is None:
         start_new_model(options, vqvae, images)
     optimizer, lr_scheduler = make_optimizer(
         vqvae, options, options.learning_rate, options.max_steps, CONVOLUTION_NDIM
@@ -69,7 +69,9 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     models = [model]
     weights = Weights(options, accelerator, vqvae, model, optimizer, lr_scheduler, options.use_ema)
     codes = Codes(options, accelerator, vqvae, images, weights)
+    validations = Validations(vqvae, options.load_best_model_at_end)
     states: dict[str, Stateful] = {"weights": weights, "codebook_average": codes.average, "dead_codes": codes.dead}
+    states["validations"] = validations
     if discriminator is not None:
         discriminator_steps = options.max_steps - options.adversarial_start
         discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
@@ -92,8 +94,9 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     log = Log(options, accelerator, vqvae, loader.contents, checkpoints.first_step)
     batches = iter(loader)
 
-    def validate_after(steps_done: int) -> dict[str, float]:
-        return validate(options, log, weights, objective, validation_batches, steps_done)
+    def validate_after(steps_done: int) -> None:
+        if validation_sets:
+            validate(options, log, weights, objective, validation_sets, validations, steps_done)
 
     if checkpoint is None:
         validate_after(0)
@@ -140,26 +143,24 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
         if options.validates_after(step):
             validate_after(step + 1)
 
-    validation = validate_after(options.max_steps)
-    vqvae.load_state_dict(weights.final())
+    validate_after(options.max_steps)
+    vqvae.load_state_dict(validations.weights or weights.final())
     if accelerator.is_main_process:
         examples = f"crops of {options.resolution}² pixels"
         rows = provenance(SCRIPT, options.max_steps, loader.share.step_size, examples)
-        if validation:
-            found = ", ".join(f"{name} {value:.4g}" for name, value in validation.items())
-            rows["validation"] = f"{sum(map(len, validation_batches))} images, centre crops: {found}"
+        for name, validated in validation_sets.items():
+            both = validations.chosen[name], validations.first[name]
+            chosen, first = (", ".join(f"{key} {value:.4g}" for key, value in each.items()) for each in both)
+            rows[name] = f"{sum(map(len, validated))} images, centre crops: {chosen} after step {validations.step:,}"
+            rows[name] += f"; {first} before the first step"
         result.publish(partial(save_model, options, vqvae), make_card(options, result, vqvae, rows))
 
 
 def start_new_model(options: TrainOptions, vqvae: SVQVAE, images: ImageSource) -> None:
-    """Sets the initial weights of a new model from some crops, the same on all processes."""
-    crops = images.fresh_crops([options.resolution], START_BATCHES)
-    if options.start == "linear":
-        device = vqvae.device
-        start_linear(vqvae.cpu(), torch.cat([*crops]).cpu())  # in float64, which Apple's GPUs do not have
-        vqvae.to(device)
-    else:
-        whiten_latents(vqvae, crops)
+    """Makes a new model a linear autoencoder of some crops, the same on all processes."""
+    crops, device = images.fresh_crops([options.resolution], START_BATCHES), vqvae.device
+    start_linear(vqvae.cpu(), torch.cat([*crops]).cpu())  # in float64, which Apple's GPUs do not have
+    vqvae.to(device)
     for parameter in vqvae.parameters():
         broadcast(parameter.data)  # processes have different crops
 
@@ -210,13 +211,10 @@ class Codes:
         return {"reset_codes": torch.tensor(float(len(replaced)), device=accelerator.device)}
 
     def _fresh_latents(self, num_batches: int, step: int) -> torch.Tensor:
-        """Latents of crops that the run does not train on, with sides as at that step, from all processes."""
+        """Latents of crops that the run does not train on, from all processes."""
         options, accelerator, latents = self.options, self.accelerator, []
-        sides, growth_batch = [options.resolution, *options.crop_sizes], 0
-        if options.full_crops_from:
-            sides, growth_batch = (sides, num_batches) if step < options.full_crops_from else (sides[:1], 0)
         self.vqvae.eval()  # without dropout
-        crops = self.images.fresh_crops(sides, num_batches, step, growth_batch)
+        crops = self.images.fresh_crops([options.resolution, *options.crop_sizes], num_batches, step)
         for sample in progress(crops, "k-means: latents", num_batches) if num_batches > RESET_BATCHES else crops:
             with torch.no_grad(), accelerator.autocast():
                 gathered = accelerator.gather(self.vqvae.encode(sample).latents.float())
@@ -232,16 +230,18 @@ class Codes:
         forget_codes(self.vqvae, quantizer.embedding.weight, replaced, self.weights.optimizer, self.weights.ema)
 
 
-def load_validation_batches(
+def load_validation_sets(
     options: TrainOptions, images: ImageSource, pixel_range: tuple[float, float]
-) -> list[torch.Tensor]:
-    """Centre crops of the validation images, in batches; empty without `--validation_data_dir`."""
-    if options.validation_data_dir is None:
-        return []
-    held_out = open_images([options.validation_data_dir])
-    check_held_out(held_out, images.images)
-    crops = centre_crops(held_out, options.num_validation_images, options.resolution, pixel_range)
-    return list(crops.split(options.per_device_train_batch_size))
+) -> dict[str, Sequence[torch.Tensor]]:
+    """Centre crops of the images of each `--validation_data_dir`, in batches: `validation`, `validation_2`, ..."""
+    sets = {}
+    for number, folder in enumerate(options.validation_data_dir, 1):
+        held_out = open_images([folder])
+        for trained in (images.images, images.mixed):
+            check_held_out(held_out, trained)
+        crops = centre_crops(held_out, options.num_validation_images, options.resolution, pixel_range)
+        sets[f"validation_{number}" if number > 1 else "validation"] = crops.split(options.per_device_train_batch_size)
+    return sets
 
 
 def validate(
@@ -249,31 +249,32 @@ def validate(
     log: Log,
     weights: Weights,
     objective: Objective,
-    batches: list[torch.Tensor],
+    sets: Mapping[str, Sequence[torch.Tensor]],
+    validations: Validations,
     steps_done: int,
-) -> dict[str, float]:
-    """Logs statistics of each scale and a picture."""
-    if not batches:
-        return {}
-    accelerator = log.accelerator
+) -> None:
+    """Logs statistics of each scale on each set, and a picture of the first set."""
+    accelerator, scales = log.accelerator, options.validation_scales
     shown: list[Pair] = []
     statistics = ScaleStatistics(objective.codebook.weight.shape[0], by_octave=False)
     quantize = steps_done > options.quantize_from or options.quantize_from == 0
-    scales = options.validation_scales
+    numbers, ids = {}, {}
     with weights.evaluating():
-        for batch in batches:
-            sample = batch.to(accelerator.device)
-            output = weights.model(
-                sample, options.validation_scales, scale_from="latents", force_not_quantize=not quantize
-            )
-            pairs = [pair.clamped() for pair in objective.pairs(sample, output)]
-            statistics.add(scales, pairs, output.ids or [])
-            shown = shown or [pair.first(SHOWN_IMAGES) for pair in pairs]
-    numbers = statistics.summary(accelerator.reduce)
-    log.write(steps_done, {f"validation/{name}": value for name, value in numbers.items()})
+        for name, batches in sets.items():
+            found = [torch.empty(0, dtype=torch.int64)]
+            for batch in batches:
+                sample = batch.to(accelerator.device)
+                output = weights.model(sample, scales, scale_from="latents", force_not_quantize=not quantize)
+                pairs = [pair.clamped() for pair in objective.pairs(sample, output)]
+                statistics.add(scales, pairs, output.ids or [])
+                found += [each.flatten().cpu() for each in output.ids or []]
+                shown = shown or [pair.first(SHOWN_IMAGES) for pair in pairs]
+            numbers[name], ids[name] = statistics.summary(accelerator.reduce), torch.cat(found)
+        validations.add(steps_done, numbers, ids)
+    for name, value in numbers.items():
+        log.write(steps_done, {f"{name}/{key}": each for key, each in value.items()})
     if accelerator.is_main_process:
         log_images(accelerator, rows_of_images(shown), len(shown) + 1, Path(options.output_dir, "samples"), steps_done)
-    return numbers
 
 
 def make_card(options: TrainOptions, result: Result, vqvae: SVQVAE, rows: dict[str, str]) -> str:

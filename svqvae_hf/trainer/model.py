@@ -1,6 +1,5 @@
 """The model to train: its initial weights, its frozen parts, and the scales of its steps."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,11 @@ from torch import nn
 from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.loaders.pretrained_models import SVQVAE
 from svqvae_hf.models.modeling_svqvae import AttnBlock, ResnetBlock
-from svqvae_hf.models.quantizer import flatten_latents
 from svqvae_hf.tokens.context_model import find_context_model
 from svqvae_hf.trainer.configs import load_network_config
 from svqvae_hf.trainer.train_options import TrainOptions
 
 RESIDUAL_GAIN = 0.1
-VARIANCE_EPS = 1e-6
 
 
 def step_scales(options: TrainOptions, latent_side: int, step: int) -> list[float]:
@@ -100,39 +97,6 @@ def initialise(vqvae: SVQVAE) -> None:
         if isinstance(block, ResnetBlock | AttnBlock):
             last = block.conv2 if isinstance(block, ResnetBlock) else block.proj_out
             last.weight.data.mul_(RESIDUAL_GAIN)
-
-
-@torch.no_grad()
-def whiten_latents(vqvae: SVQVAE, samples: Iterable[torch.Tensor]) -> None:
-    """Projects a new model's latents on the principal components of its features, with mean 0 and variance 1.
-
-    A random projection would leave the latents in a narrow cone of the sphere, and training would then use only a few
-    of their dimensions.
-
-    Args:
-        vqvae ([`SVQVAE`]): Model whose `quant_conv` is set.
-        samples (`Iterable[torch.Tensor]`): Batches of images `(batch, 3, height, width)` in `pixel_range`.
-
-    Raises:
-        ValueError: If latents have more dimensions than features.
-    """
-    features_dim, dim = vqvae.config["z_channels"], vqvae.config["codebook_embed_dim"]
-    if dim > features_dim:
-        raise ValueError(
-            f"`codebook_embed_dim` of a new model must be at most `z_channels` = {features_dim}, but it is {dim}."
-        )
-    features: list[torch.Tensor] = []
-    was_training = vqvae.training
-    vqvae.eval()  # without dropout
-    hook = vqvae.quant_conv.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    for sample in samples:
-        vqvae.encode(sample)
-    hook.remove()
-    vqvae.train(was_training)
-    flat = torch.cat([flatten_latents(batch) for batch in features])  # (n, z_channels)
-    variances, components = torch.linalg.eigh(flat.T.cov())
-    weight = (components[:, -dim:] * variances[-dim:].clamp(min=VARIANCE_EPS).rsqrt()).T
-    vqvae.quant_conv.load_state_dict({"weight": weight[..., None, None], "bias": -weight @ flat.mean(0)})
 
 
 def save_model(options: TrainOptions, vqvae: SVQVAE, folder: Path) -> None:

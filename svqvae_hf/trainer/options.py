@@ -155,6 +155,8 @@ class ImageOptions(RunOptions):
     dataset_config_name: str | None = option(None, "Configuration of the image set.")
     data_files: list[str] = option([], "Files or globs of the image set; all by default.")
     train_data_dir: str | None = option(None, "Folder or pattern of images or shards, instead of --dataset_name.")
+    mix_data_dir: str | None = option(None, "Folder of other images, which the model shall not forget.")
+    mix_fraction: float = option(0.3, "Fraction of the crops that are cut from --mix_data_dir.")
     split: str = option("train", "Split of the image set.")
     image_column: str | None = option(None, "Column of the images, or their suffix in tar files; found by default.")
     per_device_train_batch_size: int = option(8, "Crops of side --resolution in a batch of one process.")

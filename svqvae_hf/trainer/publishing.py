@@ -20,7 +20,7 @@ from svqvae_hf.trainer.options import RunOptions, public_values
 
 OPTIONS, FINISHED = "train_config.yaml", "finished_run.json"
 BASES = ("pretrained_model", "model", "pipeline")  # in the names of options, for what is trained further
-SETS = ("token_set", "dataset_name", "train_data_dir")
+SETS = ("token_set", "dataset_name", "train_data_dir", "mix_data_dir")
 OF_THE_START = ("output_dir", "resume_from_checkpoint")  # options that do not change the result
 
 logger = get_logger(__name__, log_level="INFO")

@@ -27,7 +27,6 @@ class TrainOptions(ImageOptions):
 
     # Data
     crop_sizes: list[int] = option([], "Smaller crop sides beside --resolution, at equal pixels per step.")
-    full_crops_from: int = option(0, "Step from which all crops have side --resolution, and before which none has.")
     synthetic_fraction: float = option(0.0, "Fraction of the crops replaced by flat colours, gradients and edges.")
 
     # Objective
@@ -41,9 +40,10 @@ class TrainOptions(ImageOptions):
     lpips_weight: float = option(0.0, "Weight of LPIPS.")
     lpips_net: str = option("vgg", "Network of LPIPS.", ("vgg", "alex", "squeeze"))
     lpips_weights: str | None = option(None, "File of torchvision's weights of that network; downloaded by default.")
-    adversarial_weight: float = option(0.0, "Weight of the hinge loss against the discriminator.")
+    adversarial_weight: float = option(
+        0.0, "Weight of the discriminator's loss, relative to the others' gradient (VQGAN)."
+    )
     adversarial_start: int = option(20_000, "First step of this loss and of the discriminator.")
-    adversarial_adaptive: bool = option(False, "Multiply it by the ratio of gradients at the last layer (VQGAN).")
 
     # Codebook
     kmeans_steps: list[int] = option(
@@ -54,18 +54,21 @@ class TrainOptions(ImageOptions):
     dead_code_reset_steps: int = option(0, "Steps between replacements of dead codes by random latents; 0: never.")
 
     # Validation
-    validation_data_dir: str | None = option(None, "Folder of images that are not trained on.")
+    validation_data_dir: list[str] = option([], "Folders of images that are not trained on, measured one by one.")
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
-    num_validation_images: int = option(16, "Maximum number of images of a validation, of which the centre is cut.")
+    num_validation_images: int = option(16, "Maximum number of images of a folder, of which the centre is cut.")
+    load_best_model_at_end: bool = option(False, "Save the weights of the validation with the highest mean PSNR.")
 
     def faults(self) -> Iterator[str]:
         """Yields what is wrong with the options of an SVQVAE as well."""
         yield from super().faults()
         yield from self.not_one_of("model_config_name_or_path", "pretrained_model_name_or_path")
         yield from wrong(self, POSITIVE, "num_scales", "token_budget", "kmeans_batches", "num_validation_images")
-        yield from wrong(self, NOT_NEGATIVE, "dead_code_reset_steps", "full_crops_from", "adversarial_start")
-        yield from wrong(self, NOT_NEGATIVE, "causal_weight", "lpips_weight", "adversarial_weight")
-        yield from wrong(self, FRACTION, "synthetic_fraction", "codebook_decay")
+        losses = "causal_weight", "lpips_weight", "adversarial_weight"
+        yield from wrong(self, NOT_NEGATIVE, "dead_code_reset_steps", "adversarial_start", *losses)
+        yield from wrong(self, FRACTION, "synthetic_fraction", "mix_fraction", "codebook_decay")
+        if self.load_best_model_at_end and not self.validation_data_dir:
+            yield "`--load_best_model_at_end` needs `--validation_data_dir`. Give both or neither."
         yield from self._check_crops()
         yield from self._check_scales()
         yield from self._check_codebook()
@@ -83,8 +86,6 @@ class TrainOptions(ImageOptions):
     def _check_crops(self) -> Iterator[str]:
         if any(side < 1 or self.resolution % side for side in self.crop_sizes):
             yield f"`--crop_sizes` must divide `--resolution` = {self.resolution}, but are {self.crop_sizes}."
-        if self.full_crops_from and max(self.crop_sizes, default=self.resolution) >= self.resolution:
-            yield "`--full_crops_from` needs smaller `--crop_sizes` for the steps before. Give at least one."
         smallest = min([self.resolution, *self.crop_sizes])
         if self.scale_probabilities:
             smallest = int(smallest * min(self.scales, default=1))

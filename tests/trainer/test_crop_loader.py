@@ -51,7 +51,8 @@ def test_resumed_loader_continues_exactly(sets, kind, num_workers, share):
     mixed = policy(sides=(16, 8), random_flip=True, resize_range=(0.5, 2))
 
     def make_loader(num_workers):
-        return crop_loader(open_set(sets[kind, "broken"]), mixed, share, num_workers=num_workers)
+        mixture = (open_set(sets["webdataset", "broken"]).rows, 0.4)
+        return crop_loader(open_set(sets[kind, "broken"]), mixed, share, num_workers=num_workers, mixture=mixture)
 
     loader = make_loader(num_workers)
     batches, states = [], []
@@ -73,12 +74,25 @@ def crops_of_steps(images, shares, state=None):
     steps = [[] for _ in range(12)]
     for share in shares:
         options = {"sides": (16, 8, 4), "random_flip": True, "resize_range": (0.5, 2)}
-        loader = crop_loader(images, policy(**options), share)
+        loader = crop_loader(images, policy(**options), share, mixture=(images.rows, 0.4))
         if state is not None:
             loader.load_state_dict(state)
         for batch in loader:
             steps[(loader.batch - 1) // loader.share.batches] += [crop.numpy().tobytes() for crop in batch.sample]
     return [*map(sorted, steps)]
+
+
+def test_a_mixture_takes_the_place_of_its_fraction_and_is_part_of_the_set(sets, tmp_path):
+    images, mixtures = open_set(sets["folder", "whole"]), [()]
+    for number in (200, 201):
+        write_set(tmp_path / str(number), "folder", [encode(numbered(number))])
+        mixtures.append((open_set(tmp_path / str(number)).rows, 0.25))
+    plain, mixed, other = (crop_loader(images, num_steps=200, mixture=mixture) for mixture in mixtures)
+    pairs = [pair for batch in zip(plain, mixed, strict=True) for pair in zip(*map(numbers, batch), strict=True)]
+    assert all(number in (before, 200) for before, number in pairs)
+    assert 0.18 < sum(number == 200 for _, number in pairs) / len(pairs) < 0.32
+    with pytest.raises(ValueError, match="digest of the set must be"):
+        other.load_state_dict(mixed.state_dict())
 
 
 PROCESSES = {"batches": [(1, 4)], "two": [(1, 2, 0, 2), (1, 2, 1, 2)], "four": [(1, 1, i, 4) for i in range(4)]}
@@ -89,7 +103,7 @@ def test_a_step_holds_the_same_crops_for_any_division_into_batches_and_processes
     images = open_set(sets["folder", "broken"])
     whole = crops_of_steps(images, [(4,)])
     assert crops_of_steps(images, shares) == whole
-    saved = crop_loader(images, None, (2, 1, 1, 2))
+    saved = crop_loader(images, None, (2, 1, 1, 2), mixture=(images.rows, 0.4))
     list(itertools.islice(saved, 5))
     assert crops_of_steps(images, shares, saved.state_dict()) == [[]] * 5 + whole[5:]
     assert {sum(map(len, step)) for step in whole} == {4 * 4 * 3 * 16 * 16}, "float32 pixels of each step"
@@ -103,13 +117,6 @@ def test_each_epoch_shows_each_image_once(sets, kind):
     epochs = [seen[start : start + NUM_IMAGES] for start in range(0, len(seen), NUM_IMAGES)]
     assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_crops_grow_at_a_step():
-    growing = policy(sides=(16, 8, 4), growth_step=7)
-    sides = growing.sides_of(20, seed=0).tolist()
-    assert (set(sides[:7]), set(sides[7:])) == ({8, 4}, {16})
-    assert growing.sides_of(9, seed=0).tolist() == sides[:9]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,7 +52,7 @@ def options(tmp_path):
     return OPTIONS | {
         "model_config_name_or_path": str(tmp_path / "config.json"),
         "train_data_dir": str(tmp_path / "trained"),
-        "validation_data_dir": str(tmp_path / "held_out"),
+        "validation_data_dir": [str(tmp_path / "held_out")],
         "output_dir": str(tmp_path / "out"),
     }
 
@@ -66,7 +66,7 @@ def blocks_of(images, count, side):
 def kmeans_psnr(options):
     trained, held_out = (
         blocks_of(options["train_data_dir"], 3, 192),
-        blocks_of(options["validation_data_dir"], 100, SIDE),
+        blocks_of(*options["validation_data_dir"], 100, SIDE),
     )
     generator = torch.Generator().manual_seed(0)
     codes = trained[torch.randperm(len(trained), generator=generator)[: CONFIG["codebook_size"]]]

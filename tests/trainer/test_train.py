@@ -51,7 +51,7 @@ EVERYTHING = {
         "resize_range": [0.5, 1.0],
     },
     **{"lpips_weight": 0.1, "lpips_net": "squeeze", "causal_weight": 1e-3},
-    **{"adversarial_weight": 0.5, "adversarial_start": 3, "adversarial_adaptive": True},
+    **{"adversarial_weight": 0.5, "adversarial_start": 3},
     **{"kmeans_steps": [2], "kmeans_batches": 2, "dead_code_reset_steps": 2, "use_ema": True, "warmup_steps": 2},
     **{"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "logging_steps": 1, "learning_rate": 1e-3},
 }
@@ -140,7 +140,7 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "gradient_accumulation_steps": 1}
     options |= {"max_steps": 16, "logging_steps": 4, "kmeans_steps": [4], "dead_code_reset_steps": 8}
     options |= {"adversarial_start": 10, "ema_decay": 0.9}
-    options |= {"validation_data_dir": str(inputs / "held_out"), "eval_steps": 4}
+    options |= {"validation_data_dir": [str(inputs / "held_out")], "eval_steps": 4}
     run(**options, report_to="tensorboard", gradient_checkpointing=True)
     for name in ("loss", "l2", "lpips", "vq", "commitment", "entropy", "causal", "adversarial"):
         values = logged(caplog, f"train/{name}")
@@ -170,8 +170,9 @@ def test_run_with_everything_on_stays_finite_and_saves_a_model_that_loads(option
 def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options, inputs, tmp_path):
     options |= EVERYTHING | {"lpips_weights": str(inputs / "squeeze.pth"), "per_device_train_batch_size": 1}
     options |= {"train_data_dir": str(inputs / "shard-*.tar"), "max_steps": 8, "save_steps": 2}
-    options |= {"codebook_decay": 0.9, "full_crops_from": 3, "dead_code_reset_steps": 4}
-    options |= {"streaming": True, "shuffle_buffer": 2}
+    options |= {"codebook_decay": 0.9, "dead_code_reset_steps": 4}
+    options |= {"streaming": True, "shuffle_buffer": 2, "mix_data_dir": str(inputs / "images"), "mix_fraction": 0.4}
+    options |= {"validation_data_dir": [str(inputs / "held_out")], "eval_steps": 2, "load_best_model_at_end": True}
     whole, broken = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     stopped = start(train_in_a_session, broken, tmp_path / "stopped.txt")
     wait_for_step(stopped, tmp_path / "stopped.txt", 3)  # no loader is about to start, as at k-means
@@ -359,7 +360,7 @@ def test_decoder_training_keeps_all_ids(options, tmp_path):
 
 
 def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tmp_path, monkeypatch):
-    options |= SMALL | {"max_steps": 2, "validation_data_dir": str(inputs / "held_out")}
+    options |= SMALL | {"max_steps": 2, "validation_data_dir": [str(inputs / "held_out")]}
     options |= {"push_to_hub": True, "hub_model_id": "org/trained", "model_config_name_or_path": None}
     started_from = shutil.copytree(inputs / "model", tmp_path / "started_from")
     head = "---\nlicense: mit\nbase_model: org/first\ntags: [svqvae]\n---\n\n"
@@ -379,7 +380,9 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     assert (ModelCard(card).data.license, ModelCard(card).data.base_model) == ("mit", "org/first")
     assert "| before: steps | 7 of 8 crops |" in card
     assert json.loads((repository.parent / "settings.json").read_text())["visibility"] == "private"
-    assert re.search(r"validation \| 1 images, centre crops: psnr@0.25 \d+\.\d+", card)
+    assert re.search(
+        r"validation \| 1 images, centre crops: psnr@0.25 \d+.* after step 2; psnr@0.25 \d+.* before", card
+    )
     for folder in (tmp_path, inputs):
         assert_no_private_path(folder, repository)
 
@@ -407,9 +410,9 @@ def test_what_would_fail_the_upload_ends_the_run_before_its_first_step(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resume_from_checkpoint": "nowhere"}, "or 'latest', but is 'nowhere'"),
+        ({"resume_from_checkpoint": "nowhere"}, "or 'latest', got 'nowhere'"),
         ({"train_data_dir": "/nowhere"}, "no file or folder matches: `/nowhere`"),
-        ({"validation_data_dir": "copies"}, "`--validation_data_dir` must hold images that are not trained on, but"),
+        ({"validation_data_dir": ["copies"]}, "`--validation_data_dir` must hold images that are not trained on, but"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has base_chanels"),
         ({"lpips_weight": 1.0, "lpips_weights": "/nowhere.pth"}, "/nowhere.pth"),
     ],

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from conftest import make_tiny
 from train import CONVOLUTION_NDIM
 
-from svqvae_hf.trainer.model import frozen_parts, initialise, load_model, step_scales, whiten_latents
+from svqvae_hf.trainer.model import frozen_parts, initialise, load_model, step_scales
 from svqvae_hf.trainer.optimization import parameter_groups
 from svqvae_hf.trainer.train_options import TrainOptions
 
@@ -29,22 +29,6 @@ def test_an_image_does_not_fade_in_a_new_encoder():
     initialise(model)
     assert fraction_of_the_image() > 0.95
     assert all(not layer.bias.any() for layer in model.modules() if isinstance(layer, torch.nn.Conv2d))
-
-
-def test_whitened_latents_have_mean_0_and_variance_1_and_are_principal_components():
-    model = make_tiny(z_channels=16, dropout_p=0.5).train()
-    initialise(model)
-    samples = [torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)]
-    whiten_latents(model, iter(samples))
-    assert model.training
-    model.eval()
-    latents = torch.cat([model.encode(sample).latents for sample in samples]).permute(0, 2, 3, 1).flatten(0, 2)
-    torch.testing.assert_close(latents.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
-    torch.testing.assert_close(latents.T.cov(), torch.eye(8), atol=1e-2, rtol=0)
-    features = torch.cat([model.encoder(sample) for sample in samples]).permute(0, 2, 3, 1).flatten(0, 2)
-    best = torch.linalg.svdvals(features - features.mean(0))[:8].square().sum()
-    basis = torch.linalg.qr(model.quant_conv.weight[..., 0, 0].T)[0]
-    torch.testing.assert_close(((features - features.mean(0)) @ basis).square().sum(), best, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

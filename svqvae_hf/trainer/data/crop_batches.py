@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from svqvae_hf.data.image_parts import IndexedRows
 from svqvae_hf.data.image_rows import ImageRow, fault_of, read_image
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
 from svqvae_hf.trainer.data.crops import CropPolicy
 from svqvae_hf.trainer.data.sample_order import Share
 from svqvae_hf.trainer.data.synthetic import synthetic_crop
 
-CROP, SYNTHETIC = 1, 4  # first words of the seeds of crops and synthetic crops
+CROP, SYNTHETIC, MIXED = 1, 4, 5  # first words of the seeds of crops, synthetic crops and mixed images
 MAX_IN_A_ROW = 1000  # unreadable images, before the image set is given up
 
 
@@ -45,6 +46,8 @@ class CropCutter:
         num_steps (`int`): Number of steps.
         seed (`int`): Seed of the sides, the positions, the factors and the flips.
         label_column (`str`, *optional*): Column of the labels.
+        mixed ([`~svqvae_hf.data.image_parts.IndexedRows`], *optional*): Other images that are mixed in.
+        mix_fraction (`float`, defaults to 0.0): Fraction of the crops that are cut from them.
     """
 
     policy: CropPolicy
@@ -53,6 +56,8 @@ class CropCutter:
     num_steps: int
     seed: int
     label_column: str | None = None
+    mixed: IndexedRows | None = None
+    mix_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         self.sides = self.policy.sides_of(self.num_steps, self.seed)
@@ -74,7 +79,7 @@ class CropCutter:
         crops: list[tuple[torch.Tensor, Any, bool]] = []
         skipped: list[tuple[str, str]] = []
         for number in self.share.numbers(batch, int(self.times[step])):
-            for image in islice(images_for(number), MAX_IN_A_ROW):
+            for image in islice(self._mixed(step, number) or images_for(number), MAX_IN_A_ROW):
                 crop = self._cut(image, int(self.sides[step]), (CROP, self.seed, step, number))
                 if not isinstance(crop, str):
                     crops.append(crop)
@@ -85,6 +90,13 @@ class CropCutter:
                 raise ValueError(f"{MAX_IN_A_ROW} images in a row are not readable, the last one `{name}`: {reason}")
         pixels, labels, enlarged = zip(*crops, strict=True)
         return CropBatch(torch.stack(pixels), [*labels], skipped, sum(enlarged))
+
+    def _mixed(self, step: int, number: int) -> Iterator[ImageRow] | None:
+        """Random images of the other set for a number of a step, or None if its image is of the set itself."""
+        rng, rows = np.random.default_rng((MIXED, self.seed, step, number)), self.mixed
+        if rows is None or rng.random() >= self.mix_fraction:
+            return None
+        return (rows[int(rng.integers(len(rows)))] for _ in count())
 
     def _cut(self, row: ImageRow, side: int, seed: tuple[int, ...]) -> tuple[torch.Tensor, Any, bool] | str:
         """Returns a crop, its label and whether the image is smaller than the crop, or the reason without one."""

@@ -110,11 +110,11 @@ class CropLoader(OrderedLoader):
         """Yields some images as bytes, each with its key, or the names of a stream's shards."""
         if self.rows is None:
             yield from (shard.name.encode() for shard in self.shards)
-            return
-        for row in [self.rows[number] for number in spread(len(self.rows))]:
-            yield row.key.encode()
-            with suppress(OSError, ValueError):  # unreadable
-                yield read_image(row).resize((8, 8)).tobytes()
+        for rows in (rows for rows in (self.rows, self.cutter.mixed) if rows is not None):
+            for row in [rows[number] for number in spread(len(rows))]:
+                yield row.key.encode()
+                with suppress(OSError, ValueError):  # unreadable
+                    yield read_image(row).resize((8, 8)).tobytes()
 
     def state_dict(self) -> dict[str, Any]:
         """State that is equal on all processes. For a stream, all of them must call it."""

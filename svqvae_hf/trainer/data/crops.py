@@ -20,8 +20,7 @@ CENTRE = (0.5, 0.5)
 class CropPolicy:
     """How crops are cut. All crops of a step have one side, drawn at random for each step.
 
-    A step of a smaller side has more crops, of as many pixels in all. Crops may grow: the first steps have all sides
-    but the largest, the others only the largest.
+    A step of a smaller side has more crops, of as many pixels in all.
 
     Args:
         sides (`Sequence[int]`): Sides in pixels; the largest is a multiple of each.
@@ -30,7 +29,6 @@ class CropPolicy:
         resize_range (`Sequence[float]`): Range of the random factor by which an image is resized before it is
             cropped. An image that would not hold the crop then is shrunk less, or enlarged.
         synthetic_fraction (`float`, defaults to 0.0): Fraction of the crops that [`synthetic_crop`] replaces.
-        growth_step (`int`, defaults to 0): First step of the largest side only; 0: sides are mixed throughout.
     """
 
     sides: Sequence[int]
@@ -38,15 +36,11 @@ class CropPolicy:
     random_flip: bool
     resize_range: Sequence[float]
     synthetic_fraction: float = 0.0
-    growth_step: int = 0
 
     def sides_of(self, num_steps: int, seed: int) -> np.ndarray:
         """Side of the crops of each step, the same for the first steps of more steps."""
-        draws, largest = np.random.default_rng((SIDE, seed)).random(num_steps), max(self.sides)
-        mixed = [side for side in self.sides if side < largest] if self.growth_step else self.sides
-        sides = np.array(mixed or [largest])[(draws * len(mixed)).astype(int)]
-        sides[self.growth_step or num_steps :] = largest
-        return sides
+        draws = np.random.default_rng((SIDE, seed)).random(num_steps)
+        return np.array(self.sides)[(draws * len(self.sides)).astype(int)]
 
     def cut(self, image: Image.Image, side: int, seed: Sequence[int]) -> Image.Image:
         """Cuts a crop of an image, at random as the seed says."""

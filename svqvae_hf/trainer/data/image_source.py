@@ -22,9 +22,9 @@ from svqvae_hf.trainer.options import ImageOptions
 logger = get_logger(__name__, log_level="INFO")
 
 
-def check_held_out(held_out: ImageSet, trained: ImageSet) -> None:
+def check_held_out(held_out: ImageSet, trained: ImageSet | None) -> None:
     """Raises if a file of one folder has the same bytes as one of the other. Sets without files are not compared."""
-    if not (isinstance(held_out.rows, FileRows) and isinstance(trained.rows, FileRows)):
+    if trained is None or not (isinstance(held_out.rows, FileRows) and isinstance(trained.rows, FileRows)):
         return
     root = Path(trained.rows.root)
     by_size: dict[int, list[str]] = defaultdict(list)
@@ -63,43 +63,42 @@ class ImageSource:
 
     def __post_init__(self) -> None:
         options, label_column = self.options, self.label_column
+        columns = [] if label_column is None else [label_column]
         self.images = open_images(
             [options.train_data_dir or options.dataset_name or ""],
             config=options.dataset_config_name,
             split=options.split,
             image_column=options.image_column,
-            columns=[] if label_column is None else [label_column],
+            columns=columns,
             data_files=options.data_files,
             copy=not options.streaming,
             results=options.output_dir,
         )
+        mix = options.mix_data_dir
+        self.mixed = open_images([mix], columns=columns, copy=True, results=options.output_dir) if mix else None
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
         self.named: list[str] = []  # keys of skipped images
         self.num_crops, self.has_warned = 0, False
 
-    def loader(
-        self, sides: list[int], num_steps: int, seed: int, growth_step: int = 0, batches_per_step: int = 1
-    ) -> CropLoader:
+    def loader(self, sides: list[int], num_steps: int, seed: int, batches_per_step: int = 1) -> CropLoader:
         """Makes a loader of this process's crops, cut as [`CropPolicy`] says; the seed decides which they are."""
         options = self.options
         share = replace(Share.of(options, self.accelerator), batches=batches_per_step)
         cuts = options.center_crop, options.random_flip, options.resize_range
-        policy = CropPolicy(sides, *cuts, self.synthetic_fraction, growth_step)
-        cutter = CropCutter(policy, self.pixel_range, share, num_steps, seed, self.label_column)
+        policy = CropPolicy(sides, *cuts, self.synthetic_fraction)
+        mixture = self.mixed.rows if self.mixed else None, options.mix_fraction
+        cutter = CropCutter(policy, self.pixel_range, share, num_steps, seed, self.label_column, *mixture)
         return CropLoader(self.images, cutter, options.dataloader_num_workers, options.shuffle_buffer)
 
-    def fresh_crops(
-        self, sides: list[int], num_batches: int, step: int = 0, growth_batch: int = 0
-    ) -> Iterator[torch.Tensor]:
+    def fresh_crops(self, sides: list[int], num_batches: int, step: int = 0) -> Iterator[torch.Tensor]:
         """Yields batches of crops on the device, other than those that the run trains on.
 
         Args:
             sides (`list[int]`): Sides of the crops in pixels, see [`CropPolicy`].
             num_batches (`int`): Number of batches.
             step (`int`, defaults to 0): Step of the run. Each has crops of its own.
-            growth_batch (`int`, defaults to 0): First batch of the largest side only, see [`CropPolicy`].
         """
-        loader = self.loader(sides, num_batches, self.options.seed + 1 + step, growth_batch)
+        loader = self.loader(sides, num_batches, self.options.seed + 1 + step)
         loader.shuffle_buffer = min(loader.shuffle_buffer, num_batches * self.options.per_device_train_batch_size)
         for batch in loader:
             yield batch.sample.to(self.accelerator.device)

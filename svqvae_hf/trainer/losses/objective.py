@@ -108,14 +108,10 @@ class Objective:
             large = [pair for pair in pairs if pair.fits(MIN_SIDE)]
             losses = [hinge_generator_loss(self.discriminator(2 * pair.output - 1)) for pair in large]
             adversarial = _weighted_sum([pair.weight for pair in large], losses)
-            weight = torch.tensor(self.options.adversarial_weight)
-            if self.options.adversarial_adaptive:
-                weight = self.options.adversarial_weight * adaptive_weight(
-                    reconstruction_loss, adversarial, self.last_layer_weight, self.mean
-                )
-                numbers["adversarial_weight"] = weight
+            ratio = adaptive_weight(reconstruction_loss, adversarial, self.last_layer_weight, self.mean)
+            weight = self.options.adversarial_weight * ratio
             loss = loss + weight * adversarial
-            numbers["adversarial"] = adversarial.detach()
+            numbers |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
         return loss, numbers
 
     def discriminator_loss(

@@ -1,0 +1,122 @@
+"""Can it be read? Characters that an OCR engine reads wrongly, by the height of the letters and the scale.
+
+    pip install rapidocr-onnxruntime
+    python benchmarks/readable.py svqvae_hf/pretrained --latin FONT ... --han FONT ... --seed 1
+
+Pages of random words, each in one font and size, go through the model at each scale, and through JPEG and AVIF in
+files that are at most as large as its token file. Height is that of a capital or of a Chinese character, in pixels.
+The engine, whose models are in its package, reads Latin letters and Chinese, and gets the lines one by one.
+"""
+
+import secrets
+from collections import defaultdict
+from collections.abc import Iterator
+from random import Random
+from typing import NamedTuple
+
+import torch
+from baselines import save_within
+from measuring import Row, describe_machine, make_parser, report
+from PIL import Image, ImageDraw, ImageFont
+from rapidocr_onnxruntime import RapidOCR
+from torchmetrics.functional.text import char_error_rate
+
+from svqvae_hf import SVQVAE
+from svqvae_hf.evaluation.codecs import open_image
+from svqvae_hf.tokens.context_model import ContextModel, find_context_model
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image
+from svqvae_hf.tokens.token_files import token_file_content
+
+SIDE, MARGIN, SPACING = 384, 8, 2.0  # of a page, in pixels; lines are so many heights apart
+LETTERS = "abcdefghijkmnopqrstuvwxyz"  # without l, which some fonts draw like I
+CODECS = ("JPEG", "AVIF")
+
+
+class Line(NamedTuple):
+    """A line of a page: its text, and its box in pixels."""
+
+    text: str
+    box: tuple[float, float, float, float]
+
+
+def draw_word(script: str, random: Random) -> str:
+    """A word of random characters."""
+    if script == "Latin":
+        return "".join(random.choices(LETTERS, k=random.randint(3, 9)))
+    codes = (bytes([random.choice(range(0xB0, 0xD7)), random.choice(range(0xA1, 0xFF))]) for _ in range(4))
+    return b"".join(codes).decode("gb2312")  # the commonest 3,666 characters
+
+
+def draw_page(font_path: str, script: str, height: int, random: Random) -> tuple[Image.Image, list[Line]]:
+    """A page of lines in one font, whose capitals or Chinese characters have a height."""
+    sample = "H" if script == "Latin" else "国"
+    _, top, _, bottom = ImageFont.truetype(font_path, 1000).getbbox(sample)
+    font = ImageFont.truetype(font_path, 1000 * height / (bottom - top))
+    page, lines = Image.new("RGB", (SIDE, SIDE), "white"), []
+    draw = ImageDraw.Draw(page)
+    for row in range(int((SIDE - 2 * MARGIN) / (SPACING * height))):
+        words = [draw_word(script, random)]
+        while draw.textlength(" ".join([*words, word := draw_word(script, random)]), font) < SIDE - 2 * MARGIN:
+            words.append(word)
+        text, y = " ".join(words), MARGIN + SPACING * height * (row + 0.75)
+        draw.text((MARGIN, y), text, "black", font, anchor="ls")
+        left, top, right, bottom = draw.textbbox((MARGIN, y), text, font, anchor="ls")
+        border = height / 4
+        lines.append(Line(text, (max(0, left - border), max(0, top - border), right + border, bottom + border)))
+    return page, lines
+
+
+@torch.inference_mode()
+def versions(
+    model: SVQVAE, context: ContextModel | None, page: Image.Image, scales: list[float]
+) -> Iterator[tuple[str, Image.Image]]:
+    """A page, and what comes back of it from the model and the codecs, each with a title."""
+    yield "page itself", page
+    for scale in scales:
+        tokens = encode_image(model, page, [scale], scale_from="image")
+        (output,) = decode_image(model, tokens)
+        yield f"ids, scale {scale:g}", output
+        bits = 8 * len(token_file_content(tokens, context))
+        for codec in CODECS:
+            yield f"{codec}, bits of scale {scale:g}", open_image(save_within(page, codec, bits))
+
+
+def wrong_characters(engine: RapidOCR, image: Image.Image, lines: list[Line]) -> float:
+    """Fraction of characters that are read wrongly, without spaces; a line that is not read is wrong as a whole."""
+    factor, read = image.width / SIDE, []
+    for line in lines:
+        crop = image.crop(tuple(round(factor * edge) for edge in line.box))
+        found, _ = engine(crop, use_det=False, use_cls=False, use_rec=True)
+        read.append("".join(text for text, _ in found or []).replace(" ", ""))
+    return min(1.0, char_error_rate(read, [line.text.replace(" ", "") for line in lines]).item())
+
+
+def main() -> None:
+    """Reads the arguments, measures and reports."""
+    parser = make_parser(__doc__, rounds=1)
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--latin", nargs="+", default=[], metavar="FONT", help="font files with Latin letters")
+    parser.add_argument("--han", nargs="+", default=[], metavar="FONT", help="font files with Chinese characters")
+    parser.add_argument("--heights", nargs="+", type=int, default=[8, 10, 12, 16, 24, 32], help="in pixels")
+    parser.add_argument("--scales", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="default: 0.5 1 2")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="seed of the words")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine = describe_machine("cpu", options.threads) | {"seed": options.seed}
+    model, engine, random = SVQVAE.from_pretrained(options.model), RapidOCR(), Random(options.seed)
+    context = find_context_model(options.model, model.codebook_fingerprint())
+    tables: dict[str, list[Row]] = {}
+    for script, fonts in (("Latin", options.latin), ("Han", options.han)):
+        for height in options.heights if fonts else []:
+            wrong = defaultdict(list)
+            for font in fonts:
+                page, lines = draw_page(font, script, height, random)
+                for title, image in versions(model, context, page, options.scales):
+                    wrong[title].append(100 * wrong_characters(engine, image, lines))
+            row = {"height": height} | {title: round(sum(values) / len(values), 1) for title, values in wrong.items()}
+            tables.setdefault(f"{script}, {len(fonts)} fonts: wrong characters, %", []).append(row)
+    report(options, machine, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What a run remembers of its validations: the first one, and the last or best one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Validations:
+    """The first validation of a run and a chosen one, the best or the last. Each has the numbers of some sets.
+
+    Args:
+        network (`nn.Module`): The bare network.
+        keep_best (`bool`): Choose the one of the highest mean PSNR over sets and scales, and keep its weights.
+
+    Attributes:
+        first, chosen (`dict[str, dict[str, float]]`): Numbers of each set in the first and the chosen validation.
+        step (`int`): Steps done before the chosen validation.
+        weights (`dict[str, torch.Tensor]`): Its weights, on the CPU, with `keep_best`.
+    """
+
+    def __init__(self, network: nn.Module, keep_best: bool):
+        self.network, self.keep_best = network, keep_best
+        self.first: dict[str, dict[str, float]] = {}
+        self.chosen: dict[str, dict[str, float]] = {}
+        self.ids: dict[str, torch.Tensor] = {}
+        self.step, self.score = 0, float("-inf")
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def add(self, steps_done: int, numbers: dict[str, dict[str, float]], ids: dict[str, torch.Tensor]) -> None:
+        """Adds a validation, while the network has the weights that were validated.
+
+        Args:
+            steps_done (`int`): Steps done before it.
+            numbers (`dict[str, dict[str, float]]`): Numbers of each set. `ids_kept` is added: the fraction of ids that
+                are those of the first validation.
+            ids (`dict[str, torch.Tensor]`): Ids `(n,)` of each set; empty if nothing was quantised.
+        """
+        self.first, self.ids = self.first or numbers, self.ids or ids
+        for name, now in ids.items():
+            if len(now) == len(self.ids.get(name, "")) > 0:
+                numbers[name]["ids_kept"] = (now == self.ids[name]).float().mean().item()
+        score = sum(value for each in numbers.values() for name, value in each.items() if name.startswith("psnr@"))
+        if score > self.score or not self.keep_best:
+            self.score, self.step, self.chosen = score, steps_done, numbers
+            weights = self.network.state_dict() if self.keep_best else {}
+            self.weights = {name: value.cpu().clone() for name, value in weights.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {name: value for name, value in vars(self).items() if name not in ("network", "keep_best")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a state."""
+        vars(self).update(state)
