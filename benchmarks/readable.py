@@ -10,15 +10,14 @@ The engine, whose models are in its package, reads Latin letters and Chinese, an
 
 import secrets
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from baselines import save_within
 from measuring import Row, describe_machine, make_parser, report
 from PIL import Image, ImageDraw, ImageFont
-from rapidocr_onnxruntime import RapidOCR
 from torchmetrics.functional.text import char_error_rate
 
 from svqvae_hf import SVQVAE
@@ -81,7 +80,7 @@ def versions(
             yield f"{codec}, bits of scale {scale:g}", open_image(save_within(page, codec, bits))
 
 
-def wrong_characters(engine: RapidOCR, image: Image.Image, lines: list[Line]) -> float:
+def wrong_characters(engine: Callable[..., Any], image: Image.Image, lines: list[Line]) -> float:
     """Fraction of characters that are read wrongly, without spaces; a line that is not read is wrong as a whole."""
     factor, read = image.width / SIDE, []
     for line in lines:
@@ -103,6 +102,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     machine = describe_machine("cpu", options.threads) | {"seed": options.seed}
+    from rapidocr_onnxruntime import RapidOCR  # after the options, because no extra installs it
+
     model, engine, random = SVQVAE.from_pretrained(options.model), RapidOCR(), Random(options.seed)
     context = find_context_model(options.model, model.codebook_fingerprint())
     tables: dict[str, list[Row]] = {}

@@ -197,7 +197,7 @@ class Codes:
         """Moves codes to the average of their latents, and replaces dead codes by latents, if asked for."""
         options, accelerator, quantizer = self.options, self.accelerator, self.vqvae.quantize
         ids = torch.cat([each.flatten() for each in output.ids or []])
-        if options.codebook_decay:
+        if 0 < options.codebook_decay < 1:
             latents = torch.cat([flatten_latents(each.detach()) for each in output.latents or []])
             self.average.update(quantizer, latents, ids, partial(accelerator.reduce, reduction="mean"))
         if not options.dead_code_reset_steps:

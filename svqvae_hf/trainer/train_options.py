@@ -50,7 +50,9 @@ class TrainOptions(ImageOptions):
         [], "Steps at which k-means sets the codes; a new model quantises from the first."
     )
     kmeans_batches: int = option(64, "Batches of each process whose latents k-means uses.")
-    codebook_decay: float = option(0.0, "Decay of the mean of latents that moves the codes; 0: gradients move them.")
+    codebook_decay: float = option(
+        0.0, "Decay of the mean of latents that moves the codes; 0: gradients move them; 1: they stay."
+    )
     dead_code_reset_steps: int = option(0, "Steps between replacements of dead codes by random latents; 0: never.")
 
     # Validation

@@ -36,6 +36,7 @@ from svqvae_hf.tokens.context_model import find_context_model
 from svqvae_hf.trainer.data.image_source import ImageSource
 from svqvae_hf.trainer.losses import objective as objective_module
 from svqvae_hf.trainer.losses.objective import Objective
+from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.run import run_training
 from svqvae_hf.trainer.scripts import one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
@@ -345,18 +346,28 @@ def test_another_number_of_processes_goes_on_with_the_same_crops_and_ends_alike(
 # Codebook, decoder, result, mistakes
 
 
-def test_decoder_training_keeps_all_ids(options, tmp_path):
-    before = make_tiny()
+@pytest.mark.parametrize(
+    ("recipe", "kept"),
+    [("adapt", []), ("adapt_keep_codes", ["quantize"]), ("adapt_decoder", ["encoder", "quant_conv", "quantize"])],
+)
+def test_recipes_adapt_a_model_of_another_family_and_keep_what_they_say(recipe, kept, options, inputs, tmp_path):
+    before = make_tiny(network_range=(-1.0, 1.0), norm_num_groups=4, num_res_blocks=2, z_channels=16)
     before.save_pretrained(tmp_path / "model")
     make_context_model(before.codebook_fingerprint()).save_pretrained(tmp_path / "model")
-    options |= SMALL | {"model_config_name_or_path": None, "pretrained_model_name_or_path": str(tmp_path / "model")}
-    run(**options, train="decoder", max_steps=3)
+    changes = {"pretrained_model_name_or_path": tmp_path / "model", "mix_data_dir": inputs / "images"}
+    changes |= {"train_data_dir": options["train_data_dir"], "output_dir": options["output_dir"], "resolution": 32}
+    changes |= {"validation_data_dir": inputs / "held_out", "warmup_steps": 0, "eval_steps": 2, "max_steps": 3}
+    changes |= {"load_best_model_at_end": False, "mixed_precision": "no", "dataloader_num_workers": 0}
+    flags = [flag for name, value in changes.items() for flag in (f"--{name}", str(value))]
+    run(**vars(read_options([TrainOptions], [str(ROOT / "training" / "configs" / f"{recipe}.yaml"), *flags])[0]))
     after = SVQVAE.from_pretrained(options["output_dir"])
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
-    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
-    assert find_context_model(options["output_dir"], after.codebook_fingerprint()) is not None
+    assert {name.split(".")[0] for name in changed} == {*dict(before.named_children())} - {*kept}
+    context_model = find_context_model(options["output_dir"], after.codebook_fingerprint())
+    assert (context_model is None) == ("quantize" not in kept)
     sample = torch.rand(3, 3, 52, 40)
-    assert torch.equal(after.encode_tokens(sample), before.encode_tokens(sample))
+    if "encoder" in kept:
+        assert torch.equal(after.encode_tokens(sample), before.encode_tokens(sample))
 
 
 def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tmp_path, monkeypatch):
