@@ -1,6 +1,6 @@
 """Measures a model on an image set.
 
-Writes report.json, report.md and a picture. With --beside, --codecs or a MODEL
+Writes report.json and report.md. With --beside, --codecs or a MODEL
 of another class, all tokenizers are compared at the size of the images. With
 --generated, writes how far the generated images are from DATA.
 On several GPUs:
@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures models or generated images on an image set, and writes numbers, tables and plots."""
+    """Measures models or generated images on an image set, and writes numbers and a table."""
     if args.generated:
         find_inputs([args.model], IMAGE_SUFFIXES, args.output)
     else:

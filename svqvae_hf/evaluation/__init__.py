@@ -1,1 +1,1 @@
-"""Measures how well a model reconstructs images: metrics, the loop over an image set, tables and pictures."""
+"""Measures how well a model reconstructs images: metrics, the loop over an image set, and tables."""

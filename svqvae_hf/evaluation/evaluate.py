@@ -1,18 +1,13 @@
 """Measures tokenizers in the same way: on the same images, with the same reference, in one row each."""
 
 import math
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib.style
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -22,15 +17,12 @@ from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.codecs import CODECS
 from svqvae_hf.evaluation.measuring import Records, image_metrics, measure_images, to_image, to_tensor
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.evaluation.pictures import Panel, stacked_sheets
 from svqvae_hf.evaluation.report import MANY_IMAGES, METRICS, Report
 from svqvae_hf.evaluation.tokenizers.protocol import Tokenizer, count
 from svqvae_hf.models.resizing import pad_to_multiple
 from svqvae_hf.tokens.image_tokens import resize_image
 
 IDS_PER_CODE = 10  # with fewer, the frequencies of codes say little
-NUM_WORST = 4
-WORST_SIDE = 512  # pixels of the longer side of an image on the sheet
 
 
 def evaluate(
@@ -70,25 +62,16 @@ def evaluate(
     state = PartialState(cpu=device.type == "cpu")
     lpips = lpips.to(device) if lpips is not None else None
     meters = [_Meter(each, own_size, lpips, inception, device) for each in tokenizers]
-    worst: list[tuple[float, int, list[Panel]]] = []
 
     def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
         measured = [meter.measure(image) for meter in meters]
         for meter, each in zip(meters, measured, strict=True):
             meter.add(each)  # only now, because a tokenizer may run out of memory
-        if own_size:
-            panels = [_panel(image, name, f"{image.width} x {image.height} pixels")]
-            for title, each in zip(titles, measured, strict=True):
-                panels.append(_panel(each.reconstruction, title, f"{each.values['psnr']:.2f} dB"))
-            worst[:] = _lowest([*worst, (measured[0].values["psnr"], index, panels)])
         return {"width": image.width, "height": image.height, "results": [each.values for each in measured]}
 
     records, skipped = measure_images(measure, images, resolution, state)
     rows = [meter.row([record["results"][index] for record in records], records) for index, meter in enumerate(meters)]
-    if own_size:
-        pictures = {"worst": stacked_sheets(panels for _, _, panels in _lowest(gather_object(worst)))}
-    else:
-        pictures = {"rate_distortion": _plot(rows)}
+    if not own_size:
         add_image_files(rows)
     return Report(
         title="Evaluation",
@@ -97,7 +80,6 @@ def evaluate(
         images=records,
         skipped=skipped,
         notes=_notes(meters, rows, records),
-        pictures=pictures,
     )
 
 
@@ -185,16 +167,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(counted) / len(counted) if counted else None
 
 
-def _panel(image: Image.Image, title: str, caption: str) -> Panel:
-    shown = image.copy()
-    shown.thumbnail((WORST_SIDE, WORST_SIDE))
-    return Panel(shown, title, caption)
-
-
-def _lowest(examples: Iterable[tuple[float, int, list[Panel]]]) -> list[tuple[float, int, list[Panel]]]:
-    return sorted(examples, key=lambda example: example[:2])[:NUM_WORST]
-
-
 def add_image_files(rows: Records) -> None:
     """Adds the PSNR of image files of as many stored bits to the rows of models, interpolated between qualities."""
     files = {row["title"]: codec for row in rows for codec in CODECS if row["title"].startswith(f"{codec}, ")}
@@ -205,27 +177,6 @@ def add_image_files(rows: Records) -> None:
             if row["title"] not in files and bits[0] <= row["bits_per_pixel_stored"] <= bits[-1]:
                 at_rate = np.interp(math.log(row["bits_per_pixel_stored"]), np.log(bits), psnr)
                 row[f"as_{codec.lower()}"] = float(at_rate)
-
-
-def _plot(rows: Records) -> Image.Image:
-    """Plots PSNR and SSIM against bits per pixel: a line for each model and its scales, and for each image codec."""
-    with matplotlib.style.context("tableau-colorblind10"):
-        figure = Figure(figsize=(12, 6 + 0.2 * len(rows)), layout="constrained", dpi=150)
-        for axes, key in zip(figure.subplots(1, 2), ("psnr", "ssim"), strict=True):
-            lines = defaultdict(list)
-            for row in rows:
-                if row[key] not in (None, math.inf):
-                    name = re.sub(r", (scale|quality) [\d.e+-]+$", "", row["title"])
-                    lines[name].append((row["bits_per_pixel_stored"], row[key]))
-            for name, points in lines.items():
-                axes.plot(*zip(*sorted(points), strict=True), ".--" if name in CODECS else "o-", label=name)
-            axes.set(xscale="log", xlabel="bits per pixel, stored", ylabel=METRICS[key][0])
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.grid(alpha=0.3)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _notes(meters: Sequence[_Meter], rows: Records, records: Records) -> list[str]:

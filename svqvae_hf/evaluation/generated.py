@@ -105,7 +105,6 @@ def compare_generated(
         images=[],
         skipped=[*skipped, *also_skipped],
         notes=notes,
-        pictures={},
     )
 
 

@@ -1,6 +1,6 @@
 """Draws sheets of images with titles and captions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -47,14 +47,3 @@ def contact_sheet(panels: Sequence[Panel]) -> Image.Image:
         draw.text((left, caption_top), panel.caption, CAPTION_COLOUR, caption_font)
         left += column + GAP
     return sheet
-
-
-def stacked_sheets(rows: Iterable[Sequence[Panel]]) -> Image.Image:
-    """Draws a [`contact_sheet`] per row, one below the other."""
-    sheets = [contact_sheet(row) for row in rows]
-    stacked = Image.new("RGB", (max(each.width for each in sheets), sum(each.height for each in sheets)), BACKGROUND)
-    top = 0
-    for each in sheets:
-        stacked.paste(each, (0, top))
-        top += each.height
-    return stacked

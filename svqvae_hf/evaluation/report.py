@@ -1,4 +1,4 @@
-"""The report of an evaluation: a table, notes and pictures, which are written as JSON, Markdown and PNG."""
+"""The report of an evaluation: a table and notes, which are written as JSON and Markdown."""
 
 import json
 import math
@@ -8,10 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from svqvae_hf.evaluation.measuring import Records
-from svqvae_hf.files.outputs import save_png, write_file
+from svqvae_hf.files.outputs import write_file
 
 LIBRARIES = ("svqvae-hf", "torch", "diffusers", "torchmetrics", "lpips", "torch-fidelity", "pillow", "numpy")
 MANY_IMAGES = 10_000  # papers report FID on at least this many
@@ -48,7 +46,6 @@ class Report:
             and `results`, the values of the image for each row. Empty for generated images.
         skipped (`list[dict[str, Any]]`): Skipped images: `index`, `name`, `reason`.
         notes (`list[str]`): Sentences about values that are missing or need care.
-        pictures (`dict[str, PIL.Image.Image]`): Pictures by the names of their files, without suffix.
     """
 
     title: str
@@ -57,7 +54,6 @@ class Report:
     images: Records
     skipped: Records
     notes: list[str]
-    pictures: dict[str, Image.Image]
 
     def table(self) -> list[str]:
         """Lines of the table in Markdown: a column for each value that any row has."""
@@ -72,14 +68,14 @@ class Report:
         return [f"| {' | '.join(line)} |" for line in padded]
 
     def write(self, folder: Path) -> None:
-        """Writes `report.json`, `report.md` and the pictures to a folder, created if it does not exist.
+        """Writes `report.json` and `report.md` to a folder, created if it does not exist.
 
         Raises:
             OSError: If a file cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-        document = {key: value for key, value in vars(self).items() if key != "pictures"} | {"versions": versions}
+        document = vars(self) | {"versions": versions}
         write_file(folder / "report.json", (json.dumps(_finite(document), allow_nan=False) + "\n").encode())
         settings = {key.replace("_", " "): value for key, value in self.settings.items() if value not in (None, [])}
         lists = {
@@ -93,10 +89,7 @@ class Report:
         lines = [f"# {self.title}", "", *self.table(), ""]
         for heading, items in lists.items():
             lines += [f"## {heading}", "", *(f"- {item}" for item in items), ""] if items else []
-        lines += [f"![{name}]({name}.png)" for name in self.pictures]
         write_file(folder / "report.md", ("\n".join(lines) + "\n").encode())
-        for name, picture in self.pictures.items():
-            save_png(picture, folder / f"{name}.png")
 
 
 def _words(value: Any) -> str:

@@ -13,7 +13,6 @@ from conftest import make_tiny
 from context_models import make_context_model
 from features import Features
 from foreign_tokenizers import CASES, make_tokenizer
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -26,9 +25,8 @@ from svqvae_hf.tokens.token_files import token_file_content
 
 
 @pytest.fixture
-def images(photo, monkeypatch):
-    """Images whose sides are multiples of 4, and are not. Reports of them have no plot, which takes 0.2 s."""
-    monkeypatch.setattr("svqvae_hf.evaluation.evaluate._plot", lambda rows: Image.new("L", (1, 1)))
+def images(photo):
+    """Images whose sides are multiples of 4, and are not."""
     return [photo.crop((100, 60, 148, 92)), photo.crop((200, 100, 233, 121))]
 
 
@@ -169,7 +167,7 @@ def test_an_adapter_of_ones_own(images, monkeypatch):
     assert report.images[1]["results"][0]["bits"] == 40 * 24 * 3 * 8  # of 33 x 21, in multiples of 8
     assert report.rows[0]["psnr"] == math.inf
     assert report.rows[0]["rfid"] == pytest.approx(0, abs=1e-3)
-    with pytest.raises(ValueError, match="`encode` of too many must return ids under 4, .* got 4"):
+    with pytest.raises(ValueError, match="`encode` of too many must return ids under 4, got 4"):
         evaluate([TooMany()], images)
 
 
@@ -221,8 +219,6 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert rates == sorted(rates)
     printed = capsys.readouterr().out
     assert table[2] in printed
-    with Image.open(out / "rate_distortion.png") as figure:
-        assert figure.width > 1000
 
 
 def test_one_model_of_another_class_is_compared(tmp_path, two_images):
