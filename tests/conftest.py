@@ -140,6 +140,16 @@ def one_accelerator():
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of `datasets`, and no Hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def golden_dir() -> Path:
     return ROOT / "tests" / "golden"
 
@@ -196,6 +206,26 @@ def smooth_images(*size, batch=1):
 
     torch.manual_seed(1)
     return F.interpolate(torch.rand(batch, 3, 9, 9), size, mode="bicubic").clamp(0, 1)
+
+
+def gradients_with_checkpointing(make, loss):
+    """Gradients of a new model, which checkpointing must not change, and the number of blocks that it recomputes."""
+    import torch
+
+    gradients, recomputed = [], []
+
+    def checkpoint_and_count(block, *args):
+        recomputed.append(block)
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+
+    for checkpointing in (False, True):
+        model = make().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing(checkpoint_and_count)
+        loss(model).backward()
+        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    torch.testing.assert_close(*gradients)
+    return gradients[0], len(recomputed)
 
 
 @pytest.fixture

@@ -12,26 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkouts import checkout
 from conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_windows")]
 
 BENCHMARKS = str(ROOT / "benchmarks")
-# A stand-in for the original's checkout that runs our own model.
-CHECKOUT = """
-from functools import partial
-
-from svqvae_hf import SVQVAE
-
-Encoder = Decoder = ModelArgs = dict
-
-class ScalableVQVAE:
-    @staticmethod
-    def load(path, args):
-        model = SVQVAE.from_single_file(path)
-        model.forward = partial(model.forward, return_dict=False)
-        return model
-"""
+FORWARD = "from functools import partial; model.forward = partial(model.forward, return_dict=False); return model"
 SMALL = ["--threads", "1", "--device", "cpu", "--rounds", "1"]
 
 
@@ -76,7 +63,7 @@ def run(load, monkeypatch, tmp_path) -> Callable[..., list[list[dict]]]:
 def inputs(tmp_path, photo) -> Path:
     """Folder of a stand-in for the original code and of a photograph."""
     (tmp_path / "svqvae").mkdir()
-    (tmp_path / "svqvae" / "svqvae.py").write_text(CHECKOUT)
+    checkout(tmp_path / "svqvae", FORWARD)
     (tmp_path / "photos").mkdir()
     photo.crop((100, 50, 228, 146)).save(tmp_path / "photos" / "cat.png")
     return tmp_path

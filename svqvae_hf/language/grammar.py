@@ -58,7 +58,8 @@ class ImageGrammar(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Sets the logits `(batch, vocab_size)` of the forbidden tokens to minus infinity."""
-        return scores + self.bias.index_select(0, self.next_kind(input_ids)[:, 0])
+        kind = self.next_kind(input_ids)[:, 0]  # first, because it moves the bias to the device
+        return scores + self.bias.index_select(0, kind)
 
 
 def grammar_regex(vocabulary: ImageVocabulary) -> str:

@@ -12,13 +12,7 @@ from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, 
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and none on the Hub."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from conftest import save_tiff
 
-from svqvae_hf.large.tiff_reader import LargeImage, open_large_image
+from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.models.image_files import load_image
 from svqvae_hf.untrusted import images as guards
 
@@ -104,14 +104,3 @@ def test_tiles_larger_than_the_limit_are_an_error(tmp_path, monkeypatch):
     path = save_tiff(tmp_path / "a.tif", RGB)
     with pytest.raises(ValueError, match="Use smaller ones"), open_large_image(path):
         pass
-
-
-def test_next_window_to_the_right_decodes_nothing_again(tmp_path, monkeypatch):
-    path = save_tiff(tmp_path / "a.tif", RGB)
-    decoded = []
-    decode = LargeImage._decode
-    monkeypatch.setattr(LargeImage, "_decode", lambda *args: decoded.append(args[1]) or decode(*args))
-    with open_large_image(path) as image:
-        image.read(slice(3, 20), slice(0, 40))
-        image.read(slice(3, 20), slice(40, 70))
-    assert decoded == [0, 1, 3, 4, 2, 5]

@@ -1,6 +1,5 @@
 """Token sets whose rows are compressed."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,15 +12,8 @@ from token_set_parts import load, make_tiled, save_photos, tokenize
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 
-pytestmark = pytest.mark.usefixtures("few_windows")
+pytestmark = pytest.mark.usefixtures("few_windows", "cache")
 MODEL = make_context_model(make_tiny().codebook_fingerprint())
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and no Hub."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,7 @@ from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import TokenSettings, read_settings, row_tokens
 from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, encode_image
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and no Hub."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -64,20 +64,14 @@ def blocks_of(images, count, side):
 
 
 def kmeans_psnr(options):
-    trained, held_out = (
-        blocks_of(options["train_data_dir"], 3, 192),
-        blocks_of(*options["validation_data_dir"], 100, SIDE),
-    )
+    trained = blocks_of(options["train_data_dir"], 3, 192)
+    held_out = blocks_of(*options["validation_data_dir"], 100, SIDE)
     generator = torch.Generator().manual_seed(0)
     codes = trained[torch.randperm(len(trained), generator=generator)[: CONFIG["codebook_size"]]]
     for _ in range(20):
         nearest = torch.cdist(trained, codes).argmin(1)
-        codes = torch.stack(
-            [
-                trained[nearest == code].mean(0) if (nearest == code).any() else codes[code]
-                for code in range(len(codes))
-            ]
-        )
+        groups = [trained[nearest == code] for code in range(len(codes))]
+        codes = torch.stack([group.mean(0) if len(group) else code for group, code in zip(groups, codes, strict=True)])
     decoded = codes[torch.cdist(held_out, codes).argmin(1)]
     return psnr(decoded.view(-1, 1, 256, 48), held_out.view(-1, 1, 256, 48), data_range=1.0).mean().item()
 
