@@ -70,7 +70,8 @@ def _decode_files(args: argparse.Namespace) -> None:
 
     from svqvae_cli.loading import load_model, require_context_model
     from svqvae_hf.files.outputs import save_png
-    from svqvae_hf.tokens.image_tokens import check_same_codebook, choose_tiles, decode_image
+    from svqvae_hf.models.checks import check_same_codebook
+    from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
     from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_tokens
 
     load = cache(partial(load_model, args.model, args.device, args.dtype))

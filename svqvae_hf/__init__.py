@@ -11,16 +11,16 @@ from transformers import PreTrainedModel as PreTrainedModel
 from transformers.image_processing_utils import ImageProcessingMixin as ImageProcessingMixin
 
 from svqvae_hf.files.inputs import DEFAULT_GENERATOR, DEFAULT_MODEL
-from svqvae_hf.language.image_vocabulary import ImageVocabulary
-from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.loaders.pretrained_models import (
     SVQVAE,
     LlamaGenForCausalLM,
     NextScaleTransformer,
     SVQVAEImageProcessor,
+    SVQVAEProcessor,
 )
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.models.image_files import load_image
+from svqvae_hf.models.image_vocabulary import ImageVocabulary
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformerOutput
 from svqvae_hf.models.modeling_svqvae import SVQVAEDecoderOutput, SVQVAEEncoderOutput, SVQVAEOutput
 from svqvae_hf.models.quantizer import VQLosses

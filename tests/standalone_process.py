@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoModel, ModularPipeline
+from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
+from diffusers.commands import diffusers_cli
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModelForCausalLM
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
 PIPELINES = ("classes", "text", "scales", "scales of text")
 PROMPT = torch.tensor([[256 + 3], [256 + 7]])
@@ -80,10 +81,10 @@ def outputs(vqvae, processor, transformer, language_model) -> dict[str, torch.Te
 def sampled(pipelines: dict[str, ModularPipeline]) -> dict[str, torch.Tensor]:
     """Greedy ids and pixels of each pipeline, with and without guidance."""
     found = {}
-    for name, pipeline in pipelines.items():
+    for name, each in pipelines.items():
         condition = {"prompt": ["a cat"]} if "text" in name else {"class_labels": [0, 2]}
         for scale in (1.0, 2.5):
-            ids, images = sample(pipeline, scale, **condition)
+            ids, images = sample(each, scale, **condition)
             found |= {f"ids of {name}, {scale}": ids, f"images of {name}, {scale}": torch.from_numpy(images)}
     return found
 
@@ -97,7 +98,7 @@ def sample(pipeline: ModularPipeline, guidance_scale: float, **condition) -> tup
 def error_of(load, *args: str) -> str:
     try:
         load(*args)
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, SystemExit) as error:
         return str(error)
     return ""
 
@@ -106,6 +107,68 @@ def load_pipeline(folder: str) -> ModularPipeline:
     pipeline = ModularPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.load_components(trust_remote_code=True)
     return pipeline
+
+
+CAPTIONS = ["a whale above a guitar on pink", "three foxes on white"]
+KINDS = {"tokenizer": "tokenizer", "LlamaGen": "classes", "next-scale": "scales", "language model": "drawer"}
+TRUSTED = {"trust_remote_code": True}
+
+
+def drawn_and_described(folder: str) -> dict[str, torch.Tensor]:
+    """Pictures and greedy captions of the bundled language model, by transformers' pipeline."""
+    pipe = pipeline("any-to-any", model=folder, **TRUSTED)
+    records = pipe(CAPTIONS, generation_mode="image", temperature=0)
+    images = [record["generated_image"] for record in records]
+    chats = [[{"role": "user", "content": [{"type": "image", "image": image}]}] for image in images]
+    texts = [pipe(chat, return_full_text=False)[0]["generated_text"] for chat in chats]
+    assert texts == CAPTIONS
+    return {"drawn": torch.from_numpy(np.stack(images))}
+
+
+def generated_text(folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, **TRUSTED)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **TRUSTED)
+    chat = [{"role": "user", "content": "Who are you?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0])
+
+
+def run_cli(*arguments: str) -> None:
+    sys.argv = ["diffusers-cli", *arguments]
+    diffusers_cli.main()
+
+
+LABEL = ("--pipeline-kwargs", '{"class_labels": 2}', "--output-key", "images")
+
+
+def place(folder: str) -> dict[str, str | bool]:
+    """Where a repository has its tokenizer."""
+    return TRUSTED | ({} if Path(folder).name == "tokenizer" else {"subfolder": "vqvae"})
+
+
+TOOLS = {  # the rows of the table in docs/standalone.md
+    "`AutoModel` of diffusers": lambda folder: AutoModel.from_pretrained(folder, **place(folder)),
+    "`AutoImageProcessor`": lambda folder: AutoImageProcessor.from_pretrained(folder, **place(folder)),
+    "`AutoProcessor`": lambda folder: AutoProcessor.from_pretrained(folder, **TRUSTED),
+    "`AutoModelForCausalLM`, `AutoTokenizer`": generated_text,
+    '`pipeline("text-generation")`': lambda folder: pipeline("text-generation", model=folder, **TRUSTED)("a whale"),
+    '`pipeline("any-to-any")`': drawn_and_described,
+    "`ModularPipeline`": lambda folder: load_pipeline(folder)(class_labels=2),
+    "`diffusers-cli schema`": lambda folder: run_cli("schema", "-m", folder, "--trust-remote-code"),
+    "`diffusers-cli run`": lambda folder: run_cli(
+        "run", "-m", folder, "--trust-remote-code", *LABEL, "-o", f"{folder}.png"
+    ),
+    "`DiffusionPipeline`": lambda folder: DiffusionPipeline.from_pretrained(folder, **TRUSTED),
+}
+
+
+def table(repositories: Path) -> dict[str, dict[str, str]]:
+    """Errors of each tool on each kind of repository, empty where there is none."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, tool in TOOLS.items():
+        for kind, folder in KINDS.items():
+            cells.setdefault(name, {})[kind] = error_of(tool, str(repositories / folder))
+    return cells
 
 
 def main(repositories: Path, output: Path) -> None:
@@ -126,14 +189,8 @@ def main(repositories: Path, output: Path) -> None:
         pipeline.save_pretrained(saved, overwrite_modular_index=True)
         pipeline.blocks.save_pretrained(saved)
         pipelines[name] = load_pipeline(saved)
-    save_file(found | sampled(pipelines), output)
-    errors = {
-        "AutoModel": error_of(AutoModel.from_pretrained, tokenizer),
-        "AutoImageProcessor": error_of(AutoImageProcessor.from_pretrained, tokenizer),
-        "AutoModelForCausalLM": error_of(AutoModelForCausalLM.from_pretrained, llamagen),
-        "ModularPipeline": error_of(ModularPipeline.from_pretrained, str(repositories / "classes")),
-    }
-    sys.stdout.write("\n" + json.dumps(errors))
+    save_file(found | sampled(pipelines) | drawn_and_described(str(repositories / "drawer")), output)
+    sys.stdout.write("\n" + json.dumps(table(repositories)))
 
 
 if __name__ == "__main__":

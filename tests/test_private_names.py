@@ -31,6 +31,7 @@ IMPORTED = {
     "diffusers.utils.accelerate_utils.apply_forward_hook": (
         "Copy its ten lines. They bring an offloaded model to the device before methods other than `forward`."
     ),
+    "diffusers.utils.dynamic_modules_utils.get_relative_import_files": "Find relative imports of a file by `ast`.",
     "diffusers.utils.dynamic_modules_utils.get_relative_imports": "Find relative imports of a file by `ast`.",
     "diffusers.models.embeddings.LabelEmbedding": "Copy it to `modeling_next_scale.py`, with its parameters' names.",
     "transformers.modeling_layers.GradientCheckpointingLayer": "Checkpoint the layers in the loop of the model.",

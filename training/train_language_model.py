@@ -30,7 +30,7 @@ from transformers import (
 from svqvae_hf import SVQVAE, LlamaGenConfig, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline, SVQVAEProcessor
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.repositories import from_hub, public_name
-from svqvae_hf.language.image_vocabulary import CONFIG_KEY, ImageVocabulary
+from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.text_encoders import load_text_encoder
 from svqvae_hf.trainer.checkpoints import find_checkpoint

@@ -13,8 +13,9 @@ from PIL import Image
 
 from svqvae_hf.evaluation.reconstruction_table import measure_reconstructions
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
-from svqvae_hf.tokens.image_tokens import decode_image, execution_device
+from svqvae_hf.tokens.image_tokens import decode_image
 from svqvae_hf.tokens.token_files import ImageTokens
 
 CODES_AT_ONCE = 256  # codes per pass of the decoder

@@ -9,10 +9,12 @@ from svqvae_hf.models.loading import copy_code
 from svqvae_hf.models.modeling_llamagen import LlamaGenForCausalLM
 from svqvae_hf.models.modeling_next_scale import NextScaleTransformer
 from svqvae_hf.models.modeling_svqvae import SVQVAE
+from svqvae_hf.models.processing_svqvae import SVQVAEProcessor
 
 AUTO_CLASSES: Mapping[type, Mapping[str, str]] = {  # classes with code, and what the auto classes load from their file
     SVQVAE: {"AutoModel": "SVQVAE"},
     SVQVAEImageProcessor: {"AutoImageProcessor": "SVQVAEImageProcessor"},
+    SVQVAEProcessor: {"AutoProcessor": "SVQVAEProcessor"},
     NextScaleTransformer: {"AutoModel": "NextScaleTransformer"},
     LlamaGenForCausalLM: {
         **{"AutoConfig": "LlamaGenConfig", "AutoModel": "LlamaGenForCausalLM"},
@@ -30,6 +32,7 @@ def write_code(folder: Path) -> None:
     for path in sorted(folder.rglob("*config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         names = {config.get("_class_name"), config.get("image_processor_type"), *(config.get("architectures") or ())}
+        names |= {config["processor_class"]} if path.name == "processor_config.json" else set()
         for model_class, auto_classes in AUTO_CLASSES.items():
             if model_class.__name__ in names:
                 copy_code(model_class, path.parent)

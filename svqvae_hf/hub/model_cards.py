@@ -114,7 +114,7 @@ def write_card(
     card = ModelCard.from_template(
         ModelCardData(
             license=license or "unknown",
-            library_name="diffusers",
+            library_name="svqvae-hf",  # for "diffusers" the Hub prints `DiffusionPipeline`, which loads no such model
             pipeline_tag=pipeline_tag,
             tags=list(tags),
             base_model=base_model,

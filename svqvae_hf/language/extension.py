@@ -11,9 +11,8 @@ from svqvae_hf.files.outputs import check_new_folder, new_folder
 from svqvae_hf.hub.model_cards import table_rows
 from svqvae_hf.hub.origin import STARTED_FROM, find_origin
 from svqvae_hf.hub.repositories import from_hub
-from svqvae_hf.language.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
-from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
-from svqvae_hf.loaders.pretrained_models import SVQVAE
+from svqvae_hf.loaders.pretrained_models import SVQVAE, SVQVAEProcessor
+from svqvae_hf.models.image_vocabulary import CONFIG_KEY, PLACEHOLDER, ImageVocabulary
 from svqvae_hf.models.loading import list_faults
 
 # Before a chat template: joins the parts of a message to one text, with a placeholder for each image.

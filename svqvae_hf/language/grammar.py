@@ -1,13 +1,12 @@
-"""The grammar of images among text: as logits processors for generation, and as a regular expression for servers."""
+"""The grammar of images among text: as a logits processor for generation, and in the syntax of servers."""
 
 import re
 
 import torch
 from transformers import LogitsProcessor, PreTrainedConfig
 
-from svqvae_hf.language.image_vocabulary import BEGIN, END, ImageVocabulary
+from svqvae_hf.models.image_vocabulary import END, ImageVocabulary
 
-IMAGE_PREFIX = "<|image_"  # of the names of all tokens of images
 OUTSIDE, SIZE, CODES, LAST = range(4)  # the next token: text or begin, a size, a code, end
 
 
@@ -62,11 +61,13 @@ class ImageGrammar(LogitsProcessor):
         return scores + self.bias.index_select(0, kind)
 
 
-def grammar_regex(vocabulary: ImageVocabulary) -> str:
-    """Regular expression of texts with images, without lookaround, as servers with structured output expect it.
+def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
+    """Regular expression of the answer to a prompt that ends with `processor.begin_image(grid)`: codes and the end.
+
+    Servers with structured output take it. There is no text in it, so that nothing but an image can follow.
 
     Example:
-        >>> pattern = grammar_regex(ImageVocabulary.from_config(model.config))
+        >>> pattern = grammar_regex(processor.vocabulary, (16, 16))
         >>> re.fullmatch(pattern, tokenizer.decode(tokens))
     """
     digits = vocabulary.names[0].count("0")
@@ -76,15 +77,7 @@ def grammar_regex(vocabulary: ImageVocabulary) -> str:
         for place, digit in enumerate(limit)
         if digit != "0"
     ]
-    code = rf"<\|image_(?:{'|'.join(below)})\|>"
-    images = [rf"<\|image_{rows}x{columns}\|>(?:{code}){{{rows * columns}}}" for rows, columns in vocabulary.grids]
-    image = f"{re.escape(BEGIN)}(?:{'|'.join(images)}){re.escape(END)}"
-    # A text is free of "<|image_". It holds beginnings of that, each followed by another one or by a wrong character.
-    starts = [IMAGE_PREFIX[:length] for length in range(1, len(IMAGE_PREFIX))]
-    stopped = [re.escape(start) + f"[^<{IMAGE_PREFIX[len(start)]}]" for start in starts]
-    again = f"(?:{'|'.join(map(re.escape, starts))})*"
-    text = f"(?:[^<]|{again}(?:{'|'.join(stopped)}))*{again}"
-    return f"{text}(?:{image}{text})*"
+    return rf"(?:<\|image_(?:{'|'.join(below)})\|>){{{grid[0] * grid[1]}}}{re.escape(END)}"
 
 
 def grammar_lark(vocabulary: ImageVocabulary) -> str:

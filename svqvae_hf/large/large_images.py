@@ -12,11 +12,12 @@ from tqdm import tqdm
 from svqvae_hf.files.outputs import new_file
 from svqvae_hf.large.tiff_reader import open_large_image
 from svqvae_hf.large.tiff_writer import TiffWriter
-from svqvae_hf.models.checks import check_tiles
+from svqvae_hf.models.checks import check_same_codebook, check_tiles
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.models.tiling import Read, RunWindow, run_tiles, tile_axis
-from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device, image_tokens
+from svqvae_hf.tokens.image_tokens import image_tokens
 from svqvae_hf.tokens.token_files import ImageTokens
 
 

@@ -21,6 +21,7 @@ from svqvae_hf.loaders.next_scale_checkpoints import read_next_scale_checkpoint
 from svqvae_hf.models import image_processing_svqvae, modeling_llamagen, modeling_next_scale, modeling_svqvae
 from svqvae_hf.models.configuration_llamagen import LlamaGenConfig
 from svqvae_hf.models.loading import check_weights
+from svqvae_hf.models.processing_svqvae import SVQVAEProcessor as PlainProcessor
 
 
 class HubMixin:
@@ -253,6 +254,12 @@ class SVQVAEImageProcessor(HubMixin, image_processing_svqvae.SVQVAEImageProcesso
         if standalone:
             write_code(Path(save_directory))
         return saved
+
+
+class SVQVAEProcessor(HubMixin, PlainProcessor):
+    """[`~svqvae_hf.models.processing_svqvae.SVQVAEProcessor`] with errors of the Hub."""
+
+    vqvae_class = SVQVAE
 
 
 AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig)

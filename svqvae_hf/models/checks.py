@@ -227,3 +227,22 @@ def check_tiles(f: int, tile_size: int, overlap: int | None) -> None:
             f"`overlap` must be a multiple of f = {f} and less than half of `tile_size` = {tile_size}, got {overlap}. "
             f"The nearest is {nearest}."
         )
+
+
+def check_same_codebook(model: Any, tokens: Any) -> None:
+    """Raises if the model cannot decode ids, because they belong to another codebook.
+
+    Args:
+        model ([`SVQVAE`]): Model to decode with.
+        tokens ([`ImageTokens`] or [`TokenSettings`]): Ids, or the settings of a token set.
+
+    Raises:
+        ValueError: The codebook's fingerprint or size differs, or the model's f.
+    """
+    for fact, expected, found in (
+        ("of the model's codebook, with fingerprint", model.codebook_fingerprint(), tokens.codebook_fingerprint),
+        ("of a model with f =", model.f, tokens.f),
+        ("of a codebook with this number of codes:", model.config["codebook_size"], tokens.codebook_size),
+    ):
+        if found != expected:
+            raise ValueError(f"the ids must be {fact} {expected}, got {found}. Use the model that encoded them.")

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
 from .checks import check_class
 
@@ -111,7 +112,16 @@ def list_faults(loading_info: Mapping[str, Any]) -> str:
 
 
 def copy_code(model_class: type, folder: str | os.PathLike) -> None:
-    """Copies the file that defines a class, and the files that it imports relatively, to a folder."""
+    """Copies the file that defines a class, and all that it imports relatively, to a folder."""
     source = Path(inspect.getfile(model_class))
-    for name in (source.stem, *get_relative_imports(source)):
-        shutil.copy(source.with_name(f"{name}.py"), folder)
+    for file in (source, *get_relative_import_files(source)):
+        shutil.copy(file, folder)
+
+
+def execution_device(model: torch.nn.Module) -> torch.device:
+    """Device on which a model computes. With accelerate's offloading, its weights are elsewhere between calls."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device

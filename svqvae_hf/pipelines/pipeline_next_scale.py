@@ -29,7 +29,7 @@ from svqvae_hf.pipelines.sampling import (
     sample,
 )
 from svqvae_hf.pipelines.scale_predictor import ScalePredictor
-from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
+from svqvae_hf.pipelines.schedules import Scale, Size, fit_schedule, guidance_per_step, make_schedule
 
 DEFAULT_STEPS = 10
 
@@ -132,7 +132,6 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         schedule: Sequence[Scale] | None = None,
         image: ImageInput | list[ImageInput] | None = None,
         mask_image: PipelineImageInput | None = None,
-        image_scale: float | None = None,
         guidance_scale: float = 1.0,
         guidance_mode: str = "rising",
         temperature: float = 1.0,
@@ -160,11 +159,9 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             schedule (list of `int` or `(height, width)`, *optional*): Scales in ids from coarse to fine, which end
                 with the size of the image. A single number is the longer side.
             image (`ImageInput` or a list of them, *optional*): Image to edit, one for all or one per label, with the
-                aspect ratio of the result. Needs `mask_image` or `image_scale`.
+                aspect ratio of the result. Needs `mask_image`.
             mask_image (`PipelineImageInput`, *optional*): Mask as large as `image`, one for all or one per image. At
                 every scale, an id is sampled if its part of the mask has any white, and kept otherwise.
-            image_scale (`float`, *optional*): Fraction of the last scale. The ids of scales up to it come from
-                `image`, and finer ones are sampled. In [0, 1].
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional + scale *
                 (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
             guidance_mode (`str`, defaults to `"rising"`): `"constant"` guides each step by `guidance_scale`,
@@ -198,9 +195,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         check_outputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         height, width, sizes = self._plan(height, width, num_inference_steps, schedule)
         scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
-        _check_greedy(greedy_scales, sizes)
         self._interrupt = False
-        known = self._encode_known(image, mask_image, image_scale, sizes, height, width)
+        known = self._encode_known(image, mask_image, sizes, height, width)
         images = len(known[0][0]) if known else 1
         text = self._encode_prompts(prompt, images, guidance_scale)
         if text is None:
@@ -273,20 +269,15 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         self,
         image: ImageInput | list[ImageInput] | None,
         mask_image: PipelineImageInput | None,
-        image_scale: float | None,
         sizes: list[Size],
         height: int,
         width: int,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Ids `(images, h, w)` of each scale, and which of them are kept; nothing without an image."""
+        if (image is None) != (mask_image is None):
+            raise ValueError("`image` and `mask_image` must be passed together: the mask says what is kept.")
         if image is None:
-            if mask_image is not None or image_scale is not None:
-                raise ValueError("`mask_image` and `image_scale` need `image`. Pass the image to edit.")
             return []
-        if mask_image is None and image_scale is None:
-            raise ValueError("`image` needs `mask_image` or `image_scale`, which say what is kept. Pass one of them.")
-        if image_scale is not None and not 0 <= image_scale <= 1:
-            raise ValueError(f"`image_scale` must be in [0, 1], got {image_scale}.")
         device = self._execution_device
         batch = self.image_processor(image)
         image_height, image_width = batch["image_sizes"][0]
@@ -295,22 +286,19 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 f"`image` must have the aspect ratio of the result, {width} x {height} (width x height), got "
                 f"{image_width} x {image_height}. Crop it, or pass other sides."
             )
-        mask = torch.ones(1, 1, image_height, image_width)
-        if mask_image is not None:
-            mask = self.mask_processor.preprocess(mask_image).float()
-            if mask.shape[-2:] != (image_height, image_width):
-                raise ValueError(
-                    f"`mask_image` must be as large as `image`, {image_width} x {image_height} (width x height), got "
-                    f"{mask.shape[-1]} x {mask.shape[-2]}."
-                )
-            images = len(batch["image_sizes"])
-            if len(mask) not in (1, images):
-                raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
+        mask = self.mask_processor.preprocess(mask_image).float()
+        if mask.shape[-2:] != (image_height, image_width):
+            raise ValueError(
+                f"`mask_image` must be as large as `image`, {image_width} x {image_height} (width x height), got "
+                f"{mask.shape[-1]} x {mask.shape[-2]}."
+            )
+        images = len(batch["image_sizes"])
+        if len(mask) not in (1, images):
+            raise ValueError(f"`mask_image` must be one mask or one per image, {images}, got {len(mask)}.")
         mask = pad_to_multiple(mask, self.vqvae.f)
         grids = self._encode_scales(batch["pixel_values"].to(device, self.vqvae.dtype), sizes)
-        up_to = 0.0 if image_scale is None else image_scale * max(sizes[-1])
         return [
-            (ids, (F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device) | (max(size) <= up_to))
+            (ids, (F.adaptive_max_pool2d(mask, size)[:, 0] == 0).to(device))
             for ids, size in zip(grids, sizes, strict=True)
         ]
 
@@ -336,11 +324,4 @@ def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
     if ours != theirs:
         raise ValueError(
             f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use its own SVQVAE."
-        )
-
-
-def _check_greedy(greedy_scales: Sequence[int], sizes: list[Size]) -> None:
-    if not set(greedy_scales) <= set(range(len(sizes))):
-        raise ValueError(
-            f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
         )

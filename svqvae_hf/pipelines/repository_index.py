@@ -78,8 +78,8 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
         elif name[0] != "_" and value != [None, None]:
             modular[name] = value
     reference = f"{blocks.__module__.rpartition('.')[2]}.{blocks.__name__}"
-    _write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": reference}})
-    _write_json(folder / ModularIndex.config_name, modular)
+    write_json(folder / "modular_config.json", {"auto_map": {"ModularPipelineBlocks": reference}})
+    write_json(folder / ModularIndex.config_name, modular)
     (folder / PipelineIndex.config_name).unlink()
 
 
@@ -111,5 +111,6 @@ def load_components(source: str, index: dict[str, Any], **options: Any) -> dict[
     return components
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a config or index as transformers and diffusers do."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

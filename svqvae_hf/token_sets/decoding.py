@@ -7,11 +7,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from svqvae_hf.files.outputs import is_whole, save_png, scale_endings
+from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.tokens.context_model import ContextModel
-from svqvae_hf.tokens.image_tokens import check_same_codebook, choose_tiles, decode_image
+from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
 
 
 def detokenize_set(

@@ -7,12 +7,13 @@ from typing import Any
 import datasets
 import torch
 
+from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.crops import CROPS, CroppedImage
 from svqvae_hf.token_sets.parts import PartRecord
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.context_model import ContextModel
-from svqvae_hf.tokens.image_tokens import choose_tiles, execution_device, image_tokens
+from svqvae_hf.tokens.image_tokens import choose_tiles, image_tokens
 from svqvae_hf.tokens.token_files import token_file_content
 
 BATCH_CROPS = 64  # crops of a batch by default, if they are small

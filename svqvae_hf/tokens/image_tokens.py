@@ -3,14 +3,14 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import psutil
 import torch
 from PIL import Image
 
-from svqvae_hf.models.checks import check_scales
+from svqvae_hf.models.checks import check_same_codebook, check_scales
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
+from svqvae_hf.models.loading import execution_device
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.tokens.encoding import encoding_of
 from svqvae_hf.tokens.token_files import ImageTokens, check_tokens
@@ -122,34 +122,6 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         return image
     shrinks = size[0] < image.width or size[1] < image.height
     return image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
-
-
-def check_same_codebook(model: SVQVAE, tokens: Any) -> None:
-    """Raises if the model cannot decode ids, because they belong to another codebook.
-
-    Args:
-        model ([`SVQVAE`]): Model to decode with.
-        tokens ([`ImageTokens`] or [`TokenSettings`]): Ids, or the settings of a token set.
-
-    Raises:
-        ValueError: The codebook's fingerprint or size differs, or the model's f.
-    """
-    for fact, expected, found in (
-        ("of the model's codebook, with fingerprint", model.codebook_fingerprint(), tokens.codebook_fingerprint),
-        ("of a model with f =", model.f, tokens.f),
-        ("of a codebook with this number of codes:", model.config["codebook_size"], tokens.codebook_size),
-    ):
-        if found != expected:
-            raise ValueError(f"the ids must be {fact} {expected}, got {found}. Use the model that encoded them.")
-
-
-def execution_device(model: torch.nn.Module) -> torch.device:
-    """Device on which a model computes. With accelerate's offloading, its weights are elsewhere between calls."""
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(model.parameters()).device
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

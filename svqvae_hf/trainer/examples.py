@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from svqvae_hf.language.processing_svqvae import SVQVAEProcessor
+from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
+from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
-from svqvae_hf.tokens.image_tokens import check_same_codebook
 from svqvae_hf.trainer.data.sample_order import row_at
 from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from svqvae_hf.hub import model_cards
 from svqvae_hf.hub.repositories import public_name
 from svqvae_hf.loaders.pretrained_models import SVQVAE
-from svqvae_hf.tokens.image_tokens import check_same_codebook
+from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.log import Log
 from svqvae_hf.trainer.options import PipelineOptions

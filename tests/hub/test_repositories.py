@@ -172,7 +172,7 @@ def test_pushed_model_loads_bit_equal(hub, seen):
     assert "/org/pushed/commit/" in seen["pushed"]
     card = (hub[0] / "hub" / "org" / "pushed" / "main" / "README.md").read_text()
     assert 'from_pretrained("org/pushed")' in card
-    assert "library_name: diffusers" in card
+    assert "library_name: svqvae-hf" in card
 
 
 def test_pull_request_leaves_main_unchanged(hub, seen):

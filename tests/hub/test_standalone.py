@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pipeline_parts import text_components
 from safetensors.torch import load_file
 
 from svqvae_hf import (
+    DEFAULT_GENERATOR,
     SVQVAE,
     LlamaGenForCausalLM,
     NextScaleTransformer,
@@ -29,6 +31,8 @@ from svqvae_hf import (
 )
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.hub.code import AUTO_CLASSES
+from svqvae_hf.language.image_language_model import ImageLanguageModel
+from svqvae_hf.models.processing_svqvae import SVQVAEProcessor
 from svqvae_hf.pipelines.generator_pipeline import GeneratorPipeline
 
 
@@ -42,6 +46,7 @@ def repositories(tmp_path_factory) -> Path:
     make_llamagen("c2i").language_model.save_pretrained(folder / "llamagen", standalone=True)
     for name, pipeline in pipelines().items():
         pipeline.save_pretrained(folder / name, standalone=True)
+    ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR).save_pretrained(folder / "drawer", standalone=True)
     return folder
 
 
@@ -62,8 +67,8 @@ def make_captioned() -> SVQVAENextScalePipeline:
 
 
 @pytest.fixture(scope="module")
-def without_package(repositories, tmp_path_factory) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Outputs and errors of the repositories, in an environment that has all packages but this one."""
+def without_package(repositories, tmp_path_factory) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, str]]]:
+    """Outputs of the repositories and the table of tools, in an environment that has all packages but this one."""
     folder = tmp_path_factory.mktemp("environment")
     packages = folder / "packages"
     packages.mkdir()
@@ -115,10 +120,25 @@ def test_pipelines_equal_those_of_the_package(name, repositories, without_packag
 
 
 @pytest.mark.slow
-def test_errors_without_trust_are_those_of_the_page(repositories, without_package):
-    page = " ".join((ROOT / "docs" / "standalone.md").read_text().split())
-    for error in without_package[1].values():
-        assert " ".join(error.replace(str(repositories), "org").splitlines()[-1].split()) in page
+def test_transformers_draws_the_pictures_of_the_package(repositories, without_package):
+    model = ImageLanguageModel.from_pretrained(DEFAULT_GENERATOR)
+    images = model.draw(standalone_process.CAPTIONS, temperature=0)
+    assert np.array_equal(without_package[0]["drawn"].numpy(), np.stack(images))
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_table_of_tools(repositories, without_package):
+    page = (ROOT / "docs" / "standalone.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    reasons = dict(re.findall(r"^(\d)\. .*: \"(.+)\"$", page, re.MULTILINE))
+    found = without_package[1]
+    cells = {row[0]: dict(zip(standalone_process.KINDS, row[1:], strict=True)) for row in rows if row[0] in found}
+    assert cells.keys() == found.keys()
+    for tool, row in cells.items():
+        for kind, cell in row.items():
+            error = found[tool][kind]
+            assert (cell == "yes") == (not error), (tool, kind, error)
+            assert cell == "yes" or reasons[cell] in " ".join(error.split()), (tool, kind, error)
 
 
 MODEL_FILES = {
@@ -138,7 +158,7 @@ def test_files_of_code_are_those_of_the_package(repositories):
         assert path.read_bytes() == (ROOT / "svqvae_hf" / "models" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("model_class", AUTO_CLASSES)
+@pytest.mark.parametrize("model_class", AUTO_CLASSES.keys() - {SVQVAEProcessor})
 def test_the_file_of_a_class_names_all_files_that_it_needs(model_class):
     """From a local folder, diffusers copies no more than these to its cache."""
     source = inspect.getfile(model_class)

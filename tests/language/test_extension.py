@@ -5,7 +5,7 @@ from tiny_language_models import FAMILIES, GRIDS, extended, load_extended, make_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from svqvae_hf.language.extension import add_image_tokens, extend_language_model
-from svqvae_hf.language.image_vocabulary import ImageVocabulary
+from svqvae_hf.models.image_vocabulary import ImageVocabulary
 
 TEXT = "a pear above a red key on white"
 

@@ -28,7 +28,9 @@ def test_texts_and_images_come_back_in_order(family):
     _, processor = load_extended(family)
     images = [noise(seed=1), noise(24, 16, seed=2)]
     inputs = processor(text="<|image|> left of a <|image|>red key", images=images, return_tensors="pt")
-    first, text, second, last = processor.post_process_multimodal_output(inputs["input_ids"])[0]
+    first, text, second, last = processor.post_process_multimodal_output(inputs["input_ids"], generation_mode="mixed")[
+        0
+    ]
     assert (text, last) == (" left of a ", "red key")
     expected = processor.decode_images(processor.encode_images(images))
     assert [np.array(image).tolist() for image in (first, second)] == [np.array(image).tolist() for image in expected]
@@ -53,7 +55,7 @@ def test_chat_template_round_trip(family, count):
     plain = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "a key"}]
     assert text.replace("<|image|>", "") == processor.apply_chat_template(plain)
     tokens = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
-    (parts,) = processor.post_process_multimodal_output(tokens)
+    (parts,) = processor.post_process_multimodal_output(tokens, generation_mode="mixed")
     images = processor.encode_images([part["image"] for part in [*question, *answer] if part["type"] == "image"])
     grids = processor.vocabulary.split(torch.tensor(tokens[0]))[1::2]
     assert [grid.tolist() for grid in grids] == [ids.tolist() for ids in images]
@@ -106,10 +108,12 @@ def test_an_image_in_which_a_sequence_ends_is_left_out_of_a_batch():
     _, processor = load_extended()
     begun = processor(text="a" + processor.begin_image((2, 2)))["input_ids"][0]
     whole = processor(text="a <|image|> b", images=noise())["input_ids"][0]
-    (expected,) = processor.post_process_multimodal_output([whole])
+    (expected,) = processor.post_process_multimodal_output([whole], generation_mode="mixed")
     for cut in (begun, [*begun, processor.vocabulary.first_token], begun[:-1]):
         with pytest.warns(UserWarning, match="sequence 1 ends inside an image.*with more `max_new_tokens`"):
-            first, second, third = processor.post_process_multimodal_output([whole, cut, whole])
+            first, second, third = processor.post_process_multimodal_output(
+                [whole, cut, whole], generation_mode="mixed"
+            )
         assert [type(part) for part in first] == [type(part) for part in third] == [type(part) for part in expected]
         assert second == ["a"]
 

@@ -79,7 +79,7 @@ def test_known_ids_are_the_targets_of_the_original(golden_pipeline, monkeypatch)
     golden, latents = Golden("larger"), OUTPUTS["latents"]
     monkeypatch.setattr(golden_pipeline.vqvae, "_encode", lambda *_: latents)
     image = np.zeros((2, 28, 28, 3), np.uint8)
-    ids = collect(golden_pipeline, None, 28, 28, schedule=golden.sizes, image=image, image_scale=1)
+    ids = collect(golden_pipeline, None, 28, 28, schedule=golden.sizes, image=image, mask_image=np.zeros((28, 28)))
     assert all(torch.equal(*pair) for pair in zip(ids, golden.split("teacher_forced"), strict=True))
 
 
@@ -179,24 +179,14 @@ def test_known_ids_are_those_of_a_token_set(editor, photo, sides):
     image = photo.crop((100, 100, 100 + sides[1], 100 + sides[0]))
     sample = editor.image_processor(image)["pixel_values"]
     expected = editor.vqvae.encode_tokens(sample, [side / 4 for side in TRAINED], editor.config["scale_from"])
-    found = collect(editor, 1, *sides, image=image, image_scale=1)
+    found = collect(editor, 1, *sides, image=image, mask_image=Image.new("L", image.size))
     assert all(map(torch.equal, found, expected))
-
-
-def test_images_of_large_scale_are_refined(editor, photo):
-    image = photo.crop((100, 100, 116, 116))
-    whole = collect(editor, 1, image=image, image_scale=1)
-    refined = collect(editor, 1, image=image, image_scale=0.5)
-    assert [torch.equal(*pair) for pair in zip(refined, whole, strict=True)] == [True, True, False, False]
-    larger = collect(editor, 1, 32, 32, image=image, image_scale=0.25)
-    assert larger[-1].shape == (1, 8, 8)
-    assert torch.equal(larger[0], whole[0])
 
 
 def test_ids_outside_the_mask_are_kept_at_every_scale(editor, photo):
     images = [photo.crop((x, 100, x + 16, 116)) for x in (100, 200)]
-    whole = collect(editor, image=images, image_scale=1)
     mask = Image.new("L", (16, 16))
+    whole = collect(editor, image=images, mask_image=mask)
     mask.paste(255, (0, 0, 8, 8))
     filled = collect(editor, [0, 1], image=images, mask_image=np.array(mask) > 0, num_images_per_prompt=2)
     for grid, known in zip(filled, whole, strict=True):
@@ -222,11 +212,8 @@ GREY = Image.new("RGB", (16, 16), "grey")
         ({"schedule": [1, 4], "num_inference_steps": 2}, "Only one of `schedule` and `num_inference_steps`"),
         ({"num_inference_steps": 5}, r"`num_inference_steps` must be in \[1, 4\]"),
         ({"guidance_mode": "linear"}, "`guidance_mode` must be one of rising, constant, got 'linear'"),
-        ({"greedy_scales": [4]}, r"`greedy_scales` must be steps in \[0, 4\) of 1 x 1, .*, got \[4\]"),
-        ({"mask_image": GREY}, "`mask_image` and `image_scale` need `image`"),
-        ({"image": GREY}, "`image` needs `mask_image` or `image_scale`"),
-        ({"image": GREY, "image_scale": 2}, r"`image_scale` must be in \[0, 1\], got 2"),
-        ({"image": GREY, "image_scale": 0.5, "width": 8}, r"aspect ratio of the result, 8 x 16 .*, got 16 x 16"),
+        ({"mask_image": GREY}, "`image` and `mask_image` must be passed together"),
+        ({"image": GREY, "mask_image": GREY, "width": 8}, r"aspect ratio of the result, 8 x 16 .*, got 16 x 16"),
         ({"image": GREY, "mask_image": Image.new("L", (16, 15))}, "as large as `image`, 16 x 16 .*, got 16 x 15"),
         ({"image": GREY, "mask_image": [Image.new("L", (16, 16))] * 2}, "one mask or one per image, 1, got 2"),
     ],

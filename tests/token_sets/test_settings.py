@@ -9,9 +9,10 @@ from conftest import make_tiny
 from PIL import Image
 from token_set_parts import SCALES, SIZES, load, make_other, make_tiled, save_photos, tokenize
 
+from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import TokenSettings, read_settings, row_tokens
-from svqvae_hf.tokens.image_tokens import check_same_codebook, decode_image, encode_image
+from svqvae_hf.tokens.image_tokens import decode_image, encode_image
 
 pytestmark = pytest.mark.usefixtures("cache")
 

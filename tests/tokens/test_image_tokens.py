@@ -10,14 +10,8 @@ from PIL import Image
 
 from svqvae_hf.models.checks import SCALE_SOURCES
 from svqvae_hf.models.image_processing_svqvae import SVQVAEImageProcessor
-from svqvae_hf.tokens.image_tokens import (
-    available_memory,
-    choose_tiles,
-    decode_image,
-    encode_image,
-    execution_device,
-    resize_image,
-)
+from svqvae_hf.models.loading import execution_device
+from svqvae_hf.tokens.image_tokens import available_memory, choose_tiles, decode_image, encode_image, resize_image
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 SCALES = (0.5, 1.0, 1.3)

@@ -122,7 +122,7 @@ def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
         Image.open(parts / "photos" / f"class{index}" / "photo.png").resize((CROP, CROP)) for index in range(IMAGES)
     ]
     labels, known, found = list(range(IMAGES)), [], []
-    for grids, editing in ((known, {"image": photos, "image_scale": 1}), (found, {})):
+    for grids, editing in ((known, {"image": photos, "mask_image": Image.new("L", (CROP, CROP))}), (found, {})):
         pipeline(
             labels,
             temperature=0,

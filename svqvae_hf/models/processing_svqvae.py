@@ -13,10 +13,12 @@ from transformers.image_utils import load_image as fetch_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 
-from svqvae_hf.language.image_vocabulary import CONFIG_KEY, NO_CONDITION, PLACEHOLDER, ImageVocabulary
-from svqvae_hf.loaders.pretrained_models import SVQVAE, SVQVAEImageProcessor
-from svqvae_hf.models.image_files import load_image, to_rgb
-from svqvae_hf.tokens.image_tokens import check_same_codebook, execution_device
+from .checks import check_same_codebook
+from .image_files import load_image, to_rgb
+from .image_processing_svqvae import SVQVAEImageProcessor
+from .image_vocabulary import CONFIG_KEY, NO_CONDITION, PLACEHOLDER, ImageVocabulary
+from .loading import execution_device
+from .modeling_svqvae import SVQVAE
 
 VQVAE_FOLDER = "vqvae"  # beside the language model
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -53,10 +55,11 @@ class SVQVAEProcessor(ProcessorMixin):
         >>> processor = AutoProcessor.from_pretrained("lm-with-images")  # after `import svqvae_hf`
         >>> inputs = processor(text="<|image|> shows", images="photo.jpg", return_tensors="pt")
         >>> tokens = model.generate(**inputs, logits_processor=[ImageGrammar(model.config)])
-        >>> parts = processor.post_process_multimodal_output(tokens)[0]  # texts and Pillow images, in order
+        >>> parts = processor.post_process_multimodal_output(tokens, generation_mode="mixed")[0]  # texts, images
     """
 
     valid_processor_kwargs = SVQVAEProcessorKwargs
+    vqvae_class: type[SVQVAE] = SVQVAE
     image_token = PLACEHOLDER
     no_condition = NO_CONDITION
 
@@ -89,7 +92,8 @@ class SVQVAEProcessor(ProcessorMixin):
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         ImageVocabulary.from_config(processor_dict)
-        return [*arguments, SVQVAE.from_pretrained(pretrained_model_name_or_path, subfolder=VQVAE_FOLDER, **options)]
+        source = os.fspath(pretrained_model_name_or_path)
+        return [*arguments, cls.vqvae_class.from_pretrained(source, subfolder=VQVAE_FOLDER, **options)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Saves the config, the tokenizer with the chat template, and the vqvae in a subfolder.
@@ -204,17 +208,19 @@ class SVQVAEProcessor(ProcessorMixin):
             generated_outputs (`torch.Tensor` of shape `(batch, length)` or a list of sequences): Tokens. Include the
                 prompt if the prompt begins an image.
             skip_special_tokens (`bool`, defaults to `True`): Whether to leave out special tokens of texts.
-            generation_mode (`str`, *optional*): `"text"` for the text of each sequence, `"image"` for a list of its
-                images, by default a list of both in order.
+            generation_mode (`str`, *optional*): `"text"`, the default, for the text of each sequence, `"image"` for a
+                list of its images, `"mixed"` for a list of both in order.
             **kwargs: Further arguments of the tokenizer's `decode`.
 
         An image in which a sequence ends is left out, with a warning.
 
         Raises:
-            ValueError: If a sequence has a malformed image.
+            ValueError: If a sequence has a malformed image, unless only texts are asked for.
         """
-        if generation_mode not in (None, "text", "image"):
-            raise ValueError(f'`generation_mode` must be "text", "image" or None, got {generation_mode!r}.')
+        if generation_mode not in (None, "text", "image", "mixed"):
+            raise ValueError(f'`generation_mode` must be "text", "image", "mixed" or None, got {generation_mode!r}.')
+        if generation_mode in (None, "text"):
+            return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         results: list[Any] = []
         for tokens in generated_outputs:
             sequence = torch.as_tensor(tokens).cpu()
@@ -225,13 +231,12 @@ class SVQVAEProcessor(ProcessorMixin):
                     "`max_new_tokens`.",
                     stacklevel=2,
                 )
-            texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in parts[::2]]
-            if generation_mode == "text":
-                results.append("".join(texts))
-                continue
             images = self.decode_images(parts[1::2])
-            mixed = [part for pair in zip(texts, [*images, None], strict=True) for part in pair if part]
-            results.append(images if generation_mode == "image" else mixed)
+            if generation_mode == "image":
+                results.append(images)
+                continue
+            texts = [self.tokenizer.decode(part, skip_special_tokens, **kwargs) for part in parts[::2]]
+            results.append([part for pair in zip(texts, [*images, None], strict=True) for part in pair if part])
         return results
 
     def _open(self, image: Any) -> Image.Image:
