@@ -55,9 +55,10 @@ def test_the_command_draws_without_a_model(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_unknown_words_are_left_out_with_one_warning():
+def test_capitals_and_punctuation_are_ignored_and_unknown_words_left_out_with_one_warning():
     tokenizer = AutoTokenizer.from_pretrained(DEFAULT_GENERATOR)
     assert keep_known_words(tokenizer, ["a fox on pink", ""]) == ["a fox on pink", ""]
+    assert tokenizer("<s>A FOX on Pink!<|image_00003|>") == tokenizer("<s>a fox on pink<|image_00003|>")
     with pytest.warns(UserWarning, match="unknown to the model and left out: Unicorn's, nice$") as warned:
         kept = keep_known_words(tokenizer, ["A Unicorn's fox", "a nice fox on nice-blue", "a fox"])
     assert [tokenizer(text).input_ids for text in kept] == [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from make_scenes import GROUNDS, OBJECTS, RELATIONS
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from svqvae_hf.trainer.scripts import one_line_errors
@@ -20,10 +20,11 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes a tokenizer of whole words, which ignores case. A plural is two tokens."""
+    """Makes a tokenizer of whole words, which ignores case, and punctuation except commas. A plural is two tokens."""
     tokens = [*SPECIAL, ",", "##s", "##es", *dict.fromkeys(WORDS)]
     tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
+    strip = normalizers.Replace(Regex(r"[^\p{L}\p{N},]+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), strip])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     unknown, begin, end = SPECIAL
