@@ -1,10 +1,13 @@
 """Encodes and decodes images with exported graphs, using only onnxruntime and NumPy. Pillow reads the files.
 
+The graphs do not tile: attention takes 8 bytes per pair of ids. An image that does not fit is an error.
+
 svqvae export MODEL --output graphs
 python examples/onnx_tokenizer.py graphs photo.jpg back.png
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,9 +30,14 @@ class OnnxTokenizer:
         )
         facts = self.encoder.get_modelmeta().custom_metadata_map
         self.black, self.white = json.loads(facts["pixel_range"])
+        self.f = json.loads(facts["f"])
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Maps pixels `(height, width, 3)` in uint8 to ids `(ceil(height / f), ceil(width / f))` in int64."""
+        needed = 8 * (pixels.shape[0] * pixels.shape[1] / self.f**2) ** 2
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # on Linux
+        if needed > available:
+            raise ValueError(f"The image takes {needed / 2**30:.0f} GiB, but {available / 2**30:.0f} GiB are free.")
         sample = self.black + pixels.astype(np.float32) / 255 * (self.white - self.black)
         return self.encoder.run(["ids"], {"sample": sample.transpose(2, 0, 1)[None]})[0][0]  # batches of one
 
@@ -61,4 +69,6 @@ def main(folder: str, source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("Usage: python examples/onnx_tokenizer.py GRAPHS PHOTO OUTPUT")
     main(*sys.argv[1:])

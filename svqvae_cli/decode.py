@@ -57,7 +57,8 @@ def _decode_set(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.device, args.dtype)
     context_model = None if settings.context_model is None else require_context_model(model, args.model)
     options = {"max_images": args.max_images, "overwrite": args.overwrite, "context_model": context_model}
-    written, kept = detokenize_set(model, source, args.output, **options)
+    with prefix_errors(source):
+        written, kept = detokenize_set(model, source, args.output, **options)
     if kept:
         print(f"resumed: {kept:,} of {written + kept:,} images were there")
     print(f"written  {args.output} (images: {written})")

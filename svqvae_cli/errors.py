@@ -21,7 +21,7 @@ def one_line(message: str) -> str:
 
 
 @contextmanager
-def prefix_errors(path: Path) -> Iterator[None]:
+def prefix_errors(path: Path | str) -> Iterator[None]:
     """Puts the file's name before an error about it."""
     try:
         yield

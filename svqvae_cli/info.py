@@ -22,12 +22,11 @@ ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments."""
     help = "model, pipeline, LoRA adapter, checkpoint, token file, or folder or URL of a token set"
-    parser.option("path", not_empty, "PATH", help)
+    parser.option("path", lambda text: find_bundled(not_empty(text)), "PATH", help)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints facts about a model, a pipeline, an original checkpoint, token files or a token set."""
-    args.path = find_bundled(args.path)
     path, is_url = Path(args.path), "://" in args.path
     is_hub_file = re.fullmatch(f"{REPO_ID}:.+", args.path)
     if not (path.exists() or is_url or is_hub_file):

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from svqvae_cli.errors import check_none_skipped, one_line
-from svqvae_cli.files import InputFile, check_absent, check_file, check_output
+from svqvae_cli.errors import check_none_skipped, one_line, prefix_errors
+from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_absent, check_file, check_output
 
 Item = TypeVar("Item", bound=Hashable)
 Content = TypeVar("Content")
@@ -79,7 +79,8 @@ class Run(Generic[Item]):
             return
         if not self.record.exists():
             check_absent(existing[0])
-        earlier = json.loads(self.record.read_text())
+        with prefix_errors(self.record):
+            earlier = json.loads(self.record.read_text())
         for name, value in self.options.items():
             if earlier.get(name) != value:
                 raise ValueError(
@@ -176,15 +177,15 @@ def _is_whole(path: Path) -> bool:
     from svqvae_hf.files.outputs import is_whole
 
     try:
-        if path.suffix == ".svqz":
-            from svqvae_hf.tokens.token_files import load_compressed
+        if path.suffix in TOKEN_SUFFIXES:
+            from svqvae_hf.tokens.token_files import load_compressed, load_tokens
 
-            load_compressed(path)
-        elif path.suffix == ".tif":
+            return bool(load_compressed(path) if path.suffix == ".svqz" else load_tokens(path))
+        if path.suffix == ".tif":
             from svqvae_hf.large.tiff_reader import open_large_image
 
             with open_large_image(path) as image:
-                image.read(slice(image.height - 1, image.height), slice(image.width - 1, image.width))
+                return image.read(slice(image.height - 1, image.height), slice(image.width - 1, image.width)).size > 0
         return is_whole(path)
     except (OSError, ValueError):
         return False

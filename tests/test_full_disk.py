@@ -7,10 +7,7 @@ from conftest import ROOT, Lazy, fill, make_tiny
 from PIL import Image
 
 from svqvae_hf.conversion.convert import convert
-from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.files.outputs import save_png, write_file
-from svqvae_hf.token_sets.settings import read_settings
-from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.tokens.token_files import ImageTokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")
@@ -57,21 +54,3 @@ def test_no_part_of_a_folder_stays(disk, monkeypatch):
         with pytest.raises(OSError, match="/made` cannot be written: .*(No space left|os error 28)"):
             make(disk / "made")
         assert [path.name for path in disk.iterdir()] == ["ballast"]
-
-
-def test_token_set_is_written_once_there_is_space(disk, tmp_path):
-    for index in range(6):
-        noise(64).save(tmp_path / f"{index}.png")
-
-    def tokenize():
-        images = open_images([str(tmp_path / f"{index}.png") for index in range(6)])
-        return tokenize_set(make_tiny(), images, disk / "set", model_name="org/tiny", num_parts=6)
-
-    fill(disk)
-    with pytest.raises(OSError, match="cannot be written: .*No space left on device"):
-        tokenize()
-    assert not list(disk.rglob("*.parquet"))
-    assert not list(disk.rglob("*[0-9].json"))  # no part is marked as done
-    (disk / "ballast").unlink()
-    assert tokenize().rows == 6
-    assert read_settings(disk / "set").model == "org/tiny"

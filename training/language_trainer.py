@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from svqvae_hf.trainer.checkpoints import write_checksums
 from svqvae_hf.trainer.examples import IGNORED
 from svqvae_hf.trainer.interruption import Interruption
 
@@ -51,6 +53,10 @@ class CheckpointOnSignal(TrainerCallback):
 
     def __init__(self, interruption: Interruption):
         self.interruption, self.stopped = interruption, False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds checksums to a checkpoint."""
+        write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

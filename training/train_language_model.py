@@ -33,7 +33,7 @@ from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.text_encoders import load_text_encoder
-from svqvae_hf.trainer.checkpoints import find_checkpoint
+from svqvae_hf.trainer.checkpoints import check_files, find_checkpoint
 from svqvae_hf.trainer.configs import check_keys
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, collate_sequences, read_texts
@@ -139,6 +139,8 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
         if not (folder / "trainer_state.json").exists():  # written last: the run was killed
             shutil.rmtree(folder)
     checkpoint = find_checkpoint(output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
+    if checkpoint is not None:
+        check_files(checkpoint)
     push_to_hub, arguments.push_to_hub = arguments.push_to_hub, False  # the Trainer would upload its checkpoints
     arguments.train_sampling_strategy = "sequential"  # examples are in a random order already
     arguments.remove_unused_columns = False

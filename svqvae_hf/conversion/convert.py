@@ -110,14 +110,7 @@ def convert(
         rows = {"tokenizer": f"`{public_name(tokenizer)}`"}
         card = {"provenance": rows, "tags": ["svqvae", "next-scale", "class-conditional"]}
     return write_repository(
-        converted,
-        checkpoint,
-        folder,
-        variant=variant,
-        license=license,
-        standalone=standalone,
-        repo_id=repo_id,
-        **card,
+        converted, checkpoint, folder, variant=variant, license=license, standalone=standalone, repo_id=repo_id, **card
     )
 
 

@@ -146,7 +146,7 @@ def open_images(
     else:
         images = _open_files(data, selection)
     if copy and images.rows is None:
-        with _explained(data[0]):
+        with explained_set(data[0]):
             rows = copy_images(images.parts, images.features, images.fingerprint)
         images = ImageSet([rows], images.features, images.origin, len(rows))
     return images if max_images is None else images.first(max_images)
@@ -275,7 +275,7 @@ def _open_builder(
     """
     title = title or name
     files = {selection.split or "train": list(data_files)} if data_files else None
-    with _explained(title):
+    with explained_set(title):
         builder = datasets.load_dataset_builder(name, selection.config, data_files=files)
         if builder.config.data_files is None:
             raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
@@ -283,7 +283,7 @@ def _open_builder(
     paths = builder.config.data_files[split]
     if builder.name.startswith("webdataset"):  # its own reader takes only samples of equal suffixes
         return _open_tars(list(paths), [split, list(paths), paths.origin_metadata], selection)
-    with _explained(title):
+    with explained_set(title):
         rows = builder.as_streaming_dataset(split)
     rows, image_column, kept = _select(rows, selection)
     origin = [split, list(paths), paths.origin_metadata, image_column]
@@ -357,12 +357,12 @@ def _kind_of_all(files: Sequence[str]) -> str:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained_set(name: str, kind: str = "image") -> Iterator[None]:
     """Turns the many types of errors of `datasets`, its file readers and the network into one line."""
     try:
         yield
     except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = " ".join(str(cause or error).split()).removesuffix(".") or type(error).__name__
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"the image set `{name}` cannot be opened: {reason}.") from error
+        error_type = OSError if isinstance(error, OSError) else ValueError
+        raise error_type(f"the {kind} set `{name}` cannot be opened: {reason}.") from error

@@ -1,10 +1,12 @@
 """Folders that `fsspec` reaches, on a disk or in an object store. Each file in them is complete or absent."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -36,6 +38,14 @@ class Folder:
         with self._explained(name, "read"), suppress(FileNotFoundError):
             return self.files.cat_file(self._path(name))
         return None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Object in a JSON file; `None` if it is absent. Raises ValueError if it is damaged."""
+        content = self.read(name)
+        try:
+            return None if content is None else dict(json.loads(content))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{self._path(name)}` must hold a JSON object, but is damaged: {error}.") from error
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file, and its folder if necessary."""

@@ -57,13 +57,7 @@ def model_card(
 
 
 def pipeline_card(
-    pipeline: type,
-    *,
-    repo_id: str,
-    summary: str,
-    call: str,
-    standalone: bool = False,
-    **common: Any,
+    pipeline: type, *, repo_id: str, summary: str, call: str, standalone: bool = False, **common: Any
 ) -> str:
     """Writes the card of a repository that holds a pipeline with an SVQVAE.
 

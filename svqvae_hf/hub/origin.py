@@ -33,9 +33,7 @@ class Origin(NamedTuple):
 
 
 def find_origin(
-    models: Mapping[str, str | None],
-    sets: Mapping[str, str | None] = MappingProxyType({}),
-    license: str | None = None,
+    models: Mapping[str, str | None], sets: Mapping[str, str | None] = MappingProxyType({}), license: str | None = None
 ) -> Origin:
     """Reads the cards of all sources. A source that is `None` is left out.
 

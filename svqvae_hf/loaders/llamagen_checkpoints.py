@@ -30,11 +30,7 @@ HEADS = {
 
 
 def read_llamagen(
-    source: str | Path,
-    *,
-    grid_size: int | None = None,
-    num_attention_heads: int | None = None,
-    use_ema: bool = False,
+    source: str | Path, *, grid_size: int | None = None, num_attention_heads: int | None = None, use_ema: bool = False
 ) -> Checkpoint:
     """Reads a checkpoint of LlamaGen's language models, strictly.
 

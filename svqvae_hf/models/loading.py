@@ -61,7 +61,10 @@ class StrictLoadingMixin(ModelMixin, ConfigMixin):
         for name in ("dtype", "torch_dtype"):
             if isinstance(kwargs.get(name), str):  # diffusers would load float32
                 raise TypeError(f"`{name}` must be a torch.dtype, got {kwargs[name]!r}. Pass `torch.{kwargs[name]}`.")
-        model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(source, output_loading_info=True, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"`{source}` cannot be loaded: {error}") from error
         check_weights(source, info)
         return (model, info) if with_info else model
 

@@ -84,14 +84,13 @@ def finished_parts(folder: Folder) -> set[int]:
 
 def read_totals(folder: Folder) -> dict[str, int] | None:
     """Reads the numbers of images, rows, ids, skipped images and files; `None` if the set is not complete."""
-    content = folder.read(SETTINGS_FILE)
-    return None if content is None else json.loads(content).get("totals")
+    return (folder.read_json(SETTINGS_FILE) or {}).get("totals")
 
 
 def read_options(folder: Folder) -> dict[str, Any]:
     """Reads the options that a token set was started with. Returns an empty dict if there is no token set."""
-    complete = folder.read(SETTINGS_FILE)
-    return json.loads(complete).get("options", {}) if complete else json.loads(folder.read(OPTIONS_FILE) or b"{}")
+    complete = folder.read_json(SETTINGS_FILE)
+    return (folder.read_json(OPTIONS_FILE) or {}) if complete is None else complete.get("options", {})
 
 
 def start_set(folder: Folder, options: Mapping[str, Any]) -> None:
@@ -139,10 +138,10 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
     if totals is None:
         if len(finished_parts(folder)) < num_parts:
             return None
-        contents = [folder.read(record_name(part)) for part in range(num_parts)]
+        contents = [folder.read_json(record_name(part)) for part in range(num_parts)]
         if None in contents:  # another process has completed the set at the same time
             return read_totals(folder)
-        records = [PartRecord(**json.loads(content)) for content in contents if content]
+        records = [PartRecord(**content) for content in contents if content]
         skipped = [image for record in records for image in record.skipped]
         totals = add_up(records)
         if not totals["rows"]:

@@ -7,14 +7,16 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import ParquetFragmentScanOptions
 
-from svqvae_hf.files.errors import explained
+from svqvae_hf.data.image_sets import explained_set
 from svqvae_hf.files.folders import Folder
 from svqvae_hf.token_sets.crops import CROPS
 from svqvae_hf.token_sets.settings import TokenSettings
 from svqvae_hf.tokens.token_files import METADATA_KEY
 
 DATA = "data"
+CHECKED = ParquetFragmentScanOptions(page_checksum_verification=True)
 PARTS_PER_FOLDER = 1000
 SHARD_BYTES = 256_000_000  # of a Parquet file, before compression
 ROW_GROUP_BYTES = 2**21
@@ -33,12 +35,13 @@ def load_rows(data: str, streaming: bool = False) -> Any:
         data (`str`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
         streaming (`bool`, defaults to `False`): Read rows in their order, without a copy in the cache of `datasets`.
     """
-    with explained(data, "read"):
+    with explained_set(data, "token"):
         if "://" not in data:
-            return datasets.load_dataset(data, split="train", streaming=streaming)
+            return datasets.load_dataset(data, split="train", streaming=streaming, fragment_scan_options=CHECKED)
         names = sorted(name for name in Folder(data).all_files(DATA) if name.endswith(".parquet"))
         files = [f"{data.rstrip('/')}/{name}" for name in names]
-        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+        options = {"data_files": files, "streaming": streaming, "fragment_scan_options": CHECKED}
+        return datasets.load_dataset("parquet", split="train", **options)
 
 
 def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.Features:
@@ -65,11 +68,7 @@ def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.F
 
 
 def write_shards(
-    folder: Folder,
-    part: int,
-    rows: Iterable[dict[str, Any]],
-    settings: TokenSettings,
-    features: datasets.Features,
+    folder: Folder, part: int, rows: Iterable[dict[str, Any]], settings: TokenSettings, features: datasets.Features
 ) -> Iterator[dict[str, Any]]:
     """Writes rows to Parquet files. Where they end depends on the sizes of the images alone.
 
@@ -88,7 +87,7 @@ def write_shards(
     for number, shard in itertools.groupby(rows, key=_counter(SHARD_BYTES, settings)):
         name = shard_name(part, number)
         counts = {"rows": 0, "ids": 0}
-        with folder.new_file(name) as path, pq.ParquetWriter(path, schema) as writer:
+        with folder.new_file(name) as path, pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
             for _, group in itertools.groupby(shard, key=_counter(ROW_GROUP_BYTES, settings)):
                 group_rows = list(group)
                 writer.write_table(pa.Table.from_pylist(group_rows, schema))

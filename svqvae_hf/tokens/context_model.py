@@ -107,7 +107,7 @@ class ContextModel:
             raise FileNotFoundError(
                 f"the model must have a context model, `{FILE}`, but `{source}` has none (training/train_context.py)."
             ) from error
-        except (SafetensorError, KeyError, TypeError) as error:
+        except (SafetensorError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`{path}` must be a context model, but is another file or damaged: {error}.") from error
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a run, folders `checkpoint-N`: complete, or absent. A run resumes from one exactly."""
 
+import json
 import os
 import re
 import shutil
@@ -7,21 +8,24 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from svqvae_hf.files.folders import Folder
+from svqvae_hf.files.outputs import write_file
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.options import RunOptions, public_values
 
-RUN_STATE = "run_state.pt"
+RUN_STATE, CHECKSUMS = "run_state.pt", "checksums.json"
 NAME = re.compile(r"checkpoint-\d+")
 
 logger = get_logger(__name__, log_level="INFO")
@@ -44,11 +48,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        options: RunOptions,
-        accelerator: Accelerator,
-        checkpoint: Path | None,
-        states: Mapping[str, Stateful],
+        self, options: RunOptions, accelerator: Accelerator, checkpoint: Path | None, states: Mapping[str, Stateful]
     ):
         self.options, self.accelerator, self.states = options, accelerator, states
         self.first_step = 0
@@ -139,11 +139,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: str | Path,
-    step: int,
-    run_state: Mapping[str, Any],
-    total_limit: int | None,
+    accelerator: Accelerator, output_dir: str | Path, step: int, run_state: Mapping[str, Any], total_limit: int | None
 ) -> None:
     """Writes a checkpoint under another name, renames it to `checkpoint-STEP`, and removes the oldest ones.
 
@@ -170,12 +166,12 @@ def save_checkpoint(
         if accelerator.is_main_process:
             # Not accelerate's `register_for_checkpointing`, because it loads with `weights_only=False`.
             torch.save(dict(run_state), partial / RUN_STATE)
+        write_checksums(partial)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"`{path}` cannot be written: {' '.join(str(error).split())}. Older ones are complete."
         ) from error
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.replace(partial, path)
         if total_limit is not None:
@@ -198,6 +194,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str], 
             or if it is damaged.
     """
     with _one_line_reason(path):
+        check_files(path)
         run_state = torch.load(path / RUN_STATE, map_location="cpu", weights_only=True)
     missing = sorted(set(names) - run_state.keys())
     if missing:
@@ -210,6 +207,31 @@ def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str], 
     with _one_line_reason(path):
         accelerator.load_state(str(path))
     return dict(run_state)
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Records the SHA-256 of each file of a checkpoint in it, once all processes have written theirs. All call it."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_file(checkpoint / CHECKSUMS, json.dumps(_checksums(checkpoint)).encode())
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raises ValueError if a file of a checkpoint is not as it was written. Older checkpoints are not checked."""
+    recorded = Folder(checkpoint).read_json(CHECKSUMS)
+    found = {} if recorded is None else _checksums(checkpoint)
+    if damaged := [name for name, checksum in (recorded or {}).items() if found.get(name) != checksum]:
+        raise ValueError(f"`{checkpoint / damaged[0]}` is missing or damaged")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = file_digest(file, "sha256").hexdigest()
+    return found
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
+from svqvae_hf.token_sets.shards import load_rows
 from svqvae_hf.trainer.data.sample_order import row_at
 from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 
@@ -107,7 +107,7 @@ class ChatExamples(Dataset):
         if token_set is not None:
             self.settings = read_settings(token_set)
             check_same_codebook(processor.vqvae, self.settings)
-            self.pairs = datasets.load_dataset(token_set, split="train")
+            self.pairs = load_rows(token_set)
             check_captions(self.pairs, caption_column)
         self.count = len(self.pairs) if count is None else count
 

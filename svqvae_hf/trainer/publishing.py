@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from svqvae_hf.files.folders import Folder
 from svqvae_hf.files.outputs import write_file
 from svqvae_hf.hub.origin import STARTED_FROM, Origin, find_origin
 from svqvae_hf.hub.repositories import prepare_repo, push_folder
@@ -125,9 +126,9 @@ def refuse_finished(output_dir: Path, options: Mapping[str, Any]) -> None:
         SystemExit: With code 0, if a run with the same options has finished here.
         ValueError: If they are others.
     """
-    if not (output_dir / FINISHED).exists():
+    old, new = Folder(output_dir).read_json(FINISHED), json.loads(_text(options))
+    if old is None:
         return
-    old, new = json.loads((output_dir / FINISHED).read_text()), json.loads(_text(options))
     if old == new:
         sys.stderr.write(
             f"The run in `{output_dir}` has finished its {new['max_steps']} steps. Nothing was changed.\n"

@@ -35,23 +35,6 @@ def test_compressed_files_decode_without_an_option(two_images, tmp_path, model, 
         assert compressed.stat().st_size < plain.stat().st_size
 
 
-def test_a_file_that_is_cut_is_skipped(tmp_path, model, tokens, capsys):
-    (tokens / "a.svqz").write_bytes((tokens / "a.svqz").read_bytes()[:-9])
-    capsys.readouterr()
-    assert svqvae("decode", tokens, "--output", tmp_path / "whole", *model) == 1
-    assert "a.svqz` is not a token file that can be decoded: it is cut short at" in capsys.readouterr().err
-    assert visible(tmp_path / "whole") == ["b_x0.5.png", "b_x1.png"]
-
-
-def test_a_file_that_is_damaged_is_made_again(two_images, tmp_path, model, tokens, capsys):
-    whole = (tokens / "a.svqz").read_bytes()
-    for damaged in (whole[:-9], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]):
-        (tokens / "a.svqz").write_bytes(damaged)
-        assert svqvae("encode", two_images, "--output", tokens, *SCALES, "--compress", *model) == 0
-        assert "resumed: 1 of 2 were there" in capsys.readouterr().out
-        assert (tokens / "a.svqz").read_bytes() == whole
-
-
 def test_other_context_models_are_refused(two_images, tmp_path, model, tokens, capsys):
     make_context_model(make_tiny().codebook_fingerprint(), width=25).save_pretrained(model[1])
     capsys.readouterr()

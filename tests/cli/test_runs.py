@@ -131,22 +131,6 @@ def test_only_an_input_that_changed_is_done_again(argv, photos, tmp_path, capsys
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_outputs_that_are_cut_or_zeroed_are_made_again(command, argv, tmp_path, capsys):
-    words = argv(command, tmp_path / "out")
-    assert svqvae(*words) == 0
-    whole = contents(tmp_path / "out")
-    cut, zeroed, empty = sorted(path for path in (tmp_path / "out").iterdir() if path.name[0] in "013")[-3:]
-    cut.write_bytes(cut.read_bytes()[:100])
-    zeroed.write_bytes(bytes(zeroed.stat().st_size))
-    empty.write_bytes(b"")
-    capsys.readouterr()
-    assert svqvae(*words) == 0
-    damaged = len({path.name[0] for path in (cut, zeroed, empty)})
-    assert f"resumed: {5 - damaged} of 5 were there\n" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == whole
-
-
 def test_inputs_are_not_overwritten_and_outputs_do_not_clash(photos, tmp_path, saved_model, capsys):
     (photos / "0.png").rename(photos / "1_x1.png")
     before = contents(photos)

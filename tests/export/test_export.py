@@ -159,6 +159,9 @@ def test_example_needs_only_onnxruntime_and_numpy(small, graphs, photo, tmp_path
     argv = [sys.executable, "-c", alone, EXAMPLE, graphs, tmp_path / "photo.png", tmp_path / "back.png"]
     run = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+    Image.new("L", (9000, 9000)).save(tmp_path / "large.png")
+    argv[-2] = tmp_path / "large.png"
+    assert "GiB are free." in subprocess.run(argv, capture_output=True, text=True, check=False).stderr
     processor = SVQVAEImageProcessor(pixel_range=PIXEL_RANGE)
     batch = processor(tmp_path / "photo.png")
     ids = small.encode_tokens(batch["pixel_values"])

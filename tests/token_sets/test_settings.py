@@ -4,7 +4,6 @@ import re
 import datasets
 import numpy as np
 import pytest
-from cli_runner import fails
 from conftest import make_tiny
 from PIL import Image
 from token_set_parts import SCALES, SIZES, load, make_other, make_tiled, save_photos, tokenize
@@ -68,15 +67,6 @@ def test_detokenized_images_equal_encoding_and_decoding(photos, few_windows, tmp
                 assert np.array_equal(found, picture)
     detokenize_set(model, tmp_path / "tokens", tmp_path / "first", max_images=1)
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["00000000_x0.5.png", "00000000_x1.png"]
-
-
-def test_a_damaged_parquet_file_is_one_line(photos, tmp_path, capsys):
-    tokenize(make_tiled(), photos, tmp_path / "tokens")
-    make_tiny().save_pretrained(tmp_path / "model")
-    (file,) = (tmp_path / "tokens").rglob("*.parquet")
-    file.write_bytes(file.read_bytes()[:-100])
-    command = ("decode", tmp_path / "tokens", "--output", tmp_path / "images", "--model", tmp_path / "model")
-    assert "Parquet" in fails(capsys, *command)
 
 
 def test_another_codebook_raises(token_set, tmp_path):

@@ -1,17 +1,14 @@
 import json
 import os
 import re
-import signal
 
 import datasets
 import pytest
 import torch
 from cli_runner import fails, svqvae
-from conftest import ROOT, make_tiny
+from conftest import make_tiny
 from PIL import Image
-from processes import start
 from token_set_parts import SCALES, SIZES, content, load, make_other, make_tiled, save_parquet, save_photos, tokenize
-from tokenize_processes import run_killed, run_to_end
 
 from svqvae_hf import SVQVAEImageProcessor
 from svqvae_hf.data.image_parts import FileRows
@@ -120,43 +117,6 @@ def test_crops_are_rows(tiled_model, photos, tmp_path):
     assert (row["key"], row["crop"]) == ("1.png", "top-left-flipped")
     tokens = row_tokens(row, read_settings(tmp_path / "out"))
     assert torch.equal(tokens.ids[1], encode_image(tiled_model, crop, [1]).ids[0])
-
-
-@pytest.fixture
-def many(tmp_path):
-    """Twenty-four small images, two of which are broken, and a model."""
-    make_tiny().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "many").mkdir()
-    with Image.open(ROOT / "docs" / "images" / "chelsea.png") as photo:
-        for number in range(24):
-            photo.crop((9 * number, 0, 9 * number + 8 + number % 3, 9)).save(tmp_path / "many" / f"{number:02}.png")
-    for number in (3, 17):
-        (tmp_path / "many" / f"{number:02}.png").write_bytes(b"broken")
-    return tmp_path / "many"
-
-
-@pytest.mark.slow
-def test_killed_and_repeated_parts_make_the_set_of_one_process(many, tmp_path):
-    options = ["--model", str(tmp_path / "tiny"), "--num-parts", "8", "--workers", "0", "--scales", "0.5", "1"]
-    arguments = ["tokenize", str(many), str(tmp_path / "out"), *options]
-    kills = [(step, ["--part", f"{part}"]) for part, step in enumerate(("new_file", "write", "_write_part"))]
-    for step, part in [*kills, *kills, ("new_file", []), ("write", [])]:
-        killed = start(run_killed, [*arguments, *part], step)
-        killed.join()
-        assert killed.exitcode == -signal.SIGKILL
-    assert [*(tmp_path / "out").rglob(".*.tmp")]
-    both = [start(run_to_end, [*arguments, "--part", "5"], tmp_path / f"{name}.txt") for name in "ab"]
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
-    for _ in range(2):  # the second finds all finished
-        assert svqvae(*arguments) == 1  # skips an image
-    assert svqvae("tokenize", many, tmp_path / "unbroken", *options) == 1
-    found, expected = content(tmp_path / "out"), content(tmp_path / "unbroken")
-    expected["README.md"] = expected["README.md"].replace(b"unbroken", b"out")
-    assert found == expected
-    rows = load(tmp_path / "out")
-    assert rows["key"] == [f"{number:02}.png" for number in range(24) if number not in (3, 17)]
 
 
 def test_a_finished_part_is_never_read_again(photos, tmp_path, monkeypatch):

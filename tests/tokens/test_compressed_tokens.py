@@ -61,23 +61,6 @@ def test_a_saved_file_loads_unchanged(tmp_path, changes):
     assert load_scales(tmp_path / "b.safetensors") == tokens.scales
 
 
-@pytest.mark.slow
-def test_every_flipped_bit_is_an_error(path):
-    content = path.read_bytes()
-    for bit in range(8 * len(content)):
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        refused(path)
-
-
-def test_a_file_that_is_cut_is_an_error(path):
-    content = path.read_bytes()
-    for size in range(len(content)):
-        path.write_bytes(content[:size])
-        refused(path)
-
-
 def test_another_model_is_refused(path):
     other = make_context_model(width=25)
     assert (

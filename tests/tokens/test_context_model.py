@@ -148,9 +148,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_a_missing_or_damaged_file_is_an_error(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=f"must have a context model, `{FILE}`, but `{tmp_path}` has none. Train"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"must have a context model, `{FILE}`, but `{tmp_path}` has none"):
         ContextModel.from_pretrained(tmp_path)
     for content in (b"", b"Dear diary,"):
         (tmp_path / FILE).write_bytes(content)

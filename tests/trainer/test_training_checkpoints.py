@@ -22,7 +22,7 @@ def test_latest_checkpoint_is_the_newest_whole_one(tmp_path):
     assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-9"), 10) == tmp_path / "checkpoint-9"
     (tmp_path / "checkpoint-best").mkdir()
     for name in ("nowhere", "checkpoint-best", "."):
-        with pytest.raises(ValueError, match=f"or 'latest', but is '{name}'"):
+        with pytest.raises(ValueError, match=f"or 'latest', got '{name}'"):
             find_checkpoint(tmp_path, name, 10)
 
 
