@@ -135,5 +135,5 @@ def _model_facts(source: str) -> dict[str, Any]:
         facts |= {"parameters": f"{model.num_parameters():,}", "f": model.f}
         facts["codebook sha256"] = model.codebook_fingerprint()
         config = model.config
-    unset = (None, [None, None])  # the latter stands for a component that a pipeline lacks
-    return facts | {name: value for name, value in config.items() if name[0] != "_" and value not in unset}
+    # [None, None] stands for a component that a pipeline lacks
+    return facts | {key: each for key, each in config.items() if key[0] != "_" and each not in (None, [None, None])}
