@@ -17,7 +17,7 @@ from diffusers import AutoModel, DiffusionPipeline, ModularPipeline
 from diffusers.commands import diffusers_cli
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, pipeline
 
 PIPELINES = ("classes", "text", "scales", "scales of text")
 PROMPT = torch.tensor([[256 + 3], [256 + 7]])
@@ -125,14 +125,6 @@ def drawn_and_described(folder: str) -> dict[str, torch.Tensor]:
     return {"drawn": torch.from_numpy(np.stack(images))}
 
 
-def generated_text(folder: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, **TRUSTED)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **TRUSTED)
-    chat = [{"role": "user", "content": "Who are you?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0])
-
-
 def run_cli(*arguments: str) -> None:
     sys.argv = ["diffusers-cli", *arguments]
     diffusers_cli.main()
@@ -150,7 +142,7 @@ TOOLS = {  # the rows of the table in docs/standalone.md
     "`AutoModel` of diffusers": lambda folder: AutoModel.from_pretrained(folder, **place(folder)),
     "`AutoImageProcessor`": lambda folder: AutoImageProcessor.from_pretrained(folder, **place(folder)),
     "`AutoProcessor`": lambda folder: AutoProcessor.from_pretrained(folder, **TRUSTED),
-    "`AutoModelForCausalLM`, `AutoTokenizer`": generated_text,
+    "`AutoModelForCausalLM`": lambda folder: AutoModelForCausalLM.from_pretrained(folder, **TRUSTED).generate(PROMPT),
     '`pipeline("text-generation")`': lambda folder: pipeline("text-generation", model=folder, **TRUSTED)("a whale"),
     '`pipeline("any-to-any")`': drawn_and_described,
     "`ModularPipeline`": lambda folder: load_pipeline(folder)(class_labels=2),

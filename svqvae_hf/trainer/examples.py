@@ -119,7 +119,7 @@ class ChatExamples(Dataset):
         is_text = rng.random() < self.mix.text_fraction
         rows = self.texts if is_text else self.pairs
         row = rows[row_at(index, len(rows), self.mix.seed)]
-        return self.text_example(row) if is_text else self.pair_example(row, rng)
+        return self.text_example(row) if is_text else self.chat_example(self.conversation(row, rng))
 
     def text_example(self, row: dict[str, Any]) -> dict[str, list[int]]:
         """A text with any number of images. All of its tokens are learned."""
@@ -129,8 +129,8 @@ class ChatExamples(Dataset):
         tokens = self.tokenize(text + (self.processor.tokenizer.eos_token or ""))[: self.context]
         return {"input_ids": tokens, "labels": tokens}
 
-    def pair_example(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, list[int]]:
-        """A conversation that asks for an image or for its first caption. The answer is learned."""
+    def conversation(self, row: dict[str, Any], rng: np.random.Generator) -> list[dict[str, str]]:
+        """Messages that ask for an image or for its first caption. An image is the text of its tokens."""
         image = self.processor.image_text(row_tokens(row, self.settings).ids[-1])
         captions = row[self.caption_column]
         captions = [captions] if isinstance(captions, str) else captions
@@ -140,7 +140,10 @@ class ChatExamples(Dataset):
         if rng.random() >= self.mix.caption_fraction:
             turns = [caption if rng.random() >= self.mix.condition_dropout else self.processor.no_condition, image]
         roles = zip(("user", "assistant"), turns, strict=True)
-        conversation = [{"role": role, "content": content} for role, content in roles]
+        return [{"role": role, "content": content} for role, content in roles]
+
+    def chat_example(self, conversation: list[dict[str, str]]) -> dict[str, list[int]]:
+        """Tokens of a conversation. The answer is learned."""
         tokens = self.tokenize(self.processor.apply_chat_template(conversation))
         prompt = self.tokenize(self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True))
         if len(tokens) > self.context:

@@ -37,13 +37,6 @@ def test_texts_and_images_come_back_in_order(family):
     assert [image.size for image in expected] == [(16, 16), (12, 8)]
 
 
-def test_ids_are_those_of_the_tokenizer():
-    _, processor = load_extended()
-    image = noise()
-    sample = torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 255
-    assert torch.equal(processor.encode_images([image])[0], processor.vqvae.encode_tokens(sample)[0])
-
-
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chat_template_round_trip(family, count):

@@ -99,10 +99,21 @@ def test_pairs_go_in_both_directions_in_the_stated_share(tokens):
     assert processor.no_condition not in "".join(sum(made, []))
 
 
+def test_chats_for_other_trainers_have_the_same_tokens(tokens, tmp_path, monkeypatch):
+    out = tmp_path / "chats.jsonl"
+    monkeypatch.setattr(sys, "argv", ["", str(extended("qwen")), str(tokens), str(out), "--caption_fraction", "0.5"])
+    runpy.run_path(str(ROOT / "examples" / "token_set_as_chats.py"))
+    made, tokenizer = examples(tokens, caption_fraction=0.5), load_extended("qwen")[1].tokenizer
+    chats = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    for index, (chat, row) in enumerate(zip(chats, made.pairs, strict=True)):
+        assert chat == made.conversation(row, np.random.default_rng((0, index)))
+        assert tokenizer.apply_chat_template(chat)["input_ids"] == made.chat_example(chat)["input_ids"]
+
+
 def test_first_captions_of_lists_have_the_stated_share(tokens):
     made = examples(tokens, caption_fraction=0.0, first_caption_fraction=0.5)
     row, rng = made.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
-    prompts = [learned(made.pair_example(row, rng))[0] for _ in range(200)]
+    prompts = [learned(made.chat_example(made.conversation(row, rng)))[0] for _ in range(200)]
     assert sum("a pear" in prompt for prompt in prompts) == pytest.approx(150, abs=20)
     assert all("a pear" in prompt or "a cat" in prompt for prompt in prompts)
 
@@ -110,7 +121,7 @@ def test_first_captions_of_lists_have_the_stated_share(tokens):
 def test_the_first_caption_of_a_list_is_the_one_to_write(tokens):
     made = examples(tokens, caption_fraction=1.0)
     row, rng = made.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
-    assert {learned(made.pair_example(row, rng))[1].split("<")[0] for _ in range(20)} == {"a pear"}
+    assert {learned(made.chat_example(made.conversation(row, rng)))[1].split("<")[0] for _ in range(20)} == {"a pear"}
 
 
 @pytest.mark.slow
