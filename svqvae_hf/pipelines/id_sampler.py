@@ -53,6 +53,7 @@ class IdSampler:
         codes (`range`): Tokens of the codes. Nothing else is sampled.
         sample (`Callable`): Samples ids `(batch,)` from logits `(batch, codes)`.
         guide (`Callable`, *optional*): Joins logits `(2 * batch, codes)` to `(batch, codes)`.
+        guided_ids (`int`, *optional*): Number of ids with guidance, by default all.
         known (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Ids `(batch, rows, columns)`, and where they are kept
             instead of sampled ones.
 
@@ -70,6 +71,7 @@ class IdSampler:
         codes: range,
         sample: Callable[[torch.Tensor], torch.Tensor],
         guide: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        guided_ids: int | None = None,
         known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         self.model, self.inputs, self.codes, self.sample, self.guide = model, dict(inputs), codes, sample, guide
@@ -80,6 +82,7 @@ class IdSampler:
         rows, columns = grid
         prompts = inputs["input_ids"]
         self.ids = prompts.new_zeros(len(prompts) // (2 if guide else 1), rows, columns)
+        self.guided_ids = rows * columns if guided_ids is None else guided_ids
         self.known = known
         self.place = 0  # number of ids so far
         self._forget()
@@ -123,6 +126,10 @@ class IdSampler:
 
     def _next_logits(self) -> torch.Tensor:
         """Float32 logits `(batch, codes)` of the next id."""
+        if self.guide is not None and self.place == self.guided_ids:
+            self.guide = None
+            self.inputs = {name: each[: len(self.ids)] for name, each in self.inputs.items()}
+            self._forget()
         inputs = self.model.prepare_inputs_for_generation(
             **self.inputs,
             cache=self.cache,

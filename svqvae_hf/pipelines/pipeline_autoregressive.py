@@ -1,5 +1,6 @@
 """Pipeline that samples images from a LlamaGen model, id by id."""
 
+import reprlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +40,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
 
     Raises:
         TypeError: The language model is another one.
-        ValueError: The codebook of `vqvae` is not the language model's, or the number of names is not `num_classes`.
+        ValueError: The codebook of `vqvae` is not the language model's, `text_encoder` does not fit it, or the number
+            of names is not `num_classes`.
 
     Example:
         >>> vqvae = SVQVAE.from_single_file("vq_ds16_c2i.pt")
@@ -72,6 +74,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 f"`language_model` must have the {vqvae.config['codebook_size']} codes of `vqvae`, but has "
                 f"{config.codebook_size}. Use the SVQVAE that it was trained with."
             )
+        _check_text_encoder(text_encoder, config.caption_dim)
         self.grid = (config.grid_size, config.grid_size)
         self._register(
             {"vqvae": vqvae, "language_model": language_model, "text_encoder": text_encoder, "tokenizer": tokenizer},
@@ -103,6 +106,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         self,
         class_labels: Labels | None = None,
         guidance_scale: float = 1.0,
+        guidance_stop: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -123,6 +127,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 `[0, num_classes)` or its name in `class_names`; by default the images have no class.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional +
                 guidance_scale * (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
+            guidance_stop (`float`, defaults to 1.0): Fraction of the ids after which guidance ends, as `stop` of
+                diffusers' guiders. LlamaGen's `cfg_interval` of n is `(n + 2) / (rows * columns)`.
             temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely id.
             top_k (`int`, defaults to 0): Number of most likely ids to sample from; 0 means all.
             top_p (`float`, defaults to 1.0): Total probability of the most likely ids to sample from.
@@ -152,6 +158,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
         """
         check_sampling(guidance_scale, temperature, top_k, top_p)
         check_outputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        if not 0 <= guidance_stop <= 1:
+            raise ValueError(f"`guidance_stop` must be a fraction in [0, 1], got {guidance_stop}.")
         self._interrupt = False
         rows, columns = self.grid
         config = self.language_model.config
@@ -169,6 +177,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             range(config.codebook_size),
             partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator),
             guide=partial(guide, guidance_scale=guidance_scale) if guided else None,
+            guided_ids=round(guidance_stop * rows * columns),
         )
         for row in self.progress_bar(range(rows)):
             if self.interrupt:
@@ -202,6 +211,8 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
                 "both, or pass `prompt_embeds`."
             )
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not prompts or not all(isinstance(each, str) for each in prompts):
+            raise ValueError(f"`prompt` must be a caption or a list of captions, got {reprlib.repr(prompt)}.")
         length = self.language_model.config.num_condition_tokens
         return encode_captions(self.text_encoder, self.tokenizer, prompts, length, device=self._execution_device)
 
@@ -228,3 +239,12 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt)
         given = {"prompt_embeds": prompt_embeds, "prompt_attention_mask": prompt_attention_mask}
         return {name: each.to(self._execution_device) for name, each in given.items() if each is not None}
+
+
+def _check_text_encoder(text_encoder: T5EncoderModel | None, caption_dim: int | None) -> None:
+    if text_encoder is not None and text_encoder.config.d_model != caption_dim:
+        captions = "does not take captions" if caption_dim is None else f"takes captions of {caption_dim} channels"
+        raise ValueError(
+            f"`text_encoder` must fit the language model, which {captions}, but has {text_encoder.config.d_model} "
+            "channels. Use the text encoder that it was trained with."
+        )

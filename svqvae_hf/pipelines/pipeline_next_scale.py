@@ -29,7 +29,7 @@ from svqvae_hf.pipelines.sampling import (
     sample,
 )
 from svqvae_hf.pipelines.scale_predictor import ScalePredictor
-from svqvae_hf.pipelines.schedules import Scale, Size, fit_schedule, guidance_per_step, make_schedule
+from svqvae_hf.pipelines.schedules import Scale, Size, describe, fit_schedule, guidance_per_step, make_schedule
 
 DEFAULT_STEPS = 10
 
@@ -195,6 +195,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         check_outputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         height, width, sizes = self._plan(height, width, num_inference_steps, schedule)
         scales = guidance_per_step(guidance_scale, guidance_mode, sizes, self.trained_schedule[-1])
+        _check_greedy(greedy_scales, sizes)
         self._interrupt = False
         known = self._encode_known(image, mask_image, sizes, height, width)
         images = len(known[0][0]) if known else 1
@@ -324,4 +325,11 @@ def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
     if ours != theirs:
         raise ValueError(
             f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use its own SVQVAE."
+        )
+
+
+def _check_greedy(greedy_scales: Sequence[int], sizes: list[Size]) -> None:
+    if not set(greedy_scales) <= set(range(len(sizes))):
+        raise ValueError(
+            f"`greedy_scales` must be steps in [0, {len(sizes)}) of {describe(sizes)}, got {list(greedy_scales)}."
         )

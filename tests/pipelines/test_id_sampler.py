@@ -97,16 +97,20 @@ def test_ids_of_a_padded_batch_equal_ids_without_padding_or_cache(family):
     assert len(together.unique()) > 2
 
 
+@pytest.mark.parametrize("guided_ids", [None, 0, 5])
 @torch.no_grad()
-def test_guidance_joins_the_logits_of_both_prompts(llama):
+def test_guidance_joins_the_logits_of_both_prompts_up_to_an_id(llama, guided_ids):
     prompts = [*PROMPTS, [75], [75], [75]]
-    ids = run(llama, padded(prompts), guide=partial(guide, guidance_scale=3.0))
+    ids = run(llama, padded(prompts), guide=partial(guide, guidance_scale=3.0), guided_ids=guided_ids)
     for row, prompt in enumerate(PROMPTS):
         logits = []
         for start in (prompt, [75]):
             tokens = torch.tensor([[*start, *(CODES.start + ids[row].flatten()).tolist()]])
             logits.append(llama(tokens).logits[0, len(start) - 1 : -1, CODES.start : CODES.stop])
-        assert torch.equal(ids[row].flatten(), guide(torch.stack(logits), 3.0)[0].argmax(-1))
+        guided = guide(torch.stack(logits), 3.0)[0]
+        stop = len(guided) if guided_ids is None else guided_ids
+        best = torch.cat([guided[:stop], logits[0][stop:]]).argmax(-1)
+        assert torch.equal(ids[row].flatten(), best)
 
 
 def test_an_image_depends_on_its_prompt_and_generator_alone(llama):

@@ -30,6 +30,20 @@ def test_ids_equal_the_original_code(kind, guidance_scale):
     assert torch.equal(ids.flatten(1), expected[f"greedy_cfg{guidance_scale}.ids"])
 
 
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+def test_ids_with_an_interval_of_guidance_equal_the_original_code(kind):
+    """`cfg_interval` of 4 guides the first 6 of 16 ids."""
+    expected, condition = load_expected(kind)
+    pipeline, batches = make_llamagen(kind), []
+    pipeline.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    call = {"guidance_scale": 2, "guidance_stop": 6 / 16, "temperature": 0, "output_type": "latent"}
+    ids = pipeline(**condition, **call).images
+    assert torch.equal(ids.flatten(1), expected["greedy_cfg2_interval4.ids"])
+    assert batches == [4] * 6 + [2] * 10
+
+
 @pytest.mark.parametrize("guidance_scale", [1, 4])
 @torch.no_grad()
 def test_64_ids_in_bfloat16_equal_the_original_code_up_to_rounding(guidance_scale):
@@ -78,9 +92,13 @@ def test_a_pipeline_draws_a_caption():
     assert make_llamagen("t2i", **text_components())(prompt="a cat", output_type="pt").images.shape == (1, 3, 16, 16)
 
 
-def test_names_of_classes_that_do_not_fit():
-    with pytest.raises(ValueError, match="must be 10 different names"):
-        make_llamagen("c2i", class_names=["cat"])
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [(text_components(), "which does not take captions"), ({"class_names": ["cat"]}, "must be 10 different names")],
+)
+def test_components_that_do_not_fit(components, message):
+    with pytest.raises(ValueError, match=message):
+        make_llamagen("c2i", **components)
 
 
 def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
@@ -104,6 +122,7 @@ def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
         ("t2i", {"prompt_embeds": torch.zeros(1, 9, 32)}, r"must have shape \(1, 120, 32\)"),
         ("c2i", {"prompt": "a cat"}, "need a language model with captions, but this one has 10 classes"),
         ("c2i", {"guidance_scale": 2}, "needs `class_labels`. Pass them"),
+        ("c2i", {"guidance_stop": 6}, r"`guidance_stop` must be a fraction in \[0, 1\], got 6"),
     ],
 )
 def test_wrong_conditions_are_errors(kind, arguments, message):

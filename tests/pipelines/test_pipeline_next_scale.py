@@ -212,6 +212,7 @@ GREY = Image.new("RGB", (16, 16), "grey")
         ({"schedule": [1, 4], "num_inference_steps": 2}, "Only one of `schedule` and `num_inference_steps`"),
         ({"num_inference_steps": 5}, r"`num_inference_steps` must be in \[1, 4\]"),
         ({"guidance_mode": "linear"}, "`guidance_mode` must be one of rising, constant, got 'linear'"),
+        ({"greedy_scales": [4]}, r"`greedy_scales` must be steps in \[0, 4\) of 1 x 1, .*, got \[4\]"),
         ({"mask_image": GREY}, "`image` and `mask_image` must be passed together"),
         ({"image": GREY, "mask_image": GREY, "width": 8}, r"aspect ratio of the result, 8 x 16 .*, got 16 x 16"),
         ({"image": GREY, "mask_image": Image.new("L", (16, 15))}, "as large as `image`, 16 x 16 .*, got 16 x 15"),
