@@ -34,6 +34,7 @@ IMPORTED = {
     "diffusers.utils.dynamic_modules_utils.get_relative_import_files": "Find relative imports of a file by `ast`.",
     "diffusers.utils.dynamic_modules_utils.get_relative_imports": "Find relative imports of a file by `ast`.",
     "diffusers.models.embeddings.LabelEmbedding": "Copy it to `modeling_next_scale.py`, with its parameters' names.",
+    "transformers.trainer_callback.ExportableState": "Write the digest of the rows beside each checkpoint.",
     "transformers.modeling_layers.GradientCheckpointingLayer": "Checkpoint the layers in the loop of the model.",
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "Call `scaled_dot_product_attention` in the attention.",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm": "Copy its ten lines, or use `torch.nn.RMSNorm`.",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from svqvae_hf.trainer.checkpoints import write_checksums
 from svqvae_hf.trainer.examples import IGNORED
@@ -41,18 +42,23 @@ class ModalityLoss:
         return losses.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-class CheckpointOnSignal(TrainerCallback):
-    """Saves a checkpoint and stops after SIGTERM or Ctrl-C.
+class CheckpointOnSignal(TrainerCallback, ExportableState):
+    """Saves a checkpoint and stops after SIGTERM or Ctrl-C. Checkpoints tell by which digest their rows are known.
 
     Not by transformers' `enable_jit_checkpoint`, which waits 3 seconds, lets each process decide for itself and does
     not know Ctrl-C.
 
     Args:
         interruption ([`Interruption`]): Signals of the run.
+        digest (`str`): Digest of the rows.
     """
 
-    def __init__(self, interruption: Interruption):
-        self.interruption, self.stopped = interruption, False
+    def __init__(self, interruption: Interruption, digest: str):
+        self.interruption, self.stopped, self.digest = interruption, False, digest
+
+    def state(self) -> dict[str, dict[str, str]]:
+        """Facts that a checkpoint stores."""
+        return {"args": {}, "attributes": {"digest": self.digest}}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds checksums to a checkpoint."""

@@ -36,7 +36,7 @@ from svqvae_hf.pipelines.text_encoders import load_text_encoder
 from svqvae_hf.trainer.checkpoints import check_files, find_checkpoint
 from svqvae_hf.trainer.configs import check_keys
 from svqvae_hf.trainer.data.token_sequences import TokenSource
-from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, collate_sequences, read_texts
+from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, check_rows, collate_sequences, read_texts
 from svqvae_hf.trainer.interruption import Interruption
 from svqvae_hf.trainer.optimization import MAX_PRECONDITION_DIM
 from svqvae_hf.trainer.options import FRACTION, OPTIMIZERS, option, public_values, raise_faults, read_options, wrong
@@ -121,7 +121,7 @@ class Task:
 
     model: PreTrainedModel
     codes: range
-    examples: Dataset
+    examples: LlamaGenExamples | ChatExamples
     held_out: Dataset | None
     collate: Callable[[Any], Any]
     save: Callable[[Path], Path]
@@ -148,6 +148,8 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     make_task = llamagen_task if options.model_name_or_path is None else chat_task
     task = make_task(options, arguments, arguments.max_steps * batch)
+    if checkpoint is not None:
+        check_rows(checkpoint, task.examples.digest)
     model = add_lora(task, options.lora_rank) if options.lora_rank else task.model
     model.config.use_cache = False  # a model with a cache would not tell packed examples apart
     trainer = LanguageModelTrainer(
@@ -164,7 +166,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     is_main = trainer.is_world_process_zero()
     result = Result(arguments, described, find_sources(options), push_to_hub, is_main)
     with Interruption(trainer.accelerator) as interruption:
-        callback = CheckpointOnSignal(interruption)
+        callback = CheckpointOnSignal(interruption, task.examples.digest)
         trainer.add_callback(callback)
         trainer.train(checkpoint and str(checkpoint))
     if callback.stopped:

@@ -14,7 +14,7 @@ from svqvae_hf.loaders.pretrained_models import SVQVAEProcessor
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
 from svqvae_hf.token_sets.shards import load_rows
-from svqvae_hf.trainer.data.sample_order import row_at
+from svqvae_hf.trainer.data.sample_order import DIGEST, digest_of, row_at
 from svqvae_hf.trainer.data.token_sequences import TokenSource, check_captions
 
 IGNORED = -100  # label that the loss skips
@@ -54,6 +54,7 @@ class LlamaGenExamples(Dataset):
 
     def __init__(self, source: TokenSource, count: int, mix: Mix):
         self.source, self.count, self.mix = source, count, mix
+        self.digest = digest_of([source.rows])
 
     def __len__(self) -> int:
         return self.count
@@ -70,6 +71,16 @@ class LlamaGenExamples(Dataset):
             return example
         is_first = rng.random() < self.mix.first_caption_fraction
         return example | {"caption": captions[0][0 if is_first else rng.integers(len(captions[0]))]}
+
+
+def check_rows(checkpoint: Path, digest: str) -> None:
+    """Raises ValueError unless a checkpoint of transformers' `Trainer` was written with the rows of this digest."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    if (saved := state["stateful_callbacks"]["CheckpointOnSignal"]["attributes"]["digest"]) != digest:
+        raise ValueError(
+            f"The {DIGEST} must be {saved} as when the checkpoint was written, but is {digest}. Restore it, or start "
+            "a new run in another `--output_dir`."
+        )
 
 
 def collate_sequences(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,6 +121,7 @@ class ChatExamples(Dataset):
             self.pairs = load_rows(token_set)
             check_captions(self.pairs, caption_column)
         self.count = len(self.pairs) if count is None else count
+        self.digest = digest_of([self.pairs, texts])
 
     def __len__(self) -> int:
         return self.count

@@ -60,10 +60,8 @@ def train(tokens, tmp_path):
         own = {"token_set": str(tokens), "condition_dropout": 0.0} | own
         own.setdefault("model_name_or_path", str(extended(model)))
         training = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True} | changes
-        main(
-            LanguageModelOptions(**own),
-            TrainingArguments(str(tmp_path / name), resume_from_checkpoint=resume, **(LEARN | training)),
-        )
+        arguments = TrainingArguments(str(tmp_path / name), resume_from_checkpoint=resume, **(LEARN | training))
+        main(LanguageModelOptions(**own), arguments)
         return tmp_path / name
 
     return run
@@ -216,13 +214,8 @@ def test_pairs_are_learned_by_heart_in_both_directions(train, tokens):
     grids = processor.encode_images(images)
     for caption, ids, image in zip(CAPTIONS, grids, images, strict=True):
         for content, answer in [(caption, ids), ([{"type": "image", "image": image}], caption)]:
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=True,
-            )
+            asked = {"return_dict": True, "return_tensors": "pt", "add_generation_prompt": True, "tokenize": True}
+            inputs = processor.apply_chat_template([{"role": "user", "content": content}], **asked)
             grammar = ImageGrammar(model.config)
             made = model.generate(**inputs, max_new_tokens=25, do_sample=False, logits_processor=[grammar])
             made = processor.vocabulary.split(made[0, inputs["input_ids"].shape[1] :])
@@ -277,6 +270,10 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
     assert stop.value.code == 128 + signal.SIGTERM
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint-4", "train_config.yaml"}
     monkeypatch.setattr(LanguageModelTrainer, "training_step", step)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a cat"}')
+    other = {"text_files": [str(tmp_path / "texts.jsonl")], "text_fraction": 0.5}
+    with pytest.raises(ValueError, match="The digest of the set must be .* as when the checkpoint was written"):
+        train("stopped", resume="latest", **options, **other)
     resumed = train("stopped", resume="latest", **options)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

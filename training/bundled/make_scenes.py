@@ -24,14 +24,8 @@ SIDE = 96  # pixels of a scene
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # the only size of the font
 GROUNDS = {
-    "white": (255, 255, 255),
-    "yellow": (255, 230, 120),
-    "green": (150, 210, 130),
-    "blue": (140, 190, 240),
-    "pink": (250, 180, 200),
-    "grey": (190, 190, 195),
-    "orange": (250, 180, 110),
-    "purple": (190, 160, 230),
+    **{"white": (255, 255, 255), "yellow": (255, 230, 120), "green": (150, 210, 130), "blue": (140, 190, 240)},
+    **{"pink": (250, 180, 200), "grey": (190, 190, 195), "orange": (250, 180, 110), "purple": (190, 160, 230)},
 }
 OBJECTS = dict(
     each.split(":")

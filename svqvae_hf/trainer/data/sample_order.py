@@ -1,7 +1,7 @@
 """Order of the samples of a run: a function of the seed and the step, whatever the number of processes."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -76,6 +76,12 @@ class Share:
 def spread(num_rows: int) -> list[int]:
     """Up to 16 row numbers, from the first to the last."""
     return [round(at) for at in np.linspace(0, num_rows - 1, min(num_rows, 16))]
+
+
+def digest_of(sets: Iterable[Sequence[Any]]) -> str:
+    """Hash by which other sets of rows are known, from some rows of each."""
+    samples = [[len(rows), *(rows[number] for number in spread(len(rows)))] for rows in sets]
+    return hashlib.sha256(str(samples).encode()).hexdigest()[:16]
 
 
 class OrderedLoader:
