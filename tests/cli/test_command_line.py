@@ -128,10 +128,7 @@ def test_closed_stdout_ends_silently_with_exit_code_141(saved_model, monkeypatch
         (["--device", "cuda:99"], "got `cuda:99`"),
         (["--model", "/no/such/folder"], "there is no file or folder `/no/such/folder`. On the Hub a model is `org/"),
         (["--model", GOLDEN], f"got the file `{GOLDEN}`. Convert it with `svqvae convert` first"),
-        (
-            ["--scalse", "1", "--frobnicate"],
-            "`--scalse`. Did you mean `--scales`? There is no option `--frob",
-        ),
+        (["--scalse", "1", "--frobnicate"], "`--scalse`. Did you mean `--scales`? There is no option `--frob"),
     ],
 )
 def test_wrong_options_are_one_line(two_images, saved_model, tmp_path, capsys, options, message):

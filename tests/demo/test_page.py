@@ -31,13 +31,6 @@ def picture(photo):
 
 
 @pytest.fixture
-def photograph(picture, tmp_path):
-    path = tmp_path / "cat & mouse.png"
-    picture.save(path)
-    return str(path)
-
-
-@pytest.fixture
 def page(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("svqvae_hf.demo.page.CACHE", str(tmp_path / "cache"))
     return demo.Page(tiny_model)
@@ -83,8 +76,9 @@ def test_code_grid_has_ids_and_their_pictures(tiny_model, picture):
             np.testing.assert_array_equal(sheet[top : top + side, left : left + side], look)
 
 
-def test_encode_shows_photograph_beside_reconstructions(page, photograph, tiny_model, picture):
-    summary, tabs, *outputs = page.encode(photograph)
+def test_encode_shows_photograph_beside_reconstructions(page, tiny_model, picture, tmp_path):
+    picture.save(tmp_path / "cat & mouse.png")
+    summary, tabs, *outputs = page.encode(str(tmp_path / "cat & mouse.png"))
     tokens = encode_image(tiny_model, picture, demo.SCALES)
     assert "cat &amp; mouse.png" in summary
     assert "64 × 41 pixels" in summary

@@ -243,10 +243,7 @@ def test_a_random_caption_of_several_is_read_and_cut_unless_it_is_dropped(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"token_set": "oblong"},
-            r"one scale of 4 x 4 ids .* but has scales of \[\(4, 5\)\] ids",
-        ),
+        ({"token_set": "oblong"}, r"one scale of 4 x 4 ids .* but has scales of \[\(4, 5\)\] ids"),
         ({"token_set": "scales"}, r"but has scales of \[\(2, 2\), \(4, 4\)\] ids"),
         ({"token_set": "photos"}, "a token set must be a folder with svqvae_tokens.json"),
         ({"vqvae_name_or_path": "other"}, "codebook"),
