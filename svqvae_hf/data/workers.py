@@ -16,4 +16,4 @@ def end_with_parent() -> None:
 
 def _end_after(parent: BaseProcess) -> None:
     parent.join()
-    os._exit(1)
+    os._exit(1)  # `sys.exit` would end this thread alone

@@ -135,7 +135,8 @@ class _CropReader(Dataset):
 def _start_worker(worker: int) -> None:
     """Ignores Ctrl-C, which reaches all processes of a terminal, and ends at SIGTERM or with the parent.
 
-    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end.
+    The parent sends SIGTERM to workers that it could not shut down, and then waits for their end. An exception in the
+    handler, as of `sys.exit`, would be raised in the parent as the worker's.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
