@@ -4,8 +4,9 @@
     python benchmarks/readable.py svqvae_hf/pretrained --latin FONT ... --han FONT ... --seed 1
 
 Pages of random words, each in one font and size, go through the model at each scale, and through JPEG and AVIF in
-files that are at most as large as its token file. Height is that of a capital or of a Chinese character, in pixels.
-The engine, whose models are in its package, reads Latin letters and Chinese, and gets the lines one by one.
+files that are at most as large as its token file; a cell is empty if even the lowest quality takes more. Height is
+that of a capital or of a Chinese character, in pixels. The engine, whose models are in its package, reads Latin
+letters and Chinese, and gets the lines one by one.
 """
 
 import secrets
@@ -68,7 +69,7 @@ def draw_page(font_path: str, script: str, height: int, random: Random) -> tuple
 @torch.inference_mode()
 def versions(
     model: SVQVAE, context: ContextModel | None, page: Image.Image, scales: list[float]
-) -> Iterator[tuple[str, Image.Image]]:
+) -> Iterator[tuple[str, Image.Image | None]]:
     """A page, and what comes back of it from the model and the codecs, each with a title."""
     yield "page itself", page
     for scale in scales:
@@ -77,7 +78,8 @@ def versions(
         yield f"ids, scale {scale:g}", output
         bits = 8 * len(token_file_content(tokens, context))
         for codec in CODECS:
-            yield f"{codec}, bits of scale {scale:g}", open_image(save_within(page, codec, bits))
+            content = save_within(page, codec, bits)
+            yield f"{codec}, bits of scale {scale:g}", open_image(content) if 8 * len(content) <= bits else None
 
 
 def wrong_characters(engine: Callable[..., Any], image: Image.Image, lines: list[Line]) -> float:
@@ -113,8 +115,9 @@ def main() -> None:
             for font in fonts:
                 page, lines = draw_page(font, script, height, random)
                 for title, image in versions(model, context, page, options.scales):
-                    wrong[title].append(100 * wrong_characters(engine, image, lines))
-            row = {"height": height} | {title: round(sum(values) / len(values), 1) for title, values in wrong.items()}
+                    wrong[title].append(None if image is None else 100 * wrong_characters(engine, image, lines))
+            means = {title: None if None in each else round(sum(each) / len(each), 1) for title, each in wrong.items()}
+            row = {"height": height} | means
             tables.setdefault(f"{script}, {len(fonts)} fonts: wrong characters, %", []).append(row)
     report(options, machine, tables)
 
