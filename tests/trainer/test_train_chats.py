@@ -100,7 +100,7 @@ def test_pairs_go_in_both_directions_in_the_stated_share(tokens):
 def test_chats_for_other_trainers_have_the_same_tokens(tokens, tmp_path, monkeypatch):
     out = tmp_path / "chats.jsonl"
     monkeypatch.setattr(sys, "argv", ["", str(extended("qwen")), str(tokens), str(out), "--caption_fraction", "0.5"])
-    runpy.run_path(str(ROOT / "examples" / "token_set_as_chats.py"))
+    runpy.run_path(str(ROOT / "examples" / "token_set_as_chats.py"), run_name="__main__")
     made, tokenizer = examples(tokens, caption_fraction=0.5), load_extended("qwen")[1].tokenizer
     chats = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
     for index, (chat, row) in enumerate(zip(chats, made.pairs, strict=True)):
