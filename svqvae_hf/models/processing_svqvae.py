@@ -33,7 +33,6 @@ class SVQVAEImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 class SVQVAEProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of [`SVQVAEProcessor`]."""
 
-    _defaults: dict[str, Any] = {}  # transformers before 5.20 needs it
     images_kwargs: SVQVAEImagesKwargs
 
 
