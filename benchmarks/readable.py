@@ -5,8 +5,8 @@
 
 Pages of random words, each in one font and size, go through the model at each scale, and through JPEG and AVIF in
 files that are at most as large as its token file; a cell is empty if even the lowest quality takes more. Height is
-that of a capital or of a Chinese character, in pixels. The engine, whose models are in its package, reads Latin
-letters and Chinese, and gets the lines one by one.
+that of a capital or of a Chinese character, in pixels. The engine brings its models, reads Latin letters and
+Chinese, and gets the lines one by one.
 """
 
 import secrets
@@ -70,7 +70,7 @@ def draw_page(font_path: str, script: str, height: int, random: Random) -> tuple
 def versions(
     model: SVQVAE, context: ContextModel | None, page: Image.Image, scales: list[float]
 ) -> Iterator[tuple[str, Image.Image | None]]:
-    """A page, and what comes back of it from the model and the codecs, each with a title."""
+    """A page, and its reconstructions by the model and the codecs, each with a title."""
     yield "page itself", page
     for scale in scales:
         tokens = encode_image(model, page, [scale], scale_from="image")

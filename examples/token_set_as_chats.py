@@ -1,7 +1,7 @@
 """Writes a token set as chats for trainers of language models, such as TRL, axolotl, torchtune and LLaMA-Factory.
 
-Each line of the file has `messages`, in which an image is the text of its tokens. They are those of
-`training/train_language_model.py`.
+Each line of the file has `messages`, in which an image is the text of its tokens, as
+`training/train_language_model.py` makes them.
 
 python examples/token_set_as_chats.py LM TOKEN_SET chats.jsonl --caption_fraction 0.5 --condition_dropout 0.1
 """

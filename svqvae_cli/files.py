@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +17,8 @@ TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
 ARCHIVES = (".zip", ".rar", ".7z")
 TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
 SETTINGS_FILE = "svqvae_tokens.json"  # as in `svqvae_hf.token_sets.settings`
-PACKAGE = Path(str(find_spec("svqvae_hf").origin)).parent  # type: ignore[union-attr] # it is not imported
-BUNDLED = {
-    "bundled": PACKAGE / "pretrained",
-    "scenes": PACKAGE / "pretrained_scenes",
-}
+PACKAGE = Path(__file__).parents[1] / "svqvae_hf"  # beside this package
+BUNDLED = {"bundled": PACKAGE / "pretrained", "scenes": PACKAGE / "pretrained_scenes"}
 REPO_ID = r"\w[\w.-]*/\w[\w.-]*"  # as in `svqvae_hf.hub.repositories`
 
 

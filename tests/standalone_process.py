@@ -155,7 +155,7 @@ TOOLS = {  # the rows of the table in docs/standalone.md
 
 
 def table(repositories: Path) -> dict[str, dict[str, str]]:
-    """Errors of each tool on each kind of repository, empty where there is none."""
+    """The error of each tool on each kind of repository, or an empty text."""
     cells: dict[str, dict[str, str]] = {}
     for name, tool in TOOLS.items():
         for kind, folder in KINDS.items():

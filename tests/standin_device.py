@@ -1,4 +1,4 @@
-"""A stand-in for a GPU, which finds tensors on a wrong device where there is none: tensors that say so, on the CPU."""
+"""A stand-in for a GPU, to find tensors on a wrong device without one: it computes on the CPU."""
 
 from typing import Any
 

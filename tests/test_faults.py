@@ -164,7 +164,7 @@ def test_kills_and_two_runs_in_one_folder(work, tmp_path):
         name = rng.choice([*COMMANDS])
         folder, whole = tmp_path / str(number) / COMMANDS[name][1], contents(work / COMMANDS[name][1])
         killed = rng.random() < 0.7
-        children = [fork(lambda: command(work, name, folder)) for _ in range(1 if killed else 2)]  # noqa: B023
+        children = [fork(partial(command, work, name, folder)) for _ in range(1 if killed else 2)]
         if killed:
             time.sleep(rng.uniform(0, 0.5))
             os.kill(children[0], signal.SIGKILL)

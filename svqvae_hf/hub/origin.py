@@ -18,7 +18,7 @@ NOT_STATED = (None, "unknown")
 
 
 class Origin(NamedTuple):
-    """What the card of a result says about where it comes from.
+    """Where a result comes from, as its card says it.
 
     Args:
         license (`str`, *optional*): Licence, by the Hub's identifier; `None` if neither a source nor the user states
@@ -58,9 +58,7 @@ def find_origin(
         raise ValueError(
             f"The sources have different licences: {listed}. Pass the licence of the result as `--license`."
         )
-    rows = {
-        row: f"`{public_name(source)}` (licence: {stated.get(row, 'not stated')})" for row, source in given.items()
-    }
+    rows = {row: f"`{public_name(source)}` (licence: {stated.get(row, 'not known')})" for row, source in given.items()}
     license, base_model = license or next(iter(stated.values()), None), None
     if (source := given.get(STARTED_FROM)) is not None:
         card = cards[STARTED_FROM]
@@ -77,7 +75,7 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
         kind (`str`, defaults to `"model"`): `model` or `dataset`.
 
     Returns:
-        `RepoCard`: The card, or `None` if there is none or the Hub cannot be reached.
+        `RepoCard`: The card. `None` if there is none, or if the Hub does not answer.
 
     Raises:
         ValueError: If the metadata of the card cannot be read.

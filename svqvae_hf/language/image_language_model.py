@@ -50,13 +50,15 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
             standalone (`bool`, defaults to `False`): Also write the code, so that transformers' `AutoProcessor` and
                 `pipeline("any-to-any")` work with `trust_remote_code=True` where this package is not installed.
         """
-        self.language_model.config.__dict__.pop("custom_pipelines", None)  # of a repository with code
         self.language_model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        path = Path(folder, "config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("custom_pipelines", None)  # of the repository that the model came from
         if standalone:
             write_code(Path(folder))
             copy_code(ImageLanguagePipeline, folder)
-            path = Path(folder, "config.json")
             impl = f"{ImageLanguagePipeline.__module__.rpartition('.')[2]}.{ImageLanguagePipeline.__name__}"
-            pipelines = {"any-to-any": {"impl": impl, "pt": ["AutoModelForCausalLM"], "type": "multimodal"}}
-            write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"custom_pipelines": pipelines})
+            pipeline = {"impl": impl, "pt": ["AutoModelForCausalLM"], "type": "multimodal"}
+            config["custom_pipelines"] = {"any-to-any": pipeline}
+        write_json(path, config)

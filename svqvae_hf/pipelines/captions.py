@@ -36,7 +36,7 @@ def keep_known_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
 
 
 def say_unknown(words: Sequence[str]) -> str:
-    """What happens to words that a model does not know."""
+    """Sentence about words that a model does not know."""
     return f"unknown to the model and left out: {', '.join(words)}"
 
 

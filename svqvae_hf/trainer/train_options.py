@@ -58,7 +58,7 @@ class TrainOptions(ImageOptions):
     # Validation
     validation_data_dir: list[str] = option([], "Folders of images that are not trained on, measured one by one.")
     validation_scales: list[float] = option([0.25, 0.5, 1.0], "Scales of a validation.")
-    num_validation_images: int = option(16, "Maximum number of images of a folder, of which the centre is cut.")
+    num_validation_images: int = option(16, "Maximum number of images of each folder; their centres are cut.")
     load_best_model_at_end: bool = option(False, "Save the weights of the validation with the highest mean PSNR.")
 
     def faults(self) -> Iterator[str]:

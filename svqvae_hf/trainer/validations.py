@@ -1,4 +1,4 @@
-"""What a run remembers of its validations: the first one, and the last or best one."""
+"""The validations that a run remembers: the first, and the last or best."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,7 @@ class Validations:
         Args:
             steps_done (`int`): Steps done before it.
             numbers (`dict[str, dict[str, float]]`): Numbers of each set. `ids_kept` is added: the fraction of ids that
-                are those of the first validation.
+                have not changed since the first validation.
             ids (`dict[str, torch.Tensor]`): Ids `(n,)` of each set; empty if nothing was quantised.
         """
         self.first, self.ids = self.first or numbers, self.ids or ids

@@ -27,7 +27,10 @@ def sample(pipeline, **arguments):
     steps = []
     options = {"class_labels": 1, "guidance_scale": 2.0, "top_p": demo.TOP_P} | arguments
     generator = torch.Generator().manual_seed(7)
-    note = lambda *call: steps.append(call[-1]["ids"])  # noqa: E731
+
+    def note(*call):
+        steps.append(call[-1]["ids"])
+
     return pipeline(**options, generator=generator, callback_on_step_end=note).images[0], steps
 
 

@@ -145,7 +145,9 @@ def test_taken_port_is_an_error():
 
 
 def test_the_command_serves_either_page_until_it_is_interrupted(saved_model, tmp_path, monkeypatch, capsys):
-    shown = lambda page, host, port: nullcontext(f"{type(page).__name__} at {host}:{port}")  # noqa: E731
+    def shown(page, host, port):
+        return nullcontext(f"{type(page).__name__} at {host}:{port}")
+
     monkeypatch.setattr("svqvae_hf.demo.page.serving", shown)
     for module in ("page", "generator_page"):
         monkeypatch.setattr(f"svqvae_hf.demo.{module}.build", lambda page: page)

@@ -20,8 +20,8 @@ def test_only_stated_licence_is_inherited_and_each_is_listed(tmp_path):
     origin = find_origin({"vqvae": model, "text encoder": str(tmp_path)}, {"token set": tokens})
     assert origin.license == "cc-by-4.0"
     assert origin.rows == {
-        "vqvae": "`model` (licence: not stated)",
-        "text encoder": f"`{tmp_path.name}` (licence: not stated)",
+        "vqvae": "`model` (licence: not known)",
+        "text encoder": f"`{tmp_path.name}` (licence: not known)",
         "token set": "`tokens` (licence: cc-by-4.0)",
     }
 
@@ -48,7 +48,7 @@ def test_card_on_the_hub(tmp_path):
         code = f"from svqvae_hf.hub.origin import find_origin; print(*find_origin({sources}), sep='\\n')"
         licence, base, rows = run_python(code, env).splitlines()
     assert (licence, base) == ("mit", "org/model")
-    assert "'source': '`org/none` (licence: not stated)', 'file': '`org/model:weights.pt` (licence: mit)'" in rows
+    assert "'source': '`org/none` (licence: not known)', 'file': '`org/model:weights.pt` (licence: mit)'" in rows
 
 
 def test_bundled_models_state_their_licence_also_in_their_parts():
