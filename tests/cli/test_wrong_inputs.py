@@ -32,7 +32,7 @@ WRONG = {  # words on the command line, and a part of the message
     "evaluate": [
         ("{model} broken.png --output out", "none of 1 is. The first, `broken.png`: the image (5 bytes) is not"),
         ("./nowhere two_images --output out", "there is no file or folder `./nowhere`"),
-        ("{model} nowhere --output out", "no file or folder matches `nowhere`. On the Hub an image set is `org/name`."),
+        ("{model} nowhere --output out", "no file or folder matches `nowhere`. On the Hub an image set is `org"),
         ("{model} two_images --output out --lpips-weights none.pth", "there is no file `none.pth`"),
         ("two_images two_images --output out --generated --scales 0.5", "--scales is not for generated images"),
         (
