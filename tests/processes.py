@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import psutil
 
-PRELOADED = ["pytest", "train", "train_language_model", "odd_files", "svqvae_hf.evaluation.report"]
+PRELOADED = ["pytest", "train", "train_language_model", "train_next_scale", "odd_files", "svqvae_hf.evaluation.report"]
 
 
 def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:

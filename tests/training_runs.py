@@ -4,15 +4,18 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from processes import start
 from safetensors.torch import load_file
 
 from svqvae_hf.trainer.options import RunOptions
 from svqvae_hf.trainer.run import run_training
+from svqvae_hf.trainer.weights import Weights
 
 
 @contextlib.contextmanager
@@ -48,15 +51,29 @@ def assert_no_private_path(folder: Path, repository: Path) -> None:
     assert not [path.name for path in texts if str(folder) in path.read_text()]
 
 
-def train_at_once_and_resumed(train, weights, options):
-    """Trains with everything that has a state, at once and in two parts, and returns the weights of both."""
-    options = options | {"max_steps": 4, "save_steps": 2}
-    options |= {"use_ema": True, "gradient_accumulation_steps": 2}
-    train(**options)
-    output_dir = Path(options["output_dir"])
-    whole = load_file(output_dir / weights)
-    shutil.rmtree(output_dir / "checkpoint-4")
-    for name in (weights, "finished_run.json"):
-        (output_dir / name).unlink()
-    train(**options, resume_from_checkpoint="latest")
-    return whole, load_file(output_dir / weights)
+def train_at_once_and_interrupted(train, options_class, options):
+    """Trains with everything that has a state, at once and killed, stopped and resumed; returns both weights."""
+    options = options | {"max_steps": 4, "save_steps": 2, "use_ema": True, "gradient_accumulation_steps": 2}
+    output_dir, found = Path(options["output_dir"]), []
+    for signals in ([], [signal.SIGKILL, signal.SIGTERM]):
+        for number in signals:
+            process = start(run_until_signal, number, train, options_class, options)
+            process.join()
+            assert process.exitcode == (128 + number if number == signal.SIGTERM else -number)
+            options["resume_from_checkpoint"] = "latest"
+        run(train, options_class, **options)
+        found.append(load_file(output_dir / "transformer" / "diffusion_pytorch_model.safetensors"))
+        shutil.rmtree(output_dir)
+    return found
+
+
+def run_until_signal(number, train, options_class, options):
+    """Runs a script, and sends its process a signal before the third update."""
+
+    def update_or_end(weights):
+        if weights.lr_scheduler.last_epoch == 2:
+            os.kill(os.getpid(), number)
+        return update(weights)
+
+    update, Weights.update = Weights.update, update_or_end
+    run(train, options_class, **options)

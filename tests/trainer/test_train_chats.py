@@ -108,18 +108,15 @@ def test_chats_for_other_trainers_have_the_same_tokens(tokens, tmp_path, monkeyp
         assert tokenizer.apply_chat_template(chat)["input_ids"] == made.chat_example(chat)["input_ids"]
 
 
-def test_first_captions_of_lists_have_the_stated_share(tokens):
-    made = examples(tokens, caption_fraction=0.0, first_caption_fraction=0.5)
-    row, rng = made.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
-    prompts = [learned(made.chat_example(made.conversation(row, rng)))[0] for _ in range(200)]
+def test_captions_of_lists_are_asked_for_in_the_stated_share_and_the_first_is_written(tokens):
+    asks, writes = (examples(tokens, caption_fraction=each, first_caption_fraction=0.5) for each in (0.0, 1.0))
+    row, rng = asks.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
+    prompts = [learned(asks.chat_example(asks.conversation(row, rng)))[0] for _ in range(200)]
     assert sum("a pear" in prompt for prompt in prompts) == pytest.approx(150, abs=20)
     assert all("a pear" in prompt or "a cat" in prompt for prompt in prompts)
-
-
-def test_the_first_caption_of_a_list_is_the_one_to_write(tokens):
-    made = examples(tokens, caption_fraction=1.0)
-    row, rng = made.pairs[0] | {"caption": ["a pear", "a cat"]}, np.random.default_rng(0)
-    assert {learned(made.chat_example(made.conversation(row, rng)))[1].split("<")[0] for _ in range(20)} == {"a pear"}
+    assert {learned(writes.chat_example(writes.conversation(row, rng)))[1].split("<")[0] for _ in range(20)} == {
+        "a pear"
+    }
 
 
 @pytest.mark.slow
@@ -152,13 +149,6 @@ def test_wrong_texts_are_refused_by_their_line(line, reason, tmp_path):
     with pytest.raises(ValueError, match=f"^line {3 if line else 1} of `{file}` must be a JSON object with") as error:
         read_texts([str(file)], load_extended("qwen")[1])
     assert reason in str(error.value)
-
-
-def test_a_new_run_does_not_replace_an_old_one(train, tmp_path):
-    (tmp_path / "old" / "checkpoint-3").mkdir(parents=True)
-    (tmp_path / "old" / "checkpoint-3" / "trainer_state.json").touch()
-    with pytest.raises(ValueError, match="has checkpoint-3. Resume it with `--resume_from_checkpoint latest`"):
-        train("old")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from conftest import ROOT, make_tiny
 from diffusers import DiffusionPipeline, DiTPipeline
 from PIL import Image
 from train_latent_diffusion import NUM_CLASSES, DiffusionOptions, drop_labels, make_denoiser
-from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
+from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_interrupted
 
 import svqvae_hf
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
@@ -96,9 +96,8 @@ def test_denoiser_of_one_image_generates_that_image(options, photo, tmp_path):
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_an_unbroken_one(class_options):
-    weights = "transformer/diffusion_pytorch_model.safetensors"
-    whole, resumed = train_at_once_and_resumed(diffuse, weights, class_options)
+def test_killed_and_stopped_run_equals_an_unbroken_one(class_options):
+    whole, resumed = train_at_once_and_interrupted(*diffuse.args, class_options)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 

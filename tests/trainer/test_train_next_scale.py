@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from train_next_scale import NextScaleOptions, count_ids, draw_schedule
-from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_resumed
+from training_runs import assert_no_private_path, cpu, logged, run, train_at_once_and_interrupted
 from transformers import PreTrainedTokenizerFast
 
 import svqvae_cli
@@ -27,7 +27,6 @@ from svqvae_hf.trainer.run import run_training
 CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}
 CROP, SIDE = 32, 8  # of images in pixels and in ids
 IMAGES = 6
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 train = partial(run, train_next_scale.train, NextScaleOptions)
 
@@ -133,8 +132,8 @@ def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_an_unbroken_one(options):
-    whole, resumed = train_at_once_and_resumed(train, WEIGHTS, options)
+def test_killed_and_stopped_run_equals_an_unbroken_one(options):
+    whole, resumed = train_at_once_and_interrupted(*train.args, options)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
