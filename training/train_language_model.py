@@ -137,7 +137,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     refuse_finished(output_dir, described)
     for folder in output_dir.glob("checkpoint-*"):
         if not (folder / "trainer_state.json").exists():  # written last: the run was killed
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # by each process
     checkpoint = find_checkpoint(output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
     if checkpoint is not None:
         check_files(checkpoint)
@@ -146,6 +146,7 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
     arguments.remove_unused_columns = False
     arguments.eval_on_start = options.validation_token_set is not None and checkpoint is None
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    torch.manual_seed(arguments.seed)  # for new weights; the Trainer sets it later
     make_task = llamagen_task if options.model_name_or_path is None else chat_task
     task = make_task(options, arguments, arguments.max_steps * batch)
     if checkpoint is not None:
