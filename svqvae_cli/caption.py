@@ -8,7 +8,6 @@ skipped. The same command resumes an interrupted run.
 """
 
 import argparse
-from functools import partial
 
 from svqvae_cli.arguments import Parser, model, positive
 from svqvae_cli.files import find_images
@@ -27,8 +26,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes and prints a text for each image."""
-    targets = {file: [file.target(args.output, ".txt")] for file in find_images(args)}
-    with Run(args, targets, "texts") as work:
+    with Run(args, {file: [file.target(args.output, ".txt")] for file in find_images(args)}, "texts") as work:
         if work.left:
             _caption(args, work)
 
@@ -40,10 +38,9 @@ def _caption(args: argparse.Namespace, work: Run) -> None:
     from svqvae_hf.models.image_files import load_image
 
     model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
-    caption = partial(model.caption, prompt=args.prompt, max_new_tokens=args.max_tokens)
     for file, image in work.read(load_image):
         with work.attempt(file):
-            (text,) = caption([image])
+            (text,) = model.caption([image], args.prompt, args.max_tokens)
             (path,) = work.outputs(file)
             write_file(path, f"{text}\n".encode())
             print(f"{file.name}: {text}")

@@ -45,13 +45,10 @@ def run(args: argparse.Namespace) -> None:
         of_tokenizers["network_range"] = tuple(args.network_range)
     of_generators = {name: getattr(args, name) for name in ("image_size", "num_attention_heads", "text_encoder")}
     if args.tokenizer is None and any(value is not None for value in of_generators.values()):
-        raise ValueError(
-            "--image-size, --num-heads and --text-encoder need --tokenizer. Leave them out for a tokenizer."
-        )
+        raise ValueError("--image-size, --num-heads and --text-encoder are for generators, with --tokenizer.")
     if args.tokenizer is not None and of_tokenizers:
         raise ValueError(
-            "--network-range and --no-codebook-l2-norm are for tokenizers. Convert the tokenizer with them first, and "
-            "pass its folder as --tokenizer."
+            "--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer with them."
         )
     if not os.path.isfile(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
         raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")

@@ -16,7 +16,7 @@ from typing import Any
 
 from svqvae_cli.arguments import Parser, changed_options, not_empty, positive
 from svqvae_cli.errors import prefix_errors
-from svqvae_cli.files import TOKEN_SUFFIXES, check_file, check_output, check_source, find_inputs, is_token_set
+from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_file, check_source, find_inputs, is_token_set
 from svqvae_cli.large import add_large, check_large
 from svqvae_cli.runs import Run
 
@@ -35,7 +35,6 @@ def run(args: argparse.Namespace) -> None:
     """Writes the images of token files or of a token set, with the tiles that they were encoded with."""
     check_large(args)
     check_source(args.model)
-    check_output(args.output)
     if any(map(is_token_set, args.inputs)):
         _decode_set(args)
     else:
@@ -50,15 +49,21 @@ def _decode_set(args: argparse.Namespace) -> None:
     (source,) = args.inputs
 
     from svqvae_cli.loading import load_model, require_context_model
+    from svqvae_hf.files.outputs import scale_endings
+    from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.token_sets.decoding import detokenize_set
-    from svqvae_hf.token_sets.settings import read_settings
+    from svqvae_hf.token_sets.settings import SETTINGS_FILE, read_settings
 
     settings = read_settings(source)  # fails before the model is loaded
+    file = InputFile(Path(source, SETTINGS_FILE), Path(source), Path("00000000"))
+    work = Run(args, {file: [file.target(args.output, ending) for ending in scale_endings(settings.scales)]}, "images")
     model = load_model(args.model, args.device, args.dtype)
     context_model = None if settings.context_model is None else require_context_model(model, args.model)
-    options = {"max_images": args.max_images, "overwrite": args.overwrite, "context_model": context_model}
+    options = {"max_images": args.max_images, "keep": partial(work.is_done, item=file)}
     with prefix_errors(source):
-        written, kept = detokenize_set(model, source, args.output, **options)
+        check_same_codebook(model, settings)
+        work.outputs(file)
+        written, kept = detokenize_set(model, source, args.output, context_model=context_model, **options)
     if kept:
         print(f"resumed: {kept:,} of {written + kept:,} images were there")
     print(f"written  {args.output} (images: {written})")

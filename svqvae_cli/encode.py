@@ -52,8 +52,7 @@ def _encode(args: argparse.Namespace, work: Run[InputFile]) -> None:
                 tokens = encode_large(model, file.path, model.tiles_of_call(args.tile_size, args.overlap))
             else:
                 with prefix_errors(file.path):
-                    asked = args.scales, args.tile_size, args.overlap
-                    tiles = choose_tiles(model, image.height, image.width, *asked)
+                    tiles = choose_tiles(model, image.height, image.width, args.scales, args.tile_size, args.overlap)
                 tokens = encode_image(model, image, args.scales, args.scale_from, tiles)
             (path,) = work.outputs(file)
             save_tokens(path, tokens, context_model)

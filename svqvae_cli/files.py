@@ -14,7 +14,6 @@ from typing import NamedTuple
 # As in `svqvae_hf.models.image_files`, in the same order.
 IMAGE_SUFFIXES = tuple(".bmp .gif .jpg .jpeg .png .ppm .pgm .pnm .tif .tiff .webp .avif".split())
 TIFF_SUFFIXES = (".tif", ".tiff")  # as in `svqvae_hf.large.tiff_reader`
-ARCHIVES = (".zip", ".rar", ".7z")
 TOKEN_SUFFIXES = (".safetensors", ".svqz")  # of plain and of compressed token files
 SETTINGS_FILE = "svqvae_tokens.json"  # as in `svqvae_hf.token_sets.settings`
 PACKAGE = Path(__file__).parents[1] / "svqvae_hf"  # beside this package
@@ -176,7 +175,7 @@ def check_new_folder(out: str | os.PathLike) -> None:
 
 def check_unpacked(name: str) -> None:
     """Raises ValueError for an archive."""
-    if name.lower().endswith(ARCHIVES):
+    if name.lower().endswith((".zip", ".rar", ".7z")):
         raise ValueError(f"`{name}` must be unpacked first, because archives are not read.")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from svqvae_cli.arguments import Parser, not_empty
 from svqvae_cli.files import REPO_ID, check_source, find_bundled
 
-ADAPTER_FILE = "adapter_config.json"  # of peft
 ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
 
 
@@ -46,17 +45,16 @@ def run(args: argparse.Namespace) -> None:
         facts = _file_facts(path)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"info describes models and tokens, got the image `{path}`. Encode it with `svqvae encode`.")
-    elif (path / ADAPTER_FILE).is_file():
-        config = json.loads((path / ADAPTER_FILE).read_text())
+    elif (path / "adapter_config.json").is_file():
+        config = json.loads((path / "adapter_config.json").read_text())
         facts = {"kind": "LoRA adapter"} | {name: config.get(name) for name in ADAPTER_FACTS}
     elif path.is_file() or is_hub_file:
         checkpoint = read_checkpoint(args.path, SVQVAE)
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
     else:
         facts = _model_facts(args.path)
-    width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{max(map(len, facts))}}  {value}")
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

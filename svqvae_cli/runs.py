@@ -13,20 +13,20 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from svqvae_cli.errors import check_none_skipped, one_line, prefix_errors
-from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_absent, check_file, check_output
+from svqvae_cli.files import PACKAGE, TOKEN_SUFFIXES, InputFile, check_absent, check_file, check_output
 
 Item = TypeVar("Item", bound=Hashable)
 Content = TypeVar("Content")
 
 # Arguments that do not change the content of an output.
-NOT_OPTIONS = {"command", "device", "inputs", "output", "overwrite", "parser", "run", "batch_size"}
+NOT_OPTIONS = {"command", "device", "inputs", "output", "overwrite", "parser", "run", "batch_size", "max_images"}
 
 
 class Run(Generic[Item]):
     """A run of a command over inputs, which resumes an earlier run with the same options.
 
-    The options are recorded in the output folder. An output of such a run is kept if it is
-    complete and not older than its input. `--overwrite` makes all of them again.
+    The options and the input of each output are recorded in the output folder. An output of such a run is kept if it
+    is complete and not older than its input and the model. `--overwrite` makes all of them again.
 
     Args:
         args (`argparse.Namespace`): Parsed command line.
@@ -35,20 +35,26 @@ class Run(Generic[Item]):
 
     Raises:
         ValueError: The output folder cannot be written; an output file is an input, or is written for two inputs; or
-            it exists, but not from a run with the same options.
+            it exists, but was not made from this input with the same options.
     """
 
     def __init__(self, args: argparse.Namespace, targets: Mapping[Item, Sequence[Path]], made: str):
         self.output, self.targets, self.made, self.overwrite = args.output, targets, made, args.overwrite
         self.record = self.output / f".svqvae-{args.parser.prog.split()[-1]}.json"
-        self.options = {name: _plain(name, value) for name, value in vars(args).items() if name not in NOT_OPTIONS}
+        options = {name: value for name, value in vars(args).items() if name not in NOT_OPTIONS}
+        options |= {name: _source(options[name]) for name in ("model", "adapter") if options.get(name)}
+        self.options = json.loads(json.dumps(options))  # as they are read again
+        self.sources = {
+            os.path.relpath(path, self.output): _source(item) for item in targets for path in targets[item]
+        }
+        self.changed = max(_changed(Path(options.get(name) or PACKAGE)) for name in ("model", "adapter"))
         self.is_recorded = False
         self.written = self.skipped = 0
         self.pending = 0  # files of the input in work
         check_output(self.output)
         self._check_clashes()
         self._check_earlier()
-        self.left = [item for item in targets if self.overwrite or not self._is_done(item)]
+        self.left = [item for item, paths in targets.items() if not self.is_done(paths, item)]
         self.done = len(targets) - len(self.left)
 
     def _check_clashes(self) -> None:
@@ -65,28 +71,30 @@ class Run(Generic[Item]):
                         "--output."
                     )
 
-    def _is_done(self, item: Item) -> bool:
-        paths = self.targets[item]
-        if not paths or not all(path.exists() and _is_whole(path) for path in paths):
-            return False
-        made = min(path.stat().st_mtime_ns for path in paths)
-        return not isinstance(item, InputFile) or (item.path.is_file() and item.path.stat().st_mtime_ns <= made)
+    def is_done(self, paths: Sequence[Path], item: Item) -> bool:
+        """Whether outputs are to be kept: they are complete, and not older than their input and the model."""
+        changed, found = max(self.changed, _changed(Path(_name(item)))), [path for path in paths if path.exists()]
+        is_new = all(path.stat().st_mtime_ns >= changed and _is_whole(path) for path in found)
+        return not self.overwrite and 0 < len(paths) == len(found) and is_new
 
     def _check_earlier(self) -> None:
-        """Raises if there are outputs that are not from a run with the same options."""
-        existing = [path for paths in self.targets.values() for path in paths if path.exists()]
-        if self.overwrite or not existing:
+        """Raises if there are outputs that were not made from the same inputs with the same options."""
+        existing = [name for name in self.sources if (self.output / name).exists()]
+        if self.overwrite or not (existing or self.record.exists()):
             return
         if not self.record.exists():
-            check_absent(existing[0])
+            check_absent(self.output / existing[0])
         with prefix_errors(self.record):
             earlier = json.loads(self.record.read_text())
-        for name, value in self.options.items():
-            if earlier.get(name) != value:
+        sources = earlier.pop("sources", {})
+        for output in existing:
+            now, before = self.options | {"input": self.sources[output]}, earlier | {"input": sources.get(output)}
+            for name in [name for name in now if now[name] != before.get(name)]:
                 raise ValueError(
-                    f"`{self.output}` holds {self.made} made with other options: `{name}` was {earlier.get(name)}, "
-                    f"got {value}. Pass --overwrite to replace them, or use another --output."
+                    f"`{self.output / output}` was made with other options: `{name}` was {before.get(name)}, got "
+                    f"{now[name]}. Pass --overwrite to replace it, or use another --output."
                 )
+        self.sources = (sources if earlier == self.options else {}) | self.sources
 
     def __enter__(self) -> "Run[Item]":
         if self.done:
@@ -159,17 +167,21 @@ class Run(Generic[Item]):
             if self.overwrite:  # what is left of an earlier run must not count as done if this one is interrupted
                 for old in (path for each in self.targets.values() for path in each if path.is_file()):
                     old.unlink()
-            write_file(self.record, json.dumps(self.options).encode())
+            write_file(self.record, json.dumps(self.options | {"sources": self.sources}).encode())
             self.is_recorded = True
         self.pending = len(paths)
         return paths
 
 
-def _plain(name: str, value: Any) -> Any:
-    """An option as JSON stores it. Paths do not depend on the current folder."""
-    if isinstance(value, Path) or (name == "model" and value and os.path.isdir(value)):
-        return os.path.abspath(value)
-    return value
+def _changed(path: Path) -> int:
+    """Time in ns of the last change of a file, or of the weights in a folder."""
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
+    return max((file.stat().st_mtime_ns for file in files), default=0)
+
+
+def _source(item: Any) -> str:
+    """Absolute path of an input or a model, or its name if it has none."""
+    return os.path.abspath(name) if os.path.exists(name := _name(item)) else name
 
 
 def _is_whole(path: Path) -> bool:

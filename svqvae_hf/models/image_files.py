@@ -48,6 +48,7 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
     with opened_image(file, name, tuple(IMAGE_FORMATS)) as image:
+        _check_values(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _convert(image)
@@ -64,10 +65,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         `PIL.Image.Image`: Image of mode `"RGB"`.
 
     Raises:
-        ValueError: If a 16-bit or float image has values outside its range.
+        ValueError: If a 16-bit or float image has values outside its range, or a TIFF has them signed, in 12 bits or
+            with white as the lowest.
     """
+    _check_values(image)
     image = ImageOps.exif_transpose(image)  # a copy
     return image if image.mode == "RGB" and not image.has_transparency_data else _convert(image)
+
+
+def _check_values(image: Image.Image) -> None:
+    """Raises for TIFFs that Pillow reads as if their values were other ones."""
+    tags = getattr(image, "tag_v2", {})  # 258: bits per sample; 262: 0 if white is the lowest value; 339: 2 if signed
+    is_signed = 2 in tags.get(339, ()) and tags.get(258) in ((8,), (16,))  # mode "I" has 32 bits
+    if is_signed or tags.get(258) == (12,) or (tags.get(262) == 0 and image.mode[0] in "IF"):
+        raise ValueError("a grey TIFF must have unsigned values of 8 or 16 bits, black the lowest. Convert it.")
 
 
 def _convert(image: Image.Image) -> Image.Image:

@@ -1,12 +1,13 @@
 """Decodes token sets to image files."""
 
 import os
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from svqvae_hf.files.outputs import is_whole, save_png, scale_endings
+from svqvae_hf.files.outputs import save_png, scale_endings
 from svqvae_hf.models.checks import check_same_codebook
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.token_sets.settings import read_settings, row_tokens
@@ -21,19 +22,18 @@ def detokenize_set(
     output: str | os.PathLike,
     *,
     max_images: int | None = None,
-    overwrite: bool = False,
+    keep: Callable[[list[Path]], bool] = lambda paths: False,
     context_model: ContextModel | None = None,
 ) -> tuple[int, int]:
     """Decodes the rows of a token set to image files; row 12 at scale 1 becomes `00000012_x1.png`.
-
-    A row whose images all exist and are whole is skipped, so an interrupted run can be resumed.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode with the codebook of the set.
         data (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
         output (`str` or `os.PathLike`): Folder to write to.
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
-        overwrite (`bool`, defaults to `False`): Whether to decode existing images again.
+        keep (`Callable`, *optional*): Whether a row is skipped because of its images, given their paths; by default no
+            row is.
         context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
     Returns:
@@ -52,7 +52,7 @@ def detokenize_set(
     for index, row in tqdm(rows, unit="image", disable=None):
         tokens = row_tokens(row, settings, context_model)
         paths = [Path(output, f"{index:08}{ending}") for ending in scale_endings(tokens.scales)]
-        if not overwrite and all(path.exists() and is_whole(path) for path in paths):
+        if keep(paths):
             kept += len(paths)
             continue
         asked = settings.tile_size, settings.overlap

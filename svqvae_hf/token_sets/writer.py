@@ -1,6 +1,7 @@
 """Makes a token set from an image set, part by part: ids in Parquet files, which `datasets` reads."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -163,6 +164,7 @@ def tokenize_set(
         "batch_size": batch_size,
         "dtype": str(model.dtype),
         "device": model.device.type,
+        "encoder": _digest_of_encoder(model),
     }
     if overwrite:
         delete_set(folder)
@@ -191,6 +193,12 @@ def tokenize_set(
     totals = complete_set(folder, stored | {"options": options}, card)
     resumed = len(parts) - len(made)
     return TokenizeReport(folder.url, totals is not None, num_parts, resumed, **totals or add_up(made))
+
+
+def _digest_of_encoder(model: SVQVAE) -> str:
+    """SHA-256 in hexadecimal of the weights that make latents. Models of one name and codebook may differ in them."""
+    weights = (each for part in (model.encoder, model.quant_conv) for each in part.parameters() if not each.is_meta)
+    return hashlib.sha256(b"".join(each.detach().float().cpu().numpy().tobytes() for each in weights)).hexdigest()
 
 
 def _write_part(folder: Folder, record: PartRecord, files: Iterable[dict[str, Any]]) -> None:

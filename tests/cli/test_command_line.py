@@ -162,29 +162,17 @@ def test_urls_are_refused_where_local_paths_are_needed(tmp_path, capsys, monkeyp
     assert names(tmp_path) == []
 
 
-@pytest.fixture
-def failing_encoder(monkeypatch):
-    """Returns a function that makes the encoder raise an error."""
+def test_no_error_but_out_of_memory_is_hidden(two_images, saved_model, tmp_path, capsys, monkeypatch):
+    messages = ["a mistake of ours", "MPS backend out of memory"]
 
-    def fail_with(error):
-        def fail(*_):
-            raise error
+    def fail(*_):
+        raise RuntimeError(messages.pop())
 
-        monkeypatch.setattr("svqvae_hf.SVQVAE.encode_tokens", fail)
-
-    return fail_with
-
-
-def test_out_of_memory_is_one_line(two_images, saved_model, tmp_path, capsys, failing_encoder):
-    failing_encoder(RuntimeError("MPS backend out of memory"))
+    monkeypatch.setattr("svqvae_hf.SVQVAE.encode_tokens", fail)
     argv = ["encode", two_images / "a.png", "--output", tmp_path / "out", "--model", saved_model]
     assert "error: out of memory. Use smaller scales" in fails(capsys, *argv)
-
-
-def test_other_errors_are_not_hidden(two_images, saved_model, tmp_path, failing_encoder):
-    failing_encoder(RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
-        svqvae("encode", two_images, "--output", tmp_path / "out", "--model", saved_model)
+        svqvae(*argv)
 
 
 # Signals

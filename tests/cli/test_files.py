@@ -43,9 +43,3 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_output(tmp_path)
     assert found[0].target(tmp_path / "out", "_x1.png") == tmp_path / "out" / "a" / "c" / "e_x1.png"
     with pytest.raises(ValueError, match="--output must not be an input folder"):
         find_inputs([str(tmp_path)], (".png",), tmp_path / "a" / "..")
-
-
-def test_archives_are_to_be_unpacked(tmp_path):
-    (tmp_path / "photos.ZIP").touch()
-    with pytest.raises(ValueError, match=r"photos.ZIP` must be unpacked first"):
-        find_inputs([str(tmp_path / "photos.ZIP")], (".png",))

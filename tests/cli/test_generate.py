@@ -92,11 +92,7 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
     capsys.readouterr()
     for model, other, message in (
         (saved, saved, "must be a LoRA adapter for the language model of MODEL"),
-        (
-            saved_next_scale,
-            tmp_path / "adapter",
-            "--adapter does not apply to MODEL, whose class is SVQVAENextScalePipeline",
-        ),
+        (saved_next_scale, tmp_path / "adapter", "--adapter does not apply to MODEL, whose class is SVQVAENextScale"),
         (saved, "nowhere", "there is no file or folder `nowhere`"),
     ):
         assert message in fails(capsys, "generate", model, "--adapter", other, *arguments, tmp_path / "new")

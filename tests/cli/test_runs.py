@@ -131,6 +131,23 @@ def test_only_an_input_that_changed_is_done_again(argv, photos, tmp_path, capsys
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_what_other_inputs_or_another_model_made_is_not_kept(command, photos, tmp_path, saved_model, capsys):
+    model, sources = shutil.copytree(saved_model, tmp_path / "model"), [photos, tmp_path / "others"]
+    shutil.copytree(*sources)
+    if command == "decode":
+        images, sources = sources, [tmp_path / "set", tmp_path / "other_set"]
+        for pair in zip(images, sources, strict=True):
+            svqvae("tokenize", *pair, "--model", model, *TOKENIZE)
+    words, others = ([command, each, "--output", tmp_path / "out", "--model", model] for each in sources)
+    for is_resumed in (False, True, False):
+        assert svqvae(*words) == 0
+        assert ("resumed: 5 of 5 " in capsys.readouterr().out) == is_resumed
+        if is_resumed:
+            (model / "diffusion_pytorch_model.safetensors").touch()
+    assert f"was made with other options: `input` was {sources[0]}" in fails(capsys, *others)
+
+
 def test_inputs_are_not_overwritten_and_outputs_do_not_clash(photos, tmp_path, saved_model, capsys):
     (photos / "0.png").rename(photos / "1_x1.png")
     before = contents(photos)

@@ -15,6 +15,7 @@ WRONG = {  # words on the command line, and a part of the message
     ],
     "encode": [
         ("nowhere.png --output out", "no file or folder matches `nowhere.png`"),
+        ("photos.ZIP --output out", "`photos.ZIP` must be unpacked first"),
         ("two_images --output out --scales 1 1", "--scales must differ within six digits, got 1.0 1.0."),
     ],
     "decode": [
@@ -83,7 +84,8 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()
-    (tmp_path / "broken.png").write_bytes(b"hello")
+    for name in ("broken.png", "photos.ZIP"):
+        (tmp_path / name).write_bytes(b"hello")
     before = sorted(tmp_path.rglob("*"))
     files = {"model": saved_model, "generator": DEFAULT_GENERATOR}
     files["golden"] = ROOT / "tests" / "golden" / "svqvae_tiny.safetensors"

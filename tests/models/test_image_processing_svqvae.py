@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import EpsImagePlugin, Image
@@ -179,6 +180,17 @@ def test_files_that_are_not_images_are_named(tmp_path, content, message):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.png` ({message})"):
         SVQVAEImageProcessor()(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"), [("uint16", {"photometric": "miniswhite"}), ("uint16", {"bitspersample": 12}), ("int16", {})]
+)
+def test_tiffs_whose_values_pillow_takes_for_others_are_refused(tmp_path, dtype, options):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((8, 8), dtype), **options)
+    with Image.open(tmp_path / "a.tif") as opened:
+        for image in (tmp_path / "a.tif", opened):
+            with pytest.raises(ValueError, match="a grey TIFF must have unsigned values of 8 or 16 bits, black"):
+                SVQVAEImageProcessor()(image)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp", "a.gif"])

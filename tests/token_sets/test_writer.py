@@ -154,8 +154,9 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
                 ValueError, match=rf"`{name}` was .* and is now {re.escape(repr(value))}\. Pass --over"
             ):
                 run(**options)
-        with pytest.raises(ValueError, match="`codebook_fingerprint` was"):
-            run(model=make_other())
+        for model, name in ((make_other(), "codebook_fingerprint"), (finetuned, "encoder")):
+            with pytest.raises(ValueError, match=f"`{name}` was"):
+                run(model=model)
         (photos / "7.png").write_bytes((photos / "0.png").read_bytes())
         with pytest.raises(ValueError, match="the images have changed since: `images` was 7 and is now 8"):
             run()
@@ -166,7 +167,8 @@ def test_a_set_is_resumed_only_with_the_same_options(photos, tmp_path):
         os.utime(photos / "1.png", ns=(time, time))
         assert content(tmp_path / "out") == before
 
-    time = (photos / "1.png").stat().st_mtime_ns
+    time, finetuned = (photos / "1.png").stat().st_mtime_ns, make_tiled()
+    finetuned.encoder.conv_out.bias.data += 1
     run(parts=[0])
     check_refused()
     run()
@@ -231,5 +233,6 @@ def test_tokenize_and_decode(photos, tmp_path, capsys):
     assert svqvae("decode", out, "--output", images, *model, "--overwrite", "--max-images", "1") == 0
     assert capsys.readouterr().out == f"written  {images} (images: 2)\n"
     assert "`scales` was [0.5, 1.0] and is now [1.0]" in fails(capsys, "tokenize", photos, out, *model)
-    bundled = fails(capsys, "decode", out, "--output", images)  # the bundled model has another codebook
+    bundled = fails(capsys, "decode", out, "--output", tmp_path / "new")  # the bundled model has another codebook
     assert "the ids must be of the model's codebook" in bundled
+    assert not (tmp_path / "new").exists()
