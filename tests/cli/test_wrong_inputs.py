@@ -94,5 +94,4 @@ def test_wrong_inputs(two_images, tmp_path, saved_model, monkeypatch, capsys, co
 
 
 def test_each_command_has_two_wrong_inputs():
-    assert list(WRONG) == [*COMMANDS]
-    assert min(map(len, WRONG.values())) == 2
+    assert (list(WRONG), min(map(len, WRONG.values()))) == ([*COMMANDS], 2)
