@@ -3,13 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_FACTOR = 1e6  # largest factor of the logits that keeps them finite in float32
@@ -85,12 +79,14 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+    scores = logits.flatten(0, -2)
+    if temperature != 1:
+        scores = TemperatureLogitsWarper(float(temperature))(None, scores)
     if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
+        scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    return draw(LogitsProcessorList(warpers)(None, logits.flatten(0, -2)).view_as(logits), generator)
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return draw(scores.view_as(logits), generator)
 
 
 def draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
