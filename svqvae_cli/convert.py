@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         of_tokenizers["network_range"] = tuple(args.network_range)
     of_generators = {name: getattr(args, name) for name in ("image_size", "num_attention_heads", "text_encoder")}
     if args.tokenizer is None and any(value is not None for value in of_generators.values()):
-        raise ValueError("--image-size, --num-heads and --text-encoder are for generators, with --tokenizer.")
+        raise ValueError("--image-size, --num-heads and --text-encoder are for generators, which need --tokenizer.")
     if args.tokenizer is not None and of_tokenizers:
         raise ValueError(
             "--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer with them."

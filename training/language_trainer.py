@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from svqvae_hf.trainer.checkpoints import write_checksums
 from svqvae_hf.trainer.examples import IGNORED
 from svqvae_hf.trainer.interruption import Interruption
+from svqvae_hf.trainer.optimization import hyperparameters, resume_schedule
 
 
 class ModalityLoss:
@@ -64,9 +66,14 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
         """Adds checksums to a checkpoint."""
         write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Sets the learning rate of a resumed run to its own option, as the checkpoint had another."""
+        scheduler = kwargs["lr_scheduler"]
+        if isinstance(scheduler, LambdaLR):
+            groups = [group | {"initial_lr": args.learning_rate} for group in hyperparameters(scheduler)]
+            resume_schedule(scheduler, state.global_step, groups)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Requests a checkpoint and the end, if any process got a signal."""
         if self.interruption.requested():
             control.should_save = control.should_training_stop = self.stopped = True

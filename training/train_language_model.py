@@ -58,20 +58,14 @@ class LanguageModelOptions:
     vqvae_name_or_path: str | None = option(None, "SVQVAE of a new LlamaGen: folder or Hub id.")
     text_encoder_name_or_path: str | None = option(None, "T5 encoder of the captions of a new LlamaGen.")
     token_set: str | None = option(None, "Token set of `svqvae tokenize`: folder, URL or Hub id.")
-    validation_token_set: str | None = option(
-        None, "Token set of other images for validation, as --eval_strategy says."
-    )
+    validation_token_set: str | None = option(None, "Token set of other images, for --eval_strategy.")
     label_column: str | None = option(None, "Column of the classes, for LlamaGen.")
     caption_column: str | None = option(None, "Column of captions, texts or lists; chats learn to write the first.")
     condition_dropout: float = option(0.1, "Fraction of images trained without class or caption, for guidance.")
     first_caption_fraction: float = option(0.0, "Fraction of images drawn from the first caption, not from any.")
     caption_fraction: float = option(0.5, "Fraction of chats from image to caption; the others go the other way.")
-    scheduled_sampling: float = option(
-        0.0, "Largest fraction of ids that the model reads as it draws them itself. Takes a third more time."
-    )
-    text_files: list[str] = option(
-        [], "JSON Lines files of texts: `text`, with <|image|> for each of `images`, rows of ids each."
-    )
+    scheduled_sampling: float = option(0.0, "Largest fraction of ids that the model reads as it draws them; slower.")
+    text_files: list[str] = option([], "JSON Lines files: `text`, with <|image|> for each of `images`, rows of ids.")
     text_fraction: float = option(0.0, "Fraction of examples from the text files; the others are chats.")
     packing: bool = option(True, "Pack each batch of chats into one sequence; --no_packing pads, for the CPU.")
     completion_only_loss: bool = option(True, "Learn only answers; --no_completion_only_loss learns prompts, too.")
@@ -238,7 +232,7 @@ def llamagen_task(options: LanguageModelOptions, arguments: TrainingArguments, c
     else:
         pretrained = SVQVAEAutoregressivePipeline.from_pretrained(name)
         vqvae, parts = pretrained.vqvae, {part: getattr(pretrained, part) for part in ("text_encoder", "tokenizer")}
-        source, held_out = open_token_sets(options, vqvae)
+        source, held_out = open_token_sets(options, vqvae, pretrained.config["class_names"])
         model = pretrained.language_model.float()
     check_fit(options, model.config, source)
     vqvae.register_to_config(_name_or_path=public_name(options.vqvae_name_or_path or str(name)))

@@ -217,7 +217,6 @@ def _condition(page: GeneratorPage) -> tuple[gr.Component, ...]:
         label="Class",
         info="What the picture shows",
         visible=page.num_classes > 0,
-        elem_id="class",
     )
     prompt = gr.Textbox(
         label="Prompt",
@@ -233,16 +232,8 @@ def _sampling(page: GeneratorPage) -> tuple[gr.Component, ...]:
     """Seed and guidance."""
     guided = page.reads_prompts or page.num_classes > 0
     seed = gr.Number(0, precision=0, label="Seed", info="Another number makes another picture", elem_id="seed")
-    guidance = gr.Slider(
-        1,
-        10,
-        value=page.guidance if guided else 1,
-        step=0.5,
-        label="Guidance",
-        info="How closely the picture follows its class or prompt; 1 is off",
-        visible=guided,
-        elem_id="guidance",
-    )
+    info, first = "How closely the picture follows its class or prompt; 1 is off", page.guidance if guided else 1
+    guidance = gr.Slider(1, 10, value=first, step=0.5, label="Guidance", info=info, visible=guided, elem_id="guidance")
     return seed, guidance
 
 

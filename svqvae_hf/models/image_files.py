@@ -41,6 +41,8 @@ def load_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
             more pixels than Pillow allows: twice `PIL.Image.MAX_IMAGE_PIXELS`, by default 179 million.
     """
     if isinstance(file, str | os.PathLike):
+        if "://" in os.fspath(file):
+            raise ValueError(f"`{file}` must be a local file, because URLs are not read. Download it first.")
         with open(file, "rb") as opened:
             return _decode(opened, f"`{os.fspath(file)}`")
     return _decode(file, "the image")

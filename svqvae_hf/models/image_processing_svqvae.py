@@ -149,10 +149,9 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         """
         if isinstance(sample, np.ndarray):
             sample = _as_tensor(sample)
-        if not isinstance(sample, torch.Tensor):
-            raise TypeError(
-                f"`sample` must be a tensor or array, got {type(sample).__name__}. Pass one of the scales."
-            )
+        if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
+            kind = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
+            raise TypeError(f"`sample` must be a floating-point tensor or array, got {kind}. Pass one of the scales.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` must be 'pil', 'np' or 'pt', got {output_type!r}.")
         if sample.ndim != 4 or sample.shape[1] != 3:

@@ -149,13 +149,16 @@ class ImageLanguageModel:
         self, images: Sequence[Image.Image], masks: Sequence[Image.Image], grid: tuple[int, int], count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of images, and whether each is kept because its part of the mask is black, `(batch, rows, columns)`."""
-        if not len(images) == len(masks) == count:
+        upright = [[ImageOps.exif_transpose(each) for each in listed] for listed in (images, masks)]
+        sizes, mask_sizes = ([each.size for each in listed] for listed in upright)
+        if len(images) != count or sizes != mask_sizes:
             raise ValueError(
-                "`image` and `mask_image` must hold one image and one mask per prompt, got "
-                f"{len(images)} and {len(masks)} for {count}."
+                "`image` and `mask_image` must hold one image and one mask of its size per prompt, got images of "
+                f"{sizes} and masks of {mask_sizes} (width, height) for {count} prompts."
             )
         (rows, columns), f = grid, self.vqvae.f
-        fitted = [np.asarray(ImageOps.fit(mask.convert("L"), (columns * f, rows * f))) for mask in masks]
+        white = [mask.convert("L").point(lambda value: 255 * (value > 127)) for mask in upright[1]]  # no noise
+        fitted = [np.asarray(ImageOps.fit(mask, (columns * f, rows * f))) for mask in white]
         parts = torch.from_numpy(np.stack(fitted)).view(count, rows, f, columns, f)
         ids, kept = torch.stack(self.processor.encode_images(images, grid)), parts.amax((2, 4)) == 0
         return ids.to(self.language_model.device), kept.to(self.language_model.device)

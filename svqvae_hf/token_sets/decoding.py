@@ -55,8 +55,7 @@ def detokenize_set(
         if keep(paths):
             kept += len(paths)
             continue
-        asked = settings.tile_size, settings.overlap
-        tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, *asked)
+        tiles = choose_tiles(model, tokens.height, tokens.width, tokens.scales, settings.tile_size, settings.overlap)
         images = decode_image(model, tokens, tiles=tiles)
         for image, path in zip(images, paths, strict=True):
             save_png(image, path)

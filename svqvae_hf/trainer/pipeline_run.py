@@ -38,25 +38,30 @@ def load_frozen_vqvae(options: PipelineOptions, pixel_range: tuple[float, float]
     return vqvae.requires_grad_(False)
 
 
-def open_token_sets(options: Any, vqvae: SVQVAE) -> tuple[TokenSource, TokenSource | None]:
+def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tuple[TokenSource, TokenSource | None]:
     """Opens the token set, and the one of held-out images, if any.
 
     Args:
         options: Options with `token_set`, `validation_token_set`, `label_column` and `caption_column`.
         vqvae ([`SVQVAE`]): Model whose ids they hold.
+        class_names (`Sequence[str]`, *optional*): Names of the classes of a model that is trained further.
 
     Raises:
-        ValueError: If they belong to another codebook, differ in their sequences, or share images.
+        ValueError: If they belong to another codebook, have other classes, differ in their sequences, or share images.
     """
     if options.caption_column is not None and options.label_column is not None:
         raise ValueError("Only one of `--caption_column` and `--label_column` can be given. Leave one out.")
     source = TokenSource(options.token_set, options.label_column, options.caption_column)
     check_same_codebook(vqvae, source.settings)
+    source.class_names = source.class_names or class_names
+    if class_names not in (None, source.class_names):
+        raise ValueError(f"The token set must have the model's classes, {class_names}, but has {source.class_names}.")
     if options.validation_token_set is None:
         return source, None
     held_out = TokenSource(options.validation_token_set, options.label_column, options.caption_column)
     check_same_codebook(vqvae, held_out.settings)
-    kinds = [(each.grids, each.num_classes, each.settings.scale_from) for each in (source, held_out)]
+    held_out.class_names = held_out.class_names or class_names
+    kinds = [(each.grids, each.num_classes, each.settings.scale_from, each.class_names) for each in (source, held_out)]
     if kinds[0] != kinds[1]:
         raise ValueError(
             "`--validation_token_set` must have the scales, classes and `scale_from` of the token set, "

@@ -36,10 +36,7 @@ WRONG = {  # words on the command line, and a part of the message
         ("{model} nowhere --output out", "no file or folder matches `nowhere`. On the Hub an image set is `org"),
         ("{model} two_images --output out --lpips-weights none.pth", "there is no file `none.pth`"),
         ("two_images two_images --output out --generated --scales 0.5", "--scales is not for generated images"),
-        (
-            "{model} two_images --output out --beside two_images",
-            "must be the folder of a model, but has no config.json",
-        ),
+        ("{model} two_images --output out --beside two_images", "must be the folder of a model, but has no config"),
         ("{model} two_images --output out --beside broken.png", "a model must be a folder or a Hub id, got the file"),
         ("{model} two_images --output out --beside {model}", "with different titles"),
     ],

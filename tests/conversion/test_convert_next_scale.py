@@ -55,10 +55,7 @@ def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"tokenizer": GOLDEN.parent / "flexvar_tiny.pth"},
-            r"must have the codebook of `vqvae`, .*, but has 160 x 32",
-        ),
+        ({"tokenizer": GOLDEN.parent / "flexvar_tiny.pth"}, r"have the codebook of `vqvae`, .*, but has 160 x 32"),
         ({"image_size": 18}, "`image_size` must be a positive multiple of f = 4 of the tokenizer, got 18"),
         ({"source": GOLDEN.parent / "flexvar_tiny.pth"}, "must be a checkpoint of FlexVAR's transformer"),
     ],

@@ -14,11 +14,12 @@ import pytest
 import torch
 from cli_runner import svqvae
 from conftest import ROOT, make_tiny
-from language_trainer import LanguageModelTrainer, ModalityLoss
+from language_trainer import CheckpointOnSignal, LanguageModelTrainer, ModalityLoss
 from peft import PeftModel
 from PIL import Image
 from processes import start
 from tiny_language_models import FAMILIES, GRIDS, extended, load_extended
+from torch.optim.lr_scheduler import LambdaLR
 from train_language_model import LanguageModelOptions, main
 from transformers import AutoModelForCausalLM, AutoProcessor, DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -267,6 +268,14 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
     resumed = train("stopped", resume="latest", **options)
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_resumed_run_has_its_own_learning_rate():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule, arguments = LambdaLR(optimizer, lambda step: 1 - step / 10), SimpleNamespace(learning_rate=0.5)
+    state = SimpleNamespace(global_step=4)
+    CheckpointOnSignal(None, "").on_train_begin(arguments, state, None, lr_scheduler=schedule)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
 
 
 def test_a_finished_run_is_not_rewritten(train, tmp_path):

@@ -193,11 +193,9 @@ def test_saved_pipelines_load_as_documented_and_have_cards(options, class_option
         ({"model_config_name_or_path": "vqvae"}, "must be DiTTransformer2DModel, but is SVQVAE"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has num_layer"),
         ({"resolution": 18}, "`--resolution` must be a multiple of 8, f of the SVQVAE times the `patch_size` of"),
-        (
-            {"validation_data_dir": "photos"},
-            "must hold images that are not trained on, but `cat/0.png` is `cat/0.png`",
-        ),
+        ({"validation_data_dir": "photos"}, "hold images that are not trained on, but `cat/0.png` is `cat/0.png`"),
         ({"validation_data_dir": "cats", "label_column": "label"}, "must have the classes of the training images"),
+        ({"mix_data_dir": "cats", "label_column": "label"}, "`--mix_data_dir` must have the classes of the training"),
     ],
 )
 def test_mismatched_options_are_refused(options, parts, changes, message, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow as pa
@@ -25,6 +26,7 @@ from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.options import read_options
+from svqvae_hf.trainer.pipeline_run import open_token_sets
 
 CAPTIONS = [
     "a cat",
@@ -89,8 +91,11 @@ def parts(tmp_path_factory):
                 path = folder / name / f"class{index}" / "photo.png"
                 path.parent.mkdir(parents=True)
                 photo.convert("RGB").crop((*corner, corner[0] + 20, corner[1] + 16)).save(path)
+    shutil.copytree(folder / "others", folder / "renamed")
+    (folder / "renamed" / "class7").rename(folder / "renamed" / "cat")
     crops = {"crops": "centre", "resolution": 16}
     for name, source, settings in (
+        ("other_names", "renamed", crops),
         ("tokens", "photos", crops),
         ("held_out", "others", crops),
         ("scales", "photos", crops | {"scales": [0.5, 1.0]}),
@@ -251,6 +256,13 @@ def test_a_random_caption_of_several_is_read_and_cut_unless_it_is_dropped(
     assert tokens == {257 if condition_dropout else 256}  # "no caption", or "with its caption"
 
 
+def test_a_pipeline_is_trained_further_with_its_own_classes(classes, parts):
+    names = [f"class{index}" for index in range(8)]
+    options = SimpleNamespace(**classes, caption_column=None, validation_token_set=None)
+    with pytest.raises(ValueError, match=r"must have the model's classes, \['class7', .*, but has \['class0', "):
+        open_token_sets(options, make_tiny(codebook_size=256), names[::-1])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -259,17 +271,12 @@ def test_a_random_caption_of_several_is_read_and_cut_unless_it_is_dropped(
         ({"vqvae_name_or_path": "other"}, "codebook"),
         ({"label_column": "key"}, "`--label_column` must hold a class, or an integer of at least 0, in each row, but"),
         ({"model_config_name_or_path": "typo.json"}, "must have only keys of its class, but has hiden_size"),
-        (
-            {"model_config_name_or_path": "llama.json"},
-            "must be a config of type llamagen, but `llama.json` is of type",
-        ),
+        ({"model_config_name_or_path": "llama.json"}, "must be a config of type llamagen, but `llama.json` is"),
         ({"validation_token_set": "tokens"}, "images that are not trained on, but `class0/photo.png` is in both sets"),
+        ({"validation_token_set": "other_names"}, "must have the scales, classes and .* but has .*'cat'"),
         ({"caption_column": "caption"}, "Only one of `--caption_column` and `--label_column`"),
         ({"label_column": None, "caption_column": "height"}, "must hold texts or lists of texts, but 'height' holds"),
-        (
-            {"label_column": None, "caption_column": "caption", "token_set": "captioned"},
-            "only for one. Give both or none",
-        ),
+        ({"label_column": None, "caption_column": "caption", "token_set": "captioned"}, "only for one. Give both or"),
         ({"label_column": None, "caption_column": "caption", "token_set": "no_captions"}, "has empty rows"),
         ({"text_encoder_name_or_path": "t5"}, "`--caption_column` must be given for a LlamaGen with a text encoder"),
         ({"lora_rank": 2}, "`--lora_rank` must be left out"),

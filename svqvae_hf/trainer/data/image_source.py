@@ -77,6 +77,8 @@ class ImageSource:
         mix = options.mix_data_dir
         self.mixed = open_images([mix], columns=columns, copy=True, results=options.output_dir) if mix else None
         self.label_feature: Any = None if label_column is None else self.images.features[label_column]
+        if self.mixed and label_column and self.mixed.features[label_column] != self.label_feature:
+            raise ValueError("`--mix_data_dir` must have the classes of the training images, but has others.")
         self.named: list[str] = []  # keys of skipped images
         self.num_crops, self.has_warned = 0, False
 
