@@ -101,7 +101,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_dtype(self) -> None:
         """Adds the precision of the weights."""
-        self.choice("--dtype", DTYPES, "precision of weights (default: float32)", "float32")
+        self.choice("--dtype", DTYPES, "precision of weights (default: float32, often the fastest on CPUs)", "float32")
 
     def add_image_set(self) -> None:
         """Adds a set of images, local or on the Hub."""

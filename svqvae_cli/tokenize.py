@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
             num_workers=min(4, os.cpu_count() or 1) if args.workers is None else args.workers,
             **{name: getattr(args, name) for name in OPTIONS},
         )
-    except (KeyboardInterrupt, SystemExit):
-        with suppress(ValueError):  # it was not started yet
+    except (KeyboardInterrupt, SystemExit, OSError):  # of a full disk or an image that cannot be fetched
+        with suppress(ValueError, OSError):  # it was not started yet
             print(f"parts    {describe_state(args.out)['parts']}")
-        print(f"svqvae: `{args.out}` is not complete. Run the same command again to resume.", file=sys.stderr)
+            print(f"svqvae: `{args.out}` is not complete. Run the same command again to resume.", file=sys.stderr)
         raise
     print(report)
     if rank is None and args.part is None:  # schedulers take any other exit code than 0 for a crash

@@ -76,6 +76,7 @@ class CroppedImage(NamedTuple):
             not be read.
         fault (`str`, *optional*): Reason why the image could not be read.
         unreachable (`bool`): Whether the image could not be fetched, as opposed to decoded.
+        enlarged (`bool`): Whether the image is smaller than its crops.
     """
 
     key: str
@@ -83,6 +84,7 @@ class CroppedImage(NamedTuple):
     crops: np.ndarray | None
     fault: str | None = None
     unreachable: bool = False
+    enlarged: bool = False
 
 
 def read_crops(
@@ -129,7 +131,8 @@ class _CropReader(Dataset):
             is_remote = isinstance(source, Mapping) and "://" in (source["path"] or "")
             return CroppedImage(key, values, None, fault_of(error), is_remote and isinstance(error, OSError))
         pixels = [np.asarray(crop) for crop in make_crops(image, self.crops, self.resolution)]
-        return CroppedImage(key, values, np.stack(pixels).transpose(0, 3, 1, 2))
+        enlarged = min(image.size) < (self.resolution or 0)
+        return CroppedImage(key, values, np.stack(pixels).transpose(0, 3, 1, 2), enlarged=enlarged)
 
 
 def _start_worker(worker: int) -> None:

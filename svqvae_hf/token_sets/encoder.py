@@ -44,13 +44,9 @@ class RowEncoder:
     ):
         self.model, self.context_model = model, context_model
         self.device, self.dtype = execution_device(model), model.dtype  # each look-up visits all modules
-        self.settings = settings
-        self.features = features
-        self.batch_size = batch_size
+        self.settings, self.features, self.batch_size = settings, features, batch_size
         self.black, self.white = model.config["pixel_range"]
-        self.tiles: dict[
-            tuple[int, ...], tuple[int, int] | None
-        ] = {}  # of batches by their shape, which fit in memory
+        self.tiles: dict[tuple[int, ...], tuple[int, int] | None] = {}  # of batches by their shape
 
     def encode(
         self, images: Iterable[CroppedImage], record: PartRecord, on_image: Callable[[], object]
@@ -97,6 +93,7 @@ class RowEncoder:
                     f"`{image.key}` could not be fetched: {image.fault} Run the same command again later to resume."
                 )
             record.images += 1
+            record.enlarged += image.enlarged
             if image.crops is None:
                 record.skipped.append({"key": image.key, "reason": str(image.fault)})
             else:

@@ -32,6 +32,7 @@ class PartRecord:
         images (`int`): Images that were read, including the skipped ones.
         rows (`int`): Rows that were written.
         ids (`int`): Ids in them, of all scales.
+        enlarged (`int`): Images that are smaller than their crops.
         skipped (`list[dict[str, str]]`): `key` and `reason` of each image that could not be read.
         files (`list[dict[str, Any]]`): `name` and `rows` of each Parquet file.
     """
@@ -41,6 +42,7 @@ class PartRecord:
     images: int = 0
     rows: int = 0
     ids: int = 0
+    enlarged: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
 
@@ -161,8 +163,8 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
 
 def add_up(records: Iterable[PartRecord]) -> dict[str, int]:
     """Numbers of images, rows, ids, skipped images and files of some parts."""
-    counts = [(each.images, each.rows, each.ids, len(each.skipped), len(each.files)) for each in records]
-    names = ("images", "rows", "ids", "skipped", "files")
+    counts = [(one.images, one.rows, one.ids, one.enlarged, len(one.skipped), len(one.files)) for one in records]
+    names = ("images", "rows", "ids", "enlarged", "skipped", "files")
     return {name: sum(count[index] for count in counts) for index, name in enumerate(names)}
 
 

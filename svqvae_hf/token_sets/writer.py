@@ -56,6 +56,7 @@ class TokenizeReport:
         ids (`int`): Number of ids of all scales.
         files (`int`): Number of Parquet files.
         skipped (`int`): Number of images that could not be read.
+        enlarged (`int`): Number of images that are smaller than their crops.
     """
 
     out: str
@@ -67,10 +68,13 @@ class TokenizeReport:
     ids: int
     files: int
     skipped: int
+    enlarged: int
 
     def __str__(self) -> str:
         lines = [f"resumed: {self.resumed:,} of {self.parts:,} parts were there"] if self.resumed else []
         lines.append(f"written  {self.out} (images: {self.images}, rows: {self.rows}, files: {self.files})")
+        if self.enlarged:
+            lines.append(f"enlarged {self.out} (images smaller than their crops: {self.enlarged})")
         if not self.complete:
             lines.append(f"waiting  for other parts, see svqvae info {self.out}")
         elif self.skipped:

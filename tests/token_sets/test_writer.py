@@ -106,10 +106,10 @@ def test_each_file_of_a_stream_is_a_part(parquet, tmp_path):
 
 
 def test_crops_are_rows(tiled_model, photos, tmp_path):
-    tokenize(tiled_model, photos, tmp_path / "out", crops="ten-crop", resolution=16, batch_size=4)
+    report = tokenize(tiled_model, photos, tmp_path / "out", crops="ten-crop", resolution=16, batch_size=4)
+    assert "(images smaller than their crops: 1)" in str(report)
     rows = load(tmp_path / "out")
-    assert len(rows) == 10 * len(SIZES)
-    assert rows["crop"][:10] == list(CROPS["ten-crop"])
+    assert (len(rows), rows["crop"][:10]) == (10 * len(SIZES), list(CROPS["ten-crop"]))
     assert set(zip(rows["height"], rows["width"], strict=True)) == {(16, 16)}
     with Image.open(photos / "1.png") as image:
         crop = make_crops(image, "ten-crop", 16)[3]
