@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import nn
 
 NORM_EPS = 1e-6
@@ -27,7 +28,7 @@ class TileContext:
         cuts (`torch.Tensor` of shape `(4, windows, 1, 1, 1)`, *optional*): 1 where a window is cut from its image, 0
             at a border of the image: at the top, bottom, left and right. `None` if no window is cut.
         moments (`dict`): Variance and mean `(images, groups)` of the input of each norm.
-        attended (`dict`): Keys and values `(images, 1, positions, channels)` of each attention.
+        attended (`dict`): Keys and values `(images, positions, 1, channels)` of each attention.
     """
 
     size: tuple[int, int]
@@ -129,6 +130,22 @@ def fast_layout(hidden: torch.Tensor) -> torch.Tensor:
 def silu(normed: torch.Tensor) -> torch.Tensor:
     """SiLU; in place when gradients are off, because on CPU allocating costs more than computing."""
     return F.silu(normed, inplace=not torch.is_grad_enabled())
+
+
+class AttentionProcessor:
+    """Runs attention on a backend of diffusers.
+
+    Args:
+        backend (`AttentionBackendName`, *optional*): Backend until `set_attention_backend` is called. The default
+            follows `diffusers.attention_backend`.
+    """
+
+    def __init__(self, backend: AttentionBackendName | None = None):
+        self._attention_backend = backend  # diffusers sets it
+
+    def __call__(self, *query_key_value: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """Attends with a query, key and value `(batch, positions, heads, channels)`."""
+        return dispatch_attention_fn(*query_key_value, scale=scale, backend=self._attention_backend)
 
 
 class GroupNorm(nn.GroupNorm):

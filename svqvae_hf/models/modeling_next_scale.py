@@ -23,11 +23,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 from transformers import DynamicCache
 
 from .checks import check_depth, check_integers
+from .layers import AttentionProcessor
 from .loading import StrictLoadingMixin
 from .resizing import resize
 
@@ -62,7 +64,7 @@ class NextScaleTransformerOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, AttentionModuleMixin):
     """Attention of each scale to itself and to the scales before, with queries and keys of length one."""
 
     def __init__(self, width: int, num_heads: int, layer: int):
@@ -74,32 +76,22 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
+        self.processor = AttentionProcessor()
 
     def forward(self, hidden: torch.Tensor, lengths: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
         """`(batch, tokens, width)` -> the same shape. `lengths` are the numbers of tokens of the scales."""
         query, key, value = self.mat_qkv(hidden).chunk(3, dim=-1)
-        query, key, value = map(self._split_heads, (query + self.q_bias, key, value + self.v_bias))
-        query = set_length(query, self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp())
-        key = set_length(key)
+        biased = (query + self.q_bias, key, value + self.v_bias)
+        query, key, value = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in biased)
+        query, key = set_length(query, self.scale_mul_1H11.float().clamp(max=MAX_LOG_FACTOR).exp()), set_length(key)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
-        attended = self._attend(query, key, value, lengths)
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head width)
-
-    @staticmethod
-    def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Runs attention once per scale, which needs no mask, because a scale sees all keys up to its own last one."""
-        if len(lengths) == 1:
-            return F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        parts = []
-        seen = key.shape[2] - query.shape[2]  # cached tokens
-        for part in query.split(list(lengths), dim=2):
-            seen += part.shape[2]
-            parts.append(F.scaled_dot_product_attention(part, key[:, :, :seen], value[:, :, :seen], scale=1.0))
-        return torch.cat(parts, dim=2)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (batch, tokens, heads, width)
+        parts, seen = [], key.shape[1] - query.shape[1]  # cached tokens
+        for part in query.split(list(lengths), dim=1):  # without a mask: a scale sees all keys up to its own last one
+            seen += part.shape[1]
+            parts.append(self.processor(part, key[:, :seen], value[:, :seen], scale=1.0))
+        return self.proj(torch.cat(parts, dim=1).flatten(2))
 
 
 class MLP(nn.Module):

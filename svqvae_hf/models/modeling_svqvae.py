@@ -29,8 +29,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
@@ -44,7 +45,7 @@ from .checks import (
     check_scales,
     check_tiles,
 )
-from .layers import Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
+from .layers import AttentionProcessor, Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
 from .loading import StrictLoadingMixin
 from .quantizer import VectorQuantizer, VQLosses
 from .resizing import resize, resize_latents, resize_sample
@@ -115,11 +116,12 @@ class ResnetBlock(nn.Module):
         return residual.add_(hidden if self.nin_shortcut is None else self.nin_shortcut(hidden))
 
 
-class AttnBlock(nn.Module):
+class AttnBlock(nn.Module, AttentionModuleMixin):
     """Single-head self-attention. In a tile, queries attend to keys and values gathered once per image."""
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
+        self.processor = AttentionProcessor(AttentionBackendName.NATIVE)  # other kernels need narrower heads
         self.norm = GroupNorm(num_groups, channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
@@ -130,21 +132,21 @@ class AttnBlock(nn.Module):
             key, value = self.keys_and_values(normed, hidden.shape[0])
         else:
             key, value = shared.keys_and_values(self, normed)
-        attended = F.scaled_dot_product_attention(to_positions(self.q(normed), key.shape[0]), key, value)
+        attended = self.processor(to_positions(self.q(normed), key.shape[0]), key, value)
         attended = attended.reshape(hidden.shape[0], -1, hidden.shape[1]).transpose(1, 2).reshape(hidden.shape)
         return hidden + self.proj_out(attended)
 
     def keys_and_values(self, normed: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `(images, 1, positions, channels)`."""
+        """Keys and values `(images, positions, 1, channels)`."""
         return to_positions(self.k(normed), images), to_positions(self.v(normed), images)
 
 
 def to_positions(hidden: torch.Tensor, images: int) -> torch.Tensor:
-    """`(images * windows, channels, h, w)` -> `(images, 1, windows * h * w, channels)`.
+    """`(images * windows, channels, h, w)` -> `(images, windows * h * w, 1, channels)`.
 
     The result is contiguous, as the fused attention kernels require.
     """
-    return hidden.unflatten(0, (images, -1)).movedim(2, -1).flatten(1, 3).unsqueeze(1).contiguous()
+    return hidden.unflatten(0, (images, -1)).movedim(2, -1).flatten(1, 3).unsqueeze(2).contiguous()
 
 
 class Downsample(nn.Module):

@@ -19,8 +19,6 @@ def test_config_round_trip(tiny_model, tmp_path):
     assert stored["block_out_channels"] == [8, 16, 16]
     ours = {key: value for key, value in loaded.config.items() if not key.startswith("_")}
     assert ours == {key: stored[key] for key in ours}
-    for key, weight in tiny_model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], weight)
 
 
 @pytest.mark.parametrize("shards", [None, "40KB"])
