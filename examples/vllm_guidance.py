@@ -1,26 +1,44 @@
-"""Draws with classifier-free guidance in vLLM. Each picture is a pair of requests, with and without its caption.
+"""Classifier-free guidance in vLLM, as a logits processor.
 
-A logits processor joins the logits of a pair, and equal seeds make both continue with the same token.
+A picture is a pair of requests with equal seeds, with and without its caption. If both are at the same token, the
+processor joins their logits, so both continue with the same token. A request without its partner is drawn unguided.
 
-python examples/vllm_guidance.py LM "a whale above a guitar on pink" --guidance_scale 1.5
+PYTHONPATH=examples python -m vllm.entrypoints.openai.api_server --model LM --dtype float32 \\
+    --logits-processors vllm_guidance:GuidancePairs
 """
 
-import argparse
+import math
 from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from svqvae_hf import SVQVAEProcessor
+Request = tuple[str, float, bool, list[int]]  # pair, scale, whether it is conditional, tokens so far
 
 
 class GuidancePairs(LogitsProcessor):
-    """Joins the logits of two requests with `extra_args={"guidance": [pair, is_conditional, scale]}`."""
+    """Joins the logits of requests with equal `guidance_pair` in `vllm_xargs`.
+
+    Further values are `guidance_scale`, and `no_condition`, the token that tells the request without a caption.
+    """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        self.requests: dict[int, tuple[list, list[int]]] = {}  # by row: the argument, and the tokens so far
+        self.requests: dict[int, Request] = {}  # by row
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses a request with other values, before it reaches the engine."""
+        extra = sampling_params.extra_args or {}
+        if "guidance_pair" not in extra:
+            return
+        scale, token = extra.get("guidance_scale"), extra.get("no_condition")
+        if not isinstance(scale, int | float) or not math.isfinite(scale) or not isinstance(token, int):
+            raise ValueError(
+                "`guidance_pair` must come with a finite `guidance_scale` and a token id `no_condition`, got "
+                f"{scale!r} and {token!r}."
+            )
 
     def is_argmax_invariant(self) -> bool:
         """Whether greedy sampling needs no guidance."""
@@ -28,58 +46,25 @@ class GuidancePairs(LogitsProcessor):
 
     def update_state(self, batch_update: Any) -> None:
         """Follows requests that come, go and change places."""
-        process_dict_updates(
-            self.requests, batch_update, lambda params, _, tokens: (params.extra_args["guidance"], tokens)
-        )
+        process_dict_updates(self.requests, batch_update, self._read)
+
+    @staticmethod
+    def _read(params: SamplingParams, prompt: list[int] | None, tokens: list[int]) -> Request | None:
+        extra = params.extra_args or {}
+        if "guidance_pair" not in extra:
+            return None
+        is_conditional = extra["no_condition"] not in (prompt or ())
+        return str(extra["guidance_pair"]), extra["guidance_scale"], is_conditional, tokens
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Joins logits `(requests, vocab_size)` in place."""
-        pairs: dict[int, dict[bool, int]] = {}
-        for row, ((pair, is_conditional, _), _) in self.requests.items():
-            pairs.setdefault(pair, {})[is_conditional] = row
-        for pair, rows in pairs.items():
-            if len(rows) < 2 or len({len(self.requests[row][1]) for row in rows.values()}) > 1:
-                raise ValueError(
-                    f"both requests of pair {pair} must be at the same token in each step. Draw fewer at once."
-                )
-            conditional, unconditional = logits[rows[True]], logits[rows[False]]
-            guided = unconditional + self.requests[rows[True]][0][2] * (conditional - unconditional)
-            logits[[*rows.values()]] = guided.where(conditional.isfinite(), -torch.inf)  # others are not allowed
+        steps: dict[tuple[str, int], dict[bool, int]] = {}
+        for row, (pair, _, is_conditional, tokens) in self.requests.items():
+            steps.setdefault((pair, len(tokens)), {})[is_conditional] = row
+        for rows in steps.values():
+            if len(rows) == 2:
+                conditional, unconditional = logits[rows[True]], logits[rows[False]]
+                guided = unconditional + self.requests[rows[True]][1] * (conditional - unconditional)
+                allowed = conditional.isfinite() & unconditional.isfinite()
+                logits[[*rows.values()]] = guided.where(allowed, -torch.inf)
         return logits
-
-
-def main() -> None:
-    """Draws one picture per caption."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("language_model", help="folder of a language model with image tokens")
-    parser.add_argument("captions", nargs="+", help="captions")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="scale of guidance (default: 1.5)")
-    parser.add_argument("--temperature", type=float, default=0.1, help="0 takes the most likely codes (default: 0.1)")
-    parser.add_argument(
-        "--top_k", type=int, default=20, help="number of codes to sample from, 0 for all (default: 20)"
-    )
-    args = parser.parse_args()
-
-    processor = SVQVAEProcessor.from_pretrained(args.language_model)
-    vocabulary, grid = processor.vocabulary, processor.vocabulary.grids[0]
-    requests, sampling = [], []
-    for pair, caption in enumerate(args.captions):
-        for is_conditional in (True, False):
-            chat = [{"role": "user", "content": caption if is_conditional else processor.no_condition}]
-            prompt = processor.apply_chat_template(chat, add_generation_prompt=True) + processor.begin_image(grid)
-            requests.append({"prompt_token_ids": processor(text=prompt)["input_ids"][0]})
-            options = {"temperature": args.temperature, "top_k": args.top_k, "seed": pair, "detokenize": False}
-            options |= {"max_tokens": grid[0] * grid[1], "min_tokens": grid[0] * grid[1]}
-            options["allowed_token_ids"] = [*range(vocabulary.first_token, vocabulary.begin)]
-            sampling.append(
-                SamplingParams(**options, extra_args={"guidance": [pair, is_conditional, args.guidance_scale]})
-            )
-    server = LLM(args.language_model, dtype="float32", logits_processors=[GuidancePairs], max_num_seqs=len(requests))
-    answers = server.generate(requests, sampling)[::2]
-    grids = [torch.tensor(answer.outputs[0].token_ids).view(grid) - vocabulary.first_token for answer in answers]
-    for number, image in enumerate(processor.decode_images(grids)):
-        image.save(f"{number}.png")
-
-
-if __name__ == "__main__":
-    main()
