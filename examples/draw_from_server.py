@@ -18,11 +18,7 @@ def draw(server: str, model: str, caption: str, scale: float = 1.5, **sampling: 
     """Draws the ids `(height, width)` of one picture."""
     processor = SVQVAEProcessor.from_pretrained(model)
     vocabulary, grid = processor.vocabulary, processor.vocabulary.grids[0]
-    texts = [
-        processor.no_condition,
-        caption,
-        processor.no_condition,
-    ]  # the first wakes the server, the others are a pair
+    texts = [processor.no_condition, caption, processor.no_condition]  # the first wakes the server before the pair
     chats = [[{"role": "user", "content": text}] for text in texts]
     prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     inputs = processor(text=[prompt + processor.begin_image(grid) for prompt in prompts])["input_ids"]

@@ -3,8 +3,7 @@
 A picture is a pair of requests with equal seeds, with and without its caption. If both are at the same token, the
 processor joins their logits, so both continue with the same token. A request without its partner is drawn unguided.
 
-PYTHONPATH=examples python -m vllm.entrypoints.openai.api_server --model LM --dtype float32 \\
-    --logits-processors vllm_guidance:GuidancePairs
+The server's option is `--logits-processors vllm_guidance:GuidancePairs`, with this folder in PYTHONPATH.
 """
 
 import math
