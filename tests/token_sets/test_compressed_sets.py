@@ -46,7 +46,7 @@ def test_commands(photos, tmp_path, capsys):
     for name, compress in (("plain", []), ("compressed", ["--compress"])):
         svqvae("tokenize", photos, tmp_path / name, *options, *compress)
         assert svqvae("decode", tmp_path / name, "--output", tmp_path / f"{name}_out", *argv) == 0
-    for path in (tmp_path / "plain_out").iterdir():
+    for path in (tmp_path / "plain_out").glob("*.png"):
         with Image.open(path) as image, Image.open(tmp_path / "compressed_out" / path.name) as other:
             assert np.array_equal(image, other)
     make_context_model(MODEL.codebook_fingerprint, width=25).save_pretrained(tmp_path / "model")
