@@ -5,8 +5,8 @@
 
 Pages of random words, each in one font and size, go through the model at each scale, and through JPEG and AVIF in
 files that are at most as large as its token file; a cell is empty if even the lowest quality takes more. Height is
-that of a capital or of a Chinese character, in pixels. The engine brings its models, reads Latin letters and
-Chinese, and gets the lines one by one.
+that of a capital or of a Chinese character, in pixels. The OCR engine comes with its models, reads Latin
+letters and Chinese, and is given one line at a time.
 """
 
 import secrets

@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
     else:
         facts = _model_facts(args.path)
-    for name, value in facts.items():
-        print(f"{name:<{max(map(len, facts))}}  {value}")
+    width = max(map(len, facts))
+    print(*(f"{name:<{width}}  {value}" for name, value in facts.items()), sep="\n")
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

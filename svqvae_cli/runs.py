@@ -126,12 +126,12 @@ class Run(Generic[Item]):
                 yield item
                 bar.update()
 
-    def read(self, read: Callable[[Path], Content]) -> Iterator[tuple[Item, Content]]:
+    def read(self: "Run[InputFile]", read: Callable[[Path], Content]) -> Iterator[tuple[InputFile, Content]]:
         """Yields each input whose outputs are missing, and its content. Skips inputs that cannot be read."""
         for item in self.files():
             with self.attempt(item, OSError, ValueError):
-                check_file(item.path)  # type: ignore[attr-defined] # only for inputs that are files
-                yield item, read(item.path)  # type: ignore[attr-defined]
+                check_file(item.path)
+                yield item, read(item.path)
 
     @contextmanager
     def attempt(self, item: Item, *errors: type[Exception]) -> Iterator[None]:

@@ -25,7 +25,7 @@ class TokenizerFeatures(nn.Module):
     """Features of images from a tokenizer: its latents before quantisation, averaged over 4 x 4 cells.
 
     They need no download. Distances between them are comparable only for the same tokenizer, and are not an FID.
-    Precision and recall need other features: latents of white noise lie between those of photographs.
+    Precision and recall are not computed from them, because latents of white noise lie among those of photographs.
 
     Args:
         model ([`SVQVAE`]): Tokenizer in evaluation mode.

@@ -75,7 +75,7 @@ def read_card(source: str, kind: str = "model") -> RepoCard | None:
         kind (`str`, defaults to `"model"`): `model` or `dataset`.
 
     Returns:
-        `RepoCard`: The card. `None` if there is none, or if the Hub does not answer.
+        `RepoCard` or `None`: The card, or `None` if the source has no card or the Hub does not answer.
 
     Raises:
         ValueError: If the metadata of the card cannot be read.

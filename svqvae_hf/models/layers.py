@@ -59,7 +59,7 @@ class TileContext:
         (y, x), (height, width) = self._scaled_core(hidden), hidden.shape[-2:]
         rows = slice(max(0, y.start - margin), min(height, y.stop + margin))
         columns = slice(max(0, x.start - margin), min(width, x.stop + margin))
-        core = slice(y.start - rows.start, y.stop - rows.start), slice(x.start - columns.start, x.stop - columns.start)
+        core = move(y, -rows.start), move(x, -columns.start)
         cropped = replace(self, size=(rows.stop - rows.start, columns.stop - columns.start), core=core)
         return fast_layout(hidden[..., rows, columns]), cropped
 
@@ -103,6 +103,11 @@ class WindowSample(TileContext):
         sides = [(y.start > 0, y.stop < height, x.start > 0, x.stop < width)]
         cuts = make_cuts(sides, window) if any(sides[0]) else None
         return TileContext((height, width), core, cuts, self.moments, self.attended)
+
+
+def move(span: slice, by: int) -> slice:
+    """Moves a slice along its axis."""
+    return slice(span.start + by, span.stop + by)
 
 
 def make_cuts(sides: list[tuple[bool, bool, bool, bool]], like: torch.Tensor) -> torch.Tensor:

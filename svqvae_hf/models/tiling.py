@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .checks import check_checkpointing, check_tiles
-from .layers import TileContext, WindowSample, make_cuts
+from .layers import TileContext, WindowSample, make_cuts, move
 from .resizing import map_range, pad_to_multiple
 
 OVERLAP_PX = 32  # default overlap of a tile in pixels, where it fits
@@ -125,7 +125,7 @@ def run_tiles(
     sample = sample_windows(run, read, size, tile, input_stride)
     for (y, rows), (x, columns) in itertools.product(*(tile_axis(length, tile, overlap) for length in size)):
         window = read(scale_span(y, input_stride), scale_span(x, input_stride))
-        core = slice(rows.start - y.start, rows.stop - y.start), slice(columns.start - x.start, columns.stop - x.start)
+        core = move(rows, -y.start), move(columns, -x.start)
         yield rows, columns, run(window, sample.tile(window, core, input_stride))
 
 

@@ -79,9 +79,7 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scores = logits.flatten(0, -2)
-    if temperature != 1:
-        scores = TemperatureLogitsWarper(float(temperature))(None, scores)
+    scores = TemperatureLogitsWarper(float(temperature))(None, logits.flatten(0, -2))
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
