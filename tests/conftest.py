@@ -103,6 +103,20 @@ def two_images(tmp_path, photo) -> Path:
 
 
 @pytest.fixture
+def out(tmp_path) -> Path:
+    """Path of a folder that does not exist yet."""
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Folders of numbered images as each kind of set, `whole` and with `broken` ones among them."""
+    from numbered_images import write_sets
+
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture
 def few_windows(monkeypatch):
     """Limits the sample that tiles share to two windows, which takes less time."""
     monkeypatch.setattr("svqvae_hf.models.tiling.CONTEXT_WINDOWS", 2)

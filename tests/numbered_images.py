@@ -68,7 +68,7 @@ def open_set(folder):
 
 
 def write_sets(root):
-    """Writes numbered images as each kind of set, whole and with broken ones among them, and returns their folders."""
+    """Writes the sets of the fixture `sets` below a folder."""
     whole = [encode(numbered(number)) for number in range(NUM_IMAGES)]
     for kind in KINDS:
         write_set(root / f"{kind}-whole", kind, whole)

@@ -10,11 +10,6 @@ pytestmark = pytest.mark.usefixtures("few_windows")
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def tokens(two_images, tmp_path, saved_model):
     """A token file, encoded with tiles of 32 pixels and an overlap of 8."""
     argv = ["--output", tmp_path, "--model", saved_model, "--tile-size", "32", "--overlap", "8"]

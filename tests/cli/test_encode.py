@@ -13,11 +13,6 @@ from svqvae_hf.tokens.token_files import load_tokens
 pytestmark = pytest.mark.usefixtures("few_windows")
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 def test_one_token_file_per_image(two_images, out, saved_model):
     argv = ["--model", saved_model, "--tile-size", "32", "--overlap", "8", "--scales", "1", "0.5"]
     assert svqvae("encode", two_images, "--output", out, *argv) == 0

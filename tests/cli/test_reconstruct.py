@@ -6,11 +6,6 @@ from PIL import Image
 pytestmark = pytest.mark.usefixtures("few_windows")
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 def test_images_and_table(two_images, out, saved_model, capsys):
     argv = ["--output", out / "new", "--model", saved_model, "--scales", "0.5", "1", "2"]
     assert svqvae("reconstruct", two_images / "a.png", *argv) == 0

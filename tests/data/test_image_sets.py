@@ -7,17 +7,12 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, numbers, write_sets
+from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, numbers
 
 from svqvae_hf.data.image_rows import read_image
 from svqvae_hf.data.image_sets import open_images
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from numbered_images import (
     open_set,
     policy,
     write_set,
-    write_sets,
 )
 from processes import assert_ended, start
 from s3_server import make_bucket, s3_server
@@ -34,12 +33,6 @@ from s3_server import make_bucket, s3_server
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.trainer.data.crop_loader import CropRows
 from svqvae_hf.trainer.data.crops import centre_crops
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("sets"))
-
 
 # Order
 

@@ -1,15 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from numbered_images import BROKEN, KINDS, NUM_IMAGES, crop_loader, open_set, policy, write_sets
+from numbered_images import BROKEN, KINDS, NUM_IMAGES, crop_loader, open_set, policy
 from PIL import Image
 
 from svqvae_hf.trainer.data.crops import centre_crops
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    return write_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture

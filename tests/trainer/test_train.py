@@ -44,24 +44,16 @@ from svqvae_hf.trainer.weights import Weights
 
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
 EVERYTHING = {
-    **{
-        "resolution": 48,
-        "crop_sizes": [24],
-        "per_device_train_batch_size": 2,
-        "num_scales": 2,
-        "resize_range": [0.5, 1.0],
-    },
+    **{"resolution": 48, "crop_sizes": [24], "resize_range": [0.5, 1.0]},
+    **{"per_device_train_batch_size": 2, "num_scales": 2},
     **{"lpips_weight": 0.1, "lpips_net": "squeeze", "causal_weight": 1e-3},
     **{"adversarial_weight": 0.5, "adversarial_start": 3},
     **{"kmeans_steps": [2], "kmeans_batches": 2, "dead_code_reset_steps": 2, "use_ema": True, "warmup_steps": 2},
     **{"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "logging_steps": 1, "learning_rate": 1e-3},
 }
 SMALL = {
-    "resolution": 32,
-    "per_device_train_batch_size": 2,
-    "num_scales": 2,
-    "dataloader_num_workers": 0,
-    "warmup_steps": 0,
+    **{"resolution": 32, "per_device_train_batch_size": 2, "num_scales": 2},
+    **{"dataloader_num_workers": 0, "warmup_steps": 0},
 }
 
 run = partial(training_runs.run, train.train, TrainOptions)

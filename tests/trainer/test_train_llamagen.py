@@ -28,16 +28,8 @@ from svqvae_hf.token_sets.writer import tokenize_set
 from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.pipeline_run import open_token_sets
 
-CAPTIONS = [
-    "a cat",
-    "the cat",
-    "a roof",
-    "the roof",
-    "a cat on a roof",
-    "the cat on the roof",
-    "a roof on a cat",
-    "on",
-]
+CAPTIONS = ["a cat", "the cat", "a roof", "the roof"]
+CAPTIONS += ["a cat on a roof", "the cat on the roof", "a roof on a cat", "on"]
 LLAMAGEN = {
     **{"model_type": "llamagen", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_condition_tokens": 8},
