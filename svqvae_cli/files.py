@@ -182,7 +182,6 @@ def check_unpacked(name: str) -> None:
 def check_data(names: Sequence[str]) -> None:
     """Raises ValueError for an image set that does not exist, unless it is a pattern, a URL or may be on the Hub."""
     for name in names:
-        check_unpacked(name)
         may_be_elsewhere = "://" in name or re.search(r"[*?\[{]", name) or re.fullmatch(REPO_ID, name)
         if not may_be_elsewhere and not os.path.lexists(name):
             raise ValueError(f"no file or folder matches `{name}`. On the Hub an image set is `org/name`.")

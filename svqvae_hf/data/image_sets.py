@@ -225,7 +225,7 @@ def _find(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
         return _find_urls(name)
     folder = os.path.abspath(name) if os.path.isdir(name) else None
     if folder is not None:
-        found = [os.path.join(folder, file) for file in walk_files(folder) if _kind(file)]
+        found = [f"{folder}/{file}" for file in walk_files(folder) if _kind(file) and file not in METADATA_FILES]
     elif os.path.exists(name):
         found = [name]
     else:

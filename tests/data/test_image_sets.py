@@ -1,12 +1,13 @@
 import io
-import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import datasets
 import fsspec
 import numpy as np
 import pytest
+from cli_runner import svqvae
 from numbered_images import NUM_IMAGES, STREAMS, crop_loader, encode, numbered, numbers
 
 from svqvae_hf.data.image_rows import read_image
@@ -86,6 +87,13 @@ def test_a_folder_at_a_url_has_the_images_of_the_local_one(tmp_path):
             open_images([name])
 
 
+def test_zip_files_hold_images(tmp_path):
+    save(numbered(0), tmp_path / "photos" / "0.png")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "photos")
+    assert svqvae("tokenize", tmp_path / "*.zip", tmp_path / "tokens") == 0
+    assert keys(open_images([f"{tmp_path}/packed.zip"])) == ["0.png"]
+
+
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_results_must_lie_outside_the_set(tmp_path, prefix):
     save(numbered(0), tmp_path / "photos" / "0.png")
@@ -130,11 +138,12 @@ def test_a_set_is_streamed(parquet, photos, cache):
     assert not list(cache.rglob("*.arrow"))
 
 
-def test_captions_in_metadata(tmp_path):
+@pytest.mark.parametrize(("suffix", "write"), [("jsonl", "to_json"), ("parquet", "to_parquet")])
+def test_captions_in_metadata(tmp_path, suffix, write):
     for number in range(2):
         save(numbered(number), tmp_path / "photos" / f"{number}.png")
-    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"photo {i}", "id": i}) for i in (1, 0)]
-    (tmp_path / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    rows = datasets.Dataset.from_list([{"file_name": f"{i}.png", "caption": f"photo {i}", "id": i} for i in (1, 0)])
+    getattr(rows, write)(tmp_path / "photos" / f"metadata.{suffix}")
     for copy in (False, True):
         images = open_images([str(tmp_path / "photos")], copy=copy)
         assert [row.values for row in images] == [{"caption": "photo 1"}, {"caption": "photo 0"}]

@@ -51,10 +51,8 @@ EVERYTHING = {
     **{"kmeans_steps": [2], "kmeans_batches": 2, "dead_code_reset_steps": 2, "use_ema": True, "warmup_steps": 2},
     **{"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "logging_steps": 1, "learning_rate": 1e-3},
 }
-SMALL = {
-    **{"resolution": 32, "per_device_train_batch_size": 2, "num_scales": 2},
-    **{"dataloader_num_workers": 0, "warmup_steps": 0},
-}
+SMALL = {"resolution": 32, "per_device_train_batch_size": 2, "num_scales": 2}
+SMALL |= {"dataloader_num_workers": 0, "warmup_steps": 0}
 
 run = partial(training_runs.run, train.train, TrainOptions)
 

@@ -30,7 +30,7 @@ train() {
         --save_steps 250 --save_total_limit 2 --resume_from_checkpoint latest "$@"
 }
 
-# From the linear start, on crops of 64 pixels, which are fast and show the most different content.
+# From the linear start, on crops of 64 and 128 pixels, which are fast and show the most different content.
 train --output_dir "$work/start" --model_config_name_or_path training/configs/model_small.json --start linear \
     --train_data_dir "$work/mixture_20" --resolution 128 --crop_sizes 64 --per_device_train_batch_size 4 --max_steps 3000 \
     --learning_rate 1e-3 --lr_scheduler_type constant_with_warmup --warmup_steps 100 \
