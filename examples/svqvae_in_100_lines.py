@@ -1,4 +1,5 @@
-"""SVQVAE in plain PyTorch, to read or to copy. The package computes the same ids faster, and tiles large images.
+"""SVQVAE in plain PyTorch, to read or to copy. The package computes the same ids of opaque
+images faster, and tiles large ones.
 
 python examples/svqvae_in_100_lines.py MODEL_FOLDER photo.jpg reconstruction.png
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import Conv2d
@@ -140,7 +141,7 @@ def load(folder):
 if __name__ == "__main__":
     folder, photo, target = sys.argv[1:]
     model = load(folder)
-    image = torch.from_numpy(np.array(Image.open(photo).convert("RGB"))).movedim(-1, 0)[None]
+    image = torch.from_numpy(np.array(ImageOps.exif_transpose(Image.open(photo)).convert("RGB"))).movedim(-1, 0)[None]
     ids = model.encode(image)
     height, width = image.shape[-2:]
     Image.fromarray(model.decode(ids)[0, :, :height, :width].movedim(0, -1).numpy()).save(target)

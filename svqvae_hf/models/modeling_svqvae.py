@@ -521,7 +521,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         return_dict: bool = True,
         scale_from: str = "image",
         force_not_quantize: bool = False,
-    ) -> SVQVAEOutput | tuple[torch.Tensor | list[torch.Tensor], VQLosses | list[VQLosses] | None]:
+    ) -> SVQVAEOutput | tuple:
         """Reconstructs images at one or several scales.
 
         In evaluation mode the reconstruction is clamped to `pixel_range`, in training mode it is not.
@@ -536,8 +536,8 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
             tile_size (`int`, *optional*): Tile size of this call, see [`~SVQVAE.enable_tiling`]. Switches tiling on.
             overlap (`int`, *optional*): Overlap of this call. Switches tiling on. By default the model's, or a
                 quarter of a small tile.
-            return_dict (`bool`, defaults to `True`): Whether to return an output object or the tuple `(sample,
-                losses)`.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object or the original's tuple
+                `(sample, (vq, commit, entropy, usage))`.
             scale_from (`str`, defaults to `"image"`): What is resized to a scale, see [`~SVQVAE.encode_scales`].
             force_not_quantize (`bool`, defaults to `False`): Whether to decode the latents without quantising them,
                 normalised if the codes are.
