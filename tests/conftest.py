@@ -65,16 +65,8 @@ def make_tiny(**config) -> "SVQVAE":
     from svqvae_hf import SVQVAE
 
     torch.manual_seed(0)
-    tiny = {
-        "base_channels": 8,
-        "encoder_ch_mult": (1, 2, 2),
-        "decoder_ch_mult": (1, 2, 2),
-        "num_res_blocks": 1,
-        "norm_num_groups": 2,
-        "z_channels": 8,
-        "codebook_size": 64,
-        "codebook_embed_dim": 8,
-    }
+    tiny = {"base_channels": 8, "encoder_ch_mult": (1, 2, 2), "decoder_ch_mult": (1, 2, 2), "num_res_blocks": 1}
+    tiny |= {"norm_num_groups": 2, "z_channels": 8, "codebook_size": 64, "codebook_embed_dim": 8}
     return SVQVAE(**(tiny | config)).eval()
 
 

@@ -163,9 +163,10 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource
         return None
     centres = replace(options, center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
     centres.train_data_dir, centres.dataset_name = options.validation_data_dir, None
-    centres.dataset_config_name, centres.data_files = None, []
+    centres.dataset_config_name, centres.data_files, centres.mix_data_dir = None, [], None
     held_out = ImageSource(centres, images.accelerator, PIXEL_RANGE, options.label_column)
-    check_held_out(held_out.images, images.images)
+    for trained in (images.images, images.mixed):
+        check_held_out(held_out.images, trained)
     if held_out.label_feature != images.label_feature:
         raise ValueError(
             f"`--validation_data_dir` must have the classes of the training images, {images.label_feature}, but has "

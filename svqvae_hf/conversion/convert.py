@@ -79,11 +79,13 @@ def convert(
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
     if tokenizer is None:
+        if image_size or num_attention_heads or text_encoder:
+            raise ValueError("`image_size`, `num_attention_heads` and `text_encoder` need `tokenizer`. Omit them.")
         checkpoint = read_checkpoint(source, SVQVAE, use_ema=use_ema, **config)
         converted: Any = checkpoint.model(SVQVAE)
         card: dict[str, Any] = {"variants": {variant: VARIANTS[variant]} if variant else None}
     elif is_llamagen(source) or num_attention_heads or text_encoder or use_ema:
-        vqvae = _load_tokenizer(tokenizer)
+        vqvae = _load_tokenizer(tokenizer, **config)
         grid_size = None if image_size is None else _latents_side(vqvae, image_size)
         checkpoint = read_llamagen(
             source, grid_size=grid_size, num_attention_heads=num_attention_heads, use_ema=use_ema
@@ -102,7 +104,7 @@ def convert(
         card = {"provenance": rows, "tags": ["svqvae", "llamagen", "autoregressive"]}
     else:
         checkpoint = read_next_scale_checkpoint(source, NextScaleTransformer)
-        vqvae = _load_tokenizer(tokenizer)
+        vqvae = _load_tokenizer(tokenizer, **config)
         side = _latents_side(vqvae, vqvae.config["sample_size"] if image_size is None else image_size)
         schedule = [list(size) for size in default_schedule(side)]
         transformer = checkpoint.model(NextScaleTransformer)
@@ -151,10 +153,10 @@ def _latents_side(vqvae: SVQVAE, image_size: int) -> int:
     return image_size // vqvae.f
 
 
-def _load_tokenizer(source: str | Path) -> SVQVAE:
+def _load_tokenizer(source: str | Path, **config: Any) -> SVQVAE:
     """Loads a tokenizer from an original checkpoint, a folder or the Hub, in float32 and evaluation mode."""
     if Path(source).is_file() or hub_repo(source) is not None:
-        return SVQVAE.from_single_file(source)
-    vqvae = SVQVAE.from_pretrained(source).eval()
+        return SVQVAE.from_single_file(source, **config)
+    vqvae = SVQVAE.from_pretrained(source, **config).eval()
     vqvae.register_to_config(_name_or_path=public_name(source))
     return vqvae

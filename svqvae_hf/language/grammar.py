@@ -71,13 +71,13 @@ def grammar_regex(vocabulary: ImageVocabulary, grid: tuple[int, int]) -> str:
         >>> re.fullmatch(pattern, tokenizer.decode(tokens))
     """
     digits = vocabulary.names[0].count("0")
-    limit = f"{vocabulary.codebook_size:0{digits}}"
-    below = [  # numbers that agree with the limit up to a digit, which is smaller
-        rf"{limit[:place]}[0-{int(digit) - 1}]" + r"\d" * (digits - place - 1)
-        for place, digit in enumerate(limit)
+    last = f"{vocabulary.codebook_size - 1:0{digits}}"
+    below = [  # numbers that agree with the last up to a digit, which is smaller
+        rf"{last[:place]}[0-{int(digit) - 1}]" + r"\d" * (digits - place - 1)
+        for place, digit in enumerate(last)
         if digit != "0"
     ]
-    return rf"(?:<\|image_(?:{'|'.join(below)})\|>){{{grid[0] * grid[1]}}}{re.escape(END)}"
+    return rf"(?:<\|image_(?:{'|'.join([*below, last])})\|>){{{grid[0] * grid[1]}}}{re.escape(END)}"
 
 
 def grammar_lark(vocabulary: ImageVocabulary) -> str:

@@ -56,7 +56,8 @@ class RepositoryMixin(HubMixin, ModelMixin):
             save_directory (`str` or `os.PathLike`): Folder to write to.
             *args: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
             standalone (`bool`, defaults to `False`): Whether to write the code of the model as well, so that it loads
-                with `trust_remote_code=True` where this package is not installed.
+                with `trust_remote_code=True` where this package is not installed. To upload it with the code, use
+                `push_to_hub(..., standalone=True)`.
             **kwargs: Further arguments of [`~diffusers.ModelMixin.save_pretrained`].
 
         Raises:

@@ -30,7 +30,7 @@ class ImageVocabulary:
         grids (`Sequence[tuple[int, int]]`): Rows and columns of codes of the images. Stored as a tuple.
 
     Raises:
-        ValueError: If a value is out of range, or a grid occurs twice.
+        ValueError: If there is no grid, one is empty, or one occurs twice.
     """
 
     first_token: int

@@ -12,13 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    Cache,
-    LlamaForCausalLM,
-    LlamaModel,
-    PreTrainedModel,
-    StaticCache,
-)
+from transformers import Cache, LlamaForCausalLM, LlamaModel, PreTrainedModel, StaticCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -297,7 +291,8 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Embeddings, instead of
                 `input_ids`. If the model reads captions, the caption must already be in the cache.
             labels (`torch.Tensor` of shape `(batch, length)`, *optional*): Tokens for the loss, -100 for none.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions with logits, 0 for all.
+            logits_to_keep (`int`, defaults to 0): Number of last positions with logits, 0 for all. A model with
+                classes also takes a `torch.Tensor` of positions.
             prompt_embeds (`torch.Tensor` of shape `(batch, num_condition_tokens, caption_dim)`, *optional*): Features
                 of the captions, their text at the end. Passed with sequences that begin with a condition token, and
                 not with later tokens, for which they are in the cache. In rows that begin with the unconditional
@@ -311,7 +306,8 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` `(batch, length, vocab_size)`.
 
         Raises:
-            ValueError: The features have another shape, or are missing, or the model has classes instead of captions.
+            ValueError: The features have another shape, or are missing without a cache, or the model has classes
+                instead of captions.
         """
         if self.config.caption_dim is None:
             if prompt_embeds is not None or prompt_attention_mask is not None:
@@ -323,7 +319,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
                 raise ValueError("`prompt_embeds` need `input_ids`, and no `inputs_embeds`. Pass the tokens.")
             length = input_ids.shape[1]
             attention_mask = self._mask_positions(attention_mask, prompt_attention_mask, length)
-            logits_to_keep = logits_to_keep or length
+            logits_to_keep = min(logits_to_keep, length) or length
             inputs_embeds, input_ids = self._embed(input_ids, prompt_embeds), None
         elif cache is None:
             raise ValueError(MISSING_CAPTIONS)

@@ -36,15 +36,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .checks import (
-    check_config,
-    check_ids,
-    check_latents,
-    check_sample,
-    check_scale_from,
-    check_scales,
-    check_tiles,
-)
+from .checks import check_config, check_ids, check_latents, check_sample, check_scale_from, check_scales, check_tiles
 from .layers import AttentionProcessor, Conv3x3, GroupNorm, RepeatConv2d, TileContext, fast_layout, pad_edges, silu
 from .loading import StrictLoadingMixin
 from .quantizer import VectorQuantizer, VQLosses
@@ -450,7 +442,7 @@ class SVQVAE(StrictLoadingMixin, TilingMixin):
         """
         check_sample(sample, self.config, self.dtype, self.training)
         check_scale_from(scale_from)
-        check_scales(scales)
+        scales = check_scales(scales)
         tiles = self._tiles(tile_size, overlap)
         if scale_from == "image":
             return [self._encode(resize_sample(sample, scale, self.f), tiles) for scale in scales]

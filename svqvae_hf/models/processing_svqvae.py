@@ -118,8 +118,8 @@ class SVQVAEProcessor(ProcessorMixin):
         """Converts texts with images to tokens.
 
         Args:
-            images: Images in the order of the placeholders, in one list or in one list per text: Pillow images, paths,
-                URLs, arrays and tensors. Each is resized and cropped to a grid.
+            images: Images in the order of the placeholders of all texts, in one list or in several, which are joined:
+                Pillow images, paths, URLs, arrays and tensors. Each is resized and cropped to a grid.
             text (`str` or `list[str]`): Texts, with `<|image|>` for each image.
             **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`.
 
@@ -250,4 +250,5 @@ class SVQVAEProcessor(ProcessorMixin):
 
 
 def _flatten(images: Any) -> list[Any]:
-    return [each for one in images for each in _flatten(one)] if isinstance(images, list | tuple) else [images]
+    is_batch = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+    return [each for one in images for each in _flatten(one)] if is_batch else [images]

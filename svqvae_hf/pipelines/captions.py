@@ -14,7 +14,7 @@ WORD = re.compile(r"[\w'’]+")
 def unknown_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
     """Words of captions that a tokenizer of whole words lacks; other tokenizers lack none."""
     words = dict.fromkeys(word for caption in captions for word in WORD.findall(caption))
-    return [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
 
 
 def keep_known_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[str]:
@@ -28,7 +28,7 @@ def keep_known_words(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
         return list(captions)
     kept = [WORD.sub(lambda word: "" if word[0] in unknown else word[0], caption) for caption in captions]
     for caption, rest in zip(captions, kept, strict=True):
-        if not WORD.search(rest):
+        if WORD.search(caption) and not WORD.search(rest):
             known = ", ".join(sorted(word for word in tokenizer.get_vocab() if word.isalnum()))
             raise ValueError(f"a prompt must have a word that the model knows, got {caption!r}. It knows {known}.")
     warnings.warn(say_unknown(unknown), stacklevel=3)

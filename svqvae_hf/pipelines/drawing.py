@@ -158,7 +158,7 @@ class ImageLanguageModel:
             )
         (rows, columns), f = grid, self.vqvae.f
         white = [mask.convert("L").point(lambda value: 255 * (value > 127)) for mask in upright[1]]  # no noise
-        fitted = [np.asarray(ImageOps.fit(mask, (columns * f, rows * f))) for mask in white]
+        fitted = [np.asarray(ImageOps.fit(mask, (columns * f, rows * f), Image.Resampling.BOX)) for mask in white]
         parts = torch.from_numpy(np.stack(fitted)).view(count, rows, f, columns, f)
         ids, kept = torch.stack(self.processor.encode_images(images, grid)), parts.amax((2, 4)) == 0
         return ids.to(self.language_model.device), kept.to(self.language_model.device)

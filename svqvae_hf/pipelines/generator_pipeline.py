@@ -16,10 +16,9 @@ from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
-from svqvae_hf.pipelines.repository_index import is_modular, load_components, read_index, write_blocks
+from svqvae_hf.pipelines.repository_index import HUB_OPTIONS, is_modular, load_components, read_index, write_blocks
 
 # For readers of `model_index.json`.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
 
 
@@ -108,7 +107,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             *args: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
             standalone (`bool` or `str`, defaults to `False`): Also write the code of the models, so that diffusers'
                 `ModularPipeline` loads the folder where this package is not installed. For a folder that you will
-                upload yourself, its `org/name` on the Hub.
+                upload yourself, its `org/name` on the Hub. To upload all, use `push_to_hub(..., standalone=True)`.
             **kwargs: Further arguments of [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:

@@ -24,7 +24,7 @@ from .modular_blocks import (
     guide_step,
     is_guided,
 )
-from .sampling import sample
+from .sampling import check_finite, sample
 from .scale_predictor import ScalePredictor
 from .schedules import fit_schedule
 
@@ -94,6 +94,7 @@ class SampleScalesStep(Step):
             logits = predictor.next_logits(size)
             if guided:
                 logits = guide_step(components.guider, logits, step, len(sizes))
+            check_finite(logits.amax(-1), components.transformer, "transformer")
             ids = sample(logits, values.temperature, values.top_k, values.top_p, values.generator)
             values.ids = ids.unflatten(1, size)
             predictor.add(values.ids)

@@ -225,13 +225,14 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
     ) -> dict[str, torch.Tensor]:
         """Arguments of the language model for captions; empty for other models."""
         if not self._reads_captions:
-            if prompt is not None or prompt_embeds is not None:
+            if not prompt is prompt_embeds is prompt_attention_mask is None:
                 raise ValueError(
-                    "`prompt` and `prompt_embeds` need a language model with captions, but this one has "
-                    f"{self.num_classes} classes. Leave them out."
+                    "`prompt`, `prompt_embeds` and `prompt_attention_mask` need a language model with captions, but "
+                    f"this one has {self.num_classes} classes. Leave them out."
                 )
             return {}
-        if (prompt is None) == (prompt_embeds is None) or class_labels is not None:
+        is_wrong = (prompt is None) == (prompt_embeds is None) or class_labels is not None
+        if is_wrong or (prompt is not None and prompt_attention_mask is not None):
             raise ValueError(
                 "Pipelines for captions take `prompt` or `prompt_embeds`, and no `class_labels`. Pass `prompt` alone."
             )

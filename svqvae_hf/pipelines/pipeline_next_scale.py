@@ -165,8 +165,8 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional + scale *
                 (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
             guidance_mode (`str`, defaults to `"rising"`): `"constant"` guides each step by `guidance_scale`,
-                `"rising"` guides the first by 1, later ones by more, and the last by `guidance_scale`, see
-                [`~svqvae_hf.pipelines.schedules.guidance_per_step`].
+                `"rising"` guides the first by 1 and later ones by more, up to `guidance_scale` at the last or the
+                tenth, see [`~svqvae_hf.pipelines.schedules.guidance_per_step`].
             temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely id.
             top_k (`int`, defaults to 0): Number of most likely ids to sample from; 0 means all.
             top_p (`float`, defaults to 1.0): Total probability of the most likely ids to sample from.
@@ -245,11 +245,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
         return pad_captions(self.tokenizer, prompts, length).to(self._execution_device)
 
     def _plan(
-        self,
-        height: int | None,
-        width: int | None,
-        num_inference_steps: int | None,
-        schedule: Sequence[Scale] | None,
+        self, height: int | None, width: int | None, num_inference_steps: int | None, schedule: Sequence[Scale] | None
     ) -> tuple[int, int, list[Size]]:
         """Height and width of the images in pixels, and the schedule."""
         f, trained = self.vqvae.f, self.trained_schedule[-1]
@@ -263,7 +259,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             return height, width, fit_schedule(schedule, size)
         if num_inference_steps is None and size == trained:
             return height, width, self.trained_schedule
-        steps = min(len(self.trained_schedule), *size) if num_inference_steps is None else num_inference_steps
+        steps = min(len(self.trained_schedule), max(size)) if num_inference_steps is None else num_inference_steps
         return height, width, make_schedule(size, steps)
 
     def _encode_known(

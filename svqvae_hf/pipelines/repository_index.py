@@ -18,6 +18,7 @@ from svqvae_hf.loaders.pretrained_models import SVQVAE, LlamaGenForCausalLM, Nex
 from svqvae_hf.models.loading import copy_code, list_faults
 
 PIPELINE_OF_BLOCKS = {"LlamaGen": "SVQVAEAutoregressivePipeline", "NextScale": "SVQVAENextScalePipeline"}
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 MODELS = {"vqvae": SVQVAE, "transformer": NextScaleTransformer, "language_model": LlamaGenForCausalLM}
 
 
@@ -103,7 +104,8 @@ def load_components(source: str, index: dict[str, Any], **options: Any) -> dict[
             continue
         component_class = MODELS.get(name) or getattr(transformers, place["type_hint"][1])
         is_model = hasattr(component_class, "forward")
-        arguments = {"subfolder": name} | (options | {"output_loading_info": True} if is_model else {})
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        arguments = {"subfolder": name} | (options | {"output_loading_info": True} if is_model else hub)
         loaded = component_class.from_pretrained(source, **arguments)
         components[name], info = loaded if is_model else (loaded, None)
         if info and (faults := list_faults(info)):

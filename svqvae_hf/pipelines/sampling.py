@@ -61,11 +61,7 @@ def guide(logits: torch.Tensor, guidance_scale: float) -> torch.Tensor:
 
 
 def sample(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: Generators = None,
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: Generators = None
 ) -> torch.Tensor:
     """Samples ids `(batch, ...)` from logits `(batch, ..., codes)`.
 
@@ -103,6 +99,7 @@ def draw(scores: torch.Tensor, generator: Generators) -> torch.Tensor:
 
 def _exponential(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
     if isinstance(generator, list):
+        check_generators(generator, shape[0])
         return torch.cat([_exponential(torch.Size((1, *shape[1:])), source, device) for source in generator])
     drawn_on = device if generator is None else generator.device
     return torch.empty(shape, device=drawn_on).exponential_(generator=generator).to(device)

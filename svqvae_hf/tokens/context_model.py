@@ -128,7 +128,7 @@ class ContextModel:
             encoder.encode(symbols.astype(np.int32), categorical(), probabilities)
             return symbols
 
-        self._code(step, ids.shape, self.rank[ids], coarse)
+        self._code(step, ids.shape, self.rank[ids.astype(np.uint32)], coarse)
         return encoder.get_compressed().astype("<u4").tobytes()
 
     def decompress(self, content: bytes, shape: tuple[int, int], coarse: np.ndarray | None = None) -> np.ndarray:

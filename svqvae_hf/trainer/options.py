@@ -175,7 +175,8 @@ class ImageOptions(RunOptions):
         for name in ("dataset_config_name", "data_files"):
             if getattr(self, name) and self.train_data_dir is not None:
                 yield f"`--{name}` belongs to `--dataset_name`. Leave it or `--train_data_dir` out."
-        yield from wrong(self, POSITIVE, "resolution")
+        yield from wrong(self, POSITIVE, "resolution", "shuffle_buffer")
+        yield from wrong(self, FRACTION, "mix_fraction")
         yield from wrong(self, NOT_NEGATIVE, "dataloader_num_workers")
         if len(self.resize_range) != 2 or not 0 < self.resize_range[0] <= self.resize_range[1]:
             yield f"`--resize_range` must be two factors, the smaller first, but is {self.resize_range}."
@@ -293,8 +294,11 @@ def _flags(path: Path) -> Iterator[str]:
         raise ValueError(f"`{path}` must be a YAML file, but is not: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"`{path}` must map options to values, but is {type(entries).__name__}.")
+
+    def locate(value: Any) -> str:
+        is_path = isinstance(value, str) and (path.parent / value).exists()
+        return str(path.parent / value) if is_path else str(value)
+
     for name, value in entries.items():
-        if isinstance(value, str) and (path.parent / value).exists():  # from any folder
-            value = str(path.parent / value)
         if value is not None:
-            yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+            yield from (f"--{name}", *map(locate, value if isinstance(value, list) else [value]))

@@ -68,7 +68,7 @@ class TrainOptions(ImageOptions):
         yield from wrong(self, POSITIVE, "num_scales", "token_budget", "kmeans_batches", "num_validation_images")
         losses = "causal_weight", "lpips_weight", "adversarial_weight"
         yield from wrong(self, NOT_NEGATIVE, "dead_code_reset_steps", "adversarial_start", *losses)
-        yield from wrong(self, FRACTION, "synthetic_fraction", "mix_fraction", "codebook_decay")
+        yield from wrong(self, FRACTION, "synthetic_fraction", "codebook_decay")
         if self.load_best_model_at_end and not self.validation_data_dir:
             yield "`--load_best_model_at_end` needs `--validation_data_dir`. Give both or neither."
         yield from self._check_crops()

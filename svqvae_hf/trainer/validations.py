@@ -12,7 +12,8 @@ class Validations:
 
     Args:
         network (`nn.Module`): The bare network.
-        keep_best (`bool`): Choose the one of the highest mean PSNR over sets and scales, and keep its weights.
+        keep_best (`bool`): Choose the one of the highest mean PSNR over sets and scales, among those that quantised,
+            and keep its weights.
 
     Attributes:
         first, chosen (`dict[str, dict[str, float]]`): Numbers of each set in the first and the chosen validation.
@@ -42,7 +43,7 @@ class Validations:
             if len(now) == len(self.ids.get(name, "")) > 0:
                 numbers[name]["ids_kept"] = (now == self.ids[name]).float().mean().item()
         score = sum(value for each in numbers.values() for name, value in each.items() if name.startswith("psnr@"))
-        if score > self.score or not self.keep_best:
+        if not self.keep_best or (score > self.score and any(map(len, ids.values()))):
             self.score, self.step, self.chosen = score, steps_done, numbers
             weights = self.network.state_dict() if self.keep_best else {}
             self.weights = {name: value.cpu().clone() for name, value in weights.items()}

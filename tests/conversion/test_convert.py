@@ -78,6 +78,7 @@ def test_copy_with_other_weights_fails(golden_dir, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ({"variant": "fp8"}, "must be one of fp16, bf16, got 'fp8'"),
+        ({"image_size": 64}, "`text_encoder` need `tokenizer`"),
         ({"repo_id": "name"}, "`repo_id` must be `org/name`, got 'name'"),
         ({"repo_id": "org/a--b"}, r"-- or \.\..*'org/a--b'"),
         ({"out": "occupied"}, r"`.*occupied` must be a new or empty folder, but it is not empty"),

@@ -40,7 +40,7 @@ def test_random_logits_make_no_malformed_image():
     assert images > 2 * SAMPLES
 
 
-@pytest.mark.parametrize("codebook_size", [1, 64, 100, 4096, 16384])
+@pytest.mark.parametrize("codebook_size", [1, 64, 100, 4096, 16384, 100_000])
 def test_regular_expression_takes_every_code_and_no_other(codebook_size):
     vocabulary = ImageVocabulary(0, codebook_size, "", 4, [(1, 2)])
     pattern = re.compile(grammar_regex(vocabulary, (1, 2)))

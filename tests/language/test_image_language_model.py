@@ -91,6 +91,8 @@ def test_an_edit_keeps_all_codes_outside_the_mask():
     before = processor.encode_images([image], (4, 4))[0]
     changed = (kept["ids"][0] != before).nonzero().tolist()
     assert changed in ([], [[0, 0]])
+    half = Image.frombytes("L", (2, 1), b"\0\xff").resize((128, 128), Image.Resampling.NEAREST)
+    assert pipe._known([half], [half], (4, 4), 1)[1][0].tolist() == [[True, True, False, False]] * 4
     whole = Image.new("L", image.size, 255)
     new = pipe.draw(["a red key"], grid=(4, 4), image=[image], mask_image=[whole], generator=generators(2))
     assert pixels(new) == pixels([other])

@@ -60,17 +60,9 @@ def test_format_and_config_are_read_from_the_file(name, golden_dir):
     format, encoder, decoder, num_res_blocks, z_channels, codebook, l2_norm, network_range = GOLDEN[name]
     assert checkpoint.format.name == format
     assert checkpoint.config == {
-        "in_channels": 3,
-        "out_channels": 3,
-        "base_channels": 32,
-        "encoder_ch_mult": encoder,
-        "decoder_ch_mult": decoder,
-        "num_res_blocks": num_res_blocks,
-        "norm_num_groups": 32,
-        "z_channels": z_channels,
-        "codebook_size": codebook[0],
-        "codebook_embed_dim": codebook[1],
-        "codebook_l2_norm": l2_norm,
+        **{"in_channels": 3, "out_channels": 3, "base_channels": 32, "norm_num_groups": 32, "z_channels": z_channels},
+        **{"encoder_ch_mult": encoder, "decoder_ch_mult": decoder, "num_res_blocks": num_res_blocks},
+        **{"codebook_size": codebook[0], "codebook_embed_dim": codebook[1], "codebook_l2_norm": l2_norm},
         "network_range": network_range,
     }
 

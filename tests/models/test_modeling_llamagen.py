@@ -104,6 +104,7 @@ def test_unconditional_token_ignores_the_caption():
     model = load("t2i")
     _, _, dropped = load_inputs("t2i")
     logits = model(**dropped).logits
+    assert torch.equal(model(**dropped, logits_to_keep=500).logits, logits)
     dropped["prompt_embeds"] = torch.randn_like(dropped["prompt_embeds"])
     assert torch.equal(model(**dropped).logits, logits)
 

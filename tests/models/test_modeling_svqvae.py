@@ -114,7 +114,7 @@ def test_the_encoder_runs_for_each_scale_or_once_for_scales_from_latents(tiny_mo
     assert encoder_inputs == [(1, 3, 16, 16), (1, 3, 32, 32), (1, 3, 64, 64)] * 2
     encoder_inputs.clear()
     tiny_model(image, scales=(scale for scale in (0.5, 1, 2)), scale_from="latents")
-    tiny_model.encode_tokens(image, [0.5, 1, 2], "latents")
+    assert len(tiny_model.encode_scales(image, (scale for scale in (0.5, 1, 2)), "latents")) == 3
     tiny_model(image, patch_nums=[1, 2])
     assert encoder_inputs == [(1, 3, 32, 32)] * 3
 

@@ -120,6 +120,8 @@ def test_captions_are_encoded_as_if_alone_and_end_at_the_end():
         ("t2i", {"prompt": "a cat", "prompt_embeds": torch.zeros(1, 120, 32)}, "Pass `prompt` alone"),
         ("t2i", {"prompt": "a " * 120}, r"must have at most 120 tokens, but 'a a a.*' has 121. Shorten it"),
         ("t2i", {"prompt_embeds": torch.zeros(1, 9, 32)}, r"must have shape \(1, 120, 32\)"),
+        ("t2i", {"prompt": "a cat", "prompt_attention_mask": torch.ones(1, 120)}, "Pass `prompt` alone"),
+        ("c2i", {"prompt_attention_mask": torch.ones(1, 120)}, "this one has 10 classes"),
         ("c2i", {"prompt": "a cat"}, "need a language model with captions, but this one has 10 classes"),
         ("c2i", {"guidance_scale": 2}, "needs `class_labels`. Pass them"),
         ("c2i", {"guidance_stop": 6}, r"`guidance_stop` must be a fraction in \[0, 1\], got 6"),

@@ -111,6 +111,7 @@ def test_a_foreign_codebook_is_one_error(pipeline, tmp_path):
     [
         ({"height": 15, "width": 13}, [(1, 1), (2, 2), (3, 3), (4, 4)]),
         ({"num_inference_steps": 2}, [(1, 1), (4, 4)]),
+        ({"height": 4, "width": 64}, [(1, 1), (1, 3), (1, 6), (1, 16)]),
         ({"height": 16, "width": 32}, [(1, 1), (1, 2), (2, 4), (4, 8)]),
         ({"height": 8, "schedule": [1, [2, 3], 4]}, [(1, 1), (2, 3), (2, 4)]),
     ],

@@ -15,6 +15,11 @@ def test_draws_follow_the_probabilities():
     assert shares[2] == 0
 
 
+def test_generators_are_one_per_image():
+    with pytest.raises(ValueError, match="one generator per image, 4, got 1"):
+        sample(SCORES.expand(4, -1), generator=[torch.Generator()])
+
+
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [

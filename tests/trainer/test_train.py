@@ -40,6 +40,7 @@ from svqvae_hf.trainer.options import read_options
 from svqvae_hf.trainer.run import run_training
 from svqvae_hf.trainer.scripts import one_line_errors
 from svqvae_hf.trainer.train_options import TrainOptions
+from svqvae_hf.trainer.validations import Validations
 from svqvae_hf.trainer.weights import Weights
 
 # All losses and everything that has a state, on crops so small that LPIPS skips the smaller scales.
@@ -185,6 +186,13 @@ def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options
     for config in (whole, broken):
         run(**config)
     assert_equal_weights(whole["output_dir"], broken["output_dir"])
+
+
+def test_the_best_validation_is_a_quantised_one():
+    validations = Validations(torch.nn.Linear(1, 1), keep_best=True)
+    for step, psnr, ids in ((0, 31.0, []), (5, 25.0, [1]), (9, 24.0, [1])):
+        validations.add(step, {"validation": {"psnr@1": psnr}}, {"validation": torch.tensor(ids)})
+    assert (validations.step, len(validations.weights)) == (5, 2)
 
 
 # Two processes

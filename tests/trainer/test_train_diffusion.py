@@ -21,10 +21,8 @@ import svqvae_hf
 from svqvae_hf import SVQVAE, SVQVAEImageProcessor
 from svqvae_hf.trainer.run import run_training
 
-DIT = {
-    **{"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2},
-    "dropout": 0.1,
-}
+DIT = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 2}
+DIT |= {"dropout": 0.1}
 TINY_RUN = {
     **{"resolution": 16, "per_device_train_batch_size": 2, "max_steps": 2, "warmup_steps": 0},
     **{"dataloader_num_workers": 0, "num_validation_images": 2, "logging_steps": 1},
@@ -195,6 +193,7 @@ def test_saved_pipelines_load_as_documented_and_have_cards(options, class_option
         ({"resolution": 18}, "`--resolution` must be a multiple of 8, f of the SVQVAE times the `patch_size` of"),
         ({"validation_data_dir": "photos"}, "hold images that are not trained on, but `cat/0.png` is `cat/0.png`"),
         ({"validation_data_dir": "cats", "label_column": "label"}, "must have the classes of the training images"),
+        ({"validation_data_dir": "cats", "mix_data_dir": "cats"}, "hold images that are not trained on"),
         ({"mix_data_dir": "cats", "label_column": "label"}, "`--mix_data_dir` must have the classes of the training"),
     ],
 )

@@ -107,7 +107,7 @@ class Artist:
 
     def __init__(self, fonts: Sequence[Path], photographs: Sequence[Path], seed: int):
         self.fonts, self.photographs, self.random = fonts, photographs, Random(seed)
-        pages = (Path(__file__).parents[1] / "docs").glob("*.md")
+        pages = (Path(__file__).parents[2] / "docs").glob("*.md")
         self.words = sorted({word for page in pages for word in re.findall(r"[\w.,-]+", page.read_text())})
 
     def colour(self) -> tuple[int, ...]:
