@@ -189,7 +189,7 @@ def main() -> None:
             for path in tqdm(paths, desc=f"{Path(name).name}, scale {scale:g}", disable=None):
                 for row in measure(path, scale, baselines, options):
                     groups.setdefault((row["coded by"], scale), []).append(row)
-        tables[f"{Path(name).name}, {len(paths)} images"] = [mean_row(rows) for rows in groups.values()]
+        tables[f"{name}, {len(paths)} images"] = [mean_row(rows) for rows in groups.values()]
     report(options, machine, tables)
 
 

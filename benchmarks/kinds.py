@@ -92,7 +92,7 @@ def centre(image: torch.Tensor, side: int) -> torch.Tensor:
 def load(folder: Path, count: int | None) -> list[torch.Tensor]:
     """The first images of a folder in [0, 1]."""
     processor = SVQVAEImageProcessor()
-    files = sorted(path for path in folder.iterdir() if path.suffix in Image.registered_extensions())
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions())
     return [processor(path)["pixel_values"] for path in files[:count]]
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="seed of the colours")
     parser.add_argument("--worst", type=Path, help="picture to write: the worst of each kind for the last model")
     options = parser.parse_args()
-    kinds = {folder.name: load(folder, options.count) for folder in options.folders}
+    kinds = {str(folder): load(folder, options.count) for folder in options.folders}
     rows: dict[str, list[float]] = {}
     for name in options.models:
         worst = []
@@ -115,8 +115,8 @@ def main() -> None:
         for kind, images in kinds.items():
             figures[kind], pairs = measure_folder(model, images)
             worst += pairs
-            if min(images[0].shape[-2:]) >= LARGE:
-                figures[f"{kind}, centres alone against within {LARGE}"] = measure_small(model, images)
+            if large := [image for image in images if min(image.shape[-2:]) >= LARGE]:
+                figures[f"{kind}, centres alone against within {LARGE}"] = measure_small(model, large)
         for kind, numbers in figures.items():
             for figure, value in numbers.items():
                 rows.setdefault(f"{kind} | {figure}", []).append(value)

@@ -63,6 +63,8 @@ def _decode_set(args: argparse.Namespace) -> None:
     with prefix_errors(source):
         check_same_codebook(model, settings)
         work.outputs(file)
+        for old in args.output.glob("[0-9]" * 8 + "_x*.png") if args.overwrite else ():  # of another set
+            old.unlink()
         written, kept = detokenize_set(model, source, args.output, context_model=context_model, **options)
     if kept:
         print(f"resumed: {kept:,} of {written + kept:,} images were there")

@@ -68,7 +68,8 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
             files = [(file, file.relative_to(path)) for file in search_folder(path, suffixes, output)]
             missing = f"the folder `{pattern}`, subfolders included, has no file that ends in {', '.join(suffixes)}."
         elif path.exists():
-            check_unpacked(pattern)
+            if pattern.lower().endswith((".zip", ".rar", ".7z")):
+                raise ValueError(f"`{pattern}` must be unpacked first, because archives are not read.")
             files = [(path, Path(path.name))] if path.is_file() else []
             missing = f"an input must be a file or a folder, but `{pattern}` is neither."
         else:
@@ -171,12 +172,6 @@ def check_new_folder(out: str | os.PathLike) -> None:
         fault = "it is not empty"
     if fault:
         raise ValueError(f"`{out}` must be a new or empty folder, but {fault}. Choose another.")
-
-
-def check_unpacked(name: str) -> None:
-    """Raises ValueError for an archive."""
-    if name.lower().endswith((".zip", ".rar", ".7z")):
-        raise ValueError(f"`{name}` must be unpacked first, because archives are not read.")
 
 
 def check_data(names: Sequence[str]) -> None:

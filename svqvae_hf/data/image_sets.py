@@ -195,9 +195,21 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
     stamps = {file: stamp for _, files in found for file, stamp in files.items()}
     files, folder = [*stamps], found[0][0] if len(found) == 1 else None
     kind, is_remote = _kind_of_all(files), "://" in files[0]
-    if folder is not None and not is_remote and (kind != "image" or {*METADATA_FILES} & {*os.listdir(folder)}):
-        return _open_builder(folder, selection)
+    if folder is not None and not is_remote:
+        if kind != "image":
+            return _open_builder(folder, selection)
+        metadata = [name for name in walk_files(folder) if os.path.basename(name) in METADATA_FILES]
+        if metadata:  # with patterns, because `datasets` would take a word in the name of an image for a split
+            split, _ = _files_of_split(folder, [file[len(folder) + 1 :] for file in files], selection.split)
+            if split and {*metadata} & {*METADATA_FILES}:
+                raise ValueError(
+                    f"the metadata file of `{folder}` must lie in the folders of its splits, not above them."
+                )
+            return _open_builder(folder, selection, [f"{split}/**" if split else "**"])
     if folder is None:
+        for each, inside in found:
+            if each is not None:  # raises if it has splits, of which none can be chosen
+                _files_of_split(each, [file[len(each) + 1 :] for file in inside], None)
         scheme = f"{files[0].partition('://')[0]}://" if is_remote else ""
         root = os.path.commonpath([os.path.dirname(file.removeprefix(scheme)) for file in files])
         folder, keys = f"{scheme}{root}", [os.path.relpath(file.removeprefix(scheme), root) for file in files]
@@ -225,7 +237,8 @@ def _find(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
         return _find_urls(name)
     folder = os.path.abspath(name) if os.path.isdir(name) else None
     if folder is not None:
-        found = [f"{folder}/{file}" for file in walk_files(folder) if _kind(file) and file not in METADATA_FILES]
+        known = (file for file in walk_files(folder) if _kind(file))
+        found = [f"{folder}/{file}" for file in known if os.path.basename(file) not in METADATA_FILES]
     elif os.path.exists(name):
         found = [name]
     else:

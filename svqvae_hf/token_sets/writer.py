@@ -185,7 +185,7 @@ def tokenize_set(
             record = PartRecord(part, [shard.name for shard in shards])
             encoded = encoder.encode(read, record, bar.update)
             try:
-                _write_part(folder, record, write_shards(folder, part, encoded, settings, features))
+                _write_part(folder, options, record, write_shards(folder, part, encoded, settings, features))
             except OSError:
                 if not is_finished(folder, part):  # otherwise another process has made it and tidied up
                     raise
@@ -205,12 +205,13 @@ def _digest_of_encoder(model: SVQVAE) -> str:
     return hashlib.sha256(b"".join(each.detach().float().cpu().numpy().tobytes() for each in weights)).hexdigest()
 
 
-def _write_part(folder: Folder, record: PartRecord, files: Iterable[dict[str, Any]]) -> None:
+def _write_part(folder: Folder, options: dict[str, Any], record: PartRecord, files: Iterable[dict[str, Any]]) -> None:
     """Writes the files of a part, and its record last, which marks it as finished."""
     for file in files:
         record.rows += file["rows"]
         record.ids += file.pop("ids")
         record.files.append(file)
+    start_set(folder, options)  # raises if another process has meanwhile finished a part with others
     folder.write(record_name(record.part), json.dumps(dataclasses.asdict(record)).encode())
 
 

@@ -142,12 +142,27 @@ def test_a_set_is_streamed(parquet, photos, cache):
 def test_captions_in_metadata(tmp_path, suffix, write):
     for number in range(2):
         save(numbered(number), tmp_path / "photos" / f"{number}.png")
+    save(numbered(2), tmp_path / "photos" / "test 2.png")  # a word that is not a split; it has no row
     rows = datasets.Dataset.from_list([{"file_name": f"{i}.png", "caption": f"photo {i}", "id": i} for i in (1, 0)])
     getattr(rows, write)(tmp_path / "photos" / f"metadata.{suffix}")
     for copy in (False, True):
         images = open_images([str(tmp_path / "photos")], copy=copy)
         assert [row.values for row in images] == [{"caption": "photo 1"}, {"caption": "photo 0"}]
     assert {number for batch in crop_loader(images) for number in numbers(batch)} == {0, 1}
+
+
+def test_metadata_of_splits(tmp_path):
+    for split in ("train", "test"):
+        save(numbered(0), tmp_path / split / "0.png")
+        rows = datasets.Dataset.from_list([{"file_name": "0.png", "caption": split}])
+        rows.to_json(tmp_path / split / "metadata.jsonl")
+    assert [row.values for row in open_images([str(tmp_path)], split="test")] == [{"caption": "test"}]
+    for folders in ([tmp_path], [tmp_path, tmp_path / "train"]):
+        with pytest.raises(ValueError, match="has the splits test, train. Choose one"):
+            open_images([*map(str, folders)])
+    rows.to_json(tmp_path / "metadata.jsonl")
+    with pytest.raises(ValueError, match="must lie in the folders of its splits, not above them"):
+        open_images([str(tmp_path)], split="test")
 
 
 @pytest.mark.parametrize("kind", STREAMS)

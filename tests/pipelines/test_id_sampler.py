@@ -4,51 +4,26 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from svqvae_hf.pipelines.id_sampler import IdSampler
 from svqvae_hf.pipelines.sampling import guide, sample
 
 SIZE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-COMMON = {
-    "vocab_size": 80,
-    "initializer_range": 0.5,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+COMMON = {"vocab_size": 80, "initializer_range": 0.5, "tie_word_embeddings": False}
+COMMON |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 HEADS = {"num_key_value_heads": 1, "head_dim": 16}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, SIZE),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, SIZE | {"num_key_value_heads": 1}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, SIZE | HEADS),
-    "gemma2, with a sliding window": (Gemma2ForCausalLM, Gemma2Config, SIZE | HEADS | WINDOW),
-    "mistral": (MistralForCausalLM, MistralConfig, SIZE | HEADS | {"sliding_window": None}),
-    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig, SIZE),
-    "gpt2, learned positions": (GPT2LMHeadModel, GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2}),
-    "opt, its own positions": (OPTForCausalLM, OPTConfig, SIZE | {"ffn_dim": 32, "word_embed_proj_dim": 32}),
-    "bloom, no positions": (BloomForCausalLM, BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
+    "llama": SIZE,
+    "qwen2": SIZE | {"num_key_value_heads": 1},
+    "qwen3": SIZE | HEADS,
+    "gemma2": SIZE | HEADS | WINDOW,
+    "mistral": SIZE | HEADS | {"sliding_window": None},
+    "gpt_neox": SIZE,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},  # learned positions
+    "opt": SIZE | {"ffn_dim": 32, "word_embed_proj_dim": 32},  # positions of its own
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},  # no positions
 }
 CODES = range(10, 74)
 GRID = (3, 4)
@@ -57,9 +32,8 @@ GREEDY = partial(sample, temperature=0)
 
 
 def make(family):
-    cls, config, sizes = MODELS[family]
     torch.manual_seed(0)
-    return cls(config(**COMMON, **sizes)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **MODELS[family])).eval()
 
 
 def padded(prompts):
