@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--held-out", type=int, default=256, help="held-out crops (default: %(default)s)")
     options = parser.parse_args()
+    options.steps.sort()
     torch.set_num_threads(options.threads)
     machine = describe_machine(options.device, options.threads)
     (tokenizer,) = load_tokenizers(options.tokenizer, options.device)
@@ -138,9 +139,7 @@ def main() -> None:
     table = []
     for seed in options.seeds:
         bits = learn(ids.clone(), held_out.clone(), tokenizer.codebook_size, options.steps, seed)
-        figures = {
-            f"bits per id, step {step}": each.mean() for step, each in zip(sorted(options.steps), bits, strict=True)
-        }
+        figures = {f"bits per id, step {step}": each.mean() for step, each in zip(options.steps, bits, strict=True)}
         figures |= {"plain places": bits[-1][is_place_plain].mean(), "busy places": bits[-1][~is_place_plain].mean()}
         figures["bits per crop"] = bits[-1].sum((1, 2)).mean()
         table.append({name: value.item() for name, value in figures.items()})

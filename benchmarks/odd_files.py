@@ -60,14 +60,7 @@ RESULTS = {  # where a command names the pictures that it has made
         Path(image["name"]).stem for image in json.loads((out / "report.json").read_text())["images"]
     },
 }
-OPTIONS = {
-    "tokenize": ["--workers", "0"],
-    "evaluate": [
-        "--codecs",
-        "--scales",
-        "1",
-    ],
-}
+OPTIONS = {"tokenize": ["--workers", "0"], "evaluate": ["--codecs", "--scales", "1"]}
 PRELOADED = ["svqvae_cli.loading", "svqvae_hf.evaluation.report", "svqvae_hf.token_sets.writer"]
 
 

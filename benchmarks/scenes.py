@@ -10,6 +10,8 @@ which states its own errors. Then it grades one picture per caption:
 - held-out pairs
 - held-out wordings: of held-out pairs
 - edited: one object of a held-out pair replaced by another one, which alone counts under "objects"
+- everyday English: the prompts of `scene_prompts.tsv`, which no template contains, with plain
+  captions of what must be seen; only the whole scene is graded
 
 For a language model, the second table grades captions of real scenes by their meaning. It also has the bits per id of
 the model, of a table of frequencies, and of a table of pairs of neighbours.
@@ -36,12 +38,13 @@ from svqvae_hf.language.image_language_model import ImageLanguageModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training" / "bundled"))
 
-from make_scenes import FONT, GROUNDS, OBJECTS, ONE, RELATIONS, SHIFTS, SIDE, SLOTS, THREE, Scene, load_objects
+from make_scenes import FONT, FOUR, GROUNDS, OBJECTS, ONE, RELATIONS, SHIFTS, SIDE, SLOTS, THREE, Scene, load_objects
 
 Generator = ImageLanguageModel | SVQVAENextScalePipeline
 
 KINDS = ("seen pairs", "single objects", "several of a kind")
-LAYOUTS = [*((slot,) for slot in ONE), *RELATIONS, THREE]
+LAYOUTS = [*((slot,) for slot in ONE), *RELATIONS, THREE, FOUR]
+PROMPTS = Path(__file__).with_name("scene_prompts.tsv")
 BATCH = 32
 TABLE_SCENES = 2000
 
@@ -101,11 +104,11 @@ def grade(name: str, seen: Sequence[Scene], asked: Sequence[Scene], seconds: flo
     return row | {"s per image": f"{seconds / len(pairs):.2f}"}
 
 
-def kind(scene: Scene) -> str:
+def group(scene: Scene) -> str:
     """Which of `KINDS` a scene is."""
-    if len(scene.objects) == 1:
-        return "single objects"
-    return "seen pairs" if len({name for _, name in scene.objects}) == 2 else "several of a kind"
+    if scene.kind.isdigit():
+        return "several of a kind"
+    return "single objects" if len(scene.objects) == 1 else "seen pairs"
 
 
 def percent(values: Sequence[bool]) -> str:
@@ -149,9 +152,10 @@ def edit(
             x, y, _ = SLOTS[replaced]
             masks.append(Image.new("L", (SIDE, SIDE)))
             masks[-1].paste(255, (x - 24, y - 24, x + 24, y + 24))
-        captions = [scene.captions()[0] for scene in asked[start:]]
-        originals = pictures[start : start + BATCH]
-        results += draw_batch(model, captions, options, image=originals, mask_image=masks)
+        captions = [scene.plain()[0] for scene in asked[start:]]
+        given = {"image": pictures[start : start + BATCH], "mask_image": masks}
+        seed = torch.Generator().manual_seed(options.seed + start)
+        results += draw_batch(model, captions, options, generator=seed, **given)
     return results, asked, added
 
 
@@ -174,14 +178,6 @@ def nearest(pictures: Sequence[Image.Image], rows: datasets.Dataset) -> list[Ima
         for index in np.flatnonzero(errors.min(1) < best):
             best[index], found[index] = errors[index].min(), start + int(errors[index].argmin())
     return [rows[index]["image"] for index in found]
-
-
-def describes(model: ImageLanguageModel, picture: Image.Image, scene: Scene) -> bool:
-    """Whether the caption of a picture means the scene."""
-    try:
-        return Scene.parse(model.caption([picture])[0]) == scene
-    except ValueError:
-        return False
 
 
 @torch.inference_mode()
@@ -224,14 +220,17 @@ def main() -> None:
     machine, random = describe_machine("cpu", options.threads), Random(options.seed)
     grader, model = Grader(load_objects(options.font)), load_generator(options.model, "cpu", "float32")
     sets = datasets.load_dataset(options.scenes)
-    chosen = {name: sets[name].select(random.sample(range(1000), options.count)) for name in ("validation", "test")}
-    scenes = {name: [*map(Scene.parse, rows["short_caption"])] for name, rows in chosen.items()}
+    chosen, scenes = {}, {}
+    for seed, name in enumerate(("validation", "test"), start=1):
+        numbers = random.sample(range(1000), options.count)
+        chosen[name] = sets[name].select(numbers)
+        scenes[name] = [Scene.draw(Random(f"{seed} {number}"), name == "test") for number in numbers]
     drawn = [Scene.draw(random, held_out=False) for _ in range(8 * options.count)]
-    asked = {name: [scene for scene in drawn if kind(scene) == name][: options.count] for name in KINDS}
+    asked = {name: [scene for scene in drawn if group(scene) == name][: options.count] for name in KINDS}
     asked["held-out pairs"] = scenes["test"]
-    captions = {name: [scene.captions()[0] for scene in group] for name, group in asked.items()}
+    captions = {name: [scene.plain()[0] for scene in each] for name, each in asked.items()}
     asked["held-out wordings"] = scenes["test"]
-    captions["held-out wordings"] = [random.choice(scene.captions(held_out=True)) for scene in scenes["test"]]
+    captions["held-out wordings"] = [scene.caption(random, held_out=True) for scene in scenes["test"]]
     grids = {name: encode(model, rows["image"]) for name, rows in chosen.items()}
     with torch.inference_mode():
         again = model.image_processor.postprocess(model.vqvae.decode_tokens(grids["test"]))
@@ -244,17 +243,22 @@ def main() -> None:
         if options.neighbours and name == "held-out pairs":
             shown = pictures[:16] + nearest(pictures[:16], sets["train"])
             make_image_grid(shown, rows=2, cols=16).save(options.neighbours)
-    pictures, edited, added = edit(model, chosen["test"]["image"][:64], scenes["test"][:64], options)
+    pictures, edited, added = edit(model, chosen["test"]["image"], scenes["test"], options)
     found = [*map(grader, pictures)]
     new = [item in scene.objects for scene, item in zip(found, added, strict=True)]
     grades.append(grade("edited", found, edited) | {"objects": percent(new)})
+    prompts, meanings = zip(*(line.split("\t") for line in PROMPTS.read_text("utf-8").splitlines()), strict=True)
+    pictures, _ = draw(model, prompts, options)
+    right = [grader(picture).means(meaning) for picture, meaning in zip(pictures, meanings, strict=True)]
+    grades.append(dict.fromkeys(grades[0], "") | {"pictures": "everyday English", "scene": percent(right)})
     tables = {"Pictures of captions": grades}
 
     if isinstance(model, ImageLanguageModel):
         shown = encode(model, sets["train"].select(range(TABLE_SCENES))["image"])
         rows = []
         for name, split in (("seen", "validation"), ("held-out pairs", "test")):
-            right = [describes(model, *pair) for pair in zip(chosen[split]["image"], scenes[split], strict=True)]
+            written = model.caption(chosen[split]["image"])
+            right = [text == scene.plain()[0] for text, scene in zip(written, scenes[split], strict=True)]
             bits = bits_per_id(model, chosen[split]["short_caption"], grids[split])
             single, pairs = table_bits(shown, grids[split], model.processor.vocabulary.codebook_size)
             rows.append(

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import textwrap
 from pathlib import Path
 from random import Random
 
@@ -32,6 +33,7 @@ TILE, HALO = 32, 4  # latents: 256 and 32 pixels
 GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
 MARGIN, LABEL = 16, 44  # pixels between images, and under them
 SCENE_PX, SCENE_ROWS, SCENE_COLUMNS = 192, 3, 6
+SCENE_LABEL, SCENE_LINE = 66, 27  # pixels under a scene, and characters in a line there
 
 
 def main(folder: Path = IMAGES) -> None:
@@ -189,18 +191,18 @@ def picture_of_the_worst(model: SVQVAE, photos: list[Image.Image]) -> Image.Imag
 
 
 def picture_of_scenes(model: ImageLanguageModel) -> Image.Image:
-    """Pictures of held-out pairs of objects by the bundled language model, one per prompt."""
+    """Pictures of held-out pairs of objects by the bundled language model, one per prompt in a held-out wording."""
     count = SCENE_ROWS * SCENE_COLUMNS
-    captions = [Scene.draw(Random(f"page {number}"), held_out=True).captions()[0] for number in range(count)]
+    randoms = [Random(f"page {number}") for number in range(count)]
+    captions = [Scene.draw(random, held_out=True).caption(random, held_out=True) for random in randoms]
     images = model.draw(captions, generator=[torch.Generator().manual_seed(number) for number in range(count)])
-    across, down = SCENE_PX + MARGIN, SCENE_PX + LABEL
+    across, down = SCENE_PX + MARGIN, SCENE_PX + SCENE_LABEL
     sheet = Image.new("RGB", (across * SCENE_COLUMNS - MARGIN, down * SCENE_ROWS), WHITE)
     draw = ImageDraw.Draw(sheet)
     for number, (caption, image) in enumerate(zip(captions, images, strict=True)):
         left, top = number % SCENE_COLUMNS * across, number // SCENE_COLUMNS * down
         sheet.paste(image.resize((SCENE_PX, SCENE_PX), Image.Resampling.BICUBIC), (left, top))
-        lines = caption.rpartition(" on ")
-        text = f"{lines[0]}\non {lines[2]}"
+        text = "\n".join(textwrap.wrap(caption, SCENE_LINE))
         draw.multiline_text((left, top + SCENE_PX + 4), text, GREY, ImageFont.load_default(14))
     return sheet
 

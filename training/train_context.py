@@ -229,8 +229,7 @@ def main() -> None:
     network = ContextNetwork(codes, counts, options.hidden, options.features)
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.max_steps)) / 2,
+        optimizer, lambda step: min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.max_steps)) / 2
     )
     batches = draw_batches(pyramids, network.codes.numpy(), options.seed)
     start, mean = time.monotonic(), 0.0

@@ -7,19 +7,11 @@ import pytest
 import torch
 from cli_runner import fails, svqvae
 from make_scenes import Scene
-from PIL import Image
 from transformers import AutoTokenizer
 
 from svqvae_hf import DEFAULT_GENERATOR
 from svqvae_hf.language.image_language_model import ImageLanguageModel
 from svqvae_hf.pipelines.captions import keep_known_words
-
-
-def means(caption, scene):
-    try:
-        return Scene.parse(caption) == scene
-    except ValueError:
-        return False
 
 
 @pytest.mark.slow
@@ -29,29 +21,25 @@ def test_what_it_draws_of_new_captions_it_describes_by_the_same_scene():
     seed = Random().randrange(10**9)
     print("seed", seed)  # noqa: T201
     scenes = [Scene.draw(Random(f"{seed} {number}"), held_out=True) for number in range(32)]
-    pictures = model.draw([scene.captions()[0] for scene in scenes])
-    captions = model.caption(pictures)
-    assert sum(map(means, captions, scenes)) >= 23
-    others = scenes[1:] + scenes[:1]
-    assert sum(map(means, captions, others)) <= 2
+    asked = [scene.plain()[0] for scene in scenes]
+    captions = model.caption(model.draw(asked))
+    assert sum(map(str.__eq__, captions, asked)) >= 23
+    assert sum(map(str.__eq__, captions, asked[1:] + asked[:1])) <= 2
 
 
 def test_folder_is_as_large_as_documented():
-    files = [file for file in Path(DEFAULT_GENERATOR).rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files if file.parent == Path(DEFAULT_GENERATOR)) <= 9e6
-    assert sum(file.stat().st_size for file in files) <= 15e6
+    assert sum(file.stat().st_size for file in Path(DEFAULT_GENERATOR).rglob("*") if file.is_file()) <= 15e6
 
 
 @pytest.mark.slow
 def test_the_command_draws_without_a_model(tmp_path, capsys):
     assert svqvae("generate", "--prompt", "a whale above a guitar on pink", "--output", tmp_path / "out") == 0
-    with Image.open(tmp_path / "out" / "prompt_0_0.png") as picture:
-        assert picture.size == (96, 96)
+    assert (tmp_path / "out" / "prompt_0_0.png").is_file()
     capsys.readouterr()
     assert svqvae("generate", "--prompt", "a lovely fox on pink", "a fox on pink", "--output", tmp_path / "two") == 0
     assert "svqvae: unknown to the model and left out: lovely\n" in capsys.readouterr().err
     error = fails(capsys, "generate", "--prompt", "Unicorns!", "--output", tmp_path / "none")
-    assert "a prompt must have a word that the model knows, got 'Unicorns!'. It knows a, above, airplane, " in error
+    assert "a prompt must have a word that the model knows, got 'Unicorns!'. It knows 2, 3, 4, a, above, " in error
     assert not (tmp_path / "none").exists()
 
 
@@ -61,9 +49,7 @@ def test_capitals_and_punctuation_are_ignored_and_unknown_words_left_out_with_on
     assert tokenizer("<s>A FOX on Pink!<|image_00003|>") == tokenizer("<s>a fox on pink<|image_00003|>")
     with pytest.warns(UserWarning, match="unknown to the model and left out: Unicorn's, nice$") as warned:
         kept = keep_known_words(tokenizer, ["A Unicorn's fox", "a nice fox on nice-blue", "a fox"])
-    assert [tokenizer(text).input_ids for text in kept] == [
-        tokenizer(text).input_ids for text in ("a fox", "a fox on -blue", "a fox")
-    ]
+    assert tokenizer(kept).input_ids == tokenizer(["a fox", "a fox on -blue", "a fox"]).input_ids
     assert len(warned) == 1
     with pytest.raises(ValueError, match="must have a word that the model knows, got 'lovely unicorns'"):
         keep_known_words(tokenizer, ["a fox", "lovely unicorns"])

@@ -1,17 +1,18 @@
 """Makes a small language model that knows the words of scenes and has learned nothing: `make_scene_words.py OUT`."""
 
 import argparse
+import re
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from make_scenes import GROUNDS, OBJECTS, RELATIONS
+from make_scenes import GROUNDS, OBJECTS, WORDINGS
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from svqvae_hf.trainer.scripts import one_line_errors
 
-RELATION_WORDS = " ".join(word for wordings in RELATIONS.values() for each in wordings for word in each).split()
-WORDS = [*OBJECTS, *GROUNDS, *RELATION_WORDS, *"small large two three a an on ground".split()]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
@@ -19,12 +20,19 @@ TEMPLATE = (
 )
 
 
+def list_words(part: Any = WORDINGS) -> list[str]:
+    """Words of the wordings."""
+    if isinstance(part, dict):
+        part = [*part.values()]
+    return re.findall(r"(?<!{)\b[a-z0-9]+\b(?!})", part) if isinstance(part, str) else [*chain(*map(list_words, part))]
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Makes a tokenizer of whole words, which ignores case, and punctuation except commas. A plural is two tokens."""
-    tokens = [*SPECIAL, ",", "##s", "##es", *dict.fromkeys(WORDS)]
+    """Makes a tokenizer of whole words, which ignores case and punctuation. A plural is two tokens."""
+    tokens = [*SPECIAL, "##s", "##es", *dict.fromkeys([*OBJECTS, *GROUNDS, *list_words(), "are"])]  # of "there are"
     tokenizer = Tokenizer(models.WordPiece({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    strip = normalizers.Replace(Regex(r"[^\p{L}\p{N},]+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), strip])
+    strip = [normalizers.Replace(Regex(pattern), by) for pattern, by in ((r"['’]", ""), (r"[^\p{L}\p{N}]+", " "))]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *strip])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     unknown, begin, end = SPECIAL

@@ -1,16 +1,18 @@
 """Makes an image set of scenes: emoji on plain grounds, with captions.
 
-    python training/bundled/make_scenes.py OUT --count 60000
+    python training/bundled/make_scenes.py OUT --count 30000
 
-A scene shows one object in one of two sizes, two or three of a kind, or two objects beside or above one another,
+A scene shows one object in one of two sizes, two to four of a kind, or two objects beside or above one another,
 each shifted by 4 pixels. The objects come from Noto Color Emoji (Debian: `apt install fonts-noto-color-emoji`;
-SIL OFL 1.1). One in ten pairs of objects occurs only in the split `test`, and one in four wordings in no caption.
+SIL OFL 1.1). `wordings.json` has the parts of the captions. One in ten pairs of objects occurs only in the split
+`test`, and one in four wordings in no caption.
 """
 
 import argparse
 import itertools
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,6 +28,7 @@ FONT_SIZE = 109  # the only size of the font
 GROUNDS = {
     **{"white": (255, 255, 255), "yellow": (255, 230, 120), "green": (150, 210, 130), "blue": (140, 190, 240)},
     **{"pink": (250, 180, 200), "grey": (190, 190, 195), "orange": (250, 180, 110), "purple": (190, 160, 230)},
+    **{"red": (225, 85, 80), "black": (45, 45, 50)},
 }
 OBJECTS = dict(
     each.split(":")
@@ -48,12 +51,14 @@ SLOTS = {  # centre, and longer side of the object, in pixels
     "bottom": (48, 72, 40),
     "top left": (24, 24, 40),
     "top right": (72, 24, 40),
+    "bottom left": (24, 72, 40),
+    "bottom right": (72, 72, 40),
 }
 ONE, TWO, THREE = ("small", "large"), ("left", "right"), ("top left", "top right", "bottom")
-RELATIONS = {  # wordings of "first relation second", then of "second relation first"
-    ("left", "right"): (("left of", "to the left of"), ("right of", "to the right of")),
-    ("top", "bottom"): (("above", "over"), ("below", "under")),
-}
+FOUR = (*THREE[:2], "bottom left", "bottom right")
+RELATIONS = (TWO, ("top", "bottom"))
+WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text("utf-8"))
+CAPTIONS = 8  # of each scene, after the plain one
 SHIFTS = (-4, 4)  # pixels; they differ by the 8 of an id, so ids repeat
 PAIRS = [frozenset(pair) for pair in itertools.combinations(OBJECTS, 2)]
 HELD_OUT_PAIRS = frozenset(Random(0).sample(PAIRS, len(PAIRS) // 10))
@@ -71,63 +76,56 @@ class Scene:
         """Whether the scene shows a held-out pair of objects."""
         return frozenset(name for _, name in self.objects) in HELD_OUT_PAIRS
 
-    def captions(self, held_out: bool = False) -> list[str]:
-        """Wordings of the scene, the shortest first, or those that are held out."""
+    @property
+    def kind(self) -> str:
+        """Its key in `wordings.json`."""
         slots, names = zip(*self.objects, strict=True)
-        if len(slots) == 1:
-            phrases = [with_article(f"{slots[0]} {names[0]}")]
-            if slots == ("large",):
-                phrases.insert(0, with_article(names[0]))
-        elif len(set(names)) == 1:
-            phrases = [f"{'two' if len(slots) == 2 else 'three'} {plural(names[0])}"]
-        else:
-            first, second = map(with_article, names)
-            direct, inverse = RELATIONS[slots]
-            phrases = [f"{first} {word} {second}" for word in direct]
-            phrases += [f"{second} {word} {first}" for word in inverse]
-        short, long = f"on {self.ground}", f"on {with_article(self.ground)} ground"
-        texts = []
-        for row, phrase in enumerate(phrases):
-            wordings = [f"{phrase} {short}", f"{phrase} {long}", f"{short}, {phrase}", f"{long}, {phrase}"]
-            own = wordings.pop((row + 1) % 4)
-            texts += [own] if held_out else wordings
-        return texts
+        if len(set(names)) < len(names):
+            return str(len(names))
+        return f"one {slots[0]}" if len(slots) == 1 else " ".join(slots)
 
-    @classmethod
-    def parse(cls, caption: str) -> "Scene":
-        """Reads a caption.
+    def plain(self) -> list[str]:
+        """Plain captions that the scene fulfils, with and without its ground, the shortest full one first."""
+        phrases = [self.fill(form) for form in WORDINGS["plain"].get(self.kind, ())]
+        return [f"{phrase}{ground}" for phrase in phrases for ground in (f" on {self.ground}", "")]
 
-        Raises:
-            ValueError: If it describes no scene.
-        """
-        words = re.findall(r"\w+", caption)
-        singular = {plural(name): name for name in OBJECTS} | {name: name for name in OBJECTS}
-        names = [singular[word] for word in words if word in singular]
-        for scene in Scene.with_names(names, [word for word in words if word in GROUNDS]):
-            if caption in scene.captions() + scene.captions(held_out=True):
-                return scene
-        raise ValueError(f"the caption must describe a scene, but is {caption!r}.")
+    def means(self, plain: str) -> bool:
+        """Whether the scene fulfils a plain caption."""
+        return plain in self.plain()
 
-    @classmethod
-    def with_names(cls, names: list[str], grounds: list[str]) -> Iterator["Scene"]:
-        """All scenes that show objects of these names, in any slots."""
-        for ground in grounds:
-            if len(names) == 1:
-                for slots in (*zip(ONE), TWO, THREE):
-                    yield cls(ground, tuple((slot, names[0]) for slot in slots))
-            elif len(names) == 2:
-                for slots, order in itertools.product(RELATIONS, itertools.permutations(names)):
-                    yield cls(ground, tuple(zip(slots, order, strict=True)))
+    def caption(self, random: Random, held_out: bool = False) -> str:
+        """A caption in English. One in four pairs of a phrase and a frame is held out; those name the ground."""
+        phrase, frame, lead = (random.randrange(len(WORDINGS[key])) for key in (self.kind, "frames", "leads"))
+        if ((phrase + frame) % 4 == 0) != held_out:
+            return self.caption(random, held_out)
+        names, forms = [name for _, name in self.objects], WORDINGS["objects"]
+        if random.random() < 0.1:
+            names = [random.choice(forms.get(name, [name])) for name in names]
+        ground = random.choice([*[self.ground] * 4, *WORDINGS["grounds"][self.ground]])
+        text = WORDINGS[self.kind][phrase]
+        if held_out or random.random() < 0.85:
+            text = WORDINGS["frames"][frame].format(text, ground)
+        if random.random() < 0.4 and re.match(r"(a|the|one|two|three|four|\d) ", text):
+            text = WORDINGS["leads"][lead].format(text)
+        return self.fill(text, names)
+
+    def fill(self, text: str, names: Sequence[str] = ()) -> str:
+        """Fills in the names of the objects, with their articles."""
+        names = names or [name for _, name in self.objects]
+        text = text.format(*names, many=plural(names[0]))
+        if self.kind.isdigit():
+            text = text.replace("there is", "there are")
+        return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
     @classmethod
     def draw(cls, random: Random, held_out: bool) -> "Scene":
         """Draws a scene; `held_out` ones show a held-out pair."""
         names, kind = random.sample(list(OBJECTS), 2), random.random()
-        slots: tuple[str, ...] = random.choice(list(RELATIONS))
+        slots: tuple[str, ...] = random.choice(RELATIONS)
         if not held_out and kind < 0.3:
-            names, slots = names[:1], tuple(random.choices(ONE, (1, 5)))  # only here are objects large
-        elif not held_out and kind < 0.45:
-            slots = random.choice((TWO, THREE))
+            names, slots = names[:1], tuple(random.choices(ONE, (1, 4)))  # only here are objects large
+        elif not held_out and kind < 0.5:
+            slots = random.choice((TWO, THREE, FOUR))
             names = names[:1] * len(slots)
         scene = cls(random.choice(list(GROUNDS)), tuple(zip(slots, names, strict=True)))
         return scene if scene.held_out == held_out else cls.draw(random, held_out)
@@ -142,11 +140,6 @@ class Scene:
             dx, dy = (random.choice(SHIFTS) if random else 0 for _ in "xy")
             picture.paste(shape, (x + dx - shape.width // 2, y + dy - shape.height // 2), shape)
         return picture
-
-
-def with_article(noun: str) -> str:
-    """A noun with its indefinite article."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
@@ -177,8 +170,9 @@ def make_rows(seed: int, count: int, held_out: bool, objects: Mapping[str, Image
     for number in range(count):
         random = Random(f"{seed} {number}")
         scene = Scene.draw(random, held_out)
-        captions = scene.captions()
-        yield {"image": scene.render(objects, random), "caption": captions, "short_caption": captions[0]}
+        image, plain = scene.render(objects, random), scene.plain()[0]
+        captions = [plain, *(scene.caption(random) for _ in range(CAPTIONS))]
+        yield {"image": image, "caption": captions, "short_caption": plain}
 
 
 def main() -> None:
@@ -187,7 +181,7 @@ def main() -> None:
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--count", type=int, default=60000, help="scenes in the split train")
+    parser.add_argument("--count", type=int, default=30000, help="scenes in the split train")
     parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf (default: Debian's)")
     options = parser.parse_args()
     objects = load_objects(options.font)

@@ -33,6 +33,7 @@ run=(accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_thread
 "${run[@]}" training/train.py --pretrained_model_name_or_path "$work/start" --train_data_dir "$work/scenes" --output_dir "$work/tokenizer" \
     --resolution 96 --crop_sizes 96 --no_random_flip --per_device_train_batch_size 8 --max_steps 1200 --dataloader_num_workers 0 \
     --scales 0.25 0.5 1 --scale_probabilities 0.04 0.08 0.88 --kmeans_steps 1 --kmeans_batches 40 --codebook_decay 0.99 --dead_code_reset_steps 200 \
+    --causal_weight 8e-4 \
     --optimizer soap --adam_beta1 0.95 --weight_decay 0 --learning_rate 4e-4 --warmup_steps 30 --use_ema --ema_decay 0.99 \
     --mixed_precision bf16 --save_steps 300 --save_total_limit 1 --resume_from_checkpoint latest
 
@@ -43,24 +44,50 @@ svqvae tokenize "$work/scenes/train.parquet" "$work/tokens" --model "$work/token
 [ -d "$work/words" ] || python training/bundled/make_scene_words.py "$work/words"
 [ -d "$work/extended" ] || svqvae extend-lm "$work/words" "$work/extended" --vqvae "$work/tokenizer"
 
-# A language model, in 4.5 hours on the same core: first the shortest wording of each scene alone, then more and more of the others.
+# A language model, in 5.5 hours on the same core: plain captions and others mixed, then plain ones alone, then mostly others.
 train_words() {
     python training/train_language_model.py --token_set "$work/tokens" --per_device_train_batch_size 32 --use_cpu --bf16 --attn_implementation eager \
         --no_packing --no_completion_only_loss --condition_dropout 0.1 --optimizer soap --adam_beta1 0.95 --adam_beta2 0.95 --warmup_steps 40 \
-        --lr_scheduler_type linear --logging_steps 20 --save_steps 100 --save_total_limit 2 --report_to none --resume_from_checkpoint latest "$@"
+        --logging_steps 20 --save_steps 100 --save_total_limit 2 --report_to none --resume_from_checkpoint latest "$@"
 }
-train_words --model_name_or_path "$work/extended" --output_dir "$work/shortest" --max_steps 2000 --learning_rate 2e-3 --caption_fraction 0.1 \
-    --first_caption_fraction 1 --seed 8
-train_words --model_name_or_path "$work/shortest" --output_dir "$work/wordings" --max_steps 1250 --learning_rate 1.2e-3 --caption_fraction 0.3 \
-    --first_caption_fraction 0.6 --scheduled_sampling 0.5 --seed 9
-train_words --model_name_or_path "$work/wordings" --output_dir "$work/more_wordings" --max_steps 2000 --learning_rate 1.2e-3 --caption_fraction 0.4 \
-    --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 10
-train_words --model_name_or_path "$work/more_wordings" --output_dir "$work/longer" --max_steps 700 --learning_rate 8e-4 --caption_fraction 0.4 \
-    --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 11
-train_words --model_name_or_path "$work/longer" --output_dir "$work/language_model" --max_steps 2400 --learning_rate 1e-3 --caption_fraction 0.4 \
-    --first_caption_fraction 0.1 --scheduled_sampling 0.5 --seed 12
+train_words --model_name_or_path "$work/extended" --output_dir "$work/mixed" --max_steps 800 --learning_rate 2e-3 \
+    --lr_scheduler_type constant_with_warmup --caption_fraction 0.15 --first_caption_fraction 0.6 --seed 8
+train_words --model_name_or_path "$work/mixed" --output_dir "$work/plain" --max_steps 900 --learning_rate 2e-3 \
+    --lr_scheduler_type constant_with_warmup --caption_fraction 0.1 --first_caption_fraction 1 --seed 9
+train_words --model_name_or_path "$work/plain" --output_dir "$work/wordings" --max_steps 1700 --learning_rate 1.5e-3 \
+    --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 10
+train_words --model_name_or_path "$work/wordings" --output_dir "$work/more_wordings" --max_steps 2300 --learning_rate 1.2e-3 \
+    --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.1 --scheduled_sampling 0.5 --seed 11
+train_words --model_name_or_path "$work/more_wordings" --output_dir "$work/most_wordings" --max_steps 1150 --learning_rate 9e-4 \
+    --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.1 --scheduled_sampling 0.5 --seed 12
+train_words --model_name_or_path "$work/most_wordings" --output_dir "$work/warm" --max_steps 1524 --learning_rate 1.5e-3 \
+    --lr_scheduler_type polynomial --lr_scheduler_kwargs '{"power": 1, "lr_end": 7.48e-4}' \
+    --caption_fraction 0.2 --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 13
 
-# A next-scale transformer for the same ids, in 42 minutes; it reads the shortest wordings alone.
+# Scenes on black and red, on which the model failed most, are seen three times as often.
+[ -d "$work/dark_tokens" ] || python - "$work" <<'PY'
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+work = Path(sys.argv[1])
+shutil.rmtree(work / "dark_tokens.partial", ignore_errors=True)
+shutil.copytree(work / "tokens", work / "dark_tokens.partial")
+(file,) = (work / "dark_tokens.partial").rglob("*.parquet")
+table = pq.read_table(file)
+captions = table["short_caption"].to_pylist()
+dark = [row for row, caption in enumerate(captions) if caption.endswith((" on black", " on red"))]
+rows = np.random.default_rng(0).permutation([*range(len(captions)), *dark, *dark])
+pq.write_table(table.take(rows), file, row_group_size=1500)
+(work / "dark_tokens.partial").rename(work / "dark_tokens")
+PY
+train_words --token_set "$work/dark_tokens" --model_name_or_path "$work/warm" --output_dir "$work/language_model" \
+    --max_steps 1450 --learning_rate 8e-4 --lr_scheduler_type linear --caption_fraction 0.2 --first_caption_fraction 0.2 --scheduled_sampling 0.5 --seed 14
+
+# A next-scale transformer for the same ids, in 42 minutes; it reads the plain captions alone.
 echo '{"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}' >"$work/next_scale.json"
 "${run[@]}" training/train_next_scale.py --vqvae_name_or_path "$work/tokenizer" --model_config_name_or_path "$work/next_scale.json" \
     --token_set "$work/tokens" --output_dir "$work/next_scale" --caption_column short_caption --tokenizer_name_or_path "$work/words" \
