@@ -98,18 +98,18 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
     from svqvae_hf.evaluation.tokenizers.auto import class_name, load_tokenizers
 
     sources, tokenizers = [args.model, *(args.beside or [])], []
+    names = ("scales", "scale_from", "tile_size", "overlap")
     for source in sources:
         with explain_loading(source):
-            tokenizers += load_tokenizers(
-                source, args.device, args.scales, args.scale_from, args.tile_size, args.overlap
-            )
+            tokenizers += load_tokenizers(source, args.device, **{name: getattr(args, name) for name in names})
+    if "SVQVAE" not in map(class_name, sources):
+        for option in changed_options(args, *names):
+            raise ValueError(f"{option} is for SVQVAEs. Leave it out.")
     alone = args.beside is None and args.codecs is None and class_name(args.model) == "SVQVAE"
     chosen = [] if alone else CODEC_NAMES if args.codecs is None else args.codecs
-    codecs = [name for name in CODECS if name.lower() in chosen]
-    tokenizers += [CodecTokenizer(codec, quality) for codec in codecs for quality in QUALITIES]
+    tokenizers += [CodecTokenizer(name, each) for name in CODECS if name.lower() in chosen for each in QUALITIES]
     options = {"own_size": alone, "resolution": args.resolution, "device": args.device}
     report = evaluate(tokenizers, images, **options, **networks)
-    names = ("scales", "scale_from", "tile_size", "overlap")
     report.settings |= {"models": sources} | {name: getattr(args, name) for name in names}
     return report
 

@@ -65,12 +65,15 @@ def compare_generated(
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
 
     Raises:
-        ValueError: A set has fewer images than neighbours, or `resolution` is out of range.
+        ValueError: A set has fewer images than neighbours, or `resolution` is out of range, or missing on several
+            processes.
 
     Source: precision and recall by 3 nearest neighbours, arXiv 1904.06991; the Fréchet distance, arXiv 1706.08500.
     """
     state = PartialState(cpu=torch.device(device).type == "cpu")
     side = resolution
+    if side is None and state.num_processes > 1:
+        raise ValueError("`resolution` (`--resolution`) must be given on several processes.")
 
     def measure(image: Image.Image, index: int, name: str) -> dict[str, Any]:
         nonlocal side

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cli_runner import svqvae
+from cli_runner import fails, svqvae
 from conftest import make_tiny
 from context_models import make_context_model
 from features import Features
@@ -218,7 +218,9 @@ def test_several_models_make_one_table(tmp_path, two_images, saved_model, capsys
     assert table[2] in printed
 
 
-def test_one_model_of_another_class_is_compared(tmp_path, two_images):
+def test_one_model_of_another_class_is_compared(tmp_path, two_images, capsys):
     make_tokenizer("VQModel").save_pretrained(tmp_path / "vq")
-    assert svqvae("evaluate", tmp_path / "vq", two_images, "--output", tmp_path / "out", "--codecs") == 0
+    argv = ["evaluate", tmp_path / "vq", two_images, "--output", tmp_path / "out"]
+    assert "--scales is for SVQVAEs. Leave it out." in fails(capsys, *argv, "--scales", "0.5")
+    assert svqvae(*argv, "--codecs") == 0
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["rows"]) == 1
