@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tokenizers of scenes that differ in one option, for the table and the figure of docs/evaluation.md.
 #   benchmarks/learnable.sh WORK
+# They start from the bundled tokenizer of scenes; for the figures of the page, it was that of commit b997c25.
 # WORK: folder for scenes, tokenizers and their tables. About eight minutes of one core each. Run it again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
