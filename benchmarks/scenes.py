@@ -153,9 +153,9 @@ def edit(
             masks.append(Image.new("L", (SIDE, SIDE)))
             masks[-1].paste(255, (x - 24, y - 24, x + 24, y + 24))
         captions = [scene.plain()[0] for scene in asked[start:]]
-        given = {"image": pictures[start : start + BATCH], "mask_image": masks}
-        seed = torch.Generator().manual_seed(options.seed + start)
-        results += draw_batch(model, captions, options, generator=seed, **given)
+        originals = pictures[start : start + BATCH]
+        generator = torch.Generator().manual_seed(options.seed + start)
+        results += draw_batch(model, captions, options, generator=generator, image=originals, mask_image=masks)
     return results, asked, added
 
 

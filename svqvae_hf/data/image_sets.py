@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +200,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
             return _open_builder(folder, selection)
         metadata = [name for name in walk_files(folder) if os.path.basename(name) in METADATA_FILES]
         if metadata:  # with patterns, because `datasets` would take a word in the name of an image for a split
-            split, _ = _files_of_split(folder, [file[len(folder) + 1 :] for file in files], selection.split)
+            split, _ = _files_of_split(folder, _keys(folder, files), selection.split)
             if split and {*metadata} & {*METADATA_FILES}:
                 raise ValueError(
                     f"the metadata file of `{folder}` must lie in the folders of its splits, not above them."
@@ -208,14 +208,14 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
             return _open_builder(folder, selection, [f"{split}/**" if split else "**"])
     if folder is None:
         for each, inside in found:
-            if each is not None:  # raises if it has splits, of which none can be chosen
-                _files_of_split(each, [file[len(each) + 1 :] for file in inside], None)
+            if each is not None:
+                _files_of_split(each, _keys(each, inside), None)  # raises if the folder has several splits
         scheme = f"{files[0].partition('://')[0]}://" if is_remote else ""
         root = os.path.commonpath([os.path.dirname(file.removeprefix(scheme)) for file in files])
         folder, keys = f"{scheme}{root}", [os.path.relpath(file.removeprefix(scheme), root) for file in files]
         _choose_split(folder, ["train"], selection.split)
     else:
-        keys = [file[len(folder) + 1 :] for file in files]
+        keys = _keys(folder, files)
         split, keys = _files_of_split(folder, keys, selection.split, are_shards=kind != "image")
         folder = f"{folder}/{split}".rstrip("/")
         files = [f"{folder}/{key}" for key in keys]
@@ -229,6 +229,11 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
     if kind == "webdataset" and is_remote:
         return _open_tars(files, [origin], selection)
     return _open_builder(kind, selection._replace(split=None), files, title=files[0])
+
+
+def _keys(folder: str, files: Iterable[str]) -> list[str]:
+    """Paths below a folder."""
+    return [file[len(folder) + 1 :] for file in files]
 
 
 def _find(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:

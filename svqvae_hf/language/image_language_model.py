@@ -14,7 +14,7 @@ from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.models.loading import copy_code
 from svqvae_hf.pipelines import drawing
 from svqvae_hf.pipelines.any_to_any import ImageLanguagePipeline
-from svqvae_hf.pipelines.repository_index import HUB_OPTIONS, write_json
+from svqvae_hf.pipelines.repository_index import hub_options, write_json
 
 
 class ImageLanguageModel(drawing.ImageLanguageModel):
@@ -38,7 +38,7 @@ class ImageLanguageModel(drawing.ImageLanguageModel):
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **options: Any) -> Self:
         """Loads both from a folder or Hub id, with options of transformers' method for the language model."""
-        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        hub = hub_options(options)
         ImageVocabulary.from_config(from_hub(PreTrainedConfig.get_config_dict, source, **hub)[0])
         language_model = from_hub(AutoModelForCausalLM.from_pretrained, source, **options)
         return cls(language_model, SVQVAEProcessor.from_pretrained(source, **hub))

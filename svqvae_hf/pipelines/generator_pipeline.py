@@ -16,7 +16,7 @@ from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
-from svqvae_hf.pipelines.repository_index import HUB_OPTIONS, is_modular, load_components, read_index, write_blocks
+from svqvae_hf.pipelines.repository_index import hub_options, is_modular, load_components, read_index, write_blocks
 
 # For readers of `model_index.json`.
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
@@ -81,7 +81,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
         """
         kwargs["use_safetensors"] = True
         name = os.fspath(pretrained_model_name_or_path)
-        index = read_index(name, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+        index = read_index(name, **hub_options(kwargs))
         if index["_class_name"] != cls.__name__:
             raise ValueError(
                 f"the pipeline of `{name}` must be an {cls.__name__}, but is {index['_class_name']}. Load it with "

@@ -225,7 +225,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
     ) -> dict[str, torch.Tensor]:
         """Arguments of the language model for captions; empty for other models."""
         if not self._reads_captions:
-            if not prompt is prompt_embeds is prompt_attention_mask is None:
+            if any(each is not None for each in (prompt, prompt_embeds, prompt_attention_mask)):
                 raise ValueError(
                     "`prompt`, `prompt_embeds` and `prompt_attention_mask` need a language model with captions, but "
                     f"this one has {self.num_classes} classes. Leave them out."

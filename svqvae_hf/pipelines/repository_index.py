@@ -6,6 +6,7 @@ components.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from svqvae_hf.models.loading import copy_code, list_faults
 PIPELINE_OF_BLOCKS = {"LlamaGen": "SVQVAEAutoregressivePipeline", "NextScale": "SVQVAENextScalePipeline"}
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 MODELS = {"vqvae": SVQVAE, "transformer": NextScaleTransformer, "language_model": LlamaGenForCausalLM}
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options of a `from_pretrained` that say how the Hub is read."""
+    return {name: value for name, value in options.items() if name in HUB_OPTIONS}
 
 
 class PipelineIndex(ConfigMixin):
@@ -104,8 +110,9 @@ def load_components(source: str, index: dict[str, Any], **options: Any) -> dict[
             continue
         component_class = MODELS.get(name) or getattr(transformers, place["type_hint"][1])
         is_model = hasattr(component_class, "forward")
-        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        arguments = {"subfolder": name} | (options | {"output_loading_info": True} if is_model else hub)
+        arguments = {"subfolder": name} | (
+            options | {"output_loading_info": True} if is_model else hub_options(options)
+        )
         loaded = component_class.from_pretrained(source, **arguments)
         components[name], info = loaded if is_model else (loaded, None)
         if info and (faults := list_faults(info)):
