@@ -67,10 +67,11 @@ class CheckpointOnSignal(TrainerCallback, ExportableState):
         write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Sets the learning rate of a resumed run to its own option, as the checkpoint had another."""
-        scheduler = kwargs["lr_scheduler"]
-        if isinstance(scheduler, LambdaLR):
-            groups = [group | {"initial_lr": args.learning_rate} for group in hyperparameters(scheduler)]
+        """Sets the hyperparameters of a resumed run to its own options, as the checkpoint had others."""
+        own = {"initial_lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        if isinstance(scheduler := kwargs["lr_scheduler"], LambdaLR):
+            pairs = zip(hyperparameters(scheduler), (args.weight_decay, 0.0), strict=True)  # norms do not decay
+            groups = [group | own | {"weight_decay": decay} for group, decay in pairs]
             resume_schedule(scheduler, state.global_step, groups)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:

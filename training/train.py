@@ -38,7 +38,7 @@ SCRIPT = "training/train.py"
 SHOWN_IMAGES = 4
 START_BATCHES = 16
 RESET_BATCHES = 16  # batches whose latents replace dead codes, because the crops of one step are too similar
-CONVOLUTION_NDIM = 4  # only weights of convolutions decay, so no code does
+KERNEL_NDIM = 4  # only weights of convolutions decay, so no code does
 DISCRIMINATOR_LEARNING_RATE = 1e-4
 
 logger = get_logger(__name__, log_level="INFO")
@@ -62,20 +62,19 @@ def train(options: TrainOptions, accelerator: Accelerator) -> None:
     # Optimizers
     if options.model_config_name_or_path is not None and options.start == "linear" and checkpoint is None:
         start_new_model(options, vqvae, images)
-    optimizer, lr_scheduler = make_optimizer(
-        vqvae, options, options.learning_rate, options.max_steps, CONVOLUTION_NDIM
-    )
+    optimizer, lr_scheduler = make_optimizer(vqvae, options, options.learning_rate, options.max_steps, KERNEL_NDIM)
     model, optimizer = accelerator.prepare(vqvae, optimizer)
     models = [model]
     weights = Weights(options, accelerator, vqvae, model, optimizer, lr_scheduler, options.use_ema)
     codes = Codes(options, accelerator, vqvae, images, weights)
-    validations = Validations(vqvae, options.load_best_model_at_end)
+    measured = [*((name, sum(map(len, each))) for name, each in validation_sets.items()), options.validation_scales]
+    validations = Validations(vqvae, options.load_best_model_at_end, measured)
     states: dict[str, Stateful] = {"weights": weights, "codebook_average": codes.average, "dead_codes": codes.dead}
     states["validations"] = validations
     if discriminator is not None:
         discriminator_steps = options.max_steps - options.adversarial_start
         discriminator_optimizer, discriminator_lr_scheduler = make_optimizer(
-            discriminator, options, DISCRIMINATOR_LEARNING_RATE, discriminator_steps, CONVOLUTION_NDIM
+            discriminator, options, DISCRIMINATOR_LEARNING_RATE, discriminator_steps, KERNEL_NDIM
         )
         discriminator_model, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
         discriminator.requires_grad_(False)  # in the model's loss, gradients only pass through it

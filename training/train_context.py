@@ -205,9 +205,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("model", help="model folder")
     parser.add_argument("token_sets", nargs="+", help="token sets of the model, with some scales")
-    parser.add_argument(
-        "--held_out", nargs="+", default=[], help="token sets whose bits per id are printed at the end"
-    )
+    parser.add_argument("--held_out", nargs="+", default=[], help="token sets whose bits per id are printed")
     parser.add_argument("--max_steps", type=int, default=8000)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--hidden", type=int, default=256, help="width of the hidden layers")

@@ -33,7 +33,7 @@ from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.text_encoders import load_text_encoder
-from svqvae_hf.trainer.checkpoints import check_files, find_checkpoint
+from svqvae_hf.trainer.checkpoints import RUN_STATE, check_files, find_checkpoint
 from svqvae_hf.trainer.configs import check_keys
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, check_rows, collate_sequences, read_texts
@@ -87,8 +87,13 @@ class LanguageModelOptions:
                 "Exactly one of `--model_name_or_path`, `--pipeline_name_or_path` and `--model_config_name_or_path` "
                 "must be given."
             )
-        if self.model_config_name_or_path is not None and (self.vqvae_name_or_path is None or self.lora_rank):
+        is_new = self.model_config_name_or_path is not None
+        if is_new and (self.vqvae_name_or_path is None or self.lora_rank):
             yield "A new LlamaGen needs `--vqvae_name_or_path`, and `--lora_rank` must be left out."
+        if not is_new and (self.vqvae_name_or_path or self.text_encoder_name_or_path):
+            yield "`--vqvae_name_or_path` and `--text_encoder_name_or_path` are for a new LlamaGen. Leave them out."
+        if self.model_name_or_path is None and (self.text_files or self.text_fraction):
+            yield "`--text_files` and `--text_fraction` are for `--model_name_or_path`. Leave them out."
         needs = {"token_set": self.text_fraction < 1, "text_files": self.text_fraction > 0}
         for name, needed in needs.items():
             if needed != bool(getattr(self, name)):
@@ -129,9 +134,9 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
         raise ValueError(f"`--max_steps` must be at least 1, but is {arguments.max_steps}.")
     output_dir, described = Path(arguments.output_dir), public_values(asdict(options) | arguments.to_dict())
     refuse_finished(output_dir, described)
-    for folder in output_dir.glob("checkpoint-*"):
-        if not (folder / "trainer_state.json").exists():  # written last: the run was killed
-            shutil.rmtree(folder, ignore_errors=True)  # by each process
+    for folder in output_dir.glob("checkpoint-*[0-9]"):  # this script or another writes one of these files last
+        if not any((folder / name).exists() for name in ("trainer_state.json", RUN_STATE)):
+            shutil.rmtree(folder, ignore_errors=True)  # of a killed run, by each process
     checkpoint = find_checkpoint(output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
     if checkpoint is not None:
         check_files(checkpoint)
@@ -279,6 +284,7 @@ def new_llamagen(options: LanguageModelOptions, source: TokenSource, text_encode
         )
     check_keys(name, config.to_dict(), LlamaGenConfig().to_dict())
     derived = {
+        "attn_implementation": options.attn_implementation,
         "vocab_size": 0,  # computed
         "codebook_size": source.settings.codebook_size,
         "num_classes": source.num_classes,
@@ -294,9 +300,7 @@ def check_fit(options: LanguageModelOptions, config: LlamaGenConfig, source: Tok
     """Raises unless a LlamaGen reads the sequences of a token set."""
     reads_captions = config.caption_dim is not None
     if reads_captions != (options.caption_column is not None):
-        raise ValueError(
-            "`--caption_column` must be given for a LlamaGen with a text encoder, and only for one. Give both or none."
-        )
+        raise ValueError("`--caption_column` must be given for a LlamaGen with a text encoder, and only for one.")
     if source.grids != [(config.grid_size, config.grid_size)] or source.num_classes != config.num_classes:
         raise ValueError(
             f"The token set must have one scale of {config.grid_size} x {config.grid_size} ids and "

@@ -44,7 +44,7 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
     validation_data_dir: str | None = option(
-        None, "Folder of images that are not trained on, whose loss is logged at each validation."
+        None, "Folder of held-out images, whose loss is logged at each validation."
     )
 
     def faults(self) -> Iterator[str]:
@@ -161,9 +161,10 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource
     """Opens the held-out images, cropped to their centres; None without `--validation_data_dir`."""
     if options.validation_data_dir is None:
         return None
-    centres = replace(options, center_crop=True, random_flip=False, resize_range=[1.0, 1.0])
+    centres = replace(options, center_crop=True, random_flip=False, resize_range=[1.0, 1.0], streaming=False)
     centres.train_data_dir, centres.dataset_name = options.validation_data_dir, None
     centres.dataset_config_name, centres.data_files, centres.mix_data_dir = None, [], None
+    centres.image_column, centres.split = None, "train"
     held_out = ImageSource(centres, images.accelerator, PIXEL_RANGE, options.label_column)
     for trained in (images.images, images.mixed):
         check_held_out(held_out.images, trained)

@@ -55,9 +55,7 @@ class NextScaleOptions(PipelineOptions):
     """Options of training a next-scale transformer."""
 
     token_set: str = required("Token set of `svqvae tokenize`, all rows of one size: folder, URL or Hub id.")
-    validation_token_set: str | None = option(
-        None, "Token set of other images, whose loss, accuracy and bits per id are logged at each validation."
-    )
+    validation_token_set: str | None = option(None, "Token set of other images, to measure at each validation.")
     guidance_scale: float = option(1.0, "Guidance scale of the images of a validation.")
     caption_column: str | None = option(None, "Column of captions. From a row with several, each batch draws one.")
     num_inference_steps: int = option(10, "Scales of the pipeline's schedule, at most one per id of the longer side.")
@@ -115,9 +113,8 @@ def train(options: NextScaleOptions, accelerator: Accelerator) -> None:
         if tokenizer is None:
             labels = labels.masked_fill(dropped.to(labels.device), source.num_classes)
         else:
-            text = pad_captions(
-                tokenizer, batch.draw_captions(None if draws is None else draws[:, 1]), options.max_text_length
-            )
+            captions = batch.draw_captions(None if draws is None else draws[:, 1])
+            text = pad_captions(tokenizer, captions, options.max_text_length)
             text[dropped] = tokenizer.pad_token_id
             text = text.to(labels.device)
         codes = [vqvae.quantize.get_codebook_entry(grid).permute(0, 3, 1, 2) for grid in ids[:-1]]

@@ -206,6 +206,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, names: Iterable[str], 
         raise ValueError(f"`--optimizer` must be {old} as in `{path}`, got {optimizer}.")
     with _one_line_reason(path):
         accelerator.load_state(str(path))
+        accelerator.step = 0  # of accumulated batches, which a checkpoint has none of
     return dict(run_state)
 
 

@@ -137,9 +137,7 @@ class RunOptions:
             if source is None or Path(source).exists():
                 continue
             if source.endswith(".json") or not re.fullmatch(REPO_ID, source):
-                raise ValueError(
-                    f"`--{name}` must be a file, folder or Hub id (org/name), but there is no {source!r}."
-                )
+                raise ValueError(f"`--{name}` must be a file, folder or Hub id, org/name, but there is no {source!r}.")
 
     def not_one_of(self, one: str, other: str) -> Iterator[str]:
         """Yields what is wrong if neither or both are given."""

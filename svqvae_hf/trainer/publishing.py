@@ -130,9 +130,7 @@ def refuse_finished(output_dir: Path, options: Mapping[str, Any]) -> None:
     if old is None:
         return
     if old == new:
-        sys.stderr.write(
-            f"The run in `{output_dir}` has finished its {new['max_steps']} steps. Nothing was changed.\n"
-        )
+        sys.stderr.write(f"The run in `{output_dir}` has finished its {new['max_steps']} steps. Nothing changed.\n")
         sys.exit(0)
     if new["max_steps"] > old["max_steps"] and any(output_dir.glob("checkpoint-*")):
         return

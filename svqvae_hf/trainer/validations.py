@@ -14,6 +14,7 @@ class Validations:
         network (`nn.Module`): The bare network.
         keep_best (`bool`): Choose the one of the highest mean PSNR over sets and scales, among those that quantised,
             and keep its weights.
+        measured (`list`): Names and sizes of the sets, and scales.
 
     Attributes:
         first, chosen (`dict[str, dict[str, float]]`): Numbers of each set in the first and the chosen validation.
@@ -21,8 +22,8 @@ class Validations:
         weights (`dict[str, torch.Tensor]`): Its weights, on the CPU, with `keep_best`.
     """
 
-    def __init__(self, network: nn.Module, keep_best: bool):
-        self.network, self.keep_best = network, keep_best
+    def __init__(self, network: nn.Module, keep_best: bool, measured: list[Any]):
+        self.network, self.keep_best, self.measured = network, keep_best, measured
         self.first: dict[str, dict[str, float]] = {}
         self.chosen: dict[str, dict[str, float]] = {}
         self.ids: dict[str, torch.Tensor] = {}
@@ -35,10 +36,10 @@ class Validations:
         Args:
             steps_done (`int`): Steps done before it.
             numbers (`dict[str, dict[str, float]]`): Numbers of each set. `ids_kept` is added: the fraction of ids that
-                have not changed since the first validation.
+                have not changed since the first validation that quantised.
             ids (`dict[str, torch.Tensor]`): Ids `(n,)` of each set; empty if nothing was quantised.
         """
-        self.first, self.ids = self.first or numbers, self.ids or ids
+        self.first, self.ids = self.first or numbers, self.ids if any(map(len, self.ids.values())) else ids
         for name, now in ids.items():
             if len(now) == len(self.ids.get(name, "")) > 0:
                 numbers[name]["ids_kept"] = (now == self.ids[name]).float().mean().item()
@@ -50,8 +51,15 @@ class Validations:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        return {name: value for name, value in vars(self).items() if name not in ("network", "keep_best")}
+        return {name: value for name, value in vars(self).items() if name != "network"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a state."""
+        """Continues from a state.
+
+        Raises:
+            ValueError: If its validations measured something else, or kept the weights of the best or not.
+        """
+        for name in ("keep_best", "measured"):
+            if (now := getattr(self, name)) != state[name]:
+                raise ValueError(f"Validations must be as in the checkpoint, with `{name}` {state[name]}, got {now}.")
         vars(self).update(state)

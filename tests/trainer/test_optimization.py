@@ -4,14 +4,14 @@ from accelerate import Accelerator
 from conftest import make_tiny
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from train import CONVOLUTION_NDIM
+from train import KERNEL_NDIM
 
 from svqvae_hf.trainer.optimization import clip_and_step, parameter_groups, rescale_gradients
 
 
 def test_weight_decay_excludes_norms_biases_and_codes():
     model = make_tiny()
-    decayed, others = parameter_groups(model, 0.1, CONVOLUTION_NDIM)
+    decayed, others = parameter_groups(model, 0.1, KERNEL_NDIM)
     assert {parameter.ndim for parameter in decayed["params"]} == {4}
     assert any(parameter is model.quantize.embedding.weight for parameter in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))

@@ -233,7 +233,7 @@ def test_a_finished_run_started_again_says_so_and_a_longer_one_trains_further(op
     with pytest.raises(SystemExit) as stop:
         train(options, publish=True)
     assert stop.value.code == 0
-    assert "has finished its 2 steps. Nothing was changed." in capsys.readouterr().err
+    assert "has finished its 2 steps. Nothing changed." in capsys.readouterr().err
     assert files(options["output_dir"]) == before
     train(options | {"max_steps": 3}, publish=True)
     assert files(options["output_dir"]) != before

@@ -77,9 +77,7 @@ def inputs(tmp_path_factory):
             for index in range(3):
                 tar.add(folder / "images" / name, f"{index}.png")
     torch.manual_seed(0)
-    weights = {
-        f"features.{name.partition('.')[2]}": value for name, value in LPIPS("squeeze").net.state_dict().items()
-    }
+    weights = {f"features.{key.partition('.')[2]}": value for key, value in LPIPS("squeeze").net.state_dict().items()}
     torch.save(weights, folder / "squeeze.pth")
     return folder
 
@@ -189,10 +187,12 @@ def test_stopped_and_killed_run_ends_with_the_weights_of_an_unbroken_one(options
 
 
 def test_the_best_validation_is_a_quantised_one():
-    validations = Validations(torch.nn.Linear(1, 1), keep_best=True)
+    validations = Validations(torch.nn.Linear(1, 1), keep_best=True, measured=[])
     for step, psnr, ids in ((0, 31.0, []), (5, 25.0, [1]), (9, 24.0, [1])):
         validations.add(step, {"validation": {"psnr@1": psnr}}, {"validation": torch.tensor(ids)})
     assert (validations.step, len(validations.weights)) == (5, 2)
+    with pytest.raises(ValueError, match="with `measured` \\[\\], got \\[0.5\\]"):
+        Validations(torch.nn.Linear(1, 1), True, [0.5]).load_state_dict(validations.state_dict())
 
 
 # Two processes
@@ -389,9 +389,7 @@ def test_model_is_uploaded_with_its_card_numbers_and_options(options, inputs, tm
     assert (ModelCard(card).data.license, ModelCard(card).data.base_model) == ("mit", "org/first")
     assert "| before: steps | 7 of 8 crops |" in card
     assert json.loads((repository.parent / "settings.json").read_text())["visibility"] == "private"
-    assert re.search(
-        r"validation \| 1 images, centre crops: psnr@0.25 \d+.* after step 2; psnr@0.25 \d+.* before", card
-    )
+    assert re.search(r"\| 1 images, centre crops: psnr@0.25 \d+.* after step 2; psnr@0.25 \d+.* before", card)
     for folder in (tmp_path, inputs):
         assert_no_private_path(folder, repository)
 

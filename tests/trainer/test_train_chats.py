@@ -270,12 +270,13 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(train, tmp_path, monkeypatch
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_resumed_run_has_its_own_learning_rate():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule, arguments = LambdaLR(optimizer, lambda step: 1 - step / 10), SimpleNamespace(learning_rate=0.5)
-    state = SimpleNamespace(global_step=4)
+def test_a_resumed_run_has_its_own_hyperparameters():
+    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=1.0)
+    schedule, state = LambdaLR(optimizer, lambda step: 1 - step / 10), SimpleNamespace(global_step=4)
+    arguments = SimpleNamespace(learning_rate=0.5, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.7)
     CheckpointOnSignal(None, "").on_train_begin(arguments, state, None, lr_scheduler=schedule)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+    found = [[group[name] for name in ("lr", "weight_decay", "betas")] for group in optimizer.param_groups]
+    assert found == [[pytest.approx(0.3), decay, (0.8, 0.7)] for decay in (0.1, 0.0)]
 
 
 def test_a_finished_run_is_not_rewritten(train, tmp_path):
@@ -324,6 +325,7 @@ def test_lora_trains_new_rows_and_leaves_a_model_of_texts(train, family, tmp_pat
     ("changes", "message"),
     [
         ({"text_fraction": 0.5}, "`--text_files` must be given with `--text_fraction` 0.5"),
+        ({"vqvae_name_or_path": "other"}, "are for a new LlamaGen. Leave them out"),
         ({"caption_column": "text"}, "`--caption_column` must hold texts or lists of texts, but 'text' holds None"),
         ({"caption_column": "height"}, "`--caption_column` must hold texts or lists of texts, but 'height' holds"),
         ({"model_name_or_path": "foreign"}, "the ids must be of the model's codebook"),

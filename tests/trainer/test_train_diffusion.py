@@ -174,9 +174,7 @@ def test_saved_pipelines_load_as_documented_and_have_cards(options, class_option
     assert "license: mit" in card
     assert "trained by | `training/train_latent_diffusion.py` of svqvae-hf" in card
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(
-        "^```python\n(.*?)^```", (ROOT / "docs" / "diffusion.md").read_text(), re.DOTALL | re.MULTILINE
-    )
+    blocks = re.findall("^```python\n(.*?)^```", (ROOT / "docs" / "diffusion.md").read_text(), re.S | re.M)
     assert len(blocks) == len(runs)
     for block in blocks:
         exec(block, {})

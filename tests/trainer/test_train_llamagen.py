@@ -152,11 +152,8 @@ def test_images_learned_by_heart_come_back(condition, request, parts):
 
 
 def test_new_weights_are_a_function_of_the_seed(classes, tmp_path):
-    changes = {"max_steps": 1, "learning_rate": 0.0}
-    made = [
-        train(**classes | changes | {"output_dir": str(tmp_path / str(index)), "seed": seed})
-        for index, seed in enumerate((1, 1, 2))
-    ]
+    runs = [{"output_dir": str(tmp_path / name), "seed": int(name[0])} for name in ("1a", "1b", "2")]
+    made = [train(**classes | {"max_steps": 1, "learning_rate": 0.0} | run) for run in runs]
     one, same, other = (load_file(folder / WEIGHTS)["lm_head.weight"] for folder in made)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -269,10 +266,11 @@ def test_a_pipeline_is_trained_further_with_its_own_classes(classes, parts):
         ({"validation_token_set": "other_names"}, "must have the scales, classes and .* but has .*'cat'"),
         ({"caption_column": "caption"}, "Only one of `--caption_column` and `--label_column`"),
         ({"label_column": None, "caption_column": "height"}, "must hold texts or lists of texts, but 'height' holds"),
-        ({"label_column": None, "caption_column": "caption", "token_set": "captioned"}, "only for one. Give both or"),
+        ({"label_column": None, "caption_column": "caption", "token_set": "captioned"}, "and only for one"),
         ({"label_column": None, "caption_column": "caption", "token_set": "no_captions"}, "has empty rows"),
         ({"text_encoder_name_or_path": "t5"}, "`--caption_column` must be given for a LlamaGen with a text encoder"),
         ({"lora_rank": 2}, "`--lora_rank` must be left out"),
+        ({"text_files": ["texts.jsonl"], "text_fraction": 0.5}, "are for `--model_name_or_path`. Leave them out"),
         ({"pipeline_name_or_path": "converted"}, "Exactly one of `--model_name_or_path`, `--pipeline_name_or_path`"),
     ],
 )

@@ -121,12 +121,8 @@ def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
     ]
     labels, known, found = list(range(IMAGES)), [], []
     for grids, editing in ((known, {"image": photos, "mask_image": Image.new("L", (CROP, CROP))}), (found, {})):
-        pipeline(
-            labels,
-            temperature=0,
-            callback_on_step_end=lambda *step, grids=grids: grids.append(step[-1]["ids"]),
-            **editing,
-        )
+        editing["callback_on_step_end"] = lambda *step, grids=grids: grids.append(step[-1]["ids"])
+        pipeline(labels, temperature=0, **editing)
     assert all(map(torch.equal, found, known))
 
 

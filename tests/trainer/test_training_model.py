@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tiny
-from train import CONVOLUTION_NDIM
+from train import KERNEL_NDIM
 
 from svqvae_hf.trainer.model import frozen_parts, initialise, load_model, step_scales
 from svqvae_hf.trainer.optimization import parameter_groups
@@ -48,7 +48,7 @@ def test_frozen_parts_get_no_gradient_and_no_optimizer(tmp_path, options, frozen
     kept = {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert kept == frozen
     assert len(frozen_parts(options, model)) == len(frozen)
-    optimized = {id(each) for group in parameter_groups(model, 0.1, CONVOLUTION_NDIM) for each in group["params"]}
+    optimized = {id(each) for group in parameter_groups(model, 0.1, KERNEL_NDIM) for each in group["params"]}
     assert optimized == {id(each) for each in model.parameters() if each.requires_grad}
     assert model.config["sample_size"] == 64
     assert model.encoder.training == (options.train == "all")
