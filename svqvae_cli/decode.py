@@ -10,7 +10,7 @@ skipped. The same command resumes an interrupted run.
 """
 
 import argparse
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +80,26 @@ def _decode_files(args: argparse.Namespace) -> None:
     from svqvae_hf.files.outputs import save_png
     from svqvae_hf.models.checks import check_same_codebook
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
-    from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_tokens
-
-    load = cache(partial(load_model, args.model, args.device, args.dtype))
+    from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_compressed, load_tokens
 
     def read(path: Path) -> ImageTokens:
-        context_model = require_context_model(load(), args.model) if is_compressed(path) else None
-        return load_tokens(path, context_model)
+        if not is_compressed(path):
+            return load_tokens(path)
+        record = load_compressed(path).record
+        if not args.large:
+            choose_tiles(model, record["height"], record["width"], record["scales"])  # before its ids take memory
+        return load_tokens(path, require_context_model(model, args.model))
 
     with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
+        if not work.left:
+            return
+        model = load_model(args.model, args.device, args.dtype)
         for file, tokens in work.read(read):
-            model = load()
-            with prefix_errors(file.path):
+            with work.attempt(file, ValueError), prefix_errors(file.path):
                 check_same_codebook(model, tokens)
                 tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
                 overlap = tokens.overlap if args.overlap is None else args.overlap
                 asked = model.tiles_of_call(tile_size, overlap)
-            with work.attempt(file, ValueError), prefix_errors(file.path):
                 if args.large:
                     from svqvae_hf.large.large_images import decode_large
 

@@ -142,9 +142,7 @@ def check_source(source: str | None, subfolder: bool = False) -> None:
         return
     path = Path(source)
     if path.is_file():
-        raise ValueError(
-            f"a model must be a folder or a Hub id, got the file `{source}`. Convert it with `svqvae convert` first."
-        )
+        raise ValueError(f"a model must be a folder or a Hub id, got the file `{source}`. Use `svqvae convert` on it.")
     if not path.is_dir() and not re.fullmatch(REPO_ID + (r"(/[\w.-]+)?" if subfolder else ""), source):
         raise ValueError(
             f"there is no file or folder `{source}`. On the Hub a model is `org/repo`. An original checkpoint, "

@@ -31,16 +31,16 @@ def add_arguments(parser: Parser) -> None:
     condition.add_argument("--class", dest="class_labels", nargs="+", metavar="CLASS", help=help)
     help = "captions in quotes, instead of classes"
     condition.add_argument("--prompt", nargs="+", type=not_empty, metavar="TEXT", help=help)
-    parser.option("--num-images", positive, "N", "images per class or caption (default: 1)", dest="count", default=1)
+    parser.option("--num-images", positive, "N", "images per class or caption (default: 1)", default=1)
     parser.option("--batch-size", positive, "COUNT", "images generated at once (default: 16)", default=16)
     help = "grid of codes of a language model, rows x columns, such as 16x24 (default: its first)"
     parser.option("--grid", grid, "GRID", help)
     parser.option("--steps", positive, "N", "scales of a next-scale pipeline (default: as in training)")
-    help = "scale of classifier-free guidance (default, here and below: a language model's own, otherwise 1)"
+    help = "scale of classifier-free guidance (default: a language model's own, otherwise 1)"
     parser.option("--guidance-scale", float, "SCALE", help)
-    parser.option("--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: 1)")
-    parser.option("--top-k", int, "K", "sample from the K likeliest ids (default: all)")
-    parser.option("--top-p", float, "P", "sample from the likeliest ids of total probability P (default: 1)")
+    parser.option("--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: its own, or 1)")
+    parser.option("--top-k", int, "K", "sample from the K likeliest ids (default: its own, or all)")
+    parser.option("--top-p", float, "P", "sample from the likeliest ids of probability P (default: its own, or 1)")
     parser.option("--seed", int, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
     parser.add_device()
     parser.add_dtype()
@@ -49,9 +49,9 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generates images in batches, and writes each to a file."""
     check_source(args.model)
-    names = _row_names(args)
-    files = {f"{name}_{index}": args.output / f"{name}_{index}.png" for name in names for index in range(args.count)}
-    with Run(args, {stem: [file] for stem, file in files.items()}, "images") as work:
+    check_source(args.adapter)
+    stems = [f"{name}_{index}" for name in _row_names(args) for index in range(args.num_images)]
+    with Run(args, {stem: [args.output / f"{stem}.png"] for stem in stems}, "images") as work:
         if work.left:
             _generate(args, work)
 
@@ -63,9 +63,7 @@ def _row_names(args: argparse.Namespace) -> list[str]:
     classes = args.class_labels or []
     names = ["class_" + re.sub(r"\W+", "-", text).strip("-") for text in classes] or ["image"]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"--class must name each class once, got {' '.join(classes)}. Ask for more images with --num-images."
-        )
+        raise ValueError(f"--class must name each class once, got {' '.join(classes)}. For more, use --num-images.")
     return names
 
 
@@ -78,14 +76,15 @@ def _generate(args: argparse.Namespace, work: Run[str]) -> None:
 
     pipeline = load_generator(args.model, args.device, args.dtype, args.adapter)
     _check_options(pipeline, args)
-    if args.prompt and pipeline.tokenizer and keep_known_words(pipeline.tokenizer, args.prompt) != args.prompt:
+    leaves_out = args.prompt and pipeline.tokenizer and not hasattr(pipeline, "text_encoder")  # T5 reads any word
+    if leaves_out and keep_known_words(pipeline.tokenizer, args.prompt) != args.prompt:
         print(f"svqvae: {say_unknown(unknown_words(pipeline.tokenizer, args.prompt))}", file=sys.stderr)
     numbers = {stem: number for number, stem in enumerate(work.targets)}
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     stems = work.files()
     while batch := list(islice(stems, args.batch_size)):
         generator = [torch.Generator().manual_seed(args.seed + numbers[stem]) for stem in batch]
-        rows = [numbers[stem] // args.count for stem in batch]
+        rows = [numbers[stem] // args.num_images for stem in batch]
         images = _sample(pipeline, args, rows, generator=generator, **sampling)
         for stem, image in zip(batch, images, strict=True):
             with work.attempt(stem):
@@ -102,6 +101,8 @@ def _check_options(pipeline: Any, args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{option} does not apply to MODEL, whose class is {type(pipeline).__name__}. Leave it out."
             )
+    if args.class_labels:
+        _class_labels(pipeline, args.class_labels)  # raises for an unknown one
 
 
 def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling: Any) -> list[Any]:
@@ -116,10 +117,14 @@ def _sample(pipeline: Any, args: argparse.Namespace, rows: list[int], **sampling
         return pipeline(prompt=prompts, **sampling).images
     if not args.class_labels:
         return pipeline(num_images_per_prompt=len(rows), **sampling).images
+    labels = _class_labels(pipeline, args.class_labels)
+    return pipeline(class_labels=[labels[row] for row in rows], **sampling).images
+
+
+def _class_labels(pipeline: Any, texts: list[str]) -> list[int]:
+    """Numbers of classes, given by name or number; a name that is a number counts as a name."""
+    from svqvae_hf.pipelines.labels import encode_labels
+
     names = pipeline.config["class_names"] or []
-    return pipeline(class_labels=[_class_label(args.class_labels[row], names) for row in rows], **sampling).images
-
-
-def _class_label(text: str, names: list[str]) -> int | str:
-    """A name of a class, or its number; a name that is a number counts as a name."""
-    return int(text) if text not in names and text.removeprefix("-").isdecimal() else text
+    labels = [int(text) if text not in names and text.removeprefix("-").isdecimal() else text for text in texts]
+    return encode_labels(labels, pipeline.num_classes, pipeline.config["class_names"]).tolist()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svqvae_cli.arguments import Parser, not_empty
+from svqvae_cli.errors import one_line
 from svqvae_cli.files import REPO_ID, check_source, find_bundled
 
 ADAPTER_FACTS = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         facts = {"kind": f"original checkpoint, {checkpoint.format.title}", **checkpoint.config}
     else:
         facts = _model_facts(args.path)
+    facts = {one_line(name): one_line(str(value)) for name, value in facts.items()}
     width = max(map(len, facts))
     print(*(f"{name:<{width}}  {value}" for name, value in facts.items()), sep="\n")
 

@@ -76,7 +76,7 @@ def explain_loading(source: str) -> Iterator[None]:
     hide_loading_bars()
     try:
         yield
-    except OSError as error:
+    except (ImportError, OSError, TypeError) as error:
         raise OSError(f"could not load the model `{source}`: {_find_cause(error)}") from error
 
 
@@ -96,7 +96,6 @@ def load_generator(source: str | None, device: str | None, dtype: str, adapter: 
     if adapter is not None:
         with require_extra("--adapter", "train"):
             from peft import PeftModel
-        check_source(adapter)
         if not hasattr(pipeline, "language_model"):
             raise ValueError(f"--adapter does not apply to MODEL, whose class is {cls.__name__}. Leave it out.")
         try:
@@ -125,7 +124,7 @@ def _generator_class(source: str) -> Any:
     return getattr(svqvae_hf, found)
 
 
-def _find_cause(error: OSError) -> str:
+def _find_cause(error: Exception) -> str:
     """Finds the real cause of a loading error; diffusers' own message only guesses."""
     cause: BaseException | None = error
     while cause is not None:

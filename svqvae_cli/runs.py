@@ -44,9 +44,7 @@ class Run(Generic[Item]):
         options = {name: value for name, value in vars(args).items() if name not in NOT_OPTIONS}
         options |= {name: _source(options[name]) for name in ("model", "adapter") if options.get(name)}
         self.options = json.loads(json.dumps(options))  # as they are read again
-        self.sources = {
-            os.path.relpath(path, self.output): _source(item) for item in targets for path in targets[item]
-        }
+        self.sources = {os.path.relpath(path, self.output): _source(key) for key in targets for path in targets[key]}
         self.changed = max(_changed(Path(options.get(name) or PACKAGE)) for name in ("model", "adapter"))
         self.is_recorded = False
         self.written = self.skipped = 0

@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--sides", positive, "IDS", "scales of square crops by their sides in ids", nargs="+")
     parser.add_compress()
     parser.choice("--crops", CROPS, "crops of an image that become rows (default: whole)", "whole")
-    parser.option("--resolution", int, "PIXELS", "side of the crops, if they are not whole images")
+    parser.option("--resolution", positive, "PIXELS", "side of the crops, if they are not whole images")
     help = "columns to keep besides label, caption, text, cls, txt, json"
     parser.option("--keep", not_empty, "NAME", help, nargs="+", default=[])
     help = "crops to encode together; rounding may change a few ids (default: up to 64)"

@@ -78,9 +78,11 @@ class GeneratorPage:
         if self.reads_prompts or label != NO_CLASS:
             options["guidance_scale"] = guidance
         if self.reads_prompts:
-            options["prompts" if self.draws else "prompt"] = prompt
+            options["prompts" if self.draws else "prompt"] = prompt or (None if self.draws else "")
             facts = f"“{html.escape(prompt)}”, {facts}"
-            if unknown := unknown_words(self.pipeline.tokenizer, [prompt]):
+            if not hasattr(self.pipeline, "text_encoder") and (
+                unknown := unknown_words(self.pipeline.tokenizer, [prompt])
+            ):
                 facts += f", {html.escape(say_unknown(unknown))}"
         elif label != NO_CLASS:
             options["class_labels"] = int(label)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import AnyToAnyPipeline
+from transformers.image_utils import make_flat_list_of_images
 
 from .drawing import ImageLanguageModel
 
@@ -25,7 +26,7 @@ class ImageLanguagePipeline(AnyToAnyPipeline):
 
         Args:
             text (`str`, `list[str]` or chats): Captions, or chats whose last message is the caption.
-            images (*optional*): Images, for other modes.
+            images (*optional*): Images, which `"image"` edits: one per caption, with a `mask_image` each.
             generation_mode (`str`, *optional*): `"image"`, or a mode of transformers' pipeline.
             **kwargs: Arguments of [`~svqvae_hf.pipelines.drawing.ImageLanguageModel.draw`], such as `temperature`, or
                 of transformers' pipeline.
@@ -36,11 +37,16 @@ class ImageLanguagePipeline(AnyToAnyPipeline):
         if generation_mode != "image":
             return super().__call__(text=text, images=images, generation_mode=generation_mode, **kwargs)
         inputs = [text] if isinstance(text, str) or isinstance(text[0], dict) else text
-        drawn = ImageLanguageModel(self.model, self.processor).draw([*map(caption_of, inputs)], **kwargs)
+        edited = None if images is None else make_flat_list_of_images(images)
+        drawn = ImageLanguageModel(self.model, self.processor).draw([*map(caption_of, inputs)], image=edited, **kwargs)
         return [{"input_text": each, "generated_image": image} for each, image in zip(inputs, drawn, strict=True)]
 
 
 def caption_of(text: Any) -> str:
     """Caption that a text is, or that the last message of a chat asks for."""
     content = text if isinstance(text, str) else text[-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    if any(part["type"] != "text" for part in content):
+        raise ValueError("a chat that asks for an image must hold text alone. To edit an image, pass it as `images`.")
+    return "".join(part["text"] for part in content)

@@ -39,8 +39,9 @@ class ImageLanguageModel:
 
         `generation_kwargs` in `generation_config.json` may have others, as in Janus. They do not change texts.
         """
-        own = getattr(self.language_model.generation_config, "generation_kwargs", {})
-        return {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | own
+        own = getattr(self.language_model.generation_config, "generation_kwargs", None) or {}
+        defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return {name: own.get(name, default) for name, default in defaults.items()}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -106,6 +107,8 @@ class ImageLanguageModel:
         known = iter(keep_known_words(self.tokenizer, [text for text in texts if text is not None]))
         questions = [no_condition if text is None else next(known) for text in texts]
         scale = sampling.pop("guidance_scale")
+        if all(text is None for text in texts):
+            scale = 1  # no caption guides them
         if scale != 1:
             questions += [no_condition] * len(texts)
         sampler = IdSampler(

@@ -1,7 +1,6 @@
 """The common half of the pipelines that sample ids: components, labels, callbacks, decoding, saving and loading."""
 
 import functools
-import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from svqvae_hf.hub.repositories import from_hub
 from svqvae_hf.loaders.pretrained_models import SVQVAEImageProcessor
 from svqvae_hf.models.modeling_svqvae import SVQVAE
 from svqvae_hf.pipelines.labels import Labels, encode_labels, to_int64
-from svqvae_hf.pipelines.repository_index import hub_options, is_modular, load_components, read_index, write_blocks
+from svqvae_hf.pipelines.repository_index import hub_options, is_modular, load_arguments, read_index, write_blocks
 
 # For readers of `model_index.json`.
 LOAD_WITH = "`pip install svqvae-hf`, then `from_pretrained` of its class in `svqvae_hf`"
@@ -88,8 +87,7 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
                 "that class."
             )
         if is_modular(index):
-            arguments = {key: value for key, value in index.items() if key in inspect.signature(cls).parameters}
-            pipeline = cls(**arguments | load_components(name, index, **kwargs))
+            pipeline = cls(**load_arguments(cls, name, index, **kwargs))
         else:
             folder = name if os.path.isdir(name) else from_hub(cls.download, name, **kwargs)
             pipeline = super().from_pretrained(folder, **kwargs)
@@ -185,9 +183,9 @@ class GeneratorPipeline(CardMixin, DiffusionPipeline):
             )
         return replaced
 
-    def _decode(self, ids: torch.Tensor, size: tuple[int, int], scale: float, output_type: str) -> Any:
-        """Decodes ids `(batch, h, w)` of a scale of images of `size` pixels to the output type."""
+    def _decode(self, ids: torch.Tensor, size: tuple[int, int], output_type: str) -> Any:
+        """Decodes ids `(batch, h, w)` of images of `size` pixels to the output type."""
         if output_type == "latent":
             return ids
-        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, size, scale)
+        sample = self.vqvae.resize_to_image(self.vqvae.decode(ids).sample, size, 1.0)
         return self.image_processor.postprocess(sample, output_type=output_type)

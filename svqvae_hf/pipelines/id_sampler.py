@@ -57,6 +57,9 @@ class IdSampler:
         known (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Ids `(batch, rows, columns)`, and where they are kept
             instead of sampled ones.
 
+    Raises:
+        ValueError: If the prompt and the ids are longer than the model's context.
+
     Example:
         >>> sampler = IdSampler(model, {"input_ids": prompts}, (16, 16), range(16384), partial(sample, top_k=2000))
         >>> for row in range(16):
@@ -81,6 +84,13 @@ class IdSampler:
             self.inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
         rows, columns = grid
         prompts = inputs["input_ids"]
+        longest = prompts.shape[1] + rows * columns - 1
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+        if longest > context:
+            raise ValueError(
+                f"the prompt and {rows} x {columns} ids must fit the context of {context} tokens, but take {longest}. "
+                "Shorten the prompt, or pass a smaller `grid`."
+            )
         self.ids = prompts.new_zeros(len(prompts) // (2 if guide else 1), rows, columns)
         self.guided_ids = rows * columns if guided_ids is None else guided_ids
         self.known = known

@@ -188,7 +188,7 @@ class SVQVAEAutoregressivePipeline(GeneratorPipeline):
             if not torch.equal(replaced, ids):
                 sampler.replace(replaced)
         size = (rows * self.vqvae.f, columns * self.vqvae.f)
-        images = self._decode(sampler.ids, size, 1.0, output_type)
+        images = self._decode(sampler.ids, size, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -158,15 +158,15 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
                 [`~svqvae_hf.pipelines.schedules.make_schedule`]. By default as many as in training.
             schedule (list of `int` or `(height, width)`, *optional*): Scales in ids from coarse to fine, which end
                 with the size of the image. A single number is the longer side.
-            image (`ImageInput` or a list of them, *optional*): Image to edit, one for all or one per label, with the
-                aspect ratio of the result. Needs `mask_image`.
+            image (`ImageInput` or a list of them, *optional*): Image to edit, one for all or one per label or
+                prompt, with the aspect ratio of the result. Needs `mask_image`.
             mask_image (`PipelineImageInput`, *optional*): Mask as large as `image`, one for all or one per image. At
                 every scale, an id is sampled if its part of the mask has any white, and kept otherwise.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance: logits are `unconditional + scale *
                 (conditional - unconditional)`. Off at 1. In [-1e6, 1e6].
             guidance_mode (`str`, defaults to `"rising"`): `"constant"` guides each step by `guidance_scale`,
-                `"rising"` guides the first by 1 and later ones by more, up to `guidance_scale` at the last or the
-                tenth, see [`~svqvae_hf.pipelines.schedules.guidance_per_step`].
+                `"rising"` guides the first by 1 and later ones by more: by `guidance_scale` at the last, or at the
+                tenth if there are more, see [`~svqvae_hf.pipelines.schedules.guidance_per_step`].
             temperature (`float`, defaults to 1.0): Divides the logits, in [1e-6, 1e6]; 0 takes the most likely id.
             top_k (`int`, defaults to 0): Number of most likely ids to sample from; 0 means all.
             top_p (`float`, defaults to 1.0): Total probability of the most likely ids to sample from.
@@ -224,7 +224,7 @@ class SVQVAENextScalePipeline(GeneratorPipeline):
             if self.interrupt:
                 break
             predictor.add(ids)
-        images = self._decode(ids, (height, width), 1.0, output_type)
+        images = self._decode(ids, (height, width), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -319,9 +319,7 @@ def check_fit(vqvae: SVQVAE, transformer: NextScaleTransformer) -> None:
     names = ("codebook_size", "codebook_embed_dim")
     ours, theirs = (" x ".join(str(model.config[name]) for name in names) for model in (transformer, vqvae))
     if ours != theirs:
-        raise ValueError(
-            f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use its own SVQVAE."
-        )
+        raise ValueError(f"`transformer` must have the codebook of `vqvae`, {theirs}, but has {ours}. Use its SVQVAE.")
 
 
 def _check_greedy(greedy_scales: Sequence[int], sizes: list[Size]) -> None:

@@ -4,9 +4,10 @@ A repository with code has no `model_index.json`, because diffusers' `AutoModel`
 components.
 """
 
+import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,34 +91,31 @@ def write_blocks(blocks: type, folder: Path, source: str) -> None:
     (folder / PipelineIndex.config_name).unlink()
 
 
-def load_components(source: str, index: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Loads the components that the index of a repository with code names, without that code.
+def load_arguments(cls: Callable[..., Any], source: str, index: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Loads the arguments of a pipeline from a repository with code, without that code.
 
     Args:
+        cls (`type`): Class of the pipeline.
         source (`str`): Folder, or `org/name` on the Hub.
         index (`dict`): Its index.
-        **options: Components that are not loaded, and arguments of `from_pretrained`.
+        **options: Arguments of the class, which are not loaded, and arguments of `from_pretrained`.
 
     Raises:
         ValueError: Weights are missing or unexpected.
     """
-    components: dict[str, Any] = {}
     places = {name: index[name][-1] for name in (*MODELS, "text_encoder", "tokenizer") if name in index}
-    passed = {name: options.pop(name) for name in places if name in options}
-    for name, place in places.items():
-        if name in passed:
-            components[name] = passed[name]
-            continue
-        component_class = MODELS.get(name) or getattr(transformers, place["type_hint"][1])
+    parameters = inspect.signature(cls).parameters.keys()
+    passed = {name: options.pop(name) for name in parameters & options.keys()}
+    arguments = {name: index[name] for name in parameters & index.keys() - places.keys()} | passed
+    for name in [name for name in places if name not in passed]:
+        component_class = MODELS.get(name) or getattr(transformers, places[name]["type_hint"][1])
         is_model = hasattr(component_class, "forward")
-        arguments = {"subfolder": name} | (
-            options | {"output_loading_info": True} if is_model else hub_options(options)
-        )
-        loaded = component_class.from_pretrained(source, **arguments)
-        components[name], info = loaded if is_model else (loaded, None)
+        extra = options | {"output_loading_info": True} if is_model else hub_options(options)
+        loaded = component_class.from_pretrained(source, subfolder=name, **extra)
+        arguments[name], info = loaded if is_model else (loaded, None)
         if info and (faults := list_faults(info)):
             raise ValueError(f"`{name}` of `{source}` must have exactly its weights, but has faults: {faults}.")
-    return components
+    return arguments
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ def load_text_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         ValueError: It is not a T5 encoder.
     """
     encoder, info = from_hub(
-        transformers.T5EncoderModel.from_pretrained,  # here, because other generators need not import it
+        transformers.T5EncoderModel.from_pretrained,  # its import is slow, and only captions need it
         source,
         dtype=torch.bfloat16,
         use_safetensors=True,

@@ -127,7 +127,7 @@ def test_closed_stdout_ends_silently_with_exit_code_141(saved_model, monkeypatch
         (["--device", "abacus"], "--device must be one that torch finds here, "),
         (["--device", "cuda:99"], "got `cuda:99`"),
         (["--model", "/no/such/folder"], "there is no file or folder `/no/such/folder`. On the Hub a model is `org/"),
-        (["--model", GOLDEN], f"got the file `{GOLDEN}`. Convert it with `svqvae convert` first"),
+        (["--model", GOLDEN], f"got the file `{GOLDEN}`. Use `svqvae convert` on it"),
         (["--scalse", "1", "--frobnicate"], "`--scalse`. Did you mean `--scales`? There is no option `--frob"),
     ],
 )

@@ -48,9 +48,7 @@ def test_other_context_models_are_refused(two_images, tmp_path, model, tokens, c
 
 def test_a_model_without_a_context_model(two_images, tmp_path, saved_model, capsys):
     argv = ["encode", two_images, "--output", tmp_path / "out", "--model", saved_model, "--compress"]
-    assert f"a context model for its codebook, `context_model.safetensors`, but `{saved_model}`" in fails(
-        capsys, *argv
-    )
+    assert f"context model for its codebook, `context_model.safetensors`, but `{saved_model}`" in fails(capsys, *argv)
 
 
 def test_info_of_a_compressed_file(tokens, capsys):

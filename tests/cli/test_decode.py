@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from cli_runner import fails, svqvae
@@ -5,6 +7,7 @@ from conftest import make_tiny
 from PIL import Image
 
 from svqvae_hf import SVQVAE
+from svqvae_hf.tokens.token_files import load_tokens, save_tokens
 
 pytestmark = pytest.mark.usefixtures("few_windows")
 
@@ -52,3 +55,10 @@ def test_tokens_of_another_codebook_are_an_error(tokens, out, tmp_path, saved_mo
     assert other.codebook_fingerprint() in error
     assert SVQVAE.from_pretrained(saved_model).codebook_fingerprint() in error
     assert not out.exists()
+
+
+def test_a_file_that_does_not_fit_the_model_is_skipped(tokens, out, tmp_path, saved_model, capsys):
+    save_tokens(tmp_path / "b.safetensors", replace(load_tokens(tokens), tile_size=33))
+    assert svqvae("decode", tmp_path, "--output", out, "--model", saved_model) == 1
+    assert "b.safetensors`: `tile_size` must be a positive multiple" in capsys.readouterr().err
+    assert [path.name for path in out.glob("*.png")] == ["a_x1.png"]

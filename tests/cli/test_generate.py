@@ -103,7 +103,7 @@ def test_an_adapter_is_merged(saved, saved_next_scale, tmp_path, capsys):
     [
         (["--class", "3"], "`class_labels` must be in [0, 3), got [3]"),
         (["--class", "cat"], "`class_labels` must be numbers in [0, 3) or names of classes, ['tench, Tinca'"),
-        (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. Ask for more images with"),
+        (["--class", "1", "2", "1"], "--class must name each class once, got 1 2 1. For more, use --num-images"),
         (["--steps", "3"], "--steps does not apply to MODEL, whose class is SVQVAEAutoregressivePipeline"),
         (["--grid", "4x4"], "--grid does not apply to MODEL"),
         (["--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),

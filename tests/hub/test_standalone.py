@@ -109,6 +109,9 @@ def test_outputs_equal_those_of_the_package(repositories, without_package):
 def test_pipelines_equal_those_of_the_package(name, repositories, without_package):
     cls = SVQVAENextScalePipeline if "scales" in name else SVQVAEAutoregressivePipeline
     pipeline = cls.from_pretrained(repositories / name)
+    if "text" not in name:
+        names = [*"abcdefghijklm"[: pipeline.num_classes]]
+        assert [*cls.from_pretrained(repositories / name, class_names=names).config["class_names"]] == names
     condition = {"prompt": ["a cat"]} if "text" in name else {"class_labels": [0, 2]}
     for scale in (1.0, 2.5):
         options = {"guidance_scale": scale, "temperature": 0}

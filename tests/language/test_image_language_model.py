@@ -31,6 +31,8 @@ def test_a_text_is_one_caption_and_no_caption_is_an_error():
     assert pixels([one]) == pixels(pipe.draw(["a cat"], generator=generators(1)))
     with pytest.raises(ValueError, match="`prompts` must hold at least one caption"):
         pipe.draw([])
+    with pytest.raises(ValueError, match="the prompt and 2 x 2 ids must fit the context of .* tokens, but take"):
+        ImageLanguageModel(*load_extended("neox")).draw(["a cat" * 999])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +108,7 @@ def test_sampling_of_images_defaults_to_the_generation_config():
     asked = pipe.draw(["a cat"], guidance_scale=3.0, top_k=5, generator=generators(1))
     assert pixels(asked) != pixels(pipe.draw(["a cat"], generator=generators(1)))
     captions = pipe.caption(asked)
-    pipe.language_model.generation_config.generation_kwargs = {"guidance_scale": 3.0, "top_k": 5}
+    pipe.language_model.generation_config.generation_kwargs = {"guidance_scale": 3.0, "top_k": 5, "boi_token_id": 9}
     assert pixels(asked) == pixels(pipe.draw(["a cat"], generator=generators(1)))
     assert pipe.caption(asked) == captions
     del pipe.language_model.generation_config.generation_kwargs

@@ -1,5 +1,6 @@
 import json
 import shutil
+from base64 import b64encode
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import make_tiny
 from PIL import Image
 from tiny_language_models import FAMILIES, extended, load_extended
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
 from svqvae_hf import SVQVAEProcessor
@@ -28,9 +30,7 @@ def test_texts_and_images_come_back_in_order(family):
     _, processor = load_extended(family)
     images = [noise(seed=1), noise(24, 16, seed=2)]
     inputs = processor(text="<|image|> left of a <|image|>red key", images=images, return_tensors="pt")
-    first, text, second, last = processor.post_process_multimodal_output(inputs["input_ids"], generation_mode="mixed")[
-        0
-    ]
+    first, text, second, last = processor.post_process_multimodal_output(inputs.input_ids, generation_mode="mixed")[0]
     assert (text, last) == (" left of a ", "red key")
     expected = processor.decode_images(processor.encode_images(images))
     assert [np.array(image).tolist() for image in (first, second)] == [np.array(image).tolist() for image in expected]
@@ -95,6 +95,25 @@ def test_wrong_inputs_are_explained(call, message):
     _, processor = load_extended()
     with pytest.raises(ValueError, match=message):
         processor(**call)
+
+
+def test_a_template_with_a_begin_of_sequence_gets_no_second_one():
+    _, processor = load_extended("llama")
+    tokenizer, original = processor.tokenizer.backend_tokenizer, processor.tokenizer.backend_tokenizer.post_processor
+    bos = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    assert [processor(text=text)["input_ids"][0].count(bos[1]) for text in ("a", f"{bos[0]}a", [f"{bos[0]}a"])] == [
+        1
+    ] * 3
+    tokenizer.post_processor = original
+
+
+def test_an_image_by_its_url_is_read_as_from_a_file(tmp_path):
+    _, processor = load_extended()
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    url = "data:image/png;base64," + b64encode((tmp_path / "clear.png").read_bytes()).decode()
+    by_path, by_url = (processor(text="<|image|>", images=source) for source in (tmp_path / "clear.png", url))
+    assert by_path["input_ids"] == by_url["input_ids"]
 
 
 def test_an_image_in_which_a_sequence_ends_is_left_out_of_a_batch():

@@ -27,9 +27,7 @@ def sample_ids(pipeline, *args, **call):
 def check_greedy(pipeline, ids, labels, guidance_scale=1.0, given=0):
     """Checks that each id below the given rows is the most likely one, by one forward pass without a cache."""
     model, codes = pipeline.language_model, pipeline.language_model.config.codebook_size
-    sequences = [
-        torch.cat([codes + each[:, None], ids.flatten(1)], 1) for each in (labels, torch.full_like(labels, 3))
-    ]
+    sequences = [torch.cat([codes + row[:, None], ids.flatten(1)], 1) for row in (labels, torch.full_like(labels, 3))]
     logits, free = (model(tokens, use_cache=False).logits for tokens in sequences)
     best = (free + guidance_scale * (logits - free))[:, :-1, :codes].argmax(-1)
     start = given * ids.shape[2]

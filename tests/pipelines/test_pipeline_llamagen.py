@@ -15,10 +15,8 @@ def load_expected(kind: str) -> tuple[dict, dict]:
     expected = load_file(GOLDEN / f"llamagen_gpt_{kind}_tiny.outputs.safetensors")
     if kind == "c2i":
         return expected, {"class_labels": expected["class_labels"].tolist()}
-    return expected, {
-        "prompt_embeds": expected["caption_embeddings"],
-        "prompt_attention_mask": expected["caption_mask"],
-    }
+    names = {"prompt_embeds": "caption_embeddings", "prompt_attention_mask": "caption_mask"}
+    return expected, {argument: expected[name] for argument, name in names.items()}
 
 
 @pytest.mark.parametrize("kind", ["c2i", "t2i"])
@@ -56,9 +54,7 @@ def test_64_ids_in_bfloat16_equal_the_original_code_up_to_rounding(guidance_scal
         ids = pipeline(labels, **call).images.flatten(1)
     stored = load_file(GOLDEN / "llamagen_gpt_c2i_tiny.bfloat16.safetensors")
     expected = stored[f"greedy_cfg{guidance_scale}.ids"].long()
-    tokens = torch.cat(
-        [torch.cat([256 + labels, torch.full_like(labels, 266)])[:, None], expected.repeat(2, 1)], dim=1
-    )
+    tokens = torch.cat([torch.cat([256 + labels, torch.full_like(labels, 266)])[:, None], expected.repeat(2, 1)], 1)
     logits, rounded = (each.language_model(tokens).logits[..., :256].float() for each in (exact, pipeline))
     margin = 2 * (2 * guidance_scale - 1) * (logits - rounded).abs().max()
     guided, unequal = guide(logits, guidance_scale), ids != expected
