@@ -2,9 +2,9 @@
 
     python benchmarks/kinds.py svqvae_hf/pretrained --folders KODAK DRAWINGS/test/* --worst worst.jpg
 
-Each of FOLDERS is a kind. Further kinds are drawn here: colours of the whole RGB cube, new ones in every run unless
-`--seed` names some, and small images, cut from the pictures of at least 512 pixels, beside the same pixels in the
-output for the centre of 512 pixels.
+Each of FOLDERS is a kind. Further kinds are made here: colours of the whole RGB cube, new ones in every run unless
+`--seed` names some, and small images: centres of the pictures of at least 512 pixels, compared with the same pixels
+of a reconstruction of 512 pixels.
 """
 
 import argparse

@@ -75,12 +75,12 @@ def draw_crops(rows: Sequence[ImageRow], side: int, number: int) -> Iterator[tor
 
 
 def encode(tokenizer: Tokenizer, crop: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Codes of a crop, and their ids `(rows, columns)`."""
+    """Codes of a crop, and their ids `(rows, columns)` on the CPU, which trains the transformer."""
     codes = tokenizer.encode(crop / 127.5 - 1)
     ids = count(codes, tokenizer.codebook_size)[2]
     if ids is None:
         raise ValueError(f"TOKENIZER must encode images as ids, but {tokenizer.title} does not.")
-    return codes, ids.view(-1, ids.shape[-1])
+    return codes, ids.cpu().view(-1, ids.shape[-1])
 
 
 def is_plain(crop: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

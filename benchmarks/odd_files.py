@@ -57,7 +57,9 @@ RESULTS = {  # where a command names the pictures that it has made
     "reconstruct": lambda out: {path.stem.removesuffix("_x1") for path in out.glob("*.png")},
     "tokenize": lambda out: {Path(key).stem for key in keys_of(out)},
     "evaluate": lambda out: {
-        Path(image["name"]).stem for image in json.loads((out / "report.json").read_text())["images"]
+        Path(image["name"]).stem
+        for file in out.glob("report.json")
+        for image in json.loads(file.read_text())["images"]
     },
 }
 OPTIONS = {"tokenize": ["--workers", "0"], "evaluate": ["--codecs", "--scales", "1"]}

@@ -5,7 +5,7 @@ MODEL is a language model with image tokens, or a next-scale pipeline that reads
 finds the slots, shifts and objects with the smallest squared error. First it reads real scenes after the tokenizer,
 which states its own errors. Then it grades one picture per caption:
 
-- seen pairs: new scenes of pairs of objects that training shows
+- seen pairs: scenes of pairs of objects that training shows
 - single objects, and several of a kind
 - held-out pairs
 - held-out wordings: of held-out pairs
@@ -13,8 +13,8 @@ which states its own errors. Then it grades one picture per caption:
 - everyday English: the prompts of `scene_prompts.tsv`, which no template contains, with plain
   captions of what must be seen; only the whole scene is graded
 
-For a language model, the second table grades captions of real scenes by their meaning. It also has the bits per id of
-the model, of a table of frequencies, and of a table of pairs of neighbours.
+For a language model, the second table grades captions of real scenes; only the plain caption is right. It also has
+the bits per id of the model, of a table of frequencies, and of a table of pairs of neighbours.
 """
 
 import sys
@@ -217,6 +217,9 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="PNG of the first 64 pictures of held-out pairs")
     parser.add_argument("--neighbours", type=Path, help="PNG of the first 16, each above the nearest training scene")
     options = parser.parse_args()
+    if not 64 <= options.count <= 1000:
+        parser.error(f"--count must be in [64, 1000], got {options.count}.")
+    torch.set_num_threads(options.threads)
     machine, random = describe_machine("cpu", options.threads), Random(options.seed)
     grader, model = Grader(load_objects(options.font)), load_generator(options.model, "cpu", "float32")
     sets = datasets.load_dataset(options.scenes)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svqvae_hf import SVQVAE, LlamaGenForCausalLM, SVQVAEAutoregressivePipeline
-from svqvae_hf.loaders.checkpoint_files import Checkpoint
+from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file
 from svqvae_hf.loaders.llamagen_checkpoints import find_language_model, read_llamagen
 from svqvae_hf.pipelines.sampling import guide
 
@@ -55,7 +55,7 @@ class Original:
                 model_type="c2i" if config["caption_dim"] is None else "t2i",
             )
         )
-        weights = find_language_model(torch.load(checkpoint.path, map_location="cpu", weights_only=True)) or {}
+        weights = find_language_model(load_checkpoint_file(checkpoint.path, checkpoint.source)) or {}
         self.model.load_state_dict({name: weight for name, weight in weights.items() if name != "freqs_cis"})
         self.model.eval()
 

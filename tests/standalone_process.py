@@ -71,11 +71,8 @@ def greedy_ids(language_model) -> torch.Tensor:
 
 
 def outputs(vqvae, processor, transformer, language_model) -> dict[str, torch.Tensor]:
-    return {
-        **tokens_and_pixels(vqvae, processor),
-        "logits": logits_of_scales(transformer),
-        "greedy ids": greedy_ids(language_model),
-    }
+    generated = {"logits": logits_of_scales(transformer), "greedy ids": greedy_ids(language_model)}
+    return tokens_and_pixels(vqvae, processor) | generated
 
 
 def sampled(pipelines: dict[str, ModularPipeline]) -> dict[str, torch.Tensor]:

@@ -202,9 +202,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
         if metadata:  # with patterns, because `datasets` would take a word in the name of an image for a split
             split, _ = _files_of_split(folder, _keys(folder, files), selection.split)
             if split and {*metadata} & {*METADATA_FILES}:
-                raise ValueError(
-                    f"the metadata file of `{folder}` must lie in the folders of its splits, not above them."
-                )
+                raise ValueError(f"metadata of `{folder}` must lie in the folders of its splits, not above them.")
             return _open_builder(folder, selection, [f"{split}/**" if split else "**"])
     if folder is None:
         for each, inside in found:

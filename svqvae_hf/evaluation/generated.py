@@ -65,8 +65,8 @@ def compare_generated(
         device (`str` or `torch.device`, defaults to `"cpu"`): Device to work on.
 
     Raises:
-        ValueError: A set has fewer images than neighbours, or `resolution` is out of range, or missing on several
-            processes.
+        ValueError: A set has no more images than neighbours, 3, or `resolution` is out of range, or missing on
+            several processes.
 
     Source: precision and recall by 3 nearest neighbours, arXiv 1904.06991; the Fréchet distance, arXiv 1706.08500.
     """
@@ -84,9 +84,7 @@ def compare_generated(
     found, skipped = measure_images(measure, generated, resolution, state)
     real, also_skipped = measure_images(measure, images, side, state)
     if min(len(found), len(real)) <= NEIGHBOURS:
-        raise ValueError(
-            f"both sets must have more than {NEIGHBOURS} images, got {len(found)} generated and {len(real)} others."
-        )
+        raise ValueError(f"both sets must have more than {NEIGHBOURS} images, got {len(found)} and {len(real)}.")
     notes = []
     if any(isinstance(network, TokenizerFeatures) for network in networks.values()):
         notes.append(

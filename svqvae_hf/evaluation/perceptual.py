@@ -144,7 +144,7 @@ def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
     except (OSError, RuntimeError) as error:  # RuntimeError for a wrong hash
         raise OSError(
             f"Could not download the weights of LPIPS's network from {url}: {error}. Download the file elsewhere and "
-            "pass its path as `lpips_weights`."
+            "pass its path as `weights`."
         ) from error
 
 

@@ -140,7 +140,5 @@ def _run(graph: Graph, value: torch.Tensor, expected: torch.Tensor, name: str) -
     except Exception as error:  # each runtime raises its own errors
         raise ValueError(f"the {name} must run, but fails: {error} {ADVICE}") from error
     if result.shape != expected.shape:
-        raise ValueError(
-            f"the {name} must return the shape {tuple(expected.shape)}, got {tuple(result.shape)}. {ADVICE}"
-        )
+        raise ValueError(f"the {name} must return shape {tuple(expected.shape)}, got {tuple(result.shape)}. {ADVICE}")
     return result

@@ -55,9 +55,7 @@ def find_origin(
     stated = {row: licence for row, licence in found.items() if licence not in NOT_STATED}
     if license is None and len(set(stated.values())) > 1:
         listed = ", ".join(f"`{public_name(given[row])}` {licence}" for row, licence in stated.items())
-        raise ValueError(
-            f"The sources have different licences: {listed}. Pass the licence of the result as `--license`."
-        )
+        raise ValueError(f"The sources have different licences: {listed}. Pass the result's licence as `--license`.")
     rows = {row: f"`{public_name(source)}` (licence: {stated.get(row, 'not known')})" for row, source in given.items()}
     license, base_model = license or next(iter(stated.values()), None), None
     if (source := given.get(STARTED_FROM)) is not None:

@@ -17,9 +17,7 @@ def select_weights(
     """Weights of a file, or its EMA weights, by name, and without attributes that a pickle may give to tensors."""
     weights = content.get("ema") if use_ema else weights
     if not isinstance(weights, Mapping):
-        raise ValueError(
-            f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Load it without `use_ema`."
-        )
+        raise ValueError(f"`{source}` must hold averaged weights (`ema`) for `use_ema`, but has none. Leave it out.")
     return {key_text(key): without_attributes(value) for key, value in weights.items()}
 
 

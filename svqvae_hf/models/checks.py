@@ -60,7 +60,7 @@ def check_depth(name: str, counts: Mapping[str, int]) -> None:
 
 
 def check_integers(numbers: Mapping[str, Any], least: int = 1) -> None:
-    """Raises unless all values are integers above 0."""
+    """Raises unless all values are integers from `least` to 2**31 - 1."""
     for key, value in numbers.items():
         if type(value) is not int or not least <= value < INTEGER_LIMIT:
             raise ValueError(f"`{key}` must be an integer of at least {least} and under 2**31, got {value!r:.80}.")

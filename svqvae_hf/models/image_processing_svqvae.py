@@ -186,9 +186,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
 
 def _check_keywords(unknown: set[str]) -> None:
     if unknown:
-        raise TypeError(
-            f"an image processor takes only `pixel_range`, got {', '.join(sorted(unknown))}. Leave it out."
-        )
+        raise TypeError(f"image processors take only `pixel_range`, got {', '.join(sorted(unknown))}. Leave it out.")
 
 
 def _unit_pixels(image: ImageInput) -> torch.Tensor:

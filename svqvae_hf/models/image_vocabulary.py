@@ -42,9 +42,7 @@ class ImageVocabulary:
     def __post_init__(self) -> None:
         grids = tuple((int(rows), int(columns)) for rows, columns in self.grids)  # a config stores lists
         if not grids or len(set(grids)) < len(grids) or min(map(min, grids)) < 1:
-            raise ValueError(
-                f"`grids` must be different pairs of rows and columns of codes, at least 1, got {self.grids}."
-            )
+            raise ValueError(f"`grids` must be different pairs of rows and columns, at least 1, got {self.grids}.")
         object.__setattr__(self, "grids", grids)
 
     @classmethod

@@ -1,6 +1,8 @@
 """Texts and images to the tokens of a language model, and back."""
 
+import io
 import os
+import urllib.request
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerBase
-from transformers.image_utils import load_image as fetch_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 
@@ -121,7 +122,8 @@ class SVQVAEProcessor(ProcessorMixin):
             images: Images in the order of the placeholders of all texts, in one list or in several, which are joined:
                 Pillow images, paths, URLs, arrays and tensors. Each is resized and cropped to a grid.
             text (`str` or `list[str]`): Texts, with `<|image|>` for each image.
-            **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`.
+            **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`. A text
+                that starts with the begin of sequence, as a chat template writes it, gets no second one.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask`.
@@ -132,6 +134,8 @@ class SVQVAEProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
+        bos, first = self.tokenizer.bos_token, text if isinstance(text, str) else text[0]
+        kwargs.setdefault("add_special_tokens", not (bos and first.startswith(bos)))
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:
             self.vocabulary.split(torch.as_tensor(tokens))
@@ -241,7 +245,8 @@ class SVQVAEProcessor(ProcessorMixin):
 
     def _open(self, image: Any) -> Image.Image:
         if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            return to_rgb(fetch_image(image))
+            with urllib.request.urlopen(image, timeout=60) as answer:  # urllib also decodes `data:`
+                return load_image(io.BytesIO(answer.read()))
         if isinstance(image, str | os.PathLike):
             return load_image(image)
         if isinstance(image, Image.Image):

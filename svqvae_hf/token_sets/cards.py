@@ -35,7 +35,7 @@ def public_names(data: Sequence[str], model: str) -> dict[str, Any]:
     """
     return {
         "model_name": public_name(model),
-        "source_set": data[0] if len(data) == 1 and is_hub_set(data[0]) else None,
+        "source_set": data[0] if len(data) == 1 and is_hub_set(*data) else None,
     }
 
 

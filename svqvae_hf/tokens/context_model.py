@@ -62,7 +62,7 @@ class ContextModel:
         codebook_fingerprint (`str`): [`SVQVAE.codebook_fingerprint`] of the codebook.
 
     Raises:
-        ValueError: If a tensor has another type or shape, or a sum of products could reach 2**24.
+        ValueError: If a tensor has another type, or a sum of products could reach 2**24.
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], codebook_fingerprint: str):
@@ -95,10 +95,9 @@ class ContextModel:
             OSError: The model has none.
             ValueError: Its file is damaged.
         """
+        path = str(Path(source, subfolder, FILE))
         try:
-            if Path(source).exists():
-                path = str(Path(source, subfolder, FILE))
-            else:
+            if not Path(source).exists():
                 path = from_hub(hf_hub_download, source, filename=FILE, subfolder=subfolder or None, **options)
             with safe_open(path, framework="numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -136,8 +135,8 @@ class ContextModel:
         decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(content, "<u4").astype(np.uint32))
         try:
             ranks = self._code(lambda found, _: decoder.decode(categorical(), found), shape, None, coarse)
-        except AssertionError as error:  # of constriction, which encodes no such content
-            raise ValueError("its coded ids are damaged.") from error
+        except (AssertionError, IndexError) as error:  # of constriction, which encodes no such content, or of NumPy
+            raise ValueError("its coded ids or its context model are damaged.") from error
         return self.order[ranks]
 
     def _code(
@@ -180,7 +179,7 @@ def find_context_model(source: str | os.PathLike, codebook_fingerprint: str, **o
     """
     try:
         found = ContextModel.from_pretrained(source, **options)
-    except FileNotFoundError:
+    except OSError:  # none there, or the Hub cannot be reached
         return None
     return found if found.codebook_fingerprint == codebook_fingerprint else None
 
@@ -269,6 +268,4 @@ def check_exact(tensors: Mapping[str, np.ndarray]) -> None:
         weight, bias = (abs(tensors[f"{name}_{layer}"].astype(np.int64)) for name in ("weight", "bias"))
         largest = (weight.sum(1 if layer == "code" else 0) * (LIMIT + 1) + bias).max()
         if largest >= EXACT:
-            raise ValueError(
-                f"sums of layer {layer} must stay below {EXACT}, but could reach {largest}. Train it again."
-            )
+            raise ValueError(f"sums of layer {layer} must stay below {EXACT}, but could reach {largest}. Retrain it.")

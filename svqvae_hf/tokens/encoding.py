@@ -47,9 +47,7 @@ class Encoding:
             check_integers({"overlap": self.overlap}, least=0)
         check_scale_from(self.scale_from)
         if not FINGERPRINT.fullmatch(str(self.codebook_fingerprint)):
-            raise ValueError(
-                f"`codebook_fingerprint` must be 64 hexadecimal digits, got {self.codebook_fingerprint!r:.80}."
-            )
+            raise ValueError(f"`codebook_fingerprint` must be 64 hex digits, got {self.codebook_fingerprint!r:.80}.")
         for scale in self.scales:
             if not isinstance(scale, int | float) or not 0 < scale < INTEGER_LIMIT:
                 raise ValueError(f"a scale must be a number above 0 and under 2**31, got {scale!r:.80}.")

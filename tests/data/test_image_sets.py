@@ -35,9 +35,7 @@ def parquet(photos, tmp_path):
 
 
 def same(found, photos):
-    return all(
-        np.array_equal(np.array(read_image(each)), np.array(image)) for each, image in zip(found, photos, strict=True)
-    )
+    return all(np.array_equal(read_image(each), image) for each, image in zip(found, photos, strict=True))
 
 
 def keys(images):

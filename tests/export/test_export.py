@@ -53,9 +53,7 @@ def graphs(small, tmp_path_factory):
 def save_again(patch, graphs):
     """Lets exports of `small` copy its graphs, because tracing and conversion take ten seconds."""
     patch.setattr("svqvae_hf.export.export.trace_graphs", lambda model: (None, None))
-    patch.setattr(
-        "svqvae_hf.export.export.save_graph", lambda program, path, model: shutil.copy(graphs / path.name, path)
-    )
+    patch.setattr("svqvae_hf.export.export.save_graph", lambda _, path, __: shutil.copy(graphs / path.name, path))
 
 
 @pytest.fixture

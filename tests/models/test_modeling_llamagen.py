@@ -32,9 +32,7 @@ def load_inputs(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
         captions = {"prompt_embeds": expected["caption_embeddings"], "prompt_attention_mask": expected["caption_mask"]}
     else:
         labels, null = expected["class_labels"], 10
-    tokens, dropped = (
-        torch.cat([CODES + each[:, None], ids], dim=1) for each in (labels, torch.full_like(labels, null))
-    )
+    tokens, dropped = (torch.cat([CODES + each[:, None], ids], 1) for each in (labels, torch.full_like(labels, null)))
     return expected, {"input_ids": tokens, **captions}, {"input_ids": dropped, **captions}
 
 

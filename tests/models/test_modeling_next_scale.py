@@ -52,11 +52,7 @@ def test_steps_with_a_cache_give_the_logits_of_one_pass(sizes):
 
 def test_a_caption_stands_before_the_first_scale():
     transformer = make_transformer(num_classes=0, vocab_size=9, max_text_length=3)
-    labels, text, codes = (
-        torch.zeros(2, dtype=torch.int64),
-        torch.tensor([[4, 5, 0], [8, 0, 0]]),
-        make_codes(transformer),
-    )
+    labels, text, codes = torch.zeros(2).long(), torch.tensor([[4, 5, 0], [8, 0, 0]]), make_codes(transformer)
     expected = transformer(labels, codes[:-1], SIZES, text=text).logits
     assert expected.shape == (2, sum(LENGTHS), 64)
     cache = DynamicCache()

@@ -234,9 +234,8 @@ def test_tokenize_and_decode(photos, tmp_path, capsys):
     assert svqvae("tokenize", photos, out, *crops, *model, "--tile-size", "32", "--overlap", "8") == 1
     written, error = capsys.readouterr()
     assert error == "svqvae: 1 of 4 inputs were skipped\n"
-    assert written == f"written  {out} (images: 4, rows: 3, files: 1)\n" + (
-        f"skipped  {out / 'skipped.jsonl'} (unreadable images: 1)\n"
-    )
+    skipped = f"skipped  {out / 'skipped.jsonl'} (unreadable images: 1)\n"
+    assert written == f"written  {out} (images: 4, rows: 3, files: 1)\n{skipped}"
     assert svqvae("decode", out, "--output", images, *model) == 0
     assert capsys.readouterr().out == f"written  {images} (images: 6)\n"
     (images / "00000001_x0.5.png").write_bytes(b"cut")

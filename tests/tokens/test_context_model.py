@@ -156,9 +156,11 @@ def test_a_missing_or_damaged_file_is_an_error(tmp_path):
             ContextModel.from_pretrained(tmp_path)
 
 
-def test_only_a_context_model_of_the_same_codebook_is_found(tmp_path):
+def test_only_a_context_model_of_the_same_codebook_is_found(tmp_path, monkeypatch):
     context_model = make_context_model("a" * 64)
     assert find_context_model(tmp_path, "a" * 64) is None
     context_model.save_pretrained(tmp_path)
     assert find_context_model(tmp_path, "a" * 64).fingerprint == context_model.fingerprint
     assert find_context_model(tmp_path, "b" * 64) is None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_context_model("org/never-downloaded", "a" * 64) is None

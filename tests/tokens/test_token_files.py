@@ -67,7 +67,7 @@ def test_equal_tokens_make_equal_files(tmp_path):
     [
         ({"height": 0}, r"`height` must be an integer of at least 1 and under 2\*\*31, got 0"),
         ({"tile_size": None}, r"`tile_size` must be an integer of at least 1 and under 2\*\*31, got None"),
-        ({"codebook_fingerprint": "abc"}, "`codebook_fingerprint` must be 64 hexadecimal digits, got 'abc'"),
+        ({"codebook_fingerprint": "abc"}, "`codebook_fingerprint` must be 64 hex digits, got 'abc'"),
         ({"scale_from": "pixels"}, "`scale_from` must be one of latents, image, got 'pixels'"),
         ({"codebook_size": 23}, r"scale 1 needs integer ids in \[0, 23\), got int64 in \[0, 23\]"),
         ({"scales": (1.0,)}, "`ids` must have one grid per scale, got 2 for 1 scales"),
@@ -93,7 +93,7 @@ def test_values_that_do_not_match_raise(changes, message):
         ({"codebook_size": 20}, r"needs integer ids in \[0, 20\)"),
         ({"scales": [0.5, 1e308]}, r"a scale must be a number above 0 and under 2\*\*31, got 1e\+308"),
         ({"height": 10**400}, r"`height` must be an integer .* under 2\*\*31, got 1000.{0,80}$"),
-        ({"codebook_fingerprint": "x" * 10**6}, "64 hexadecimal digits, got 'x{79}.$"),
+        ({"codebook_fingerprint": "x" * 10**6}, "64 hex digits, got 'x{79}.$"),
         ({"text": "[" * 10**6}, "recursion"),
         ({"scale_from": ["image"]}, r"`scale_from` must be one of latents, image, got \['image'\]"),
         ({"tensors": {"ids_0": torch.zeros(2, 3), "ids_1": torch.zeros(4, 6)}}, "of type uint16 or int32"),
