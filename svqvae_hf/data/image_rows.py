@@ -2,14 +2,19 @@
 
 import io
 import os
+import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import fsspec
 from PIL import Image
 
+from svqvae_hf.files.errors import explained
 from svqvae_hf.models.image_files import load_image, to_rgb
+from svqvae_hf.untrusted.tars import MAX_MEMBER_BYTES
 
 LABEL_COLUMNS = ("label", "caption", "text", "cls", "txt", "json")  # kept wherever a set has them
 
@@ -79,8 +84,15 @@ def read_bytes(path: str) -> bytes:
     """Reads a file of this machine, or at a URL."""
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
         raise ValueError("it must be a file, but is something else.")
-    with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-        return file.read()
+    place = explained(path, "read") if "://" in path and "::" not in path else nullcontext()
+    try:
+        with place, fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+            content = file.read(MAX_MEMBER_BYTES + 1)
+    except (BadZipFile, zlib.error) as error:
+        raise ValueError(f"its archive is damaged: {error}.") from error
+    if len(content) > MAX_MEMBER_BYTES:
+        raise ValueError(f"it must have at most {MAX_MEMBER_BYTES:,} bytes, but has more.")
+    return content
 
 
 def fault_of(error: Exception) -> str:

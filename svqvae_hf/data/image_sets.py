@@ -180,10 +180,11 @@ def _files_of_split(
     if tops <= set(SPLITS):
         split = _choose_split(name, sorted(tops), split)
         return split, [key[len(split) + 1 :] for key in keys if key.startswith(f"{split}/")]
-    first_words = [re.split("[^a-z]", os.path.basename(key), maxsplit=1)[0] for key in keys]
-    if are_shards and set(first_words) <= set(SPLITS):
-        split = _choose_split(name, sorted(set(first_words)), split)
-        return "", [key for key, word in zip(keys, first_words, strict=True) if word == split]
+    words = [re.split("[^a-z]+", os.path.basename(key)) for key in keys]
+    splits = [next((word for word in each if word in SPLITS), "train") for each in words]
+    if are_shards and set(splits) != {"train"}:
+        split = _choose_split(name, sorted(set(splits)), split)
+        return "", [key for key, own in zip(keys, splits, strict=True) if own == split]
     _choose_split(name, ["train"], split)
     return "", list(keys)
 
@@ -197,7 +198,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
     kind, is_remote = _kind_of_all(files), "://" in files[0]
     if folder is not None and not is_remote:
         if kind != "image":
-            return _open_builder(folder, selection)
+            return _open_builder(folder, selection, found=files)
         metadata = [name for name in walk_files(folder) if os.path.basename(name) in METADATA_FILES]
         if metadata:  # with patterns, because `datasets` would take a word in the name of an image for a split
             split, _ = _files_of_split(folder, _keys(folder, files), selection.split)
@@ -208,6 +209,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
         for each, inside in found:
             if each is not None:
                 _files_of_split(each, _keys(each, inside), None)  # raises if the folder has several splits
+                _refuse_metadata(each, () if is_remote else walk_files(each))
         scheme = f"{files[0].partition('://')[0]}://" if is_remote else ""
         root = os.path.commonpath([os.path.dirname(file.removeprefix(scheme)) for file in files])
         folder, keys = f"{scheme}{root}", [os.path.relpath(file.removeprefix(scheme), root) for file in files]
@@ -227,6 +229,14 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
     if kind == "webdataset" and is_remote:
         return _open_tars(files, [origin], selection)
     return _open_builder(kind, selection._replace(split=None), files, title=files[0])
+
+
+def _refuse_metadata(folder: str, files: Iterable[str]) -> None:
+    """Raises if captions or labels of a folder would be ignored."""
+    if any(os.path.basename(file) in METADATA_FILES for file in files):
+        raise ValueError(
+            f"`{folder}` has a metadata file, which is read only of one folder of this machine. Pass it alone."
+        )
 
 
 def _keys(folder: str, files: Iterable[str]) -> list[str]:
@@ -261,12 +271,15 @@ def _find_urls(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
         except ImportError as error:
             raise ValueError(f"`{name}` cannot be reached: {str(error).removesuffix('.')}.") from error
         if glob.has_magic(path):
-            found = files.glob(path, detail=True)
+            found = {file: info for file, info in files.glob(path, detail=True).items() if info["type"] != "directory"}
         elif _kind(path) is None and files.isdir(path):
             path = path.rstrip("/")
             folder = files.unstrip_protocol(path)
             found = files.find(path, detail=True)
+            _refuse_metadata(folder, found)
             found = {file: info for file, info in found.items() if _kind(file) and "/." not in file[len(path) :]}
+        elif path.startswith("http"):  # whose servers rarely list folders
+            found = {path: files.info(path)}
         else:  # one request for all files of a folder
             found = {
                 info["name"]: info for info in files.ls(os.path.dirname(path), detail=True) if info["name"] == path
@@ -283,18 +296,22 @@ def _version(info: Mapping[str, Any]) -> str:
 
 
 def _open_builder(
-    name: str, selection: Selection, data_files: Sequence[str] = (), title: str | None = None
+    name: str, selection: Selection, data_files: Sequence[str] = (), title: str = "", found: Iterable[str] = ()
 ) -> ImageSet:
     """Opens a set of `datasets` by its name on the Hub or its folder, or files by the name of their loader.
 
-    Errors name the set by `title`, by default `name`.
+    Errors name the set by `title`, by default `name`. Without a configuration, all files of `found` must be used.
     """
     title = title or name
     files = {selection.split or "train": list(data_files)} if data_files else None
+    options = {"drop_labels": True} if name == "imagefolder" else {}  # the folder of the archive, not of the image
     with explained_set(title):
-        builder = datasets.load_dataset_builder(name, selection.config, data_files=files)
+        builder = datasets.load_dataset_builder(name, selection.config, data_files=files, **options)
         if builder.config.data_files is None:
             raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
+    used = {os.path.abspath(path) for paths in builder.config.data_files.values() for path in paths}
+    if (left := sorted({*found} - used)) and builder.config.name == "default":
+        raise ValueError(f"`datasets` would leave out `{left[0]}` by its name. Rename it, or pass files by a pattern.")
     split = _choose_split(title, [*builder.config.data_files], selection.split)
     paths = builder.config.data_files[split]
     if builder.name.startswith("webdataset"):  # its own reader takes only samples of equal suffixes
@@ -304,12 +321,12 @@ def _open_builder(
     rows, image_column, kept = _select(rows, selection)
     origin = [split, list(paths), paths.origin_metadata, image_column]
     is_remote = any("://" in path for path in data_files)
-    repository = builder.repo_id or ("" if is_remote else None)  # no file outside it may be named
+    repository = builder.repo_id or (
+        "" if is_remote and name != "imagefolder" else None
+    )  # no file outside it may be named
     names = [os.path.basename(path) for path in paths] if rows.num_shards == len(paths) else [name] * rows.num_shards
-    parts = [
-        StreamPart(rows, image_column, os.path.abspath(name), repository, file, number)
-        for number, file in enumerate(names)
-    ]
+    place = rows, image_column, os.path.abspath(name), repository
+    parts = [StreamPart(*place, file, number) for number, file in enumerate(names)]
     splits = rows.info.splits or {}
     length = splits[split].num_examples if split in splits else None
     return ImageSet(parts, kept, lambda: origin, length or None)

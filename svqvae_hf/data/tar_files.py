@@ -99,7 +99,12 @@ def open_tars(paths: Sequence[str], image_key: str | None, columns: Sequence[str
 
 def image_keys(members: dict[str, bytes | None], image_key: str | None) -> list[str]:
     """Suffixes of the images of a sample."""
-    return [key for key in members if (f".{key}" in IMAGE_SUFFIXES if image_key is None else key == image_key)]
+    names = {key: key.rstrip("*") for key in members}
+    return [
+        key
+        for key, name in names.items()
+        if (f".{name}" in IMAGE_SUFFIXES if image_key is None else name == image_key)
+    ]
 
 
 def _first_samples(paths: Sequence[str]) -> tuple[list[Sample], str]:
@@ -137,7 +142,9 @@ def _samples(path: str) -> Iterator[Sample]:
                 if name is not None:
                     yield name, members
                 name, members = match[1], {}
-            members[match[2].lower()] = read_member(tar, member)
+            suffix = match[2].lower()
+            copies = "*" * sum(key.rstrip("*") == suffix for key in members)  # of files of the same name
+            members[suffix + copies] = read_member(tar, member)
         if name is not None:
             yield name, members
         check_end(tar)

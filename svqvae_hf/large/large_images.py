@@ -23,7 +23,7 @@ from svqvae_hf.tokens.token_files import ImageTokens
 
 @torch.inference_mode()
 def encode_large(model: SVQVAE, source: Path, tiles: tuple[int, int] | None = None) -> ImageTokens:
-    """Encodes an image of any size to the same ids as `encode_image`. Shows a progress bar on a terminal.
+    """Encodes an image of any size to the ids of `encode_image` with equal tiles. Shows a progress bar on a terminal.
 
     Args:
         model ([`SVQVAE`]): Model in evaluation mode.

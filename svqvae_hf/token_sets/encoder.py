@@ -89,9 +89,7 @@ class RowEncoder:
         names = CROPS[self.settings.crops]
         for image in images:
             if image.unreachable:
-                raise OSError(
-                    f"`{image.key}` could not be fetched: {image.fault} Run the same command again later to resume."
-                )
+                raise OSError(f"`{image.key}` could not be fetched: {image.fault} Run the same command to resume.")
             record.images += 1
             record.enlarged += image.enlarged
             if image.crops is None:

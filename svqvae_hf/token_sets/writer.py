@@ -170,6 +170,8 @@ def tokenize_set(
         "device": model.device.type,
         "encoder": _digest_of_encoder(model),
     }
+    if overwrite and len(parts) < num_parts:
+        raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     if overwrite:
         delete_set(folder)
     start_set(folder, options)

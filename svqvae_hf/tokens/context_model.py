@@ -120,7 +120,12 @@ class ContextModel:
         Args:
             ids (`np.ndarray` of shape `(h, w)`): Ids.
             coarse (`np.ndarray`, *optional*): Ids of a smaller scale, which the decoder knows already.
+
+        Raises:
+            ValueError: If an id is out of range.
         """
+        if not 0 <= ids.min() <= ids.max() < len(self.order):
+            raise ValueError(f"ids must be in [0, {len(self.order)}), got [{ids.min()}, {ids.max()}].")
         encoder = constriction.stream.queue.RangeEncoder()
 
         def step(probabilities: np.ndarray, symbols: np.ndarray) -> np.ndarray:

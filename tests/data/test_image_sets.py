@@ -86,10 +86,16 @@ def test_a_folder_at_a_url_has_the_images_of_the_local_one(tmp_path):
 
 
 def test_zip_files_hold_images(tmp_path):
-    save(numbered(0), tmp_path / "photos" / "0.png")
-    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "photos")
-    assert svqvae("tokenize", tmp_path / "*.zip", tmp_path / "tokens") == 0
-    assert keys(open_images([f"{tmp_path}/packed.zip"])) == ["0.png"]
+    save(numbered(0), tmp_path / "photos" / "cat" / "0.png")
+    shutil.make_archive(str(tmp_path / "dog" / "packed"), "zip", tmp_path / "photos")
+    assert svqvae("tokenize", tmp_path / "dog" / "*.zip", tmp_path / "tokens") == 0
+    for scheme in ("", "file://"):  # without a label, which would be the folder of the archive
+        assert [row.values for row in open_images([f"{scheme}{tmp_path}/dog/packed.zip"])] == [{}]
+    packed = bytearray((tmp_path / "dog" / "packed.zip").read_bytes())
+    packed[packed.index(b"0.png") + 20] ^= 255
+    (tmp_path / "dog" / "packed.zip").write_bytes(packed)
+    with pytest.raises(ValueError, match="its archive is damaged"):
+        read_image(next(iter(open_images([f"{tmp_path}/dog/packed.zip"]))))
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
@@ -158,6 +164,9 @@ def test_metadata_of_splits(tmp_path):
     for folders in ([tmp_path], [tmp_path, tmp_path / "train"]):
         with pytest.raises(ValueError, match="has the splits test, train. Choose one"):
             open_images([*map(str, folders)])
+    for names in ([f"{tmp_path}/train", f"{tmp_path}/test"], [f"file://{tmp_path}"]):
+        with pytest.raises(ValueError, match="has a metadata file, which is read only of one folder of this machine"):
+            open_images(names)
     rows.to_json(tmp_path / "metadata.jsonl")
     with pytest.raises(ValueError, match="must lie in the folders of its splits, not above them"):
         open_images([str(tmp_path)], split="test")
@@ -199,6 +208,7 @@ def test_the_rest_of_a_broken_file_is_one_unreadable_row(sets, tmp_path):
         ("a.parquet", {}, "--image-column must be one of the columns of images"),
         ("a.parquet", {"columns": ["size"]}, "columns must be among number, text, got size"),
         ("two.parquet", {}, "--image-column must be one of left, right"),
+        ("words", {}, "`datasets` would leave out `.*words/b.parquet` by its name. Rename it, or"),
         ("bad.parquet", {}, "bad.parquet` cannot be opened: Parquet magic bytes"),
         ("bad.tar", {}, "tar files must hold images, but `.*bad.tar` has none: .*"),
         ("nope://bucket/photos", {}, "Protocol not known: nope"),
@@ -215,7 +225,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, data, options, message, co
         (tmp_path / name).write_text("no shard" * 200)
     datasets.Dataset.from_dict({"number": [1], "text": ["a"]}).to_parquet(tmp_path / "a.parquet")
     datasets.Dataset.from_dict({"left": [b""], "right": [b""]}).to_parquet(tmp_path / "two.parquet")
-    (tmp_path / "both" / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+    (tmp_path / "words").mkdir()
+    for name in ("both/a.parquet", "words/a-dev-1.parquet", "words/b.parquet"):
+        (tmp_path / name).write_bytes((tmp_path / "a.parquet").read_bytes())
     with pytest.raises((ValueError, OSError), match=message) as raised:
         open_images([data], copy=copy, **options)
     assert "\n" not in str(raised.value)

@@ -61,9 +61,10 @@ def test_one_of_several_images_is_chosen_by_its_suffix(tmp_path):
     assert [row.key for row in open_images([str(tmp_path)], image_column="left.png")] == ["0.left.png"]
     with pytest.raises(ValueError, match=r"--image-column must be one of left.png, jpg, got `right`"):
         open_images([str(tmp_path)], image_column="right")
-    write_tar(tmp_path / "a.tar", [*members, ("0.png", encode(numbered(3)))])
-    with pytest.raises(ValueError, match="the samples have several images: jpg, png. Choose one with --image-column"):
-        open_images([str(tmp_path)])
+    for more, names in (("0.png", "jpg, png"), ("0.jpg", r"jpg, jpg\*")):
+        write_tar(tmp_path / "a.tar", [*members, (more, encode(numbered(3)))])
+        with pytest.raises(ValueError, match=f"the samples have several images: {names}. Choose one with"):
+            open_images([str(tmp_path)])
 
 
 def test_samples_that_cannot_be_read_are_named_with_the_reason(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def test_an_image_that_cannot_be_fetched_ends_the_run(monkeypatch, settings):
 
     monkeypatch.setattr(crops, "read_image", fail)
     row = ImageRow("a.png", {"path": "hf://datasets/org/set@main/a.png", "bytes": None}, {})
-    with pytest.raises(OSError, match="`a.png` could not be fetched: no route to host. Run the same command again"):
+    with pytest.raises(OSError, match="`a.png` could not be fetched: no route to host. Run the same command to"):
         encode(make_tiny(), settings, read_crops([row], "whole", None, 0))
 
 

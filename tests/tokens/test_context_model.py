@@ -156,6 +156,11 @@ def test_a_missing_or_damaged_file_is_an_error(tmp_path):
             ContextModel.from_pretrained(tmp_path)
 
 
+def test_ids_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="ids must be in "):
+        make_context_model("a" * 64).compress(np.full((2, 2), 99_999))
+
+
 def test_only_a_context_model_of_the_same_codebook_is_found(tmp_path, monkeypatch):
     context_model = make_context_model("a" * 64)
     assert find_context_model(tmp_path, "a" * 64) is None
