@@ -24,7 +24,7 @@ WRONG = {  # words on the command line, and a part of the message
         (PIPELINE, "the following arguments are required: --token_set"),
     ],
     "training/train_language_model.py": [
-        ("--output_dir out --token_set two_images", "Exactly one of `--model_name_or_path`,"),
+        ("--output_dir out --token_set two_images", "Pass one of `--model_name_or_path`,"),
         ("--output_dir out --model_name_or_path empty --token_set two_images", "`--max_steps` must be at least 1"),
     ],
     "training/bundled/prepare_photos.py": [

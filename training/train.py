@@ -180,7 +180,8 @@ class Codes:
     ):
         self.options, self.accelerator, self.images, self.weights = options, accelerator, images, weights
         self.vqvae = vqvae
-        self.average = CodebookAverage(vqvae.quantize, options.codebook_decay).to(accelerator.device)
+        decay = options.codebook_decay ** (1 / options.gradient_accumulation_steps)  # per batch
+        self.average = CodebookAverage(vqvae.quantize, decay).to(accelerator.device)
         self.dead = DeadCodeReset(vqvae.quantize.size).to(accelerator.device)
 
     def set_by_kmeans(self, step: int) -> None:

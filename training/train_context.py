@@ -10,6 +10,7 @@ share their constants, and a test holds them equal.
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -212,6 +213,8 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=64, help="width of the layer before the members of a group")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not Path(options.model).is_dir():
+        raise ValueError(f"MODEL must be a folder, which the context model is saved in, got `{options.model}`.")
     if min(options.max_steps, options.hidden, options.features) < 1:
         raise ValueError("`--max_steps`, `--hidden` and `--features` must be at least 1.")
     model = SVQVAE.from_pretrained(options.model)

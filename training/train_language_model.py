@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from svqvae_hf.hub.repositories import from_hub, public_name
 from svqvae_hf.models.image_vocabulary import CONFIG_KEY, ImageVocabulary
 from svqvae_hf.pipelines.captions import encode_captions
 from svqvae_hf.pipelines.text_encoders import load_text_encoder
-from svqvae_hf.trainer.checkpoints import RUN_STATE, check_files, find_checkpoint
+from svqvae_hf.trainer.checkpoints import NAME, RUN_STATE, check_files, find_checkpoint
 from svqvae_hf.trainer.configs import check_keys
 from svqvae_hf.trainer.data.token_sequences import TokenSource
 from svqvae_hf.trainer.examples import ChatExamples, LlamaGenExamples, Mix, check_rows, collate_sequences, read_texts
@@ -83,10 +84,7 @@ class LanguageModelOptions:
         yield from wrong(self, FRACTION, *FRACTIONS)
         sources = self.model_name_or_path, self.pipeline_name_or_path, self.model_config_name_or_path
         if sum(source is not None for source in sources) != 1:
-            yield (
-                "Exactly one of `--model_name_or_path`, `--pipeline_name_or_path` and `--model_config_name_or_path` "
-                "must be given."
-            )
+            yield "Pass one of `--model_name_or_path`, `--pipeline_name_or_path` and `--model_config_name_or_path`."
         is_new = self.model_config_name_or_path is not None
         if is_new and (self.vqvae_name_or_path is None or self.lora_rank):
             yield "A new LlamaGen needs `--vqvae_name_or_path`, and `--lora_rank` must be left out."
@@ -134,9 +132,11 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
         raise ValueError(f"`--max_steps` must be at least 1, but is {arguments.max_steps}.")
     output_dir, described = Path(arguments.output_dir), public_values(asdict(options) | arguments.to_dict())
     refuse_finished(output_dir, described)
-    for folder in output_dir.glob("checkpoint-*[0-9]"):  # this script or another writes one of these files last
-        if not any((folder / name).exists() for name in ("trainer_state.json", RUN_STATE)):
-            shutil.rmtree(folder, ignore_errors=True)  # of a killed run, by each process
+    for folder in output_dir.glob("checkpoint-*"):
+        with suppress(OSError):  # another process was first
+            files = {path.name for path in folder.iterdir()}
+            if NAME.fullmatch(folder.name) and not files & {"trainer_state.json", RUN_STATE}:  # written last
+                folder.rename(f"{folder}.partial")
     checkpoint = find_checkpoint(output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
     if checkpoint is not None:
         check_files(checkpoint)

@@ -43,9 +43,7 @@ class DiffusionOptions(PipelineOptions, ImageOptions):
 
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     num_inference_steps: int = option(50, "Denoising steps of the images of a validation.")
-    validation_data_dir: str | None = option(
-        None, "Folder of held-out images, whose loss is logged at each validation."
-    )
+    validation_data_dir: str | None = option(None, "Folder of held-out images, whose loss is logged.")
 
     def faults(self) -> Iterator[str]:
         """Yields what is wrong with the options of denoisers as well."""
@@ -102,9 +100,7 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
 
     def validate(steps_done: int) -> None:
         if held_out is not None:
-            batches = -(
-                -held_out.images.max_parts // (options.per_device_train_batch_size * accelerator.num_processes)
-            )
+            batches = -(-held_out.images.max_parts // options.per_device_train_batch_size // accelerator.num_processes)
             with weights.evaluating():  # the same crops, noise and timesteps at each validation
                 losses = [
                     predict(batch, batch_generator(number), 0.0, range(len(batch.labels)), len(batch.labels))[0]
@@ -149,7 +145,8 @@ def train(options: DiffusionOptions, accelerator: Accelerator) -> None:
 @torch.no_grad()
 def set_scaling_factor(vqvae: SVQVAE, images: ImageSource) -> None:
     """Sets the factor with which latents of the training images have the standard deviation of the noise, 1."""
-    crops = images.fresh_crops([images.options.resolution], MEASURED_BATCHES)
+    batches = MEASURED_BATCHES * images.options.gradient_accumulation_steps  # as many crops for any processes
+    crops = images.fresh_crops([images.options.resolution], batches)
     latents = torch.cat([vqvae.encode(sample).latents for sample in crops])
     deviation = images.accelerator.reduce(latents.std(), "mean").item()
     if not deviation > 0:

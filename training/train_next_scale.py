@@ -179,9 +179,7 @@ def load_tokenizer(options: NextScaleOptions) -> PreTrainedTokenizerBase | None:
         return None
     tokenizer = from_hub(AutoTokenizer.from_pretrained, options.tokenizer_name_or_path)
     if tokenizer.pad_token is None:
-        raise ValueError(
-            "`--tokenizer_name_or_path` must have a token for padding, but has none. Set its `pad_token` and save it."
-        )
+        raise ValueError("`--tokenizer_name_or_path` must have a padding token, but has none. Set its `pad_token`.")
     return tokenizer
 
 

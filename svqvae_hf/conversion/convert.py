@@ -147,9 +147,7 @@ def _latents_side(vqvae: SVQVAE, image_size: int) -> int:
         ValueError: The side is not a positive multiple of f.
     """
     if image_size < 1 or image_size % vqvae.f:
-        raise ValueError(
-            f"`image_size` must be a positive multiple of f = {vqvae.f} of the tokenizer, got {image_size}."
-        )
+        raise ValueError(f"`image_size` must be a positive multiple of f = {vqvae.f}, got {image_size}.")
     return image_size // vqvae.f
 
 

@@ -13,7 +13,7 @@ from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.models.checks import check_depth
 
 LLAMAGEN = CheckpointFormat(
-    name="llamagen-transformer", title="LlamaGen's language model", container=None, level_prefix="layers."
+    "llamagen-transformer", "LlamaGen's language model", container=None, level_prefix="layers."
 )
 EMBEDDING = "tok_embeddings.weight"  # every such checkpoint has it
 EMBEDDED = "model.embed_tokens.weight"  # with the rows of classes, which lie apart in the file

@@ -13,9 +13,7 @@ from svqvae_hf.loaders.checkpoint_files import Checkpoint, load_checkpoint_file,
 from svqvae_hf.loaders.checkpoint_formats import CheckpointFormat, count_numbers
 from svqvae_hf.models.checks import check_depth
 
-FLEXVAR = CheckpointFormat(
-    name="flexvar-transformer", title="FlexVAR's transformer", container=None, level_prefix="blocks."
-)
+FLEXVAR = CheckpointFormat("flexvar-transformer", "FlexVAR's transformer", container=None, level_prefix="blocks.")
 BUFFERS = re.compile(r"attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias")  # constants that FlexVAR saves
 
 CLASSES = "class_emb.weight"  # a row for each class, and one for no class

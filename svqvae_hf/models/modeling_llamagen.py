@@ -311,9 +311,7 @@ class LlamaGenForCausalLM(LlamaForCausalLM):
         """
         if self.config.caption_dim is None:
             if prompt_embeds is not None or prompt_attention_mask is not None:
-                raise ValueError(
-                    "`prompt_embeds` and `prompt_attention_mask` are for models with captions. This one has classes."
-                )
+                raise ValueError("`prompt_embeds` and `prompt_attention_mask` are for models with captions.")
         elif prompt_embeds is not None:
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("`prompt_embeds` need `input_ids`, and no `inputs_embeds`. Pass the tokens.")

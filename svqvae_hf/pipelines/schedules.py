@@ -25,9 +25,7 @@ def make_schedule(size: Size, steps: int) -> list[Size]:
     """
     longest = max(size)
     if not 1 <= steps <= longest:
-        raise ValueError(
-            f"`num_inference_steps` must be in [1, {longest}] for an image of {describe([size])} ids, got {steps}."
-        )
+        raise ValueError(f"`num_inference_steps` must be in [1, {longest}] for {describe([size])} ids, got {steps}.")
     low, high = 1.0, float(longest)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -82,9 +82,7 @@ class Checkpoints:
                 if due or interrupted:
                     self.save(steps_done)
                 if interrupted:
-                    logger.info(
-                        f"Stopped by a signal at step {steps_done}. Resume with --resume_from_checkpoint latest."
-                    )
+                    logger.info(f"Stopped by a signal at step {steps_done}. Resume: --resume_from_checkpoint latest.")
                     sys.exit(interruption.exit_code)
 
     def save(self, steps_done: int) -> None:
@@ -118,18 +116,14 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None, steps: int) -> P
         paths = Path(wanted), Path(output_dir, wanted)
         found = next((path for path in paths if path.is_dir() and NAME.fullmatch(path.name)), None)
         if found is None:
-            raise ValueError(
-                f"`--resume_from_checkpoint` must be a folder, one in `--output_dir`, or 'latest', got {wanted!r}."
-            )
+            raise ValueError(f"`--resume_from_checkpoint` must be a folder, its name, or 'latest', got {wanted!r}.")
     if found is not None and newest is not None and checkpoint_step(found) < checkpoint_step(newest):
         raise ValueError(  # `latest` and the limit are by step
             f"A run resumed from {found.name} needs an `--output_dir` without newer checkpoints, but `{output_dir}` "
             f"has {newest.name}. Move the newer ones away, or choose another folder and name `{found}`."
         )
     if found is not None and checkpoint_step(found) > steps:
-        raise ValueError(
-            f"`--max_steps` must be at least {checkpoint_step(found)}, the steps of `{found}`, but is {steps}."
-        )
+        raise ValueError(f"`--max_steps` must be at least {checkpoint_step(found)}, as in `{found}`, got {steps}.")
     return found
 
 
@@ -169,9 +163,7 @@ def save_checkpoint(
         write_checksums(partial)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"`{path}` cannot be written: {' '.join(str(error).split())}. Older ones are complete."
-        ) from error
+        raise OSError(f"`{path}` cannot be written: {' '.join(str(error).split())}. Older are complete.") from error
     if accelerator.is_main_process:
         os.replace(partial, path)
         if total_limit is not None:

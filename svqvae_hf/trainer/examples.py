@@ -76,7 +76,8 @@ class LlamaGenExamples(Dataset):
 def check_rows(checkpoint: Path, digest: str) -> None:
     """Raises ValueError unless a checkpoint of transformers' `Trainer` was written with the rows of this digest."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    if (saved := state["stateful_callbacks"]["CheckpointOnSignal"]["attributes"]["digest"]) != digest:
+    callback = state["stateful_callbacks"].get("CheckpointOnSignal", {})
+    if (saved := callback.get("attributes", {}).get("digest")) != digest:
         raise ValueError(
             f"The {DIGEST} must be {saved} as when the checkpoint was written, but is {digest}. Restore it, or start "
             "a new run in another `--output_dir`."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from svqvae_hf.hub.repositories import public_name
@@ -66,11 +67,12 @@ def _check_fit(options: TrainOptions, vqvae: SVQVAE) -> None:
     for side in (options.resolution, *options.crop_sizes):
         if side % vqvae.f:
             raise ValueError(f"Crop sides must be multiples of f = {vqvae.f}, but one is {side}.")
-    num_latents = options.kmeans_batches * options.per_device_train_batch_size * (options.resolution // vqvae.f) ** 2
+    num_crops = options.kmeans_batches * options.per_device_train_batch_size * PartialState().num_processes
+    num_latents = num_crops * (options.resolution // vqvae.f) ** 2
     if options.kmeans_steps and num_latents < vqvae.config["codebook_size"]:
         raise ValueError(
             f"k-means needs at least as many latents as codes, {vqvae.config['codebook_size']}, but "
-            f"`--kmeans_batches` = {options.kmeans_batches} gives {num_latents} in each process. Raise it."
+            f"`--kmeans_batches` = {options.kmeans_batches} gives {num_latents}. Raise it."
         )
 
 

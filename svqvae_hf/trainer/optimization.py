@@ -85,10 +85,7 @@ def resume_schedule(lr_scheduler: LambdaLR, steps_done: int, groups: Sequence[Ma
 
 def hyperparameters(lr_scheduler: LambdaLR) -> list[dict[str, Any]]:
     """Hyperparameters of each group of the optimizer of a schedule."""
-    return [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in lr_scheduler.optimizer.param_groups
-    ]
+    return [{key: group[key] for key in group.keys() - {"params"}} for group in lr_scheduler.optimizer.param_groups]
 
 
 def clip_and_step(

@@ -17,7 +17,7 @@ from svqvae_hf.hub.repositories import REPO_ID, check_repo_id, public_name
 from svqvae_hf.trainer.scripts import script_name
 
 OPTIMIZERS = ("adamw", "soap")
-SCHEDULES = ("cosine", "cosine_with_restarts", "linear", "polynomial", "constant", "constant_with_warmup")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 POSITIVE, NOT_NEGATIVE, FRACTION = "be more than 0", "not be negative", "lie in [0, 1]"
 RULES: dict[str, Callable[[Any], bool]] = {
@@ -71,7 +71,9 @@ class RunOptions:
     optimizer: str = option("adamw", "SOAP takes longer per step than AdamW, but learns more in it.", OPTIMIZERS)
     learning_rate: float = option(1e-4, "Peak learning rate.")
     lr_scheduler_type: str = option("cosine", "Learning rate schedule of diffusers.", SCHEDULES)
-    warmup_steps: int | None = option(None, "Steps of warm-up; by default a tenth of the run, and at most 500.")
+    warmup_steps: int | None = option(
+        None, "Steps of warm-up, except for `constant`; by default a tenth, at most 500."
+    )
     adam_beta1: float = option(0.9, "Decay of the optimizer's mean of gradients.")
     adam_beta2: float = option(0.95, "Decay of the optimizer's mean of squared gradients.")
     weight_decay: float = option(0.05, "Weight decay, only on weights of convolutions and matrices.")
@@ -274,7 +276,7 @@ def _or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def public_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they may be published, by name: without directories of this machine."""
+    """Options as they may be published, by name: without directories of this machine. Equal names count as equal."""
 
     def public(value: Any) -> Any:
         if isinstance(value, list):

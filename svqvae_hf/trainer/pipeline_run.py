@@ -68,9 +68,7 @@ def open_token_sets(options: Any, vqvae: SVQVAE, class_names: Any = None) -> tup
             f"{kinds[0]}, but has {kinds[1]}. Tokenize both alike."
         )
     if shared := source.shared_key(held_out):
-        raise ValueError(
-            f"`--validation_token_set` must hold images that are not trained on, but `{shared}` is in both sets."
-        )
+        raise ValueError(f"`--validation_token_set` must hold other images, but `{shared}` is in both sets.")
     return source, held_out
 
 

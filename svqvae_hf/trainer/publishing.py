@@ -72,11 +72,11 @@ class Result:
             save_pretrained(Path(folder))
             saved = move_files(Path(folder), self.output_dir)
         write_file(self.output_dir / "README.md", card.encode())
-        write_finished(self.output_dir, self.described)
         logger.info(f"Saved to {self.output_dir}")
         if self.push_to_hub:
             files = [*saved, "README.md", "samples/*.png", OPTIONS]
             push_folder(self.output_dir, self.name, "Upload the trained model", files=files)
+        write_finished(self.output_dir, self.described)
 
 
 def find_sources(options: Any) -> Origin:

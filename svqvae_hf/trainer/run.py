@@ -43,9 +43,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
             "DDP, as in training/configs/ddp.yaml."
         )
     if options.report_to is not None and not accelerator.log_with:
-        raise ValueError(
-            f"`--report_to {options.report_to}` needs that tracker's package. Install it, or choose another tracker."
-        )
+        raise ValueError(f"`--report_to {options.report_to}` needs its package. Install it, or choose another.")
     return accelerator
 
 

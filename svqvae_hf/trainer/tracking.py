@@ -46,7 +46,7 @@ class ScaleStatistics:
         keys = [2.0 ** round(math.log2(scale)) if self.by_octave else scale for scale in scales]
         for key, pair in zip(keys, pairs, strict=True):
             with torch.no_grad():
-                self._psnr[key].append(psnr(pair.output, pair.target, data_range=1.0))
+                self._psnr[key].append(psnr(pair.output, pair.target, data_range=1.0).clamp(max=100))  # not infinite
         for key, scale_ids in zip(keys, ids, strict=False):
             counts = count_codes(scale_ids, self.codebook_size)
             self._counts[key] = self._counts[key] + counts if key in self._counts else counts

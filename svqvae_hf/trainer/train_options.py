@@ -18,9 +18,7 @@ class TrainOptions(ImageOptions):
 
     # Model
     model_config_name_or_path: str | None = option(None, "Config of a new model: a config.json, its folder or Hub id.")
-    start: str = option(
-        "random", "Weights of a new model; a linear autoencoder learns far faster.", ("random", "linear")
-    )
+    start: str = option("random", "Weights of a new model; a linear start learns far faster.", ("random", "linear"))
     pretrained_model_name_or_path: str | None = option(None, "Model to start from instead: folder or Hub id.")
     train: str = option("all", "Train everything, or only the decoder, which keeps all ids.", ("all", "decoder"))
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
@@ -34,15 +32,13 @@ class TrainOptions(ImageOptions):
     scale_probabilities: list[float] = option([], "Probability of each of --scales; a step then trains only one.")
     num_scales: int = option(3, "Scales of a step: the full one and random smaller ones.")
     token_budget: float | None = option(
-        None, "Maximum tokens of all scales, relative to the full scale; none by default."
+        None, "Most tokens of all scales, relative to the full scale; none by default."
     )
     causal_weight: float = option(0.0, "Weight of the loss of latents that earlier ones do not predict.")
     lpips_weight: float = option(0.0, "Weight of LPIPS.")
     lpips_net: str = option("vgg", "Network of LPIPS.", ("vgg", "alex", "squeeze"))
     lpips_weights: str | None = option(None, "File of torchvision's weights of that network; downloaded by default.")
-    adversarial_weight: float = option(
-        0.0, "Weight of the discriminator's loss, relative to the others' gradient (VQGAN)."
-    )
+    adversarial_weight: float = option(0.0, "Weight of the discriminator's loss, relative to the others' gradient.")
     adversarial_start: int = option(20_000, "First step of this loss and of the discriminator.")
 
     # Codebook

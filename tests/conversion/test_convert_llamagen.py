@@ -93,7 +93,7 @@ def test_a_model_of_captions_holds_its_text_encoder(parts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": 18}, "must be a positive multiple of f = 4 of the tokenizer, got 18"),
+        ({"image_size": 18}, "must be a positive multiple of f = 4, got 18"),
         ({"text_encoder": "t5"}, "has classes instead of captions"),
         ({"source": CAPTIONS}, "does not name the encoder of its captions. Pass `text_encoder`"),
         ({"source": GOLDEN / "llamagen_tiny.pt"}, "must be a checkpoint of a language model of LlamaGen"),

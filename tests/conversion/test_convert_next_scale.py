@@ -56,7 +56,7 @@ def test_conversion_is_a_whole_repository(tokenizer, tmp_path):
     ("arguments", "message"),
     [
         ({"tokenizer": GOLDEN.parent / "flexvar_tiny.pth"}, r"have the codebook of `vqvae`, .*, but has 160 x 32"),
-        ({"image_size": 18}, "`image_size` must be a positive multiple of f = 4 of the tokenizer, got 18"),
+        ({"image_size": 18}, "`image_size` must be a positive multiple of f = 4, got 18"),
         ({"source": GOLDEN.parent / "flexvar_tiny.pth"}, "must be a checkpoint of FlexVAR's transformer"),
     ],
 )

@@ -119,13 +119,11 @@ def test_an_image_by_its_url_is_read_as_from_a_file(tmp_path):
 def test_an_image_in_which_a_sequence_ends_is_left_out_of_a_batch():
     _, processor = load_extended()
     begun = processor(text="a" + processor.begin_image((2, 2)))["input_ids"][0]
-    whole = processor(text="a <|image|> b", images=noise())["input_ids"][0]
-    (expected,) = processor.post_process_multimodal_output([whole], generation_mode="mixed")
+    full = processor(text="a <|image|> b", images=noise())["input_ids"][0]
+    (expected,) = processor.post_process_multimodal_output([full], generation_mode="mixed")
     for cut in (begun, [*begun, processor.vocabulary.first_token], begun[:-1]):
         with pytest.warns(UserWarning, match="sequence 1 ends inside an image.*with more `max_new_tokens`"):
-            first, second, third = processor.post_process_multimodal_output(
-                [whole, cut, whole], generation_mode="mixed"
-            )
+            first, second, third = processor.post_process_multimodal_output([full, cut, full], generation_mode="mixed")
         assert [type(part) for part in first] == [type(part) for part in third] == [type(part) for part in expected]
         assert second == ["a"]
 

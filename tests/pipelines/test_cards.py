@@ -51,9 +51,8 @@ def test_files_of_each_way_to_save(make, folder, tmp_path):
     assert half.stat().st_size < plain.stat().st_size
 
     saved.save_pretrained(tmp_path / "pickles", safe_serialization=False)
-    assert [file.suffix for file in (tmp_path / "pickles" / folder.relative_to(tmp_path)).glob("diffusion*")] == [
-        ".bin"
-    ]
+    pickles = tmp_path / "pickles" / folder.relative_to(tmp_path)
+    assert [file.suffix for file in pickles.glob("diffusion*")] == [".bin"]
     saved.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").rglob("diffusion*-of-*.safetensors"))) > 1
 

@@ -182,9 +182,8 @@ def test_resumed_stream_continues_exactly(sets, kind, workers):
     batches, states = [], []
     for batch in loader:
         batches.append(batch)
-        states.append(
-            json.loads(json.dumps(loader.state_dict())) | {"places": [None, loader.state_dict()["places"][0]]}
-        )
+        state = json.loads(json.dumps(loader.state_dict()))
+        states.append(state | {"places": [None, loader.state_dict()["places"][0]]})
     assert any(batch.skipped for batch in batches)
     assert states[-1]["places"][1][0][0] > 0, "the readers must have come to another epoch"
     for done in range(1, 13, 5 if workers else 1):

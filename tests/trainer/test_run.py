@@ -198,7 +198,7 @@ def files(folder):
     [
         ({"resume_from_checkpoint": None}, "needs an `--output_dir` without checkpoints"),
         ({"use_ema": True}, "`--use_ema` must be False, as in the run that wrote the checkpoint"),
-        ({"max_steps": 1}, "`--max_steps` must be at least 2, the steps of .*checkpoint-2`, but is 1"),
+        ({"max_steps": 1}, "`--max_steps` must be at least 2, as in .*checkpoint-2`, got 1"),
     ],
 )
 def test_refused_resume_leaves_the_folder_as_it_was(options, change, message):

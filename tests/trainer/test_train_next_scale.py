@@ -79,9 +79,7 @@ def options(parts, tmp_path):
 @pytest.mark.slow
 def test_images_of_captions_learned_by_heart_come_back(options, parts, tmp_path):
     words = [f"photo{index}" for index in range(IMAGES)]
-    rows = datasets.load_dataset(str(parts / "latents"), split="train").add_column(
-        "caption", [[word] for word in words]
-    )
+    rows = datasets.load_dataset(f"{parts}/latents", split="train").add_column("caption", [[word] for word in words])
     shutil.copytree(parts / "latents", tmp_path / "captioned")
     (file,) = (tmp_path / "captioned" / "data").rglob("*.parquet")
     rows.to_parquet(file)
@@ -116,9 +114,7 @@ def test_images_learned_by_heart_come_back_at_each_scale(options, parts):
     assert pipeline.config["scale_from"] == "image"
     assert pipeline.trained_schedule == make_schedule((SIDE, SIDE), 4)
     assert pipeline.config["class_names"] == [f"class{index}" for index in range(IMAGES)]
-    photos = [
-        Image.open(parts / "photos" / f"class{index}" / "photo.png").resize((CROP, CROP)) for index in range(IMAGES)
-    ]
+    photos = [Image.open(parts / f"photos/class{index}/photo.png").resize((CROP, CROP)) for index in range(IMAGES)]
     labels, known, found = list(range(IMAGES)), [], []
     for grids, editing in ((known, {"image": photos, "mask_image": Image.new("L", (CROP, CROP))}), (found, {})):
         editing["callback_on_step_end"] = lambda *step, grids=grids: grids.append(step[-1]["ids"])

@@ -14,9 +14,7 @@ from svqvae_hf.trainer.options import RunOptions
 DIGEST = "digest of the set"
 ORDER = 2  # first word of the seeds of random orders; crop_batches.py and crop_stream.py use others
 
-SAMPLES_PER_STEP = (
-    "product of `--per_device_train_batch_size`, `--gradient_accumulation_steps` and the number of processes"
-)
+SAMPLES_PER_STEP = "product of `--per_device_train_batch_size`, `--gradient_accumulation_steps` and process count"
 
 
 @lru_cache(maxsize=2)
