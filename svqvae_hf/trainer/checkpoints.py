@@ -163,7 +163,7 @@ def save_checkpoint(
         write_checksums(partial)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"`{path}` cannot be written: {' '.join(str(error).split())}. Older are complete.") from error
+        raise OSError(f"`{path}` cannot be written: {' '.join(str(error).split())}. Older ones are intact.") from error
     if accelerator.is_main_process:
         os.replace(partial, path)
         if total_limit is not None:

@@ -125,7 +125,7 @@ def test_a_copy_in_another_process_cuts_the_same(sets, kind):
         ({"seed": 1}, "The seed must be 0 as when the checkpoint was written, but is 1. Restore it, or"),
         ({"images": "small"}, "The number of images must be 24 as when .*, but is 1"),
         ({"images": "others"}, "The digest of the set must be .* as when .*, but is"),
-        ({"share": (2, 1, 0, 2)}, "The product of .* number of processes must be 2 as when .*, but is 4. Restore"),
+        ({"share": (2, 1, 0, 2)}, "The product of .* process count must be 2 as when .*, but is 4. Restore"),
     ],
 )
 def test_states_of_another_order_are_refused(sets, tmp_path, other, message):

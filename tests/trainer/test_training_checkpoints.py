@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_no_part_of_a_checkpoint(disk, accelerator, too_large
     if too_large == "weights":
         accelerator.prepare(torch.nn.Linear(300, 300))
     run_state = {"values": torch.zeros(1 if too_large == "weights" else 100_000)}
-    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: .+ Older ones are complete"):
+    with pytest.raises(OSError, match=r"/checkpoint-2` cannot be written: .+ Older ones are intact"):
         save_checkpoint(accelerator, disk, 2, run_state, total_limit=1)
     assert [path.name for path in disk.iterdir()] == ["checkpoint-1"]
 
