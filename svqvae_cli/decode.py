@@ -82,12 +82,18 @@ def _decode_files(args: argparse.Namespace) -> None:
     from svqvae_hf.tokens.image_tokens import choose_tiles, decode_image
     from svqvae_hf.tokens.token_files import ImageTokens, is_compressed, load_compressed, load_tokens
 
+    def tiles_of(*stored: int | None) -> tuple[int, int] | None:
+        own = zip((args.tile_size, args.overlap), stored, strict=True)
+        return model.tiles_of_call(*(old if new is None else new for new, old in own))
+
     def read(path: Path) -> ImageTokens:
         if not is_compressed(path):
             return load_tokens(path)
         record = load_compressed(path).record
-        if not args.large:
-            choose_tiles(model, record["height"], record["width"], record["scales"])  # before its ids take memory
+        tiles = tiles_of(record["tile_size"], record["overlap"]) or ()
+        with prefix_errors(path):
+            if not args.large:
+                choose_tiles(model, record["height"], record["width"], record["scales"], *tiles)  # before ids are read
         return load_tokens(path, require_context_model(model, args.model))
 
     with Run(args, {file: _targets(file, args) for file in inputs}, "images") as work:
@@ -97,9 +103,7 @@ def _decode_files(args: argparse.Namespace) -> None:
         for file, tokens in work.read(read):
             with work.attempt(file, ValueError), prefix_errors(file.path):
                 check_same_codebook(model, tokens)
-                tile_size = tokens.tile_size if args.tile_size is None else args.tile_size
-                overlap = tokens.overlap if args.overlap is None else args.overlap
-                asked = model.tiles_of_call(tile_size, overlap)
+                asked = tiles_of(tokens.tile_size, tokens.overlap)
                 if args.large:
                     from svqvae_hf.large.large_images import decode_large
 

@@ -156,9 +156,7 @@ def check_tiles(source: str | None, tile_size: int | None) -> None:
     if tile_size is not None and config.is_file():
         f = 2 ** (len(json.loads(config.read_text()).get("encoder_ch_mult", [])) - 1)
         if tile_size < 1 or tile_size % f:
-            raise ValueError(
-                f"--tile-size must be a multiple of f = {f}, got {tile_size}. Try {max(f, tile_size // f * f)}."
-            )
+            raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {tile_size // f * f or f}.")
 
 
 def check_new_folder(out: str | os.PathLike) -> None:

@@ -136,7 +136,8 @@ def main(options: LanguageModelOptions, arguments: TrainingArguments) -> None:
         with suppress(OSError):  # another process was first
             files = {path.name for path in folder.iterdir()}
             if NAME.fullmatch(folder.name) and not files & {"trainer_state.json", RUN_STATE}:  # written last
-                folder.rename(f"{folder}.partial")
+                shutil.rmtree(aside := output_dir / f"partial-{folder.name}", ignore_errors=True)
+                folder.rename(aside)
     checkpoint = find_checkpoint(output_dir, arguments.resume_from_checkpoint, arguments.max_steps)
     if checkpoint is not None:
         check_files(checkpoint)

@@ -161,7 +161,7 @@ def open_held_out(options: DiffusionOptions, images: ImageSource) -> ImageSource
     centres = replace(options, center_crop=True, random_flip=False, resize_range=[1.0, 1.0], streaming=False)
     centres.train_data_dir, centres.dataset_name = options.validation_data_dir, None
     centres.dataset_config_name, centres.data_files, centres.mix_data_dir = None, [], None
-    centres.image_column, centres.split = None, "train"
+    centres.split = "train"
     held_out = ImageSource(centres, images.accelerator, PIXEL_RANGE, options.label_column)
     for trained in (images.images, images.mixed):
         check_held_out(held_out.images, trained)

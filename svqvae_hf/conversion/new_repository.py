@@ -96,9 +96,7 @@ def save_and_check(converted: ModelMixin | DiffusionPipeline, folder: Path, vari
             model.to(torch.bfloat16 if name == "text_encoder" else VARIANTS[variant])
             overflowed = sorted(key for key, tensor in model.state_dict().items() if not tensor.isfinite().all())
             if overflowed:
-                raise ValueError(
-                    f"Weights must lie in the range of {variant}, but {', '.join(overflowed)} do not. Choose bf16."
-                )
+                raise ValueError(f"Weights must fit {variant}, but {', '.join(overflowed)} do not. Choose bf16.")
         half.save_pretrained(folder, variant=variant)
     dtypes = {name: model.dtype for name, model in _models(converted).items()}
     state = _state(converted)

@@ -197,10 +197,13 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
     files, folder = [*stamps], found[0][0] if len(found) == 1 else None
     kind, is_remote = _kind_of_all(files), "://" in files[0]
     if folder is not None and not is_remote:
-        if kind != "image":
-            return _open_builder(folder, selection, found=files)
+        if kind not in ("image", "imagefolder"):
+            readme = Path(folder, "README.md")  # whose configurations may leave files out
+            described = readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")
+            return _open_builder(folder, selection, found=() if described else files)
         metadata = [name for name in walk_files(folder) if os.path.basename(name) in METADATA_FILES]
-        if metadata:  # with patterns, because `datasets` would take a word in the name of an image for a split
+        if metadata and kind == "image":
+            # With patterns, because `datasets` would take a word in the name of an image for a split
             split, _ = _files_of_split(folder, _keys(folder, files), selection.split)
             if split and {*metadata} & {*METADATA_FILES}:
                 raise ValueError(f"metadata of `{folder}` must lie in the folders of its splits, not above them.")
@@ -209,7 +212,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
         for each, inside in found:
             if each is not None:
                 _files_of_split(each, _keys(each, inside), None)  # raises if the folder has several splits
-                _refuse_metadata(each, () if is_remote else walk_files(each))
+                _refuse_metadata(each, () if is_remote or kind != "image" else walk_files(each))
         scheme = f"{files[0].partition('://')[0]}://" if is_remote else ""
         root = os.path.commonpath([os.path.dirname(file.removeprefix(scheme)) for file in files])
         folder, keys = f"{scheme}{root}", [os.path.relpath(file.removeprefix(scheme), root) for file in files]
@@ -233,10 +236,8 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
 
 def _refuse_metadata(folder: str, files: Iterable[str]) -> None:
     """Raises if captions or labels of a folder would be ignored."""
-    if any(os.path.basename(file) in METADATA_FILES for file in files):
-        raise ValueError(
-            f"`{folder}` has a metadata file, which is read only of one folder of this machine. Pass it alone."
-        )
+    if {*map(os.path.basename, files)} & {*METADATA_FILES}:
+        raise ValueError(f"`{folder}` has a metadata file, which is read only of one folder alone, on this machine.")
 
 
 def _keys(folder: str, files: Iterable[str]) -> list[str]:
@@ -276,7 +277,8 @@ def _find_urls(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
             path = path.rstrip("/")
             folder = files.unstrip_protocol(path)
             found = files.find(path, detail=True)
-            _refuse_metadata(folder, found)
+            if any(_kind(file) == "image" for file in found):
+                _refuse_metadata(folder, found)
             found = {file: info for file, info in found.items() if _kind(file) and "/." not in file[len(path) :]}
         elif path.startswith("http"):  # whose servers rarely list folders
             found = {path: files.info(path)}
@@ -300,7 +302,7 @@ def _open_builder(
 ) -> ImageSet:
     """Opens a set of `datasets` by its name on the Hub or its folder, or files by the name of their loader.
 
-    Errors name the set by `title`, by default `name`. Without a configuration, all files of `found` must be used.
+    Errors name the set by `title`, by default `name`. All files of `found` must be used.
     """
     title = title or name
     files = {selection.split or "train": list(data_files)} if data_files else None
@@ -309,8 +311,8 @@ def _open_builder(
         builder = datasets.load_dataset_builder(name, selection.config, data_files=files, **options)
         if builder.config.data_files is None:
             raise OSError("the Hub cannot be reached, and the cache has the rows of the set, but not their files")
-    used = {os.path.abspath(path) for paths in builder.config.data_files.values() for path in paths}
-    if (left := sorted({*found} - used)) and builder.config.name == "default":
+    used = {os.path.realpath(path) for paths in builder.config.data_files.values() for path in paths}
+    if left := sorted({*map(os.path.realpath, found)} - used):
         raise ValueError(f"`datasets` would leave out `{left[0]}` by its name. Rename it, or pass files by a pattern.")
     split = _choose_split(title, [*builder.config.data_files], selection.split)
     paths = builder.config.data_files[split]

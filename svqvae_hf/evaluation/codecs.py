@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from svqvae_hf.evaluation.measuring import to_image, to_tensor
+from svqvae_hf.tokens.image_tokens import TooLargeError
 
 QUALITIES = (1, 5, 10, 20, 40, 75)
 
@@ -43,7 +44,10 @@ def save_image(image: Image.Image, codec: str, quality: int) -> bytes:
     file = io.BytesIO()
     bare = image.copy()
     bare.info = {}
-    bare.save(file, codec, quality=quality, **CODECS[codec])
+    try:
+        bare.save(file, codec, quality=quality, **CODECS[codec])
+    except (OSError, ValueError) as error:
+        raise TooLargeError(f"{codec} cannot hold it: {error}") from error
     return file.getvalue()
 
 

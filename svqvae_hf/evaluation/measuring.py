@@ -17,7 +17,7 @@ from tqdm import tqdm
 from svqvae_hf.data.image_rows import ImageRow, ImageSource, fault_of, image_name, read_image
 from svqvae_hf.evaluation import metrics
 from svqvae_hf.evaluation.perceptual import LPIPS
-from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, is_out_of_memory
+from svqvae_hf.tokens.image_tokens import OUT_OF_MEMORY, TooLargeError, is_out_of_memory
 
 Records = list[dict[str, Any]]
 MAX_RESOLUTION = 8192  # such an image takes 200 MB
@@ -41,7 +41,7 @@ def measure_images(
 
     Returns:
         `tuple[list[dict], list[dict]]`: Records of the measured images and of the skipped ones, from all processes, in
-        the order of the set. Images are skipped that cannot be read or measured, such as those too large for memory.
+        the order of the set. Images are skipped that cannot be read, or are too large for memory or for a codec.
 
     Raises:
         ValueError: `resolution` is out of range, or all images are skipped.
@@ -57,11 +57,15 @@ def measure_images(
         identity: dict[str, Any] = {"index": index, "name": image_name(source, index)}
         try:
             image = read_image(source)
-            if resolution is not None:
-                image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
-            records.append(identity | measure(image, **identity))
         except (OSError, ValueError) as error:
             skipped.append(identity | {"reason": fault_of(error)})
+            continue
+        if resolution is not None:
+            image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+        try:
+            records.append(identity | measure(image, **identity))
+        except TooLargeError as error:
+            skipped.append(identity | {"reason": str(error)})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -89,9 +89,7 @@ def check_sample(sample: torch.Tensor, config: Mapping[str, Any], dtype: torch.d
             f"got {kind}. Prepare images with SVQVAEImageProcessor."
         )
     if sample.dtype != dtype and not torch.is_autocast_enabled(sample.device.type):
-        raise TypeError(
-            f"`sample` must be of the model's type {dtype}, got {sample.dtype}. Pass `sample.to(model.dtype)`."
-        )
+        raise TypeError(f"`sample` must be {dtype} like the model, got {sample.dtype}. Pass `sample.to(model.dtype)`.")
     advice = " Prepare images with SVQVAEImageProcessor." if config["in_channels"] == 3 else ""
     if sample.ndim != 4 or sample.shape[1] != config["in_channels"] or 0 in sample.shape:
         raise ValueError(

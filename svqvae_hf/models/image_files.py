@@ -99,9 +99,7 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     values, top = np.asarray(image), 1 if image.mode == "F" else 65535
     low, high = values.min(), values.max()  # NaN if any value is
     if not (low >= 0 and high <= top):
-        raise ValueError(
-            f"an image of mode {image.mode!r} must have values in [0, {top}], got [{low}, {high}]. Scale them."
-        )
+        raise ValueError(f"an image of mode {image.mode!r} must lie in [0, {top}], got [{low}, {high}]. Scale it.")
     grey = np.rint(values * (255 / top))
     if "transparency" in image.info:  # the one grey value that a 16-bit PNG may declare transparent
         grey[values == image.info["transparency"]] = 255

@@ -157,9 +157,7 @@ class SVQVAEImageProcessor(BaseImageProcessor):
         if sample.ndim != 4 or sample.shape[1] != 3:
             raise ValueError(f"`sample` must have shape (batch, 3, height, width), got {tuple(sample.shape)}.")
         if image_sizes is not None and len(image_sizes) != len(sample):
-            raise ValueError(
-                f"`image_sizes` must hold one (height, width) per sample, got {len(image_sizes)} for {len(sample)}."
-            )
+            raise ValueError(f"`image_sizes` must hold one size per sample, got {len(image_sizes)} for {len(sample)}.")
         height, width = sample.shape[-2:]
         sizes = [(height, width)] * len(sample) if image_sizes is None else [*image_sizes]
         for size in sizes:
@@ -243,7 +241,5 @@ def _to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"an image must be uint8 in [0, 255] or floating point in [0, 1], got {pixels.dtype}.")
     low, high = pixels.min().item(), pixels.max().item()
     if not (low >= 0 and high <= 1):  # also when they are NaN
-        raise ValueError(
-            f"a floating-point image must have values in [0, 1], got [{low:g}, {high:g}]. Scale it, or pass uint8."
-        )
+        raise ValueError(f"a float image must lie in [0, 1], got [{low:g}, {high:g}]. Scale it, or pass uint8.")
     return pixels.float()

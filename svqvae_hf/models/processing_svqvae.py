@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerBase
@@ -122,8 +123,8 @@ class SVQVAEProcessor(ProcessorMixin):
             images: Images in the order of the placeholders of all texts, in one list or in several, which are joined:
                 Pillow images, paths, URLs, arrays and tensors. Each is resized and cropped to a grid.
             text (`str` or `list[str]`): Texts, with `<|image|>` for each image.
-            **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`. A text
-                that starts with the begin of sequence, as a chat template writes it, gets no second one.
+            **kwargs: `grid` for images, and arguments of the tokenizer such as `return_tensors` and `padding`. If
+                the first text starts with the begin of sequence, as a chat template writes it, no text gets one more.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask`.
@@ -134,8 +135,9 @@ class SVQVAEProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"`text` must be given. For images alone, pass one `{PLACEHOLDER}` per image.")
-        bos, first = self.tokenizer.bos_token, text if isinstance(text, str) else text[0]
-        kwargs.setdefault("add_special_tokens", not (bos and first.startswith(bos)))
+        bos, first = self.tokenizer.bos_token, text if isinstance(text, str) else "".join(text[:1])
+        if bos and first.startswith(bos) and "text_kwargs" not in kwargs:
+            kwargs.setdefault("add_special_tokens", False)
         features = super().__call__(images=images, text=text, **kwargs)
         for tokens in features["input_ids"]:
             self.vocabulary.split(torch.as_tensor(tokens))
@@ -245,8 +247,10 @@ class SVQVAEProcessor(ProcessorMixin):
 
     def _open(self, image: Any) -> Image.Image:
         if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            with urllib.request.urlopen(image, timeout=60) as answer:  # urllib also decodes `data:`
-                return load_image(io.BytesIO(answer.read()))
+            if image.startswith("data:"):
+                return load_image(urllib.request.urlopen(image))
+            answer = httpx.get(image, timeout=60, follow_redirects=True).raise_for_status()
+            return load_image(io.BytesIO(answer.content))
         if isinstance(image, str | os.PathLike):
             return load_image(image)
         if isinstance(image, Image.Image):

@@ -37,16 +37,16 @@ class ImageLanguagePipeline(AnyToAnyPipeline):
         if generation_mode != "image":
             return super().__call__(text=text, images=images, generation_mode=generation_mode, **kwargs)
         inputs = [text] if isinstance(text, str) or isinstance(text[0], dict) else text
-        edited = None if images is None else make_flat_list_of_images(images)
-        drawn = ImageLanguageModel(self.model, self.processor).draw([*map(caption_of, inputs)], image=edited, **kwargs)
+        given = {"image": images, "mask_image": kwargs.pop("mask_image", None)}
+        edited = {name: make_flat_list_of_images(value) for name, value in given.items() if value is not None}
+        drawn = ImageLanguageModel(self.model, self.processor).draw([*map(caption_of, inputs)], **edited, **kwargs)
         return [{"input_text": each, "generated_image": image} for each, image in zip(inputs, drawn, strict=True)]
 
 
 def caption_of(text: Any) -> str:
     """Caption that a text is, or that the last message of a chat asks for."""
     content = text if isinstance(text, str) else text[-1]["content"]
-    if isinstance(content, str):
-        return content
-    if any(part["type"] != "text" for part in content):
+    parts = [{"text": content}] if isinstance(content, str) else content
+    if any("text" not in part for part in parts):
         raise ValueError("a chat that asks for an image must hold text alone. To edit an image, pass it as `images`.")
-    return "".join(part["text"] for part in content)
+    return "".join(part["text"] for part in parts)

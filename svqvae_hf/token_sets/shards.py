@@ -61,9 +61,7 @@ def row_features(settings: TokenSettings, kept: datasets.Features) -> datasets.F
         columns |= {"crop": datasets.Value("string")}
     taken = sorted(set(columns) & set(kept))
     if taken:
-        raise ValueError(
-            f"columns of the image set must not have names of columns of the token set, but {', '.join(taken)} do."
-        )
+        raise ValueError(f"image sets must not have columns of token sets, but have {', '.join(taken)}.")
     return datasets.Features({**columns, **kept})
 
 

@@ -22,6 +22,10 @@ FEATURES_HELD = 4  # feature maps that a residual block holds: its input, normal
 PIXEL_BYTES = 64  # per pixel: the image, its float32 sample and reconstruction, and a copy of each
 
 
+class TooLargeError(ValueError):
+    """An image needs more memory than is available, or has more pixels than a codec takes."""
+
+
 def encode_image(
     model: SVQVAE,
     image: Image.Image,
@@ -158,7 +162,8 @@ def choose_tiles(
         `tuple[int, int]`, *optional*: Tile size and overlap in pixels; `None` to run the image as a whole.
 
     Raises:
-        ValueError: The estimate exceeds the available memory, or `tile_size` or `overlap` does not fit the model.
+        TooLargeError: The estimate exceeds the available memory.
+        ValueError: `tile_size` or `overlap` does not fit the model.
     """
     largest = max(1, *scales)
     tiles = model.tiles_of_call(tile_size, overlap)
@@ -169,7 +174,7 @@ def choose_tiles(
     needed = images * (whole_bytes(model, *sides) + PIXEL_BYTES * largest**2 * height * width)
     available = available_memory(execution_device(model))
     if needed > available:
-        raise ValueError(
+        raise TooLargeError(
             f"an image of {largest * width:.0f} x {largest * height:.0f} pixels "
             f"{f'in tiles of {limit} pixels' if tiles else 'without tiles'} would take about "
             f"{needed / GIB:,.2f} GiB of memory, but {available / GIB:,.2f} GiB are available. Use smaller scales, "

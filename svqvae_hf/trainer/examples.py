@@ -160,9 +160,7 @@ class ChatExamples(Dataset):
         tokens = self.tokenize(self.processor.apply_chat_template(conversation))
         prompt = self.tokenize(self.processor.apply_chat_template(conversation[:1], add_generation_prompt=True))
         if len(tokens) > self.context:
-            raise ValueError(
-                f"an image with its caption must fit the context of {self.context} tokens, but takes {len(tokens)}."
-            )
+            raise ValueError(f"an image with its caption must fit in {self.context} tokens, but takes {len(tokens)}.")
         same = [own == other for own, other in zip(tokens, prompt, strict=False)]
         asked = [*same, False].index(False) if self.mix.completion_only_loss else 0
         return {"input_ids": tokens, "labels": [IGNORED] * asked + tokens[asked:]}

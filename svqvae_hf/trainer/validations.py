@@ -23,7 +23,7 @@ class Validations:
     """
 
     def __init__(self, network: nn.Module, keep_best: bool, measured: list[Any]):
-        self.network, self.keep_best, self.measured = network, keep_best, measured
+        self.network, self.keep_best, self.measured = network, keep_best, [keep_best, *measured]
         self.first: dict[str, dict[str, float]] = {}
         self.chosen: dict[str, dict[str, float]] = {}
         self.ids: dict[str, torch.Tensor] = {}
@@ -51,7 +51,7 @@ class Validations:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        return {name: value for name, value in vars(self).items() if name != "network"}
+        return {name: value for name, value in vars(self).items() if name not in ("network", "keep_best")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a state.
@@ -59,7 +59,6 @@ class Validations:
         Raises:
             ValueError: If its validations measured something else, or kept the weights of the best or not.
         """
-        for name in ("keep_best", "measured"):
-            if (now := getattr(self, name)) != state[name]:
-                raise ValueError(f"Validations must be as in the checkpoint, with `{name}` {state[name]}, got {now}.")
-        vars(self).update(state)
+        if state["first"] and state.get("measured", self.measured) != self.measured:
+            raise ValueError("Options of validations must be as when the checkpoint was written. Use those.")
+        vars(self).update(state, measured=self.measured)

@@ -121,7 +121,7 @@ def test_closed_stdout_ends_silently_with_exit_code_141(saved_model, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tile-size", "250"], "--tile-size must be a multiple of f = 4, got 250. Try 248."),
+        (["--tile-size", "250"], "--tile-size must be a multiple of 4, got 250. Try 248."),
         (["--overlap", "30"], "`overlap` must be a multiple of f = 4 and less than half of `tile_size` = 256, got 30"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
         (["--device", "abacus"], "--device must be one that torch finds here, "),

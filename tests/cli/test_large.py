@@ -49,7 +49,7 @@ def test_mistakes_are_one_line(saved_model, tiff, tmp_path, capsys):
         (["encode", ROOT / "docs" / "images", "--large"], "has no file that ends in .tif"),
         (["encode", ROOT / "docs" / "images" / "chelsea.png", "--large"], "must be a TIFF. Convert it"),
         (["encode", tmp_path / "broken.tif", "--large"], "cannot be read as a large image"),
-        (["encode", tiff, "--large", "--tile-size", "31"], "multiple of f"),
+        (["encode", tiff, "--large", "--tile-size", "31"], "multiple of 4"),
     ):
         assert message in fails(capsys, *argv, *out)
         assert not (tmp_path / "out").exists()

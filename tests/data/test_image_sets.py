@@ -165,7 +165,7 @@ def test_metadata_of_splits(tmp_path):
         with pytest.raises(ValueError, match="has the splits test, train. Choose one"):
             open_images([*map(str, folders)])
     for names in ([f"{tmp_path}/train", f"{tmp_path}/test"], [f"file://{tmp_path}"]):
-        with pytest.raises(ValueError, match="has a metadata file, which is read only of one folder of this machine"):
+        with pytest.raises(ValueError, match="has a metadata file, which is read only of one folder alone"):
             open_images(names)
     rows.to_json(tmp_path / "metadata.jsonl")
     with pytest.raises(ValueError, match="must lie in the folders of its splits, not above them"):

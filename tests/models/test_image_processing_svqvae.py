@@ -233,7 +233,7 @@ def test_each_format_is_read(pixels, tmp_path, suffix):
         (np.zeros((8, 8, 5), np.uint8), ValueError, r"\(RGB\), 4 \(RGBA\) or 1 \(grey\), got \(8, 8, 5\)"),
         (torch.zeros(8, 8, 3), ValueError, r"Tensor images must have shape .* got \(8, 8, 3\)"),
         (np.zeros((8, 8, 3), np.int64), TypeError, "must be uint8 .* or floating point .* got torch.int64"),
-        (np.full((8, 8, 3), 255.0), ValueError, r"must have values in \[0, 1\], got \[255, 255\]"),
+        (np.full((8, 8, 3), 255.0), ValueError, r"must lie in \[0, 1\], got \[255, 255\]"),
         (torch.full((3, 8, 8), -1.0), ValueError, r"got \[-1, -1\]. Scale it, or pass uint8"),
     ],
 )
@@ -249,12 +249,12 @@ def test_pixel_ranges_that_are_refused(pixel_range):
 
 
 def test_keywords_that_nothing_reads_are_refused(tmp_path):
-    with pytest.raises(TypeError, match="takes only `pixel_range`, got pixel_rnage"):
+    with pytest.raises(TypeError, match="take only `pixel_range`, got pixel_rnage"):
         SVQVAEImageProcessor(pixel_rnage=(-1, 1))
     config = {"image_processor_type": "SVQVAEImageProcessor", "processor_class": "P", "feature_extractor_type": "F"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"auto_map": {}, "pixel_range": [-1, 1]}))
     assert SVQVAEImageProcessor.from_pretrained(tmp_path).pixel_range == (-1, 1)
-    with pytest.raises(TypeError, match="takes only `pixel_range`, got pixel_rnage"):
+    with pytest.raises(TypeError, match="take only `pixel_range`, got pixel_rnage"):
         SVQVAEImageProcessor.from_pretrained(tmp_path, pixel_rnage=(0, 1))
 
 

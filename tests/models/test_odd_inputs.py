@@ -33,7 +33,7 @@ def test_nan_and_infinity_have_no_ids(tiny_model, no_grad, value, tiled):
     with pytest.raises(ValueError, match="`latents` must be finite, but some are NaN or infinite"):
         tiny_model.encode_tokens(sample)
     assert not tiny_model.encode(sample).latents.isfinite().all()
-    with pytest.raises(ValueError, match=r"must have values in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         SVQVAEImageProcessor()(sample[0])
 
 
@@ -54,7 +54,7 @@ IMAGE, IDS, LATENTS = torch.rand(2, 3, 8, 12), torch.zeros(2, 2, 3, dtype=torch.
         (lambda model: model.encode_tokens(IMAGE[..., :0]), ValueError, r"no side of 0, got \(2, 3, 8, 0\)"),
         (lambda model: model.decode_tokens(IDS[:0]), ValueError, r"not empty, got \(0, 2, 3\)"),
         (lambda model: model.decode(LATENTS[:0]), ValueError, r"no side of 0, got shape \(0, 8, 2, 3\)"),
-        (lambda model: model(IMAGE.double()), TypeError, "model's type torch.float32, got torch.float64"),
+        (lambda model: model(IMAGE.double()), TypeError, "must be torch.float32 like the model, got torch.float64"),
         (lambda model: model.encode(IMAGE.numpy()), TypeError, "a floating-point tensor .* got ndarray"),
         (lambda model: model.decode_tokens(IDS.bool()), TypeError, "an integer type, got torch.bool"),
         (lambda model: model.decode(IDS.numpy()), TypeError, "must be a tensor .* got ndarray"),

@@ -145,9 +145,7 @@ def check_captions(rows: datasets.Dataset, column: str) -> None:
     texts = captions if inner is feature else pc.list_flatten(captions)
     lengths = [pc.utf8_length(texts)] + ([] if inner is feature else [pc.list_value_length(captions)])
     if captions.null_count or texts.null_count or any(pc.min(each).as_py() == 0 for each in lengths):
-        raise ValueError(
-            f"`--caption_column` must hold a caption in each row, but {column!r} has empty rows. Remove them."
-        )
+        raise ValueError(f"`--caption_column` must hold captions, but {column!r} has empty rows. Remove them.")
 
 
 class SequenceLoader(OrderedLoader):
