@@ -33,7 +33,7 @@ TILE, HALO = 32, 4  # latents: 256 and 32 pixels
 GREEN, ORANGE, WHITE, GREY = "#00d0a0", "#ff7a00", "#ffffff", "#6b6b6b"
 MARGIN, LABEL = 16, 44  # pixels between images, and under them
 SCENE_PX, SCENE_ROWS, SCENE_COLUMNS = 192, 3, 6
-SCENE_LABEL, SCENE_LINE = 66, 27  # pixels under a scene, and characters in a line there
+SCENE_LABEL, SCENE_LINE = 84, 27  # pixels under a scene, and characters in a line there
 
 
 def main(folder: Path = IMAGES) -> None:
