@@ -16,7 +16,7 @@ from measuring import Row, describe_machine, make_parser, report, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
-from train import CONVOLUTION_NDIM
+from train import KERNEL_NDIM
 
 from svqvae_hf.trainer.losses.objective import Objective
 from svqvae_hf.trainer.model import load_model
@@ -43,7 +43,7 @@ def make_step(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     vqvae = load_model(options).to(device, memory_format=layout)
     objective = Objective(options, vqvae)
-    optimizer, _ = make_optimizer(vqvae, options, options.learning_rate, options.max_steps, CONVOLUTION_NDIM)
+    optimizer, _ = make_optimizer(vqvae, options, options.learning_rate, options.max_steps, KERNEL_NDIM)
     sample = torch.rand(count, 3, side, side).to(device, memory_format=layout)
 
     def step() -> None:
