@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         shown = " ".join(f"{value:g}" for value in default)
         help = f"output side over input side, one or more (default: {shown})"
         self.option("--scales", scale, "SCALE", help, nargs="+", action=_Scales, default=default)
-        self.choice("--scale-from", SCALE_SOURCES, "what is resized to a scale (default: image)", "image")
+        self.choice("--scale-from", SCALE_SOURCES, "resize this to each scale (default: image)", "image")
 
     def add_tiles(self, tile_size: str = TILES, overlap: str = "32") -> None:
         """Adds tile size and overlap. The arguments describe the defaults in the help."""
