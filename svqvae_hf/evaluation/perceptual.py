@@ -29,7 +29,7 @@ BACKBONES = {
     "squeeze": Backbone("SqueezeNet1_1_Weights.IMAGENET1K_V1", 17),
 }
 NORM_EPS = 1e-10  # as in the `lpips` package
-INCEPTION_FEATURES = 2048
+FID_FEATURES = 2048
 
 
 class LPIPS(lpips.LPIPS):
@@ -110,7 +110,7 @@ def load_inception(weights: str | Path) -> NoTrainInceptionV3:
     """Loads the Inception network that defines FID, with TensorFlow's weights and resizing.
 
     Args:
-        weights (`str` or `Path`): State dict from torch-fidelity (`pt_inception-2015-12-05-6726825d.pth`),
+        weights (`str` or `Path`): State dict from torch-fidelity (`weights-inception-2015-12-05-6726825d.pth`),
             `.safetensors` or a pickle with weights only.
 
     Returns:
@@ -125,15 +125,13 @@ def load_inception(weights: str | Path) -> NoTrainInceptionV3:
         # torch-fidelity loads pickles without `weights_only`, so it gets a copy that holds nothing but tensors.
         torch.save(dict(state_dict), copy.name)
         try:
-            inception = NoTrainInceptionV3(
-                "inception-v3-compat", [str(INCEPTION_FEATURES)], copy.name, antialias=False
-            )
+            inception = NoTrainInceptionV3("inception-v3-compat", [str(FID_FEATURES)], copy.name, antialias=False)
         except RuntimeError as error:  # keys or shapes
             raise ValueError(
                 f"`{weights}` must hold the weights of torch-fidelity's Inception network, but its keys or shapes "
-                "differ. Pass the file `pt_inception-2015-12-05-6726825d.pth`."
+                "differ. Pass the file `weights-inception-2015-12-05-6726825d.pth`."
             ) from error
-    inception.num_features = INCEPTION_FEATURES
+    inception.num_features = FID_FEATURES
     return inception
 
 
@@ -144,7 +142,7 @@ def _download_weights(net: str) -> Mapping[str, torch.Tensor]:
     except (OSError, RuntimeError) as error:  # RuntimeError for a wrong hash
         raise OSError(
             f"Could not download the weights of LPIPS's network from {url}: {error}. Download the file elsewhere and "
-            "pass its path as `weights`."
+            "pass its path as `weights` (`--lpips_weights` in training)."
         ) from error
 
 

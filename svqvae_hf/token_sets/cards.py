@@ -33,10 +33,7 @@ def public_names(data: Sequence[str], model: str) -> dict[str, Any]:
         `dict[str, Any]`: `model_name`, a Hub id or the name of the folder; and `source_set`, a Hub
         id, or `None` if the images are not a set on the Hub.
     """
-    return {
-        "model_name": public_name(model),
-        "source_set": data[0] if len(data) == 1 and is_hub_set(*data) else None,
-    }
+    return {"model_name": public_name(model), "source_set": data[0] if len(data) == 1 and is_hub_set(*data) else None}
 
 
 def token_set_card(
@@ -84,6 +81,7 @@ def token_set_card(
         name=one_line(repo_id.rpartition("/")[2]),
         repo_id=quote(repo_id),
         command=one_line(command),
+        plain=settings.context_model is None,
         facts=table_rows(facts.items()),
         columns=table_rows((f"`{name}`", meanings.get(name, "as in the image set")) for name in columns),
         licence=one_line(license or "Not stated: ask the authors of the images before you use or share it."),
