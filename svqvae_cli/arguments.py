@@ -131,9 +131,11 @@ def image_set_options(args: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(args, key) for key in ("config", "split", "image_column", "max_images")}
 
 
-def changed_options(args: argparse.Namespace, *names: str) -> list[str]:
-    """Those of some options whose value is not the default, as on the command line."""
-    return [f"--{key.replace('_', '-')}" for key in names if getattr(args, key, None) != args.parser.get_default(key)]
+def forbid_options(args: argparse.Namespace, why: str, *names: str) -> None:
+    """Raises ValueError for an option whose value is not the default."""
+    for name in names:
+        if getattr(args, name, None) != args.parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} {why}. Leave it out.")
 
 
 def path(text: str) -> Path:

@@ -1,8 +1,8 @@
 """Describes images with a language model that has image tokens.
 
-Writes NAME.txt with the most likely text for each image, in the subfolder that
-the image was found in, and prints it. Images that cannot be read are named and
-skipped. The same command resumes an interrupted run.
+Writes NAME.txt with a text for each image, by greedy decoding, in the subfolder
+that the image was found in, and prints it. Images that cannot be read are
+named and skipped. The same command resumes an interrupted run.
 
   svqvae caption photos --model org/lm-with-images --output out
 """
@@ -27,20 +27,17 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes and prints a text for each image."""
     with Run(args, {file: [file.target(args.output, ".txt")] for file in find_images(args)}, "texts") as work:
-        if work.left:
-            _caption(args, work)
+        if not work.left:
+            return
+        from svqvae_cli.loading import load_pretrained
+        from svqvae_hf.files.outputs import write_file
+        from svqvae_hf.language.image_language_model import ImageLanguageModel
+        from svqvae_hf.models.image_files import load_image
 
-
-def _caption(args: argparse.Namespace, work: Run) -> None:
-    from svqvae_cli.loading import load_pretrained
-    from svqvae_hf.files.outputs import write_file
-    from svqvae_hf.language.image_language_model import ImageLanguageModel
-    from svqvae_hf.models.image_files import load_image
-
-    model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
-    for file, image in work.read(load_image):
-        with work.attempt(file):
-            (text,) = model.caption([image], args.prompt, args.max_tokens)
-            (path,) = work.outputs(file)
-            write_file(path, f"{text}\n".encode())
-            print(f"{file.name}: {text}")
+        model = load_pretrained(ImageLanguageModel, args.model, args.device, args.dtype)
+        for file, image in work.read(load_image):
+            with work.attempt(file):
+                (text,) = model.caption([image], args.prompt, args.max_tokens)
+                (path,) = work.outputs(file)
+                write_file(path, f"{text}\n".encode())
+                print(f"{file.name}: {text}")

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if args.tokenizer is None and any(value is not None for value in of_generators.values()):
         raise ValueError("--image-size, --num-heads and --text-encoder are for generators, which need --tokenizer.")
     if args.tokenizer is not None and of_tokenizers:
-        raise ValueError("--network-range and --no-codebook-l2-norm are for tokenizers. Convert one with them.")
+        raise ValueError("--network-range and --no-codebook-l2-norm are for tokenizers. Convert --tokenizer first.")
     if not os.path.isfile(args.source) and not re.fullmatch(f"{REPO_ID}:.+", args.source):
         raise ValueError(f"There is no file `{args.source}`. Pass an existing one, or `org/repo:file` on the Hub.")
     check_new_folder(args.out)

@@ -3,8 +3,9 @@
 Writes one image per scale: NAME_x1.png and so on, in the subfolder that the
 token file was found in, or 00000000_x1.png for the first row of a token set.
 The model must have the codebook that they were encoded with. Token files that
-cannot be read, or whose images are too large for memory, are named and
-skipped. The same command resumes an interrupted run.
+cannot be read, that do not fit the model or the tiles, or whose images are
+too large for memory, are named and skipped. The same command resumes an
+interrupted run.
 
   svqvae decode tokens --output out
 """
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svqvae_cli.arguments import Parser, changed_options, not_empty, positive
+from svqvae_cli.arguments import Parser, forbid_options, not_empty, positive
 from svqvae_cli.errors import prefix_errors
 from svqvae_cli.files import TOKEN_SUFFIXES, InputFile, check_file, check_source, find_inputs, is_token_set
 from svqvae_cli.large import add_large, check_large
@@ -44,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
 def _decode_set(args: argparse.Namespace) -> None:
     if len(args.inputs) > 1:
         raise ValueError(f"a token set must be the only INPUT, got {len(args.inputs)}. Decode each on its own.")
-    for option in changed_options(args, "tile_size", "overlap", "large"):
-        raise ValueError(f"{option} is not for token sets. Leave it out.")
+    forbid_options(args, "is not for token sets", "tile_size", "overlap", "large")
     (source,) = args.inputs
 
     from svqvae_cli.loading import load_model, require_context_model
@@ -72,8 +72,7 @@ def _decode_set(args: argparse.Namespace) -> None:
 
 
 def _decode_files(args: argparse.Namespace) -> None:
-    for option in changed_options(args, "max_images"):
-        raise ValueError(f"{option} is for token sets. Leave it out.")
+    forbid_options(args, "is for token sets", "max_images")
     inputs = find_inputs(args.inputs, TOKEN_SUFFIXES, args.output)
 
     from svqvae_cli.loading import load_model, require_context_model
@@ -90,8 +89,8 @@ def _decode_files(args: argparse.Namespace) -> None:
         if not is_compressed(path):
             return load_tokens(path)
         record = load_compressed(path).record
-        tiles = tiles_of(record["tile_size"], record["overlap"]) or ()
         with prefix_errors(path):
+            tiles = tiles_of(record["tile_size"], record["overlap"]) or ()
             if not args.large:
                 choose_tiles(model, record["height"], record["width"], record["scales"], *tiles)  # before ids are read
         return load_tokens(path, require_context_model(model, args.model))

@@ -13,7 +13,7 @@ import argparse
 import os
 from typing import Any
 
-from svqvae_cli.arguments import Parser, changed_options, image_set_options, model, path
+from svqvae_cli.arguments import Parser, forbid_options, image_set_options, model, path
 from svqvae_cli.errors import check_none_skipped, require_extra
 from svqvae_cli.files import IMAGE_SUFFIXES, check_absent, check_data, check_output, check_source, find_inputs
 
@@ -31,7 +31,9 @@ def add_arguments(parser: Parser) -> None:
     help = "resize the shorter side and crop the centre (default: images as they are)"
     parser.option("--resolution", int, "PIXELS", help)
     parser.add_scales([1.0, 0.5, 0.25])
-    help = "image files to compare with: jpeg, webp, avif, or none (default: all three, if tokenizers are compared)"
+    help = (
+        "image files to compare with: jpeg, webp, avif, or no value (default: all three, if tokenizers are compared)"
+    )
     parser.add_argument("--codecs", nargs="*", choices=CODEC_NAMES, metavar="CODEC", help=help)
     parser.add_tiles()
     parser.option("--lpips-weights", path, "FILE", "weights of the LPIPS network, to add LPIPS")
@@ -56,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
         check_absent(args.output / "report.json")
     if args.generated:
         names = ("beside", "scales", "scale_from", "codecs", "tile_size", "overlap", "lpips_weights", "lpips_net")
-        for option in changed_options(args, *names):
-            raise ValueError(f"{option} is not for generated images. Leave it out.")
+        forbid_options(args, "is not for generated images", *names)
     with require_extra("evaluate", "eval"):
         from svqvae_hf.data.image_sets import open_images
         from svqvae_hf.evaluation.perceptual import load_inception, load_lpips
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join([*report.table(), "", *skipped_line, *report.notes]))
     state.destroy_process_group()
     if state.num_processes == 1:  # launchers take any other exit code than 0 for a crash
-        check_none_skipped(len(report.skipped), len(report.skipped) + len(report.images))
+        read = report.settings["images"] + report.settings.get("generated_images", 0)
+        check_none_skipped(len(report.skipped), len(report.skipped) + read)
 
 
 def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -> Any:
@@ -103,8 +105,7 @@ def _evaluate(args: argparse.Namespace, images: Any, networks: dict[str, Any]) -
         with explain_loading(source):
             tokenizers += load_tokenizers(source, args.device, **{name: getattr(args, name) for name in names})
     if "SVQVAE" not in map(class_name, sources):
-        for option in changed_options(args, *names):
-            raise ValueError(f"{option} is for SVQVAEs. Leave it out.")
+        forbid_options(args, "is for SVQVAEs", *names)
     alone = args.beside is None and args.codecs is None and class_name(args.model) == "SVQVAE"
     chosen = [] if alone else CODEC_NAMES if args.codecs is None else args.codecs
     tokenizers += [CodecTokenizer(name, each) for name in CODECS if name.lower() in chosen for each in QUALITIES]

@@ -89,8 +89,8 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], output: Path |
 
 def is_token_set(name: str) -> bool:
     """Whether an input is the folder of a token set, its URL or its name on the Hub."""
-    is_on_hub = re.fullmatch(REPO_ID, name) is not None and not os.path.lexists(name)
-    return is_on_hub or "://" in name or os.path.isfile(os.path.join(name, SETTINGS_FILE))
+    is_on_hub = re.fullmatch(REPO_ID, name) and not os.path.lexists(name) and not name.endswith(TOKEN_SUFFIXES)
+    return bool(is_on_hub) or "://" in name or os.path.isfile(os.path.join(name, SETTINGS_FILE))
 
 
 def find_bundled(name: str) -> str:
@@ -156,7 +156,8 @@ def check_tiles(source: str | None, tile_size: int | None) -> None:
     if tile_size is not None and config.is_file():
         f = 2 ** (len(json.loads(config.read_text()).get("encoder_ch_mult", [])) - 1)
         if tile_size < 1 or tile_size % f:
-            raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {tile_size // f * f or f}.")
+            near = max(f, tile_size // f * f)
+            raise ValueError(f"--tile-size must be a multiple of {f}, got {tile_size}. Try {near}.")
 
 
 def check_new_folder(out: str | os.PathLike) -> None:

@@ -38,9 +38,9 @@ def add_arguments(parser: Parser) -> None:
     parser.option("--steps", positive, "N", "scales of a next-scale pipeline (default: as in training)")
     help = "scale of classifier-free guidance (default: a language model's own, otherwise 1)"
     parser.option("--guidance-scale", float, "SCALE", help)
-    parser.option("--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: its own, or 1)")
-    parser.option("--top-k", int, "K", "sample from the K likeliest ids (default: its own, or all)")
-    parser.option("--top-p", float, "P", "sample from the likeliest ids of probability P (default: its own, or 1)")
+    parser.option("--temperature", float, "T", "temperature; 0 takes the likeliest ids (default: the model's, or 1)")
+    parser.option("--top-k", int, "K", "sample from the K likeliest ids (default: the model's, or all)")
+    parser.option("--top-p", float, "P", "sample from the likeliest ids of probability P (default: the model's, or 1)")
     parser.option("--seed", int, "S", "seed of the first image; image i has S + i (default: 0)", default=0)
     parser.add_device()
     parser.add_dtype()

@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from svqvae_cli.arguments import Parser, changed_options
+from svqvae_cli.arguments import Parser, forbid_options
 from svqvae_cli.errors import require_extra
 
 
@@ -17,8 +17,7 @@ def check_large(args: argparse.Namespace) -> None:
     """Raises ValueError for an option that `--large` excludes, or if its extra is missing."""
     if not args.large:
         return
-    for option in changed_options(args, "scales"):
-        raise ValueError(f"--large works at scale 1, by rows of tiles. Leave out {option} or --large.")
+    forbid_options(args, "is not for --large, which works at scale 1", "scales")
     with require_extra("--large", "large"):
         import tifffile  # noqa: F401
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors say what it would log

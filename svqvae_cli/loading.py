@@ -1,6 +1,7 @@
 """Loads models for the commands. Imports torch, so commands import this file inside their bodies."""
 
 import argparse
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ def load_pretrained(cls: Any, source: str, device: str | None, dtype: str, **opt
     return model if found_device.type == "cpu" else model.to(found_device)  # diffusers' `to` imports all its hooks
 
 
+@functools.lru_cache(maxsize=1)
 def require_context_model(model: SVQVAE, source: str | None) -> ContextModel:
     """Context model of an SVQVAE, which compresses its ids. See [`load_model`] for `source`."""
     found = find_context_model(source or DEFAULT_MODEL, model.codebook_fingerprint())

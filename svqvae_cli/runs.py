@@ -45,7 +45,8 @@ class Run(Generic[Item]):
         options |= {name: _source(options[name]) for name in ("model", "adapter") if options.get(name)}
         self.options = json.loads(json.dumps(options))  # as they are read again
         self.sources = {os.path.relpath(path, self.output): _source(key) for key in targets for path in targets[key]}
-        self.changed = max(_changed(Path(options.get(name) or PACKAGE)) for name in ("model", "adapter"))
+        models = options.get("model") or PACKAGE, options.get("adapter")
+        self.changed = max(_changed(Path(name)) for name in models if name)
         self.is_recorded = False
         self.written = self.skipped = 0
         self.pending = 0  # files of the input in work
@@ -64,10 +65,7 @@ class Run(Generic[Item]):
                     raise ValueError(f"the input `{path}` would be overwritten. Use another --output.")
                 other = writers.setdefault(path, item)
                 if other != item:
-                    raise ValueError(
-                        f"`{_name(other)}` and `{_name(item)}` would both write `{path}`. Rename one, or use two "
-                        "--output."
-                    )
+                    raise ValueError(f"`{_name(other)}` and `{_name(item)}` would both write `{path}`. Rename one.")
 
     def is_done(self, paths: Sequence[Path], item: Item) -> bool:
         """Whether outputs are to be kept: they are complete, and not older than their input and the model."""

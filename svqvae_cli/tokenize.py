@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--sides stands for the scales. Leave out --sides or --scales.")
     if args.resolution is None and not args.crops.startswith("whole"):
         raise ValueError(f"--crops {args.crops} needs --resolution PIXELS.")
+    if args.overwrite and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--overwrite deletes all parts, so one process must make them. Or delete the folder first.")
     check_source(args.model)
     check_tiles(args.model, args.tile_size)
     check_data(args.data)

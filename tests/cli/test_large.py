@@ -45,7 +45,7 @@ def test_mistakes_are_one_line(saved_model, tiff, tmp_path, capsys):
     (tmp_path / "broken.tif").write_bytes(b"II*\0")
     out = ["--output", tmp_path / "out", "--model", saved_model]
     for argv, message in (
-        (["encode", tiff, "--large", "--scales", "0.5"], "Leave out --scales or --large"),
+        (["encode", tiff, "--large", "--scales", "0.5"], "--scales is not for --large"),
         (["encode", ROOT / "docs" / "images", "--large"], "has no file that ends in .tif"),
         (["encode", ROOT / "docs" / "images" / "chelsea.png", "--large"], "must be a TIFF. Convert it"),
         (["encode", tmp_path / "broken.tif", "--large"], "cannot be read as a large image"),

@@ -24,6 +24,7 @@ WRONG = {  # words on the command line, and a part of the message
         ("two_images/a.png --output out --max-images 1", "--max-images is for token sets. Leave it out"),
         ("hf://datasets/a/b --output out --tile-size 8", "--tile-size is not for token sets. Leave it out"),
         ("two_images a://b --output out", "a token set must be the only INPUT, got 2."),
+        ("two_images/typo.safetensors --output out", "no file or folder matches `two_images/typo.safetensors`."),
     ],
     "tokenize": [
         ("two_images broken.png", "`broken.png` must be a new or empty folder, but `broken.png` is a file"),
