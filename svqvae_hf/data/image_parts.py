@@ -123,7 +123,8 @@ class StreamPart:
         rows (`datasets.IterableDataset`): The set, with its images undecoded.
         image_column (`str`): Column of the images.
         root (`str`): Folder or name of the set.
-        repository (`str`, *optional*): Repository of the set if it is on the Hub.
+        repository (`str`, *optional*): Repository of the set if it is on the Hub, which its rows may name files of.
+        is_remote (`bool`): Whether the file is at a URL or on the Hub, so that reading it can fail for a while.
         name (`str`): Name of the shard's file.
         number (`int`): Number of the shard.
     """
@@ -132,6 +133,7 @@ class StreamPart:
     image_column: str
     root: str
     repository: str | None
+    is_remote: bool
     name: str
     number: int
 
@@ -146,7 +148,7 @@ class StreamPart:
                 key = re.sub(NOT_PART_OF_A_KEY, "", path.partition("::")[0]) if path else f"{self.number}-{index}"
                 yield ImageRow(os.path.relpath(key, self.root) if os.path.isabs(key) else key, source, row)
         except (ValueError, OSError, pa.ArrowException) as error:
-            if self.repository is not None and isinstance(error, OSError):
+            if isinstance(error, OSError) and (self.is_remote or error.errno):  # of the network or the disk
                 raise
             reason = fault_of(error).removesuffix(".")
             kept = [name for name in self.rows.features if name != self.image_column]

@@ -73,9 +73,9 @@ def read_image(source: ImageSource | ImageRow) -> Image.Image:
         return load_image(source)
     if source is not None and source.get("fault"):
         raise ValueError(source["fault"])
-    if source is None or (source["bytes"] is None and source["path"] is None):
-        raise ValueError("the row must hold an image, but is empty.")
-    if source["bytes"] is not None:
+    if source is None or (source.get("bytes") is None and source.get("path") is None):
+        raise ValueError("the row must hold an image, with `bytes` or a `path`, but has neither.")
+    if source.get("bytes") is not None:
         return load_image(io.BytesIO(source["bytes"]))
     return load_image(io.BytesIO(read_bytes(source["path"])))
 
@@ -84,7 +84,8 @@ def read_bytes(path: str) -> bytes:
     """Reads a file of this machine, or at a URL."""
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
         raise ValueError("it must be a file, but is something else.")
-    place = explained(path, "read") if "://" in path and "::" not in path else nullcontext()
+    is_url = "://" in path and "::/" not in path  # not in an archive on this machine
+    place = explained(path, "read") if is_url else nullcontext()
     try:
         with place, fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
             content = file.read(MAX_MEMBER_BYTES + 1)

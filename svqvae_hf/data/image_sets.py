@@ -25,7 +25,9 @@ from svqvae_hf.models.image_files import IMAGE_SUFFIXES
 
 SET_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # on the Hub, also sets without an owner
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # `datasets` reads columns of a folder here
-SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SPLITS = dict.fromkeys(("train", "training"), "train")  # by words in names, as `datasets` reads them
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 SHARDS = {  # suffixes of files that hold many images, by the loader of `datasets` for them
     "webdataset": TAR_SUFFIXES,
     "parquet": (".parquet",),
@@ -181,7 +183,7 @@ def _files_of_split(
         split = _choose_split(name, sorted(tops), split)
         return split, [key[len(split) + 1 :] for key in keys if key.startswith(f"{split}/")]
     words = [re.split("[^a-z]+", os.path.basename(key)) for key in keys]
-    splits = [next((word for word in each if word in SPLITS), "train") for each in words]
+    splits = [next((SPLITS[word] for word in each if word in SPLITS), "train") for each in words]
     if are_shards and set(splits) != {"train"}:
         split = _choose_split(name, sorted(set(splits)), split)
         return "", [key for key, own in zip(keys, splits, strict=True) if own == split]
@@ -202,6 +204,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
             described = readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")
             return _open_builder(folder, selection, found=() if described else files)
         metadata = [name for name in walk_files(folder) if os.path.basename(name) in METADATA_FILES]
+        _refuse_metadata(folder, metadata if kind == "imagefolder" else ())  # of zip files
         if metadata and kind == "image":
             # With patterns, because `datasets` would take a word in the name of an image for a split
             split, _ = _files_of_split(folder, _keys(folder, files), selection.split)
@@ -237,7 +240,7 @@ def _open_files(data: Sequence[str], selection: Selection) -> ImageSet:
 def _refuse_metadata(folder: str, files: Iterable[str]) -> None:
     """Raises if captions or labels of a folder would be ignored."""
     if {*map(os.path.basename, files)} & {*METADATA_FILES}:
-        raise ValueError(f"`{folder}` has a metadata file, which is read only of one folder alone, on this machine.")
+        raise ValueError(f"`{folder}` has a metadata file, for images of one local folder. Pass a pattern without it.")
 
 
 def _keys(folder: str, files: Iterable[str]) -> list[str]:
@@ -283,9 +286,8 @@ def _find_urls(name: str) -> tuple[str | None, dict[str, tuple[Any, ...]]]:
         elif path.startswith("http"):  # whose servers rarely list folders
             found = {path: files.info(path)}
         else:  # one request for all files of a folder
-            found = {
-                info["name"]: info for info in files.ls(os.path.dirname(path), detail=True) if info["name"] == path
-            }
+            listed = files.ls(os.path.dirname(path), detail=True)
+            found = {info["name"]: info for info in listed if info["name"] == path}
     if not found:
         raise FileNotFoundError(f"no file or folder matches `{name}`.")
     stamps = {files.unstrip_protocol(file): (info["size"], _version(info)) for file, info in sorted(found.items())}
@@ -322,12 +324,11 @@ def _open_builder(
         rows = builder.as_streaming_dataset(split)
     rows, image_column, kept = _select(rows, selection)
     origin = [split, list(paths), paths.origin_metadata, image_column]
-    is_remote = any("://" in path for path in data_files)
-    repository = builder.repo_id or (
-        "" if is_remote and name != "imagefolder" else None
-    )  # no file outside it may be named
+    is_remote, repository = any("://" in path for path in paths), builder.repo_id
+    if is_remote and repository is None and name != "imagefolder":
+        repository = ""  # no file outside the set may be named
     names = [os.path.basename(path) for path in paths] if rows.num_shards == len(paths) else [name] * rows.num_shards
-    place = rows, image_column, os.path.abspath(name), repository
+    place = rows, image_column, os.path.abspath(name), repository, is_remote
     parts = [StreamPart(*place, file, number) for number, file in enumerate(names)]
     splits = rows.info.splits or {}
     length = splits[split].num_examples if split in splits else None

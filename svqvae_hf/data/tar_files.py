@@ -48,15 +48,17 @@ class TarPart:
             for name, members in _samples(self.path):
                 yield self._row(name, members)
         except TAR_ERRORS as error:
-            if "://" in self.path and isinstance(error, OSError):
+            if isinstance(error, OSError) and ("://" in self.path or error.errno):  # of the network or the disk
                 raise
             reason = f"the tar file ends early: {fault_of(error).removesuffix('.')}."
             yield unreadable(self.name, reason, [*self.features])
 
     def _row(self, name: str, members: dict[str, bytes | None]) -> ImageRow:
         keys = image_keys(members, self.image_key)
-        if len(keys) != 1:
-            fault = f"the sample must hold one image, its files side by side, but has {', '.join(keys or members)}."
+        if len(keys) != 1 or any(f"{column}*" in members for column in self.features):
+            fault = (
+                f"the sample must hold one image, its files side by side, one of each kind, got {', '.join(members)}."
+            )
             return unreadable(name, fault, [*self.features])
         key, content = f"{name}.{keys[0]}", members[keys[0]]
         try:
@@ -83,12 +85,12 @@ def open_tars(paths: Sequence[str], image_key: str | None, columns: Sequence[str
     samples, fault = _first_samples(paths)
     if not samples:
         raise ValueError(f"tar files must hold images, but `{paths[0]}` has none: {fault or 'it is empty'}.")
-    suffixes = list(dict.fromkeys(suffix for _, members in samples for suffix in members))
+    suffixes = list(dict.fromkeys(suffix.rstrip("*") for _, members in samples for suffix in members))
     found = [image_keys(members, image_key) for _, members in samples]
     if not any(found):
         wrong = "" if image_key is None else f", got `{image_key}`"
         raise ValueError(f"--image-column must be one of {', '.join(suffixes)}{wrong}.")
-    several = next((keys for keys in found if len(keys) > 1), None)
+    several = next((keys for keys in found if len({key.rstrip("*") for key in keys}) > 1), None)
     if several:
         raise ValueError(f"the samples have several images: {', '.join(several)}. Choose one with --image-column.")
     check_columns(columns, suffixes)
@@ -115,7 +117,7 @@ def _first_samples(paths: Sequence[str]) -> tuple[list[Sample], str]:
             for sample in islice(_samples(path), PEEKED_SAMPLES):
                 samples.append(sample)  # kept, even if the file ends early
         except TAR_ERRORS as error:
-            if "://" in path and isinstance(error, OSError):
+            if isinstance(error, OSError) and ("://" in path or error.errno):
                 raise
             fault = fault or fault_of(error)
         if samples:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 LIBRARIES = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "httpx", "requests", "safetensors")
 
 
-def os_error(message: str, cause: OSError) -> OSError:
+def os_error(message: str, cause: Exception) -> OSError:
     """An error with this message alone and the error number of its cause. A missing file stays a missing file."""
     error = FileNotFoundError(message) if isinstance(cause, FileNotFoundError) else OSError(message)
-    error.errno = cause.errno
+    error.errno = getattr(cause, "errno", None)
     return error
 
 
@@ -29,11 +29,8 @@ def explained(name: str | os.PathLike, done: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        raise os_error(f"`{name}` cannot be {done}: {reason.removesuffix('.')}.", error) from error
     except Exception as error:
-        if not type(error).__module__.startswith(LIBRARIES):
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(LIBRARIES):
             raise
-        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-        raise OSError(f"`{name}` cannot be {done}: {reason}.") from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise os_error(f"`{name}` cannot be {done}: {reason.removesuffix('.')}.", error) from error

@@ -79,12 +79,7 @@ class Folder:
             return [path[len(self.path) :].lstrip("/") for path in self.files.find(self._path(subfolder))]
 
     def delete(self, name: str) -> None:
-        """Deletes a file if it exists."""
-        with self._explained(name, "deleted"), suppress(FileNotFoundError):
-            self.files.rm_file(self._path(name))
-
-    def delete_folder(self, name: str) -> None:
-        """Deletes a subfolder with all that is in it, if it exists."""
+        """Deletes a file, or a subfolder with all that is in it, if it exists."""
         with self._explained(name, "deleted"), suppress(FileNotFoundError):
             self.files.rm(self._path(name), recursive=True)
 

@@ -16,12 +16,7 @@ NO_LICENCE = "Not stated: ask the authors of the weights before you use or share
 
 
 def model_card(
-    config: Mapping[str, Any],
-    *,
-    repo_id: str,
-    variants: Mapping[str, Any] | None = None,
-    standalone: bool = False,
-    **common: Any,
+    config: Mapping[str, Any], *, repo_id: str, variants: Mapping[str, Any] | None = None, **common: Any
 ) -> str:
     """Writes the card of a repository that holds an SVQVAE.
 
@@ -30,7 +25,6 @@ def model_card(
         repo_id (`str`): Repository or folder that the card's example loads.
         variants (`Mapping[str, torch.dtype]`, *optional*): Names and dtypes of additional half-precision weights,
             such as `{"fp16": torch.float16}`.
-        standalone (`bool`, defaults to `False`): Whether the repository holds its code.
         **common: Further arguments of [`write_card`], such as `license`.
 
     Returns:
@@ -51,14 +45,10 @@ def model_card(
         for variant, dtype in (variants or {}).items()
     )
     texts = {"facts": table_rows(rows.items()), "f": f, "variants": " or ".join(calls)}
-    return write_card(
-        repo_id, texts, standalone=standalone, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common)
-    )
+    return write_card(repo_id, texts, **({"tags": TAGS, "pipeline_tag": "image-to-image"} | common))
 
 
-def pipeline_card(
-    pipeline: type, *, repo_id: str, summary: str, call: str, standalone: bool = False, **common: Any
-) -> str:
+def pipeline_card(pipeline: type, *, repo_id: str, summary: str, call: str, **common: Any) -> str:
     """Writes the card of a repository that holds a pipeline with an SVQVAE.
 
     Args:
@@ -66,14 +56,13 @@ def pipeline_card(
         repo_id (`str`): Repository or folder that the card's example loads.
         summary (`str`): A sentence about the pipeline.
         call (`str`): Arguments of the pipeline's call in the example.
-        standalone (`bool`, defaults to `False`): Whether the repository holds its code.
         **common: Further arguments of [`write_card`], such as `tags`.
 
     Returns:
         `str`: Text of `README.md`, metadata first.
     """
     texts = {"pipeline": pipeline.__name__, "module": pipeline.__module__.partition(".")[0]}
-    return write_card(repo_id, texts | {"summary": summary, "call": call}, standalone=standalone, **common)
+    return write_card(repo_id, texts | {"summary": summary, "call": call}, **common)
 
 
 def write_card(

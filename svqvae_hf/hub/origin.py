@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import RepoCard
@@ -51,7 +51,7 @@ def find_origin(
     kinds = {**dict.fromkeys(models, "model"), **dict.fromkeys(sets, "dataset")}
     given = {row: source for row, source in ({**models, **sets}).items() if source is not None}
     cards = {row: read_card(source, kinds[row]) for row, source in given.items()}
-    found = {row: None if card is None else card.data.get("license") for row, card in cards.items()}
+    found = {row: _licence(card) for row, card in cards.items()}
     stated = {row: licence for row, licence in found.items() if licence not in NOT_STATED}
     if license is None and len(set(stated.values())) > 1:
         listed = ", ".join(f"`{public_name(given[row])}` {licence}" for row, licence in stated.items())
@@ -105,3 +105,11 @@ def _origin_rows(card: RepoCard) -> dict[str, str]:
     table = card.text.rpartition("| | |\n|---|---|\n")[2]
     rows = re.findall(r"^\| (.*?) \| (.*) \|$", table, re.MULTILINE)
     return {name.replace(r"\|", "|"): value.replace(r"\|", "|") for name, value in rows}
+
+
+def _licence(card: Any) -> str | None:
+    """Licence on a card, which may list several."""
+    stated = None if card is None else card.data.get("license")
+    if isinstance(stated, list):
+        return stated[0] if len(stated) == 1 else "other" if stated else None
+    return stated

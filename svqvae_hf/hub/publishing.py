@@ -40,12 +40,13 @@ class CardMixin:
         Args:
             repo_id (`str`): `org/name`; created if it does not exist.
             commit_message (`str`, *optional*): Title of the commit, by default `Upload` and the name of the class.
-            private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
+            private (`bool`, *optional*): Whether a new repository is private, by default as the
+                organization has set.
             token (`str`, *optional*): Access token, by default the stored one.
             create_pr (`bool`, defaults to `False`): Open a pull request instead of committing.
             safe_serialization (`bool`, defaults to `True`): Write safetensors, not pickles.
-            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. The repository keeps its card.
-            subfolder (`str`, *optional*): Folder of the repository to upload to. The repository keeps its card.
+            variant (`str`, *optional*): Suffix of the weight files, such as `fp16`. No card is written.
+            subfolder (`str`, *optional*): Folder of the repository to upload to. No card is written.
             standalone (`bool`, defaults to `False`): Upload the code of the models as well, so that the repository
                 loads with `trust_remote_code=True` where this package is not installed.
             **card: Arguments of `make_card`, such as `license`, the Hub's identifier of the licence of the weights.

@@ -120,7 +120,8 @@ def prepare_repo(repo_id: str, *, private: bool | None, license: str | None, tok
 
     Args:
         repo_id (`str`): `org/name`, or `name` of the user.
-        private (`bool`, *optional*): Visibility of a new repository, by default the organization's.
+        private (`bool`, *optional*): Whether a new repository is private, by default as the organization
+            has set.
         license (`str`, *optional*): Licence for the card, by the Hub's identifier.
         token (`str`, *optional*): Access token, by default the stored one.
 

@@ -52,7 +52,7 @@ def encode_large(model: SVQVAE, source: Path, tiles: tuple[int, int] | None = No
 
         for rows, columns, latents in _run_tiles(model, model.encode_window, read, ids.shape, model.f, tiles):
             ids[rows, columns] = model.quantize.nearest_ids(latents)[0].to("cpu", ids.dtype)
-        return image_tokens(model, [ids], image.height, image.width, [1.0], tiles=tiles)
+        return image_tokens(model, [ids.long()], image.height, image.width, [1.0], tiles=tiles)
 
 
 @torch.inference_mode()

@@ -60,11 +60,5 @@ class TokenizeImages(PipelineStep):
         device = self.device or gpu or "cpu"
         with self.track_time():
             model = SVQVAE.from_pretrained(self.model, dtype=getattr(torch, self.dtype)).to(device).eval()
-            tokenize_set(
-                model,
-                open_images(self.data, **self.images),
-                self.out,
-                parts=[rank],
-                num_parts=world_size,
-                **self.options,
-            )
+            images = open_images(self.data, **self.images)
+            tokenize_set(model, images, self.out, parts=[rank], num_parts=world_size, **self.options)

@@ -32,8 +32,8 @@ def detokenize_set(
         data (`str` or `os.PathLike`): Folder of the set, its URL for `fsspec`, or its name on the Hub.
         output (`str` or `os.PathLike`): Folder to write to.
         max_images (`int`, *optional*): Number of rows after which to stop; all by default.
-        keep (`Callable`, *optional*): Whether a row is skipped because of its images, given their paths; by default no
-            row is.
+        keep (`Callable`, *optional*): Called with the paths of a row's images. If it returns `True`, the row is
+            skipped; by default none is.
         context_model ([`ContextModel`], *optional*): Context model of a set whose rows are compressed.
 
     Returns:

@@ -7,7 +7,7 @@ is written last. Two processes that make the same part write the same files.
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -112,10 +112,8 @@ def start_set(folder: Folder, options: Mapping[str, Any]) -> None:
 
 def delete_set(folder: Folder) -> None:
     """Deletes all files of a token set."""
-    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE):
+    for name in (SETTINGS_FILE, MANIFEST_FILE, SKIPPED_FILE, CARD_FILE, RECORDS, DATA):
         folder.delete(name)
-    for name in (RECORDS, DATA):
-        folder.delete_folder(name)
 
 
 def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., str]) -> dict[str, int] | None:
@@ -157,15 +155,14 @@ def complete_set(folder: Folder, settings: dict[str, Any], card: Callable[..., s
             folder.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
         folder.write(CARD_FILE, card(totals=totals).encode())
         folder.write(SETTINGS_FILE, (json.dumps(settings | {"totals": totals}, indent=2) + "\n").encode())
-    folder.delete_folder(RECORDS)
+    folder.delete(RECORDS)
     return totals
 
 
-def add_up(records: Iterable[PartRecord]) -> dict[str, int]:
+def add_up(records: Sequence[PartRecord]) -> dict[str, int]:
     """Numbers of images, rows, ids, skipped images and files of some parts."""
-    counts = [(one.images, one.rows, one.ids, one.enlarged, len(one.skipped), len(one.files)) for one in records]
-    names = ("images", "rows", "ids", "enlarged", "skipped", "files")
-    return {name: sum(count[index] for count in counts) for index, name in enumerate(names)}
+    sums = {name: sum(getattr(one, name) for one in records) for name in ("images", "rows", "ids", "enlarged")}
+    return sums | {name: sum(len(getattr(one, name)) for one in records) for name in ("skipped", "files")}
 
 
 def _ranges(numbers: list[int]) -> str:

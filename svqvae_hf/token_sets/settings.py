@@ -33,8 +33,8 @@ class TokenSettings(Encoding):
         model (`str`): Hub id of the model that encoded the images, or the name of its folder.
         crops (`str`): Crops of an image that are rows, a key of `CROPS`.
         resolution (`int`, *optional*): Side of the crops in pixels; `None` for whole images.
-        context_model (`str`, *optional*): Fingerprint of the [`ContextModel`] that compresses the rows: their column
-            `tokens`, the content of a compressed token file, stands for the columns of ids.
+        context_model (`str`, *optional*): Fingerprint of the [`ContextModel`] that compresses the rows. They have one
+            column `tokens`, the content of a compressed token file, in place of `ids_0`, `ids_1`, ...
         **encoding: How the images were encoded; see [`~svqvae_hf.tokens.encoding.Encoding`]. The columns `ids_0`,
             `ids_1`, ... are in the order of `scales`.
 

@@ -136,7 +136,7 @@ class ContextModel:
         return encoder.get_compressed().astype("<u4").tobytes()
 
     def decompress(self, content: bytes, shape: tuple[int, int], coarse: np.ndarray | None = None) -> np.ndarray:
-        """Decodes a grid of ids `(h, w)`, int64, that [`~ContextModel.compress`] coded. Damage makes other ids."""
+        """Decodes a grid of ids `(h, w)`, int64, that [`~ContextModel.compress`] coded. Damage may give other ids."""
         decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(content, "<u4").astype(np.uint32))
         try:
             ranks = self._code(lambda found, _: decoder.decode(categorical(), found), shape, None, coarse)
@@ -184,7 +184,7 @@ def find_context_model(source: str | os.PathLike, codebook_fingerprint: str, **o
     """
     try:
         found = ContextModel.from_pretrained(source, **options)
-    except OSError:  # none there, or the Hub cannot be reached
+    except FileNotFoundError:
         return None
     return found if found.codebook_fingerprint == codebook_fingerprint else None
 

@@ -100,7 +100,7 @@ def encoding_of(
     """How a model encodes images, as arguments of [`Encoding`]. By default, with the tiles that are enabled on it."""
     tile_size, overlap = tiles or model.tiles_of_call() or (None, None)
     return {
-        "scales": tuple(scales),
+        "scales": tuple(map(float, scales)),
         "f": model.f,
         "tile_size": tile_size,
         "overlap": overlap,

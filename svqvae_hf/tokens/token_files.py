@@ -46,7 +46,7 @@ class ImageTokens(Encoding):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integers({"height": self.height, "width": self.width})
-        if not self.ids or len(self.ids) != len(self.scales):
+        if not isinstance(self.ids, list | tuple) or not 0 < len(self.ids) == len(self.scales):
             raise ValueError(f"`ids` must have one grid per scale, got {len(self.ids)} for {len(self.scales)} scales.")
         for ids, scale in zip(self.ids, self.scales, strict=True):
             self._check_ids(ids, scale)
@@ -90,7 +90,7 @@ def save_tokens(path: str | os.PathLike, tokens: ImageTokens, context_model: Con
     Raises:
         OSError: The file cannot be written.
         TypeError: `tokens` are ids alone.
-        ValueError: The codebook of the ids is not that of the context model.
+        ValueError: Ids and context model are of different codebooks.
     """
     write_file(path, token_file_content(tokens, context_model))
 

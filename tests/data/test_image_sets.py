@@ -91,6 +91,8 @@ def test_zip_files_hold_images(tmp_path):
     assert svqvae("tokenize", tmp_path / "dog" / "*.zip", tmp_path / "tokens") == 0
     for scheme in ("", "file://"):  # without a label, which would be the folder of the archive
         assert [row.values for row in open_images([f"{scheme}{tmp_path}/dog/packed.zip"])] == [{}]
+    shutil.copy(tmp_path / "dog" / "packed.zip", tmp_path / "dog" / "training_photos.zip")
+    assert len(keys(open_images([f"{tmp_path}/dog"], split="train"))) == 2
     packed = bytearray((tmp_path / "dog" / "packed.zip").read_bytes())
     packed[packed.index(b"0.png") + 20] ^= 255
     (tmp_path / "dog" / "packed.zip").write_bytes(packed)
@@ -165,7 +167,7 @@ def test_metadata_of_splits(tmp_path):
         with pytest.raises(ValueError, match="has the splits test, train. Choose one"):
             open_images([*map(str, folders)])
     for names in ([f"{tmp_path}/train", f"{tmp_path}/test"], [f"file://{tmp_path}"]):
-        with pytest.raises(ValueError, match="has a metadata file, which is read only of one folder alone"):
+        with pytest.raises(ValueError, match="has a metadata file, for images of one local folder"):
             open_images(names)
     rows.to_json(tmp_path / "metadata.jsonl")
     with pytest.raises(ValueError, match="must lie in the folders of its splits, not above them"):

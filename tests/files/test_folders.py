@@ -24,8 +24,8 @@ def test_files_are_written_listed_and_deleted(folder):
     assert sorted(folder.all_files("a")) == ["a/b.txt", "a/c/d.txt"]
     folder.delete("a/b.txt")
     folder.delete("a/b.txt")
-    folder.delete_folder("a")
-    folder.delete_folder("a")
+    folder.delete("a")
+    folder.delete("a")
     assert folder.read("a/c/d.txt") is None
 
 

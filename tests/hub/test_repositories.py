@@ -22,66 +22,56 @@ from diffusers import AutoModel, ModularPipeline
 from huggingface_hub import HfApi, constants
 from transformers import AutoModelForCausalLM, AutoProcessor
 import svqvae_hf
-
 golden, work = Path(sys.argv[1]), Path(sys.argv[2])
 saved = svqvae_hf.SVQVAEAutoregressivePipeline.from_pretrained(work / "pipeline")
-
 from svqvae_hf import SVQVAE
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.data.image_sets import open_images
 from svqvae_hf.token_sets.decoding import detokenize_set
 from svqvae_hf.token_sets.settings import read_settings
 from svqvae_hf.token_sets.writer import tokenize_set
-
 seen = {"errors": {}}
-
 def sample(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(0, generator=torch.Generator().manual_seed(0), output_type="pt").images
-
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
 def error(name, call, *args, **kwargs):
     try:
         call(*args, **kwargs)
     except Exception as error:
         seen["errors"][name] = [type(error).__name__, str(error)]
-
 file = golden / "svqvae_tiny.safetensors"
 model = SVQVAE.from_single_file(file)
 convert(file, work / "out", variant="fp16", repo_id="org/converted")
 HfApi().create_repo("org/converted", private=True)
 HfApi().upload_folder(repo_id="org/converted", folder_path=work / "out")
 seen["from_pretrained"] = same(model, SVQVAE.from_pretrained("org/converted"))
-seen["variant"] = same(
-    SVQVAE.from_pretrained("org/converted", variant="fp16", torch_dtype=torch.float16),
-    SVQVAE.from_pretrained(work / "out", variant="fp16", torch_dtype=torch.float16),
-)
+half = {"variant": "fp16", "torch_dtype": torch.float16}
+seen["variant"] = same(*(SVQVAE.from_pretrained(name, **half) for name in ("org/converted", work / "out")))
 seen["pushed"] = model.push_to_hub("org/pushed")
 seen["from_push"] = same(model, SVQVAE.from_pretrained("org/pushed"))
-
 HfApi().create_repo("org/raw")
 HfApi().upload_folder(repo_id="org/raw", folder_path=golden, allow_patterns=["*tiny.*"], path_in_repo="files")
 seen["from_single_file"] = same(model, SVQVAE.from_single_file("org/raw:files/svqvae_tiny.safetensors"))
 llamagen = SVQVAE.from_single_file("org/raw:files/llamagen_tiny.pt")
 seen["from_pickle"] = same(llamagen, SVQVAE.from_single_file(golden / "llamagen_tiny.pt"))
-
 source = "org/raw:files/taming_tiny.ckpt"
 taming = SVQVAE.from_single_file(source)
 seen["requested"] = taming.push_to_hub("org/converted", create_pr=True, license="mit")
 seen["from_request"] = same(taming, SVQVAE.from_pretrained("org/converted", revision="refs/pr/1"))
 seen["main_unchanged"] = same(model, SVQVAE.from_pretrained("org/converted"))
-
 # A pipeline and a language model
-assert type(AutoProcessor.from_pretrained(sys.argv[3])) is svqvae_hf.SVQVAEProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[3])
+assert type(processor) is svqvae_hf.SVQVAEProcessor
+processor.save_pretrained(work / "processor", push_to_hub=True, repo_id="org/processor")
+assert same(AutoProcessor.from_pretrained("org/processor").vqvae, processor.vqvae)
 assert AutoModelForCausalLM.from_pretrained(sys.argv[3]).config.image_vocabulary["grids"]
 saved.push_to_hub("org/dreams", private=True, license="mit")
 assert torch.equal(sample(svqvae_hf.SVQVAEAutoregressivePipeline.from_pretrained("org/dreams")), sample(saved))
 saved.push_to_hub("org/dreams", variant="fp16")
 saved.save_pretrained(work / "twice", push_to_hub=True, repo_id="org/twice", private=True)
-
 # Code beside the weights
 scales = svqvae_hf.SVQVAENextScalePipeline.from_pretrained(work / "scales")
 scales.push_to_hub("org/scales", standalone=True)
@@ -92,7 +82,6 @@ models = modular.vqvae, modular.transformer, AutoModel.from_pretrained("org/toke
 assert all(type(model).__module__.startswith("diffusers_modules.") for model in models)
 expected = scales(class_labels=2, temperature=0, output_type="latent").images
 assert modular(class_labels=2, temperature=0, output="ids").equal(expected)
-
 # A token set
 tokenizer = saved.vqvae.eval()
 HfApi().create_repo("org/photos", repo_type="dataset")
@@ -106,17 +95,14 @@ rows = datasets.load_dataset("org/tokens", split="train")
 assert rows.to_list() == datasets.load_dataset(str(work / "out-tokens"), split="train").to_list()
 detokenize_set(tokenizer, "org/tokens", work / "images", max_images=1)
 seen["rows"] = list(rows["key"]), rows.features["label"].names
-
 error("no token set", read_settings, "org/gone")
 error("no repository", SVQVAE.from_single_file, "org/gone:file.pt")
 error("no file", SVQVAE.from_single_file, "org/raw:gone.pt")
 error("gated", SVQVAE.from_single_file, "org/gated:file.pt")
 del os.environ["HF_TOKEN"]
 error("no login", model.push_to_hub, "org/new")
-
 os.environ["HF_TOKEN"] = "hf_stand_in"
 error("licence of a model", model.push_to_hub, "org/new", license="my own")
-
 hub, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:1"
 start = time.monotonic()
 seen["unreachable"] = same(model, SVQVAE.from_pretrained("org/pushed")) and time.monotonic() - start < 5
@@ -142,7 +128,7 @@ def hub(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(hub):
     folder, env = hub
-    make_autoregressive().save_pretrained(folder / "pipeline")
+    make_autoregressive(class_names=["cat", "dog", "fox"]).save_pretrained(folder / "pipeline")
     make_next_scale().save_pretrained(folder / "scales")
     photos = save_photos(folder / "photos")
     for i, name in ((0, "cat"), (1, "dog")):

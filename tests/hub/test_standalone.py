@@ -20,15 +20,8 @@ from next_scale_golden import make_transformer
 from pipeline_parts import text_components
 from safetensors.torch import load_file
 
-from svqvae_hf import (
-    DEFAULT_GENERATOR,
-    SVQVAE,
-    LlamaGenForCausalLM,
-    NextScaleTransformer,
-    SVQVAEAutoregressivePipeline,
-    SVQVAEImageProcessor,
-    SVQVAENextScalePipeline,
-)
+import svqvae_hf
+from svqvae_hf import DEFAULT_GENERATOR, SVQVAE, LlamaGenForCausalLM, NextScaleTransformer, SVQVAENextScalePipeline
 from svqvae_hf.conversion.convert import convert
 from svqvae_hf.hub.code import AUTO_CLASSES
 from svqvae_hf.language.image_language_model import ImageLanguageModel
@@ -77,15 +70,9 @@ def without_package(repositories, tmp_path_factory) -> tuple[dict[str, torch.Ten
             (packages / installed.name).symlink_to(installed)
     offline = {"PYTHONPATH": str(packages), "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     script = shutil.copy(standalone_process.__file__, folder)
-    done = subprocess.run(  # -S: no .pth file adds this package
-        [sys.executable, "-S", script, repositories, folder / "outputs"],
-        env=os.environ | offline,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    command = [sys.executable, "-S", script, repositories, folder / "outputs"]  # -S: no .pth file adds this package
+    options = {"env": os.environ | offline, "cwd": folder, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options, stdin=subprocess.DEVNULL, check=False)
     assert not done.returncode, done.stderr
     return load_file(folder / "outputs"), json.loads(done.stdout.splitlines()[-1])
 
@@ -94,7 +81,7 @@ def without_package(repositories, tmp_path_factory) -> tuple[dict[str, torch.Ten
 def test_outputs_equal_those_of_the_package(repositories, without_package):
     expected = standalone_process.outputs(
         SVQVAE.from_pretrained(repositories / "tokenizer"),
-        SVQVAEImageProcessor.from_pretrained(repositories / "tokenizer"),
+        svqvae_hf.SVQVAEImageProcessor.from_pretrained(repositories / "tokenizer"),
         NextScaleTransformer.from_pretrained(repositories / "next_scale"),
         LlamaGenForCausalLM.from_pretrained(repositories / "llamagen"),
     )
@@ -107,7 +94,7 @@ def test_outputs_equal_those_of_the_package(repositories, without_package):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", standalone_process.PIPELINES)
 def test_pipelines_equal_those_of_the_package(name, repositories, without_package):
-    cls = SVQVAENextScalePipeline if "scales" in name else SVQVAEAutoregressivePipeline
+    cls = SVQVAENextScalePipeline if "scales" in name else svqvae_hf.SVQVAEAutoregressivePipeline
     pipeline = cls.from_pretrained(repositories / name)
     if "text" not in name:
         names = [*"abcdefghijklm"[: pipeline.num_classes]]
@@ -153,11 +140,7 @@ MODEL_FILES = {
 def test_files_of_code_are_those_of_the_package(repositories):
     files = {path.stem: path for path in (repositories / "tokenizer").glob("*.py")}
     assert files.keys() == MODEL_FILES
-    for path in [
-        *files.values(),
-        *(repositories / "next_scale").glob("*.py"),
-        *(repositories / "llamagen").glob("*.py"),
-    ]:
+    for path in [*files.values(), *repositories.glob("next_scale/*.py"), *repositories.glob("llamagen/*.py")]:
         assert path.read_bytes() == (ROOT / "svqvae_hf" / "models" / path.name).read_bytes()
 
 
@@ -165,9 +148,8 @@ def test_files_of_code_are_those_of_the_package(repositories):
 def test_the_file_of_a_class_names_all_files_that_it_needs(model_class):
     """From a local folder, diffusers copies no more than these to its cache."""
     source = inspect.getfile(model_class)
-    assert {*get_relative_import_files(source)} == {
-        f"{Path(source).parent / name}.py" for name in get_relative_imports(source)
-    }
+    needed = {f"{Path(source).parent / name}.py" for name in get_relative_imports(source)}
+    assert {*get_relative_import_files(source)} == needed
 
 
 def test_converted_checkpoint_carries_its_code(tmp_path):

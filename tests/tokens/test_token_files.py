@@ -11,18 +11,9 @@ FINGERPRINT = "0123456789abcdef" * 4
 
 
 def make_tokens(**changes):
-    values = {
-        "ids": [torch.arange(2 * 3).reshape(2, 3), torch.arange(4 * 6).reshape(4, 6)],
-        "height": 15,
-        "width": 23,
-        "scales": (0.5, 1.0),
-        "f": 4,
-        "tile_size": 256,
-        "overlap": 32,
-        "codebook_size": 64,
-        "codebook_fingerprint": FINGERPRINT,
-        "scale_from": "image",
-    }
+    ids = [torch.arange(2 * 3).reshape(2, 3), torch.arange(4 * 6).reshape(4, 6)]
+    values = {"ids": ids, "height": 15, "width": 23, "scales": (0.5, 1.0), "f": 4, "tile_size": 256, "overlap": 32}
+    values |= {"codebook_size": 64, "codebook_fingerprint": FINGERPRINT, "scale_from": "image"}
     return ImageTokens(**values | changes)
 
 
